@@ -1,0 +1,287 @@
+"""``AlibiGPT``: the paper's own backbone, GPT-2*, as a registered transformers model.
+
+One norm feeds attention and feed-forward in parallel, positions enter as ALiBi alone, and the head is untied and has a
+bias. Module names are those of the released checkpoint behind ``decoder.model.``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+class AlibiGPTConfig(PreTrainedConfig):
+    """Shape of an ``AlibiGPT``; the defaults are the paper's 407M GPT-2* (section 4.1).
+
+    Args:
+        vocab_size: V.
+        hidden_size: C.
+        num_hidden_layers: L.
+        num_attention_heads: H; must divide ``hidden_size``.
+        intermediate_size: width of the feed-forward; None is four times ``hidden_size``.
+        layer_norm_epsilon: of every norm.
+        activation: name of the feed-forward's activation.
+        max_position_embeddings: the window the model is trained on, in tokens. ALiBi itself sets no limit.
+        dropout: on the outputs of attention and feed-forward, in training only.
+        initializer_range: standard deviation of fresh weights; output projections are scaled down by sqrt(2L).
+    """
+
+    model_type = "alibi_gpt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size: int = 51200,
+        hidden_size: int = 1024,
+        num_hidden_layers: int = 24,
+        num_attention_heads: int = 16,
+        intermediate_size: int | None = None,
+        layer_norm_epsilon: float = 1e-6,
+        activation: str = "gelu_new",
+        max_position_embeddings: int = 1024,
+        dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        use_cache: bool = True,
+        bos_token_id: int | None = 0,
+        pad_token_id: int | None = 1,
+        eos_token_id: int | None = 2,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.activation = activation
+        self.max_position_embeddings = max_position_embeddings
+        self.dropout = dropout
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        self.bos_token_id = bos_token_id
+        self.pad_token_id = pad_token_id
+        self.eos_token_id = eos_token_id
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
+        if hidden_size % num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({hidden_size}) must be a multiple of num_attention_heads ({num_attention_heads})"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.hidden_size // self.num_attention_heads
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """The slope of each head, (H,) float32 (Press et al. 2022; released code for H that is no power of two)."""
+    closest = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (i + 1) / closest) for i in range(closest)]
+    slopes += [2 ** (-8 * (i + 0.5) / closest) for i in range(heads - closest)]
+    return torch.tensor(slopes)
+
+
+def alibi_mask(positions: Tensor, key_positions: Tensor, key_mask: Tensor | None, slopes: Tensor, first_query: int) -> Tensor:
+    """Causal mask and ALiBi in one additive bias.
+
+    The distance form ``-slope * (i - j)`` equals the released code's ``slope * j`` under the softmax, but stays small near
+    the diagonal, so that half precision keeps it.
+
+    Args:
+        positions: (B or 1, T) positions of the queries.
+        key_positions: (B or 1, T_keys).
+        key_mask: (B, T_keys) bool, False at pads; None where nothing is padded.
+        slopes: (H,).
+        first_query: how many keys come before the first query.
+
+    Returns:
+        (B or 1, H, T, T_keys) float32.
+    """
+    distance = (positions[:, :, None] - key_positions[:, None, :]).to(slopes.dtype)
+    bias = -slopes.view(1, -1, 1, 1) * distance[:, None]
+    index = torch.arange(positions.shape[1], device=positions.device)[:, None] + first_query
+    hidden = torch.arange(key_positions.shape[1], device=positions.device)[None, :] > index
+    if key_mask is not None:
+        # a pad still sees itself, so that its (unused) row of the softmax stays finite
+        own = torch.arange(key_positions.shape[1], device=positions.device)[None, :] == index
+        hidden = hidden | (~key_mask[:, None, None, :] & ~own)
+    return bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
+
+
+class AlibiGPTAttention(nn.Module):
+    """Bias-free projections, scores scaled by D^-0.5, ALiBi added by the mask."""
+
+    def __init__(self, config: AlibiGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.layer_idx = layer_idx
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
+
+    def split_heads(self, hidden: Tensor) -> Tensor:
+        """(B, T, C) -> (B, H, T, D)."""
+        return hidden.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor, past_key_values: Cache | None = None
+    ) -> Tensor:
+        queries, keys, values = (self.split_heads(p(hidden_states)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=attention_mask.to(queries.dtype), scale=self.scaling
+        )
+        return cast(Tensor, self.out_proj(out.transpose(1, 2).flatten(2)))
+
+
+class AlibiGPTMLP(nn.Module):
+    """fc_in, activation, fc_out, both with bias."""
+
+    def __init__(self, config: AlibiGPTConfig) -> None:
+        super().__init__()
+        self.fc_in = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc_out = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act = ACT2FN[config.activation]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return cast(Tensor, self.fc_out(self.act(self.fc_in(hidden_states))))
+
+
+class AlibiGPTBlock(nn.Module):
+    """h + Attention(n) + FFN(n) with n = LayerNorm(h): one norm, two branches in parallel."""
+
+    def __init__(self, config: AlibiGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.attn = AlibiGPTAttention(config, layer_idx)
+        self.mlp = AlibiGPTMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor, past_key_values: Cache | None = None
+    ) -> Tensor:
+        normed = self.ln_1(hidden_states)
+        branches = self.attn(normed, attention_mask=attention_mask, past_key_values=past_key_values) + self.mlp(normed)
+        return cast(Tensor, hidden_states + self.dropout(branches))
+
+
+class AlibiGPTPreTrainedModel(PreTrainedModel):
+    config_class = AlibiGPTConfig
+    base_model_prefix = "transformer"
+    _no_split_modules = ["AlibiGPTBlock"]
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        config = cast(AlibiGPTConfig, self.config)
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        if isinstance(module, AlibiGPTBlock):
+            # GPT-2's rule: the sum of 2L branches keeps the variance of one
+            for projection in (module.attn.out_proj, module.mlp.fc_out):
+                nn.init.normal_(projection.weight, std=config.initializer_range / math.sqrt(2 * config.num_hidden_layers))
+
+
+class AlibiGPTModel(AlibiGPTPreTrainedModel):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: AlibiGPTConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.h = nn.ModuleList(AlibiGPTBlock(config, i) for i in range(config.num_hidden_layers))
+        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.wte = cast(nn.Embedding, value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T) ids -> (B, T, C) after the final norm. ``attention_mask`` (B, T_past + T) is 0 at pads."""
+        hidden: Tensor = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        mask = self._mask(hidden, attention_mask, past, past_key_values)
+        for block in self.h:
+            hidden = block(hidden, attention_mask=mask, past_key_values=past_key_values)
+        return cast(Tensor, self.ln_f(hidden))
+
+    def _mask(self, hidden: Tensor, attention_mask: Tensor | None, past: int, cache: Cache | None) -> Tensor:
+        length = past + hidden.shape[1]
+        # a static cache hands over all its slots, used or not; the causal rule hides those still to come
+        slots = max(length, cache.get_max_cache_shape() if cache is not None and cache.is_compileable else 0)
+        key_mask = None
+        positions = torch.arange(slots, device=hidden.device)[None]
+        if attention_mask is not None and not bool(attention_mask.all()):
+            key_mask = F.pad(attention_mask.bool(), (0, slots - attention_mask.shape[1]), value=True)
+            positions = (key_mask.long().cumsum(-1) - 1).clamp(min=0)
+        slopes = alibi_slopes(self.config.num_attention_heads).to(hidden.device)
+        return alibi_mask(positions[:, past:length], positions, key_mask, slopes, past)
+
+
+class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, GenerationMixin):
+    """``AlibiGPTModel`` with its own, untied head with bias."""
+
+    def __init__(self, config: AlibiGPTConfig) -> None:
+        super().__init__(config)
+        self.transformer = AlibiGPTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = cast(nn.Linear, new_embeddings)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits (B, T, V); with ``labels`` (B, T) also their mean cross entropy in nats, shifted inside."""
+        if use_cache is None:
+            use_cache = bool(self.config.use_cache) and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        hidden = self.transformer(input_ids, attention_mask, past_key_values, inputs_embeds)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, keep, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+
+
+AutoConfig.register("alibi_gpt", AlibiGPTConfig, exist_ok=True)
+AutoModelForCausalLM.register(AlibiGPTConfig, AlibiGPTForCausalLM, exist_ok=True)
