@@ -1,0 +1,43 @@
+# Every target sets up its own environment in .venv first: all a machine needs is Python 3.11 or newer and make.
+PYTHON ?= python3
+VENV   ?= .venv
+JOBS   ?= 2
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench docs clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 16
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: longmem needs Python 3.11 or newer, this is %d.%d; name another one: make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## train a small LongMem on the standard library's source and show what it remembers
+	$(BIN)/longmem demo
+
+test: $(READY) ## the whole test suite
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+check: $(READY) ## format, lint, strict types, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+format: $(READY) ## write the format, repair what lint can repair
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY) ## speed and memory of a training step, ratios in one run; JSON into results/
+	$(BIN)/python -m benchmarks.bench $(BENCH_ARGS)
+
+docs: $(READY) ## write docs/python-api.md and docs/cli.md from the docstrings
+	$(BIN)/python docs/make_api.py
+
+clean: ## remove caches; keeps .venv and runs/
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -1,0 +1,72 @@
+"""LongMem: a long-term memory for any frozen causal language model.
+
+Importing this package is cheap: torch and transformers come with the first public name that needs them.
+``AutoModelForCausalLM`` knows ``AlibiGPT`` and ``LongMem`` checkpoints as soon as both packages are imported, in
+either order.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from longmem._auto import register_with_transformers
+from longmem.errors import (
+    BackboneError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LongMemError,
+    MemoryBankError,
+)
+
+if TYPE_CHECKING:
+    from longmem.config import LongMemConfig
+    from longmem.memory.bank import MemoryBank
+    from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
+    from longmem.modeling.longmem import LongMem
+    from longmem.types import AttentionKV, RetrievedMemory
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlibiGPTConfig",
+    "AlibiGPTForCausalLM",
+    "AttentionKV",
+    "BackboneError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "LongMem",
+    "LongMemConfig",
+    "LongMemError",
+    "MemoryBank",
+    "MemoryBankError",
+    "RetrievedMemory",
+    "__version__",
+]
+
+_HOMES = {
+    "AlibiGPTConfig": "longmem.modeling.alibi_gpt",
+    "AlibiGPTForCausalLM": "longmem.modeling.alibi_gpt",
+    "AttentionKV": "longmem.types",
+    "LongMem": "longmem.modeling.longmem",
+    "LongMemConfig": "longmem.config",
+    "MemoryBank": "longmem.memory.bank",
+    "RetrievedMemory": "longmem.types",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(home), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_transformers()

@@ -1,0 +1,65 @@
+"""Make transformers' Auto classes know our models without importing transformers for those who only ``import longmem``.
+
+``longmem.modeling`` registers its models when it is imported. What is arranged here is *when*: at once where the Auto
+classes are loaded already, otherwise right after somebody loads them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+AUTO_CLASSES = "transformers.models.auto.modeling_auto"
+OUR_MODELS = "longmem.modeling.longmem"
+
+
+def register_with_transformers() -> None:
+    """Register our models now, or as soon as the Auto classes exist."""
+    if AUTO_CLASSES in sys.modules:
+        _import_our_models()
+    else:
+        sys.meta_path.insert(0, _AfterAutoClasses())
+
+
+def _import_our_models() -> None:
+    # Somewhere inside our own package an import is under way: it ends with the registration by itself, and a second
+    # one in its middle would find modules half made.
+    if not any(_unfinished(module) for name, module in list(sys.modules.items()) if name.startswith("longmem.")):
+        import_module(OUR_MODELS)
+
+
+def _unfinished(module: ModuleType | None) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+class _AfterAutoClasses(MetaPathFinder):
+    """Answers for one module only, and with that module's own loader plus one call after it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != AUTO_CLASSES:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenRegister(spec.loader)
+        return spec
+
+
+class _ThenRegister(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        if module.__spec__ is not None:
+            module.__spec__.loader = module.__loader__ = self._loader
+        _import_our_models()

@@ -1,0 +1,78 @@
+"""The command ``longmem``: a group whose commands are imported when they are called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import NamedTuple
+
+import click
+
+from longmem import __version__
+from longmem.errors import LongMemError
+
+
+class Entry(NamedTuple):
+    """A command that is not imported yet."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Entry("longmem.cli.train", "Train a backbone or a SideNet from a recipe file."),
+    "eval": Entry("longmem.cli.eval", "Measure a model on long text."),
+    "layers": Entry("longmem.cli.layers", "Find the backbone layer whose keys are worth remembering."),
+    "convert": Entry("longmem.cli.convert", "Load checkpoints of the released code."),
+    "demo": Entry("longmem.cli.demo", "Train and look into a small LongMem on this machine's own text."),
+}
+
+
+class LazyGroup(click.Group):
+    """Lists its commands from a table and imports one only to run it, so that ``--help`` answers at once."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        command = importlib.import_module(entry.module).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.summary) for name, entry in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="longmem")
+def cli() -> None:
+    """Give any frozen causal language model a long-term memory.
+
+    \b
+    longmem demo                                    all of it on a small scale, in minutes
+    longmem train recipes/tiny.toml                 train from a recipe
+    longmem eval perplexity --model runs/x --data book.txt
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; expected errors become one line on stderr and exit status 1."""
+    try:
+        status = cli.main(args=arguments, prog_name="longmem", standalone_mode=False)
+    except click.exceptions.Abort:  # Ctrl-C
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except click.ClickException as error:  # unknown option or command, a value of the wrong type
+        error.show()
+        sys.exit(error.exit_code)
+    except LongMemError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except BrokenPipeError:  # `longmem ... | head`
+        sys.stderr.close()
+        sys.exit(1)
+    sys.exit(status if isinstance(status, int) else 0)
