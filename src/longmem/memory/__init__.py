@@ -1,0 +1,7 @@
+"""Memory in RAM or on the device: chunking, exact search, and the bank. Tensors only, no files, no models."""
+
+from longmem.memory.bank import MemoryBank
+from longmem.memory.index import ExactIndex, Index
+from longmem.memory.ledger import ChunkOrigin
+
+__all__ = ["ChunkOrigin", "ExactIndex", "Index", "MemoryBank"]
