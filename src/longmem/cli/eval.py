@@ -1,0 +1,194 @@
+"""``longmem eval``: measurements of a model on long text."""
+
+from __future__ import annotations
+
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from longmem.evaluation.perplexity import PerplexityResult
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@click.group()
+def command() -> None:
+    """Measure a model on long text."""
+
+
+def _sizes(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
+    """``1024,8k,65536`` as numbers; k is 1,024."""
+    if value is None:
+        return None
+    try:
+        words = [word.strip().lower() for word in value.split(",") if word.strip()]
+        return [int(word[:-1]) * 1024 if word.endswith("k") else int(word) for word in words]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of token counts; try 1024,8k,64k") from None
+
+
+@command.command(
+    epilog="Example: longmem eval perplexity --model runs/latex-sidenet --data latex/test.tar.xz "
+    "--memory-sizes 1k,8k,64k --group-by-prefix __ --out results/latex",
+)
+@click.option("--model", required=True, help="LongMem checkpoint, run folder, or a causal LM by itself.")
+@click.option("--backbone", help="Where the backbone is, if not where the checkpoint says.")
+@click.option("--control", help="SideNet checkpoint trained equally long without memory, over the same backbone.")
+@click.option("--tokenizer", help="Folder or hub id; default: the model's, else its backbone's.")
+@click.option("--data", required=True, multiple=True, help="File, folder, .jsonl or archive; may be repeated.")
+@click.option("--include", multiple=True, help="Pattern of the document ids to take; may be repeated.")
+@click.option("--num-documents", type=click.IntRange(min=1), help="Take the first so many documents.")
+@click.option("--max-tokens", type=click.IntRange(min=2), help="Take the first so many tokens of each document.")
+@click.option(
+    "--memory-sizes", callback=_sizes, help="Tokens a row remembers, e.g. 1k,8k,64k; default: the model's own."
+)
+@click.option("--protocol", default="segments,sliding", show_default=True, help="Which protocols, by comma.")
+@click.option("--window", type=int, help="Tokens seen at once; default: the backbone's positions, at most 1024.")
+@click.option("--stride", type=int, help="How far the sliding window moves; default: half the window.")
+@click.option("--batch", "rows", type=int, default=8, show_default=True, help="Documents side by side.")
+@click.option("--group-by-prefix", "separator", help="Report documents apart by their file name up to this string.")
+@click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, ...; auto takes a GPU where there is one."
+)
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Of the weights; auto: as saved."
+)
+@click.option("--resamples", type=int, default=2000, show_default=True, help="Of the bootstrap.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for perplexity.json, curves, and records to resume from."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of a table.")
+def perplexity(
+    model: str,
+    backbone: str | None,
+    control: str | None,
+    tokenizer: str | None,
+    data: tuple[str, ...],
+    include: tuple[str, ...],
+    num_documents: int | None,
+    max_tokens: int | None,
+    memory_sizes: list[int] | None,
+    protocol: str,
+    window: int | None,
+    stride: int | None,
+    rows: int,
+    separator: str | None,
+    device: str,
+    dtype: str,
+    resamples: int,
+    seed: int,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Perplexity with and without memory, segment by segment and under a sliding window.
+
+    Every document is streamed from its beginning with an empty memory. Compared on the same tokens: the backbone
+    alone, the SideNet with memory switched off, LongMem at each memory size, and (--control) a SideNet trained without
+    memory.
+    Differences come with bootstrap intervals over documents and over blocks. With --out, an interrupted run goes on
+    where it stopped.
+    """
+    import torch
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from longmem.cli.tables import perplexity_tables
+    from longmem.data.text import TextSource, read_documents
+    from longmem.evaluation import perplexity as evaluation
+    from longmem.evaluation.bootstrap import Bootstrap
+    from longmem.evaluation.documents import tokenize_documents
+    from longmem.evaluation.loading import load_systems, load_tokenizer
+    from longmem.evaluation.results import command_line, to_json, write_json
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    source = TextSource(tuple(data), include=include)
+    texts = list(islice(read_documents(source), num_documents))  # before the model: wrong paths show at once
+    loaded = load_systems(
+        model,
+        backbone=backbone,
+        control=control,
+        memory_sizes=memory_sizes,
+        tokenizer=tokenizer,
+        device=place,
+        dtype=None if dtype == "auto" else getattr(torch, dtype),
+    )
+    settings = evaluation.PerplexitySettings(
+        window=loaded.default_window() if window is None else window,
+        stride=stride,
+        protocols=tuple(name.strip() for name in protocol.split(",")),
+        rows=rows,
+        bootstrap=Bootstrap(resamples=resamples, seed=seed),
+    )
+    documents = tokenize_documents(
+        texts, load_tokenizer(loaded.tokenizer), max_tokens=max_tokens, group_separator=separator
+    )
+    with _Bar() as bar:
+        result = evaluation.perplexity(
+            loaded.systems,
+            documents,
+            settings,
+            device=place,
+            records=None if out is None else out / "records.jsonl",
+            command=command_line(),
+            config={
+                "model": loaded.model,
+                "control": control,
+                "tokenizer": loaded.tokenizer,
+                "data": list(data),
+                "include": list(include),
+                "num_documents": num_documents,
+                "max_tokens": max_tokens,
+                "device": place,
+                "dtype": dtype,
+            },
+            progress=bar.advance,
+        )
+    if out is not None:
+        write_json(out / "perplexity.json", result)
+        _plot(result, out)
+    if as_json:
+        click.echo(to_json(result))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        for table in perplexity_tables(result):
+            console.print(table)
+
+
+def _plot(result: PerplexityResult, out: Path) -> None:
+    from longmem.evaluation.plots import plot_all
+
+    for path in plot_all(result, out):
+        click.echo(f"wrote {path}", err=True)
+
+
+class _Bar:
+    """A progress bar on stderr, one line for each model and protocol."""
+
+    def __enter__(self) -> _Bar:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def advance(self, what: str, done: int, total: int) -> None:
+        if what not in self.tasks:
+            self.tasks[what] = self.progress.add_task(what, total=total)
+        self.progress.update(self.tasks[what], completed=done)

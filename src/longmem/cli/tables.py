@@ -1,0 +1,91 @@
+"""Results as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from longmem.evaluation.bootstrap import Interval
+from longmem.evaluation.perplexity import PerplexityResult
+from longmem.evaluation.scores import Difference, ProtocolScores, Scores
+from longmem.evaluation.systems import BACKBONE, CONTROL, MEMORY_OFF
+
+SHORT = {BACKBONE: "backbone", MEMORY_OFF: "memory off", CONTROL: "control"}
+BASELINES = (BACKBONE, MEMORY_OFF, CONTROL)
+
+
+def perplexity_tables(result: PerplexityResult) -> Iterator[Table]:
+    """A table for each protocol and group, then lengths and positions."""
+    for protocol in result.protocols.values():
+        for scores in (protocol.all, *(protocol.groups if len(protocol.groups) > 1 else ())):
+            yield system_table(result, protocol, scores)
+        if len(protocol.by_length) > 1:
+            yield length_table(result, protocol)
+        yield position_table(result, protocol)
+
+
+def system_table(result: PerplexityResult, protocol: ProtocolScores, scores: Scores) -> Table:
+    """Perplexities of every system, and how far each is from its baselines in %, with both 95 % intervals."""
+    against = [name for name in BASELINES if any(d.against == name for d in scores.differences)]
+    level = result.header.config["bootstrap"]["level"]
+    table = Table(
+        title=f"{_heading(protocol)}: {scores.name}, {scores.documents} documents, {scores.tokens:,} tokens",
+        caption=f"% of perplexity, below 0 is better; {100 * level:g} % intervals: [over documents] (over blocks)",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("system")
+    for name in ("per token", "per word", "bits/byte", *(f"% against {SHORT[name]}" for name in against)):
+        table.add_column(name, justify="right")
+    for score in scores.systems:
+        differences = [scores.difference(score.system, name) for name in against]
+        table.add_row(
+            result.systems[score.system],
+            f"{score.perplexity:.3f}",
+            f"{score.word_perplexity:,.2f}",
+            f"{score.bits_per_byte:.4f}",
+            *(_difference(difference) for difference in differences),
+        )
+    return table
+
+
+def length_table(result: PerplexityResult, protocol: ProtocolScores) -> Table:
+    """Perplexity by length of the document in tokens."""
+    table = Table(title=f"{_heading(protocol)}: by length of the document (tokens)", title_justify="left")
+    table.add_column("system")
+    for bucket in protocol.by_length:
+        table.add_column(f"{bucket.name}\n{bucket.documents} documents", justify="right")
+    for name, label in result.systems.items():
+        table.add_row(label, *(f"{bucket.system(name).perplexity:.3f}" for bucket in protocol.by_length))
+    return table
+
+
+def position_table(result: PerplexityResult, protocol: ProtocolScores) -> Table:
+    """Perplexity by number of tokens before."""
+    table = Table(title=f"{_heading(protocol)}: by position in the document (tokens before)", title_justify="left")
+    table.add_column("from")
+    for label in result.systems.values():
+        table.add_column(label.replace(", ", "\n", 1), justify="right")
+    table.add_column("tokens", justify="right")
+    for part in protocol.all.by_position:
+        table.add_row(f"{part.low:,}", *(f"{part.perplexity[name]:.3f}" for name in result.systems), f"{part.tokens:,}")
+    return table
+
+
+def _heading(protocol: ProtocolScores) -> str:
+    moved = "non-overlapping" if protocol.protocol == "segments" else f"stride {protocol.stride}"
+    return f"{protocol.protocol} (window {protocol.window}, {moved})"
+
+
+def _difference(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    edges = [f"{difference.percent:+.2f}"]
+    for interval, (left, right) in ((difference.documents, "[]"), (difference.blocks, "()")):
+        edges.append(_edges(interval, left, right))
+    return " ".join(edge for edge in edges if edge)
+
+
+def _edges(interval: Interval | None, left: str, right: str) -> str:
+    return "" if interval is None else f"\\{left}{interval.low:+.2f}, {interval.high:+.2f}{right}"

@@ -1,0 +1,1 @@
+"""Measurements with baselines and intervals, as JSON."""

@@ -1,0 +1,155 @@
+"""From paths to the systems that are compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longmem.errors import CheckpointError, ConfigError
+from longmem.evaluation.systems import System, longmem_systems, plain_systems
+
+LONGEST_DEFAULT_WINDOW = 1024  # the paper's; long-context backbones would otherwise get all they can take
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Systems, the folders that were really read, and the tokenizer's."""
+
+    systems: list[System]
+    model: str
+    tokenizer: str
+    max_positions: int | None
+
+    def default_window(self) -> int:
+        return min(self.max_positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
+
+
+def load_systems(
+    path: str,
+    *,
+    backbone: str | None = None,
+    control: str | None = None,
+    memory_sizes: Sequence[int] | None = None,
+    tokenizer: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Loaded:
+    """Load a LongMem checkpoint, or a causal LM by itself (then there is the backbone only to measure).
+
+    Args:
+        path: folder of a LongMem or of a causal LM, a run folder that has one in ``final/``, or a hub id.
+        backbone: where the backbone is, if not where the checkpoint says.
+        control: a SideNet checkpoint trained equally long without memory, over the same backbone.
+        memory_sizes: tokens; None is the size in the model's config. 0, memory switched off, is always measured.
+        tokenizer: folder or hub id, if not beside the model or its backbone.
+        device: where the models go.
+        dtype: of the weights; None is as saved.
+
+    Raises:
+        ConfigError: settings that do not go together; lists all.
+        CheckpointError: a checkpoint that is missing, damaged or made for another backbone.
+    """
+    where = checkpoint_folder(path)
+    if _model_type(where) != "longmem":
+        extra = [
+            f"{option} needs a LongMem checkpoint; {where} is a causal language model by itself"
+            for option, value in (("--control", control), ("--memory-sizes", memory_sizes), ("--backbone", backbone))
+            if value
+        ]
+        if extra:
+            raise ConfigError(extra)
+        model = _load_causal_lm(where, dtype).to(device).eval()
+        return Loaded(plain_systems(model), where, tokenizer or where, _positions(model.config))
+    from longmem.modeling.longmem import LongMem
+
+    model = LongMem.from_pretrained(where, backbone=backbone, dtype=dtype).to(device).eval()
+    sizes = _checked_sizes(memory_sizes, model.config)
+    other = None
+    if control is not None:
+        home = checkpoint_folder(control)
+        if _model_type(home) != "longmem":
+            raise CheckpointError(f"{home}: not a LongMem checkpoint; --control takes a SideNet trained without memory")
+        other = LongMem.from_pretrained(home, backbone=backbone, dtype=dtype).to(device).eval()
+    home = tokenizer or _tokenizer_folder([where, backbone, model.config.backbone_name_or_path])
+    return Loaded(longmem_systems(model, sizes, control=other), where, home, _positions(model.config.backbone_config))
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        DataError: there is none.
+    """
+    from longmem.data.tokenizer import load_tokenizer as load
+
+    return load(path)
+
+
+def checkpoint_folder(path: str) -> str:
+    """A run folder stands for what it has in ``final/``; a hub id stays as it is.
+
+    Raises:
+        CheckpointError: the folder holds no model.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/"):
+            raise CheckpointError(f"{path}: no such folder; name a checkpoint folder, a run folder or a hub id")
+        return path
+    for candidate in (folder, folder / "final"):
+        if (candidate / "config.json").is_file():
+            return str(candidate)
+    raise CheckpointError(f"{path}: no model here (no config.json in it or in its final/); is the training finished?")
+
+
+def _model_type(where: str) -> str:
+    file = Path(where) / "config.json"
+    if not file.is_file():
+        return ""  # a hub id: transformers decides
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", ""))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON ({error}); the checkpoint is damaged, write it again") from error
+
+
+def _load_causal_lm(where: str, dtype: torch.dtype | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    import longmem.modeling.alibi_gpt  # noqa: F401  registers its model type
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(where, **({} if dtype is None else {"dtype": dtype}))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{where}: no causal language model there ({str(error).splitlines()[0]})") from error
+
+
+def _checked_sizes(sizes: Sequence[int] | None, config: Any) -> list[int]:
+    """Sorted, without 0, which is the system with memory switched off."""
+    chosen = sorted(set(sizes if sizes is not None else [config.memory_size]))
+    chunk, least = config.chunk_size, config.chunk_size
+    problems = []
+    for size in chosen:
+        if size < 0 or size % chunk:
+            nearest = max(least, round(size / chunk) * chunk)
+            problems.append(f"memory size ({size}) must be a multiple of chunk_size ({chunk}); try {nearest}")
+    if problems:
+        raise ConfigError(problems)
+    return [size for size in chosen if size]
+
+
+def _tokenizer_folder(candidates: Sequence[str | None]) -> str:
+    """The first folder with a tokenizer in it; else the last name given, for transformers to say what is missing."""
+    named = [name for name in candidates if name]
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+    with_files = [name for name in named if any((Path(name) / file).is_file() for file in files)]
+    return with_files[0] if with_files else named[-1]
+
+
+def _positions(config: Any) -> int | None:
+    text = config.get_text_config() if config is not None else None
+    return getattr(text, "max_position_embeddings", None)

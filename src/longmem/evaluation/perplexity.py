@@ -1,0 +1,229 @@
+"""Perplexity of long documents with and without memory, under two protocols.
+
+Every document is streamed from its beginning and memory is empty when it starts. ``segments``, the paper's protocol,
+cuts it into consecutive windows; memory holds all earlier ones. It flatters every memory, because the backbone loses the
+context just before each segment. ``sliding`` moves the window by ``stride``, as a user of the backbone would; only tokens
+that have left the window are in memory. See ``streaming.stream_nll`` for exactly when keys and values are written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longmem.errors import ConfigError
+from longmem.evaluation.bootstrap import Bootstrap
+from longmem.evaluation.documents import TokenizedDocument
+from longmem.evaluation.records import BLOCK, Ledger, Record, make_record
+from longmem.evaluation.results import RunHeader
+from longmem.evaluation.scores import ProtocolScores, protocol_scores
+from longmem.evaluation.streaming import stream_nll
+from longmem.evaluation.systems import System, compared_pairs
+from longmem.evaluation.windows import PROTOCOLS
+
+RECORDS_VERSION = 1  # part of every record's key; raised when a record's meaning changes
+
+Progress = Callable[[str, int, int], Any]
+"""``(what is measured, tokens done, tokens in all)``."""
+
+
+@dataclass(frozen=True)
+class PerplexitySettings:
+    """How documents are streamed and intervals drawn.
+
+    Args:
+        window: tokens the model sees at once.
+        stride: how far the sliding window moves; None is half the window.
+        protocols: which protocols to run.
+        rows: documents in one batch.
+        block: tokens of a block for the block bootstrap.
+        bootstrap: resamples, level and seed.
+
+    Raises:
+        ConfigError: lists every setting that breaks a rule.
+    """
+
+    window: int
+    stride: int | None = None
+    protocols: tuple[str, ...] = PROTOCOLS
+    rows: int = 8
+    block: int = BLOCK
+    bootstrap: Bootstrap = field(default_factory=Bootstrap)
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} ({value}) must be at least {least}"
+            for name, value, least in (
+                ("window", self.window, 2),
+                ("rows", self.rows, 1),
+                ("block", self.block, 1),
+                ("bootstrap resamples", self.bootstrap.resamples, 1),
+            )
+            if value < least
+        ]
+        if self.stride is not None and not 1 <= self.stride <= self.window:
+            problems.append(
+                f"stride ({self.stride}) must be between 1 and the window ({self.window}); try {self.window // 2}"
+            )
+        if not 0 < self.bootstrap.level < 1:
+            problems.append(f"bootstrap level ({self.bootstrap.level}) must be between 0 and 1; try 0.95")
+        unknown = [name for name in self.protocols if name not in PROTOCOLS]
+        if unknown or not self.protocols:
+            problems.append(f"protocols ({', '.join(unknown) or 'none'}) must be among {', '.join(PROTOCOLS)}")
+        if problems:
+            raise ConfigError(problems)
+
+    def stride_of(self, protocol: str) -> int:
+        """Segments are a window that moves by its whole width."""
+        return self.window if protocol == "segments" else (self.stride or self.window // 2)
+
+
+@dataclass(frozen=True)
+class DocumentScores:
+    """One document: nll in nats, ``nll[protocol][system]``."""
+
+    id: str
+    group: str | None
+    tokens: int
+    words: int
+    bytes: int
+    digest: str
+    nll: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """What ``longmem eval perplexity`` writes as JSON."""
+
+    header: RunHeader
+    systems: dict[str, str]
+    protocols: dict[str, ProtocolScores]
+    documents: list[DocumentScores]
+
+
+def perplexity(
+    systems: Sequence[System],
+    documents: Sequence[TokenizedDocument],
+    settings: PerplexitySettings,
+    *,
+    device: str = "cpu",
+    records: Path | None = None,
+    command: str = "",
+    config: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> PerplexityResult:
+    """Measure every system on every document under every protocol.
+
+    Args:
+        systems: from ``longmem_systems`` or ``plain_systems``; the first is the baseline of all differences.
+        documents: from ``tokenize_documents``.
+        settings: window, stride, protocols, rows, bootstrap.
+        device: where the models are.
+        records: JSONL file of finished documents; what it already holds is not measured again.
+        command: as typed, kept in the result.
+        config: what else the result should say about its making (paths, dtype).
+        progress: told about every forward pass.
+    """
+    began = time.monotonic()
+    ledger = Ledger(records)
+    protocols, nll = {}, [dict[str, dict[str, float]]() for _ in documents]
+    for protocol in settings.protocols:
+        table = {
+            system.name: measure(system, documents, settings, protocol, ledger, device=device, progress=progress)
+            for system in systems
+        }
+        stride = settings.stride_of(protocol)
+        protocols[protocol] = protocol_scores(
+            protocol,
+            settings.window,
+            stride,
+            documents,
+            table,
+            compared_pairs(systems),
+            settings.bootstrap,
+            settings.block,
+        )
+        for i, of_document in enumerate(nll):
+            of_document[protocol] = {name: found[i].nll for name, found in table.items()}
+    return PerplexityResult(
+        header=RunHeader(
+            task="perplexity",
+            command=command,
+            config=asdict(settings) | (config or {}),
+            models={system.name: system.identity for system in systems},
+            samples={
+                "documents": len(documents),
+                "tokens": sum(document.scored for document in documents),
+                "words": sum(document.words for document in documents),
+                "bytes": sum(document.bytes for document in documents),
+            },
+            seeds=[settings.bootstrap.seed],
+            seconds=round(time.monotonic() - began, 1),
+        ),
+        systems={system.name: system.label for system in systems},
+        protocols=protocols,
+        documents=[
+            DocumentScores(d.id, d.group, d.scored, d.words, d.bytes, d.digest, of_document)
+            for d, of_document in zip(documents, nll, strict=True)
+        ],
+    )
+
+
+def measure(
+    system: System,
+    documents: Sequence[TokenizedDocument],
+    settings: PerplexitySettings,
+    protocol: str,
+    ledger: Ledger,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> list[Record]:
+    """One system under one protocol: a record for each document, those that the ledger has taken from it."""
+    stride, key = settings.stride_of(protocol), _key(system, settings, protocol)
+    missing = [document for document in documents if ledger.get(key, document.digest) is None]
+    total = sum(document.scored for document in missing)
+    done = 0
+
+    def advance(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        if progress is not None:
+            progress(f"{protocol}: {system.label}", done, total)
+
+    if missing:
+        rows = min(settings.rows, len(missing))
+        subject = system.prepare(rows, max(document.scored for document in missing))
+        for i, nll in stream_nll(
+            subject,
+            [document.ids for document in missing],
+            window=settings.window,
+            stride=stride,
+            rows=rows,
+            names=[document.id for document in missing],
+            device=device,
+            progress=advance,
+        ):
+            document = missing[i]
+            ledger.append(make_record(key, document.digest, document.id, protocol, system.name, nll, settings.block))
+    found = [ledger.get(key, document.digest) for document in documents]
+    return [record for record in found if record is not None]
+
+
+def _key(system: System, settings: PerplexitySettings, protocol: str) -> str:
+    """Hash of everything that a document's numbers depend on besides its ids."""
+    parts = {
+        "version": RECORDS_VERSION,
+        "system": system.name,
+        "identity": system.identity,
+        "protocol": protocol,
+        "window": settings.window,
+        "stride": settings.stride_of(protocol),
+        "block": settings.block,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,88 @@
+"""What every result file says besides its numbers: who measured what, with which versions, on which machine."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field, is_dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from longmem import __version__
+
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of what its numbers depend on."""
+    found = {"python": platform.python_version(), "longmem": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+@dataclass(frozen=True)
+class RunHeader:
+    """The part of a result that makes it repeatable."""
+
+    task: str
+    command: str
+    config: dict[str, Any]
+    models: dict[str, Any]
+    samples: dict[str, int]
+    seeds: list[int]
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    versions: dict[str, str] = field(default_factory=versions)
+    machine: dict[str, Any] = field(default_factory=machine)
+    seconds: float = 0.0
+
+
+def command_line() -> str:
+    """The command as it was typed, the program by its name only."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def to_json(record: Any) -> str:
+    """Dataclasses as objects; NaN and infinity, which JSON lacks, as null."""
+    plain = asdict(record) if is_dataclass(record) and not isinstance(record, type) else record
+    return json.dumps(_finite(plain), indent=1, ensure_ascii=False)
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Complete or absent: written beside its place, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False) as file:
+        file.write(to_json(record) + "\n")
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,200 @@
+"""Run documents through a model as rows of a batch, each from its beginning, its memory its own.
+
+B rows · T window tokens · V vocabulary · Hkv key/value heads · D head_dim
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from longmem.evaluation.windows import Window, windows
+from longmem.types import AttentionKV
+
+CE_BLOCK = 512  # tokens whose (tokens, V) float32 logits exist at one time
+
+
+class WritableMemory(Protocol):
+    """What a stream needs of a ``MemoryBank``."""
+
+    def add(
+        self,
+        kv: AttentionKV,
+        *,
+        rows: Tensor | None = None,
+        documents: Sequence[str | None] | None = None,
+        offsets: Sequence[int] | None = None,
+    ) -> None: ...
+
+    def reset(self, rows: Tensor | None = None) -> None: ...
+
+
+Forward = Callable[[Tensor, Tensor, int], tuple[Tensor, AttentionKV | None]]
+"""``forward(input_ids (B, T), rows (B,), keep)`` gives the logits of the last ``keep`` positions, (B, keep, V), and the
+memory layer's keys and values of all T, or None for a model without memory."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One of the models compared: how to run it, and the memory it reads, if it has one."""
+
+    forward: Forward
+    memory: WritableMemory | None = None
+
+
+@dataclass(eq=False)
+class _Lane:
+    """One row of the batch: a document part way through.
+
+    ``held`` is the queue of keys and values that are still inside the window: each token's are those of the window in
+    which it was scored, and they are written when, and only when, the window has moved past the token.
+    """
+
+    row: int
+    document: int
+    ids: Tensor  # (n,) on the device; inputs are the first n - 1, targets the last n - 1
+    plan: Iterator[Window]
+    window: Window
+    nll: NDArray[np.float64]  # (n - 1,)
+    held: deque[tuple[int, Tensor, Tensor]] = field(default_factory=deque)  # (first token, keys, values (Hkv, t, D))
+
+    def advance(self) -> bool:
+        following = next(self.plan, None)
+        if following is not None:
+            self.window = following
+        return following is not None
+
+    def left_window(self) -> tuple[int, Tensor, Tensor] | None:
+        """Take from the queue what lies before the window's start: first token, keys and values (Hkv, t, D)."""
+        gone: list[tuple[int, Tensor, Tensor]] = []
+        while self.held and self.held[0][0] < self.window.start:
+            first, keys, values = self.held.popleft()
+            cut = self.window.start - first
+            if cut < keys.shape[1]:
+                self.held.appendleft((self.window.start, keys[:, cut:], values[:, cut:]))
+            gone.append((first, keys[:, :cut], values[:, :cut]))
+        if not gone:
+            return None
+        keys, values = (torch.cat([part[i] for part in gone], dim=1) for i in (1, 2))  # type: ignore[misc]
+        return gone[0][0], keys, values
+
+
+@torch.inference_mode()
+def stream_nll(
+    subject: Subject,
+    documents: Sequence[Tensor],
+    *,
+    window: int,
+    stride: int,
+    rows: int,
+    names: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], Any] = lambda tokens: None,
+) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """Score every token of every document but its first, which nothing precedes.
+
+    Documents are rows of one batch, the longest first; a finished row is reset and given to the next document, so a row
+    never reads another document. Rows are padded at their ends, where a causal model cannot look.
+
+    What memory holds when window ``[start, end)`` is scored is exactly the tokens before ``start``. The keys and values
+    of a token are computed once, in the window in which the token is scored (so with at least ``window - stride`` tokens
+    of context, where the document has them), wait in a queue while the token is still in the window, and are written
+    when it has left. With ``stride == window`` this is: score a segment, then memorize it.
+
+    Args:
+        subject: the model, and its memory with at least ``rows`` rows.
+        documents: token ids, each (n,) with n >= 2.
+        window: tokens the model sees at once.
+        stride: how far the window moves; ``window`` itself for non-overlapping segments.
+        rows: documents in one batch.
+        names: document names for the memory's provenance.
+        device: where the model is.
+        progress: called with the number of tokens scored by each forward pass.
+
+    Yields:
+        document index and its negative log-likelihoods in nats, (n - 1,), in the order in which documents finish.
+    """
+    waiting = deque(sorted(range(len(documents)), key=lambda i: -len(documents[i])))
+    free = list(range(rows))[::-1]
+    lanes: list[_Lane] = []
+    while waiting or lanes:
+        while waiting and free:
+            lanes.append(_open(subject, free.pop(), waiting.popleft(), documents, window, stride, device))
+        _memorize(subject, lanes, names)
+        _score(subject, lanes)
+        progress(sum(lane.window.end - lane.window.scored_from for lane in lanes))
+        finished = [lane for lane in lanes if not lane.advance()]
+        for lane in finished:
+            lanes.remove(lane)
+            free.append(lane.row)
+            yield lane.document, lane.nll
+
+
+def _open(
+    subject: Subject,
+    row: int,
+    document: int,
+    documents: Sequence[Tensor],
+    window: int,
+    stride: int,
+    device: torch.device | str,
+) -> _Lane:
+    if subject.memory is not None:
+        subject.memory.reset(rows=torch.tensor([row]))
+    ids = documents[document].to(device)
+    plan = windows(len(ids) - 1, window, stride)
+    return _Lane(row, document, ids, plan, next(plan), np.zeros(len(ids) - 1))
+
+
+def _memorize(subject: Subject, lanes: Sequence[_Lane], names: Sequence[str] | None) -> None:
+    """Write what has left each row's window; rows that move by the same number of tokens in one call."""
+    if subject.memory is None:
+        return
+    groups: dict[int, list[tuple[_Lane, int, Tensor, Tensor]]] = {}
+    for lane in lanes:
+        gone = lane.left_window()
+        if gone is not None:
+            groups.setdefault(gone[1].shape[1], []).append((lane, *gone))
+    for group in groups.values():
+        subject.memory.add(
+            AttentionKV(torch.stack([keys for _, _, keys, _ in group]), torch.stack([values for *_, values in group])),
+            rows=torch.tensor([lane.row for lane, *_ in group]),
+            documents=[names[lane.document] if names else str(lane.document) for lane, *_ in group],
+            offsets=[first for _, first, *_ in group],
+        )
+
+
+def _score(subject: Subject, lanes: Sequence[_Lane]) -> None:
+    spans = [lane.window for lane in lanes]
+    width = max(span.end - span.start for span in spans)
+    input_ids = lanes[0].ids.new_zeros(len(lanes), width)
+    for b, (lane, span) in enumerate(zip(lanes, spans, strict=True)):
+        input_ids[b, : span.end - span.start] = lane.ids[span.start : span.end]
+    keep = width - min(span.scored_from - span.start for span in spans)
+    logits, kv = subject.forward(input_ids, torch.tensor([lane.row for lane in lanes]), keep)
+    skipped = width - keep
+    for b, (lane, span) in enumerate(zip(lanes, spans, strict=True)):
+        first, last = span.scored_from - span.start, span.end - span.start
+        targets = lane.ids[span.scored_from + 1 : span.end + 1]
+        nll = token_nll(logits[b, first - skipped : last - skipped], targets)
+        lane.nll[span.scored_from : span.end] = nll.cpu().numpy()
+        if subject.memory is not None and kv is not None:
+            # clones: a slice would keep the keys and values of the whole batch alive for as long as it waits
+            lane.held.append((span.scored_from, kv.keys[b, :, first:last].clone(), kv.values[b, :, first:last].clone()))
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p of each target in nats: logits (T, V), targets (T,) -> (T,) float32, a block at a time."""
+    parts = []
+    for at in range(0, len(targets), CE_BLOCK):
+        block = logits[at : at + CE_BLOCK].float()
+        chosen = block.gather(1, targets[at : at + CE_BLOCK, None]).squeeze(1)
+        parts.append(block.logsumexp(dim=1) - chosen)
+    return torch.cat(parts)
