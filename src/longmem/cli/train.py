@@ -1,0 +1,48 @@
+"""``longmem train``: a run from a recipe file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command(name="train")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.NAME=VALUE", help="Change one setting; repeatable.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run, if there is one.")
+@click.option("--overwrite", is_flag=True, help="Remove an earlier run of the same name first.")
+@click.option("--check", is_flag=True, help="Read the recipe, report every problem, train nothing.")
+@click.option("--quiet", is_flag=True, help="No lines and no progress bar on stderr.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(
+    recipe: Path, overrides: tuple[str, ...], resume: bool, overwrite: bool, check: bool, quiet: bool, as_json: bool
+) -> None:
+    """Train what RECIPE (a TOML file) describes: a backbone from scratch, or a SideNet over a frozen one.
+
+    \b
+    longmem train recipes/tiny-cpu.toml
+    longmem train recipes/gpt2-small.toml --set run.seed=2 --set optim.rows=4
+    longmem train recipes/gpt2-small.toml --resume
+    """
+    from longmem.training.recipe import Recipe
+
+    settings = Recipe.load(recipe, overrides)
+    if check:
+        click.echo(settings.model_dump_json(indent=2) if as_json else f"{recipe}: {settings.task}, no problems found")
+        return
+    from longmem.training.loop import train
+
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    if not quiet:
+        logging.getLogger("longmem").setLevel(logging.INFO)
+    result = train(settings, resume=resume, overwrite=overwrite, quiet=quiet)
+    if as_json:
+        fields = {"model_dir": str(result.model_dir) if result.model_dir else None, "step": result.step}
+        fields |= {"tokens": result.tokens, "seconds": round(result.seconds, 1), "evaluation": result.evaluation}
+        click.echo(json.dumps({"out_dir": str(result.out_dir), **fields}))
+    else:
+        click.echo(result.model_dir or result.out_dir)

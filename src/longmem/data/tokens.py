@@ -1,0 +1,193 @@
+"""Text tokenised once, kept on disk, read as a memory map."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from longmem.data.text import Document, TextSource, read_documents
+from longmem.errors import DataError
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+_BATCH_CHARACTERS = 4_000_000
+
+
+@dataclass(frozen=True)
+class TokenCorpus:
+    """Documents as one array of token ids.
+
+    Attributes:
+        ids: (tokens,) uint16 or uint32, document after document, each ended by the tokenizer's end token.
+        bounds: (documents + 1,) int64; document d is ``ids[bounds[d]:bounds[d + 1]]``.
+        names: document ids.
+        num_bytes: (documents,) int64, UTF-8 bytes of each text.
+        num_words: (documents,) int64, words between white space.
+        fingerprint: of text and tokenizer.
+    """
+
+    ids: NDArray[np.unsignedinteger[Any]]
+    bounds: NDArray[np.int64]
+    names: tuple[str, ...]
+    num_bytes: NDArray[np.int64]
+    num_words: NDArray[np.int64]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.bounds[-1])
+
+    def document(self, index: int) -> NDArray[np.int64]:
+        """Token ids of one document, (tokens,)."""
+        return self.ids[self.bounds[index] : self.bounds[index + 1]].astype(np.int64)
+
+    @classmethod
+    def from_documents(
+        cls, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, fingerprint: str = ""
+    ) -> TokenCorpus:
+        """Tokenise in RAM; ``tokenize`` is the same with a cache on disk."""
+        parts: list[NDArray[Any]] = []
+        names: list[str] = []
+        sizes: list[tuple[int, int]] = []
+        for document, ids in _encode(documents, tokenizer):
+            parts.append(ids)
+            names.append(document.id)
+            sizes.append((len(document.text.encode()), len(document.text.split())))
+        if not parts:
+            raise DataError("no document with text; check data.paths, data.include and data.exclude")
+        bounds = np.concatenate([[0], np.cumsum([len(ids) for ids in parts])]).astype(np.int64)
+        num_bytes, num_words = np.array(sizes, dtype=np.int64).T
+        return cls(np.concatenate(parts), bounds, tuple(names), num_bytes, num_words, fingerprint)
+
+    def save(self, folder: Path) -> None:
+        """Write into a folder that is complete or absent."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".tokens-", dir=folder.parent))
+        self.ids.tofile(temporary / "tokens.bin")
+        index = {
+            "format": FORMAT,
+            "dtype": self.ids.dtype.name,
+            "fingerprint": self.fingerprint,
+            "bounds": self.bounds.tolist(),
+            "names": self.names,
+            "num_bytes": self.num_bytes.tolist(),
+            "num_words": self.num_words.tolist(),
+        }
+        (temporary / "index.json").write_text(json.dumps(index))
+        try:
+            os.replace(temporary, folder)
+        except OSError:  # another process was first with the same content
+            shutil.rmtree(temporary)
+
+    @classmethod
+    def load(cls, folder: Path) -> TokenCorpus:
+        """Open a saved corpus; the ids stay in the file until they are read.
+
+        Raises:
+            DataError: the folder is damaged.
+        """
+        try:
+            index = json.loads((folder / "index.json").read_text())
+            bounds = np.array(index["bounds"], dtype=np.int64)
+            ids = np.memmap(folder / "tokens.bin", dtype=index["dtype"], mode="r")
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{folder}: damaged token cache ({error}); delete the folder, it is made again") from error
+        if index["format"] != FORMAT or len(ids) != bounds[-1]:
+            raise DataError(f"{folder}: damaged token cache ({len(ids)} of {bounds[-1]} tokens); delete the folder")
+        sizes = (np.array(index[name], dtype=np.int64) for name in ("num_bytes", "num_words"))
+        return cls(ids, bounds, tuple(index["names"]), *sizes, index["fingerprint"])
+
+
+def tokenize(source: TextSource, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> TokenCorpus:
+    """The tokens of a source: from the cache where text and tokenizer are the same, else made and kept there.
+
+    Raises:
+        DataError: see ``read_documents``.
+    """
+    fingerprint = hashlib.sha256(f"{FORMAT} {source.fingerprint()} {tokenizer_hash(tokenizer)}".encode()).hexdigest()
+    folder = cache_dir / f"tokens-{fingerprint[:16]}" if cache_dir else None
+    if folder is not None and folder.exists():
+        return TokenCorpus.load(folder)
+    log.info("tokenising %s", ", ".join(source.paths))
+    try:
+        corpus = TokenCorpus.from_documents(read_documents(source), tokenizer, fingerprint)
+    except DataError as error:
+        if source.include and str(error).startswith("no document"):
+            names = ", ".join(source.include)
+            raise DataError(f"{', '.join(source.paths)}: no document matches {names}; check the pattern") from error
+        raise
+    if folder is None:
+        return corpus
+    corpus.save(folder)
+    return TokenCorpus.load(folder)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of everything that decides which ids a text gets."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(f"{content} {_prefix(tokenizer)} {tokenizer.eos_token_id}".encode()).hexdigest()
+
+
+def _encode(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Document, NDArray[np.unsignedinteger[Any]]]]:
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    prefix = _prefix(tokenizer)
+    suffix = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encode = _encoder(tokenizer)
+    for batch in _batches(documents):
+        for document, ids in zip(batch, encode([document.text for document in batch]), strict=True):
+            yield document, np.array([*prefix, *ids, *suffix], dtype=dtype)
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], Iterator[list[int]]]:
+    """Whole batches at once on all cores, without the offsets that nobody reads here."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+
+    def fast(texts: list[str]) -> Iterator[list[int]]:
+        assert backend is not None
+        return (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+
+    def slow(texts: list[str]) -> Iterator[list[int]]:
+        return iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+
+    if backend is None:
+        return slow
+    backend.no_truncation()
+    backend.no_padding()
+    return fast
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts in front of a text (``<s>`` of Llama, nothing of GPT-2)."""
+    ids: list[int] = tokenizer("")["input_ids"]
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []

@@ -1,0 +1,373 @@
+"""Recipes: a training run as a TOML file, read into typed sections.
+
+``longmem train RECIPE.toml --set section.name=value``. Every problem of a recipe is reported, in one error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from longmem.data.text import TEXT_SUFFIXES, TextSource
+from longmem.errors import ConfigError
+
+Share = typing.Annotated[float, Field(ge=0, le=1)]
+Count = typing.Annotated[int, Field(ge=1)]
+CountOrNone = typing.Annotated[int, Field(ge=0)]
+Positive = typing.Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A table of a recipe; a key it does not know is a mistake, never ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunSection(Section):
+    """What the run is called and where its files go."""
+
+    name: str = "run"
+    out_dir: Path | None = None
+    """None: ``runs/NAME``. Holds metrics.jsonl, checkpoints/, final/ and the tokenizer."""
+    seed: int = 1
+
+
+class DataSection(Section):
+    """Text and how it becomes rows."""
+
+    paths: tuple[str, ...] = ()
+    """Training text, see ``TextSource.paths``."""
+    valid: tuple[str, ...] = ()
+    """Text for the losses of [eval]; may be empty."""
+    held_out: tuple[str, ...] = ()
+    """Patterns of document ids in ``paths`` that are kept for validation and not trained on."""
+    suffixes: tuple[str, ...] = TEXT_SUFFIXES
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    field: str = "text"
+    documents: Literal["file", "folder"] = "file"
+    undecodable: Literal["error", "skip", "replace"] = "error"
+    tokenizer: str | None = None
+    """Folder or hub id. None: pre-training learns one of ``vocab_size``, adaptation takes the backbone's."""
+    vocab_size: Count = 8192
+    tokenizer_bytes: Count = 64_000_000
+    """How much text the tokenizer learns from."""
+    window: Count = 1024
+    """T: tokens of a pre-training row, and of an adaptation segment."""
+    piece_tokens: CountOrNone = 0
+    """Adaptation: deal out longer documents in pieces of so many tokens; 0 keeps them whole."""
+    repeat_fraction: Share = 0.0
+    """Pre-training: share of rows that are copy practice, see ``WindowSampler``. Not in the paper."""
+    repeat_random: Share = 0.25
+    """Share of random-token rows among the practice rows."""
+    cache_dir: Path | None = None
+    """Where token ids are kept between runs; None: ``cache`` beside the run's folder."""
+
+
+class ModelSection(Section):
+    """Pre-training: shape of the ``AlibiGPT``."""
+
+    hidden_size: Count = 256
+    layers: Count = 8
+    heads: Count = 8
+    intermediate_size: Count | None = None
+    activation: str = "gelu_new"
+    layer_norm_epsilon: Positive = 1e-6
+    init: str | None = None
+    """Folder or hub id of a model to go on from, instead of fresh weights."""
+
+
+class BackboneSection(Section):
+    """Adaptation: the frozen model."""
+
+    path: str | None = None
+    """Folder or hub id of any causal language model."""
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Storage type of the frozen weights; None keeps what the precision of [optim] asks for."""
+
+
+class SideNetSection(Section):
+    """Adaptation: the SideNet and its memory."""
+
+    memory_layer: Count | Literal["auto"] | None = None
+    """Backbone layer that is remembered, 0-based; None: three quarters of the depth."""
+    stride: Count = 2
+    init: Literal["copy", "zero"] = "copy"
+    fusion: Literal["gate", "softmax"] = "gate"
+    final_state: Literal["pre_norm", "normed"] | None = None
+    """None: as the backbone's family does it."""
+    chunk_size: Count = 4
+    num_retrieved: Count = 64
+    memory_size: Count = 65536
+    memory: bool = True
+    """False: the control, the same SideNet trained without any memory."""
+    shared: bool = False
+    """One memory for all rows, as in the released code; rows then read each other's text."""
+    boundary: Literal["keep", "reset"] = "keep"
+    """What a row's memory does when its next text begins."""
+    memory_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of stored keys and values; None: bfloat16 where precision is bf16."""
+
+
+class OptimSection(Section):
+    """Optimiser, schedule, budget, precision."""
+
+    optimiser: Literal["adamw", "muon"] = "adamw"
+    """muon: torch.optim.Muon for the 2-D weights inside the layers, AdamW for the rest."""
+    lr: Positive = 2e-4
+    muon_lr: Positive = 0.02
+    """Learning rate of the weights that Muon trains."""
+    muon_momentum: Share = 0.95
+    gate_lr: Positive | None = None
+    """Learning rate of the memory gates; None: ``lr``."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: Positive = 1e-6
+    weight_decay: typing.Annotated[float, Field(ge=0)] = 0.01
+    schedule: Literal["polynomial", "cosine", "wsd", "constant"] = "polynomial"
+    power: Positive = 1.0
+    """Of the polynomial decay to zero; 1 is linear, the paper's."""
+    decay_fraction: Share = 0.3
+    """wsd: share of the run, at its end, over which the rate falls linearly to zero."""
+    warmup: Share = 0.02
+    """Share of the run over which the rate rises linearly from zero."""
+    schedule_by: Literal["tokens", "time"] = "tokens"
+    """What the schedule follows: the token budget, or ``max_minutes``."""
+    steps: Count | None = None
+    tokens: Count | None = None
+    """The budget: steps, or tokens of all rows and processes."""
+    max_minutes: Positive | None = None
+    """Stop cleanly after so long, over all resumed parts of the run."""
+    rows: Count = 8
+    """Rows per process and forward pass."""
+    accumulate: Count = 1
+    """Forward passes per optimiser step."""
+    clip: typing.Annotated[float, Field(ge=0)] = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    dropout: typing.Annotated[float, Field(ge=0, lt=1)] = 0.1
+    precision: Literal["bf16", "fp32"] = "bf16"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    """torch.compile the pre-trained model; needs a C++ compiler on a CPU."""
+    threads: CountOrNone = 0
+    """CPU threads; 0 leaves torch's choice."""
+
+
+class CheckpointSection(Section):
+    """Resumable states."""
+
+    every: CountOrNone = 1000
+    """Steps between checkpoints; 0 writes one only when the run is stopped."""
+    keep_last: Count = 2
+
+
+class LogSection(Section):
+    """What is told, and how often."""
+
+    every: Count = 10
+    tensorboard: bool = False
+
+
+class EvalSection(Section):
+    """Losses on ``data.valid`` while training."""
+
+    every: CountOrNone = 500
+    """Steps between evaluations; 0 evaluates at the end only."""
+    tokens: Count = 65536
+    rows: Count = 8
+    copy_score: bool = True
+    """Pre-training: also measure how well the model copies from its context."""
+
+
+class Recipe(Section):
+    """A training run. ``task`` says which: ``pretrain`` an ``AlibiGPT``, or ``adapt`` a SideNet over a backbone."""
+
+    task: Literal["pretrain", "adapt"]
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    backbone: BackboneSection = BackboneSection()
+    sidenet: SideNetSection = SideNetSection()
+    optim: OptimSection = OptimSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+    eval: EvalSection = EvalSection()
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a recipe file.
+
+        Args:
+            path: TOML.
+            overrides: ``section.name=value`` each, value in TOML or a bare word.
+
+        Raises:
+            ConfigError: the file is missing or no TOML, or settings are wrong; lists every one.
+        """
+        try:
+            settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot read the recipe ({error.strerror}); see recipes/ for some") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not TOML ({error})") from error
+        problems = [problem for text in overrides if (problem := _override(settings, text))]
+        return cls.parse(settings, problems)
+
+    @classmethod
+    def parse(cls, settings: dict[str, Any], problems: Sequence[str] = ()) -> Recipe:
+        """Check settings as read from TOML.
+
+        Raises:
+            ConfigError: lists every broken rule, and ``problems`` found before.
+        """
+        found = list(problems)
+        try:
+            recipe = cls.model_validate(settings)
+        except ValidationError as error:
+            found += [_line(details) for details in error.errors()]
+            try:
+                # the rules between settings are read with the wrong ones at their defaults, to report all at once
+                recipe = cls.model_validate(_without(settings, [details["loc"] for details in error.errors()]))
+            except ValidationError:
+                raise ConfigError(found) from error
+        named = {line.split(" ")[0] for line in found}
+        found += [line for line in recipe.problems() if line.split(" ")[0] not in named]
+        if found:
+            raise ConfigError(found)
+        return recipe
+
+    def problems(self) -> list[str]:
+        """Every broken rule between settings, one line each."""
+        return _contradictions(self)
+
+    @property
+    def out_dir(self) -> Path:
+        """The run's folder."""
+        return self.run.out_dir or Path("runs") / self.run.name
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where token ids are kept."""
+        return self.data.cache_dir or self.out_dir.parent / "cache"
+
+    def train_source(self) -> TextSource:
+        """The training text."""
+        return self._source(self.data.paths, self.data.include, self.data.exclude + self.data.held_out)
+
+    def valid_source(self) -> TextSource | None:
+        """The validation text; None if there is none."""
+        if self.data.valid:
+            return self._source(self.data.valid, (), self.data.exclude)
+        if self.data.held_out:
+            return self._source(self.data.paths, self.data.held_out, self.data.exclude)
+        return None
+
+    def _source(self, paths: tuple[str, ...], include: tuple[str, ...], exclude: tuple[str, ...]) -> TextSource:
+        data = self.data
+        return TextSource(paths, data.suffixes, include, exclude, data.field, data.documents, data.undecodable)
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    data, model, side, optim = recipe.data, recipe.model, recipe.sidenet, recipe.optim
+    found = []
+    if not data.paths:
+        found.append("data.paths is empty; name files, folders, .jsonl, .tar.xz or hub:NAME to train on")
+    if data.valid and data.held_out:
+        found.append("data.held_out and data.valid are both set; keep one of them")
+    if recipe.task == "adapt":
+        if recipe.backbone.path is None:
+            found.append("backbone.path is missing; name a folder or hub id of a causal language model")
+        for name in ("num_retrieved", "memory_size"):
+            value, chunk = getattr(side, name), side.chunk_size
+            if value % chunk:
+                below = value - value % chunk
+                tries = f"{below} or {below + chunk}" if below else f"{chunk}"
+                found.append(f"sidenet.{name} ({value}) must be a multiple of sidenet.chunk_size ({chunk}); try {tries}")
+    if recipe.task == "pretrain" and model.init is None and model.hidden_size % model.heads:
+        found.append(
+            f"model.hidden_size ({model.hidden_size}) must be a multiple of model.heads ({model.heads}); "
+            f"try {model.hidden_size // model.heads * model.heads + model.heads}"
+        )
+    if optim.steps is None and optim.tokens is None and optim.max_minutes is None:
+        found.append("optim.steps, optim.tokens and optim.max_minutes are all missing; set one as the budget")
+    if optim.steps is not None and optim.tokens is not None:
+        found.append(f"optim.steps ({optim.steps}) and optim.tokens ({optim.tokens}) are both set; keep one of them")
+    if optim.schedule_by == "time" and optim.max_minutes is None:
+        found.append("optim.schedule_by is 'time' but optim.max_minutes is missing; set it")
+    if optim.schedule_by == "tokens" and optim.steps is None and optim.tokens is None and optim.max_minutes is not None:
+        found.append("optim.schedule_by is 'tokens' without optim.tokens or optim.steps; set one, or schedule_by = 'time'")
+    if optim.warmup + (optim.decay_fraction if optim.schedule == "wsd" else 0) > 1:
+        found.append(f"optim.warmup ({optim.warmup}) and optim.decay_fraction ({optim.decay_fraction}) exceed the run")
+    return found
+
+
+def _override(settings: dict[str, Any], text: str) -> str | None:
+    """Set one value; returns the problem if it cannot be."""
+    name, equals, value = text.partition("=")
+    *tables, key = name.strip().split(".")
+    if not equals or not key:
+        return f"--set {text} is not section.name=value; write e.g. --set optim.lr=1e-3"
+    table = settings
+    for part in tables:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            return f"--set {text}: {part} is a value, not a section"
+    try:
+        table[key] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[key] = value.strip()
+    return None
+
+
+def _line(details: Any) -> str:
+    """One problem of pydantic's in the words of the recipe."""
+    places = [str(place) for place in details["loc"]]
+    name = ".".join(place for place in places if "[" not in place and place not in ("int", "literal"))
+    value = details["input"]
+    if details["type"] == "extra_forbidden":
+        near = _nearest(places)
+        return f"{name} is no setting" + (f"; did you mean {near}?" if near else "; remove it")
+    if details["type"] == "missing":
+        return f"{name} is missing; set task = 'pretrain' or 'adapt'"
+    rule = details["msg"][0].lower() + details["msg"][1:]
+    return f"{name} ({value!r}): {rule.replace('input should', 'should')}"
+
+
+def _nearest(places: list[str]) -> str | None:
+    """The known setting most like an unknown one: in its own section first, then in any."""
+    known = {f"{section}.{name}" for section, names in _known().items() for name in names}
+    everything = sorted(known | set(_known()) | {"task"})
+    name = ".".join(places)
+    section = places[0] if len(places) > 1 else ""
+    inside = difflib.get_close_matches(places[-1], _known().get(section, []), n=1, cutoff=0.6)
+    if inside:
+        return f"{section}.{inside[0]}"
+    elsewhere = [setting for setting in everything if setting.split(".")[-1] == places[-1]]
+    return (elsewhere or difflib.get_close_matches(name, everything, n=1, cutoff=0.6) or [None])[0]
+
+
+def _known() -> dict[str, list[str]]:
+    sections = {}
+    for name, field in Recipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            sections[name] = list(field.annotation.model_fields)
+    return sections
+
+
+def _without(settings: dict[str, Any], places: list[tuple[int | str, ...]]) -> dict[str, Any]:
+    """A copy of the settings that lacks the named ones (``task`` falls back to ``pretrain``)."""
+    copy: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    for place in places:
+        section = copy.get(str(place[0]))
+        if len(place) > 1 and isinstance(section, dict):
+            section.pop(str(place[1]), None)
+        else:
+            copy.pop(str(place[0]), None)
+    copy.setdefault("task", "pretrain")
+    return copy

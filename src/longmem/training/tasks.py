@@ -1,0 +1,123 @@
+"""What the loop trains: the face that pre-training and adaptation have in common, and their losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from longmem.data.windows import IGNORE
+
+
+@dataclass
+class Scores:
+    """Sums of losses (nats) and of the tokens they are over; kept on the device, so that adding never waits."""
+
+    loss: Tensor | float = 0.0
+    count: Tensor | float = 0.0
+
+    def add(self, losses: Tensor, counted: Tensor) -> None:
+        """Add the losses (B, T) at the tokens ``counted`` (B, T) bool."""
+        self.loss = self.loss + (losses.detach() * counted).sum()
+        self.count = self.count + counted.sum()
+
+    @property
+    def mean(self) -> float:
+        """Nats per token; NaN over no token."""
+        count = float(self.count)
+        return float(self.loss) / count if count else float("nan")
+
+
+@dataclass
+class StepScores:
+    """What is added up between two log lines.
+
+    Attributes:
+        text: losses of ordinary text.
+        practice: losses of copy-practice rows, pre-training only.
+        extra: further numbers of the newest step, by name.
+    """
+
+    text: Scores = field(default_factory=Scores)
+    practice: Scores = field(default_factory=Scores)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """One kind of training; the loop knows nothing else of it."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    tokens_per_batch: int
+
+    def describe(self) -> str:
+        """One line for people: what is trained on what."""
+        ...
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that change, by name; nothing else of ``model`` ever does."""
+        ...
+
+    def loss(self, model: nn.Module, scores: StepScores) -> Tensor:
+        """Take the next batch through ``model`` (which may be wrapped); mean loss, ()."""
+        ...
+
+    def after_backward(self) -> None:
+        """What may happen only once gradients are computed: memory is written."""
+        ...
+
+    def evaluate(self, autocast: AbstractContextManager[Any], final: bool) -> dict[str, Any]:
+        """Losses on the validation text; empty without such text."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and memory of this process."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold of the model."""
+        ...
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None: ...
+
+    def save(self, folder: Path) -> None:
+        """The finished model and its tokenizer."""
+        ...
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy per token.
+
+    Args:
+        logits: (B, T, V), any float type; scored in fp32.
+        targets: (B, T) long, -100 where nothing is scored.
+
+    Returns:
+        (B, T) float32, 0 where nothing is scored.
+    """
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORE)
+    return losses.view_as(targets)
+
+
+def set_dropout(module: nn.Module, probability: float) -> None:
+    """Give every dropout below ``module`` this probability, those written as a plain number included."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = probability
+        for name in ("attention_dropout", "dropout", "activation_dropout"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, probability)
+
+
+def storage_dtype(name: str | None) -> torch.dtype | None:
+    """``bfloat16`` -> ``torch.bfloat16``; None and ``auto`` stay None."""
+    return None if name in (None, "auto") else getattr(torch, str(name))
