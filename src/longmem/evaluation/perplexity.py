@@ -1,9 +1,9 @@
 """Perplexity of long documents with and without memory, under two protocols.
 
 Every document is streamed from its beginning and memory is empty when it starts. ``segments``, the paper's protocol,
-cuts it into consecutive windows; memory holds all earlier ones. It flatters every memory, because the backbone loses the
-context just before each segment. ``sliding`` moves the window by ``stride``, as a user of the backbone would; only tokens
-that have left the window are in memory. See ``streaming.stream_nll`` for exactly when keys and values are written.
+cuts it into consecutive windows; memory holds all earlier ones. It flatters every memory, because the backbone loses
+the context just before each segment. ``sliding`` moves the window by ``stride``, as a user of the backbone would; only
+tokens that have left the window are in memory. ``streaming.stream_nll`` says exactly when keys and values are written.
 """
 
 from __future__ import annotations

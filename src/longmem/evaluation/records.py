@@ -59,7 +59,8 @@ def block_bins(scored: int, block: int) -> NDArray[np.int64]:
 def position_bins(scored: int) -> NDArray[np.int64]:
     """Bin of each scored token by the number of tokens before it: 1-127, 128-255, 256-511, ..."""
     before = np.arange(1, scored + 1)
-    return np.maximum(0, np.floor(np.log2(before / FIRST_BIN)) + 1).astype(np.int64)
+    bins: NDArray[np.int64] = np.floor(np.log2(np.maximum(before / FIRST_BIN, 0.5)) + 1).astype(np.int64)
+    return bins
 
 
 def bin_edges(index: int) -> tuple[int, int]:

@@ -71,9 +71,10 @@ def to_json(record: Any) -> str:
 
 def write_json(path: Path, record: Any) -> None:
     """Complete or absent: written beside its place, then renamed."""
+    text = to_json(record) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False) as file:
-        file.write(to_json(record) + "\n")
+        file.write(text)
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
 

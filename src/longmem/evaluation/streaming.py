@@ -104,9 +104,9 @@ def stream_nll(
     never reads another document. Rows are padded at their ends, where a causal model cannot look.
 
     What memory holds when window ``[start, end)`` is scored is exactly the tokens before ``start``. The keys and values
-    of a token are computed once, in the window in which the token is scored (so with at least ``window - stride`` tokens
-    of context, where the document has them), wait in a queue while the token is still in the window, and are written
-    when it has left. With ``stride == window`` this is: score a segment, then memorize it.
+    of a token are computed once, in the window in which the token is scored (so with at least ``window - stride``
+    tokens of context, where the document has them), wait in a queue while the token is still in the window, and are
+    written when it has left. With ``stride == window`` this is: score a segment, then memorize it.
 
     Args:
         subject: the model, and its memory with at least ``rows`` rows.

@@ -158,6 +158,4 @@ def _with_memory(model: Any, size: int, make_memory: MemoryFactory) -> Callable[
 def _bank(model: Any, rows: int, capacity_tokens: int) -> WritableMemory:
     from longmem.memory import MemoryBank
 
-    device = next(model.parameters()).device
-    bank: WritableMemory = MemoryBank.for_model(model, rows=rows, capacity_tokens=capacity_tokens, device=device)
-    return bank
+    return MemoryBank.for_model(model, rows=rows, capacity_tokens=capacity_tokens)

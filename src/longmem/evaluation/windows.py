@@ -10,7 +10,7 @@ PROTOCOLS = ("segments", "sliding")
 
 @dataclass(frozen=True)
 class Window:
-    """Input positions ``[start, end)`` of a document; those from ``scored_from`` on are scored, by the token after each.
+    """Input positions ``[start, end)`` of a document; those from ``scored_from`` are scored, by the token after each.
 
     Everything before ``start`` has left the window: it is what memory may hold.
     """

@@ -1,0 +1,191 @@
+"""What is scored, what memory holds at that moment, and that rows do not meet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from longmem.evaluation.streaming import Forward, Subject, stream_nll, token_nll
+from longmem.types import AttentionKV
+
+V = 64
+
+
+class RecordingBank:
+    """Remembers, for each row, the token ids whose keys were written; a key here is the token's id."""
+
+    def __init__(self, rows: int) -> None:
+        self.held: list[list[int]] = [[] for _ in range(rows)]
+        self.documents: list[str | None] = [None] * rows
+        self.writes = 0
+
+    def add(
+        self,
+        kv: AttentionKV,
+        *,
+        rows: Tensor | None = None,
+        documents: Sequence[str | None] | None = None,
+        offsets: Sequence[int] | None = None,
+    ) -> None:
+        assert rows is not None
+        assert documents is not None
+        assert offsets is not None
+        assert kv.mask is None
+        for b, row in enumerate(rows.tolist()):
+            assert offsets[b] == len(self.held[row]), "memory is written in order, without gaps"
+            assert self.documents[row] in (None, documents[b])
+            self.documents[row] = documents[b]
+            assert torch.equal(kv.keys[b], kv.values[b])
+            self.held[row] += kv.keys[b, 0, :, 0].int().tolist()
+            self.writes += kv.keys.shape[2]
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        assert rows is not None
+        for row in rows.tolist():
+            self.held[row], self.documents[row] = [], None
+
+
+def id_forward(seen: list[tuple[list[list[int]], list[int]]]) -> Forward:
+    """Uniform logits; the keys of a token are its id."""
+
+    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[Tensor, AttentionKV]:
+        seen.append((input_ids.tolist(), rows.tolist()))
+        keys = input_ids.float()[:, None, :, None].expand(-1, 2, -1, 3)
+        return torch.zeros(*input_ids.shape, 5000)[:, -keep:], AttentionKV(keys, keys)
+
+    return forward
+
+
+def some_documents(*lengths: int) -> list[Tensor]:
+    """Ids that count up, so that the order of what is written can be read off; no id is 0, the padding."""
+    return [torch.arange(1, n + 1) + 1000 * d for d, n in enumerate(lengths)]
+
+
+def run(subject: Subject, documents: Sequence[Tensor], window: int, stride: int, rows: int) -> dict[int, np.ndarray]:
+    return dict(stream_nll(subject, documents, window=window, stride=stride, rows=rows))
+
+
+def uniform(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[Tensor, None]:
+    return torch.full((*input_ids.shape, V), 3.5)[:, -keep:], None
+
+
+def bigram(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[Tensor, None]:
+    """Logits that depend on the last token only: the same under every protocol."""
+    table = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
+    return table[input_ids][:, -keep:], None
+
+
+def cumulative(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[Tensor, None]:
+    """Logits that depend on all tokens seen so far."""
+    table = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
+    return table[input_ids].cumsum(dim=1)[:, -keep:] / 4, None
+
+
+@pytest.mark.parametrize("stride", [8, 4, 3])
+def test_uniform_model_has_perplexity_of_its_vocabulary(stride: int) -> None:
+    found = run(Subject(uniform), [torch.arange(n) % V for n in (30, 2, 9)], window=8, stride=stride, rows=2)
+    assert [len(found[i]) for i in range(3)] == [29, 1, 8]
+    for nll in found.values():
+        np.testing.assert_allclose(nll, math.log(V), rtol=1e-6)
+
+
+@pytest.mark.parametrize("stride", [8, 5, 1])
+def test_every_token_is_scored_once_by_the_token_before_it(stride: int) -> None:
+    ids = torch.randint(V, (50,), generator=torch.Generator().manual_seed(1))
+    table = torch.randn(V, V, generator=torch.Generator().manual_seed(0)).log_softmax(dim=1)
+    found = run(Subject(bigram), [ids], window=8, stride=stride, rows=1)
+    np.testing.assert_allclose(found[0], -table[ids[:-1], ids[1:]].numpy(), rtol=1e-5)
+
+
+def test_protocols_agree_where_the_document_fits_in_a_window() -> None:
+    ids = torch.randint(V, (9,), generator=torch.Generator().manual_seed(1))
+    segments = run(Subject(cumulative), [ids], window=8, stride=8, rows=1)
+    sliding = run(Subject(cumulative), [ids], window=8, stride=4, rows=1)
+    np.testing.assert_array_equal(segments[0], sliding[0])
+
+
+def test_sliding_window_by_hand() -> None:
+    ids = torch.tensor([5, 1, 4, 2, 3, 7, 6])
+    table = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
+    found = run(Subject(cumulative), [ids], window=4, stride=2, rows=1)[0]
+    # targets 1..4 are scored in window [0, 4), targets 5 and 6 in window [2, 6)
+    for target, start in zip(range(1, 7), (0, 0, 0, 0, 2, 2), strict=True):
+        logits = table[ids[start:target]].sum(dim=0) / 4
+        assert found[target - 1] == pytest.approx(-logits.log_softmax(0)[ids[target]].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(8, 8), (8, 4), (8, 3), (6, 5)])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_memory_holds_exactly_what_has_left_the_window(window: int, stride: int, rows: int) -> None:
+    documents = some_documents(40, 23, 7, 9, 31)
+    bank, checked = RecordingBank(rows), 0
+    inner = id_forward([])
+
+    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[Tensor, AttentionKV | None]:
+        nonlocal checked
+        for ids, row in zip(input_ids.tolist(), rows.tolist(), strict=True):
+            document = documents[ids[0] // 1000].tolist()
+            assert bank.held[row] == document[: document.index(ids[0])]
+            checked += 1
+        return inner(input_ids, rows, keep)
+
+    assert len(run(Subject(forward, bank), documents, window, stride, rows)) == len(documents)
+    assert checked > len(documents)
+
+
+def test_keys_are_those_of_the_window_in_which_a_token_was_scored() -> None:
+    bank = RecordingBank(1)
+    passes = 0
+
+    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[Tensor, AttentionKV]:
+        nonlocal passes
+        keys = torch.full((1, 1, input_ids.shape[1], 1), float(passes))
+        passes += 1
+        return torch.zeros(*input_ids.shape, V)[:, -keep:], AttentionKV(keys, keys)
+
+    run(Subject(forward, bank), [torch.arange(14) % V], window=4, stride=2, rows=1)
+    # inputs 0..12; window 0 scores four, each further one two; the last window [10, 13) still holds 10, 11, 12
+    assert bank.held[0] == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_row_is_reset_and_given_to_the_next_document() -> None:
+    documents = some_documents(20, 18, 12, 6)
+    bank = RecordingBank(2)
+    seen: list[tuple[list[list[int]], list[int]]] = []
+    found = run(Subject(id_forward(seen), bank), documents, window=4, stride=4, rows=2)
+    assert sorted(found) == [0, 1, 2, 3]
+    assert {row for _, rows in seen for row in rows} == {0, 1}
+    assert max(len(rows) for _, rows in seen) == 2
+
+
+@pytest.mark.parametrize("stride", [8, 4])
+def test_rows_of_a_batch_score_as_alone(stride: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    documents = [torch.randint(V, (n,), generator=generator) for n in (33, 5, 18, 50, 9, 26)]
+    together = run(Subject(cumulative), documents, window=8, stride=stride, rows=3)
+    for i, document in enumerate(documents):
+        alone = run(Subject(cumulative), [document], window=8, stride=stride, rows=1)
+        np.testing.assert_allclose(together[i], alone[0], rtol=1e-5)
+
+
+def test_only_the_logits_of_new_tokens_are_asked_for() -> None:
+    kept: list[int] = []
+
+    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[Tensor, None]:
+        kept.append(keep)
+        return uniform(input_ids, rows, keep)
+
+    run(Subject(forward), [torch.arange(14) % V], window=4, stride=2, rows=1)
+    assert kept == [4, 2, 2, 2, 2, 1]
+
+
+def test_nll_in_blocks_equals_cross_entropy() -> None:
+    logits = torch.randn(1100, 11, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(1100) % 11
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(token_nll(logits, targets), expected)
