@@ -1,0 +1,52 @@
+"""``longmem convert``: checkpoints of the released code into ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+DTYPES = ("keep", "float32", "float16", "bfloat16")
+
+
+@click.command(
+    epilog="Example: longmem convert checkpoint_last.pt --out models/longmem",
+)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; new or empty.")
+@click.option(
+    "--backbone",
+    type=click.Path(path_type=Path),
+    help="The backbone's own checkpoint, or a folder it was converted to. Not needed where CHECKPOINT holds it.",
+)
+@click.option(
+    "--settings",
+    type=click.Path(path_type=Path),
+    help="JSON with heads and memory settings, for a state dict in safetensors. Default: the JSON beside it.",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), default="keep", show_default=True, help="Of the weights written.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def command(
+    checkpoint: Path, out: Path, backbone: Path | None, settings: Path | None, dtype: str, as_json: bool
+) -> None:
+    """Convert a checkpoint of the released LongMem code.
+
+    CHECKPOINT is a fairseq file of the backbone (newgpt) or of LongMem. Nothing in it is executed, and fairseq is not needed.
+    A LongMem is written to OUT and its backbone to OUT/backbone.
+    """
+    import torch
+
+    from longmem.convert.write import convert
+
+    chosen = None if dtype == "keep" else getattr(torch, dtype)
+    done = convert(checkpoint, out, backbone=backbone, settings=settings, dtype=chosen)
+    if done.ignored:
+        click.echo(f"ignored {len(done.ignored)} unknown tensors: {', '.join(done.ignored)}", err=True)
+    if as_json:
+        click.echo(json.dumps(done.as_dict()))
+        return
+    trained = f", {done.trained:,} of them in the SideNet" if done.trained else ""
+    click.echo(f"{done.out}: {done.kind} of {done.parameters:,} parameters{trained}, {done.dtype}")
+    if done.backbone != done.out:
+        click.echo(f"{done.backbone}: its backbone")

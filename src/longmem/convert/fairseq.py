@@ -1,0 +1,285 @@
+"""Checkpoints of the released code (fairseq) into ours, without fairseq.
+
+A fairseq file is one ``torch.save`` dict: ``cfg`` (or ``args``) with the settings, ``model`` with the tensors. Two kinds are
+known: the backbone ``newgpt`` and LongMem, which holds its whole backbone. A bare state dict in safetensors with its settings
+in a JSON file beside it is read as well.
+
+No sign is turned: the released code's ``memory_bias`` already weighs memory, as ``memory_gate`` does, although the paper
+writes the gate the other way round.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longmem.config import LongMemConfig
+from longmem.convert.pickles import load_checkpoint, load_tensors, plain
+from longmem.errors import CheckpointError
+from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
+
+BACKBONE_PREFIXES = ("decoder.pretrained_model.decoder.model.", "decoder.model.")
+"""How the backbone's tensors are called inside a LongMem file, and in their own."""
+
+SHARED = {
+    "decoder.embed_tokens.weight": "transformer.wte.weight",
+    "decoder.output_projection.weight": "lm_head.weight",
+}
+"""Tensors that LongMem shares with its backbone, stored twice in the released format."""
+
+SIDE_NORM_EPS = 1e-5
+"""Epsilon of the released SideNet's norms; its backbone has 1e-6 and no setting says so."""
+
+_SIDE_NAMES = (
+    (re.compile(r"^decoder\.layers\.(\d+)\.self_attn\.memory_bias$"), r"memory_gate"),
+    (re.compile(r"^decoder\.layers\.(\d+)\.self_attn\.([kvq]|out)_proj\.weight$"), r"layers.\1.attn.\2_proj.weight"),
+    (re.compile(r"^decoder\.layers\.(\d+)\.fc1\.(weight|bias)$"), r"layers.\1.mlp.fc_in.\2"),
+    (re.compile(r"^decoder\.layers\.(\d+)\.fc2\.(weight|bias)$"), r"layers.\1.mlp.fc_out.\2"),
+    (re.compile(r"^decoder\.layers\.(\d+)\.ln_1\.(weight|bias)$"), r"layers.\1.ln_1.\2"),
+    (re.compile(r"^decoder\.layer_norm\.(weight|bias)$"), r"final_norm.\1"),
+)
+
+
+@dataclass(frozen=True)
+class FairseqCheckpoint:
+    """A released checkpoint, taken apart.
+
+    Attributes:
+        path: where it was read.
+        settings: the ``model`` part of its ``cfg`` or ``args``, as plain values.
+        backbone: the backbone's tensors under our names; empty where the file holds a SideNet alone.
+        side: the SideNet's tensors under our names, without the ``sidenet.`` in front; empty for a backbone.
+        augmented_layer: the SideNet layer whose gate the file holds; None for a backbone.
+        ignored: names of tensors that mean nothing to us.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    backbone: dict[str, Tensor]
+    side: dict[str, Tensor]
+    augmented_layer: int | None
+    ignored: list[str] = field(default_factory=list)
+
+    @property
+    def is_longmem(self) -> bool:
+        return bool(self.side)
+
+    def setting(self, *names: str, default: Any = None) -> Any:
+        """The first of the settings that is there and is not None.
+
+        Raises:
+            CheckpointError: none is, and no default is given.
+        """
+        for name in names:
+            if self.settings.get(name) is not None:
+                return self.settings[name]
+        if default is None:
+            raise CheckpointError(f"{self.path}: its settings lack {' or '.join(names)}, which the tensors cannot tell")
+        return default
+
+
+def side_name(name: str) -> str | None:
+    """Our name, behind ``sidenet.``, of a released SideNet tensor; None for any other."""
+    for pattern, ours in _SIDE_NAMES:
+        if pattern.match(name):
+            return pattern.sub(ours, name)
+    return None
+
+
+def backbone_name(name: str) -> str | None:
+    """Our name of a released backbone tensor; None for any other."""
+    for prefix in BACKBONE_PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return None
+
+
+def read_fairseq(path: str | Path, settings: str | Path | None = None) -> FairseqCheckpoint:
+    """Read a released checkpoint.
+
+    Args:
+        path: a ``.pt`` file, or a state dict in ``.safetensors``.
+        settings: JSON with the settings of a ``.safetensors``; None looks for the longest ``*.json`` beside it whose name
+            begins the file's.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another kind.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        tensors, known = load_tensors(path), _json_settings(path, settings)
+    else:
+        loaded = load_checkpoint(path)
+        tensors = _model_of(path, loaded)
+        known = _json_settings(path, settings) if settings is not None else _settings_of(loaded)
+    return _take_apart(path, tensors, known)
+
+
+def backbone_from_fairseq(
+    checkpoint: FairseqCheckpoint | str | Path, dtype: torch.dtype | None = None
+) -> AlibiGPTForCausalLM:
+    """The backbone in a released backbone or LongMem checkpoint.
+
+    Args:
+        checkpoint: what ``read_fairseq`` returned, or a path.
+        dtype: of the weights; None keeps the file's.
+
+    Raises:
+        CheckpointError: tensors are missing or have the wrong shape.
+    """
+    if not isinstance(checkpoint, FairseqCheckpoint):
+        checkpoint = read_fairseq(checkpoint)
+    config = backbone_config(checkpoint)
+    with torch.device("meta"):
+        model = AlibiGPTForCausalLM(config)
+    check_tensors(checkpoint.path, checkpoint.backbone, model.state_dict(), "backbone")
+    dtype = dtype or checkpoint.backbone["transformer.wte.weight"].dtype
+    model.load_state_dict({name: value.to(dtype) for name, value in checkpoint.backbone.items()}, assign=True)
+    model.config.dtype = dtype
+    return model.eval()
+
+
+def backbone_config(checkpoint: FairseqCheckpoint) -> AlibiGPTConfig:
+    """Shapes come from the tensors; the settings say only what tensors cannot: heads and window."""
+    tensors, setting = checkpoint.backbone, checkpoint.setting
+    if "transformer.wte.weight" not in tensors:
+        raise CheckpointError(f"{checkpoint.path}: holds no backbone; name its checkpoint with --backbone")
+    mode = setting("newgpt_mode", default="alibi")
+    if mode != "alibi":
+        raise CheckpointError(f"{checkpoint.path}: newgpt_mode is {mode!r}; only 'alibi', the paper's backbone, can be converted")
+    vocab, width = tensors["transformer.wte.weight"].shape
+    heads = int(setting("num_attention_heads", "decoder_attention_heads", "num_heads"))
+    if heads < 1 or width % heads:
+        raise CheckpointError(f"{checkpoint.path}: {heads} heads do not divide the width {width}")
+    layers = _count(tensors, r"^transformer\.h\.(\d+)\.")
+    inner = tensors.get("transformer.h.0.mlp.fc_in.bias")
+    return AlibiGPTConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=None if inner is None else inner.shape[0],
+        max_position_embeddings=int(setting("tokens_per_sample", "max_target_positions", default=1024)),
+        bos_token_id=int(setting("bos", default=0)),
+        pad_token_id=int(setting("pad", default=1)),
+        eos_token_id=int(setting("eos", default=2)),
+    )
+
+
+def longmem_config(checkpoint: FairseqCheckpoint, backbone: AlibiGPTConfig) -> LongMemConfig:
+    """The released SideNet's shape, activation, norms and memory layer.
+
+    Raises:
+        CheckpointError: the settings contradict the tensors.
+    """
+    setting, path = checkpoint.setting, checkpoint.path
+    memory_layer, stride = int(setting("retrieval_layer_index")), int(setting("layer_reduction_factor"))
+    side_layers = _count(checkpoint.side, r"^layers\.(\d+)\.")
+    if stride < 1 or side_layers * stride != backbone.num_hidden_layers:
+        raise CheckpointError(
+            f"{path}: {side_layers} SideNet layers with layer_reduction_factor {stride} do not fit a backbone of "
+            f"{backbone.num_hidden_layers} layers"
+        )
+    if memory_layer // stride != checkpoint.augmented_layer:
+        raise CheckpointError(
+            f"{path}: retrieval_layer_index {memory_layer} puts memory into SideNet layer {memory_layer // stride}, but the "
+            f"gate is in layer {checkpoint.augmented_layer}"
+        )
+    return LongMemConfig(
+        backbone_config=backbone,
+        memory_layer=memory_layer,
+        stride=stride,
+        chunk_size=int(setting("chunk_size")),
+        num_retrieved=int(setting("k")),
+        memory_size=int(setting("memory_size", default=65536)),
+        final_state="normed",
+        side_activation=str(setting("activation_fn", default="gelu")),
+        side_norm_eps=SIDE_NORM_EPS,
+    )
+
+
+def _model_of(path: Path, loaded: dict[str, Any]) -> dict[str, Tensor]:
+    model = loaded.get("model")
+    if not isinstance(model, dict) or not model:
+        raise CheckpointError(f"{path}: has no 'model' entry with tensors; it has {', '.join(map(str, loaded)) or 'nothing'}")
+    return {str(name): value for name, value in model.items() if isinstance(value, Tensor)}
+
+
+def _settings_of(loaded: dict[str, Any]) -> dict[str, Any]:
+    """The ``model`` settings of ``cfg``, over the flat ``args`` of older files."""
+    known: dict[str, Any] = {}
+    for source in (loaded.get("args"), loaded.get("cfg")):
+        values = plain(source)
+        if not isinstance(values, dict):
+            continue
+        for layer in (values.get("task"), values if "model" not in values else None, values.get("model")):
+            if isinstance(layer, dict):
+                known.update({str(key): value for key, value in layer.items() if value is not None})
+    return known
+
+
+def _json_settings(path: Path, settings: str | Path | None) -> dict[str, Any]:
+    if settings is None:
+        beside = [found for found in path.parent.glob("*.json") if path.name.startswith(found.stem)]
+        if not beside:
+            raise CheckpointError(f"{path}: a state dict says nothing of heads and memory; name the JSON with --settings")
+        settings = max(beside, key=lambda found: len(found.stem))
+    settings = Path(settings)
+    try:
+        known = json.loads(settings.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{settings}: no such file; give the JSON with the checkpoint's settings") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{settings}: cannot be read as JSON ({error})") from error
+    known = known.get("config", known) if isinstance(known, dict) else None
+    if not isinstance(known, dict):
+        raise CheckpointError(f"{settings}: holds no settings; an object with num_heads, k, chunk_size and so on is needed")
+    return known
+
+
+def _take_apart(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> FairseqCheckpoint:
+    backbone: dict[str, Tensor] = {}
+    side: dict[str, Tensor] = {}
+    ignored, gates = [], []
+    for name, value in tensors.items():
+        if (ours := backbone_name(name)) is not None:
+            backbone[ours] = value
+        elif (ours := side_name(name)) is not None:
+            side[ours] = value
+            if ours == "memory_gate":
+                gates.append(int(name.split(".")[2]))
+        elif name not in SHARED and name != "decoder.version":
+            ignored.append(name)
+    if not backbone and not side:
+        raise CheckpointError(f"{path}: has neither a newgpt backbone nor a LongMem SideNet in it")
+    for name, ours in SHARED.items():
+        if name in tensors and ours in backbone and not torch.equal(tensors[name], backbone[ours]):
+            raise CheckpointError(f"{path}: {name} differs from the backbone's {ours}; the two should be one tensor")
+    if side and len(gates) != 1:
+        raise CheckpointError(f"{path}: has {len(gates)} memory gates (self_attn.memory_bias) where LongMem has one")
+    return FairseqCheckpoint(path, settings, backbone, side, gates[0] if gates else None, ignored)
+
+
+def _count(tensors: dict[str, Tensor], pattern: str) -> int:
+    numbers = [int(found[1]) for name in tensors if (found := re.match(pattern, name))]
+    return max(numbers, default=-1) + 1
+
+
+def check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Any], part: str) -> None:
+    """Every tensor is there and has its shape, or one line says which is not."""
+    missing, strange = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    for names, problem in ((missing, "lacks"), (strange, "has, unexpectedly,")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise CheckpointError(f"{path}: its {part} {problem} {', '.join(names[:3])}{more}")
+    for name, value in wanted.items():
+        if found[name].shape != value.shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(found[name].shape)} where its {part} needs {tuple(value.shape)}"
+            )

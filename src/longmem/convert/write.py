@@ -1,0 +1,154 @@
+"""From a released checkpoint to a folder that ``from_pretrained`` opens."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from longmem.convert.fairseq import FairseqCheckpoint, backbone_from_fairseq, check_tensors, longmem_config, read_fairseq
+from longmem.errors import CheckpointError
+from longmem.modeling.longmem import LongMem
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written.
+
+    Attributes:
+        kind: ``backbone`` or ``longmem``.
+        out: folder to open: with ``AutoModelForCausalLM`` for a backbone, with ``LongMem`` else.
+        backbone: folder of the backbone; the same as ``out`` for a backbone.
+        parameters: all of the model's, counted once.
+        trained: those of the SideNet; 0 for a backbone.
+        dtype: of the weights.
+        ignored: tensors of the file that mean nothing to us.
+    """
+
+    kind: str
+    out: str
+    backbone: str
+    parameters: int
+    trained: int
+    dtype: str
+    ignored: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def convert(
+    checkpoint: str | Path,
+    out: str | Path,
+    backbone: str | Path | None = None,
+    settings: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> Converted:
+    """Convert a released checkpoint; a LongMem goes to ``out`` and its backbone to ``out/backbone``.
+
+    Args:
+        checkpoint: backbone or LongMem, ``.pt`` or ``.safetensors``.
+        out: folder to write; it must not exist, or be empty.
+        backbone: for a LongMem: the backbone's own checkpoint, or a folder where it was converted to. Where the LongMem
+            file holds a backbone too, the two must be equal.
+        settings: JSON with the settings of a ``.safetensors``.
+        dtype: of the weights; None keeps the file's.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or foreign, or ``out`` is not empty.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: is there already and not empty; choose another --out or remove it")
+    read = read_fairseq(checkpoint, settings)
+    if not read.is_longmem:
+        if backbone is not None:
+            raise CheckpointError(f"{checkpoint}: is a backbone itself; --backbone belongs to a LongMem checkpoint")
+        model = backbone_from_fairseq(read, dtype)
+        model.save_pretrained(out)
+        return _converted("backbone", out, out, model, model, read)
+    beside = _given_backbone(read, backbone, dtype)
+    target = Path(backbone) if backbone is not None and Path(backbone).is_dir() else out / "backbone"
+    longmem = longmem_from_fairseq(read, beside, dtype)
+    if target == out / "backbone":
+        longmem.backbone.model.save_pretrained(target)
+    # an absolute path, because where the caller stands is not where the folder will be opened
+    longmem.config.backbone_name_or_path = str(target.resolve())
+    longmem.save_pretrained(out)
+    return _converted("longmem", out, target, longmem, longmem.backbone.model, read)
+
+
+def longmem_from_fairseq(
+    checkpoint: FairseqCheckpoint | str | Path,
+    backbone: PreTrainedModel | None = None,
+    dtype: torch.dtype | None = None,
+) -> LongMem:
+    """The LongMem in a released checkpoint, ready to use.
+
+    Args:
+        checkpoint: what ``read_fairseq`` returned, or a path.
+        backbone: None takes the one in the checkpoint.
+        dtype: of the weights; None keeps the file's.
+
+    Raises:
+        CheckpointError: tensors are missing or have the wrong shape, or the settings contradict them.
+    """
+    if not isinstance(checkpoint, FairseqCheckpoint):
+        checkpoint = read_fairseq(checkpoint)
+    if not checkpoint.is_longmem:
+        raise CheckpointError(f"{checkpoint.path}: holds a backbone without a SideNet; a LongMem checkpoint is needed")
+    backbone = backbone or backbone_from_fairseq(checkpoint, dtype)
+    model = LongMem(longmem_config(checkpoint, backbone.config), backbone)
+    own: dict[str, Tensor] = model.sidenet.state_dict()
+    check_tensors(checkpoint.path, checkpoint.side, own, "SideNet")
+    dtype = dtype or checkpoint.side["final_norm.weight"].dtype
+    model.sidenet.to(dtype)
+    model.sidenet.load_state_dict({name: value.to(dtype) for name, value in checkpoint.side.items()})
+    return model.eval()
+
+
+def _given_backbone(
+    read: FairseqCheckpoint, backbone: str | Path | None, dtype: torch.dtype | None
+) -> PreTrainedModel | None:
+    if backbone is None:
+        return None
+    path = Path(backbone)
+    if path.is_dir():
+        try:
+            given: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be opened as a backbone ({str(error).splitlines()[0]})") from error
+    else:
+        given = backbone_from_fairseq(path, dtype)
+    theirs = given.state_dict()
+    for name, own in read.backbone.items():
+        # the coarser of the two dtypes decides, so that a half copy of the same weights is still the same
+        if name not in theirs or not _equal(own, theirs[name]):
+            raise CheckpointError(
+                f"{path}: its {name} differs from the backbone inside {read.path}; leave --backbone away to use the one inside"
+            )
+    return given
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    coarse = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
+    return left.shape == right.shape and torch.equal(left.to(coarse), right.to(coarse))
+
+
+def _converted(
+    kind: str, out: Path, backbone: Path, model: torch.nn.Module, base: PreTrainedModel, read: FairseqCheckpoint
+) -> Converted:
+    parameters = {id(value): value.numel() for value in (*model.parameters(), *base.parameters())}
+    return Converted(
+        kind=kind,
+        out=str(out),
+        backbone=str(backbone),
+        parameters=sum(parameters.values()),
+        trained=sum(value.numel() for value in read.side.values()),
+        dtype=str(next(base.parameters()).dtype).removeprefix("torch."),
+        ignored=read.ignored,
+    )

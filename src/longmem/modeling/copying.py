@@ -1,0 +1,284 @@
+"""Can a backbone copy, and which of its layers' keys would be worth remembering?
+
+A model that has learned to copy from its context finds, from the current token, the token that followed an earlier
+occurrence of it. The layer whose position-free queries find that token's key is the layer whose keys are worth
+keeping: memory is searched with exactly such queries, over exactly such keys. Both are measured on text that is
+repeated: the loss of the second pass against the first, and the rank of the right key among all keys of the first pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from longmem.modeling.backbone import position_free_qkv
+from longmem.modeling.families import Family, side_sources
+
+# the paper retrieves 64 tokens in chunks of 4
+CHUNK_SIZE = 4
+NUM_CHUNKS = 16
+SIGNAL = 0.05
+"""Score below which no layer is told apart from chance; the best layers of models with random weights stay below 0.04."""
+
+
+@dataclass(frozen=True)
+class HeadRanks:
+    """How well the heads of one layer find the token that followed an earlier occurrence.
+
+    Attributes:
+        rank: (H,) median rank of the right key among the keys of the first pass; 1 is best.
+        recall: (H,) share of queries whose right chunk is among the best ``num_chunks``.
+        keys: how many keys there are to choose from; a blind head's median rank is half of it.
+        chance: the recall of a blind head.
+    """
+
+    rank: Tensor
+    recall: Tensor
+    keys: int
+    chance: float
+
+    @property
+    def score(self) -> float:
+        """How far the best quarter of the heads gets from a blind rank (0) to the first (1), on a log scale.
+
+        A quarter, because memory has a gate for every head: a few that find the right key are enough.
+        """
+        blind = self.keys / 2
+        best = self.rank.topk(max(1, len(self.rank) // 4), largest=False).values
+        return 1 - best.log().mean().item() / math.log(blind)
+
+
+@dataclass(frozen=True)
+class CopyScore:
+    """How well a model copies text it has just read.
+
+    Attributes:
+        first_loss: nats per token on the first pass.
+        second_loss: nats per token on the second pass of the same text, within the same window.
+        distance: tokens between the two.
+        rank: for each layer, the median rank of the right key in its best head.
+        recall: for each layer, the recall of its best head, see ``HeadRanks``.
+    """
+
+    first_loss: float
+    second_loss: float
+    distance: int
+    rank: dict[int, float]
+    recall: dict[int, float]
+
+    @property
+    def gain(self) -> float:
+        """Nats saved by having read the text before."""
+        return self.first_loss - self.second_loss
+
+    @property
+    def best_layer(self) -> int:
+        """The layer with the lowest rank."""
+        return min(self.rank, key=lambda layer: self.rank[layer])
+
+
+def copy_score(model: PreTrainedModel, token_ids: Tensor, layers: Sequence[int] | None = None) -> CopyScore:
+    """Copy loss and retrieval ranks on some text; seconds on a small model, so that it can be logged during training.
+
+    Args:
+        model: any causal language model that ``Backbone`` takes.
+        token_ids: (B, n) text; twice n must fit the model's window. 4 x 128 is plenty.
+        layers: layers to rank; None takes all that have keys.
+    """
+    first, second = copy_loss(model, token_ids)
+    found = retrieval_by_layer(model, token_ids, segment=token_ids.shape[1], layers=layers)
+    return CopyScore(
+        first_loss=first,
+        second_loss=second,
+        distance=token_ids.shape[1],
+        rank={layer: heads.rank.min().item() for layer, heads in found.items()},
+        recall={layer: heads.recall.max().item() for layer, heads in found.items()},
+    )
+
+
+def copy_loss(model: PreTrainedModel, token_ids: Tensor) -> tuple[float, float]:
+    """Mean loss, in nats, of the first and the second pass of text (B, n) that is read twice in one window.
+
+    Both passes are scored on the same n-1 targets; the first token has no context in the first pass.
+    """
+    length = token_ids.shape[1]
+    with _evaluating(model):
+        logits = model(torch.cat([token_ids, token_ids], dim=1), use_cache=False).logits[:, :-1]
+    targets = torch.cat([token_ids[:, 1:], token_ids], dim=1)
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
+    return losses[:, : length - 1].mean().item(), losses[:, length:].mean().item()
+
+
+def retrieval_by_layer(
+    model: PreTrainedModel,
+    token_ids: Tensor,
+    *,
+    segment: int,
+    chunk_size: int = CHUNK_SIZE,
+    num_chunks: int = NUM_CHUNKS,
+    layers: Sequence[int] | None = None,
+) -> dict[int, HeadRanks]:
+    """Rank and recall of the right key for every head of every layer.
+
+    Text of n tokens is encoded twice, in separate segments, as memory and the text that reads it are. The right key for
+    the query of token t in the second pass is that of token t+1 in the first, where the model should look to copy. The
+    second pass is cut half a segment later, so that no query has the context of its key.
+
+    Args:
+        model: any causal language model that ``Backbone`` takes.
+        token_ids: (B, n) text; n is the distance over which it repeats. Tokens beyond whole segments are left out.
+        segment: tokens encoded at once; at most the model's window.
+        chunk_size: S.
+        num_chunks: R, chunks that a query may retrieve.
+        layers: layers to measure; None takes all that have keys.
+
+    Returns:
+        For each layer, its ``HeadRanks``.
+    """
+    segment = min(segment, token_ids.shape[1])
+    length = token_ids.shape[1] // segment * segment
+    ranks: dict[int, list[Tensor]] = {}
+    chunk_ranks: dict[int, list[Tensor]] = {}
+    with _evaluating(model):
+        for row in token_ids[:, :length]:  # row by row: all layers' keys are held at once
+            first = position_free_qkv(model, row.view(-1, segment), layers=layers)
+            second = position_free_qkv(model, row.roll(-(segment // 2)).view(-1, segment), layers=layers)
+            for layer in first:
+                queries = _joined(second[layer].queries).roll(segment // 2, dims=1)
+                by_token, by_chunk = _ranks(queries, _joined(first[layer].keys), chunk_size)
+                ranks.setdefault(layer, []).append(by_token)
+                chunk_ranks.setdefault(layer, []).append(by_chunk)
+    chance = min(1.0, num_chunks / max(1, length // chunk_size))
+    return {
+        layer: HeadRanks(
+            rank=torch.cat(ranks[layer], dim=1).median(dim=1).values,
+            recall=(torch.cat(chunk_ranks[layer], dim=1) <= num_chunks).float().mean(dim=1),
+            keys=length,
+            chance=chance,
+        )
+        for layer in ranks
+    }
+
+
+def layer_scores(measured: Sequence[Mapping[int, HeadRanks]]) -> dict[int, float]:
+    """For each layer, its mean score over several measurements."""
+    layers = measured[0].keys() if measured else ()
+    return {layer: sum(heads[layer].score for heads in measured) / len(measured) for layer in layers}
+
+
+def recommend_memory_layer(
+    model: PreTrainedModel,
+    token_ids: Tensor | None = None,
+    *,
+    stride: int = 2,
+    chunk_size: int = CHUNK_SIZE,
+    num_chunks: int = NUM_CHUNKS,
+    seed: int = 0,
+) -> int | None:
+    """The layer to remember, by measurement on repeated random tokens and, where given, on repeated text.
+
+    Args:
+        model: any causal language model that ``Backbone`` takes.
+        token_ids: (B, n) text of the model's kind; a few rows of 256 tokens or more.
+        stride: of the SideNet; only layers that it copies are considered, because their queries search their own keys.
+        chunk_size: S.
+        num_chunks: R.
+        seed: of the random tokens.
+
+    Returns:
+        A layer, or None where no layer stands out from chance: the model does not copy yet.
+    """
+    family = Family.of(model)
+    window = int(getattr(family.config, "max_position_embeddings", None) or 1024)
+    length = 512 if token_ids is None else token_ids.shape[1]
+    device = next(model.parameters()).device
+    drawn = random_tokens(family.config.vocab_size, 2, length, seed=seed).to(device)
+    measured = [
+        retrieval_by_layer(
+            model, tokens.to(device), segment=min(window, 512), chunk_size=chunk_size, num_chunks=num_chunks
+        )
+        for tokens in (drawn, token_ids)
+        if tokens is not None
+    ]
+    return best_memory_layer(layer_scores(measured), allowed_memory_layers(family, stride))
+
+
+def allowed_memory_layers(family: Family, stride: int) -> list[int]:
+    """Layers that the family can remember and that a SideNet of this stride copies."""
+    copied = set(side_sources(len(family.layers), stride))
+    return [layer for layer in family.memory_layers() if layer in copied]
+
+
+def best_memory_layer(scores: Mapping[int, float], allowed: Sequence[int]) -> int | None:
+    """The allowed layer with the best score; None where no score stands out from chance."""
+    candidates = [layer for layer in allowed if layer in scores]
+    best = max(candidates, key=lambda layer: scores[layer], default=None)
+    return best if best is not None and scores[best] >= SIGNAL else None
+
+
+def random_tokens(vocab_size: int, rows: int, length: int, *, seed: int = 0, special: Sequence[int] = ()) -> Tensor:
+    """(rows, length) token ids drawn at random, none twice in a row of the result while the vocabulary lasts."""
+    generator = torch.Generator().manual_seed(seed)
+    ordinary = torch.tensor([token for token in range(vocab_size) if token not in set(special)])
+    draws = []
+    for _ in range(rows):
+        parts = [ordinary[torch.randperm(len(ordinary), generator=generator)] for _ in range(math.ceil(length / len(ordinary)))]
+        draws.append(torch.cat(parts)[:length])
+    return torch.stack(draws)
+
+
+def _ranks(queries: Tensor, keys: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Ranks of the next token's key and chunk.
+
+    Args:
+        queries: (H, n, D).
+        keys: (Hkv, n, D).
+        chunk_size: S; a last, short chunk is left out, and so are the queries that look for it.
+
+    Returns:
+        (H, n-1) rank of the right key, (H, n') rank of the right chunk; equal scores share their mean rank.
+    """
+    heads, length, _ = queries.shape
+    whole = length // chunk_size * chunk_size
+    group = heads // keys.shape[0]
+    following = torch.arange(1, length, device=keys.device)
+    by_token, by_chunk = [], []
+    for head in range(heads):
+        own = keys[head // group].float()
+        chunks = own[:whole].view(-1, chunk_size, own.shape[1]).mean(dim=1)
+        asked = queries[head, :-1].float()
+        by_token.append(_rank(asked @ own.T, following))
+        by_chunk.append(_rank(asked[: whole - 1] @ chunks.T, following[: whole - 1] // chunk_size))
+    return torch.stack(by_token).cpu(), torch.stack(by_chunk).cpu()
+
+
+def _rank(scores: Tensor, right: Tensor) -> Tensor:
+    """(Q, N) scores, (Q,) right answers -> (Q,) ranks."""
+    wanted = scores.gather(1, right[:, None])
+    above, level = (scores > wanted).sum(dim=1), (scores == wanted).sum(dim=1)
+    return above.float() + (level + 1) / 2
+
+
+def _joined(states: Tensor) -> Tensor:
+    """(segments, H, T, D) -> (H, segments * T, D)."""
+    return states.transpose(0, 1).flatten(1, 2)
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """No gradient, no dropout; the model's own mode comes back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

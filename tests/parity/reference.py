@@ -1,0 +1,196 @@
+"""Reference tensors of the released code, and how our parts are driven to meet them.
+
+The tensors are made by running the released code (commit b7f3c6b) on a tiny random model; ``data/`` holds one set,
+``LONGMEM_PARITY_DIR`` names a folder with others. Sizes, cases and tolerances' reasons: docs/differences.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from longmem.convert.fairseq import read_fairseq, side_name
+from longmem.convert.write import longmem_from_fairseq
+from longmem.memory import MemoryBank
+from longmem.modeling.longmem import LongMem
+from longmem.types import AttentionKV, RetrievedMemory
+
+FOLDER = Path(os.environ.get("LONGMEM_PARITY_DIR") or Path(__file__).parent / "data")
+ATOL = 1e-5
+"""Two independent implementations in float32 agree to 4e-6 on every tensor."""
+HALF_STORE_ATOL = {"logits": 2e-4, "memory_keys": 2e-3}
+"""A float32 value beside a float16 rounding boundary may fall on the other side."""
+LOSS_SUM_ATOL = 1e-4
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One ``fixture_*.json`` and the files that go with it."""
+
+    path: Path
+    record: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Reference:
+        return cls(path, json.loads(path.read_text(encoding="utf-8")))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.record["config"]  # type: ignore[no-any-return]
+
+    def file(self, suffix: str) -> Path:
+        return self.path.with_name(f"{self.path.stem}_{suffix}")
+
+    def checkpoints(self, kind: str) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{self.path.stem}_{kind}*.pt"))
+
+    def model(self) -> LongMem:
+        return longmem_from_fairseq(read_fairseq(self.file("longmem.safetensors"), self.path))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of a reference: its record, its tensors, and a fresh model and bank for it."""
+
+    reference: Reference
+    name: str
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return self.reference.record["cases"][self.name]  # type: ignore[no-any-return]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self.reference.file(f"case_{self.name}.safetensors"))
+
+    @property
+    def half_store(self) -> bool:
+        return self.record.get("store_dtype") == "float16"
+
+    @property
+    def added(self) -> list[dict[str, Any]]:
+        """Records of the segments that are written to memory, in order."""
+        return [record for record in self.record["segs"] if record.get("added", True)]
+
+    @property
+    def probes(self) -> list[dict[str, Any]]:
+        """Records of the segments that only read."""
+        return [record for record in self.record["segs"] if not record.get("added", True)]
+
+    def bank(self, model: LongMem) -> MemoryBank:
+        return MemoryBank(
+            rows=self.record["batch"],
+            capacity_tokens=self.record["memory_size"],
+            heads_kv=model.memory_heads,
+            head_dim=model.memory_head_dim,
+            chunk_size=model.config.chunk_size,
+            dtype=torch.float16 if self.half_store else torch.float32,
+            shared=True,
+            eviction="released",
+        )
+
+    def segment(self, tensors: dict[str, Tensor], index: int) -> Tensor:
+        length = self.record["seg_len"]
+        return tensors["tokens"][:, index * length : (index + 1) * length]
+
+
+@dataclass
+class Seen:
+    """What one forward pass computed, under the reference's names and shapes."""
+
+    logits: Tensor
+    kv: AttentionKV
+    retrieved: RetrievedMemory | None = None
+    queries: Tensor | None = None
+    side_hidden: list[Tensor] = field(default_factory=list)
+    side_final: Tensor | None = None
+
+
+def merge_heads(value: Tensor) -> Tensor:
+    """(B, H, T, D) -> (B, T, C), as the reference stores projections."""
+    return value.transpose(1, 2).flatten(2)
+
+
+def watch(model: LongMem, bank: MemoryBank, input_ids: Tensor) -> Seen:
+    """One forward pass that reads the bank, with everything on its way written down."""
+    found: dict[str, Any] = {}
+    states: list[Tensor] = []
+    search = bank.search
+
+    def recording_search(queries: Tensor, num_chunks: int, rows: Tensor | None = None) -> RetrievedMemory:
+        found["queries"], found["retrieved"] = queries.detach(), search(queries, num_chunks, rows)
+        return found["retrieved"]  # type: ignore[no-any-return]
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states.append((args[0] if args else kwargs["hidden_states"]).detach())
+
+    def after(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+        found["final"] = output.detach()
+
+    with contextlib.ExitStack() as stack:
+        for layer in (*model.sidenet.layers, model.sidenet.final_norm):
+            stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(model.sidenet.final_norm.register_forward_hook(after).remove)
+        stack.enter_context(_replaced(bank, "search", recording_search))
+        out = model(input_ids, memory=bank)
+    return Seen(out.logits, out.kv, found.get("retrieved"), found.get("queries"), states, found.get("final"))
+
+
+def backbone_states(model: LongMem, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The backbone alone: hidden states (L+1, B, T, C) with the last one normed, and logits (B, T, V)."""
+    backbone = model.backbone.model
+    states: list[Tensor] = []
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    def after(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+        states.append(output)
+
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for block in backbone.transformer.h:
+            stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(backbone.transformer.ln_f.register_forward_hook(after).remove)
+        logits = backbone(input_ids).logits
+    return torch.stack(states), logits
+
+
+def chunk_numbers(bank: MemoryBank, retrieved: RetrievedMemory) -> Tensor:
+    """(B, H, T, R) absolute chunk numbers; -1 where nothing was found (the null chunk behind the store)."""
+    slots = retrieved.storage.shape[1]
+    numbers = torch.full((slots,), -1)
+    for slot in range(int(bank.chunks[0])):
+        numbers[slot] = bank.provenance(0, slot).number
+    return numbers[retrieved.chunk_ids]
+
+
+def trained(model: LongMem, official: str) -> torch.nn.Parameter:
+    """Our parameter of a released name."""
+    name = side_name(official)
+    assert name is not None, official
+    return dict(model.sidenet.named_parameters())[name]
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+def close(ours: Tensor, theirs: Tensor, name: str, atol: float = ATOL) -> None:
+    """Equal within ``atol``, absolutely; the message names the tensor."""
+    assert ours.shape == theirs.shape, f"{name}: {tuple(ours.shape)} against {tuple(theirs.shape)}"
+    distance = (ours - theirs).abs().max().item()
+    assert distance <= atol, f"{name}: off by {distance:.2e}, more than {atol:.0e}"

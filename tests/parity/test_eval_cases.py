@@ -1,0 +1,126 @@
+"""Forward passes with the weights that the reference was made with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longmem.memory import MemoryBank
+from tests.parity.reference import (
+    ATOL,
+    HALF_STORE_ATOL,
+    Case,
+    Seen,
+    backbone_states,
+    chunk_numbers,
+    close,
+    merge_heads,
+    watch,
+)
+
+KIND = "eval"
+
+
+def test_every_segment_and_the_memory_after_it_match_the_released_code(case: Case) -> None:
+    model, tensors = case.reference.model(), case.tensors
+    bank = case.bank(model)
+    for index, record in enumerate(case.added):
+        input_ids = case.segment(tensors, index)
+        with torch.no_grad():
+            seen = watch(model, bank, input_ids)
+        check(case, tensors, record, seen, bank)
+        alone, alone_logits = backbone_states(model, input_ids)
+        compare(tensors, record, "backbone_hidden", alone)
+        compare(tensors, record, "backbone_logits", alone_logits)
+        bank.add(seen.kv)
+        assert fill(bank) == record["dstore_idx_after"], record["prefix"]
+        if "evicted_after" in record:
+            assert first_number(bank) == record["evicted_after"], record["prefix"]
+    check_store(case, tensors, bank)
+
+
+def test_probes_read_the_memory_and_do_not_write_it(case: Case) -> None:
+    if not case.probes:
+        pytest.skip("this case has no probes")
+    model, tensors = case.reference.model(), case.tensors
+    bank = case.bank(model)
+    with torch.no_grad():
+        for index in range(len(case.added)):
+            bank.add(model.encode(case.segment(tensors, index)))
+        for record in case.probes:
+            seen = watch(model, bank, tensors[f"{record['prefix']}tokens"])
+            check(case, tensors, record, seen, bank)
+            assert fill(bank) == record["dstore_idx_after"]
+        bank.reset()
+        again = model(case.segment(tensors, 0), memory=bank).logits
+    close(again, tensors["after_reset.logits"], "after_reset.logits")
+    close(again, tensors["seg0.logits"], "seg0.logits")
+
+
+def check(case: Case, tensors: dict[str, Tensor], record: dict[str, Any], seen: Seen, bank: MemoryBank) -> None:
+    """Everything the reference recorded about one forward pass, before its segment is written."""
+    compare(tensors, record, "logits", seen.logits, HALF_STORE_ATOL["logits"] if case.half_store else ATOL)
+    compare(tensors, record, "side_hidden", torch.stack(seen.side_hidden))
+    compare(tensors, record, "side_final", seen.side_final)
+    compare(tensors, record, "cached_k", merge_heads(seen.kv.keys))
+    compare(tensors, record, "cached_v", merge_heads(seen.kv.values))
+    if f"{record['prefix']}chunk_ids" not in tensors:
+        return
+    assert seen.retrieved is not None
+    assert seen.queries is not None
+    compare(tensors, record, "query", merge_heads(seen.queries))
+    check_chunks(case, tensors, record, seen, bank)
+
+
+def check_chunks(case: Case, tensors: dict[str, Tensor], record: dict[str, Any], seen: Seen, bank: MemoryBank) -> None:
+    """The same chunks in the same order, scores, keys and values; a missing chunk is -1 in the reference."""
+    assert seen.retrieved is not None
+    theirs = tensors[f"{record['prefix']}chunk_ids"].transpose(1, 2).long()
+    wanted = torch.where(theirs < 0, -1, theirs + record.get("evicted_before", 0))
+    numbers = chunk_numbers(bank, seen.retrieved)
+    assert torch.equal(numbers, wanted), f"{record['prefix']}chunk_ids"
+    compare(tensors, record, "chunk_scores", seen.retrieved.scores.transpose(1, 2))
+    compare(tensors, record, "retrieved_k", seen.retrieved.keys)
+    compare(tensors, record, "retrieved_v", seen.retrieved.values)
+
+
+def check_store(case: Case, tensors: dict[str, Tensor], bank: MemoryBank) -> None:
+    """What is left in memory, oldest first, against the store's used slots."""
+    keys, values = contents(bank)
+    for name, ours in (("memory_keys", keys), ("memory_vals", values)):
+        if name in tensors:
+            theirs = tensors[name][:, : ours.shape[1]].float()
+            assert not tensors[name][:, ours.shape[1] :].any()
+            close(ours.float(), theirs, name, HALF_STORE_ATOL["memory_keys"] if case.half_store else ATOL)
+
+
+def compare(
+    tensors: dict[str, Tensor], record: dict[str, Any], name: str, ours: Tensor | None, atol: float = ATOL
+) -> None:
+    """Compare with the reference's tensor of that name, where it kept one."""
+    full = f"{record['prefix']}{name}"
+    if full in tensors:
+        assert ours is not None, full
+        close(ours, tensors[full], full, atol)
+
+
+def fill(bank: MemoryBank) -> int:
+    """Chunks in the one memory that all rows share."""
+    return int(bank.chunks[0])
+
+
+def first_number(bank: MemoryBank) -> int:
+    """Number of the oldest chunk left: how many were evicted."""
+    return min(bank.provenance(0, slot).number for slot in range(fill(bank)))
+
+
+def contents(bank: MemoryBank) -> tuple[Tensor, Tensor]:
+    """Stored keys and values, (H, chunks, S, D), oldest chunk first."""
+    heads, dim = bank.heads_kv, bank.head_dim
+    storage = bank.search(torch.zeros(1, heads, 1, dim), 1, rows=torch.zeros(1, dtype=torch.long)).storage
+    slots = sorted(range(fill(bank)), key=lambda slot: bank.provenance(0, slot).number)
+    stored = storage[0, slots].transpose(0, 1)  # (H, chunks, 2, S, D)
+    return stored[:, :, 0], stored[:, :, 1]
