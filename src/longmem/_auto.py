@@ -1,6 +1,6 @@
 """Make transformers' Auto classes know our models without importing transformers for those who only ``import longmem``.
 
-``longmem.modeling`` registers its models when it is imported. What is arranged here is *when*: at once where the Auto
+``longmem.modeling.alibi_gpt`` and ``.longmem`` register their models when they are imported. What is arranged here is *when*: at once where the Auto
 classes are loaded already, otherwise right after somebody loads them.
 """
 
@@ -14,7 +14,6 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 AUTO_CLASSES = "transformers.models.auto.modeling_auto"
-OUR_MODELS = "longmem.modeling.longmem"
 
 
 def register_with_transformers() -> None:
@@ -26,10 +25,11 @@ def register_with_transformers() -> None:
 
 
 def _import_our_models() -> None:
-    # Somewhere inside our own package an import is under way: it ends with the registration by itself, and a second
-    # one in its middle would find modules half made.
+    import_module("longmem.modeling.alibi_gpt")  # needs nothing else of ours, so it can be imported at any moment
+    # LongMem needs most of the package. While a part of that is being imported, modules are half made, and that import
+    # reaches ``modeling.longmem`` by itself if it has to do with models.
     if not any(_unfinished(module) for name, module in list(sys.modules.items()) if name.startswith("longmem.")):
-        import_module(OUR_MODELS)
+        import_module("longmem.modeling.longmem")
 
 
 def _unfinished(module: ModuleType | None) -> bool:

@@ -1,0 +1,90 @@
+"""What tests share: tiny random models, a byte tokenizer, text made here, and the markers' switches."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from longmem import AlibiGPTConfig, AlibiGPTForCausalLM
+
+SHARED = Path(os.environ.get("LONGMEM_SHARED_DIR") or Path(__file__).parents[1] / ".." / "shared")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers are the threads
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run tests marked slow")
+    parser.addoption("--network", action="store_true", help="also run tests marked network")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {
+        "slow": None if config.getoption("--slow") else "takes more than a minute; pass --slow",
+        "network": None if config.getoption("--network") else "needs the internet; pass --network",
+        "gpu": None if torch.cuda.is_available() else "needs a GPU",
+        "shared": None if SHARED.is_dir() else "the shared texts are not here; name their folder in LONGMEM_SHARED_DIR",
+    }
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The project's shared texts; a test that takes this is marked ``shared``."""
+    if not SHARED.is_dir():
+        pytest.skip("the shared texts are not here; name their folder in LONGMEM_SHARED_DIR")
+    return SHARED
+
+
+@pytest.fixture
+def tiny_backbone() -> AlibiGPTForCausalLM:
+    """A random AlibiGPT over bytes: 4 layers, width 32, 4 heads, the same weights every time."""
+    torch.manual_seed(0)
+    config = AlibiGPTConfig(
+        vocab_size=260, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=32,
+        initializer_range=0.1,
+    )  # fmt: skip
+    return AlibiGPTForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte behind ``<s>``, ``<pad>``, ``</s>`` and ``<unk>``: 260 ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def made_text() -> Callable[..., str]:
+    """``made_text(words, seed=0)``: sentences over a small vocabulary whose names come back far apart."""
+
+    def make(words: int, seed: int = 0) -> str:
+        draw = random.Random(seed)
+        names = ["".join(draw.choices("abdegiklmnoprstu", k=6)).capitalize() for _ in range(5)]
+        verbs, things = ["sees", "keeps", "loses", "finds"], ["a key", "the old map", "seven stones", "no answer"]
+        sentences, count = [], 0
+        while count < words:
+            sentence = f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(things)}."
+            count += len(sentence.split())
+            sentences.append(sentence + ("\n" if draw.random() < 0.2 else " "))
+        return "".join(sentences)
+
+    return make
