@@ -72,7 +72,9 @@ class RetrievedMemory:
     def mask(self) -> Tensor:
         """(B, H, T, K) bool, True at real retrieved tokens."""
         rows = self.rows.view(-1, 1, 1, 1)
-        inside = torch.arange(self.chunk_size, device=self.chunk_ids.device) < self.lengths[rows, self.chunk_ids][..., None]
+        inside = (
+            torch.arange(self.chunk_size, device=self.chunk_ids.device) < self.lengths[rows, self.chunk_ids][..., None]
+        )
         return (inside & self.chunk_mask[..., None]).flatten(3)
 
     def _gather(self, which: int) -> Tensor:

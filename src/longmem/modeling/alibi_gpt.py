@@ -12,9 +12,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 class AlibiGPTConfig(PreTrainedConfig):
@@ -89,7 +98,9 @@ def alibi_slopes(heads: int) -> Tensor:
     return torch.tensor(slopes)
 
 
-def alibi_mask(positions: Tensor, key_positions: Tensor, key_mask: Tensor | None, slopes: Tensor, first_query: int) -> Tensor:
+def alibi_mask(
+    positions: Tensor, key_positions: Tensor, key_mask: Tensor | None, slopes: Tensor, first_query: int
+) -> Tensor:
     """Causal mask and ALiBi in one additive bias.
 
     The distance form ``-slope * (i - j)`` equals the released code's ``slope * j`` under the softmax, but stays small near
@@ -116,13 +127,24 @@ def alibi_mask(positions: Tensor, key_positions: Tensor, key_mask: Tensor | None
     return bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
 
 
+def eager_attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """Attention written out: heads (B, T, H, D) and their weights (B, H, T, T_keys)."""
+    scores = torch.matmul(query, key.transpose(-1, -2)).float() * scaling + attention_mask.float()
+    weights = scores.softmax(dim=-1).to(value.dtype)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
 class AlibiGPTAttention(nn.Module):
     """Bias-free projections, scores scaled by D^-0.5, ALiBi added by the mask."""
 
     def __init__(self, config: AlibiGPTConfig, layer_idx: int) -> None:
         super().__init__()
         width = config.hidden_size
+        self.config = config
         self.layer_idx = layer_idx
+        self.is_causal = True
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.scaling = self.head_dim**-0.5
         self.q_proj = nn.Linear(width, width, bias=False)
@@ -134,16 +156,13 @@ class AlibiGPTAttention(nn.Module):
         """(B, T, C) -> (B, H, T, D)."""
         return hidden.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor, past_key_values: Cache | None = None
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor, past_key_values: Cache | None = None) -> Tensor:
         queries, keys, values = (self.split_heads(p(hidden_states)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
-        out = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=attention_mask.to(queries.dtype), scale=self.scaling
-        )
-        return cast(Tensor, self.out_proj(out.transpose(1, 2).flatten(2)))
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(str(self.config._attn_implementation), eager_attention_forward)
+        out, _ = attend(self, queries, keys, values, attention_mask.to(queries.dtype), scaling=self.scaling)
+        return cast(Tensor, self.out_proj(out.flatten(2)))
 
 
 class AlibiGPTMLP(nn.Module):
@@ -153,7 +172,8 @@ class AlibiGPTMLP(nn.Module):
         super().__init__()
         self.fc_in = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc_out = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.act = ACT2FN[config.activation]
+        # the same function as "gelu_new" in one kernel instead of eight, a third of a small model's step on a CPU
+        self.act = ACT2FN["gelu_pytorch_tanh" if config.activation == "gelu_new" else config.activation]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return cast(Tensor, self.fc_out(self.act(self.fc_in(hidden_states))))
@@ -169,9 +189,7 @@ class AlibiGPTBlock(nn.Module):
         self.mlp = AlibiGPTMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor, past_key_values: Cache | None = None
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor, past_key_values: Cache | None = None) -> Tensor:
         normed = self.ln_1(hidden_states)
         branches = self.attn(normed, attention_mask=attention_mask, past_key_values=past_key_values) + self.mlp(normed)
         return cast(Tensor, hidden_states + self.dropout(branches))
@@ -195,7 +213,9 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
         if isinstance(module, AlibiGPTBlock):
             # GPT-2's rule: the sum of 2L branches keeps the variance of one
             for projection in (module.attn.out_proj, module.mlp.fc_out):
-                nn.init.normal_(projection.weight, std=config.initializer_range / math.sqrt(2 * config.num_hidden_layers))
+                nn.init.normal_(
+                    projection.weight, std=config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+                )
 
 
 class AlibiGPTModel(AlibiGPTPreTrainedModel):
@@ -223,16 +243,16 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
     ) -> Tensor:
         """(B, T) ids -> (B, T, C) after the final norm. ``attention_mask`` (B, T_past + T) is 0 at pads."""
         hidden: Tensor = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        mask = self._mask(hidden, attention_mask, past, past_key_values)
+        mask = self._mask(hidden, attention_mask, past_key_values)
         for block in self.h:
             hidden = block(hidden, attention_mask=mask, past_key_values=past_key_values)
         return cast(Tensor, self.ln_f(hidden))
 
-    def _mask(self, hidden: Tensor, attention_mask: Tensor | None, past: int, cache: Cache | None) -> Tensor:
+    def _mask(self, hidden: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
+        past = int(cache.get_seq_length()) if cache is not None else 0
         length = past + hidden.shape[1]
         # a static cache hands over all its slots, used or not; the causal rule hides those still to come
-        slots = max(length, cache.get_max_cache_shape() if cache is not None and cache.is_compileable else 0)
+        slots = int(cache.get_mask_sizes(hidden.shape[1], 0)[0]) if cache is not None else length
         key_mask = None
         positions = torch.arange(slots, device=hidden.device)[None]
         if attention_mask is not None and not bool(attention_mask.all()):

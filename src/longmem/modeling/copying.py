@@ -230,7 +230,10 @@ def random_tokens(vocab_size: int, rows: int, length: int, *, seed: int = 0, spe
     ordinary = torch.tensor([token for token in range(vocab_size) if token not in set(special)])
     draws = []
     for _ in range(rows):
-        parts = [ordinary[torch.randperm(len(ordinary), generator=generator)] for _ in range(math.ceil(length / len(ordinary)))]
+        parts = [
+            ordinary[torch.randperm(len(ordinary), generator=generator)]
+            for _ in range(math.ceil(length / len(ordinary)))
+        ]
         draws.append(torch.cat(parts)[:length])
     return torch.stack(draws)
 

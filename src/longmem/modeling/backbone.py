@@ -1,0 +1,225 @@
+"""The frozen backbone: run once, unmodified, with its layer states handed over.
+
+All hooks of the project are here. They do nothing unless a ``splice`` or an ``encode`` of this very ``Backbone`` is
+running, so the model behaves as ever for anybody else who calls it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import CompileableContextVar
+
+from longmem.modeling.families import QKV, Call, Family
+from longmem.types import AttentionKV
+
+
+@dataclass
+class BackboneRun:
+    """What one forward of the backbone left behind.
+
+    Attributes:
+        inputs: ``inputs[i]`` is the input of layer i, (B, T, C): H_LLM(i) of the paper. The last layer's output is
+            handed to ``hand_over``.
+        calls: the arguments of every layer's call: mask, rotary tables, ALiBi, cache.
+        qkv: position-free projections of the memory layer.
+    """
+
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    calls: dict[int, Call] = field(default_factory=dict)
+    qkv: QKV | None = None
+    hand_over: Callable[[BackboneRun, Tensor], Tensor] | None = None
+    final_norm: Callable[[Tensor], Tensor] | None = None
+    encode_only: bool = False
+
+    def kv(self, mask: Tensor | None) -> AttentionKV:
+        """The memory layer's keys and values, (B, Hkv, T, D) each, without gradient."""
+        assert self.qkv is not None, "the memory layer has not run"
+        return AttentionKV(self.qkv.keys.detach(), self.qkv.values.detach(), mask)
+
+
+class _Stop(Exception):
+    """Ends a forward whose later layers nobody needs."""
+
+
+class Backbone(nn.Module):
+    """An unmodified, frozen causal language model and the hooks that read it.
+
+    Args:
+        model: any ``AutoModelForCausalLM``; its parameters are frozen here and it is kept in eval mode.
+        memory_layer: 0-based layer whose keys and values are remembered.
+
+    Raises:
+        BackboneError: if the architecture is not supported, or the layer cannot be remembered.
+    """
+
+    def __init__(self, model: PreTrainedModel, memory_layer: int) -> None:
+        super().__init__()
+        self.family = Family.of(model)
+        self.family.check_memory_layer(memory_layer)
+        self.memory_layer = memory_layer
+        self.model = model.requires_grad_(False).eval()
+        self._probe = self.family.probe(memory_layer)
+        self._current = CompileableContextVar(f"longmem_backbone_{id(self)}")
+        self._hook()
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.family.layers)
+
+    @property
+    def kv_heads(self) -> int:
+        """Hkv."""
+        return self.family.kv_heads()
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.family.head_dim()
+
+    def train(self, mode: bool = True) -> Backbone:
+        """The backbone stays in eval mode: its dropout would change what memory holds."""
+        super().train(False)
+        return self
+
+    @contextmanager
+    def splice(
+        self, hand_over: Callable[[BackboneRun, Tensor], Tensor], final_norm: Callable[[Tensor], Tensor] | None
+    ) -> Iterator[BackboneRun]:
+        """While open, a forward of ``model`` ends in ``hand_over`` and the rest of the backbone's own code.
+
+        Args:
+            hand_over: called with the run and the last layer's output (B, T, C); what it returns takes that output's
+                place in the backbone's final part: norm, head, caps, ``labels``.
+            final_norm: stands in for the backbone's final norm; None keeps it.
+        """
+        with self._running(BackboneRun(hand_over=hand_over, final_norm=final_norm)) as run:
+            yield run
+
+    @torch.no_grad()
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> QKV:
+        """Position-free q, k, v of the memory layer for ids (B, T); nothing behind its projections runs."""
+        with self._running(BackboneRun(encode_only=True)) as run:
+            try:
+                self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+            except _Stop:
+                pass
+        assert run.qkv is not None
+        return run.qkv
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The backbone's final norm of (B, T, C), past any hook."""
+        norm = self.family.final_norm
+        return hidden if norm is None else type(norm).forward(norm, hidden)
+
+    def fingerprint(self) -> str:
+        """16 hex digits of a SHA-256 over the architecture and a sample of every weight.
+
+        Two backbones with equal fingerprints give equal keys and values; memory and SideNets are tied to it.
+        """
+        config = self.family.config
+        ignored = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
+        fields = {k: v for k, v in config.to_dict().items() if k not in ignored and not k.startswith("_")}
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+        for name, parameter in sorted(self.model.named_parameters()):
+            flat = parameter.detach().flatten()
+            step = max(1, flat.numel() // 64)
+            # bf16 is the coarsest type a backbone is loaded in; the same weights must agree with themselves
+            sample = flat[::step][:64].to("cpu", torch.bfloat16).view(torch.int16).tolist()
+            digest.update(f"{name}{tuple(parameter.shape)}{sample}".encode())
+        return digest.hexdigest()[:16]
+
+    @contextmanager
+    def _running(self, run: BackboneRun) -> Iterator[BackboneRun]:
+        token = self._current.set(run)
+        try:
+            yield run
+        finally:
+            self._current.reset(token)
+
+    def _hook(self) -> None:
+        last = self.num_layers - 1
+        for index, layer in enumerate(self.family.layers):
+            layer.register_forward_pre_hook(self._before_layer(index), with_kwargs=True)
+        attention = self.family.attention(self.family.layers[self.memory_layer])
+        attention.register_forward_pre_hook(self._before_memory_attention, with_kwargs=True)
+        self.family.layers[last].register_forward_hook(self._after_last_layer)
+        if self.family.final_norm is not None:
+            self.family.final_norm.register_forward_hook(self._after_final_norm)
+
+    def _before_layer(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            run = self._current.get()
+            if run is not None and not run.encode_only:
+                run.calls[index] = Call.record(module, args, kwargs)
+                run.inputs[index] = run.calls[index].arguments["hidden_states"]
+
+        return hook
+
+    def _before_memory_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        run = self._current.get()
+        if run is None:
+            return
+        with torch.no_grad():
+            run.qkv = self._probe(Call.record(module, args, kwargs))
+        if run.encode_only:
+            raise _Stop
+
+    def _after_last_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        run = self._current.get()
+        if run is None or run.hand_over is None:
+            return output
+        if isinstance(output, tuple):
+            return (run.hand_over(run, output[0]), *output[1:])
+        return run.hand_over(run, output)
+
+    def _after_final_norm(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        run = self._current.get()
+        if run is None or run.final_norm is None:
+            return output
+        return run.final_norm(args[0])
+
+
+def position_free_qkv(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    layers: Iterable[int] | None = None,
+) -> dict[int, QKV]:
+    """Position-free q (B, H, T, D), k, v (B, Hkv, T, D) of the given layers of any backbone; None is every layer.
+
+    Raises:
+        BackboneError: if the architecture is not supported.
+    """
+    family = Family.of(model)
+    wanted = list(range(len(family.layers))) if layers is None else list(layers)
+    handles = []
+    found: dict[int, QKV] = {}
+
+    def watch(index: int) -> None:
+        probe = family.probe(index)
+        attention = family.attention(family.layers[index])
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[index] = probe(Call.record(module, args, kwargs))
+
+        handles.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
+
+    for index in wanted:
+        watch(index)
+    try:
+        with torch.no_grad():
+            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

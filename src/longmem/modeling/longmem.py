@@ -1,0 +1,407 @@
+"""``LongMem``: a frozen backbone and its SideNet as one transformers model.
+
+``forward`` reads memory and never writes it; the caller writes ``out.kv`` afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from longmem.config import LongMemConfig
+from longmem.errors import BackboneError, CheckpointError, MemoryBankError
+from longmem.modeling.backbone import Backbone, BackboneRun
+from longmem.modeling.families import side_sources
+from longmem.modeling.sidenet import SideNet, SideRun
+from longmem.types import AttentionKV, Memory, RetrievedMemory, Retriever
+
+WEIGHTS = "sidenet.safetensors"
+
+
+@dataclass
+class LongMemOutput(CausalLMOutputWithPast):
+    """The backbone's output with what memory needs.
+
+    Attributes:
+        kv: position-free keys and values of the memory layer, (B, Hkv, T, D); write them with ``bank.add(out.kv)``.
+        retrieved: what the augmented layer found; None without memory.
+        share: (B, H, T), the share of each token and head given to memory; None without memory.
+        side_hidden: SideNet input and layer outputs, (B, T, C) each, with ``output_side_hidden=True``.
+    """
+
+    kv: AttentionKV | None = None
+    retrieved: RetrievedMemory | None = None
+    share: Tensor | None = None
+    side_hidden: tuple[Tensor, ...] | None = None
+
+
+class LongMem(PreTrainedModel, GenerationMixin):
+    """A causal language model with a long-term memory (PAPER: sections 3.1 to 3.3).
+
+    Args:
+        config: its ``memory_layer`` may be None (the paper's three quarters of the depth).
+        backbone: the frozen model; it is used as it is and never changed.
+        side_dtype: dtype of the SideNet; None is the backbone's.
+
+    Raises:
+        BackboneError: if the backbone or the memory layer cannot be used.
+    """
+
+    config_class = LongMemConfig
+    base_model_prefix = "longmem"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(
+        self, config: LongMemConfig, backbone: PreTrainedModel | None = None, *, side_dtype: torch.dtype | None = None
+    ) -> None:
+        if backbone is None:
+            raise BackboneError(
+                "LongMem needs the backbone itself, not only its config; "
+                "use LongMem.from_backbone(...) or LongMem.from_pretrained(...)"
+            )
+        config = copy.deepcopy(config)
+        config.backbone_config = backbone.config
+        if config.memory_layer is None:
+            config.memory_layer = default_memory_layer(backbone, config.stride)
+        super().__init__(config)
+        self.backbone = Backbone(backbone, config.memory_layer)
+        self.sidenet = SideNet(self.backbone, config)
+        self.sidenet.to(side_dtype or backbone.dtype)
+        config.backbone_fingerprint = self.backbone.fingerprint()
+        self.config = config
+        self.generation_config = copy.deepcopy(getattr(backbone, "generation_config", None))
+
+    # -- what it is made of ------------------------------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the backbone; a bank or SideNet of another one is refused."""
+        return cast(str, self.config.backbone_fingerprint)
+
+    @property
+    def memory_layer(self) -> int:
+        """m: the 0-based backbone layer whose keys and values are remembered."""
+        return self.backbone.memory_layer
+
+    @property
+    def augmented_layer(self) -> int:
+        """The 0-based SideNet layer that reads memory."""
+        return self.sidenet.augmented_layer
+
+    @property
+    def num_heads(self) -> int:
+        """H."""
+        return self.sidenet.reader.num_heads
+
+    @property
+    def memory_heads(self) -> int:
+        """Hkv, key/value heads of the memory layer."""
+        return self.backbone.kv_heads
+
+    @property
+    def memory_head_dim(self) -> int:
+        """D of the memory layer."""
+        return self.backbone.head_dim
+
+    @property
+    def memory_share(self) -> Tensor:
+        """(H,): the sigmoid of the gate. With ``fusion="gate"`` the share every token that finds something gives."""
+        return torch.sigmoid(self.sidenet.memory_gate.detach().float())
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """All that training may change: the SideNet."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def trainable_parameter_names(self) -> list[str]:
+        """Names of all that training may change."""
+        return [name for name, p in self.named_parameters() if p.requires_grad]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return cast(nn.Module, self.backbone.model.get_output_embeddings())
+
+    def train(self, mode: bool = True) -> LongMem:
+        """Puts the SideNet in training mode; the backbone stays in eval mode."""
+        super().train(mode)
+        self.backbone.train(False)
+        return self
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Recompute the SideNet's layers in backward. Write memory only after ``backward``."""
+        self.sidenet.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.sidenet.gradient_checkpointing = False
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        memory: Memory | None = None,
+        memory_rows: Tensor | None = None,
+        output_side_hidden: bool = False,
+        **kwargs: Any,
+    ) -> LongMemOutput:
+        """Predict the next token of every position from its segment and from memory.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), 0 at pads (either side).
+            labels: (B, T), shifted inside, -100 ignored; gives ``loss``, the mean cross entropy in nats.
+            memory: what to search, or None. It is only read; write ``out.kv`` after ``backward``.
+            memory_rows: (B,) the bank row of every batch row; None is row b for batch row b.
+            output_side_hidden: also return the SideNet's states.
+            **kwargs: go to the backbone's own forward (position_ids, past_key_values, use_cache, logits_to_keep, ...).
+
+        Raises:
+            MemoryBankError: if the memory was written by another backbone.
+        """
+        retrieve = self._retriever(memory, memory_rows)
+        side = SideRun(hidden=[] if output_side_hidden else None)
+
+        def hand_over(run: BackboneRun, final: Tensor) -> Tensor:
+            return cast(Tensor, self.sidenet(self.backbone, run, final, retrieve, side)).to(final.dtype)
+
+        with self.backbone.splice(hand_over, None if self.sidenet.final_norm is None else self._norm) as run:
+            out = self.backbone.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        mask = None if attention_mask is None or input_ids is None else attention_mask[:, -input_ids.shape[1] :].bool()
+        return LongMemOutput(
+            loss=out.loss,
+            logits=out.logits,
+            past_key_values=out.past_key_values,
+            kv=run.kv(mask),
+            retrieved=side.retrieved,
+            share=side.share,
+            side_hidden=None if side.hidden is None else tuple(side.hidden),
+        )
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> AttentionKV:
+        """What a segment (B, T) leaves in memory: runs the backbone up to its memory layer and no further."""
+        qkv = self.backbone.encode(input_ids, attention_mask)
+        return AttentionKV(qkv.keys, qkv.values, None if attention_mask is None else attention_mask.bool())
+
+    def _norm(self, hidden: Tensor) -> Tensor:
+        norm = self.sidenet.final_norm
+        assert norm is not None
+        return cast(Tensor, norm(hidden.to(self.sidenet.memory_gate.dtype))).to(hidden.dtype)
+
+    def _retriever(self, memory: Memory | None, rows: Tensor | None) -> Retriever | None:
+        if memory is None:
+            return None
+        theirs = getattr(memory, "fingerprint", None)
+        if theirs is not None and theirs != self.fingerprint:
+            raise MemoryBankError(
+                f"this memory was written by backbone {theirs}, this model's backbone is {self.fingerprint}; "
+                "keys of one model mean nothing to another: write the text again with this model"
+            )
+        if memory.chunk_size > self.config.num_retrieved:
+            raise MemoryBankError(
+                f"the memory's chunk_size ({memory.chunk_size}) must not exceed num_retrieved "
+                f"({self.config.num_retrieved}); make the bank with chunk_size {self.config.chunk_size}"
+            )
+        num_chunks = self.config.num_retrieved // memory.chunk_size
+        return lambda queries: memory.search(queries, num_chunks, rows)
+
+    # -- making, saving, loading -------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | Path | PreTrainedModel,
+        *,
+        memory_layer: int | str | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        side_dtype: torch.dtype | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+        **config: Any,
+    ) -> LongMem:
+        """A frozen backbone with a fresh SideNet.
+
+        Args:
+            backbone: hub id, path or an already loaded causal language model.
+            memory_layer: 0-based; None is three quarters of the depth; ``"auto"`` measures which layer's keys find what
+                followed an earlier occurrence best.
+            revision: hub revision of the backbone.
+            dtype: of the backbone; None keeps that of its checkpoint.
+            side_dtype: of the SideNet; None is the backbone's.
+            backbone_kwargs: more arguments for ``AutoModelForCausalLM.from_pretrained``.
+            **config: fields of ``LongMemConfig``.
+
+        Raises:
+            BackboneError: if the backbone cannot be loaded or used.
+            ConfigError: if settings contradict each other.
+        """
+        if not isinstance(backbone, PreTrainedModel):
+            name = str(backbone)
+            model = load_backbone(name, revision, dtype, **(backbone_kwargs or {}))
+        else:
+            name, model = backbone.config._name_or_path or "", backbone if dtype is None else backbone.to(dtype)
+        stride = config.get("stride", 2)
+        if memory_layer == "auto":
+            from longmem.modeling.copying import recommend_memory_layer
+
+            memory_layer = recommend_memory_layer(model, stride=stride)
+        made = LongMemConfig(
+            backbone_config=model.config,
+            backbone_name_or_path=name or None,
+            backbone_revision=revision,
+            memory_layer=cast("int | None", memory_layer),
+            **config,
+        )
+        return cls(made, model, side_dtype=side_dtype)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the SideNet alone: config.json, which names the backbone and its fingerprint, and sidenet.safetensors.
+
+        The weights are in place before the config that makes the folder a checkpoint.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {k: v.detach().to("cpu").contiguous() for k, v in self.sidenet.state_dict().items()}
+        partial = folder / f".{WEIGHTS}.partial"
+        save_file(tensors, partial, metadata={"format": "pt", "backbone_fingerprint": self.fingerprint})
+        partial.replace(folder / WEIGHTS)
+        self.config.architectures = ["LongMem"]
+        self.config.save_pretrained(folder)
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        backbone: str | Path | PreTrainedModel | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        side_dtype: torch.dtype | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+        config: PreTrainedConfig | None = None,
+        **kwargs: Any,
+    ) -> LongMem:
+        """Load a SideNet and, really, the backbone that it names.
+
+        Args:
+            pretrained_model_name_or_path: folder written by ``save_pretrained``, or a hub id.
+            backbone: path or model to use in place of the one named; must have the same fingerprint.
+            dtype: of the backbone.
+
+        Raises:
+            CheckpointError: if the checkpoint is incomplete or damaged, or belongs to another backbone.
+            BackboneError: if the backbone cannot be loaded.
+        """
+        folder = resolve_folder(str(pretrained_model_name_or_path), revision)
+        try:
+            made = LongMemConfig.from_pretrained(folder) if config is None else config
+            tensors = load_file(folder / WEIGHTS)
+        except (OSError, SafetensorError, ValueError) as problem:
+            raise CheckpointError(
+                f"{folder} is not a complete LongMem checkpoint ({first_line(problem)}); "
+                f"it needs config.json and {WEIGHTS} as written by save_pretrained"
+            ) from problem
+        assert isinstance(made, LongMemConfig)
+        if not isinstance(backbone, PreTrainedModel):
+            named = str(backbone) if backbone is not None else made.backbone_name_or_path
+            if named is None:
+                raise BackboneError(f"{folder} names no backbone; pass backbone=PATH or a loaded model")
+            if backbone is None and not Path(named).is_absolute() and (folder / named).is_dir():
+                named = str(folder / named)
+            revision_of = made.backbone_revision if backbone is None else None
+            backbone = load_backbone(named, revision_of, dtype, **(backbone_kwargs or {}))
+        expected = made.backbone_fingerprint
+        # the copied layers are overwritten at once, so how they were initialised does not matter here
+        init, made.init = made.init, "copy"
+        model = cls(made, backbone, side_dtype=side_dtype)
+        model.config.init = made.init = init
+        if expected is not None and model.fingerprint != expected:
+            raise CheckpointError(
+                f"{folder} was trained on backbone {expected} ({made.backbone_name_or_path}), the backbone given is "
+                f"{model.fingerprint}; pass the backbone that it names"
+            )
+        missing, unexpected = model.sidenet.load_state_dict(tensors, strict=False)
+        if missing or unexpected:
+            raise CheckpointError(
+                f"{folder / WEIGHTS} does not fit its config: missing {missing[:3]}, unexpected {unexpected[:3]}; "
+                "the checkpoint is damaged or of another version"
+            )
+        return model.eval()
+
+
+def default_memory_layer(model: PreTrainedModel, stride: int) -> int:
+    """The paper's choice, layer 18 of 24 read by SideNet layer 9 of 12, for any depth, counted from 0.
+
+    The nearest layer below that the family allows is taken: in hybrid models one with full attention.
+    """
+    from longmem.modeling.families import Family
+
+    family = Family.of(model)
+    sources = side_sources(len(family.layers), stride)
+    wanted = sources[max(0, int(0.75 * len(sources) + 0.5) - 1)] if sources else 0
+    allowed = family.memory_layers()
+    if wanted in allowed or not allowed:
+        return wanted
+    return min(allowed, key=lambda layer: (layer not in sources, abs(layer - wanted)))
+
+
+def load_backbone(name: str, revision: str | None, dtype: torch.dtype | None, **kwargs: Any) -> PreTrainedModel:
+    """``AutoModelForCausalLM.from_pretrained`` with one clear line where it fails."""
+    if dtype is not None:
+        kwargs["dtype"] = dtype
+    try:
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(name, revision=revision, **kwargs))
+    except (OSError, ValueError, SafetensorError) as problem:
+        raise BackboneError(
+            f"backbone {name!r} could not be loaded ({first_line(problem)}); "
+            "give a folder with config.json and weights, or a hub id that can be reached"
+        ) from problem
+
+
+def resolve_folder(name: str, revision: str | None) -> Path:
+    """The local folder of a checkpoint; a hub id is downloaded."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{name} is not a folder; give one written by save_pretrained, or a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision))
+    except Exception as problem:
+        raise CheckpointError(
+            f"{name} is neither a folder nor a hub id that can be reached ({first_line(problem)})"
+        ) from problem
+
+
+def first_line(problem: BaseException) -> str:
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+
+
+AutoConfig.register("longmem", LongMemConfig, exist_ok=True)
+AutoModelForCausalLM.register(LongMemConfig, LongMem, exist_ok=True)

@@ -1,0 +1,133 @@
+"""Tiny, random models of every supported family: the table that laws 9 to 13 are tested over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import longmem.modeling.alibi_gpt  # noqa: F401  registers alibi_gpt
+
+V, C, H, L = 97, 32, 4, 4
+
+_LLAMA = {
+    "vocab_size": V,
+    "hidden_size": C,
+    "intermediate_size": 48,
+    "num_hidden_layers": L,
+    "num_attention_heads": H,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_HYBRID = ["sliding_attention", "full_attention"] * (L // 2)
+_GPT2 = {"vocab_size": V, "n_embd": C, "n_layer": L, "n_head": H, "n_positions": 128}
+_NO_DROP = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_OPT = {
+    "vocab_size": V,
+    "hidden_size": C,
+    "ffn_dim": 48,
+    "num_hidden_layers": L,
+    "num_attention_heads": H,
+    "max_position_embeddings": 128,
+    "dropout": 0.0,
+}
+
+# name -> (model_type, config fields)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "alibi_gpt": (
+        "alibi_gpt",
+        {
+            "vocab_size": V,
+            "hidden_size": C,
+            "num_hidden_layers": L,
+            "num_attention_heads": H,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "gpt2": ("gpt2", {**_GPT2, **_NO_DROP}),
+    "llama": ("llama", _LLAMA),
+    "llama-yarn": (
+        "llama",
+        {
+            **_LLAMA,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "rope_theta": 10000.0,
+            },
+        },
+    ),
+    "qwen2": ("qwen2", _LLAMA),
+    "qwen3": ("qwen3", {**_LLAMA, "head_dim": 8}),
+    "mistral-sliding": ("mistral", {**_LLAMA, "sliding_window": 8, "head_dim": 8}),
+    "mixtral": ("mixtral", {**_LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": None}),
+    "gemma2": (
+        "gemma2",
+        {**_LLAMA, "head_dim": 8, "query_pre_attn_scalar": 16, "sliding_window": 8, "layer_types": _HYBRID},
+    ),
+    "gemma3": ("gemma3_text", {**_LLAMA, "head_dim": 8, "sliding_window": 8, "layer_types": _HYBRID}),
+    "gpt-neox": ("gpt_neox", {**_LLAMA, "num_key_value_heads": H, "rotary_pct": 0.5, "hidden_dropout": 0.0}),
+    "opt": ("opt", {**_OPT, "word_embed_proj_dim": C}),
+    "opt-post-norm": ("opt", {**_OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "phi": ("phi", {**_LLAMA, "num_key_value_heads": H, "partial_rotary_factor": 0.5}),
+    "phi3": ("phi3", _LLAMA),
+    "stablelm": ("stablelm", {**_LLAMA, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    "cohere": ("cohere", {**_LLAMA, "use_qk_norm": True}),
+    "granite": ("granite", {**_LLAMA, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 2.0}),
+    "olmo2": ("olmo2", _LLAMA),
+    "smollm3": ("smollm3", {**_LLAMA, "no_rope_layers": [1, 0, 1, 0]}),
+    "bloom": ("bloom", {"vocab_size": V, "hidden_size": C, "n_layer": L, "n_head": H}),
+    "mpt": (
+        "mpt",
+        {"vocab_size": V, "d_model": C, "n_layers": L, "n_heads": H, "expansion_ratio": 2, "max_seq_len": 128},
+    ),
+    "falcon-rope-gqa": (
+        "falcon",
+        {
+            "vocab_size": V,
+            "hidden_size": C,
+            "num_hidden_layers": L,
+            "num_attention_heads": H,
+            "num_kv_heads": 2,
+            "new_decoder_architecture": True,
+            "alibi": False,
+            "bias": False,
+        },
+    ),
+    "falcon-alibi": (
+        "falcon",
+        {
+            "vocab_size": V,
+            "hidden_size": C,
+            "num_hidden_layers": L,
+            "num_attention_heads": H,
+            "multi_query": True,
+            "new_decoder_architecture": False,
+            "parallel_attn": True,
+            "alibi": True,
+            "bias": True,
+        },
+    ),
+    "gptj": ("gptj", {**_GPT2, **_NO_DROP, "rotary_dim": 4}),
+}
+
+
+def make_config(name: str) -> Any:
+    model_type, fields = FAMILIES[name]
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def make_backbone(name: str, seed: int = 0) -> PreTrainedModel:
+    """A tiny random model, in eval mode, with weights large enough that every part matters."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(make_config(name)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.15)
+    return model
