@@ -43,33 +43,40 @@ class Index(Protocol):
 
 
 class ExactIndex:
-    """Every key is scored, block by block; the memory taken does not grow with the bank.
+    """Every key is scored, a block of queries against a block of keys; memory taken does not grow with the bank.
+
+    Picking R of many scores costs as much as computing them, so the scores of a block are first reduced to the
+    maximum of each ``group`` of neighbouring keys. The R best keys lie in the R groups of largest maximum (each other
+    group's maximum is beaten by R keys), so only those groups are looked at one by one.
 
     Args:
-        block: scores held at once, per query block; also bounds the scratch memory.
+        scores_at_once: float32 scores held at a time; by default what stays in a CPU's cache, or keeps a GPU busy.
+        group: neighbouring keys reduced together.
     """
 
-    def __init__(self, block: int = 1 << 22) -> None:
-        self.block = block
+    def __init__(self, scores_at_once: int | None = None, group: int = 64) -> None:
+        self.scores_at_once = scores_at_once
+        self.group = group
 
+    @torch.no_grad()
     def search(
         self, queries: Tensor, keys: Tensor, rows: list[int], live: list[int], num: int
     ) -> tuple[Tensor, Tensor]:
         """See ``Index.search``."""
         shape = (*queries.shape[:3], num)
-        scores = torch.zeros(shape, dtype=torch.float32, device=queries.device)
+        scores = torch.full(shape, -torch.inf, dtype=torch.float32, device=queries.device)
         slots = torch.zeros(shape, dtype=torch.long, device=queries.device)
+        on_cpu = queries.device.type == "cpu"
+        at_once = self.scores_at_once or (1 << 20 if on_cpu else 1 << 26)
+        scratch = torch.empty(at_once, dtype=torch.float32, device=queries.device)
+        # one head at a time is what a CPU's cache holds; a GPU takes them together
+        heads = 1 if on_cpu else queries.shape[1]
         for line, (row, used) in enumerate(zip(rows, live, strict=True)):
-            found = min(num, used)
-            if not found:
-                continue
-            table = keys[row, :, :used].transpose(1, 2).to(torch.float32)
-            step = max(1, self.block // used // queries.shape[1])
-            for start in range(0, queries.shape[2], step):
-                some = queries[line, :, start : start + step].to(torch.float32)
-                best = torch.topk(some @ table, found, dim=-1)
-                scores[line, :, start : start + step, :found] = best.values
-                slots[line, :, start : start + step, :found] = best.indices
+            for head in range(0, queries.shape[1], heads):
+                few = slice(head, head + heads)
+                self._search_heads(
+                    queries[line, few], keys[row, few, :used], scratch, scores[line, few], slots[line, few]
+                )
         return scores, slots
 
     def written(self, keys: Tensor, rows: Tensor, slots: Tensor) -> None:
@@ -77,3 +84,58 @@ class ExactIndex:
 
     def cleared(self, rows: Tensor) -> None:
         """Nothing is kept."""
+
+    def _search_heads(self, queries: Tensor, keys: Tensor, scratch: Tensor, scores: Tensor, slots: Tensor) -> None:
+        """Fill scores and slots (h, Q, R) for queries (h, Q, D) over keys (h, n, D), merging block after block."""
+        heads, length, _ = queries.shape
+        # wide enough that packing the keys for the matrix product pays, narrow enough for the scratch
+        columns = min(max(keys.shape[1], 1), max(self.group, scratch.numel() // heads // 64))
+        lines = max(1, scratch.numel() // heads // _padded(columns, self.group))
+        for first in range(0, keys.shape[1], columns):
+            block = keys[:, first : first + columns].to(torch.float32)
+            found = min(scores.shape[2], block.shape[1])
+            for start in range(0, length, lines):
+                part = slice(start, start + lines)
+                best, where = self._best(queries[:, part].to(torch.float32), block, found, scratch)
+                _merge(scores[:, part], slots[:, part], best, where + first, first)
+
+    def _best(self, queries: Tensor, keys: Tensor, num: int, scratch: Tensor) -> tuple[Tensor, Tensor]:
+        """The ``num`` best of a block: scores (h, q, num) and positions, for queries (h, q, D) and keys (h, c, D)."""
+        heads, length, _ = queries.shape
+        count, group = keys.shape[1], self.group
+        width = _padded(count, group)
+        table = scratch[: heads * length * width].view(heads, length, width)
+        for head in range(heads):
+            torch.mm(queries[head], keys[head].T, out=table[head, :, :count])
+        if count <= 2 * num * group:  # too few groups to gain by them
+            best = torch.topk(table[:, :, :count], num, dim=-1)
+            return best.values, best.indices
+        table[:, :, count:] = -torch.inf
+        return _best_by_group(table, num, group)
+
+
+def _best_by_group(table: Tensor, num: int, group: int) -> tuple[Tensor, Tensor]:
+    """The ``num`` largest of every line of (h, q, c), and where; c is a multiple of ``group``."""
+    heads, length, width = table.shape
+    groups = width // group
+    chosen = torch.topk(table.view(heads, length, groups, group).amax(-1), num, dim=-1, sorted=False).indices
+    line = torch.arange(heads * length, device=table.device).view(heads, length, 1) * groups
+    candidates = table.view(-1, group).index_select(0, (chosen + line).flatten()).view(heads, length, num * group)
+    best = torch.topk(candidates, num, dim=-1)
+    inside = best.indices % group
+    return best.values, chosen.gather(-1, best.indices // group) * group + inside
+
+
+def _merge(scores: Tensor, slots: Tensor, best: Tensor, where: Tensor, seen: int) -> None:
+    """Bring the best of another block into the running best (h, q, R), in place; ``seen`` keys came before it."""
+    if not seen:
+        scores[:, :, : best.shape[2]] = best
+        slots[:, :, : where.shape[2]] = where
+        return
+    both = torch.cat((scores, best), dim=-1)
+    scores[:], order = torch.topk(both, scores.shape[2], dim=-1)
+    slots[:] = torch.cat((slots, where), dim=-1).gather(-1, order)
+
+
+def _padded(count: int, group: int) -> int:
+    return -(-count // group) * group
