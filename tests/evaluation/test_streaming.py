@@ -53,10 +53,10 @@ class RecordingBank:
 def id_forward(seen: list[tuple[list[list[int]], list[int]]]) -> Forward:
     """Uniform logits; the keys of a token are its id."""
 
-    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[Tensor, AttentionKV]:
+    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], AttentionKV]:
         seen.append((input_ids.tolist(), rows.tolist()))
         keys = input_ids.float()[:, None, :, None].expand(-1, 2, -1, 3)
-        return torch.zeros(*input_ids.shape, 5000)[:, -keep:], AttentionKV(keys, keys)
+        return [torch.zeros(*input_ids.shape, 5000)[:, -keep:]], AttentionKV(keys, keys)
 
     return forward
 
@@ -67,23 +67,23 @@ def some_documents(*lengths: int) -> list[Tensor]:
 
 
 def run(subject: Subject, documents: Sequence[Tensor], window: int, stride: int, rows: int) -> dict[int, np.ndarray]:
-    return dict(stream_nll(subject, documents, window=window, stride=stride, rows=rows))
+    return {i: nll[0] for i, nll in stream_nll(subject, documents, window=window, stride=stride, rows=rows)}
 
 
-def uniform(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[Tensor, None]:
-    return torch.full((*input_ids.shape, V), 3.5)[:, -keep:], None
+def uniform(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], None]:
+    return [torch.full((*input_ids.shape, V), 3.5)[:, -keep:]], None
 
 
-def bigram(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[Tensor, None]:
+def bigram(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], None]:
     """Logits that depend on the last token only: the same under every protocol."""
     table = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
-    return table[input_ids][:, -keep:], None
+    return [table[input_ids][:, -keep:]], None
 
 
-def cumulative(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[Tensor, None]:
+def cumulative(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], None]:
     """Logits that depend on all tokens seen so far."""
     table = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
-    return table[input_ids].cumsum(dim=1)[:, -keep:] / 4, None
+    return [table[input_ids].cumsum(dim=1)[:, -keep:] / 4], None
 
 
 @pytest.mark.parametrize("stride", [8, 4, 3])
@@ -126,7 +126,7 @@ def test_memory_holds_exactly_what_has_left_the_window(window: int, stride: int,
     bank, checked = RecordingBank(rows), 0
     inner = id_forward([])
 
-    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[Tensor, AttentionKV | None]:
+    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], AttentionKV | None]:
         nonlocal checked
         for ids, row in zip(input_ids.tolist(), rows.tolist(), strict=True):
             document = documents[ids[0] // 1000].tolist()
@@ -134,7 +134,7 @@ def test_memory_holds_exactly_what_has_left_the_window(window: int, stride: int,
             checked += 1
         return inner(input_ids, rows, keep)
 
-    assert len(run(Subject(forward, bank), documents, window, stride, rows)) == len(documents)
+    assert len(run(Subject(forward, [bank]), documents, window, stride, rows)) == len(documents)
     assert checked > len(documents)
 
 
@@ -142,13 +142,13 @@ def test_keys_are_those_of_the_window_in_which_a_token_was_scored() -> None:
     bank = RecordingBank(1)
     passes = 0
 
-    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[Tensor, AttentionKV]:
+    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], AttentionKV]:
         nonlocal passes
         keys = torch.full((1, 1, input_ids.shape[1], 1), float(passes))
         passes += 1
-        return torch.zeros(*input_ids.shape, V)[:, -keep:], AttentionKV(keys, keys)
+        return [torch.zeros(*input_ids.shape, V)[:, -keep:]], AttentionKV(keys, keys)
 
-    run(Subject(forward, bank), [torch.arange(14) % V], window=4, stride=2, rows=1)
+    run(Subject(forward, [bank]), [torch.arange(14) % V], window=4, stride=2, rows=1)
     # inputs 0..12; window 0 scores four, each further one two; the last window [10, 13) still holds 10, 11, 12
     assert bank.held[0] == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3]
 
@@ -157,7 +157,7 @@ def test_a_row_is_reset_and_given_to_the_next_document() -> None:
     documents = some_documents(20, 18, 12, 6)
     bank = RecordingBank(2)
     seen: list[tuple[list[list[int]], list[int]]] = []
-    found = run(Subject(id_forward(seen), bank), documents, window=4, stride=4, rows=2)
+    found = run(Subject(id_forward(seen), [bank]), documents, window=4, stride=4, rows=2)
     assert sorted(found) == [0, 1, 2, 3]
     assert {row for _, rows in seen for row in rows} == {0, 1}
     assert max(len(rows) for _, rows in seen) == 2
@@ -176,7 +176,7 @@ def test_rows_of_a_batch_score_as_alone(stride: int) -> None:
 def test_only_the_logits_of_new_tokens_are_asked_for() -> None:
     kept: list[int] = []
 
-    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[Tensor, None]:
+    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], None]:
         kept.append(keep)
         return uniform(input_ids, rows, keep)
 

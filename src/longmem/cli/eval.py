@@ -102,14 +102,14 @@ def perplexity(
     from longmem.evaluation import perplexity as evaluation
     from longmem.evaluation.bootstrap import Bootstrap
     from longmem.evaluation.documents import tokenize_documents
-    from longmem.evaluation.loading import load_systems, load_tokenizer
+    from longmem.evaluation.loading import load_comparison, load_tokenizer
     from longmem.evaluation.results import command_line, to_json, write_json
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     source = TextSource(tuple(data), include=include)
     texts = list(islice(read_documents(source), num_documents))  # before the model: wrong paths show at once
-    loaded = load_systems(
+    loaded = load_comparison(
         model,
         backbone=backbone,
         control=control,
@@ -130,7 +130,7 @@ def perplexity(
     )
     with _Bar() as bar:
         result = evaluation.perplexity(
-            loaded.systems,
+            loaded.comparison,
             documents,
             settings,
             device=place,
@@ -156,8 +156,8 @@ def perplexity(
         click.echo(to_json(result))
     else:
         console = Console(width=None if sys.stdout.isatty() else 120)
-        for table in perplexity_tables(result):
-            console.print(table)
+        for part in perplexity_tables(result):
+            console.print(part)
 
 
 def _plot(result: PerplexityResult, out: Path) -> None:
@@ -168,7 +168,7 @@ def _plot(result: PerplexityResult, out: Path) -> None:
 
 
 class _Bar:
-    """A progress bar on stderr, one line for each model and protocol."""
+    """A progress bar on stderr, one line for each protocol."""
 
     def __enter__(self) -> _Bar:
         from rich.console import Console
@@ -177,7 +177,7 @@ class _Bar:
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens, all systems"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from longmem.evaluation.bootstrap import Interval
 from longmem.evaluation.perplexity import PerplexityResult
@@ -15,26 +17,26 @@ SHORT = {BACKBONE: "backbone", MEMORY_OFF: "memory off", CONTROL: "control"}
 BASELINES = (BACKBONE, MEMORY_OFF, CONTROL)
 
 
-def perplexity_tables(result: PerplexityResult) -> Iterator[Table]:
-    """A table for each protocol and group, then lengths and positions."""
+def perplexity_tables(result: PerplexityResult) -> Iterator[RenderableType]:
+    """For each protocol a table of all documents and of each group, then lengths and positions."""
+    level = result.header.config["bootstrap"]["level"]
     for protocol in result.protocols.values():
         for scores in (protocol.all, *(protocol.groups if len(protocol.groups) > 1 else ())):
-            yield system_table(result, protocol, scores)
+            yield Text(f"\n{_heading(protocol)}: {scores.name}, {scores.documents} documents, {scores.tokens:,} tokens")
+            yield system_table(result, scores)
         if len(protocol.by_length) > 1:
+            yield Text(f"\n{_heading(protocol)}: perplexity by length of the document in tokens")
             yield length_table(result, protocol)
+        yield Text(f"\n{_heading(protocol)}: perplexity by position, the number of tokens before")
         yield position_table(result, protocol)
+    if any(protocol.all.differences for protocol in result.protocols.values()):
+        yield Text(f"\n% of perplexity per token, below 0 is better; {100 * level:g} % [over documents] (over blocks)")
 
 
-def system_table(result: PerplexityResult, protocol: ProtocolScores, scores: Scores) -> Table:
-    """Perplexities of every system, and how far each is from its baselines in %, with both 95 % intervals."""
+def system_table(result: PerplexityResult, scores: Scores) -> Table:
+    """Perplexities of every system, and how far each is from its baselines in %, with both intervals."""
     against = [name for name in BASELINES if any(d.against == name for d in scores.differences)]
-    level = result.header.config["bootstrap"]["level"]
-    table = Table(
-        title=f"{_heading(protocol)}: {scores.name}, {scores.documents} documents, {scores.tokens:,} tokens",
-        caption=f"% of perplexity, below 0 is better; {100 * level:g} % intervals: [over documents] (over blocks)",
-        title_justify="left",
-        caption_justify="left",
-    )
+    table = Table()
     table.add_column("system")
     for name in ("per token", "per word", "bits/byte", *(f"% against {SHORT[name]}" for name in against)):
         table.add_column(name, justify="right")
@@ -43,7 +45,7 @@ def system_table(result: PerplexityResult, protocol: ProtocolScores, scores: Sco
         table.add_row(
             result.systems[score.system],
             f"{score.perplexity:.3f}",
-            f"{score.word_perplexity:,.2f}",
+            f"{score.word_perplexity:,.2f}" if score.word_perplexity < 1e6 else f"{score.word_perplexity:.3g}",
             f"{score.bits_per_byte:.4f}",
             *(_difference(difference) for difference in differences),
         )
@@ -52,7 +54,7 @@ def system_table(result: PerplexityResult, protocol: ProtocolScores, scores: Sco
 
 def length_table(result: PerplexityResult, protocol: ProtocolScores) -> Table:
     """Perplexity by length of the document in tokens."""
-    table = Table(title=f"{_heading(protocol)}: by length of the document (tokens)", title_justify="left")
+    table = Table()
     table.add_column("system")
     for bucket in protocol.by_length:
         table.add_column(f"{bucket.name}\n{bucket.documents} documents", justify="right")
@@ -63,7 +65,7 @@ def length_table(result: PerplexityResult, protocol: ProtocolScores) -> Table:
 
 def position_table(result: PerplexityResult, protocol: ProtocolScores) -> Table:
     """Perplexity by number of tokens before."""
-    table = Table(title=f"{_heading(protocol)}: by position in the document (tokens before)", title_justify="left")
+    table = Table()
     table.add_column("from")
     for label in result.systems.values():
         table.add_column(label.replace(", ", "\n", 1), justify="right")

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 
 from longmem.errors import CheckpointError, ConfigError
-from longmem.evaluation.systems import System, longmem_systems, plain_systems
+from longmem.evaluation.systems import Comparison
 
 LONGEST_DEFAULT_WINDOW = 1024  # the paper's; long-context backbones would otherwise get all they can take
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Systems, the folders that were really read, and the tokenizer's."""
+    """The comparison, the folder that was really read, and the tokenizer's."""
 
-    systems: list[System]
+    comparison: Comparison
     model: str
     tokenizer: str
     max_positions: int | None
@@ -29,7 +29,7 @@ class Loaded:
         return min(self.max_positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
 
 
-def load_systems(
+def load_comparison(
     path: str,
     *,
     backbone: str | None = None,
@@ -63,20 +63,32 @@ def load_systems(
         ]
         if extra:
             raise ConfigError(extra)
-        model = _load_causal_lm(where, dtype).to(device).eval()
-        return Loaded(plain_systems(model), where, tokenizer or where, _positions(model.config))
+        alone = _load_causal_lm(where, dtype).to(device).eval()
+        return Loaded(Comparison.of_backbone(alone), where, tokenizer or where, _positions(alone.config))
     from longmem.modeling.longmem import LongMem
 
-    model = LongMem.from_pretrained(where, backbone=backbone, dtype=dtype).to(device).eval()
+    model: Any = LongMem.from_pretrained(where, backbone=backbone, dtype=dtype)  # in eval mode
+    model.to(device)
     sizes = _checked_sizes(memory_sizes, model.config)
-    other = None
-    if control is not None:
-        home = checkpoint_folder(control)
-        if _model_type(home) != "longmem":
-            raise CheckpointError(f"{home}: not a LongMem checkpoint; --control takes a SideNet trained without memory")
-        other = LongMem.from_pretrained(home, backbone=backbone, dtype=dtype).to(device).eval()
-    home = tokenizer or _tokenizer_folder([where, backbone, model.config.backbone_name_or_path])
-    return Loaded(longmem_systems(model, sizes, control=other), where, home, _positions(model.config.backbone_config))
+    return Loaded(
+        comparison=Comparison.of_longmem(model, sizes, control=_load_control(control, model)),
+        model=where,
+        tokenizer=tokenizer or _tokenizer_folder([where, backbone, model.config.backbone_name_or_path]),
+        max_positions=_positions(model.config.backbone_config),
+    )
+
+
+def _load_control(path: str | None, model: Any) -> Any:
+    """Over the backbone that is already there, which is compared with the one that the control names."""
+    if path is None:
+        return None
+    from longmem.modeling.longmem import LongMem
+
+    where = checkpoint_folder(path)
+    if _model_type(where) != "longmem":
+        raise CheckpointError(f"{where}: not a LongMem checkpoint; --control takes a SideNet trained without memory")
+    control: Any = LongMem.from_pretrained(where, backbone=model.backbone.model)
+    return control.to(model.device)
 
 
 def load_tokenizer(path: str) -> Any:

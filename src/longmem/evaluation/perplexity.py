@@ -23,13 +23,13 @@ from longmem.evaluation.records import BLOCK, Ledger, Record, make_record
 from longmem.evaluation.results import RunHeader
 from longmem.evaluation.scores import ProtocolScores, protocol_scores
 from longmem.evaluation.streaming import stream_nll
-from longmem.evaluation.systems import System, compared_pairs
+from longmem.evaluation.systems import Comparison, System
 from longmem.evaluation.windows import PROTOCOLS
 
 RECORDS_VERSION = 1  # part of every record's key; raised when a record's meaning changes
 
 Progress = Callable[[str, int, int], Any]
-"""``(what is measured, tokens done, tokens in all)``."""
+"""``(protocol, tokens done, tokens in all)``, each token counted once for every system."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class PerplexityResult:
 
 
 def perplexity(
-    systems: Sequence[System],
+    comparison: Comparison,
     documents: Sequence[TokenizedDocument],
     settings: PerplexitySettings,
     *,
@@ -120,7 +120,7 @@ def perplexity(
     """Measure every system on every document under every protocol.
 
     Args:
-        systems: from ``longmem_systems`` or ``plain_systems``; the first is the baseline of all differences.
+        comparison: the systems, see ``Comparison.of_longmem`` and ``Comparison.of_backbone``.
         documents: from ``tokenize_documents``.
         settings: window, stride, protocols, rows, bootstrap.
         device: where the models are.
@@ -133,18 +133,14 @@ def perplexity(
     ledger = Ledger(records)
     protocols, nll = {}, [dict[str, dict[str, float]]() for _ in documents]
     for protocol in settings.protocols:
-        table = {
-            system.name: measure(system, documents, settings, protocol, ledger, device=device, progress=progress)
-            for system in systems
-        }
-        stride = settings.stride_of(protocol)
+        table = measure(comparison, documents, settings, protocol, ledger, device=device, progress=progress)
         protocols[protocol] = protocol_scores(
             protocol,
             settings.window,
-            stride,
+            settings.stride_of(protocol),
             documents,
             table,
-            compared_pairs(systems),
+            comparison.pairs,
             settings.bootstrap,
             settings.block,
         )
@@ -155,7 +151,7 @@ def perplexity(
             task="perplexity",
             command=command,
             config=asdict(settings) | (config or {}),
-            models={system.name: system.identity for system in systems},
+            models={system.name: system.identity for system in comparison.systems},
             samples={
                 "documents": len(documents),
                 "tokens": sum(document.scored for document in documents),
@@ -165,7 +161,7 @@ def perplexity(
             seeds=[settings.bootstrap.seed],
             seconds=round(time.monotonic() - began, 1),
         ),
-        systems={system.name: system.label for system in systems},
+        systems={system.name: system.label for system in comparison.systems},
         protocols=protocols,
         documents=[
             DocumentScores(d.id, d.group, d.scored, d.words, d.bytes, d.digest, of_document)
@@ -175,7 +171,7 @@ def perplexity(
 
 
 def measure(
-    system: System,
+    comparison: Comparison,
     documents: Sequence[TokenizedDocument],
     settings: PerplexitySettings,
     protocol: str,
@@ -183,36 +179,44 @@ def measure(
     *,
     device: str = "cpu",
     progress: Progress | None = None,
-) -> list[Record]:
-    """One system under one protocol: a record for each document, those that the ledger has taken from it."""
-    stride, key = settings.stride_of(protocol), _key(system, settings, protocol)
-    missing = [document for document in documents if ledger.get(key, document.digest) is None]
-    total = sum(document.scored for document in missing)
-    done = 0
+) -> dict[str, list[Record]]:
+    """Every system under one protocol: a record for each document, taken from the ledger where it is there.
 
-    def advance(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        if progress is not None:
-            progress(f"{protocol}: {system.label}", done, total)
+    Documents that lack the same systems are streamed together, and those systems run together.
+    """
+    keys = {system.name: _key(system, settings, protocol) for system in comparison.systems}
+    together = comparison.together(min(settings.rows, len(documents)), settings.window)
+    jobs: dict[tuple[str, ...], list[TokenizedDocument]] = {}
+    for document in documents:
+        missing = [name for name, key in keys.items() if ledger.get(key, document.digest) is None]
+        for at in range(0, len(missing), together):
+            jobs.setdefault(tuple(missing[at : at + together]), []).append(document)
+    total, done = sum(len(names) * document.scored for names, some in jobs.items() for document in some), 0
+    for names, some in jobs.items():
+        rows = min(settings.rows, len(some))
+        systems = [system for system in comparison.systems if system.name in names]
 
-    if missing:
-        rows = min(settings.rows, len(missing))
-        subject = system.prepare(rows, max(document.scored for document in missing))
+        def advance(tokens: int, count: int = len(names)) -> None:
+            nonlocal done
+            done += tokens * count
+            if progress is not None:
+                progress(protocol, done, total)
+
         for i, nll in stream_nll(
-            subject,
-            [document.ids for document in missing],
+            comparison.prepare(systems, rows, max(document.scored for document in some)),
+            [document.ids for document in some],
             window=settings.window,
-            stride=stride,
+            stride=settings.stride_of(protocol),
             rows=rows,
-            names=[document.id for document in missing],
+            names=[document.id for document in some],
             device=device,
             progress=advance,
         ):
-            document = missing[i]
-            ledger.append(make_record(key, document.digest, document.id, protocol, system.name, nll, settings.block))
-    found = [ledger.get(key, document.digest) for document in documents]
-    return [record for record in found if record is not None]
+            for name, of_system in zip(names, nll, strict=True):
+                ledger.append(
+                    make_record(keys[name], some[i].digest, some[i].id, protocol, name, of_system, settings.block)
+                )
+    return {name: [ledger[key, document.digest] for document in documents] for name, key in keys.items()}
 
 
 def _key(system: System, settings: PerplexitySettings, protocol: str) -> str:

@@ -83,6 +83,9 @@ class Ledger:
     def get(self, key: str, digest: str) -> Record | None:
         return self._records.get((key, digest))
 
+    def __getitem__(self, where: tuple[str, str]) -> Record:
+        return self._records[where]
+
     def append(self, record: Record) -> None:
         self._records[record.key, record.digest] = record
         if self.path is not None:

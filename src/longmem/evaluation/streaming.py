@@ -1,6 +1,6 @@
 """Run documents through a model as rows of a batch, each from its beginning, its memory its own.
 
-B rows · T window tokens · V vocabulary · Hkv key/value heads · D head_dim
+B rows · T window tokens · V vocabulary · Hkv key/value heads · D head_dim · Q systems compared
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class WritableMemory(Protocol):
     def reset(self, rows: Tensor | None = None) -> None: ...
 
 
-Forward = Callable[[Tensor, Tensor, int], tuple[Tensor, AttentionKV | None]]
-"""``forward(input_ids (B, T), rows (B,), keep)`` gives the logits of the last ``keep`` positions, (B, keep, V), and the
-memory layer's keys and values of all T, or None for a model without memory."""
+Forward = Callable[[Tensor, Tensor, int], tuple[Sequence[Tensor], AttentionKV | None]]
+"""``forward(input_ids (B, T), rows (B,), keep)`` gives, for each of Q systems, the logits of the last ``keep``
+positions, (B, keep, V), and the memory layer's keys and values of all T, or None where there is no memory."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One of the models compared: how to run it, and the memory it reads, if it has one."""
+    """Systems that run together on the same windows, and the memories they read, all written alike."""
 
     forward: Forward
-    memory: WritableMemory | None = None
+    memories: Sequence[WritableMemory] = ()
 
 
 @dataclass(eq=False)
@@ -62,7 +62,7 @@ class _Lane:
     ids: Tensor  # (n,) on the device; inputs are the first n - 1, targets the last n - 1
     plan: Iterator[Window]
     window: Window
-    nll: NDArray[np.float64]  # (n - 1,)
+    nll: list[NDArray[np.float64]] = field(default_factory=list)  # one (Q, t) for each window
     held: deque[tuple[int, Tensor, Tensor]] = field(default_factory=deque)  # (first token, keys, values (Hkv, t, D))
 
     def advance(self) -> bool:
@@ -109,7 +109,7 @@ def stream_nll(
     written when it has left. With ``stride == window`` this is: score a segment, then memorize it.
 
     Args:
-        subject: the model, and its memory with at least ``rows`` rows.
+        subject: the systems, and their memories of at least ``rows`` rows each.
         documents: token ids, each (n,) with n >= 2.
         window: tokens the model sees at once.
         stride: how far the window moves; ``window`` itself for non-overlapping segments.
@@ -119,7 +119,7 @@ def stream_nll(
         progress: called with the number of tokens scored by each forward pass.
 
     Yields:
-        document index and its negative log-likelihoods in nats, (n - 1,), in the order in which documents finish.
+        document index and its negative log-likelihoods in nats, (Q, n - 1), in the order in which documents finish.
     """
     waiting = deque(sorted(range(len(documents)), key=lambda i: -len(documents[i])))
     free = list(range(rows))[::-1]
@@ -134,7 +134,7 @@ def stream_nll(
         for lane in finished:
             lanes.remove(lane)
             free.append(lane.row)
-            yield lane.document, lane.nll
+            yield lane.document, np.concatenate(lane.nll, axis=1)
 
 
 def _open(
@@ -146,29 +146,29 @@ def _open(
     stride: int,
     device: torch.device | str,
 ) -> _Lane:
-    if subject.memory is not None:
-        subject.memory.reset(rows=torch.tensor([row]))
+    for memory in subject.memories:
+        memory.reset(rows=torch.tensor([row]))
     ids = documents[document].to(device)
     plan = windows(len(ids) - 1, window, stride)
-    return _Lane(row, document, ids, plan, next(plan), np.zeros(len(ids) - 1))
+    return _Lane(row, document, ids, plan, next(plan))
 
 
 def _memorize(subject: Subject, lanes: Sequence[_Lane], names: Sequence[str] | None) -> None:
     """Write what has left each row's window; rows that move by the same number of tokens in one call."""
-    if subject.memory is None:
-        return
     groups: dict[int, list[tuple[_Lane, int, Tensor, Tensor]]] = {}
     for lane in lanes:
         gone = lane.left_window()
         if gone is not None:
             groups.setdefault(gone[1].shape[1], []).append((lane, *gone))
     for group in groups.values():
-        subject.memory.add(
-            AttentionKV(torch.stack([keys for _, _, keys, _ in group]), torch.stack([values for *_, values in group])),
-            rows=torch.tensor([lane.row for lane, *_ in group]),
-            documents=[names[lane.document] if names else str(lane.document) for lane, *_ in group],
-            offsets=[first for _, first, *_ in group],
-        )
+        kv = AttentionKV(torch.stack([keys for _, _, keys, _ in group]), torch.stack([values for *_, values in group]))
+        for memory in subject.memories:
+            memory.add(
+                kv,
+                rows=torch.tensor([lane.row for lane, *_ in group]),
+                documents=[names[lane.document] if names else str(lane.document) for lane, *_ in group],
+                offsets=[first for _, first, *_ in group],
+            )
 
 
 def _score(subject: Subject, lanes: Sequence[_Lane]) -> None:
@@ -183,9 +183,9 @@ def _score(subject: Subject, lanes: Sequence[_Lane]) -> None:
     for b, (lane, span) in enumerate(zip(lanes, spans, strict=True)):
         first, last = span.scored_from - span.start, span.end - span.start
         targets = lane.ids[span.scored_from + 1 : span.end + 1]
-        nll = token_nll(logits[b, first - skipped : last - skipped], targets)
-        lane.nll[span.scored_from : span.end] = nll.cpu().numpy()
-        if subject.memory is not None and kv is not None:
+        nll = torch.stack([token_nll(each[b, first - skipped : last - skipped], targets) for each in logits])
+        lane.nll.append(nll.double().cpu().numpy())
+        if subject.memories and kv is not None:
             # clones: a slice would keep the keys and values of the whole batch alive for as long as it waits
             lane.held.append((span.scored_from, kv.keys[b, :, first:last].clone(), kv.values[b, :, first:last].clone()))
 
