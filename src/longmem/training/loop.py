@@ -33,7 +33,7 @@ from longmem.training.checkpoint import (
 from longmem.training.logs import RunLog, duration
 from longmem.training.optimiser import Optimisers, lr_share
 from longmem.training.recipe import Recipe
-from longmem.training.tasks import StepScores, Task
+from longmem.training.tasks import StepScores, Task, runs_bf16
 
 log = logging.getLogger(__name__)
 SAME_TO_RESUME = ("task", "data", "model", "backbone", "sidenet")
@@ -89,9 +89,10 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
     """
     if recipe.optim.threads:
         torch.set_num_threads(recipe.optim.threads)
+    # before the first text is read, memory_gate has no gradient: DDP must not wait for it
     # autocast is ours (see `_autocast`), so that one line holds for the plain and the wrapped model
     accelerator = Accelerator(
-        mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
+        mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.task == "adapt")]
     )
     checkpoints = recipe.out_dir / "checkpoints"
     resume = resume and bool(list_checkpoints(checkpoints))
@@ -268,13 +269,14 @@ class _Run:
         }
         if float(scores.practice.count):
             record["practice_loss"] = scores.practice.mean
-        record |= scores.extra
+        record |= self.task.status()
         log_to.record(record)
         total = f"/{self.total_steps:,}" if self.total_steps else ""
         left = at.seconds / max(self.done(), 1e-9) - at.seconds
         extra = [f"practice {record['practice_loss']:.3f}"] if "practice_loss" in record else []
         if "memory_fill" in record:
-            extra = [f"memory {record['memory_fill']:.0%}", f"share {record['share_mean']:.3f}"]
+            shares = record["share"]
+            extra = [f"memory {record['memory_fill']:.0%}", f"share {min(shares):.2f} to {max(shares):.2f}"]
         parts = [
             f"step {at.step:,}{total}",
             f"loss {loss:.3f}",
@@ -315,8 +317,8 @@ class _Run:
         return broadcast_object_list([value])[0]
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        enabled = self.recipe.optim.precision == "bf16"
-        return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=enabled)
+        device = self.accelerator.device
+        return torch.autocast(device.type, torch.bfloat16, runs_bf16(self.recipe.optim.precision, device))
 
     def _settings(self) -> dict[str, Any]:
         return self.recipe.model_dump(mode="json")

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from longmem.data.tokens import TokenCorpus
 from longmem.data.windows import IGNORE, WindowSampler
 from longmem.errors import BackboneError
 from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
+from longmem.modeling.copying import copy_loss, copy_score, random_tokens
 from longmem.training.recipe import Recipe
 from longmem.training.tasks import Scores, StepScores, set_dropout, token_losses
 
@@ -44,7 +45,7 @@ class Pretraining:
         world: int = 1,
     ) -> None:
         self.recipe, self.tokenizer, self.valid, self.device = recipe, tokenizer, valid, device
-        self.model: nn.Module = build_model(recipe, tokenizer).to(device)
+        self.model: PreTrainedModel = build_model(recipe, tokenizer).to(device)
         self.forward = torch.compile(self.model) if recipe.optim.compile else None
         data, optim = recipe.data, recipe.optim
         self.sampler = WindowSampler(
@@ -77,11 +78,14 @@ class Pretraining:
         counted, practice = targets != IGNORE, batch.practice.to(self.device)[:, None]
         scores.text.add(losses, counted & ~practice)
         scores.practice.add(losses, counted & practice)
-        scores.extra["epoch"] = self.sampler.epoch
         return losses.sum() / counted.sum().clamp(min=1)
 
     def after_backward(self) -> None:
         """Nothing waits for it."""
+
+    def status(self) -> dict[str, Any]:
+        """Passes over the corpus."""
+        return {"epoch": round(self.sampler.epoch, 4)}
 
     @torch.no_grad()
     def evaluate(self, autocast: AbstractContextManager[Any], final: bool) -> dict[str, Any]:
@@ -96,7 +100,8 @@ class Pretraining:
                 scores.add(token_losses(logits, targets), torch.ones_like(targets, dtype=torch.bool))
             result["loss"] = scores.mean
         if self.recipe.eval.copy_score:
-            result |= copy_scores(self.model, self.tokenizer, self.valid or self.sampler.corpus, self.recipe)
+            corpus = self.sampler.corpus if self.valid is None else self.valid
+            result |= copy_scores(self.model, self.tokenizer, corpus, self.recipe.data.window)
         self.model.train()
         return result
 
@@ -113,7 +118,7 @@ class Pretraining:
         self.model.load_state_dict(weights, strict=False)
 
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)  # type: ignore[operator]
+        self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(str(folder))
 
     def _valid_windows(self, corpus: TokenCorpus) -> Iterator[tuple[Tensor, Tensor]]:
@@ -128,12 +133,12 @@ class Pretraining:
             yield batch[:, :-1], batch[:, 1:]
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Fresh weights drawn from the global generator, or those of ``model.init``."""
     shape = recipe.model
     if shape.init is not None:
         try:
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(shape.init, dtype=torch.float32)
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(shape.init, dtype=torch.float32)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise BackboneError(f"model.init ({shape.init}) cannot be loaded ({reason}); name a folder or hub id") from error
@@ -157,26 +162,23 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> nn.Module
 
 
 def copy_scores(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, corpus: TokenCorpus, recipe: Recipe, passages: int = 4
-) -> dict[str, float]:
-    """How well a model copies from its context: passages are fed twice, first and second loss compared.
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: TokenCorpus, window: int, passages: int = 4
+) -> dict[str, float | int]:
+    """How well a model copies, and whether its keys are worth remembering yet: passages of half a window, read twice.
 
     Returns:
-        ``copy_text_first``, ``copy_text_second``: nats per token of the first and second pass over passages of the corpus;
-        ``copy_random_first``, ``copy_random_second``: the same over random tokens. Half a window each.
+        ``copy_gain``: nats per token saved on the second pass over text; ``copy_gain_random``: over random tokens;
+        ``copy_rank``: median rank of the right key, text, in the best head of the best layer; ``copy_layer``: that layer.
     """
-    length = recipe.data.window // 2
-    random = np.random.default_rng(0)
-    starts = random.integers(0, max(1, corpus.num_tokens - length), passages)
-    text = np.stack([corpus.ids[s : s + length].astype(np.int64) for s in starts])
-    noise = random.integers(3, len(tokenizer), text.shape)
-    result = {}
-    device = next(model.parameters()).device
-    for name, passage in (("text", text), ("random", noise)):
-        ids = torch.from_numpy(np.concatenate([passage, passage], axis=1)).to(device)
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        losses = token_losses(logits, ids[:, 1:])
-        # the first token of the second pass cannot be foreseen
-        result[f"copy_{name}_first"] = float(losses[:, : passage.shape[1] - 1].mean())
-        result[f"copy_{name}_second"] = float(losses[:, passage.shape[1] :].mean())
-    return result
+    length = max(2, window // 2)
+    starts = np.random.default_rng(0).integers(0, max(1, corpus.num_tokens - length), passages)
+    text = torch.from_numpy(np.stack([corpus.ids[s : s + length].astype(np.int64) for s in starts]))
+    noise = random_tokens(len(tokenizer), passages, length, special=tokenizer.all_special_ids)
+    scores = copy_score(model, text.to(model.device))
+    first, second = copy_loss(model, noise.to(model.device))
+    return {
+        "copy_gain": scores.gain,
+        "copy_gain_random": first - second,
+        "copy_rank": scores.rank[scores.best_layer],
+        "copy_layer": scores.best_layer,
+    }

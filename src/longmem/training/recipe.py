@@ -19,7 +19,7 @@ from longmem.errors import ConfigError
 
 Share = typing.Annotated[float, Field(ge=0, le=1)]
 Count = typing.Annotated[int, Field(ge=1)]
-CountOrNone = typing.Annotated[int, Field(ge=0)]
+CountOrZero = typing.Annotated[int, Field(ge=0)]
 Positive = typing.Annotated[float, Field(gt=0)]
 
 
@@ -60,7 +60,7 @@ class DataSection(Section):
     """How much text the tokenizer learns from."""
     window: Count = 1024
     """T: tokens of a pre-training row, and of an adaptation segment."""
-    piece_tokens: CountOrNone = 0
+    piece_tokens: CountOrZero = 0
     """Adaptation: deal out longer documents in pieces of so many tokens; 0 keeps them whole."""
     repeat_fraction: Share = 0.0
     """Pre-training: share of rows that are copy practice, see ``WindowSampler``. Not in the paper."""
@@ -96,7 +96,7 @@ class BackboneSection(Section):
 class SideNetSection(Section):
     """Adaptation: the SideNet and its memory."""
 
-    memory_layer: Count | Literal["auto"] | None = None
+    memory_layer: CountOrZero | Literal["auto"] | None = None
     """Backbone layer that is remembered, 0-based; None: three quarters of the depth."""
     stride: Count = 2
     init: Literal["copy", "zero"] = "copy"
@@ -151,18 +151,19 @@ class OptimSection(Section):
     clip: typing.Annotated[float, Field(ge=0)] = 1.0
     """Largest gradient norm; 0 does not clip."""
     dropout: typing.Annotated[float, Field(ge=0, lt=1)] = 0.1
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the hardware multiplies in it, else fp32. A CPU without AVX512-BF16 emulates it, many times slower."""
     gradient_checkpointing: bool = False
     compile: bool = False
     """torch.compile the pre-trained model; needs a C++ compiler on a CPU."""
-    threads: CountOrNone = 0
+    threads: CountOrZero = 0
     """CPU threads; 0 leaves torch's choice."""
 
 
 class CheckpointSection(Section):
     """Resumable states."""
 
-    every: CountOrNone = 1000
+    every: CountOrZero = 1000
     """Steps between checkpoints; 0 writes one only when the run is stopped."""
     keep_last: Count = 2
 
@@ -177,7 +178,7 @@ class LogSection(Section):
 class EvalSection(Section):
     """Losses on ``data.valid`` while training."""
 
-    every: CountOrNone = 500
+    every: CountOrZero = 500
     """Steps between evaluations; 0 evaluates at the end only."""
     tokens: Count = 65536
     rows: Count = 8
@@ -289,6 +290,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
                 below = value - value % chunk
                 tries = f"{below} or {below + chunk}" if below else f"{chunk}"
                 found.append(f"sidenet.{name} ({value}) must be a multiple of sidenet.chunk_size ({chunk}); try {tries}")
+        if side.shared and side.boundary == "reset":
+            found.append("sidenet.boundary is 'reset' with sidenet.shared; rows of one shared memory end at different times")
     if recipe.task == "pretrain" and model.init is None and model.hidden_size % model.heads:
         found.append(
             f"model.hidden_size ({model.hidden_size}) must be a multiple of model.heads ({model.heads}); "
@@ -302,6 +305,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
         found.append("optim.schedule_by is 'time' but optim.max_minutes is missing; set it")
     if optim.schedule_by == "tokens" and optim.steps is None and optim.tokens is None and optim.max_minutes is not None:
         found.append("optim.schedule_by is 'tokens' without optim.tokens or optim.steps; set one, or schedule_by = 'time'")
+    if recipe.task == "adapt" and optim.compile:
+        found.append("optim.compile is for task = 'pretrain'; the hooks of adaptation cannot be compiled, set it to false")
     if optim.warmup + (optim.decay_fraction if optim.schedule == "wsd" else 0) > 1:
         found.append(f"optim.warmup ({optim.warmup}) and optim.decay_fraction ({optim.decay_fraction}) exceed the run")
     return found

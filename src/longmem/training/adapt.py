@@ -1,0 +1,251 @@
+"""``task = "adapt"``: memory-augmented adaptation of a SideNet over a frozen backbone (paper, section 3.3).
+
+Rows are different texts and move on segment by segment; the bank holds each row's own past. A segment is read with what
+the bank held before, and written only after ``backward``.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from longmem.data.stream import SegmentBatch, SegmentStream
+from longmem.data.tokens import TokenCorpus
+from longmem.data.windows import IGNORE
+from longmem.errors import ConfigError
+from longmem.memory import MemoryBank
+from longmem.modeling.longmem import LongMem
+from longmem.training.recipe import Recipe
+from longmem.training.tasks import Scores, StepScores, runs_bf16, set_dropout, storage_dtype, token_losses
+from longmem.types import AttentionKV
+
+
+class Adaptation:
+    """See ``Task``. Only the SideNet and its memory gates are trained.
+
+    Args:
+        recipe: with ``task = "adapt"``.
+        tokenizer: the backbone's.
+        train: corpus whose documents the rows read.
+        valid: corpus of [eval]; may be None.
+        device: where model and bank are.
+        rank: number of this process.
+        world: number of processes.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        train: TokenCorpus,
+        valid: TokenCorpus | None,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.recipe, self.tokenizer, self.valid, self.device = recipe, tokenizer, valid, device
+        self.longmem = build_longmem(recipe, device)
+        self.model: nn.Module = self.longmem
+        _check_vocabulary(self.longmem, tokenizer, recipe)
+        data, optim = recipe.data, recipe.optim
+        self.pad_id = tokenizer.pad_token_id or 0
+        self.stream = SegmentStream(
+            train,
+            data.window,
+            optim.rows,
+            recipe.run.seed,
+            piece_tokens=data.piece_tokens,
+            rank=rank,
+            world=world,
+            pad_id=self.pad_id,
+        )
+        self.bank = self._new_bank(optim.rows) if recipe.sidenet.memory else None
+        self.tokens_per_batch = optim.rows * data.window
+        self._unwritten: tuple[AttentionKV, SegmentBatch] | None = None
+        self._share: Tensor | None = None
+        self._backbone_loss: float | None = None
+
+    def describe(self) -> str:
+        model, corpus = self.longmem, self.stream.corpus
+        count = sum(weight.numel() for weight in model.trainable_parameters())
+        memory = f"memory of layer {model.memory_layer}" if self.bank is not None else "no memory (control)"
+        return (
+            f"adapting a SideNet of {count:,} parameters, {memory}, on {corpus.num_tokens:,} tokens of {len(corpus):,} "
+            f"documents, {len(self.stream.pieces):,} texts"
+        )
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        wanted = set(self.longmem.trainable_parameter_names())
+        return ((name, weight) for name, weight in self.longmem.named_parameters() if name in wanted)
+
+    def loss(self, model: nn.Module, scores: StepScores) -> Tensor:
+        batch = self.stream.next()
+        if self.bank is not None:
+            turn_over(self.bank, batch, self.recipe.sidenet.boundary)
+        ids, mask, targets = (_to(part, self.device) for part in (batch.ids, batch.mask, batch.targets))
+        assert targets is not None
+        out = model(input_ids=ids, attention_mask=mask, memory=self.bank, use_cache=False)
+        losses, counted = token_losses(out.logits, targets), targets != IGNORE
+        scores.text.add(losses, counted)
+        self._unwritten = (out.kv, batch)
+        self._share = None if out.share is None else out.share.detach()
+        return losses.sum() / counted.sum().clamp(min=1)
+
+    def after_backward(self) -> None:
+        """Write the segment: recomputation in ``backward`` must find the memory that ``forward`` read."""
+        if self.bank is not None and self._unwritten is not None:
+            remember(self.bank, *self._unwritten)
+        self._unwritten = None
+
+    def status(self) -> dict[str, Any]:
+        """Passes over the corpus, memory fill, and the share that each head gave to memory in the newest segment."""
+        status: dict[str, Any] = {"epoch": round(self.stream.epoch, 4)}
+        if self.bank is not None:
+            status["memory_fill"] = float(self.bank.tokens.float().mean()) / self.bank.capacity_tokens
+            status["memory_tokens"] = self.bank.tokens.tolist()
+            shares = self.longmem.memory_share if self._share is None else self._share.float().mean(dim=(0, 2))
+            status["share"] = [round(share, 4) for share in shares.tolist()]
+        return status
+
+    @torch.no_grad()
+    def evaluate(self, autocast: AbstractContextManager[Any], final: bool) -> dict[str, Any]:
+        """Losses over consecutive segments of the validation text, with a bank of its own.
+
+        Returns:
+            ``loss`` as trained, ``loss_backbone`` of the backbone alone on the same segments, and at the end of
+            a run with memory ``loss_memory_off``. The protocol is the paper's, which takes the context before
+            each segment from the backbone; ``longmem eval perplexity`` also measures the other one.
+        """
+        if self.valid is None:
+            return {}
+        self.longmem.eval()
+        result = {"loss": self._validate(autocast, memory=self.bank is not None)}
+        if self._backbone_loss is None:
+            self._backbone_loss = self._validate(autocast, memory=False, backbone=True)
+        result["loss_backbone"] = self._backbone_loss
+        if final and self.bank is not None:
+            result["loss_memory_off"] = self._validate(autocast, memory=False)
+        self.longmem.train()
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        bank = None if self.bank is None else self.bank.state_dict()
+        return {"stream": self.stream.state_dict(), "bank": bank, "backbone_loss": self._backbone_loss}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state["stream"])
+        if self.bank is not None:
+            self.bank.load_state_dict(state["bank"])
+        self._backbone_loss = state["backbone_loss"]
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.trained())
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        self.longmem.load_state_dict(weights, strict=False)
+
+    def save(self, folder: Path) -> None:
+        """SideNet and tokenizer. A backbone that is a folder is named relative to ``folder``, so that both can move."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.longmem.config
+        named = config.backbone_name_or_path
+        if named is not None and Path(named).is_dir():
+            self.longmem.config = copy.deepcopy(config)
+            self.longmem.config.backbone_name_or_path = os.path.relpath(named, folder)
+        try:
+            self.longmem.save_pretrained(folder)
+        finally:
+            self.longmem.config = config
+        self.tokenizer.save_pretrained(str(folder))
+
+    def _new_bank(self, rows: int) -> MemoryBank:
+        side = self.recipe.sidenet
+        on_gpu_bf16 = runs_bf16(self.recipe.optim.precision, self.device) and self.device.type != "cpu"
+        dtype = storage_dtype(side.memory_dtype) or (torch.bfloat16 if on_gpu_bf16 else torch.float32)
+        return MemoryBank.for_model(
+            self.longmem, rows, side.memory_size, dtype=dtype, device=self.device, shared=side.shared
+        )
+
+    def _validate(self, autocast: AbstractContextManager[Any], memory: bool, backbone: bool = False) -> float:
+        assert self.valid is not None
+        settings, window = self.recipe.eval, self.recipe.data.window
+        stream = SegmentStream(self.valid, window, settings.rows, None, pad_id=self.pad_id)
+        bank = self._new_bank(settings.rows) if memory else None
+        model = self.longmem.backbone.model if backbone else self.longmem
+        reads = {} if backbone else {"memory": bank}
+        scores = Scores()
+        steps = max(1, min(settings.tokens, self.valid.num_tokens) // (settings.rows * window))
+        for _ in range(steps):
+            batch = stream.next()
+            if bank is not None:
+                turn_over(bank, batch, self.recipe.sidenet.boundary)
+            ids, mask, targets = (_to(part, self.device) for part in (batch.ids, batch.mask, batch.targets))
+            assert targets is not None
+            with autocast:
+                out = model(input_ids=ids, attention_mask=mask, use_cache=False, **reads)
+            scores.add(token_losses(out.logits, targets), targets != IGNORE)
+            if bank is not None:
+                remember(bank, out.kv, batch)
+        return scores.mean
+
+
+def turn_over(bank: MemoryBank, batch: SegmentBatch, boundary: str) -> None:
+    """Before a segment is read: rows that begin another text end the last one, and forget it where ``reset``."""
+    if not bool(batch.starts.any()):
+        return
+    rows = batch.starts.nonzero().flatten()
+    bank.end_document(rows)
+    if boundary == "reset":
+        bank.reset(rows)
+
+
+def remember(bank: MemoryBank, kv: AttentionKV, batch: SegmentBatch) -> None:
+    """After a segment was read, and after ``backward``: write it, with where it stood."""
+    bank.add(kv, documents=batch.documents, offsets=batch.offsets)
+
+
+def build_longmem(recipe: Recipe, device: torch.device) -> LongMem:
+    """The recipe's SideNet over its backbone, trained weights in float32."""
+    side, optim, named = recipe.sidenet, recipe.optim, recipe.backbone
+    assert named.path is not None
+    halved = torch.bfloat16 if runs_bf16(optim.precision, device) and device.type != "cpu" else torch.float32
+    settings: dict[str, Any] = {} if side.final_state is None else {"final_state": side.final_state}
+    model = LongMem.from_backbone(
+        named.path,
+        memory_layer=side.memory_layer,
+        revision=named.revision,
+        dtype=halved if named.dtype is None else storage_dtype(named.dtype),
+        side_dtype=torch.float32,
+        stride=side.stride,
+        init=side.init,
+        fusion=side.fusion,
+        chunk_size=side.chunk_size,
+        num_retrieved=side.num_retrieved,
+        memory_size=side.memory_size,
+        **settings,
+    )
+    set_dropout(model.sidenet, optim.dropout)
+    if optim.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.to(device)
+
+
+def _check_vocabulary(model: LongMem, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    known = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > known:
+        raise ConfigError(
+            f"data.tokenizer has {len(tokenizer)} tokens, backbone.path ({recipe.backbone.path}) embeds {known}; "
+            "use the tokenizer that the backbone was trained with"
+        )
+
+
+def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, non_blocking=True)
