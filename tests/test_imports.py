@@ -54,7 +54,9 @@ def edges() -> Iterator[tuple[str, str, Path]]:
 
 def test_every_part_of_the_package_has_a_place_in_the_paragraph() -> None:
     placed = set().union(*layers())
-    parts = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or any(path.glob("*.py"))}
+    parts = {
+        path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or any(path.glob("*.py"))
+    }
     assert parts - OUTSIDE <= placed
 
 

@@ -1,7 +1,7 @@
 """Make transformers' Auto classes know our models without importing transformers for those who only ``import longmem``.
 
-``longmem.modeling.alibi_gpt`` and ``.longmem`` register their models when they are imported. What is arranged here is *when*: at once where the Auto
-classes are loaded already, otherwise right after somebody loads them.
+``longmem.modeling.alibi_gpt`` and ``.longmem`` register their models when they are imported. What is arranged here is
+*when*: at once where the Auto classes are loaded already, otherwise right after somebody loads them.
 """
 
 from __future__ import annotations

@@ -1,0 +1,200 @@
+"""What every token of a passage found in memory, and how much of it was used.
+
+H heads · T tokens · R retrieved chunks · S tokens per chunk · K = R*S · D head_dim
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from longmem.demo.corpus import file_at
+from longmem.errors import DataError
+from longmem.memory.bank import MemoryBank
+from longmem.modeling.longmem import LongMem, LongMemOutput
+from longmem.types import RetrievedMemory
+
+AROUND = 12
+"""Tokens of context shown on either side of a chunk."""
+MOST_CHUNKS = 6
+"""Chunks shown per token."""
+FIRST_TOKENS = 1024
+"""No passage is taken from so near the beginning, where there is little to remember."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk that was found, with the text around it."""
+
+    document: str
+    file: str
+    start_token: int
+    tokens_back: int
+    before: str
+    text: str
+    after: str
+
+
+@dataclass(frozen=True)
+class TokenReading:
+    """One token of the passage.
+
+    Attributes:
+        text: as it stands in the document.
+        share: mean over heads of the share given to memory while reading it.
+        next_with: probability of the token that follows, with memory.
+        next_without: the same with memory switched off.
+        found: index into ``Passage.chunks`` and the part of ``share`` that went to it, largest first.
+    """
+
+    text: str
+    share: float
+    next_with: float
+    next_without: float
+    found: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A window of a held-out document, read with what came before it in memory.
+
+    Attributes:
+        windows: how many windows of the document it was chosen from: memory helps most in this one.
+        gain: mean fall of the loss over the passage, in nats per token.
+        mean_gain: the same over all those windows.
+    """
+
+    document: str
+    file: str
+    start_token: int
+    memory_tokens: int
+    windows: int
+    gain: float
+    mean_gain: float
+    tokens: list[TokenReading]
+    chunks: list[Chunk]
+
+
+class _Listener:
+    """Hands searches on to a bank and keeps the queries, for the weights of what they found."""
+
+    def __init__(self, bank: MemoryBank) -> None:
+        self.bank, self.chunk_size, self.fingerprint = bank, bank.chunk_size, bank.fingerprint
+        self.queries = torch.empty(0)
+
+    def search(self, queries: Tensor, num_chunks: int, rows: Tensor | None = None) -> RetrievedMemory:
+        self.queries = queries
+        return self.bank.search(queries, num_chunks, rows)
+
+
+@torch.no_grad()
+def most_helped_passage(
+    model: LongMem,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    text: str,
+    *,
+    window: int,
+    memory_tokens: int,
+    max_tokens: int,
+) -> Passage:
+    """Stream a document segment by segment, and read the window that memory helps most.
+
+    Raises:
+        DataError: the document is too short to have a passage.
+    """
+    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, spans = torch.tensor(encoded["input_ids"][:max_tokens]), encoded["offset_mapping"]
+    model.train(False)
+    bank = MemoryBank.for_model(model, rows=1, capacity_tokens=memory_tokens)
+    listener = _Listener(bank)
+    gains: list[float] = []
+    best: Passage | None = None
+    for start in range(0, len(ids) - window, window):
+        segment, targets = ids[start : start + window], ids[start + 1 : start + window + 1]
+        out = model(segment[None], memory=listener)
+        if start >= FIRST_TOKENS:
+            with_memory = _probabilities(out, targets)
+            without = _probabilities(model(segment[None]), targets)
+            gains.append(float((with_memory.log() - without.log()).mean()))
+            if gains[-1] == max(gains):
+                found, chunks = _found(model, listener, out, text, spans, start)
+                assert out.share is not None
+                share = out.share[0].mean(0)
+                tokens = [
+                    TokenReading(text[slice(*spans[start + t])], float(share[t]), float(p), float(q), found[t])
+                    for t, (p, q) in enumerate(zip(with_memory, without, strict=True))
+                ]
+                remembered = int(bank.tokens[0])
+                file = file_at(text, spans[start][0])
+                best = Passage(name, file, start, remembered, 0, gains[-1], 0.0, tokens, chunks)
+        bank.add(out.kv, documents=[name], offsets=[start])
+    if best is None:
+        needed = FIRST_TOKENS + window
+        raise DataError(f"{name}: {len(ids)} tokens are too few to show a passage; it needs more than {needed}")
+    return Passage(**{**vars(best), "windows": len(gains), "mean_gain": sum(gains) / len(gains)})
+
+
+def chunk_shares(queries: Tensor, retrieved: RetrievedMemory, share: Tensor, scaling: float) -> Tensor:
+    """How a token's share is divided among its chunks.
+
+    Args:
+        queries: (1, H, T, D).
+        retrieved: what they found.
+        share: (1, H, T).
+        scaling: of the memory scores.
+
+    Returns:
+        (H, T, R); summed over R, and averaged over H, this is the mean share.
+    """
+    scores = torch.einsum("bhtd,bhtkd->bhtk", queries.float(), retrieved.keys.float()) * scaling
+    weights = scores.masked_fill(~retrieved.mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
+    per_token = (weights * retrieved.mask)[0]  # (H, T, K)
+    return per_token.view(*per_token.shape[:2], -1, retrieved.chunk_size).sum(-1) * share[0, :, :, None]
+
+
+def _found(
+    model: LongMem, listener: _Listener, out: LongMemOutput, text: str, spans: list[tuple[int, int]], start: int
+) -> tuple[list[list[tuple[int, float]]], list[Chunk]]:
+    """For every token its chunks, all heads together, and the chunks themselves."""
+    assert out.retrieved is not None
+    assert out.share is not None
+    shares = chunk_shares(listener.queries, out.retrieved, out.share, model.memory_head_dim**-0.5)
+    heads, length, _ = shares.shape
+    index: dict[int, int] = {}
+    found = []
+    for t in range(length):
+        together: dict[int, float] = defaultdict(float)
+        for slot, part in zip(
+            out.retrieved.chunk_ids[0, :, t].flatten().tolist(), shares[:, t].flatten().tolist(), strict=True
+        ):
+            together[slot] += part / heads
+        largest = sorted(together.items(), key=lambda pair: -pair[1])[:MOST_CHUNKS]
+        found.append([(index.setdefault(slot, len(index)), part) for slot, part in largest if part > 0])
+    return found, [_chunk(listener.bank, slot, text, spans, start) for slot in index]
+
+
+def _chunk(bank: MemoryBank, slot: int, text: str, spans: list[tuple[int, int]], start: int) -> Chunk:
+    origin = bank.provenance(0, slot)
+    first, last = origin.start_token, origin.start_token + origin.length
+    begin, end = spans[first][0], spans[last - 1][1]
+    return Chunk(
+        document=origin.document or "",
+        file=file_at(text, begin),
+        start_token=first,
+        tokens_back=start - first,
+        before=text[spans[max(0, first - AROUND)][0] : begin],
+        text=text[begin:end],
+        after=text[end : spans[min(len(spans), last + AROUND) - 1][1]],
+    )
+
+
+def _probabilities(out: LongMemOutput, targets: Tensor) -> Tensor:
+    """(T,): what each next token was given."""
+    assert out.logits is not None
+    return out.logits[0].float().softmax(dim=-1).gather(1, targets[:, None])[:, 0]
