@@ -10,17 +10,18 @@ REFERENCES = [Reference.read(path) for path in sorted(FOLDER.glob("fixture_*.jso
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every reference, or every case of every reference, with the ``kind`` that the test's marker asks for."""
+    """Every reference, or every case of every reference, of the module's ``KIND``; ``probed_case``: those with reads alone."""
     if not REFERENCES:
-        raise pytest.UsageError(f"{FOLDER}: holds no fixture_*.json; unset LONGMEM_PARITY_DIR or name a folder that does")
+        raise pytest.UsageError(
+            f"{FOLDER}: holds no fixture_*.json; unset LONGMEM_PARITY_DIR or name a folder that does"
+        )
     if "reference" in metafunc.fixturenames:
         metafunc.parametrize("reference", REFERENCES, ids=lambda reference: reference.path.stem)
-    if "case" in metafunc.fixturenames:
-        kind = getattr(metafunc.module, "KIND")
+    for wanted in {"case", "probed_case"} & set(metafunc.fixturenames):
         cases = [
-            Case(reference, name)
+            case
             for reference in REFERENCES
-            for name, record in reference.record["cases"].items()
-            if record["kind"] == kind
+            for case in (Case(reference, name) for name in reference.record["cases"])
+            if case.record["kind"] == metafunc.module.KIND and (wanted == "case" or case.probes)
         ]
-        metafunc.parametrize("case", cases, ids=lambda case: f"{case.reference.path.stem}-{case.name}")
+        metafunc.parametrize(wanted, cases, ids=lambda case: f"{case.reference.path.stem}-{case.name}")

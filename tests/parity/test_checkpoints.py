@@ -60,7 +60,7 @@ def test_a_fresh_sidenet_starts_as_the_released_one_does(reference: Reference) -
 
 def test_a_longmem_checkpoint_opens_with_from_pretrained(reference: Reference, tmp_path: Path) -> None:
     case = eval_case(reference)
-    input_ids = case.segment(case.tensors, 0)
+    input_ids = case.segment(case.tensors, 0).cpu()
     files = [reference.file("longmem.safetensors"), *reference.checkpoints("longmem")]
     for number, file in enumerate(files):
         out = tmp_path / str(number)
@@ -72,14 +72,14 @@ def test_a_longmem_checkpoint_opens_with_from_pretrained(reference: Reference, t
         assert model.config.chunk_size == reference.config["chunk_size"]
         assert model.config.memory_layer == reference.config["retrieval_layer_index"]
         with torch.no_grad():
-            close(model(input_ids).logits, case.tensors["seg0.logits"], f"{file.name}: logits")
+            close(model(input_ids).logits, case.tensors["seg0.logits"].cpu(), f"{file.name}: logits")
             alone = model.backbone.model(input_ids).logits
-        close(alone, case.tensors["seg0.backbone_logits"], f"{file.name}: backbone logits")
+        close(alone, case.tensors["seg0.backbone_logits"].cpu(), f"{file.name}: backbone logits")
 
 
 def test_a_backbone_checkpoint_opens_as_a_transformers_model(reference: Reference, tmp_path: Path) -> None:
     case = eval_case(reference)
-    input_ids = case.segment(case.tensors, 0)
+    input_ids = case.segment(case.tensors, 0).cpu()
     whole = read_fairseq(reference.file("longmem.safetensors"), reference.path).backbone
     for number, file in enumerate(reference.checkpoints("backbone")):
         out = tmp_path / str(number)
@@ -94,7 +94,7 @@ def test_a_backbone_checkpoint_opens_as_a_transformers_model(reference: Referenc
             assert torch.equal(state[name], value.to(dtype)), f"{file.name}: {name}"
         if dtype == torch.float32:
             with torch.no_grad():
-                close(model(input_ids).logits, case.tensors["seg0.backbone_logits"], f"{file.name}: logits")
+                close(model(input_ids).logits, case.tensors["seg0.backbone_logits"].cpu(), f"{file.name}: logits")
 
 
 def test_a_half_checkpoint_may_be_written_in_float32(reference: Reference, tmp_path: Path) -> None:
@@ -109,7 +109,9 @@ def test_a_half_checkpoint_may_be_written_in_float32(reference: Reference, tmp_p
 
 def test_the_two_shared_tensors_are_kept_once(reference: Reference, tmp_path: Path) -> None:
     official = load_file(reference.file("longmem.safetensors"))
-    distinct = sum(value.numel() for name, value in official.items() if name not in SHARED and name != "decoder.version")
+    distinct = sum(
+        value.numel() for name, value in official.items() if name not in SHARED and name != "decoder.version"
+    )
     done = convert(reference.file("longmem.safetensors"), "--settings", reference.path, "--out", tmp_path / "out")
     assert done["parameters"] == distinct
     assert done["trained"] == sum(value.numel() for name, value in official.items() if side_name(name) is not None)
@@ -129,5 +131,5 @@ def test_a_sidenet_alone_takes_its_backbone_from_another_checkpoint(reference: R
     torch.save(checkpoint, tmp_path / "side.pt")
     convert(tmp_path / "side.pt", "--backbone", reference.checkpoints("backbone_plain")[0], "--out", tmp_path / "out")
     with torch.no_grad():
-        logits = LongMem.from_pretrained(tmp_path / "out")(case.segment(case.tensors, 0)).logits
-    close(logits, case.tensors["seg0.logits"], "logits")
+        logits = LongMem.from_pretrained(tmp_path / "out")(case.segment(case.tensors, 0).cpu()).logits
+    close(logits, case.tensors["seg0.logits"].cpu(), "logits")

@@ -170,6 +170,10 @@ def _copy_table(report: LayerReport) -> Table:
     for copied in report.copying:
         gained = copied.first_loss - copied.second_loss
         table.add_row(
-            copied.source, str(copied.distance), f"{copied.first_loss:.3f}", f"{copied.second_loss:.3f}", f"{gained:.3f}"
+            copied.source,
+            str(copied.distance),
+            f"{copied.first_loss:.3f}",
+            f"{copied.second_loss:.3f}",
+            f"{gained:.3f}",
         )
     return table

@@ -152,7 +152,9 @@ def backbone_config(checkpoint: FairseqCheckpoint) -> AlibiGPTConfig:
         raise CheckpointError(f"{checkpoint.path}: holds no backbone; name its checkpoint with --backbone")
     mode = setting("newgpt_mode", default="alibi")
     if mode != "alibi":
-        raise CheckpointError(f"{checkpoint.path}: newgpt_mode is {mode!r}; only 'alibi', the paper's backbone, can be converted")
+        raise CheckpointError(
+            f"{checkpoint.path}: newgpt_mode is {mode!r}; only 'alibi', the paper's backbone, can be converted"
+        )
     vocab, width = tensors["transformer.wte.weight"].shape
     heads = int(setting("num_attention_heads", "decoder_attention_heads", "num_heads"))
     if heads < 1 or width % heads:
@@ -191,13 +193,15 @@ def longmem_config(checkpoint: FairseqCheckpoint, backbone: AlibiGPTConfig) -> L
             f"{path}: retrieval_layer_index {memory_layer} puts memory into SideNet layer {memory_layer // stride}, but the "
             f"gate is in layer {checkpoint.augmented_layer}"
         )
+    chunk_size = int(setting("chunk_size"))
+    memory_size = int(setting("memory_size", default=65536))
     return LongMemConfig(
         backbone_config=backbone,
         memory_layer=memory_layer,
         stride=stride,
-        chunk_size=int(setting("chunk_size")),
+        chunk_size=chunk_size,
         num_retrieved=int(setting("k")),
-        memory_size=int(setting("memory_size", default=65536)),
+        memory_size=memory_size // chunk_size * chunk_size,  # as many whole chunks as the released code makes room for
         final_state="normed",
         side_activation=str(setting("activation_fn", default="gelu")),
         side_norm_eps=SIDE_NORM_EPS,
@@ -207,7 +211,9 @@ def longmem_config(checkpoint: FairseqCheckpoint, backbone: AlibiGPTConfig) -> L
 def _model_of(path: Path, loaded: dict[str, Any]) -> dict[str, Tensor]:
     model = loaded.get("model")
     if not isinstance(model, dict) or not model:
-        raise CheckpointError(f"{path}: has no 'model' entry with tensors; it has {', '.join(map(str, loaded)) or 'nothing'}")
+        raise CheckpointError(
+            f"{path}: has no 'model' entry with tensors; it has {', '.join(map(str, loaded)) or 'nothing'}"
+        )
     return {str(name): value for name, value in model.items() if isinstance(value, Tensor)}
 
 
@@ -228,7 +234,9 @@ def _json_settings(path: Path, settings: str | Path | None) -> dict[str, Any]:
     if settings is None:
         beside = [found for found in path.parent.glob("*.json") if path.name.startswith(found.stem)]
         if not beside:
-            raise CheckpointError(f"{path}: a state dict says nothing of heads and memory; name the JSON with --settings")
+            raise CheckpointError(
+                f"{path}: a state dict says nothing of heads and memory; name the JSON with --settings"
+            )
         settings = max(beside, key=lambda found: len(found.stem))
     settings = Path(settings)
     try:
@@ -239,7 +247,9 @@ def _json_settings(path: Path, settings: str | Path | None) -> dict[str, Any]:
         raise CheckpointError(f"{settings}: cannot be read as JSON ({error})") from error
     known = known.get("config", known) if isinstance(known, dict) else None
     if not isinstance(known, dict):
-        raise CheckpointError(f"{settings}: holds no settings; an object with num_heads, k, chunk_size and so on is needed")
+        raise CheckpointError(
+            f"{settings}: holds no settings; an object with num_heads, k, chunk_size and so on is needed"
+        )
     return known
 
 

@@ -29,10 +29,22 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch", "device"): torch.device,
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-    **{("builtins", kind.__name__): kind for kind in (set, frozenset, slice, complex, bytearray, list, dict, tuple, int, float, str, bool)},
+    **{
+        ("builtins", kind.__name__): kind
+        for kind in (set, frozenset, slice, complex, bytearray, list, dict, tuple, int, float, str, bool)
+    },
     **{
         ("torch", str(dtype).removeprefix("torch.")): dtype
-        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool)
+        for dtype in (
+            torch.float16,
+            torch.bfloat16,
+            torch.float32,
+            torch.float64,
+            torch.int32,
+            torch.int64,
+            torch.uint8,
+            torch.bool,
+        )
     },
 }
 
@@ -93,7 +105,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give the path of a checkpoint")
     if _is_torchscript(path):
-        raise CheckpointError(f"{path}: is a TorchScript program, not a checkpoint; give the file that torch.save wrote")
+        raise CheckpointError(
+            f"{path}: is a TorchScript program, not a checkpoint; give the file that torch.save wrote"
+        )
     try:
         # weights_only=False hands the reading to our own unpickler, which is stricter about calls than torch's
         loaded = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_this_module())
@@ -102,7 +116,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint ({_why(path, error)}); copy it again") from error
     if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path}: holds a {type(loaded).__name__} where a checkpoint is a dict with a 'model' entry")
+        raise CheckpointError(
+            f"{path}: holds a {type(loaded).__name__} where a checkpoint is a dict with a 'model' entry"
+        )
     return cast("dict[str, Any]", loaded)
 
 

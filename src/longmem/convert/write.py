@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from longmem.convert.fairseq import FairseqCheckpoint, backbone_from_fairseq, check_tensors, longmem_config, read_fairseq
+from longmem.convert.fairseq import (
+    FairseqCheckpoint,
+    backbone_from_fairseq,
+    check_tensors,
+    longmem_config,
+    read_fairseq,
+)
 from longmem.errors import CheckpointError
 from longmem.modeling.longmem import LongMem
 
@@ -76,8 +82,10 @@ def convert(
     longmem = longmem_from_fairseq(read, beside, dtype)
     if target == out / "backbone":
         longmem.backbone.model.save_pretrained(target)
-    # an absolute path, because where the caller stands is not where the folder will be opened
-    longmem.config.backbone_name_or_path = str(target.resolve())
+        # beside the SideNet: the folder can be moved
+        longmem.config.backbone_name_or_path = target.name
+    else:
+        longmem.config.backbone_name_or_path = str(target.resolve())
     longmem.save_pretrained(out)
     return _converted("longmem", out, target, longmem, longmem.backbone.model, read)
 

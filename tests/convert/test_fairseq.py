@@ -1,0 +1,266 @@
+"""What ``longmem convert`` accepts, and the line it answers with to what it does not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from longmem import LongMem
+from longmem.cli.main import main
+from longmem.convert.fairseq import read_fairseq
+from longmem.convert.write import convert
+from longmem.errors import CheckpointError
+
+DATA = Path(__file__).parents[1] / "parity" / "data"
+LONGMEM = DATA / "fixture_a_longmem_plain.pt"
+BACKBONE = DATA / "fixture_a_backbone_plain.pt"
+STATE_DICT = DATA / "fixture_a_longmem.safetensors"
+NAMESPACE = DATA / "fixture_a_backbone_namespace_fp16.pt"
+
+Edited = Callable[[Callable[[dict[str, Any]], None]], Path]
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> Edited:
+    """The LongMem checkpoint with one change."""
+
+    def edit(change: Callable[[dict[str, Any]], None]) -> Path:
+        checkpoint = torch.load(LONGMEM, weights_only=True)
+        change(checkpoint)
+        torch.save(checkpoint, tmp_path / "edited.pt")
+        return tmp_path / "edited.pt"
+
+    return edit
+
+
+def refusal(path: Path, **options: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        convert(path, path.parent / "out", **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("source", [LONGMEM, STATE_DICT, BACKBONE, NAMESPACE], ids=lambda path: path.stem)
+@pytest.mark.parametrize("left", [0, 3, 1000, 0.5, -20])
+def test_a_checkpoint_cut_off_anywhere_is_one_line(source: Path, left: float, tmp_path: Path) -> None:
+    whole = source.read_bytes()
+    cut = tmp_path / source.name
+    cut.write_bytes(whole[: int(left * len(whole)) if isinstance(left, float) else left])
+    options = {"settings": DATA / "fixture_a.json"} if source.suffix == ".safetensors" else {}
+    message = refusal(cut, **options)
+    assert message.startswith(f"{cut}: cannot be read as")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_cut_off_says_so(tmp_path: Path) -> None:
+    (tmp_path / "cut.pt").write_bytes(LONGMEM.read_bytes()[:5000])
+    assert "ends before its table of contents, after 5,000 bytes: it was cut off" in refusal(tmp_path / "cut.pt")
+
+
+def test_a_missing_file_is_one_line_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["convert", str(tmp_path / "none.pt"), "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/none.pt: no such file; give the path of a checkpoint\n"
+
+
+@pytest.mark.parametrize("kind", ["namespace cfg", "args", "dict"])
+def test_settings_may_be_a_namespace_a_dict_or_the_older_args(edited: Edited, kind: str, tmp_path: Path) -> None:
+    def change(checkpoint: dict[str, Any]) -> None:
+        settings = checkpoint["cfg"]["model"]
+        if kind == "namespace cfg":
+            checkpoint["cfg"] = {"model": argparse.Namespace(**settings)}
+        elif kind == "args":
+            checkpoint["args"], checkpoint["cfg"] = argparse.Namespace(**settings), None
+
+    convert(edited(change), tmp_path / "out")
+    model = LongMem.from_pretrained(tmp_path / "out")
+    assert (model.config.chunk_size, model.config.num_retrieved, model.config.memory_layer) == (2, 8, 2)
+    assert (model.config.final_state, model.config.side_activation) == ("normed", "gelu")
+    assert model.config.side_norm_eps == 1e-5
+
+
+class Settings:
+    """Pickles as a settings library's objects do: state in ``_content`` and ``_val``."""
+
+    def __init__(self, content: Any) -> None:
+        self._content = content
+
+
+class Leaf:
+    def __init__(self, value: Any) -> None:
+        self._val = value
+
+
+def test_settings_objects_of_a_library_that_is_not_here_are_read(edited: Edited, tmp_path: Path) -> None:
+    def change(checkpoint: dict[str, Any]) -> None:
+        checkpoint["cfg"] = Settings({"model": Settings({k: Leaf(v) for k, v in checkpoint["cfg"]["model"].items()})})
+
+    assert read_fairseq(edited(change)).settings["retrieval_layer_index"] == 2
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (os.environ["LONGMEM_TEST_TRAP"],)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_nothing_in_a_checkpoint_is_run(tmp_path: Path, zipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGMEM_TEST_TRAP", str(tmp_path / "trap"))
+    checkpoint = torch.load(LONGMEM, weights_only=True)
+    checkpoint["extra_state"] = Hostile()
+    torch.save(checkpoint, tmp_path / "hostile.pt", _use_new_zipfile_serialization=zipped)
+    assert read_fairseq(tmp_path / "hostile.pt").is_longmem
+    assert not (tmp_path / "trap").exists()
+
+
+def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "program.pt", "w") as archive:
+        archive.writestr("program/constants.pkl", b"")
+    assert "is a TorchScript program" in refusal(tmp_path / "program.pt")
+
+
+def test_half_weights_stay_half_unless_told_otherwise(tmp_path: Path) -> None:
+    assert convert(NAMESPACE, tmp_path / "half").dtype == "float16"
+    assert convert(NAMESPACE, tmp_path / "single", dtype=torch.float32).dtype == "float32"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "single", dtype="auto")
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_a_half_longmem_converts_and_runs(edited: Edited, tmp_path: Path) -> None:
+    def halve(checkpoint: dict[str, Any]) -> None:
+        checkpoint["model"] = {name: value.half() for name, value in checkpoint["model"].items()}
+
+    convert(edited(halve), tmp_path / "out", dtype=torch.float32)
+    model = LongMem.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.isfinite(model(torch.arange(4, 20)[None]).logits).all()
+
+
+def test_the_converted_folder_can_be_moved(tmp_path: Path) -> None:
+    convert(LONGMEM, tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    assert LongMem.from_pretrained(tmp_path / "elsewhere").config.memory_layer == 2
+
+
+def test_tensors_that_mean_nothing_are_told(edited: Edited, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = edited(lambda checkpoint: checkpoint["model"].update({"decoder.strange": torch.zeros(1)}))
+    with pytest.raises(SystemExit) as stopped:
+        main(["convert", str(path), "--out", str(tmp_path / "out"), "--json"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr()
+    assert "ignored 1 unknown tensors: decoder.strange" in printed.err
+    assert json.loads(printed.out)["ignored"] == ["decoder.strange"]
+
+
+def drop(*names: str) -> Callable[[dict[str, Any]], None]:
+    def change(checkpoint: dict[str, Any]) -> None:
+        for name in names:
+            del checkpoint["model"][name]
+
+    return change
+
+
+def set_to(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda checkpoint: checkpoint["cfg"]["model"].update({name: value})
+
+
+PREFIX = "decoder.pretrained_model.decoder.model."
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("decoder.layers.0.fc1.weight"), "its SideNet lacks layers.0.mlp.fc_in.weight"),
+        (drop(f"{PREFIX}transformer.ln_f.bias"), "its backbone lacks transformer.ln_f.bias"),
+        (drop("decoder.layers.1.self_attn.memory_bias"), "has 0 memory gates"),
+        (set_to("retrieval_layer_index", 1), "puts memory into SideNet layer 0, but the gate is in layer 1"),
+        (set_to("layer_reduction_factor", 3), "2 SideNet layers with layer_reduction_factor 3 do not fit"),
+        (set_to("decoder_attention_heads", 5), "5 heads do not divide the width 32"),
+        (set_to("retrieval_layer_index", None), "its settings lack retrieval_layer_index"),
+        (
+            lambda checkpoint: checkpoint["model"]["decoder.embed_tokens.weight"].add_(1),
+            "decoder.embed_tokens.weight differs from the backbone's transformer.wte.weight",
+        ),
+        (
+            lambda checkpoint: checkpoint["model"].update({"decoder.layers.0.fc1.weight": torch.zeros(2, 2)}),
+            "layers.0.mlp.fc_in.weight has shape (2, 2) where its SideNet needs (128, 32)",
+        ),
+        (lambda checkpoint: checkpoint.pop("model"), "has no 'model' entry with tensors"),
+        (
+            lambda checkpoint: checkpoint.update({"model": {"x": torch.zeros(1)}}),
+            "has neither a newgpt backbone nor a LongMem SideNet in it",
+        ),
+    ],
+)
+def test_a_checkpoint_that_contradicts_itself_is_refused(
+    edited: Edited, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    assert message in refusal(edited(change))
+
+
+def test_a_list_is_no_checkpoint(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.pt")
+    assert "holds a list where a checkpoint is a dict" in refusal(tmp_path / "list.pt")
+
+
+def test_a_backbone_of_another_kind_is_refused(tmp_path: Path) -> None:
+    checkpoint = torch.load(BACKBONE, weights_only=True)
+    checkpoint["cfg"]["model"]["newgpt_mode"] = "rotary"
+    torch.save(checkpoint, tmp_path / "other.pt")
+    assert "newgpt_mode is 'rotary'; only 'alibi'" in refusal(tmp_path / "other.pt")
+
+
+def test_another_backbone_than_the_one_inside_is_refused(tmp_path: Path) -> None:
+    checkpoint = torch.load(BACKBONE, weights_only=True)
+    checkpoint["model"]["decoder.model.lm_head.bias"] += 1
+    torch.save(checkpoint, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="its lm_head.bias differs from the backbone inside"):
+        convert(LONGMEM, tmp_path / "out", backbone=tmp_path / "other.pt")
+
+
+def test_a_backbone_that_is_converted_already_is_named_not_copied(tmp_path: Path) -> None:
+    convert(BACKBONE, tmp_path / "backbone")
+    done = convert(LONGMEM, tmp_path / "out", backbone=tmp_path / "backbone")
+    assert done.backbone == str(tmp_path / "backbone")
+    assert not (tmp_path / "out" / "backbone").exists()
+    assert LongMem.from_pretrained(tmp_path / "out").config.memory_layer == 2
+
+
+def test_a_sidenet_without_a_backbone_asks_for_it(edited: Edited) -> None:
+    def change(checkpoint: dict[str, Any]) -> None:
+        checkpoint["model"] = {k: v for k, v in checkpoint["model"].items() if "pretrained_model" not in k}
+
+    assert "holds no backbone; name its checkpoint with --backbone" in refusal(edited(change))
+
+
+def test_a_backbone_takes_no_backbone(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a backbone itself"):
+        convert(BACKBONE, tmp_path / "out", backbone=LONGMEM)
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="is there already and not empty; choose another --out"):
+        convert(BACKBONE, tmp_path / "out")
+
+
+def test_a_state_dict_finds_the_json_beside_it_or_asks(tmp_path: Path) -> None:
+    save_file(load_file(STATE_DICT), tmp_path / "model.safetensors")
+    assert "name the JSON with --settings" in refusal(tmp_path / "model.safetensors")
+    (tmp_path / "model.json").write_text((DATA / "fixture_a.json").read_text())
+    assert read_fairseq(tmp_path / "model.safetensors").setting("k") == 8
+    (tmp_path / "model.json").write_text("{")
+    assert "cannot be read as JSON" in refusal(tmp_path / "model.safetensors")

@@ -1,0 +1,200 @@
+"""The arithmetic behind the recipes' headers, against sums worked by hand and against models that exist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from longmem import AlibiGPTConfig, LongMem, LongMemConfig, MemoryBank
+from longmem.errors import ConfigError
+from longmem.training.estimate import (
+    GIB,
+    HARDWARE,
+    MIB,
+    RESERVE,
+    Estimate,
+    Hardware,
+    Sizes,
+    Work,
+    bank_bytes,
+    estimate,
+)
+from longmem.training.recipe import Recipe
+from tests.family_table import FAMILIES, make_backbone
+
+PAPER = AlibiGPTConfig()
+PAPER_WORK = Work(rows=8, segment=1024, tokens=26_214_400_000, memory=65536)
+ONE = Hardware("one", memory=80 * GIB, flops=100e12, flops_single=10e12, bandwidth=1e12, utilisation=0.5)
+
+
+@pytest.fixture(scope="module")
+def paper() -> Estimate:
+    return estimate((LongMemConfig(backbone_config=PAPER, memory_layer=17), PAPER_WORK), ONE)
+
+
+def test_the_papers_parameters_are_counted_to_the_last_one(paper: Estimate) -> None:
+    assert paper.parameters == 407_072_768
+    assert paper.trained == 151_083_024
+    assert paper.parameters + paper.trained == 558_155_792
+
+
+def test_a_row_of_the_papers_memory_takes_256_mib_and_its_chunk_keys_64() -> None:
+    # 65,536 tokens x 16 heads x 64 numbers x (key + value) x 2 bytes; 16,384 chunks x 16 x 64 x 4 bytes
+    assert 65536 * 16 * 64 * 2 * 2 == 256 * MIB
+    assert 16384 * 16 * 64 * 4 == 64 * MIB
+    sizes = Sizes.of(PAPER)
+    assert bank_bytes(sizes, 4, PAPER_WORK) == 8 * (256 + 64) * MIB
+    assert bank_bytes(sizes, 4, Work(rows=8, segment=1024, tokens=1, memory=65536, banks=1)) == (256 + 64) * MIB
+
+
+def test_the_papers_work_per_token_is_as_worked_by_hand(paper: Estimate) -> None:
+    layer = 4 * 1024 * 1024 + (1024 * 4096 + 4096) + (4096 * 1024 + 1024) + 2 * 1024
+    assert layer == 12_590_080
+    projections = 4 * 1024 * 1024
+    attention = 4 * 1024 * 1024  # 4 x 1,024 tokens x 16 heads x 64
+    head = 51200 * 1024 + 51200
+    assert paper.flops == {
+        "backbone": 24 * (2 * layer + attention) + 2 * projections,
+        "head": 4 * head,
+        "SideNet": 3 * 12 * (2 * layer + attention) + 6 * projections,
+        "search": 2 * 16384 * 16 * 64,
+        "memory attention": 3 * 4 * 64 * 16 * 64,
+    }
+    assert sum(paper.flops.values()) == pytest.approx(2.04e9, rel=0.01)
+    # scores of 16 heads x 16,384 chunks written and read, 64 MiB of chunk keys per 256 queries, 64 pairs read twice
+    assert paper.reads == 2 * 4 * 16 * 16384 + 64 * MIB / 256 + 2 * 16 * 64 * 64 * 2 * 2
+
+
+def test_the_papers_memory_on_the_device_is_as_worked_by_hand(paper: Estimate) -> None:
+    positions = 8 * 1024
+    assert paper.bytes == {
+        "backbone": 407_072_768 * 2,
+        "trained weights": 151_083_024 * (4 + 2),
+        "gradients": 151_083_024 * 4,
+        "optimiser": 151_083_024 * 8,
+        "residual states": 14 * positions * 1024 * 2,
+        "activations": 12 * positions * (2 * 1024 + 4 * 1024 + 2 * 4096) * 2,
+        "logits": positions * 51200 * 2 * (2 + 4),
+        "mask": 16 * 1024 * 1024 * (4 + 2),
+        "bank": 8 * 320 * MIB,
+        "search scratch": 256 * MIB,
+        "reserve": RESERVE,
+    }
+    assert paper.total_bytes == sum(paper.bytes.values())
+    assert paper.fits
+    assert 14 * GIB < paper.total_bytes < 15 * GIB
+
+
+def test_hours_are_work_over_what_the_machine_does(paper: Estimate) -> None:
+    seconds = sum(paper.flops.values()) / 50e12 + paper.reads / 1e12
+    assert paper.tokens_per_second == pytest.approx(1 / seconds)
+    assert paper.hours == pytest.approx(26_214_400_000 * seconds / 3600)
+
+
+def test_precision_auto_is_half_only_where_the_machine_has_bf16() -> None:
+    recipe = Recipe.parse(
+        {
+            "task": "pretrain",
+            "data": {"paths": ["x"]},
+            "model": {"layers": 1},
+            "optim": {"steps": 1, "precision": "auto"},
+        }
+    )
+    assert estimate(recipe, "a100-80gb").peak == 312e12
+    assert estimate(recipe, "v100-32gb").peak == 15.7e12
+
+
+def test_more_devices_take_proportionally_less_time() -> None:
+    config = (LongMemConfig(backbone_config=PAPER, memory_layer=17), PAPER_WORK)
+    assert estimate(config, "a100-80gb").hours == pytest.approx(8 * estimate(config, "8x-a100-80gb").hours)
+
+
+def test_without_memory_nothing_is_searched_or_stored() -> None:
+    work = Work(rows=8, segment=1024, tokens=1000)
+    control = estimate((LongMemConfig(backbone_config=PAPER, memory_layer=17), work), ONE)
+    assert control.flops["search"] == control.flops["memory attention"] == control.reads == 0
+    assert control.bytes["bank"] == control.bytes["search scratch"] == 0
+
+
+def test_checkpointing_trades_activations_for_work(paper: Estimate) -> None:
+    work = Work(rows=8, segment=1024, tokens=1, memory=65536, gradient_checkpointing=True)
+    less = estimate((LongMemConfig(backbone_config=PAPER, memory_layer=17), work), ONE)
+    assert less.bytes["activations"] < paper.bytes["activations"] / 5
+    assert less.flops["SideNet"] == pytest.approx(paper.flops["SideNet"] * 4 / 3)
+
+
+def test_pretraining_trains_everything() -> None:
+    found = estimate((PAPER, Work(rows=4, segment=1024, tokens=1000)), ONE)
+    assert found.trained == found.parameters == 407_072_768
+    assert found.bytes["optimiser"] == 407_072_768 * 8
+    assert found.flops["layers"] == 3 * 24 * (2 * 12_590_080 + 4 * 1024 * 1024)
+
+
+def test_too_large_a_run_is_told_not_to_fit() -> None:
+    small = Hardware("small", memory=4 * GIB, flops=1e12, flops_single=1e11, bandwidth=1e11)
+    found = estimate((LongMemConfig(backbone_config=PAPER, memory_layer=17), PAPER_WORK), small)
+    assert not found.fits
+    assert any("DOES NOT FIT" in line for line in found.lines())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_counted_parameters_are_those_of_the_model_that_is_built(name: str) -> None:
+    backbone = make_backbone(name)
+    expected = sum(parameter.numel() for parameter in backbone.parameters())
+    work = Work(rows=1, segment=8, tokens=8, memory=64)
+    found = estimate((LongMemConfig(backbone_config=backbone.config), work), ONE)
+    assert found.parameters == expected
+    model = LongMem.from_backbone(backbone)
+    assert found.trained == sum(parameter.numel() for parameter in model.trainable_parameters())
+    sizes = Sizes.of_model(backbone)
+    assert (sizes.heads, sizes.heads_kv, sizes.head_dim) == (model.num_heads, model.memory_heads, model.memory_head_dim)
+
+
+def test_a_real_bank_takes_the_bytes_that_are_estimated() -> None:
+    config = AlibiGPTConfig(vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
+    bank = MemoryBank(2, 1024, 4, 8, 4, dtype=torch.bfloat16)
+    estimated = bank_bytes(Sizes.of(config), 4, Work(rows=2, segment=8, tokens=8, memory=1024))
+    # chunk lengths and the null chunk are the bank's own; they vanish in a bank of any size
+    assert estimated <= bank.nbytes <= estimated * 1.15
+
+
+def test_a_recipe_is_estimated_by_its_own_settings() -> None:
+    recipe = Recipe.parse(
+        {
+            "task": "pretrain",
+            "data": {"paths": ["x"], "vocab_size": 500, "window": 64},
+            "model": {"hidden_size": 32, "layers": 2, "heads": 4},
+            "optim": {"steps": 10, "rows": 4, "accumulate": 2},
+        }
+    )
+    found = estimate(recipe, "8x-a100-80gb")
+    built = AutoModelForCausalLM.from_config(
+        AlibiGPTConfig(vocab_size=500, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    )
+    assert found.parameters == sum(parameter.numel() for parameter in built.parameters())
+    assert found.work.tokens == 10 * 4 * 2 * 64 * 8
+    assert found.hardware == HARDWARE["8x-a100-80gb"]
+
+
+def test_an_adaptation_recipe_reads_its_backbones_config(tmp_path: Path) -> None:
+    AlibiGPTConfig(vocab_size=500, hidden_size=32, num_hidden_layers=4, num_attention_heads=4).save_pretrained(tmp_path)
+    recipe = Recipe.parse(
+        {
+            "task": "adapt",
+            "data": {"paths": ["x"], "window": 64},
+            "backbone": {"path": str(tmp_path)},
+            "sidenet": {"memory_size": 1024},
+            "optim": {"tokens": 4096, "rows": 2},
+        }
+    )
+    found = estimate(recipe, ONE)
+    assert found.work.tokens == 4096
+    assert found.bytes["bank"] == 2 * (1024 * 32 * 2 * 2 + 256 * 32 * 4)
+
+
+def test_unknown_hardware_is_answered_with_the_known_names() -> None:
+    with pytest.raises(ConfigError, match="hardware \\('abacus'\\) is not known; try one of 2-cpu-cores"):
+        estimate((PAPER, PAPER_WORK), "abacus")
