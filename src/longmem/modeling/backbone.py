@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,10 +109,8 @@ class Backbone(nn.Module):
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> QKV:
         """Position-free q, k, v of the memory layer for ids (B, T); nothing behind its projections runs."""
         with self._running(BackboneRun(encode_only=True)) as run:
-            try:
+            with suppress(_Stop):
                 self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
-            except _Stop:
-                pass
         assert run.qkv is not None
         return run.qkv
 
@@ -126,9 +124,7 @@ class Backbone(nn.Module):
 
         Two backbones with equal fingerprints give equal keys and values; memory and SideNets are tied to it.
         """
-        config = self.family.config
-        ignored = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
-        fields = {k: v for k, v in config.to_dict().items() if k not in ignored and not k.startswith("_")}
+        fields = _architecture(self.family.config.to_dict())
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
         for name, parameter in sorted(self.model.named_parameters()):
             flat = parameter.detach().flatten()
@@ -187,6 +183,21 @@ class Backbone(nn.Module):
         if run is None or run.final_norm is None:
             return output
         return run.final_norm(args[0])
+
+
+# fields that say how a model was loaded or is used, not what it computes
+_INCIDENTAL = {
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "return_dict",
+    "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "problem_type", "id2label", "label2id",
+}  # fmt: skip
+
+
+def _architecture(fields: Any) -> Any:
+    """A config's dict without what saving, loading and using a model may change."""
+    if not isinstance(fields, dict):
+        return fields
+    kept = {k: _architecture(v) for k, v in fields.items() if k not in _INCIDENTAL and not str(k).startswith("_")}
+    return {k: v for k, v in kept.items() if v is not None}
 
 
 def position_free_qkv(

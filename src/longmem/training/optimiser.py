@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longmem.training.muon import Muon
 from longmem.training.recipe import OptimSection
 
 
@@ -52,9 +53,7 @@ class Optimisers:
             self.parts.append(torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps))
         if hidden:
             self.parts.append(
-                torch.optim.Muon(
-                    hidden, lr=optim.muon_lr, weight_decay=optim.weight_decay, momentum=optim.muon_momentum
-                )
+                Muon(hidden, lr=optim.muon_lr, weight_decay=optim.weight_decay, momentum=optim.muon_momentum)
             )
         self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
 

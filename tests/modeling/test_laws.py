@@ -1,0 +1,220 @@
+"""Laws 1, 2, 3, 4, 9, 10 and 13 of the design over the whole family table, and 7 for the model itself."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from longmem import LongMem, MemoryBank
+from longmem.modeling.families import Call, Family
+from tests.family_table import FAMILIES, V, make_backbone
+
+SETTINGS = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
+SOFTMAX = [name for name in FAMILIES if not name.startswith(("bloom", "mpt", "falcon", "gptj"))]
+
+
+def ids(rows: int = 2, length: int = 12, seed: int = 0) -> Tensor:
+    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def filled(model: LongMem, segments: Tensor) -> MemoryBank:
+    bank = MemoryBank.for_model(model, rows=segments.shape[0], capacity_tokens=64)
+    bank.add(model.encode(segments))
+    return bank
+
+
+class Identity(nn.Module):
+    """Stands for a SideNet layer that does nothing."""
+
+    def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
+        return hidden_states
+
+
+@pytest.fixture(params=list(FAMILIES), scope="module")
+def backbone(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return make_backbone(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(backbone: PreTrainedModel) -> LongMem:
+    torch.manual_seed(1)
+    made = LongMem.from_backbone(backbone, **SETTINGS).eval()
+    with torch.no_grad():
+        made.sidenet.memory_gate.normal_()
+    return made
+
+
+def test_the_table_has_at_least_24_configurations() -> None:
+    assert len(FAMILIES) >= 24
+
+
+def test_wrapping_leaves_the_backbone_as_it_was(backbone: PreTrainedModel, model: LongMem) -> None:
+    fresh = copy.deepcopy(backbone.state_dict())
+    model(ids(), memory=filled(model, ids(seed=1)))
+    assert all(torch.equal(fresh[name], tensor) for name, tensor in backbone.state_dict().items())
+    twin = make_backbone_like(backbone)
+    assert torch.equal(backbone(ids()).logits, twin(ids()).logits)
+
+
+def make_backbone_like(model: PreTrainedModel) -> PreTrainedModel:
+    twin: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(model.config)).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def test_empty_bank_equals_no_bank_bit_for_bit(model: LongMem) -> None:
+    empty = MemoryBank.for_model(model, rows=2, capacity_tokens=64)
+    assert torch.equal(model(ids(), memory=empty).logits, model(ids()).logits)
+
+
+def test_a_filled_bank_changes_the_answer_and_a_second_call_repeats_it(model: LongMem) -> None:
+    bank = filled(model, ids(seed=1))
+    first = model(ids(), memory=bank)
+    assert torch.equal(first.logits, model(ids(), memory=bank).logits)
+    assert (first.logits - model(ids()).logits).abs().max() > 1e-3
+    assert first.share is not None and first.share.shape == (2, model.num_heads, 12)
+
+
+def test_no_token_sees_its_future(model: LongMem) -> None:
+    bank = filled(model, ids(seed=1))
+    changed = ids()
+    changed[:, 7] = (changed[:, 7] + 1) % V
+    before, after = model(ids(), memory=bank).logits, model(changed, memory=bank).logits
+    torch.testing.assert_close(before[:, :7], after[:, :7], atol=1e-6, rtol=0)
+    assert (before[:, 7:] - after[:, 7:]).abs().max() > 1e-4
+
+
+def test_a_row_is_what_it_is_alone(model: LongMem) -> None:
+    bank = filled(model, ids(seed=1))
+    both = model(ids(), memory=bank).logits
+    for row in range(2):
+        alone = model(ids()[row : row + 1], memory=bank, memory_rows=torch.tensor([row])).logits
+        torch.testing.assert_close(both[row : row + 1], alone, atol=2e-6, rtol=0)
+
+
+def test_a_row_without_memory_is_untouched_by_its_neighbour(model: LongMem) -> None:
+    bank = filled(model, ids(seed=1))
+    bank.reset(torch.tensor([0]))
+    torch.testing.assert_close(
+        model(ids(), memory=bank).logits[0], model(ids()).logits[0], atol=2e-6, rtol=0
+    )
+
+
+def test_identity_sidenet_gives_the_backbones_logits(backbone: PreTrainedModel) -> None:
+    model = LongMem.from_backbone(backbone, **SETTINGS).eval()
+    model.sidenet.layers = nn.ModuleList(Identity() for _ in model.sidenet.layers)
+    torch.testing.assert_close(model(ids()).logits, backbone(ids()).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_residuals_telescope_for_every_stride(stride: int) -> None:
+    backbone = make_backbone("llama")
+    model = LongMem.from_backbone(backbone, stride=stride, init="zero", **SETTINGS).eval()
+    torch.testing.assert_close(model(ids()).logits, backbone(ids()).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_copied_layer_replayed_is_the_backbones_layer(model: LongMem) -> None:
+    outputs: dict[int, Tensor] = {}
+
+    def hand_over(run: object, final: Tensor) -> Tensor:
+        calls, inputs = run.calls, run.inputs  # type: ignore[attr-defined]
+        inputs[model.backbone.num_layers] = final
+        for layer, source in zip(model.sidenet.layers, model.sidenet.sources, strict=True):
+            out = layer(**calls[source].arguments)
+            outputs[source] = out[0] if isinstance(out, tuple) else out
+            assert torch.equal(outputs[source], inputs[source + 1])
+        return final
+
+    with model.backbone.splice(hand_over, None):
+        model.backbone.model(ids(), use_cache=False)
+    assert len(outputs) == 2
+
+
+def test_kept_keys_are_those_of_the_backbone_without_position(model: LongMem) -> None:
+    """Position-free: the same token run gives the same keys wherever the rotation would have put it."""
+    out = model(ids())
+    encoded = model.encode(ids())
+    assert out.kv is not None
+    assert torch.equal(out.kv.keys, encoded.keys) and torch.equal(out.kv.values, encoded.values)
+    assert encoded.keys.shape == (2, model.memory_heads, 12, model.memory_head_dim)
+    assert not encoded.keys.requires_grad
+
+
+def test_retrieving_everything_with_an_open_gate_is_dense_position_free_attention(backbone: PreTrainedModel) -> None:
+    model = LongMem.from_backbone(backbone, chunk_size=2, num_retrieved=64, memory_size=64).eval()
+    with torch.no_grad():
+        model.sidenet.memory_gate.fill_(60.0)
+    bank = filled(model, ids(seed=1))
+    seen: dict[str, Any] = {}
+    family = Family.of(backbone)
+    attention = family.attention(model.sidenet.layers[model.augmented_layer])
+    probe = family.probe(model.sidenet.sources[model.augmented_layer], attention)
+    handles = [
+        attention.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.update(call=Call.record(module, args, kwargs)), with_kwargs=True
+        ),
+        family.output_projection(attention).register_forward_pre_hook(lambda module, args: seen.update(fused=args[0])),
+    ]
+    model(ids(), memory=bank)
+    for handle in handles:
+        handle.remove()
+    kv, qkv = model.encode(ids(seed=1)), probe(seen["call"])
+    group = model.num_heads // kv.keys.shape[1]
+    keys, values = (part.repeat_interleave(group, 1) for part in (kv.keys, kv.values))
+    scores = qkv.queries @ keys.transpose(-1, -2) * qkv.scaling
+    if qkv.softcap is not None:
+        scores = qkv.softcap * torch.tanh(scores / qkv.softcap)
+    dense = scores.softmax(-1) @ values
+    torch.testing.assert_close(seen["fused"], dense.transpose(1, 2).flatten(2), atol=1e-5, rtol=1e-4)
+
+
+def test_a_training_step_changes_the_sidenet_and_nothing_else(backbone: PreTrainedModel) -> None:
+    model = LongMem.from_backbone(backbone, **SETTINGS).train()
+    bank = filled(model, ids(seed=1))
+    frozen = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    out = model(ids(), labels=ids(), memory=bank)
+    out.loss.backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+    torch.optim.SGD(model.trainable_parameters(), lr=0.1).step()
+    assert all(name.startswith("sidenet.") for name in model.trainable_parameter_names())
+    assert all(torch.equal(frozen[name], tensor) for name, tensor in backbone.state_dict().items())
+    assert all(p.grad is None for p in backbone.parameters())
+
+
+def test_save_and_load_give_the_same_logits(backbone: PreTrainedModel, model: LongMem, tmp_path: Path) -> None:
+    backbone.save_pretrained(tmp_path / "backbone")
+    model.save_pretrained(tmp_path / "side")
+    loaded = LongMem.from_pretrained(tmp_path / "side", backbone=tmp_path / "backbone")
+    bank = filled(model, ids(seed=1))
+    assert torch.equal(loaded(ids(), memory=bank).logits, model(ids(), memory=bank).logits)
+    side = sum(f.stat().st_size for f in (tmp_path / "side").glob("*.safetensors"))
+    assert side < 4.2 * sum(p.numel() for p in model.trainable_parameters()) + 8192
+
+
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_one_softmax_with_a_closed_gate_ignores_memory(name: str) -> None:
+    model = LongMem.from_backbone(make_backbone(name), fusion="softmax", **SETTINGS).eval()
+    bank = filled(model, ids(seed=1))
+    plain = model(ids()).logits
+    assert (model(ids(), memory=bank).logits - plain).abs().max() > 1e-3
+    with torch.no_grad():
+        model.sidenet.memory_gate.fill_(-200.0)
+    torch.testing.assert_close(model(ids(), memory=bank).logits, plain, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["alibi_gpt", "gpt2", "opt"])
+def test_one_softmax_is_attention_over_local_and_memory_at_once(name: str) -> None:
+    """Without rotary positions, retrieving the segment's own past equals attending to it twice."""
+    model = LongMem.from_backbone(make_backbone(name), fusion="softmax", chunk_size=1, num_retrieved=64).eval()
+    bank = MemoryBank.for_model(model, rows=2, capacity_tokens=64)
+    bank.add(model.encode(ids(seed=1)))
+    shares = model(ids(), memory=bank).share
+    assert shares is not None and (shares > 0).all() and (shares < 1).all()
+    assert shares.std() > 1e-3

@@ -1,0 +1,46 @@
+"""Law 12: the fast path equals the paper in loops on random small sizes."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemoryBank
+from longmem.modeling.naive import NaiveLongMem
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    heads=st.sampled_from([1, 2, 3, 4]),
+    layers=st.integers(2, 5),
+    chunk_size=st.integers(1, 4),
+    num_chunks=st.integers(1, 5),
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    final_state=st.sampled_from(["pre_norm", "normed"]),
+)
+def test_fast_equals_naive(
+    seed: int, heads: int, layers: int, chunk_size: int, num_chunks: int, lengths: list[int], final_state: str
+) -> None:
+    torch.manual_seed(seed)
+    config = AlibiGPTConfig(vocab_size=23, hidden_size=4 * heads, num_hidden_layers=layers, num_attention_heads=heads)
+    backbone = AlibiGPTForCausalLM(config)
+    model = LongMem.from_backbone(
+        backbone, chunk_size=chunk_size, num_retrieved=chunk_size * num_chunks, memory_size=64 * chunk_size,
+        final_state=final_state,
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.4)
+    bank = MemoryBank.for_model(model, rows=1)
+    naive = NaiveLongMem(model)
+    for length in lengths:
+        segment = torch.randint(0, 23, (length,))
+        with torch.no_grad():
+            out = model(segment[None], memory=bank)
+            expected = naive.step(segment)
+        torch.testing.assert_close(out.logits[0], expected, atol=2e-4, rtol=2e-4)
+        # the oracle closes every segment's last chunk, as the end of a document does
+        bank.add(out.kv)
+        bank.end_document()
