@@ -36,8 +36,8 @@ def perplexity_tables(result: PerplexityResult) -> Iterator[RenderableType]:
 def system_table(result: PerplexityResult, scores: Scores) -> Table:
     """Perplexities of every system, and how far each is from its baselines in %, with both intervals."""
     against = [name for name in BASELINES if any(d.against == name for d in scores.differences)]
-    table = Table()
-    table.add_column("system")
+    table = Table(show_lines=bool(against))
+    table.add_column("system", no_wrap=True)
     for name in ("per token", "per word", "bits/byte", *(f"% against {SHORT[name]}" for name in against)):
         table.add_column(name, justify="right")
     for score in scores.systems:
@@ -55,7 +55,7 @@ def system_table(result: PerplexityResult, scores: Scores) -> Table:
 def length_table(result: PerplexityResult, protocol: ProtocolScores) -> Table:
     """Perplexity by length of the document in tokens."""
     table = Table()
-    table.add_column("system")
+    table.add_column("system", no_wrap=True)
     for bucket in protocol.by_length:
         table.add_column(f"{bucket.name}\n{bucket.documents} documents", justify="right")
     for name, label in result.systems.items():
@@ -86,7 +86,7 @@ def _difference(difference: Difference | None) -> str:
     edges = [f"{difference.percent:+.2f}"]
     for interval, (left, right) in ((difference.documents, "[]"), (difference.blocks, "()")):
         edges.append(_edges(interval, left, right))
-    return " ".join(edge for edge in edges if edge)
+    return "\n".join(edge for edge in edges if edge)
 
 
 def _edges(interval: Interval | None, left: str, right: str) -> str:
