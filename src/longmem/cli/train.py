@@ -34,15 +34,24 @@ def command(
     if check:
         click.echo(settings.model_dump_json(indent=2) if as_json else f"{recipe}: {settings.task}, no problems found")
         return
+    from transformers.utils.logging import disable_progress_bar
+
     from longmem.training.loop import train
 
+    disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     if not quiet:
         logging.getLogger("longmem").setLevel(logging.INFO)
     result = train(settings, resume=resume, overwrite=overwrite, quiet=quiet)
     if as_json:
-        fields = {"model_dir": str(result.model_dir) if result.model_dir else None, "step": result.step}
-        fields |= {"tokens": result.tokens, "seconds": round(result.seconds, 1), "evaluation": result.evaluation}
-        click.echo(json.dumps({"out_dir": str(result.out_dir), **fields}))
+        fields = {
+            "out_dir": str(result.out_dir),
+            "model_dir": None if result.model_dir is None else str(result.model_dir),
+            "step": result.step,
+            "tokens": result.tokens,
+            "seconds": round(result.seconds, 1),
+            "evaluation": result.evaluation,
+        }
+        click.echo(json.dumps(fields))
     else:
         click.echo(result.model_dir or result.out_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -136,8 +137,8 @@ class SegmentStream:
             )
         if len(state["piece"]) != len(self._piece):
             raise CheckpointError(
-                f"the saved position has {len(state['piece'])} rows, this run has {len(self._piece)}; keep optim.rows times "
-                "the number of processes as it was"
+                f"the saved position has {len(state['piece'])} rows, this run has {len(self._piece)}; "
+                "keep optim.rows times the number of processes as it was"
             )
         self.taken = int(state["taken"])
         self._piece, self._done = list(state["piece"]), list(state["done"])
@@ -169,7 +170,9 @@ class SegmentStream:
         epoch, index = divmod(self.taken, len(self.pieces))
         if self._order is None or self._order[0] != epoch:
             count = len(self.pieces)
-            order = np.arange(count) if self.seed is None else np.random.default_rng([self.seed, epoch]).permutation(count)
+            order = np.arange(count)
+            if self.seed is not None:
+                np.random.default_rng([self.seed, epoch]).shuffle(order)
             self._order = (epoch, order)
         self.taken += 1
         return int(self._order[1][index])
@@ -182,7 +185,7 @@ def _cut(corpus: TokenCorpus, piece_tokens: int) -> list[_Piece]:
         size = last - first
         count = 1 if piece_tokens <= 0 else max(1, round(size / piece_tokens))
         cuts = [first + size * k // count for k in range(count + 1)]
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             if end - start >= 2:  # less has nothing to predict
                 label = name if count == 1 else f"{name}@{start - first}"
                 pieces.append(_Piece(label, start - first, start, end))

@@ -186,7 +186,7 @@ def _read_hub(path: str, source: TextSource) -> Iterator[Document]:
         from datasets import load_dataset
     except ImportError as error:
         raise DataError(f"{path}: reading the hub needs `datasets`; pip install 'longmem-lm[data]'") from error
-    name, config, split = (path.removeprefix(HUB).split(":") + ["", ""])[:3]
+    name, config, split = [*path.removeprefix(HUB).split(":"), "", ""][:3]
     try:
         records = load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # the hub has no common base of errors
@@ -233,9 +233,11 @@ def _grouped(documents: Iterator[Document]) -> Iterator[Document]:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    files = (file for file in folder.rglob("*") if file.is_file())
-    hidden = ("__pycache__",)
-    return iter(sorted(f for f in files if not any(p.startswith(".") or p in hidden for p in f.relative_to(folder).parts)))
+    """In the order of their paths; what is hidden or made by Python is left out."""
+    for file in sorted(folder.rglob("*")):
+        parts = file.relative_to(folder).parts
+        if file.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in parts):
+            yield file
 
 
 def _hash_file(file: Path) -> bytes:
@@ -244,8 +246,9 @@ def _hash_file(file: Path) -> bytes:
 
 
 def _nothing_in(path: str, source: TextSource) -> str:
+    suffixes = ", ".join(source.suffixes)
     if Path(path).is_dir():
-        return f"{path}: no text in this folder; looked for {', '.join(source.suffixes)}, .jsonl and tar archives below it"
+        return f"{path}: no text in this folder; looked for {suffixes}, .jsonl and tar archives; set data.suffixes"
     if path.endswith(ARCHIVES):
-        return f"{path}: no text in this archive; looked for {', '.join(source.suffixes)}; set data.suffixes"
+        return f"{path}: no text in this archive; looked for {suffixes}; set data.suffixes"
     return f"{path}: no text, the file is empty or holds white space only; name one with text in it"

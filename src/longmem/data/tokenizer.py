@@ -55,7 +55,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: no tokenizer there ({reason}); name a folder with tokenizer.json, or a hub id") from error
+        raise DataError(f"{path}: no tokenizer ({reason}); name a folder with tokenizer.json, or a hub id") from error
     return tokenizer
 
 

@@ -109,8 +109,8 @@ class TokenCorpus:
             raise DataError(f"{folder}: damaged token cache ({error}); delete the folder, it is made again") from error
         if index["format"] != FORMAT or len(ids) != bounds[-1]:
             raise DataError(f"{folder}: damaged token cache ({len(ids)} of {bounds[-1]} tokens); delete the folder")
-        sizes = (np.array(index[name], dtype=np.int64) for name in ("num_bytes", "num_words"))
-        return cls(ids, bounds, tuple(index["names"]), *sizes, index["fingerprint"])
+        num_bytes, num_words = (np.array(index[name], dtype=np.int64) for name in ("num_bytes", "num_words"))
+        return cls(ids, bounds, tuple(index["names"]), num_bytes, num_words, index["fingerprint"])
 
 
 def tokenize(source: TextSource, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> TokenCorpus:

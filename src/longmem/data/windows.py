@@ -42,8 +42,8 @@ class WindowSampler:
     random length and place, occurs a second time further on, possibly after other text. In ``repeat_random`` of
     these rows all tokens are random, so that only copying helps; there, nothing but the repetition is scored. It is
     not in the paper: small models trained for minutes do not form the heads that find and continue an earlier
-    occurrence, and without them no key is worth remembering. It is training on a synthetic task; losses of practice rows
-    are reported apart from those of text.
+    occurrence, and without them no key is worth remembering. It is training on a synthetic task; losses of practice
+    rows are reported apart from those of text.
 
     Args:
         corpus: tokens to cut windows from; a window may span documents.

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,7 @@ class Adaptation:
         """
         if self.valid is None:
             return {}
-        self.longmem.eval()
+        self.longmem.train(False)
         result = {"loss": self._validate(autocast, memory=self.bank is not None)}
         if self._backbone_loss is None:
             self._backbone_loss = self._validate(autocast, memory=False, backbone=True)
@@ -235,11 +235,12 @@ def build_longmem(recipe: Recipe, device: torch.device) -> LongMem:
     set_dropout(model.sidenet, optim.dropout)
     if optim.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    return model.to(device)
+    model.to(device)  # type: ignore[arg-type]
+    return model
 
 
 def _check_vocabulary(model: LongMem, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    known = model.get_input_embeddings().weight.shape[0]
+    known = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > known:
         raise ConfigError(
             f"data.tokenizer has {len(tokenizer)} tokens, backbone.path ({recipe.backbone.path}) embeds {known}; "

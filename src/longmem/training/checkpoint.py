@@ -2,8 +2,8 @@
 
 ``checkpoints/step-00001000/`` holds ``model.safetensors`` (the trained weights), ``trainer.pt`` (optimiser, counters),
 ``rank-N.pt`` (stream position, random states, memory bank of process N) and ``checkpoint.json`` (the size and SHA-256
-of the others). The folder is written under another name, made durable and renamed; a crash leaves the checkpoint before or the
-one after. Not promised: that a disk which lies about ``fsync`` keeps it.
+of the others). The folder is written under another name, made durable and renamed; a crash leaves the checkpoint
+before or the one after. Not promised: that a disk which lies about ``fsync`` keeps it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def save_checkpoint(
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, temporary / "model.safetensors")
+        tensors = {name: weight.detach().contiguous() for name, weight in weights.items()}
+        save_file(tensors, temporary / "model.safetensors")
         torch.save(trainer, temporary / "trainer.pt")
     accelerator.wait_for_everyone()
     torch.save(rank, temporary / f"rank-{accelerator.process_index}.pt")
@@ -78,8 +79,8 @@ def load_checkpoint(path: Path, process: int = 0, world: int = 1) -> Checkpoint:
     manifest = _verified(path)
     if manifest["processes"] != world:
         raise CheckpointError(
-            f"{path}: written by {manifest['processes']} processes, this run has {world}; start as many (each keeps its "
-            "rows' memory)"
+            f"{path}: written by {manifest['processes']} processes, this run has {world}; start as many "
+            "(each keeps its rows' memory)"
         )
     try:
         return Checkpoint(
@@ -100,11 +101,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def random_state() -> dict[str, Any]:
     """States of all generators, in types that ``torch.load(weights_only=True)`` reads."""
     version, numbers, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": [version, list(numbers), gauss],
-        "numpy": [kind, np.asarray(keys).tolist(), *(float(x) if isinstance(x, float) else int(x) for x in rest)],
+        "numpy": [kind, np.asarray(keys).tolist(), int(place), int(has_gauss), float(cached)],
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -148,7 +149,8 @@ def _verified(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: {MANIFEST} is missing or damaged ({error}); {_way_out(path)}") from error
     if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format {manifest['format']}, this version reads {FORMAT}; resume with the other one")
+        theirs = manifest["format"]
+        raise CheckpointError(f"{path}: format {theirs}, this version reads {FORMAT}; resume with the other version")
     for name, expected in files.items():
         size = (path / name).stat().st_size if (path / name).exists() else 0
         if size != expected["size"]:

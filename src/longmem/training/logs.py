@@ -52,17 +52,11 @@ class RunLog:
     def __enter__(self) -> Self:
         if self._speaks and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
+            # description, bar, percentage and time left are rich's own columns
+            took = (TextColumn("left ·"), TimeElapsedColumn(), TextColumn("passed"))
+            self._bar = Progress(*Progress.get_default_columns(), *took, console=Console(stderr=True))
             self._task = self._bar.add_task(self._title, total=1.0)
             self._bar.start()
         return self
@@ -131,5 +125,5 @@ def _board(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ConfigError("log.tensorboard = true needs TensorBoard; pip install tensorboard, or set it to false") from error
-    return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        raise ConfigError("log.tensorboard is true: pip install tensorboard, or set it to false") from error
+    return SummaryWriter(str(folder))

@@ -79,8 +79,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
 
     Args:
         recipe: see ``Recipe.load``.
-        resume: go on from the newest checkpoint in the run's folder, if there is one; losses are then those of a run that
-            was never interrupted (except with a budget in minutes, which no two machines spend alike).
+        resume: go on from the newest checkpoint in the run's folder, if there is one; losses are then those of a run
+            that was never interrupted (except with a budget in minutes, which no two machines spend alike).
         overwrite: remove an earlier run in the folder.
         quiet: say nothing on stderr.
 
@@ -90,10 +90,9 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
     if recipe.optim.threads:
         torch.set_num_threads(recipe.optim.threads)
     # before the first text is read, memory_gate has no gradient: DDP must not wait for it
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=recipe.task == "adapt")
     # autocast is ours (see `_autocast`), so that one line holds for the plain and the wrapped model
-    accelerator = Accelerator(
-        mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.task == "adapt")]
-    )
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
     checkpoints = recipe.out_dir / "checkpoints"
     resume = resume and bool(list_checkpoints(checkpoints))
     if not resume and accelerator.is_main_process:
@@ -166,8 +165,9 @@ class _Run:
             self.step(scores, done)
 
             if at.step % recipe.log.every == 0 or self.done() >= 1:
+                scores.gather(self.accelerator)
                 losses.append(scores.text.mean)
-                self._log(log_to, scores, logged, done)
+                self._log(log_to, scores, logged)
                 scores, logged = StepScores(), (at.tokens, at.seconds)
             log_to.progress(self.done())
         return self._end(log_to, losses, finished)
@@ -246,13 +246,14 @@ class _Run:
         self.accelerator.wait_for_everyone()
         self.model.train()
 
-    def _log(self, log_to: RunLog, scores: StepScores, since: tuple[int, float], done: float) -> None:
+    def _log(self, log_to: RunLog, scores: StepScores, since: tuple[int, float]) -> None:
         at = self.at
         loss = scores.text.mean
         if not math.isfinite(loss) and float(scores.text.count):
+            optim = self.recipe.optim
             raise ConfigError(
-                f"the loss is {loss} at step {at.step}; lower optim.lr ({self.recipe.optim.lr:g}), lengthen optim.warmup "
-                f"({self.recipe.optim.warmup:g}) or set optim.precision = 'fp32'"
+                f"the loss is {loss} at step {at.step}; lower optim.lr ({optim.lr:g}), lengthen optim.warmup "
+                f"({optim.warmup:g}) or set optim.precision = 'fp32'"
             )
         speed = (at.tokens - since[0]) / max(at.seconds - since[1], 1e-9)
         rate = self.recipe.optim.lr * self.share
@@ -335,7 +336,8 @@ class _Run:
             elif old != new:
                 changed.append(f"{section} was {old!r}, is {new!r}")
         if changed:
-            raise CheckpointError(f"{path}: of another run: {'; '.join(changed)}; undo that, or choose another run.name")
+            what = "; ".join(changed)
+            raise CheckpointError(f"{path}: of another run: {what}; undo that, or choose another run.name")
 
 
 class _Signals:
@@ -384,7 +386,8 @@ def _clear(recipe: Recipe, checkpoints: Path, overwrite: bool) -> None:
     out = recipe.out_dir
     earlier = [path for path in (checkpoints, out / "final") if path.exists()]
     if earlier and not overwrite:
-        raise ConfigError(f"{out}: holds an earlier run; add --resume to go on, --overwrite to remove it, or set run.name")
+        ways = "add --resume to go on, --overwrite to remove it, or set run.name"
+        raise ConfigError(f"{out}: holds an earlier run; {ways}")
     for path in (*earlier, out / "tokenizer"):
         shutil.rmtree(path, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)

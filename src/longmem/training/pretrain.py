@@ -45,7 +45,8 @@ class Pretraining:
         world: int = 1,
     ) -> None:
         self.recipe, self.tokenizer, self.valid, self.device = recipe, tokenizer, valid, device
-        self.model: PreTrainedModel = build_model(recipe, tokenizer).to(device)
+        self.model = build_model(recipe, tokenizer)
+        self.model.to(device)  # type: ignore[arg-type]
         self.forward = torch.compile(self.model) if recipe.optim.compile else None
         data, optim = recipe.data, recipe.optim
         self.sampler = WindowSampler(
@@ -91,7 +92,7 @@ class Pretraining:
     def evaluate(self, autocast: AbstractContextManager[Any], final: bool) -> dict[str, Any]:
         """Loss over windows spread evenly over the validation text, each read on its own, and the copy score."""
         result: dict[str, Any] = {}
-        self.model.eval()
+        self.model.train(False)
         if self.valid is not None:
             scores = Scores()
             for ids, targets in self._valid_windows(self.valid):
@@ -112,7 +113,7 @@ class Pretraining:
         self.sampler.load_state_dict(state["stream"])
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: weight for name, weight in self.model.named_parameters()}
+        return dict(self.model.named_parameters())
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         self.model.load_state_dict(weights, strict=False)
@@ -141,7 +142,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(shape.init, dtype=torch.float32)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise BackboneError(f"model.init ({shape.init}) cannot be loaded ({reason}); name a folder or hub id") from error
+            raise BackboneError(f"model.init ({shape.init}): {reason}; name a folder or hub id of a model") from error
         set_dropout(model, recipe.optim.dropout)
         return model
     config = AlibiGPTConfig(
@@ -168,7 +169,7 @@ def copy_scores(
 
     Returns:
         ``copy_gain``: nats per token saved on the second pass over text; ``copy_gain_random``: over random tokens;
-        ``copy_rank``: median rank of the right key, text, in the best head of the best layer; ``copy_layer``: that layer.
+        ``copy_rank``: median rank of the right key over text, best head of the best layer; ``copy_layer``: that layer.
     """
     length = max(2, window // 2)
     starts = np.random.default_rng(0).integers(0, max(1, corpus.num_tokens - length), passages)

@@ -120,7 +120,7 @@ class OptimSection(Section):
     """Optimiser, schedule, budget, precision."""
 
     optimiser: Literal["adamw", "muon"] = "adamw"
-    """muon: torch.optim.Muon for the 2-D weights inside the layers, AdamW for the rest."""
+    """muon: Muon for the 2-D weights inside the layers, AdamW for the rest; see ``muon.py``."""
     lr: Positive = 2e-4
     muon_lr: Positive = 0.02
     """Learning rate of the weights that Muon trains."""
@@ -152,7 +152,7 @@ class OptimSection(Section):
     """Largest gradient norm; 0 does not clip."""
     dropout: typing.Annotated[float, Field(ge=0, lt=1)] = 0.1
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 where the hardware multiplies in it, else fp32. A CPU without AVX512-BF16 emulates it, many times slower."""
+    """auto: bf16 where the hardware multiplies in it, else fp32. Many CPUs emulate bf16, many times slower."""
     gradient_checkpointing: bool = False
     compile: bool = False
     """torch.compile the pre-trained model; needs a C++ compiler on a CPU."""
@@ -289,9 +289,12 @@ def _contradictions(recipe: Recipe) -> list[str]:
             if value % chunk:
                 below = value - value % chunk
                 tries = f"{below} or {below + chunk}" if below else f"{chunk}"
-                found.append(f"sidenet.{name} ({value}) must be a multiple of sidenet.chunk_size ({chunk}); try {tries}")
+                rule = f"must be a multiple of sidenet.chunk_size ({chunk})"
+                found.append(f"sidenet.{name} ({value}) {rule}; try {tries}")
         if side.shared and side.boundary == "reset":
-            found.append("sidenet.boundary is 'reset' with sidenet.shared; rows of one shared memory end at different times")
+            found.append(
+                "sidenet.boundary is 'reset' with sidenet.shared; their rows end at different times, use 'keep'"
+            )
     if recipe.task == "pretrain" and model.init is None and model.hidden_size % model.heads:
         found.append(
             f"model.hidden_size ({model.hidden_size}) must be a multiple of model.heads ({model.heads}); "
@@ -303,10 +306,11 @@ def _contradictions(recipe: Recipe) -> list[str]:
         found.append(f"optim.steps ({optim.steps}) and optim.tokens ({optim.tokens}) are both set; keep one of them")
     if optim.schedule_by == "time" and optim.max_minutes is None:
         found.append("optim.schedule_by is 'time' but optim.max_minutes is missing; set it")
-    if optim.schedule_by == "tokens" and optim.steps is None and optim.tokens is None and optim.max_minutes is not None:
-        found.append("optim.schedule_by is 'tokens' without optim.tokens or optim.steps; set one, or schedule_by = 'time'")
+    only_time = optim.max_minutes is not None and optim.steps is None and optim.tokens is None
+    if optim.schedule_by == "tokens" and only_time:
+        found.append("optim.schedule_by is 'tokens' without optim.tokens or optim.steps; set one, or use 'time'")
     if recipe.task == "adapt" and optim.compile:
-        found.append("optim.compile is for task = 'pretrain'; the hooks of adaptation cannot be compiled, set it to false")
+        found.append("optim.compile is for task = 'pretrain'; adaptation hooks into its backbone, set it to false")
     if optim.warmup + (optim.decay_fraction if optim.schedule == "wsd" else 0) > 1:
         found.append(f"optim.warmup ({optim.warmup}) and optim.decay_fraction ({optim.decay_fraction}) exceed the run")
     return found
@@ -354,7 +358,7 @@ def _nearest(places: list[str]) -> str | None:
     if inside:
         return f"{section}.{inside[0]}"
     elsewhere = [setting for setting in everything if setting.split(".")[-1] == places[-1]]
-    return (elsewhere or difflib.get_close_matches(name, everything, n=1, cutoff=0.6) or [None])[0]
+    return next(iter(elsewhere or difflib.get_close_matches(name, everything, n=1, cutoff=0.6)), None)
 
 
 def _known() -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
@@ -47,13 +48,26 @@ class StepScores:
     text: Scores = field(default_factory=Scores)
     practice: Scores = field(default_factory=Scores)
 
+    def gather(self, accelerator: Accelerator) -> None:
+        """Add up all processes; every one then has the sums."""
+        if accelerator.num_processes == 1:
+            return
+        parts = (self.text.loss, self.text.count, self.practice.loss, self.practice.count)
+        mine = torch.tensor([float(part) for part in parts], device=accelerator.device)
+        text_loss, text_count, practice_loss, practice_count = accelerator.reduce(mine, reduction="sum").unbind()
+        self.text, self.practice = Scores(text_loss, text_count), Scores(practice_loss, practice_count)
+
 
 class Task(Protocol):
     """One kind of training; the loop knows nothing else of it."""
 
-    model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     tokens_per_batch: int
+
+    @property
+    def model(self) -> nn.Module:
+        """What runs; one object for the whole run."""
+        ...
 
     def describe(self) -> str:
         """One line for people: what is trained on what."""
@@ -128,7 +142,7 @@ def runs_bf16(precision: str, device: torch.device) -> bool:
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" and _cpu_multiplies_bf16()
 
 
