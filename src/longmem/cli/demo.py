@@ -37,14 +37,15 @@ def command(out: Path, minutes: tuple[float, float] | None, as_json: bool) -> No
     """
     from rich.console import Console
 
-    from longmem.cli.tables import perplexity_tables
-    from longmem.demo.run import run_demo
+    from transformers.utils import logging
 
+    from longmem.cli.tables import system_table
+    from longmem.demo.run import perplexity_rows, run_demo
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with _measuring() as progress:
         result = run_demo(out, minutes=minutes, say=lambda line: click.echo(line, err=True), progress=progress)
     if as_json:
-        from longmem.demo.run import perplexity_rows
-
         files = {
             "page": str(result.page),
             "picture": str(result.picture),
@@ -53,8 +54,10 @@ def command(out: Path, minutes: tuple[float, float] | None, as_json: bool) -> No
         click.echo(json.dumps(files))
         return
     console = Console(width=None if sys.stdout.isatty() else 120)
-    for part in perplexity_tables(result.perplexity):
-        console.print(part)
+    for name, protocol in result.perplexity.protocols.items():
+        console.print(f"\n{name}: window {protocol.window}, moved by {protocol.stride}; {protocol.all.tokens:,} tokens")
+        console.print(system_table(result.perplexity, protocol.all))
+    click.echo("% of perplexity per token, below 0 is better; 95 % [over documents] (over blocks of tokens)")
     for line in passage_lines(result.passage):
         console.print(line, markup=False, highlight=False)
     click.echo(f"\nevery token of the passage: {result.page}\nas a picture: {result.picture}")

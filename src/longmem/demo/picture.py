@@ -26,7 +26,7 @@ def save_picture(passage: Passage, path: Path) -> None:
     lines = list(_lines(passage))
     examples = _examples(passage)
     rows = len(lines) + 4 + sum(2 + len(_snippets(passage, token)) for _, token in examples)
-    figure = Figure(figsize=(11, 0.24 * rows + 0.3), dpi=150)
+    figure = Figure(figsize=(9, 0.21 * rows + 0.3), dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.02, 0.02, 0.96, 0.96))
     axes.set(xlim=(0, WIDTH + 22), ylim=(rows, -0.5))
