@@ -7,7 +7,7 @@ bias. Module names are those of the released checkpoint behind ``decoder.model.`
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class AlibiGPTConfig(PreTrainedConfig):
     """
 
     model_type = "alibi_gpt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     def __init__(
         self,
@@ -103,8 +103,8 @@ def alibi_mask(
 ) -> Tensor:
     """Causal mask and ALiBi in one additive bias.
 
-    The distance form ``-slope * (i - j)`` equals the released code's ``slope * j`` under the softmax, but stays small near
-    the diagonal, so that half precision keeps it.
+    The distance form ``-slope * (i - j)`` equals the released code's ``slope * j`` under the softmax, but stays small
+    near the diagonal, so that half precision keeps it.
 
     Args:
         positions: (B or 1, T) positions of the queries.
@@ -154,7 +154,7 @@ class AlibiGPTAttention(nn.Module):
 
     def split_heads(self, hidden: Tensor) -> Tensor:
         """(B, T, C) -> (B, H, T, D)."""
-        return hidden.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return hidden.view(*hidden.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor, past_key_values: Cache | None = None) -> Tensor:
         queries, keys, values = (self.split_heads(p(hidden_states)) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -198,7 +198,7 @@ class AlibiGPTBlock(nn.Module):
 class AlibiGPTPreTrainedModel(PreTrainedModel):
     config_class = AlibiGPTConfig
     base_model_prefix = "transformer"
-    _no_split_modules = ["AlibiGPTBlock"]
+    _no_split_modules = ["AlibiGPTBlock"]  # noqa: RUF012  the base class declares it so
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -226,7 +226,7 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.h = nn.ModuleList(AlibiGPTBlock(config, i) for i in range(config.num_hidden_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.wte
@@ -269,10 +269,10 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = AlibiGPTModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+        return cast(nn.Module, self.lm_head)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = cast(nn.Linear, new_embeddings)

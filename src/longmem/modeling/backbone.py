@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,9 +108,8 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> QKV:
         """Position-free q, k, v of the memory layer for ids (B, T); nothing behind its projections runs."""
-        with self._running(BackboneRun(encode_only=True)) as run:
-            with suppress(_Stop):
-                self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+        with self._running(BackboneRun(encode_only=True)) as run, suppress(_Stop):
+            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
         assert run.qkv is not None
         return run.qkv
 
@@ -182,7 +181,7 @@ class Backbone(nn.Module):
         run = self._current.get()
         if run is None or run.final_norm is None:
             return output
-        return run.final_norm(args[0])
+        return cast(Tensor, run.final_norm(args[0]))
 
 
 # fields that say how a model was loaded or is used, not what it computes

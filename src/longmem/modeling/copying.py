@@ -26,7 +26,7 @@ from longmem.modeling.families import Family, side_sources
 CHUNK_SIZE = 4
 NUM_CHUNKS = 16
 SIGNAL = 0.05
-"""Score below which no layer is told apart from chance; the best layers of models with random weights stay below 0.04."""
+"""Score below which no layer is told apart from chance; models with random weights stay below 0.04."""
 
 
 @dataclass(frozen=True)

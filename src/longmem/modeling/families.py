@@ -113,7 +113,7 @@ class PositionFreeProbe:
             return
         probe = copy.copy(attention)
         probe.__dict__ = {**attention.__dict__, "_forward_hooks": {}, "_forward_pre_hooks": {}}
-        probe.config = copy.deepcopy(attention.config)  # type: ignore[assignment,arg-type]
+        probe.config = copy.deepcopy(attention.config)
         probe.config._attn_implementation = _RECORDER  # type: ignore[union-attr]
         self._module = probe
 
@@ -184,7 +184,8 @@ def record_local(attention: nn.Module) -> None:
     """
     if type(attention).__name__ in _ADAPTERS and type(attention).__name__ != "AlibiGPTAttention":
         raise BackboneError(
-            f'fusion "softmax" needs the local scores, which {type(attention).__name__} does not give; use fusion "gate"'
+            f'fusion "softmax" needs the local scores, which {type(attention).__name__} does not give; '
+            'use fusion "gate"'
         )
     config = copy.deepcopy(attention.config)
     attention.__dict__["_longmem_delegate"] = config._attn_implementation  # type: ignore[union-attr]
@@ -202,7 +203,7 @@ def _attend_and_record(
 ) -> tuple[Tensor, Tensor | None]:
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     module.__dict__["_longmem_local"] = LocalScores(query, key, attention_mask, scaling, kwargs.get("softcap"))
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward")
+    eager = sys.modules[type(module).__module__].eager_attention_forward
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.__dict__["_longmem_delegate"], eager)
     return cast("tuple[Tensor, Tensor | None]", attend(module, query, key, value, attention_mask, **kwargs))
 
@@ -211,20 +212,26 @@ AttentionInterface.register(_LOCAL, _attend_and_record)
 
 
 def _alibi_gpt(attention: Any, hidden: Tensor) -> QKV:
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    return QKV(*(attention.split_heads(projection(hidden)) for projection in projections), attention.scaling)
+    queries, keys, values = (
+        attention.split_heads(projection(hidden))
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    return QKV(queries, keys, values, attention.scaling)
 
 
 def _bloom(attention: Any, hidden: Tensor) -> QKV:
-    return QKV(*attention._reshape(attention.query_key_value(hidden)), attention.inv_norm_factor)
+    queries, keys, values = attention._reshape(attention.query_key_value(hidden))
+    return QKV(queries, keys, values, attention.inv_norm_factor)
 
 
 def _mpt(attention: Any, hidden: Tensor) -> QKV:
     mixed = attention.Wqkv(hidden)
     if attention.clip_qkv:
         mixed = mixed.clamp(-attention.clip_qkv, attention.clip_qkv)
-    heads = (part.unflatten(-1, (attention.n_heads, attention.head_dim)).transpose(1, 2) for part in mixed.chunk(3, -1))
-    return QKV(*heads, attention.softmax_scale)
+    queries, keys, values = (
+        part.unflatten(-1, (attention.n_heads, attention.head_dim)).transpose(1, 2) for part in mixed.chunk(3, -1)
+    )
+    return QKV(queries, keys, values, attention.softmax_scale)
 
 
 def _falcon(attention: Any, hidden: Tensor) -> QKV:
@@ -237,11 +244,11 @@ def _falcon(attention: Any, hidden: Tensor) -> QKV:
 
 
 def _gptj(attention: Any, hidden: Tensor) -> QKV:
-    heads = (
+    queries, keys, values = (
         projection(hidden).unflatten(-1, (attention.num_attention_heads, attention.head_dim)).transpose(1, 2)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    return QKV(*heads, attention.head_dim**-0.5)
+    return QKV(queries, keys, values, attention.head_dim**-0.5)
 
 
 _ADAPTERS: dict[str, Callable[[Any, Tensor], QKV]] = {
@@ -296,10 +303,9 @@ class Family:
     def probe(self, layer: int, attention: nn.Module | None = None) -> PositionFreeProbe:
         """The probe of backbone layer ``layer``, or of a copy of its attention."""
         kind = self.layer_types()[layer]
-        scale = getattr(self.rotary, "attention_scaling", None)
-        if scale is None:
-            # families with a rotation per layer type keep a scale for each
-            scale = getattr(self.rotary, f"{kind}_attention_scaling", 1.0)
+        # families with a rotation per layer type keep a scale for each
+        fallback = getattr(self.rotary, f"{kind}_attention_scaling", 1.0)
+        scale: Any = getattr(self.rotary, "attention_scaling", fallback)
         return PositionFreeProbe(self.attention(self.layers[layer]) if attention is None else attention, float(scale))
 
     def output_projection(self, attention: nn.Module) -> nn.Module:

@@ -87,7 +87,8 @@ class LongMem(PreTrainedModel, GenerationMixin):
         self.sidenet.to(side_dtype or backbone.dtype)
         config.backbone_fingerprint = self.backbone.fingerprint()
         self.config = config
-        self.generation_config = copy.deepcopy(getattr(backbone, "generation_config", None))
+        if backbone.generation_config is not None:
+            self.generation_config = copy.deepcopy(backbone.generation_config)
 
     # -- what it is made of ------------------------------------------------------------------------------------------
 
@@ -135,7 +136,7 @@ class LongMem(PreTrainedModel, GenerationMixin):
         return [name for name, p in self.named_parameters() if p.requires_grad]
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.model.get_input_embeddings()
+        return cast(nn.Module, self.backbone.model.get_input_embeddings())
 
     def get_output_embeddings(self) -> nn.Module:
         return cast(nn.Module, self.backbone.model.get_output_embeddings())
@@ -261,7 +262,9 @@ class LongMem(PreTrainedModel, GenerationMixin):
             name = str(backbone)
             model = load_backbone(name, revision, dtype, **(backbone_kwargs or {}))
         else:
-            name, model = backbone.config._name_or_path or "", backbone if dtype is None else backbone.to(dtype)
+            name, model = backbone.config._name_or_path or "", backbone
+            if dtype is not None:
+                nn.Module.to(model, dtype)
         stride = config.get("stride", 2)
         if memory_layer == "auto":
             from longmem.modeling.copying import recommend_memory_layer
@@ -350,7 +353,8 @@ class LongMem(PreTrainedModel, GenerationMixin):
                 f"{folder / WEIGHTS} does not fit its config: missing {missing[:3]}, unexpected {unexpected[:3]}; "
                 "the checkpoint is damaged or of another version"
             )
-        return model.eval()
+        model.train(False)
+        return model
 
 
 def default_memory_layer(model: PreTrainedModel, stride: int) -> int:
