@@ -101,9 +101,7 @@ def test_a_row_is_what_it_is_alone(model: LongMem) -> None:
 def test_a_row_without_memory_is_untouched_by_its_neighbour(model: LongMem) -> None:
     bank = filled(model, ids(seed=1))
     bank.reset(torch.tensor([0]))
-    torch.testing.assert_close(
-        model(ids(), memory=bank).logits[0], model(ids()).logits[0], atol=2e-6, rtol=0
-    )
+    torch.testing.assert_close(model(ids(), memory=bank).logits[0], model(ids()).logits[0], atol=2e-6, rtol=0)
 
 
 def test_identity_sidenet_gives_the_backbones_logits(backbone: PreTrainedModel) -> None:

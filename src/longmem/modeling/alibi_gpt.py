@@ -271,6 +271,11 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()  # type: ignore[no-untyped-call]
 
+    @staticmethod
+    def create_masks_for_generate(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """``generate`` with a static cache would build a mask without ALiBi; the model builds its own."""
+        return attention_mask
+
     def get_output_embeddings(self) -> nn.Module:
         return cast(nn.Module, self.lm_head)
 

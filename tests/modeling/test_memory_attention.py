@@ -1,0 +1,198 @@
+"""Attention over retrieved chunks against the same attention over copies, and its gradient against autograd's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from torch import Tensor
+
+from longmem.errors import MemoryBankError
+from longmem.memory import MemoryBank
+from longmem.modeling import attention
+from longmem.modeling.attention import memory_attention
+from longmem.types import AttentionKV, RetrievedMemory
+
+
+def over_copies(queries: Tensor, retrieved: RetrievedMemory, scaling: float, softcap: float | None):
+    """The plain formula over (B, H, T, K, D) copies; differentiable by autograd."""
+    keys, values = (part.to(queries.dtype) for part in (retrieved.keys, retrieved.values))
+    scores = torch.einsum("bhtd,bhtkd->bhtk", queries, keys) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    found = retrieved.mask.any(-1)
+    scores = scores.masked_fill(~retrieved.mask, torch.finfo(scores.dtype).min)
+    out = torch.einsum("bhtk,bhtkd->bhtd", scores.softmax(-1), values) * found[..., None]
+    return out, scores.logsumexp(-1), found
+
+
+def filled(rows: int = 2, heads_kv: int = 2, dim: int = 5, length: int = 14, size: int = 4, **settings) -> MemoryBank:
+    """A bank whose rows hold different amounts; the last of several rows holds nothing."""
+    bank = MemoryBank(rows, 40, heads_kv, dim, size, **settings)
+    draw = torch.Generator().manual_seed(length)
+    keys, values = (torch.randn(rows, heads_kv, length, dim, generator=draw, dtype=torch.float64) for _ in range(2))
+    mask = torch.arange(length) < (length - 3 * torch.arange(rows))[:, None]
+    if rows > 1:
+        mask[-1] = False
+    bank.add(AttentionKV(keys, values, mask))
+    bank.end_document()
+    return bank
+
+
+def asked(rows: int, heads: int, length: int, dim: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    draw = torch.Generator().manual_seed(7)
+    return torch.randn(rows, heads, length, dim, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=some.integers(1, 3),
+    heads_kv=some.integers(1, 2),
+    groups=some.integers(1, 3),
+    length=some.integers(1, 6),
+    size=some.integers(1, 4),
+    num=some.integers(1, 6),
+    block=some.sampled_from([1, 500, 1 << 20]),
+    softcap=some.sampled_from([None, 2.0]),
+)
+def test_outputs_and_gradient_equal_those_over_copies(rows, heads_kv, groups, length, size, num, block, softcap):
+    bank = MemoryBank(rows, 10 * size, heads_kv, 3, size, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(size)
+    filling, total = 3 * size + 1, rows * heads_kv
+    keys, values = (torch.randn(total * filling * 3, generator=draw).view(rows, heads_kv, filling, 3) for _ in range(2))
+    bank.add(AttentionKV(keys, values, (torch.arange(filling) < torch.tensor([filling, 0, size + 1])[:rows, None])))
+    bank.end_document()
+    queries = asked(rows, heads_kv * groups, length, 3)
+    retrieved = bank.search(queries, num)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(attention._BLOCK_BYTES, "cpu", block)
+        ours = memory_attention(queries, retrieved, scaling=0.4, softcap=softcap)
+        out, lse, found = over_copies(queries, retrieved, 0.4, softcap)
+        assert torch.equal(ours.found, found)
+        torch.testing.assert_close(ours.out, out)
+        torch.testing.assert_close(ours.lse[found], lse[found])
+        assert (ours.lse[~found] == -torch.inf).all()
+        weights = torch.randn_like(out)
+        (mine,) = torch.autograd.grad((ours.out * weights).sum() + ours.lse[found].sin().sum(), queries)
+    (reference,) = torch.autograd.grad((out * weights).sum() + lse[found].sin().sum(), queries)
+    torch.testing.assert_close(mine, reference)
+
+
+def test_gradient_passes_gradcheck():
+    bank = filled(dtype=torch.float64)
+    queries = asked(2, 4, 3, 5)
+    retrieved = bank.search(queries, 3)
+
+    def through(given: Tensor) -> Tensor:
+        result = memory_attention(given, retrieved, scaling=0.4, softcap=3.0)
+        return torch.cat((result.out.flatten(), result.lse[result.found].exp()))
+
+    assert torch.autograd.gradcheck(through, queries)
+
+
+def test_nothing_found_gives_zero_and_no_gradient():
+    bank = MemoryBank(1, 8, 2, 5)
+    queries = asked(1, 2, 3, 5, torch.float32)
+    result = memory_attention(queries, bank.search(queries, 2), scaling=1.0)
+    assert not result.found.any()
+    assert (result.out == 0).all()
+    assert (result.lse == -torch.inf).all()
+    result.out.sum().backward()
+    assert (queries.grad == 0).all()
+
+
+def test_a_row_without_memory_does_not_disturb_its_neighbour():
+    bank = filled(2)
+    queries = asked(2, 2, 3, 5, torch.float32)
+    both = memory_attention(queries, bank.search(queries, 2), scaling=0.5)
+    alone = memory_attention(queries[:1].detach(), bank.search(queries[:1], 2, rows=torch.tensor([0])), scaling=0.5)
+    assert torch.equal(both.out[:1], alone.out)
+    assert both.found.tolist() == [[[True] * 3] * 2, [[False] * 3] * 2]
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("asking", [torch.float32, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(stored, asking):
+    bank = filled(1, dtype=stored)
+    queries = asked(1, 4, 6, 5, asking)
+    retrieved = bank.search(queries, 3)
+    result = memory_attention(queries, retrieved, scaling=0.4)
+    out, lse, _ = over_copies(queries.float(), retrieved, 0.4, None)
+    assert (result.out.dtype, result.lse.dtype) == (asking, torch.float32)
+    torch.testing.assert_close(
+        result.out.float(), out.to(asking).float(), atol=1e-6, rtol=1e-2 if asking != torch.float32 else 1e-5
+    )
+    torch.testing.assert_close(result.lse, lse)
+    result.out.float().sum().backward()
+    assert queries.grad.dtype == asking
+
+
+def test_autocast_changes_nothing():
+    bank = filled(1)
+    queries = asked(1, 4, 6, 5, torch.float32)
+    retrieved = bank.search(queries, 3)
+    plain = memory_attention(queries, retrieved, scaling=0.4)
+    (reference,) = torch.autograd.grad(plain.out.sum(), queries)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = bank.search(queries, 3)
+        assert torch.equal(again.chunk_ids, retrieved.chunk_ids)
+        cast = memory_attention(queries, again, scaling=0.4)
+        (gradient,) = torch.autograd.grad(cast.out.sum(), queries)
+    assert torch.equal(cast.out, plain.out)
+    assert torch.equal(gradient, reference)
+
+
+def test_retrieving_every_chunk_is_dense_attention_without_positions():
+    draw = torch.Generator().manual_seed(3)
+    keys, values = (torch.randn(2, 3, 24, 8, generator=draw) for _ in range(2))
+    bank = MemoryBank(2, 24, 3, 8)
+    bank.add(AttentionKV(keys, values))
+    queries = torch.randn(2, 3, 5, 8, generator=draw)
+    result = memory_attention(queries, bank.search(queries, 6), scaling=8**-0.5)
+    dense = torch.nn.functional.scaled_dot_product_attention(queries, keys, values)
+    torch.testing.assert_close(result.out, dense)
+
+
+def test_missing_chunks_of_a_released_bank_take_part_with_score_zero():
+    bank = MemoryBank(1, 32, 1, 2, 2, shared=True, eviction="released")
+    bank.add(AttentionKV(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2)))
+    queries = torch.ones(1, 1, 1, 2)
+    result = memory_attention(queries, bank.search(queries, 3), scaling=1.0)
+    e = torch.tensor(2.0).exp()
+    torch.testing.assert_close(result.out, (2 * e / (2 * e + 4)).expand(1, 1, 1, 2))
+    torch.testing.assert_close(result.lse, (2 * e + 4).log().view(1, 1, 1))
+
+
+def test_writing_between_forward_and_backward_is_refused():
+    bank = filled(1)
+    queries = asked(1, 2, 3, 5, torch.float32)
+    result = memory_attention(queries, bank.search(queries, 2), scaling=0.4)
+    bank.add(AttentionKV(torch.zeros(1, 2, 4, 5), torch.zeros(1, 2, 4, 5)))
+    with pytest.raises(MemoryBankError) as caught:
+        result.out.sum().backward()
+    assert str(caught.value) == (
+        "memory was written between forward and backward (write 2 was read, now it is 3); call bank.add after backward"
+    )
+
+
+def test_copies_per_query_never_exist_as_a_whole():
+    bank = MemoryBank(1, 4096, 4, 16)
+    bank.add(AttentionKV(torch.randn(1, 4, 4096, 16), torch.randn(1, 4, 4096, 16)))
+    queries = asked(1, 4, 512, 16, torch.float32)
+    retrieved = bank.search(queries, 16)
+    copies = 4 * 512 * 64 * 16 * 4  # bytes of the keys of every query
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for each in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(each, Tensor) and each.untyped_storage().data_ptr() != retrieved.storage.data_ptr():
+                    self.seen = max(self.seen, each.untyped_storage().nbytes())
+            return result
+
+    with Largest() as watch:
+        memory_attention(queries, retrieved, scaling=0.25).out.sum().backward()
+    assert 0 < watch.seen <= copies / 2
