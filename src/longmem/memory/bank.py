@@ -275,11 +275,14 @@ class MemoryBank:
             theirs = state["settings"][name]
             unknown = name == "fingerprint" and None in (mine, theirs)
             if mine != theirs and not unknown:
-                what = "written by another backbone" if name == "fingerprint" else "of another shape"
-                raise MemoryBankError(
-                    f"saved bank is {what}: its {name} is {theirs}, this bank's is {mine}; "
-                    f"make the bank with {name}={theirs!r} to load it"
+                foreign = name == "fingerprint"
+                what = "written by another backbone" if foreign else "of another shape"
+                way_out = (
+                    "use the backbone that wrote it, or fill the bank anew"
+                    if foreign
+                    else f"make the bank with {name}={theirs} to load it"
                 )
+                raise MemoryBankError(f"saved bank is {what}: its {name} is {theirs}, this bank's is {mine}; {way_out}")
         self._slots.load_state_dict(state["slots"])
         self._tail.copy_(state["tail"])
         self._lanes = [_Lane(**lane) for lane in state["lanes"]]

@@ -1,0 +1,224 @@
+"""Laws 4 to 7 and 12 on whole histories: any sequence of writes against a bank made of Python lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+from longmem.memory import MemoryBank
+from longmem.types import AttentionKV
+
+HEADS, DIM = 2, 3
+
+
+@dataclass
+class ListRow:
+    """One row in plain Python: closed chunks, oldest first, and the tail that waits."""
+
+    slots: int
+    size: int
+    chunks: list[list[torch.Tensor]] = field(default_factory=list)
+    tail: list[torch.Tensor] = field(default_factory=list)
+    document: str | None = None
+    open: bool = False
+
+    def add(self, tokens: Sequence[torch.Tensor], document: str | None) -> None:
+        if not self.open or document != self.document:
+            self.close()
+        self.document, self.open = document, True
+        for token in tokens:
+            self.tail.append(token)
+            if len(self.tail) == self.size:
+                self.close()
+
+    def close(self) -> None:
+        if self.tail:
+            self.chunks = [*self.chunks, self.tail][-self.slots :]
+        self.tail = []
+
+    def best(self, query: torch.Tensor, head: int, num: int) -> list[list[torch.Tensor]]:
+        def score(chunk: list[torch.Tensor]) -> float:
+            return float(sum(token[head, 0] @ query for token in chunk) / len(chunk))
+
+        return sorted(self.chunks, key=score, reverse=True)[:num]
+
+
+@dataclass(frozen=True)
+class Write:
+    """What is said to the rows: how many tokens each, in which documents, and whether these end."""
+
+    lengths: tuple[int, ...]
+    left: bool
+    documents: tuple[str | None, ...]
+    end: bool
+
+
+@some.composite
+def histories(draw, rows: int) -> list[Write]:
+    lengths = some.tuples(*[some.integers(0, 7)] * rows)
+    documents = some.tuples(*[some.sampled_from(["a", "b", None])] * rows)
+    return draw(some.lists(some.builds(Write, lengths, some.booleans(), documents, some.booleans()), max_size=5))
+
+
+def tokens_of(write: Write, seed: int) -> list[torch.Tensor]:
+    """Per row (t, Hkv, 2, D)."""
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(length, HEADS, 2, DIM, generator=draw) for length in write.lengths]
+
+
+def padded(tokens: list[torch.Tensor], left: bool) -> AttentionKV:
+    """Rows of different lengths as one batch with a mask."""
+    width = max(len(row) for row in tokens) + 1
+    batch, mask = (
+        torch.full((len(tokens), width, HEADS, 2, DIM), 1e3),
+        torch.zeros(len(tokens), width, dtype=torch.bool),
+    )
+    for line, row in enumerate(tokens):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        batch[line, place], mask[line, place] = row, True
+    return AttentionKV(batch[:, :, :, 0].transpose(1, 2), batch[:, :, :, 1].transpose(1, 2), mask)
+
+
+def play(history: list[Write], slots: int, size: int, rows: int = 2) -> tuple[MemoryBank, list[ListRow]]:
+    bank = MemoryBank(rows, slots * size, HEADS, DIM, size)
+    lists = [ListRow(slots, size) for _ in range(rows)]
+    for number, write in enumerate(history):
+        tokens = tokens_of(write, number)
+        bank.add(padded(tokens, write.left), documents=write.documents, time=0.0)
+        for row, listed in enumerate(lists):
+            listed.add(tokens[row], write.documents[row])
+        if write.end:
+            bank.end_document()
+            for listed in lists:
+                listed.close()
+                listed.open = False
+    return bank, lists
+
+
+def ask(rows: int) -> torch.Tensor:
+    return torch.randn(rows, 4, 3, DIM, generator=torch.Generator().manual_seed(123))
+
+
+def assert_same(first: MemoryBank, second: MemoryBank, rows: int = 2) -> None:
+    one, two = (bank.search(ask(rows), 3) for bank in (first, second))
+    assert torch.equal(one.mask, two.mask)
+    assert torch.equal(one.scores, two.scores)
+    assert torch.equal(one.keys, two.keys)
+    assert torch.equal(one.values, two.values)
+
+
+@settings(max_examples=60, deadline=None)
+@given(history=histories(2), slots=some.integers(1, 5), size=some.integers(1, 4), num=some.integers(1, 6))
+def test_any_history_of_writes_leaves_what_python_lists_would_hold(history, slots, size, num):
+    bank, lists = play(history, slots, size)
+    queries = ask(2)
+    found = bank.search(queries, num)
+    assert bank.chunks.tolist() == [len(listed.chunks) for listed in lists]
+    assert bank.waiting.tolist() == [len(listed.tail) for listed in lists]
+    assert bank.tokens.tolist() == [sum(map(len, listed.chunks)) for listed in lists]
+    for row, listed in enumerate(lists):
+        for head in range(4):
+            for token in range(3):
+                best = listed.best(queries[row, head, token], head // 2, num)
+                real = found.mask[row, head, token]
+                keys, values = (part[row, head, token][real] for part in (found.keys, found.values))
+                wanted = [each[head // 2] for chunk in best for each in chunk]
+                assert len(keys) == len(wanted)
+                for key, value, pair in zip(keys, values, wanted, strict=True):
+                    assert torch.equal(key, pair[0])
+                    assert torch.equal(value, pair[1])
+
+
+@settings(max_examples=30, deadline=None)
+@given(history=histories(2), slots=some.integers(1, 5), size=some.integers(1, 4))
+def test_a_row_in_company_holds_what_it_would_hold_alone(history, slots, size):
+    together, _ = play(history, slots, size)
+    for row in range(2):
+        mine = [Write((each.lengths[row],), each.left, (each.documents[row],), each.end) for each in history]
+        alone = MemoryBank(1, slots * size, HEADS, DIM, size)
+        for number, (write, whole) in enumerate(zip(mine, history, strict=True)):
+            alone.add(padded([tokens_of(whole, number)[row]], write.left), documents=write.documents)
+            if write.end:
+                alone.end_document()
+        one = together.search(ask(2)[row : row + 1], 3, rows=torch.tensor([row]))
+        two = alone.search(ask(2)[row : row + 1], 3)
+        assert torch.equal(one.mask, two.mask)
+        assert torch.equal(one.keys, two.keys)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    length=some.integers(0, 30),
+    cuts=some.lists(some.integers(0, 30), max_size=4),
+    slots=some.integers(1, 5),
+    size=some.integers(1, 4),
+    dtype=some.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_adding_in_any_parts_equals_adding_at_once(length, cuts, slots, size, dtype):
+    draw = torch.Generator().manual_seed(length)
+    keys, values = (torch.randn(2, HEADS, length, DIM, generator=draw) for _ in range(2))
+    once, parts = (MemoryBank(2, slots * size, HEADS, DIM, size, dtype=dtype) for _ in range(2))
+    once.add(AttentionKV(keys, values))
+    edges = [0, *sorted(min(cut, length) for cut in cuts), length]
+    for first, last in pairwise(edges):
+        parts.add(AttentionKV(keys[:, :, first:last], values[:, :, first:last]))
+    assert parts.chunks.tolist() == [min(length // size, slots)] * 2
+    assert_same(once, parts)
+    once.end_document()
+    parts.end_document()
+    assert_same(once, parts)
+
+
+@settings(max_examples=30, deadline=None)
+@given(history=histories(2), after=histories(2), slots=some.integers(1, 5), size=some.integers(1, 4))
+def test_a_loaded_bank_goes_on_as_the_saved_one(history, after, slots, size):
+    bank, _ = play(history, slots, size)
+    copy = MemoryBank(2, slots * size, HEADS, DIM, size)
+    copy.load_state_dict(bank.state_dict())
+    assert_same(bank, copy)
+    for number, write in enumerate(after):
+        for each in (bank, copy):
+            each.add(padded(tokens_of(write, 50 + number), write.left), documents=write.documents, time=1.0)
+    assert_same(bank, copy)
+    for row, live in enumerate(bank.chunks.tolist()):
+        for slot in range(live):
+            assert bank.provenance(row, slot) == copy.provenance(row, slot)
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=some.lists(some.integers(1, 9), min_size=1, max_size=8), slots=some.integers(1, 6))
+def test_eviction_keeps_the_newest_chunks_in_number(lengths, slots):
+    bank, total = MemoryBank(1, slots, HEADS, DIM, 1), 0
+    for length in lengths:
+        bank.add(AttentionKV(torch.randn(1, HEADS, length, DIM), torch.randn(1, HEADS, length, DIM)))
+        total += length
+    numbers = sorted(bank.provenance(0, slot).number for slot in range(int(bank.chunks[0])))
+    assert numbers == list(range(max(0, total - slots), total))
+
+
+@settings(max_examples=30, deadline=None)
+@given(history=histories(2), size=some.integers(1, 3))
+def test_every_chunk_names_the_tokens_it_holds(history, size):
+    """Provenance points back into the text: the token at document, offset is the one stored."""
+    bank = MemoryBank(2, 64 * size, HEADS, DIM, size)
+    texts: list[dict[str | None, list[torch.Tensor]]] = [{}, {}]
+    for number, write in enumerate(history):
+        names = [f"{name}{number}" for name in write.documents]  # a new document each time
+        tokens = tokens_of(write, number)
+        bank.add(padded(tokens, write.left), documents=names)
+        for row in range(2):
+            texts[row][names[row]] = list(tokens[row])
+    bank.end_document()
+    storage = bank.search(ask(2), 1).storage
+    for row, live in enumerate(bank.chunks.tolist()):
+        for slot in range(live):
+            origin = bank.provenance(row, slot)
+            text = texts[row][origin.document][origin.start_token : origin.start_token + origin.length]
+            assert len(text) == origin.length
+            for place, token in enumerate(text):
+                assert torch.equal(storage[row, slot, :, :, place], token)
