@@ -26,7 +26,8 @@ def orthogonalised(update: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    return (x.mT if tall else x).to(update.dtype)
+    x = x.mT if tall else x
+    return x.to(update.dtype)
 
 
 class Muon(torch.optim.Optimizer):
