@@ -6,12 +6,16 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from longmem import AlibiGPTConfig, AlibiGPTForCausalLM
+
+if TYPE_CHECKING:
+    from longmem.demo.run import DemoResult
 
 SHARED = Path(os.environ.get("LONGMEM_SHARED_DIR") or Path(__file__).parents[1] / ".." / "shared")
 
@@ -88,3 +92,27 @@ def made_text() -> Callable[..., str]:
         return "".join(sentences)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory, made_text: Callable[..., str]) -> Path:
+    """A standard library in small: ``email`` and ``http``, to be held out, and ``alpha``, ``beta`` and ``gamma``."""
+    root = tmp_path_factory.mktemp("lib")
+    for seed, name in enumerate(("email", "http", "alpha", "beta")):
+        (root / name / "inner").mkdir(parents=True)
+        (root / name / "__init__.py").write_text(made_text(900, seed))
+        (root / name / "inner" / "part.py").write_text(made_text(900, seed + 10))
+    (root / "gamma.py").write_text(made_text(900, 20))
+    (root / "test").mkdir()
+    (root / "test" / "test_email.py").write_text(made_text(900, 21))
+    (root / "tiny.py").write_text("x = 1\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def demo(library: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], DemoResult]:
+    """The demo on that library, with seconds of training: its folder ``.../runs/demo``, what it said, what it made."""
+    from longmem.demo.run import run_demo
+
+    out, said = tmp_path_factory.mktemp("work") / "runs" / "demo", list[str]()
+    return out, said, run_demo(out, minutes=(0.05, 0.05), library=library, max_tokens=1500, say=said.append, quiet=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,31 +19,6 @@ from longmem.demo.run import DemoResult, recipe_file, run_demo
 from longmem.errors import DataError
 
 EVIL = '</script><script>alert("x")</script><!-- & \u2028'
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory, made_text: Callable[..., str]) -> Path:
-    """Packages ``email`` and ``http``, to be held out, and ``alpha``, ``beta`` and ``gamma`` to train on."""
-    root = tmp_path_factory.mktemp("lib")
-    for seed, name in enumerate(("email", "http", "alpha", "beta")):
-        (root / name / "inner").mkdir(parents=True)
-        (root / name / "__init__.py").write_text(made_text(900, seed))
-        (root / name / "inner" / "part.py").write_text(made_text(900, seed + 10))
-    (root / "gamma.py").write_text(made_text(900, 20))
-    (root / "test").mkdir()
-    (root / "test" / "test_email.py").write_text(made_text(900, 21))
-    (root / "tiny.py").write_text("x = 1\n")
-    return root
-
-
-@pytest.fixture(scope="module")
-def demo(library: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], DemoResult]:
-    out, said = tmp_path_factory.mktemp("demo"), list[str]()
-    return out, said, _run(out, library, said)
-
-
-def _run(out: Path, library: Path, said: list[str]) -> DemoResult:
-    return run_demo(out, minutes=(0.05, 0.05), library=library, max_tokens=1500, say=said.append, quiet=True)
 
 
 def test_a_package_is_one_document_in_which_every_file_is_named(library: Path) -> None:
@@ -108,7 +82,7 @@ def test_a_second_run_trains_nothing(demo: tuple[Path, list[str], DemoResult], l
     out, _, first = demo
     weights = out / "sidenet" / "final" / "sidenet.safetensors"
     before, said = weights.stat().st_mtime_ns, list[str]()
-    again = _run(out, library, said)
+    again = run_demo(out, minutes=(0.05, 0.05), library=library, max_tokens=1500, say=said.append, quiet=True)
     assert weights.stat().st_mtime_ns == before
     assert sum("made before" in line for line in said) == 2
     assert again.passage == first.passage

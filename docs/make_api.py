@@ -1,0 +1,210 @@
+"""Write the reference pages from the source: docs/python-api.md, docs/cli.md, docs/recipe.md, and the result tables.
+
+``python docs/make_api.py`` writes; ``--check`` writes nothing and fails where a page is not what the source says.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+import longmem
+from longmem.cli.main import COMMANDS, cli
+
+ROOT = Path(__file__).parents[1]
+NOTE = "<!-- written by `make docs` from the source; edit that instead -->\n"
+RESULTS = re.compile(r"<!-- results: ([^>]*?) -->\n.*?<!-- /results -->\n", re.DOTALL)
+MODULES = ("longmem.data.text", "longmem.training.recipe", "longmem.training.loop", "longmem.evaluation.perplexity")
+
+
+def main() -> None:
+    pages = {
+        ROOT / "docs" / "python-api.md": python_api(),
+        ROOT / "docs" / "cli.md": command_line(),
+        ROOT / "docs" / "recipe.md": recipe(),
+    }
+    for path in (ROOT / "README.md", ROOT / "docs" / "experiments.md"):
+        pages[path] = with_results(path.read_text(encoding="utf-8"))
+    stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if "--check" in sys.argv[1:]:
+        sys.exit("".join(f"{path.relative_to(ROOT)} is not up to date; run make docs\n" for path in stale) or 0)
+    for path in stale:
+        path.write_text(pages[path], encoding="utf-8")
+        print(f"wrote {path.relative_to(ROOT)}")
+
+
+def python_api() -> str:
+    """The public names, then the functions behind the commands."""
+    parts = [
+        f"{NOTE}# Python API\n\nEverything below `longmem` itself is public and stays; the modules after it may move.\n"
+    ]
+    parts += [_entry(name, getattr(longmem, name), "##") for name in longmem.__all__ if name != "__version__"]
+    for name in MODULES:
+        module = __import__(name, fromlist=["_"])
+        parts.append(f"## {name}\n\n{_doc(module)}\n")
+        parts += [_entry(n, v, "###") for n, v in vars(module).items() if _belongs(n, v, name)]
+    return "\n".join(parts)
+
+
+def command_line() -> str:
+    """Every command's own help page."""
+    parts = [f"{NOTE}# Command line\n", _help(cli, "longmem")]
+    for name in COMMANDS:
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
+        parts.append(_help(command, f"longmem {name}"))
+        if isinstance(command, click.Group):
+            parts += [_help(inner, f"longmem {name} {verb}") for verb, inner in sorted(command.commands.items())]
+    return "\n".join(parts)
+
+
+def recipe() -> str:
+    """Every setting of a recipe, with its default and the string that stands behind it in the source."""
+    from longmem.training import recipe as module
+
+    classes = {
+        node.name: node
+        for node in ast.parse(inspect.getsource(module)).body
+        if isinstance(node, ast.ClassDef) and any(getattr(base, "id", "") == "Section" for base in node.bases)
+    }
+    top = classes.pop("Recipe")
+    sections = {
+        node.annotation.id: node.target.id
+        for node in top.body
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.annotation, ast.Name)
+        and isinstance(node.target, ast.Name)
+    }
+    parts = [f'{NOTE}# Settings of a recipe\n\n`task` is `"pretrain"` or `"adapt"`; everything else has a default.\n']
+    for name, node in classes.items():
+        doc = (ast.get_docstring(node) or "").replace("``", "`")
+        parts.append(f"## [{sections[name]}]\n\n{doc}\n\n| setting | default | |\n|---|---|---|")
+        parts.append("\n".join(_setting(*pair) for pair in _fields(node)) + "\n")
+    return "\n".join(parts)
+
+
+def with_results(page: str) -> str:
+    """The page with each table of results made again from the files its marker names."""
+
+    def fill(match: re.Match[str]) -> str:
+        files = [ROOT / name for name in match[1].split()]
+        tables = "\n".join(_result(file) for file in files if file.exists())
+        return f"<!-- results: {match[1]} -->\n{tables}<!-- /results -->\n"
+
+    return RESULTS.sub(fill, page)
+
+
+def _result(file: Path) -> str:
+    """A perplexity result as a table: systems down, protocols across."""
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    protocols, samples = result["protocols"], result["header"]["samples"]
+    heads = [f"{name}, window {p['window']}, moved by {p['stride']}" for name, p in protocols.items()]
+    lines = [f"| {file.parent.name} | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for system, label in result["systems"].items():
+        cells = []
+        for protocol in protocols.values():
+            scores = protocol["all"]
+            perplexity = next(s["perplexity"] for s in scores["systems"] if s["system"] == system)
+            against = [d for d in scores["differences"] if (d["system"], d["against"]) == (system, "backbone")]
+            cells.append(f"{perplexity:.3f}" + "".join(_difference(d) for d in against))
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    where = file.relative_to(ROOT).as_posix()
+    counted = f"{samples['documents']} documents, {samples['tokens']:,} tokens"
+    made = f"{counted}; % against the backbone, 95 % interval over documents. `{where}`, made by"
+    return "\n".join(lines) + f"\n\n{made}\n`{result['header']['command']}`\n\n"
+
+
+def _difference(difference: dict[str, Any]) -> str:
+    interval = difference["documents"] or difference["blocks"]
+    edges = f" [{interval['low']:+.2f}, {interval['high']:+.2f}]" if interval else ""
+    return f" ({difference['percent']:+.2f} %{edges})"
+
+
+def _entry(name: str, value: Any, level: str) -> str:
+    """One class or function: signature, docstring, and for a class its documented methods."""
+    lines = [f"{level} {name}\n", f"```python\n{_signature(name, value)}\n```\n", _doc(value), ""]
+    if inspect.isclass(value) and not issubclass(value, BaseException):
+        for inner, raw in vars(value).items():
+            member = raw.__func__ if isinstance(raw, classmethod | staticmethod) else raw
+            if inner.startswith("_"):
+                continue
+            if isinstance(member, property) and member.__doc__:
+                lines.append(f"**`.{inner}`**: {_doc(member)}\n")
+            elif inspect.isfunction(member) and member.__doc__:
+                lines.append(f"{level}# .{inner}\n\n```python\n{_signature(inner, member)}\n```\n\n{_doc(member)}\n")
+    return "\n".join(lines)
+
+
+def _signature(name: str, value: Any) -> str:
+    try:
+        text = str(inspect.signature(value))
+    except (TypeError, ValueError):
+        return name
+    text = re.sub(r"<factory>|<object object at 0x[0-9a-f]+>", "...", re.sub(r"(: |-> )'([^']*)'", r"\1\2", text))
+    text = re.sub(r"\((self|cls)(, )?", "(", text, count=1)
+    whole = f"{name}{text}"
+    if len(whole) <= 110:
+        return whole
+    inside, _, after = text[1:].rpartition(")")
+    return f"{name}(\n" + "".join(f"    {part},\n" for part in _arguments(inside)) + f"){after}"
+
+
+def _arguments(text: str) -> Iterator[str]:
+    """Split at the commas that stand in no bracket."""
+    depth, part = 0, ""
+    for sign in text:
+        depth += (sign in "([{") - (sign in ")]}")
+        if sign == "," and not depth:
+            yield part.strip()
+            part = ""
+        else:
+            part += sign
+    if part.strip():
+        yield part.strip()
+
+
+def _doc(value: Any) -> str:
+    """A docstring as Markdown: its sections become lists."""
+    text = (inspect.getdoc(value) or "").replace("``", "`")
+    text = re.sub(r"(?m)^(Args|Attributes|Returns|Raises|Yields):\n", r"*\1*\n\n", text)
+    text = re.sub(r"(?m)^    (\*{0,2}\w+): ", lambda match: f"- `{match[1]}`: ", text)
+    return re.sub(r"(?m)^ {8}(?=\S)", "  ", text)
+
+
+def _belongs(name: str, value: Any, module: str) -> bool:
+    mine = (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__ == module
+    return mine and not name.startswith("_") and bool(value.__doc__)
+
+
+def _help(command: click.Command, name: str) -> str:
+    context = click.Context(command, info_name=name, terminal_width=100, max_content_width=100)
+    return f"## {name}\n\n```\n{command.get_help(context)}\n```\n"
+
+
+def _fields(node: ast.ClassDef) -> Iterator[tuple[ast.AnnAssign, str]]:
+    for field, behind in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign):
+            said = behind.value.value if isinstance(behind, ast.Expr) and isinstance(behind.value, ast.Constant) else ""
+            yield field, str(said)
+
+
+def _setting(field: ast.AnnAssign, said: str) -> str:
+    default = ast.unparse(field.value) if field.value is not None else ""
+    kind = ast.unparse(field.annotation)
+    choices = re.match(r"Literal\[(.*?)\]", kind)
+    text = " ".join(said.split()).replace("``", "`")
+    if choices:
+        text = f"One of {choices[1]}. {text}".replace("'", "`")
+    return f"| `{ast.unparse(field.target)}` | `{default}` | {text.strip().replace('|', chr(92) + '|')} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The documentation runs: its Python is executed, its commands are parsed or run, its files exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import pytest
+
+from longmem.cli.main import COMMANDS, cli, main
+from longmem.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from longmem.demo.run import DemoResult
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+GENERATED = ("python-api.md", "cli.md", "recipe.md")
+WRITTEN = [page for page in PAGES if page.name not in GENERATED]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"))
+
+
+EXAMPLES = [(page, block) for page in WRITTEN for block in blocks(page, "python")]
+SHELL = [line for page in WRITTEN for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
+LONGMEM = [shlex.split(line, comments=True)[1:] for line in SHELL if line.startswith("longmem ")]
+
+
+@pytest.fixture
+def at_the_demo(demo: tuple[Path, list[str], DemoResult], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work where ``runs/demo`` is what ``make demo`` would have left."""
+    monkeypatch.chdir(demo[0].parents[1])
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[f"{page.name}-{i}" for i, (page, _) in enumerate(EXAMPLES)])
+@pytest.mark.usefixtures("at_the_demo")
+def test_python_examples_run(example: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    page, code = example
+    exec(compile(code, str(page), "exec"), {"__name__": "example"})
+    assert capsys.readouterr().out
+
+
+def test_the_example_of_the_readme_has_about_fifteen_lines() -> None:
+    (code,) = blocks(ROOT / "README.md", "python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+
+
+@pytest.mark.parametrize("arguments", LONGMEM, ids=" ".join)
+def test_commands_of_the_documentation_are_understood(arguments: list[str]) -> None:
+    command: click.Command = cli
+    context = click.Context(cli, info_name="longmem")
+    while isinstance(command, click.Group):
+        name, *arguments = arguments
+        found = command.get_command(context, name)
+        assert found is not None, name
+        command = found
+    command.make_context(command.name, arguments, parent=context)
+
+
+@pytest.mark.parametrize("arguments", [a for a in LONGMEM if "runs/demo" in " ".join(a)], ids=" ".join)
+@pytest.mark.usefixtures("at_the_demo")
+def test_commands_on_the_demo_run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    said = capsys.readouterr()
+    assert stop.value.code == 0, said.err
+    assert said.out
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.name)
+def test_every_recipe_has_a_header_and_no_mistake(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").startswith("# ")
+    Recipe.load(path)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in GENERATED], ids=lambda page: page.name)
+def test_recipes_and_make_targets_and_links_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for recipe in re.findall(r"recipes/[\w-]+\.toml", text):
+        assert (ROOT / recipe).exists(), recipe
+    targets = re.findall(r"(?m)^([a-z-]+):.*##", (ROOT / "Makefile").read_text())
+    for target in re.findall(r"(?m)(?:`|^)make (?:PYTHON=\S+ )?([a-z-]+)", text):
+        assert target in targets, target
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), link
+
+
+def test_every_documented_module_of_the_tree_exists() -> None:
+    tree = next(block for block in re.findall(r"(?s)```\n(src/longmem/.*?)```", (ROOT / "README.md").read_text()))
+    for name in re.findall(r"(?m)^  (\w+)/", tree):
+        assert (ROOT / "src" / "longmem" / name).is_dir(), name
+    for name in re.findall(r"(?m)(?:^|  )(\w+)/  ", tree):
+        assert (ROOT / name).is_dir() or (ROOT / "src" / "longmem" / name).is_dir(), name
+    assert all(command in tree for command in COMMANDS)
+
+
+@pytest.mark.skipif(
+    sys.version_info[:2] != (3, 11), reason="signatures and help pages read a little different elsewhere"
+)
+def test_generated_pages_are_what_the_source_says() -> None:
+    done = subprocess.run(
+        [sys.executable, "docs/make_api.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
