@@ -105,7 +105,7 @@ def perplexity(
     from longmem.evaluation.loading import load_comparison, load_tokenizer
     from longmem.evaluation.results import command_line, to_json, write_json
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     source = TextSource(tuple(data), include=include)
     texts = list(islice(read_documents(source), num_documents))  # before the model: wrong paths show at once

@@ -80,14 +80,14 @@ def _heading(protocol: ProtocolScores) -> str:
     return f"{protocol.protocol} (window {protocol.window}, {moved})"
 
 
-def _difference(difference: Difference | None) -> str:
+def _difference(difference: Difference | None) -> Text:
     if difference is None:
-        return ""
+        return Text()
     edges = [f"{difference.percent:+.2f}"]
     for interval, (left, right) in ((difference.documents, "[]"), (difference.blocks, "()")):
         edges.append(_edges(interval, left, right))
-    return "\n".join(edge for edge in edges if edge)
+    return Text("\n".join(edge for edge in edges if edge))  # not a str, whose brackets would be markup
 
 
 def _edges(interval: Interval | None, left: str, right: str) -> str:
-    return "" if interval is None else f"\\{left}{interval.low:+.2f}, {interval.high:+.2f}{right}"
+    return "" if interval is None else f"{left}{interval.low:+.2f}, {interval.high:+.2f}{right}"

@@ -122,11 +122,22 @@ def checkpoint_folder(path: str) -> str:
 def _model_type(where: str) -> str:
     file = Path(where) / "config.json"
     if not file.is_file():
-        return ""  # a hub id: transformers decides
+        return _model_type_on_hub(where)
     try:
         return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", ""))
     except ValueError as error:
         raise CheckpointError(f"{file}: not JSON ({error}); the checkpoint is damaged, write it again") from error
+
+
+def _model_type_on_hub(name: str) -> str:
+    from transformers import PreTrainedConfig
+
+    try:
+        return str(PreTrainedConfig.get_config_dict(name)[0].get("model_type", ""))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name}: neither a folder nor a hub id that can be reached ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _load_causal_lm(where: str, dtype: torch.dtype | None) -> Any:
