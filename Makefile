@@ -13,8 +13,9 @@ help: ## this list
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: longmem needs Python 3.11 or newer, this is %d.%d; name another one: make PYTHON=python3.12" % sys.version_info[:2])'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "setting up $(VENV) (some minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(READY) ## train a small LongMem on the standard library's source and show what it remembers
@@ -36,7 +37,7 @@ format: $(READY) ## write the format, repair what lint can repair
 bench: $(READY) ## speed and memory of a training step, ratios in one run; JSON into results/
 	$(BIN)/python -m benchmarks.bench $(BENCH_ARGS)
 
-docs: $(READY) ## write docs/python-api.md and docs/cli.md from the docstrings
+docs: $(READY) ## write the reference pages and result tables of docs/
 	$(BIN)/python docs/make_api.py
 
 clean: ## remove caches; keeps .venv and runs/
