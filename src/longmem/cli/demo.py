@@ -25,7 +25,7 @@ EXAMPLES = 4
     "--minutes",
     type=click.FloatRange(min=0.01),
     nargs=2,
-    help="Training time of backbone and SideNet, instead of 4 and 2.",
+    help="Training time of backbone and SideNet, instead of 3.5 and 1.5.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print numbers and files as JSON.")
 def command(out: Path, minutes: tuple[float, float] | None, as_json: bool) -> None:
@@ -36,13 +36,12 @@ def command(out: Path, minutes: tuple[float, float] | None, as_json: bool) -> No
     every token of a held-out passage found in memory, on a page and in a picture. What is there already is used again.
     """
     from rich.console import Console
-
     from transformers.utils import logging
 
     from longmem.cli.tables import system_table
     from longmem.demo.run import perplexity_rows, run_demo
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     with _measuring() as progress:
         result = run_demo(out, minutes=minutes, say=lambda line: click.echo(line, err=True), progress=progress)
     if as_json:
