@@ -226,7 +226,7 @@ def test_another_backbone_than_the_one_inside_is_refused(tmp_path: Path) -> None
     checkpoint = torch.load(BACKBONE, weights_only=True)
     checkpoint["model"]["decoder.model.lm_head.bias"] += 1
     torch.save(checkpoint, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match="its lm_head.bias differs from the backbone inside"):
+    with pytest.raises(CheckpointError, match=r"its lm_head\.bias differs from the backbone inside"):
         convert(LONGMEM, tmp_path / "out", backbone=tmp_path / "other.pt")
 
 

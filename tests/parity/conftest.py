@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
-
 from tests.parity.reference import FOLDER, Case, Reference
 
 REFERENCES = [Reference.read(path) for path in sorted(FOLDER.glob("fixture_*.json"))]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every reference, or every case of every reference, of the module's ``KIND``; ``probed_case``: those with reads alone."""
+    """Every reference, or every case of the module's ``KIND``; ``probed_case``: those with reads alone."""
     if not REFERENCES:
         raise pytest.UsageError(
             f"{FOLDER}: holds no fixture_*.json; unset LONGMEM_PARITY_DIR or name a folder that does"

@@ -9,12 +9,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from tests.parity.reference import Case, Reference, close
 from transformers import AutoModelForCausalLM
 
 from longmem import LongMem, LongMemConfig
 from longmem.cli.convert import command
 from longmem.convert.fairseq import SHARED, SIDE_NORM_EPS, backbone_from_fairseq, backbone_name, read_fairseq, side_name
-from tests.parity.reference import Case, Reference, close
 
 
 def convert(*arguments: object) -> dict[str, object]:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from longmem.memory import MemoryBank
 from tests.parity.reference import (
     ATOL,
     DEVICE,
@@ -20,6 +17,9 @@ from tests.parity.reference import (
     merge_heads,
     watch,
 )
+from torch import Tensor
+
+from longmem.memory import MemoryBank
 
 KIND = "eval"
 

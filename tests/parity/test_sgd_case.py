@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
-
 from tests.parity.reference import LOSS_SUM_ATOL, Case, close, trained
+from torch.nn import functional as F
 
 KIND = "sgd"
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from tests.parity.reference import ATOL, LOSS_SUM_ATOL, Case, close, trained
 from torch import Tensor
 from torch.nn import functional as F
 
 from longmem.modeling.longmem import LongMem
-from tests.parity.reference import ATOL, LOSS_SUM_ATOL, Case, close, trained
 
 KIND = "grad"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.family_table import FAMILIES, make_backbone
 from transformers import AutoModelForCausalLM
 
 from longmem import AlibiGPTConfig, LongMem, LongMemConfig, MemoryBank
@@ -23,7 +24,6 @@ from longmem.training.estimate import (
     estimate,
 )
 from longmem.training.recipe import Recipe
-from tests.family_table import FAMILIES, make_backbone
 
 PAPER = AlibiGPTConfig()
 PAPER_WORK = Work(rows=8, segment=1024, tokens=26_214_400_000, memory=65536)
@@ -43,8 +43,8 @@ def test_the_papers_parameters_are_counted_to_the_last_one(paper: Estimate) -> N
 
 def test_a_row_of_the_papers_memory_takes_256_mib_and_its_chunk_keys_64() -> None:
     # 65,536 tokens x 16 heads x 64 numbers x (key + value) x 2 bytes; 16,384 chunks x 16 x 64 x 4 bytes
-    assert 65536 * 16 * 64 * 2 * 2 == 256 * MIB
-    assert 16384 * 16 * 64 * 4 == 64 * MIB
+    assert 256 * MIB == 65536 * 16 * 64 * 2 * 2
+    assert 64 * MIB == 16384 * 16 * 64 * 4
     sizes = Sizes.of(PAPER)
     assert bank_bytes(sizes, 4, PAPER_WORK) == 8 * (256 + 64) * MIB
     assert bank_bytes(sizes, 4, Work(rows=8, segment=1024, tokens=1, memory=65536, banks=1)) == (256 + 64) * MIB

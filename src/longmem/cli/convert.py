@@ -32,8 +32,8 @@ def command(
 ) -> None:
     """Convert a checkpoint of the released LongMem code.
 
-    CHECKPOINT is a fairseq file of the backbone (newgpt) or of LongMem. Nothing in it is executed, and fairseq is not needed.
-    A LongMem is written to OUT and its backbone to OUT/backbone.
+    CHECKPOINT is a fairseq file of the backbone (newgpt) or of LongMem. Nothing in it is executed, and fairseq is not
+    needed. A LongMem is written to OUT and its backbone to OUT/backbone.
     """
     import torch
 

@@ -58,12 +58,12 @@ def command(
 ) -> None:
     """Find the layer whose keys are worth remembering.
 
-    For every layer and head of MODEL (a causal language model, or the backbone of a LongMem): how well its position-free
-    queries find the token that followed an earlier occurrence of the current one. Keys can be remembered to advantage only
-    where a backbone can copy, so its loss on text that it has just read is shown as well.
+    For every layer and head of MODEL (a causal language model, or the backbone of a LongMem): how well its
+    position-free queries find the token that followed an earlier occurrence of the current one. Keys can be remembered
+    to advantage only where a backbone can copy, so its loss on text that it has just read is shown as well.
     """
-    from longmem.evaluation.layer_plots import plot_layers
     from longmem.evaluation.layer_inputs import load_backbone
+    from longmem.evaluation.layer_plots import plot_layers
     from longmem.evaluation.layers import measure_layers
     from longmem.evaluation.results import command_line, to_json, write_json
 

@@ -1,11 +1,11 @@
 """Checkpoints of the released code (fairseq) into ours, without fairseq.
 
-A fairseq file is one ``torch.save`` dict: ``cfg`` (or ``args``) with the settings, ``model`` with the tensors. Two kinds are
-known: the backbone ``newgpt`` and LongMem, which holds its whole backbone. A bare state dict in safetensors with its settings
-in a JSON file beside it is read as well.
+A fairseq file is one ``torch.save`` dict: ``cfg`` (or ``args``) with the settings, ``model`` with the tensors. Two
+kinds are known: the backbone ``newgpt`` and LongMem, which holds its whole backbone. A bare state dict in safetensors
+with its settings in a JSON file beside it is read as well.
 
-No sign is turned: the released code's ``memory_bias`` already weighs memory, as ``memory_gate`` does, although the paper
-writes the gate the other way round.
+No sign is turned: the released code's ``memory_bias`` already weighs memory, as ``memory_gate`` does, although the
+paper writes the gate the other way round.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def read_fairseq(path: str | Path, settings: str | Path | None = None) -> Fairse
 
     Args:
         path: a ``.pt`` file, or a state dict in ``.safetensors``.
-        settings: JSON with the settings of a ``.safetensors``; None looks for the longest ``*.json`` beside it whose name
-            begins the file's.
+        settings: JSON with the settings of a ``.safetensors``; None looks for the longest ``*.json`` beside it whose
+            name begins the file's.
 
     Raises:
         CheckpointError: the file is missing, damaged, or of another kind.
@@ -142,7 +142,8 @@ def backbone_from_fairseq(
     dtype = dtype or checkpoint.backbone["transformer.wte.weight"].dtype
     model.load_state_dict({name: value.to(dtype) for name, value in checkpoint.backbone.items()}, assign=True)
     model.config.dtype = dtype
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def backbone_config(checkpoint: FairseqCheckpoint) -> AlibiGPTConfig:
@@ -190,8 +191,8 @@ def longmem_config(checkpoint: FairseqCheckpoint, backbone: AlibiGPTConfig) -> L
         )
     if memory_layer // stride != checkpoint.augmented_layer:
         raise CheckpointError(
-            f"{path}: retrieval_layer_index {memory_layer} puts memory into SideNet layer {memory_layer // stride}, but the "
-            f"gate is in layer {checkpoint.augmented_layer}"
+            f"{path}: retrieval_layer_index {memory_layer} puts memory into SideNet layer {memory_layer // stride}, "
+            f"but the gate is in layer {checkpoint.augmented_layer}"
         )
     chunk_size = int(setting("chunk_size"))
     memory_size = int(setting("memory_size", default=65536))

@@ -1,8 +1,8 @@
 """Read ``torch.save`` files without running anything that is in them.
 
 A pickle names classes and functions to call. Those on a short list are what a checkpoint is made of (tensors, plain
-containers, ``argparse.Namespace``); every other name becomes a ``Foreign``, an inert record of what was pickled, so that a
-checkpoint with a stray settings object or meter in it can still be read, and a hostile one does nothing.
+containers, ``argparse.Namespace``); every other name becomes a ``Foreign``, an inert record of what was pickled, so
+that a checkpoint with a stray settings object or meter in it can still be read, and a hostile one does nothing.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from longmem.convert.fairseq import (
     read_fairseq,
 )
 from longmem.errors import CheckpointError
+from longmem.modeling.alibi_gpt import AlibiGPTConfig
 from longmem.modeling.longmem import LongMem
 
 
@@ -110,13 +111,16 @@ def longmem_from_fairseq(
     if not checkpoint.is_longmem:
         raise CheckpointError(f"{checkpoint.path}: holds a backbone without a SideNet; a LongMem checkpoint is needed")
     backbone = backbone or backbone_from_fairseq(checkpoint, dtype)
+    if not isinstance(backbone.config, AlibiGPTConfig):
+        raise CheckpointError(f"{checkpoint.path}: needs an alibi_gpt backbone, not a {backbone.config.model_type}")
     model = LongMem(longmem_config(checkpoint, backbone.config), backbone)
     own: dict[str, Tensor] = model.sidenet.state_dict()
     check_tensors(checkpoint.path, checkpoint.side, own, "SideNet")
     dtype = dtype or checkpoint.side["final_norm.weight"].dtype
     model.sidenet.to(dtype)
     model.sidenet.load_state_dict({name: value.to(dtype) for name, value in checkpoint.side.items()})
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def _given_backbone(
@@ -137,7 +141,8 @@ def _given_backbone(
         # the coarser of the two dtypes decides, so that a half copy of the same weights is still the same
         if name not in theirs or not _equal(own, theirs[name]):
             raise CheckpointError(
-                f"{path}: its {name} differs from the backbone inside {read.path}; leave --backbone away to use the one inside"
+                f"{path}: its {name} differs from the backbone inside {read.path}; "
+                "leave --backbone away to use the one inside"
             )
     return given
 

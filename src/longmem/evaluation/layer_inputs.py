@@ -31,16 +31,17 @@ def load_backbone(path: str, *, device: str = "auto", dtype: str = "auto") -> tu
     """
     from transformers import AutoModelForCausalLM
 
-    where, revision = checkpoint_folder(path), None
+    where, revision = checkpoint_folder(path), "main"
     file = Path(where) / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if config.get("model_type") == "longmem":
-        where, revision = config.get("backbone_name_or_path"), config.get("backbone_revision")
-        if where is None:
+        named, revision = config.get("backbone_name_or_path"), config.get("backbone_revision") or "main"
+        if named is None:
             raise CheckpointError(f"{path}: does not say where its backbone is; give the backbone itself")
+        where = str(Path(where) / named) if (Path(where) / named).is_dir() else str(named)
     chosen = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=chosen, revision=revision or "main")
+        model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=chosen, revision=revision)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{where}: no causal language model there ({str(error).splitlines()[0]})") from error
     if device == "auto":

@@ -25,6 +25,7 @@ from longmem.modeling.copying import (
     retrieval_by_layer,
 )
 from longmem.modeling.families import Family
+from longmem.modeling.longmem import default_memory_layer
 
 DISTANCES = (128, 256, 512, 1024)
 MOST_PIECES = 4  # of a row, for distances shorter than it
@@ -188,7 +189,7 @@ def measure_layers(
         allowed=allowed,
         scores=scores,
         recommended=best_memory_layer(scores, allowed),
-        default=max(0, 3 * layers // 4 - 1),
+        default=default_memory_layer(model, stride),
         ranks=ranks,
         copying=copying,
     )
@@ -228,8 +229,8 @@ def _check(distances: Sequence[int], segment: int, chunk_size: int, num_retrieve
         found.append(f"num_retrieved ({num_retrieved}) must be a multiple of chunk_size ({chunk_size}); try 64 and 4")
     elif not distances or min(distances) <= num_retrieved:
         found.append(
-            f"distances ({', '.join(map(str, distances))}) must all exceed num_retrieved ({num_retrieved}): a query may "
-            "not retrieve everything there is"
+            f"distances ({', '.join(map(str, distances))}) must all exceed num_retrieved ({num_retrieved}): a query "
+            "may not retrieve everything there is"
         )
     if segment < 2:
         found.append(f"segment ({segment}) must be at least 2")

@@ -1,8 +1,9 @@
 """What a training run needs: GPU memory and hours, by arithmetic that can be checked by hand.
 
-Parameters are counted on the real architecture, built without memory (torch's meta device). Everything else follows from
-shapes: FLOPs from the matrices that a token passes, bytes from the tensors that are alive at the peak. What no shape
-tells (kernels' workspaces, the share of peak FLOPs that is reached) is an assumption, named in ``Hardware`` and ``RESERVE``.
+Parameters are counted on the real architecture, built without memory (torch's meta device). Everything else follows
+from shapes: FLOPs from the matrices that a token passes, bytes from the tensors that are alive at the peak. What no
+shape tells (kernels' workspaces, the share of peak FLOPs that is reached) is an assumption, named in ``Hardware`` and
+``RESERVE``.
 
 One FLOP is one addition or one multiplication: a matrix of P weights costs a token 2P forward, and twice that backward
 where both inputs and weights need gradients. Attention is counted over the whole segment, not its causal half, because
@@ -76,8 +77,8 @@ HARDWARE = {
         Hardware("8x-h100-80gb", 80 * GIB, 989e12, 67e12, 3.35e12, devices=8),
     )
 }
-"""Vendors' figures: dense half precision (fp16 on V100, else bf16) with float32 accumulation, and float32 without TF32. The
-CPU: two cores that finish 32 float32 operations per clock of 3 GHz."""
+"""Vendors' figures: dense half precision (fp16 on V100, else bf16) with float32 accumulation, and float32 without
+TF32. The CPU: two cores that finish 32 float32 operations per clock of 3 GHz."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Sizes:
             BackboneError: a family that is not supported.
         """
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
         return cls.of_model(model)
 
     @classmethod
@@ -163,10 +164,8 @@ class Sizes:
         width = int(text.hidden_size)
         layers = tuple(_count(layer) for layer in family.layers)
         experts, chosen = getattr(text, "num_local_experts", None), getattr(text, "num_experts_per_tok", None)
-        active, inner = (
-            layers,
-            int(_first(text, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") or 4 * width),
-        )
+        active = layers
+        inner = int(_first(text, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") or 4 * width)
         if experts and chosen:
             active = tuple(_active(layer, experts, chosen) for layer in family.layers)
             inner *= chosen
@@ -241,17 +240,16 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """The estimate in words, for the terminal and for recipes' headers."""
-        machine = self.hardware
+        machine, peak = self.hardware, self.peak * self.hardware.devices / 1e12
         memory = ", ".join(f"{name} {_size(count)}" for name, count in self.bytes.items() if count)
+        speed = f"{self.tokens_per_second:,.0f} tokens/s at {machine.utilisation:.0%} of {peak:,.4g} TFLOP/s"
         verdict = "fits" if self.fits else "DOES NOT FIT"
         work = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in self.flops.items() if count)
         return [
             f"parameters: {self.parameters:,} in the backbone, {self.trained:,} trained",
             f"memory per device: {_size(self.total_bytes)} of {_size(machine.memory)}, {verdict} ({memory})",
             f"work per token: {sum(self.flops.values()) / 1e9:.2f} GFLOP ({work}); retrieval moves {_size(self.reads)}",
-            f"time on {machine.name}: {_hours(self.hours)} for {self.work.tokens:,} tokens, "
-            f"{self.tokens_per_second:,.0f} tokens/s at {machine.utilisation:.0%} of "
-            f"{self.peak * machine.devices / 1e12:,.4g} TFLOP/s",
+            f"time on {machine.name}: {_hours(self.hours)} for {self.work.tokens:,} tokens, {speed}",
         ]
 
 
@@ -373,8 +371,8 @@ def _mask(sizes: Sizes, work: Work) -> int:
 def _reads(sizes: Sizes, config: LongMemConfig, work: Work) -> float:
     """Bytes per token that retrieval moves.
 
-    Search writes and reads a score for every head and chunk, and reads all chunk keys once for every block of queries; what
-    is found, K keys and values per head, is read forward and backward.
+    Search writes and reads a score for every head and chunk, and reads all chunk keys once for every block of queries;
+    what is found, K keys and values per head, is read forward and backward.
     """
     if not work.memory:
         return 0.0
@@ -397,7 +395,7 @@ def _plan(recipe: Recipe, hardware: Hardware) -> tuple[PreTrainedConfig, Work]:
     tokens = optim.tokens if optim.tokens is not None else optim.steps and optim.steps * step
     if tokens is None:
         raise ConfigError("optim.tokens and optim.steps are both missing; an estimate needs one of them")
-    work = {
+    work: dict[str, Any] = {
         "rows": optim.rows,
         "segment": recipe.data.window,
         "tokens": tokens,
@@ -436,7 +434,7 @@ def _pretrained_config(recipe: Recipe) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(model.init)
         return config
     return AlibiGPTConfig(
-        vocab_size=data.vocab_size,
+        vocab_size=model.vocab_size or data.vocab_size,
         hidden_size=model.hidden_size,
         num_hidden_layers=model.layers,
         num_attention_heads=model.heads,
@@ -450,7 +448,7 @@ def _pretrained_config(recipe: Recipe) -> PreTrainedConfig:
 def _backbone_config(recipe: Recipe) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    path = recipe.backbone.path
+    path = str(recipe.backbone.path)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, revision=recipe.backbone.revision or "main")
     except (OSError, ValueError) as error:

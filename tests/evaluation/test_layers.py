@@ -1,0 +1,153 @@
+"""``longmem layers`` from the model's folder to table, JSON and heat map."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.family_table import FAMILIES, make_backbone
+from transformers import PreTrainedTokenizerFast
+
+from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem
+from longmem.cli.main import main
+from longmem.errors import CheckpointError, ConfigError, DataError
+from longmem.evaluation.layer_inputs import load_backbone, standard_text, text_rows
+from longmem.evaluation.layer_plots import plot_layers
+from longmem.evaluation.layers import LayerReport, measure_layers
+from longmem.modeling.copying import random_tokens
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def folder(tiny_backbone: AlibiGPTForCausalLM, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    tiny_backbone.save_pretrained(tmp_path / "model")
+    byte_tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(["layers", *map(str, arguments)])
+    return int(stopped.value.code or 0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_ranked(name: str) -> None:
+    model = make_backbone(name)
+    report = measure_layers(model, None, distances=(40,), rows=1, num_retrieved=16)
+    heads = model.config.get_text_config().num_attention_heads
+    assert set(report.memory_layers) <= set(report.scores)
+    assert set(report.allowed) <= set(report.memory_layers)
+    assert {len(rank) for ranks in report.ranks for rank in ranks.rank.values()} == {heads}
+    assert [copied.distance for copied in report.copying] == [40]
+
+
+def test_text_and_random_tokens_are_measured_at_every_distance(tiny_backbone: AlibiGPTForCausalLM) -> None:
+    text = random_tokens(260, 2, 200, seed=3)
+    report = measure_layers(tiny_backbone, text, distances=(64, 128, 192, 512), num_retrieved=32, segment=64, rows=2)
+    assert [(ranks.source, ranks.distance) for ranks in report.ranks] == [
+        *(("text", distance) for distance in (64, 128, 192)),
+        *(("random", distance) for distance in (64, 128, 192, 512)),
+    ]
+    assert [ranks.distance for ranks in report.farthest()] == [192, 512]
+    assert all(ranks.chance == 8 / (ranks.distance // 4) for ranks in report.ranks)
+    assert report.copying == []  # twice 64 tokens exceed the segment
+
+
+def test_a_backbone_that_does_not_copy_gets_no_recommendation(tiny_backbone: AlibiGPTForCausalLM) -> None:
+    report = measure_layers(tiny_backbone, None, distances=(256,))
+    assert report.recommended is None
+    assert report.conclusion == (
+        "no layer stands out from chance: the backbone does not copy from its context yet; train it longer, or keep the "
+        "paper's layer 3"
+    )
+
+
+def test_the_papers_layer_is_18_of_24_counted_from_one() -> None:
+    config = AlibiGPTConfig(vocab_size=60, hidden_size=8, num_hidden_layers=24, num_attention_heads=2)
+    report = measure_layers(AlibiGPTForCausalLM(config), None, distances=(16,), num_retrieved=8, rows=1)
+    assert report.default == 17
+    assert report.allowed == list(range(1, 24, 2))
+
+
+def test_the_command_prints_a_table_and_writes_json_and_heat_map(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run(folder, "--distances", "96,128", "--rows", 2, "--segment", 64, "--out", tmp_path / "out")
+    printed = capsys.readouterr()
+    assert code == 0
+    assert "What each layer finds" in printed.out
+    assert "measuring text, 96 tokens apart" in printed.err
+    assert (tmp_path / "out" / "layers.png").read_bytes().startswith(PNG)
+    written = json.loads((tmp_path / "out" / "layers.json").read_text())
+    assert written["num_layers"] == 4
+    assert written["header"]["task"] == "layers"
+    assert written["header"]["config"]["distances"] == [96, 128]
+
+
+def test_json_goes_to_stdout_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, "--distances", "96", "--rows", 1, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["memory_layers"] == [0, 1, 2, 3]
+
+
+def test_own_text_is_read_from_data(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "book.txt").write_text("It was a dark and stormy night. " * 50)
+    assert run(folder, "--distances", "96", "--rows", 1, "--data", tmp_path / "book.txt", "--json") == 0
+    assert {ranks["source"] for ranks in json.loads(capsys.readouterr().out)["ranks"]} == {"text", "random"}
+
+
+def test_without_a_tokenizer_random_tokens_are_measured(
+    tiny_backbone: AlibiGPTForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_backbone.save_pretrained(tmp_path)
+    assert run(tmp_path, "--distances", "96", "--rows", 1, "--json") == 0
+    printed = capsys.readouterr()
+    assert "measuring random tokens only; --tokenizer names one" in printed.err
+    assert {ranks["source"] for ranks in json.loads(printed.out)["ranks"]} == {"random"}
+
+
+def test_the_backbone_of_a_longmem_is_measured(folder: Path, tmp_path: Path) -> None:
+    LongMem.from_backbone(folder).save_pretrained(tmp_path / "side")
+    backbone, tokenizer = load_backbone(str(tmp_path / "side"))
+    assert isinstance(backbone, AlibiGPTForCausalLM)
+    assert tokenizer == str(folder)
+
+
+def test_too_little_text_says_how_much_is_needed(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match=r"--data has 5 tokens, 128 are needed; give more text, or smaller --distances"):
+        text_rows(["short"], byte_tokenizer, 2, 128)
+
+
+def test_rows_of_text_come_from_different_places(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = text_rows(["".join(f"{number:04d}" for number in range(500)), "x" * 90], byte_tokenizer, 3, 64)
+    assert rows.shape == (3, 64)
+    assert len({tuple(row) for row in rows.tolist()}) == 3
+
+
+def test_the_standard_library_is_there_as_text() -> None:
+    assert sum(map(len, standard_text())) > 100_000
+
+
+def test_settings_that_contradict_each_other_are_told_together(tiny_backbone: AlibiGPTForCausalLM) -> None:
+    with pytest.raises(ConfigError) as caught:
+        measure_layers(tiny_backbone, None, distances=(128,), segment=1, num_retrieved=50)
+    assert "num_retrieved (50) must be a multiple of chunk_size (4); try 64 and 4" in str(caught.value)
+    assert "segment (1) must be at least 2" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"distances \(64\) must all exceed num_retrieved \(64\)"):
+        measure_layers(tiny_backbone, None, distances=(64,))
+
+
+def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no model here"):
+        load_backbone(str(tmp_path))
+
+
+def test_the_heat_map_marks_the_recommended_layer(tiny_backbone: AlibiGPTForCausalLM, tmp_path: Path) -> None:
+    report = measure_layers(tiny_backbone, None, distances=(96,), rows=1)
+    marked = LayerReport(**{**vars(report), "recommended": 3})
+    assert plot_layers(marked, tmp_path / "a" / "map.png").read_bytes().startswith(PNG)
+    assert marked.conclusion == "remember layer 3 (the paper's rule gives 3)"
+    assert torch.is_grad_enabled()
