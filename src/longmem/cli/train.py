@@ -16,10 +16,18 @@ import click
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run, if there is one.")
 @click.option("--overwrite", is_flag=True, help="Remove an earlier run of the same name first.")
 @click.option("--check", is_flag=True, help="Read the recipe, report every problem, train nothing.")
+@click.option("--estimate", metavar="HARDWARE", help="Print memory and hours on a machine, e.g. h100-80gb.")
 @click.option("--quiet", is_flag=True, help="No lines and no progress bar on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
-    recipe: Path, overrides: tuple[str, ...], resume: bool, overwrite: bool, check: bool, quiet: bool, as_json: bool
+    recipe: Path,
+    overrides: tuple[str, ...],
+    resume: bool,
+    overwrite: bool,
+    check: bool,
+    estimate: str | None,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Train what RECIPE (a TOML file) describes: a backbone from scratch, or a SideNet over a frozen one.
 
@@ -27,12 +35,18 @@ def command(
     longmem train recipes/tiny-cpu.toml
     longmem train recipes/gpt2-small.toml --set run.seed=2 --set optim.rows=4
     longmem train recipes/gpt2-small.toml --resume
+    longmem train recipes/gpt2-small.toml --estimate a100-80gb
     """
     from longmem.training.recipe import Recipe
 
     settings = Recipe.load(recipe, overrides)
     if check:
         click.echo(settings.model_dump_json(indent=2) if as_json else f"{recipe}: {settings.task}, no problems found")
+        return
+    if estimate is not None:
+        from longmem.training.estimate import estimate as estimated
+
+        click.echo("\n".join(estimated(settings, estimate).lines()))
         return
     from transformers.utils.logging import disable_progress_bar
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from longmem.data.tokens import TokenCorpus
 from longmem.data.windows import IGNORE, WindowSampler
-from longmem.errors import BackboneError
+from longmem.errors import BackboneError, ConfigError
 from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
 from longmem.modeling.copying import copy_loss, copy_score, random_tokens
 from longmem.training.recipe import Recipe
@@ -47,7 +47,7 @@ class Pretraining:
         self.recipe, self.tokenizer, self.valid, self.device = recipe, tokenizer, valid, device
         self.model = build_model(recipe, tokenizer)
         self.model.to(device)  # type: ignore[arg-type]
-        self.forward = torch.compile(self.model) if recipe.optim.compile else None
+        self._compiled: Callable[..., Any] | None = None
         data, optim = recipe.data, recipe.optim
         self.sampler = WindowSampler(
             train,
@@ -74,8 +74,9 @@ class Pretraining:
     def loss(self, model: nn.Module, scores: StepScores) -> Tensor:
         batch = self.sampler.next()
         ids, targets = batch.ids.to(self.device), batch.targets.to(self.device)
-        forward = self.forward if self.forward is not None and model is self.model else model
-        losses = token_losses(forward(input_ids=ids, use_cache=False).logits, targets)
+        if self._compiled is None:
+            self._compiled = torch.compile(model) if self.recipe.optim.compile else model
+        losses = token_losses(self._compiled(input_ids=ids, use_cache=False).logits, targets)
         counted, practice = targets != IGNORE, batch.practice.to(self.device)[:, None]
         scores.text.add(losses, counted & ~practice)
         scores.practice.add(losses, counted & practice)
@@ -145,8 +146,10 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
             raise BackboneError(f"model.init ({shape.init}): {reason}; name a folder or hub id of a model") from error
         set_dropout(model, recipe.optim.dropout)
         return model
+    if shape.vocab_size is not None and shape.vocab_size < len(tokenizer):
+        raise ConfigError(f"model.vocab_size ({shape.vocab_size}) must be at least the tokenizer's ({len(tokenizer)})")
     config = AlibiGPTConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=shape.vocab_size or len(tokenizer),
         hidden_size=shape.hidden_size,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,

@@ -77,6 +77,8 @@ class ModelSection(Section):
     layers: Count = 8
     heads: Count = 8
     intermediate_size: Count | None = None
+    vocab_size: Count | None = None
+    """Rows of embedding and head; None: as many as the tokenizer has tokens."""
     activation: str = "gelu_new"
     layer_norm_epsilon: Positive = 1e-6
     init: str | None = None
