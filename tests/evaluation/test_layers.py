@@ -61,8 +61,8 @@ def test_a_backbone_that_does_not_copy_gets_no_recommendation(tiny_backbone: Ali
     report = measure_layers(tiny_backbone, None, distances=(256,))
     assert report.recommended is None
     assert report.conclusion == (
-        "no layer stands out from chance: the backbone does not copy from its context yet; train it longer, or keep the "
-        "paper's layer 3"
+        "no layer stands out from chance: the backbone does not copy from its context yet; train it longer, or keep "
+        "the paper's layer 3"
     )
 
 

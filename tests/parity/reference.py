@@ -1,7 +1,7 @@
 """Reference tensors of the released code, and how our parts are driven to meet them.
 
 The tensors are made by running the released code (commit b7f3c6b) on a tiny random model; ``data/`` holds one set,
-``LONGMEM_PARITY_DIR`` names a folder with others. Sizes, cases and tolerances' reasons: docs/differences.md.
+``LONGMEM_PARITY_DIR`` names a folder with others. Sizes and tolerances: data/README.md.
 """
 
 from __future__ import annotations
