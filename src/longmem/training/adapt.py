@@ -177,12 +177,14 @@ class Adaptation:
     def _validate(self, autocast: AbstractContextManager[Any], memory: bool, backbone: bool = False) -> float:
         assert self.valid is not None
         settings, window = self.recipe.eval, self.recipe.data.window
-        stream = SegmentStream(self.valid, window, settings.rows, None, pad_id=self.pad_id)
-        bank = self._new_bank(settings.rows) if memory else None
+        # documents stay whole: each is read from its beginning with all its past
+        rows = min(settings.rows, len(self.valid))
+        stream = SegmentStream(self.valid, window, rows, None, pad_id=self.pad_id)
+        bank = self._new_bank(rows) if memory else None
         model = self.longmem.backbone.model if backbone else self.longmem
         reads = {} if backbone else {"memory": bank}
         scores = Scores()
-        steps = max(1, min(settings.tokens, self.valid.num_tokens) // (settings.rows * window))
+        steps = max(1, min(settings.tokens, self.valid.num_tokens) // (rows * window))
         for _ in range(steps):
             batch = stream.next()
             if bank is not None:

@@ -233,7 +233,7 @@ class Recipe(Section):
         try:
             recipe = cls.model_validate(settings)
         except ValidationError as error:
-            found += [_line(details) for details in error.errors()]
+            found += _lines(error)
             try:
                 # the rules between settings are read with the wrong ones at their defaults, to report all at once
                 recipe = cls.model_validate(_without(settings, [details["loc"] for details in error.errors()]))
@@ -336,18 +336,29 @@ def _override(settings: dict[str, Any], text: str) -> str | None:
     return None
 
 
-def _line(details: Any) -> str:
-    """One problem of pydantic's in the words of the recipe."""
-    places = [str(place) for place in details["loc"]]
-    name = ".".join(place for place in places if "[" not in place and place not in ("int", "literal"))
-    value = details["input"]
-    if details["type"] == "extra_forbidden":
-        near = _nearest(places)
-        return f"{name} is no setting" + (f"; did you mean {near}?" if near else "; remove it")
-    if details["type"] == "missing":
-        return f"{name} is missing; set task = 'pretrain' or 'adapt'"
-    rule = details["msg"][0].lower() + details["msg"][1:]
-    return f"{name} ({value!r}): {rule.replace('input should', 'should')}"
+def _lines(error: ValidationError) -> list[str]:
+    """Pydantic's problems in the words of the recipe, one line for each setting."""
+    rules: dict[str, list[str]] = {}
+    starts: dict[str, str] = {}
+    for details in error.errors():
+        # what follows section and name is a place inside a list, or which one of several allowed types was tried
+        places = [str(place) for place in details["loc"][:2]]
+        name = ".".join(places)
+        if details["type"] == "extra_forbidden":
+            near = _nearest(places)
+            starts[name], rule = f"{name} is no setting; ", f"did you mean {near}?" if near else "remove it"
+        elif details["type"] == "missing":
+            starts[name], rule = f"{name} is missing; ", "set task = 'pretrain' or 'adapt'"
+        else:
+            starts.setdefault(name, f"{name} ({details['input']!r}) ")
+            rule = (
+                details["msg"]
+                .replace("Input should", "should")
+                .replace(" valid integer", "n integer")
+                .replace(" valid ", " ")
+            )
+        rules.setdefault(name, []).append(rule)
+    return [starts[name] + ", or ".join(rule for rule in found) for name, found in rules.items()]
 
 
 def _nearest(places: list[str]) -> str | None:

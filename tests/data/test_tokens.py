@@ -1,0 +1,75 @@
+"""Tokenizer and token cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from longmem.data.text import Document, TextSource
+from longmem.data.tokenizer import load_tokenizer, train_tokenizer
+from longmem.data.tokens import TokenCorpus, tokenize
+from longmem.errors import ConfigError, DataError
+
+
+def test_a_learned_tokenizer_gives_every_text_back_after_saving(tmp_path: Path, made_text: Callable[..., str]) -> None:
+    train_tokenizer([made_text(500)], 300).save_pretrained(str(tmp_path))
+    tokenizer = load_tokenizer(tmp_path)
+    assert len(tokenizer) == 300
+    assert (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    for text in ("  \\alpha\n\t x", "naïve 漢字 🙂", made_text(50, seed=3)):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_a_vocabulary_smaller_than_the_bytes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data.vocab_size \(100\) must be at least 259"):
+        train_tokenizer(["text"], 100)
+
+
+def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no tokenizer") as raised:
+        load_tokenizer(tmp_path)
+    assert str(raised.value).startswith(str(tmp_path))
+
+
+def test_a_document_is_its_tokens_and_the_end_token(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    corpus = TokenCorpus.from_documents([Document("a", "ab", ""), Document("b", "é x", "")], byte_tokenizer)
+    end = byte_tokenizer.eos_token_id
+    assert corpus.bounds.tolist() == [0, 3, 8]
+    assert corpus.document(0).tolist() == [*byte_tokenizer("ab")["input_ids"], end]
+    assert corpus.document(1).tolist() == [*byte_tokenizer("é x")["input_ids"], end]
+    assert (corpus.num_bytes.tolist(), corpus.num_words.tolist()) == ([2, 4], [1, 2])
+
+
+def test_the_cache_is_used_while_text_and_tokenizer_are_the_same(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("some text")
+    source, cache = TextSource((str(text),)), tmp_path / "cache"
+    first = tokenize(source, byte_tokenizer, cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenCorpus, "from_documents", None)
+        again = tokenize(source, byte_tokenizer, cache)
+    assert isinstance(again.ids, np.memmap)
+    assert again.document(0).tolist() == first.document(0).tolist()
+    assert (again.names, again.fingerprint) == (first.names, first.fingerprint)
+    text.write_text("other text")
+    assert tokenize(source, byte_tokenizer, cache).document(0).tolist() != first.document(0).tolist()
+
+
+def test_a_cut_cache_is_named(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    TokenCorpus.from_documents([Document("a", "some text", "")], byte_tokenizer).save(tmp_path / "tokens")
+    file = tmp_path / "tokens" / "tokens.bin"
+    file.write_bytes(file.read_bytes()[:6])
+    with pytest.raises(DataError, match="damaged token cache \\(3 of 10 tokens\\); delete the folder"):
+        TokenCorpus.load(tmp_path / "tokens")
+
+
+def test_patterns_that_match_nothing_are_named(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match=r"no document matches \*\.tex; check the pattern"):
+        tokenize(TextSource((str(tmp_path),), include=("*.tex",)), byte_tokenizer)

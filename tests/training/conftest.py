@@ -1,0 +1,111 @@
+"""Tiny runs: a folder of made text, and settings that train on it in a second."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from longmem import AlibiGPTForCausalLM
+from longmem.training.recipe import Recipe
+
+Settings = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums in the same order every time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def text_dir(tmp_path_factory: pytest.TempPathFactory, made_text: Callable[..., str]) -> Path:
+    """Six documents to train on, one to measure on."""
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(6):
+        (folder / f"doc{number}.txt").write_text(made_text(90 + 40 * number, seed=number))
+    (folder / "held.txt").write_text(made_text(150, seed=100))
+    return folder
+
+
+@pytest.fixture
+def backbone_dir(tmp_path: Path, tiny_backbone: AlibiGPTForCausalLM, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A random backbone on disk."""
+    tiny_backbone.save_pretrained(tmp_path / "backbone")
+    byte_tokenizer.save_pretrained(str(tmp_path / "backbone"))
+    return tmp_path / "backbone"
+
+
+@pytest.fixture
+def pretrain(tmp_path: Path, text_dir: Path) -> Callable[..., Recipe]:
+    """``pretrain("name", optim={"steps": 3})``: a pre-training recipe."""
+
+    def make(name: str = "run", **changes: dict[str, Any]) -> Recipe:
+        settings: Settings = {
+            "run": {"name": name, "out_dir": str(tmp_path / name)},
+            "data": {
+                "paths": [str(text_dir)],
+                "held_out": ["held.txt"],
+                "vocab_size": 280,
+                "window": 16,
+                "repeat_fraction": 0.3,
+                "cache_dir": str(tmp_path / "cache"),
+            },
+            "model": {"hidden_size": 16, "layers": 2, "heads": 2},
+            "optim": {"steps": 8, "rows": 2, "lr": 1e-2, "dropout": 0.1, "precision": "fp32"},
+            "eval": {"every": 4, "tokens": 128, "rows": 2},
+            "checkpoint": {"every": 4, "keep_last": 5},
+            "log": {"every": 1},
+        }
+        return Recipe.parse({"task": "pretrain", **merged(settings, changes)})
+
+    return make
+
+
+@pytest.fixture
+def adapt(tmp_path: Path, text_dir: Path, backbone_dir: Path) -> Callable[..., Recipe]:
+    """``adapt("name", sidenet={"memory": False})``: an adaptation recipe over the tiny backbone."""
+
+    def make(name: str = "run", **changes: dict[str, Any]) -> Recipe:
+        settings: Settings = {
+            "run": {"name": name, "out_dir": str(tmp_path / name)},
+            "data": {
+                "paths": [str(text_dir)],
+                "held_out": ["held.txt"],
+                "window": 16,
+                "cache_dir": str(tmp_path / "cache"),
+            },
+            "backbone": {"path": str(backbone_dir)},
+            "sidenet": {"memory_layer": 1, "num_retrieved": 8, "memory_size": 64},
+            "optim": {"steps": 8, "rows": 2, "accumulate": 2, "lr": 1e-2, "dropout": 0.1, "precision": "fp32"},
+            "eval": {"every": 4, "tokens": 128, "rows": 2},
+            "checkpoint": {"every": 4, "keep_last": 5},
+            "log": {"every": 1},
+        }
+        return Recipe.parse({"task": "adapt", **merged(settings, changes)})
+
+    return make
+
+
+def merged(settings: Settings, changes: Settings) -> Settings:
+    """The settings with some of them changed."""
+    return {name: {**settings.get(name, {}), **changes.get(name, {})} for name in {*settings, *changes}}
+
+
+@pytest.fixture(scope="session")
+def records() -> Callable[..., list[dict[str, Any]]]:
+    """``records(out_dir, "train")``: what a run wrote into its metrics."""
+
+    def read(out_dir: Path, kind: str) -> list[dict[str, Any]]:
+        lines = (out_dir / "metrics.jsonl").read_text().splitlines()
+        return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+    return read

@@ -1,0 +1,260 @@
+"""Runs from their recipe to their end: what is learned, said, saved, and left alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from longmem import AlibiGPTForCausalLM, LongMem
+from longmem.errors import BackboneError, ConfigError, DataError
+from longmem.training.adapt import Adaptation
+from longmem.training.loop import train
+from longmem.training.recipe import Recipe
+
+Make = Callable[..., Recipe]
+Records = Callable[..., list[dict[str, Any]]]
+
+
+def test_pre_training_learns_and_its_model_loads_like_any_other(pretrain: Make) -> None:
+    recipe = pretrain(optim={"steps": 60, "rows": 8, "dropout": 0.0}, data={"repeat_fraction": 0.0})
+    result = train(recipe, quiet=True)
+    assert sum(result.losses[-5:]) / 5 < result.losses[0] - 0.5
+    assert result.model_dir == recipe.out_dir / "final"
+    model = AutoModelForCausalLM.from_pretrained(result.model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(result.model_dir)
+    assert isinstance(model, AlibiGPTForCausalLM)
+    assert (model.config.vocab_size, model.config.max_position_embeddings) == (len(tokenizer), 16)
+    ids = torch.tensor([tokenizer("Bado sees a key.")["input_ids"]])
+    assert math.isfinite(model(input_ids=ids, labels=ids).loss.item())
+
+
+def test_adaptation_learns_and_its_final_folder_names_the_backbone(adapt: Make, backbone_dir: Path) -> None:
+    recipe = adapt(optim={"steps": 40, "accumulate": 1, "dropout": 0.0, "rows": 4})
+    result = train(recipe, quiet=True)
+    assert sum(result.losses[-5:]) / 5 < sum(result.losses[:5]) / 5 - 0.1
+    assert result.evaluation["loss"] < result.evaluation["loss_backbone"]
+    assert "loss_memory_off" in result.evaluation
+    assert result.model_dir is not None
+    model = LongMem.from_pretrained(result.model_dir)
+    assert model.memory_layer == 1
+    assert not Path(str(model.config.backbone_name_or_path)).is_absolute()
+    assert len(AutoTokenizer.from_pretrained(result.model_dir)) == 260
+
+
+def test_adaptation_changes_no_byte_of_the_backbone(adapt: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks: list[Adaptation] = []
+    made = Adaptation.__init__
+
+    def remember(self: Adaptation, *arguments: Any, **settings: Any) -> None:
+        made(self, *arguments, **settings)
+        tasks.append(self)
+        before.update({name: weight.clone() for name, weight in self.longmem.state_dict().items()})
+
+    before: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(Adaptation, "__init__", remember)
+    train(adapt(), quiet=True)
+    after = tasks[0].longmem.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == set(tasks[0].longmem.trainable_parameter_names())
+
+
+def test_memory_is_written_after_backward_and_never_before(adapt: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    loss, after, backward = Adaptation.loss, Adaptation.after_backward, torch.Tensor.backward
+
+    def traced(self: Adaptation, *arguments: Any) -> torch.Tensor:
+        assert self.bank is not None
+        version = self.bank.version
+        value = loss(self, *arguments)
+        events.append("forward" if self.bank.version == version else "forward wrote")
+        return value
+
+    def traced_backward(self: torch.Tensor, *arguments: Any, **settings: Any) -> None:
+        events.append("backward")
+        backward(self, *arguments, **settings)
+
+    def traced_after(self: Adaptation) -> None:
+        assert self.bank is not None
+        version = self.bank.version
+        after(self)
+        events.append("write" if self.bank.version > version else "nothing")
+
+    # documents that outlast the run, so that no row turns over inside `loss`
+    monkeypatch.setattr(Adaptation, "loss", traced)
+    monkeypatch.setattr(Adaptation, "after_backward", traced_after)
+    monkeypatch.setattr(torch.Tensor, "backward", traced_backward)
+    monkeypatch.setattr("longmem.training.adapt.turn_over", lambda *_: None)
+    train(adapt(optim={"steps": 2, "accumulate": 2}), quiet=True)
+    assert events == ["forward", "backward", "write"] * 4
+
+
+def test_a_row_that_resets_reads_nothing_of_its_last_document(adapt: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, list[bool]] = {"keep": [], "reset": []}
+    for boundary, seen in found.items():
+        loss = Adaptation.loss
+
+        def traced(
+            self: Adaptation, model: Any, scores: Any, seen: list[bool] = seen, loss: Any = loss
+        ) -> torch.Tensor:
+            after = loss(self, model, scores)
+            assert self._unwritten is not None
+            assert self.bank is not None
+            starts = self._unwritten[1].starts
+            seen += (self.bank.tokens[starts] > 0).tolist()
+            return after
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Adaptation, "loss", traced)
+            train(adapt(boundary, sidenet={"boundary": boundary}, optim={"steps": 40, "accumulate": 1}), quiet=True)
+    assert found["keep"][:2] == [False, False]
+    assert len(found["keep"]) > 2
+    assert all(found["keep"][2:])
+    assert not any(found["reset"])
+
+
+def test_the_control_trains_as_long_without_memory(adapt: Make, records: Records) -> None:
+    with_memory, without = (
+        adapt(name, sidenet={"memory": memory}, optim={"accumulate": 1})
+        for name, memory in (("with", True), ("without", False))
+    )
+    first, second = (train(recipe, quiet=True) for recipe in (with_memory, without))
+    assert (first.step, first.tokens) == (second.step, second.tokens)
+    assert "memory_fill" in records(with_memory.out_dir, "train")[-1]
+    assert "memory_fill" not in records(without.out_dir, "train")[-1]
+    assert "loss_memory_off" not in second.evaluation
+    # the first segments find nothing, so both runs begin alike
+    assert first.losses[0] == pytest.approx(second.losses[0], abs=1e-3)
+
+
+def test_a_log_step_is_one_line_and_one_record(
+    adapt: Make, records: Records, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = adapt(log={"every": 4})
+    train(recipe)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ") and "tok/s" in line]
+    found = records(recipe.out_dir, "train")
+    assert [record["step"] for record in found] == [4, 8]
+    assert len(lines) == 2
+    assert lines[1].startswith("step 8/8 · loss ")
+    wanted = {"step", "tokens", "loss", "perplexity", "lr", "grad_norm", "tokens_per_second", "memory_fill", "share"}
+    assert wanted <= set(found[1])
+    assert found[1]["tokens"] == 8 * 2 * 2 * 16
+    assert found[1]["perplexity"] == pytest.approx(math.exp(found[1]["loss"]))
+    assert len(found[1]["share"]) == 4
+    assert 0 < found[0]["memory_fill"] <= found[1]["memory_fill"] <= 1
+
+
+def test_pre_training_logs_practice_apart_and_the_copy_score(pretrain: Make, records: Records) -> None:
+    recipe = pretrain(data={"repeat_fraction": 0.5}, log={"every": 8})
+    train(recipe, quiet=True)
+    assert {"loss", "practice_loss", "epoch"} <= set(records(recipe.out_dir, "train")[-1])
+    evaluated = records(recipe.out_dir, "eval")
+    assert [record["step"] for record in evaluated] == [4, 8]
+    assert {"loss", "copy_gain", "copy_gain_random", "copy_rank", "copy_layer"} <= set(evaluated[-1])
+
+
+@pytest.mark.parametrize("task", ["pretrain", "adapt"])
+def test_bf16_gives_nearly_the_losses_of_fp32(task: str, request: pytest.FixtureRequest) -> None:
+    make: Make = request.getfixturevalue(task)
+    changes = {"steps": 3, "dropout": 0.0}
+    full, half = (train(make(p, optim={**changes, "precision": p}), quiet=True).losses for p in ("fp32", "bf16"))
+    assert full != half
+    assert half == pytest.approx(full, abs=0.05)
+
+
+def test_a_backbone_kept_in_bf16_trains_a_sidenet_in_fp32(adapt: Make) -> None:
+    result = train(adapt(backbone={"dtype": "bfloat16"}, optim={"precision": "bf16"}), quiet=True)
+    assert all(math.isfinite(loss) for loss in result.losses)
+    full = train(adapt("full"), quiet=True)
+    assert result.losses == pytest.approx(full.losses, abs=0.1)
+
+
+def test_gradient_checkpointing_changes_memory_and_not_losses(adapt: Make) -> None:
+    plain, saving = adapt("plain"), adapt("saving", optim={"gradient_checkpointing": True})
+    assert train(saving, quiet=True).losses == pytest.approx(train(plain, quiet=True).losses, abs=1e-5)
+
+
+def test_gradients_of_two_half_batches_are_those_of_a_whole_one(pretrain: Make) -> None:
+    data, optim = {"repeat_fraction": 0.0}, {"dropout": 0.0, "steps": 4}
+    whole = train(pretrain("whole", data=data, optim={**optim, "rows": 4}), quiet=True)
+    halves = train(pretrain("halves", data=data, optim={**optim, "rows": 2, "accumulate": 2}), quiet=True)
+    assert halves.losses == pytest.approx(whole.losses, abs=1e-4)
+
+
+def test_muon_and_every_schedule_train(pretrain: Make) -> None:
+    for schedule in ("polynomial", "cosine", "wsd", "constant"):
+        optim = {"optimiser": "muon", "schedule": schedule, "steps": 12, "rows": 4, "lr": 3e-3}
+        losses = train(pretrain(schedule, optim=optim), quiet=True).losses
+        assert losses[-1] < losses[0]
+
+
+def test_a_time_box_ends_the_run_with_the_rate_at_zero(pretrain: Make, records: Records) -> None:
+    optim = {"steps": None, "max_minutes": 0.03, "schedule_by": "time", "warmup": 0.0}
+    recipe = pretrain(optim=optim, eval={"every": 0, "copy_score": False}, checkpoint={"every": 0})
+    result = train(recipe, quiet=True)
+    rates = [record["lr"] for record in records(recipe.out_dir, "train")]
+    assert result.model_dir is not None
+    assert 1.8 <= result.seconds < 10
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.2 * rates[0]
+
+
+def test_a_model_can_be_trained_further(pretrain: Make, backbone_dir: Path) -> None:
+    recipe = pretrain(model={"init": str(backbone_dir)}, data={"tokenizer": str(backbone_dir)})
+    result = train(recipe, quiet=True)
+    assert result.model_dir is not None
+    assert len(AutoTokenizer.from_pretrained(result.model_dir)) == 260
+
+
+def test_the_repositorys_tiny_recipes_run_on_other_text(tmp_path: Path, text_dir: Path) -> None:
+    recipes = Path(__file__).parents[2] / "recipes"
+    shared = [
+        f'data.paths=["{text_dir}"]',
+        'data.held_out=["held.txt"]',
+        "optim.steps=6",
+        "optim.rows=2",
+        "log.every=3",
+    ]
+    backbone = Recipe.load(recipes / "tiny-cpu.toml", [*shared, f"run.out_dir={tmp_path}/tiny"])
+    made = train(backbone, quiet=True)
+    side = Recipe.load(
+        recipes / "tiny-cpu-sidenet.toml", [*shared, f"run.out_dir={tmp_path}/side", f"backbone.path={made.model_dir}"]
+    )
+    result = train(side, quiet=True)
+    assert result.model_dir is not None
+    assert LongMem.from_pretrained(result.model_dir).memory_layer == 1
+
+
+def test_an_earlier_run_is_not_overwritten_by_accident(pretrain: Make) -> None:
+    recipe = pretrain(optim={"steps": 1})
+    train(recipe, quiet=True)
+    with pytest.raises(ConfigError, match=r"holds an earlier run; add --resume to go on, --overwrite to remove it"):
+        train(recipe, quiet=True)
+    assert train(recipe, overwrite=True, quiet=True).step == 1
+
+
+def test_a_backbone_that_is_not_there_is_named(adapt: Make, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere: no tokenizer"):
+        train(adapt(backbone={"path": str(tmp_path / "nowhere")}), quiet=True)
+
+
+def test_a_tokenizer_larger_than_the_backbones_is_refused(adapt: Make, pretrain: Make) -> None:
+    large = train(pretrain("large", optim={"steps": 1}), quiet=True)
+    with pytest.raises(ConfigError, match=r"data.tokenizer has 280 tokens, backbone.path \(.*\) embeds 260"):
+        train(adapt(data={"tokenizer": str(large.model_dir)}), quiet=True)
+
+
+def test_a_memory_layer_out_of_range_is_refused(adapt: Make) -> None:
+    with pytest.raises(BackboneError, match="memory_layer"):
+        train(adapt(sidenet={"memory_layer": 40}), quiet=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(pretrain: Make) -> None:
+    with pytest.raises(ConfigError, match=r"the loss is nan at step .*; lower optim.lr"):
+        train(pretrain(optim={"lr": 1e30, "clip": 0.0, "warmup": 0.0, "steps": 20}), quiet=True)

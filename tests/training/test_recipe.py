@@ -1,0 +1,124 @@
+"""Recipes: read from TOML, overridden, and refused with every problem at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longmem.errors import ConfigError
+from longmem.training.recipe import Recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+
+
+def parsed(**sections: Any) -> Recipe:
+    sections.setdefault("data", {"paths": ["x"]})
+    sections.setdefault("optim", {"steps": 1})
+    return Recipe.parse({"task": "pretrain", **sections})
+
+
+def problems(**sections: Any) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        parsed(**sections)
+    assert all("\n" not in line for line in raised.value.problems)
+    return raised.value.problems
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_the_repository_is_valid_and_has_a_header(path: Path) -> None:
+    Recipe.load(path)
+    header = path.read_text(encoding="utf-8").split("task =")[0]
+    assert all(word in header for word in ("# trains ", "# hardware ", "longmem train recipes/"))
+
+
+def test_defaults_are_the_papers_adaptation() -> None:
+    recipe = parsed()
+    side, optim = recipe.sidenet, recipe.optim
+    assert (side.memory_size, side.num_retrieved, side.chunk_size, side.stride) == (65536, 64, 4, 2)
+    assert (side.init, side.fusion, recipe.data.window) == ("copy", "gate", 1024)
+    assert (optim.lr, optim.betas, optim.eps, optim.weight_decay) == (2e-4, (0.9, 0.98), 1e-6, 0.01)
+    assert (optim.schedule, optim.power, optim.dropout) == ("polynomial", 1.0, 0.1)
+
+
+def test_three_mistakes_are_reported_together() -> None:
+    found = problems(
+        task="adapt",
+        sidenet={"num_retrieved": 50, "memry_size": 1024},
+        optim={"lr": "fast", "steps": 1},
+        backbone={"path": "gpt2"},
+    )
+    assert found == [
+        "sidenet.memry_size is no setting; did you mean sidenet.memory_size?",
+        "optim.lr ('fast') should be a number, unable to parse string as a number",
+        "sidenet.num_retrieved (50) must be a multiple of sidenet.chunk_size (4); try 48 or 52",
+    ]
+
+
+def test_a_setting_in_the_wrong_section_is_pointed_to_the_right_one() -> None:
+    assert problems(run={"lr": 1e-3}) == ["run.lr is no setting; did you mean optim.lr?"]
+    assert problems(optmi={"lr": 1e-3}) == ["optmi is no setting; did you mean optim?"]
+    assert problems(zebra={"x": 1}) == ["zebra is no setting; remove it"]
+
+
+def test_a_value_out_of_its_choices_lists_them() -> None:
+    assert problems(optim={"steps": 1, "schedule": "square"}) == [
+        "optim.schedule ('square') should be 'polynomial', 'cosine', 'wsd' or 'constant'"
+    ]
+    assert problems(sidenet={"memory_layer": "best"}) == [
+        "sidenet.memory_layer ('best') should be an integer, unable to parse string as an integer, or should be 'auto'"
+    ]
+    assert problems(data={"paths": [1]}) == ["data.paths (1) should be a string"]
+    assert problems(task="prune") == ["task ('prune') should be 'pretrain' or 'adapt'"]
+
+
+def test_a_recipe_without_a_budget_text_or_backbone_says_what_to_set() -> None:
+    found = problems(task="adapt", data={}, optim={})
+    assert [line.split(" ")[0] for line in found] == ["data.paths", "backbone.path", "optim.steps,"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"model": {"hidden_size": 100, "heads": 8}}, "model.hidden_size (100) must be a multiple of model.heads (8)"),
+        ({"optim": {"steps": 1, "tokens": 1}}, "optim.steps (1) and optim.tokens (1) are both set"),
+        ({"optim": {"steps": 1, "schedule_by": "time"}}, "optim.max_minutes is missing"),
+        ({"optim": {"max_minutes": 1.0}}, "optim.schedule_by is 'tokens' without optim.tokens or optim.steps"),
+        ({"data": {"paths": ["x"], "valid": ["y"], "held_out": ["*"]}}, "data.held_out and data.valid are both set"),
+        (
+            {"task": "adapt", "backbone": {"path": "x"}, "sidenet": {"shared": True, "boundary": "reset"}},
+            "sidenet.boundary is 'reset' with sidenet.shared",
+        ),
+        (
+            {"optim": {"steps": 1, "schedule": "wsd", "warmup": 0.5, "decay_fraction": 0.6}},
+            "optim.warmup (0.5) and optim.decay_fraction (0.6) exceed the run",
+        ),
+    ],
+)
+def test_contradictions_are_named(sections: dict[str, Any], expected: str) -> None:
+    found = problems(**sections)
+    assert len(found) == 1
+    assert expected in found[0]
+
+
+def test_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text('task = "pretrain"\n[data]\npaths = ["a"]\n[optim]\nsteps = 5\n')
+    recipe = Recipe.load(path, ["optim.lr=1e-3", "run.name=other", 'data.paths=["b", "c"]', "data.window = 32"])
+    assert (recipe.optim.lr, recipe.run.name, recipe.data.paths, recipe.data.window) == (1e-3, "other", ("b", "c"), 32)
+    assert recipe.out_dir == Path("runs/other")
+    with pytest.raises(ConfigError) as raised:
+        Recipe.load(path, ["optim.lr", "optim.lrr=1"])
+    assert raised.value.problems == [
+        "--set optim.lr is not section.name=value; write e.g. --set optim.lr=1e-3",
+        "optim.lrr is no setting; did you mean optim.lr?",
+    ]
+
+
+def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere.toml: cannot read the recipe"):
+        Recipe.load(tmp_path / "nowhere.toml")
+    (tmp_path / "broken.toml").write_text("task = \n")
+    with pytest.raises(ConfigError, match="broken.toml: not TOML"):
+        Recipe.load(tmp_path / "broken.toml")

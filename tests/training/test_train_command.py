@@ -1,0 +1,127 @@
+"""``longmem train``: one line for each mistake, data on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longmem.cli import main as frame
+from longmem.training.recipe import Recipe
+
+Make = Callable[..., Recipe]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """``run(path, "--check")``: status, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            frame.main(["train", *map(str, arguments)])
+        shown = capsys.readouterr()
+        return int(stop.value.code or 0), shown.out, shown.err
+
+    return call
+
+
+def write(recipe: Recipe, path: Path) -> Path:
+    """The recipe as a TOML file."""
+    lines = [f'task = "{recipe.task}"']
+    for name, section in recipe.model_dump(mode="json", exclude={"task"}, exclude_none=True).items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in section.items())]
+    path.write_text("\n".join(lines))
+    tomllib.loads(path.read_text())
+    return path
+
+
+def test_a_run_prints_its_model_and_tells_its_progress_on_stderr(pretrain: Make, tmp_path: Path, run: Run) -> None:
+    path = write(pretrain(), tmp_path / "recipe.toml")
+    status, out, err = run(path, "--set", "optim.steps=2")
+    assert (status, out) == (0, f"{tmp_path}/run/final\n")
+    lines = err.splitlines()
+    assert any(line.startswith("pre-training ") for line in lines)
+    assert any(line.startswith("step 2/2 · loss ") for line in lines)
+    assert lines[-1].startswith("finished: 2 steps, 64 tokens")
+
+
+def test_the_result_comes_as_json(pretrain: Make, tmp_path: Path, run: Run) -> None:
+    path = write(pretrain(), tmp_path / "recipe.toml")
+    status, out, err = run(path, "--set", "optim.steps=2", "--json", "--quiet")
+    result: dict[str, Any] = json.loads(out)
+    assert (status, err) == (0, "")
+    assert (result["step"], result["tokens"], result["model_dir"]) == (2, 64, f"{tmp_path}/run/final")
+    assert "loss" in result["evaluation"]
+
+
+def test_check_trains_nothing(pretrain: Make, tmp_path: Path, run: Run) -> None:
+    path = write(pretrain(), tmp_path / "recipe.toml")
+    assert run(path, "--check") == (0, f"{path}: pretrain, no problems found\n", "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_estimate_tells_memory_and_hours(adapt: Make, tmp_path: Path, run: Run) -> None:
+    status, out, _ = run(write(adapt(), tmp_path / "recipe.toml"), "--estimate", "a100-80gb")
+    assert status == 0
+    assert "memory per device: " in out
+    assert "time on a100-80gb: " in out
+
+
+def test_three_mistakes_are_three_clauses_of_one_error(pretrain: Make, tmp_path: Path, run: Run) -> None:
+    path = write(pretrain(), tmp_path / "recipe.toml")
+    status, out, err = run(path, "--set", "optim.rows=0", "--set", "data.windw=8", "--set", "model.heads=3")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ")
+    for clause in (
+        "optim.rows (0) should be greater than or equal to 1",
+        "data.windw is no setting; did you mean data.window?",
+        "model.hidden_size (16) must be a multiple of model.heads (3); try 18",
+    ):
+        assert clause in err
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "no such file or folder"),
+        (b"", "no text, the file is empty or holds white space only"),
+        (b"caf\xe9 and more", "not UTF-8 text (byte 0xe9 at offset 3)"),
+        (b"short", "which is less than two windows of data.window (16)"),
+    ],
+)
+def test_text_that_cannot_be_trained_on_is_one_line(
+    content: bytes | None, expected: str, pretrain: Make, tmp_path: Path, run: Run
+) -> None:
+    text = tmp_path / "input.txt"
+    if content is not None:
+        text.write_bytes(content)
+    recipe = pretrain(data={"paths": [str(text)], "held_out": []})
+    status, out, err = run(write(recipe, tmp_path / "recipe.toml"), "--quiet")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert expected in err
+
+
+def test_a_folder_without_text_is_one_line(pretrain: Make, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "empty").mkdir()
+    recipe = pretrain(data={"paths": [str(tmp_path / "empty")], "held_out": []})
+    status, _, err = run(write(recipe, tmp_path / "recipe.toml"), "--quiet")
+    assert status == 1
+    assert err.startswith(f"error: {tmp_path}/empty: no text in this folder; looked for .txt, ")
+
+
+def test_a_cut_checkpoint_is_one_line(pretrain: Make, tmp_path: Path, run: Run) -> None:
+    path = write(pretrain(), tmp_path / "recipe.toml")
+    assert run(path, "--quiet")[0] == 0
+    file = tmp_path / "run/checkpoints/step-00000008/model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    status, _, err = run(path, "--quiet", "--resume")
+    assert status == 1
+    assert err.startswith(f"error: {file}: 100 bytes of ")
+    assert err.endswith("it was cut; delete step-00000008 to resume from step-00000004\n")
