@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.family_table import FAMILIES, V, make_backbone
 
 from longmem import LongMem, MemoryBank
-from tests.family_table import FAMILIES, V, make_backbone
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))

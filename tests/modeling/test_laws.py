@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.family_table import FAMILIES, V, make_backbone
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from longmem import LongMem, MemoryBank
 from longmem.modeling.families import Call, Family
-from tests.family_table import FAMILIES, V, make_backbone
 
 SETTINGS = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
 SOFTMAX = [name for name in FAMILIES if not name.startswith(("bloom", "mpt", "falcon", "gptj"))]

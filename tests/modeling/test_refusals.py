@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.family_table import V, make_backbone
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from longmem import LongMem, LongMemConfig, MemoryBank
 from longmem.errors import BackboneError, CheckpointError, ConfigError, LongMemError, MemoryBankError
-from tests.family_table import V, make_backbone
 
 IDS = torch.arange(3, 11)[None]
 

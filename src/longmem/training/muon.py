@@ -19,15 +19,15 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 def orthogonalised(update: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices, roughly: every singular value of (..., m, n) near 1."""
     tall = update.shape[-2] > update.shape[-1]
-    x = update.mT if tall else update
+    x: Tensor = update.mT if tall else update
     if x.device.type != "cpu":
         x = x.bfloat16()
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    x = x.mT if tall else x
-    return x.to(update.dtype)
+    x = x.to(update.dtype)
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
