@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ def test_rates_rise_to_their_peak_and_end_at_zero(schedule: str) -> None:
     assert max(shares) == pytest.approx(1)
     assert shares.index(max(shares)) == 100
     assert shares[-1] == pytest.approx(0, abs=1e-12)
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(shares[100:], shares[101:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(shares[100:]))
 
 
 def test_the_papers_decay_is_a_straight_line() -> None:

@@ -117,8 +117,8 @@ def test_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> None:
 
 
 def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nowhere.toml: cannot read the recipe"):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: cannot read the recipe"):
         Recipe.load(tmp_path / "nowhere.toml")
     (tmp_path / "broken.toml").write_text("task = \n")
-    with pytest.raises(ConfigError, match="broken.toml: not TOML"):
+    with pytest.raises(ConfigError, match=r"broken\.toml: not TOML"):
         Recipe.load(tmp_path / "broken.toml")

@@ -57,6 +57,8 @@ def command(
     if not quiet:
         logging.getLogger("longmem").setLevel(logging.INFO)
     result = train(settings, resume=resume, overwrite=overwrite, quiet=quiet)
+    if not result.main:
+        return
     if as_json:
         fields = {
             "out_dir": str(result.out_dir),

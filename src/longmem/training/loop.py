@@ -51,6 +51,7 @@ class TrainResult:
         seconds: wall time, over all resumed parts.
         losses: training loss of each log step of this part, text only.
         evaluation: the last evaluation.
+        main: whether this is the main process, which speaks for all.
     """
 
     out_dir: Path
@@ -60,6 +61,7 @@ class TrainResult:
     seconds: float
     losses: list[float]
     evaluation: dict[str, Any]
+    main: bool = True
 
 
 @dataclass
@@ -92,7 +94,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
     # before the first text is read, memory_gate has no gradient: DDP must not wait for it
     ddp = DistributedDataParallelKwargs(find_unused_parameters=recipe.task == "adapt")
     # autocast is ours (see `_autocast`), so that one line holds for the plain and the wrapped model
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
+    # left to itself, accelerate sees no other process where there is no accelerator
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[ddp])
     checkpoints = recipe.out_dir / "checkpoints"
     resume = resume and bool(list_checkpoints(checkpoints))
     if not resume and accelerator.is_main_process:
@@ -301,7 +304,16 @@ class _Run:
         else:
             log_to.say(f"stopped by a signal: {took}; checkpoint saved, go on with --resume")
         model_dir = final if finished else None
-        return TrainResult(self.recipe.out_dir, model_dir, at.step, at.tokens, at.seconds, losses, at.evaluation)
+        return TrainResult(
+            self.recipe.out_dir,
+            model_dir,
+            at.step,
+            at.tokens,
+            at.seconds,
+            losses,
+            at.evaluation,
+            self.accelerator.is_main_process,
+        )
 
     def _due(self, every: int, last: int) -> bool:
         step = self.at.step
