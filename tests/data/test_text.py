@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tarfile
+import types
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,27 @@ def test_a_line_that_is_no_json_is_numbered(tmp_path: Path) -> None:
 def test_a_record_without_the_field_lists_those_it_has(tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text('{"body": "fine"}\n')
     assert "no text field 'text' (it has: body)" in failure(tmp_path / "texts.jsonl")
+
+
+def test_a_hub_data_set_is_read_by_name_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None, str]] = []
+
+    def load_dataset(name: str, config: str | None, split: str) -> list[dict[str, str]]:
+        asked.append((name, config, split))
+        return [{"text": "first"}, {"text": "second"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    found = list(read_documents(["hub:owner/books", "hub:owner/books:small:test"]))
+    assert asked == [("owner/books", None, "train"), ("owner/books", "small", "test")]
+    assert [d.id for d in found[:2]] == ["owner/books:0", "owner/books:1"]
+
+
+def test_a_hub_data_set_that_cannot_be_loaded_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: object, **__: object) -> None:
+        raise RuntimeError("no such data set\nand a long story")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(
+        DataError, match=r"^hub:x: the hub data set cannot be loaded \(no such data set\); write hub:NAME"
+    ):
+        list(read_documents(["hub:x"]))

@@ -258,3 +258,15 @@ def test_a_memory_layer_out_of_range_is_refused(adapt: Make) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(pretrain: Make) -> None:
     with pytest.raises(ConfigError, match=r"the loss is nan at step .*; lower optim.lr"):
         train(pretrain(optim={"lr": 1e30, "clip": 0.0, "warmup": 0.0, "steps": 20}), quiet=True)
+
+
+def test_tensorboard_is_written_where_it_is_asked_for(pretrain: Make) -> None:
+    pytest.importorskip("tensorboard")
+    recipe = pretrain(optim={"steps": 2}, log={"every": 1, "tensorboard": True})
+    train(recipe, quiet=True)
+    assert list((recipe.out_dir / "tensorboard").glob("events*"))
+
+
+def test_a_model_that_cannot_recompute_its_layers_says_what_to_do_instead(pretrain: Make) -> None:
+    with pytest.raises(ConfigError, match=r"AlibiGPTForCausalLM cannot recompute its layers; .* fewer optim.rows"):
+        train(pretrain(optim={"gradient_checkpointing": True}), quiet=True)

@@ -46,6 +46,8 @@ class Pretraining:
     ) -> None:
         self.recipe, self.tokenizer, self.valid, self.device = recipe, tokenizer, valid, device
         self.model = build_model(recipe, tokenizer)
+        if recipe.optim.gradient_checkpointing:
+            _recompute(self.model)
         self.model.to(device)  # type: ignore[arg-type]
         self._compiled: Callable[..., Any] | None = None
         data, optim = recipe.data, recipe.optim
@@ -163,6 +165,16 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
         pad_token_id=tokenizer.pad_token_id,
     )
     return AlibiGPTForCausalLM(config)
+
+
+def _recompute(model: PreTrainedModel) -> None:
+    """Recompute layers in backward, where the model can."""
+    if not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"optim.gradient_checkpointing is true, but {type(model).__name__} cannot recompute its layers; set it to "
+            "false and take fewer optim.rows with more optim.accumulate"
+        )
+    model.gradient_checkpointing_enable()
 
 
 def copy_scores(
