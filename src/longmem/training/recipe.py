@@ -33,9 +33,11 @@ class RunSection(Section):
     """What the run is called and where its files go."""
 
     name: str = "run"
+    """Names the folder, and the progress bar."""
     out_dir: Path | None = None
     """None: ``runs/NAME``. Holds metrics.jsonl, checkpoints/, final/ and the tokenizer."""
     seed: int = 1
+    """Of fresh weights, dropout, the order of windows and documents."""
 
 
 class DataSection(Section):
@@ -48,14 +50,21 @@ class DataSection(Section):
     held_out: tuple[str, ...] = ()
     """Patterns of document ids in ``paths`` that are kept for validation and not trained on."""
     suffixes: tuple[str, ...] = TEXT_SUFFIXES
+    """What counts as text inside folders and archives."""
     include: tuple[str, ...] = ()
+    """Patterns of document ids to train on; empty takes all."""
     exclude: tuple[str, ...] = ()
+    """Patterns of document ids that are left out everywhere."""
     field: str = "text"
+    """Text field of JSON lines and hub records."""
     documents: Literal["file", "folder"] = "file"
+    """folder: the files below each top folder are one document."""
     undecodable: Literal["error", "skip", "replace"] = "error"
+    """What happens to a file that is not UTF-8."""
     tokenizer: str | None = None
     """Folder or hub id. None: pre-training learns one of ``vocab_size``, adaptation takes the backbone's."""
     vocab_size: Count = 8192
+    """Of the tokenizer that pre-training learns."""
     tokenizer_bytes: Count = 64_000_000
     """How much text the tokenizer learns from."""
     window: Count = 1024
@@ -74,13 +83,19 @@ class ModelSection(Section):
     """Pre-training: shape of the ``AlibiGPT``."""
 
     hidden_size: Count = 256
+    """C, the width."""
     layers: Count = 8
+    """Decoder layers."""
     heads: Count = 8
+    """H; the width must be a multiple. The more, the more ALiBi slopes that look far back."""
     intermediate_size: Count | None = None
+    """Width of the feed-forward; None: four times the hidden size."""
     vocab_size: Count | None = None
     """Rows of embedding and head; None: as many as the tokenizer has tokens."""
     activation: str = "gelu_new"
+    """Of the feed-forward."""
     layer_norm_epsilon: Positive = 1e-6
+    """Of every norm."""
     init: str | None = None
     """Folder or hub id of a model to go on from, instead of fresh weights."""
 
@@ -91,8 +106,9 @@ class BackboneSection(Section):
     path: str | None = None
     """Folder or hub id of any causal language model."""
     revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """Storage type of the frozen weights; None keeps what the precision of [optim] asks for."""
+    """Of the frozen weights; None: bfloat16 where a GPU computes in it, else float32; auto: as they are stored."""
 
 
 class SideNetSection(Section):
@@ -101,13 +117,19 @@ class SideNetSection(Section):
     memory_layer: CountOrZero | Literal["auto"] | None = None
     """Backbone layer that is remembered, 0-based; None: three quarters of the depth."""
     stride: Count = 2
+    """Backbone layers for each SideNet layer."""
     init: Literal["copy", "zero"] = "copy"
+    """copy: of the backbone's layers (paper); zero: the same, starting at exactly the backbone's perplexity."""
     fusion: Literal["gate", "softmax"] = "gate"
+    """gate: one share per head (paper); softmax: every token chooses its own."""
     final_state: Literal["pre_norm", "normed"] | None = None
     """None: as the backbone's family does it."""
     chunk_size: Count = 4
+    """S, tokens per chunk."""
     num_retrieved: Count = 64
+    """K, tokens that each token and head reads; a multiple of S."""
     memory_size: Count = 65536
+    """M, tokens that each row keeps; a multiple of S."""
     memory: bool = True
     """False: the control, the same SideNet trained without any memory."""
     shared: bool = False
@@ -115,7 +137,7 @@ class SideNetSection(Section):
     boundary: Literal["keep", "reset"] = "keep"
     """What a row's memory does when its next text begins."""
     memory_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of stored keys and values; None: bfloat16 where precision is bf16."""
+    """Of stored keys and values; None: bfloat16 where a GPU computes in it, else float32."""
 
 
 class OptimSection(Section):
@@ -124,15 +146,21 @@ class OptimSection(Section):
     optimiser: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the 2-D weights inside the layers, AdamW for the rest; see ``muon.py``."""
     lr: Positive = 2e-4
+    """Peak learning rate of what AdamW trains."""
     muon_lr: Positive = 0.02
     """Learning rate of the weights that Muon trains."""
     muon_momentum: Share = 0.95
+    """Of the running gradient."""
     gate_lr: Positive | None = None
     """Learning rate of the memory gates; None: ``lr``."""
     betas: tuple[float, float] = (0.9, 0.98)
+    """Of AdamW."""
     eps: Positive = 1e-6
+    """Of AdamW."""
     weight_decay: typing.Annotated[float, Field(ge=0)] = 0.01
+    """Of matrices; norms, biases and gates do not decay."""
     schedule: Literal["polynomial", "cosine", "wsd", "constant"] = "polynomial"
+    """All but constant end at a rate of zero; wsd is flat until its decay."""
     power: Positive = 1.0
     """Of the polynomial decay to zero; 1 is linear, the paper's."""
     decay_fraction: Share = 0.3
@@ -142,8 +170,9 @@ class OptimSection(Section):
     schedule_by: Literal["tokens", "time"] = "tokens"
     """What the schedule follows: the token budget, or ``max_minutes``."""
     steps: Count | None = None
+    """The budget in optimiser steps; or give tokens."""
     tokens: Count | None = None
-    """The budget: steps, or tokens of all rows and processes."""
+    """The budget in tokens of all rows and processes; or give steps."""
     max_minutes: Positive | None = None
     """Stop cleanly after so long, over all resumed parts of the run."""
     rows: Count = 8
@@ -153,9 +182,11 @@ class OptimSection(Section):
     clip: typing.Annotated[float, Field(ge=0)] = 1.0
     """Largest gradient norm; 0 does not clip."""
     dropout: typing.Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Of the layers that are trained."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the hardware multiplies in it, else fp32. Many CPUs emulate bf16, many times slower."""
     gradient_checkpointing: bool = False
+    """Recompute SideNet layers in backward: less memory, more time."""
     compile: bool = False
     """torch.compile the pre-trained model; needs a C++ compiler on a CPU."""
     threads: CountOrZero = 0
@@ -168,13 +199,16 @@ class CheckpointSection(Section):
     every: CountOrZero = 1000
     """Steps between checkpoints; 0 writes one only when the run is stopped."""
     keep_last: Count = 2
+    """How many are kept."""
 
 
 class LogSection(Section):
     """What is told, and how often."""
 
     every: Count = 10
+    """Steps between log lines."""
     tensorboard: bool = False
+    """Also write TensorBoard files."""
 
 
 class EvalSection(Section):
@@ -183,7 +217,9 @@ class EvalSection(Section):
     every: CountOrZero = 500
     """Steps between evaluations; 0 evaluates at the end only."""
     tokens: Count = 65536
+    """Tokens of validation text that are read."""
     rows: Count = 8
+    """Documents read side by side."""
     copy_score: bool = True
     """Pre-training: also measure how well the model copies from its context."""
 
