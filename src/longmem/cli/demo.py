@@ -25,7 +25,7 @@ EXAMPLES = 4
     "--minutes",
     type=click.FloatRange(min=0.01),
     nargs=2,
-    help="Training time of backbone and SideNet, instead of 3.5 and 1.5.",
+    help="Training time of backbone and SideNet, instead of 3.5 and 1.75.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print numbers and files as JSON.")
 def command(out: Path, minutes: tuple[float, float] | None, as_json: bool) -> None:
