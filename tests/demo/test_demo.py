@@ -15,8 +15,10 @@ from longmem.cli.demo import passage_lines
 from longmem.demo.corpus import file_at, packages, write_corpus
 from longmem.demo.page import page
 from longmem.demo.reading import Chunk, Passage, TokenReading, chunk_shares, most_helped_passage
-from longmem.demo.run import DemoResult, recipe_file, run_demo
+from longmem.demo.run import DemoResult, DemoStopped, recipe_file, run_demo
 from longmem.errors import DataError
+from longmem.training.loop import TrainResult
+from longmem.training.recipe import Recipe
 
 EVIL = '</script><script>alert("x")</script><!-- & \u2028'
 
@@ -86,6 +88,24 @@ def test_a_second_run_trains_nothing(demo: tuple[Path, list[str], DemoResult], l
     assert weights.stat().st_mtime_ns == before
     assert sum("made before" in line for line in said) == 2
     assert again.passage == first.passage
+
+
+def test_an_interrupted_training_goes_on_where_it_stopped(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resumed: list[bool] = []
+
+    def stopped(recipe: Recipe, *, resume: bool, **_: object) -> TrainResult:
+        resumed.append(resume)
+        return TrainResult(tmp_path, None, 1, 1, 1.0, [], {})
+
+    monkeypatch.setattr("longmem.demo.run.train", stopped)
+    for _ in range(2):
+        with pytest.raises(DemoStopped, match="the same command goes on"):
+            run_demo(tmp_path, library=library, quiet=True)
+    with pytest.raises(DemoStopped):
+        run_demo(tmp_path, minutes=(9, 9), library=library, quiet=True)
+    assert resumed == [False, True, False]  # another recipe begins anew
 
 
 def test_shares_of_the_chunks_sum_to_the_share_of_the_token() -> None:
