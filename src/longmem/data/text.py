@@ -109,7 +109,9 @@ def expand(paths: Sequence[str]) -> list[str]:
             missing.append(path)
     if missing:
         names = ", ".join(missing)
-        raise DataError(f"{names}: no such file or folder (looked from {Path.cwd()}); check data.paths and data.valid")
+        raise DataError(
+            f"{names}: no such file or folder (looked from {Path.cwd()}); check the path, or data.paths and data.valid of the recipe"
+        )
     return found
 
 

@@ -59,8 +59,9 @@ class RunHeader:
 
 
 def command_line() -> str:
-    """The command as it was typed, the program by its name only."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command as it was typed, the program by its name only; ``python -m longmem`` is ``longmem``."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["longmem" if program == "__main__.py" else program, *sys.argv[1:]])
 
 
 def to_json(record: Any) -> str:

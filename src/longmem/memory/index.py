@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 
+SCORES_AT_ONCE = {"cpu": 1 << 20, "gpu": 1 << 26}
+"""Scores held at a time: what stays in a CPU's cache, or keeps a GPU busy."""
+
+
 class Index(Protocol):
     """Finds, for every query, the chunk keys with the largest inner product.
 
@@ -67,7 +71,7 @@ class ExactIndex:
         scores = torch.full(shape, -torch.inf, dtype=torch.float32, device=queries.device)
         slots = torch.zeros(shape, dtype=torch.long, device=queries.device)
         on_cpu = queries.device.type == "cpu"
-        at_once = self.scores_at_once or (1 << 20 if on_cpu else 1 << 26)
+        at_once = self.scores_at_once or SCORES_AT_ONCE["cpu" if on_cpu else "gpu"]
         scratch = torch.empty(at_once, dtype=torch.float32, device=queries.device)
         # one head at a time is what a CPU's cache holds; a GPU takes them together
         heads = 1 if on_cpu else queries.shape[1]

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from longmem.config import LongMemConfig
 from longmem.errors import BackboneError, CheckpointError, MemoryBankError
 from longmem.modeling.backbone import Backbone, BackboneRun
+from longmem.modeling.explain import Explanation
 from longmem.modeling.families import side_sources
 from longmem.modeling.sidenet import SideNet, SideRun
 from longmem.types import AttentionKV, Memory, RetrievedMemory, Retriever
@@ -41,12 +42,14 @@ class LongMemOutput(CausalLMOutputWithPast):
         kv: position-free keys and values of the memory layer, (B, Hkv, T, D); write them with ``bank.add(out.kv)``.
         retrieved: what the augmented layer found; None without memory.
         share: (B, H, T), the share of each token and head given to memory; None without memory.
+        explanation: what each token and head read, with ``explain=True``; None without memory.
         side_hidden: SideNet input and layer outputs, (B, T, C) each, with ``output_side_hidden=True``.
     """
 
     kv: AttentionKV | None = None
     retrieved: RetrievedMemory | None = None
     share: Tensor | None = None
+    explanation: Explanation | None = None
     side_hidden: tuple[Tensor, ...] | None = None
 
 
@@ -166,6 +169,7 @@ class LongMem(PreTrainedModel, GenerationMixin):
         memory: Memory | None = None,
         memory_rows: Tensor | None = None,
         output_side_hidden: bool = False,
+        explain: bool | list[Explanation] = False,
         **kwargs: Any,
     ) -> LongMemOutput:
         """Predict the next token of every position from its segment and from memory.
@@ -177,19 +181,28 @@ class LongMem(PreTrainedModel, GenerationMixin):
             memory: what to search, or None. It is only read; write ``out.kv`` after ``backward``.
             memory_rows: (B,) the bank row of every batch row; None is row b for batch row b.
             output_side_hidden: also return the SideNet's states.
+            explain: also return which chunks every token and head read, and how much of each. A list takes them too,
+                one ``Explanation`` per call: the way to have them from ``generate(..., explain=readings)``, where the
+                last position of call i chose the i-th new token.
             **kwargs: go to the backbone's own forward (position_ids, past_key_values, use_cache, logits_to_keep, ...).
 
         Raises:
             MemoryBankError: if the memory was written by another backbone.
         """
         retrieve = self._retriever(memory, memory_rows)
-        side = SideRun(hidden=[] if output_side_hidden else None)
+        side = SideRun(hidden=[] if output_side_hidden else None, explain=explain is not False)
 
         def hand_over(run: BackboneRun, final: Tensor) -> Tensor:
             return cast(Tensor, self.sidenet(self.backbone, run, final, retrieve, side)).to(final.dtype)
 
         with self.backbone.splice(hand_over, None if self.sidenet.final_norm is None else self._norm) as run:
             out = self.backbone.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        explanation = None
+        if memory is not None and side.parts is not None:
+            assert side.retrieved is not None and side.share is not None
+            explanation = Explanation.of(memory, side.retrieved, side.parts * side.share.unsqueeze(-1))
+            if isinstance(explain, list):
+                explain.append(explanation)
         mask = None if attention_mask is None or input_ids is None else attention_mask[:, -input_ids.shape[1] :].bool()
         return LongMemOutput(
             loss=out.loss,
@@ -198,6 +211,7 @@ class LongMem(PreTrainedModel, GenerationMixin):
             kv=run.kv(mask),
             retrieved=side.retrieved,
             share=side.share,
+            explanation=explanation,
             side_hidden=None if side.hidden is None else tuple(side.hidden),
         )
 
@@ -269,7 +283,13 @@ class LongMem(PreTrainedModel, GenerationMixin):
         if memory_layer == "auto":
             from longmem.modeling.copying import recommend_memory_layer
 
-            memory_layer = recommend_memory_layer(model, stride=stride)
+            sizes = LongMemConfig(**{name: config[name] for name in ("chunk_size", "num_retrieved") if name in config})
+            memory_layer = recommend_memory_layer(
+                model,
+                stride=stride,
+                chunk_size=sizes.chunk_size,
+                num_chunks=max(1, sizes.num_retrieved // sizes.chunk_size),
+            )
         made = LongMemConfig(
             backbone_config=model.config,
             backbone_name_or_path=name or None,

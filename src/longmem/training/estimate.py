@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from longmem.config import LongMemConfig
 from longmem.errors import ConfigError
+from longmem.memory.index import SCORES_AT_ONCE
 from longmem.modeling.families import Family, side_sources
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ ADAM_BYTES = 8
 """Two float32 moments per trained parameter."""
 KEY_BYTES = 4
 """Chunk keys are kept in float32."""
-SEARCH_BLOCK = 1 << 26
-"""Scores that ``ExactIndex`` holds at once on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -305,7 +304,7 @@ def adaptation(sizes: Sizes, config: LongMemConfig, work: Work, hardware: Hardwa
         "logits": _logits(sizes, work),
         "mask": _mask(sizes, work),
         "bank": bank_bytes(sizes, config.chunk_size, work),
-        "search scratch": SEARCH_BLOCK * 4 if memory else 0,
+        "search scratch": SCORES_AT_ONCE["gpu"] * 4 if memory else 0,
         "reserve": RESERVE,
     }
     return Estimate(sizes.parameters, trained, parts, flops, _reads(sizes, config, work), work, hardware)
@@ -379,7 +378,7 @@ def _reads(sizes: Sizes, config: LongMemConfig, work: Work) -> float:
     chunks = work.memory // config.chunk_size
     scores = sizes.heads * chunks
     table = sizes.heads_kv * chunks * sizes.head_dim * KEY_BYTES
-    queries_per_block = min(work.segment, max(1, SEARCH_BLOCK // scores))
+    queries_per_block = min(work.segment, max(1, SCORES_AT_ONCE["gpu"] // scores))
     searched = 2 * 4 * scores + table / queries_per_block
     if work.gradient_checkpointing:
         searched *= 2

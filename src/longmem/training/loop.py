@@ -276,7 +276,7 @@ class _Run:
         record |= self.task.status()
         log_to.record(record)
         total = f"/{self.total_steps:,}" if self.total_steps else ""
-        left = at.seconds / max(self.done(), 1e-9) - at.seconds
+        left = max(0.0, at.seconds / max(self.done(), 1e-9) - at.seconds)
         extra = [f"practice {record['practice_loss']:.3f}"] if "practice_loss" in record else []
         if "memory_fill" in record:
             shares = record["share"]
