@@ -110,7 +110,8 @@ def expand(paths: Sequence[str]) -> list[str]:
     if missing:
         names = ", ".join(missing)
         raise DataError(
-            f"{names}: no such file or folder (looked from {Path.cwd()}); check the path, or data.paths and data.valid of the recipe"
+            f"{names}: no such file or folder (looked from {Path.cwd()}); "
+            f"check the path, or the recipe's data.paths and data.valid"
         )
     return found
 

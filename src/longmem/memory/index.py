@@ -7,7 +7,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-
 SCORES_AT_ONCE = {"cpu": 1 << 20, "gpu": 1 << 26}
 """Scores held at a time: what stays in a CPU's cache, or keeps a GPU busy."""
 
