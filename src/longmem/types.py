@@ -43,6 +43,9 @@ class RetrievedMemory:
         rows: (B,) long, the storage row each batch row reads.
         version: the bank's write counter at search time, compared again in backward.
         live_version: returns the bank's write counter now.
+        sources: (rows, slots) long, the chunk number of every slot in the memory that was searched, -1 at slots that
+            stand for nothing; None where slots and chunk numbers are the same.
+        memory_rows: (B,) long, the row of that memory which each batch row read; None where it is ``rows``.
     """
 
     chunk_ids: Tensor
@@ -53,6 +56,16 @@ class RetrievedMemory:
     rows: Tensor
     version: int
     live_version: _Counter
+    sources: Tensor | None = None
+    memory_rows: Tensor | None = None
+
+    @property
+    def chunks(self) -> Tensor:
+        """(B, H, T, R) long, what ``Memory.provenance`` calls each chunk; -1 where none was found."""
+        found = self.chunk_ids
+        if self.sources is not None:
+            found = self.sources[self.rows.view(-1, 1, 1, 1), found]
+        return found.masked_fill(~self.chunk_mask, -1)
 
     @property
     def chunk_size(self) -> int:
@@ -96,6 +109,29 @@ class Retriever(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ChunkOrigin:
+    """The provenance of one chunk.
+
+    Attributes:
+        document: its document, None where the writer named none.
+        start_token: offset of its first token in that document.
+        length: real tokens in it.
+        number: how many chunks this bank row had been given before it (evicted ones count).
+        time: as passed to ``add``, else seconds since the epoch; of a stored document, when it was said or added.
+        namespace: whose document it is; None in a bank that belongs to no store.
+        document_id: the document's number in its store, never given to another one; None outside of a store.
+    """
+
+    document: str | None
+    start_token: int
+    length: int
+    number: int
+    time: float
+    namespace: str | None = None
+    document_id: int | None = None
+
+
 class Memory(Protocol):
     """Anything ``LongMem.forward(memory=...)`` can read: a ``MemoryBank``, or a store's bank."""
 
@@ -103,4 +139,8 @@ class Memory(Protocol):
 
     def search(self, queries: Tensor, num_chunks: int, rows: Tensor | None = None) -> RetrievedMemory:
         """The ``num_chunks`` best chunks for every query (B, H, T, D), per head, in the given bank rows."""
+        ...
+
+    def provenance(self, row: int, chunk: int) -> ChunkOrigin:
+        """Where a chunk of a row came from; ``chunk`` is numbered as in ``RetrievedMemory.chunks``."""
         ...

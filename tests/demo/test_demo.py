@@ -8,13 +8,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
 
-from longmem import LongMem, MemoryBank
+from longmem import LongMem
 from longmem.cli.demo import passage_lines
 from longmem.demo.corpus import file_at, packages, write_corpus
 from longmem.demo.page import page
-from longmem.demo.reading import Chunk, Passage, TokenReading, chunk_shares, most_helped_passage
+from longmem.demo.reading import Chunk, Passage, TokenReading, most_helped_passage
 from longmem.demo.run import DemoResult, DemoStopped, recipe_file, run_demo
 from longmem.errors import DataError
 from longmem.training.loop import TrainResult
@@ -106,19 +105,6 @@ def test_an_interrupted_training_goes_on_where_it_stopped(
     with pytest.raises(DemoStopped):
         run_demo(tmp_path, minutes=(9, 9), library=library, quiet=True)
     assert resumed == [False, True, False]  # another recipe begins anew
-
-
-def test_shares_of_the_chunks_sum_to_the_share_of_the_token() -> None:
-    torch.manual_seed(0)
-    from longmem.types import AttentionKV
-
-    bank = MemoryBank(1, 64, heads_kv=2, head_dim=4, chunk_size=4)
-    bank.add(AttentionKV(torch.randn(1, 2, 18, 4), torch.randn(1, 2, 18, 4)))
-    bank.end_document()
-    queries, share = torch.randn(1, 4, 3, 4), torch.rand(1, 4, 3)
-    shares = chunk_shares(queries, bank.search(queries, 3), share, 0.5)
-    assert shares.shape == (4, 3, 3)
-    torch.testing.assert_close(shares.sum(-1), share[0])
 
 
 def test_a_document_that_is_too_short_is_refused_in_one_line(demo: tuple[Path, list[str], DemoResult]) -> None:

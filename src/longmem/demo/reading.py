@@ -1,11 +1,7 @@
-"""What every token of a passage found in memory, and how much of it was used.
-
-H heads · T tokens · R retrieved chunks · S tokens per chunk · K = R*S · D head_dim
-"""
+"""What every token of a passage found in memory, and how much of it was used."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from longmem.demo.corpus import file_at
 from longmem.errors import DataError
 from longmem.memory.bank import MemoryBank
+from longmem.modeling.explain import Explanation
 from longmem.modeling.longmem import LongMem, LongMemOutput
-from longmem.types import RetrievedMemory
+from longmem.types import ChunkOrigin
 
 AROUND = 12
 """Tokens of context shown on either side of a chunk."""
@@ -80,18 +77,6 @@ class Passage:
     chunks: list[Chunk]
 
 
-class _Listener:
-    """Hands searches on to a bank and keeps the queries, for the weights of what they found."""
-
-    def __init__(self, bank: MemoryBank) -> None:
-        self.bank, self.chunk_size, self.fingerprint = bank, bank.chunk_size, bank.fingerprint
-        self.queries = torch.empty(0)
-
-    def search(self, queries: Tensor, num_chunks: int, rows: Tensor | None = None) -> RetrievedMemory:
-        self.queries = queries
-        return self.bank.search(queries, num_chunks, rows)
-
-
 @torch.no_grad()
 def most_helped_passage(
     model: LongMem,
@@ -112,20 +97,19 @@ def most_helped_passage(
     ids, spans = torch.tensor(encoded["input_ids"][:max_tokens]), encoded["offset_mapping"]
     model.train(False)
     bank = MemoryBank.for_model(model, rows=1, capacity_tokens=memory_tokens)
-    listener = _Listener(bank)
     gains: list[float] = []
     best: Passage | None = None
     for start in range(0, len(ids) - window, window):
         segment, targets = ids[start : start + window], ids[start + 1 : start + window + 1]
-        out = model(segment[None], memory=listener)
+        out = model(segment[None], memory=bank, explain=start >= FIRST_TOKENS)
         if start >= FIRST_TOKENS:
             with_memory = _probabilities(out, targets)
             without = _probabilities(model(segment[None]), targets)
             gains.append(float((with_memory.log() - without.log()).mean()))
             if gains[-1] == max(gains):
-                found, chunks = _found(model, listener, out, text, spans, start)
-                assert out.share is not None
-                share = out.share[0].mean(0)
+                assert out.explanation is not None
+                found, chunks = _found(out.explanation, text, spans, start)
+                share = out.explanation.share[0].mean(0)
                 tokens = [
                     TokenReading(text[slice(*spans[start + t])], float(share[t]), float(p), float(q), found[t])
                     for t, (p, q) in enumerate(zip(with_memory, without, strict=True))
@@ -140,47 +124,21 @@ def most_helped_passage(
     return Passage(**{**vars(best), "windows": len(gains), "mean_gain": sum(gains) / len(gains)})
 
 
-def chunk_shares(queries: Tensor, retrieved: RetrievedMemory, share: Tensor, scaling: float) -> Tensor:
-    """How a token's share is divided among its chunks.
-
-    Args:
-        queries: (1, H, T, D).
-        retrieved: what they found.
-        share: (1, H, T).
-        scaling: of the memory scores.
-
-    Returns:
-        (H, T, R); summed over R, and averaged over H, this is the mean share.
-    """
-    scores = torch.einsum("bhtd,bhtkd->bhtk", queries.float(), retrieved.keys.float()) * scaling
-    weights = scores.masked_fill(~retrieved.mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
-    per_token = (weights * retrieved.mask)[0]  # (H, T, K)
-    return per_token.view(*per_token.shape[:2], -1, retrieved.chunk_size).sum(-1) * share[0, :, :, None]
-
-
 def _found(
-    model: LongMem, listener: _Listener, out: LongMemOutput, text: str, spans: list[tuple[int, int]], start: int
+    explanation: Explanation, text: str, spans: list[tuple[int, int]], start: int
 ) -> tuple[list[list[tuple[int, float]]], list[Chunk]]:
     """For every token its chunks, all heads together, and the chunks themselves."""
-    assert out.retrieved is not None
-    assert out.share is not None
-    shares = chunk_shares(listener.queries, out.retrieved, out.share, model.memory_head_dim**-0.5)
-    heads, length, _ = shares.shape
+    chunks: dict[int, Chunk] = {}
     index: dict[int, int] = {}
     found = []
-    for t in range(length):
-        together: dict[int, float] = defaultdict(float)
-        for slot, part in zip(
-            out.retrieved.chunk_ids[0, :, t].flatten().tolist(), shares[:, t].flatten().tolist(), strict=True
-        ):
-            together[slot] += part / heads
-        largest = sorted(together.items(), key=lambda pair: -pair[1])[:MOST_CHUNKS]
-        found.append([(index.setdefault(slot, len(index)), part) for slot, part in largest if part > 0])
-    return found, [_chunk(listener.bank, slot, text, spans, start) for slot in index]
+    for token in range(explanation.chunks.shape[2]):
+        largest = [reading for reading in explanation.token(token, top=MOST_CHUNKS) if reading.share > 0]
+        found.append([(index.setdefault(each.chunk, len(index)), each.share) for each in largest])
+        chunks.update((each.chunk, _chunk(each.origin, text, spans, start)) for each in largest)
+    return found, [chunks[number] for number in index]
 
 
-def _chunk(bank: MemoryBank, slot: int, text: str, spans: list[tuple[int, int]], start: int) -> Chunk:
-    origin = bank.provenance(0, slot)
+def _chunk(origin: ChunkOrigin, text: str, spans: list[tuple[int, int]], start: int) -> Chunk:
     first, last = origin.start_token, origin.start_token + origin.length
     begin, end = spans[first][0], spans[last - 1][1]
     return Chunk(

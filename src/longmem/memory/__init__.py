@@ -2,6 +2,6 @@
 
 from longmem.memory.bank import MemoryBank
 from longmem.memory.index import ExactIndex, Index
-from longmem.memory.ledger import ChunkOrigin
+from longmem.types import ChunkOrigin
 
 __all__ = ["ChunkOrigin", "ExactIndex", "Index", "MemoryBank"]

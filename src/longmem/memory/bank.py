@@ -17,9 +17,8 @@ from torch import Tensor
 from longmem.errors import ConfigError, MemoryBankError
 from longmem.memory.chunking import real_tokens, split
 from longmem.memory.index import ExactIndex, Index
-from longmem.memory.ledger import ChunkOrigin
 from longmem.memory.slots import ReleasedSlots, Slots
-from longmem.types import AttentionKV, RetrievedMemory
+from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory
 
 Eviction = Literal["oldest", "released"]
 Boundary = Literal["keep", "reset"]
@@ -186,6 +185,7 @@ class MemoryBank:
             rows=torch.tensor(read, device=self.device),
             version=self._version,
             live_version=self._live_version,
+            sources=self._sources(),
         )
 
     def provenance(self, row: int, slot: int) -> ChunkOrigin:
@@ -195,6 +195,13 @@ class MemoryBank:
         if not 0 <= slot < live:
             raise MemoryBankError(f"slot ({slot}) of row {row} holds no chunk; slots in use: {live}, counted from 0")
         return self._slots.ledger.origin(stored, slot, int(self._slots.lengths[stored, slot]))
+
+    def _sources(self) -> Tensor | None:
+        """Slots are chunk numbers; but in released mode the null chunk can be found, and stands for nothing."""
+        if self.eviction != "released":
+            return None
+        numbers = torch.arange(self._slots.slots + 1, device=self.device)
+        return numbers.masked_fill_(numbers == self._slots.slots, -1)[None]
 
     def released_slots(self, retrieved: RetrievedMemory) -> Tensor:
         """Chunk ids as the released code numbers them: -1 where a query found fewer chunks than it asked for."""

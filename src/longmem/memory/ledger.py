@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class ChunkOrigin:
-    """The provenance of one chunk.
-
-    Attributes:
-        document: its document, None where the writer named none.
-        start_token: offset of its first token in that document.
-        length: real tokens in it.
-        number: how many chunks this bank row had been given before it (evicted ones count).
-        time: as passed to ``add``, else seconds since the epoch.
-    """
-
-    document: str | None
-    start_token: int
-    length: int
-    number: int
-    time: float
+from longmem.types import ChunkOrigin
 
 
 class Ledger:
@@ -38,6 +20,7 @@ class Ledger:
         self.number = torch.full((rows, slots), -1)
         self.time = torch.zeros(rows, slots, dtype=torch.float64)
         self._names: dict[str, int] = {}
+        self._spelled: dict[int, str] = {}  # the same the other way round
         self._next = 0
 
     def ids(self, documents: Sequence[str | None]) -> Tensor:
@@ -64,9 +47,8 @@ class Ledger:
 
     def origin(self, row: int, slot: int, length: int) -> ChunkOrigin:
         """The record of one chunk."""
-        names = {number: name for name, number in self._names.items()}
         return ChunkOrigin(
-            document=names.get(int(self.document[row, slot])),
+            document=self._spelled.get(int(self.document[row, slot])),
             start_token=int(self.start[row, slot]),
             length=length,
             number=int(self.number[row, slot]),
@@ -83,12 +65,14 @@ class Ledger:
         for name in ("document", "start", "number", "time"):
             getattr(self, name).copy_(state[name])
         self._names, self._next = dict(state["names"]), state["next"]
+        self._spelled = {number: name for name, number in self._names.items()}
 
     def _id(self, name: str | None) -> int:
         if name is None:
             return -1
         if name not in self._names:
-            self._names[name], self._next = self._next, self._next + 1
+            self._names[name], self._spelled[self._next] = self._next, name
+            self._next += 1
         return self._names[name]
 
     def _drop_unused_names(self) -> None:
@@ -96,3 +80,4 @@ class Ledger:
         if len(self._names) > 2 * self.document.numel() + 64:
             used = set(torch.unique(self.document).tolist())
             self._names = {name: number for name, number in self._names.items() if number in used}
+            self._spelled = {number: name for name, number in self._names.items()}

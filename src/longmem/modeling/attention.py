@@ -58,6 +58,29 @@ def memory_attention(
     return MemoryAttentionOutput(out, lse, lse != -torch.inf)
 
 
+@torch.no_grad()
+def chunk_parts(
+    queries: Tensor, retrieved: RetrievedMemory, lse: Tensor, *, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """How the memory attention of every query is divided among its chunks.
+
+    Args:
+        queries: (B, H, T, D), and further arguments: as given to ``memory_attention``.
+        lse: (B, H, T), as it returned it.
+
+    Returns:
+        (B, H, T, R), 0 where masked; sums to 1 over R wherever anything was found.
+    """
+    gather, flat, lse = _Gather.of(retrieved), queries.reshape(-1, queries.shape[-1]), lse.flatten()
+    parts = torch.empty(gather.lines.shape, dtype=lse.dtype, device=flat.device)
+    with torch.autocast(flat.device.type, enabled=False):
+        for block in gather.blocks():
+            pairs = gather.read(block, lse.dtype)
+            products = torch.bmm(flat[block, None].to(lse.dtype), pairs.transpose(1, 2)).view(-1, *gather.shape[:3])
+            parts[block] = _softmax(gather.scores(products[:, :, 0], block, scaling, softcap), lse[block]).sum(-1)
+    return parts.view(retrieved.chunk_ids.shape)
+
+
 @dataclass(frozen=True)
 class _Gather:
     """Reads the chunks of one query list from storage, seen as a table of chunks.

@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 
 from longmem.config import LongMemConfig
 from longmem.errors import ConfigError
-from longmem.modeling.attention import MemoryAttentionOutput, memory_attention
+from longmem.modeling.attention import MemoryAttentionOutput, chunk_parts, memory_attention
 from longmem.modeling.backbone import Backbone, BackboneRun
 from longmem.modeling.families import Call, Family, record_local, side_sources, take_local
 from longmem.modeling.fusion import fuse, fuse_softmax, local_lse
@@ -31,11 +31,15 @@ class SideRun:
     Attributes:
         retrieved: what the augmented layer found; None without memory.
         share: (B, H, T), the share of every token and head given to memory.
+        explain: whether ``parts`` are wanted.
+        parts: (B, H, T, R), how each head's attention over memory was divided among the chunks; None if not asked for.
         hidden: the input and the output of each layer, (B, T, C), if asked for.
     """
 
     retrieved: RetrievedMemory | None = None
     share: Tensor | None = None
+    explain: bool = False
+    parts: Tensor | None = None
     hidden: list[Tensor] | None = None
 
 
@@ -157,6 +161,10 @@ class MemoryReader:
         retrieved = self._retrieve(qkv.queries.detach())
         self._side.retrieved = retrieved
         self._memory = memory_attention(qkv.queries, retrieved, scaling=qkv.scaling, softcap=qkv.softcap)
+        if self._side.explain:
+            self._side.parts = chunk_parts(
+                qkv.queries, retrieved, self._memory.lse, scaling=qkv.scaling, softcap=qkv.softcap
+            )
 
     def _before_output(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
         if self._memory is None:

@@ -1,0 +1,120 @@
+"""What a forward pass read from memory: every chunk, who found it, and how much of the output it made.
+
+B rows · T tokens · H heads · R chunks per token and head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longmem.types import ChunkOrigin, Memory, RetrievedMemory
+
+
+@dataclass(frozen=True)
+class ChunkReading:
+    """One chunk, as one token or several read it.
+
+    Attributes:
+        row: the memory's row it lies in.
+        chunk: its number there, as ``Memory.provenance`` counts; a bank that is written or refreshed may number anew.
+        origin: its document, offset and time, looked up when it was read.
+        share: part of the heads' output that came from it, the mean over tokens and heads. Over all chunks these sum
+            to the mean share that was given to memory.
+        score: largest inner product of a query with its mean key.
+        heads: for every head that found it, its part (the mean over tokens), largest first.
+    """
+
+    row: int
+    chunk: int
+    origin: ChunkOrigin
+    share: float
+    score: float
+    heads: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What every token and head of one forward pass read: ``LongMem.forward(..., explain=True).explanation``.
+
+    Attributes:
+        rows: (B,) long, the memory row each batch row read.
+        chunks: (B, H, T, R) long, the number of each chunk found, best first; -1 where fewer were there.
+        scores: (B, H, T, R) float32, inner products of query and mean key; 0 where nothing was found.
+        shares: (B, H, T, R) float32, the share of the head's output that came from this chunk: the share given to
+            memory times the chunk's part of the attention over memory.
+        origins: by memory row and chunk number, where each chunk came from.
+    """
+
+    rows: Tensor
+    chunks: Tensor
+    scores: Tensor
+    shares: Tensor
+    origins: dict[tuple[int, int], ChunkOrigin]
+
+    @classmethod
+    def of(cls, memory: Memory, retrieved: RetrievedMemory, shares: Tensor) -> Explanation:
+        """Look up what was found, now: the memory may be written, or forget, a moment later.
+
+        Args:
+            memory: what was searched.
+            retrieved: what it found.
+            shares: (B, H, T, R), see the attribute.
+        """
+        rows = retrieved.rows if retrieved.memory_rows is None else retrieved.memory_rows
+        chunks = retrieved.chunks
+        found = ((rows.view(-1, 1, 1, 1) << 40) + chunks)[chunks >= 0]
+        pairs = [divmod(pair, 1 << 40) for pair in torch.unique(found).tolist()]
+        origins = {(row, chunk): memory.provenance(row, chunk) for row, chunk in pairs}
+        return cls(rows.cpu(), chunks.cpu(), retrieved.scores.float().cpu(), shares.float().cpu(), origins)
+
+    @property
+    def share(self) -> Tensor:
+        """(B, H, T), the share that each token and head gave to memory."""
+        return self.shares.sum(-1)
+
+    def token(self, position: int, row: int = 0, *, top: int | None = None) -> list[ChunkReading]:
+        """What one token read, all its heads together, largest share first.
+
+        Args:
+            position: of the token in the input; negative from its end. In ``generate`` the last position of a call
+                is the one that chose the next token.
+            row: the batch row.
+            top: how many chunks at most.
+        """
+        return self.over([position], row, top=top)
+
+    def over(
+        self, positions: Iterable[int] | None = None, row: int = 0, *, top: int | None = None
+    ) -> list[ChunkReading]:
+        """What several tokens read together, largest share first; None: every token of the row."""
+        length = self.chunks.shape[2]
+        at = torch.tensor(list(range(length) if positions is None else positions), dtype=torch.long)
+        chunks, shares, scores = (each[row][:, at].flatten(1) for each in (self.chunks, self.shares, self.scores))
+        numbers, inverse = torch.unique(chunks, return_inverse=True)
+        # (H, chunks) sums of parts; the slot of "nothing found" is dropped below
+        parts = torch.zeros(chunks.shape[0], len(numbers)).scatter_add_(1, inverse, shares) / max(1, len(at))
+        best = torch.full((len(numbers),), -torch.inf).scatter_reduce_(0, inverse.flatten(), scores.flatten(), "amax")
+        finders = torch.zeros(parts.shape, dtype=torch.bool).scatter_(1, inverse, True)
+        means = parts.mean(0)
+        order = [slot for slot in means.argsort(descending=True, stable=True).tolist() if int(numbers[slot]) >= 0]
+        stored = int(self.rows[row])
+        return [
+            ChunkReading(
+                row=stored,
+                chunk=int(numbers[slot]),
+                origin=self.origins[stored, int(numbers[slot])],
+                share=float(means[slot]),
+                score=float(best[slot]),
+                heads=_largest_first(parts[:, slot], finders[:, slot]),
+            )
+            for slot in order[:top]
+        ]
+
+
+def _largest_first(parts: Tensor, finders: Tensor) -> dict[int, float]:
+    heads = {head: float(parts[head]) for head in finders.nonzero().flatten().tolist()}
+    return dict(sorted(heads.items(), key=lambda pair: -pair[1]))

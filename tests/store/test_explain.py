@@ -1,0 +1,181 @@
+"""What a forward pass says about what it read: chunks, scores and shares, led back to documents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.family_table import V, make_backbone
+from torch import Tensor
+
+from longmem import LongMem, MemoryBank
+from longmem.types import RetrievedMemory
+
+SETTINGS = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
+
+
+def ids(rows: int = 2, length: int = 12, seed: int = 0) -> Tensor:
+    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def make(name: str = "llama", **settings: object) -> LongMem:
+    torch.manual_seed(1)
+    model = LongMem.from_backbone(make_backbone(name), **{**SETTINGS, **settings}).eval()
+    with torch.no_grad():
+        model.sidenet.memory_gate.normal_()
+    return model
+
+
+def filled(model: LongMem, rows: int = 2, length: int = 15, **settings: object) -> MemoryBank:
+    bank = MemoryBank.for_model(model, rows=rows, capacity_tokens=64, **settings)
+    bank.add(model.encode(ids(rows, length, seed=3)), documents=[f"letter {row}" for row in range(rows)])
+    bank.end_document()
+    return bank
+
+
+class Listener:
+    """Hands searches on and keeps the queries."""
+
+    def __init__(self, bank: MemoryBank) -> None:
+        self.bank, self.chunk_size = bank, bank.chunk_size
+        self.provenance = bank.provenance
+        self.queries = torch.empty(0)
+
+    def search(self, queries: Tensor, num_chunks: int, rows: Tensor | None = None) -> RetrievedMemory:
+        self.queries = queries
+        return self.bank.search(queries, num_chunks, rows)
+
+
+@pytest.mark.parametrize("fusion", ["gate", "softmax"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "alibi_gpt"])
+def test_shares_are_gate_times_attention_mass(name: str, fusion: str) -> None:
+    model = make(name, fusion=fusion)
+    listener = Listener(filled(model))
+    with torch.no_grad():
+        out = model(ids(), memory=listener, explain=True)
+    found, probe = out.retrieved, model.sidenet.reader._probe
+    seen = {}
+
+    def keep(call: object) -> object:
+        seen["qkv"] = probe(call)
+        return seen["qkv"]
+
+    model.sidenet.reader._probe = keep
+    with torch.no_grad():
+        model(ids(), memory=listener)
+    scaling, softcap = seen["qkv"].scaling, seen["qkv"].softcap
+    scores = torch.einsum("bhtd,bhtkd->bhtk", listener.queries, found.keys) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    mass = scores.masked_fill(~found.mask, -torch.inf).softmax(-1).unflatten(-1, (-1, 2)).sum(-1)
+    torch.testing.assert_close(out.explanation.shares, mass * out.share[..., None])
+    torch.testing.assert_close(out.explanation.share, out.share)
+    assert torch.equal(out.explanation.chunks, found.chunks)
+    assert torch.equal(out.explanation.scores, found.scores)
+
+
+def test_explaining_changes_no_logit() -> None:
+    model = make()
+    bank = filled(model)
+    assert torch.equal(model(ids(), memory=bank, explain=True).logits, model(ids(), memory=bank).logits)
+    assert model(ids(), memory=bank).explanation is None
+
+
+def test_every_chunk_found_is_led_back_to_its_document_and_offset() -> None:
+    model = make()
+    bank = filled(model)
+    explanation = model(ids(), memory=bank, explain=True).explanation
+    for row in range(2):
+        for reading in explanation.over(row=row):
+            assert reading.row == row
+            assert reading.origin == bank.provenance(row, reading.chunk)
+            assert reading.origin.document == f"letter {row}"
+            assert reading.origin.start_token == 2 * reading.chunk
+            assert reading.origin.length == (1 if reading.chunk == 7 else 2)
+
+
+def test_readings_of_a_token_sum_to_its_share_and_name_the_heads() -> None:
+    model = make()
+    explanation = model(ids(), memory=filled(model), explain=True).explanation
+    for position in (0, 5, -1):
+        readings = explanation.token(position, row=1)
+        assert sum(reading.share for reading in readings) == pytest.approx(
+            float(explanation.share[1, :, position].mean())
+        )
+        assert [reading.share for reading in readings] == sorted((r.share for r in readings), reverse=True)
+        for reading in readings:
+            here = explanation.chunks[1, :, position] == reading.chunk
+            assert set(reading.heads) == set(here.any(-1).nonzero().flatten().tolist())
+            assert reading.score == float(explanation.scores[1, :, position][here].max())
+            for head, part in reading.heads.items():
+                assert part == pytest.approx(float(explanation.shares[1, head, position][here[head]].sum()))
+    assert explanation.token(3, row=1, top=2) == explanation.token(3, row=1)[:2]
+
+
+def test_readings_over_tokens_are_means_of_the_readings_of_each() -> None:
+    model = make()
+    explanation = model(ids(), memory=filled(model), explain=True).explanation
+    together = {reading.chunk: reading.share for reading in explanation.over([2, 7])}
+    apart: dict[int, float] = {}
+    for position in (2, 7):
+        for reading in explanation.token(position):
+            apart[reading.chunk] = apart.get(reading.chunk, 0.0) + reading.share / 2
+    assert together == pytest.approx(apart)
+
+
+def test_nothing_found_is_nothing_read() -> None:
+    model = make()
+    empty = MemoryBank.for_model(model, rows=2, capacity_tokens=64)
+    explanation = model(ids(), memory=empty, explain=True).explanation
+    assert explanation.token(4) == []
+    assert (explanation.shares == 0).all()
+    assert (explanation.chunks == -1).all()
+    assert model(ids(), explain=True).explanation is None
+
+
+def test_an_explanation_outlives_the_memory_it_was_read_from() -> None:
+    model = make()
+    bank = filled(model)
+    out = model(ids(), memory=bank, explain=True)
+    before = out.explanation.token(0)
+    bank.reset()
+    assert out.explanation.token(0) == before
+
+
+def test_rows_are_those_of_the_memory() -> None:
+    model = make()
+    bank = filled(model)
+    explanation = model(ids(1), memory=bank, memory_rows=torch.tensor([1]), explain=True).explanation
+    assert {reading.origin.document for reading in explanation.over()} == {"letter 1"}
+    assert {reading.row for reading in explanation.over()} == {1}
+
+
+def test_generate_collects_one_explanation_per_call() -> None:
+    model = make()
+    bank, readings = filled(model, rows=1), []
+    settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    text = model.generate(ids(1), memory=bank, max_new_tokens=4, explain=readings, **settings)
+    assert [each.chunks.shape[2] for each in readings] == [12, 1, 1, 1]
+    whole = model(text[:, :-1], memory=bank, explain=True).explanation
+    for step, each in enumerate(readings):
+        assert torch.equal(each.chunks[0, :, -1], whole.chunks[0, :, 11 + step])
+        torch.testing.assert_close(each.shares[0, :, -1], whole.shares[0, :, 11 + step])
+
+
+def test_what_released_eviction_reads_of_nothing_has_no_chunk() -> None:
+    model = make()
+    bank = MemoryBank.for_model(model, rows=2, capacity_tokens=64, shared=True, eviction="released")
+    bank.add(model.encode(ids(2, 3, seed=3)), documents=["a", "b"])
+    explanation = model(ids(), memory=bank, explain=True).explanation
+    readings = explanation.over()
+    assert sorted(reading.chunk for reading in readings) == [0, 1, 2]
+    # zeros take part there: they get some of the share and name no document
+    assert sum(reading.share for reading in readings) < float(explanation.share[0].mean())
+
+
+def test_readings_work_while_recomputing_in_training() -> None:
+    model = make()
+    model.gradient_checkpointing_enable()
+    model.train()
+    out = model(ids(), memory=filled(model), labels=ids(), explain=True)
+    out.loss.backward()
+    torch.testing.assert_close(out.explanation.share, out.share)
