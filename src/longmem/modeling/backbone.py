@@ -56,17 +56,19 @@ class Backbone(nn.Module):
     Args:
         model: any ``AutoModelForCausalLM``; its parameters are frozen here and it is kept in eval mode.
         memory_layer: 0-based layer whose keys and values are remembered.
+        frozen: False: all its parameters are trained, with its dropout (``MemTRM``).
 
     Raises:
         BackboneError: if the architecture is not supported, or the layer cannot be remembered.
     """
 
-    def __init__(self, model: PreTrainedModel, memory_layer: int) -> None:
+    def __init__(self, model: PreTrainedModel, memory_layer: int, *, frozen: bool = True) -> None:
         super().__init__()
         self.family = Family.of(model)
         self.family.check_memory_layer(memory_layer)
         self.memory_layer = memory_layer
-        self.model = model.requires_grad_(False).eval()
+        self.frozen = frozen
+        self.model = model.requires_grad_(not frozen).train(model.training and not frozen)
         self._probe = self.family.probe(memory_layer)
         self._current = CompileableContextVar(f"longmem_backbone_{id(self)}")
         self._hook()
@@ -87,19 +89,22 @@ class Backbone(nn.Module):
         return self.family.head_dim()
 
     def train(self, mode: bool = True) -> Backbone:
-        """The backbone stays in eval mode: its dropout would change what memory holds."""
-        super().train(False)
+        """A frozen backbone stays in eval mode: its dropout would change what memory holds."""
+        super().train(mode and not self.frozen)
         return self
 
     @contextmanager
     def splice(
-        self, hand_over: Callable[[BackboneRun, Tensor], Tensor], final_norm: Callable[[Tensor], Tensor] | None
+        self,
+        hand_over: Callable[[BackboneRun, Tensor], Tensor] | None = None,
+        final_norm: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[BackboneRun]:
         """While open, a forward of ``model`` ends in ``hand_over`` and the rest of the backbone's own code.
 
         Args:
             hand_over: called with the run and the last layer's output (B, T, C); what it returns takes that output's
-                place in the backbone's final part: norm, head, caps, ``labels``.
+                place in the backbone's final part: norm, head, caps, ``labels``. None: the run only gets the memory
+                layer's projections, with a gradient.
             final_norm: stands in for the backbone's final norm; None keeps it.
         """
         with self._running(BackboneRun(hand_over=hand_over, final_norm=final_norm)) as run:
@@ -112,6 +117,12 @@ class Backbone(nn.Module):
             self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
         assert run.qkv is not None
         return run.qkv
+
+    def probed(self, call: Call) -> QKV:
+        """The memory layer's projections in the forward that is running, as its hooks have just found them."""
+        run = self._current.get()
+        assert run is not None and run.qkv is not None, "only inside of a splice, once the memory layer has begun"
+        return cast(QKV, run.qkv)
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The backbone's final norm of (B, T, C), past any hook."""
@@ -154,7 +165,7 @@ class Backbone(nn.Module):
     def _before_layer(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             run = self._current.get()
-            if run is not None and not run.encode_only:
+            if run is not None and run.hand_over is not None:
                 run.calls[index] = Call.record(module, args, kwargs)
                 run.inputs[index] = run.calls[index].arguments["hidden_states"]
 
@@ -164,7 +175,8 @@ class Backbone(nn.Module):
         run = self._current.get()
         if run is None:
             return
-        with torch.no_grad():
+        # a SideNet has queries of its own; a layer that reads memory itself searches with these
+        with torch.set_grad_enabled(torch.is_grad_enabled() and run.hand_over is None):
             run.qkv = self._probe(Call.record(module, args, kwargs))
         if run.encode_only:
             raise _Stop
