@@ -177,7 +177,7 @@ class LocalScores:
 
 
 def record_local(attention: nn.Module) -> None:
-    """Make a copied attention module remember what its next local attention is computed from.
+    """Make an attention module remember what its next local attention is computed from; once or again.
 
     Raises:
         BackboneError: if the module does not go through transformers' attention interface.
@@ -187,6 +187,8 @@ def record_local(attention: nn.Module) -> None:
             f'fusion "softmax" needs the local scores, which {type(attention).__name__} does not give; '
             'use fusion "gate"'
         )
+    if attention.config._attn_implementation == _LOCAL:  # type: ignore[union-attr]
+        return
     config = copy.deepcopy(attention.config)
     attention.__dict__["_longmem_delegate"] = config._attn_implementation  # type: ignore[union-attr]
     config._attn_implementation = _LOCAL  # type: ignore[union-attr]
@@ -196,6 +198,11 @@ def record_local(attention: nn.Module) -> None:
 def take_local(attention: nn.Module) -> LocalScores:
     """The record of the last call, which is dropped."""
     return cast(LocalScores, attention.__dict__.pop("_longmem_local"))
+
+
+def drop_local(attention: nn.Module) -> None:
+    """Forget the record of a call in which nobody read memory."""
+    attention.__dict__.pop("_longmem_local", None)
 
 
 def _attend_and_record(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 from transformers.activations import ACT2FN
 
-from longmem.config import LongMemConfig
+from longmem.config import Fusion, LongMemConfig
 from longmem.errors import ConfigError
 from longmem.modeling.attention import MemoryAttentionOutput, chunk_parts, memory_attention
 from longmem.modeling.backbone import Backbone, BackboneRun
-from longmem.modeling.families import Call, Family, record_local, side_sources, take_local
+from longmem.modeling.families import QKV, Call, Family, drop_local, record_local, side_sources, take_local
 from longmem.modeling.fusion import fuse, fuse_softmax, local_lse
 from longmem.types import RetrievedMemory, Retriever
 
@@ -75,9 +75,9 @@ class SideNet(nn.Module):
                 family.zero_outputs(layer)
         override(self, config.side_activation, config.side_norm_eps)
         self.requires_grad_(True)
-        self.reader = MemoryReader(
-            self.layers[self.augmented_layer], family, self.sources[self.augmented_layer], config
-        )
+        attention = family.attention(self.layers[self.augmented_layer])
+        probe = family.probe(self.sources[self.augmented_layer], attention)
+        self.reader = MemoryReader(attention, family, config.fusion, probe)
         self.memory_gate = nn.Parameter(torch.zeros(self.reader.num_heads))
         self.gradient_checkpointing = False
 
@@ -123,18 +123,23 @@ class SideNet(nn.Module):
 
 
 class MemoryReader:
-    """Lets the attention of one copied layer read memory, for every family alike.
+    """Lets the attention of one layer read memory, for every family alike.
 
     Before the attention runs, its position-free queries search memory and attend to what they find; before its output
     projection, where the heads are still apart, the result is mixed into theirs.
+
+    Args:
+        attention: of the layer: a SideNet's, or the backbone's own.
+        family: of the backbone.
+        fusion: how both are mixed.
+        probe: gives the position-free projections of a call of ``attention``.
     """
 
-    def __init__(self, layer: nn.Module, family: Family, source: int, config: LongMemConfig) -> None:
-        attention = family.attention(layer)
+    def __init__(self, attention: nn.Module, family: Family, fusion: Fusion, probe: Callable[[Call], QKV]) -> None:
         text = family.config
         self.num_heads = int(text.num_attention_heads)
-        self._probe = family.probe(source, attention)
-        self._joint = attention if config.fusion == "softmax" else None
+        self._probe = probe
+        self._joint = attention if fusion == "softmax" else None
         if self._joint is not None:
             record_local(attention)
         self._retrieve: Retriever | None = None
@@ -168,6 +173,8 @@ class MemoryReader:
 
     def _before_output(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
         if self._memory is None:
+            if self._joint is not None:
+                drop_local(self._joint)
             return None
         assert self._gate is not None
         memory, self._memory = self._memory, None
