@@ -1,7 +1,8 @@
-"""``LongMemConfig``: everything about a LongMem model except its weights."""
+"""``LongMemConfig``, and those of the baselines: everything about a model except its weights."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -60,10 +61,7 @@ class LongMemConfig(PreTrainedConfig):
         side_norm_eps: float | None = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(backbone_config, dict):
-            fields = dict(backbone_config)
-            backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        self.backbone_config = backbone_config
+        self.backbone_config = _as_config(backbone_config)
         self.backbone_name_or_path = backbone_name_or_path
         self.backbone_revision = backbone_revision
         self.backbone_fingerprint = backbone_fingerprint
@@ -89,22 +87,8 @@ class LongMemConfig(PreTrainedConfig):
 
     def problems(self) -> list[str]:
         """Every broken rule, one line each."""
-        found = []
-        for name in ("stride", "chunk_size", "num_retrieved", "memory_size"):
-            if getattr(self, name) < 1:
-                found.append(f"{name} ({getattr(self, name)}) must be at least 1")
-        if not found:
-            for name in ("num_retrieved", "memory_size"):
-                value, rest = getattr(self, name), getattr(self, name) % self.chunk_size
-                if rest:
-                    below, above = value - rest, value - rest + self.chunk_size
-                    tries = f"{below} or {above}" if below else f"{above}"
-                    found.append(f"{name} ({value}) must be a multiple of chunk_size ({self.chunk_size}); try {tries}")
-        for name, allowed in (
-            ("init", ("copy", "zero")),
-            ("final_state", ("pre_norm", "normed")),
-            ("fusion", ("gate", "softmax")),
-        ):
+        found = _size_problems(self, ("stride", *_SIZES))
+        for name, allowed in (("init", ("copy", "zero")), ("final_state", ("pre_norm", "normed")), _FUSIONS):
             if getattr(self, name) not in allowed:
                 found.append(f"{name} ({getattr(self, name)!r}) must be one of {', '.join(allowed)}")
         return found
@@ -119,3 +103,134 @@ class LongMemConfig(PreTrainedConfig):
         if self.backbone_config is None:
             return self
         return cache_view(self.backbone_config, self.stride)
+
+
+class AugmentedConfig(PreTrainedConfig):
+    """Settings of a causal language model one of whose own layers reads memory: no SideNet.
+
+    Args:
+        backbone_config: config (or its dict) of the backbone.
+        backbone_name_or_path: where the backbone was loaded from.
+        backbone_revision: hub revision of the backbone.
+        backbone_fingerprint: hash of the weights that run, see ``Backbone.fingerprint``; memory is tied to them.
+        memory_layer: 0-based layer whose keys and values are remembered, and which reads them; None takes the layer
+            that a LongMem would remember.
+        chunk_size: S, tokens per chunk; 1 retrieves single tokens, as the Memorizing Transformer does.
+        num_retrieved: K, tokens each query and head retrieves; a multiple of ``chunk_size``.
+        memory_size: M, tokens a bank row holds by default.
+        fusion: ``gate``: one share per head; ``softmax``: one softmax over local and memory scores.
+        gate: share of its output that a head takes from memory, for all heads or one for each; trained where the
+            model is, then this is where it starts. With ``fusion="softmax"`` its logit is added to the memory scores,
+            so 0.5 lets memory and context compete as they are.
+
+    Raises:
+        ConfigError: lists every setting that breaks a rule.
+    """
+
+    def __init__(
+        self,
+        backbone_config: PreTrainedConfig | dict[str, Any] | None = None,
+        backbone_name_or_path: str | None = None,
+        backbone_revision: str | None = None,
+        backbone_fingerprint: str | None = None,
+        memory_layer: int | None = None,
+        chunk_size: int = 4,
+        num_retrieved: int = 64,
+        memory_size: int = 65536,
+        fusion: Fusion = "gate",
+        gate: float | Sequence[float] = 0.5,
+        **kwargs: Any,
+    ) -> None:
+        self.backbone_config = _as_config(backbone_config)
+        self.backbone_name_or_path = backbone_name_or_path
+        self.backbone_revision = backbone_revision
+        self.backbone_fingerprint = backbone_fingerprint
+        self.memory_layer = memory_layer
+        self.chunk_size = chunk_size
+        self.num_retrieved = num_retrieved
+        self.memory_size = memory_size
+        self.fusion = fusion
+        self.gate: float | list[float] = float(gate) if isinstance(gate, int | float) else [float(g) for g in gate]
+        problems = self.problems()
+        if problems:
+            raise ConfigError(problems)
+        super().__init__(**kwargs)
+
+    @property
+    def num_chunks(self) -> int:
+        """R = K / S, chunks each query and head retrieves."""
+        return self.num_retrieved // self.chunk_size
+
+    @property
+    def gates(self) -> list[float]:
+        """The shares given, one or one for each head."""
+        return [self.gate] if isinstance(self.gate, float) else self.gate
+
+    def problems(self) -> list[str]:
+        """Every broken rule, one line each."""
+        found = _size_problems(self, _SIZES)
+        name, allowed = _FUSIONS
+        if self.fusion not in allowed:
+            found.append(f"{name} ({self.fusion!r}) must be one of {', '.join(allowed)}")
+        heads = None if self.backbone_config is None else self.backbone_config.get_text_config().num_attention_heads
+        if len(self.gates) not in (1, heads or len(self.gates)):
+            found.append(f"gate ({len(self.gates)} shares) must be one share, or one for each of the {heads} heads")
+        return found + [f"gate ({g:g}) must be {rule}" for g in self.gates if (rule := self._wrong_gate(g))]
+
+    def _wrong_gate(self, gate: float) -> str | None:
+        return None if 0 <= gate <= 1 else "between 0 (memory unread) and 1 (nothing but memory)"
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The backbone's own: caches are as deep as it is."""
+        if self.backbone_config is None:
+            return self
+        return self.backbone_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+class MemTRMConfig(AugmentedConfig):
+    """A Memorizing Transformer: the backbone, trained with its memory.
+
+    Args:
+        start_fingerprint: of the backbone that training started from; ``backbone_name_or_path`` says where that was.
+        **kwargs: as in ``AugmentedConfig``; ``gate`` must lie strictly between 0 and 1, where it can be trained.
+    """
+
+    model_type = "memtrm"
+
+    def __init__(self, start_fingerprint: str | None = None, **kwargs: Any) -> None:
+        self.start_fingerprint = start_fingerprint
+        super().__init__(**kwargs)
+
+    def _wrong_gate(self, gate: float) -> str | None:
+        return None if 0 < gate < 1 else "above 0 and below 1, or its logit could not be trained; try 0.5"
+
+
+class TrainingFreeConfig(AugmentedConfig):
+    """The frozen backbone with memory attention at one layer, its gate given and nothing trained."""
+
+    model_type = "training_free"
+
+
+_SIZES = ("chunk_size", "num_retrieved", "memory_size")
+_FUSIONS = ("fusion", ("gate", "softmax"))
+
+
+def _as_config(backbone_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig | None:
+    if not isinstance(backbone_config, dict):
+        return backbone_config
+    fields = dict(backbone_config)
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def _size_problems(config: Any, names: Sequence[str]) -> list[str]:
+    """Settings below 1, or else those of tokens that are no whole number of chunks."""
+    found = [f"{name} ({getattr(config, name)}) must be at least 1" for name in names if getattr(config, name) < 1]
+    if found:
+        return found
+    for name in ("num_retrieved", "memory_size"):
+        value, rest = getattr(config, name), getattr(config, name) % config.chunk_size
+        if rest:
+            below, above = value - rest, value - rest + config.chunk_size
+            tries = f"{below} or {above}" if below else f"{above}"
+            found.append(f"{name} ({value}) must be a multiple of chunk_size ({config.chunk_size}); try {tries}")
+    return found
