@@ -56,6 +56,7 @@ class MemoryBank:
             that find fewer than R chunks also read zeros.
         boundary: at the start of another document, ``keep`` the row's memory or ``reset`` it.
         fingerprint: of the backbone that wrote the keys; another one's saved bank is refused.
+        memory_layer: of that backbone, whose keys they are; a model that remembers another layer refuses the bank.
         index: how keys are searched; exact by default.
 
     Raises:
@@ -77,6 +78,7 @@ class MemoryBank:
         eviction: Eviction = "oldest",
         boundary: Boundary = "keep",
         fingerprint: str | None = None,
+        memory_layer: int | None = None,
         index: Index | None = None,
     ) -> None:
         problems = _problems(rows, capacity_tokens, heads_kv, head_dim, chunk_size, shared, eviction, boundary)
@@ -92,6 +94,7 @@ class MemoryBank:
         self.eviction = eviction
         self.boundary = boundary
         self.fingerprint = fingerprint
+        self.memory_layer = memory_layer
         kind = ReleasedSlots if eviction == "released" else Slots
         self._slots = kind(
             1 if shared else rows,
@@ -116,6 +119,7 @@ class MemoryBank:
         settings = {
             "chunk_size": model.config.chunk_size,
             "fingerprint": model.fingerprint,
+            "memory_layer": getattr(model, "memory_layer", None),
             "device": model.device,
             "dtype": model.dtype,
             **settings,
@@ -279,8 +283,8 @@ class MemoryBank:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Make this bank what the saved one was; one with other settings, or of another backbone, is refused."""
         for name, mine in self._settings().items():
-            theirs = state["settings"][name]
-            unknown = name == "fingerprint" and None in (mine, theirs)
+            theirs = state["settings"].get(name)
+            unknown = name in ("fingerprint", "memory_layer") and None in (mine, theirs)
             if mine != theirs and not unknown:
                 foreign = name == "fingerprint"
                 what = "written by another backbone" if foreign else "of another shape"
@@ -456,6 +460,7 @@ class MemoryBank:
     def _settings(self) -> dict[str, Any]:
         return {
             "fingerprint": self.fingerprint,
+            "memory_layer": self.memory_layer,
             "rows": self.rows,
             "capacity_tokens": self.capacity_tokens,
             "heads_kv": self.heads_kv,

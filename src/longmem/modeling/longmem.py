@@ -24,12 +24,13 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longmem.config import LongMemConfig
-from longmem.errors import BackboneError, CheckpointError, MemoryBankError
+from longmem.errors import BackboneError, CheckpointError
 from longmem.modeling.backbone import Backbone, BackboneRun
 from longmem.modeling.explain import Explanation
 from longmem.modeling.families import side_sources
+from longmem.modeling.retrieving import retriever
 from longmem.modeling.sidenet import SideNet, SideRun
-from longmem.types import AttentionKV, Memory, RetrievedMemory, Retriever
+from longmem.types import AttentionKV, Memory, RetrievedMemory
 
 WEIGHTS = "sidenet.safetensors"
 
@@ -189,7 +190,7 @@ class LongMem(PreTrainedModel, GenerationMixin):
         Raises:
             MemoryBankError: if the memory was written by another backbone.
         """
-        retrieve = self._retriever(memory, memory_rows)
+        retrieve = retriever(self, memory, memory_rows)
         side = SideRun(hidden=[] if output_side_hidden else None, explain=explain is not False)
 
         def hand_over(run: BackboneRun, final: Tensor) -> Tensor:
@@ -224,23 +225,6 @@ class LongMem(PreTrainedModel, GenerationMixin):
         norm = self.sidenet.final_norm
         assert norm is not None
         return cast(Tensor, norm(hidden.to(self.sidenet.memory_gate.dtype))).to(hidden.dtype)
-
-    def _retriever(self, memory: Memory | None, rows: Tensor | None) -> Retriever | None:
-        if memory is None:
-            return None
-        theirs = getattr(memory, "fingerprint", None)
-        if theirs is not None and theirs != self.fingerprint:
-            raise MemoryBankError(
-                f"this memory was written by backbone {theirs}, this model's backbone is {self.fingerprint}; "
-                "keys of one model mean nothing to another: write the text again with this model"
-            )
-        if memory.chunk_size > self.config.num_retrieved:
-            raise MemoryBankError(
-                f"the memory's chunk_size ({memory.chunk_size}) must not exceed num_retrieved "
-                f"({self.config.num_retrieved}); make the bank with chunk_size {self.config.chunk_size}"
-            )
-        num_chunks = self.config.num_retrieved // memory.chunk_size
-        return lambda queries: memory.search(queries, num_chunks, rows)
 
     # -- making, saving, loading -------------------------------------------------------------------------------------
 
