@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longmem.errors import ConfigError, MemoryBankError
 from longmem.memory.chunking import real_tokens, split
-from longmem.memory.index import ExactIndex, Index
+from longmem.memory.index import Index, make_index
 from longmem.memory.slots import ReleasedSlots, Slots
 from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory
 
@@ -57,7 +57,7 @@ class MemoryBank:
         boundary: at the start of another document, ``keep`` the row's memory or ``reset`` it.
         fingerprint: of the backbone that wrote the keys; another one's saved bank is refused.
         memory_layer: of that backbone, whose keys they are; a model that remembers another layer refuses the bank.
-        index: how keys are searched; exact by default.
+        index: how keys are searched: a name of ``make_index``, or an index; exact by default.
 
     Raises:
         ConfigError: lists every setting that breaks a rule.
@@ -79,7 +79,7 @@ class MemoryBank:
         boundary: Boundary = "keep",
         fingerprint: str | None = None,
         memory_layer: int | None = None,
-        index: Index | None = None,
+        index: str | Index = "exact",
     ) -> None:
         problems = _problems(rows, capacity_tokens, heads_kv, head_dim, chunk_size, shared, eviction, boundary)
         if problems:
@@ -105,7 +105,7 @@ class MemoryBank:
             dtype,
             key_dtype,
             self.device,
-            index or ExactIndex(),
+            make_index(index),
         )
         self._lanes = [_Lane() for _ in range(rows)]
         # the tail is kept as it came, unrounded: its chunk's mean key is taken before rounding

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from longmem.errors import ConfigError
 
 SCORES_AT_ONCE = {"cpu": 1 << 20, "gpu": 1 << 26}
 """Scores held at a time: what stays in a CPU's cache, or keeps a GPU busy."""
@@ -44,6 +47,23 @@ class Index(Protocol):
         """These rows hold nothing any more."""
         ...
 
+    def kept(self, row: int, slots: Tensor) -> None:
+        """Of this row only the keys of ``slots`` (n,), ascending, are left; they moved up to the first n slots."""
+        ...
+
+
+def make_index(index: str | Index = "exact") -> Index:
+    """A new index by its name, or the one given.
+
+    Raises:
+        ConfigError: there is no index of this name.
+    """
+    if not isinstance(index, str):
+        return index
+    if index not in INDEXES:
+        raise ConfigError(f"index ({index!r}) must be one of {', '.join(INDEXES)}")
+    return INDEXES[index]()
+
 
 class ExactIndex:
     """Every key is scored, a block of queries against a block of keys; memory taken does not grow with the bank.
@@ -67,19 +87,26 @@ class ExactIndex:
     ) -> tuple[Tensor, Tensor]:
         """See ``Index.search``."""
         shape = (*queries.shape[:3], num)
-        scores = torch.full(shape, -torch.inf, dtype=torch.float32, device=queries.device)
+        scores = torch.zeros(shape, dtype=torch.float32, device=queries.device)
         slots = torch.zeros(shape, dtype=torch.long, device=queries.device)
         on_cpu = queries.device.type == "cpu"
         at_once = self.scores_at_once or SCORES_AT_ONCE["cpu" if on_cpu else "gpu"]
         scratch = torch.empty(at_once, dtype=torch.float32, device=queries.device)
         # one head at a time is what a CPU's cache holds; a GPU takes them together
         heads = 1 if on_cpu else queries.shape[1]
-        for line, (row, used) in enumerate(zip(rows, live, strict=True)):
+        together: dict[tuple[int, int], list[int]] = {}  # lines that read one row: its keys are gone through once
+        for line, lane in enumerate(zip(rows, live, strict=True)):
+            together.setdefault(lane, []).append(line)
+        for (row, used), lines in together.items():
             for head in range(0, queries.shape[1], heads):
                 few = slice(head, head + heads)
+                asked = queries[lines, few].transpose(0, 1)  # (h, lines, Q, D)
+                best = torch.full((*asked.shape[:3], num), -torch.inf, dtype=torch.float32, device=queries.device)
+                where = torch.zeros(best.shape, dtype=torch.long, device=queries.device)
                 self._search_heads(
-                    queries[line, few], keys[row, few, :used], scratch, scores[line, few], slots[line, few]
+                    asked.flatten(1, 2), keys[row, few, :used], scratch, best.flatten(1, 2), where.flatten(1, 2)
                 )
+                scores[lines, few], slots[lines, few] = best.transpose(0, 1), where.transpose(0, 1)
         return scores, slots
 
     def written(self, keys: Tensor, rows: Tensor, slots: Tensor) -> None:
@@ -88,11 +115,16 @@ class ExactIndex:
     def cleared(self, rows: Tensor) -> None:
         """Nothing is kept."""
 
+    def kept(self, row: int, slots: Tensor) -> None:
+        """Nothing is kept."""
+
     def _search_heads(self, queries: Tensor, keys: Tensor, scratch: Tensor, scores: Tensor, slots: Tensor) -> None:
         """Fill scores and slots (h, Q, R) for queries (h, Q, D) over keys (h, n, D), merging block after block."""
         heads, length, _ = queries.shape
-        # wide enough that packing the keys for the matrix product pays, narrow enough for the scratch
-        columns = min(max(keys.shape[1], 1), max(self.group, scratch.numel() // heads // 64))
+        # wide enough that packing the keys for the matrix product pays, narrow enough for the scratch; a few queries
+        # leave room for more keys at once
+        room = scratch.numel() // heads // max(1, min(length, 64))
+        columns = min(max(keys.shape[1], 1), max(self.group, room // self.group * self.group))
         lines = max(1, scratch.numel() // heads // _padded(columns, self.group))
         for first in range(0, keys.shape[1], columns):
             block = keys[:, first : first + columns].to(torch.float32)
@@ -142,3 +174,7 @@ def _merge(scores: Tensor, slots: Tensor, best: Tensor, where: Tensor, seen: int
 
 def _padded(count: int, group: int) -> int:
     return -(-count // group) * group
+
+
+INDEXES: dict[str, Callable[[], Index]] = {"exact": ExactIndex}
+"""What ``index=`` may name. A backend that is installed on its own is imported by its factory."""
