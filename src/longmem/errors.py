@@ -5,7 +5,11 @@
     ├── BackboneError      the backbone, or the layer asked for, cannot be used
     ├── MemoryBankError    keys, values or queries that do not fit the bank
     ├── DataError          text that is missing, empty or unreadable
-    └── CheckpointError    a checkpoint that is incomplete, foreign or damaged
+    ├── CheckpointError    a checkpoint that is incomplete, foreign or damaged
+    └── StoreError         a memory store that cannot do what was asked
+        ├── StoreLocked    another process is writing to it
+        ├── StoreDamaged   its files are not what was written
+        └── StoreFull      it cannot be written: no room, a quota, a limit, or read-only
 
 A message is one line: the value, the rule, and the way out.
 """
@@ -41,3 +45,19 @@ class DataError(LongMemError):
 
 class CheckpointError(LongMemError):
     """A checkpoint that is incomplete, foreign or damaged; names the path."""
+
+
+class StoreError(LongMemError):
+    """A memory store cannot do what was asked; names the store and the way out."""
+
+
+class StoreLocked(StoreError):
+    """Another process writes to the store; names its process id, host, command and since when."""
+
+
+class StoreDamaged(StoreError):
+    """A file of the store is not what was written; names the file and the place in it."""
+
+
+class StoreFull(StoreError):
+    """The store cannot be written: no space, a quota, a size limit, or a read-only folder. It is as it was before."""
