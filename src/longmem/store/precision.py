@@ -105,7 +105,10 @@ def quantise(chunks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(kv: NDArray[Any], scales: NDArray[np.float32] | None, stored: Dtype, wanted: torch.dtype | None) -> Tensor:
-    """Keys and values (n, Hkv, 2, S, D) to compute with; ``wanted`` None is the stored type, float16 for int8."""
+    """Keys and values (..., 2, S, D) to compute with, given their scales (..., 2) with int8.
+
+    ``wanted`` None is the stored type, float16 for int8.
+    """
     tensor = torch.from_numpy(kv)
     if stored == "int8":
         assert scales is not None

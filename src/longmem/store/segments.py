@@ -197,15 +197,21 @@ class DataFile:
         kv, keys, lengths = (self._range(name, start, stop) for name in ("kv", "keys", "lengths"))
         return StoredChunks(kv, keys, lengths, scales)
 
-    def gather(self, indices: Tensor | NDArray[np.int64], dtype: torch.dtype | None = None) -> Tensor:
-        """Keys and values of some chunks.
+    def gather(
+        self,
+        indices: Tensor | NDArray[np.int64],
+        dtype: torch.dtype | None = None,
+        heads: Tensor | NDArray[np.int64] | None = None,
+    ) -> Tensor:
+        """Keys and values of some chunks, or of single key/value heads of them.
 
         Args:
             indices: (n,) chunks of this file.
             dtype: to compute in; None is the stored one, float16 for int8.
+            heads: (n,) the key/value head wanted of each; None is all. Only their bytes are read.
 
         Returns:
-            (n, Hkv, 2, S, D), a copy on the CPU.
+            (n, Hkv, 2, S, D), or with ``heads`` (n, 2, S, D), a copy on the CPU.
 
         Raises:
             StoreDamaged: a block of them is not what was written; names file and block.
@@ -213,8 +219,11 @@ class DataFile:
         where = np.asarray(indices, dtype=np.int64)
         if len(where) and (where.min() < 0 or where.max() >= self.row.chunks):
             raise StoreDamaged(f"{self.path}: chunks up to {where.max()} of {self.row.chunks} were asked for")
-        kv = self._rows("kv", where)
-        scales = self._rows("scales", where) if "scales" in self._arrays else None
+        depth = 1
+        if heads is not None:
+            where, depth = where * self.layout.heads_kv + np.asarray(heads, dtype=np.int64), 2
+        kv = self._rows("kv", where, depth)
+        scales = self._rows("scales", where, depth) if "scales" in self._arrays else None
         return unpack(kv, scales, self.layout.dtype, dtype)
 
     def verify(self) -> list[int]:
@@ -240,14 +249,16 @@ class DataFile:
             self._check(np.arange(first // BLOCK, -(-last // BLOCK)))
         return self._arrays[name][start:end]
 
-    def _rows(self, name: str, where: NDArray[np.int64]) -> NDArray[Any]:
+    def _rows(self, name: str, where: NDArray[np.int64], depth: int) -> NDArray[Any]:
+        """Lines of an array whose first ``depth`` dimensions are seen as one."""
+        begin, shape, kind = self.arrangement.arrays[name]
+        lines = self._arrays[name].reshape(-1, *shape[depth:])
         if not self._all_good and len(where):
-            begin, shape, kind = self.arrangement.arrays[name]
-            size = math.prod(shape[1:]) * np.dtype(_NUMPY[kind]).itemsize
+            size = math.prod(shape[depth:]) * np.dtype(_NUMPY[kind]).itemsize
             first, last = (begin + where * size) // BLOCK, (begin + (where + 1) * size - 1) // BLOCK
             for step in range(int((last - first).max()) + 1):
                 self._check(np.minimum(first + step, last))
-        return self._arrays[name][where]
+        return lines[where]
 
     def _span(self, name: str, start: int, stop: int) -> tuple[int, int]:
         begin, shape, kind = self.arrangement.arrays[name]
@@ -255,7 +266,10 @@ class DataFile:
         return begin + start * size, begin + stop * size
 
     def _check(self, blocks: NDArray[np.int64]) -> None:
-        for number in np.unique(blocks[~self._good[blocks]]):
+        unknown = blocks[~self._good[blocks]]
+        if not len(unknown):
+            return
+        for number in np.unique(unknown):
             if not self._compare(int(number)):
                 end = min((int(number) + 1) * BLOCK, self.row.size)
                 raise StoreDamaged(

@@ -19,6 +19,7 @@ from longmem.store.schema import (
     PieceRow,
     Row,
     TextRow,
+    TotalRow,
     Value,
     checked,
 )
@@ -69,6 +70,10 @@ class Snapshot:
         """Transactions of the store's life."""
         row = read_total(self._connection, COMMITS)
         return 0 if row is None else row.rows
+
+    def total(self, scope: str) -> TotalRow | None:
+        """Count and sum of a scope (see ``TotalRow``); it changes whenever a row of the scope does."""
+        return read_total(self._connection, scope)
 
     # documents
 
