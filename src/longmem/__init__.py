@@ -21,10 +21,12 @@ from longmem.errors import (
 )
 
 if TYPE_CHECKING:
-    from longmem.config import LongMemConfig
+    from longmem.config import LongMemConfig, MemTRMConfig, TrainingFreeConfig
     from longmem.memory.bank import MemoryBank
     from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
     from longmem.modeling.longmem import LongMem
+    from longmem.modeling.memtrm import MemTRM
+    from longmem.modeling.training_free import TrainingFree
     from longmem.types import AttentionKV, RetrievedMemory
 
 __version__ = "0.1.0"
@@ -40,9 +42,13 @@ __all__ = [
     "LongMem",
     "LongMemConfig",
     "LongMemError",
+    "MemTRM",
+    "MemTRMConfig",
     "MemoryBank",
     "MemoryBankError",
     "RetrievedMemory",
+    "TrainingFree",
+    "TrainingFreeConfig",
     "__version__",
 ]
 
@@ -52,8 +58,12 @@ _HOMES = {
     "AttentionKV": "longmem.types",
     "LongMem": "longmem.modeling.longmem",
     "LongMemConfig": "longmem.config",
+    "MemTRM": "longmem.modeling.memtrm",
+    "MemTRMConfig": "longmem.config",
     "MemoryBank": "longmem.memory.bank",
     "RetrievedMemory": "longmem.types",
+    "TrainingFree": "longmem.modeling.training_free",
+    "TrainingFreeConfig": "longmem.config",
 }
 
 
