@@ -1,0 +1,158 @@
+"""``MemTRM``: a Memorizing Transformer (Wu et al., 2022), the baseline that the paper compares with.
+
+The backbone itself is trained while one of its layers reads memory. Writer and reader are the same changing weights,
+so keys in memory are older than the queries that search them: they go stale, which LongMem's frozen backbone avoids.
+Search, memory attention and gate are LongMem's own, so that nothing else differs: chunks of ``chunk_size`` tokens, and
+queries and keys as the family computes them, without the normalisation of the original.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from longmem.config import MemTRMConfig
+from longmem.errors import BackboneError, CheckpointError, ConfigError
+from longmem.modeling.augmented import AugmentedLM
+from longmem.modeling.longmem import first_line, load_backbone, resolve_folder
+
+WEIGHTS = "memory_gate.safetensors"
+BACKBONE = "backbone"
+
+
+class MemTRM(AugmentedLM):
+    """The whole backbone and a gate per head, trained with their memory.
+
+    While it is trained, a bank holds what older weights wrote, so give that bank no fingerprint
+    (``MemoryBank.for_model(model, fingerprint=None)``). ``eval()`` takes the fingerprint of the weights as they are
+    then, and banks that were written before it are refused.
+
+    Args:
+        config: its ``gate`` is where the gates start.
+        backbone: what training starts from; it is changed.
+
+    Raises:
+        BackboneError: if the backbone or the memory layer cannot be used.
+    """
+
+    config_class = MemTRMConfig
+    supports_gradient_checkpointing = True
+    frozen: ClassVar[bool] = False
+
+    def __init__(self, config: MemTRMConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config, backbone)
+        self.memory_gate = nn.Parameter(self.gate_logits().to(self.backbone.model.dtype))
+        if self.config.start_fingerprint is None:
+            self.config.start_fingerprint = self.fingerprint
+        self.train(self.backbone.model.training)
+
+    def train(self, mode: bool = True) -> MemTRM:
+        """Puts the whole model in training mode; out of it, the weights are given a fingerprint anew."""
+        if self.training and not mode:
+            self.config.backbone_fingerprint = self.backbone.fingerprint()
+        super().train(mode)
+        return self
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Recompute every layer in backward but the one that reads memory.
+
+        Raises:
+            ConfigError: if the backbone cannot, or not layer by layer.
+        """
+        model, layers = self.backbone.model, self.backbone.family.layers
+        apart = all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
+        if not model.supports_gradient_checkpointing or not apart:
+            raise ConfigError(
+                f"optim.gradient_checkpointing is true, but {type(model).__name__} cannot recompute layer by layer; "
+                "set it to false and take fewer optim.rows with more optim.accumulate"
+            )
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable(gradient_checkpointing_kwargs)
+        # recomputed outside of the forward, it would not find its memory
+        cast(Any, layers[self.memory_layer]).gradient_checkpointing = False
+
+    def gradient_checkpointing_disable(self) -> None:
+        model = self.backbone.model
+        getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write all that was trained: ``backbone/``, a causal LM that loads by itself, and memory_gate.safetensors.
+
+        config.json, which makes the folder a checkpoint, comes last and names the fingerprint of those weights.
+        ``max_shard_size`` is the backbone's.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f".{BACKBONE}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        self.backbone.model.save_pretrained(partial, **{k: v for k, v in kwargs.items() if k == "max_shard_size"})
+        (folder / "config.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / BACKBONE, ignore_errors=True)
+        partial.replace(folder / BACKBONE)
+        save_file({"memory_gate": self.memory_gate.detach().to("cpu").contiguous()}, folder / WEIGHTS)
+        self.config.backbone_fingerprint = self.backbone.fingerprint()
+        self.config.architectures = ["MemTRM"]
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(folder)
+        self.config.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+        config: PreTrainedConfig | None = None,
+        **kwargs: Any,
+    ) -> MemTRM:
+        """Load what ``save_pretrained`` wrote, in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: its folder, or a hub id.
+            dtype: of the weights; None is as saved.
+
+        Raises:
+            CheckpointError: if the checkpoint is incomplete or damaged.
+        """
+        folder = resolve_folder(str(pretrained_model_name_or_path), revision)
+        try:
+            made = MemTRMConfig.from_pretrained(folder) if config is None else config
+            gate = load_file(folder / WEIGHTS)["memory_gate"]
+            backbone = load_backbone(str(folder / BACKBONE), None, dtype, **(backbone_kwargs or {}))
+        except (OSError, SafetensorError, ValueError, KeyError, BackboneError) as problem:
+            raise CheckpointError(
+                f"{folder} is not a complete MemTRM checkpoint ({first_line(problem)}); "
+                f"it needs config.json, {WEIGHTS} and {BACKBONE}/ as written by save_pretrained"
+            ) from problem
+        assert isinstance(made, MemTRMConfig)
+        expected = made.backbone_fingerprint
+        model = cls(made, backbone.eval())
+        if expected is not None and model.fingerprint != expected:
+            raise CheckpointError(
+                f"{folder / BACKBONE} holds weights {model.fingerprint}, config.json was written with {expected}; "
+                "the checkpoint is damaged or of two runs, save it again"
+            )
+        if gate.shape != model.memory_gate.shape:
+            raise CheckpointError(
+                f"{folder / WEIGHTS} has gates for {tuple(gate.shape)} heads, the backbone has {model.num_heads}; "
+                "the checkpoint is damaged or of two runs, save it again"
+            )
+        with torch.no_grad():
+            model.memory_gate.copy_(gate)
+        return model
+
+
+AutoConfig.register("memtrm", MemTRMConfig, exist_ok=True)
+AutoModelForCausalLM.register(MemTRMConfig, MemTRM, exist_ok=True)
