@@ -7,6 +7,7 @@ running, so the model behaves as ever for anybody else who calls it.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -70,6 +71,7 @@ class Backbone(nn.Module):
         self.frozen = frozen
         self.model = model.requires_grad_(not frozen).train(model.training and not frozen)
         self._probe = self.family.probe(memory_layer)
+        self._parameters_of_forward = set(inspect.signature(type(model).forward).parameters)
         self._current = CompileableContextVar(f"longmem_backbone_{id(self)}")
         self._hook()
 
@@ -117,6 +119,10 @@ class Backbone(nn.Module):
             self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
         assert run.qkv is not None
         return run.qkv
+
+    def accepted(self, **arguments: Any) -> dict[str, Any]:
+        """Those of the arguments that the model's forward has by name and that are not None."""
+        return {k: v for k, v in arguments.items() if v is not None and k in self._parameters_of_forward}
 
     def probed(self, call: Call) -> QKV:
         """The memory layer's projections in the forward that is running, as its hooks have just found them."""

@@ -14,13 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longmem.config import LongMemConfig
@@ -28,6 +22,7 @@ from longmem.errors import BackboneError, CheckpointError
 from longmem.modeling.backbone import Backbone, BackboneRun
 from longmem.modeling.explain import Explanation
 from longmem.modeling.families import side_sources
+from longmem.modeling.generating import MemoryGeneration
 from longmem.modeling.retrieving import retriever
 from longmem.modeling.sidenet import SideNet, SideRun
 from longmem.types import AttentionKV, Memory, RetrievedMemory
@@ -54,7 +49,7 @@ class LongMemOutput(CausalLMOutputWithPast):
     side_hidden: tuple[Tensor, ...] | None = None
 
 
-class LongMem(PreTrainedModel, GenerationMixin):
+class LongMem(PreTrainedModel, MemoryGeneration):
     """A causal language model with a long-term memory (PAPER: sections 3.1 to 3.3).
 
     Args:
@@ -171,6 +166,8 @@ class LongMem(PreTrainedModel, GenerationMixin):
         memory_rows: Tensor | None = None,
         output_side_hidden: bool = False,
         explain: bool | list[Explanation] = False,
+        position_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> LongMemOutput:
         """Predict the next token of every position from its segment and from memory.
@@ -185,7 +182,9 @@ class LongMem(PreTrainedModel, GenerationMixin):
             explain: also return which chunks every token and head read, and how much of each. A list takes them too,
                 one ``Explanation`` per call: the way to have them from ``generate(..., explain=readings)``, where the
                 last position of call i chose the i-th new token.
-            **kwargs: go to the backbone's own forward (position_ids, past_key_values, use_cache, logits_to_keep, ...).
+            position_ids: (B, T), for backbones that take them; others need none.
+            logits_to_keep: positions from the end that get logits, or which ones; 0 is all.
+            **kwargs: go to the backbone's own forward (past_key_values, use_cache, ...).
 
         Raises:
             MemoryBankError: if the memory was written by another backbone.
@@ -197,19 +196,21 @@ class LongMem(PreTrainedModel, GenerationMixin):
             return cast(Tensor, self.sidenet(self.backbone, run, final, retrieve, side)).to(final.dtype)
 
         with self.backbone.splice(hand_over, None if self.sidenet.final_norm is None else self._norm) as run:
-            out = self.backbone.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+            asked = self.backbone.accepted(position_ids=position_ids, logits_to_keep=logits_to_keep)
+            out = self.backbone.model(
+                input_ids=input_ids, attention_mask=attention_mask, labels=labels, **asked, **kwargs
+            )
         explanation = None
         if memory is not None and side.parts is not None:
             assert side.retrieved is not None and side.share is not None
             explanation = Explanation.of(memory, side.retrieved, side.parts * side.share.unsqueeze(-1))
             if isinstance(explain, list):
                 explain.append(explanation)
-        mask = None if attention_mask is None or input_ids is None else attention_mask[:, -input_ids.shape[1] :].bool()
         return LongMemOutput(
             loss=out.loss,
             logits=out.logits,
             past_key_values=out.past_key_values,
-            kv=run.kv(mask),
+            kv=run.kv(padding_of(attention_mask, input_ids)),
             retrieved=side.retrieved,
             share=side.share,
             explanation=explanation,
@@ -359,6 +360,17 @@ class LongMem(PreTrainedModel, GenerationMixin):
             )
         model.train(False)
         return model
+
+
+def padding_of(attention_mask: Tensor | None, input_ids: Tensor | None) -> Tensor | None:
+    """(B, T) bool, False at the pads among the T tokens of a call; None where all are real.
+
+    A static cache brings masks (B, 1, T, slots) that say what each token sees; what is written comes from calls
+    without a cache.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or input_ids is None:
+        return None
+    return attention_mask[:, -input_ids.shape[1] :].bool()
 
 
 def default_memory_layer(model: PreTrainedModel, stride: int) -> int:

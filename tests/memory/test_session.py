@@ -1,0 +1,142 @@
+"""Several memories searched as one: the best of all, rows over different banks, a session over a bank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from longmem import MemoryBankError
+from longmem.memory.bank import MemoryBank
+from longmem.memory.joined import best_of
+from longmem.memory.rows import BankRows
+from longmem.memory.session import OVERLAY, SessionMemory
+from longmem.types import AttentionKV, RetrievedMemory
+
+HKV, D, S = 2, 8, 2
+
+
+def kv(rows: int, tokens: int, seed: int = 0) -> AttentionKV:
+    random = torch.Generator().manual_seed(seed)
+    return AttentionKV(*(torch.randn(rows, HKV, tokens, D, generator=random) for _ in range(2)))
+
+
+def queries(rows: int, tokens: int = 3, seed: int = 9) -> Tensor:
+    return torch.randn(rows, 2 * HKV, tokens, D, generator=torch.Generator().manual_seed(seed))
+
+
+def bank(rows: int, tokens: int, seed: int = 0, **settings: object) -> MemoryBank:
+    made = MemoryBank(rows, 64, HKV, D, S, **settings)  # type: ignore[arg-type]
+    if tokens:
+        made.add(kv(rows, tokens, seed), documents=[f"seed {seed}"] * rows)
+        made.end_document()
+    return made
+
+
+def same(left: RetrievedMemory, right: RetrievedMemory) -> bool:
+    """Equal masks, keys and values; scores but for rounding. Chunk ids and storage may differ."""
+    torch.testing.assert_close(left.scores, right.scores)
+    masks = (torch.equal(getattr(left, name), getattr(right, name)) for name in ("chunk_mask", "mask"))
+    return all(masks) and all(
+        torch.equal(getattr(left, name)[left.mask], getattr(right, name)[right.mask]) for name in ("keys", "values")
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(below=st.integers(0, 20), own=st.integers(0, 20), num=st.integers(1, 12), length=st.integers(1, 4))
+def test_a_session_over_a_bank_finds_what_one_bank_of_both_would(below: int, own: int, num: int, length: int) -> None:
+    base, together = bank(2, below, 1), bank(2, below, 1)
+    session = SessionMemory(base, bank(2, 0))
+    if own:
+        for memory in (session, together):
+            memory.add(kv(2, own, 2), documents=["new"] * 2)
+            memory.end_document()
+    asked = queries(2, length)
+    assert same(session.search(asked, num), together.search(asked, num))
+    swapped = torch.tensor([1, 0])
+    assert same(session.search(asked, num, swapped), together.search(asked, num, swapped))
+
+
+def test_chunks_of_a_session_are_told_apart_from_those_below() -> None:
+    session = SessionMemory(bank(1, 8, 1), bank(1, 0))
+    assert (session.search(queries(1), 4).chunks < OVERLAY).all()
+    session.add(kv(1, 8, 2), documents=["spoken"], ids=[torch.arange(8)])
+    found = session.search(queries(1), 8)
+    numbers = set(found.chunks.flatten().tolist())
+    assert numbers == {0, 1, 2, 3, OVERLAY, OVERLAY + 1, OVERLAY + 2, OVERLAY + 3}
+    assert [session.provenance(0, n).document for n in (3, OVERLAY)] == ["seed 1", "spoken"]
+    assert session.base is not None and int(session.tokens[0]) == 8
+    session.drop()
+    assert int(session.tokens[0]) == 0 and (session.search(queries(1), 4).chunks < OVERLAY).all()
+
+
+def test_a_session_over_nothing_is_a_bank() -> None:
+    session, plain = SessionMemory(None, bank(2, 0)), bank(2, 9, 3)
+    assert not session.search(queries(2), 4).mask.any()
+    session.add(kv(2, 9, 3), documents=["seed 3"] * 2)
+    session.end_document()
+    assert same(session.search(queries(2), 4), plain.search(queries(2), 4))
+    assert session.provenance(1, 0).document == "seed 3"
+
+
+def test_rows_of_a_session_over_one_row_all_read_it() -> None:
+    base = bank(1, 10, 1)
+    session = SessionMemory(base, bank(3, 0))
+    found = session.search(queries(3), 4)
+    for row in range(3):
+        assert same(session.search(queries(3)[row : row + 1], 4, torch.tensor([row])), _row(found, row))
+        assert same(base.search(queries(3)[row : row + 1], 4), _row(found, row))
+    with pytest.raises(MemoryBankError, match="the memory has 2 rows, the session 3"):
+        SessionMemory(bank(2, 4), bank(3, 0))
+    with pytest.raises(MemoryBankError, match="chunk_size"):
+        SessionMemory(base, MemoryBank(3, 64, HKV, D, 4))
+    with pytest.raises(MemoryBankError, match="written by backbone"):
+        SessionMemory(bank(1, 4, fingerprint="a"), bank(1, 0, fingerprint="b"))
+
+
+def _row(found: RetrievedMemory, row: int) -> RetrievedMemory:
+    cut = {name: getattr(found, name)[row : row + 1] for name in ("chunk_ids", "chunk_mask", "scores", "rows")}
+    return RetrievedMemory(
+        **cut, storage=found.storage, lengths=found.lengths, version=0, live_version=lambda: 0, sources=found.sources
+    )
+
+
+def test_every_row_of_a_list_reads_its_own_bank() -> None:
+    left, right = bank(1, 10, 1), bank(1, 4, 2, dtype=torch.float16)
+    together = BankRows([left, right, None, left])
+    asked = queries(4)
+    found = together.search(asked, 4)
+    for row, one in enumerate((left, right, None, left)):
+        if one is None:
+            assert not found.chunk_mask[row].any()
+            continue
+        alone = one.search(asked[row : row + 1], 4)
+        assert same(alone, _row(found, row))
+        chunk = int(found.chunks[row, 0, 0, 0])
+        assert together.provenance(row, chunk) == one.provenance(0, int(alone.chunks[0, 0, 0, 0]))
+    assert found.memory_rows is not None and found.memory_rows.tolist() == [0, 1, 2, 3]
+    beams = together.search(asked[[1, 1, 0]], 4, torch.tensor([1, 1, 0]))
+    assert same(_row(beams, 0), _row(found, 1)) and same(_row(beams, 2), _row(found, 0))
+    with pytest.raises(MemoryBankError, match="must hold one"):
+        BankRows([None])
+    with pytest.raises(MemoryBankError, match="fingerprint differs"):
+        BankRows([bank(1, 4, fingerprint="a"), bank(1, 4, fingerprint="b")])
+    with pytest.raises(MemoryBankError, match="row 2 has no memory"):
+        together.provenance(2, 0)
+
+
+def test_of_equal_scores_the_first_search_wins() -> None:
+    one, two = bank(1, 8, 1), bank(1, 8, 1)
+    found = best_of((one.search(queries(1), 4), two.search(queries(1), 4)), 4)
+    assert torch.equal(found.scores[..., 0], found.scores[..., 1])
+    assert found.storage.shape[1:3] == (2 * HKV * 4 + 1, 1) or found.storage.shape[1] <= 2 * HKV * 4 + 1
+
+
+def test_writing_after_a_search_is_noticed_through_a_session() -> None:
+    session = SessionMemory(bank(1, 8, 1), bank(1, 8, 2))
+    found = session.search(queries(1), 4)
+    assert found.live_version() == found.version
+    session.add(kv(1, 4, 3))
+    assert found.live_version() != found.version
