@@ -130,6 +130,12 @@ class Backbone(nn.Module):
         assert run is not None and run.qkv is not None, "only inside of a splice, once the memory layer has begun"
         return cast(QKV, run.qkv)
 
+    def running_kv(self) -> AttentionKV:
+        """Keys and values that the running forward will leave in memory, without a mask; see ``probed``."""
+        run = self._current.get()
+        assert run is not None and run.qkv is not None, "only inside of a splice, once the memory layer has begun"
+        return cast(BackboneRun, run).kv(None)
+
     def normed(self, hidden: Tensor) -> Tensor:
         """The backbone's final norm of (B, T, C), past any hook."""
         norm = self.family.final_norm

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from longmem.errors import MemoryBankError
-from longmem.types import Memory, Retriever
+from longmem.types import Memory, RetrievedMemory, Retriever
 
 
 class _Reads(Protocol):
@@ -20,6 +20,8 @@ class _Reads(Protocol):
 
     @property
     def memory_layer(self) -> int: ...
+
+    backbone: Any
 
 
 def retriever(model: _Reads, memory: Memory | None, rows: Tensor | None) -> Retriever | None:
@@ -54,4 +56,10 @@ def retriever(model: _Reads, memory: Memory | None, rows: Tensor | None) -> Retr
             f"({retrieved}); make the bank with chunk_size {model.config.chunk_size}"
         )
     num_chunks = retrieved // memory.chunk_size
-    return lambda queries: memory.search(queries, num_chunks, rows)
+
+    def search(queries: Tensor) -> RetrievedMemory:
+        if getattr(memory, "wants_kv", False):  # a LookaheadBank: later segments of the batch read earlier ones
+            memory.offer(model.backbone.running_kv())  # type: ignore[attr-defined]
+        return memory.search(queries, num_chunks, rows)
+
+    return search
