@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from longmem.errors import ConfigError
 
@@ -234,3 +234,45 @@ def _size_problems(config: Any, names: Sequence[str]) -> list[str]:
             tries = f"{below} or {above}" if below else f"{above}"
             found.append(f"{name} ({value}) must be a multiple of chunk_size ({config.chunk_size}); try {tries}")
     return found
+
+
+class LongMemGenerationConfig(GenerationConfig):
+    """transformers' generation settings, and what happens when the local window is full.
+
+    The window is what the model attends to directly. When it is full its oldest tokens move to memory, the rest is
+    read again from its beginning, and generation goes on: constant cost and memory, however long the text. A prompt
+    longer than the window goes the same way, so generating in two calls equals generating in one. Every field can be
+    given to ``generate`` as an argument.
+
+    Args:
+        window: most tokens attended to directly; None is the backbone's ``max_position_embeddings``, and no limit
+            where it has none.
+        window_move: how many of the oldest tokens move when it is full, a multiple of the memory's chunk size; None is
+            half the window.
+        window_overlap: how many tokens before those that move their keys and values may see. They are read once more
+            for this and not written twice. 0: every piece is read alone, as in training.
+        session_tokens: most tokens that what has moved may take in memory, oldest out; None is the model's
+            ``memory_size``.
+        **kwargs: fields of ``GenerationConfig``.
+    """
+
+    def __init__(
+        self,
+        *,
+        window: int | None = None,
+        window_move: int | None = None,
+        window_overlap: int = 0,
+        session_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.window = window
+        self.window_move = window_move
+        self.window_overlap = window_overlap
+        self.session_tokens = session_tokens
+        super().__init__(**kwargs)
+
+    @classmethod
+    def over(cls, config: GenerationConfig | None) -> LongMemGenerationConfig:
+        """The settings of a backbone with ours beside them."""
+        fields = {} if config is None else config.to_dict()
+        return cls(**{name: value for name, value in fields.items() if name != "transformers_version"})

@@ -92,7 +92,7 @@ def test_rows_of_a_session_over_one_row_all_read_it() -> None:
         SessionMemory(bank(2, 4), bank(3, 0))
     with pytest.raises(MemoryBankError, match="chunk_size"):
         SessionMemory(base, MemoryBank(3, 64, HKV, D, 4))
-    with pytest.raises(MemoryBankError, match="written by backbone"):
+    with pytest.raises(MemoryBankError, match="fingerprint of the memory is a"):
         SessionMemory(bank(1, 4, fingerprint="a"), bank(1, 0, fingerprint="b"))
 
 

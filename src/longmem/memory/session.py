@@ -14,7 +14,7 @@ from longmem.memory.bank import MemoryBank
 from longmem.memory.joined import best_of
 from longmem.types import AttentionKV, ChunkOrigin, Memory, RetrievedMemory
 
-OVERLAY = 1 << 40
+OVERLAY = 1 << 39
 """Chunk numbers from here on are the session's own; those below belong to the memory underneath."""
 
 
@@ -35,18 +35,13 @@ class SessionMemory:
         self.bank = bank
         self.rows = bank.rows
         self.chunk_size = bank.chunk_size
-        theirs = getattr(base, "fingerprint", None)
-        self.fingerprint = bank.fingerprint or theirs
         if base is not None and base.chunk_size != self.chunk_size:
             raise MemoryBankError(
                 f"chunk_size ({self.chunk_size}) of the session's bank must be the memory's ({base.chunk_size}); "
                 f"make it with chunk_size={base.chunk_size}"
             )
-        if theirs is not None and self.fingerprint != theirs:
-            raise MemoryBankError(
-                f"this memory was written by backbone {theirs}, the session is of {self.fingerprint}; "
-                "keys of one model mean nothing to another"
-            )
+        self.fingerprint: str | None = _shared("fingerprint", base, bank)
+        self.memory_layer: int | None = _shared("memory_layer", base, bank)
         below = getattr(base, "rows", self.rows)
         if base_rows is None:
             if below not in (1, self.rows):
@@ -150,3 +145,14 @@ class SessionMemory:
         if batch not in (None, self.rows):
             raise MemoryBankError(f"queries have {batch} rows, the session has {self.rows}; pass rows= to say which")
         return torch.arange(self.rows)
+
+
+def _shared(name: str, base: Memory | None, bank: MemoryBank) -> Any:
+    """What both say of themselves; one of them may not know."""
+    theirs, own = getattr(base, name, None), getattr(bank, name, None)
+    if None not in (theirs, own) and theirs != own:
+        raise MemoryBankError(
+            f"{name} of the memory is {theirs}, of the session's bank {own}; keys of one model and layer mean nothing "
+            "to another"
+        )
+    return own if theirs is None else theirs
