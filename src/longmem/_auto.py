@@ -29,8 +29,7 @@ def _import_our_models() -> None:
     # LongMem needs most of the package. While a part of that is being imported, modules are half made, and that import
     # reaches ``modeling.longmem`` by itself if it has to do with models.
     if not any(_unfinished(module) for name, module in list(sys.modules.items()) if name.startswith("longmem.")):
-        import_module("longmem.modeling.memtrm")  # and with it LongMem
-        import_module("longmem.modeling.training_free")
+        import_module("longmem.modeling.longmem")
 
 
 def _unfinished(module: ModuleType | None) -> bool:

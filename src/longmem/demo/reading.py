@@ -13,7 +13,8 @@ from longmem.demo.corpus import file_at
 from longmem.errors import DataError
 from longmem.memory.bank import MemoryBank
 from longmem.modeling.explain import Explanation
-from longmem.modeling.longmem import LongMem, LongMemOutput
+from longmem.modeling.longmem import LongMem
+from longmem.modeling.output import LongMemOutput
 from longmem.types import ChunkOrigin
 
 AROUND = 12

@@ -25,7 +25,7 @@ from longmem.modeling.copying import (
     retrieval_by_layer,
 )
 from longmem.modeling.families import Family
-from longmem.modeling.longmem import default_memory_layer
+from longmem.modeling.loading import default_memory_layer
 
 DISTANCES = (128, 256, 512, 1024)
 MOST_PIECES = 4  # of a row, for distances shorter than it

@@ -20,7 +20,8 @@ from longmem.errors import BackboneError, ConfigError
 from longmem.modeling.backbone import Backbone
 from longmem.modeling.explain import Explanation
 from longmem.modeling.generating import MemoryGeneration
-from longmem.modeling.longmem import LongMemOutput, default_memory_layer, load_backbone, padding_of
+from longmem.modeling.loading import default_memory_layer, load_backbone
+from longmem.modeling.output import LongMemOutput, padding_of
 from longmem.modeling.retrieving import retriever
 from longmem.modeling.sidenet import MemoryReader, SideRun
 from longmem.types import AttentionKV, Memory

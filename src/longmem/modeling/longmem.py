@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,38 +14,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longmem.config import LongMemConfig
 from longmem.errors import BackboneError, CheckpointError
 from longmem.modeling.backbone import Backbone, BackboneRun
 from longmem.modeling.explain import Explanation
-from longmem.modeling.families import side_sources
 from longmem.modeling.generating import MemoryGeneration
+from longmem.modeling.loading import default_memory_layer, first_line, load_backbone, resolve_folder
+from longmem.modeling.output import LongMemOutput, padding_of
 from longmem.modeling.retrieving import retriever
 from longmem.modeling.sidenet import SideNet, SideRun
-from longmem.types import AttentionKV, Memory, RetrievedMemory
+from longmem.types import AttentionKV, Memory
 
 WEIGHTS = "sidenet.safetensors"
-
-
-@dataclass
-class LongMemOutput(CausalLMOutputWithPast):
-    """The backbone's output with what memory needs.
-
-    Attributes:
-        kv: position-free keys and values of the memory layer, (B, Hkv, T, D); write them with ``bank.add(out.kv)``.
-        retrieved: what the augmented layer found; None without memory.
-        share: (B, H, T), the share of each token and head given to memory; None without memory.
-        explanation: what each token and head read, with ``explain=True``; None without memory.
-        side_hidden: SideNet input and layer outputs, (B, T, C) each, with ``output_side_hidden=True``.
-    """
-
-    kv: AttentionKV | None = None
-    retrieved: RetrievedMemory | None = None
-    share: Tensor | None = None
-    explanation: Explanation | None = None
-    side_hidden: tuple[Tensor, ...] | None = None
 
 
 class LongMem(PreTrainedModel, MemoryGeneration):
@@ -362,66 +342,9 @@ class LongMem(PreTrainedModel, MemoryGeneration):
         return model
 
 
-def padding_of(attention_mask: Tensor | None, input_ids: Tensor | None) -> Tensor | None:
-    """(B, T) bool, False at the pads among the T tokens of a call; None where all are real.
-
-    A static cache brings masks (B, 1, T, slots) that say what each token sees; what is written comes from calls
-    without a cache.
-    """
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or input_ids is None:
-        return None
-    return attention_mask[:, -input_ids.shape[1] :].bool()
-
-
-def default_memory_layer(model: PreTrainedModel, stride: int) -> int:
-    """The paper's choice, layer 18 of 24 read by SideNet layer 9 of 12, for any depth, counted from 0.
-
-    The nearest layer below that the family allows is taken: in hybrid models one with full attention.
-    """
-    from longmem.modeling.families import Family
-
-    family = Family.of(model)
-    sources = side_sources(len(family.layers), stride)
-    wanted = sources[max(0, int(0.75 * len(sources) + 0.5) - 1)] if sources else 0
-    allowed = family.memory_layers()
-    if wanted in allowed or not allowed:
-        return wanted
-    return min(allowed, key=lambda layer: (layer not in sources, abs(layer - wanted)))
-
-
-def load_backbone(name: str, revision: str | None, dtype: torch.dtype | None, **kwargs: Any) -> PreTrainedModel:
-    """``AutoModelForCausalLM.from_pretrained`` with one clear line where it fails."""
-    if dtype is not None:
-        kwargs["dtype"] = dtype
-    try:
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(name, revision=revision, **kwargs))
-    except (OSError, ValueError, SafetensorError) as problem:
-        raise BackboneError(
-            f"backbone {name!r} could not be loaded ({first_line(problem)}); "
-            "give a folder with config.json and weights, or a hub id that can be reached"
-        ) from problem
-
-
-def resolve_folder(name: str, revision: str | None) -> Path:
-    """The local folder of a checkpoint; a hub id is downloaded."""
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"{name} is not a folder; give one written by save_pretrained, or a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision))
-    except Exception as problem:
-        raise CheckpointError(
-            f"{name} is neither a folder nor a hub id that can be reached ({first_line(problem)})"
-        ) from problem
-
-
-def first_line(problem: BaseException) -> str:
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-
-
 AutoConfig.register("longmem", LongMemConfig, exist_ok=True)
 AutoModelForCausalLM.register(LongMemConfig, LongMem, exist_ok=True)
+
+# whoever knows one of our models knows them all: the Auto classes then load any of their checkpoints
+import longmem.modeling.memtrm  # noqa: E402
+import longmem.modeling.training_free  # noqa: E402, F401

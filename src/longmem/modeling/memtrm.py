@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from longmem.config import MemTRMConfig
 from longmem.errors import BackboneError, CheckpointError, ConfigError
 from longmem.modeling.augmented import AugmentedLM
-from longmem.modeling.longmem import first_line, load_backbone, resolve_folder
+from longmem.modeling.loading import first_line, load_backbone, resolve_folder
 
 WEIGHTS = "memory_gate.safetensors"
 BACKBONE = "backbone"
@@ -156,3 +156,5 @@ class MemTRM(AugmentedLM):
 
 AutoConfig.register("memtrm", MemTRMConfig, exist_ok=True)
 AutoModelForCausalLM.register(MemTRMConfig, MemTRM, exist_ok=True)
+
+import longmem.modeling.longmem  # noqa: E402, F401  whoever knows one of our models knows them all

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from longmem.config import TrainingFreeConfig
 from longmem.errors import BackboneError, CheckpointError
 from longmem.modeling.augmented import AugmentedLM
-from longmem.modeling.longmem import first_line, load_backbone, resolve_folder
+from longmem.modeling.loading import first_line, load_backbone, resolve_folder
 
 
 class TrainingFree(AugmentedLM):
@@ -98,3 +98,5 @@ class TrainingFree(AugmentedLM):
 
 AutoConfig.register("training_free", TrainingFreeConfig, exist_ok=True)
 AutoModelForCausalLM.register(TrainingFreeConfig, TrainingFree, exist_ok=True)
+
+import longmem.modeling.longmem  # noqa: E402, F401  whoever knows one of our models knows them all

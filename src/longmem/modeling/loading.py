@@ -1,0 +1,61 @@
+"""From names to models and folders, each failure in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from longmem.errors import BackboneError, CheckpointError
+from longmem.modeling.families import Family, side_sources
+
+
+def default_memory_layer(model: PreTrainedModel, stride: int) -> int:
+    """The paper's choice, layer 18 of 24 read by SideNet layer 9 of 12, for any depth, counted from 0.
+
+    The nearest layer below that the family allows is taken: in hybrid models one with full attention.
+    """
+    family = Family.of(model)
+    sources = side_sources(len(family.layers), stride)
+    wanted = sources[max(0, int(0.75 * len(sources) + 0.5) - 1)] if sources else 0
+    allowed = family.memory_layers()
+    if wanted in allowed or not allowed:
+        return wanted
+    return min(allowed, key=lambda layer: (layer not in sources, abs(layer - wanted)))
+
+
+def load_backbone(name: str, revision: str | None, dtype: torch.dtype | None, **kwargs: Any) -> PreTrainedModel:
+    """``AutoModelForCausalLM.from_pretrained`` with one clear line where it fails."""
+    if dtype is not None:
+        kwargs["dtype"] = dtype
+    try:
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(name, revision=revision, **kwargs))
+    except (OSError, ValueError, SafetensorError) as problem:
+        raise BackboneError(
+            f"backbone {name!r} could not be loaded ({first_line(problem)}); "
+            "give a folder with config.json and weights, or a hub id that can be reached"
+        ) from problem
+
+
+def resolve_folder(name: str, revision: str | None) -> Path:
+    """The local folder of a checkpoint; a hub id is downloaded."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{name} is not a folder; give one written by save_pretrained, or a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision))
+    except Exception as problem:
+        raise CheckpointError(
+            f"{name} is neither a folder nor a hub id that can be reached ({first_line(problem)})"
+        ) from problem
+
+
+def first_line(problem: BaseException) -> str:
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0]
