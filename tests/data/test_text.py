@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from longmem.data.text import Document, TextSource, read_documents
+from longmem.data.text import Document, TextSource, read_documents, read_stream
 from longmem.errors import DataError
 
 
@@ -162,3 +162,30 @@ def test_a_hub_data_set_that_cannot_be_loaded_is_one_line(monkeypatch: pytest.Mo
         DataError, match=r"^hub:x: the hub data set cannot be loaded \(no such data set\); write hub:NAME"
     ):
         list(read_documents(["hub:x"]))
+
+
+def test_a_stream_is_one_text_or_json_lines() -> None:
+    assert [(d.id, d.text) for d in read_stream(io.BytesIO(b"one\r\ntext\n"), "said")] == [("said", "one\ntext\n")]
+    lines = b'{"text": "a", "id": "first", "year": 1999}\n\n{"text": "b"}\n'
+    found = list(read_stream(io.BytesIO(lines), "-", lines=True))
+    assert [(d.id, d.text, d.source) for d in found] == [("first", "a", "-, line 1"), ("-:3", "b", "-, line 3")]
+    assert [d.record for d in found] == [{"id": "first", "year": 1999}, {}]
+
+
+def test_a_stream_without_text_is_refused() -> None:
+    for lines in (False, True):
+        with pytest.raises(DataError, match="no text came"):
+            list(read_stream(io.BytesIO(b" \n"), "-", lines=lines))
+
+
+def test_a_stream_gives_each_line_as_it_comes() -> None:
+    class Lines(io.BytesIO):
+        def __next__(self) -> bytes:
+            line = super().__next__()
+            asked.append(line)
+            return line
+
+    asked: list[bytes] = []
+    found = read_stream(Lines(b'{"text": "a"}\n{"text": "b"}\n'), "-", lines=True)
+    assert next(found).text == "a"
+    assert len(asked) == 1

@@ -6,12 +6,12 @@ import glob
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, BinaryIO, Literal
 
 from longmem.errors import DataError
 
@@ -28,11 +28,13 @@ class Document:
         id: name inside its source: relative path, archive member, or ``file:line`` of a JSON lines file.
         text: not empty.
         source: the path (or hub name) it was read from.
+        record: of JSON lines and hub records, the fields beside the text.
     """
 
     id: str
     text: str
     source: str
+    record: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,25 @@ def read_documents(paths: TextSource | Iterable[str | Path], **settings: object)
         paths = TextSource(tuple(str(path) for path in paths), **settings)  # type: ignore[arg-type]
     documents = _read_all(paths)
     return _grouped(documents) if paths.group == "folder" else documents
+
+
+def read_stream(stream: BinaryIO, name: str, *, lines: bool = False, **settings: object) -> Iterator[Document]:
+    """What comes through a pipe: one text, or with ``lines`` JSON lines, each a document as soon as it is there.
+
+    Args:
+        name: of the document; JSON lines without an ``id`` are ``name:line``.
+        settings: fields of ``TextSource``.
+
+    Raises:
+        DataError: nothing comes, or it is not UTF-8, or not JSON.
+    """
+    source = TextSource((), **settings)  # type: ignore[arg-type]
+    count = 0
+    for document in _read_lines(stream, name, name, source) if lines else _document(stream.read(), name, name, source):
+        count += 1
+        yield document
+    if not count:
+        raise DataError(f"{name}: no text came; pipe in something that is not white space only")
 
 
 def expand(paths: Sequence[str]) -> list[str]:
@@ -171,17 +192,21 @@ def _read_archive(file: Path, source: TextSource) -> Iterator[Document]:
 
 def _read_jsonl(file: Path, source: TextSource) -> Iterator[Document]:
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{file}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from error
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not JSON ({error.msg}); every line must be one JSON object") from error
-            yield from _record(record, f"{file.name}:{number}", where, source)
+        yield from _read_lines(lines, file.name, str(file), source)
+
+
+def _read_lines(lines: BinaryIO, name: str, path: str, source: TextSource) -> Iterator[Document]:
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from error
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error.msg}); every line must be one JSON object") from error
+        yield from _record(record, f"{name}:{number}", where, source)
 
 
 def _read_hub(path: str, source: TextSource) -> Iterator[Document]:
@@ -205,7 +230,7 @@ def _record(record: object, name: str, where: str, source: TextSource) -> Iterat
         raise DataError(f"{where}: no text field {source.field!r} (it has: {fields}); set data.field")
     name = str(record.get("id", name))
     if source.wants(name) and record[source.field].strip():
-        yield Document(name, record[source.field], where)
+        yield Document(name, record[source.field], where, {k: v for k, v in record.items() if k != source.field})
 
 
 def _document(data: bytes, name: str, where: str, source: TextSource) -> Iterator[Document]:
