@@ -27,6 +27,7 @@ class SegmentBatch:
         documents: (B,) name of each row's text.
         offsets: (B,) token position of the segment in its document.
         starts: (B,) bool, True where a row has just moved on to another text.
+        targets_in_all: how many tokens are scored in this step over the rows of all processes.
     """
 
     ids: Tensor
@@ -35,6 +36,7 @@ class SegmentBatch:
     documents: tuple[str, ...]
     offsets: tuple[int, ...]
     starts: Tensor
+    targets_in_all: int
 
 
 @dataclass(frozen=True)
@@ -92,23 +94,41 @@ class SegmentStream:
                 f"the corpus has {corpus.num_tokens} tokens, too few for {total} rows of data.window ({window}); "
                 "give more text, fewer optim.rows or a smaller window"
             )
-        self.taken = 0
         self._order: tuple[int, NDArray[np.int64]] | None = None
-        # of every row of every process: which piece, how far, and whether it has just begun
-        self._piece = [self._take() for _ in range(total)]
-        self._done = [0] * total
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self.step = self.taken = 0
+        # of every row of every process: which piece, and how far
+        self._piece = [self._take() for _ in range(self.rows * self.world)]
+        self._done = [0] * len(self._piece)
 
     def next(self) -> SegmentBatch:
         """The rows' segments; afterwards every row stands at its next one."""
+        batch = self.here()
+        self._advance()
+        return batch
+
+    def here(self) -> SegmentBatch:
+        """What ``next`` would give, without moving on."""
         lanes = range(self.rank * self.rows, (self.rank + 1) * self.rows)
-        batch = self._batch(list(lanes))
+        return self._batch(list(lanes))
+
+    def seek(self, step: int) -> None:
+        """Stand where ``step`` calls of ``next`` lead to from the beginning; only positions are gone through."""
+        if step < self.step:
+            self._rewind()
+        while self.step < step:
+            self._advance()
+
+    def _advance(self) -> None:
         for lane in range(len(self._piece)):
             self._done[lane] += self.window
             piece = self.pieces[self._piece[lane]]
             # the last token has no next token: it alone makes no segment
             if self._done[lane] >= piece.last - piece.first - 1:
                 self._piece[lane], self._done[lane] = self._take(), 0
-        return batch
+        self.step += 1
 
     @property
     def epoch(self) -> float:
@@ -117,6 +137,7 @@ class SegmentStream:
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "step": self.step,
             "taken": self.taken,
             "piece": list(self._piece),
             "done": list(self._done),
@@ -140,7 +161,7 @@ class SegmentStream:
                 f"the saved position has {len(state['piece'])} rows, this run has {len(self._piece)}; "
                 "keep optim.rows times the number of processes as it was"
             )
-        self.taken = int(state["taken"])
+        self.taken, self.step = int(state["taken"]), int(state.get("step", 0))
         self._piece, self._done = list(state["piece"]), list(state["done"])
 
     def _batch(self, lanes: list[int]) -> SegmentBatch:
@@ -163,7 +184,12 @@ class SegmentStream:
             documents=tuple(piece.name for piece in pieces),
             offsets=tuple(piece.offset + self._done[lane] for lane, piece in zip(lanes, pieces, strict=True)),
             starts=torch.tensor([self._done[lane] == 0 for lane in lanes]),
+            targets_in_all=sum(self._targets(lane) for lane in range(len(self._piece))),
         )
+
+    def _targets(self, lane: int) -> int:
+        piece = self.pieces[self._piece[lane]]
+        return min(self.window, piece.last - piece.first - self._done[lane] - 1)
 
     def _take(self) -> int:
         """The next text of the queue."""

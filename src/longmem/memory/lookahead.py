@@ -61,8 +61,8 @@ class LookaheadBank:
         spare = spare_tokens(bank.rows, segments, segment_tokens, bank.chunk_size, shared=bank.shared)
         if bank.capacity_tokens <= spare or bank.eviction != "oldest":
             raise ConfigError(
-                f"a bank of {bank.capacity_tokens} tokens, eviction {bank.eviction!r}, cannot take {segments} segments at "
-                f"once; give it more than the {spare} tokens that a step writes, and eviction 'oldest'"
+                f"a bank of {bank.capacity_tokens} tokens, eviction {bank.eviction!r}, cannot take {segments} segments "
+                f"at once; give it more than the {spare} tokens that a step writes, and eviction 'oldest'"
             )
         if boundary == "reset" and bank.shared:
             raise ConfigError("boundary ('reset') cannot be kept with a shared bank; use boundary='keep'")

@@ -22,6 +22,7 @@ from longmem.data.tokens import TokenCorpus
 from longmem.data.windows import IGNORE
 from longmem.errors import ConfigError
 from longmem.memory import MemoryBank
+from longmem.memory.lookahead import Arrival, LookaheadBank
 from longmem.modeling.longmem import LongMem
 from longmem.training.recipe import Recipe
 from longmem.training.tasks import Scores, StepScores, runs_bf16, set_dropout, storage_dtype, token_losses
@@ -67,8 +68,9 @@ class Adaptation:
             world=world,
             pad_id=self.pad_id,
         )
-        self.bank = self._new_bank(optim.rows) if recipe.sidenet.memory else None
-        self.tokens_per_batch = optim.rows * data.window
+        self.world = world
+        self.bank = self._training_bank() if recipe.sidenet.memory else None
+        self.tokens_per_batch = optim.rows * optim.segments * data.window
         self._unwritten: tuple[AttentionKV, SegmentBatch] | None = None
         self._share: Tensor | None = None
         self._backbone_loss: float | None = None
@@ -87,21 +89,28 @@ class Adaptation:
         return ((name, weight) for name, weight in self.longmem.named_parameters() if name in wanted)
 
     def loss(self, model: nn.Module, scores: StepScores) -> Tensor:
-        batch = self.stream.next()
-        if self.bank is not None:
-            turn_over(self.bank, batch, self.recipe.sidenet.boundary)
-        ids, mask, targets = (_to(part, self.device) for part in (batch.ids, batch.mask, batch.targets))
+        batches = [self.stream.next() for _ in range(self.recipe.optim.segments)]
+        if isinstance(self.bank, LookaheadBank):
+            self.bank.begin([Arrival(b.documents, b.offsets, b.starts, b.mask) for b in batches])
+        elif self.bank is not None:
+            turn_over(self.bank, batches[0], self.recipe.sidenet.boundary)
+        ids, mask, targets = (_to(part, self.device) for part in _joined(batches))
         assert targets is not None
         out = model(input_ids=ids, attention_mask=mask, memory=self.bank, use_cache=False)
-        losses, counted = token_losses(out.logits, targets), targets != IGNORE
-        scores.text.add(losses, counted)
-        self._unwritten = (out.kv, batch)
+        losses = token_losses(out.logits, targets)
+        scores.text.add(losses, targets != IGNORE)
+        self._unwritten = (out.kv, batches[-1])
         self._share = None if out.share is None else out.share.detach()
-        return losses.sum() / counted.sum().clamp(min=1)
+        # the mean over the targets of all processes, whose average gradient is taken; of several segments, the mean of
+        # each one's mean: what they would give one after the other
+        means = [part.sum() * (self.world / batch.targets_in_all) for part, batch in _pairs(losses, batches)]
+        return torch.stack(means).mean()
 
     def after_backward(self) -> None:
         """Write the segment: recomputation in ``backward`` must find the memory that ``forward`` read."""
-        if self.bank is not None and self._unwritten is not None:
+        if isinstance(self.bank, LookaheadBank):
+            self.bank.commit()
+        elif self.bank is not None and self._unwritten is not None:
             remember(self.bank, *self._unwritten)
         self._unwritten = None
 
@@ -166,13 +175,28 @@ class Adaptation:
             self.longmem.config = config
         self.tokenizer.save_pretrained(str(folder))
 
+    def _training_bank(self) -> MemoryBank | LookaheadBank:
+        side, optim = self.recipe.sidenet, self.recipe.optim
+        if optim.segments == 1:
+            return self._new_bank(optim.rows)
+        return LookaheadBank.for_model(
+            self.longmem,
+            optim.rows,
+            side.memory_size,
+            segments=optim.segments,
+            segment_tokens=self.recipe.data.window,
+            boundary=side.boundary,
+            **self._bank_settings(),
+        )
+
     def _new_bank(self, rows: int) -> MemoryBank:
+        return MemoryBank.for_model(self.longmem, rows, self.recipe.sidenet.memory_size, **self._bank_settings())
+
+    def _bank_settings(self) -> dict[str, Any]:
         side = self.recipe.sidenet
         on_gpu_bf16 = runs_bf16(self.recipe.optim.precision, self.device) and self.device.type != "cpu"
         dtype = storage_dtype(side.memory_dtype) or (torch.bfloat16 if on_gpu_bf16 else torch.float32)
-        return MemoryBank.for_model(
-            self.longmem, rows, side.memory_size, dtype=dtype, device=self.device, shared=side.shared
-        )
+        return {"dtype": dtype, "device": self.device, "shared": side.shared}
 
     def _validate(self, autocast: AbstractContextManager[Any], memory: bool, backbone: bool = False) -> float:
         assert self.valid is not None
@@ -248,6 +272,22 @@ def _check_vocabulary(model: LongMem, tokenizer: PreTrainedTokenizerBase, recipe
             f"data.tokenizer has {len(tokenizer)} tokens, backbone.path ({recipe.backbone.path}) embeds {known}; "
             "use the tokenizer that the backbone was trained with"
         )
+
+
+def _joined(batches: list[SegmentBatch]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Ids, mask and targets of n segments of B rows as n*B rows, the first segment of every row first."""
+    if len(batches) == 1:
+        return batches[0].ids, batches[0].mask, batches[0].targets
+    mask = None
+    if any(batch.mask is not None for batch in batches):
+        real = [torch.ones_like(b.ids, dtype=torch.bool) if b.mask is None else b.mask for b in batches]
+        mask = torch.cat(real)
+    return torch.cat([batch.ids for batch in batches]), mask, torch.cat([batch.targets for batch in batches])
+
+
+def _pairs(losses: Tensor, batches: list[SegmentBatch]) -> Iterator[tuple[Tensor, SegmentBatch]]:
+    """The losses (n*B, T) of each of the n batches."""
+    return zip(losses.chunk(len(batches)), batches, strict=True)
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -177,6 +177,9 @@ class OptimSection(Section):
     """Stop cleanly after so long, over all resumed parts of the run."""
     rows: Count = 8
     """Rows per process and forward pass."""
+    segments: Count = 1
+    """Adaptation: consecutive segments of each row per forward pass, each reading what lay before it: fewer rows, and
+    so fewer memories, fill a device. Trains what as many ``accumulate``d passes do, within rounding."""
     accumulate: Count = 1
     """Forward passes per optimiser step."""
     clip: typing.Annotated[float, Field(ge=0)] = 1.0
@@ -347,6 +350,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
     only_time = optim.max_minutes is not None and optim.steps is None and optim.tokens is None
     if optim.schedule_by == "tokens" and only_time:
         found.append("optim.schedule_by is 'tokens' without optim.tokens or optim.steps; set one, or use 'time'")
+    if recipe.task == "pretrain" and optim.segments > 1:
+        found.append(f"optim.segments ({optim.segments}) is for task = 'adapt'; windows of pre-training have no order")
     if recipe.task == "adapt" and optim.compile:
         found.append("optim.compile is for task = 'pretrain'; adaptation hooks into its backbone, set it to false")
     if optim.warmup + (optim.decay_fraction if optim.schedule == "wsd" else 0) > 1:
