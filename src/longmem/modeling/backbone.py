@@ -70,6 +70,8 @@ class Backbone(nn.Module):
         self.memory_layer = memory_layer
         self.frozen = frozen
         self.model = model.requires_grad_(not frozen).train(model.training and not frozen)
+        # False where a forward must not end half way: FSDP2 would leave layers gathered
+        self.stops_early = True
         self._probe = self.family.probe(memory_layer)
         self._parameters_of_forward = set(inspect.signature(type(model).forward).parameters)
         self._current = CompileableContextVar(f"longmem_backbone_{id(self)}")
@@ -190,7 +192,7 @@ class Backbone(nn.Module):
         # a SideNet has queries of its own; a layer that reads memory itself searches with these
         with torch.set_grad_enabled(torch.is_grad_enabled() and run.hand_over is None):
             run.qkv = self._probe(Call.record(module, args, kwargs))
-        if run.encode_only:
+        if run.encode_only and self.stops_early:
             raise _Stop
 
     def _after_last_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
