@@ -210,6 +210,9 @@ class TrainingFreeConfig(AugmentedConfig):
 
     model_type = "training_free"
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)  # without an ``__init__`` of its own a config would get one that knows no settings
+
 
 _SIZES = ("chunk_size", "num_retrieved", "memory_size")
 _FUSIONS = ("fusion", ("gate", "softmax"))

@@ -177,7 +177,7 @@ class LocalScores:
 
 
 def record_local(attention: nn.Module) -> None:
-    """Make an attention module remember what its next local attention is computed from; once or again.
+    """Make an attention module able to remember what its next local attention is computed from; once or again.
 
     Raises:
         BackboneError: if the module does not go through transformers' attention interface.
@@ -195,21 +195,22 @@ def record_local(attention: nn.Module) -> None:
     attention.config = config
 
 
+def want_local(attention: nn.Module) -> None:
+    """Ask for the record of the next call; without that nothing is kept alive."""
+    attention.__dict__["_longmem_wanted"] = True
+
+
 def take_local(attention: nn.Module) -> LocalScores:
     """The record of the last call, which is dropped."""
     return cast(LocalScores, attention.__dict__.pop("_longmem_local"))
-
-
-def drop_local(attention: nn.Module) -> None:
-    """Forget the record of a call in which nobody read memory."""
-    attention.__dict__.pop("_longmem_local", None)
 
 
 def _attend_and_record(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    module.__dict__["_longmem_local"] = LocalScores(query, key, attention_mask, scaling, kwargs.get("softcap"))
+    if module.__dict__.pop("_longmem_wanted", False):
+        module.__dict__["_longmem_local"] = LocalScores(query, key, attention_mask, scaling, kwargs.get("softcap"))
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.__dict__["_longmem_delegate"], eager)
     return cast("tuple[Tensor, Tensor | None]", attend(module, query, key, value, attention_mask, **kwargs))

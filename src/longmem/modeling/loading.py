@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from longmem.errors import BackboneError, CheckpointError
 from longmem.modeling.families import Family, side_sources
+
+
+Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
 def default_memory_layer(model: PreTrainedModel, stride: int) -> int:
@@ -38,6 +41,18 @@ def load_backbone(name: str, revision: str | None, dtype: torch.dtype | None, **
             f"backbone {name!r} could not be loaded ({first_line(problem)}); "
             "give a folder with config.json and weights, or a hub id that can be reached"
         ) from problem
+
+
+def load_config(kind: type[Config], folder: Path) -> Config:
+    """The config in a checkpoint folder; transformers would take one that is missing for one without settings.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it cannot be read.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no config.json in {folder}")
+    return cast(Config, kind.from_pretrained(folder))
 
 
 def resolve_folder(name: str, revision: str | None) -> Path:

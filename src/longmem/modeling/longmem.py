@@ -20,7 +20,7 @@ from longmem.errors import BackboneError, CheckpointError
 from longmem.modeling.backbone import Backbone, BackboneRun
 from longmem.modeling.explain import Explanation
 from longmem.modeling.generating import MemoryGeneration
-from longmem.modeling.loading import default_memory_layer, first_line, load_backbone, resolve_folder
+from longmem.modeling.loading import default_memory_layer, first_line, load_backbone, load_config, resolve_folder
 from longmem.modeling.output import LongMemOutput, padding_of
 from longmem.modeling.retrieving import retriever
 from longmem.modeling.sidenet import SideNet, SideRun
@@ -306,7 +306,7 @@ class LongMem(PreTrainedModel, MemoryGeneration):
         """
         folder = resolve_folder(str(pretrained_model_name_or_path), revision)
         try:
-            made = LongMemConfig.from_pretrained(folder) if config is None else config
+            made = load_config(LongMemConfig, folder) if config is None else config
             tensors = load_file(folder / WEIGHTS)
         except (OSError, SafetensorError, ValueError) as problem:
             raise CheckpointError(

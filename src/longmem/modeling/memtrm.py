@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from longmem.config import MemTRMConfig
 from longmem.errors import BackboneError, CheckpointError, ConfigError
 from longmem.modeling.augmented import AugmentedLM
-from longmem.modeling.loading import first_line, load_backbone, resolve_folder
+from longmem.modeling.loading import first_line, load_backbone, load_config, resolve_folder
 
 WEIGHTS = "memory_gate.safetensors"
 BACKBONE = "backbone"
@@ -128,7 +128,7 @@ class MemTRM(AugmentedLM):
         """
         folder = resolve_folder(str(pretrained_model_name_or_path), revision)
         try:
-            made = MemTRMConfig.from_pretrained(folder) if config is None else config
+            made = load_config(MemTRMConfig, folder) if config is None else config
             gate = load_file(folder / WEIGHTS)["memory_gate"]
             backbone = load_backbone(str(folder / BACKBONE), None, dtype, **(backbone_kwargs or {}))
         except (OSError, SafetensorError, ValueError, KeyError, BackboneError) as problem:

@@ -19,7 +19,7 @@ from longmem.config import Fusion, LongMemConfig
 from longmem.errors import ConfigError
 from longmem.modeling.attention import MemoryAttentionOutput, chunk_parts, memory_attention
 from longmem.modeling.backbone import Backbone, BackboneRun
-from longmem.modeling.families import QKV, Call, Family, drop_local, record_local, side_sources, take_local
+from longmem.modeling.families import QKV, Call, Family, record_local, side_sources, take_local, want_local
 from longmem.modeling.fusion import fuse, fuse_softmax, local_lse
 from longmem.types import RetrievedMemory, Retriever
 
@@ -164,6 +164,8 @@ class MemoryReader:
         call = Call.record(module, args, kwargs)
         qkv = self._probe(call)
         retrieved = self._retrieve(qkv.queries.detach())
+        if self._joint is not None:
+            want_local(self._joint)
         self._side.retrieved = retrieved
         self._memory = memory_attention(qkv.queries, retrieved, scaling=qkv.scaling, softcap=qkv.softcap)
         if self._side.explain:
@@ -173,8 +175,6 @@ class MemoryReader:
 
     def _before_output(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
         if self._memory is None:
-            if self._joint is not None:
-                drop_local(self._joint)
             return None
         assert self._gate is not None
         memory, self._memory = self._memory, None

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from longmem.config import TrainingFreeConfig
 from longmem.errors import BackboneError, CheckpointError
 from longmem.modeling.augmented import AugmentedLM
-from longmem.modeling.loading import first_line, load_backbone, resolve_folder
+from longmem.modeling.loading import first_line, load_backbone, load_config, resolve_folder
 
 
 class TrainingFree(AugmentedLM):
@@ -71,7 +71,7 @@ class TrainingFree(AugmentedLM):
         """
         folder = resolve_folder(str(pretrained_model_name_or_path), revision)
         try:
-            made = TrainingFreeConfig.from_pretrained(folder) if config is None else config
+            made = load_config(TrainingFreeConfig, folder) if config is None else config
         except (OSError, ValueError) as problem:
             raise CheckpointError(
                 f"{folder} holds no training-free settings ({first_line(problem)}); "
