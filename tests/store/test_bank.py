@@ -1,0 +1,627 @@
+"""A bank on a store: what it finds, equal to a MemoryBank to the last bit, and what it stops finding."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tests.store.banks import (
+    SEGMENT,
+    found_names,
+    ids,
+    make_model,
+    make_store,
+    memory_bank,
+    queries,
+    same,
+)
+from torch import Tensor
+
+from longmem import LongMem, MemoryBank
+from longmem.errors import ConfigError, MemoryBankError, StoreDamaged, StoreError
+from longmem.memory.index import ExactIndex
+from longmem.store.bank import StoreBank
+from longmem.store.segments import DataFile
+from longmem.store.store import MemoryStore
+from longmem.types import AttentionKV
+
+KEEPS = ["map", "memory", "device"]
+DOCUMENTS = [(f"letter {number}", ids(21 + 3 * number, seed=number)) for number in range(4)]
+
+
+@pytest.fixture(scope="module")
+def model() -> LongMem:
+    return make_model()
+
+
+@pytest.fixture
+def store(tmp_path: Path, model: LongMem) -> Iterator[MemoryStore]:
+    with make_store(tmp_path / "memory", model) as made:
+        fill(made)
+        yield made
+
+
+def fill(store: MemoryStore, namespace: str = "alice", documents: list[tuple[str, Tensor]] = DOCUMENTS) -> None:
+    for number, (name, tokens) in enumerate(documents):
+        store.add_document(namespace, ids=tokens, name=name, time=100.0 + number, metadata={"even": number % 2 == 0})
+
+
+# the same as a bank in memory
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_searches_equal_those_of_a_memory_bank_to_the_last_bit(store: MemoryStore, model: LongMem, keep: str) -> None:
+    bank, twin = store.bank("alice", keep=keep), memory_bank(store, model, DOCUMENTS)
+    assert torch.equal(bank.tokens, twin.tokens)
+    assert torch.equal(bank.chunks, twin.chunks)
+    for length, num in ((1, 4), (7, 4), (3, 200)):
+        asked = queries(bank, length=length)
+        same(bank.search(asked, num), twin.search(asked, num))
+    for chunk in range(int(bank.chunks[0])):
+        ours, theirs = bank.provenance(0, chunk), twin.provenance(0, chunk)
+        assert (ours.document, ours.start_token, ours.length) == (theirs.document, theirs.start_token, theirs.length)
+        assert ours.number == chunk
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_logits_and_generated_text_equal_those_with_a_memory_bank(tmp_path: Path, name: str, keep: str) -> None:
+    model = make_model(name)
+    with make_store(tmp_path / "memory", model) as store:
+        fill(store)
+        bank, twin = store.bank("alice", keep=keep), memory_bank(store, model, DOCUMENTS)
+        prompt = ids(12, seed=50)[None]
+        assert torch.equal(model(prompt, memory=bank).logits, model(prompt, memory=twin).logits)
+        assert not torch.equal(model(prompt, memory=bank).logits, model(prompt).logits)
+        settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        assert torch.equal(
+            model.generate(prompt, memory=bank, **settings), model.generate(prompt, memory=twin, **settings)
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("keep", KEEPS)
+def test_half_precision_equals_a_memory_bank_of_that_precision(
+    tmp_path: Path, model: LongMem, dtype: str, keep: str
+) -> None:
+    with make_store(tmp_path / "memory", model, dtype=dtype) as store:
+        fill(store)
+        bank = store.bank("alice", keep=keep)
+        with make_store(tmp_path / "exact", model) as exact:
+            full = memory_bank(exact, model, DOCUMENTS)
+        asked = queries(bank)
+        ours, theirs = bank.search(asked, 4), full.search(asked, 4)
+        assert torch.equal(ours.chunks, theirs.chunks)
+        assert torch.equal(ours.scores, theirs.scores)
+        assert torch.equal(ours.keys, theirs.keys.to(ours.keys.dtype))
+        assert torch.equal(ours.values, theirs.values.to(getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_int8_finds_the_same_chunks_and_gives_their_numbers_nearly(tmp_path: Path, model: LongMem, keep: str) -> None:
+    with make_store(tmp_path / "memory", model, dtype="int8") as store, make_store(tmp_path / "e", model) as exact:
+        fill(store)
+        bank, full = store.bank("alice", keep=keep), memory_bank(exact, model, DOCUMENTS)
+        asked = queries(bank)
+        ours, theirs = bank.search(asked, 4), full.search(asked, 4)
+        assert torch.equal(ours.scores, theirs.scores)
+        assert torch.equal(ours.chunks, theirs.chunks)
+        largest = float(theirs.keys.abs().max())
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=largest / 200, rtol=0)
+        torch.testing.assert_close(ours.values, theirs.values, atol=float(theirs.values.abs().max()) / 200, rtol=0)
+
+
+def test_an_empty_bank_equals_no_bank_bit_for_bit(store: MemoryStore, model: LongMem) -> None:
+    for keep in KEEPS:
+        bank = store.bank("nobody", keep=keep)
+        assert bank.tokens.tolist() == [0]
+        prompt = ids(12, seed=3)[None]
+        assert torch.equal(model(prompt, memory=bank).logits, model(prompt).logits)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_training_reads_a_bank_and_gradients_equal_those_with_a_memory_bank(
+    store: MemoryStore, model: LongMem, keep: str
+) -> None:
+    grads = []
+    for memory in (store.bank("alice", keep=keep), memory_bank(store, model, DOCUMENTS)):
+        model.zero_grad()
+        model(ids(12, seed=4)[None], labels=ids(12, seed=4)[None], memory=memory).loss.backward()
+        grads.append(model.sidenet.memory_gate.grad.clone())
+    assert torch.equal(*grads)
+    model.zero_grad()
+
+
+# opening
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_opening_reads_neither_keys_nor_values(store: MemoryStore, keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    for name in ("keys", "gather", "chunks", "lengths"):
+        plain = getattr(DataFile, name)
+        monkeypatch.setattr(DataFile, name, lambda *a, _n=name, _p=plain, **k: (read.append(_n), _p(*a, **k))[1])
+    bank = store.bank("alice", keep=keep)
+    assert bank.tokens.tolist() == [sum(len(tokens) for _, tokens in DOCUMENTS)]
+    assert bank.provenance(0, 5).document == "letter 0"
+    assert (read, bank.loaded, bank.nbytes) == ([], False, 0)
+    assert bank.load() is bank
+    assert bank.loaded
+    assert set(read) == ({"keys"} if keep == "map" else {"keys", "chunks"})
+    bank.search(queries(bank), 2)
+    assert set(read) == ({"keys", "gather"} if keep == "map" else {"keys", "chunks"})
+
+
+def test_the_map_is_read_for_the_heads_and_chunks_that_were_found_only(store: MemoryStore) -> None:
+    bank = store.bank("alice")
+    found = bank.search(queries(bank, length=1), 3)
+    assert found.storage.shape[1] <= 4 * 3 + 1
+    assert found.storage.shape[2] == 1
+    assert bank.nbytes == int(bank.chunks[0]) * bank.heads_kv * bank.head_dim * 4
+
+
+def test_a_read_only_store_gives_a_bank_beside_the_writer(store: MemoryStore, model: LongMem) -> None:
+    with MemoryStore.open(store.path, model=model, mode="read") as reader:
+        bank, other = reader.bank("alice"), store.bank("alice")
+        same(bank.search(queries(bank), 4), other.search(queries(bank), 4))
+
+
+# rows
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_every_row_reads_its_namespace_and_nothing_else(store: MemoryStore, keep: str) -> None:
+    fill(store, "bob", [("diary", ids(9, seed=70))])
+    bank = store.bank(["alice", "nobody", "bob"], keep=keep)
+    assert bank.tokens.tolist() == [int(store.bank("alice").tokens[0]), 0, 9]
+    asked = queries(bank, rows=3)
+    together = bank.search(asked, 6)
+    assert not together.chunk_mask[1].any()
+    for row, namespace in enumerate(("alice", "nobody", "bob")):
+        alone = store.bank(namespace).search(asked[row : row + 1], 6)
+        assert torch.equal(together.scores[row : row + 1], alone.scores)
+        assert torch.equal(together.chunks[row : row + 1], alone.chunks)
+        assert torch.equal(together.keys[row : row + 1] * alone.mask[..., None], alone.keys * alone.mask[..., None])
+        for chunk in alone.chunks[alone.chunks >= 0].unique().tolist():
+            assert bank.provenance(row, chunk).namespace == namespace
+    again = bank.search(asked[[0, 0]], 6, rows=torch.tensor([2, 0]))
+    assert torch.equal(again.scores[1], together.scores[0])
+    assert again.memory_rows.tolist() == [2, 0]
+
+
+def test_a_small_row_is_not_padded_to_a_large_one(store: MemoryStore) -> None:
+    fill(store, "bob", [("diary", ids(9, seed=70))])
+    bank = store.bank(["alice", "bob"]).load()
+    assert bank.nbytes == int(bank.chunks.sum()) * bank.heads_kv * bank.head_dim * 4
+
+
+def test_a_bank_of_one_namespace_is_read_by_every_row_of_a_batch(store: MemoryStore, model: LongMem) -> None:
+    bank = store.bank("alice")
+    prompts = torch.stack([ids(12, seed=5), ids(12, seed=6)])
+    both = model(prompts, memory=bank).logits
+    for row in range(2):
+        alone = model(prompts[row : row + 1], memory=bank).logits
+        torch.testing.assert_close(both[row : row + 1], alone, atol=2e-6, rtol=0)
+    text = model.generate(prompts, memory=bank, num_beams=2, max_new_tokens=3, pad_token_id=0)
+    assert text.shape[0] == 2
+
+
+# filters
+
+
+def test_filters_choose_the_documents_before_the_search(store: MemoryStore) -> None:
+    names = [name for name, _ in DOCUMENTS]
+    assert found_names(store.bank("alice", documents=names[1:3])) == set(names[1:3])
+    assert found_names(store.bank("alice", where={"even": True})) == {names[0], names[2]}
+    assert found_names(store.bank("alice", where={"odd": True})) == set()
+    assert found_names(store.bank("alice", after=102.0)) == set(names[2:])
+    assert found_names(store.bank("alice", before=102.0)) == set(names[:2])
+    assert found_names(store.bank("alice", after=101.0, before=103.0, where={"even": True})) == {names[2]}
+
+
+def test_a_filtered_bank_equals_a_memory_bank_of_those_documents(store: MemoryStore, model: LongMem) -> None:
+    bank, twin = store.bank("alice", where={"even": True}), memory_bank(store, model, DOCUMENTS[::2])
+    same(bank.search(queries(bank), 5), twin.search(queries(bank), 5))
+
+
+@pytest.mark.parametrize("max_tokens", [2, 7, 30, 31, 60, 10_000])
+def test_max_tokens_keeps_the_newest(store: MemoryStore, max_tokens: int) -> None:
+    bank, whole = store.bank("alice", max_tokens=max_tokens), store.bank("alice")
+    total, kept = int(whole.chunks[0]), int(bank.chunks[0])
+    assert int(bank.tokens[0]) <= max_tokens
+    if kept < total:
+        more = whole.provenance(0, total - kept - 1).length
+        assert int(bank.tokens[0]) + more > max_tokens or more < 2
+    for chunk in range(kept):
+        ours, theirs = bank.provenance(0, chunk), whole.provenance(0, total - kept + chunk)
+        assert (ours.document_id, ours.start_token) == (theirs.document_id, theirs.start_token)
+    newest = bank.search(queries(bank), total)
+    everything = whole.search(queries(bank), total)
+    best = everything.scores.masked_fill(everything.chunks < total - kept, -torch.inf).sort(-1, descending=True)
+    torch.testing.assert_close(newest.scores[..., :kept], best.values[..., :kept])
+
+
+# forgetting
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_what_is_forgotten_is_never_found_again(store: MemoryStore, model: LongMem, keep: str) -> None:
+    bank = store.bank("alice", keep=keep)
+    before = [bank.provenance(0, chunk) for chunk in range(int(bank.chunks[0]))]
+    bank.search(queries(bank), 2)
+    version = bank.version
+    store.forget("alice", name="letter 1")
+    left = [document for document in DOCUMENTS if document[0] != "letter 1"]
+    asked, twin = queries(bank), memory_bank(store, model, left)
+    ours, theirs = bank.search(asked, 200), twin.search(asked, 200)
+    assert torch.equal(ours.scores, theirs.scores)
+    assert torch.equal(ours.keys * ours.mask[..., None], theirs.keys * theirs.mask[..., None])
+    assert bank.version > version
+    assert torch.equal(bank.tokens, twin.tokens)
+    # numbers are those of before
+    for chunk in ours.chunks[ours.chunks >= 0].unique().tolist():
+        assert bank.provenance(0, chunk) == before[chunk]
+        assert before[chunk].document != "letter 1"
+
+
+def test_keys_and_values_of_forgotten_text_are_overwritten_in_memory(store: MemoryStore) -> None:
+    bank = store.bank("alice", keep="memory").load()
+    rows, values = bank._keys, bank._values
+    whole = rows[0].keys
+    first, last = int(bank._places.begins[0]), int(bank._places.begins[1])
+    gone = whole[0, :, first:last].clone()
+    assert (values.whole.kv[first:last] != 0).any()
+    store.forget("alice", name="letter 0")
+    bank.search(queries(bank), 1)
+    assert (values.whole.kv[first:last] == 0).all()
+    for head in range(bank.heads_kv):
+        kept = {tuple(key.tolist()) for key in whole[0, head]}
+        assert not kept & {tuple(key.tolist()) for key in gone[head]}
+
+
+FORGET = """
+import sys
+from longmem.store.store import MemoryStore
+with MemoryStore.open(sys.argv[1]) as store:
+    store.forget("alice", name=sys.argv[2])
+    if sys.argv[3] == "compact":
+        store.compact()
+"""
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("then", ["stay", "compact"])
+def test_what_another_process_forgets_is_masked_from_the_next_search_on(
+    store: MemoryStore, model: LongMem, keep: str, then: str
+) -> None:
+    path = store.path
+    store.close()
+    with MemoryStore.open(path, model=model, mode="read") as reader:
+        bank, untouched = reader.bank("alice", keep=keep), reader.bank("alice", keep=keep)
+        assert "letter 2" in found_names(bank)
+        subprocess.run([sys.executable, "-c", FORGET, str(path), "letter 2", then], check=True)
+        left = [document for document in DOCUMENTS if document[0] != "letter 2"]
+        asked, twin = queries(bank), memory_bank(reader, model, left)
+        for each in (bank, untouched):  # the second one had read nothing yet
+            found = each.search(asked, 200)
+            assert torch.equal(found.scores, twin.search(asked, 200).scores)
+            assert found_names(each) == {name for name, _ in left}
+
+
+def test_a_bank_reads_on_after_compact_and_lets_the_old_files_go(store: MemoryStore, model: LongMem) -> None:
+    bank = store.bank("alice")
+    same_before = bank.search(queries(bank), 3)
+    old = {file.row.id for file in bank._places.files}
+    store.forget("alice", name="letter 3")
+    store.compact()
+    after = bank.search(queries(bank), 200)
+    assert torch.equal(after.scores, memory_bank(store, model, DOCUMENTS[:3]).search(queries(bank), 200).scores)
+    assert not old & {file.row.id for file in bank._places.files}
+    assert same_before.storage.shape[1] > 1
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_an_expired_document_is_not_found_from_its_moment_on(store: MemoryStore, keep: str) -> None:
+    store.add_document("alice", ids=ids(9, seed=30), name="note", expires=time.time() + 1.0)
+    bank = store.bank("alice", keep=keep)
+    assert "note" in found_names(bank)
+    tokens = int(bank.tokens[0])
+    time.sleep(1.05)
+    assert "note" not in found_names(bank)
+    assert int(bank.tokens[0]) == tokens - 9
+
+
+def test_what_was_added_appended_or_replaced_is_found_after_refresh(store: MemoryStore, model: LongMem) -> None:
+    bank = store.bank("alice")
+    found_names(bank)
+    store.add_document("alice", ids=ids(9, seed=31), name="new")
+    assert "new" not in found_names(bank)
+    assert bank.refresh()
+    assert "new" in found_names(bank)
+    assert not bank.refresh()
+    store.append("alice", ids=ids(11, seed=32), name="letter 0")
+    found_names(bank)
+    assert bank.refresh()
+    now = [(name, torch.from_numpy(store.token_ids("alice", name).astype("int64"))) for name in names(store)]
+    twin = memory_bank(store, model, now)
+    same(bank.search(queries(bank), 100), twin.search(queries(bank), 100))
+
+
+def names(store: MemoryStore) -> list[str]:
+    return [document.name for document in store.documents("alice")]
+
+
+def test_a_replaced_text_is_gone_at_once(store: MemoryStore) -> None:
+    bank = store.bank("alice")
+    found_names(bank)
+    store.add_document("alice", ids=ids(30, seed=77), name="letter 1", replace=True)
+    assert found_names(bank) == {"letter 0", "letter 2", "letter 3"}
+    bank.refresh()
+    assert found_names(bank) == {name for name, _ in DOCUMENTS}
+
+
+def test_what_an_append_encodes_anew_is_masked_until_refresh(store: MemoryStore) -> None:
+    bank = store.bank("alice", documents=["letter 0"])  # 21 tokens: two whole segments and a short one
+    found_names(bank)
+    store.append("alice", ids=ids(11, seed=32), name="letter 0")
+    found_names(bank)
+    assert int(bank.tokens[0]) == 21 // SEGMENT * SEGMENT
+    bank.refresh()
+    assert int(bank.tokens[0]) == 32
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_refresh_reads_only_what_is_new(store: MemoryStore, keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = store.bank("alice", keep=keep).load()
+    store.forget("alice", name="letter 0")
+    bank.search(queries(bank), 1)
+    store.add_document("alice", ids=ids(9, seed=31), name="new")
+    read: list[int] = []
+    for name in ("keys", "chunks"):
+        plain = getattr(DataFile, name)
+
+        def watch(file: DataFile, start: int = 0, stop: int | None = None, _plain: object = plain) -> object:
+            read.append(stop - start)
+            return _plain(file, start, stop)
+
+        monkeypatch.setattr(DataFile, name, watch)
+    assert bank.refresh()
+    assert read == ([5] if keep == "map" else [5, 5])
+    fresh = store.bank("alice", keep=keep)
+    same(bank.search(queries(bank), 100), fresh.search(queries(bank), 100))
+
+
+def test_chunks_read_before_something_was_forgotten_cannot_be_trained_on(store: MemoryStore, model: LongMem) -> None:
+    bank = store.bank("alice", keep="memory")
+    loss = model(ids(12)[None], labels=ids(12)[None], memory=bank).loss
+    store.forget("alice", name="letter 0")
+    bank.search(queries(bank), 1)
+    with pytest.raises(MemoryBankError, match="between forward and backward"):
+        loss.backward()
+    model.zero_grad()
+
+
+# damage
+
+
+def test_a_flipped_byte_is_an_error_and_never_an_answer(store: MemoryStore, model: LongMem) -> None:
+    store.close()
+    (file,) = sorted((store.path / "segments").iterdir())[:1]
+    data = bytearray(file.read_bytes())
+    data[-20] ^= 1
+    file.write_bytes(data)
+    with MemoryStore.open(store.path, model=model, mode="read") as reader:
+        bank = reader.bank("alice")
+        with pytest.raises(StoreDamaged, match=r"block \d+"):
+            bank.search(queries(bank, length=20), 200)
+        with pytest.raises(StoreDamaged):
+            reader.bank("alice", keep="memory").load()
+
+
+# an index of one's own
+
+
+class Recorder(ExactIndex):
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[object, ...]] = []
+
+    def written(self, keys: Tensor, rows: Tensor, slots: Tensor) -> None:
+        self.told.append(("written", slots.tolist(), keys.shape[2]))
+
+    def cleared(self, rows: Tensor) -> None:
+        self.told.append(("cleared",))
+
+    def kept(self, row: int, slots: Tensor) -> None:
+        self.told.append(("kept", row, slots.tolist()))
+
+
+def test_an_index_hears_of_every_change(store: MemoryStore) -> None:
+    index = Recorder()
+    bank = store.bank("alice", index=index).load()
+    total = int(bank.chunks[0])
+    assert index.told == [("cleared",), ("written", list(range(total)), total)]
+    first = int(bank._places.begins[1])
+    store.forget("alice", name="letter 0")
+    bank.search(queries(bank), 1)
+    assert index.told[2:] == [("kept", 0, list(range(first, total)))]
+    store.add_document("alice", ids=ids(4, seed=31), name="new")
+    bank.refresh()
+    left = total - first
+    assert index.told[3:] == [("written", [left, left + 1], left + 2)]
+
+
+def test_an_index_is_named_or_refused(store: MemoryStore) -> None:
+    assert store.bank("alice", index="exact").search(queries(store.bank("alice")), 1).scores.abs().sum() > 0
+    with pytest.raises(ConfigError, match=r"index \('fast'\) must be one of exact"):
+        store.bank("alice", index="fast")
+
+
+# provenance
+
+
+def test_passages_are_the_text_of_a_chunk_in_its_surroundings(
+    tmp_path: Path, tiny_backbone: torch.nn.Module, byte_tokenizer: object, made_text: object
+) -> None:
+    model = LongMem.from_backbone(tiny_backbone, chunk_size=4, num_retrieved=16).eval()
+    text = made_text(60)
+    with MemoryStore.open(tmp_path / "m", model=model, tokenizer=byte_tokenizer, segment_tokens=16) as store:
+        store.add_document("alice", text, name="story", metadata={"a": 1}, time=7.0)
+        bank = store.bank("alice")
+        starts = range(0, len(text), 4)
+        for chunk in (0, 3, 64, len(starts) - 1):
+            origin = bank.provenance(0, chunk)
+            start = 4 * chunk
+            assert (origin.document, origin.namespace, origin.time) == ("story", "alice", 7.0)
+            passage = bank.passage(origin, around=5)
+            assert passage.text == text[start : start + 4]
+            assert passage.before == text[max(0, start - 5) : start]
+            assert passage.after == text[start + 4 : start + 9]
+        store.append("alice", " more to tell", name="story")
+        assert bank.passage(origin, around=3).text == text[start:]
+        store.add_document("alice", text + "!", name="story", replace=True)
+        with pytest.raises(StoreError, match=r"'story' of namespace 'alice' is not there any more"):
+            bank.passage(origin)
+
+
+def test_a_text_is_searched_by_the_heads_of_the_model(
+    tmp_path: Path, tiny_backbone: torch.nn.Module, byte_tokenizer: object, made_text: object
+) -> None:
+    torch.manual_seed(3)
+    model = LongMem.from_backbone(tiny_backbone, chunk_size=4, num_retrieved=16).eval()
+    with MemoryStore.open(tmp_path / "m", model=model, tokenizer=byte_tokenizer, segment_tokens=16) as store:
+        for number in range(3):
+            store.add_document("alice", made_text(20, number), name=f"story {number}")
+        store.add_document("bob", made_text(20, 9), name="secret")
+        hits = store.search("alice", "Who keeps the old map?", top=5)
+        assert len(hits) == 5
+        assert [hit.share for hit in hits] == sorted((hit.share for hit in hits), reverse=True)
+        for hit in hits:
+            text = store.text("alice", hit.origin.document)
+            start = hit.origin.start_token
+            assert hit.passage.text == text[start : start + 4]
+            assert hit.passage.before + hit.passage.text + hit.passage.after in text
+            assert sum(hit.heads.values()) / model.num_heads == pytest.approx(hit.share, rel=1e-4)
+        every = store.bank("alice").search_text("Who keeps the old map?", top=10_000)
+        query = byte_tokenizer("Who keeps the old map?", add_special_tokens=False)["input_ids"]
+        out = model(torch.tensor([query[:16]]), memory=store.bank("alice"), explain=True)
+        rest = model(torch.tensor([query[16:]]), memory=store.bank("alice"), explain=True)
+        given = 16 * float(out.share.mean()) + (len(query) - 16) * float(rest.share.mean())
+        assert sum(hit.share for hit in every) == pytest.approx(given / len(query), rel=1e-4)
+        assert every[:5] == hits
+        assert {hit.origin.document for hit in store.search("alice", "old map", documents=["story 1"])} == {"story 1"}
+        with pytest.raises(StoreError, match="no tokens"):
+            store.search("alice", "")
+    with (
+        MemoryStore.open(tmp_path / "m", mode="read") as store,
+        pytest.raises(StoreError, match=r"needs the model: MemoryStore.open\(path, model=...\)"),
+    ):
+        store.search("alice", "old map")
+
+
+def test_explanations_lead_back_to_documents_of_the_store(store: MemoryStore, model: LongMem) -> None:
+    bank = store.bank(["nobody", "alice"])
+    explanation = model(ids(12)[None], memory=bank, memory_rows=torch.tensor([1]), explain=True).explanation
+    readings = explanation.over()
+    assert sum(reading.share for reading in readings) == pytest.approx(float(explanation.share.mean()))
+    for reading in readings:
+        assert reading.row == 1
+        assert reading.origin == bank.provenance(1, reading.chunk)
+        tokens = dict(DOCUMENTS)[reading.origin.document]
+        shown = " ".join(map(str, tokens[reading.origin.start_token :][: reading.origin.length].tolist()))
+        assert bank.passage(reading.origin).text == shown
+
+
+# what is refused
+
+
+def test_a_bank_is_read_only(store: MemoryStore) -> None:
+    with pytest.raises(StoreError, match=r"read-only; add to bank.session\(\)"):
+        store.bank("alice").add(AttentionKV(torch.zeros(1), torch.zeros(1)))
+
+
+def test_wrong_settings_and_queries_are_refused_in_one_line(store: MemoryStore, model: LongMem) -> None:
+    bank = store.bank(["alice", "bob"])
+    with pytest.raises(MemoryBankError, match=r"queries have 3 rows, the bank 2; pass rows="):
+        bank.search(queries(bank, rows=3), 2)
+    with pytest.raises(MemoryBankError, match=r"rows \(2\) must lie in 0..1"):
+        bank.search(queries(bank), 2, rows=torch.tensor([2]))
+    with pytest.raises(MemoryBankError, match=r"rows \(1 entries\) must have one per row of the queries \(2\)"):
+        bank.search(queries(bank, rows=2), 2, rows=torch.tensor([0]))
+    with pytest.raises(MemoryBankError, match="H a multiple of the bank's 2"):
+        bank.search(queries(bank, rows=2, heads=3), 2)
+    with pytest.raises(MemoryBankError, match=r"num_chunks \(0\)"):
+        bank.search(queries(bank, rows=2), 0)
+    with pytest.raises(MemoryBankError, match=r"chunk \(99\) of row 1 is not there; it has 0"):
+        bank.provenance(1, 99)
+    with pytest.raises(MemoryBankError, match=r"row \(2\) must lie in 0..1"):
+        bank.provenance(2, 0)
+    with pytest.raises(ConfigError, match=r"keep \('disk'\).*max_tokens \(0\)|max_tokens \(0\).*keep \('disk'\)"):
+        store.bank("alice", keep="disk", max_tokens=0)
+    with pytest.raises(ConfigError, match=r"write \['letter 1'\]"):
+        store.bank("alice", documents="letter 1")
+    with pytest.raises(ConfigError, match="at least one name"):
+        store.bank([])
+    with pytest.raises(StoreError, match="no document 'letter 9'"):
+        store.bank("alice", documents=["letter 9"])
+    other = make_model("gpt2")
+    with pytest.raises(MemoryBankError, match="written by backbone"):
+        other(ids(12)[None], memory=store.bank("alice"))
+
+
+def test_a_closed_store_closes_its_banks(store: MemoryStore) -> None:
+    bank = store.bank("alice").load()
+    store.close()
+    with pytest.raises(StoreError, match="closed"):
+        bank.search(queries(bank), 1)
+
+
+# threads
+
+
+def test_threads_share_a_bank_while_documents_are_forgotten(store: MemoryStore, model: LongMem) -> None:
+    bank = store.bank("alice")
+    asked = queries(bank)
+    allowed = {
+        count: memory_bank(store, model, DOCUMENTS[count:]).search(asked, 200).scores for count in range(len(DOCUMENTS))
+    }
+    wrong: list[str] = []
+
+    def read() -> None:
+        for _ in range(40):
+            scores = bank.search(asked, 200).scores
+            if not any(torch.equal(scores, each) for each in allowed.values()):
+                wrong.append("a search saw something in between")
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for number in range(3):
+        store.forget("alice", name=f"letter {number}")
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert found_names(bank) == {"letter 3"}
+
+
+def test_a_memory_bank_and_a_store_bank_serve_one_batch(store: MemoryStore, model: LongMem) -> None:
+    from longmem.memory.rows import BankRows
+
+    twin = memory_bank(store, model, DOCUMENTS[:2])
+    both: MemoryBank | BankRows = BankRows([store.bank("alice"), twin])
+    prompts = torch.stack([ids(12, seed=5), ids(12, seed=6)])
+    explanation = model(prompts, memory=both, explain=True).explanation
+    assert {reading.origin.namespace for reading in explanation.over(row=0)} == {"alice"}
+    assert {reading.origin.namespace for reading in explanation.over(row=1)} == {None}
+
+
+def test_the_type_of_a_bank_is_what_the_store_says(store: MemoryStore) -> None:
+    assert isinstance(store.bank("alice"), StoreBank)
