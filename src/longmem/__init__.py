@@ -18,6 +18,10 @@ from longmem.errors import (
     DataError,
     LongMemError,
     MemoryBankError,
+    StoreDamaged,
+    StoreError,
+    StoreFull,
+    StoreLocked,
 )
 
 if TYPE_CHECKING:
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from longmem.memory.bank import MemoryBank
     from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
     from longmem.modeling.longmem import LongMem
+    from longmem.store.store import MemoryStore
     from longmem.modeling.memtrm import MemTRM
     from longmem.modeling.training_free import TrainingFree
     from longmem.types import AttentionKV, RetrievedMemory
@@ -46,7 +51,12 @@ __all__ = [
     "MemTRMConfig",
     "MemoryBank",
     "MemoryBankError",
+    "MemoryStore",
     "RetrievedMemory",
+    "StoreDamaged",
+    "StoreError",
+    "StoreFull",
+    "StoreLocked",
     "TrainingFree",
     "TrainingFreeConfig",
     "__version__",
@@ -61,6 +71,7 @@ _HOMES = {
     "MemTRM": "longmem.modeling.memtrm",
     "MemTRMConfig": "longmem.config",
     "MemoryBank": "longmem.memory.bank",
+    "MemoryStore": "longmem.store.store",
     "RetrievedMemory": "longmem.types",
     "TrainingFree": "longmem.modeling.training_free",
     "TrainingFreeConfig": "longmem.config",

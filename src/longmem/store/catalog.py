@@ -25,7 +25,7 @@ from longmem.store.schema import KEYS, TABLES, MetaRow, check_sum
 from longmem.store.seal import SEAL, check_seal, remove_seal, write_seal
 from longmem.store.snapshot import Snapshot, key_of
 from longmem.store.sqlite import connect, sqlite_errors
-from longmem.store.totals import Changes
+from longmem.store.totals import Changes, check_total
 
 log = logging.getLogger(__name__)
 CATALOG = "catalog.sqlite"
@@ -34,8 +34,8 @@ CATALOG = "catalog.sqlite"
 class Transaction(Snapshot):
     """Reads and changes the catalog; everything it does becomes true at once, when it ends."""
 
-    def __init__(self, connection: sqlite3.Connection, layout: Layout | None = None) -> None:
-        super().__init__(connection, layout)
+    def __init__(self, connection: sqlite3.Connection, path: Path, layout: Layout | None = None) -> None:
+        super().__init__(connection, path, layout)
         self._changes = Changes()
 
     def insert(self, row: Any) -> None:
@@ -77,6 +77,9 @@ class Transaction(Snapshot):
         highest = self._connection.execute(f"SELECT max(id) FROM {table}").fetchone()[0]
         return max(found[0] if found else 0, highest or 0) + 1
 
+    def _check_total(self, scope: str, sums: list[bytes]) -> None:
+        check_total(self._connection, scope, self._changes.before(scope, sums))
+
     def write_totals(self) -> int:
         """Count this transaction, and what it changed; its number."""
         return self._changes.write(self._connection)
@@ -107,6 +110,7 @@ class Catalog:
         self._watched: tuple[object, ...] | None = None  # where SQLite cannot tell us that a writer came
         self._generation = 0
         self._layout: Layout | None = None
+        self.unsettled = False  # a commit failed in a way that may still come true after a crash
         self._open(check)
 
     # opening and closing
@@ -121,7 +125,7 @@ class Catalog:
                 connection.execute("BEGIN IMMEDIATE")
                 try:
                     migrate(connection)
-                    tx = Transaction(connection)
+                    tx = Transaction(connection, folder / CATALOG)
                     for key, value in layout.to_meta().items():
                         tx.insert(MetaRow(key, value))
                     tx.write_totals()
@@ -292,7 +296,7 @@ class Catalog:
                 connection.execute("SELECT count(*) FROM meta").fetchone()  # the state is fixed at the first read
             self._depth += 1
             try:
-                yield Snapshot(connection, self._layout)
+                yield Snapshot(connection, self.path, self._layout)
             finally:
                 self._depth -= 1
                 if self._depth == 0:
@@ -333,18 +337,30 @@ class Catalog:
             with sqlite_errors(self.path):
                 connection.execute("BEGIN IMMEDIATE")
                 try:
-                    tx = Transaction(connection, self._layout)
+                    tx = Transaction(connection, self.path, self._layout)
                     yield tx
                     commits = tx.write_totals()
                     failpoint("commit.begun")
-                    connection.execute("COMMIT")
+                    try:
+                        connection.execute("COMMIT")
+                    except sqlite3.Error as error:
+                        self.unsettled = "IOERR" in (error.sqlite_errorname or "")
+                        raise
                 except BaseException:
                     _roll_back(connection)
                     raise
+            self.unsettled = False
             failpoint("commit.done")
             assert self._lock is not None
             with suppress(StoreError):  # it is committed; the note only helps to notice a lost log
                 self._lock.committed(commits)
+
+    def settle(self) -> bool:
+        """Whether no failed commit can come true any more, not even after a crash."""
+        if self.unsettled:
+            with suppress(LongMemError):
+                self.unsettled = not self.empty_log(seconds=1.0)
+        return not self.unsettled
 
     def empty_log(self, seconds: float = 20.0) -> bool:
         """Bring the write-ahead log into the catalog's file, and cut it; False if a reader's snapshot holds it back."""

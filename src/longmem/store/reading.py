@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from longmem.errors import StoreDamaged, StoreError
 from longmem.store.records import DocumentInfo, Layout
-from longmem.store.rows import info_of, matches
-from longmem.store.schema import FileRow
+from longmem.store.rows import info_of, is_expired, matches
+from longmem.store.schema import DocumentRow, FileRow
 from longmem.store.snapshot import Snapshot
 
 
@@ -129,9 +129,7 @@ def read_chunks(
         StoreDamaged: the catalog is not what was written.
     """
     layout = snapshot.layout
-    moment = clock.time() if now is None else now
-    rows = [row for row in snapshot.documents(namespace) if row.expires is None or row.expires > moment]
-    wanted = _selected(namespace, rows, selection or Selection())
+    wanted = select(snapshot, namespace, selection or Selection(), now=now)
     pieces = snapshot.pieces_of(namespace, wanted) if wanted else {}
     contents = snapshot.contents_of(namespace) if wanted else {}
     names: dict[str, int] = {}
@@ -163,7 +161,14 @@ def read_chunks(
     )
 
 
-def _selected(namespace: str, rows: list[Any], selection: Selection) -> list[Any]:
+def select(snapshot: Snapshot, namespace: str, selection: Selection, *, now: float | None = None) -> list[DocumentRow]:
+    """The documents that a selection means, all but its ``max_tokens`` considered.
+
+    Raises:
+        StoreError: a document that was named is not there.
+    """
+    moment = clock.time() if now is None else now
+    rows = [row for row in snapshot.documents(namespace) if not is_expired(row, moment)]
     if selection.documents is not None:
         names = set(selection.documents)
         missing = sorted(names - {row.name for row in rows})

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from longmem.errors import StoreError
 
 Dtype = Literal["float32", "float16", "bfloat16", "int8"]
+Status = Literal["added", "replaced", "appended", "updated", "unchanged"]
 DTYPES: dict[str, tuple[torch.dtype, int, str]] = {
     "float32": (torch.float32, 4, "F32"),
     "float16": (torch.float16, 2, "F16"),
@@ -165,7 +166,7 @@ class Receipt:
 
     namespace: str
     name: str
-    status: Literal["added", "replaced", "appended", "updated", "unchanged"]
+    status: Status
     tokens: int
     chunks: int
     reused_tokens: int

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import time as clock
 from collections.abc import Mapping
 from typing import Any
 
 from longmem.errors import StoreDamaged, StoreError
-from longmem.store.records import DocumentInfo, Layout
+from longmem.store.catalog import Transaction
+from longmem.store.pieces import Tokens, joined
+from longmem.store.records import DocumentInfo, Layout, NewDocument
 from longmem.store.schema import DocumentRow
+from longmem.store.snapshot import Snapshot
 
 
 def info_of(row: DocumentRow, layout: Layout) -> DocumentInfo:
@@ -57,3 +62,47 @@ def matches(row: DocumentRow, where: Mapping[str, Any] | None) -> bool:
         return True
     metadata = metadata_of(row)
     return all(key in metadata and metadata[key] == value for key, value in where.items())
+
+
+def is_expired(row: DocumentRow, now: float | None = None) -> bool:
+    """Whether nobody finds a document any more."""
+    return row.expires is not None and row.expires <= (clock.time() if now is None else now)
+
+
+def find_live(snapshot: Snapshot, namespace: str, name: str) -> DocumentRow | None:
+    """The document of that name that can be found now."""
+    row = snapshot.document(namespace, name)
+    return None if row is None or is_expired(row) else row
+
+
+def whole_document(snapshot: Snapshot, row: DocumentRow) -> Tokens:
+    """All tokens of a document, and its text if it was made from one."""
+    runs = []
+    for piece in snapshot.pieces(row):
+        tokens = Tokens.from_row(snapshot.text(piece.content))
+        runs.append(tokens if len(tokens) == piece.tokens else tokens.slice(0, piece.tokens))
+    return joined(runs)
+
+
+def delete_document(tx: Transaction, row: DocumentRow) -> None:
+    """Remove a document; its contents stay until they are compacted."""
+    for piece in tx.pieces(row):
+        tx.delete(piece)
+    tx.delete(row)
+
+
+def check_names(namespace: str, new: NewDocument) -> None:
+    """Refuse what cannot be a namespace, a name, or a moment.
+
+    Raises:
+        StoreError: lists all that is wrong.
+    """
+    wrong = []
+    for what, value in (("namespace", namespace), ("name", new.name)):
+        if not isinstance(value, str) or not value or len(value) > 1000 or not value.isprintable():
+            wrong.append(f"{what} ({value!r:.60}) must be 1 to 1000 printable characters")
+    for what, moment in (("time", new.time), ("expires", new.expires)):
+        if moment is not None and not (isinstance(moment, int | float) and math.isfinite(moment)):
+            wrong.append(f"{what} ({moment!r}) must be seconds since the epoch")
+    if wrong:
+        raise StoreError("; ".join(wrong))

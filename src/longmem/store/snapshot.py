@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from longmem.errors import StoreDamaged
@@ -32,9 +34,10 @@ class Snapshot:
     Every method raises StoreDamaged rather than give an answer that may be wrong.
     """
 
-    def __init__(self, connection: sqlite3.Connection, layout: Layout | None = None) -> None:
+    def __init__(self, connection: sqlite3.Connection, path: Path, layout: Layout | None = None) -> None:
         self._connection = connection
         self._layout = layout
+        self.path = path
 
     @property
     def layout(self) -> Layout:
@@ -46,6 +49,10 @@ class Snapshot:
             except (KeyError, ValueError) as error:
                 raise StoreDamaged(f"catalog.sqlite: table meta is incomplete ({error}); restore a backup") from error
         return self._layout
+
+    def raw(self, statement: str, values: Sequence[Value] = ()) -> sqlite3.Cursor:
+        """Columns as they are read, checked by nobody."""
+        return self._connection.execute(statement, tuple(values))
 
     def rows(self, kind: type[Row], where: str = "", values: Sequence[Value] = ()) -> list[Row]:
         """Checked rows of a table; ``where`` is SQL behind the table's name."""
@@ -63,8 +70,11 @@ class Snapshot:
     def every(self, kind: type[Row]) -> list[Row]:
         """All rows of a counted table, in the order of their keys; none is missing."""
         found = list(self.rows_and_sums(kind, "NOT INDEXED ORDER BY " + ", ".join(KEYS[kind])))
-        check_total(self._connection, TABLES[kind], summed(each for _, each in found))
+        self._check_total(TABLES[kind], [each for _, each in found])
         return [row for row, _ in found]
+
+    def _check_total(self, scope: str, sums: list[bytes]) -> None:
+        check_total(self._connection, scope, summed(sums))
 
     def commits(self) -> int:
         """Transactions of the store's life."""
@@ -77,24 +87,31 @@ class Snapshot:
 
     # documents
 
-    def namespaces(self) -> list[str]:
-        """Names of those with documents, expired ones included, sorted."""
+    def namespaces(self, now: float = -math.inf) -> list[str]:
+        """Names of those with documents that have not expired at this moment, sorted; none is missing."""
         prefix = "documents:"
-        return sorted(scope.removeprefix(prefix) for scope in all_totals(self._connection) if scope.startswith(prefix))
+        totals = all_totals(self._connection)
+        counts = {scope.removeprefix(prefix): row.rows for scope, row in totals.items() if scope.startswith(prefix)}
+        for row in self.rows(DocumentRow, "WHERE expires <= ?", (now,)):
+            counts[row.namespace] -= 1
+        return sorted(name for name, count in counts.items() if count > 0)
 
     def documents(self, namespace: str) -> list[DocumentRow]:
         """All documents of a namespace, expired ones included, ordered by time and number; none is missing."""
         found = list(self.rows_and_sums(DocumentRow, "WHERE namespace = ?", (namespace,)))
-        check_total(self._connection, f"documents:{namespace}", summed(each for _, each in found))
+        self._check_total(f"documents:{namespace}", [each for _, each in found])
         return sorted((row for row, _ in found), key=lambda row: (row.added, row.id))
 
     def document(self, namespace: str, name: str) -> DocumentRow | None:
         """The document of that name, expired or not; None where there is none for certain."""
-        found = self.rows(DocumentRow, "WHERE namespace = ? AND name = ?", (namespace, name))
-        if found:
-            return found[0]
         # a damaged index may hide a row: only a complete list says that there is none
-        return next((row for row in self.documents(namespace) if row.name == name), None)
+        found = self.find(namespace, name)
+        return found or next((row for row in self.documents(namespace) if row.name == name), None)
+
+    def find(self, namespace: str, name: str) -> DocumentRow | None:
+        """The same by the index alone; for writers, who checked the whole catalog when they opened it."""
+        found = self.rows(DocumentRow, "WHERE namespace = ? AND name = ?", (namespace, name))
+        return found[0] if found else None
 
     def pieces(self, document: DocumentRow) -> list[PieceRow]:
         """The parts of a document in order, complete."""
@@ -148,9 +165,13 @@ class Snapshot:
         """What a content was made from."""
         return self._one(TextRow, content)
 
-    def referrers(self, content: int) -> list[int]:
-        """Numbers of the documents that a content is a part of."""
-        return [row.document for row in self.rows(PieceRow, "WHERE content = ?", (content,))]
+    def holds(self, namespace: str, content: int) -> bool:
+        """Whether a document of the namespace has this content."""
+        where = (
+            "JOIN documents ON documents.id = pieces.document "
+            "WHERE pieces.content = ? AND documents.namespace = ? LIMIT 1"
+        )
+        return bool(self.rows(PieceRow, where, (content, namespace)))
 
     # data files
 

@@ -87,6 +87,12 @@ class Changes:
             self._rows[scope] += sign
             self._sums[scope] += sign * int.from_bytes(check_sum(kind, row), "little")
 
+    def before(self, scope: str, sums: list[bytes]) -> tuple[int, bytes]:
+        """What the table should say of a scope whose rows have these check sums now."""
+        rows, total = summed(sums)
+        number = (int.from_bytes(total, "little") - self._sums.get(scope, 0)) % _MODULUS
+        return rows - self._rows.get(scope, 0), number.to_bytes(8, "little")
+
     def write(self, connection: sqlite3.Connection) -> int:
         """Bring the table up to date; the number of this transaction."""
         root = read_total(connection, ROOT) or TotalRow(ROOT, 0, bytes(8))
