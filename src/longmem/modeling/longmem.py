@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -264,14 +265,23 @@ class LongMem(PreTrainedModel, MemoryGeneration):
         )
         return cls(made, model, side_dtype=side_dtype)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
         """Write the SideNet alone: config.json, which names the backbone and its fingerprint, and sidenet.safetensors.
 
         The weights are in place before the config that makes the folder a checkpoint.
+
+        Args:
+            save_directory: the folder.
+            state_dict: weights to write in place of the model's own, by their names in it: those gathered from the
+                processes among which they are divided.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {k: v.detach().to("cpu").contiguous() for k, v in self.sidenet.state_dict().items()}
+        given = state_dict or {}
+        mine = {name: given.get(f"sidenet.{name}", tensor) for name, tensor in self.sidenet.state_dict().items()}
+        tensors = {k: v.detach().to("cpu").contiguous() for k, v in mine.items()}
         partial = folder / f".{WEIGHTS}.partial"
         save_file(tensors, partial, metadata={"format": "pt", "backbone_fingerprint": self.fingerprint})
         partial.replace(folder / WEIGHTS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ from longmem.memory import MemoryBank
 from longmem.memory.lookahead import Arrival, LookaheadBank
 from longmem.modeling.longmem import LongMem
 from longmem.training.recipe import Recipe
+from longmem.training.sharding import assign
 from longmem.training.tasks import Scores, StepScores, runs_bf16, set_dropout, storage_dtype, token_losses
 from longmem.types import AttentionKV
 
@@ -40,6 +41,7 @@ class Adaptation:
         device: where model and bank are.
         rank: number of this process.
         world: number of processes.
+        divided: the model stays on the CPU, until FSDP2 divides it.
     """
 
     def __init__(
@@ -51,9 +53,11 @@ class Adaptation:
         device: torch.device,
         rank: int = 0,
         world: int = 1,
+        *,
+        divided: bool = False,
     ) -> None:
         self.recipe, self.tokenizer, self.valid, self.device = recipe, tokenizer, valid, device
-        self.longmem = build_longmem(recipe, device)
+        self.longmem = build_longmem(recipe, device, resident=not divided)
         self.model: nn.Module = self.longmem
         _check_vocabulary(self.longmem, tokenizer, recipe)
         data, optim = recipe.data, recipe.optim
@@ -68,7 +72,7 @@ class Adaptation:
             world=world,
             pad_id=self.pad_id,
         )
-        self.world = world
+        self.rank, self.world = rank, world
         self.bank = self._training_bank() if recipe.sidenet.memory else None
         self.tokens_per_batch = optim.rows * optim.segments * data.window
         self._unwritten: tuple[AttentionKV, SegmentBatch] | None = None
@@ -158,10 +162,10 @@ class Adaptation:
     def weights(self) -> dict[str, Tensor]:
         return dict(self.trained())
 
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        self.longmem.load_state_dict(weights, strict=False)
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        assign(self.trained(), weights)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """SideNet and tokenizer. A backbone that is a folder is named relative to ``folder``, so that both can move."""
         folder.mkdir(parents=True, exist_ok=True)
         config = self.longmem.config
@@ -170,7 +174,7 @@ class Adaptation:
             self.longmem.config = copy.deepcopy(config)
             self.longmem.config.backbone_name_or_path = os.path.relpath(named, folder)
         try:
-            self.longmem.save_pretrained(folder)
+            self.longmem.save_pretrained(folder, state_dict=weights)
         finally:
             self.longmem.config = config
         self.tokenizer.save_pretrained(str(folder))
@@ -202,13 +206,15 @@ class Adaptation:
         assert self.valid is not None
         settings, window = self.recipe.eval, self.recipe.data.window
         # documents stay whole: each is read from its beginning with all its past
-        rows = min(settings.rows, len(self.valid))
-        stream = SegmentStream(self.valid, window, rows, None, pad_id=self.pad_id)
+        together = min(settings.rows, len(self.valid))
+        rank, world = (self.rank, self.world) if together % self.world == 0 else (0, 1)
+        rows = together // world
+        stream = SegmentStream(self.valid, window, rows, None, rank=rank, world=world, pad_id=self.pad_id)
         bank = self._new_bank(rows) if memory else None
         model = self.longmem.backbone.model if backbone else self.longmem
         reads = {} if backbone else {"memory": bank}
         scores = Scores()
-        steps = max(1, min(settings.tokens, self.valid.num_tokens) // (rows * window))
+        steps = max(1, min(settings.tokens, self.valid.num_tokens) // (together * window))
         for _ in range(steps):
             batch = stream.next()
             if bank is not None:
@@ -220,6 +226,8 @@ class Adaptation:
             scores.add(token_losses(out.logits, targets), targets != IGNORE)
             if bank is not None:
                 remember(bank, out.kv, batch)
+        if world > 1:
+            scores.gather(self.device)
         return scores.mean
 
 
@@ -238,8 +246,8 @@ def remember(bank: MemoryBank, kv: AttentionKV, batch: SegmentBatch) -> None:
     bank.add(kv, documents=batch.documents, offsets=batch.offsets)
 
 
-def build_longmem(recipe: Recipe, device: torch.device) -> LongMem:
-    """The recipe's SideNet over its backbone, trained weights in float32."""
+def build_longmem(recipe: Recipe, device: torch.device, *, resident: bool = True) -> LongMem:
+    """The recipe's SideNet over its backbone, trained weights in float32; ``resident``: on ``device``, else the CPU."""
     side, optim, named = recipe.sidenet, recipe.optim, recipe.backbone
     assert named.path is not None
     halved = torch.bfloat16 if runs_bf16(optim.precision, device) and device.type != "cpu" else torch.float32
@@ -261,7 +269,8 @@ def build_longmem(recipe: Recipe, device: torch.device) -> LongMem:
     set_dropout(model.sidenet, optim.dropout)
     if optim.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    model.to(device)  # type: ignore[arg-type]
+    if resident:
+        model.to(device)  # type: ignore[arg-type]
     return model
 
 

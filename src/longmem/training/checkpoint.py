@@ -63,7 +63,7 @@ def save_checkpoint(
     torch.save(rank, temporary / f"rank-{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _publish(temporary, final, step)
+        _publish(temporary, final, step, accelerator.num_processes)
         for old in list_checkpoints(folder)[:-keep_last]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -123,12 +123,18 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _publish(temporary: Path, final: Path, step: int) -> None:
+def _publish(temporary: Path, final: Path, step: int, processes: int) -> None:
     files = sorted(path for path in temporary.iterdir() if path.name != MANIFEST)
+    parts = sum(path.name.startswith("rank-") for path in files)
+    if parts != processes:
+        raise CheckpointError(
+            f"{temporary}: {parts} of {processes} processes wrote their part here; put run.out_dir on a disk that all "
+            "machines share"
+        )
     manifest = {
         "format": FORMAT,
         "step": step,
-        "processes": sum(path.name.startswith("rank-") for path in files),
+        "processes": processes,
         "files": {path.name: {"size": path.stat().st_size, "sha256": _hash(path)} for path in files},
     }
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
 import signal
 import time
@@ -33,6 +34,7 @@ from longmem.training.checkpoint import (
 from longmem.training.logs import RunLog, duration
 from longmem.training.optimiser import Optimisers, lr_share
 from longmem.training.recipe import Recipe
+from longmem.training.sharding import shard, wants_sharding, whole
 from longmem.training.tasks import StepScores, Task, runs_bf16
 
 log = logging.getLogger(__name__)
@@ -91,11 +93,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
     """
     if recipe.optim.threads:
         torch.set_num_threads(recipe.optim.threads)
-    # before the first text is read, memory_gate has no gradient: DDP must not wait for it
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=recipe.task == "adapt")
-    # autocast is ours (see `_autocast`), so that one line holds for the plain and the wrapped model
-    # left to itself, accelerate sees no other process where there is no accelerator
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[ddp])
+    accelerator = make_accelerator(recipe)
     checkpoints = recipe.out_dir / "checkpoints"
     resume = resume and bool(list_checkpoints(checkpoints))
     if not resume and accelerator.is_main_process:
@@ -116,6 +114,18 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
         return run.loop(log_to, signals)
 
 
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """As launched: one process, DDP or FSDP2."""
+    # a control has no memory, and so no gradient of its gate: DDP must not wait for it
+    control = recipe.task == "adapt" and not recipe.sidenet.memory
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=control)
+    # every process copies layers of the backbone, so every one must read it
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    # autocast is ours (see `_autocast`), so that one line holds for the plain and the wrapped model
+    # left to itself, accelerate sees no other process where there is no accelerator
+    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[ddp])
+
+
 def prepare(recipe: Recipe, accelerator: Accelerator) -> Task:
     """Tokenizer, token cache and model of a recipe; the main process makes what others then read."""
     with accelerator.main_process_first():
@@ -124,13 +134,16 @@ def prepare(recipe: Recipe, accelerator: Accelerator) -> Task:
         source = recipe.valid_source()
         valid_tokens = tokenize(source, tokenizer, recipe.cache_dir) if source else None
     rank, world = accelerator.process_index, accelerator.num_processes
+    divided = wants_sharding(recipe.optim.parallel, accelerator)
     if recipe.task == "pretrain":
         from longmem.training.pretrain import Pretraining
 
-        return Pretraining(recipe, tokenizer, train_tokens, valid_tokens, accelerator.device, rank, world)
+        return Pretraining(
+            recipe, tokenizer, train_tokens, valid_tokens, accelerator.device, rank, world, divided=divided
+        )
     from longmem.training.adapt import Adaptation
 
-    return Adaptation(recipe, tokenizer, train_tokens, valid_tokens, accelerator.device, rank, world)
+    return Adaptation(recipe, tokenizer, train_tokens, valid_tokens, accelerator.device, rank, world, divided=divided)
 
 
 class _Run:
@@ -138,13 +151,19 @@ class _Run:
 
     def __init__(self, recipe: Recipe, task: Task, accelerator: Accelerator, checkpoints: Path) -> None:
         self.recipe, self.task, self.accelerator, self.checkpoints = recipe, task, accelerator, checkpoints
+        # one process needs no wrapper; DDP and FSDP2 come from `accelerate launch` or torchrun
+        self.model: nn.Module = task.model
+        self.divided = wants_sharding(recipe.optim.parallel, accelerator)
+        if self.divided:
+            halved = torch.bfloat16 if runs_bf16(recipe.optim.precision, accelerator.device) else None
+            self.model = shard(task.model, accelerator, compute_dtype=halved)
+        elif accelerator.num_processes > 1:
+            self.model = accelerator.prepare_model(task.model)
         self.optimisers = Optimisers(task.trained(), recipe.optim)
         self.at = Progress()
         optim = recipe.optim
         self.tokens_per_step = task.tokens_per_batch * optim.accumulate * accelerator.num_processes
         self.total_steps = optim.steps or (math.ceil(optim.tokens / self.tokens_per_step) if optim.tokens else None)
-        # one process needs no wrapper; DDP comes from `accelerate launch` or torchrun
-        self.model: nn.Module = accelerator.prepare_model(task.model) if accelerator.num_processes > 1 else task.model
         self.norm, self.share = torch.zeros(()), 0.0
 
     def loop(self, log_to: RunLog, signals: _Signals) -> TrainResult:
@@ -187,7 +206,8 @@ class _Run:
         optim, accelerator = self.recipe.optim, self.accelerator
         for part in range(optim.accumulate):
             last = part == optim.accumulate - 1
-            with nullcontext() if last else accelerator.no_sync(self.model):
+            # divided gradients are added up reduced: a whole one for every layer may not fit
+            with nullcontext() if last or self.divided else accelerator.no_sync(self.model):
                 with self._autocast():
                     loss = self.task.loss(self.model, scores)
                 accelerator.backward(loss / optim.accumulate)
@@ -205,11 +225,13 @@ class _Run:
         at, task = self.at, self.task
         at.saved = at.step
         at.seconds = self._seconds()
-        trainer = {"progress": dict(vars(at)), "optimisers": self.optimisers.state_dict(), "recipe": self._settings()}
+        main = self.accelerator.is_main_process
+        states = self.optimisers.state_dict(keep=main)
+        trainer = {"progress": dict(vars(at)), "optimisers": states, "recipe": self._settings()}
         save_checkpoint(
             self.checkpoints,
             at.step,
-            weights=task.weights(),
+            weights=whole(task.weights(), keep=main),
             trainer=trainer,
             rank={"task": task.state_dict(), "random": random_state()},
             keep_last=self.recipe.checkpoint.keep_last,
@@ -238,14 +260,13 @@ class _Run:
     def _evaluate(self, log_to: RunLog, final: bool) -> None:
         at = self.at
         at.evaluated = at.step
-        if self.accelerator.is_main_process:
-            devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices):
-                found = self.task.evaluate(self._autocast(), final)
-            if found:
-                at.evaluation = found
-                log_to.record({"kind": "eval", "step": at.step, "tokens": at.tokens, **found})
-                log_to.say(f"step {at.step:,} · valid · " + " · ".join(_shown(n, v) for n, v in found.items()))
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            found = self.task.evaluate(self._autocast(), final)
+        if found:
+            at.evaluation = found
+            log_to.record({"kind": "eval", "step": at.step, "tokens": at.tokens, **found})
+            log_to.say(f"step {at.step:,} · valid · " + " · ".join(_shown(n, v) for n, v in found.items()))
         self.accelerator.wait_for_everyone()
         self.model.train()
 
@@ -295,8 +316,10 @@ class _Run:
 
     def _end(self, log_to: RunLog, losses: list[float], finished: bool) -> TrainResult:
         at, final = self.at, self.recipe.out_dir / "final"
-        if finished and self.accelerator.is_main_process:
-            self.task.save(final)
+        if finished:
+            weights = whole(self.task.weights(), keep=self.accelerator.is_main_process)
+            if self.accelerator.is_main_process:
+                self.task.save(final, weights)
         self.accelerator.wait_for_everyone()
         took = f"{at.step:,} steps, {at.tokens:,} tokens, {duration(at.seconds)}"
         if finished:

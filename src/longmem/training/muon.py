@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longmem.training.sharding import like, undivided
+
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 """Coefficients of the quintic Newton-Schulz iteration, as published."""
 
@@ -60,9 +62,9 @@ class Muon(torch.optim.Optimizer):
                 update = weight.grad.lerp(buffer, group["momentum"])
                 by_shape.setdefault((weight.shape, weight.device), []).append((weight, update))
             for (shape, _), pairs in by_shape.items():
-                # equal shapes in one batched product
-                steps = orthogonalised(torch.stack([update for _, update in pairs]))
+                # equal shapes in one batched product; a part of a matrix cannot be orthogonalised
+                steps = orthogonalised(torch.stack([undivided(update) for _, update in pairs]))
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
                 for (weight, _), step in zip(pairs, steps, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.add_(step, alpha=-group["lr"] * scale)
+                    weight.add_(like(weight, step), alpha=-group["lr"] * scale)

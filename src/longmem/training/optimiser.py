@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from longmem.training.muon import Muon
 from longmem.training.recipe import OptimSection
+from longmem.training.sharding import load_whole_state, undivided, whole_state
 
 
 def lr_share(optim: OptimSection, done: float) -> float:
@@ -70,14 +71,16 @@ class Optimisers:
 
     def clip(self, largest: float) -> Tensor:
         """Gradient norm before clipping, (); ``largest`` 0 only measures."""
-        return nn.utils.clip_grad_norm_(self.weights, largest if largest > 0 else math.inf)
+        norm = nn.utils.clip_grad_norm_(self.weights, largest if largest > 0 else math.inf)
+        return undivided(norm)
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        return [part.state_dict() for part in self.parts]
+    def state_dict(self, keep: bool = True) -> list[dict[str, Any]]:
+        """States with undivided tensors; all processes call this, only those that ``keep`` get them."""
+        return [whole_state(part, keep) for part in self.parts]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         for part, state in zip(self.parts, states, strict=True):
-            part.load_state_dict(state)
+            load_whole_state(part, state)
 
 
 def _inside_layers(name: str, weight: nn.Parameter) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,6 +19,7 @@ from longmem.errors import BackboneError, ConfigError
 from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
 from longmem.modeling.copying import copy_loss, copy_score, random_tokens
 from longmem.training.recipe import Recipe
+from longmem.training.sharding import assign
 from longmem.training.tasks import Scores, StepScores, set_dropout, token_losses
 
 
@@ -32,6 +34,7 @@ class Pretraining:
         device: where the model runs.
         rank: number of this process.
         world: number of processes.
+        divided: the model stays on the CPU, until FSDP2 divides it.
     """
 
     def __init__(
@@ -43,12 +46,16 @@ class Pretraining:
         device: torch.device,
         rank: int = 0,
         world: int = 1,
+        *,
+        divided: bool = False,
     ) -> None:
         self.recipe, self.tokenizer, self.valid, self.device = recipe, tokenizer, valid, device
         self.model = build_model(recipe, tokenizer)
         if recipe.optim.gradient_checkpointing:
             _recompute(self.model)
-        self.model.to(device)  # type: ignore[arg-type]
+        if not divided:
+            self.model.to(device)  # type: ignore[arg-type]
+        self.world = world
         self._compiled: Callable[..., Any] | None = None
         data, optim = recipe.data, recipe.optim
         self.sampler = WindowSampler(
@@ -82,7 +89,11 @@ class Pretraining:
         counted, practice = targets != IGNORE, batch.practice.to(self.device)[:, None]
         scores.text.add(losses, counted & ~practice)
         scores.practice.add(losses, counted & practice)
-        return losses.sum() / counted.sum().clamp(min=1)
+        count = counted.sum()
+        if self.world > 1:
+            # practice rows score fewer tokens: every target of all processes is to weigh the same
+            count = reduce(count, reduction="sum") / self.world
+        return losses.sum() / count.clamp(min=1)
 
     def after_backward(self) -> None:
         """Nothing waits for it."""
@@ -118,11 +129,14 @@ class Pretraining:
     def weights(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters())
 
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        self.model.load_state_dict(weights, strict=False)
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        assign(self.trained(), weights)
 
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        names = {id(parameter): name for name, parameter in self.trained()}
+        shared = self.model.named_parameters(remove_duplicate=False)
+        state = self.model.state_dict() | {name: weights[names[id(parameter)]] for name, parameter in shared}
+        self.model.save_pretrained(folder, state_dict=state)
         self.tokenizer.save_pretrained(str(folder))
 
     def _valid_windows(self, corpus: TokenCorpus) -> Iterator[tuple[Tensor, Tensor]]:

@@ -192,6 +192,9 @@ class OptimSection(Section):
     """Recompute SideNet layers in backward: less memory, more time."""
     compile: bool = False
     """torch.compile the pre-trained model; needs a C++ compiler on a CPU."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Several processes: ddp, the whole model in each; fsdp, weights and optimiser divided among them (FSDP2). auto: as
+    `accelerate launch` was told, else ddp."""
     threads: CountOrZero = 0
     """CPU threads; 0 leaves torch's choice."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,10 @@ class Scores:
         self.loss = self.loss + (losses.detach() * counted).sum()
         self.count = self.count + counted.sum()
 
+    def gather(self, device: torch.device) -> None:
+        """Add up all processes; every one then has the sums."""
+        self.loss, self.count = summed((self.loss, self.count), device)
+
     @property
     def mean(self) -> float:
         """Nats per token; NaN over no token."""
@@ -53,8 +57,7 @@ class StepScores:
         if accelerator.num_processes == 1:
             return
         parts = (self.text.loss, self.text.count, self.practice.loss, self.practice.count)
-        mine = torch.tensor([float(part) for part in parts], device=accelerator.device)
-        text_loss, text_count, practice_loss, practice_count = accelerator.reduce(mine, reduction="sum").unbind()
+        text_loss, text_count, practice_loss, practice_count = summed(parts, accelerator.device)
         self.text, self.practice = Scores(text_loss, text_count), Scores(practice_loss, practice_count)
 
 
@@ -90,7 +93,7 @@ class Task(Protocol):
         ...
 
     def evaluate(self, autocast: AbstractContextManager[Any], final: bool) -> dict[str, Any]:
-        """Losses on the validation text; empty without such text."""
+        """Losses on the validation text; empty without such text. All processes take part and get the same."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -103,11 +106,19 @@ class Task(Protocol):
         """What a checkpoint has to hold of the model."""
         ...
 
-    def load_weights(self, weights: dict[str, Tensor]) -> None: ...
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None: ...
 
-    def save(self, folder: Path) -> None:
-        """The finished model and its tokenizer."""
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """The finished model, with these undivided ``weights``, and its tokenizer."""
         ...
+
+
+def summed(values: Sequence[Tensor | float], device: torch.device) -> tuple[Tensor, ...]:
+    """Each value's sum over all processes."""
+    from accelerate.utils import reduce
+
+    mine = torch.stack([torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in values])
+    return tuple(reduce(mine.to(device), reduction="sum").unbind())
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
