@@ -10,12 +10,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
+from longmem.errors import StoreError
+from longmem.store.checking import CatalogCheck
+from longmem.store.durable import file_errors
 from longmem.store.precision import RECORD_DIGEST
-from longmem.store.schema import TextRow
+from longmem.store.records import ForgetReport, Problem
+from longmem.store.room import Room
+from longmem.store.schema import DocumentRow, TextRow
+from longmem.store.segments import Arrangement, file_name
 
 WINDOW = 64
 _FACTOR = 0x9E3779B97F4A7C15  # odd: it has an inverse modulo 2^64
@@ -24,8 +31,7 @@ _INVERSE = pow(_FACTOR, -1, 1 << 64)
 
 def windows_of(row: TextRow) -> list[bytes]:
     """The windows of a content: of its token ids, and of its text; what is shorter than one is its own window."""
-    stretches = [row.token_ids] if row.text is None else [row.token_ids, row.text.encode()]
-    return [window for stretch in stretches for window in cut_windows(stretch)]
+    return [window for stretch in _stretches(row) for window in cut_windows(stretch)]
 
 
 def cut_windows(stretch: bytes) -> list[bytes]:
@@ -74,16 +80,11 @@ class Sought:
         """Bytes of the longest window; 0 where there is none."""
         return max(self._keyed, default=0)
 
-    def without(self, windows: Iterable[bytes]) -> int:
-        """Look no longer for these; how many of them were sought."""
-        gone = 0
-        for window in windows:
-            group = self._keyed.get(len(window))
-            if group:
-                digest = _keyed(window, self._key)
-                gone += digest in group
-                group.discard(digest)
-        return gone
+    def excuse(self, data: bytes) -> None:
+        """Look no longer for what stands in these bytes: they may be there."""
+        for at in self.find(data):
+            for length, group in self._keyed.items():
+                group.discard(_keyed(data[at : at + length], self._key))
 
     def find(self, data: bytes) -> list[int]:
         """Offsets at which one of the windows stands."""
@@ -131,3 +132,114 @@ def _powers(base: int, count: int) -> NDArray[np.uint64]:
     powers = np.full(count, base, dtype=np.uint64)
     powers[0] = 1
     return np.cumprod(powers, dtype=np.uint64)
+
+
+# looking for it in a store
+
+
+def report_is_absent(room: Room, check: CatalogCheck, report: ForgetReport) -> tuple[list[Problem], int]:
+    """What a store still has of what a report says was forgotten.
+
+    Returns:
+        problems, and how many of the report's contents other documents hold and so may stay.
+
+    Raises:
+        StoreError: the report is of another store.
+    """
+    if report.store_id != room.layout.store_id:
+        raise StoreError(
+            f"{room.folder}: the report is of store {report.store_id}, this one is {room.layout.store_id}; "
+            "check the report against its own store"
+        )
+    live = {piece.content for pieces in check.pieces.values() for piece in pieces}
+    wanted = {content.digest for content in report.contents}
+    same = [row for row in check.contents.values() if row.digest.hex() in wanted]
+    problems = [
+        Problem("present", f"catalog.sqlite, content {row.id}", "forgotten, but on the disk until the next `compact`")
+        for row in same
+        if row.id not in live
+    ]
+    records = {record for content in report.contents for record in records_of(content.records)}
+    sought = Sought((content.windows for content in report.contents), bytes.fromhex(report.key))
+    with room.catalog.snapshot() as snapshot:
+        for number in live & check.texts:
+            text = snapshot.text(number)
+            records.difference_update(records_of(text.records.hex()))
+            for stretch in _stretches(text):
+                sought.excuse(stretch)
+    for document in check.documents.values():
+        for value in (document.name, document.source or "", document.metadata):
+            sought.excuse(value.encode())
+    if records:
+        problems += _in_data_files(room, check, records)
+    problems += _in_other_files(room, check, sought)
+    return problems, sum(row.id in live for row in same)
+
+
+def text_is_absent(room: Room, check: CatalogCheck, text: str) -> list[Problem]:
+    """Where a store still has a text: documents, contents of no document, and bytes of its files."""
+    stretches = [text.encode()]
+    tokenizer = room.find_tokenizer()
+    if tokenizer is not None:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        inner = ids[1:-1] if len(ids) > 4 else ids  # at its ends a text is cut into tokens by what stands beside it
+        stretches.append(np.array(inner, dtype="<u4").tobytes())
+    key = b"text"
+    sought = Sought([hashed([window for stretch in stretches for window in cut_windows(stretch)], key)], key)
+    holders: dict[int, list[DocumentRow]] = {}
+    for number, pieces in check.pieces.items():
+        for piece in pieces:
+            if number in check.documents:
+                holders.setdefault(piece.content, []).append(check.documents[number])
+    problems = []
+    with room.catalog.snapshot() as snapshot:
+        for number in check.texts:
+            if any(sought.find(stretch) for stretch in _stretches(snapshot.text(number))):
+                for document in holders.get(number, []):
+                    where = f"document {document.name!r} ({document.namespace})"
+                    problems.append(Problem("present", where, "has this text, or a part of it"))
+                if number not in holders:
+                    what = "of no document has this text, or a part of it, until the next `compact`"
+                    problems.append(Problem("present", f"catalog.sqlite, content {number}", what))
+    return problems + _in_other_files(room, check, sought)
+
+
+def _stretches(row: TextRow) -> list[bytes]:
+    return [row.token_ids] if row.text is None else [row.token_ids, row.text.encode()]
+
+
+def _in_data_files(room: Room, check: CatalogCheck, records: set[bytes]) -> list[Problem]:
+    """Data files with one of these chunk records."""
+    problems = []
+    for row in check.files.values():
+        path = room.segments / file_name(row.id)
+        begin, shape, _ = Arrangement(row.id, row.chunks, room.layout).arrays["kv"]
+        size = room.layout.record_bytes
+        found = 0
+        with suppress(FileNotFoundError), path.open("rb") as stream:
+            stream.seek(begin)
+            for _ in range(shape[0]):
+                found += hashlib.blake2b(stream.read(size), digest_size=RECORD_DIGEST).digest() in records
+        if found:
+            what = f"{found} chunks that were forgotten, until the next `compact`"
+            problems.append(Problem("present", f"segments/{path.name}", what))
+    return problems
+
+
+def _in_other_files(room: Room, check: CatalogCheck, sought: Sought) -> list[Problem]:
+    """Files, other than data files that the catalog knows, with one of the windows."""
+    problems = []
+    found = sum(len(sought.find(data)) for _, data in room.catalog.file.slabs(sought.longest))
+    if found:
+        what = f"{found} stretches of it stand in the file, until the next `compact`"
+        problems.append(Problem("present", room.catalog.path.name, what))
+    # not the -shm file, which holds no text and on which SQLite keeps its locks
+    others = [room.folder / f"{room.catalog.path.name}-wal", *room.staging.glob("*"), *room.segments.glob("*")]
+    known = {room.segments / file_name(name) for name in check.files}
+    for path in others:
+        if path in known:
+            continue
+        with suppress(FileNotFoundError), file_errors(path, "reading"):
+            if sought.find(path.read_bytes()):
+                problems.append(Problem("present", path.name, "stretches of it stand in the file"))
+    return problems

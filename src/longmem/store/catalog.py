@@ -19,9 +19,9 @@ from longmem.errors import LongMemError, StoreDamaged, StoreError
 from longmem.store.durable import failpoint, file_errors, sync_folder
 from longmem.store.held import HeldFile
 from longmem.store.lock import WriterLock, read_holder
-from longmem.store.migrations import MIGRATIONS, expected_schema, migrate, schema_number, schema_of
+from longmem.store.migrations import MIGRATIONS, SCHEMA, expected_schema, migrate, schema_number, schema_of
 from longmem.store.records import Layout
-from longmem.store.schema import KEYS, TABLES, MetaRow, check_sum
+from longmem.store.schema import KEYS, TABLES, ContentRow, DocumentRow, FileRow, MetaRow, PieceRow, TextRow, check_sum
 from longmem.store.seal import SEAL, check_seal, remove_seal, write_seal
 from longmem.store.snapshot import Snapshot, key_of
 from longmem.store.sqlite import connect, sqlite_errors
@@ -80,6 +80,22 @@ class Transaction(Snapshot):
     def _check_total(self, scope: str, sums: list[bytes]) -> None:
         check_total(self._connection, scope, self._changes.before(scope, sums))
 
+    def recount(self, commits: int) -> None:
+        """Make the totals anew from the rows, of so many transactions; for repair, when nothing else is wrong."""
+        self._connection.execute("DELETE FROM totals")
+        self._changes = Changes(commits)
+        for kind in (FileRow, ContentRow, TextRow, DocumentRow, PieceRow):
+            for row in self.rows(kind):
+                self._changes.note(kind, row, +1)
+
+    def remove_damaged(self, table: str, rowid: int) -> None:
+        """Remove a row whose check sum is wrong; the totals have to be counted again."""
+        self._connection.execute(f"DELETE FROM {table} WHERE rowid = ?", (rowid,))
+
+    def defer_references(self) -> None:
+        """Check references between tables at the end of this transaction only."""
+        self._connection.execute("PRAGMA defer_foreign_keys = ON")
+
     def write_totals(self) -> int:
         """Count this transaction, and what it changed; its number."""
         return self._changes.write(self._connection)
@@ -110,6 +126,7 @@ class Catalog:
         self._watched: tuple[object, ...] | None = None  # where SQLite cannot tell us that a writer came
         self._generation = 0
         self._layout: Layout | None = None
+        self.trusted = check  # a catalog that was not checked is not sealed
         self.unsettled = False  # a commit failed in a way that may still come true after a crash
         self._open(check)
 
@@ -151,9 +168,11 @@ class Catalog:
                 self._write = connect(self.path, "rw")
                 self._migrate(self._write)
             self._read = self._reader()
-            self._check_schema(self._read, check)
+            self._check_schema(self._read)
+            if check:
+                self.check_schema()
             if check and holder is not None:
-                self._check_commits(holder.commits)
+                self.check_commits(holder.commits)
         except BaseException:
             self.close(seal=False)
             raise
@@ -227,7 +246,7 @@ class Catalog:
         self.sealed = False
         failpoint("migrate.done")
 
-    def _check_schema(self, connection: sqlite3.Connection, check: bool) -> None:
+    def _check_schema(self, connection: sqlite3.Connection) -> None:
         with sqlite_errors(self.path):
             have, newest = schema_number(connection), len(MIGRATIONS)
             if have == 0 and not schema_of(connection):
@@ -238,10 +257,24 @@ class Catalog:
                 raise StoreError(f"{self.path}: schema {have}, this version knows {newest}; use a newer longmem")
             if have < newest and self._lock is None:
                 raise StoreError(f"{self.path}: schema {have}, this version reads {newest}; open it to write once")
-            if check and schema_of(connection) != expected_schema():
-                raise StoreDamaged(f"{self.path}: its tables are not those of schema {have}; restore a backup")
 
-    def _check_commits(self, noted: int) -> None:
+    def check_schema(self) -> None:
+        """Compare the tables with those of our newest schema.
+
+        Raises:
+            StoreDamaged: they differ.
+        """
+        with self.snapshot() as snapshot:
+            found = snapshot.raw(SCHEMA).fetchall()
+        if found != expected_schema():
+            raise StoreDamaged(f"{self.path}: its tables are not those of schema {len(MIGRATIONS)}; restore a backup")
+
+    def check_commits(self, noted: int) -> None:
+        """Compare the number of transactions with the one noted beside the catalog.
+
+        Raises:
+            StoreDamaged: some are lost.
+        """
         with self.snapshot() as snapshot:
             have = snapshot.commits()
         if have < noted:
@@ -262,7 +295,7 @@ class Catalog:
                 self._read = None
             if self._write is not None:
                 try:
-                    if seal and not self.sealed and self.empty_log(seconds=1.0):
+                    if seal and self.trusted and not self.sealed and self.empty_log(seconds=1.0):
                         failpoint("close.emptied")
                         write_seal(self.folder, self._file)
                         self.sealed = True
@@ -381,9 +414,24 @@ class Catalog:
             with sqlite_errors(self.path):
                 connection.execute("VACUUM")
 
+    def rebuild(self) -> None:
+        """Make the indices and the whole file anew from the tables."""
+        with self._guard, sqlite_errors(self.path):
+            remove_seal(self.folder)
+            self.sealed = False
+            self._writer().execute("REINDEX")
+        self.vacuum()
+
+    def note_commits(self) -> None:
+        """Take the number of transactions that the catalog has for the right one."""
+        assert self._lock is not None
+        with self.snapshot() as snapshot:
+            self._lock.committed(snapshot.commits())
+
     def seal(self) -> bool:
         """Seal the catalog now; False if a reader's snapshot holds the write-ahead log back."""
         with self._guard:
+            self.trusted = True
             if not self.empty_log():
                 return False
             write_seal(self.folder, self._file)

@@ -39,11 +39,13 @@ class CatalogCheck:
     """What a catalog holds as far as it can be read, and what is wrong with it.
 
     Attributes:
-        problems: all that were found.
-        lost: the rows that are damaged, by table and key, as far as the key can be read.
+        problems: all that were found. Of kind ``structure`` are those of SQLite's own structure, ``row`` those of
+            single rows, ``relation`` what does not belong together.
+        damaged: row numbers (rowid) of damaged rows, by table.
     """
 
     problems: list[Problem] = field(default_factory=list)
+    damaged: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     files: dict[str, FileRow] = field(default_factory=dict)
     contents: dict[int, ContentRow] = field(default_factory=dict)
     texts: set[int] = field(default_factory=set)
@@ -84,7 +86,7 @@ def check_catalog(catalog: Catalog) -> CatalogCheck:
             _relations(check, layout)
     except StoreDamaged as error:
         where, _, what = str(error).partition(": ")
-        check.note("structure", where, what)
+        check.note("relation", where, what)
     return check
 
 
@@ -98,13 +100,15 @@ def _structure(snapshot: Snapshot, check: CatalogCheck) -> None:
 
 def _sound_rows(snapshot: Snapshot, kind: type[Row], check: CatalogCheck) -> Iterator[tuple[Row, bytes]]:
     table = TABLES[kind]
-    columns = ", ".join((*kind._fields, "check_sum"))  # type: ignore[attr-defined]
+    number = "0" if kind is PieceRow else "rowid"  # pieces have none
+    columns = ", ".join((number, *kind._fields, "check_sum"))  # type: ignore[attr-defined]
     try:
-        for values in snapshot.raw(f"SELECT {columns} FROM {table} NOT INDEXED"):
+        for rowid, *values in snapshot.raw(f"SELECT {columns} FROM {table} NOT INDEXED"):
             row = kind(*values[:-1])
             if check_sum(kind, row) == values[-1]:
                 yield row, values[-1]
             else:
+                check.damaged[table].append(rowid)
                 named = ", ".join(repr(value)[:60] for value in row[: len(KEYS[kind])])
                 check.note("row", f"catalog.sqlite, table {table}, row {named}", f"is not what was written; {_RESTORE}")
     except sqlite3.Error as error:
@@ -137,6 +141,8 @@ def _fits(row: TextRow, content: ContentRow) -> bool:
 
 
 def _totals(snapshot: Snapshot, check: CatalogCheck, sums: dict[str, list[bytes]]) -> None:
+    if check.damaged["totals"]:
+        return  # reported already
     have = {row.scope: row for row in snapshot.rows(TotalRow)}
     commits = have.pop(COMMITS, None)
     root = have.pop(ROOT, None)
@@ -144,14 +150,14 @@ def _totals(snapshot: Snapshot, check: CatalogCheck, sums: dict[str, list[bytes]
     expected = summed(check_sum(TotalRow, row) for row in rows)
     if root is None or (root.rows, root.total) != expected:
         check.note(
-            "structure", "catalog.sqlite, table totals", f"{expected[0]} rows, not those that were written; {_RESTORE}"
+            "relation", "catalog.sqlite, table totals", f"{expected[0]} rows, not those that were written; {_RESTORE}"
         )
     for scope in sorted({*have, *sums}):
         row = have.get(scope)
         number, total = summed(sums.get(scope, []))
         if (row is None and (number or scope not in COUNTED)) or (row and (row.rows, row.total) != (number, total)):
             written = row.rows if row is not None else 0
-            check.note("structure", f"catalog.sqlite, {scope}", f"{number} sound rows where {written} were written")
+            check.note("relation", f"catalog.sqlite, {scope}", f"{number} sound rows where {written} were written")
 
 
 def _relations(check: CatalogCheck, layout: Layout) -> None:
@@ -165,23 +171,23 @@ def _relations(check: CatalogCheck, layout: Layout) -> None:
             )
             if (piece.ordinal, piece.first_token) != (ordinal, first) or piece.tokens <= 0 or not whole:
                 where = f"catalog.sqlite, document {document.name!r} ({document.namespace})"
-                check.note("structure", where, f"piece {piece.ordinal} does not fit; {_RESTORE}")
+                check.note("relation", where, f"piece {piece.ordinal} does not fit; {_RESTORE}")
                 break
             first += piece.tokens
         else:
             if (len(check.pieces[number]), first) != (document.pieces, document.tokens):
                 where = f"catalog.sqlite, document {document.name!r} ({document.namespace})"
-                check.note("structure", where, f"{first} of {document.tokens} tokens are there; {_RESTORE}")
+                check.note("relation", where, f"{first} of {document.tokens} tokens are there; {_RESTORE}")
     by_file: dict[str, list[ContentRow]] = defaultdict(list)
     for content in check.contents.values():
         by_file[content.file].append(content)
         if content.id not in check.texts or content.chunks != layout.chunks(content.tokens):
-            check.note("structure", f"catalog.sqlite, content {content.id}", f"has no token ids that fit; {_RESTORE}")
+            check.note("relation", f"catalog.sqlite, content {content.id}", f"has no token ids that fit; {_RESTORE}")
     for file in check.files.values():
         spans = sorted((row.first_chunk, row.first_chunk + row.chunks) for row in by_file[file.id])
         begins = [0, *(end for _, end in spans)]
         if [begin for begin, _ in spans] != begins[:-1] or begins[-1] != file.chunks:
-            check.note("structure", f"catalog.sqlite, file {file.id}", f"its contents do not fill it; {_RESTORE}")
+            check.note("relation", f"catalog.sqlite, file {file.id}", f"its contents do not fill it; {_RESTORE}")
         size = Arrangement(file.id, file.chunks, layout).bytes
         if file.size != size or len(file.blocks) != 4 * -(-size // BLOCK):
-            check.note("structure", f"catalog.sqlite, file {file.id}", f"its size does not fit the layout; {_RESTORE}")
+            check.note("relation", f"catalog.sqlite, file {file.id}", f"its size does not fit the layout; {_RESTORE}")

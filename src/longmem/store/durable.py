@@ -141,7 +141,7 @@ def placed(staging: Path, final: Path, *, fsync: bool = True) -> Iterator[Binary
     Raises:
         StoreFull, StoreDamaged, StoreError: see ``file_errors``.
     """
-    unfinished = staging / final.name
+    unfinished = staging / (final.name if staging != final.parent else f".{final.name}.partial")
     with file_errors(final, "writing"):
         try:
             with unfinished.open("wb") as stream:

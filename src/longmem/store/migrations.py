@@ -10,6 +10,9 @@ from collections.abc import Callable
 
 from longmem.store.durable import failpoint
 
+SCHEMA = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name"
+"""What tells two schemas apart."""
+
 _SCHEMA_1 = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, check_sum BLOB NOT NULL);
 CREATE TABLE totals (scope TEXT PRIMARY KEY, rows INTEGER NOT NULL, total BLOB NOT NULL, check_sum BLOB NOT NULL);
@@ -75,4 +78,4 @@ def expected_schema() -> list[tuple[str, ...]]:
 
 def schema_of(connection: sqlite3.Connection) -> list[tuple[str, ...]]:
     """Type, name, table and statement of everything a catalog has."""
-    return connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name").fetchall()
+    return connection.execute(SCHEMA).fetchall()

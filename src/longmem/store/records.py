@@ -181,7 +181,7 @@ class Progress:
         step: what is done: ``encode``, ``check``, ``rewrite``, ``copy``.
         done: so far, in ``unit``.
         total: in all, or None where nobody knows (a stream).
-        unit: ``tokens`` or ``bytes``.
+        unit: ``tokens``, ``bytes`` or ``contents``.
         name: the document or file at hand.
     """
 

@@ -13,7 +13,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,27 @@ class BlockSums:
         return struct.pack(f"<{len(sums)}I", *sums)
 
 
-def write_file(staging: Path, folder: Path, name: str, parts: Iterable[StoredChunks], layout: Layout) -> FileRow:
+class OtherBits(StoreError):
+    """What was to be written again did not come out as it was."""
+
+
+def write_file(
+    staging: Path,
+    folder: Path,
+    name: str,
+    parts: Iterable[StoredChunks],
+    layout: Layout,
+    *,
+    expected: bytes | None = None,
+) -> FileRow:
     """Write a data file durably; it is at its place when this returns.
+
+    Args:
+        expected: block sums that the file must have.
 
     Raises:
         StoreFull: no room; nothing is left behind.
+        OtherBits: it has not the block sums expected; nothing was changed.
     """
     runs = list(parts)
     arrangement = Arrangement(name, sum(len(run) for run in runs), layout)
@@ -125,6 +141,8 @@ def write_file(staging: Path, folder: Path, name: str, parts: Iterable[StoredChu
                 values = getattr(run, array)
                 if len(values):
                     put(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+        if expected is not None and sums.packed() != expected:
+            raise OtherBits(f"{folder / file_name(name)}: comes out with other bits than it had")
     assert sums.bytes == arrangement.bytes, "the runs do not have the layout of the store"
     return FileRow(name, arrangement.bytes, arrangement.arrays["lengths"][1][0], sums.packed())
 
@@ -226,10 +244,6 @@ class DataFile:
         scales = self._rows("scales", where, depth) if "scales" in self._arrays else None
         return unpack(kv, scales, self.layout.dtype, dtype)
 
-    def verify(self) -> list[int]:
-        """Numbers of all blocks that are not what was written, whatever was compared before."""
-        return [number for number in range(len(self._sums)) if not self._compare(number)]
-
     def blocks_of(self, start: int, stop: int) -> set[int]:
         """The blocks that chunks ``start`` to ``stop`` lie in."""
         found: set[int] = set()
@@ -282,6 +296,27 @@ class DataFile:
     def _compare(self, number: int) -> bool:
         block = self._bytes[number * BLOCK : (number + 1) * BLOCK]
         return zlib.crc32(block.data) == int(self._sums[number])
+
+
+def bad_blocks(path: Path, row: FileRow, read: Callable[[int], None] = lambda size: None) -> list[int]:
+    """Numbers of all blocks of a data file that are not what was written, read from the disk and not from a map.
+
+    Args:
+        read: told the bytes of every block.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        StoreDamaged: the device cannot read it.
+    """
+    sums = np.frombuffer(row.blocks, dtype="<u4").tolist()
+    bad = []
+    with file_errors(path, "reading"), path.open("rb", buffering=0) as stream:
+        for number, expected in enumerate(sums):
+            data = stream.read(BLOCK)
+            if zlib.crc32(data) != expected:
+                bad.append(number)
+            read(len(data))
+    return bad
 
 
 _REPAIR = "`longmem memory verify --repair` makes it again from the token ids"

@@ -16,7 +16,9 @@ from longmem.errors import DataError, StoreError
 from longmem.store.adding import Adder
 from longmem.store.compacting import compact, dead_tokens
 from longmem.store.encode import Encodes
+from longmem.store.exporting import export
 from longmem.store.forgetting import forget
+from longmem.store.importing import import_archive
 from longmem.store.opening import Mode, open_room
 from longmem.store.reading import Selection, select
 from longmem.store.records import (
@@ -29,12 +31,14 @@ from longmem.store.records import (
     Receipt,
     Report,
     Stats,
+    VerifyReport,
 )
 from longmem.store.room import Room
 from longmem.store.rows import find_live, info_of, whole_document
 from longmem.store.schema import DocumentRow, FileRow
 from longmem.store.segments import DataFile
 from longmem.store.snapshot import Snapshot
+from longmem.store.verifying import verify
 
 if TYPE_CHECKING:
     from longmem.store.bank import StoreBank
@@ -273,6 +277,65 @@ class MemoryStore:
         """
         self._writing()
         return compact(self._room, progress)
+
+    def verify(
+        self,
+        *,
+        repair: bool = False,
+        absent: ForgetReport | None = None,
+        absent_text: str | None = None,
+        progress: Report | None = None,
+    ) -> VerifyReport:
+        """Compare every byte with what was written.
+
+        Args:
+            repair: make again what can be made again, data files from the token ids (which needs the model and a store
+                opened to write); a file comes out with the bits it had, unless the device rounds otherwise.
+            absent: also look whether anything of what was forgotten is left in any file.
+            absent_text: also look for this text, in documents and in the bytes of the files.
+
+        Returns:
+            all problems; damage does not raise.
+
+        Raises:
+            StoreError: repair of a store opened to read, or a report of another store.
+        """
+        if repair:
+            self._writing()
+        return verify(self._room, repair=repair, absent=absent, absent_text=absent_text, progress=progress)
+
+    # moving
+
+    def export(
+        self, namespace: str, path: str | Path, names: Sequence[str] | None = None, *, progress: Report | None = None
+    ) -> list[DocumentInfo]:
+        """Write documents with their keys and values into one tar file, whole or not at all.
+
+        Args:
+            path: of the file; what is there is replaced.
+            names: of the documents; None is all of the namespace.
+
+        Raises:
+            StoreError: there are none.
+        """
+        return export(self._room, namespace, Path(path), names, progress)
+
+    def import_(
+        self, path: str | Path, namespace: str | None = None, *, progress: Report | None = None
+    ) -> list[Receipt]:
+        """Take over what ``export`` wrote, all or nothing, without the model.
+
+        The tensors are believed: whoever made the file decides what this text looks like here, also to others who add
+        the same text later. Import only files of stores that you trust.
+
+        Args:
+            namespace: to import into; None is the one that was exported.
+
+        Raises:
+            StoreError: another backbone or layout, another document of a name that is taken, or a damaged file.
+        """
+        self._writing()
+        return import_archive(self._room, Path(path), namespace, progress)
 
     # looking
 

@@ -77,8 +77,9 @@ def lost(scope: str, have: int, expected: int | None) -> str:
 class Changes:
     """What a transaction adds to and takes from the scopes; written once, at its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, commits: int = 0) -> None:
         self._rows: dict[str, int] = defaultdict(int)
+        self._rows[COMMITS] = commits
         self._sums: dict[str, int] = defaultdict(int)
 
     def note(self, kind: type[Any], row: tuple[Value, ...], sign: int) -> None:
