@@ -145,7 +145,7 @@ def test_a_checkpoint_gives_back_what_was_saved(saved: Path) -> None:
     state = load_checkpoint(saved)
     assert (state.step, state.trainer) == (2, {"progress": {"step": 2}})
     assert torch.equal(state.weights["w"], torch.arange(1000.0))
-    assert torch.equal(state.rank["bank"], torch.zeros(10))
+    assert torch.equal(state.ranks[0]["bank"], torch.zeros(10))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt", "rank-0.pt", "checkpoint.json"])
@@ -182,6 +182,14 @@ def test_a_crash_while_writing_leaves_the_checkpoint_before(saved: Path, monkeyp
     assert load_checkpoint(saved).step == 2
 
 
-def test_a_checkpoint_of_another_number_of_processes_is_refused(saved: Path) -> None:
-    with pytest.raises(CheckpointError, match="written by 1 processes, this run has 2; start as many"):
-        load_checkpoint(saved, process=1, world=2)
+def test_another_number_of_processes_gets_the_parts_of_all(saved: Path) -> None:
+    state = load_checkpoint(saved, process=1, world=2)
+    assert state.processes == 1 and len(state.ranks) == 1
+
+
+def test_parts_that_are_not_all_in_one_folder_are_no_checkpoint(tmp_path: Path, saved: Path) -> None:
+    class Two(Accelerator):
+        num_processes = 2  # type: ignore[assignment]
+
+    with pytest.raises(CheckpointError, match="1 of 2 processes wrote their part here"):
+        save_checkpoint(tmp_path, 3, weights={}, trainer={}, rank={}, keep_last=1, accelerator=Two())

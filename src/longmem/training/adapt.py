@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from longmem.data.stream import SegmentBatch, SegmentStream
 from longmem.data.tokens import TokenCorpus
 from longmem.data.windows import IGNORE
-from longmem.errors import ConfigError
+from longmem.errors import CheckpointError, ConfigError
 from longmem.memory import MemoryBank
 from longmem.memory.lookahead import Arrival, LookaheadBank
+from longmem.memory.shards import rows_of
 from longmem.modeling.longmem import LongMem
 from longmem.training.recipe import Recipe
 from longmem.training.sharding import assign
@@ -158,6 +159,20 @@ class Adaptation:
         if self.bank is not None:
             self.bank.load_state_dict(state["bank"])
         self._backbone_loss = state["backbone_loss"]
+
+    def dealt(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Every row goes on with its own text and memory, whichever process now has it."""
+        rows, total = self.recipe.optim.rows, len(states[0]["stream"]["piece"])
+        if rows * self.world != total:
+            wanted = f"set optim.rows = {total // self.world}" if total % self.world == 0 else f"start {len(states)}"
+            raise CheckpointError(
+                f"the checkpoint has {total} rows in {len(states)} processes, this run {rows} in each of {self.world}; "
+                f"{wanted}, every row has a memory of its own"
+            )
+        bank = None
+        if self.bank is not None:
+            bank = rows_of([state["bank"] for state in states], self.rank * rows, rows)
+        return {**states[0], "bank": bank}
 
     def weights(self) -> dict[str, Tensor]:
         return dict(self.trained())

@@ -32,12 +32,21 @@ MANIFEST = "checkpoint.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds for one process."""
+    """What a checkpoint holds for one process.
+
+    Attributes:
+        step: when it was written.
+        weights: of the model.
+        trainer: what all processes have in common.
+        ranks: the part of this process alone; where it was written by another number of processes, the parts of all.
+        processes: how many wrote it.
+    """
 
     step: int
     weights: dict[str, Tensor]
     trainer: dict[str, Any]
-    rank: dict[str, Any]
+    ranks: list[dict[str, Any]]
+    processes: int
 
 
 def save_checkpoint(
@@ -71,26 +80,30 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, process: int = 0, world: int = 1) -> Checkpoint:
-    """Read one process's part of a checkpoint.
+    """Read what one process needs of a checkpoint.
 
     Raises:
-        CheckpointError: it is not whole, or was written by another number of processes.
+        CheckpointError: it is not whole.
     """
     manifest = _verified(path)
-    if manifest["processes"] != world:
-        raise CheckpointError(
-            f"{path}: written by {manifest['processes']} processes, this run has {world}; start as many "
-            "(each keeps its rows' memory)"
-        )
+    processes = int(manifest["processes"])
+    parts = [process] if processes == world else range(processes)
     try:
         return Checkpoint(
             step=manifest["step"],
             weights=load_file(path / "model.safetensors"),
-            trainer=torch.load(path / "trainer.pt", map_location="cpu", weights_only=True),
-            rank=torch.load(path / f"rank-{process}.pt", map_location="cpu", weights_only=True),
+            trainer=_read(path / "trainer.pt"),
+            ranks=[_read(path / f"rank-{part}.pt") for part in parts],
+            processes=processes,
         )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); {_way_out(path)}") from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    # mapped: of other processes' memories only a few rows are wanted
+    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return state
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -245,9 +245,16 @@ class _Run:
         self._same_run(path, state.trainer["recipe"])
         self.task.load_weights(state.weights)
         self.optimisers.load_state_dict(state.trainer["optimisers"])
-        self.task.load_state_dict(state.rank["task"])
         self.at = Progress(**state.trainer["progress"])
-        set_random_state(state.rank["random"])
+        parts = [part["task"] for part in state.ranks]
+        if state.processes == self.accelerator.num_processes:
+            self.task.load_state_dict(parts[0])
+            set_random_state(state.ranks[0]["random"])
+            return
+        self.task.load_state_dict(self.task.dealt(parts))
+        # nobody's random numbers go on in another number of processes: each draws new ones
+        _seed(hash((self.recipe.run.seed, self.at.step, self.accelerator.process_index)) % 2**32)
+        log.info("checkpoint of %d processes goes on with %d", state.processes, self.accelerator.num_processes)
 
     def _share(self) -> float:
         """Share of the peak rate for this step: in the middle of its slice of the run, so that no step has rate 0."""
@@ -370,6 +377,9 @@ class _Run:
                 changed += [f"{section}.{name} was {old.get(name)!r}, is {new[name]!r}" for name in names]
             elif old != new:
                 changed.append(f"{section} was {old!r}, is {new!r}")
+        old, new = before["optim"].get("segments", 1), now["optim"]["segments"]
+        if old != new:
+            changed.append(f"optim.segments was {old}, is {new}")
         if changed:
             what = "; ".join(changed)
             raise CheckpointError(f"{path}: of another run: {what}; undo that, or choose another run.name")

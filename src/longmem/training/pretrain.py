@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,10 @@ class Pretraining:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sampler.load_state_dict(state["stream"])
+
+    def dealt(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """All processes count the same windows."""
+        return states[0]
 
     def weights(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters())

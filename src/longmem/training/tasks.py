@@ -102,6 +102,14 @@ class Task(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    def dealt(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """This process's state, made from those of another number of processes.
+
+        Raises:
+            CheckpointError: they cannot be divided so.
+        """
+        ...
+
     def weights(self) -> dict[str, Tensor]:
         """What a checkpoint has to hold of the model."""
         ...
