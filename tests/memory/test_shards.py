@@ -71,6 +71,6 @@ def test_what_a_lookahead_bank_has_forgotten_stays_forgotten() -> None:
 
 def test_a_memory_that_rows_share_is_not_divided() -> None:
     with pytest.raises(
-        CheckpointError, match="memory of a process is one for its 2 rows, and cannot be divided; start 2"
+        CheckpointError, match="a process has one memory for its 2 rows, and cannot be divided; start 2"
     ):
         rows_of([bank(2, shared=True).state_dict()] * 2, 0, 4)

@@ -31,7 +31,7 @@ def rows_of(states: Sequence[dict[str, Any]], first: int, count: int) -> dict[st
     settings = states[0]["settings"]
     if settings["shared"]:
         raise CheckpointError(
-            f"with sidenet.shared the memory of a process is one for its {settings['rows']} rows, and cannot be divided; "
+            f"with sidenet.shared a process has one memory for its {settings['rows']} rows, and cannot be divided; "
             f"start {len(states)} processes, as many as wrote it"
         )
     places = [(state, row) for state in states for row in range(state["settings"]["rows"])][first : first + count]
