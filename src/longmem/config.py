@@ -211,7 +211,8 @@ class TrainingFreeConfig(AugmentedConfig):
     model_type = "training_free"
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)  # without an ``__init__`` of its own a config would get one that knows no settings
+        # a config without an ``__init__`` of its own would be given one that knows no settings
+        super().__init__(**kwargs)
 
 
 _SIZES = ("chunk_size", "num_retrieved", "memory_size")

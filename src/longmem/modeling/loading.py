@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from longmem.errors import BackboneError, CheckpointError
 from longmem.modeling.families import Family, side_sources
 
-
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
@@ -52,7 +51,7 @@ def load_config(kind: type[Config], folder: Path) -> Config:
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no config.json in {folder}")
-    return cast(Config, kind.from_pretrained(folder))
+    return kind.from_pretrained(folder)
 
 
 def resolve_folder(name: str, revision: str | None) -> Path:

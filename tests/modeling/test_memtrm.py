@@ -1,0 +1,498 @@
+"""The two baselines whose own layer reads memory: a trained one (``MemTRM``) and an untrained one (``TrainingFree``).
+
+The laws of LongMem, over the whole family table, as far as they have a SideNet's place in them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.family_table import FAMILIES, V, make_backbone
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from longmem import LongMem, MemoryBank, MemTRM, MemTRMConfig, TrainingFree, TrainingFreeConfig
+from longmem.errors import BackboneError, CheckpointError, ConfigError, LongMemError, MemoryBankError
+from longmem.modeling.augmented import AugmentedLM
+from longmem.modeling.families import Call, Family
+
+SETTINGS: dict[str, Any] = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
+SOFTMAX = [name for name in FAMILIES if not name.startswith(("bloom", "mpt", "falcon", "gptj"))]
+NOT_RECOMPUTED = ("alibi_gpt",)
+ROWS = torch.arange(3)
+FILLS = (0, 10, 80)  # tokens that each row of a bank was given: it is empty, partly filled, has lost its oldest
+
+
+def ids(rows: int = 2, length: int = 12, seed: int = 0) -> Tensor:
+    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def filled(model: Any, segments: Tensor) -> MemoryBank:
+    bank = MemoryBank.for_model(model, rows=segments.shape[0], capacity_tokens=64)
+    bank.add(model.encode(segments))
+    return bank
+
+
+def gates(heads: int = 4) -> list[float]:
+    return [0.2 + 0.15 * head for head in range(heads)]
+
+
+@pytest.fixture(params=list(FAMILIES), scope="module")
+def backbone(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return make_backbone(request.param)
+
+
+@pytest.fixture(params=[MemTRM, TrainingFree], scope="module")
+def model(request: pytest.FixtureRequest, backbone: PreTrainedModel) -> AugmentedLM:
+    made: AugmentedLM = request.param.from_backbone(backbone, gate=gates(), **SETTINGS).eval()
+    return made
+
+
+@torch.no_grad()
+def test_empty_bank_equals_the_plain_backbone_bit_for_bit(model: AugmentedLM, backbone: PreTrainedModel) -> None:
+    empty = MemoryBank.for_model(model, rows=2, capacity_tokens=64)
+    plain = backbone(ids()).logits
+    assert torch.equal(model(ids(), memory=empty).logits, plain)
+    assert torch.equal(model(ids()).logits, plain)
+
+
+@torch.no_grad()
+def test_wrapping_leaves_the_backbone_as_it_was(model: AugmentedLM, backbone: PreTrainedModel) -> None:
+    fresh = copy.deepcopy(backbone.state_dict())
+    model(ids(), memory=filled(model, ids(seed=1)))
+    assert all(torch.equal(fresh[name], tensor) for name, tensor in backbone.state_dict().items())
+    twin: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(backbone.config)).eval()
+    twin.load_state_dict(backbone.state_dict())
+    assert torch.equal(backbone(ids()).logits, twin(ids()).logits)
+
+
+@torch.no_grad()
+def test_a_filled_bank_changes_the_answer_and_a_second_call_repeats_it(model: AugmentedLM) -> None:
+    bank = filled(model, ids(seed=1))
+    first = model(ids(), memory=bank)
+    assert torch.equal(first.logits, model(ids(), memory=bank).logits)
+    assert (first.logits - model(ids()).logits).abs().max() > 1e-4
+    assert first.share is not None and first.share.shape == (2, model.num_heads, 12)
+    torch.testing.assert_close(first.share[1, :, 5], torch.tensor(gates()))
+    torch.testing.assert_close(model.memory_share, torch.tensor(gates()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("made", [MemTRM, TrainingFree])
+def test_gate_shut_is_the_plain_backbone(made: type[AugmentedLM], backbone: PreTrainedModel) -> None:
+    model = made.from_backbone(backbone, **SETTINGS).eval()
+    model.memory_gate.fill_(-torch.inf)
+    assert torch.equal(model(ids(), memory=filled(model, ids(seed=1))).logits, backbone(ids()).logits)
+
+
+@torch.no_grad()
+def test_no_token_sees_its_future(model: AugmentedLM) -> None:
+    bank = filled(model, ids(seed=1))
+    changed = ids()
+    changed[:, 7] = (changed[:, 7] + 1) % V
+    before, after = model(ids(), memory=bank).logits, model(changed, memory=bank).logits
+    torch.testing.assert_close(before[:, :7], after[:, :7], atol=1e-6, rtol=0)
+    assert (before[:, 7:] - after[:, 7:]).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_a_row_is_what_it_is_alone(model: AugmentedLM) -> None:
+    bank = filled(model, ids(seed=1))
+    both = model(ids(), memory=bank).logits
+    for row in range(2):
+        alone = model(ids()[row : row + 1], memory=bank, memory_rows=torch.tensor([row])).logits
+        torch.testing.assert_close(both[row : row + 1], alone, atol=2e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_a_row_without_memory_is_untouched_by_its_neighbour(model: AugmentedLM) -> None:
+    bank = filled(model, ids(seed=1))
+    bank.reset(torch.tensor([0]))
+    torch.testing.assert_close(model(ids(), memory=bank).logits[0], model(ids()).logits[0], atol=2e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_what_is_remembered_does_not_depend_on_what_was_read(model: AugmentedLM) -> None:
+    """Layers up to the memory layer never see memory, so a segment can be encoded alone, and early."""
+    encoded = model.encode(ids())
+    for memory in (None, filled(model, ids(seed=1))):
+        kv = model(ids(), memory=memory).kv
+        assert kv is not None
+        assert torch.equal(kv.keys, encoded.keys) and torch.equal(kv.values, encoded.values)
+    assert encoded.keys.shape == (2, model.memory_heads, 12, model.memory_head_dim)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("made", [MemTRM, TrainingFree])
+def test_retrieving_everything_with_an_open_gate_is_dense_position_free_attention(
+    made: type[AugmentedLM], backbone: PreTrainedModel
+) -> None:
+    model = made.from_backbone(backbone, chunk_size=2, num_retrieved=64, memory_size=64).eval()
+    model.memory_gate.fill_(60.0)
+    bank = filled(model, ids(seed=1))
+    family = Family.of(backbone)
+    attention = family.attention(family.layers[model.memory_layer])
+    probe, seen = family.probe(model.memory_layer), dict[str, Any]()
+    handles = [
+        attention.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.update(call=Call.record(module, args, kwargs)), with_kwargs=True
+        ),
+        family.output_projection(attention).register_forward_pre_hook(lambda module, args: seen.update(fused=args[0])),
+    ]
+    model(ids(), memory=bank)
+    for handle in handles:
+        handle.remove()
+    fused = seen["fused"]
+    kv, qkv = model.encode(ids(seed=1)), probe(seen["call"])
+    group = model.num_heads // kv.keys.shape[1]
+    keys, values = (part.repeat_interleave(group, 1) for part in (kv.keys, kv.values))
+    scores = qkv.queries @ keys.transpose(-1, -2) * qkv.scaling
+    if qkv.softcap is not None:
+        scores = qkv.softcap * torch.tanh(scores / qkv.softcap)
+    torch.testing.assert_close(fused, (scores.softmax(-1) @ values).transpose(1, 2).flatten(2), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_gradient_reaches_the_whole_memtrm_and_through_its_queries(name: str) -> None:
+    backbone = make_backbone(name)
+    model = MemTRM.from_backbone(backbone, **SETTINGS).train()
+    bank = filled(model, ids(seed=1))
+    assert set(model.trainable_parameter_names()) == {name for name, _ in model.named_parameters()}
+    assert {id(p) for p in backbone.parameters()} | {id(model.memory_gate)} == {id(p) for p in model.parameters()}
+    model(ids(), labels=ids(), memory=bank).loss.backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    # layers above see nothing of it: what only they could tell the memory layer's queries is not there without memory
+    assert not without
+    assert model.memory_gate.grad is not None and (model.memory_gate.grad != 0).all()
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    torch.optim.SGD(model.trainable_parameters(), lr=0.1).step()
+    changed = [name for name, tensor in backbone.state_dict().items() if not torch.equal(before[name], tensor)]
+    assert len(changed) > len(before) / 2
+
+
+@pytest.mark.parametrize("name", ["alibi_gpt", "llama", "gemma2", "bloom", "falcon-rope-gqa"])
+def test_gradients_of_a_memtrm_are_those_of_differences(name: str) -> None:
+    """Along a random direction of all weights; the memory stands still, as in training."""
+    model = MemTRM.from_backbone(make_backbone(name).double(), gate=gates(), **SETTINGS).eval()
+    bank = filled(model, ids(1, seed=1))
+    text = ids(1, 6)
+    parameters = model.trainable_parameters()
+    random = torch.Generator().manual_seed(0)
+    directions = [torch.randn(p.shape, generator=random, dtype=p.dtype) for p in parameters]
+
+    def loss() -> Tensor:
+        logits: Tensor = model(text, memory=bank).logits[:, :-1]
+        return -logits.log_softmax(-1).gather(2, text[:, 1:, None]).mean()
+
+    @torch.no_grad()
+    def loss_at(step: float) -> float:
+        for sign in (1, -1):
+            if sign < 0:
+                found = loss().item()
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter += sign * step * direction
+        return found
+
+    found = torch.autograd.grad(loss(), parameters)
+    slope = sum(float((g * d).sum()) for g, d in zip(found, directions, strict=True))
+    # families compute norms and softmax in float32, whatever their weights are in
+    assert slope == pytest.approx((loss_at(1e-4) - loss_at(-1e-4)) / 2e-4, rel=5e-3)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_training_free_has_nothing_to_train_and_changes_no_byte(name: str) -> None:
+    backbone = make_backbone(name)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    model = TrainingFree.from_backbone(backbone, gate=0.3, **SETTINGS).train()
+    assert not model.trainable_parameters() and not model.trainable_parameter_names()
+    assert not backbone.training
+    out = model(ids(), labels=ids(), memory=filled(model, ids(seed=1)))
+    assert out.loss.isfinite() and not out.loss.requires_grad
+    with torch.no_grad():
+        model.generate(ids(), memory=filled(model, ids(seed=1)), max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
+
+
+def test_keys_of_a_memtrm_go_stale_and_those_of_a_longmem_do_not() -> None:
+    """What the paper decouples: after one step of training, is what lies in memory what would be written now?"""
+    for made, same in ((LongMem, True), (MemTRM, False)):
+        model: Any = made.from_backbone(make_backbone("llama"), **SETTINGS).train()
+        bank = MemoryBank.for_model(model, rows=2, capacity_tokens=64, fingerprint=None)
+        optimiser = torch.optim.SGD(model.trainable_parameters(), lr=0.1)
+        out = model(ids(), labels=ids(), memory=bank)
+        out.loss.backward()
+        bank.add(out.kv)
+        optimiser.step()
+        now = filled(model, ids())
+        stored, fresh = (each.search(torch.ones(2, 4, 1, 8), 6) for each in (bank, now))
+        assert torch.equal(stored.storage[:, :6], fresh.storage[:, :6]) == same
+
+
+@torch.no_grad()
+def test_logits_do_not_depend_on_cache_or_padding(model: AugmentedLM) -> None:
+    bank, prompt = three_rows(model), ids(3, 8)
+    whole = model(prompt, memory=bank).logits
+    first = model(prompt[:, :5], memory=bank, use_cache=True)
+    steps, cache = [first.logits], first.past_key_values
+    for token in prompt[:, 5:].split(1, dim=1):
+        steps.append(model(token, memory=bank, past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=0)
+    mask = torch.cat((torch.zeros(3, 3), torch.ones(3, 8)), dim=1).long()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    padded = torch.cat((torch.zeros(3, 3, dtype=torch.long), prompt), dim=1)
+    out = model(padded, attention_mask=mask, position_ids=positions, memory=bank)
+    torch.testing.assert_close(out.logits[:, 3:], whole, atol=1e-5, rtol=0)
+
+
+def three_rows(model: AugmentedLM) -> MemoryBank:
+    bank = MemoryBank.for_model(model, rows=3, capacity_tokens=64)
+    for row, tokens in enumerate(FILLS):
+        if tokens:
+            bank.add(model.encode(ids(1, tokens, seed=row)), rows=ROWS[row : row + 1])
+    assert bank.tokens.tolist() == [0, 10, 64]
+    return bank
+
+
+def test_cached_generation_equals_uncached_and_padded_equals_alone(model: AugmentedLM) -> None:
+    bank, prompt = three_rows(model), ids(3, 8)
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    mask = torch.ones(3, 8, dtype=torch.long)
+    for row, pads in enumerate((3, 0, 2)):
+        prompt[row, :pads], mask[row, :pads] = 0, 0
+    together = model.generate(prompt, attention_mask=mask, memory=bank, **settings)
+    assert torch.equal(together, model.generate(prompt, attention_mask=mask, memory=bank, use_cache=False, **settings))
+    for row, pads in enumerate((3, 0, 2)):
+        alone = model.generate(prompt[row : row + 1, pads:], memory=bank, memory_rows=ROWS[row : row + 1], **settings)
+        assert torch.equal(alone[0], together[row, pads:])
+    beams, plain = (model.generate(ids(3, 8), memory=bank, num_beams=2, use_cache=c, **settings) for c in (True, False))
+    assert torch.equal(beams, plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SOFTMAX)
+@pytest.mark.parametrize("made", [MemTRM, TrainingFree])
+def test_one_softmax_with_a_closed_gate_is_the_plain_backbone(made: type[AugmentedLM], name: str) -> None:
+    backbone = make_backbone(name)
+    expected = backbone(ids()).logits
+    model = made.from_backbone(backbone, fusion="softmax", **SETTINGS).eval()
+    bank, read = filled(model, ids(seed=1)), model(ids(), memory=filled(model, ids(seed=1)))
+    assert (read.logits - expected).abs().max() > 1e-4
+    assert read.share is not None and read.share.std() > 1e-4, "every token chooses its own share"
+    model.memory_gate.fill_(-torch.inf)
+    torch.testing.assert_close(model(ids(), memory=bank).logits, expected, atol=1e-6, rtol=0)
+    # one backbone under several models: each reads as if it were alone
+    again = made.from_backbone(backbone, fusion="softmax", **SETTINGS).eval()
+    side = LongMem.from_backbone(backbone, fusion="softmax", **SETTINGS).eval()
+    torch.testing.assert_close(again(ids(), memory=bank).logits, read.logits, atol=1e-6, rtol=0)
+    assert side(ids(), memory=bank).logits.isfinite().all()
+    assert torch.equal(backbone(ids()).logits, expected)
+
+
+@torch.no_grad()
+def test_training_free_reads_the_bank_of_a_longmem_over_the_same_backbone() -> None:
+    backbone = make_backbone("llama")
+    side = LongMem.from_backbone(backbone, **SETTINGS).eval()
+    free = TrainingFree.from_backbone(backbone, gate=0.5, **SETTINGS)
+    assert (free.memory_layer, free.fingerprint) == (side.memory_layer, side.fingerprint)
+    bank = filled(side, ids(seed=1))
+    before = side(ids(), memory=bank).logits
+    assert torch.equal(free(ids(), memory=bank).logits, free(ids(), memory=filled(free, ids(seed=1))).logits)
+    assert torch.equal(side(ids(), memory=bank).logits, before)
+
+
+@torch.no_grad()
+def test_readings_are_explained(model: AugmentedLM) -> None:
+    bank = filled(model, ids(seed=1))
+    explanation = model(ids(), memory=bank, explain=True).explanation
+    assert explanation is not None
+    torch.testing.assert_close(explanation.share[0, :, 3], torch.tensor(gates()))
+    (best, *_) = explanation.token(-1)
+    assert best.origin.length == 2
+
+
+@torch.no_grad()
+def test_save_and_load_give_the_same_logits(model: AugmentedLM, backbone: PreTrainedModel, tmp_path: Path) -> None:
+    backbone.save_pretrained(tmp_path / "backbone")
+    model.save_pretrained(tmp_path / "model")
+    given: dict[str, Any] = {} if isinstance(model, MemTRM) else {"backbone": tmp_path / "backbone"}
+    bank = filled(model, ids(seed=1))
+    expected = model(ids(), memory=bank).logits
+    loaded = type(model).from_pretrained(tmp_path / "model", **given)
+    assert torch.equal(loaded(ids(), memory=bank).logits, expected)
+    if isinstance(model, MemTRM):
+        by_name = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        assert isinstance(by_name, MemTRM)
+        assert torch.equal(by_name(ids(), memory=bank).logits, expected)
+        alone = AutoModelForCausalLM.from_pretrained(tmp_path / "model" / "backbone").eval()
+        assert torch.equal(alone(ids()).logits, model(ids()).logits)
+    else:
+        assert {file.suffix for file in (tmp_path / "model").iterdir()} == {".json"}
+
+
+def line(problem: pytest.ExceptionInfo[LongMemError]) -> str:
+    text = str(problem.value)
+    assert "\n" not in text
+    return text
+
+
+def trained(backbone: PreTrainedModel) -> MemTRM:
+    model = MemTRM.from_backbone(backbone, **SETTINGS).train()
+    with torch.no_grad():
+        for parameter in model.trainable_parameters():
+            parameter += 0.01
+    return model.eval()
+
+
+def test_training_gives_a_memtrm_another_fingerprint_and_its_old_banks_are_refused() -> None:
+    model = MemTRM.from_backbone(make_backbone("llama"), **SETTINGS).train()
+    start, bank = model.fingerprint, filled(model, ids())
+    model(ids(), memory=bank)
+    with torch.no_grad():
+        for parameter in model.trainable_parameters():
+            parameter += 0.01
+    model.eval()
+    assert model.config.start_fingerprint == start != model.fingerprint
+    with pytest.raises(MemoryBankError) as problem:
+        model(ids(), memory=bank)
+    assert start in line(problem) and model.fingerprint in line(problem) and "write the text again" in line(problem)
+
+
+def test_a_trained_memtrm_keeps_where_it_started_from(tmp_path: Path) -> None:
+    backbone = make_backbone("llama")
+    start = LongMem.from_backbone(backbone).fingerprint
+    model = trained(backbone)
+    model.save_pretrained(tmp_path)
+    loaded = MemTRM.from_pretrained(tmp_path)
+    assert (loaded.config.start_fingerprint, loaded.fingerprint) == (start, model.fingerprint)
+    loaded.save_pretrained(tmp_path)
+    assert MemTRM.from_pretrained(tmp_path).fingerprint == model.fingerprint
+
+
+@pytest.mark.parametrize("made", [MemTRM, TrainingFree])
+def test_banks_of_another_backbone_or_layer_are_refused_by_name(made: type[AugmentedLM]) -> None:
+    model, other = (made.from_backbone(make_backbone("llama", seed=seed), **SETTINGS) for seed in (0, 1))
+    with pytest.raises(MemoryBankError) as problem:
+        model(ids(), memory=filled(other, ids()))
+    assert model.fingerprint in line(problem) and other.fingerprint in line(problem)
+    another = made.from_backbone(make_backbone("llama"), memory_layer=2, **SETTINGS)
+    assert another.fingerprint == model.fingerprint
+    with pytest.raises(MemoryBankError, match=r"holds keys of layer 2, this model remembers layer \d; keys of one"):
+        model(ids(), memory=filled(another, ids()))
+
+
+def test_training_free_settings_of_another_backbone_are_refused_by_name(tmp_path: Path) -> None:
+    model = TrainingFree.from_backbone(make_backbone("llama"), **SETTINGS)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="names no backbone"):
+        TrainingFree.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError) as problem:
+        TrainingFree.from_pretrained(tmp_path, backbone=make_backbone("llama", seed=1))
+    assert model.fingerprint in line(problem) and "pass the backbone that it names" in line(problem)
+
+
+def _cut(folder: Path) -> None:
+    weights = folder / "backbone" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+
+
+def _swap(folder: Path) -> None:
+    make_backbone("llama", seed=5).save_pretrained(folder / "backbone")
+
+
+def _other_heads(folder: Path) -> None:
+    save_file({"memory_gate": torch.zeros(3)}, folder / "memory_gate.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (_cut, "not a complete MemTRM checkpoint"),
+        (lambda folder: (folder / "memory_gate.safetensors").unlink(), "not a complete MemTRM checkpoint"),
+        (lambda folder: (folder / "config.json").unlink(), "not a complete MemTRM checkpoint"),
+        (_swap, "damaged or of two runs"),
+        (_other_heads, r"gates for \(3,\) heads, the backbone has 4"),
+    ],
+)
+def test_a_damaged_memtrm_checkpoint_is_refused(harm: Callable[[Path], Any], says: str, tmp_path: Path) -> None:
+    trained(make_backbone("llama")).save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "memory_gate.safetensors")) == {"memory_gate"}
+    harm(tmp_path)
+    with pytest.raises(CheckpointError, match=says) as problem:
+        MemTRM.from_pretrained(tmp_path)
+    line(problem)
+
+
+def test_a_save_that_is_cut_short_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over an older one, at the worst moment: between the weights and the config that names them."""
+    trained(make_backbone("llama")).save_pretrained(tmp_path)
+
+    class PowerCut(Exception):
+        pass
+
+    def cut(*_: object, **__: object) -> None:
+        raise PowerCut
+
+    other = trained(make_backbone("llama", seed=1))
+    monkeypatch.setattr(MemTRMConfig, "save_pretrained", cut)
+    with pytest.raises(PowerCut):
+        other.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="not a complete MemTRM checkpoint"):
+        MemTRM.from_pretrained(tmp_path)
+
+
+def test_settings_that_break_rules_are_reported_together() -> None:
+    with pytest.raises(ConfigError) as problem:
+        TrainingFreeConfig(num_retrieved=50, chunk_size=4, fusion="sum", gate=1.5)  # type: ignore[arg-type]
+    assert problem.value.problems == [
+        "num_retrieved (50) must be a multiple of chunk_size (4); try 48 or 52",
+        "fusion ('sum') must be one of gate, softmax",
+        "gate (1.5) must be between 0 (memory unread) and 1 (nothing but memory)",
+    ]
+    with pytest.raises(ConfigError, match=r"gate \(0\) must be above 0 and below 1"):
+        MemTRMConfig(gate=0)
+    with pytest.raises(ConfigError, match=r"gate \(3 shares\) must be one share, or one for each of the 4 heads"):
+        TrainingFree.from_backbone(make_backbone("llama"), gate=[0.1, 0.2, 0.3])
+
+
+def test_layers_that_cannot_be_remembered_are_refused_with_those_that_can() -> None:
+    with pytest.raises(BackboneError, match="these would do: 1, 3"):
+        MemTRM.from_backbone(make_backbone("gemma2"), memory_layer=2)
+    with pytest.raises(BackboneError, match=r"use TrainingFree\.from_backbone"):
+        TrainingFree(TrainingFreeConfig())
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_recomputing_layers_gives_the_same_gradients_or_is_refused(name: str) -> None:
+    model = MemTRM.from_backbone(make_backbone(name), **SETTINGS).train()
+    bank = filled(model, ids(seed=1))
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(ids(), labels=ids(), memory=bank, use_cache=False).loss.backward()
+        return [p.grad.clone() for p in model.trainable_parameters() if p.grad is not None]
+
+    plain = gradients()
+    if name in NOT_RECOMPUTED:
+        with pytest.raises(ConfigError, match="cannot recompute layer by layer"):
+            model.gradient_checkpointing_enable()
+        return
+    model.gradient_checkpointing_enable()
+    recomputed = gradients()
+    assert len(plain) == len(recomputed)
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+    model.gradient_checkpointing_disable()
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("made", [MemTRM, TrainingFree])
+def test_a_bfloat16_backbone_runs(made: type[AugmentedLM]) -> None:
+    model = made.from_backbone(make_backbone("llama").to(torch.bfloat16), gate=0.5, **SETTINGS).eval()
+    out = model(ids(), memory=filled(model, ids(seed=1)))
+    assert out.logits.dtype == torch.bfloat16 and out.logits.isfinite().all()
