@@ -144,19 +144,8 @@ class Backbone(nn.Module):
         return hidden if norm is None else type(norm).forward(norm, hidden)
 
     def fingerprint(self) -> str:
-        """16 hex digits of a SHA-256 over the architecture and a sample of every weight.
-
-        Two backbones with equal fingerprints give equal keys and values; memory and SideNets are tied to it.
-        """
-        fields = _architecture(self.family.config.to_dict())
-        digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-        for name, parameter in sorted(self.model.named_parameters()):
-            flat = parameter.detach().flatten()
-            step = max(1, flat.numel() // 64)
-            # bf16 is the coarsest type a backbone is loaded in; the same weights must agree with themselves
-            sample = flat[::step][:64].to("cpu", torch.bfloat16).view(torch.int16).tolist()
-            digest.update(f"{name}{tuple(parameter.shape)}{sample}".encode())
-        return digest.hexdigest()[:16]
+        """See ``fingerprint_of``."""
+        return fingerprint_of(self.model)
 
     @contextmanager
     def _running(self, run: BackboneRun) -> Iterator[BackboneRun]:
@@ -208,6 +197,22 @@ class Backbone(nn.Module):
         if run is None or run.final_norm is None:
             return output
         return cast(Tensor, run.final_norm(args[0]))
+
+
+def fingerprint_of(model: PreTrainedModel) -> str:
+    """16 hex digits of a SHA-256 over the architecture and a sample of every weight.
+
+    Two backbones with equal fingerprints give equal keys and values; memory and SideNets are tied to it.
+    """
+    fields = _architecture(model.config.get_text_config(decoder=True).to_dict())
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        step = max(1, flat.numel() // 64)
+        # bf16 is the coarsest type a backbone is loaded in; the same weights must agree with themselves
+        sample = flat[::step][:64].to("cpu", torch.bfloat16).view(torch.int16).tolist()
+        digest.update(f"{name}{tuple(parameter.shape)}{sample}".encode())
+    return digest.hexdigest()[:16]
 
 
 # fields that say how a model was loaded or is used, not what it computes
