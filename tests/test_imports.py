@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "longmem"
 
 # `get_text_config` asks for the cache view when transformers sizes a cache, long after both modules are imported.
-LATE = {("config", "modeling")}
+# `generate` asks for a window and a session when it is called.
+LATE = {("config", "modeling"), ("modeling", "generation")}
 # The public names, the command `python -m longmem` and the hook for the Auto classes stand outside of the layers.
 OUTSIDE = {"__init__", "__main__", "_auto"}
 

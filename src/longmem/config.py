@@ -273,7 +273,7 @@ class LongMemGenerationConfig(GenerationConfig):
         self.window_move = window_move
         self.window_overlap = window_overlap
         self.session_tokens = session_tokens
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
     def over(cls, config: GenerationConfig | None) -> LongMemGenerationConfig:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from longmem.errors import MemoryBankError
 from longmem.memory.joined import nothing, side_by_side
-from longmem.types import ChunkOrigin, Memory, RetrievedMemory
+from longmem.memory.session import SessionMemory
+from longmem.types import AttentionKV, ChunkOrigin, Memory, RetrievedMemory
 
 
 class BankRows:
@@ -63,3 +64,53 @@ class BankRows:
         if bank is None:
             raise MemoryBankError(f"row {row} has no memory, so no chunk {chunk}")
         return bank.provenance(0, chunk)
+
+    # writing, where every row is a session
+
+    @property
+    def writable(self) -> bool:
+        """Whether every row is a session of its own."""
+        kinds = all(isinstance(bank, SessionMemory) for bank in self.banks)
+        return kinds and len({id(bank) for bank in self.banks}) == len(self.banks)
+
+    def add(
+        self,
+        kv: AttentionKV,
+        *,
+        rows: Tensor | None = None,
+        documents: Sequence[str | None] | None = None,
+        offsets: Sequence[int] | None = None,
+        ids: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Each row to its session, see ``SessionMemory.add``."""
+        places = list(range(self.rows)) if rows is None else [int(row) for row in rows.tolist()]
+        for line, place in enumerate(places):
+            one = slice(line, line + 1)
+            self._session(place).add(
+                AttentionKV(kv.keys[one], kv.values[one], None if kv.mask is None else kv.mask[one]),
+                rows=torch.zeros(1, dtype=torch.long),
+                documents=None if documents is None else documents[one],
+                offsets=None if offsets is None else offsets[one],
+                ids=None if ids is None else ids[one],
+            )
+
+    def end_document(self, rows: Tensor | None = None) -> None:
+        """What comes next in these rows (default: all) is another document."""
+        for place in range(self.rows) if rows is None else rows.tolist():
+            self._session(place).end_document(torch.zeros(1, dtype=torch.long))
+
+    def followed(self, row: int) -> Tensor:
+        """See ``SessionMemory.followed``."""
+        return self._session(row).followed(0)
+
+    def follow(self, row: int, ids: Tensor) -> None:
+        """See ``SessionMemory.follow``."""
+        self._session(row).follow(0, ids)
+
+    def _session(self, place: int) -> SessionMemory:
+        bank = self.banks[place]
+        if not isinstance(bank, SessionMemory):
+            raise MemoryBankError(
+                f"row {place} of the list is {type(bank).__name__}, which is only read; pass a session"
+            )
+        return bank

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from longmem.config import AugmentedConfig, LongMemConfig
+from longmem.config import AugmentedConfig, LongMemConfig, LongMemGenerationConfig
 from longmem.errors import BackboneError, ConfigError
 from longmem.modeling.backbone import Backbone
 from longmem.modeling.explain import Explanation
-from longmem.modeling.generating import MemoryGeneration
+from longmem.modeling.generating import MemoryGenerationMixin
 from longmem.modeling.loading import default_memory_layer, load_backbone
 from longmem.modeling.output import LongMemOutput, padding_of
 from longmem.modeling.retrieving import retriever
@@ -27,7 +27,7 @@ from longmem.modeling.sidenet import MemoryReader, SideRun
 from longmem.types import AttentionKV, Memory
 
 
-class AugmentedLM(PreTrainedModel, MemoryGeneration):
+class AugmentedLM(PreTrainedModel, MemoryGenerationMixin):
     """The backbone with memory attention at its memory layer; see ``MemTRM`` and ``TrainingFree``.
 
     Args:
@@ -68,8 +68,7 @@ class AugmentedLM(PreTrainedModel, MemoryGeneration):
         self.reader = MemoryReader(attention, family, config.fusion, self.backbone.probed)
         config.backbone_fingerprint = self.backbone.fingerprint()
         self.config = config
-        if backbone.generation_config is not None:
-            self.generation_config = copy.deepcopy(backbone.generation_config)
+        self.generation_config = LongMemGenerationConfig.over(backbone.generation_config)
 
     def gate_logits(self) -> Tensor:
         """(H,) logits of the shares in the config, infinite at 0 and 1."""

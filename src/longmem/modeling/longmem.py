@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from longmem.config import LongMemConfig
+from longmem.config import LongMemConfig, LongMemGenerationConfig
 from longmem.errors import BackboneError, CheckpointError
 from longmem.modeling.backbone import Backbone, BackboneRun
 from longmem.modeling.explain import Explanation
-from longmem.modeling.generating import MemoryGeneration
+from longmem.modeling.generating import MemoryGenerationMixin
 from longmem.modeling.loading import default_memory_layer, first_line, load_backbone, load_config, resolve_folder
 from longmem.modeling.output import LongMemOutput, padding_of
 from longmem.modeling.retrieving import retriever
@@ -30,7 +30,7 @@ from longmem.types import AttentionKV, Memory
 WEIGHTS = "sidenet.safetensors"
 
 
-class LongMem(PreTrainedModel, MemoryGeneration):
+class LongMem(PreTrainedModel, MemoryGenerationMixin):
     """A causal language model with a long-term memory (PAPER: sections 3.1 to 3.3).
 
     Args:
@@ -67,8 +67,7 @@ class LongMem(PreTrainedModel, MemoryGeneration):
         self.sidenet.to(side_dtype or backbone.dtype)
         config.backbone_fingerprint = self.backbone.fingerprint()
         self.config = config
-        if backbone.generation_config is not None:
-            self.generation_config = copy.deepcopy(backbone.generation_config)
+        self.generation_config = LongMemGenerationConfig.over(backbone.generation_config)
 
     # -- what it is made of ------------------------------------------------------------------------------------------
 
@@ -348,6 +347,7 @@ class LongMem(PreTrainedModel, MemoryGeneration):
                 f"{folder / WEIGHTS} does not fit its config: missing {missing[:3]}, unexpected {unexpected[:3]}; "
                 "the checkpoint is damaged or of another version"
             )
+        model.load_generation_config(folder)
         model.train(False)
         return model
 

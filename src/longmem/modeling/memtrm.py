@@ -151,6 +151,7 @@ class MemTRM(AugmentedLM):
             )
         with torch.no_grad():
             model.memory_gate.copy_(gate)
+        model.load_generation_config(folder)
         return model
 
 

@@ -93,6 +93,7 @@ class TrainingFree(AugmentedLM):
                 f"{folder} was made for backbone {expected} ({made.backbone_name_or_path}), the backbone given is "
                 f"{model.fingerprint}; pass the backbone that it names"
             )
+        model.load_generation_config(folder)
         return model
 
 

@@ -1,0 +1,321 @@
+"""Text longer than the local window: the same tokens as the same steps without any cache, and nobody's bank written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.family_table import FAMILIES, V, make_backbone
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from longmem import ConfigError, LongMem, MemoryBank, MemoryBankError
+from longmem.config import LongMemGenerationConfig
+from longmem.generation import read
+from longmem.memory.session import SessionMemory
+from longmem.types import AttentionKV
+
+WINDOW = {"window": 12, "window_move": 6}
+GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def ids(rows: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def make(name: str) -> LongMem:
+    torch.manual_seed(1)
+    model = LongMem.from_backbone(make_backbone(name), chunk_size=2, num_retrieved=8, memory_size=64).eval()
+    with torch.no_grad():
+        model.sidenet.memory_gate.normal_()
+    return model
+
+
+@pytest.fixture(scope="module")
+def llama() -> LongMem:
+    return make("llama")
+
+
+def some_bank(model: LongMem, rows: int = 1, tokens: int = 10, seed: int = 7, capacity: int = 64) -> MemoryBank:
+    bank = MemoryBank.for_model(model, rows, capacity)
+    bank.add(model.encode(ids(rows, tokens, seed)), documents=["before"] * rows)
+    bank.end_document()
+    return bank
+
+
+@torch.no_grad()
+def reference(
+    model: LongMem, prompt: Tensor, new: int, window: int, move: int, overlap: int = 0, bank: MemoryBank | None = None
+) -> list[int]:
+    """One row, greedy: every step a forward over the window alone, in a memory that holds all that has left it.
+
+    The memory is one bank that began as ``some_bank``, so that no session takes part.
+    """
+    bank, text, start = some_bank(model, capacity=256) if bank is None else bank, prompt.tolist(), 0
+    for _ in range(new):
+        while len(text) - start > window:
+            context = min(overlap, start)
+            kv = model.encode(torch.tensor([text[start - context : start + move]]))
+            bank.add(AttentionKV(kv.keys[:, :, context:], kv.values[:, :, context:]), documents=["after"])
+            start += move
+        text.append(int(model(torch.tensor([text[start:]]), memory=bank).logits[0, -1].argmax()))
+    return text
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_generating_beyond_the_window_equals_the_same_steps_without_any_cache(name: str) -> None:
+    """The prompt is read into memory in two pieces, two more move while 14 tokens are generated."""
+    model = make(name)
+    bank = some_bank(model)
+    got = model.generate(ids(1, 20), memory=bank, max_new_tokens=14, window_overlap=2, **WINDOW, **GREEDY)
+    assert got[0].tolist() == reference(model, ids(1, 20)[0], 14, 12, 6, overlap=2)
+    assert bank.tokens.tolist() == [10]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"window_move": 2},
+        {"window_move": 10},
+        {"window_move": 4, "window_overlap": 8},
+        {"window_move": 6, "cache_implementation": "static"},
+        {"window_move": 6, "use_cache": False},
+    ],
+    ids=str,
+)
+def test_every_policy_and_cache_gives_the_tokens_of_the_reference(llama: LongMem, settings: dict[str, Any]) -> None:
+    got = llama.generate(ids(1, 5), memory=some_bank(llama), max_new_tokens=30, window=12, **settings, **GREEDY)
+    move, overlap = settings["window_move"], settings.get("window_overlap", 0)
+    assert got[0].tolist() == reference(llama, ids(1, 5)[0], 30, 12, move, overlap)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bloom", "alibi_gpt", "mistral-sliding"])
+def test_rows_of_unequal_length_move_when_they_would_alone(name: str) -> None:
+    model, pads = make(name), (9, 0, 4)
+    prompt, mask = ids(3, 17), torch.ones(3, 17, dtype=torch.long)
+    for row, count in enumerate(pads):
+        prompt[row, :count], mask[row, :count] = 0, 0
+    settings = {"max_new_tokens": 12, **WINDOW, **GREEDY}
+    bank = some_bank(model, rows=3)
+    together = model.generate(prompt, attention_mask=mask, memory=bank, **settings)
+    for row, count in enumerate(pads):
+        one = torch.tensor([row])
+        alone = model.generate(prompt[row : row + 1, count:], memory=bank, memory_rows=one, **settings)
+        assert torch.equal(alone[0], together[row, count:])
+
+
+def test_the_window_is_by_default_what_the_backbone_was_made_for(llama: LongMem) -> None:
+    got = llama.generate(ids(1, 120), memory=some_bank(llama), max_new_tokens=20, **GREEDY)
+    assert got[0].tolist() == reference(llama, ids(1, 120)[0], 20, 128, 64)
+
+
+def test_generating_in_two_calls_with_a_session_is_generating_in_one(llama: LongMem) -> None:
+    settings = {**WINDOW, **GREEDY, "pad_token_id": None}  # the first answer may hold the pad token
+    whole = llama.generate(ids(2, 9), memory=SessionMemory.for_model(llama, rows=2), max_new_tokens=30, **settings)
+    session = SessionMemory.for_model(llama, rows=2)
+    first = llama.generate(ids(2, 9), memory=session, max_new_tokens=11, **settings)
+    assert session.tokens.tolist() == [12, 12]
+    assert torch.equal(llama.generate(first, memory=session, max_new_tokens=19, **settings), whole)
+    assert [len(session.followed(row)) for row in range(2)] == [30, 30]
+    assert torch.equal(session.followed(1), whole[1, :30])
+    assert session.provenance(0, 3).start_token == 6
+
+
+def test_another_text_in_the_same_session_begins_anew_and_finds_the_first(llama: LongMem) -> None:
+    session = SessionMemory.for_model(llama, some_bank(llama))
+    llama.generate(ids(1, 20), memory=session, max_new_tokens=1, **WINDOW, **GREEDY)
+    llama.generate(ids(1, 20, seed=3), memory=session, max_new_tokens=1, **WINDOW, **GREEDY)
+    assert session.tokens.tolist() == [24] and len(session.followed(0)) == 12
+    assert torch.equal(session.followed(0), ids(1, 20, seed=3)[0, :12])
+
+
+def test_a_session_for_every_prompt(llama: LongMem) -> None:
+    sessions = [SessionMemory.for_model(llama, some_bank(llama, seed=seed)) for seed in (1, 2)]
+    settings = {"max_new_tokens": 12, **WINDOW, **GREEDY}
+    together = llama.generate(ids(2, 15), memory=sessions, **settings)
+    assert [int(session.tokens[0]) for session in sessions] == [18, 18]
+    for row, seed in enumerate((1, 2)):
+        alone = llama.generate(ids(2, 15)[row : row + 1], memory=some_bank(llama, seed=seed), **settings)
+        assert torch.equal(alone[0], together[row])
+
+
+def test_sampling_and_several_sequences_of_one_prompt(llama: LongMem) -> None:
+    def sampled(**more: Any) -> Tensor:
+        torch.manual_seed(5)
+        settings = {**GREEDY, **WINDOW, "do_sample": True, "num_return_sequences": 3, "max_new_tokens": 20}
+        got: Tensor = llama.generate(ids(2, 8), memory=some_bank(llama, 2), **settings, **more)
+        return got
+
+    cached = sampled()
+    assert torch.equal(cached, sampled(use_cache=False))
+    assert len({tuple(row.tolist()) for row in cached}) == 6
+    session = SessionMemory.for_model(llama, rows=2)
+    with pytest.raises(MemoryBankError, match="must each follow one text"):
+        llama.generate(ids(2, 8), memory=session, num_return_sequences=2, do_sample=True, max_new_tokens=20, **WINDOW)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_beams_read_a_long_prompt_into_memory_and_need_room_for_the_rest(llama: LongMem, rows: int) -> None:
+    settings = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 7, **WINDOW, **GREEDY}
+    bank = some_bank(llama, rows)
+    cached = llama.generate(ids(rows, 20), memory=bank, **settings)
+    assert torch.equal(cached, llama.generate(ids(rows, 20), memory=bank, use_cache=False, **settings))
+    assert cached.shape == (2 * rows, 27)
+    one = llama.generate(ids(rows, 20), memory=bank, **{**settings, "num_beams": 1, "num_return_sequences": 1})
+    assert not torch.equal(one, cached[::2])  # beams have found something else
+    with pytest.raises(ConfigError, match="19 more tokens do not fit a window of 12 behind a prompt of 20"):
+        llama.generate(ids(rows, 20), memory=bank, **{**settings, "max_new_tokens": 20})
+
+
+def test_assisted_and_prompt_lookup_decoding_of_a_long_prompt_are_greedy_decoding(llama: LongMem) -> None:
+    prompt = ids(1, 11).repeat(1, 2)  # something to look up; 14 of it stay in the window, which 6 more do not fill
+    settings = {"max_new_tokens": 6, "memory": some_bank(llama), "window": 20, "window_move": 8, **GREEDY}
+    greedy = llama.generate(prompt, **settings)
+    assert torch.equal(llama.generate(prompt, prompt_lookup_num_tokens=3, **settings), greedy)
+    assert torch.equal(llama.generate(prompt, assistant_model=llama.backbone.model, **settings), greedy)
+    assert torch.equal(llama.generate(prompt, assistant_model=make("llama"), **settings), greedy)
+
+
+def test_what_stands_behind_the_end_of_a_text_is_not_remembered(llama: LongMem) -> None:
+    settings = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, **WINDOW}
+    free = llama.generate(ids(2, 10), memory=some_bank(llama, 2), eos_token_id=None, **settings)
+    end = next(int(t) for t in free[0, 13:] if int(t) not in free[1].tolist())  # row 0 ends there, row 1 never
+    length = 13 + free[0, 13:].tolist().index(end) + 1
+    session = SessionMemory.for_model(llama, some_bank(llama, 2), rows=2)
+    got = llama.generate(ids(2, 10), memory=session, eos_token_id=end, **settings)
+    assert torch.equal(got[1], free[1]) and torch.equal(got[0, :length], free[0, :length])
+    assert (got[0, length:] == 0).all() and length < 40
+    for row in range(2):
+        moved = session.followed(row)
+        assert torch.equal(moved, got[row, : len(moved)]) and end not in moved.tolist()
+    assert len(session.followed(1)) == 30 and len(session.followed(0)) <= length
+
+
+class _Seen(LogitsProcessor):
+    """Notes how much text it is shown."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.lengths.append(input_ids.shape[1])
+        return scores
+
+
+class _Stop(StoppingCriteria):
+    """At 40 tokens."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 40)
+
+
+class _Streamer:
+    def __init__(self) -> None:
+        self.all: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        self.all += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.all.append(-1)
+
+
+def test_processors_criteria_and_streamers_see_the_whole_text(llama: LongMem) -> None:
+    processor, streamer = _Seen(), _Streamer()
+    got = llama.generate(
+        ids(1, 20),
+        max_new_tokens=1000,
+        logits_processor=LogitsProcessorList([processor]),
+        stopping_criteria=StoppingCriteriaList([_Stop()]),
+        streamer=streamer,
+        **WINDOW,
+        **GREEDY,
+    )
+    assert got.shape == (1, 40) and processor.lengths == list(range(20, 40))
+    assert streamer.all == [*got[0].tolist(), -1]
+
+
+def test_a_full_session_drops_its_oldest(llama: LongMem) -> None:
+    got = llama.generate(ids(1, 20), max_new_tokens=40, session_tokens=16, **WINDOW, **GREEDY)
+    bank = MemoryBank.for_model(llama, capacity_tokens=16)
+    assert got[0].tolist() == reference(llama, ids(1, 20)[0], 40, 12, 6, bank=bank)
+
+
+def test_cache_and_session_stay_within_their_bounds(llama: LongMem) -> None:
+    session = SessionMemory.for_model(llama, capacity_tokens=20)
+    size = session.bank.nbytes
+    out = llama.generate(
+        ids(1, 4), memory=session, max_new_tokens=120, return_dict_in_generate=True, **WINDOW, **GREEDY
+    )
+    assert out.past_key_values.get_seq_length() <= 12 and out.sequences.shape == (1, 124)
+    assert session.tokens.tolist() == [20] and session.bank.nbytes == size
+
+
+def test_every_new_token_is_explained_although_the_window_moves(llama: LongMem) -> None:
+    readings: list[Any] = []
+    llama.generate(ids(1, 9), memory=some_bank(llama), max_new_tokens=12, explain=readings, **WINDOW, **GREEDY)
+    assert len(readings) == 12
+    documents = [{origin.document for origin in reading.origins.values()} for reading in readings]
+    assert documents[0] == {"before"} and "(this text)" in documents[-1]
+
+
+def test_a_whole_text_is_read_into_a_session_under_its_name(llama: LongMem) -> None:
+    session, told = SessionMemory.for_model(llama), list[int]()
+    text = ids(1, 27)[0]
+    assert read(llama, session, text, document="book", segment=8, progress=told.append) == 27
+    expected = MemoryBank.for_model(llama)
+    for segment in text.split(8):
+        expected.add(llama.encode(segment[None]), documents=["book"])
+    expected.end_document()
+    assert told == [24, 27] and session.tokens.tolist() == expected.tokens.tolist() == [27]
+    with torch.no_grad():
+        logits = [llama(ids(1, 5, seed=4), memory=memory).logits for memory in (session, expected)]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+    assert session.provenance(0, 13).document == "book" and session.provenance(0, 13).length == 1
+    with pytest.raises(ConfigError, match=r"segment \(100\) and overlap \(40\) must fit the backbone's 128 positions"):
+        read(llama, session, text, document="book", segment=100, overlap=40)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"window": 3}, "window (3) must hold two chunks of 2 tokens; try 4"),
+        ({"window": 200}, "window (200) must not exceed the backbone's 128 positions"),
+        ({"window_move": 5}, "window_move (5) must be a multiple of the memory's chunk size (2); try 4"),
+        ({"window": 12, "window_move": 12}, "window_move (12) must leave something in the window (12); try 6"),
+        ({"window": 12, "window_overlap": 7}, "window_overlap (7) must lie in 0..6"),
+        ({"session_tokens": 31}, "session_tokens (31) must be a multiple of the memory's chunk size (2); try 30"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(llama: LongMem, settings: dict[str, int], says: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        llama.generate(ids(1, 5), max_new_tokens=3, **settings, **GREEDY)
+    assert says in str(refusal.value)
+
+
+def test_the_policy_is_saved_with_the_model(llama: LongMem, tmp_path: Path) -> None:
+    model = make("llama")
+    model.generation_config.window, model.generation_config.window_move = 12, 6
+    model.backbone.model.save_pretrained(tmp_path / "backbone")
+    model.save_pretrained(tmp_path / "side")
+    loaded = LongMem.from_pretrained(tmp_path / "side", backbone=tmp_path / "backbone")
+    assert isinstance(loaded.generation_config, LongMemGenerationConfig)
+    assert loaded.generation_config.window == 12 and loaded.generation_config.window_overlap == 0
+    got = loaded.generate(ids(1, 20), memory=some_bank(loaded), max_new_tokens=14, **GREEDY)
+    assert got[0].tolist() == reference(llama, ids(1, 20)[0], 14, 12, 6)
+    plain = GenerationConfig(max_new_tokens=14, window=10, **GREEDY)  # transformers' own, with one of ours in it
+    got = loaded.generate(ids(1, 20), memory=some_bank(loaded), generation_config=plain)
+    assert got[0].tolist() == reference(llama, ids(1, 20)[0], 14, 10, 6)
+
+
+def test_embeddings_and_filled_caches_cannot_leave_the_window(llama: LongMem) -> None:
+    embeds = llama.get_input_embeddings()(ids(1, 5))
+    fits = llama.generate(inputs_embeds=embeds, max_new_tokens=6, **WINDOW, **GREEDY)
+    assert torch.equal(fits, llama.generate(ids(1, 5), max_new_tokens=6, **GREEDY)[:, 5:])
+    with pytest.raises(ConfigError, match="inputs_embeds cannot go beyond the window"):
+        llama.generate(inputs_embeds=embeds, max_new_tokens=20, **WINDOW, **GREEDY)
+    first = llama.generate(ids(1, 5), max_new_tokens=4, return_dict_in_generate=True, **WINDOW, **GREEDY)
+    with pytest.raises(ConfigError, match="past_key_values with tokens in it cannot go beyond the window"):
+        llama.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=20, **WINDOW, **GREEDY)
