@@ -230,6 +230,8 @@ class Adder:
             room.discard(placed)
             raise
         failpoint("add.committed")
+        if any(document.append is not None for document in documents):
+            failpoint("append.committed")
         return receipts
 
 
