@@ -35,9 +35,17 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str | None
     epilog="Example: longmem eval perplexity --model runs/latex-sidenet --data latex/test.tar.xz "
     "--memory-sizes 1k,8k,64k --group-by-prefix __ --out results/latex",
 )
-@click.option("--model", required=True, help="LongMem checkpoint, run folder, or a causal LM by itself.")
+@click.option("--model", required=True, help="LongMem or MemTRM checkpoint, run folder, or a causal LM by itself.")
 @click.option("--backbone", help="Where the backbone is, if not where the checkpoint says.")
 @click.option("--control", help="SideNet checkpoint trained equally long without memory, over the same backbone.")
+@click.option("--memtrm", help="MemTRM checkpoint or run folder, trained from the same backbone.")
+@click.option(
+    "--training-free",
+    multiple=True,
+    metavar="GATE",
+    help="Also memory attention on the bare backbone: the share (0 to 1) of its heads that memory gets, or the folder "
+    "of a TrainingFree; may be repeated.",
+)
 @click.option("--tokenizer", help="Folder or hub id; default: the model's, else its backbone's.")
 @click.option("--data", required=True, multiple=True, help="File, folder, .jsonl or archive; may be repeated.")
 @click.option("--include", multiple=True, help="Pattern of the document ids to take; may be repeated.")
@@ -67,6 +75,8 @@ def perplexity(
     model: str,
     backbone: str | None,
     control: str | None,
+    memtrm: str | None,
+    training_free: tuple[str, ...],
     tokenizer: str | None,
     data: tuple[str, ...],
     include: tuple[str, ...],
@@ -88,8 +98,8 @@ def perplexity(
     """Perplexity with and without memory, segment by segment and under a sliding window.
 
     Every document is streamed from its beginning with an empty memory. Compared on the same tokens: the backbone
-    alone, the SideNet with memory switched off, LongMem at each memory size, and (--control) a SideNet trained without
-    memory.
+    alone, the SideNet with memory switched off, LongMem at each memory size, and where they are named a SideNet trained
+    without memory (--control), a Memorizing Transformer (--memtrm) and untrained memory attention (--training-free).
     Differences come with bootstrap intervals over documents and over blocks. With --out, an interrupted run goes on
     where it stopped.
     """
@@ -113,6 +123,8 @@ def perplexity(
         model,
         backbone=backbone,
         control=control,
+        memtrm=memtrm,
+        training_free=training_free,
         memory_sizes=memory_sizes,
         tokenizer=tokenizer,
         device=place,
@@ -139,6 +151,8 @@ def perplexity(
             config={
                 "model": loaded.model,
                 "control": control,
+                "memtrm": memtrm,
+                "training_free": list(training_free),
                 "tokenizer": loaded.tokenizer,
                 "data": list(data),
                 "include": list(include),

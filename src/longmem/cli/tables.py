@@ -11,10 +11,15 @@ from rich.text import Text
 from longmem.evaluation.bootstrap import Interval
 from longmem.evaluation.perplexity import PerplexityResult
 from longmem.evaluation.scores import Difference, ProtocolScores, Scores
-from longmem.evaluation.systems import BACKBONE, CONTROL, MEMORY_OFF
+from longmem.evaluation.systems import BACKBONE, CONTROL, MEMORY_OFF, MEMTRM, MEMTRM_OFF, sized
 
-SHORT = {BACKBONE: "backbone", MEMORY_OFF: "memory off", CONTROL: "control"}
-BASELINES = (BACKBONE, MEMORY_OFF, CONTROL)
+SHORT = {
+    BACKBONE: "backbone",
+    MEMORY_OFF: "memory off",
+    MEMTRM_OFF: "memory off",
+    CONTROL: "control",
+    MEMTRM: "MemTRM",
+}
 
 
 def perplexity_tables(result: PerplexityResult) -> Iterator[RenderableType]:
@@ -35,13 +40,14 @@ def perplexity_tables(result: PerplexityResult) -> Iterator[RenderableType]:
 
 def system_table(result: PerplexityResult, scores: Scores) -> Table:
     """Perplexities of every system, and how far each is from its baselines in %, with both intervals."""
-    against = [name for name in BASELINES if any(d.against == name for d in scores.differences)]
+    found = {(difference.system, _baseline(difference.against)): difference for difference in scores.differences}
+    against = list(dict.fromkeys(baseline for _, baseline in found))
     table = Table(show_lines=bool(against))
     table.add_column("system", no_wrap=True)
-    for name in ("per token", "per word", "bits/byte", *(f"% against {SHORT[name]}" for name in against)):
+    for name in ("per token", "per word", "bits/byte", *(f"% against {baseline}" for baseline in against)):
         table.add_column(name, justify="right")
     for score in scores.systems:
-        differences = [scores.difference(score.system, name) for name in against]
+        differences = [found.get((score.system, baseline)) for baseline in against]
         table.add_row(
             result.systems[score.system],
             f"{score.perplexity:.3f}",
@@ -50,6 +56,12 @@ def system_table(result: PerplexityResult, scores: Scores) -> Table:
             *(_difference(difference) for difference in differences),
         )
     return table
+
+
+def _baseline(against: str) -> str:
+    """What a column says its differences are against: the same kind of model for all of them, if not the same size."""
+    kind = against if (memory := sized(against)) is None else memory[0]
+    return SHORT.get(kind, kind.replace("training_free_", "training-free "))
 
 
 def length_table(result: PerplexityResult, protocol: ProtocolScores) -> Table:

@@ -13,6 +13,7 @@ import torch
 from longmem.errors import CheckpointError, ConfigError
 from longmem.evaluation.systems import Comparison
 
+OWN_KINDS = {"memtrm": "MemTRM", "training_free": "training-free model"}
 LONGEST_DEFAULT_WINDOW = 1024  # the paper's; long-context backbones would otherwise get all they can take
 
 
@@ -34,17 +35,23 @@ def load_comparison(
     *,
     backbone: str | None = None,
     control: str | None = None,
+    memtrm: str | None = None,
+    training_free: Sequence[str] = (),
     memory_sizes: Sequence[int] | None = None,
     tokenizer: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Loaded:
-    """Load a LongMem checkpoint, or a causal LM by itself (then there is the backbone only to measure).
+    """Load a LongMem checkpoint, a baseline, or a causal LM by itself (then there is the backbone only to measure).
 
     Args:
-        path: folder of a LongMem or of a causal LM, a run folder that has one in ``final/``, or a hub id.
+        path: folder of a LongMem, a MemTRM, training-free settings or a causal LM, a run folder that has one in
+            ``final/``, or a hub id.
         backbone: where the backbone is, if not where the checkpoint says.
         control: a SideNet checkpoint trained equally long without memory, over the same backbone.
+        memtrm: a MemTRM checkpoint whose training started from the same backbone.
+        training_free: for each training-free model the share of its heads that memory gets, or the folder of its
+            settings; by share, it remembers and retrieves as the LongMem (or else the MemTRM) beside it does.
         memory_sizes: tokens; None is the size in the model's config. 0, memory switched off, is always measured.
         tokenizer: folder or hub id, if not beside the model or its backbone.
         device: where the models go.
@@ -55,27 +62,88 @@ def load_comparison(
         CheckpointError: a checkpoint that is missing, damaged or made for another backbone.
     """
     where = checkpoint_folder(path)
-    if _model_type(where) != "longmem":
-        extra = [
-            f"{option} needs a LongMem checkpoint; {where} is a causal language model by itself"
-            for option, value in (("--control", control), ("--memory-sizes", memory_sizes), ("--backbone", backbone))
-            if value
-        ]
-        if extra:
-            raise ConfigError(extra)
-        alone = _load_causal_lm(where, dtype).to(device).eval()
-        return Loaded(Comparison.of_backbone(alone), where, tokenizer or where, _positions(alone.config))
-    from longmem.modeling.longmem import LongMem
+    kind = _model_type(where)
+    if kind == "memtrm" and memtrm is None:
+        memtrm = where
+    if kind == "training_free":
+        training_free = (where, *training_free)
+    problems = _unused(kind, where, backbone, control, memory_sizes if not (memtrm or training_free) else None)
+    if problems:
+        raise ConfigError(problems)
+    if kind == "longmem":
+        from longmem.modeling.longmem import LongMem
 
-    model: Any = LongMem.from_pretrained(where, backbone=backbone, dtype=dtype)  # in eval mode
-    model.to(device)
-    sizes = _checked_sizes(memory_sizes, model.config)
+        model: Any = LongMem.from_pretrained(where, backbone=backbone, dtype=dtype)  # in eval mode
+        model.to(device)
+        sizes = _checked_sizes(memory_sizes, model.config)
+        comparison = Comparison.of_longmem(model, sizes, control=_load_control(control, model))
+        settings, named = model.config, model.config.backbone_name_or_path
+    else:
+        named = where if kind not in OWN_KINDS else backbone or _named_backbone(where, kind)
+        comparison = Comparison.of_backbone(_load_causal_lm(named, dtype).to(device).eval())
+        settings = None
+    if memtrm is not None:
+        trained = _load_memtrm(memtrm, dtype).to(device)
+        settings = settings or trained.config
+        comparison = comparison.with_memtrm(trained, _checked_sizes(memory_sizes, trained.config))
+    for gate in training_free:
+        free = _load_training_free(gate, comparison.model, settings)
+        comparison = comparison.with_training_free(free, _checked_sizes(memory_sizes, free.config))
     return Loaded(
-        comparison=Comparison.of_longmem(model, sizes, control=_load_control(control, model)),
+        comparison=comparison,
         model=where,
-        tokenizer=tokenizer or _tokenizer_folder([where, backbone, model.config.backbone_name_or_path]),
-        max_positions=_positions(model.config.backbone_config),
+        tokenizer=tokenizer or _tokenizer_folder([where, backbone, named]),
+        max_positions=_positions(comparison.model.config),
     )
+
+
+def _unused(
+    kind: str, where: str, backbone: str | None, control: str | None, memory_sizes: Sequence[int] | None
+) -> list[str]:
+    """Options that mean nothing beside a model of this kind, one line each."""
+    if kind == "longmem":
+        return []
+    what = f"{where} is a {OWN_KINDS.get(kind, 'causal language model')} by itself"
+    given = [("--control", control), ("--memory-sizes", memory_sizes)]
+    given += [("--backbone", backbone)] if kind not in OWN_KINDS else []
+    return [f"{option} needs a LongMem checkpoint; {what}" for option, value in given if value]
+
+
+def _named_backbone(where: str, kind: str) -> str:
+    """The backbone that a baseline's checkpoint started from, or stands on."""
+    from longmem.config import MemTRMConfig, TrainingFreeConfig
+    from longmem.modeling.loading import named_backbone, resolve_folder
+
+    settings = MemTRMConfig if kind == "memtrm" else TrainingFreeConfig
+    return named_backbone(settings.from_pretrained(where), resolve_folder(where, None))
+
+
+def _load_memtrm(path: str, dtype: torch.dtype | None) -> Any:
+    from longmem.modeling.memtrm import MemTRM
+
+    where = checkpoint_folder(path)
+    if _model_type(where) != "memtrm":
+        raise CheckpointError(f"{where}: not a MemTRM checkpoint; --memtrm takes one trained with method = 'memtrm'")
+    return MemTRM.from_pretrained(where, dtype=dtype)
+
+
+def _load_training_free(gate: str, backbone: Any, settings: Any) -> Any:
+    """Over the backbone that is already there, with the settings of the model beside it, or from a folder."""
+    from longmem.modeling.training_free import TrainingFree
+
+    try:
+        share = float(gate)
+    except ValueError:
+        where = checkpoint_folder(gate)
+        if _model_type(where) != "training_free":
+            raise CheckpointError(
+                f"{where}: no training-free settings; --training-free takes a share from 0 to 1, or the folder of a "
+                "TrainingFree"
+            ) from None
+        return TrainingFree.from_pretrained(where, backbone=backbone)
+    names = ("memory_layer", "chunk_size", "num_retrieved", "memory_size")
+    alike = {} if settings is None else {name: getattr(settings, name) for name in names}
+    return TrainingFree.from_backbone(backbone, gate=share, **alike)
 
 
 def _load_control(path: str | None, model: Any) -> Any:

@@ -182,15 +182,15 @@ def measure(
 ) -> dict[str, list[Record]]:
     """Every system under one protocol: a record for each document, taken from the ledger where it is there.
 
-    Documents that lack the same systems are streamed together, and those systems run together.
+    Documents that lack the same systems are streamed together, and those systems run together where they can.
     """
     keys = {system.name: _key(system, settings, protocol) for system in comparison.systems}
-    together = comparison.together(min(settings.rows, len(documents)), settings.window)
+    most = min(settings.rows, len(documents))
     jobs: dict[tuple[str, ...], list[TokenizedDocument]] = {}
     for document in documents:
         missing = [name for name, key in keys.items() if ledger.get(key, document.digest) is None]
-        for at in range(0, len(missing), together):
-            jobs.setdefault(tuple(missing[at : at + together]), []).append(document)
+        for run in comparison.passes(missing, most, settings.window):
+            jobs.setdefault(run, []).append(document)
     total, done = sum(len(names) * document.scored for names, some in jobs.items() for document in some), 0
     for names, some in jobs.items():
         rows = min(settings.rows, len(some))

@@ -11,13 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from longmem.evaluation.perplexity import PerplexityResult
 from longmem.evaluation.scores import ProtocolScores
-from longmem.evaluation.systems import BACKBONE, CONTROL, MEMORY_OFF
+from longmem.evaluation.systems import BACKBONE, CONTROL, LONGMEM, MEMORY_OFF, MEMTRM, MEMTRM_OFF, sized
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FIXED = {BACKBONE: ("#000000", "o", "-"), MEMORY_OFF: ("#E69F00", "s", "--"), CONTROL: ("#009E73", "^", "-.")}
+FIXED = {
+    BACKBONE: ("#000000", "o", "-"),
+    MEMORY_OFF: ("#E69F00", "s", "--"),
+    CONTROL: ("#009E73", "^", "-."),
+    MEMTRM_OFF: ("#777777", "s", ":"),
+}
 MEMORY_COLOURS = ("#56B4E9", "#0072B2", "#CC79A7", "#D55E00", "#F0E442")
 MEMORY_MARKERS = ("v", "D", "P", "X", "*")
 FEWEST_TOKENS = 1000  # a position bin with fewer is noise and is not drawn
@@ -33,8 +38,13 @@ def plot_all(result: PerplexityResult, folder: Path) -> list[Path]:
 
 
 def memory_sizes(result: PerplexityResult) -> list[int]:
-    names = [name.removeprefix("memory_") for name in result.systems]
-    return sorted(int(name) for name in names if name.isdecimal())
+    """Of all systems with memory."""
+    return sorted({memory[1] for name in result.systems if (memory := sized(name)) is not None})
+
+
+def memory_kinds(result: PerplexityResult) -> list[str]:
+    """``memory`` for LongMem, ``memtrm``, ``training_free_0.1``: the kinds of memory that are there."""
+    return list(dict.fromkeys(memory[0] for name in result.systems if (memory := sized(name)) is not None))
 
 
 def position_figure(result: PerplexityResult) -> Figure:
@@ -60,18 +70,10 @@ def position_figure(result: PerplexityResult) -> Figure:
 def memory_figure(result: PerplexityResult) -> Figure:
     """% against the backbone by memory size, intervals over documents; the systems without memory as lines."""
     figure, axes = _grid(rows=1, columns=len(result.protocols), height=4.0)
-    sizes = memory_sizes(result)
     for column, scores in enumerate(result.protocols.values()):
         axis = axes[0][column]
-        found = [scores.all.difference(f"memory_{size}", BACKBONE) for size in sizes]
-        differences = [difference for difference in found if difference is not None]
-        middle = [difference.percent for difference in differences]
-        intervals = [difference.documents or difference.blocks for difference in differences]
-        colour = MEMORY_COLOURS[1]
-        axis.plot(sizes, middle, color=colour, marker="D", label="LongMem")
-        if all(interval is not None for interval in intervals):
-            low, high = ([getattr(interval, side) for interval in intervals] for side in ("low", "high"))
-            axis.errorbar(sizes, middle, yerr=_bars(middle, low, high), color=colour, capsize=3, linestyle="none")
+        for kind in memory_kinds(result):
+            _draw_kind(axis, kind, result, scores)
         for name, label in result.systems.items():
             if name in FIXED:
                 other = scores.all.difference(name, BACKBONE)
@@ -83,6 +85,31 @@ def memory_figure(result: PerplexityResult) -> Figure:
         axis.set_title(_title(scores))
     axes[0][0].set_ylabel("perplexity, % against the backbone")
     return _finish(figure, axes[0][0])
+
+
+def _draw_kind(axis: Axes, kind: str, result: PerplexityResult, scores: ProtocolScores) -> None:
+    """One kind of memory: its sizes, and intervals where every size has one."""
+    sizes = [size for size in memory_sizes(result) if f"{kind}_{size}" in result.systems]
+    found = [scores.all.difference(f"{kind}_{size}", BACKBONE) for size in sizes]
+    differences = [difference for difference in found if difference is not None]
+    middle = [difference.percent for difference in differences]
+    intervals = [difference.documents or difference.blocks for difference in differences]
+    colour, marker, dashes = _kind_style(kind, result)
+    label = "LongMem" if kind == LONGMEM else result.systems[f"{kind}_{sizes[0]}"].split(",")[0]
+    axis.plot(sizes, middle, color=colour, marker=marker, linestyle=dashes, label=label)
+    if all(interval is not None for interval in intervals):
+        low, high = ([getattr(interval, side) for interval in intervals] for side in ("low", "high"))
+        axis.errorbar(sizes, middle, yerr=_bars(middle, low, high), color=colour, capsize=3, linestyle="none")
+
+
+def _kind_style(kind: str, result: PerplexityResult) -> tuple[str, str, str]:
+    others = [other for other in memory_kinds(result) if other not in (LONGMEM, MEMTRM)]
+    if kind == LONGMEM:
+        return MEMORY_COLOURS[1], "D", "-"
+    if kind == MEMTRM:
+        return MEMORY_COLOURS[3], "<", ":"
+    i = others.index(kind)
+    return MEMORY_COLOURS[(2, 0, 4)[i % 3]], ">", "-."
 
 
 def _bars(middle: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
@@ -116,11 +143,15 @@ def _save(figure: Figure, path: Path) -> Path:
 
 
 def _style(name: str, result: PerplexityResult) -> dict[str, Any]:
-    if name in FIXED:
+    memory = sized(name)
+    if memory is None:
         colour, marker, dashes = FIXED[name]
     else:
-        i = memory_sizes(result).index(int(name.removeprefix("memory_"))) % len(MEMORY_COLOURS)
-        colour, marker, dashes = MEMORY_COLOURS[i], MEMORY_MARKERS[i], "-"
+        # a colour for each size; another kind of memory than LongMem's has its own dashes and marker
+        kind, size = memory
+        i = memory_sizes(result).index(size) % len(MEMORY_COLOURS)
+        _, marker, dashes = _kind_style(kind, result)
+        colour, marker = MEMORY_COLOURS[i], MEMORY_MARKERS[i] if kind == LONGMEM else marker
     return {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 4}
 
 

@@ -1,4 +1,4 @@
-"""The systems that are compared on identical inputs, run together on one pass of their common backbone.
+"""The systems that are compared on identical inputs: together on one pass of their common backbone, where it is one.
 
 B rows · T window tokens · C width · V vocabulary
 """
@@ -6,25 +6,32 @@ B rows · T window tokens · C width · V vocabulary
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from longmem.errors import CheckpointError
+from longmem.errors import CheckpointError, ConfigError
 from longmem.evaluation.streaming import Forward, Subject
 from longmem.memory import MemoryBank
+from longmem.modeling.backbone import fingerprint_of
 from longmem.modeling.sidenet import SideRun
 from longmem.types import AttentionKV
 
 if TYPE_CHECKING:
+    from longmem.modeling.augmented import AugmentedLM
     from longmem.modeling.backbone import BackboneRun
     from longmem.modeling.longmem import LongMem
+    from longmem.modeling.memtrm import MemTRM
+    from longmem.modeling.training_free import TrainingFree
 
 BACKBONE, MEMORY_OFF, CONTROL = "backbone", "memory_off", "control"
+LONGMEM, MEMTRM, TRAINING_FREE = "memory", "memtrm", "training_free"
+MEMTRM_OFF = f"{MEMTRM}_off"
 LOGITS_BYTES = 1 << 30  # logits of systems that run together exist at one time
 
 
@@ -33,10 +40,13 @@ class System:
     """One of the models compared.
 
     Attributes:
-        name: its key in results: ``backbone``, ``memory_off``, ``memory_<tokens>``, ``control``.
+        name: its key in results: ``backbone``, ``memory_off``, ``memory_<tokens>``, ``control``, ``memtrm_off``,
+            ``memtrm_<tokens>``, ``training_free_<share>_<tokens>``.
         label: its name for people.
         identity: what its numbers depend on, hashed into the key of its records.
-        side: the LongMem whose SideNet runs; None is the backbone alone.
+        side: the LongMem whose SideNet runs.
+        own: a model that reads memory at its own layer, and so runs by itself; without it and ``side`` the system is
+            the backbone alone.
         memory_size: tokens of memory a row holds; None is no memory.
     """
 
@@ -44,14 +54,26 @@ class System:
     label: str
     identity: dict[str, Any]
     side: LongMem | None = None
+    own: AugmentedLM | None = None
     memory_size: int | None = None
 
+    @property
+    def reader(self) -> LongMem | AugmentedLM | None:
+        """The model whose memory this is."""
+        return self.side if self.own is None else self.own
 
-MakeMemory = Callable[["LongMem", int, int], MemoryBank]
+
+def sized(name: str) -> tuple[str, int] | None:
+    """``memory_64`` -> ``("memory", 64)``: which kind of memory, and how large; None where there is none."""
+    found = re.fullmatch(r"(.+)_(\d+)", name)
+    return None if found is None else (found[1], int(found[2]))
+
+
+MakeMemory = Callable[["LongMem | AugmentedLM", int, int], MemoryBank]
 """``(model, rows, capacity in tokens)``."""
 
 
-def _make_bank(model: LongMem, rows: int, capacity_tokens: int) -> MemoryBank:
+def _make_bank(model: LongMem | AugmentedLM, rows: int, capacity_tokens: int) -> MemoryBank:
     return MemoryBank.for_model(model, rows=rows, capacity_tokens=capacity_tokens)
 
 
@@ -96,33 +118,113 @@ class Comparison:
         if control is not None:
             systems.append(System(CONTROL, "SideNet trained without memory", _identity(control), control))
         systems += [
-            System(f"memory_{size}", f"LongMem, {size:,} tokens", mine | {"memory": size}, model, size)
+            System(f"{LONGMEM}_{size}", f"LongMem, {size:,} tokens", mine | {"memory": size}, model, memory_size=size)
             for size in memory_sizes
         ]
         return cls(model.backbone.model, tuple(systems), model, make_memory)
 
+    def with_memtrm(self, model: MemTRM, memory_sizes: Sequence[int]) -> Comparison:
+        """And a Memorizing Transformer that was trained from this backbone, without memory and at each size.
+
+        Raises:
+            CheckpointError: its training started from another backbone.
+        """
+        start, mine = model.config.start_fingerprint, self.fingerprint
+        if start != mine:
+            raise CheckpointError(
+                f"this MemTRM was trained from backbone {start} ({model.config.backbone_name_or_path}), the others "
+                f"stand on {mine}; compare models of one backbone"
+            )
+        return self._with_own(MEMTRM, "MemTRM", model, memory_sizes, off=True)
+
+    def with_training_free(self, model: TrainingFree, memory_sizes: Sequence[int]) -> Comparison:
+        """And training-free memory attention on this backbone, at each size; without memory it is the backbone.
+
+        Raises:
+            CheckpointError: it stands on another backbone.
+        """
+        if model.fingerprint != self.fingerprint:
+            raise CheckpointError(
+                f"the training-free model's backbone is {model.fingerprint}, the others stand on {self.fingerprint}; "
+                "compare models of one backbone"
+            )
+        share = f"{float(model.memory_share.mean()):.4g}"
+        return self._with_own(f"{TRAINING_FREE}_{share}", f"training-free {share}", model, memory_sizes, off=False)
+
+    def _with_own(self, kind: str, label: str, model: AugmentedLM, sizes: Sequence[int], *, off: bool) -> Comparison:
+        identity = _own_identity(model)
+        more = [System(f"{kind}_off", f"{label}, memory off", identity, own=model)] if off else []
+        more += [
+            System(
+                f"{kind}_{size}", f"{label}, {size:,} tokens", identity | {"memory": size}, own=model, memory_size=size
+            )
+            for size in sizes
+        ]
+        if {system.name for system in self.systems} & {system.name for system in more}:
+            raise ConfigError(f"{label} is compared twice; leave one of them away")
+        return replace(self, systems=(*self.systems, *more))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the common backbone."""
+        return self.main.fingerprint if self.main is not None else fingerprint_of(self.model)
+
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The differences reported: every system against the backbone, and memory against each of its controls."""
+        """The differences reported, (system, against).
+
+        Every system against the backbone; memory against the same model without it, and against the control; LongMem
+        against each other kind of memory of the same size.
+        """
         names = [system.name for system in self.systems]
         pairs = [(name, BACKBONE) for name in names if name != BACKBONE]
-        with_memory = [system.name for system in self.systems if system.memory_size is not None]
-        return pairs + [(name, other) for other in (MEMORY_OFF, CONTROL) if other in names for name in with_memory]
+        sizes = {name: found for name in names if (found := sized(name)) is not None}
+        off = {LONGMEM: (MEMORY_OFF, CONTROL), MEMTRM: (MEMTRM_OFF,)}
+        pairs += [
+            (name, other)
+            for kind, others in off.items()
+            for other in others
+            if other in names
+            for name, (mine, _) in sizes.items()
+            if mine == kind
+        ]
+        return pairs + [
+            (name, other)
+            for other, (kind, size) in sizes.items()
+            for name, mine in sizes.items()
+            if kind != LONGMEM and mine == (LONGMEM, size)
+        ]
+
+    def passes(self, names: Sequence[str], rows: int, window: int) -> list[tuple[str, ...]]:
+        """Some systems as those that run together: on one pass of the backbone, with no more logits than fit."""
+        apart = {system.name for system in self.systems if system.own is not None}
+        shared = [name for name in names if name not in apart]
+        most = self.together(rows, window)
+        runs = [tuple(shared[at : at + most]) for at in range(0, len(shared), most)]
+        return runs + [(name,) for name in names if name in apart]
 
     def together(self, rows: int, window: int) -> int:
-        """How many systems may run at once without more than ``LOGITS_BYTES`` of logits."""
+        """How many systems may share a pass without more than ``LOGITS_BYTES`` of logits."""
         vocabulary = int(self.model.config.get_text_config().vocab_size)
         return max(1, LOGITS_BYTES // (4 * rows * window * vocabulary))
 
     def prepare(self, systems: Sequence[System], rows: int, longest: int) -> Subject:
-        """Some systems with fresh, empty memories, to run together on documents of at most ``longest`` tokens."""
+        """Some systems with fresh, empty memories, to run together on documents of at most ``longest`` tokens.
+
+        Args:
+            systems: as one of ``passes`` has them.
+        """
         memories: dict[str, MemoryBank] = {}
         for system in systems:
-            if system.side is not None and system.memory_size is not None:
-                chunk = system.side.config.chunk_size
+            if system.reader is not None and system.memory_size is not None:
+                chunk = system.reader.config.chunk_size
                 # a bank larger than the longest document is never filled: do not reserve it
                 capacity = min(system.memory_size, -(-longest // chunk) * chunk)
-                memories[system.name] = self.make_memory(system.side, rows, capacity)
+                memories[system.name] = self.make_memory(system.reader, rows, capacity)
+        (first, *more) = systems
+        if first.own is not None:
+            assert not more, "a model that reads memory itself runs by itself"
+            return Subject(_alone(first.own, memories.get(first.name)), list(memories.values()))
         if self.main is None:
             return Subject(_plain(self.model))
         return Subject(_spliced(self.main, systems, memories), list(memories.values()))
@@ -131,6 +233,14 @@ class Comparison:
 def _plain(model: PreTrainedModel) -> Forward:
     def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], None]:
         return [_logits(model, input_ids, keep)], None
+
+    return forward
+
+
+def _alone(model: AugmentedLM, memory: MemoryBank | None) -> Forward:
+    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], AttentionKV | None]:
+        out = model(input_ids, memory=memory, memory_rows=rows, use_cache=False, logits_to_keep=keep)
+        return [out.logits[:, -keep:]], out.kv
 
     return forward
 
@@ -187,6 +297,15 @@ def _identity(model: LongMem) -> dict[str, Any]:
     names = ("memory_layer", "stride", "chunk_size", "num_retrieved", "final_state", "fusion")
     side = digest(zip(model.trainable_parameter_names(), model.trainable_parameters(), strict=True))
     return {"backbone": model.fingerprint, "side": side, **{name: getattr(model.config, name) for name in names}}
+
+
+def _own_identity(model: AugmentedLM) -> dict[str, Any]:
+    """The same for a model that reads memory itself: all its weights, or the frozen backbone's fingerprint."""
+    names = ("memory_layer", "chunk_size", "num_retrieved", "fusion")
+    found = {"backbone": model.fingerprint, "gates": digest([("memory_gate", model.memory_gate)])}
+    if not model.frozen:
+        found["weights"] = digest(model.state_dict().items())
+    return found | {name: getattr(model.config, name) for name in names}
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
