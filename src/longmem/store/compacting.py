@@ -21,6 +21,9 @@ from longmem.store.schema import ContentRow, DocumentRow, FileRow, PieceRow
 from longmem.store.segments import FILE_BYTES, write_file
 from longmem.store.snapshot import Snapshot
 
+READER_SECONDS = 5.0
+"""How long ``compact`` waits for readers whose snapshots keep the write-ahead log."""
+
 
 @dataclass
 class _Old:
@@ -48,7 +51,7 @@ def compact(room: Room, progress: Report | None) -> CompactReport:
                 progress(Progress("rewrite", done, total, "bytes", group[0].row.id))
         room.catalog.vacuum()
         failpoint("compact.vacuumed")
-        emptied = room.catalog.empty_log()
+        emptied = room.catalog.empty_log(READER_SECONDS)
         failpoint("compact.emptied")
         after = _size(room.catalog)
         return CompactReport(

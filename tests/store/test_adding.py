@@ -1,0 +1,338 @@
+"""Adding: in parts as at once, once only, in constant memory, and nothing of other namespaces shows."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from tests.store.small import MODEL, NumberModel, chunks_of, expected_chunks, open_small, state_of, words
+
+from longmem.errors import StoreError
+from longmem.store import MemoryStore, NewDocument, Progress, adding
+from longmem.store.pieces import Tokens, cut, joined
+from longmem.store.records import Stats
+
+PIECE = 16 * 8
+"""Tokens of a whole content in a small store."""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[MemoryStore]:
+    with open_small(tmp_path / "memory") as opened:
+        yield opened
+
+
+def tensors(store: MemoryStore, namespace: str, name: str) -> dict[str, np.ndarray[Any, Any]]:
+    """All chunks of a document, run behind run."""
+    runs = [chunks for found, _, chunks in chunks_of(store, namespace) if found == name]
+    fields = ("kv", "keys", "lengths", "scales")
+    return {
+        field: np.concatenate([getattr(run, field) for run in runs])
+        for field in fields
+        if getattr(runs[0], field) is not None
+    }
+
+
+def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_a_text_comes_back_as_it_was(store: MemoryStore) -> None:
+    text = words(1, 3 * PIECE + 5)
+    receipt = store.add_document("alice", text, name="notes", source="a.txt", metadata={"year": 1}, time=5.0)
+    assert (receipt.status, receipt.tokens, receipt.reused_tokens) == ("added", len(text) + 1, 0)
+    assert store.text("alice", "notes") == text
+    assert store.token_ids("alice", "notes").tolist() == [256, *text.encode()]
+    info = store.document("alice", "notes")
+    assert (info.source, info.metadata, info.added, info.chunks) == ("a.txt", {"year": 1}, 5.0, receipt.chunks)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_what_is_stored_is_what_the_model_gives(tmp_path: Path, dtype: Any) -> None:
+    ids = np.random.default_rng(0).integers(0, 256, 3 * PIECE + 13)
+    with open_small(tmp_path / "memory", dtype=dtype) as store:
+        store.add_document("alice", ids=ids, name="x")
+        expected = expected_chunks(store, MODEL, ids.tolist())
+        found = tensors(store, "alice", "x")
+    assert np.array_equal(found["kv"], expected.kv) and np.array_equal(found["keys"], expected.keys)
+    assert np.array_equal(found["lengths"], expected.lengths) and found["lengths"].sum() == len(ids)
+    if dtype == "int8":
+        assert expected.scales is not None and np.array_equal(found["scales"], expected.scales)
+
+
+def test_saving_and_loading_is_identity(tmp_path: Path) -> None:
+    with open_small(tmp_path / "memory") as store:
+        store.add_document("alice", words(1, 400), name="a", expires=4e9)
+        store.add_document("bob", ids=range(100), name="b")
+        before = state_of(store)
+    for mode in ("read", "write"):
+        with open_small(tmp_path / "memory", mode=mode, model=None) as store:
+            assert state_of(store) == before
+
+
+@pytest.mark.parametrize("first", [1, 3, 8, 9, 31, 32, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 20])
+@pytest.mark.parametrize("second", [1, 2, 8, 11, PIECE, PIECE + 3])
+def test_adding_in_parts_is_adding_at_once(store: MemoryStore, first: int, second: int) -> None:
+    ids = np.random.default_rng(first * 1000 + second).integers(0, 256, first + second + 5)
+    store.add_document("alice", ids=ids, name="at once")
+    store.add_document("alice", ids=ids[:first], name="in parts")
+    receipt = store.append("alice", ids=ids[first : first + second], name="in parts")
+    assert receipt.status == "appended" and receipt.revision == 2
+    last = store.append("alice", ids=ids[first + second :], name="in parts")
+    assert (last.tokens, last.revision) == (len(ids), 3)
+    assert same(tensors(store, "alice", "at once"), tensors(store, "alice", "in parts"))
+    assert store.token_ids("alice", "in parts").tolist() == ids.tolist()
+    assert store.verify().clean
+
+
+def test_appended_text_is_read_as_one_text(store: MemoryStore) -> None:
+    parts = [words(number, 50 + 37 * number) for number in range(6)]
+    store.add_document("alice", parts[0], name="talk")
+    for part in parts[1:]:
+        store.append("alice", part, name="talk")
+    assert store.text("alice", "talk") == "".join(parts)
+
+
+def test_the_same_document_again_changes_nothing(store: MemoryStore) -> None:
+    first = store.add_document("alice", words(1, 300), name="notes", metadata={"a": 1})
+    version, state = store.version(), state_of(store)
+    again = store.add_document("alice", words(1, 300), name="notes", metadata={"a": 1})
+    assert again.status == "unchanged" and again.reused_tokens == again.tokens == first.tokens
+    assert store.version() == version and state_of(store) == state
+
+
+def test_an_expiry_given_with_the_same_text_is_kept(store: MemoryStore) -> None:
+    store.add_document("alice", "some text", name="notes", time=1.0)
+    assert store.add_document("alice", "some text", name="notes", expires=4e9).status == "updated"
+    assert store.document("alice", "notes").expires == 4e9
+    assert store.add_document("alice", "some text", name="notes").status == "unchanged"
+    assert store.document("alice", "notes").expires == 4e9
+
+
+def test_another_text_of_the_same_name_is_refused_unless_it_replaces(store: MemoryStore) -> None:
+    old = store.add_document("alice", words(1, 300), name="notes")
+    number = store.document("alice", "notes").id
+    with pytest.raises(StoreError, match=r"another document 'notes'.*replace"):
+        store.add_document("alice", words(2, 300), name="notes")
+    with pytest.raises(StoreError, match="another document 'notes'"):
+        store.add_document("alice", words(1, 300), name="notes", metadata={"other": True})
+    assert store.text("alice", "notes") == words(1, 300)
+    new = store.add_document("alice", words(2, 300), name="notes", replace=True)
+    assert (new.status, new.revision, old.revision) == ("replaced", 2, 1)
+    assert store.text("alice", "notes") == words(2, 300) and store.document("alice", "notes").id != number
+
+
+class CountingModel(NumberModel):
+    """Counts the segments that are encoded, whatever fills up the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = 0
+
+    def encode(self, input_ids: torch.Tensor) -> Any:
+        self.tokens += int(input_ids.bool().any(1).sum()) * input_ids.shape[1]
+        return super().encode(input_ids)
+
+
+def test_equal_texts_are_encoded_once_in_a_namespace_and_across(tmp_path: Path) -> None:
+    model = CountingModel()
+    with open_small(tmp_path / "memory", model=model) as store:
+        store.add_document("alice", words(1, 500), name="a")
+        encoded, bytes_before = model.tokens, store.stats().file_bytes
+        store.add_document("alice", words(1, 500), name="b")
+        store.add_document("bob", words(1, 500), name="c")
+        assert model.tokens == encoded and store.stats().file_bytes == bytes_before
+        assert same(tensors(store, "alice", "a"), tensors(store, "bob", "c"))
+
+
+def test_nothing_tells_a_namespace_that_another_has_the_same_text(tmp_path: Path) -> None:
+    """Bob does the same in a store of his own and in one where Alice has had his texts for long."""
+    seen = []
+    for shared in (False, True):
+        with open_small(tmp_path / f"{shared}") as store:
+            if shared:
+                store.add_document("alice", words(1, 500), name="a", time=1.0)
+                store.add_document("alice", words(2, 100), name="b", time=2.0)
+            receipts = [
+                store.add_document("bob", words(1, 500), name="mine", time=3.0),
+                store.add_document("bob", words(1, 500), name="again", time=4.0),
+                store.add_document("bob", words(2, 100), name="more", time=5.0),
+                store.append("bob", words(3, 20), name="more"),
+            ]
+            documents = [{**vars(info), "id": None} for info in store.documents("bob")]
+            stats = store.stats("bob")
+            forgotten = store.forget("bob", name="mine")
+            seen.append((receipts, documents, stats, forgotten.documents, [c.digest for c in forgotten.contents]))
+    assert seen[0] == seen[1]
+    assert [receipt.reused_tokens for receipt in seen[0][0]] == [0, 501, 0, 101]
+    assert isinstance(seen[0][2], Stats) and seen[0][2].file_bytes is None
+
+
+def test_many_documents_share_files_and_come_in_order(store: MemoryStore) -> None:
+    texts = {f"{number}": words(number, 5 + 13 * number) for number in range(40)}
+    receipts = list(store.add_documents("alice", (NewDocument(name, text) for name, text in texts.items())))
+    assert [receipt.name for receipt in receipts] == list(texts)
+    assert {info.name: store.text("alice", info.name) for info in store.documents("alice")} == texts
+    assert store.stats().files == 1
+
+
+def test_many_documents_stream_through(store: MemoryStore) -> None:
+    """Receipts come long before the last document is read, so memory does not grow with their number."""
+    read = []
+
+    def documents() -> Iterator[NewDocument]:
+        for number in range(30):
+            read.append(number)
+            yield NewDocument(f"{number}", words(number, 200))
+
+    with patch.object(adding, "FILE_BYTES", 20_000):
+        stream = store.add_documents("alice", documents())
+        next(stream)
+        assert len(read) < 8
+        assert len(list(stream)) == 29
+    assert store.verify().clean and len(store.documents("alice")) == 30
+
+
+def test_equal_documents_of_one_stream_share_a_content(store: MemoryStore) -> None:
+    documents = [NewDocument(f"{number}", words(7, 300)) for number in range(5)]
+    receipts = list(store.add_documents("alice", documents))
+    assert [receipt.reused_tokens for receipt in receipts] == [0, 301, 301, 301, 301]
+    assert store.stats().file_bytes < 2 * store.stats("alice").stored_bytes / 5
+
+
+def test_an_interrupted_add_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    model, text = CountingModel(), words(1, 10 * PIECE)
+    whole = 10 * PIECE + 8
+
+    class Stop(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        assert progress.total == len(text) + 1
+        if progress.done >= 6 * PIECE:
+            raise Stop
+
+    with open_small(tmp_path / "memory", model=model) as store, patch.object(adding, "FILE_BYTES", 1):
+        with pytest.raises(Stop):
+            store.add_document("alice", text, name="book", progress=stop)
+        assert store.namespaces() == [] and store.documents("alice") == [] and model.tokens == 6 * PIECE
+    model.tokens = 0
+    with open_small(tmp_path / "memory", model=model) as store:
+        receipt = store.add_document("alice", text, name="book")
+        # the piece at which it stopped was encoded and not committed
+        assert model.tokens == whole - 5 * PIECE and (receipt.status, receipt.reused_tokens) == ("added", 0)
+        assert store.text("alice", "book") == text and store.verify().clean
+
+
+def test_a_document_is_seen_whole_or_not_at_all(store: MemoryStore) -> None:
+    seen = []
+
+    def look(progress: Progress) -> None:
+        with open_small(store.path, mode="read", model=None) as reader:
+            seen.append([info.tokens for info in reader.documents("alice")])
+
+    with patch.object(adding, "FILE_BYTES", 1):
+        store.add_document("alice", words(1, 5 * PIECE), name="book", progress=look)
+    assert seen and all(each == [] for each in seen)
+    assert [info.tokens for info in store.documents("alice")] == [5 * PIECE + 1]
+
+
+def test_compacting_between_the_receipts_of_a_stream_takes_nothing_from_it(store: MemoryStore) -> None:
+    documents = [NewDocument(f"{number}", words(number % 3, 400)) for number in range(6)]
+    with patch.object(adding, "FILE_BYTES", 1), patch.object(adding, "COMMIT_DOCUMENTS", 1):
+        for _ in store.add_documents("alice", documents):
+            store.compact()
+    assert [store.text("alice", info.name) for info in store.documents("alice")] == [
+        words(n % 3, 400) for n in range(6)
+    ]
+    assert store.verify().clean
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"text": "a", "ids": [1]}, "either a text or ids=, not both"),
+        ({}, "either a text or ids=, not neither"),
+        ({"text": ""}, "nothing to remember"),
+        ({"ids": []}, "nothing to remember"),
+        ({"ids": [0.5]}, "must be integers"),
+        ({"ids": [-1]}, "must lie in 0..2"),
+        ({"text": "a\ud800"}, "no valid Unicode .character 1."),
+        ({"text": "a", "namespace": ""}, "namespace .''. must be 1 to 1000 printable"),
+        ({"text": "a", "name": "a\nb"}, "printable characters"),
+        ({"text": "a", "metadata": {"a": {1}}}, "must be a JSON object"),
+        ({"text": "a", "metadata": {"a": float("nan")}}, "must be a JSON object"),
+        ({"text": "a", "time": float("inf")}, "must be seconds since the epoch"),
+        ({"text": "a", "expires": "tomorrow"}, "must be seconds since the epoch"),
+    ],
+)
+def test_what_cannot_be_added_is_refused_in_one_line(store: MemoryStore, given: dict[str, Any], message: str) -> None:
+    given = {"namespace": "x", "name": "x", **given}
+    with pytest.raises(StoreError, match=message) as caught:
+        store.add_document(**given)
+    assert "\n" not in str(caught.value)
+    assert store.namespaces() == [] and store.stats().files == 0
+
+
+def test_appending_asks_for_the_kind_that_the_document_has(store: MemoryStore) -> None:
+    store.add_document("alice", "text", name="text")
+    store.add_document("alice", ids=[1, 2, 3], name="ids")
+    with pytest.raises(StoreError, match="was added as text; append text"):
+        store.append("alice", ids=[1], name="text")
+    with pytest.raises(StoreError, match="was added as token ids; append ids="):
+        store.append("alice", "text", name="ids")
+    with pytest.raises(StoreError, match="no document 'neither' to append to"):
+        store.append("alice", "text", name="neither")
+
+
+def test_ids_outside_of_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    model = NumberModel()
+    model.get_input_embeddings = lambda: torch.nn.Embedding(257, 1)  # type: ignore[attr-defined]
+    with (
+        open_small(tmp_path / "memory", model=model) as store,
+        pytest.raises(StoreError, match="token id 257 is outside of the backbone's vocabulary of 257"),
+    ):
+        store.add_document("alice", ids=[3, 257], name="x")
+
+
+def test_numbers_that_the_store_cannot_hold_are_refused(tmp_path: Path) -> None:
+    model = NumberModel()
+    model.table = model.table * 1e6
+    with (
+        open_small(tmp_path / "memory", model=model, dtype="float16") as store,
+        pytest.raises(StoreError, match=r"cannot be stored as float16; .*bfloat16"),
+    ):
+        store.add_document("alice", "text", name="x")
+    assert not list((tmp_path / "memory" / "staging").iterdir())
+    assert not list((tmp_path / "memory" / "segments").iterdir())
+
+
+def test_without_a_model_texts_that_are_there_can_be_added_again(tmp_path: Path) -> None:
+    with open_small(tmp_path / "memory") as store:
+        store.add_document("alice", words(1, 300), name="a")
+    with open_small(tmp_path / "memory", model=None) as store:
+        assert store.add_document("bob", words(1, 300), name="b").status == "added"
+        with pytest.raises(StoreError, match="opened without a model"):
+            store.add_document("bob", words(2, 300), name="c")
+    shutil.rmtree(tmp_path / "memory")
+
+
+def test_pieces_cut_and_joined_are_the_whole() -> None:
+    text = "na\u00efve caf\u00e9 \U0001f600 end"
+    data = text.encode()
+    # as byte-level tokenizers do: every byte of a character begins where the character does
+    starts = np.array([len(data[: at + 1].decode(errors="ignore").rstrip()) for at in range(len(data))])
+    starts = np.maximum.accumulate(np.minimum(starts, len(text) - 1)).astype(np.uint32)
+    tokens = Tokens(np.frombuffer(data, dtype=np.uint8).astype(np.uint32), text, starts)
+    for size in range(1, len(tokens) + 2):
+        pieces = list(cut(tokens, size))
+        assert "".join(piece.text or "" for piece in pieces) == text
+        again = joined(pieces)
+        assert again.digest() == tokens.digest() and again.starts is not None
+        assert again.starts.tolist() == starts.tolist()

@@ -1,0 +1,72 @@
+"""Encoding: what a segment leaves in memory does not depend on its company, to the last bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tests.family_table import V, make_backbone
+from tests.store.small import NumberModel
+
+from longmem import LongMem, MemoryBank
+from longmem.store.encode import Encoder, window_of
+from longmem.store.opening import _new_layout
+from longmem.store.records import Layout
+
+SEGMENT = 24
+
+
+def layout_of(model: LongMem) -> Layout:
+    from pathlib import Path
+
+    return _new_layout(Path("x"), model, "float32", 4, SEGMENT)
+
+
+@pytest.mark.parametrize("family", ["alibi_gpt", "gpt2", "llama", "qwen3", "mixtral", "gemma2", "bloom", "gpt-neox"])
+def test_a_piece_leaves_the_same_bits_in_any_company(family: str) -> None:
+    torch.manual_seed(1)
+    model = LongMem.from_backbone(make_backbone(family), chunk_size=4, num_retrieved=8, memory_size=64).eval()
+    encoder = Encoder(model, layout_of(model))
+    draw = np.random.default_rng(0)
+    pieces = [draw.integers(3, V, size).astype(np.uint32) for size in (1, 5, 16, 17, 24, 25, 100, 200, 24, 48)]
+    together = dict(encoder.encode(pieces))
+    for number in (0, 3, 6, 9):
+        ((_, alone),) = encoder.encode([pieces[number]])
+        assert np.array_equal(alone.kv, together[number].kv) and np.array_equal(alone.keys, together[number].keys)
+    backwards = dict(encoder.encode(pieces[::-1]))
+    assert all(np.array_equal(backwards[9 - number].kv, together[number].kv) for number in range(10))
+
+
+def test_chunks_are_those_of_a_memory_bank() -> None:
+    torch.manual_seed(1)
+    model = LongMem.from_backbone(make_backbone("llama"), chunk_size=4, num_retrieved=8, memory_size=64).eval()
+    ids = torch.randint(3, V, (1, SEGMENT), generator=torch.Generator().manual_seed(2))
+    bank = MemoryBank.for_model(model, rows=1, capacity_tokens=64)
+    bank.add(model.encode(ids))
+    ((_, chunks),) = Encoder(model, layout_of(model)).encode([ids[0].numpy().astype(np.uint32)])
+    stored = bank.state_dict()["slots"]
+    assert torch.allclose(torch.from_numpy(chunks.kv), stored["storage"][0], atol=1e-6)
+    assert torch.allclose(torch.from_numpy(chunks.keys), stored["keys"][0].transpose(0, 1), atol=1e-6)
+
+
+def test_experts_get_one_segment_at_a_time() -> None:
+    torch.manual_seed(1)
+    model = LongMem.from_backbone(make_backbone("mixtral"), chunk_size=4, num_retrieved=8, memory_size=64).eval()
+    assert Encoder(model, layout_of(model)).rows(16) == 1
+
+
+def test_batches_have_a_shape_for_each_length() -> None:
+    model = NumberModel()
+    seen = set()
+    encode = model.encode
+
+    def watched(input_ids: torch.Tensor) -> object:
+        seen.add(tuple(input_ids.shape))
+        return encode(input_ids)
+
+    model.encode = watched  # type: ignore[assignment]
+    layout = Layout("0", "f", "n", 1, 2, 4, 2, 100, "float32", 0.0)
+    encoder = Encoder(model, layout, batch_tokens=400)
+    list(encoder.encode([np.zeros(size, dtype=np.uint32) for size in (1, 16, 17, 33, 65, 100, 1000)]))
+    assert seen == {(25, 16), (12, 32), (6, 64), (4, 100)}
+    assert window_of(model) == 64
