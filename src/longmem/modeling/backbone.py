@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -199,14 +199,18 @@ class Backbone(nn.Module):
         return cast(Tensor, run.final_norm(args[0]))
 
 
-def fingerprint_of(model: PreTrainedModel) -> str:
+def fingerprint_of(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = None) -> str:
     """16 hex digits of a SHA-256 over the architecture and a sample of every weight.
 
     Two backbones with equal fingerprints give equal keys and values; memory and SideNets are tied to it.
+
+    Args:
+        model: any causal language model.
+        weights: of the same names as its parameters, in their place.
     """
     fields = _architecture(model.config.get_text_config(decoder=True).to_dict())
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted((weights or dict(model.named_parameters())).items()):
         flat = parameter.detach().flatten()
         step = max(1, flat.numel() // 64)
         # bf16 is the coarsest type a backbone is loaded in; the same weights must agree with themselves

@@ -9,19 +9,21 @@ queries and keys as the family computes them, without the normalisation of the o
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longmem.config import MemTRMConfig
 from longmem.errors import BackboneError, CheckpointError, ConfigError
 from longmem.modeling.augmented import AugmentedLM
+from longmem.modeling.backbone import fingerprint_of
 from longmem.modeling.loading import first_line, load_backbone, load_config, resolve_folder
 
 WEIGHTS = "memory_gate.safetensors"
@@ -32,8 +34,8 @@ class MemTRM(AugmentedLM):
     """The whole backbone and a gate per head, trained with their memory.
 
     While it is trained, a bank holds what older weights wrote, so give that bank no fingerprint
-    (``MemoryBank.for_model(model, fingerprint=None)``). ``eval()`` takes the fingerprint of the weights as they are
-    then, and banks that were written before it are refused.
+    (``MemoryBank.for_model(model, fingerprint=None)``). After ``eval()`` the fingerprint is that of the weights as they
+    are then, and banks that were written before it are refused.
 
     Args:
         config: its ``gate`` is where the gates start.
@@ -52,12 +54,20 @@ class MemTRM(AugmentedLM):
         self.memory_gate = nn.Parameter(self.gate_logits().to(self.backbone.model.dtype))
         if self.config.start_fingerprint is None:
             self.config.start_fingerprint = self.fingerprint
+        self._trained_since = False
         self.train(self.backbone.model.training)
 
-    def train(self, mode: bool = True) -> MemTRM:
-        """Puts the whole model in training mode; out of it, the weights are given a fingerprint anew."""
-        if self.training and not mode:
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights that run; in training mode, as they were when it began."""
+        if self._trained_since and not self.training:
             self.config.backbone_fingerprint = self.backbone.fingerprint()
+            self._trained_since = False
+        return super().fingerprint
+
+    def train(self, mode: bool = True) -> MemTRM:
+        """Puts the whole model in training mode, the backbone and its dropout too."""
+        self._trained_since = mode or self._trained_since
         super().train(mode)
         return self
 
@@ -85,22 +95,36 @@ class MemTRM(AugmentedLM):
         model = self.backbone.model
         getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
         """Write all that was trained: ``backbone/``, a causal LM that loads by itself, and memory_gate.safetensors.
 
         config.json, which makes the folder a checkpoint, comes last and names the fingerprint of those weights.
-        ``max_shard_size`` is the backbone's.
+
+        Args:
+            save_directory: the folder.
+            state_dict: weights to write in place of the model's own, by their names in it: those gathered from the
+                processes among which they are divided.
+            **kwargs: ``max_shard_size`` is the backbone's; others are for other models.
         """
         folder = Path(save_directory)
+        given, language_model = state_dict or {}, self.backbone.model
+        # tied weights are there once; the other names are given back when they are loaded
+        weights = {n: given.get(f"backbone.model.{n}", p.detach()) for n, p in language_model.named_parameters()}
+        others = {n for n, _ in language_model.named_parameters(remove_duplicate=False)}
+        buffers = {n: tensor for n, tensor in language_model.state_dict().items() if n not in others}
+        gate = given.get("memory_gate", self.memory_gate.detach())
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".{BACKBONE}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        self.backbone.model.save_pretrained(partial, **{k: v for k, v in kwargs.items() if k == "max_shard_size"})
+        shards = {k: v for k, v in kwargs.items() if k == "max_shard_size"}
+        language_model.save_pretrained(partial, state_dict={**weights, **buffers}, **shards)
         (folder / "config.json").unlink(missing_ok=True)
         shutil.rmtree(folder / BACKBONE, ignore_errors=True)
         partial.replace(folder / BACKBONE)
-        save_file({"memory_gate": self.memory_gate.detach().to("cpu").contiguous()}, folder / WEIGHTS)
-        self.config.backbone_fingerprint = self.backbone.fingerprint()
+        save_file({"memory_gate": gate.to("cpu").contiguous()}, folder / WEIGHTS)
+        self.config.backbone_fingerprint = fingerprint_of(language_model, weights)
         self.config.architectures = ["MemTRM"]
         if self.generation_config is not None:
             self.generation_config.save_pretrained(folder)

@@ -1,15 +1,16 @@
-"""``task = "adapt"``: memory-augmented adaptation of a SideNet over a frozen backbone (paper, section 3.3).
+"""``task = "adapt"``: memory-augmented adaptation (paper, section 3.3).
 
-Rows are different texts and move on segment by segment; the bank holds each row's own past. A segment is read with what
+What is trained is a SideNet over a frozen backbone, or with ``method = "memtrm"`` the backbone itself. Rows are different texts and move on segment by segment; the bank holds each row's own past. A segment is read with what
 the bank held before, and written only after ``backward``.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from longmem.memory import MemoryBank
 from longmem.memory.lookahead import Arrival, LookaheadBank
 from longmem.memory.shards import rows_of
 from longmem.modeling.longmem import LongMem
+from longmem.modeling.memtrm import MemTRM
 from longmem.training.recipe import Recipe
 from longmem.training.sharding import assign
 from longmem.training.tasks import Scores, StepScores, runs_bf16, set_dropout, storage_dtype, token_losses
@@ -32,7 +34,7 @@ from longmem.types import AttentionKV
 
 
 class Adaptation:
-    """See ``Task``. Only the SideNet and its memory gates are trained.
+    """See ``Task``. Only the SideNet and its memory gates are trained; of a ``MemTRM``, everything.
 
     Args:
         recipe: with ``task = "adapt"``.
@@ -58,7 +60,7 @@ class Adaptation:
         divided: bool = False,
     ) -> None:
         self.recipe, self.tokenizer, self.valid, self.device = recipe, tokenizer, valid, device
-        self.longmem = build_longmem(recipe, device, resident=not divided)
+        self.longmem = build_adapted(recipe, device, resident=not divided)
         self.model: nn.Module = self.longmem
         _check_vocabulary(self.longmem, tokenizer, recipe)
         data, optim = recipe.data, recipe.optim
@@ -84,8 +86,9 @@ class Adaptation:
         model, corpus = self.longmem, self.stream.corpus
         count = sum(weight.numel() for weight in model.trainable_parameters())
         memory = f"memory of layer {model.memory_layer}" if self.bank is not None else "no memory (control)"
+        what = "training a MemTRM" if isinstance(model, MemTRM) else "adapting a SideNet"
         return (
-            f"adapting a SideNet of {count:,} parameters, {memory}, on {corpus.num_tokens:,} tokens of {len(corpus):,} "
+            f"{what} of {count:,} parameters, {memory}, on {corpus.num_tokens:,} tokens of {len(corpus):,} "
             f"documents, {len(self.stream.pieces):,} texts"
         )
 
@@ -94,6 +97,8 @@ class Adaptation:
         return ((name, weight) for name, weight in self.longmem.named_parameters() if name in wanted)
 
     def loss(self, model: nn.Module, scores: StepScores) -> Tensor:
+        if isinstance(self.longmem, MemTRM) and self.valid is not None and self._backbone_loss is None:
+            self._backbone_loss = self._loss_at_start()
         batches = [self.stream.next() for _ in range(self.recipe.optim.segments)]
         if isinstance(self.bank, LookaheadBank):
             self.bank.begin([Arrival(b.documents, b.offsets, b.starts, b.mask) for b in batches])
@@ -134,8 +139,8 @@ class Adaptation:
         """Losses over consecutive segments of the validation text, with a bank of its own.
 
         Returns:
-            ``loss`` as trained, ``loss_backbone`` of the backbone alone on the same segments, and at the end of
-            a run with memory ``loss_memory_off``. The protocol is the paper's, which takes the context before
+            ``loss`` as trained, ``loss_backbone`` of the backbone alone on the same segments (as training found it),
+            and at the end of a run with memory ``loss_memory_off``. The protocol is the paper's, which takes the context before
             each segment from the backbone; ``longmem eval perplexity`` also measures the other one.
         """
         if self.valid is None:
@@ -181,7 +186,7 @@ class Adaptation:
         assign(self.trained(), weights)
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """SideNet and tokenizer. A backbone that is a folder is named relative to ``folder``, so that both can move."""
+        """What was trained, and the tokenizer. A backbone that is a folder is named relative to ``folder``, so that both can move."""
         folder.mkdir(parents=True, exist_ok=True)
         config = self.longmem.config
         named = config.backbone_name_or_path
@@ -193,6 +198,14 @@ class Adaptation:
         finally:
             self.longmem.config = config
         self.tokenizer.save_pretrained(str(folder))
+
+    @torch.no_grad()
+    def _loss_at_start(self) -> float:
+        """Of the backbone, before it is trained itself; read without memory a MemTRM is that backbone."""
+        self.longmem.train(False)
+        loss = self._validate(nullcontext(), memory=False)
+        self.longmem.train()
+        return loss
 
     def _training_bank(self) -> MemoryBank | LookaheadBank:
         side, optim = self.recipe.sidenet, self.recipe.optim
@@ -215,7 +228,10 @@ class Adaptation:
         side = self.recipe.sidenet
         on_gpu_bf16 = runs_bf16(self.recipe.optim.precision, self.device) and self.device.type != "cpu"
         dtype = storage_dtype(side.memory_dtype) or (torch.bfloat16 if on_gpu_bf16 else torch.float32)
-        return {"dtype": dtype, "device": self.device, "shared": side.shared}
+        settings: dict[str, Any] = {"dtype": dtype, "device": self.device, "shared": side.shared}
+        if isinstance(self.longmem, MemTRM):
+            settings["fingerprint"] = None  # its weights change, and what older ones wrote is read all the same
+        return settings
 
     def _validate(self, autocast: AbstractContextManager[Any], memory: bool, backbone: bool = False) -> float:
         assert self.valid is not None
@@ -261,11 +277,22 @@ def remember(bank: MemoryBank, kv: AttentionKV, batch: SegmentBatch) -> None:
     bank.add(kv, documents=batch.documents, offsets=batch.offsets)
 
 
-def build_longmem(recipe: Recipe, device: torch.device, *, resident: bool = True) -> LongMem:
-    """The recipe's SideNet over its backbone, trained weights in float32; ``resident``: on ``device``, else the CPU."""
-    side, optim, named = recipe.sidenet, recipe.optim, recipe.backbone
+def build_adapted(recipe: Recipe, device: torch.device, *, resident: bool = True) -> LongMem | MemTRM:
+    """What the recipe trains, its weights in float32; ``resident``: on ``device``, else on the CPU."""
+    model = _build_memtrm(recipe) if recipe.method == "memtrm" else _build_longmem(recipe, device)
+    optim = recipe.optim
+    set_dropout(model.backbone.model if isinstance(model, MemTRM) else model.sidenet, optim.dropout)
+    if optim.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if resident:
+        model.to(device)  # type: ignore[arg-type]
+    return model
+
+
+def _build_longmem(recipe: Recipe, device: torch.device) -> LongMem:
+    side, named = recipe.sidenet, recipe.backbone
     assert named.path is not None
-    halved = torch.bfloat16 if runs_bf16(optim.precision, device) and device.type != "cpu" else torch.float32
+    halved = torch.bfloat16 if runs_bf16(recipe.optim.precision, device) and device.type != "cpu" else torch.float32
     settings: dict[str, Any] = {} if side.final_state is None else {"final_state": side.final_state}
     model = LongMem.from_backbone(
         named.path,
@@ -281,15 +308,28 @@ def build_longmem(recipe: Recipe, device: torch.device, *, resident: bool = True
         memory_size=side.memory_size,
         **settings,
     )
-    set_dropout(model.sidenet, optim.dropout)
-    if optim.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    if resident:
-        model.to(device)  # type: ignore[arg-type]
+    nn.init.constant_(model.sidenet.memory_gate, math.log(side.gate / (1 - side.gate)))
     return model
 
 
-def _check_vocabulary(model: LongMem, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+def _build_memtrm(recipe: Recipe) -> MemTRM:
+    """With all that the recipe says of memory; what it says of a SideNet means nothing here."""
+    side, named = recipe.sidenet, recipe.backbone
+    assert named.path is not None
+    return MemTRM.from_backbone(
+        named.path,
+        memory_layer=side.memory_layer,
+        revision=named.revision,
+        dtype=torch.float32 if named.dtype is None else storage_dtype(named.dtype),
+        fusion=side.fusion,
+        gate=side.gate,
+        chunk_size=side.chunk_size,
+        num_retrieved=side.num_retrieved,
+        memory_size=side.memory_size,
+    )
+
+
+def _check_vocabulary(model: LongMem | MemTRM, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
     known = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > known:
         raise ConfigError(

@@ -38,7 +38,7 @@ from longmem.training.sharding import shard, wants_sharding, whole
 from longmem.training.tasks import StepScores, Task, runs_bf16
 
 log = logging.getLogger(__name__)
-SAME_TO_RESUME = ("task", "data", "model", "backbone", "sidenet")
+SAME_TO_RESUME = ("task", "method", "data", "model", "backbone", "sidenet")
 
 
 @dataclass(frozen=True)
@@ -371,8 +371,11 @@ class _Run:
         now = self._settings()
         changed = []
         for section in SAME_TO_RESUME:
-            old, new = before[section], now[section]
+            new, field = now[section], Recipe.model_fields[section]
+            old = before.get(section, field.default)
             if isinstance(old, dict):
+                # settings that are younger than the checkpoint were at their defaults
+                old = field.default.model_dump(mode="json") | old
                 names = [name for name in new if name != "cache_dir" and old.get(name) != new[name]]
                 changed += [f"{section}.{name} was {old.get(name)!r}, is {new[name]!r}" for name in names]
             elif old != new:

@@ -101,27 +101,29 @@ class ModelSection(Section):
 
 
 class BackboneSection(Section):
-    """Adaptation: the frozen model."""
+    """Adaptation: the model that is given a memory."""
 
     path: str | None = None
     """Folder or hub id of any causal language model."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """Of the frozen weights; None: bfloat16 where a GPU computes in it, else float32; auto: as they are stored."""
+    """Of its weights; None: bfloat16 where they are frozen and a GPU computes in it, else float32; auto: as stored."""
 
 
 class SideNetSection(Section):
-    """Adaptation: the SideNet and its memory."""
+    """Adaptation: the SideNet and its memory. ``method = "memtrm"`` has no SideNet, and shares what is said of memory."""
 
     memory_layer: CountOrZero | Literal["auto"] | None = None
     """Backbone layer that is remembered, 0-based; None: three quarters of the depth."""
     stride: Count = 2
-    """Backbone layers for each SideNet layer."""
+    """Backbone layers for each SideNet layer; MemTRM has none, as it has no init and no final_state."""
     init: Literal["copy", "zero"] = "copy"
     """copy: of the backbone's layers (paper); zero: the same, starting at exactly the backbone's perplexity."""
     fusion: Literal["gate", "softmax"] = "gate"
     """gate: one share per head (paper); softmax: every token chooses its own."""
+    gate: typing.Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of its output that a head takes from memory when training begins; the paper's is half."""
     final_state: Literal["pre_norm", "normed"] | None = None
     """None: as the backbone's family does it."""
     chunk_size: Count = 4
@@ -131,7 +133,7 @@ class SideNetSection(Section):
     memory_size: Count = 65536
     """M, tokens that each row keeps; a multiple of S."""
     memory: bool = True
-    """False: the control, the same SideNet trained without any memory."""
+    """False: the control, the same SideNet, or backbone, trained without any memory."""
     shared: bool = False
     """One memory for all rows, as in the released code; rows then read each other's text."""
     boundary: Literal["keep", "reset"] = "keep"
@@ -189,7 +191,7 @@ class OptimSection(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the hardware multiplies in it, else fp32. Many CPUs emulate bf16, many times slower."""
     gradient_checkpointing: bool = False
-    """Recompute SideNet layers in backward: less memory, more time."""
+    """Recompute the trained layers in backward: less memory, more time."""
     compile: bool = False
     """torch.compile the pre-trained model; needs a C++ compiler on a CPU."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
@@ -231,9 +233,14 @@ class EvalSection(Section):
 
 
 class Recipe(Section):
-    """A training run. ``task`` says which: ``pretrain`` an ``AlibiGPT``, or ``adapt`` a SideNet over a backbone."""
+    """A training run. ``task`` says which: ``pretrain`` an ``AlibiGPT``, or ``adapt`` a backbone to memory.
+
+    ``method`` says how it is adapted: ``longmem`` trains a SideNet over the frozen backbone, ``memtrm`` the backbone
+    itself, which then reads what its older weights wrote (a Memorizing Transformer, the paper's baseline).
+    """
 
     task: Literal["pretrain", "adapt"]
+    method: Literal["longmem", "memtrm"] = "longmem"
     run: RunSection = RunSection()
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
@@ -353,6 +360,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
     only_time = optim.max_minutes is not None and optim.steps is None and optim.tokens is None
     if optim.schedule_by == "tokens" and only_time:
         found.append("optim.schedule_by is 'tokens' without optim.tokens or optim.steps; set one, or use 'time'")
+    if recipe.task == "pretrain" and recipe.method != "longmem":
+        found.append(f"method ({recipe.method!r}) is for task = 'adapt'; pre-training has no memory")
     if recipe.task == "pretrain" and optim.segments > 1:
         found.append(f"optim.segments ({optim.segments}) is for task = 'adapt'; windows of pre-training have no order")
     if recipe.task == "adapt" and optim.compile:
@@ -408,7 +417,7 @@ def _lines(error: ValidationError) -> list[str]:
 def _nearest(places: list[str]) -> str | None:
     """The known setting most like an unknown one: in its own section first, then in any."""
     known = {f"{section}.{name}" for section, names in _known().items() for name in names}
-    everything = sorted(known | set(_known()) | {"task"})
+    everything = sorted(known | set(_known()) | {"task", "method"})
     name = ".".join(places)
     section = places[0] if len(places) > 1 else ""
     inside = difflib.get_close_matches(places[-1], _known().get(section, []), n=1, cutoff=0.6)

@@ -47,7 +47,9 @@ def wants_sharding(parallel: str, accelerator: Accelerator) -> bool:
 
 
 def shard(model: nn.Module, accelerator: Accelerator, compute_dtype: torch.dtype | None = None) -> nn.Module:
-    """Divide a ``LongMem``, or a causal language model that is trained itself, among the processes, in place.
+    """Divide a ``LongMem``, or a causal language model that is trained itself (a ``MemTRM`` too), among the processes.
+
+    It happens in place.
 
     Build the optimiser afterwards: every parameter is another object then.
 
@@ -74,8 +76,11 @@ def shard(model: nn.Module, accelerator: Accelerator, compute_dtype: torch.dtype
     root: Any = model
     side = getattr(root, "sidenet", None)
     if side is None:
-        for layer in Family.of(root).layers:
+        memtrm = getattr(root, "backbone", None)
+        for layer in Family.of(root if memtrm is None else memtrm.model).layers:
             fully_shard(layer, **trained)
+        if memtrm is not None:
+            memtrm.stops_early = False
     else:
         language_model = root.backbone.model
         for layer in Family.of(language_model).layers:
