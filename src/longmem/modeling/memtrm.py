@@ -52,9 +52,9 @@ class MemTRM(AugmentedLM):
     def __init__(self, config: MemTRMConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config, backbone)
         self.memory_gate = nn.Parameter(self.gate_logits().to(self.backbone.model.dtype))
+        self._trained_since = False
         if self.config.start_fingerprint is None:
             self.config.start_fingerprint = self.fingerprint
-        self._trained_since = False
         self.train(self.backbone.model.training)
 
     @property

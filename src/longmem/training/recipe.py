@@ -112,7 +112,7 @@ class BackboneSection(Section):
 
 
 class SideNetSection(Section):
-    """Adaptation: the SideNet and its memory. ``method = "memtrm"`` has no SideNet, and shares what is said of memory."""
+    """Adaptation: the SideNet and its memory. With ``method = "memtrm"`` what is said of memory holds all the same."""
 
     memory_layer: CountOrZero | Literal["auto"] | None = None
     """Backbone layer that is remembered, 0-based; None: three quarters of the depth."""
