@@ -154,6 +154,16 @@ def test_many_readers_and_threads_see_the_same(folder: Path) -> None:
     assert seen == [expected] * 4
 
 
+def test_a_long_snapshot_of_its_own_keeps_nobody_waiting(folder: Path) -> None:
+    seen: list[object] = []
+    with open_small(folder) as store, store._room.catalog.snapshot(own=True) as snapshot:
+        other = threading.Thread(target=lambda: seen.append(store.forget("alice", everything=True).documents))
+        other.start()
+        other.join(20)
+        assert seen == [[("a", 301)]] and store.namespaces() == ["bob"]
+        assert snapshot.namespaces() == ["alice", "bob"]
+
+
 def test_another_backbone_is_refused_by_name(folder: Path) -> None:
     other = NumberModel(seed=1)
     with pytest.raises(

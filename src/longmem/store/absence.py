@@ -35,9 +35,13 @@ def windows_of(row: TextRow) -> list[bytes]:
 
 
 def cut_windows(stretch: bytes) -> list[bytes]:
-    """Windows one behind the other; a rest at the end that is shorter belongs to none, unless it is all there is."""
+    """Windows one behind the other; a rest at the end that is shorter belongs to none.
+
+    Of a stretch that is shorter than a window, its first and last 32 or 16 bytes; shorter ones would be found anywhere.
+    """
     if len(stretch) < WINDOW:
-        return [stretch] if stretch else []
+        short = 32 if len(stretch) >= 32 else 16
+        return sorted({stretch[:short], stretch[-short:]}) if len(stretch) >= short else []
     return [stretch[start : start + WINDOW] for start in range(0, len(stretch) - WINDOW + 1, WINDOW)]
 
 
@@ -177,15 +181,21 @@ def report_is_absent(room: Room, check: CatalogCheck, report: ForgetReport) -> t
 
 
 def text_is_absent(room: Room, check: CatalogCheck, text: str) -> list[Problem]:
-    """Where a store still has a text: documents, contents of no document, and bytes of its files."""
-    stretches = [text.encode()]
+    """Where a store still has a text: documents, contents of no document, and bytes of its files.
+
+    Raises:
+        StoreError: the text is empty.
+    """
+    if not text:
+        raise StoreError("the text that should be absent is empty; give some characters of it")
+    windows = cut_windows(text.encode()) if len(text.encode()) >= WINDOW else [text.encode()]
     tokenizer = room.find_tokenizer()
     if tokenizer is not None:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         inner = ids[1:-1] if len(ids) > 4 else ids  # at its ends a text is cut into tokens by what stands beside it
-        stretches.append(np.array(inner, dtype="<u4").tobytes())
+        windows += cut_windows(np.array(inner, dtype="<u4").tobytes())
     key = b"text"
-    sought = Sought([hashed([window for stretch in stretches for window in cut_windows(stretch)], key)], key)
+    sought = Sought([hashed(windows, key)], key)
     holders: dict[int, list[DocumentRow]] = {}
     for number, pieces in check.pieces.items():
         for piece in pieces:

@@ -22,7 +22,7 @@ from longmem.store.snapshot import Snapshot
 
 COMMIT_SECONDS = 30.0
 """An interruption costs at most the encoding of about so long."""
-COMMIT_DOCUMENTS = 256
+COMMIT_DOCUMENTS = 1024
 
 
 @dataclass
@@ -88,6 +88,8 @@ class Adder:
         self._total: int | None = None
         self._done = 0
         self._to_encode: dict[bytes, _Piece] = {}
+        self._waiting_tokens = 0
+        self._encoded_bytes = 0
         self._encoded: dict[bytes, _Piece] = {}
         self._documents: list[_Document] = []
         self._pinned: set[int] = set()
@@ -156,7 +158,8 @@ class Adder:
                 self._say(document.name, len(piece))
                 continue
             self._to_encode[digest] = _Piece(digest, piece)
-            if sum(len(each.tokens) for each in self._to_encode.values()) >= self._layout.piece_tokens:
+            self._waiting_tokens += len(piece)
+            if self._waiting_tokens >= self._layout.piece_tokens:
                 yield from self._encode()
         self._documents.append(document)
         if len(self._documents) >= COMMIT_DOCUMENTS:
@@ -178,10 +181,12 @@ class Adder:
             piece = waiting[number]
             piece.chunks = chunks
             self._encoded[piece.digest] = self._to_encode.pop(piece.digest)
+            self._waiting_tokens -= len(piece.tokens)
+            self._encoded_bytes += piece.size
             failpoint("add.encoded")
             self._say(self._documents[-1].name if self._documents else "", len(piece.tokens))
             late = clock.monotonic() - self._last_commit > COMMIT_SECONDS
-            if late or sum(each.size for each in self._encoded.values()) >= FILE_BYTES:
+            if late or self._encoded_bytes >= FILE_BYTES:
                 yield from self._commit()
 
     def _say(self, name: str, tokens: int) -> None:
@@ -202,6 +207,7 @@ class Adder:
             with self._room.guard:
                 receipts = self._write(self._documents[:ready])
             self._encoded.clear()
+            self._encoded_bytes = 0
             del self._documents[:ready]
             self._last_commit = clock.monotonic()
             yield from receipts

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from longmem.errors import LongMemError, StoreDamaged, StoreError
 from longmem.store.durable import failpoint, file_errors, sync_folder
@@ -177,9 +177,13 @@ class Catalog:
             self.close(seal=False)
             raise
 
+    def _connect_reader(self) -> sqlite3.Connection:
+        return connect(*self._reads)
+
     def _reader(self) -> sqlite3.Connection:
+        self._reads: tuple[Path, Literal["ro", "immutable"]] = (self.path, "ro")
         try:
-            connection = connect(self.path, "ro")
+            connection = self._connect_reader()
             try:
                 with sqlite_errors(self.path):
                     connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -201,7 +205,8 @@ class Catalog:
         with file_errors(log_file, "looking at"):
             has_log = log_file.exists() and log_file.stat().st_size > 0
         if not has_log:
-            return connect(self.path, "immutable")
+            self._reads = (self.path, "immutable")
+            return self._connect_reader()
         # the log of a writer that crashed has to be played back, which needs a folder that can be written: a copy
         self._copy = tempfile.TemporaryDirectory(prefix="longmem-catalog-")
         copied = Path(self._copy.name) / CATALOG
@@ -210,7 +215,8 @@ class Catalog:
                 for _, data in self._file.slabs():
                     stream.write(data)
             copied.with_name(f"{CATALOG}-wal").write_bytes(log_file.read_bytes())
-        return connect(copied, "ro")
+        self._reads = (copied, "ro")
+        return self._connect_reader()
 
     def _state_of_files(self) -> tuple[object, ...]:
         state: list[object] = []
@@ -320,8 +326,24 @@ class Catalog:
         return self._layout
 
     @contextmanager
-    def snapshot(self) -> Iterator[Snapshot]:
-        """One consistent state, as long as the block lasts; inside another one of this thread, the same state."""
+    def snapshot(self, *, own: bool = False) -> Iterator[Snapshot]:
+        """One consistent state, as long as the block lasts; inside another one of this thread, the same state.
+
+        Args:
+            own: with a connection of its own, so that other threads need not wait for the end of a long block.
+        """
+        if own:
+            with self._guard:
+                self._reading()
+                connection = self._connect_reader()
+            try:
+                with sqlite_errors(self.path):
+                    connection.execute("BEGIN")
+                    connection.execute("SELECT count(*) FROM meta").fetchone()
+                    yield Snapshot(connection, self.path, self._layout)
+            finally:
+                connection.close()
+            return
         with self._guard, sqlite_errors(self.path):
             connection = self._reading()
             if self._depth == 0:

@@ -73,7 +73,7 @@ def check_catalog(catalog: Catalog) -> CatalogCheck:
     """Read all of a catalog and compare everything with everything; never raises for what it finds."""
     check = CatalogCheck()
     try:
-        with catalog.snapshot() as snapshot:
+        with catalog.snapshot(own=True) as snapshot:
             _structure(snapshot, check)
             layout = snapshot.layout
             sums: dict[str, list[bytes]] = defaultdict(list)
@@ -91,11 +91,15 @@ def check_catalog(catalog: Catalog) -> CatalogCheck:
 
 
 def _structure(snapshot: Snapshot, check: CatalogCheck) -> None:
-    for (line,) in snapshot.raw("PRAGMA integrity_check(20)"):
-        if line != "ok":
-            check.note("structure", "catalog.sqlite", f"{line}; {_RESTORE}")
-    for table, row, parent, _ in snapshot.raw("PRAGMA foreign_key_check"):
-        check.note("structure", "catalog.sqlite", f"row {row} of {table} refers to a row of {parent} that is not there")
+    try:
+        for (line,) in snapshot.raw("PRAGMA integrity_check(20)"):
+            if line != "ok":
+                check.note("structure", "catalog.sqlite", f"{line}; {_RESTORE}")
+        for table, row, parent, _ in snapshot.raw("PRAGMA foreign_key_check"):
+            what = f"row {row} of {table} refers to a row of {parent} that is not there"
+            check.note("relation", f"catalog.sqlite, {parent}", what)
+    except sqlite3.Error as error:
+        check.note("structure", "catalog.sqlite", str(translated(error, snapshot.path)).partition(": ")[2])
 
 
 def _sound_rows(snapshot: Snapshot, kind: type[Row], check: CatalogCheck) -> Iterator[tuple[Row, bytes]]:
@@ -141,7 +145,7 @@ def _fits(row: TextRow, content: ContentRow) -> bool:
 
 
 def _totals(snapshot: Snapshot, check: CatalogCheck, sums: dict[str, list[bytes]]) -> None:
-    if check.damaged["totals"]:
+    if check.damaged.get("totals"):
         return  # reported already
     have = {row.scope: row for row in snapshot.rows(TotalRow)}
     commits = have.pop(COMMITS, None)

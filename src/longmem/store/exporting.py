@@ -27,7 +27,7 @@ def export(
     """See ``MemoryStore.export``."""
     for attempt in range(_ATTEMPTS):
         try:
-            with room.catalog.snapshot() as snapshot:
+            with room.catalog.snapshot(own=True) as snapshot:
                 return _export(room, snapshot, namespace, path, names, progress)
         except SegmentGone:  # compacted meanwhile: the next snapshot knows where the chunks are now
             if attempt == _ATTEMPTS - 1:

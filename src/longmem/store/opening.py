@@ -12,7 +12,7 @@ from longmem.store.checking import check_catalog
 from longmem.store.durable import failpoint, file_errors, new_id, sync_folder
 from longmem.store.encode import LONGEST_SEGMENT, Encoder, Encodes, window_of
 from longmem.store.lock import LOCK, WriterLock
-from longmem.store.records import DTYPES, Dtype, Layout
+from longmem.store.records import DTYPES, FORMAT, Dtype, Layout
 from longmem.store.room import SEGMENTS, STAGING, Room
 from longmem.store.seal import SEAL
 
@@ -65,6 +65,8 @@ def open_room(
         else:
             catalog = Catalog(folder, check=check)
         layout = catalog.layout
+        if layout.format > FORMAT:
+            raise StoreError(f"{folder}: format {layout.format}, this version reads {FORMAT}; use a newer longmem")
         _check_settings(folder, layout, dtype, chunk_size, segment_tokens)
         encoder = None if model is None else _encoder(folder, layout, model, batch_tokens)
         room = Room(folder, catalog, lock, encoder, tokenizer)

@@ -19,6 +19,8 @@ from longmem.store.segments import DataFile, OtherBits, file_name, write_file
 
 _OWN_STRUCTURE = {"seal", "structure", "lost transactions"}
 _CAN_BE_MADE_AGAIN = {"files", "totals"}
+_FOLLOWS = "catalog.sqlite, files"
+"""Where the loss of a data file's record shows, too."""
 
 
 @dataclass
@@ -49,10 +51,11 @@ def repair_catalog(
     document, a text or a place of one said cannot be known.
     """
     try:
-        if check.damaged and set(check.damaged) <= _CAN_BE_MADE_AGAIN:
-            _replace_rows(room, check, repairs)
-        elif any(problem.kind not in _OWN_STRUCTURE for problem in problems):
+        rows = any(problem.kind == "row" for problem in problems)
+        if any(not _can_be_repaired(problem, rows, check) for problem in problems):
             return problems, check
+        if rows:
+            _replace_rows(room, check, repairs)
         room.catalog.rebuild()
         again = check_catalog(room.catalog)
         if again.problems:
@@ -62,6 +65,12 @@ def repair_catalog(
     except LongMemError as error:
         return [*problems, Problem("structure", "catalog.sqlite", f"cannot be repaired: {error}")], check
     return [replace(problem, repaired=True) for problem in problems], again
+
+
+def _can_be_repaired(problem: Problem, rows: bool, check: CatalogCheck) -> bool:
+    if problem.kind == "row":
+        return set(check.damaged) <= _CAN_BE_MADE_AGAIN
+    return problem.kind in _OWN_STRUCTURE or (rows and problem.where == _FOLLOWS)
 
 
 def _replace_rows(room: Room, check: CatalogCheck, repairs: Repairs) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time as clock
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,11 +50,13 @@ def metadata_text(metadata: Mapping[str, Any] | None, name: str) -> str:
         StoreError: it is no JSON object.
     """
     try:
-        return json.dumps(dict(metadata or {}), sort_keys=True, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        text = json.dumps(dict(metadata or {}), sort_keys=True, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
         raise StoreError(
             f"metadata of {name!r} must be a JSON object ({error}); use strings, numbers, lists"
         ) from error
+    return text
 
 
 def matches(row: DocumentRow, where: Mapping[str, Any] | None) -> bool:
@@ -91,6 +94,18 @@ def delete_document(tx: Transaction, row: DocumentRow) -> None:
     tx.delete(row)
 
 
+def _is_text(value: object) -> bool:
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def _is_name(value: str) -> bool:
+    """No control characters, which would break lines and terminals, and nothing that is no Unicode."""
+    return all(unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp") for character in value)
+
+
 def check_names(namespace: str, new: NewDocument) -> None:
     """Refuse what cannot be a namespace, a name, or a moment.
 
@@ -99,8 +114,10 @@ def check_names(namespace: str, new: NewDocument) -> None:
     """
     wrong = []
     for what, value in (("namespace", namespace), ("name", new.name)):
-        if not isinstance(value, str) or not value or len(value) > 1000 or not value.isprintable():
-            wrong.append(f"{what} ({value!r:.60}) must be 1 to 1000 printable characters")
+        if not isinstance(value, str) or not 0 < len(value) <= 1000 or not _is_name(value):
+            wrong.append(f"{what} ({value!r:.60}) must be 1 to 1000 characters, none of them for control")
+    if new.source is not None and not _is_text(new.source):
+        wrong.append(f"source ({new.source!r:.60}) must be a text")
     for what, moment in (("time", new.time), ("expires", new.expires)):
         if moment is not None and not (isinstance(moment, int | float) and math.isfinite(moment)):
             wrong.append(f"{what} ({moment!r}) must be seconds since the epoch")

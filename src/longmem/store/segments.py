@@ -35,8 +35,8 @@ _ALIGNMENT = 64
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.int16, "I8": np.int8, "I32": np.int32}
 
 
-class SegmentGone(StoreError):
-    """A data file that ``compact`` removed after the catalog was read: read it again."""
+class SegmentGone(StoreDamaged):
+    """A data file is missing: ``compact`` removed it after the catalog was read (read that again), or it is lost."""
 
 
 def file_name(name: str) -> str:

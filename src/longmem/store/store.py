@@ -122,9 +122,11 @@ class MemoryStore:
         """Close; a writer seals the catalog and lets others write."""
         room = self._room
         with room.guard:
-            room.catalog.close()
-            if room.lock is not None:
-                room.lock.release()
+            try:
+                room.catalog.close()
+            finally:
+                if room.lock is not None:
+                    room.lock.release()
 
     def __enter__(self) -> MemoryStore:
         return self

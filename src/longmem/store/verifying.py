@@ -114,7 +114,9 @@ def _look_at_files(room: Room, found: _Found, progress: Report | None) -> None:
         damaged = _look_at_file(path, row, read)
         if damaged is not None and not (damaged.problem.kind == "missing file" and _removed(room, row)):
             found.files.append(damaged)
-    if room.lock is not None or not is_locked(room.folder):
+    # of a catalog in doubt nobody can say what it does not know, and a writer's unfinished files are its own
+    doubt = any(not problem.repaired for problem in found.catalog)
+    if not doubt and (room.lock is not None or not is_locked(room.folder)):
         found.leftovers = _leftovers(room, found.check)
 
 
@@ -161,9 +163,9 @@ def _leftovers(room: Room, check: CatalogCheck) -> list[Problem]:
 
 
 def _sweep(room: Room, found: _Found) -> list[Problem]:
-    """Remove what unfinished writes left, if nothing of the catalog is in doubt."""
-    if any(not problem.repaired for problem in found.catalog):
-        return found.leftovers
+    """Remove what unfinished writes left."""
+    if not found.leftovers:
+        return []
     swept = {f"{path.parent.name}/{path.name}" for path in room.sweep()}
     return [replace(problem, repaired=problem.where in swept) for problem in found.leftovers]
 
