@@ -31,7 +31,7 @@ def launch(recipe: Path, *arguments: str, processes: int = 2) -> subprocess.Comp
 
 def trained(recipe: Path, *arguments: str, processes: int = 2) -> None:
     done = launch(recipe, *arguments, processes=processes)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[:3000]
 
 
 def losses(records: Records, recipe: Recipe, kind: str = "train") -> list[float]:

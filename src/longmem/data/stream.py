@@ -114,6 +114,10 @@ class SegmentStream:
         lanes = range(self.rank * self.rows, (self.rank + 1) * self.rows)
         return self._batch(list(lanes))
 
+    def row(self, lane: int) -> tuple[SegmentBatch, int]:
+        """The current segment of one row of all processes', counted through, and the number of its text."""
+        return self._batch([lane]), self._piece[lane]
+
     def seek(self, step: int) -> None:
         """Stand where ``step`` calls of ``next`` lead to from the beginning; only positions are gone through."""
         if step < self.step:

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from longmem.training.checkpoint import (
 from longmem.training.logs import RunLog, duration
 from longmem.training.optimiser import Optimisers, lr_share
 from longmem.training.recipe import Recipe
-from longmem.training.sharding import shard, wants_sharding, whole
+from longmem.training.sharding import let_go, shard, wants_sharding, whole
 from longmem.training.tasks import StepScores, Task, runs_bf16
 
 log = logging.getLogger(__name__)
@@ -155,6 +156,8 @@ class _Run:
         self.model: nn.Module = task.model
         self.divided = wants_sharding(recipe.optim.parallel, accelerator)
         if self.divided:
+            # it warns of logits that are a view, for whoever would add to them in place; nobody here does
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module")
             halved = torch.bfloat16 if runs_bf16(recipe.optim.precision, accelerator.device) else None
             self.model = shard(task.model, accelerator, compute_dtype=halved)
         elif accelerator.num_processes > 1:
@@ -274,6 +277,7 @@ class _Run:
             at.evaluation = found
             log_to.record({"kind": "eval", "step": at.step, "tokens": at.tokens, **found})
             log_to.say(f"step {at.step:,} · valid · " + " · ".join(_shown(n, v) for n, v in found.items()))
+        let_go(self.model)
         self.accelerator.wait_for_everyone()
         self.model.train()
 

@@ -97,6 +97,15 @@ def shard(model: nn.Module, accelerator: Accelerator, compute_dtype: torch.dtype
     return model
 
 
+def let_go(model: nn.Module) -> None:
+    """Divide again what a forward without backward has left gathered; nothing, where the model is not divided."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
     """The tensors undivided and on the CPU. All processes call this; those that do not ``keep`` get an empty dict."""
     found = {}
