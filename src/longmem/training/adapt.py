@@ -1,8 +1,8 @@
 """``task = "adapt"``: memory-augmented adaptation (paper, section 3.3).
 
-What is trained is a SideNet over a frozen backbone, or with ``method = "memtrm"`` the backbone itself. Rows are different
-texts and move on segment by segment; the bank holds each row's own past. A segment is read with what the bank held
-before, and written only after ``backward``.
+What is trained is a SideNet over a frozen backbone, or with ``method = "memtrm"`` the backbone itself. Rows are
+different texts and move on segment by segment; the bank holds each row's own past. A segment is read with what the bank
+held before, and written only after ``backward``.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ class Adaptation:
 
         Returns:
             ``loss`` as trained, ``loss_backbone`` of the backbone alone on the same segments (as training found it),
-            and at the end of a run with memory ``loss_memory_off``. The protocol is the paper's, which takes the context
-            before each segment from the backbone; ``longmem eval perplexity`` also measures the other one.
+            and at the end of a run with memory ``loss_memory_off``. The protocol is the paper's, which takes the
+            context before each segment from the backbone; ``longmem eval perplexity`` also measures the other one.
         """
         if self.valid is None:
             return {}
