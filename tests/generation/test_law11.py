@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.family_table import FAMILIES, V, make_backbone
-from torch import Tensor
+from tests.family_table import FAMILIES
+from tests.generation.models import ids, longmem
 
 from longmem import LongMem, MemoryBank
 
@@ -20,17 +20,9 @@ ROWS = torch.arange(3)
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
-def ids(rows: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture(params=list(FAMILIES), scope="module")
 def model(request: pytest.FixtureRequest) -> LongMem:
-    torch.manual_seed(1)
-    made = LongMem.from_backbone(make_backbone(request.param), chunk_size=2, num_retrieved=8).eval()
-    with torch.no_grad():
-        made.sidenet.memory_gate.normal_()
-    return made
+    return longmem(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.family_table import FAMILIES, V, make_backbone
+from tests.family_table import FAMILIES
+from tests.generation.models import bank_of, ids, longmem
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
@@ -21,28 +22,9 @@ WINDOW = {"window": 12, "window_move": 6}
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
-def ids(rows: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def make(name: str) -> LongMem:
-    torch.manual_seed(1)
-    model = LongMem.from_backbone(make_backbone(name), chunk_size=2, num_retrieved=8, memory_size=64).eval()
-    with torch.no_grad():
-        model.sidenet.memory_gate.normal_()
-    return model
-
-
 @pytest.fixture(scope="module")
 def llama() -> LongMem:
-    return make("llama")
-
-
-def some_bank(model: LongMem, rows: int = 1, tokens: int = 10, seed: int = 7, capacity: int = 64) -> MemoryBank:
-    bank = MemoryBank.for_model(model, rows, capacity)
-    bank.add(model.encode(ids(rows, tokens, seed)), documents=["before"] * rows)
-    bank.end_document()
-    return bank
+    return longmem("llama")
 
 
 @torch.no_grad()
@@ -51,9 +33,9 @@ def reference(
 ) -> list[int]:
     """One row, greedy: every step a forward over the window alone, in a memory that holds all that has left it.
 
-    The memory is one bank that began as ``some_bank``, so that no session takes part.
+    The memory is one bank that began as ``bank_of``, so that no session takes part.
     """
-    bank, text, start = some_bank(model, capacity=256) if bank is None else bank, prompt.tolist(), 0
+    bank, text, start = bank_of(model, capacity=256) if bank is None else bank, prompt.tolist(), 0
     for _ in range(new):
         while len(text) - start > window:
             context = min(overlap, start)
@@ -67,11 +49,11 @@ def reference(
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_generating_beyond_the_window_equals_the_same_steps_without_any_cache(name: str) -> None:
     """The prompt is read into memory in two pieces, two more move while 14 tokens are generated."""
-    model = make(name)
-    bank = some_bank(model)
+    model = longmem(name)
+    bank = bank_of(model)
     got = model.generate(ids(1, 20), memory=bank, max_new_tokens=14, window_overlap=2, **WINDOW, **GREEDY)
     assert got[0].tolist() == reference(model, ids(1, 20)[0], 14, 12, 6, overlap=2)
-    assert bank.tokens.tolist() == [10]
+    assert bank.tokens.tolist() == [20]
 
 
 @pytest.mark.parametrize(
@@ -86,19 +68,19 @@ def test_generating_beyond_the_window_equals_the_same_steps_without_any_cache(na
     ids=str,
 )
 def test_every_policy_and_cache_gives_the_tokens_of_the_reference(llama: LongMem, settings: dict[str, Any]) -> None:
-    got = llama.generate(ids(1, 5), memory=some_bank(llama), max_new_tokens=30, window=12, **settings, **GREEDY)
+    got = llama.generate(ids(1, 5), memory=bank_of(llama), max_new_tokens=30, window=12, **settings, **GREEDY)
     move, overlap = settings["window_move"], settings.get("window_overlap", 0)
     assert got[0].tolist() == reference(llama, ids(1, 5)[0], 30, 12, move, overlap)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bloom", "alibi_gpt", "mistral-sliding"])
 def test_rows_of_unequal_length_move_when_they_would_alone(name: str) -> None:
-    model, pads = make(name), (9, 0, 4)
+    model, pads = longmem(name), (9, 0, 4)
     prompt, mask = ids(3, 17), torch.ones(3, 17, dtype=torch.long)
     for row, count in enumerate(pads):
         prompt[row, :count], mask[row, :count] = 0, 0
     settings = {"max_new_tokens": 12, **WINDOW, **GREEDY}
-    bank = some_bank(model, rows=3)
+    bank = bank_of(model, rows=3)
     together = model.generate(prompt, attention_mask=mask, memory=bank, **settings)
     for row, count in enumerate(pads):
         one = torch.tensor([row])
@@ -107,7 +89,7 @@ def test_rows_of_unequal_length_move_when_they_would_alone(name: str) -> None:
 
 
 def test_the_window_is_by_default_what_the_backbone_was_made_for(llama: LongMem) -> None:
-    got = llama.generate(ids(1, 120), memory=some_bank(llama), max_new_tokens=20, **GREEDY)
+    got = llama.generate(ids(1, 120), memory=bank_of(llama), max_new_tokens=20, **GREEDY)
     assert got[0].tolist() == reference(llama, ids(1, 120)[0], 20, 128, 64)
 
 
@@ -124,7 +106,7 @@ def test_generating_in_two_calls_with_a_session_is_generating_in_one(llama: Long
 
 
 def test_another_text_in_the_same_session_begins_anew_and_finds_the_first(llama: LongMem) -> None:
-    session = SessionMemory.for_model(llama, some_bank(llama))
+    session = SessionMemory.for_model(llama, bank_of(llama))
     llama.generate(ids(1, 20), memory=session, max_new_tokens=1, **WINDOW, **GREEDY)
     llama.generate(ids(1, 20, seed=3), memory=session, max_new_tokens=1, **WINDOW, **GREEDY)
     assert session.tokens.tolist() == [24] and len(session.followed(0)) == 12
@@ -132,12 +114,12 @@ def test_another_text_in_the_same_session_begins_anew_and_finds_the_first(llama:
 
 
 def test_a_session_for_every_prompt(llama: LongMem) -> None:
-    sessions = [SessionMemory.for_model(llama, some_bank(llama, seed=seed)) for seed in (1, 2)]
+    sessions = [SessionMemory.for_model(llama, bank_of(llama, seed=seed)) for seed in (1, 2)]
     settings = {"max_new_tokens": 12, **WINDOW, **GREEDY}
     together = llama.generate(ids(2, 15), memory=sessions, **settings)
     assert [int(session.tokens[0]) for session in sessions] == [18, 18]
     for row, seed in enumerate((1, 2)):
-        alone = llama.generate(ids(2, 15)[row : row + 1], memory=some_bank(llama, seed=seed), **settings)
+        alone = llama.generate(ids(2, 15)[row : row + 1], memory=bank_of(llama, seed=seed), **settings)
         assert torch.equal(alone[0], together[row])
 
 
@@ -145,7 +127,7 @@ def test_sampling_and_several_sequences_of_one_prompt(llama: LongMem) -> None:
     def sampled(**more: Any) -> Tensor:
         torch.manual_seed(5)
         settings = {**GREEDY, **WINDOW, "do_sample": True, "num_return_sequences": 3, "max_new_tokens": 20}
-        got: Tensor = llama.generate(ids(2, 8), memory=some_bank(llama, 2), **settings, **more)
+        got: Tensor = llama.generate(ids(2, 8), memory=bank_of(llama, 2), **settings, **more)
         return got
 
     cached = sampled()
@@ -159,7 +141,7 @@ def test_sampling_and_several_sequences_of_one_prompt(llama: LongMem) -> None:
 @pytest.mark.parametrize("rows", [1, 2])
 def test_beams_read_a_long_prompt_into_memory_and_need_room_for_the_rest(llama: LongMem, rows: int) -> None:
     settings = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 7, **WINDOW, **GREEDY}
-    bank = some_bank(llama, rows)
+    bank = bank_of(llama, rows)
     cached = llama.generate(ids(rows, 20), memory=bank, **settings)
     assert torch.equal(cached, llama.generate(ids(rows, 20), memory=bank, use_cache=False, **settings))
     assert cached.shape == (2 * rows, 27)
@@ -171,19 +153,19 @@ def test_beams_read_a_long_prompt_into_memory_and_need_room_for_the_rest(llama: 
 
 def test_assisted_and_prompt_lookup_decoding_of_a_long_prompt_are_greedy_decoding(llama: LongMem) -> None:
     prompt = ids(1, 11).repeat(1, 2)  # something to look up; 14 of it stay in the window, which 6 more do not fill
-    settings = {"max_new_tokens": 6, "memory": some_bank(llama), "window": 20, "window_move": 8, **GREEDY}
+    settings = {"max_new_tokens": 6, "memory": bank_of(llama), "window": 20, "window_move": 8, **GREEDY}
     greedy = llama.generate(prompt, **settings)
     assert torch.equal(llama.generate(prompt, prompt_lookup_num_tokens=3, **settings), greedy)
     assert torch.equal(llama.generate(prompt, assistant_model=llama.backbone.model, **settings), greedy)
-    assert torch.equal(llama.generate(prompt, assistant_model=make("llama"), **settings), greedy)
+    assert torch.equal(llama.generate(prompt, assistant_model=longmem("llama"), **settings), greedy)
 
 
 def test_what_stands_behind_the_end_of_a_text_is_not_remembered(llama: LongMem) -> None:
     settings = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, **WINDOW}
-    free = llama.generate(ids(2, 10), memory=some_bank(llama, 2), eos_token_id=None, **settings)
+    free = llama.generate(ids(2, 10), memory=bank_of(llama, 2), eos_token_id=None, **settings)
     end = next(int(t) for t in free[0, 13:] if int(t) not in free[1].tolist())  # row 0 ends there, row 1 never
     length = 13 + free[0, 13:].tolist().index(end) + 1
-    session = SessionMemory.for_model(llama, some_bank(llama, 2), rows=2)
+    session = SessionMemory.for_model(llama, bank_of(llama, 2), rows=2)
     got = llama.generate(ids(2, 10), memory=session, eos_token_id=end, **settings)
     assert torch.equal(got[1], free[1]) and torch.equal(got[0, :length], free[0, :length])
     assert (got[0, length:] == 0).all() and length < 40
@@ -255,7 +237,7 @@ def test_cache_and_session_stay_within_their_bounds(llama: LongMem) -> None:
 
 def test_every_new_token_is_explained_although_the_window_moves(llama: LongMem) -> None:
     readings: list[Any] = []
-    llama.generate(ids(1, 9), memory=some_bank(llama), max_new_tokens=12, explain=readings, **WINDOW, **GREEDY)
+    llama.generate(ids(1, 9), memory=bank_of(llama), max_new_tokens=12, explain=readings, **WINDOW, **GREEDY)
     assert len(readings) == 12
     documents = [{origin.document for origin in reading.origins.values()} for reading in readings]
     assert documents[0] == {"before"} and "(this text)" in documents[-1]
@@ -296,17 +278,17 @@ def test_settings_that_contradict_each_other_are_refused(llama: LongMem, setting
 
 
 def test_the_policy_is_saved_with_the_model(llama: LongMem, tmp_path: Path) -> None:
-    model = make("llama")
+    model = longmem("llama")
     model.generation_config.window, model.generation_config.window_move = 12, 6
     model.backbone.model.save_pretrained(tmp_path / "backbone")
     model.save_pretrained(tmp_path / "side")
     loaded = LongMem.from_pretrained(tmp_path / "side", backbone=tmp_path / "backbone")
     assert isinstance(loaded.generation_config, LongMemGenerationConfig)
     assert loaded.generation_config.window == 12 and loaded.generation_config.window_overlap == 0
-    got = loaded.generate(ids(1, 20), memory=some_bank(loaded), max_new_tokens=14, **GREEDY)
+    got = loaded.generate(ids(1, 20), memory=bank_of(loaded), max_new_tokens=14, **GREEDY)
     assert got[0].tolist() == reference(llama, ids(1, 20)[0], 14, 12, 6)
     plain = GenerationConfig(max_new_tokens=14, window=10, **GREEDY)  # transformers' own, with one of ours in it
-    got = loaded.generate(ids(1, 20), memory=some_bank(loaded), generation_config=plain)
+    got = loaded.generate(ids(1, 20), memory=bank_of(loaded), generation_config=plain)
     assert got[0].tolist() == reference(llama, ids(1, 20)[0], 14, 10, 6)
 
 

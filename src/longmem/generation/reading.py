@@ -19,6 +19,9 @@ from longmem.types import AttentionKV
 TOKENS_AT_ONCE = 8192  # encoded together: enough to keep a device busy, little beside what a forward pass holds
 LONGEST_DEFAULT_SEGMENT = 1024  # the paper's window
 
+THIS_TEXT = "(this text)"
+"""The document that a text's own earlier part is found under."""
+
 
 class Writable(Protocol):
     """What is needed of a session."""
@@ -36,6 +39,14 @@ class Writable(Protocol):
     ) -> None: ...
 
     def end_document(self, rows: Tensor | None = None) -> None: ...
+
+
+class Followed(Writable, Protocol):
+    """A session that knows which text each row is in the middle of."""
+
+    def followed(self, row: int) -> Tensor: ...
+
+    def follow(self, row: int, ids: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -112,11 +123,7 @@ def read(
     Raises:
         ConfigError: if segment and overlap together exceed the backbone's positions.
     """
-    limit = positions(model)
-    if segment is None:
-        segment = min(LONGEST_DEFAULT_SEGMENT, (limit or LONGEST_DEFAULT_SEGMENT) - overlap)
-    if segment < 1 or overlap < 0 or (limit is not None and segment + overlap > limit):
-        raise ConfigError(f"segment ({segment}) and overlap ({overlap}) must fit the backbone's {limit} positions")
+    segment = _segment(model, segment, overlap)
     session.end_document(torch.tensor([row]))
     written = 0
     for written in write(model, session, cut(ids, 0, len(ids), segment, overlap, row), document):
@@ -124,6 +131,43 @@ def read(
             progress(written)
     session.end_document(torch.tensor([row]))
     return written
+
+
+def remember(
+    model: Any, session: Followed, ids: Tensor, *, row: int = 0, segment: int | None = None, overlap: int = 0
+) -> int:
+    """Write the rest of a text to its session: what ``generate`` has left in the local window.
+
+    With it the session holds the whole text, and a session over a store can be committed as a whole.
+
+    Args:
+        model: a LongMem.
+        session: that of the text.
+        ids: (t,) the whole text's tokens, those that have moved already included.
+        row: of the session.
+        segment: tokens encoded together, see ``read``.
+        overlap: tokens before each segment that it sees.
+
+    Returns:
+        how many tokens were written.
+    """
+    known = session.followed(row)
+    if not torch.equal(known, ids[: len(known)].cpu()):
+        session.end_document(torch.tensor([row]))
+        known = known[:0]
+    pieces = cut(ids, len(known), len(ids), _segment(model, segment, overlap), overlap, row)
+    written = max(write(model, session, pieces, THIS_TEXT), default=0)
+    session.follow(row, ids[len(known) :])
+    return written
+
+
+def _segment(model: Any, segment: int | None, overlap: int) -> int:
+    limit = positions(model)
+    if segment is None:
+        segment = min(LONGEST_DEFAULT_SEGMENT, (limit or LONGEST_DEFAULT_SEGMENT) - overlap)
+    if segment < 1 or overlap < 0 or (limit is not None and segment + overlap > limit):
+        raise ConfigError(f"segment ({segment}) and overlap ({overlap}) must fit the backbone's {limit} positions")
+    return segment
 
 
 def cut(ids: Tensor, begin: int, end: int, size: int, overlap: int, row: int) -> list[Piece]:

@@ -16,13 +16,10 @@ from transformers import Cache, StoppingCriteriaList
 from longmem.errors import ConfigError, MemoryBankError
 from longmem.generation.memories import is_session
 from longmem.generation.policy import WindowPolicy
-from longmem.generation.reading import cut, write
+from longmem.generation.reading import THIS_TEXT, cut, write
 from longmem.memory.rows import BankRows
 from longmem.memory.session import SessionMemory
 from longmem.types import Memory
-
-THIS_TEXT = "(this text)"
-"""The document that a text's own earlier part is found under."""
 
 
 @dataclass(frozen=True)

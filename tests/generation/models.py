@@ -1,0 +1,38 @@
+"""Tiny models whose next token depends on memory, and banks for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tests.family_table import V, make_backbone
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from longmem import LongMem, MemoryBank
+
+SETTINGS = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
+
+
+def ids(rows: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def longmem(name: str | PreTrainedModel) -> LongMem:
+    """Over a backbone of the family table; half of its tokens would be others without memory."""
+    torch.manual_seed(1)
+    model = LongMem.from_backbone(make_backbone(name) if isinstance(name, str) else name, **SETTINGS).eval()
+    attention = model.backbone.family.attention(model.sidenet.layers[model.augmented_layer])
+    projection: nn.Module = model.backbone.family.output_projection(attention)
+    with torch.no_grad():
+        model.sidenet.memory_gate.normal_()
+        projection.weight.mul_(5.0)  # type: ignore[operator, union-attr]
+    return model
+
+
+def bank_of(model: Any, rows: int = 1, tokens: int = 20, seed: int = 7, capacity: int = 64) -> MemoryBank:
+    """Every row holds a text of its own."""
+    bank = MemoryBank.for_model(model, rows, capacity)
+    bank.add(model.encode(ids(rows, tokens, seed)), documents=["before"] * rows)
+    bank.end_document()
+    return bank

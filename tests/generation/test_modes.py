@@ -1,0 +1,168 @@
+"""transformers' ways of decoding, with memory: each gives the tokens it gives without a cache."""
+
+from __future__ import annotations
+
+import gc
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from tests.family_table import FAMILIES, make_backbone
+from tests.generation.models import SETTINGS, bank_of, ids, longmem
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    PreTrainedTokenizerFast,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    pipeline,
+)
+
+from longmem import AlibiGPTForCausalLM, LongMem, MemoryBank, MemoryBankError, MemTRM, TrainingFree
+
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+STATIC_FAILS_WITHOUT_US = ("falcon-alibi",)  # the bare backbone fails as well
+
+
+@pytest.fixture(scope="module")
+def llama() -> LongMem:
+    return longmem("llama")
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_static_caches_assistants_and_prompt_lookup(name: str) -> None:
+    model = longmem(name)
+    settings = {**GREEDY, "memory": bank_of(model)}
+    prompt = ids(1, 4).repeat(1, 2)
+    plain = model.generate(prompt, use_cache=False, **settings)
+    settings["use_cache"] = True  # MPT's own default is none
+    assert torch.equal(model.generate(prompt, assistant_model=model.backbone.model, **settings), plain)
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=2, **settings), plain)
+    if name not in STATIC_FAILS_WITHOUT_US:
+        assert torch.equal(model.generate(prompt, cache_implementation="static", **settings), plain)
+
+
+@pytest.mark.parametrize("kind", [MemTRM, TrainingFree])
+def test_the_baselines_generate_with_memory_too(kind: Any) -> None:
+    model = kind.from_backbone(make_backbone("llama"), **SETTINGS).eval()
+    settings = {**GREEDY, "memory": bank_of(model), "max_new_tokens": 20, "window": 12}
+    cached = model.generate(ids(1, 20), **settings)
+    assert torch.equal(cached, model.generate(ids(1, 20), use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+def test_sampling_with_a_seed(name: str) -> None:
+    model = longmem(name)
+    settings = {**GREEDY, "do_sample": True, "top_p": 0.9, "temperature": 1.3, "num_return_sequences": 3}
+    answers = []
+    for cached in (True, False):
+        torch.manual_seed(3)
+        answers.append(model.generate(ids(2, 6), memory=bank_of(model, 2), use_cache=cached, **settings))
+    assert torch.equal(*answers) and answers[0].shape == (6, 11)
+    assert len({tuple(row.tolist()) for row in answers[0]}) > 2
+
+
+def test_the_memory_is_only_read(llama: LongMem) -> None:
+    bank = bank_of(llama)
+    version, before = bank.version, bank.state_dict()["slots"]["storage"]
+    for more in ({}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}, {"window": 8, "max_new_tokens": 30}):
+        llama.generate(ids(1, 12), memory=bank, **{**GREEDY, **more})
+    assert bank.version == version and torch.equal(bank.state_dict()["slots"]["storage"], before)
+
+
+def test_rows_of_a_bank_a_list_of_banks_and_each_prompt_alone_agree(llama: LongMem) -> None:
+    bank = bank_of(llama, rows=3)
+    alone = [
+        llama.generate(ids(2, 6)[line : line + 1], memory=bank, memory_rows=torch.tensor([row]), **GREEDY)
+        for line, row in enumerate((2, 0))
+    ]
+    assert torch.equal(
+        llama.generate(ids(2, 6), memory=bank, memory_rows=torch.tensor([2, 0]), **GREEDY), torch.cat(alone)
+    )
+
+    texts = ids(3, 20, seed=7)
+    banks = []
+    for row in (2, 0):
+        banks.append(MemoryBank.for_model(llama))
+        banks[-1].add(llama.encode(texts[row : row + 1]))
+    assert torch.equal(llama.generate(ids(2, 6), memory=banks, **GREEDY), torch.cat(alone))
+    for more in ({"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 2}):
+        rows = llama.generate(ids(2, 6), memory=bank, memory_rows=torch.tensor([2, 0]), **GREEDY, **more)
+        assert torch.equal(llama.generate(ids(2, 6), memory=banks, **GREEDY, **more), rows)
+
+    without = llama.generate(ids(2, 6)[1:], **GREEDY)
+    assert torch.equal(llama.generate(ids(2, 6), memory=[banks[0], None], **GREEDY), torch.cat((alone[0], without)))
+    assert not torch.equal(without, alone[1])
+
+
+def test_one_bank_of_one_row_serves_every_prompt(llama: LongMem) -> None:
+    bank = bank_of(llama)
+    together = llama.generate(ids(3, 6), memory=bank, **GREEDY)
+    for row in range(3):
+        assert torch.equal(llama.generate(ids(3, 6)[row : row + 1], memory=bank, **GREEDY)[0], together[row])
+    with pytest.raises(MemoryBankError, match="the memory has 2 rows, the batch 3 prompts; pass memory_rows="):
+        llama.generate(ids(3, 6), memory=bank_of(llama, 2), **GREEDY)
+
+
+class _Only(LogitsProcessor):
+    """Allows one token."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([self.token]), 0.0)
+
+
+def test_processors_criteria_scores_and_a_given_cache(llama: LongMem) -> None:
+    bank = bank_of(llama)
+    only = llama.generate(ids(1, 6), memory=bank, logits_processor=LogitsProcessorList([_Only(5)]), **GREEDY)
+    assert only[0, 6:].tolist() == [5] * 5
+    stopped = llama.generate(
+        ids(1, 6), memory=bank, stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(0.0)]), **GREEDY
+    )
+    assert stopped.shape == (1, 7)
+    first = llama.generate(
+        ids(1, 6), memory=bank, return_dict_in_generate=True, output_logits=True, **{**GREEDY, "max_new_tokens": 2}
+    )
+    assert len(first.logits) == 2
+    rest = llama.generate(
+        first.sequences, memory=bank, past_key_values=first.past_key_values, **{**GREEDY, "max_new_tokens": 3}
+    )
+    assert torch.equal(rest, llama.generate(ids(1, 6), memory=bank, **GREEDY))
+    penalised = {**GREEDY, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "memory": bank}
+    assert torch.equal(llama.generate(ids(1, 6), **penalised), llama.generate(ids(1, 6), use_cache=False, **penalised))
+
+
+@pytest.fixture
+def speaking(tiny_backbone: AlibiGPTForCausalLM) -> LongMem:
+    """Over bytes; its window is 32."""
+    return longmem(tiny_backbone)
+
+
+def test_streaming_gives_the_text_piece_by_piece(speaking: LongMem, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    prompt = byte_tokenizer("a long way to go, longer than the window", return_tensors="pt").input_ids
+    streamer = TextIteratorStreamer(byte_tokenizer, skip_prompt=True, timeout=60)
+    settings = {**GREEDY, "max_new_tokens": 40, "pad_token_id": byte_tokenizer.pad_token_id}
+    thread = Thread(target=speaking.generate, args=(prompt,), kwargs={"streamer": streamer, **settings})
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    whole = speaking.generate(prompt, **settings)
+    assert len(pieces) > 2 and "".join(pieces) == byte_tokenizer.decode(whole[0, prompt.shape[1] :])
+
+
+def test_the_text_generation_pipeline(speaking: LongMem, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    speak = pipeline("text-generation", model=speaking, tokenizer=byte_tokenizer)
+    settings = {"max_new_tokens": 12, "do_sample": False, "return_full_text": False}
+    bank = MemoryBank.for_model(speaking)
+    bank.add(speaking.encode(byte_tokenizer("remembered text", return_tensors="pt").input_ids))
+    prompts = ["a short one", "and one that is a good deal longer than that"]
+    together = [answer[0]["generated_text"] for answer in speak(prompts, memory=bank, batch_size=2, **settings)]
+    alone = [speak(prompt, memory=bank, **settings)[0]["generated_text"] for prompt in prompts]
+    assert together == alone
+    assert speak(prompts[0], **settings)[0]["generated_text"] != alone[0]
+    gc.collect()  # the pipeline leaves a finished iterator behind
