@@ -32,8 +32,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 def write(recipe: Recipe, path: Path) -> Path:
     """The recipe as a TOML file."""
-    lines = [f'task = "{recipe.task}"']
-    for name, section in recipe.model_dump(mode="json", exclude={"task"}, exclude_none=True).items():
+    lines = [f'task = "{recipe.task}"', f'method = "{recipe.method}"']
+    for name, section in recipe.model_dump(mode="json", exclude={"task", "method"}, exclude_none=True).items():
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in section.items())]
     path.write_text("\n".join(lines))
     tomllib.loads(path.read_text())
