@@ -29,7 +29,7 @@ from longmem.memory.index import ExactIndex
 from longmem.store.bank import StoreBank
 from longmem.store.segments import DataFile
 from longmem.store.store import MemoryStore
-from longmem.types import AttentionKV
+from longmem.types import AttentionKV, RetrievedMemory
 
 KEEPS = ["map", "memory", "device"]
 DOCUMENTS = [(f"letter {number}", ids(21 + 3 * number, seed=number)) for number in range(4)]
@@ -592,6 +592,29 @@ def test_a_closed_store_closes_its_banks(store: MemoryStore) -> None:
     store.close()
     with pytest.raises(StoreError, match="closed"):
         bank.search(queries(bank), 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_a_bank_on_a_gpu_finds_what_one_on_the_cpu_finds(tmp_path: Path, model: LongMem, keep: str, dtype: str) -> None:
+    with make_store(tmp_path / "memory", model, dtype=dtype) as store:
+        fill(store)
+        bank, twin = store.bank("alice", device="cuda", keep=keep), store.bank("alice")
+        for forget in (None, "letter 1"):
+            if forget:
+                store.forget("alice", name=forget)
+            asked = queries(bank, length=5)
+            ours, theirs = bank.search(asked.cuda(), 200), twin.search(asked, 200)
+            torch.testing.assert_close(ours.scores.cpu(), theirs.scores, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(by_chunk(ours), by_chunk(theirs))
+
+
+def by_chunk(found: RetrievedMemory) -> Tensor:
+    """Values in the order of the chunk numbers, zero where nothing was found."""
+    order = found.chunks.argsort(dim=-1)[..., None, None]
+    values = (found.values * found.mask[..., None]).unflatten(3, (-1, found.chunk_size)).float().cpu()
+    return values.gather(3, order.cpu().expand(*order.shape[:4], *values.shape[4:]))
 
 
 # threads
