@@ -116,9 +116,10 @@ class MemoryBank:
     @classmethod
     def for_model(cls, model: Any, rows: int = 1, capacity_tokens: int | None = None, **settings: Any) -> MemoryBank:
         """A bank that fits this LongMem model; ``settings`` as in the constructor."""
+        if "fingerprint" not in settings:  # that of a model in training takes all its weights to compute
+            settings["fingerprint"] = model.fingerprint
         settings = {
             "chunk_size": model.config.chunk_size,
-            "fingerprint": model.fingerprint,
             "memory_layer": getattr(model, "memory_layer", None),
             "device": model.device,
             "dtype": model.dtype,
