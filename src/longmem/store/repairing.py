@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from longmem.errors import LongMemError, StoreDamaged
+from longmem.errors import LongMemError, StoreDamaged, StoreError
 from longmem.store.catalog import Transaction
 from longmem.store.checking import CatalogCheck, check_catalog
 from longmem.store.compacting import move_contents
@@ -181,7 +182,8 @@ def _write_again(room: Room, row: FileRow, contents: list[ContentRow], parts: li
         room.discard([name])
         raise
     failpoint("repair.committed")
-    room.unlink([row.id])
+    with suppress(StoreError):  # what cannot be removed is left to the sweep
+        room.unlink([row.id])
     return False
 
 

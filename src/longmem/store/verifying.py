@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from longmem.errors import LongMemError, StoreDamaged
+from longmem.errors import LongMemError, StoreDamaged, StoreError, StoreFull
 from longmem.store.absence import report_is_absent, text_is_absent
 from longmem.store.checking import CatalogCheck, check_catalog
 from longmem.store.durable import file_errors
@@ -71,7 +72,9 @@ def verify(
             present += text_is_absent(room, found.check, absent_text)
         problems = [*found.catalog, *(damaged.problem for damaged in found.files), *found.leftovers, *present]
         if repair and all(problem.repaired for problem in problems):
-            found.sealed = room.catalog.seal() or found.sealed
+            with suppress(StoreFull):  # all is repaired; whoever writes next seals it
+                room.catalog.seal()
+            found.sealed = room.catalog.sealed
         return VerifyReport(
             problems=problems,
             files=len(found.check.files),
@@ -166,8 +169,9 @@ def _sweep(room: Room, found: _Found) -> list[Problem]:
     """Remove what unfinished writes left."""
     if not found.leftovers:
         return []
-    swept = {f"{path.parent.name}/{path.name}" for path in room.sweep()}
-    return [replace(problem, repaired=problem.where in swept) for problem in found.leftovers]
+    with suppress(StoreError):  # what cannot be removed stays in the report
+        room.sweep()
+    return [replace(problem, repaired=not (room.folder / problem.where).exists()) for problem in found.leftovers]
 
 
 def _problem(kind: str, error: Exception) -> Problem:
