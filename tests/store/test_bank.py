@@ -658,3 +658,15 @@ def test_a_memory_bank_and_a_store_bank_serve_one_batch(store: MemoryStore, mode
 
 def test_the_type_of_a_bank_is_what_the_store_says(store: MemoryStore) -> None:
     assert isinstance(store.bank("alice"), StoreBank)
+
+
+def test_a_refresh_that_finds_nothing_new_follows_files_that_moved(store: MemoryStore) -> None:
+    fill(store, "bob", [("diary", ids(9, seed=70))])
+    bank = store.bank("alice").load()
+    before = bank.search(queries(bank), 100)
+    old = {file.row.id for file in bank._places.files}
+    store.forget("bob", name="diary")
+    store.compact()
+    assert not bank.refresh()
+    same(bank.search(queries(bank), 100), before)
+    assert {file.row.id for file in bank._places.files} != old

@@ -147,8 +147,9 @@ class StoreBank:
         with self._lock:
             before, keys, values = self._places, self._keys, self._values
             self._read()
-            if _same(before, self._places):
-                self._places, self._keys, self._values = before, keys, values
+            if _same(before, self._places):  # but they may lie elsewhere now
+                self._keys = keys
+                self._values = MappedValues(self._places, self.device) if isinstance(values, MappedValues) else values
                 return False
             self._version += 1
             if keys is not None:
