@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.training.test_distributed import losses, trained
+from tests.training.test_train_command import write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longmem import AlibiGPTForCausalLM, AttentionKV, LongMem, MemoryBank, MemTRM
@@ -183,3 +185,21 @@ def test_a_run_is_not_resumed_with_the_other_method(adapt: Make, memtrm: Make) -
 def test_recomputing_is_refused_where_the_backbone_cannot(memtrm: Make) -> None:
     with pytest.raises(ConfigError, match="AlibiGPTForCausalLM cannot recompute layer by layer"):
         train(memtrm(optim={"gradient_checkpointing": True}), quiet=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_what_one_trains(parallel: str, memtrm: Make, tmp_path: Path, records: Records) -> None:
+    changes = {"steps": 4, "dropout": 0.0, "parallel": parallel}
+    one, two = (memtrm(f"with-{rows}", optim={**changes, "rows": rows}) for rows in (4, 2))
+    train(one, quiet=True)
+    trained(write(two, tmp_path / "two.toml"), "--quiet")
+    for kind in ("train", "eval"):
+        assert losses(records, two, kind) == pytest.approx(losses(records, one, kind), abs=1e-4)
+    backbones = [record["loss_backbone"] for run in (one, two) for record in records(run.out_dir, "eval")]
+    assert backbones == pytest.approx([backbones[0]] * len(backbones), abs=1e-5)
+    mine, theirs = (MemTRM.from_pretrained(run.out_dir / "final") for run in (two, one))
+    assert mine.config.start_fingerprint == theirs.config.start_fingerprint
+    weights = dict(theirs.named_parameters())
+    # Adam's steps are of size 1e-2 whatever the gradient: where that is rounding alone, its sign is
+    assert all(((mine - weights[name]).abs() < 1e-3).float().mean() > 0.98 for name, mine in mine.named_parameters())
