@@ -12,7 +12,7 @@ kernels that take a mask compute all of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from longmem.config import LongMemConfig
+from longmem.config import LongMemConfig, MemTRMConfig
 from longmem.errors import ConfigError
 from longmem.memory.index import SCORES_AT_ONCE
 from longmem.modeling.families import Family, side_sources
@@ -256,7 +256,8 @@ def estimate(what: Recipe | tuple[PreTrainedConfig, Work], hardware: Hardware | 
     """Memory and hours of a recipe, or of a config and the work to be done with it.
 
     Args:
-        what: a recipe; or a config (``LongMemConfig``: adaptation; a backbone's: pre-training) and a ``Work``.
+        what: a recipe; or a config (``LongMemConfig``: adaptation; ``MemTRMConfig``: the backbone trained with its
+            memory; a backbone's: pre-training) and a ``Work``.
         hardware: a machine, or the name of one in ``HARDWARE``.
 
     Raises:
@@ -268,10 +269,13 @@ def estimate(what: Recipe | tuple[PreTrainedConfig, Work], hardware: Hardware | 
             raise ConfigError(f"hardware ({hardware!r}) is not known; try one of {', '.join(HARDWARE)}")
         hardware = HARDWARE[hardware]
     config, work = what if isinstance(what, tuple) else _plan(what, hardware)
-    if isinstance(config, LongMemConfig):
+    if isinstance(config, LongMemConfig | MemTRMConfig):
         if config.backbone_config is None:
-            raise ConfigError("backbone_config is missing; nothing can be said of a SideNet without its backbone")
-        return adaptation(Sizes.of(config.backbone_config), config, work, hardware)
+            raise ConfigError("backbone_config is missing; nothing can be said of a model without its backbone")
+        sizes = Sizes.of(config.backbone_config)
+        if isinstance(config, MemTRMConfig):
+            return coupled(sizes, config, work, hardware)
+        return adaptation(sizes, config, work, hardware)
     return pretraining(Sizes.of(config), work, hardware)
 
 
@@ -329,6 +333,28 @@ def pretraining(sizes: Sizes, work: Work, hardware: Hardware) -> Estimate:
     return Estimate(sizes.parameters, sizes.parameters, parts, flops, 0.0, work, hardware)
 
 
+def coupled(sizes: Sizes, config: MemTRMConfig, work: Work, hardware: Hardware) -> Estimate:
+    """All of a backbone, while one of its layers reads memory; that layer is never recomputed, nor is its search."""
+    plain, memory = pretraining(sizes, work, hardware), work.memory
+    local = 4 * work.segment * sizes.heads * sizes.head_dim
+    again = 2 * sizes.active[0] + local if work.gradient_checkpointing else 0
+    flops = {
+        **plain.flops,
+        "layers": plain.flops["layers"] - again,
+        "probe": 2.0 * 3 * sizes.attention,
+        "search": 2.0 * sizes.heads * sizes.head_dim * (memory // config.chunk_size),
+        "memory attention": 3.0 * 4 * config.num_retrieved * sizes.heads * sizes.head_dim if memory else 0.0,
+    }
+    parts = {
+        **plain.bytes,
+        **_trained_bytes(sizes.parameters + sizes.heads, work),
+        "bank": bank_bytes(sizes, config.chunk_size, work),
+        "search scratch": SCORES_AT_ONCE["gpu"] * 4 if memory else 0,
+    }
+    reads = _reads(sizes, config, replace(work, gradient_checkpointing=False))
+    return Estimate(sizes.parameters, sizes.parameters + sizes.heads, parts, flops, reads, work, hardware)
+
+
 def bank_bytes(sizes: Sizes, chunk_size: int, work: Work) -> int:
     """Keys, values and chunk keys of the banks of one device."""
     numbers = sizes.heads_kv * sizes.head_dim
@@ -367,7 +393,7 @@ def _mask(sizes: Sizes, work: Work) -> int:
     return sizes.heads * work.segment**2 * (4 + work.compute_bytes) if sizes.masked else 0
 
 
-def _reads(sizes: Sizes, config: LongMemConfig, work: Work) -> float:
+def _reads(sizes: Sizes, config: LongMemConfig | MemTRMConfig, work: Work) -> float:
     """Bytes per token that retrieval moves.
 
     Search writes and reads a score for every head and chunk, and reads all chunk keys once for every block of queries;
@@ -406,14 +432,13 @@ def _plan(recipe: Recipe, hardware: Hardware) -> tuple[PreTrainedConfig, Work]:
     side = recipe.sidenet
     sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
     stored = recipe.backbone.dtype
-    config = LongMemConfig(
-        backbone_config=_backbone_config(recipe),
-        memory_layer=None if side.memory_layer == "auto" else side.memory_layer,
-        stride=side.stride,
-        chunk_size=side.chunk_size,
-        num_retrieved=side.num_retrieved,
-        memory_size=side.memory_size,
-    )
+    shape: dict[str, Any] = {
+        "backbone_config": _backbone_config(recipe),
+        "memory_layer": None if side.memory_layer == "auto" else side.memory_layer,
+        **{name: getattr(side, name) for name in ("chunk_size", "num_retrieved", "memory_size")},
+    }
+    coupled_memory = recipe.method == "memtrm"
+    config = MemTRMConfig(**shape) if coupled_memory else LongMemConfig(**shape, stride=side.stride)
     return config, Work(
         **work,
         memory=side.memory_size if side.memory else 0,
