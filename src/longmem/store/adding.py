@@ -244,11 +244,13 @@ class Adder:
 def _groups(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
     """Pieces that go into one data file."""
     group: list[_Piece] = []
+    filled = 0
     for piece in pieces:
-        if group and sum(each.size for each in group) + piece.size > FILE_BYTES:
+        if group and filled + piece.size > FILE_BYTES:
             yield group
-            group = []
+            group, filled = [], 0
         group.append(piece)
+        filled += piece.size
     if group:
         yield group
 

@@ -286,8 +286,8 @@ class Catalog:
         if have < noted:
             raise StoreDamaged(
                 f"{self.path}: {have} transactions where {noted} were committed: the write-ahead log beside it was cut,"
-                " damaged or left behind; restore a backup, or accept the older state with "
-                "`longmem memory verify --repair`"
+                " damaged or left behind; restore a backup, or accept the older state (what was added since is "
+                "lost, what was forgotten since is there again) with `longmem memory verify --repair`"
             )
 
     def close(self, *, seal: bool = True) -> None:
@@ -306,7 +306,7 @@ class Catalog:
                         write_seal(self.folder, self._file)
                         self.sealed = True
                 except LongMemError as error:
-                    log.warning("%s is left without a seal: %s", self.path, error)
+                    log.warning("the catalog is left without a seal: %s", error)
                 finally:
                     self._write.close()
                     self._write = None

@@ -49,17 +49,13 @@ def open_room(
     lock, catalog = None, None
     try:
         if mode == "write":
-            wanted = (
-                None
-                if there and not unfinished(folder)
-                else _new_layout(folder, model, dtype, chunk_size, segment_tokens)
-            )
+            settings = (folder, model, dtype, chunk_size, segment_tokens)
+            if not there:
+                _new_layout(*settings)  # refused before anything is made
             _make_folders(folder)
             lock = WriterLock.acquire(folder)
-            # whoever had the lock before us may have made the store meanwhile
             if unfinished(folder):
-                assert wanted is not None
-                catalog = Catalog.create(folder, lock, wanted)
+                catalog = Catalog.create(folder, lock, _new_layout(*settings))
             else:
                 catalog = Catalog(folder, lock, check=check)
         else:

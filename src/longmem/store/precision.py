@@ -87,9 +87,10 @@ def pack(chunks: Tensor, lengths: Tensor, dtype: Dtype) -> StoredChunks:
         scales = scale.numpy()
     else:
         rounded = chunks.to(DTYPES[dtype][0])
-    if not bool(torch.isfinite(chunks if dtype == "int8" else rounded).all()):
+    largest = torch.stack(torch.aminmax(chunks)).abs().amax() if len(chunks) else chunks.new_zeros(())
+    if not bool(torch.isfinite(largest if dtype == "int8" else largest.to(DTYPES[dtype][0]))):
         raise StoreError(
-            f"keys or values up to {float(chunks.abs().max()):g} cannot be stored as {dtype}; "
+            f"keys or values up to {float(largest):g} cannot be stored as {dtype}; "
             "make the store with dtype='bfloat16', which has the range of float32"
         )
     bits = rounded.view(torch.int16) if dtype == "bfloat16" else rounded
