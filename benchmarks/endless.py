@@ -184,7 +184,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(
         f"{result['tokens']:,} tokens, window {result['window']}: {1e3 * result['seconds_per_token_first']:.2f} ms a "
-        f"token at first, {1e3 * result['seconds_per_token_last']:.2f} at last ({result['last_over_first']:.2f} times); "
+        f"token at first, {1e3 * result['seconds_per_token_last']:.2f} at last, "
+        f"{result['last_over_first']:.2f} times; "
         f"{result['bytes_grown_after_first_tenth'] / 2**20:+.1f} MiB after the first tenth; "
         f"equal to the reference: {result['equal_to_reference_without_cache']}"
     )

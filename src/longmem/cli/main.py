@@ -23,6 +23,7 @@ COMMANDS = {
     "train": Entry("longmem.cli.train", "Train a backbone or a SideNet from a recipe file."),
     "eval": Entry("longmem.cli.eval", "Measure a model on long text."),
     "layers": Entry("longmem.cli.layers", "Find the backbone layer whose keys are worth remembering."),
+    "generate": Entry("longmem.cli.generate", "Continue a text with memory, for as long as you like."),
     "memory": Entry("longmem.cli.memory", "Keep texts that a model remembers: add, search, forget, check."),
     "convert": Entry("longmem.cli.convert", "Load checkpoints of the released code."),
     "demo": Entry("longmem.cli.demo", "Train and look into a small LongMem on this machine's own text."),
