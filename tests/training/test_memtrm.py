@@ -18,8 +18,9 @@ from longmem import AlibiGPTForCausalLM, AttentionKV, LongMem, MemoryBank, MemTR
 from longmem.data.stream import SegmentBatch
 from longmem.errors import CheckpointError, ConfigError
 from longmem.modeling.backbone import fingerprint_of
-from longmem.training.adapt import Adaptation
+from longmem.training.adapt import Adaptation, _build_memtrm
 from longmem.training.checkpoint import list_checkpoints
+from longmem.training.estimate import estimate
 from longmem.training.loop import train
 from longmem.training.recipe import Recipe
 
@@ -185,6 +186,30 @@ def test_a_run_is_not_resumed_with_the_other_method(adapt: Make, memtrm: Make) -
 def test_recomputing_is_refused_where_the_backbone_cannot(memtrm: Make) -> None:
     with pytest.raises(ConfigError, match="AlibiGPTForCausalLM cannot recompute layer by layer"):
         train(memtrm(optim={"gradient_checkpointing": True}), quiet=True)
+
+
+def test_the_calculator_counts_all_weights_one_search_and_one_bank(memtrm: Make, adapt: Make) -> None:
+    recipe = memtrm(optim={"steps": 1})
+    model = _build_memtrm(recipe)
+    found, frozen = (estimate(each, "a100-80gb") for each in (recipe, adapt(optim={"steps": 1})))
+    assert found.trained == sum(p.numel() for p in model.parameters()) == found.parameters + 4
+    assert found.bytes["optimiser"] == 8 * found.trained
+    assert "backbone" not in found.bytes and "SideNet" not in found.flops
+    for part in ("bank", "search scratch", "logits"):
+        assert found.bytes[part] == frozen.bytes[part]
+    layer = sum(p.numel() for p in model.backbone.family.layers[0].parameters())
+    local, search, read = 4 * 16 * 32, 2 * 32 * 64 // 4, 4 * 8 * 32
+    assert found.flops == {
+        "layers": 3.0 * 4 * (2 * layer + local),
+        "head": 3.0 * 2 * (260 * 32 + 260),
+        "probe": 3.0 * 2 * 4 * 32 * 32,
+        "search": search,
+        "memory attention": 3.0 * read,
+    }
+    again = memtrm(optim={"steps": 1, "gradient_checkpointing": True})
+    # every layer once more, but not the one that reads memory
+    assert estimate(again, "a100-80gb").flops["layers"] - found.flops["layers"] == 3 * (2 * layer + local)
+    assert estimate(again, "a100-80gb").reads == found.reads
 
 
 @pytest.mark.slow
