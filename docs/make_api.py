@@ -1,4 +1,4 @@
-"""Write the reference pages from the source: docs/python-api.md, docs/cli.md, docs/recipe.md, and the result tables.
+"""Write the reference pages from the source: docs/python-api.md, docs/cli.md, docs/recipe.md; tables of results, sizes.
 
 ``python docs/make_api.py`` writes; ``--check`` writes nothing and fails where a page is not what the source says.
 """
@@ -18,10 +18,12 @@ import click
 
 import longmem
 from longmem.cli.main import COMMANDS, cli
+from longmem.store.sizes import size_table
 
 ROOT = Path(__file__).parents[1]
 NOTE = "<!-- written by `make docs` from the source; edit that instead -->\n"
 RESULTS = re.compile(r"<!-- results: ([^>]*?) -->\n.*?<!-- /results -->\n", re.DOTALL)
+SIZES = re.compile(r"<!-- sizes -->\n.*?<!-- /sizes -->\n", re.DOTALL)
 MODULES = ("longmem.data.text", "longmem.training.recipe", "longmem.training.loop", "longmem.evaluation.perplexity")
 
 
@@ -33,6 +35,8 @@ def main() -> None:
     }
     for path in (ROOT / "README.md", ROOT / "docs" / "experiments.md"):
         pages[path] = with_results(path.read_text(encoding="utf-8"))
+    operations = ROOT / "docs" / "operations.md"
+    pages[operations] = with_sizes(operations.read_text(encoding="utf-8"))
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv[1:]:
         sys.exit("".join(f"{path.relative_to(ROOT)} is not up to date; run make docs\n" for path in stale) or 0)
@@ -100,6 +104,19 @@ def with_results(page: str) -> str:
         return f"<!-- results: {match[1]} -->\n{tables}<!-- /results -->\n"
 
     return RESULTS.sub(fill, page)
+
+
+def with_sizes(page: str) -> str:
+    """The page with the table of memory sizes made again."""
+    heads, rows = size_table()
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    made = (
+        "Bytes per token: keys and values in 16 and in 8 bits; mean keys of the chunks (4 tokens each, float32),\n"
+        "which an open bank holds; a full cache of all layers in 16 bits, to compare.\n"
+        "In all: on disk, in 16 / in 8 bits, text and token ids included."
+    )
+    return SIZES.sub(lambda _: f"<!-- sizes -->\n{table}\n\n{made}\n<!-- /sizes -->\n", page)
 
 
 def _result(file: Path) -> str:
