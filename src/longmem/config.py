@@ -191,13 +191,17 @@ class MemTRMConfig(AugmentedConfig):
     """A Memorizing Transformer: the backbone, trained with its memory.
 
     Args:
-        start_fingerprint: of the backbone that training started from; ``backbone_name_or_path`` says where that was.
+        start_name_or_path: the backbone that training started from; ``backbone_name_or_path`` is what became of it.
+        start_fingerprint: of that backbone.
         **kwargs: as in ``AugmentedConfig``; ``gate`` must lie strictly between 0 and 1, where it can be trained.
     """
 
     model_type = "memtrm"
 
-    def __init__(self, start_fingerprint: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, start_name_or_path: str | None = None, start_fingerprint: str | None = None, **kwargs: Any
+    ) -> None:
+        self.start_name_or_path = start_name_or_path
         self.start_fingerprint = start_fingerprint
         super().__init__(**kwargs)
 

@@ -114,8 +114,10 @@ def _named_backbone(where: str, kind: str) -> str:
     from longmem.config import MemTRMConfig, TrainingFreeConfig
     from longmem.modeling.loading import named_backbone, resolve_folder
 
-    settings = MemTRMConfig if kind == "memtrm" else TrainingFreeConfig
-    return named_backbone(settings.from_pretrained(where), resolve_folder(where, None))
+    folder = resolve_folder(where, None)
+    if kind == "memtrm":
+        return named_backbone(MemTRMConfig.from_pretrained(where).start_name_or_path, folder)
+    return named_backbone(TrainingFreeConfig.from_pretrained(where).backbone_name_or_path, folder)
 
 
 def _load_memtrm(path: str, dtype: torch.dtype | None) -> Any:

@@ -132,7 +132,7 @@ class Comparison:
         start, mine = model.config.start_fingerprint, self.fingerprint
         if start != mine:
             raise CheckpointError(
-                f"this MemTRM was trained from backbone {start} ({model.config.backbone_name_or_path}), the others "
+                f"this MemTRM was trained from backbone {start} ({model.config.start_name_or_path}), the others "
                 f"stand on {mine}; compare models of one backbone"
             )
         return self._with_own(MEMTRM, "MemTRM", model, memory_sizes, off=True)

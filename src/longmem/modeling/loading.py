@@ -54,18 +54,17 @@ def load_config(kind: type[Config], folder: Path) -> Config:
     return kind.from_pretrained(folder)
 
 
-def named_backbone(config: Any, folder: Path) -> str:
-    """Where the config of a checkpoint in ``folder`` says its backbone is; a path may be relative to the folder.
+def named_backbone(named: str | None, folder: Path) -> str:
+    """Where a checkpoint in ``folder`` says its backbone is; a path may be relative to the folder.
 
     Raises:
         BackboneError: it does not say.
     """
-    named = config.backbone_name_or_path
     if named is None:
         raise BackboneError(f"{folder} names no backbone; pass backbone=PATH or a loaded model")
     if not Path(named).is_absolute() and (folder / named).is_dir():
         return str(folder / named)
-    return str(named)
+    return named
 
 
 def resolve_folder(name: str, revision: str | None) -> Path:

@@ -21,7 +21,14 @@ from longmem.errors import BackboneError, CheckpointError
 from longmem.modeling.backbone import Backbone, BackboneRun
 from longmem.modeling.explain import Explanation
 from longmem.modeling.generating import MemoryGenerationMixin
-from longmem.modeling.loading import default_memory_layer, first_line, load_backbone, load_config, resolve_folder
+from longmem.modeling.loading import (
+    default_memory_layer,
+    first_line,
+    load_backbone,
+    load_config,
+    named_backbone,
+    resolve_folder,
+)
 from longmem.modeling.output import LongMemOutput, padding_of
 from longmem.modeling.retrieving import retriever
 from longmem.modeling.sidenet import SideNet, SideRun
@@ -324,11 +331,7 @@ class LongMem(PreTrainedModel, MemoryGenerationMixin):
             ) from problem
         assert isinstance(made, LongMemConfig)
         if not isinstance(backbone, PreTrainedModel):
-            named = str(backbone) if backbone is not None else made.backbone_name_or_path
-            if named is None:
-                raise BackboneError(f"{folder} names no backbone; pass backbone=PATH or a loaded model")
-            if backbone is None and not Path(named).is_absolute() and (folder / named).is_dir():
-                named = str(folder / named)
+            named = named_backbone(made.backbone_name_or_path, folder) if backbone is None else str(backbone)
             revision_of = made.backbone_revision if backbone is None else None
             backbone = load_backbone(named, revision_of, dtype, **(backbone_kwargs or {}))
         expected = made.backbone_fingerprint

@@ -8,6 +8,7 @@ queries and keys as the family computes them, without the normalisation of the o
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,6 +55,7 @@ class MemTRM(AugmentedLM):
         self.memory_gate = nn.Parameter(self.gate_logits().to(self.backbone.model.dtype))
         self._trained_since = False
         if self.config.start_fingerprint is None:
+            self.config.start_name_or_path = self.config.backbone_name_or_path
             self.config.start_fingerprint = self.fingerprint
         self.train(self.backbone.model.training)
 
@@ -125,10 +127,11 @@ class MemTRM(AugmentedLM):
         partial.replace(folder / BACKBONE)
         save_file({"memory_gate": gate.to("cpu").contiguous()}, folder / WEIGHTS)
         self.config.backbone_fingerprint = fingerprint_of(language_model, weights)
-        self.config.architectures = ["MemTRM"]
         if self.generation_config is not None:
             self.generation_config.save_pretrained(folder)
-        self.config.save_pretrained(folder)
+        config = copy.deepcopy(self.config)
+        config.architectures, config.backbone_name_or_path, config.backbone_revision = ["MemTRM"], BACKBONE, None
+        config.save_pretrained(folder)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from longmem.config import TrainingFreeConfig
-from longmem.errors import BackboneError, CheckpointError
+from longmem.errors import CheckpointError
 from longmem.modeling.augmented import AugmentedLM
-from longmem.modeling.loading import first_line, load_backbone, load_config, resolve_folder
+from longmem.modeling.loading import first_line, load_backbone, load_config, named_backbone, resolve_folder
 
 
 class TrainingFree(AugmentedLM):
@@ -79,11 +79,7 @@ class TrainingFree(AugmentedLM):
             ) from problem
         assert isinstance(made, TrainingFreeConfig)
         if not isinstance(backbone, PreTrainedModel):
-            named = str(backbone) if backbone is not None else made.backbone_name_or_path
-            if named is None:
-                raise BackboneError(f"{folder} names no backbone; pass backbone=PATH or a loaded model")
-            if backbone is None and not Path(named).is_absolute() and (folder / named).is_dir():
-                named = str(folder / named)
+            named = named_backbone(made.backbone_name_or_path, folder) if backbone is None else str(backbone)
             revision_of = made.backbone_revision if backbone is None else None
             backbone = load_backbone(named, revision_of, dtype, **(backbone_kwargs or {}))
         model = cls(made, backbone)

@@ -193,10 +193,11 @@ class Adaptation:
         """
         folder.mkdir(parents=True, exist_ok=True)
         config = self.longmem.config
-        named = config.backbone_name_or_path
+        name = "start_name_or_path" if isinstance(self.longmem, MemTRM) else "backbone_name_or_path"
+        named = getattr(config, name)
         if named is not None and Path(named).is_dir():
             self.longmem.config = copy.deepcopy(config)
-            self.longmem.config.backbone_name_or_path = os.path.relpath(named, folder)
+            setattr(self.longmem.config, name, os.path.relpath(named, folder))
         try:
             self.longmem.save_pretrained(folder, state_dict=weights)
         finally:
