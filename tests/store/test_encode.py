@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from tests.family_table import V, make_backbone
 from tests.store.small import NumberModel
 
-from longmem import LongMem, MemoryBank
+from longmem import LongMem, MemoryBank, MemoryStore
 from longmem.store.encode import Encoder, window_of
 from longmem.store.opening import _new_layout
 from longmem.store.records import Layout
@@ -17,8 +20,6 @@ SEGMENT = 24
 
 
 def layout_of(model: LongMem) -> Layout:
-    from pathlib import Path
-
     return _new_layout(Path("x"), model, "float32", 4, SEGMENT)
 
 
@@ -47,6 +48,35 @@ def test_chunks_are_those_of_a_memory_bank() -> None:
     stored = bank.state_dict()["slots"]
     assert torch.allclose(torch.from_numpy(chunks.kv), stored["storage"][0], atol=1e-6)
     assert torch.allclose(torch.from_numpy(chunks.keys), stored["keys"][0].transpose(0, 1), atol=1e-6)
+
+
+def test_a_real_tokenizer_and_backbone_keep_every_character(
+    tmp_path: Path, tiny_backbone: Any, byte_tokenizer: Any
+) -> None:
+    """Tokens that cut characters in two, at the ends of segments and pieces, too."""
+    torch.manual_seed(1)
+    model = LongMem.from_backbone(tiny_backbone, chunk_size=4, num_retrieved=8, memory_size=64).eval()
+    text = "na\u00efve \U0001f600\u4e2d\u6587 \r\n\t end. " * 60
+    with MemoryStore.open(tmp_path / "memory", model=model, tokenizer=byte_tokenizer, segment_tokens=16) as store:
+        receipt = store.add_document("alice", text, name="a")
+        assert receipt.tokens == len(text.encode()) > 3 * store.layout.piece_tokens
+        assert store.text("alice", "a") == text
+        assert store.append("alice", text[:33], name="a").tokens == receipt.tokens + len(text[:33].encode())
+        assert store.text("alice", "a") == text + text[:33]
+        ids = store.token_ids("alice", "a")
+        assert byte_tokenizer.decode(ids.tolist()) == text + text[:33]
+        store.add_document("alice", ids=ids, name="as ids")
+        assert store.text("alice", "as ids") == text + text[:33]
+
+
+def test_the_tokenizer_of_the_backbone_is_found(tmp_path: Path, tiny_backbone: Any, byte_tokenizer: Any) -> None:
+    tiny_backbone.save_pretrained(tmp_path / "backbone")
+    byte_tokenizer.save_pretrained(tmp_path / "backbone")
+    model = LongMem.from_backbone(str(tmp_path / "backbone"), chunk_size=4, num_retrieved=8, memory_size=64).eval()
+    with MemoryStore.open(tmp_path / "memory", model=model) as store:
+        assert store.add_document("alice", "hello there", name="a").tokens == 11
+        assert store.layout.segment_tokens == 32 and store.layout.backbone == str(tmp_path / "backbone")
+        assert store.tokenizer is not None and store.model is model
 
 
 def test_experts_get_one_segment_at_a_time() -> None:

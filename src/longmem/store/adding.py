@@ -87,6 +87,7 @@ class Adder:
         self._stream = stream
         self._total: int | None = None
         self._done = 0
+        self._name = ""
         self._to_encode: dict[bytes, _Piece] = {}
         self._waiting_tokens = 0
         self._encoded_bytes = 0
@@ -149,13 +150,14 @@ class Adder:
     # encoding
 
     def _take(self, document: _Document, tokens: Tokens) -> Iterator[Receipt]:
+        self._name = document.name
         if not self._stream:
             self._total = len(tokens)
         for piece in cut(tokens, self._layout.piece_tokens):
             digest = piece.digest()
             document.pieces.append((digest, len(piece)))
             if digest in self._encoded or digest in self._to_encode or self._has(digest):
-                self._say(document.name, len(piece))
+                self._say(len(piece))
                 continue
             self._to_encode[digest] = _Piece(digest, piece)
             self._waiting_tokens += len(piece)
@@ -184,15 +186,15 @@ class Adder:
             self._waiting_tokens -= len(piece.tokens)
             self._encoded_bytes += piece.size
             failpoint("add.encoded")
-            self._say(self._documents[-1].name if self._documents else "", len(piece.tokens))
+            self._say(len(piece.tokens))
             late = clock.monotonic() - self._last_commit > COMMIT_SECONDS
             if late or self._encoded_bytes >= FILE_BYTES:
                 yield from self._commit()
 
-    def _say(self, name: str, tokens: int) -> None:
+    def _say(self, tokens: int) -> None:
         self._done += tokens
         if self._progress is not None:
-            self._progress(Progress("encode", self._done, self._total, "tokens", name))
+            self._progress(Progress("encode", self._done, self._total, "tokens", self._name))
 
     # committing
 
