@@ -25,13 +25,14 @@ from longmem.errors import (
 )
 
 if TYPE_CHECKING:
-    from longmem.config import LongMemConfig, MemTRMConfig, TrainingFreeConfig
+    from longmem.config import LongMemConfig, LongMemGenerationConfig, MemTRMConfig, TrainingFreeConfig
     from longmem.memory.bank import MemoryBank
+    from longmem.memory.session import SessionMemory
     from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
     from longmem.modeling.longmem import LongMem
-    from longmem.store.store import MemoryStore
     from longmem.modeling.memtrm import MemTRM
     from longmem.modeling.training_free import TrainingFree
+    from longmem.store.store import MemoryStore
     from longmem.types import AttentionKV, RetrievedMemory
 
 __version__ = "0.1.0"
@@ -47,12 +48,14 @@ __all__ = [
     "LongMem",
     "LongMemConfig",
     "LongMemError",
+    "LongMemGenerationConfig",
     "MemTRM",
     "MemTRMConfig",
     "MemoryBank",
     "MemoryBankError",
     "MemoryStore",
     "RetrievedMemory",
+    "SessionMemory",
     "StoreDamaged",
     "StoreError",
     "StoreFull",
@@ -68,11 +71,13 @@ _HOMES = {
     "AttentionKV": "longmem.types",
     "LongMem": "longmem.modeling.longmem",
     "LongMemConfig": "longmem.config",
+    "LongMemGenerationConfig": "longmem.config",
     "MemTRM": "longmem.modeling.memtrm",
     "MemTRMConfig": "longmem.config",
     "MemoryBank": "longmem.memory.bank",
     "MemoryStore": "longmem.store.store",
     "RetrievedMemory": "longmem.types",
+    "SessionMemory": "longmem.memory.session",
     "TrainingFree": "longmem.modeling.training_free",
     "TrainingFreeConfig": "longmem.config",
 }
