@@ -83,9 +83,7 @@ def test_each_process_keeps_and_resumes_its_own_memory(
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_goes_on_with_the_same_rows(
-    adapt: Make, tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_number_of_processes_goes_on_with_the_same_rows(adapt: Make, tmp_path: Path, records: Records) -> None:
     common = {"steps": 6, "dropout": 0.0}
     whole = adapt("whole", optim={**common, "rows": 4}, checkpoint={"every": 2})
     train(whole, quiet=True)
@@ -100,4 +98,4 @@ def test_another_number_of_processes_goes_on_with_the_same_rows(
     crash_after(two, 2)
     refused = launch(tmp_path / "two.toml", "--resume", "--set", "optim.rows=3", processes=1)
     assert refused.returncode == 1
-    assert "has 4 rows in 1 processes, this run 3 in each of 1; set optim.rows = 4" in refused.stderr
+    assert "has 4 rows in 2 processes, this run 3 in each of 1; set optim.rows = 4" in refused.stderr

@@ -121,7 +121,7 @@ class MemoryBank:
         settings = {
             "chunk_size": model.config.chunk_size,
             "memory_layer": getattr(model, "memory_layer", None),
-            "device": model.device,
+            "device": getattr(model, "memory_device", model.device),
             "dtype": model.dtype,
             **settings,
         }

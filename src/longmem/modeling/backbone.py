@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils.output_capturing import CompileableContextVar
 
 from longmem.modeling.families import QKV, Call, Family
+from longmem.modeling.placement import place_of, real_parameters
 from longmem.types import AttentionKV
 
 
@@ -76,6 +77,11 @@ class Backbone(nn.Module):
         self._parameters_of_forward = set(inspect.signature(type(model).forward).parameters)
         self._current = CompileableContextVar(f"longmem_backbone_{id(self)}")
         self._hook()
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs go: the device of its first layer, also where weights are kept elsewhere until needed."""
+        return place_of(self.model)
 
     @property
     def num_layers(self) -> int:
@@ -141,7 +147,8 @@ class Backbone(nn.Module):
     def normed(self, hidden: Tensor) -> Tensor:
         """The backbone's final norm of (B, T, C), past any hook."""
         norm = self.family.final_norm
-        return hidden if norm is None else type(norm).forward(norm, hidden)
+        # `forward` and not a call: it still is accelerate's, where accelerate fetches the weights
+        return hidden if norm is None else cast(Tensor, norm.forward(hidden))
 
     def fingerprint(self) -> str:
         """See ``fingerprint_of``."""
@@ -210,13 +217,17 @@ def fingerprint_of(model: PreTrainedModel, weights: Mapping[str, Tensor] | None 
     """
     fields = _architecture(model.config.get_text_config(decoder=True).to_dict())
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, parameter in sorted((weights or dict(model.named_parameters())).items()):
-        flat = parameter.detach().flatten()
-        step = max(1, flat.numel() // 64)
-        # bf16 is the coarsest type a backbone is loaded in; the same weights must agree with themselves
-        sample = flat[::step][:64].to("cpu", torch.bfloat16).view(torch.int16).tolist()
-        digest.update(f"{name}{tuple(parameter.shape)}{sample}".encode())
+    for name, sample in sorted((n, _sample(p)) for n, p in (weights.items() if weights else real_parameters(model))):
+        digest.update(f"{name}{sample}".encode())
     return digest.hexdigest()[:16]
+
+
+def _sample(parameter: Tensor) -> str:
+    """Shape and 64 values of a parameter."""
+    flat = parameter.detach().flatten()
+    values = flat[:: max(1, flat.numel() // 64)][:64].to("cpu")
+    # bf16 is the coarsest type a backbone is loaded in; the same weights must agree with themselves
+    return f"{tuple(parameter.shape)}{values.to(torch.bfloat16).view(torch.int16).tolist()}"
 
 
 # fields that say how a model was loaded or is used, not what it computes

@@ -84,16 +84,16 @@ class Call:
         """The same call with other values for the arguments it has."""
         return Call({**self.arguments, **{k: v for k, v in changes.items() if k in self.arguments}})
 
-    def cast(self, dtype: torch.dtype) -> Call:
-        """The same call with its floating tensors in ``dtype``."""
-        return Call({name: _cast(value, dtype) for name, value in self.arguments.items()})
+    def cast(self, dtype: torch.dtype, device: torch.device | None = None) -> Call:
+        """The same call with floating tensors in ``dtype`` and all tensors on ``device``, None being where they are."""
+        return Call({name: _cast(value, dtype, device) for name, value in self.arguments.items()})
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.to(dtype)
+def _cast(value: Any, dtype: torch.dtype, device: torch.device | None) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
     if isinstance(value, tuple):
-        return tuple(_cast(item, dtype) for item in value)
+        return tuple(_cast(item, dtype, device) for item in value)
     return value
 
 

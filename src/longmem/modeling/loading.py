@@ -8,9 +8,11 @@ from typing import Any, TypeVar, cast
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from longmem.errors import BackboneError, CheckpointError
 from longmem.modeling.families import Family, side_sources
+from longmem.modeling.placement import check_bitsandbytes
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
@@ -29,13 +31,35 @@ def default_memory_layer(model: PreTrainedModel, stride: int) -> int:
     return min(allowed, key=lambda layer: (layer not in sources, abs(layer - wanted)))
 
 
-def load_backbone(name: str, revision: str | None, dtype: torch.dtype | None, **kwargs: Any) -> PreTrainedModel:
-    """``AutoModelForCausalLM.from_pretrained`` with one clear line where it fails."""
+def load_backbone(
+    name: str,
+    revision: str | None,
+    dtype: torch.dtype | None,
+    *,
+    quantised: Any = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """``AutoModelForCausalLM.from_pretrained`` with one clear line where it fails.
+
+    Args:
+        name: folder or hub id.
+        revision: of a hub id.
+        dtype: None is as stored.
+        quantised: ``quantization_config`` of the backbone that a SideNet was trained over, to load this one alike.
+        **kwargs: go on to transformers; its own ``quantization_config`` comes first.
+
+    Raises:
+        BackboneError: if it cannot be loaded.
+    """
     if dtype is not None:
         kwargs["dtype"] = dtype
+    if quantised is not None:
+        settings = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        check_bitsandbytes(str(settings.get("quant_method", "")))
+        kwargs.setdefault("quantization_config", AutoQuantizationConfig.from_dict(dict(settings)))
     try:
         return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(name, revision=revision, **kwargs))
-    except (OSError, ValueError, SafetensorError) as problem:
+    except (OSError, ValueError, ImportError, SafetensorError) as problem:
         raise BackboneError(
             f"backbone {name!r} could not be loaded ({first_line(problem)}); "
             "give a folder with config.json and weights, or a hub id that can be reached"

@@ -84,6 +84,21 @@ class LongMem(PreTrainedModel, MemoryGenerationMixin):
         return cast(str, self.config.backbone_fingerprint)
 
     @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.backbone.device
+
+    @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """Where accelerate put the backbone's parts; there is none where it did not."""
+        return cast("dict[str, Any]", self.backbone.model.hf_device_map)
+
+    @property
+    def memory_device(self) -> torch.device:
+        """Where memory is searched: the device of the SideNet layer that reads it."""
+        return self.sidenet.memory_gate.device
+
+    @property
     def memory_layer(self) -> int:
         """m: the 0-based backbone layer whose keys and values are remembered."""
         return self.backbone.memory_layer
@@ -180,7 +195,7 @@ class LongMem(PreTrainedModel, MemoryGenerationMixin):
         side = SideRun(hidden=[] if output_side_hidden else None, explain=explain is not False)
 
         def hand_over(run: BackboneRun, final: Tensor) -> Tensor:
-            return cast(Tensor, self.sidenet(self.backbone, run, final, retrieve, side)).to(final.dtype)
+            return cast(Tensor, self.sidenet(self.backbone, run, final, retrieve, side)).to(final)
 
         with self.backbone.splice(hand_over, None if self.sidenet.final_norm is None else self._norm) as run:
             asked = self.backbone.accepted(position_ids=position_ids, logits_to_keep=logits_to_keep)
@@ -212,7 +227,8 @@ class LongMem(PreTrainedModel, MemoryGenerationMixin):
     def _norm(self, hidden: Tensor) -> Tensor:
         norm = self.sidenet.final_norm
         assert norm is not None
-        return cast(Tensor, norm(hidden.to(self.sidenet.memory_gate.dtype))).to(hidden.dtype)
+        place = next(norm.parameters()).device if self.sidenet.spread else None
+        return cast(Tensor, norm(hidden.to(place, self.sidenet.memory_gate.dtype))).to(hidden.dtype)
 
     # -- making, saving, loading -------------------------------------------------------------------------------------
 
@@ -333,7 +349,8 @@ class LongMem(PreTrainedModel, MemoryGenerationMixin):
         if not isinstance(backbone, PreTrainedModel):
             named = named_backbone(made.backbone_name_or_path, folder) if backbone is None else str(backbone)
             revision_of = made.backbone_revision if backbone is None else None
-            backbone = load_backbone(named, revision_of, dtype, **(backbone_kwargs or {}))
+            quantised = getattr(made.backbone_config, "quantization_config", None)
+            backbone = load_backbone(named, revision_of, dtype, quantised=quantised, **(backbone_kwargs or {}))
         expected = made.backbone_fingerprint
         # the copied layers are overwritten at once, so how they were initialised does not matter here
         init, made.init = made.init, "copy"

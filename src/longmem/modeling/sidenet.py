@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from longmem.modeling.attention import MemoryAttentionOutput, chunk_parts, memor
 from longmem.modeling.backbone import Backbone, BackboneRun
 from longmem.modeling.families import QKV, Call, Family, record_local, side_sources, take_local, want_local
 from longmem.modeling.fusion import fuse, fuse_softmax, local_lse
+from longmem.modeling.placement import check_quantisation, copy_module, is_spread
 from longmem.types import RetrievedMemory, Retriever
 
 
@@ -62,7 +61,10 @@ class SideNet(nn.Module):
                 f"stride ({config.stride}) must not be larger than the backbone's {backbone.num_layers} layers; "
                 f"try {min(2, backbone.num_layers)}"
             )
+        check_quantisation(backbone.model)
         assert config.memory_layer is not None
+        # layers run where their sources do; what passes from one to the next has to follow
+        self.spread = is_spread([*family.layers, *([] if family.final_norm is None else [family.final_norm])])
         self.augmented_layer = min(config.memory_layer // config.stride, len(self.sources) - 1)
         self.layers = nn.ModuleList(
             copy_layer(family.layers[source], family.attention_name, backbone.num_layers + index)
@@ -78,7 +80,8 @@ class SideNet(nn.Module):
         attention = family.attention(self.layers[self.augmented_layer])
         probe = family.probe(self.sources[self.augmented_layer], attention)
         self.reader = MemoryReader(attention, family, config.fusion, probe)
-        self.memory_gate = nn.Parameter(torch.zeros(self.reader.num_heads))
+        place = next(self.layers[self.augmented_layer].parameters()).device
+        self.memory_gate = nn.Parameter(torch.zeros(self.reader.num_heads, device=place))
         self.gradient_checkpointing = False
 
     def forward(
@@ -101,9 +104,11 @@ class SideNet(nn.Module):
         if side.hidden is not None:
             side.hidden.append(hidden)
         for index, (layer, source) in enumerate(zip(self.layers, self.sources, strict=True)):
-            call = run.calls[source].cast(dtype)
+            place = next(layer.parameters()).device if self.spread else None
+            call = run.calls[source].cast(dtype, place)
             ensure_cache(call, backbone.num_layers, self.sources)
-            cross_residual = ends[index].to(dtype) - starts[index].to(dtype)
+            hidden = hidden.to(place)
+            cross_residual = ends[index].to(place, dtype) - starts[index].to(place, dtype)
             reads = retrieve if index == self.augmented_layer else None
             hidden = self._layer(layer, call, hidden, reads, side) + cross_residual
             if side.hidden is not None:
@@ -196,21 +201,6 @@ def copy_layer(layer: nn.Module, attention_name: str, cache_index: int) -> nn.Mo
     if hasattr(attention, "layer_idx"):
         attention.layer_idx = cache_index
     return copied
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
-
-
-def copy_module(module: nn.Module) -> nn.Module:
-    """A deep copy without hooks: those are the backbone's, and so is what they hold on to."""
-    kept = [(part, name, getattr(part, name)) for part in module.modules() for name in _HOOKS]
-    try:
-        for part, name, _ in kept:
-            setattr(part, name, OrderedDict())
-        return copy.deepcopy(module)
-    finally:
-        for part, name, hooks in kept:
-            setattr(part, name, hooks)
 
 
 def override(sidenet: SideNet, activation: str | None, norm_eps: float | None) -> None:

@@ -28,6 +28,7 @@ from longmem.memory.lookahead import Arrival, LookaheadBank
 from longmem.memory.shards import rows_of
 from longmem.modeling.longmem import LongMem
 from longmem.modeling.memtrm import MemTRM
+from longmem.modeling.placement import quantization
 from longmem.training.recipe import Recipe
 from longmem.training.sharding import assign
 from longmem.training.tasks import Scores, StepScores, runs_bf16, set_dropout, storage_dtype, token_losses
@@ -60,6 +61,11 @@ class Adaptation:
         *,
         divided: bool = False,
     ) -> None:
+        if recipe.backbone.device_map is not None and world > 1:
+            raise ConfigError(
+                f"backbone.device_map ({recipe.backbone.device_map!r}) spreads one process over all devices, and there "
+                f"are {world} processes; start one, or leave it away"
+            )
         self.recipe, self.tokenizer, self.valid, self.device = recipe, tokenizer, valid, device
         self.longmem = build_adapted(recipe, device, resident=not divided)
         self.model: nn.Module = self.longmem
@@ -234,6 +240,8 @@ class Adaptation:
         on_gpu_bf16 = runs_bf16(self.recipe.optim.precision, self.device) and self.device.type != "cpu"
         dtype = storage_dtype(side.memory_dtype) or (torch.bfloat16 if on_gpu_bf16 else torch.float32)
         settings: dict[str, Any] = {"dtype": dtype, "device": self.device, "shared": side.shared}
+        if self.recipe.backbone.device_map is not None:
+            del settings["device"]  # where the layer is that searches it
         if isinstance(self.longmem, MemTRM):
             settings["fingerprint"] = None  # its weights change, and what older ones wrote is read all the same
         return settings
@@ -289,7 +297,8 @@ def build_adapted(recipe: Recipe, device: torch.device, *, resident: bool = True
     set_dropout(model.backbone.model if isinstance(model, MemTRM) else model.sidenet, optim.dropout)
     if optim.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    if resident:
+    # what is quantised or spread has been put in its place
+    if resident and recipe.backbone.quantised is None and recipe.backbone.device_map is None:
         model.to(device)  # type: ignore[arg-type]
     return model
 
@@ -299,11 +308,15 @@ def _build_longmem(recipe: Recipe, device: torch.device) -> LongMem:
     assert named.path is not None
     halved = torch.bfloat16 if runs_bf16(recipe.optim.precision, device) and device.type != "cpu" else torch.float32
     settings: dict[str, Any] = {} if side.final_state is None else {"final_state": side.final_state}
+    loading: dict[str, Any] = {} if named.device_map is None else {"device_map": named.device_map}
+    if named.quantised is not None:
+        loading = {"device_map": {"": device}, **loading, "quantization_config": quantization(named.quantised, halved)}
     model = LongMem.from_backbone(
         named.path,
         memory_layer=side.memory_layer,
         revision=named.revision,
         dtype=halved if named.dtype is None else storage_dtype(named.dtype),
+        backbone_kwargs=loading,
         side_dtype=torch.float32,
         stride=side.stride,
         init=side.init,

@@ -109,6 +109,10 @@ class BackboneSection(Section):
     """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     """Of its weights; None: bfloat16 where they are frozen and a GPU computes in it, else float32; auto: as stored."""
+    quantised: Literal["8bit", "4bit"] | None = None
+    """Load a frozen backbone so, with bitsandbytes; the SideNet is copied from what its weights then stand for."""
+    device_map: str | None = None
+    """Spread a frozen backbone over the devices of one process: auto, balanced, sequential. None: it is on one."""
 
 
 class SideNetSection(Section):
@@ -342,6 +346,24 @@ def _contradictions(recipe: Recipe) -> list[str]:
                 tries = f"{below} or {below + chunk}" if below else f"{chunk}"
                 rule = f"must be a multiple of sidenet.chunk_size ({chunk})"
                 found.append(f"sidenet.{name} ({value}) {rule}; try {tries}")
+        if recipe.method == "memtrm":
+            found += [
+                f"backbone.{name} ({value!r}) is for a frozen backbone, and method = 'memtrm' trains it; leave it away"
+                for name, value in (
+                    ("quantised", recipe.backbone.quantised),
+                    ("device_map", recipe.backbone.device_map),
+                )
+                if value is not None
+            ]
+        if optim.parallel == "fsdp":
+            found += [
+                f"backbone.{name} ({value!r}) and optim.parallel = 'fsdp' both divide the backbone; keep one of them"
+                for name, value in (
+                    ("quantised", recipe.backbone.quantised),
+                    ("device_map", recipe.backbone.device_map),
+                )
+                if value is not None
+            ]
         if side.shared and side.boundary == "reset":
             found.append(
                 "sidenet.boundary is 'reset' with sidenet.shared; their rows end at different times, use 'keep'"

@@ -75,6 +75,11 @@ def shard(model: nn.Module, accelerator: Accelerator, compute_dtype: torch.dtype
     trained = {**layerwise, "mp_policy": policy}
     root: Any = model
     side = getattr(root, "sidenet", None)
+    if side is None and hasattr(root, "backbone"):
+        raise ConfigError(
+            f"a {type(root).__name__} trains the layers that write its memory, which FSDP2 cannot divide here; "
+            "set optim.parallel = 'ddp', and launch without FSDP"
+        )
     if side is None:
         memtrm = getattr(root, "backbone", None)
         for layer in Family.of(root if memtrm is None else memtrm.model).layers:

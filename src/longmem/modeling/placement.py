@@ -1,0 +1,163 @@
+"""Where a backbone's weights are, and real, trainable copies of its modules wherever that is.
+
+A backbone may be spread over devices (``device_map``), keep its weights elsewhere until they are needed (accelerate's
+offload, where the parameters themselves are empty) or hold them in 4 or 8 bits (bitsandbytes). A SideNet layer is an
+ordinary module in a trainable dtype, on the device where its source layer runs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.utils.import_utils import is_bitsandbytes_available
+
+from longmem.errors import BackboneError
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+# what accelerate writes onto a module whose inputs or weights it moves
+_MOVED = ("_hf_hook", "_old_forward", "forward")
+_QUANTISED = ("Linear4bit", "Linear8bitLt")
+
+
+def quantization(bits: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How to load a frozen backbone in ``4bit`` (NF4, doubly quantised) or ``8bit`` (LLM.int8).
+
+    Raises:
+        BackboneError: bitsandbytes is not installed.
+    """
+    check_bitsandbytes()
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def check_bitsandbytes(method: str = "bitsandbytes") -> None:
+    """Refuse to quantise where bitsandbytes is asked for and not there.
+
+    Raises:
+        BackboneError: it is not installed.
+    """
+    if method.endswith("bitsandbytes") and not is_bitsandbytes_available():
+        raise BackboneError(
+            "the backbone is to be quantised by bitsandbytes, which is not installed; "
+            "pip install 'longmem-lm[quantised]', or load it unquantised"
+        )
+
+
+def check_quantisation(model: PreTrainedModel) -> None:
+    """Refuse a backbone whose weights cannot be copied.
+
+    Raises:
+        BackboneError: it is quantised, and not by bitsandbytes.
+    """
+    method = getattr(model, "quantization_method", None)
+    if method is not None and str(getattr(method, "value", method)) != "bitsandbytes":
+        raise BackboneError(
+            f"the backbone is quantised by {getattr(method, 'value', method)}, whose layers cannot be copied into a "
+            "SideNet; load it unquantised, or quantised by bitsandbytes"
+        )
+
+
+def place_of(module: nn.Module) -> torch.device:
+    """The device on which a module runs."""
+    for part in module.modules():
+        for hook in _accelerate_hooks(part):
+            if getattr(hook, "execution_device", None) is not None:
+                return torch.device(hook.execution_device)
+        for tensor in part._parameters.values():
+            if tensor is not None:
+                return tensor.device
+    return torch.device("cpu")
+
+
+def is_spread(modules: Iterable[nn.Module]) -> bool:
+    """Whether these modules run on several devices."""
+    return len({place_of(module) for module in modules}) > 1
+
+
+def copy_module(module: nn.Module) -> nn.Module:
+    """A deep copy with real, floating weights, on the device where the module runs; hooks stay behind."""
+    with _present(module.modules()):
+        saved = [(part, {name: part.__dict__.get(name) for name in (*_HOOKS, *_MOVED)}) for part in module.modules()]
+        try:
+            for part, _ in saved:
+                part.__dict__.update({name: OrderedDict() for name in _HOOKS})
+                for name in _MOVED:
+                    part.__dict__.pop(name, None)
+            copied = copy.deepcopy(module)
+        finally:
+            for part, attributes in saved:
+                part.__dict__.update({name: value for name, value in attributes.items() if value is not None})
+    return _dequantised(copied).to(place_of(module))
+
+
+def real_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter with its values, shared ones once; what is kept elsewhere is fetched, a module at a time."""
+    tied, seen = set(getattr(model, "all_tied_weights_keys", None) or ()), set()
+    for path, part in model.named_modules():
+        fetched = _keeps_elsewhere(part)
+        with _present([part]):
+            for short, parameter in part._parameters.items():
+                name = f"{path}.{short}" if path else short
+                # fetched twice, a shared parameter is two objects, which are gone again by the next
+                if parameter is None or (name in tied if fetched else id(parameter) in seen):
+                    continue
+                if not fetched:
+                    seen.add(id(parameter))
+                yield name, parameter.detach()
+
+
+@contextmanager
+def _present(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """While open, weights of these modules that are kept elsewhere are where the modules run."""
+    fetched: list[Any] = [part for part in parts if _keeps_elsewhere(part)]
+    for part in fetched:
+        part._hf_hook.pre_forward(part)
+    try:
+        yield
+    finally:
+        for part in fetched:
+            part._hf_hook.post_forward(part, None)
+
+
+def _keeps_elsewhere(part: nn.Module) -> bool:
+    return any(getattr(hook, "offload", False) for hook in _accelerate_hooks(part))
+
+
+def _accelerate_hooks(part: nn.Module) -> list[Any]:
+    hook = part.__dict__.get("_hf_hook")
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def _dequantised(module: nn.Module) -> nn.Module:
+    """With ordinary linear layers in place of quantised ones, holding what those stand for."""
+    if type(module).__name__ in _QUANTISED:
+        return _linear(module)
+    for name, child in module.named_children():
+        setattr(module, name, _dequantised(child))
+    return module
+
+
+@torch.no_grad()
+def _linear(quantised: Any) -> nn.Linear:
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    weight = dequantize_bnb_weight(quantised.weight, getattr(quantised, "state", None))
+    bias = quantised.bias
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    plain.weight.copy_(weight)
+    if bias is not None:
+        plain.bias.copy_(bias)
+    return plain

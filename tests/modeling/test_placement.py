@@ -1,0 +1,197 @@
+"""Backbones that are spread over devices, kept elsewhere until needed, or quantised."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from tests.family_table import FAMILIES, V, make_backbone
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from longmem import LongMem, MemoryBank
+from longmem.errors import BackboneError
+from longmem.modeling import backbone as backbone_module
+from longmem.modeling.families import Family
+from longmem.modeling.placement import check_quantisation, place_of, quantization
+
+SETTINGS = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64, "memory_layer": 1}
+CPU = torch.device("cpu")
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: pip install bitsandbytes"
+)
+
+
+def ids(seed: int = 0) -> Tensor:
+    return torch.randint(3, V, (2, 12), generator=torch.Generator().manual_seed(seed))
+
+
+def filled(model: LongMem) -> MemoryBank:
+    bank = MemoryBank.for_model(model, rows=2)
+    bank.add(model.encode(ids(seed=1)))
+    return bank
+
+
+# kept elsewhere until they are needed
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "alibi_gpt", "gemma2", "bloom", "falcon-alibi"])
+def test_an_offloaded_backbone_gives_the_same_model(family: str) -> None:
+    plain = LongMem.from_backbone(make_backbone(family), **SETTINGS).eval()
+    backbone = make_backbone(family)
+    cpu_offload(backbone, execution_device=CPU)
+    model = LongMem.from_backbone(backbone, **SETTINGS).eval()
+    assert all(parameter.is_meta for parameter in backbone.parameters())
+    assert (model.device, model.memory_device) == (CPU, CPU)
+    assert not any(parameter.is_meta for parameter in model.trainable_parameters())
+    assert model.fingerprint == plain.fingerprint
+    assert torch.equal(model(ids(), memory=filled(model)).logits, plain(ids(), memory=filled(plain)).logits)
+
+
+def test_an_offloaded_backbone_is_trained_over() -> None:
+    gradients = []
+    for offload in (False, True):
+        backbone = make_backbone("llama")
+        if offload:
+            cpu_offload(backbone, execution_device=CPU)
+        model = LongMem.from_backbone(backbone, **SETTINGS).train()
+        model.gradient_checkpointing_enable()
+        model(ids(), labels=ids(), memory=filled(model)).loss.backward()
+        gradients.append([parameter.grad for parameter in model.trainable_parameters()])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*gradients, strict=True))
+
+
+def test_weights_on_disk_are_copied_too(tmp_path: Path) -> None:
+    backbone = make_backbone("llama")
+    plain = LongMem.from_backbone(make_backbone("llama"), **SETTINGS).eval()
+    disk_offload(backbone, str(tmp_path), execution_device=CPU)
+    model = LongMem.from_backbone(backbone, **SETTINGS).eval()
+    assert model.fingerprint == plain.fingerprint
+    assert torch.equal(model(ids()).logits, plain(ids()).logits)
+
+
+# spread over devices: "meta" stands for the second one, so that shapes and devices are tested, but no values
+
+
+def spread(family: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> LongMem:
+    monkeypatch.setattr(backbone_module, "fingerprint_of", lambda model, weights=None: "0" * 16)
+    backbone = make_backbone(family)
+    parts = Family.of(backbone)
+    for module in (*parts.layers[2:], parts.final_norm, backbone.get_output_embeddings()):
+        if module is not None:
+            add_hook_to_module(module, AlignDevicesHook(execution_device="meta", place_submodules=True))
+    return LongMem.from_backbone(backbone, **{**SETTINGS, **settings})
+
+
+# a mixture of experts multiplies in groups, which the meta device does in bf16 only
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "mixtral"])
+def test_a_side_layer_runs_where_its_source_layer_does(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = spread(family, monkeypatch)
+    assert [place_of(layer).type for layer in model.sidenet.layers] == ["cpu", "meta"]
+    assert (model.device, model.memory_device) == (CPU, CPU)
+    out = model(ids(), memory=filled(model))
+    assert (out.logits.device.type, out.logits.shape) == ("meta", (2, 12, V))
+    assert out.kv is not None and out.kv.keys.device == CPU
+
+
+def test_one_softmax_over_spread_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = spread("llama", monkeypatch, fusion="softmax", final_state="normed")
+    assert model(ids(), memory=filled(model)).logits.device.type == "meta"
+
+
+def test_memory_is_searched_where_the_reading_layer_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = spread("llama", monkeypatch, memory_layer=3)
+    assert model.memory_device.type == "meta"
+    assert MemoryBank.for_model(model, rows=2).device.type == "meta"
+
+
+# quantised
+
+
+@pytest.fixture(params=["4bit", "8bit"])
+def bits(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A backbone wide enough that quantisation is what it is in large ones, on disk."""
+    make_backbone("llama").save_pretrained(tmp_path / "backbone")
+    return tmp_path / "backbone"
+
+
+def quantised(saved: Path, bits: str) -> PreTrainedModel:
+    config = quantization(bits, torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        saved, quantization_config=config, device_map={"": "cpu"}
+    )
+    return model
+
+
+@needs_bitsandbytes
+def test_side_layers_are_copied_from_what_quantised_weights_stand_for(bits: str, saved: Path) -> None:
+    backbone = quantised(saved, bits)
+    model = LongMem.from_backbone(backbone, side_dtype=torch.float32, **SETTINGS)
+    original = make_backbone("llama")
+    for layer, source in zip(model.sidenet.layers, model.sidenet.sources, strict=True):
+        projection, coarse = layer.self_attn.q_proj, backbone.model.layers[source].self_attn.q_proj
+        assert type(projection) is nn.Linear and projection.weight.dtype == torch.float32
+        assert type(coarse) is not nn.Linear
+        fine = original.model.layers[source].self_attn.q_proj.weight
+        assert 0 < ((projection.weight - fine).norm() / fine.norm()).item() < (0.15 if bits == "4bit" else 0.02)
+        # the same product, by the plain weights and by the kernel that knows the coarse ones
+        hidden = torch.randn(5, 32)
+        torch.testing.assert_close(projection(hidden), coarse(hidden).float(), atol=0.03, rtol=0.03)
+
+
+@needs_bitsandbytes
+def test_a_sidenet_is_trained_over_a_quantised_backbone(bits: str, saved: Path) -> None:
+    model = LongMem.from_backbone(quantised(saved, bits), side_dtype=torch.float32, **SETTINGS).train()
+    frozen = {name: parameter.clone() for name, parameter in model.backbone.named_parameters()}
+    optimiser = torch.optim.Adam(model.trainable_parameters(), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model(ids(), labels=ids(), memory=filled(model)).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.2
+    assert all(name.startswith("sidenet.") for name in model.trainable_parameter_names())
+    assert all(torch.equal(frozen[name], parameter) for name, parameter in model.backbone.named_parameters())
+
+
+@needs_bitsandbytes
+def test_a_sidenet_is_loaded_over_the_backbone_quantised_as_it_was(bits: str, saved: Path, tmp_path: Path) -> None:
+    config = quantization(bits, torch.float32)
+    loading = {"quantization_config": config, "device_map": {"": "cpu"}}
+    model = LongMem.from_backbone(saved, backbone_kwargs=loading, side_dtype=torch.float32, **SETTINGS).eval()
+    model.save_pretrained(tmp_path / "side")
+    loaded = LongMem.from_pretrained(tmp_path / "side", backbone_kwargs={"device_map": {"": "cpu"}})
+    assert loaded.fingerprint == model.fingerprint != LongMem.from_backbone(saved, **SETTINGS).fingerprint
+    assert torch.equal(loaded(ids(), memory=filled(loaded)).logits, model(ids(), memory=filled(model)).logits)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_without_bitsandbytes_one_line_says_so(bits: str, saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackboneError, match=r"by bitsandbytes, which is not installed; pip install 'longmem-lm\[quant"):
+        quantization(bits, torch.float32)
+    model = LongMem.from_backbone(saved, **SETTINGS)
+    model.save_pretrained(tmp_path / "side")
+    config = (tmp_path / "side" / "config.json").read_text()
+    marked = '"backbone_config": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": true},'
+    (tmp_path / "side" / "config.json").write_text(config.replace('"backbone_config": {', marked))
+    with pytest.raises(BackboneError, match="which is not installed"):
+        LongMem.from_pretrained(tmp_path / "side")
+
+
+def test_what_others_have_quantised_is_refused() -> None:
+    backbone = make_backbone("llama")
+    backbone.quantization_method = "gptq"  # type: ignore[assignment]
+    with pytest.raises(BackboneError, match="quantised by gptq, whose layers cannot be copied"):
+        check_quantisation(backbone)
