@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -65,6 +66,28 @@ def test_another_process_that_writes_is_named(folder: Path) -> None:
         writer.kill()
     with open_small(folder) as store:  # a killed writer holds nothing
         assert store.namespaces() == ["alice", "bob"]
+
+
+def test_a_forked_child_neither_writes_nor_keeps_the_lock(folder: Path) -> None:
+    store = open_small(folder)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        try:
+            store.forget("alice", everything=True)
+        except StoreError as error:
+            os.write(write, str(error).encode())
+        finally:
+            signal.pause()
+    said = os.read(read, 1000).decode()
+    store.close()
+    try:
+        with open_small(folder) as other:  # while the child lives
+            assert other.namespaces() == ["alice", "bob"]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert "opened before this process was forked" in said
 
 
 def test_the_lock_file_says_who_wrote_last(folder: Path) -> None:

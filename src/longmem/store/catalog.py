@@ -471,6 +471,10 @@ class Catalog:
         if self._write is None:
             reason = "was opened to read; open it with mode='write'" if self._read is not None else "was closed"
             raise StoreError(f"{self.folder}: the store {reason}")
+        if self._lock is not None and not self._lock.held:
+            raise StoreError(
+                f"{self.folder}: the store was opened before this process was forked; open it again in here"
+            )
         return self._write
 
 

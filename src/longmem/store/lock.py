@@ -16,6 +16,7 @@ import zlib
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from weakref import WeakSet
 
 from longmem.errors import StoreLocked
 from longmem.store.durable import failpoint, file_errors
@@ -43,6 +44,18 @@ class Holder:
     commits: int
 
 
+_locks: WeakSet[WriterLock] = WeakSet()
+
+
+def _let_go_in_child() -> None:
+    """A forked child must not keep the lock of its parent beyond the parent's end."""
+    for lock in list(_locks):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
+
 class WriterLock:
     """The right to write, until ``release`` or the end of the process."""
 
@@ -50,6 +63,12 @@ class WriterLock:
         self._handle = handle
         self._path = path
         self.holder = holder
+        _locks.add(self)
+
+    @property
+    def held(self) -> bool:
+        """Whether this process may write; a forked child of it may not."""
+        return self._handle >= 0
 
     @classmethod
     def acquire(cls, folder: Path) -> WriterLock:
