@@ -15,12 +15,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.family_table import FAMILIES, V, make_backbone
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from longmem import LongMem, MemoryBank, MemTRM, MemTRMConfig, TrainingFree, TrainingFreeConfig
-from longmem.errors import BackboneError, CheckpointError, ConfigError, LongMemError, MemoryBankError
+from longmem import (
+    AlibiGPTConfig,
+    AlibiGPTForCausalLM,
+    LongMem,
+    MemoryBank,
+    MemTRM,
+    MemTRMConfig,
+    TrainingFree,
+    TrainingFreeConfig,
+)
+from longmem.errors import BackboneError, CheckpointError, ConfigError, LongMemError, MemoryBankError, StoreError
+from longmem.memory.session import SessionMemory
 from longmem.modeling.augmented import AugmentedLM
 from longmem.modeling.families import Call, Family
+from longmem.store import MemoryStore
 
 SETTINGS: dict[str, Any] = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
 SOFTMAX = [name for name in FAMILIES if not name.startswith(("bloom", "mpt", "falcon", "gptj"))]
@@ -274,6 +285,19 @@ def test_cached_generation_equals_uncached_and_padded_equals_alone(model: Augmen
     assert torch.equal(beams, plain)
 
 
+def test_text_that_leaves_the_window_moves_to_memory(model: AugmentedLM) -> None:
+    """Prompt and continuation longer than the window; with a cache, without, and in two calls over one session."""
+    bank, prompt = filled(model, ids(1, seed=1)), ids(1, 20)
+    settings: dict[str, Any] = {"window": 16, "window_move": 8, "do_sample": False, "pad_token_id": 0}
+    settings |= {"max_new_tokens": 12, "eos_token_id": None}
+    whole = model.generate(prompt, memory=bank, **settings)
+    assert torch.equal(whole, model.generate(prompt, memory=bank, use_cache=False, **settings))
+    session = SessionMemory.for_model(model, base=bank, rows=1, capacity_tokens=64)
+    assert torch.equal(whole, model.generate(prompt, memory=session, **settings))
+    assert session.bank.tokens.item() >= 16
+    assert bank.tokens.item() == 12, "the caller's memory is only read"
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", SOFTMAX)
 @pytest.mark.parametrize("made", [MemTRM, TrainingFree])
@@ -304,6 +328,38 @@ def test_training_free_reads_the_bank_of_a_longmem_over_the_same_backbone() -> N
     before = side(ids(), memory=bank).logits
     assert torch.equal(free(ids(), memory=bank).logits, free(ids(), memory=filled(free, ids(seed=1))).logits)
     assert torch.equal(side(ids(), memory=bank).logits, before)
+
+
+@torch.no_grad()
+def test_a_store_of_theirs_is_a_bank_and_a_training_free_model_reads_that_of_a_longmem(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config = AlibiGPTConfig(vocab_size=260, hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
+    torch.manual_seed(0)
+    backbone = AlibiGPTForCausalLM(config).eval()
+    side = LongMem.from_backbone(backbone, **SETTINGS).eval()
+    free = TrainingFree.from_backbone(backbone, gate=0.5, **SETTINGS)
+    coupled = trained(AlibiGPTForCausalLM(config))
+    text = "The key lies under the seventh stone. " * 3
+    for name, writer in (("side", side), ("coupled", coupled)):
+        with MemoryStore.open(
+            tmp_path / name, model=writer, tokenizer=byte_tokenizer, segment_tokens=32, dtype="float32"
+        ) as store:
+            store.add_document("ada", text, name="stones")
+    query = torch.tensor([byte_tokenizer("The key lies")["input_ids"]])
+    for name, reader in (("side", free), ("coupled", coupled)):
+        with MemoryStore.open(tmp_path / name, model=reader, tokenizer=byte_tokenizer, mode="read") as store:
+            kept = store.bank("ada")
+            in_memory = MemoryBank.for_model(reader, rows=1, capacity_tokens=128)
+            tokens = torch.tensor(byte_tokenizer(text)["input_ids"])
+            for segment in tokens.split(32):
+                in_memory.add(reader.encode(segment[None]))
+            in_memory.end_document()
+            found = reader(query, memory=kept).logits
+            torch.testing.assert_close(found, reader(query, memory=in_memory).logits, atol=1e-6, rtol=0)
+            assert (found - reader(query).logits).abs().max() > 1e-6
+    with pytest.raises(StoreError, match=coupled.fingerprint):
+        MemoryStore.open(tmp_path / "side", model=coupled, tokenizer=byte_tokenizer, mode="read")
 
 
 @torch.no_grad()
@@ -358,20 +414,31 @@ def test_training_gives_a_memtrm_another_fingerprint_and_its_old_banks_are_refus
             parameter += 0.01
     model.eval()
     assert model.config.start_fingerprint == start != model.fingerprint
+    assert model.fingerprint == model.backbone.fingerprint()
     with pytest.raises(MemoryBankError) as problem:
         model(ids(), memory=bank)
     assert start in line(problem) and model.fingerprint in line(problem) and "write the text again" in line(problem)
 
 
 def test_a_trained_memtrm_keeps_where_it_started_from(tmp_path: Path) -> None:
-    backbone = make_backbone("llama")
-    start = LongMem.from_backbone(backbone).fingerprint
-    model = trained(backbone)
-    model.save_pretrained(tmp_path)
-    loaded = MemTRM.from_pretrained(tmp_path)
-    assert (loaded.config.start_fingerprint, loaded.fingerprint) == (start, model.fingerprint)
-    loaded.save_pretrained(tmp_path)
-    assert MemTRM.from_pretrained(tmp_path).fingerprint == model.fingerprint
+    make_backbone("llama").save_pretrained(tmp_path / "start")
+    start = LongMem.from_backbone(tmp_path / "start").fingerprint
+    model = MemTRM.from_backbone(tmp_path / "start", **SETTINGS).train()
+    with torch.no_grad():
+        model.memory_gate += 1
+        for parameter in model.backbone.parameters():
+            parameter += 0.01
+    model.eval().save_pretrained(tmp_path / "model")
+    for _ in range(2):
+        loaded = MemTRM.from_pretrained(tmp_path / "model")
+        assert (loaded.config.start_name_or_path, loaded.config.start_fingerprint) == (str(tmp_path / "start"), start)
+        assert loaded.fingerprint == model.fingerprint != start
+        torch.testing.assert_close(loaded.memory_share, torch.full((4,), 1.0).sigmoid())
+        # what its memory belongs to is what was trained, and lies beside its settings
+        assert loaded.config.backbone_name_or_path == "backbone"
+        free = TrainingFree.from_backbone(tmp_path / "model" / "backbone", **SETTINGS)
+        assert free.fingerprint == loaded.fingerprint
+        loaded.save_pretrained(tmp_path / "model")
 
 
 @pytest.mark.parametrize("made", [MemTRM, TrainingFree])

@@ -63,7 +63,7 @@ def test_it_learns_and_its_final_folder_loads_by_itself(memtrm: Make, backbone_d
     start = AlibiGPTForCausalLM.from_pretrained(backbone_dir)
     assert model.config.start_fingerprint == fingerprint_of(start) != model.fingerprint
     assert (model.memory_layer, model.config.num_retrieved) == (1, 8)
-    named = str(model.config.backbone_name_or_path)
+    named = str(model.config.start_name_or_path)
     assert (result.model_dir / named).resolve() == backbone_dir.resolve(), "so that both can move"
     assert len(AutoTokenizer.from_pretrained(result.model_dir)) == 260
     assert isinstance(AutoModelForCausalLM.from_pretrained(result.model_dir / "backbone"), AlibiGPTForCausalLM)
