@@ -87,8 +87,9 @@ def recipe() -> str:
         and isinstance(node.annotation, ast.Name)
         and isinstance(node.target, ast.Name)
     }
-    parts = [f'{NOTE}# Settings of a recipe\n\n`task` is `"pretrain"` or `"adapt"`, `method` of adaptation is `"longmem"` '
-        'or `"memtrm"`; everything else has a default.\n'
+    parts = [
+        f'{NOTE}# Settings of a recipe\n\n`task` is `"pretrain"` or `"adapt"`, `method` of adaptation is `"longmem"` or '
+        '`"memtrm"`; everything else has a default.\n'
     ]
     for name, node in classes.items():
         doc = (ast.get_docstring(node) or "").replace("``", "`")
