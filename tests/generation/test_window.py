@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from longmem import ConfigError, LongMem, MemoryBank, MemoryBankError
 from longmem.config import LongMemGenerationConfig
-from longmem.generation import read
+from longmem.generation import read, remember
 from longmem.memory.session import SessionMemory
 from longmem.types import AttentionKV
 
@@ -103,6 +103,21 @@ def test_generating_in_two_calls_with_a_session_is_generating_in_one(llama: Long
     assert [len(session.followed(row)) for row in range(2)] == [30, 30]
     assert torch.equal(session.followed(1), whole[1, :30])
     assert session.provenance(0, 3).start_token == 6
+
+
+def test_the_rest_of_a_text_can_be_remembered_and_the_text_gone_on_with(llama: LongMem) -> None:
+    session = SessionMemory.for_model(llama)
+    settings = {**WINDOW, **GREEDY, "pad_token_id": None}
+    text = llama.generate(ids(1, 20), memory=session, max_new_tokens=5, **settings)
+    assert session.tokens.tolist() == [12]
+    assert remember(llama, session, text[0]) == 13 and session.tokens.tolist() == [25]
+    assert remember(llama, session, text[0]) == 0 and session.tokens.tolist() == [25]
+    longer = torch.cat((text, ids(1, 20, seed=5)), dim=1)
+    llama.generate(longer, memory=session, max_new_tokens=1, **settings)
+    assert session.tokens.tolist() == [37] and torch.equal(session.followed(0), longer[0, :37])
+    origins = [session.provenance(0, chunk) for chunk in range(int(session.bank.chunks[0]))]
+    assert [(each.start_token, each.length) for each in origins[11:15]] == [(22, 2), (24, 1), (25, 2), (27, 2)]
+    assert remember(llama, session, ids(1, 9, seed=6)[0]) == 9 and len(session.followed(0)) == 9
 
 
 def test_another_text_in_the_same_session_begins_anew_and_finds_the_first(llama: LongMem) -> None:

@@ -138,7 +138,8 @@ def remember(
 ) -> int:
     """Write the rest of a text to its session: what ``generate`` has left in the local window.
 
-    With it the session holds the whole text, and a session over a store can be committed as a whole.
+    With it the session holds the whole text, and a session over a store can be committed as a whole. ``generate`` may
+    go on with the text afterwards; its window then begins with what is new.
 
     Args:
         model: a LongMem.
@@ -151,13 +152,14 @@ def remember(
     Returns:
         how many tokens were written.
     """
-    known = session.followed(row)
+    known, only = session.followed(row), torch.tensor([row])
     if not torch.equal(known, ids[: len(known)].cpu()):
-        session.end_document(torch.tensor([row]))
+        session.end_document(only)
         known = known[:0]
     pieces = cut(ids, len(known), len(ids), _segment(model, segment, overlap), overlap, row)
     written = max(write(model, session, pieces, THIS_TEXT), default=0)
-    session.follow(row, ids[len(known) :])
+    session.end_document(only)  # so that its last tokens are found, too
+    session.follow(row, ids)
     return written
 
 
