@@ -87,10 +87,8 @@ def recipe() -> str:
         and isinstance(node.annotation, ast.Name)
         and isinstance(node.target, ast.Name)
     }
-    parts = [
-        f'{NOTE}# Settings of a recipe\n\n`task` is `"pretrain"` or `"adapt"`, `method` of adaptation is `"longmem"` or '
-        '`"memtrm"`; everything else has a default.\n'
-    ]
+    choices = '`task` is `"pretrain"` or `"adapt"`, `method` of adaptation is `"longmem"` or `"memtrm"`'
+    parts = [f"{NOTE}# Settings of a recipe\n\n{choices}; everything else has a default.\n"]
     for name, node in classes.items():
         doc = (ast.get_docstring(node) or "").replace("``", "`")
         parts.append(f"## [{sections[name]}]\n\n{doc}\n\n| setting | default | |\n|---|---|---|")
