@@ -22,6 +22,7 @@ from longmem.modeling.explain import Explanation
 from longmem.modeling.generating import MemoryGenerationMixin
 from longmem.modeling.loading import default_memory_layer, load_backbone
 from longmem.modeling.output import LongMemOutput, padding_of
+from longmem.modeling.placement import place_of
 from longmem.modeling.retrieving import retriever
 from longmem.modeling.sidenet import MemoryReader, SideRun
 from longmem.types import AttentionKV, Memory
@@ -73,7 +74,7 @@ class AugmentedLM(PreTrainedModel, MemoryGenerationMixin):
     def gate_logits(self) -> Tensor:
         """(H,) logits of the shares in the config, infinite at 0 and 1."""
         shares = torch.tensor(self.config.gates, dtype=torch.float64).expand(self.num_heads)
-        return torch.logit(shares).float().to(self.backbone.model.device)
+        return torch.logit(shares).float().to(place_of(self.backbone.family.layers[self.memory_layer]))
 
     # -- what it is made of ------------------------------------------------------------------------------------------
 
@@ -81,6 +82,21 @@ class AugmentedLM(PreTrainedModel, MemoryGenerationMixin):
     def fingerprint(self) -> str:
         """Of the weights that run; a bank written by others is refused."""
         return cast(str, self.config.backbone_fingerprint)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.backbone.device
+
+    @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """Where accelerate put the backbone's parts; there is none where it did not."""
+        return cast("dict[str, Any]", self.backbone.model.hf_device_map)
+
+    @property
+    def memory_device(self) -> torch.device:
+        """Where memory is searched: the device of the memory layer."""
+        return self.memory_gate.device
 
     @property
     def memory_layer(self) -> int:

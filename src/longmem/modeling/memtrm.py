@@ -43,7 +43,8 @@ class MemTRM(AugmentedLM):
         backbone: what training starts from; it is changed.
 
     Raises:
-        BackboneError: if the backbone or the memory layer cannot be used.
+        BackboneError: if the backbone or the memory layer cannot be used, or the backbone cannot be trained because it
+            is quantised or its weights are kept elsewhere.
     """
 
     config_class = MemTRMConfig
@@ -51,6 +52,8 @@ class MemTRM(AugmentedLM):
     frozen: ClassVar[bool] = False
 
     def __init__(self, config: MemTRMConfig, backbone: PreTrainedModel | None = None) -> None:
+        if backbone is not None:
+            _check_trainable(backbone)
         super().__init__(config, backbone)
         self.memory_gate = nn.Parameter(self.gate_logits().to(self.backbone.model.dtype))
         self._trained_since = False
@@ -180,6 +183,20 @@ class MemTRM(AugmentedLM):
             model.memory_gate.copy_(gate)
         model.load_generation_config(folder)
         return model
+
+
+def _check_trainable(backbone: PreTrainedModel) -> None:
+    method = getattr(backbone, "quantization_method", None)
+    if method is not None:
+        raise BackboneError(
+            f"MemTRM trains the backbone itself, and this one is quantised by {getattr(method, 'value', method)}; "
+            "load it unquantised"
+        )
+    if any(parameter.is_meta for parameter in backbone.parameters()):
+        raise BackboneError(
+            "MemTRM trains the backbone itself, and the weights of this one are kept elsewhere until they are needed; "
+            "load it onto its devices"
+        )
 
 
 AutoConfig.register("memtrm", MemTRMConfig, exist_ok=True)

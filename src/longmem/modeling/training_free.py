@@ -81,7 +81,8 @@ class TrainingFree(AugmentedLM):
         if not isinstance(backbone, PreTrainedModel):
             named = named_backbone(made.backbone_name_or_path, folder) if backbone is None else str(backbone)
             revision_of = made.backbone_revision if backbone is None else None
-            backbone = load_backbone(named, revision_of, dtype, **(backbone_kwargs or {}))
+            quantised = getattr(made.backbone_config, "quantization_config", None)
+            backbone = load_backbone(named, revision_of, dtype, quantised=quantised, **(backbone_kwargs or {}))
         model = cls(made, backbone)
         expected = made.backbone_fingerprint
         if expected is not None and model.fingerprint != expected:
