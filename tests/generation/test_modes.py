@@ -98,6 +98,17 @@ def test_rows_of_a_bank_a_list_of_banks_and_each_prompt_alone_agree(llama: LongM
     assert not torch.equal(without, alone[1])
 
 
+def test_rows_as_a_list_prompts_read_in_parts_and_no_prompt_at_all(llama: LongMem) -> None:
+    bank = bank_of(llama, rows=3)
+    both = {"memory": bank, "memory_rows": [2, 0], "num_beams": 2}
+    beams = llama.generate(ids(2, 6), **both, **GREEDY)
+    assert torch.equal(llama.generate(ids(2, 6), **{**both, "memory_rows": torch.tensor([2, 0])}, **GREEDY), beams)
+    plain = llama.generate(ids(3, 9), memory=bank, **GREEDY)
+    assert torch.equal(llama.generate(ids(3, 9), memory=bank, prefill_chunk_size=4, **GREEDY), plain)
+    begun = llama.generate(memory=bank_of(llama), bos_token_id=1, **GREEDY)
+    assert torch.equal(begun, llama.generate(torch.tensor([[1]]), memory=bank_of(llama), **GREEDY))
+
+
 def test_one_bank_of_one_row_serves_every_prompt(llama: LongMem) -> None:
     bank = bank_of(llama)
     together = llama.generate(ids(3, 6), memory=bank, **GREEDY)

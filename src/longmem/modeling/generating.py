@@ -68,7 +68,7 @@ class MemoryGenerationMixin(GenerationMixin):
         inputs: Tensor | None = None,
         *args: Any,
         memory: Memory | Sequence[Memory | None] | None = None,
-        memory_rows: Tensor | None = None,
+        memory_rows: Tensor | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Continue the prompts (B, T), reading memory.
@@ -92,7 +92,9 @@ class MemoryGenerationMixin(GenerationMixin):
         if not isinstance(self.generation_config, LongMemGenerationConfig):
             self.generation_config = LongMemGenerationConfig.over(self.generation_config)
         searched = as_memory(memory)
-        if searched is not None and memory_rows is None:
+        if memory_rows is not None:
+            memory_rows = torch.as_tensor(memory_rows)
+        elif searched is not None:
             memory_rows = rows_for(searched, _batch(inputs, kwargs))
         return super().generate(inputs, *args, memory=searched, memory_rows=memory_rows, **kwargs)  # type: ignore[misc]
 
