@@ -14,7 +14,7 @@ from tests.family_table import FAMILIES, V, make_backbone
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from longmem import LongMem, MemoryBank
+from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
 from longmem.errors import BackboneError
 from longmem.modeling import backbone as backbone_module
 from longmem.modeling.families import Family
@@ -31,7 +31,7 @@ def ids(seed: int = 0) -> Tensor:
     return torch.randint(3, V, (2, 12), generator=torch.Generator().manual_seed(seed))
 
 
-def filled(model: LongMem) -> MemoryBank:
+def filled(model: LongMem | TrainingFree) -> MemoryBank:
     bank = MemoryBank.for_model(model, rows=2)
     bank.add(model.encode(ids(seed=1)))
     return bank
@@ -195,3 +195,45 @@ def test_what_others_have_quantised_is_refused() -> None:
     backbone.quantization_method = "gptq"  # type: ignore[assignment]
     with pytest.raises(BackboneError, match="quantised by gptq, whose layers cannot be copied"):
         check_quantisation(backbone)
+
+
+# the baselines whose own layer reads memory
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "alibi_gpt", "gemma2", "bloom", "falcon-alibi"])
+def test_training_free_over_an_offloaded_backbone_is_the_same_model(family: str) -> None:
+    plain = TrainingFree.from_backbone(make_backbone(family), **SETTINGS)
+    backbone = make_backbone(family)
+    cpu_offload(backbone, execution_device=CPU)
+    model = TrainingFree.from_backbone(backbone, **SETTINGS)
+    assert (model.device, model.memory_device, model.fingerprint) == (CPU, CPU, plain.fingerprint)
+    assert torch.equal(model(ids(), memory=filled(model)).logits, plain(ids(), memory=filled(plain)).logits)
+
+
+def test_training_free_searches_where_the_memory_layer_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for layer, place in ((1, "cpu"), (3, "meta")):
+        model = TrainingFree.from_backbone(spread("llama", monkeypatch).backbone.model, memory_layer=layer)
+        assert model.memory_device.type == MemoryBank.for_model(model).device.type == place
+
+
+@needs_bitsandbytes
+def test_training_free_reads_over_a_quantised_backbone(bits: str, saved: Path, tmp_path: Path) -> None:
+    loading = {"quantization_config": quantization(bits, torch.float32), "device_map": {"": "cpu"}}
+    model = TrainingFree.from_backbone(saved, backbone_kwargs=loading, **SETTINGS)
+    model.save_pretrained(tmp_path / "free")
+    loaded = TrainingFree.from_pretrained(tmp_path / "free", backbone_kwargs={"device_map": {"": "cpu"}})
+    assert loaded.fingerprint == model.fingerprint
+    found = model(ids(), memory=filled(model)).logits
+    assert torch.equal(loaded(ids(), memory=filled(loaded)).logits, found)
+    assert not torch.equal(model(ids()).logits, found)
+
+
+def test_a_memtrm_refuses_a_backbone_that_it_cannot_train() -> None:
+    backbone = make_backbone("llama")
+    cpu_offload(backbone, execution_device=CPU)
+    with pytest.raises(BackboneError, match="the weights of this one are kept elsewhere"):
+        MemTRM.from_backbone(backbone)
+    backbone = make_backbone("llama")
+    backbone.quantization_method = "gptq"  # type: ignore[assignment]
+    with pytest.raises(BackboneError, match="trains the backbone itself, and this one is quantised by gptq; load it"):
+        MemTRM.from_backbone(backbone)
