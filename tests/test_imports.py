@@ -83,7 +83,7 @@ def test_no_two_parts_import_each_other() -> None:
 
 @pytest.mark.parametrize("heavy", ["torch", "transformers", "matplotlib"])
 def test_the_command_line_imports_heavy_packages_only_inside_functions(heavy: str) -> None:
-    for path in (PACKAGE / "cli").glob("*.py"):
+    for path in (PACKAGE / "cli").rglob("*.py"):
         at_top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
         names = {name for node in at_top for name in _imported(node)}
         assert heavy not in {name.split(".")[0] for name in names}, path
