@@ -70,12 +70,20 @@ def test_auto_classes_load_an_alibi_gpt_after_import_longmem(first_lines: str, s
     assert python(code, str(saved_backbone)).split() == ["AlibiGPTForCausalLM"]
 
 
-def test_auto_config_knows_both_model_types() -> None:
+@pytest.mark.parametrize("first", ["", "LongMem", "MemTRM", "TrainingFree", "AlibiGPTConfig"])
+def test_auto_config_knows_all_our_model_types_whichever_came_first(first: str) -> None:
+    types = {
+        "alibi_gpt": "AlibiGPTConfig",
+        "longmem": "LongMemConfig",
+        "memtrm": "MemTRMConfig",
+        "training_free": "TrainingFreeConfig",
+    }
     code = (
-        "import json, longmem\nfrom transformers import AutoConfig, AutoModelForCausalLM\n"
-        "print(json.dumps([type(AutoConfig.for_model(t)).__name__ for t in ('alibi_gpt', 'longmem')]))"
+        f"import json, longmem\n{f'from longmem import {first}' if first else ''}\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM\n"
+        f"print(json.dumps([type(AutoConfig.for_model(t)).__name__ for t in {list(types)}]))"
     )
-    assert json.loads(python(code)) == ["AlibiGPTConfig", "LongMemConfig"]
+    assert json.loads(python(code)) == list(types.values())
 
 
 def test_help_answers_within_half_a_second() -> None:
