@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from longmem.errors import StoreDamaged, StoreError
-from longmem.store.catalog import Transaction
 from longmem.store.durable import failpoint, new_id
 from longmem.store.pieces import Tokens, cut, joined, tokens_of
 from longmem.store.precision import StoredChunks
@@ -19,6 +18,7 @@ from longmem.store.rows import check_names, delete_document, find_live, is_expir
 from longmem.store.schema import ContentRow, DocumentRow, FileRow, PieceRow
 from longmem.store.segments import FILE_BYTES, write_file
 from longmem.store.snapshot import Snapshot
+from longmem.store.transaction import Transaction
 
 COMMIT_SECONDS = 30.0
 """An interruption costs at most the encoding of about so long."""

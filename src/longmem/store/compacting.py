@@ -10,7 +10,7 @@ import time as clock
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from longmem.store.catalog import Catalog, Transaction
+from longmem.store.catalog import Catalog
 from longmem.store.checking import check_catalog
 from longmem.store.durable import failpoint, new_id
 from longmem.store.precision import StoredChunks
@@ -20,6 +20,7 @@ from longmem.store.rows import delete_document, is_expired
 from longmem.store.schema import ContentRow, DocumentRow, FileRow, PieceRow
 from longmem.store.segments import FILE_BYTES, write_file
 from longmem.store.snapshot import Snapshot
+from longmem.store.transaction import Transaction
 
 READER_SECONDS = 5.0
 """How long ``compact`` waits for readers whose snapshots keep the write-ahead log."""

@@ -10,7 +10,6 @@ import numpy as np
 
 from longmem.errors import StoreError
 from longmem.store.archive import Archive, ArchivedDocument
-from longmem.store.catalog import Transaction
 from longmem.store.durable import failpoint, file_errors, new_id
 from longmem.store.pieces import Tokens, joined
 from longmem.store.precision import StoredChunks
@@ -20,6 +19,7 @@ from longmem.store.rows import check_names, delete_document, is_expired, metadat
 from longmem.store.schema import ContentRow, DocumentRow, FileRow, PieceRow
 from longmem.store.segments import FILE_BYTES, write_file
 from longmem.store.snapshot import Snapshot
+from longmem.store.transaction import Transaction
 
 
 @dataclass(frozen=True)

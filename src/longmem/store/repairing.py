@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from longmem.errors import LongMemError, StoreDamaged, StoreError
-from longmem.store.catalog import Transaction
 from longmem.store.checking import CatalogCheck, check_catalog
 from longmem.store.compacting import move_contents
 from longmem.store.durable import failpoint, new_id
@@ -17,6 +16,7 @@ from longmem.store.records import Problem
 from longmem.store.room import Room
 from longmem.store.schema import ContentRow, FileRow
 from longmem.store.segments import DataFile, OtherBits, file_name, write_file
+from longmem.store.transaction import Transaction
 
 _OWN_STRUCTURE = {"seal", "structure", "lost transactions"}
 _CAN_BE_MADE_AGAIN = {"files", "totals"}

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from longmem.errors import StoreDamaged, StoreError
-from longmem.store.catalog import Transaction
 from longmem.store.pieces import Tokens, joined
 from longmem.store.records import DocumentInfo, Layout, NewDocument
 from longmem.store.schema import DocumentRow
 from longmem.store.snapshot import Snapshot
+from longmem.store.transaction import Transaction
 
 
 def info_of(row: DocumentRow, layout: Layout) -> DocumentInfo:
