@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from longmem.cli.memory.adding import add
+from longmem.cli.memory.counting import stats
 from longmem.cli.memory.forgetting import forget
 from longmem.cli.memory.keeping import compact, export, import_, verify
-from longmem.cli.memory.looking import list_, show, stats
+from longmem.cli.memory.looking import list_, show
 from longmem.cli.memory.searching import search
 from longmem.cli.memory.sizing import size
 

@@ -14,12 +14,13 @@ from longmem.cli.memory.opening import (
     load_tokenizer,
     open_to_read,
     open_to_write,
+    read_text,
     say,
     tokenizer_at_hand,
 )
 from longmem.cli.memory.options import json_option, model_options, namespace_option, store_option
 from longmem.cli.memory.printing import ShownProgress, as_plain, counted, print_json
-from longmem.errors import DataError, LongMemError
+from longmem.errors import LongMemError
 
 if TYPE_CHECKING:
     from longmem.store.records import ForgetReport, Layout, VerifyReport
@@ -84,8 +85,8 @@ def verify(
     from longmem.store.records import ForgetReport
     from longmem.store.store import MemoryStore
 
-    gone = None if absent is None else ForgetReport.from_json(_text(absent))
-    words = None if absent_text is None else _text(absent_text)
+    gone = None if absent is None else ForgetReport.from_json(read_text(absent))
+    words = None if absent_text is None else read_text(absent_text)
     reader = load_tokenizer(tokenizer, tokenizer_at_hand(_layout(path)) if words is not None else None)
     with ShownProgress() as progress:
         with MemoryStore.open(path, tokenizer=reader, mode="read", create=False, check=False) as store:
@@ -148,22 +149,6 @@ def _print_verified(report: VerifyReport, gone: ForgetReport | None, words: str 
     if report.rebuilt_tokens:
         same = "with the same bits as before" if report.same_bits else "with other last bits (another machine or torch)"
         click.echo(f"{counted(report.rebuilt_tokens, 'token')} encoded again, {same}")
-
-
-def _text(path: Path) -> str:
-    """A file's text, or that of standard input.
-
-    Raises:
-        DataError: it is not there or not UTF-8.
-    """
-    try:
-        with click.open_file(str(path), "rb") as stream:
-            data: Any = stream.read()
-        return str(data.decode("utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert it") from error
 
 
 @click.command(

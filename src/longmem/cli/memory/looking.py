@@ -1,4 +1,4 @@
-"""``longmem memory list``, ``show`` and ``stats``."""
+"""``longmem memory list`` and ``show``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from longmem.cli.memory.options import (
     MOMENT,
     any_namespace_option,
     json_option,
-    model_options,
     namespace_option,
     store_option,
     where_option,
@@ -100,40 +99,3 @@ def show(path: Path, namespace: str, name: str, with_text: bool, tokenizer: str 
         for key, value in as_plain(info).items():
             shown = date(value) if key in ("added", "expires") else value
             click.echo(f"{key:<9}  {f'{shown:,}' if isinstance(shown, int) else shown}")
-
-
-@click.command(
-    short_help="Show how much there is.",
-    epilog="Example: longmem memory stats --namespace ada --recall --model runs/demo/sidenet",
-)
-@store_option
-@any_namespace_option
-@click.option(
-    "--recall", is_flag=True, help="Also measure what the indexes find, with real queries over the stored keys."
-)
-@model_options
-@json_option
-def stats(
-    path: Path,
-    namespace: str | None,
-    recall: bool,
-    model: str | None,
-    tokenizer: str | None,
-    device: str,
-    as_json: bool,
-) -> None:
-    """Show how much there is and what it takes, in the whole store or in a namespace."""
-    with open_to_read(path) as store:
-        found = store.stats(namespace)
-        if namespace is not None and not found.documents and not found.expired:
-            check_namespace(store, namespace)
-        layout = store.layout
-    if as_json:
-        print_json({**as_plain(found), "layout": layout})
-        return
-    for key, value in as_plain(found).items():
-        if value is not None:
-            click.echo(f"{key:<14}  {value:>16,}")
-    shape = f"{layout.heads_kv} heads of {layout.head_dim}, {layout.dtype}"
-    sizes = f"chunks of {layout.chunk_size}, segments of {layout.segment_tokens} tokens"
-    click.echo(f"{'made for':<14}  {layout.backbone}, layer {layout.memory_layer}: {shape}, {sizes}")

@@ -175,6 +175,22 @@ def in_words_of_options(error: DataError) -> DataError:
     return DataError(line)
 
 
+def read_text(path: Path) -> str:
+    """A file's text, or that of standard input.
+
+    Raises:
+        DataError: it is not there or not UTF-8.
+    """
+    try:
+        with click.open_file(str(path), "rb") as stream:
+            data: Any = stream.read()
+        return str(data.decode("utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert it") from error
+
+
 def say(line: str) -> None:
     """A remark for whoever sits there, on stderr."""
     click.echo(line, err=True)
