@@ -1,4 +1,4 @@
-"""How chunk keys are searched. Exact by default; anything with these three methods can take its place."""
+"""How chunk keys are searched. Exact by default; anything with these methods can take its place."""
 
 from __future__ import annotations
 
@@ -176,5 +176,18 @@ def _padded(count: int, group: int) -> int:
     return -(-count // group) * group
 
 
-INDEXES: dict[str, Callable[[], Index]] = {"exact": ExactIndex}
+def _two_stage() -> Index:
+    from longmem.memory.blocks import Blocks
+    from longmem.memory.partial import PartialIndex
+
+    return PartialIndex(Blocks)
+
+
+def _faiss() -> Index:
+    from longmem.memory.faiss_index import faiss_index
+
+    return faiss_index()
+
+
+INDEXES: dict[str, Callable[[], Index]] = {"exact": ExactIndex, "two_stage": _two_stage, "faiss": _faiss}
 """What ``index=`` may name. A backend that is installed on its own is imported by its factory."""

@@ -161,6 +161,7 @@ class ReleasedSlots(Slots):
         for array in (self.storage[0], self.lengths[0], self.keys[0].transpose(0, 1)):
             array[:left] = array[evict : self.fill].clone()
             array[left : self.fill] = 0
+        self.index.kept(0, torch.arange(evict, self.fill, device=self.keys.device))
         self.ledger.shift(0, evict)
         self.fill = left
 

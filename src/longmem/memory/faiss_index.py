@@ -1,0 +1,118 @@
+"""Faiss as a partial search: an inverted file of 8-bit codes for each head (IVF-SQ8), its finds ranked by exact scores.
+
+Needs the ``faiss`` extra; faiss is imported when an index of this kind is made. Runs on the CPU.
+
+Hkv key/value heads · n keys · D head_dim · m queries heard · R retrieved chunks
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longmem.errors import ConfigError
+from longmem.memory.blocks import felt_distance
+from longmem.memory.partial import PartialIndex
+
+RANKED_ANEW = 4
+"""Finds ranked by exact scores, as a multiple of R: what 8-bit codes put in the wrong order is mended."""
+
+
+def faiss_index(**settings: Any) -> PartialIndex:
+    """A ``PartialIndex`` over ``Lists``.
+
+    Raises:
+        ConfigError: faiss is not installed.
+    """
+    _faiss()
+    return PartialIndex(Lists, **settings)
+
+
+class Lists:
+    """Keys of one row in lists around k-means centres, compared as ``felt_distance`` has it; see ``Blocks``."""
+
+    def __init__(self, keys: Tensor, heard: Tensor) -> None:
+        heads, count, dim = keys.shape
+        faiss = _faiss()
+        self.covered = self.size = count
+        self.groups = 1 << max(0, round(math.log2(max(1.0, min(4 * count**0.5, count / 64)))))
+        self.homes = torch.empty(heads, count, dtype=torch.int32)
+        self.centres = torch.empty(heads, self.groups, dim)
+        self._back = torch.empty(heads, dim, dim)
+        self._files: list[Any] = []
+        self._moved: Tensor | None = None
+        for head in range(heads):
+            felt = felt_distance(heard[head]).cpu()
+            self._back[head] = torch.linalg.inv(felt)
+            moved = keys[head].cpu().to(torch.float32) @ felt
+            points = (moved - moved.mean(0)).numpy()  # the mean adds the same to every score: it ranks nothing
+            rough = faiss.Kmeans(dim, self.groups, niter=5, max_points_per_centroid=40, seed=0)
+            rough.train(points)
+            self.centres[head] = torch.from_numpy(rough.centroids)
+            plain = faiss.IndexFlatL2(dim)
+            plain.add(rough.centroids)
+            file = faiss.IndexIVFScalarQuantizer(
+                plain, dim, self.groups, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+            )
+            file.train(points[:: max(1, count // 65536)])
+            self.homes[head] = torch.from_numpy(plain.search(points, 1)[1][:, 0])
+            file.add(points)
+            self._files.append(file)
+
+    @property
+    def nbytes(self) -> int:
+        """Of codes, their numbers, the lists' centres and the key's list."""
+        codes = sum(int(file.ntotal) * (int(file.code_size) + 8) for file in self._files)
+        return codes + sum(each.numel() * each.element_size() for each in (self.homes, self.centres))
+
+    def share_read(self, probes: list[int]) -> float:
+        """Bytes of codes and centres read for a query, of those of all keys in float32; lists count as equally long."""
+        return self.groups / self.size + sum(probes) / len(probes) / self.groups / 4
+
+    def ranks(self, head: int, queries: Tensor, slots: Tensor) -> Tensor:
+        """How many lists come before the list of each slot (m, k), for queries (m, D)."""
+        homes = self.homes[head] if self._moved is None else self.homes[head][self._moved >= 0]
+        near = queries.cpu() @ self._back[head] @ self.centres[head].T
+        own = near.gather(1, homes[slots.cpu()].long())
+        return torch.stack([(near > each[:, None]).sum(1) for each in own.unbind(1)], dim=1).to(slots.device)
+
+    def search(
+        self, head: int, query: Tensor, probes: int, num: int, current: Tensor | None, keys: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The best of the ``probes`` lists that suit a query (D,) most; see ``Blocks.search``."""
+        asked = self._back[head] @ query.cpu()
+        near = torch.mv(self.centres[head], asked).topk(probes)
+        file = self._files[head]
+        file.nprobe = probes
+        found = file.search_preassigned(
+            asked[None].numpy(), RANKED_ANEW * num, near.indices[None].numpy(), near.values[None].numpy()
+        )[1][0]
+        slots = torch.from_numpy(found[found >= 0])
+        if self._moved is not None:
+            slots = self._moved[slots]
+            slots = slots[slots >= 0]
+        slots = slots.to(keys.device)
+        if current is not None:
+            slots = slots[current[slots]]
+        best = torch.mv(keys.index_select(0, slots).to(torch.float32), query).topk(min(num, len(slots)))
+        return best.values, slots[best.indices]
+
+    def kept(self, moved: Tensor) -> None:
+        """Slot s is now slot ``moved[s]``, -1: it is gone. Its code is overwritten when the lists are built anew."""
+        moved = moved.cpu()
+        before = self._moved
+        self._moved = moved if before is None else torch.where(before >= 0, moved[before.clamp_min(0)], -1)
+        self.covered = int((moved >= 0).sum())
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ConfigError(
+            "index ('faiss') needs faiss, which is not installed; pip install 'longmem-lm[faiss]', or use 'two_stage'"
+        ) from error
+    return faiss
