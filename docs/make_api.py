@@ -24,7 +24,13 @@ ROOT = Path(__file__).parents[1]
 NOTE = "<!-- written by `make docs` from the source; edit that instead -->\n"
 RESULTS = re.compile(r"<!-- results: ([^>]*?) -->\n.*?<!-- /results -->\n", re.DOTALL)
 SIZES = re.compile(r"<!-- sizes -->\n.*?<!-- /sizes -->\n", re.DOTALL)
-MODULES = ("longmem.data.text", "longmem.training.recipe", "longmem.training.loop", "longmem.evaluation.perplexity")
+MODULES = (
+    "longmem.data.text",
+    "longmem.training.recipe",
+    "longmem.training.loop",
+    "longmem.evaluation.perplexity",
+    "longmem.generation.reading",
+)
 
 
 def main() -> None:
