@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from longmem._auto import register_with_transformers
+from longmem._auto import register_if_loaded, register_with_transformers
 from longmem.errors import (
     BackboneError,
     CheckpointError,
@@ -88,6 +88,7 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(home), name)
+    register_if_loaded()
     return value
 
 

@@ -24,6 +24,12 @@ def register_with_transformers() -> None:
         sys.meta_path.insert(0, _AfterAutoClasses())
 
 
+def register_if_loaded() -> None:
+    """Register what had to wait for the end of an import of ours, the one that brought the Auto classes."""
+    if AUTO_CLASSES in sys.modules:
+        _import_our_models()
+
+
 def _import_our_models() -> None:
     import_module("longmem.modeling.alibi_gpt")  # needs nothing else of ours, so it can be imported at any moment
     # LongMem needs most of the package. While a part of that is being imported, modules are half made, and that import
