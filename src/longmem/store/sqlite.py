@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ def connect(path: Path, mode: Mode) -> sqlite3.Connection:
 
     ``immutable`` promises SQLite that nobody writes: it then needs no file beside the catalog.
     """
+    if mode == "rw":
+        _check_rights(path)
     how = {"create": "mode=rwc", "rw": "mode=rw", "ro": "mode=ro", "immutable": "mode=ro&immutable=1"}[mode]
     with sqlite_errors(path):
         connection = sqlite3.connect(
@@ -58,6 +61,13 @@ def connect(path: Path, mode: Mode) -> sqlite3.Connection:
             connection.close()
             raise
     return connection
+
+
+def _check_rights(path: Path) -> None:
+    """Say which file may not be written: SQLite would open the catalog to read, and complain at the first change."""
+    for each in (path, *(path.with_name(path.name + suffix) for suffix in ("-wal", "-shm"))):
+        if each.exists() and not os.access(each, os.W_OK):
+            raise StoreFull(f"{each}: may not be written; allow writing there, or open the store with mode='read'")
 
 
 def _prepare_writer(connection: sqlite3.Connection, path: Path) -> None:
