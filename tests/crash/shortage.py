@@ -36,13 +36,14 @@ class Shortage(Protocol):
         ...
 
 
+NEEDS_ROOM = {"create", "write", "mkdir", "replace"}
+
+
 class FailingCalls:
     """One call of the file system fails, or that and all later ones that need room.
 
     Only calls below ``folder`` count, and only those of Python: SQLite's own are met by the other shortages.
     """
-
-    WITHOUT_ROOM = {"create", "write", "mkdir", "replace"}
 
     def __init__(self, folder: Path, nth: int, code: str, lasting: bool) -> None:
         self._folder = str(folder)
@@ -82,7 +83,7 @@ class FailingCalls:
         if not path.startswith(self._folder):
             return
         self.calls += 1
-        again = self._lasting and self.calls > self._nth and kind in self.WITHOUT_ROOM
+        again = self._lasting and self.calls > self._nth and kind in NEEDS_ROOM
         if self.calls == self._nth or again:
             self.felt = True
             raise OSError(self._error, os.strerror(self._error))
@@ -270,6 +271,8 @@ def read_only_folder(say: Say, scratch: str, what: list[str], during: bool) -> N
     def take(away: bool) -> None:
         for place, mode in rights.items():
             os.chmod(place, mode & 0o555 if away else mode)
+        for beside in path.glob("catalog.sqlite-*"):  # SQLite gives them the rights of the catalog
+            os.chmod(beside, 0o666)
 
     with small_steps():
         try:
