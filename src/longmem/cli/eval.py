@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from longmem.cli.harness import harness
+
 if TYPE_CHECKING:
     from longmem.evaluation.perplexity import PerplexityResult
 
@@ -18,6 +20,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 @click.group()
 def command() -> None:
     """Measure a model on long text."""
+
+
+command.add_command(harness)
 
 
 def _sizes(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:

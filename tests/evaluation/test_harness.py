@@ -1,0 +1,237 @@
+"""lm-evaluation-harness: the stock numbers where all fits the window, a memory for each request where it does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.evaluation.test_requests import by_hand
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from longmem import LongMem
+from longmem.cli import main as frame
+
+WITHOUT = importlib.util.find_spec("lm_eval") is None
+needs_harness = pytest.mark.skipif(WITHOUT, reason="lm-evaluation-harness is not installed: pip install lm-eval")
+
+TASKS = {
+    "names_choice": """
+task: names_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{text}}"
+doc_to_choice: ["key", "map", "old stones"]
+doc_to_target: label
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1}
+""",
+    "names_rolling": """
+task: names_rolling
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: byte_perplexity}]
+metadata: {version: 2}
+""",
+    "names_generate": """
+task: names_generate
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{text}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["."], max_gen_toks: 4, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1}
+""",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, made_text: Callable[..., str]) -> Path:
+    """Three tasks over four documents, the longest many windows long."""
+    records = [
+        {"text": made_text(words, seed=words).strip(), "label": words % 3, "answer": "no"} for words in (5, 12, 40, 90)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, records)))
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    for name, text in TASKS.items():
+        (tasks / f"{name}.yaml").write_text(text.replace("DATA", json.dumps(str(data))))
+    return tasks
+
+
+@pytest.fixture
+def sidenet_dir(tmp_path: Path, tiny_backbone: Any, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A SideNet that has moved away from its backbone, with its gates half open."""
+    tiny_backbone.save_pretrained(tmp_path / "backbone")
+    byte_tokenizer.save_pretrained(str(tmp_path / "backbone"))
+    model = LongMem.from_backbone(tmp_path / "backbone", memory_layer=1, num_retrieved=8, memory_size=64)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.trainable_parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    model.save_pretrained(tmp_path / "sidenet")
+    return tmp_path / "sidenet"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        frame.main(["eval", "harness", *map(str, arguments)])
+    shown = capsys.readouterr()
+    return int(stop.value.code or 0), shown.out, shown.err
+
+
+def requests(kind: str, *arguments: Any) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    return [Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in arguments]  # type: ignore[arg-type]
+
+
+def texts(made_text: Callable[..., str]) -> list[str]:
+    return [made_text(words, seed=words).strip() for words in (4, 20, 60, 33)]
+
+
+@needs_harness
+@pytest.mark.parametrize("batch", [1, 3])
+def test_without_memory_every_number_is_the_stock_classs(
+    batch: int, sidenet_dir: Path, byte_tokenizer: PreTrainedTokenizerFast, made_text: Callable[..., str]
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from longmem.evaluation.harness import MemoryLM
+
+    model = LongMem.from_pretrained(sidenet_dir)
+    mine = MemoryLM(model, byte_tokenizer, window=32, memory_size=None, batch_size=batch)
+    stock = HFLM(model, tokenizer=byte_tokenizer, max_length=32, batch_size=batch)
+    pairs = [(text, answer) for text in texts(made_text) for answer in (" the key", " seven stones")]
+    asked = requests("loglikelihood", *pairs, ("", "word"))
+    for one, other in zip(mine.loglikelihood(asked), stock.loglikelihood(asked), strict=True):
+        assert one == (pytest.approx(other[0], abs=1e-4), other[1])
+    asked = requests("loglikelihood_rolling", *((text,) for text in texts(made_text)))
+    assert mine.loglikelihood_rolling(asked) == pytest.approx(stock.loglikelihood_rolling(asked), abs=1e-3)
+    settings = {"until": ["."], "max_gen_toks": 5, "do_sample": False}
+    asked = requests("generate_until", *((text, settings) for text in texts(made_text)))
+    assert mine.generate_until(asked) == stock.generate_until(asked)
+
+
+@needs_harness
+@pytest.mark.parametrize("batch", [1, 4])
+def test_what_does_not_fit_is_read_into_a_memory_of_the_request_alone(
+    batch: int, sidenet_dir: Path, byte_tokenizer: PreTrainedTokenizerFast, made_text: Callable[..., str]
+) -> None:
+    from longmem.evaluation.harness import MemoryLM
+
+    model = LongMem.from_pretrained(sidenet_dir)
+    lm = MemoryLM(model, byte_tokenizer, window=32, memory_size=64, batch_size=batch)
+    pairs = [(text, answer) for text in texts(made_text) for answer in (" the key", " no stones")]
+    found = lm.loglikelihood(requests("loglikelihood", *pairs))
+    for (text, answer), (logprob, _) in zip(pairs, found, strict=True):
+        tokens = byte_tokenizer(text + answer)["input_ids"]
+        assert logprob == pytest.approx(by_hand(model, tokens, len(answer), 32), abs=1e-4)
+    off = MemoryLM(model, byte_tokenizer, window=32, memory_size=None, batch_size=batch)
+    without = off.loglikelihood(requests("loglikelihood", *pairs))
+    long = [len(text + answer) > 33 for text, answer in pairs]
+    assert [abs(a - b) > 1e-4 for (a, _), (b, _) in zip(found, without, strict=True)] == long
+    # a second time, in another order: nothing is left of the first
+    again = lm.loglikelihood(requests("loglikelihood", *pairs[::-1]))[::-1]
+    assert [a for a, _ in again] == pytest.approx([a for a, _ in found], abs=1e-4)
+
+
+@needs_harness
+def test_generation_reads_what_was_cut_off(
+    sidenet_dir: Path, byte_tokenizer: PreTrainedTokenizerFast, made_text: Callable[..., str]
+) -> None:
+    from longmem.evaluation.harness import MemoryLM
+
+    model = LongMem.from_pretrained(sidenet_dir)
+    settings = {"until": ["."], "max_gen_toks": 8, "do_sample": False}
+    asked = requests("generate_until", *((text, settings) for text in texts(made_text)))
+    alone = MemoryLM(model, byte_tokenizer, window=32, memory_size=64, batch_size=1).generate_until(asked)
+    together = MemoryLM(model, byte_tokenizer, window=32, memory_size=64, batch_size=4).generate_until(asked)
+    without = MemoryLM(model, byte_tokenizer, window=32, memory_size=None, batch_size=1).generate_until(asked)
+    assert together == alone
+    assert alone[0] == without[0] and alone[1:] != without[1:]
+
+
+@needs_harness
+def test_the_command_runs_tasks_of_a_folder_on_every_system(
+    sidenet_dir: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    chosen = ("--model", sidenet_dir, "--tasks", ",".join(TASKS), "--include", folder, "--window", 32, "--batch", 2)
+    status, out, _ = run(capsys, *chosen, "--json", "--out", tmp_path / "out")
+    assert status == 0
+    result = json.loads(out)
+    assert result == json.loads((tmp_path / "out" / "harness.json").read_text())
+    assert list(result["systems"]) == ["backbone", "memory_off", "memory_64"]
+    assert {task: list(metrics) for task, metrics in result["tasks"].items()} == {
+        "names_choice": ["acc"],
+        "names_rolling": ["byte_perplexity"],
+        "names_generate": ["exact_match"],
+    }
+    rolling = {name: score["value"] for name, score in result["tasks"]["names_rolling"]["byte_perplexity"].items()}
+    assert len(set(rolling.values())) == 3 and all(math.isfinite(value) for value in rolling.values())
+    assert result["versions"]["names_rolling"] == 2
+    assert result["header"]["samples"] == dict.fromkeys(TASKS, 4)
+    status, out, _ = run(capsys, *chosen, "--limit", 1)
+    assert status == 0 and "names_rolling" in out and "SideNet, memory off" in out
+
+
+@needs_harness
+def test_a_causal_lm_by_itself_is_measured_alone(
+    sidenet_dir: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    chosen = ("--tasks", "names_rolling", "--include", folder, "--window", 32, "--limit", 2, "--json")
+    status, out, _ = run(capsys, "--model", sidenet_dir.parent / "backbone", *chosen)
+    assert status == 0
+    alone = json.loads(out)["tasks"]["names_rolling"]["byte_perplexity"]
+    status, out, _ = run(capsys, "--model", sidenet_dir, *chosen)
+    assert alone["backbone"] == json.loads(out)["tasks"]["names_rolling"]["byte_perplexity"]["backbone"]
+    assert AutoModelForCausalLM.from_pretrained(sidenet_dir.parent / "backbone") is not None
+
+
+@needs_harness
+def test_tasks_that_are_not_known_are_named(
+    sidenet_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = ("--tasks", "names_choice,nothing_like_it", "--include", folder)
+    status, _, err = run(capsys, "--model", sidenet_dir, *tasks)
+    assert status == 1
+    assert "tasks (nothing_like_it) is not known to lm-evaluation-harness nor in" in err
+
+
+@needs_harness
+def test_data_that_cannot_be_read_is_one_line(
+    sidenet_dir: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data.jsonl").unlink()
+    status, _, err = run(capsys, "--model", sidenet_dir, "--tasks", "names_choice", "--include", folder)
+    assert status == 1
+    assert "error: the data of names_choice cannot be read" in err.splitlines()[-1]
+
+
+def test_without_the_extra_one_line_says_so(
+    sidenet_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "longmem.evaluation.harness", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    status, out, err = run(capsys, "--model", sidenet_dir, "--tasks", "boolq")
+    assert (status, out) == (1, "")
+    assert err.splitlines()[-1] == "error: lm-evaluation-harness is not installed; pip install 'longmem-lm[eval]'"
