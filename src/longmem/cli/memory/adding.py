@@ -21,6 +21,7 @@ from longmem.cli.memory.options import (
     model_options,
     namespace_option,
     store_option,
+    tokenizer_option,
 )
 from longmem.cli.memory.printing import ShownProgress, as_plain, counted
 from longmem.cli.memory.reading import Given, first_of, new_documents, read
@@ -40,6 +41,7 @@ DTYPES = ("float16", "bfloat16", "float32", "int8")
 @store_option
 @namespace_option
 @model_options
+@tokenizer_option
 @click.option("--name", help="Of the document, where it is one; needed for a text from standard input.")
 @click.option("--prefix", default="", help="Put before every document's name.")
 @click.option(
@@ -74,7 +76,6 @@ DTYPES = ("float16", "bfloat16", "float32", "int8")
     "model's window, at most 1024.",
 )  # fmt: skip
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens that go through the backbone together.")
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that encode.")
 @json_option
 def add(
     paths: tuple[str, ...],
@@ -102,7 +103,6 @@ def add(
     chunk_size: int | None,
     segment_tokens: int | None,
     batch_tokens: int | None,
-    workers: int,
     as_json: bool,
 ) -> None:
     """Remember texts, each as a document.
@@ -135,14 +135,12 @@ def add(
         segment_tokens=segment_tokens,
         batch_tokens=batch_tokens,
     ) as store:
-        # one process reads the catalog, encodes and commits; with --workers others encode
         documents = chain(first, found)
         with ShownProgress() as progress, _Printed(namespace, as_json, append) as printed:
             if append:
                 receipts = _appended(store, namespace, documents, progress)
             else:
-                more: dict[str, Any] = {"workers": workers} if workers > 1 else {}
-                receipts = store.add_documents(namespace, documents, progress=progress, **more)
+                receipts = store.add_documents(namespace, documents, progress=progress)
             for receipt in receipts:
                 printed.show(receipt)
 

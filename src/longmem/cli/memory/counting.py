@@ -16,7 +16,7 @@ from longmem.cli.memory.opening import (
     read_text,
     say,
 )
-from longmem.cli.memory.options import any_namespace_option, json_option, model_options, store_option
+from longmem.cli.memory.options import any_namespace_option, json_option, model_options, store_option, tokenizer_option
 from longmem.cli.memory.printing import as_plain, print_columns, print_json
 from longmem.errors import ConfigError, StoreError
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--index", "indexes", multiple=True, help="Measure this one; repeatable. Default: all but exact.")
 @click.option("--ask", type=click.Path(path_type=Path), help="Text whose tokens ask. Default: stored segments.")
 @model_options
+@tokenizer_option
 @json_option
 def stats(
     path: Path,

@@ -47,8 +47,8 @@ def forget(
     """Forget documents of a namespace; all conditions given must hold.
 
     No search of any process finds them from now on. Their bytes leave the disk with `longmem memory compact`. Other
-    namespaces are not touched, also where they hold the same text. `longmem memory list` takes the same conditions.
-    With --json the report itself is printed.
+    namespaces are not touched, also where they hold the same text. `longmem memory list` with --where, --older-than or
+    --before shows beforehand what these would forget. With --json the report itself is printed.
     """
     if name is None and not where and older_than is None and before is None and not everything:
         raise StoreError(

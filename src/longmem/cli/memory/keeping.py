@@ -18,7 +18,7 @@ from longmem.cli.memory.opening import (
     say,
     tokenizer_at_hand,
 )
-from longmem.cli.memory.options import json_option, model_options, namespace_option, store_option
+from longmem.cli.memory.options import json_option, model_options, namespace_option, store_option, tokenizer_option
 from longmem.cli.memory.printing import ShownProgress, as_plain, counted, print_json
 from longmem.errors import LongMemError
 
@@ -66,6 +66,7 @@ def compact(path: Path, as_json: bool) -> None:
     help="A text: check that it is nowhere in the store, whoever added it.",
 )
 @model_options
+@tokenizer_option
 @json_option
 def verify(
     path: Path,
@@ -186,7 +187,6 @@ def import_(
     path: Path,
     namespace: str | None,
     model: str | None,
-    tokenizer: str | None,
     device: str,
     as_json: bool,
 ) -> None:

@@ -43,7 +43,7 @@ def list_(
     only_namespaces: bool,
     as_json: bool,
 ) -> None:
-    """List documents, oldest first; the same conditions as of forget show what it would forget."""
+    """List documents, oldest first; forget takes the same conditions."""
     now = clock.time()
     edges = [edge for edge in (before, None if older_than is None else now - older_than) if edge is not None]
     with open_to_read(path) as store:

@@ -152,7 +152,7 @@ def where_option(function: Command) -> Command:
 
 
 def model_options(function: Command) -> Command:
-    """``--model``, ``--tokenizer`` and ``--device``."""
+    """``--model`` and ``--device``."""
     for option in reversed(
         [
             click.option(
@@ -161,7 +161,6 @@ def model_options(function: Command) -> Command:
                 help="LongMem checkpoint, run folder, or a causal LM by itself; also LONGMEM_MODEL. "
                 "Default: the backbone that the store was made with.",
             ),
-            click.option("--tokenizer", help="Folder or hub id; default: that of the model's backbone."),
             click.option(
                 "--device", default="auto", show_default=True, help="cpu, cuda, ...; auto takes a GPU if there is one."
             ),
@@ -169,3 +168,8 @@ def model_options(function: Command) -> Command:
     ):
         function = option(function)
     return function
+
+
+def tokenizer_option(function: Command) -> Command:
+    """``--tokenizer``."""
+    return click.option("--tokenizer", help="Folder or hub id; default: that of the model's backbone.")(function)

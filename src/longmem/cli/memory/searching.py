@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from longmem.cli.memory.opening import check_namespace, layout_of, load_model, load_tokenizer
-from longmem.cli.memory.options import MOMENT, json_option, model_options, namespace_option, store_option, where_option
+from longmem.cli.memory.options import (
+    MOMENT,
+    json_option,
+    model_options,
+    namespace_option,
+    store_option,
+    tokenizer_option,
+    where_option,
+)
 from longmem.cli.memory.printing import as_plain, date, one_line, print_json
 from longmem.errors import DataError
 
@@ -27,6 +35,7 @@ SHOWN_HEADS = 4
 @store_option
 @namespace_option
 @model_options
+@tokenizer_option
 @click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Chunks to show.")
 @click.option(
     "--around", type=click.IntRange(min=0), default=12, show_default=True, help="Tokens shown on either side."
