@@ -1,8 +1,8 @@
 """Chunk keys in blocks of like ones, so that a query reads the blocks that suit it and leaves out the rest.
 
 A tree halves the keys along the direction in which they differ most, and its halves again, until a block holds about
-``WIDTH`` keys. What counts as a difference is what queries make of it: keys are compared by how much the scores of the
-queries heard so far would change. Queries lie elsewhere than keys, and by the plain distance twice as many keys have to
+``WIDTH`` keys; ``PARTS`` neighbouring parts are a block. A query is compared with the mean of every block, then with
+the means of the parts of those blocks that suit it most, then with the keys of those parts that suit it most.
 be read for the same recall (docs/experiments.md).
 
 Hkv key/value heads · n keys · D head_dim · m queries heard · R retrieved chunks
