@@ -85,7 +85,7 @@ def tree_plain(keys: Tensor, heard: Tensor, asked: Tensor, best: Tensor) -> Iter
 
 
 def tree_felt(keys: Tensor, heard: Tensor, asked: Tensor, best: Tensor) -> Iterator[tuple[str, Ranked]]:
-    """The same by the distance that 256 queries heard feel: ``Blocks``."""
+    """The same by the distance that 256 queries heard feel."""
     yield from _blocks(keys, like_together(keys @ felt_distance(heard), _groups(keys)), asked, best)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError
-from longmem.memory.blocks import felt_distance
+from longmem.memory.blocks import Plan, felt_distance, groups_needed
 from longmem.memory.partial import PartialIndex
 
 RANKED_ANEW = 4
@@ -68,25 +68,27 @@ class Lists:
         codes = sum(int(file.ntotal) * (int(file.code_size) + 8) for file in self._files)
         return codes + sum(each.numel() * each.element_size() for each in (self.homes, self.centres))
 
-    def share_read(self, probes: list[int]) -> float:
-        """Bytes of codes and centres read for a query, of those of all keys in float32; lists count as equally long."""
-        return self.groups / self.size + sum(probes) / len(probes) / self.groups / 4
+    def share_read(self, plans: list[Plan]) -> float:
+        """Bytes of centres and codes read for a query, of those of all keys in float32; lists count as equally long."""
+        return self.groups / self.size + sum(lists for (lists,) in plans) / len(plans) / self.groups / 4
 
-    def ranks(self, head: int, queries: Tensor, slots: Tensor) -> Tensor:
-        """How many lists come before the list of each slot (m, k), for queries (m, D)."""
+    def plan(self, head: int, queries: Tensor, slots: Tensor, inside: Tensor, recall: float) -> Plan:
+        """How many lists are to be read; see ``Blocks.plan``."""
+        if recall >= 1:
+            return (self.groups,)
         homes = self.homes[head] if self._moved is None else self.homes[head][self._moved >= 0]
+        home = homes[slots.masked_fill(~inside, 0).cpu()].long()
         near = queries.cpu() @ self._back[head] @ self.centres[head].T
-        own = near.gather(1, homes[slots.cpu()].long())
-        return torch.stack([(near > each[:, None]).sum(1) for each in own.unbind(1)], dim=1).to(slots.device)
+        return (groups_needed(near, home, inside.cpu(), recall),)
 
     def search(
-        self, head: int, query: Tensor, probes: int, num: int, current: Tensor | None, keys: Tensor
+        self, head: int, query: Tensor, plan: Plan, num: int, current: Tensor | None, keys: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The best of the ``probes`` lists that suit a query (D,) most; see ``Blocks.search``."""
+        """The best of the lists that suit a query (D,) most; see ``Blocks.search``."""
         asked = self._back[head] @ query.cpu()
-        near = torch.mv(self.centres[head], asked).topk(probes)
+        near = torch.mv(self.centres[head], asked).topk(plan[0])
         file = self._files[head]
-        file.nprobe = probes
+        (file.nprobe,) = plan
         found = file.search_preassigned(
             asked[None].numpy(), RANKED_ANEW * num, near.indices[None].numpy(), near.values[None].numpy()
         )[1][0]

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longmem.memory.blocks import LEAST, Plan
 from longmem.memory.index import ExactIndex
 
 HEARD = 256
@@ -23,16 +24,15 @@ HEARD = 256
 class Structure(Protocol):
     """The keys of one row, grouped; see ``Blocks`` for its methods."""
 
-    groups: int
     size: int
     covered: int
 
     @property
     def nbytes(self) -> int: ...
-    def share_read(self, probes: list[int]) -> float: ...
-    def ranks(self, head: int, queries: Tensor, slots: Tensor) -> Tensor: ...
+    def share_read(self, plans: list[Plan]) -> float: ...
+    def plan(self, head: int, queries: Tensor, slots: Tensor, inside: Tensor, recall: float) -> Plan: ...
     def search(
-        self, head: int, query: Tensor, probes: int, num: int, current: Tensor | None, keys: Tensor
+        self, head: int, query: Tensor, plan: Plan, num: int, current: Tensor | None, keys: Tensor
     ) -> tuple[Tensor, Tensor]: ...
     def kept(self, moved: Tensor) -> None: ...
 
@@ -46,7 +46,7 @@ class PartialIndex:
 
     Exact are: segments (many queries together read nearly every key anyway, and a matrix product does it faster), rows
     with few chunks, and a row's first searches, until ``enough`` queries were heard. Then, at the next search of few
-    queries, the structure is built, and how many groups each head reads is set so that the queries heard would have
+    queries, the structure is built, and how much each head reads is set so that the queries heard would have
     found the share ``recall`` of their best keys. From then on the row's answers depend on these queries, nothing else:
     the same calls in the same order give the same answers.
 
@@ -55,11 +55,11 @@ class PartialIndex:
 
     Args:
         build: makes the structure.
-        recall: share of the best R keys that is aimed at; at 1 all groups are read.
+        recall: share of the best R keys that is aimed at; at 1 all is read.
         least: chunks below which a row is searched exactly.
         few: queries per key/value head and row up to which a search reads a part.
         enough: queries per key/value head to be heard before building.
-        worth: share of the groups beyond which a row is searched exactly.
+        worth: share of the keys' bytes to be read beyond which a row is searched exactly.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class PartialIndex:
     ) -> None:
         self.build = build
         self.recall = recall
-        self.least = least
+        self.least = max(least, LEAST)
         self.few = few
         self.enough = enough
         self.worth = worth
@@ -142,9 +142,10 @@ class PartialIndex:
             if row.heard < self.enough:
                 return False
             row.build(self.build, keys)
-        if num not in row.probes:
+        if num not in row.plans:
             row.tune(self._exact, keys, num, self.recall)
-        return row.groups_read(num) <= self.worth
+        assert row.structure is not None
+        return self.recall >= 1 or row.structure.share_read(row.plans[num]) <= self.worth
 
 
 class _Row:
@@ -152,18 +153,18 @@ class _Row:
 
     Attributes:
         structure: None until it is built.
-        probes: groups that each head reads, by R.
+        plans: how much each head reads, by R.
     """
 
     def __init__(self) -> None:
         self.structure: Structure | None = None
-        self.probes: dict[int, list[int]] = {}
+        self.plans: dict[int, list[Plan]] = {}
         self._heard = torch.empty(0)
         self._count = 0
         self._current = torch.empty(0, dtype=torch.bool)  # (covered,) False: overwritten since
         self._overwritten = False
         self._fresh: tuple[int, Tensor, Tensor] | None = None
-        self._used: list[int] = []
+        self._used: list[Plan] = []
 
     @property
     def heard(self) -> int:
@@ -216,7 +217,7 @@ class _Row:
         self._current = self._current[slots]
         self.structure.kept(moved)
         if self.structure.covered < 3 * self.structure.size // 4:  # mostly holes
-            self.structure, self.probes = None, {}
+            self.structure, self.plans = None, {}
 
     def up_to_date(self, live: int) -> bool:
         """Whether the structure holds nearly all of the row's ``live`` keys."""
@@ -229,33 +230,22 @@ class _Row:
 
     def build(self, build: Build, keys: Tensor) -> None:
         """From keys (Hkv, n, D)."""
-        self.structure, self.probes, self._fresh = None, {}, None  # the old one need not stay beside the new one
+        self.structure, self.plans, self._fresh = None, {}, None  # the old one need not stay beside the new one
         self.structure = build(keys, self._heard[:, : self.heard])
         self._current = torch.ones(self.structure.covered, dtype=torch.bool, device=keys.device)
         self._overwritten = False
 
     def tune(self, exact: ExactIndex, keys: Tensor, num: int, recall: float) -> None:
-        """Set how many groups each head reads for ``num`` chunks."""
+        """Set how much each head reads for ``num`` chunks, by what the queries heard would have had to."""
         structure = self.structure
         assert structure is not None
-        self.probes[num] = [structure.groups] * len(keys)
-        if recall >= 1:
-            return
-        some = self._heard[:, : self.heard]
-        _, best = exact.search(some[None], keys[None], [0], [keys.shape[1]], num)
+        asked = self._heard[:, : self.heard]
+        _, best = exact.search(asked[None], keys[None], [0], [keys.shape[1]], num)
         inside = best[0] < structure.covered
         inside &= self._current[best[0].clamp_max(structure.covered - 1)]
-        for head, (queries, slots) in enumerate(zip(some, best[0], strict=True)):
-            ranks = structure.ranks(head, queries, slots.masked_fill(~inside[head], 0))
-            # keys found beside the structure have rank -1: they cost nothing
-            ranks = ranks.masked_fill(~inside[head], -1).flatten().sort().values
-            within = int(ranks[min(len(ranks) - 1, int(recall * len(ranks)))]) + 1
-            self.probes[num][head] = min(structure.groups, max(within, 2))
-
-    def groups_read(self, num: int) -> float:
-        """As a share of all."""
-        assert self.structure is not None
-        return sum(self.probes[num]) / (len(self.probes[num]) * self.structure.groups)
+        self.plans[num] = [
+            structure.plan(head, asked[head], best[0, head], inside[head], recall) for head in range(len(keys))
+        ]
 
     def search(self, queries: Tensor, keys: Tensor, scores: Tensor, slots: Tensor) -> bool:
         """Fill scores and slots (Hkv, Q, R) for queries (Hkv, Q, D), keys (Hkv, n, D); False: too few were found."""
@@ -263,10 +253,10 @@ class _Row:
         num = scores.shape[2]
         changed, fresh = self._beside(keys)
         current = self._current if self._overwritten else None
-        self._used = self.probes[num]
-        for head, probes in enumerate(self._used):
+        self._used = self.plans[num]
+        for head, plan in enumerate(self._used):
             for at, query in enumerate(queries[head]):
-                best, where = self.structure.search(head, query, probes, num, current, keys[head])
+                best, where = self.structure.search(head, query, plan, num, current, keys[head])
                 if len(changed):
                     best = torch.cat((best, torch.mv(fresh[head].to(torch.float32), query)))
                     where = torch.cat((where, changed))
