@@ -1,0 +1,1 @@
+"""The evaluations of the paper, one module each, behind one interface (``longmem.evaluation.task``)."""
