@@ -11,7 +11,8 @@ import pytest
 
 from longmem import LongMem
 from longmem.cli.demo import passage_lines
-from longmem.demo.corpus import file_at, packages, write_corpus
+from longmem.data.python_source import file_at, packages
+from longmem.demo.corpus import write_corpus
 from longmem.demo.page import page
 from longmem.demo.reading import Chunk, Passage, TokenReading, most_helped_passage
 from longmem.demo.run import DemoResult, DemoStopped, recipe_file, run_demo

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from longmem.cli.evaluating import machine_options, model_options
 from longmem.cli.harness import harness
+from longmem.cli.tasks.icl import icl
 
 if TYPE_CHECKING:
     from longmem.evaluation.perplexity import PerplexityResult
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @click.group()
@@ -23,53 +23,24 @@ def command() -> None:
 
 
 command.add_command(harness)
-
-
-def _sizes(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
-    """``1024,8k,65536`` as numbers; k is 1,024."""
-    if value is None:
-        return None
-    try:
-        words = [word.strip().lower() for word in value.split(",") if word.strip()]
-        return [int(word[:-1]) * 1024 if word.endswith("k") else int(word) for word in words]
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of token counts; try 1024,8k,64k") from None
+command.add_command(icl)
 
 
 @command.command(
     epilog="Example: longmem eval perplexity --model runs/latex-sidenet --data latex/test.tar.xz "
     "--memory-sizes 1k,8k,64k --group-by-prefix __ --out results/latex",
 )
-@click.option("--model", required=True, help="LongMem or MemTRM checkpoint, run folder, or a causal LM by itself.")
-@click.option("--backbone", help="Where the backbone is, if not where the checkpoint says.")
-@click.option("--control", help="SideNet checkpoint trained equally long without memory, over the same backbone.")
-@click.option("--memtrm", help="MemTRM checkpoint or run folder, trained from the same backbone.")
-@click.option(
-    "--training-free",
-    multiple=True,
-    metavar="GATE",
-    help="Also memory attention on the bare backbone: the share (0 to 1) of its heads that memory gets, or the folder "
-    "of a TrainingFree; may be repeated.",
-)
-@click.option("--tokenizer", help="Folder or hub id; default: the model's, else its backbone's.")
+@model_options
 @click.option("--data", required=True, multiple=True, help="File, folder, .jsonl or archive; may be repeated.")
 @click.option("--include", multiple=True, help="Pattern of the document ids to take; may be repeated.")
 @click.option("--num-documents", type=click.IntRange(min=1), help="Take the first so many documents.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Take the first so many tokens of each document.")
-@click.option(
-    "--memory-sizes", callback=_sizes, help="Tokens a row remembers, e.g. 1k,8k,64k; default: the model's own."
-)
 @click.option("--protocol", default="segments,sliding", show_default=True, help="Which protocols, by comma.")
 @click.option("--window", type=int, help="Tokens seen at once; default: the backbone's positions, at most 1024.")
 @click.option("--stride", type=int, help="How far the sliding window moves; default: half the window.")
 @click.option("--batch", "rows", type=int, default=8, show_default=True, help="Documents side by side.")
 @click.option("--group-by-prefix", "separator", help="Report documents apart by their file name up to this string.")
-@click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda, ...; auto takes a GPU where there is one."
-)
-@click.option(
-    "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Of the weights; auto: as saved."
-)
+@machine_options
 @click.option("--resamples", type=int, default=2000, show_default=True, help="Of the bootstrap.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
 @click.option(

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from longmem.evaluation.bootstrap import Interval
 from longmem.evaluation.perplexity import PerplexityResult
+from longmem.evaluation.runner import TaskResult
 from longmem.evaluation.scores import Difference, ProtocolScores, Scores
 from longmem.evaluation.systems import BACKBONE, CONTROL, MEMORY_OFF, MEMTRM, MEMTRM_OFF, sized
 
@@ -103,3 +104,27 @@ def _difference(difference: Difference | None) -> Text:
 
 def _edges(interval: Interval | None, left: str, right: str) -> str:
     return "" if interval is None else f"{left}{interval.low:+.2f}, {interval.high:+.2f}{right}"
+
+
+def task_tables(result: TaskResult) -> Iterator[RenderableType]:
+    """For each metric a table of systems by groups: means with their intervals; then why systems were left out."""
+    for metric in result.metrics:
+        chance = "" if metric.chance is None else f", chance {metric.chance:.3g}"
+        unit = f" ({metric.unit})" if metric.unit else ""
+        yield Text(f"\n{result.header.task}: {metric.label}{unit}, {metric.better} is better{chance}")
+        for at in range(0, len(result.groups), 6):
+            groups = result.groups[at : at + 6]
+            table = Table(show_lines=True)
+            table.add_column("system", no_wrap=True)
+            for group in groups:
+                table.add_column(f"{group.group}\n{group.examples:,} examples", justify="right")
+            for name, label in result.systems.items():
+                scores = [group.score(name, metric.name) for group in groups]
+                table.add_row(label, *(f"{score.value:.4g}\n{_between(score.interval)}" for score in scores))
+            yield table
+    for name, reason in result.skipped.items():
+        yield Text(f"{name} not asked: {reason}")
+
+
+def _between(interval: Interval | None) -> str:
+    return "" if interval is None else f"[{interval.low:.4g}, {interval.high:.4g}]"

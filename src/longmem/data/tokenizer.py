@@ -45,6 +45,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_bytes: int = 64_0
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
+def first_bytes(texts: Iterable[str], most: int) -> Iterator[str]:
+    """Texts until about so many bytes are read, the last one cut."""
+    for text in texts:
+        yield text[:most]
+        most -= len(text)
+        if most <= 0:
+            return
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or at a hub id.
 

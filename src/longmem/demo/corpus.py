@@ -4,32 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from longmem.data.python_source import STDLIB, TEST, packages
 from longmem.errors import DataError
 
-HELD_OUT = ("email", "http", "logging", "xmlrpc")
+HELD_OUT = TEST[STDLIB]
 """Packages that are measured on and never trained on."""
-
-# Tests and other people's packages differ from machine to machine; the rest are tables, not text that refers back.
-LEFT_OUT = frozenset(
-    {
-        "test",
-        "tests",
-        "idle_test",
-        "site-packages",
-        "dist-packages",
-        "lib2to3",
-        "encodings",
-        "pydoc_data",
-        "__pycache__",
-    }
-)
-SHORTEST = 2_000
-"""Packages of fewer characters are left out."""
-FILE_LINE = "# file: "
 
 
 @dataclass(frozen=True)
@@ -88,35 +70,3 @@ def write_corpus(folder: Path, library: Path | None = None) -> Corpus:
     return Corpus(
         folder / "train", folder / "held-out", digest.hexdigest(), len(trained), sum(map(len, trained)), held_out
     )
-
-
-def packages(library: Path) -> Iterator[tuple[str, str]]:
-    """Every package by name: its files in the order of their paths, each behind a line that names it.
-
-    A module outside any package is a package of one file.
-    """
-    for top in sorted(library.iterdir()):
-        if top.name in LEFT_OUT or top.name.startswith((".", "_sysconfigdata")):
-            continue
-        files = sorted(top.rglob("*.py")) if top.is_dir() else [top] if top.suffix == ".py" else []
-        parts = []
-        for file in files:
-            path = file.relative_to(library)
-            if LEFT_OUT.isdisjoint(path.parts):
-                parts.append(f"{FILE_LINE}{path.as_posix()}\n{_text(file)}\n")
-        text = "".join(parts)
-        if len(text) >= SHORTEST:
-            yield top.name.removesuffix(".py"), text
-
-
-def file_at(text: str, position: int) -> str:
-    """The file that a position of a package's text lies in."""
-    start = text.rfind(FILE_LINE, 0, position + len(FILE_LINE))
-    while start > 0 and text[start - 1] != "\n":
-        start = text.rfind(FILE_LINE, 0, start)
-    return text[start + len(FILE_LINE) : text.index("\n", start)] if start >= 0 else ""
-
-
-def _text(file: Path) -> str:
-    """A few test-like files of the library are deliberately not UTF-8; their odd bytes become the replacement sign."""
-    return file.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")

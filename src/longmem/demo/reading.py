@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from longmem.demo.corpus import file_at
+from longmem.data.python_source import file_at
 from longmem.errors import DataError
 from longmem.memory.bank import MemoryBank
 from longmem.modeling.explain import Explanation

@@ -49,6 +49,10 @@ class Bootstrap:
         drawn = [100 * np.expm1((s[0] - s[1]) / s[2]) for s in self._sums(np.stack([nll, against, tokens]))]
         return self._interval(drawn, len(nll), units)
 
+    def mean(self, total: Floats, count: Floats, units: str) -> Interval | None:
+        """Interval of sum total / sum count: a mean over examples, drawn by unit. Both (U,)."""
+        return self._interval([s[0] / s[-1] for s in self._sums(np.stack([total, count]))], len(total), units)
+
     def _sums(self, columns: Floats) -> Iterator[Floats]:
         """Columns (Q, U) summed over each resample, (Q, resamples), in batches."""
         generator, units = np.random.default_rng(self.seed), columns.shape[1]

@@ -114,7 +114,7 @@ class Reader:
             return
         for start in range(0, max((len(tokens) for _, tokens in texts), default=0), self.window):
             parts = [(row, tokens[start : start + self.window]) for row, tokens in texts if len(tokens) > start]
-            ids, real = _padded([tokens for _, tokens in parts], self.device)
+            ids, real = padded([tokens for _, tokens in parts], self.device)
             kv = self.model.encode(ids, real.long())
             self.bank.add(AttentionKV(kv.keys, kv.values, real), rows=torch.tensor([row for row, _ in parts]))
 
@@ -137,7 +137,7 @@ class Reader:
     @torch.no_grad()
     def _score(self, lanes: Sequence[_Lane]) -> list[Answer]:
         asked = [lane.questions.popleft() for lane in lanes]
-        ids, _ = _padded([question.inputs for question in asked], self.device)
+        ids, _ = padded([question.inputs for question in asked], self.device)
         first = min(len(question.inputs) - len(question.targets) for question in asked)
         reads: dict[str, Any] = {}
         if self.bank is not None:
@@ -161,7 +161,7 @@ def _answer(question: Question, logits: Tensor, first: int) -> Answer:
     return Answer(question.number, chosen.sum().item(), bool((scored.argmax(-1) == targets).all()))
 
 
-def _padded(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Ids (B, T), padded at their ends where a causal model cannot look, and which are real (B, T) bool."""
     width = max(len(row) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)

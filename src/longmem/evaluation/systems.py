@@ -69,6 +69,31 @@ def sized(name: str) -> tuple[str, int] | None:
     return None if found is None else (found[1], int(found[2]))
 
 
+def compared(names: Sequence[str]) -> list[tuple[str, str]]:
+    """The differences reported between systems, (system, against).
+
+    Every system against the backbone; memory against the same model without it, and against the control; LongMem
+    against each other kind of memory, or of context, of the same size.
+    """
+    pairs = [(name, BACKBONE) for name in names if name != BACKBONE and BACKBONE in names]
+    sizes = {name: found for name in names if (found := sized(name)) is not None}
+    off = {LONGMEM: (MEMORY_OFF, CONTROL), MEMTRM: (MEMTRM_OFF,)}
+    pairs += [
+        (name, other)
+        for kind, others in off.items()
+        for other in others
+        if other in names
+        for name, (mine, _) in sizes.items()
+        if mine == kind
+    ]
+    return pairs + [
+        (name, other)
+        for other, (kind, size) in sizes.items()
+        for name, mine in sizes.items()
+        if kind != LONGMEM and mine == (LONGMEM, size)
+    ]
+
+
 MakeMemory = Callable[["LongMem | AugmentedLM", int, int], MemoryBank]
 """``(model, rows, capacity in tokens)``."""
 
@@ -171,29 +196,8 @@ class Comparison:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The differences reported, (system, against).
-
-        Every system against the backbone; memory against the same model without it, and against the control; LongMem
-        against each other kind of memory of the same size.
-        """
-        names = [system.name for system in self.systems]
-        pairs = [(name, BACKBONE) for name in names if name != BACKBONE]
-        sizes = {name: found for name in names if (found := sized(name)) is not None}
-        off = {LONGMEM: (MEMORY_OFF, CONTROL), MEMTRM: (MEMTRM_OFF,)}
-        pairs += [
-            (name, other)
-            for kind, others in off.items()
-            for other in others
-            if other in names
-            for name, (mine, _) in sizes.items()
-            if mine == kind
-        ]
-        return pairs + [
-            (name, other)
-            for other, (kind, size) in sizes.items()
-            for name, mine in sizes.items()
-            if kind != LONGMEM and mine == (LONGMEM, size)
-        ]
+        """The differences reported, see ``compared``."""
+        return compared([system.name for system in self.systems])
 
     def passes(self, names: Sequence[str], rows: int, window: int) -> list[tuple[str, ...]]:
         """Some systems as those that run together: on one pass of the backbone, with no more logits than fit."""

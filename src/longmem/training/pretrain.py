@@ -13,11 +13,13 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from longmem.data.tokenizer import load_tokenizer
 from longmem.data.tokens import TokenCorpus
 from longmem.data.windows import IGNORE, WindowSampler
 from longmem.errors import BackboneError, ConfigError
 from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
 from longmem.modeling.copying import copy_loss, copy_score, random_tokens
+from longmem.modeling.vocabulary import change_vocabulary, same_vocabulary
 from longmem.training.recipe import Recipe
 from longmem.training.sharding import assign
 from longmem.training.tasks import Scores, StepScores, set_dropout, token_losses
@@ -156,7 +158,7 @@ class Pretraining:
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Fresh weights drawn from the global generator, or those of ``model.init``."""
+    """Fresh weights drawn from the global generator, or those of ``model.init`` with this tokenizer."""
     shape = recipe.model
     if shape.init is not None:
         try:
@@ -165,7 +167,8 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
             reason = str(error).splitlines()[0]
             raise BackboneError(f"model.init ({shape.init}): {reason}; name a folder or hub id of a model") from error
         set_dropout(model, recipe.optim.dropout)
-        return model
+        before = load_tokenizer(shape.init)
+        return model if same_vocabulary(before, tokenizer) else change_vocabulary(model, before, tokenizer)
     if shape.vocab_size is not None and shape.vocab_size < len(tokenizer):
         raise ConfigError(f"model.vocab_size ({shape.vocab_size}) must be at least the tokenizer's ({len(tokenizer)})")
     config = AlibiGPTConfig(
