@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,10 +79,11 @@ def trials(name: str, prepared: Prepared, every: bool) -> list[tuple[str, int]]:
 
 
 def kill(name: str, operation: str, nth: int, folder: Path, prepared: Prepared, forks: Forks) -> None:
-    path = prepared.copy(operation, folder / f"{operation} {nth}")
+    path = prepared.copy(operation, folder / "trial")
     ending = forks.run(f"{WORK}:do", operation=operation, path=path, failpoint=f"{name}:{nth}")
     assert ending.signal == signal.SIGKILL, f"{operation} was not killed at {name}:{nth}: {ending}"
     after_kill(path, operation, prepared.states(operation), len(ending.said))
+    shutil.rmtree(folder / "trial")
 
 
 @pytest.mark.parametrize("name", FAILPOINTS)
@@ -96,10 +98,13 @@ def test_killed_at_a_named_point_leaves_exactly_before_or_after(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_killed_at_every_point_every_time(operation: str, folder: Path, prepared: Prepared, forks: Forks) -> None:
+def test_killed_at_every_point_every_time(
+    operation: str, folder: Path, prepared: Prepared, forks: Forks, record_property: Callable[[str, object], None]
+) -> None:
     for name, count in prepared.counts(operation).items():
         for nth in range(1, count + 1):
             kill(name, operation, nth, folder, prepared, forks)
+    record_property("kills", sum(prepared.counts(operation).values()))
 
 
 def test_all_operations_come_to_named_points_only(prepared: Prepared) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ class Life:
 
     def __init__(self, path: Path, seed: int, forks: Forks) -> None:
         self._path = path
+        self._seed = seed
         self._draw = random.Random(seed)
         self._forks = forks
         self._steps: list[Step] = random_steps(seed, LIFE)
@@ -73,7 +75,8 @@ class Life:
         found = read_state(self._path)
         states = [each.state for each in allowed]
         assert found in states, (
-            f"{difference(found, states[0])}; after {self._steps[: allowed[-1].step + 1][-2:]}, kill {self.kills}"
+            f"{difference(found, states[0])}; after {self._steps[: allowed[-1].step + 1][-2:]}, life {self._seed}, "
+            f"kill {self.kills}"
         )
         self._at += states.index(found)
         if found is None:
@@ -105,5 +108,8 @@ def test_killed_at_random_moments(folder: Path, forks: Forks) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_300_random_moments(folder: Path, forks: Forks) -> None:
+def test_killed_at_300_random_moments(
+    folder: Path, forks: Forks, record_property: Callable[[str, object], None]
+) -> None:
     kill_at_random_moments(300, folder, forks)
+    record_property("kills", 300)

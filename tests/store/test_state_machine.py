@@ -1,0 +1,293 @@
+"""Any life of a store against a plain model of it: namespaces stay apart, and what is forgotten is gone."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as some
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from tests.store.small import open_small, quick_folder
+from tests.store.twin import Document, Twin, make_document
+from torch import Tensor
+
+from longmem.errors import StoreError
+from longmem.store import ForgetReport
+from longmem.store.bank import StoreBank
+
+NAMESPACES = ["alice", "bob", "carol"]
+SPACE = some.sampled_from(NAMESPACES)
+NAME = some.sampled_from(["a", "b", "c"])
+SEED = some.integers(0, 5)
+LENGTH = some.sampled_from([5, 40, 90, 200, 300])
+"""Within a segment, within a piece, and over two and three pieces."""
+AGE = some.sampled_from([1.0, 5.0, 60.0])
+CHUNK = 2
+
+
+class Life(RuleBasedStateMachine):
+    """A store, a reader of it and banks held open; after every change all that they say is compared with the model."""
+
+    counts: dict[str, int]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1_000_000.0
+        self.clock = patch("time.time", lambda: self.now)
+        self.clock.start()
+        self.folder = tempfile.TemporaryDirectory(dir=FOLDER[-1])
+        self.path = Path(self.folder.name) / "memory"
+        self.store = open_small(self.path)
+        self.reader = open_small(self.path, mode="read")
+        self.twin = Twin()
+        self.added = 0
+        self.reports: list[ForgetReport] = []
+        self.banks: list[StoreBank] = []
+
+    def teardown(self) -> None:
+        try:
+            self.compact()
+            self.reopen()
+            self.everything_is_as_in_the_model()
+            assert self.store.verify().problems == []
+        finally:
+            self.reader.close()
+            self.store.close()
+            self.clock.stop()
+            self.folder.cleanup()
+
+    # what changes it
+
+    @rule(namespace=SPACE, name=NAME, seed=SEED, length=LENGTH, as_ids=some.booleans(), replaces=some.booleans())
+    def add(self, namespace: str, name: str, seed: int, length: int, as_ids: bool, replaces: bool) -> None:
+        self._add(namespace, name, seed, length, as_ids, None, replaces)
+
+    @rule(namespace=SPACE, name=NAME, seed=SEED, length=LENGTH, age=AGE, replaces=some.booleans())
+    def add_for_a_while(self, namespace: str, name: str, seed: int, length: int, age: float, replaces: bool) -> None:
+        self._add(namespace, name, seed, length, False, self.now + age, replaces)
+
+    def _add(
+        self, namespace: str, name: str, seed: int, length: int, as_ids: bool, expires: float | None, replaces: bool
+    ) -> None:
+        self.added += 1
+        new = make_document(self.added, name, seed, length, as_ids, self.now)
+        old = self.twin.find(namespace, name, self.now)
+
+        def write() -> str:
+            receipt = self.store.add_document(
+                namespace,
+                new.text,
+                ids=None if new.text is not None else new.ids,
+                name=name,
+                metadata=new.metadata,
+                expires=expires,
+                replace=replaces,
+            )
+            if seed not in self.twin.seeds.get(namespace, set()):
+                assert receipt.reused_tokens == 0  # whatever others have
+            assert receipt.tokens == len(new.ids)
+            return receipt.status
+
+        if old is not None and not old.same(new) and not replaces:
+            with pytest.raises(StoreError, match="has another document"):
+                write()
+        elif old is None or not old.same(new):
+            assert write() == ("added" if old is None else "replaced")
+            revision = 1 if old is None else old.revision + 1
+            self.twin.put(namespace, replace(new, expires=expires, revision=revision))
+            self.twin.seeds.setdefault(namespace, set()).add(seed)
+        elif expires == old.expires or (expires is None and not replaces):
+            assert write() == "unchanged"
+        else:
+            assert write() == "updated"
+            self.twin.rows[namespace][name] = replace(old, expires=expires)
+
+    @rule(namespace=SPACE, name=NAME, seed=SEED, length=LENGTH)
+    def append(self, namespace: str, name: str, seed: int, length: int) -> None:
+        old = self.twin.find(namespace, name, self.now)
+        if old is None:
+            with pytest.raises(StoreError, match="no document"):
+                self.store.append(namespace, "more", name=name)
+            return
+        new = self.twin.appended(old, seed, length)
+        more = new.ids[len(old.ids) :]
+        if old.text is None:
+            receipt = self.store.append(namespace, ids=more, name=name)
+        else:
+            receipt = self.store.append(namespace, bytes(more).decode(), name=name)
+        assert (receipt.status, receipt.tokens, receipt.revision) == ("appended", len(new.ids), new.revision)
+        self.twin.put(namespace, new)
+        self.twin.seeds[namespace].add(seed)
+
+    @rule(namespace=SPACE, name=NAME)
+    def forget(self, namespace: str, name: str) -> None:
+        if name not in self.twin.rows.get(namespace, {}):
+            with pytest.raises(StoreError, match="to forget"):
+                self.store.forget(namespace, name=name)
+        else:
+            self._forgotten(namespace, self.store.forget(namespace, name=name), lambda row: row.name == name)
+
+    @rule(namespace=SPACE, kind=some.sampled_from(["note", "letter"]))
+    def forget_where(self, namespace: str, kind: str) -> None:
+        report = self.store.forget(namespace, where={"kind": kind})
+        self._forgotten(namespace, report, lambda row: row.metadata.get("kind") == kind)
+
+    @rule(namespace=SPACE, age=AGE)
+    def forget_older_than(self, namespace: str, age: float) -> None:
+        moment = self.now - age
+        self._forgotten(namespace, self.store.forget(namespace, older_than=age), lambda row: row.added < moment)
+
+    @rule(namespace=SPACE, age=AGE, kind=some.sampled_from(["note", "letter"]))
+    def forget_where_before(self, namespace: str, age: float, kind: str) -> None:
+        moment = self.now - age
+        report = self.store.forget(namespace, before=moment, where={"kind": kind})
+        self._forgotten(namespace, report, lambda row: row.added < moment and row.metadata.get("kind") == kind)
+
+    @rule(namespace=SPACE)
+    def forget_everything(self, namespace: str) -> None:
+        self._forgotten(namespace, self.store.forget(namespace, everything=True), lambda row: True)
+
+    def _forgotten(self, namespace: str, report: ForgetReport, which: Callable[[Document], bool]) -> None:
+        gone = [row for row in self.twin.rows.get(namespace, {}).values() if which(row)]
+        assert sorted(report.documents) == sorted((row.name, len(row.ids)) for row in gone)
+        for row in gone:
+            self.twin.remove(namespace, row.name)
+        self.reports = [*self.reports, report][-3:]
+
+    @rule(age=AGE)
+    def wait(self, age: float) -> None:
+        self.now += age
+
+    @rule()
+    def compact(self) -> None:
+        expired = self.twin.remove_expired(self.now)
+        done = self.store.compact()
+        assert (done.documents, done.emptied) == (expired, True)
+        assert self.twin.left_of_buried(self.store) == []
+        for report in self.reports:
+            assert self.store.verify(absent=report).problems == []
+
+    @rule()
+    def reopen(self) -> None:
+        self.reader.close()
+        self.store.close()
+        self.banks.clear()
+        self.store = open_small(self.path)
+        self.reader = open_small(self.path, mode="read")
+
+    @rule(keep=some.sampled_from(["map", "memory", "device"]), beside=some.booleans(), load=some.booleans())
+    def hold_a_bank(self, keep: str, beside: bool, load: bool) -> None:
+        bank = (self.reader if beside else self.store).bank(NAMESPACES, keep=keep)
+        self.banks = [*self.banks, bank.load() if load else bank][-2:]
+
+    @rule()
+    def refresh(self) -> None:
+        for bank in self.banks:
+            bank.refresh()
+            self._compare_all(bank)
+
+    # what must hold
+
+    @invariant()
+    def everything_is_as_in_the_model(self) -> None:
+        for store in (self.store, self.reader):
+            spaces = [name for name in NAMESPACES if self.twin.live(name, self.now)]
+            assert store.namespaces() == spaces
+            for namespace in NAMESPACES:
+                rows = self.twin.live(namespace, self.now)
+                have = [
+                    (each.namespace, each.name, each.tokens, each.metadata, each.added, each.expires, each.revision)
+                    for each in store.documents(namespace)
+                ]
+                assert have == [
+                    (namespace, row.name, len(row.ids), row.metadata, row.added, row.expires, row.revision)
+                    for row in rows
+                ]
+                stats = store.stats(namespace)
+                assert (stats.documents, stats.tokens) == (len(rows), sum(len(row.ids) for row in rows))
+                assert stats.expired == len(self.twin.rows.get(namespace, {})) - len(rows)
+        for namespace in NAMESPACES:
+            for row in self.twin.live(namespace, self.now):
+                assert store.token_ids(namespace, row.name).tolist() == list(row.ids)
+                assert row.text is None or store.text(namespace, row.name) == row.text
+        self._compare_all(self.store.bank(NAMESPACES))
+        for bank in self.banks:
+            self._compare_found(bank)
+
+    def _compare_all(self, bank: StoreBank) -> None:
+        """The bank finds every chunk of every namespace in its own row, and nothing else."""
+        expected = [
+            sum(-(-len(row.ids) // CHUNK) for row in self.twin.live(namespace, self.now)) for namespace in NAMESPACES
+        ]
+        assert self._compare_found(bank) == expected
+        assert bank.tokens.tolist() == [
+            sum(len(row.ids) for row in self.twin.live(each, self.now)) for each in NAMESPACES
+        ]
+
+    def _compare_found(self, bank: StoreBank) -> list[int]:
+        """All that can be found is of a document that is there now; how many chunks of each namespace."""
+        ids = {(namespace, each.name): each.id for namespace in NAMESPACES for each in self.store.documents(namespace)}
+        found = bank.search(torch.ones(len(NAMESPACES), 2, 1, 4), int(bank.chunks.max()) + 1)
+        both = torch.stack([found.keys, found.values], dim=-2) * found.mask[..., None, None]
+        both = both.unflatten(3, (-1, CHUNK))  # (row, head, 1, R, S, 2, D)
+        counts = []
+        for line, namespace in enumerate(NAMESPACES):
+            chunks = found.chunks[line, :, 0][found.chunk_mask[line, :, 0]].view(2, -1)
+            numbers, order = chunks.sort(dim=1)
+            assert numbers[0].equal(numbers[1])  # every head finds all
+            expected = torch.zeros(chunks.shape[1], CHUNK, 2, 2, 4)  # (chunk, S, 2, head, D)
+            for at, chunk in enumerate(numbers[0].tolist()):
+                origin = bank.provenance(line, chunk)
+                assert origin.namespace == namespace and origin.document is not None
+                assert origin.document_id == ids.get((namespace, origin.document))
+                row = self.twin.find(namespace, origin.document, self.now)
+                assert row is not None
+                begin = origin.start_token
+                expected[at, : origin.length] = self._remembered(row)[begin : begin + origin.length]
+            for head in range(2):
+                assert torch.equal(both[line, head, 0][order[head]], expected[:, :, :, head])
+            counts.append(chunks.shape[1])
+        return counts
+
+    def _remembered(self, row: Document) -> Tensor:
+        found = self.tensors.get(row.ids)
+        if found is None:
+            found = self.tensors[row.ids] = row.keys_and_values()
+        return found
+
+    tensors: dict[tuple[int, ...], Tensor] = {}  # noqa: RUF012  of one test run; the same for all lives
+
+
+FOLDER: list[Path] = []
+"""Where lives are lived."""
+
+
+def live(examples: int, steps: int) -> None:
+    """Try so many lives of so many steps."""
+    quick = settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=True,
+    )
+    with quick_folder() as folder:
+        FOLDER.append(folder)
+        run_state_machine_as_test(Life, settings=quick)
+        FOLDER.pop()
+
+
+def test_lives_are_as_in_the_model() -> None:
+    live(8, 12)
+
+
+@pytest.mark.slow
+def test_many_long_lives_are_as_in_the_model(record_property: Callable[[str, object], None]) -> None:
+    live(150, 50)
+    record_property("lives", 150)

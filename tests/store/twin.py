@@ -1,0 +1,141 @@
+"""A plain Python model of a store: what every namespace has, and what must be nowhere any more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from tests.store.small import BEGIN, MODEL, SEGMENT, expected_chunks, words
+from torch import Tensor
+
+from longmem.store import MemoryStore
+
+GRAM = 16
+"""Bytes that are not found by chance."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document as the store should have it; ``number`` grows as the store's own does."""
+
+    number: int
+    name: str
+    text: str | None
+    ids: tuple[int, ...]
+    metadata: dict[str, Any]
+    added: float
+    expires: float | None
+    revision: int = 1
+
+    def expired(self, now: float) -> bool:
+        return self.expires is not None and self.expires <= now
+
+    def same(self, other: Document) -> bool:
+        """Whether adding the other one adds nothing."""
+        return (self.text, self.ids, self.metadata) == (other.text, other.ids, other.metadata)
+
+    def keys_and_values(self) -> Tensor:
+        """(tokens, 2, Hkv, D): what memory holds of every token."""
+        own = MODEL.table[torch.tensor(self.ids)]
+        before = torch.zeros_like(own)
+        before[1:] = own[:-1]
+        before[::SEGMENT] = 0  # no token sees another segment
+        return own + 0.25 * before
+
+
+def make_document(number: int, name: str, seed: int, length: int, as_ids: bool, now: float) -> Document:
+    """What is to be added; equal seeds and lengths are the same document, and begin with the same text."""
+    text = words(seed, length)
+    ids = tuple(text.encode()) if as_ids else (BEGIN, *text.encode())
+    metadata = {"kind": ["note", "letter"][seed % 2], "secret": words(1000 + seed, 40)} if seed % 3 else {}
+    return Document(number, name, None if as_ids else text, ids, metadata, now, None)
+
+
+@dataclass
+class Twin:
+    """All documents of a store, expired ones until they are compacted, and what was once in it."""
+
+    rows: dict[str, dict[str, Document]] = field(default_factory=dict)
+    buried: list[Document] = field(default_factory=list)
+    seeds: dict[str, set[int]] = field(default_factory=dict)  # of the texts that a namespace ever had
+
+    def find(self, namespace: str, name: str, now: float) -> Document | None:
+        """One that can be found."""
+        found = self.rows.get(namespace, {}).get(name)
+        return None if found is None or found.expired(now) else found
+
+    def live(self, namespace: str, now: float) -> list[Document]:
+        """Those that can be found, in order."""
+        rows = [row for row in self.rows.get(namespace, {}).values() if not row.expired(now)]
+        return sorted(rows, key=lambda row: (row.added, row.number))
+
+    def put(self, namespace: str, document: Document) -> None:
+        """Take a document, in the place of what has its name."""
+        old = self.rows.setdefault(namespace, {}).get(document.name)
+        if old is not None:
+            self.buried.append(old)
+        self.rows[namespace][document.name] = document
+
+    def remove(self, namespace: str, name: str) -> None:
+        """Forget a document."""
+        self.buried.append(self.rows[namespace].pop(name))
+
+    def remove_expired(self, now: float) -> int:
+        """How many were removed."""
+        gone = [(space, row.name) for space, rows in self.rows.items() for row in rows.values() if row.expired(now)]
+        for namespace, name in gone:
+            self.remove(namespace, name)
+        return len(gone)
+
+    def appended(self, old: Document, seed: int, length: int) -> Document:
+        """A document with more of a text behind it."""
+        more = words(seed, length)
+        text = None if old.text is None else old.text + more
+        return replace(old, text=text, ids=(*old.ids, *more.encode()), revision=old.revision + 1)
+
+    # bytes
+
+    def left_of_buried(self, store: MemoryStore) -> list[str]:
+        """What of buried documents is in any file, though no document has it."""
+        disk = bytes_of(store)
+        grams = {disk[at : at + GRAM] for at in range(len(disk) - GRAM + 1)}
+        may = b"\0".join(part for rows in self.rows.values() for row in rows.values() for part in parts_of(row))
+        records = {each for rows in self.rows.values() for row in rows.values() for each in records_of(store, row)}
+        left = []
+        for document in self.buried:
+            for part in parts_of(document):
+                for at in range(0, len(part) - GRAM + 1, 3):
+                    if part[at : at + GRAM] in grams and part[at : at + GRAM] not in may:
+                        left.append(f"{part[at : at + GRAM]!r} of {document.name}")
+            for record in records_of(store, document) - records:
+                if record[:GRAM] in grams and record in disk:
+                    left.append(f"a chunk of {document.name}")
+        self.buried = [] if not left else self.buried
+        return left
+
+
+def parts_of(document: Document) -> Iterator[bytes]:
+    """Everything that the catalog keeps of a document."""
+    yield np.array(document.ids, dtype="<u4").tobytes()
+    yield (document.text or "").encode()
+    yield document.metadata.get("secret", "").encode()
+
+
+def records_of(store: MemoryStore, document: Document) -> set[bytes]:
+    """Everything that data files keep of a document: keys and values of its chunks, and their means."""
+    chunks = expected_chunks(store, MODEL, document.ids)
+    return {chunks.kv[at].tobytes() for at in range(len(chunks))} | {
+        chunks.keys[at].tobytes() for at in range(len(chunks))
+    }
+
+
+def bytes_of(store: MemoryStore) -> bytes:
+    """All files of an open store, but those that SQLite keeps locks on and no text in."""
+    catalog = b"".join(data for _, data in store._room.catalog.file.slabs())
+    others = [path for path in sorted(store.path.rglob("*")) if path.is_file()]
+    return catalog + b"".join(
+        path.read_bytes() for path in others if path.name not in ("catalog.sqlite", "catalog.sqlite-shm")
+    )
