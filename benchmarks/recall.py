@@ -1,5 +1,7 @@
 """Recall and speed of the indexes on a trained pair's own keys and queries; writes results/recall.json.
 
+Times are seconds of the processor. The JSON is kept after every part, what matters most first.
+
 Usage: python -m benchmarks.recall --model models/books-latex/sidenet --data books=DATA/books/test.tar.xz
            --keys FOLDER [--tokens 65536,262144,1048576] [--indexes two_stage,faiss] [--out results/recall.json]
 
@@ -10,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import candidates
+from benchmarks.busy import by_processor
 from benchmarks.measure import interleaved, ratio, spread, summary, surroundings
 from benchmarks.real_keys import collect, held_back
 from longmem.memory import ExactIndex, MemoryBank
@@ -26,6 +31,8 @@ from longmem.memory.blocks import Blocks
 from longmem.memory.partial import PartialIndex
 from longmem.memory.recall import measure_recall
 from longmem.types import AttentionKV
+
+PARTS = ("recall", "decoding", "candidates", "at_once")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -36,7 +43,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--keys", type=Path, required=True, help="folder for the encoded keys")
     parser.add_argument("--tokens", default="65536,262144,1048576", help="sizes of memory")
     parser.add_argument("--indexes", default="two_stage,faiss")
-    parser.add_argument("--candidates", type=int, default=262144, help="size at which all ways are compared; 0: none")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; default: all")
+    parser.add_argument("--candidates", type=int, default=262144, help="size at which all ways are compared")
     parser.add_argument("--queries", type=int, default=256, help="tokens asked at each size")
     parser.add_argument("--repeats", type=int, default=9, help="rounds of the timings")
     parser.add_argument("--threads", type=int, default=1)
@@ -52,24 +60,38 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     result: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.recall", *(sys.argv[1:] if arguments is None else arguments)]),
         "surroundings": surroundings(torch.device("cpu")),
+        "times": "seconds of the processor, one thread" if given.threads == 1 else "processor seconds of all threads",
         "texts": {},
     }
-    first: dict[str, Any] | None = None
+
+    def keep() -> None:  # after every part: what was measured stays if the rest is interrupted
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    records: dict[str, dict[str, Any]] = {}
     for named in given.data:
         name, _, files = named.partition("=")
-        record = collect(given.model, files.split(","), max(sizes), given.keys / f"{name}.pt")
-        first = first or record
+        record = records[name] = collect(given.model, files.split(","), max(sizes), given.keys / f"{name}.pt")
         kept = ("fingerprint", "tokens", "chunk_size", "documents")
         result["texts"][name] = {field: record[field] for field in kept}
-        result["texts"][name]["sizes"] = [at_size(record, size, names, given.queries) for size in sizes]
-        if given.candidates:
+        result["texts"][name]["sizes"] = [{"tokens": size} for size in sizes]
+    first = next(iter(records.values()))
+    for index in names if "recall" in given.parts else []:
+        for name, record in records.items():
+            for found in result["texts"][name]["sizes"]:
+                found[index] = at_size(record, found["tokens"], index, given.queries)
+                keep()
+    if "decoding" in given.parts:
+        prompt = held_back(given.model, given.data[0].partition("=")[2].split(","), tokens=96)
+        result["decoding"] = decoding(given.model, first, prompt, (min(sizes), max(sizes)), names, given.repeats)
+        keep()
+    if "candidates" in given.parts:
+        for name, record in records.items():
             result["texts"][name]["candidates"] = compared(record, given.candidates)
-    assert first is not None
-    result["queries_at_once"] = [at_once(first, size, given.repeats) for size in sizes]
-    prompt = held_back(given.model, given.data[0].partition("=")[2].split(","))
-    result["decoding"] = decoding(given.model, first, prompt, (min(sizes), max(sizes)), names, given.repeats)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            keep()
+    if "at_once" in given.parts:
+        result["queries_at_once"] = [at_once(first, size, given.repeats) for size in sizes]
+        keep()
     return result
 
 
@@ -80,20 +102,17 @@ def of_size(record: dict[str, Any], tokens: int) -> tuple[Tensor, Tensor]:
     return record["keys"][:, :chunks], record["queries"][among].transpose(0, 1).flatten(1, 2)
 
 
-def at_size(record: dict[str, Any], tokens: int, names: list[str], queries: int) -> dict[str, Any]:
-    """Recall of each index; printed as it comes."""
+def at_size(record: dict[str, Any], tokens: int, index: str, queries: int) -> dict[str, Any]:
+    """Recall of an index; printed as it comes."""
     keys, asked = of_size(record, tokens)
-    found = {"tokens": tokens}
-    for name in names:
-        report = measure_recall(name, keys, asked, tokens=queries)
-        found[name] = {**asdict(report), "exact_over_index": report.exact_milliseconds / report.milliseconds}
-        _say(
-            f"{tokens} tokens, {name}: recall {report.recall:.3f} (worst head {min(report.recall_by_head):.3f}), "
-            f"attention kept {report.attention_kept:.3f}, keys read {report.keys_read:.3f}, "
-            f"{report.milliseconds:.2f} ms a token, exact {report.exact_milliseconds:.2f}; "
-            f"built in {report.build_seconds:.1f} s, {report.state_bytes / 2**20:.0f} MiB"
-        )
-    return found
+    report = measure_recall(index, keys, asked, tokens=queries, clock=time.process_time)
+    _say(
+        f"{tokens} tokens, {index}: recall {report.recall:.3f} (worst head {min(report.recall_by_head):.3f}), "
+        f"attention kept {report.attention_kept:.3f}, keys read {report.keys_read:.3f}, "
+        f"{report.milliseconds:.2f} ms a token, exact {report.exact_milliseconds:.2f}; "
+        f"built in {report.build_seconds:.1f} s, {report.state_bytes / 2**20:.0f} MiB"
+    )
+    return {**asdict(report), "exact_over_index": report.exact_milliseconds / report.milliseconds}
 
 
 def compared(record: dict[str, Any], tokens: int) -> dict[str, Any]:
@@ -121,7 +140,7 @@ def at_once(record: dict[str, Any], tokens: int, repeats: int) -> dict[str, Any]
             "exact": lambda queries=queries: exact.search(queries, keys, [0], [chunks], 16) and None,
             "two_stage": lambda queries=queries: part.search(queries, keys, [0], [chunks], 16) and None,
         }
-        taken = interleaved(runs, max(3, repeats // (1 + count // 16)))
+        taken = by_processor(runs, max(3, repeats // (1 + count // 16)))
         found[str(count)] = {name: summary(rounds)["total"] for name, rounds in taken.items()}
         found[str(count)]["exact_over_two_stage"] = ratio(taken["exact"], taken["two_stage"])
         _say(f"{tokens} tokens, {count} queries: exact over two_stage {found[str(count)]['exact_over_two_stage']}")
@@ -171,18 +190,15 @@ def filled(model: Any, record: dict[str, Any], tokens: int, index: str) -> Memor
 
 
 @torch.no_grad()
-def _decode(model: Any, prompt: Tensor, bank: MemoryBank | None, steps: int = 24) -> float:
-    """Median seconds of a token, behind a prompt (1, T)."""
-    import statistics
-    import time
-
+def _decode(model: Any, prompt: Tensor, bank: MemoryBank | None, steps: int = 16) -> float:
+    """Median processor seconds of a token, behind a prompt (1, T)."""
     out = model(prompt, memory=bank, use_cache=True)
     taken = []
     for _ in range(steps):
-        began = time.perf_counter()
+        began = time.process_time()
         ids = out.logits[:, -1:].argmax(-1)
         out = model(ids, memory=bank, use_cache=True, past_key_values=out.past_key_values)
-        taken.append(time.perf_counter() - began)
+        taken.append(time.process_time() - began)
     return statistics.median(taken[2:])
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as some
 
 from longmem.errors import ConfigError, MemoryBankError
 from longmem.memory import ExactIndex, MemoryBank, make_index
-from longmem.memory.blocks import Blocks, felt_distance, like_together
+from longmem.memory.blocks import LEAST, PARTS, Blocks, _sizes, felt_distance, like_together
 from longmem.memory.partial import PartialIndex
 from longmem.memory.recall import measure_recall
 from longmem.types import AttentionKV
@@ -179,6 +179,27 @@ def test_what_was_taken_out_is_overwritten_in_the_copy():
     assert float(blocks.means.max()) < 10
 
 
+def test_what_is_left_is_found_where_whole_blocks_were_taken_out_and_all_scores_are_negative():
+    keys, queries = like_a_model(1, 8000, 16, heard=300)
+    queries = queries - 4  # keys lie around 3 in every dimension
+    index = a_part()
+    index.search(queries[None, :, :200], keys[None], [0], [8000], 16)
+    index.search(queries[None, :, :1], keys[None], [0], [8000], 16)
+    likest = (keys[0] - keys[0, 0]).norm(dim=1).argsort()
+    left = likest[1600:].sort().values  # neighbours go together, as the chunks of a text do
+    assert float((queries[0] @ keys[0, left].T).max()) < 0
+    keys = keys[:, left].contiguous()
+    index.kept(0, left)
+    assert index._rows[0].structure is not None and index._rows[0].structure.holes
+    found = 0
+    for at in range(200, 300):
+        asked = queries[None, :, at : at + 1]
+        _, slots = index.search(asked, keys[None], [0], [len(left)], 16)
+        found += (slots[..., None] == exactly(asked, keys[None], [0], [len(left)], 16)[1][..., None, :]).sum().item()
+    assert index.share_read() < 0.6
+    assert found > 0.95 * 100 * 16
+
+
 @pytest.mark.parametrize("make", [a_part, lists])
 def test_the_same_calls_give_the_same_answers(make):
     keys, queries = like_a_model(2, 4000, 8)
@@ -254,6 +275,13 @@ def test_keys_are_compared_as_queries_feel_them():
     plain = like_together(keys @ felt_distance(blind[:0]), 16)
     assert sorted(plain.tolist()) == list(range(1024))
     assert keys[plain].view(16, 64, 2).std(1).mean(0)[1] > 0.5
+
+
+def test_what_is_left_over_when_parts_are_equally_long_does_not_make_every_search_build_anew():
+    for count in (*range(LEAST, 3000), 43007, 262143, 999_999):
+        parts, width, ways = _sizes(count)
+        assert count - count // 16 < parts * width <= count
+        assert parts % PARTS == 0 and parts % ways == 0 and (parts // ways).bit_count() == 1
 
 
 def test_indexes_have_names_and_unknown_ones_are_refused():

@@ -51,6 +51,7 @@ class Blocks:
         self.keys = torch.empty(heads, self.parts, self.width * dim, dtype=keys.dtype, device=keys.device)
         self.slots = torch.empty(heads, self.parts, self.width, dtype=torch.int32, device=keys.device)
         self.means = torch.empty(heads, self.parts, dim, device=keys.device)
+        self.block_means = torch.empty(heads, self.parts // PARTS, dim, device=keys.device)
         self.numbers = torch.arange(self.parts, device=keys.device).view(-1, PARTS)
         self.holes = False
         for head in range(heads):  # one at a time: what building takes beside the copy is a head's part
@@ -58,13 +59,12 @@ class Blocks:
             order = like_together(own.to(torch.float32) @ felt_distance(heard[head]), self.parts, ways)
             self.slots[head] = order.view(self.parts, -1)
             torch.index_select(own, 0, order, out=self.keys[head].view(self.size, dim))
-            self.means[head] = self._each(head).to(torch.float32).mean(1)
-        self.block_means = self._of_blocks()
+            self._average(head)
 
     @property
     def nbytes(self) -> int:
-        """Of the copy, the slots and the means."""
-        held = (self.keys, self.slots, self.means, self.block_means)
+        """Of the copy, the slots, the means and the parts' numbers."""
+        held = (self.keys, self.slots, self.means, self.block_means, self.numbers)
         return sum(each.numel() * each.element_size() for each in held)
 
     def share_read(self, plans: list[Plan]) -> float:
@@ -127,20 +127,23 @@ class Blocks:
         self.slots = torch.where(held >= 0, moved[held.clamp_min(0)], -1).to(torch.int32)
         self.holes = True
         for head in range(len(self.slots)):
-            gone = self.slots[head] < 0
-            self._each(head)[gone] = 0
-            left = (self.width - gone.sum(1, keepdim=True)).clamp_min(1)
-            self.means[head] = self._each(head).to(torch.float32).sum(1) / left
-        self.block_means = self._of_blocks()
+            self._each(head)[self.slots[head] < 0] = 0
+            self._average(head)
         self.covered = int((moved >= 0).sum())
 
     def _each(self, head: int) -> Tensor:
         """The copy of a head's keys, (parts, width, D)."""
         return self.keys[head].view(self.parts, self.width, -1)
 
-    def _of_blocks(self) -> Tensor:
-        """(Hkv, blocks, D)."""
-        return self.means.view(len(self.means), -1, PARTS, self.means.shape[2]).mean(2)
+    def _average(self, head: int) -> None:
+        """Set a head's means, over the keys that are left."""
+        sums = self._each(head).to(torch.float32).sum(1)
+        left = (self.slots[head] >= 0).sum(1, keepdim=True)
+        # what is empty gets the mean of all: at zero it would come before every key where scores are negative
+        rest = sums.sum(0) / left.sum().clamp_min(1)
+        for means, size in ((self.means, 1), (self.block_means, PARTS)):
+            total, count = (each.view(-1, size, each.shape[1]).sum(1) for each in (sums, left))
+            means[head] = torch.where(count > 0, total / count.clamp_min(1), rest)
 
 
 def groups_needed(scores: Tensor, home: Tensor, inside: Tensor, recall: float) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +54,14 @@ class RecallReport:
 
 @torch.no_grad()
 def measure_recall(
-    index: str | Index, keys: Tensor, queries: Tensor, num: int = 16, *, tokens: int = 256, heard: int = 256
+    index: str | Index,
+    keys: Tensor,
+    queries: Tensor,
+    num: int = 16,
+    *,
+    tokens: int = 256,
+    heard: int = 256,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> RecallReport:
     """Compare an index with exact search.
 
@@ -67,6 +75,7 @@ def measure_recall(
         num: R.
         tokens: most queries per head to be compared.
         heard: most queries per head to be searched before.
+        clock: what takes the times, in seconds; ``time.process_time`` leaves out what others do on a busy machine.
 
     Raises:
         MemoryBankError: keys and queries do not fit each other, or are too few.
@@ -93,21 +102,21 @@ def measure_recall(
     best_scores, best = _search(exact, keys, asked, num)
 
     found = torch.zeros_like(best, dtype=torch.bool)
-    began = time.perf_counter()
+    began = clock()
     _search(tried, keys, asked[:, :1], num)
-    first = time.perf_counter() - began
+    first = clock() - began
     taken: list[float] = []
     exactly: list[float] = []
     for at in range(len(picked)):
         query = asked[:, at : at + 1]
-        began = time.perf_counter()
+        began = clock()
         slots = _search(tried, keys, query, num)[1]
-        taken.append(time.perf_counter() - began)
+        taken.append(clock() - began)
         found[:, at] = (best[:, at, :, None] == slots[:, 0, None, :]).any(-1)
         if at % 4 == 0:
-            began = time.perf_counter()
+            began = clock()
             _search(exact, keys, query, num)
-            exactly.append(time.perf_counter() - began)
+            exactly.append(clock() - began)
     weights = (best_scores * dim**-0.5).softmax(-1)
     return RecallReport(
         index=index if isinstance(index, str) else type(index).__name__,
