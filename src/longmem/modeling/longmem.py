@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -32,9 +31,8 @@ from longmem.modeling.loading import (
 from longmem.modeling.output import LongMemOutput, padding_of
 from longmem.modeling.retrieving import retriever
 from longmem.modeling.sidenet import SideNet, SideRun
+from longmem.modeling.weights import SHARD_SIZE, WEIGHTS, read_weights, write_weights
 from longmem.types import AttentionKV, Memory
-
-WEIGHTS = "sidenet.safetensors"
 
 
 class LongMem(PreTrainedModel, MemoryGenerationMixin):
@@ -288,29 +286,36 @@ class LongMem(PreTrainedModel, MemoryGenerationMixin):
         return cls(made, model, side_dtype=side_dtype)
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        max_shard_size: int | str = SHARD_SIZE,
+        **kwargs: Any,
     ) -> None:
         """Write the SideNet alone: config.json, which names the backbone and its fingerprint, and sidenet.safetensors.
 
-        The weights are in place before the config that makes the folder a checkpoint.
+        config.json makes the folder a checkpoint: it goes first and comes last, so a save that is cut short, also one
+        over an older checkpoint, is not taken for one.
 
         Args:
             save_directory: the folder.
             state_dict: weights to write in place of the model's own, by their names in it: those gathered from the
                 processes among which they are divided.
+            max_shard_size: bytes of a file, or text such as ``"200MB"``; larger weights are written as
+                sidenet-00001-of-0000N.safetensors with an index, sidenet.safetensors.index.json.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         given = state_dict or {}
         mine = {name: given.get(f"sidenet.{name}", tensor) for name, tensor in self.sidenet.state_dict().items()}
-        tensors = {k: v.detach().to("cpu").contiguous() for k, v in mine.items()}
-        partial = folder / f".{WEIGHTS}.partial"
-        save_file(tensors, partial, metadata={"format": "pt", "backbone_fingerprint": self.fingerprint})
-        partial.replace(folder / WEIGHTS)
-        self.config.architectures = ["LongMem"]
-        self.config.save_pretrained(folder)
+        (folder / "config.json").unlink(missing_ok=True)
+        about = {"backbone_fingerprint": self.fingerprint}
+        write_weights(mine, folder, max_shard_size=max_shard_size, metadata=about)
         if self.generation_config is not None:
             self.generation_config.save_pretrained(folder)
+        self.config.architectures = ["LongMem"]
+        self.config.save_pretrained(folder)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -339,7 +344,7 @@ class LongMem(PreTrainedModel, MemoryGenerationMixin):
         folder = resolve_folder(str(pretrained_model_name_or_path), revision)
         try:
             made = load_config(LongMemConfig, folder) if config is None else config
-            tensors = load_file(folder / WEIGHTS)
+            tensors = read_weights(folder)
         except (OSError, SafetensorError, ValueError) as problem:
             raise CheckpointError(
                 f"{folder} is not a complete LongMem checkpoint ({first_line(problem)}); "

@@ -18,7 +18,6 @@ from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainingArguments, default_data_collator
@@ -28,7 +27,8 @@ from longmem.data.tokens import TokenCorpus
 from longmem.data.windows import IGNORE
 from longmem.errors import CheckpointError, ConfigError
 from longmem.memory import MemoryBank
-from longmem.modeling.longmem import WEIGHTS, LongMem
+from longmem.modeling.longmem import LongMem
+from longmem.modeling.weights import INDEX, WEIGHTS, missing_weights, read_weights
 from longmem.training.tasks import Scores, token_losses
 from longmem.types import AttentionKV
 
@@ -297,8 +297,8 @@ class LongMemTrainer(Trainer):
     def _load_sidenet(self, folder: Path) -> None:
         model: Any = self.accelerator.unwrap_model(self.model)
         try:
-            tensors = load_file(folder / WEIGHTS)
-        except (OSError, SafetensorError) as problem:
+            tensors = read_weights(folder)
+        except (OSError, SafetensorError, ValueError) as problem:
             raise CheckpointError(f"{folder / WEIGHTS}: cannot be read ({problem}); {_way_out(folder)}") from problem
         try:
             model.sidenet.load_state_dict(tensors)
@@ -400,9 +400,13 @@ def _missing(folder: Path) -> list[str]:
     """What a checkpoint lacks to be resumed from."""
     banks = list(folder.glob("memory-*-of-*.pt"))
     world = int(banks[0].stem.rpartition("-")[2]) if banks else 1
-    wanted = [WEIGHTS, "config.json", "trainer_state.json", "optimizer.pt", "scheduler.pt"]
+    wanted = ["config.json", "trainer_state.json", "optimizer.pt", "scheduler.pt"]
     wanted += [_bank_file(rank, world) for rank in range(world)]
-    return [name for name in wanted if not (folder / name).is_file()]
+    try:
+        weights = missing_weights(folder)
+    except ValueError:
+        weights = [INDEX]
+    return weights + [name for name in wanted if not (folder / name).is_file()]
 
 
 def _check_whole(folder: Path, world: int) -> None:
