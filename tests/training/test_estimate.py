@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tests.family_table import FAMILIES, make_backbone
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from longmem import AlibiGPTConfig, LongMem, LongMemConfig, MemoryBank
+from longmem import AlibiGPTConfig, LongMem, LongMemConfig, MemoryBank, MemTRMConfig
 from longmem.errors import ConfigError
-from longmem.training.estimate import (
-    GIB,
-    HARDWARE,
-    MIB,
-    RESERVE,
-    Estimate,
-    Hardware,
-    Sizes,
-    Work,
-    bank_bytes,
-    estimate,
-)
+from longmem.memory.lookahead import LookaheadBank
+from longmem.training.estimate import MIB, RESERVE, Estimate, Work, bank_bytes, estimate
+from longmem.training.hardware import GIB, HARDWARE, Hardware
 from longmem.training.recipe import Recipe
+from longmem.training.sizes import Sizes
 
 PAPER = AlibiGPTConfig()
 PAPER_WORK = Work(rows=8, segment=1024, tokens=26_214_400_000, memory=65536)
@@ -72,6 +65,8 @@ def test_the_papers_memory_on_the_device_is_as_worked_by_hand(paper: Estimate) -
     positions = 8 * 1024
     assert paper.bytes == {
         "backbone": 407_072_768 * 2,
+        "dequantised": 0,
+        "gathered": 0,
         "trained weights": 151_083_024 * (4 + 2),
         "gradients": 151_083_024 * 4,
         "optimiser": 151_083_024 * 8,
@@ -198,3 +193,126 @@ def test_an_adaptation_recipe_reads_its_backbones_config(tmp_path: Path) -> None
 def test_unknown_hardware_is_answered_with_the_known_names() -> None:
     with pytest.raises(ConfigError, match="hardware \\('abacus'\\) is not known; try one of 2-cpu-cores"):
         estimate((PAPER, PAPER_WORK), "abacus")
+
+
+LLAMA = LlamaConfig(
+    vocab_size=32_000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,
+    num_key_value_heads=4, tie_word_embeddings=False,
+)  # fmt: skip
+MATRICES = 2 * 1024 * 1024 + 2 * 1024 * 256 + 3 * 1024 * 2816
+"""Of a layer: queries and outputs, keys and values of 4 heads of 64, feed-forward with its gate."""
+LLAMA_LAYER = MATRICES + 2 * 1024
+EMBEDDINGS = 32_000 * 1024
+
+
+def llama(hardware: Hardware = ONE, **work: object) -> Estimate:
+    asked = Work(**{"rows": 2, "segment": 512, "tokens": 1_000_000, "memory": 4096, **work})  # type: ignore[arg-type]
+    return estimate((LongMemConfig(backbone_config=LLAMA, memory_layer=5), asked), hardware)
+
+
+def test_several_segments_at_once_are_a_larger_batch_over_as_many_banks() -> None:
+    one, four = llama(), llama(segments=4)
+    for part in ("activations", "logits", "residual states"):
+        assert four.bytes[part] == 4 * one.bytes[part]
+    assert four.bytes["logits"] == 2 * 4 * 512 * 32_000 * 2 * (2 + 4)
+    # 4 heads x 64 numbers; three segments of 128 chunks each, and a chunk closed at either end of each of them
+    spare = 3 * (128 + 2) * 4
+    assert one.bytes["bank"] == 2 * (4096 * 256 * 2 * 2 + 1024 * 256 * 4)
+    assert four.bytes["bank"] == 2 * ((4096 + spare) * 256 * 2 * 2 + (1024 + spare // 4) * 256 * 4)
+    assert four.flops == one.flops and four.hours == one.hours
+    assert llama(segments=4, memory=0).bytes["bank"] == 0
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_real_bank_for_several_segments_takes_the_bytes_that_are_estimated(shared: bool) -> None:
+    config = AlibiGPTConfig(vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
+    model = LongMem.from_backbone(AutoModelForCausalLM.from_config(config))
+    bank = LookaheadBank.for_model(model, 2, 1024, segments=3, segment_tokens=16, dtype=torch.bfloat16, shared=shared)
+    work = Work(rows=2, segment=16, tokens=8, memory=1024, segments=3, banks=1 if shared else None)
+    estimated = bank_bytes(Sizes.of(config), 4, work)
+    assert estimated <= bank.nbytes <= estimated * 1.15
+
+
+def test_a_backbone_in_4_bits_keeps_embeddings_and_norms_as_they_are() -> None:
+    plain, four, eight = llama(), llama(quantised="4bit"), llama(quantised="8bit")
+    others = 2 * EMBEDDINGS + 1024 + 8 * 2 * 1024
+    assert plain.parameters == others + 8 * MATRICES
+    assert plain.bytes["backbone"] == 2 * plain.parameters
+    # half a byte, a byte of scale for 64 weights, four for 64 x 256
+    assert four.bytes["backbone"] == round(8 * MATRICES * (0.5 + 1 / 64 + 4 / 16384)) + 2 * others
+    # a byte, and a float32 scale for each output
+    outputs = 1024 + 2 * 256 + 1024 + 2 * 2816 + 1024
+    assert eight.bytes["backbone"] == 8 * MATRICES + 4 * 8 * outputs + 2 * others
+    # the largest matrix is unpacked to be computed with
+    assert four.bytes["dequantised"] == 1024 * 2816 * 2
+    assert plain.bytes["dequantised"] == eight.bytes["dequantised"] == 0
+    # the SideNet is copied from what the weights stand for, and is trained as ever
+    assert four.trained == plain.trained and four.bytes["optimiser"] == plain.bytes["optimiser"]
+
+
+def test_matrices_that_are_quantised_are_counted_in_every_family() -> None:
+    for name in FAMILIES:
+        backbone = make_backbone(name)
+        sizes, head = Sizes.of_model(backbone), backbone.get_output_embeddings()
+        # experts are stacked tensors, which bitsandbytes leaves alone; all other layers are matrices and little else
+        inside = [m for m in backbone.modules() if m is not head and type(m).__name__ in ("Linear", "Conv1D")]
+        assert sizes.matrices == sum(m.weight.numel() for m in inside), name
+        assert sizes.matrices or name.startswith("falcon"), "whose linear layers are of a class of their own"
+        assert sizes.outputs == sum(m.nf if hasattr(m, "nf") else m.out_features for m in inside), name
+
+
+def test_fsdp_divides_weights_gradients_and_moments_and_gathers_a_layer_at_a_time() -> None:
+    eight = replace(ONE, name="eight", devices=8)
+    alone, ddp, fsdp = llama(), llama(eight), llama(eight, divided=True)
+    assert ddp.bytes == alone.bytes, "every process of DDP holds everything"
+    trained = 4 * LLAMA_LAYER + 1024 + 16
+    assert fsdp.trained == trained
+    assert fsdp.bytes["backbone"] == -(-2 * fsdp.parameters // 8)
+    assert fsdp.bytes["trained weights"] == fsdp.bytes["gradients"] == -(-4 * trained // 8)
+    assert fsdp.bytes["optimiser"] == trained
+    # two layers of the backbone, embeddings, head and norm; two of the SideNet in bf16, a gradient in bf16 and float32
+    assert fsdp.bytes["gathered"] == 2 * (2 * EMBEDDINGS + 1024 + 2 * LLAMA_LAYER) + LLAMA_LAYER * (4 + 2 + 4)
+    for part in ("activations", "logits", "bank", "residual states"):
+        assert fsdp.bytes[part] == ddp.bytes[part]
+    assert fsdp.total_bytes < ddp.total_bytes
+    assert fsdp.traffic == (2 * fsdp.parameters + trained * (2 + 2 + 4)) * 7 / 8
+    assert ddp.traffic == 0
+    assert any("between devices" in line for line in fsdp.lines())
+    assert not any("between devices" in line for line in ddp.lines())
+
+
+def test_pretraining_divided_by_fsdp_is_as_worked_by_hand() -> None:
+    work = Work(rows=2, segment=512, tokens=1000, divided=True)
+    found = estimate((LLAMA, work), replace(ONE, devices=4))
+    rest = 2 * EMBEDDINGS + 1024
+    assert found.bytes["trained weights"] == 4 * found.parameters // 4
+    assert found.bytes["gathered"] == rest * (4 + 4) + LLAMA_LAYER * (2 + 2 + 2 + 4)
+    assert found.traffic == (8 * LLAMA_LAYER * (2 + 2 + 4) + rest * 8) * 3 / 4
+    assert estimate((LLAMA, work), ONE).bytes["gathered"] == 0, "there is nobody to share with"
+
+
+def test_a_memtrm_divided_is_refused() -> None:
+    work = Work(rows=1, segment=64, tokens=1000, memory=256, divided=True)
+    with pytest.raises(ConfigError, match=r"which FSDP2 cannot divide; set optim.parallel = 'ddp'"):
+        estimate((MemTRMConfig(backbone_config=LLAMA, memory_layer=5), work), ONE)
+
+
+def test_a_recipe_with_segments_quantisation_or_fsdp_is_estimated_with_them(tmp_path: Path) -> None:
+    AlibiGPTConfig(vocab_size=500, hidden_size=32, num_hidden_layers=4, num_attention_heads=4).save_pretrained(tmp_path)
+
+    def work(**changed: dict[str, object]) -> Work:
+        settings: dict[str, dict[str, object]] = {
+            "data": {"paths": ["x"], "window": 64},
+            "backbone": {"path": str(tmp_path)},
+            "optim": {"steps": 5, "rows": 2, "accumulate": 3},
+        }
+        for section, values in changed.items():
+            settings[section] |= values
+        return estimate(Recipe.parse({"task": "adapt", **settings}), replace(ONE, devices=4)).work
+
+    assert work().tokens == 5 * 2 * 3 * 64 * 4
+    assert work(optim={"segments": 4}).tokens == 4 * work().tokens
+    assert work(optim={"segments": 4}).segments == 4
+    assert work(backbone={"quantised": "4bit"}).quantised == "4bit"
+    assert work(optim={"parallel": "fsdp"}).divided
+    assert not work().divided

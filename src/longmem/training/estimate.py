@@ -1,34 +1,37 @@
 """What a training run needs: GPU memory and hours, by arithmetic that can be checked by hand.
 
-Parameters are counted on the real architecture, built without memory (torch's meta device). Everything else follows
-from shapes: FLOPs from the matrices that a token passes, bytes from the tensors that are alive at the peak. What no
-shape tells (kernels' workspaces, the share of peak FLOPs that is reached) is an assumption, named in ``Hardware`` and
-``RESERVE``.
+Parameters are counted on the real architecture (``sizes``). All else follows from shapes: FLOPs from the matrices
+that a token passes, bytes from the tensors that are alive at the peak. What no shape tells (kernels' workspaces, the
+share of peak FLOPs that is reached) is an assumption, named in ``Hardware`` and ``RESERVE``.
 
 One FLOP is one addition or one multiplication: a matrix of P weights costs a token 2P forward, and twice that backward
 where both inputs and weights need gradients. Attention is counted over the whole segment, not its causal half, because
 kernels that take a mask compute all of it.
+
+Devices hold the same under DDP; under FSDP2 their part of weights, gradients and moments, and what is gathered while a
+layer runs. What moves between devices is told, and not counted in the time: it overlaps with arithmetic where links
+are fast enough, and which links there are nobody told.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from longmem.config import LongMemConfig, MemTRMConfig
 from longmem.errors import ConfigError
 from longmem.memory.index import SCORES_AT_ONCE
-from longmem.modeling.families import Family, side_sources
+from longmem.memory.lookahead import spare_tokens
+from longmem.modeling.families import side_sources
+from longmem.training.hardware import GIB, HARDWARE, Hardware
+from longmem.training.sizes import Sizes
 
 if TYPE_CHECKING:
     from longmem.training.recipe import Recipe
 
-GIB = 1 << 30
 MIB = 1 << 20
 RESERVE = 1 * GIB
 """The CUDA context, kernels' workspaces and what the allocator cannot use."""
@@ -36,48 +39,10 @@ ADAM_BYTES = 8
 """Two float32 moments per trained parameter."""
 KEY_BYTES = 4
 """Chunk keys are kept in float32."""
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """One machine.
-
-    Attributes:
-        name: what it is called.
-        memory: bytes per device.
-        flops: dense peak per device and second in half precision.
-        flops_single: the same in float32.
-        bandwidth: bytes per device and second, of its memory.
-        devices: how many.
-        utilisation: share of the peak that training reaches; 0.35 to 0.5 is usual for models of this size.
-        bf16: whether it multiplies in bf16, so that a recipe's ``precision = "auto"`` takes it.
-    """
-
-    name: str
-    memory: int
-    flops: float
-    flops_single: float
-    bandwidth: float
-    devices: int = 1
-    utilisation: float = 0.4
-    bf16: bool = True
-
-
-HARDWARE = {
-    hardware.name: hardware
-    for hardware in (
-        Hardware("2-cpu-cores", 16 * GIB, 0.19e12, 0.19e12, 20e9, bf16=False),
-        Hardware("rtx-4090", 24 * GIB, 165e12, 83e12, 1.0e12),
-        Hardware("v100-32gb", 32 * GIB, 125e12, 15.7e12, 0.9e12, bf16=False),
-        Hardware("16x-v100-32gb", 32 * GIB, 125e12, 15.7e12, 0.9e12, devices=16, bf16=False),
-        Hardware("a100-80gb", 80 * GIB, 312e12, 19.5e12, 2.0e12),
-        Hardware("8x-a100-80gb", 80 * GIB, 312e12, 19.5e12, 2.0e12, devices=8),
-        Hardware("h100-80gb", 80 * GIB, 989e12, 67e12, 3.35e12),
-        Hardware("8x-h100-80gb", 80 * GIB, 989e12, 67e12, 3.35e12, devices=8),
-    )
-}
-"""Vendors' figures: dense half precision (fp16 on V100, else bf16) with float32 accumulation, and float32 without
-TF32. The CPU: two cores that finish 32 float32 operations per clock of 3 GHz."""
+REDUCED_BYTES = 4
+"""FSDP2 adds gradients up in float32."""
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+"""bitsandbytes' 4 bits, doubly quantised: half a byte a weight, a byte for 64 of them, a float32 for 256 of those."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +50,7 @@ class Work:
     """What is done with a model.
 
     Attributes:
-        rows: segments per device and forward pass.
+        rows: texts read side by side on a device.
         segment: T, tokens of a segment.
         tokens: of the whole run, over all devices.
         trained_bytes: of a trained weight and of its gradient (float32 master weights: 4).
@@ -95,6 +60,9 @@ class Work:
         memory: tokens a row remembers when full; 0 trains without memory.
         banks: how many banks of that size a device holds; None is one for every row.
         gradient_checkpointing: keep only the trained layers' inputs for backward.
+        segments: consecutive segments of every row in one forward pass.
+        quantised: how bitsandbytes keeps the frozen backbone's matrices.
+        divided: FSDP2 divides weights, gradients and moments among the devices.
     """
 
     rows: int
@@ -107,88 +75,14 @@ class Work:
     bank_bytes: int = 2
     banks: int | None = None
     gradient_checkpointing: bool = False
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Numbers of a model that cost is made of.
-
-    Attributes:
-        parameters: of the backbone, shared tensors once.
-        layers: parameters of each decoder layer.
-        active: of each decoder layer, the parameters that a token passes (fewer in a mixture of experts).
-        norm: of the final norm.
-        head: weights of the LM head, tied or not.
-        width: C.
-        inner: width of the feed-forward, as one token sees it.
-        gated: the feed-forward has a gate beside its input projection.
-        heads: H.
-        heads_kv: Hkv.
-        head_dim: D.
-        vocab: V.
-        masked: attention gets a (T, T) float mask per head (ALiBi).
-    """
-
-    parameters: int
-    layers: tuple[int, ...]
-    active: tuple[int, ...]
-    norm: int
-    head: int
-    width: int
-    inner: int
-    gated: bool
-    heads: int
-    heads_kv: int
-    head_dim: int
-    vocab: int
-    masked: bool
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig) -> Sizes:
-        """Build the architecture on the meta device and count.
-
-        Raises:
-            BackboneError: a family that is not supported.
-        """
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        return cls.of_model(model)
-
-    @classmethod
-    def of_model(cls, model: PreTrainedModel) -> Sizes:
-        """Count a model that exists."""
-        family = Family.of(model)
-        text = family.config
-        heads = int(text.num_attention_heads)
-        width = int(text.hidden_size)
-        layers = tuple(_count(layer) for layer in family.layers)
-        experts, chosen = getattr(text, "num_local_experts", None), getattr(text, "num_experts_per_tok", None)
-        active = layers
-        inner = int(_first(text, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") or 4 * width)
-        if experts and chosen:
-            active = tuple(_active(layer, experts, chosen) for layer in family.layers)
-            inner *= chosen
-        head = model.get_output_embeddings()
-        return cls(
-            parameters=_count(model),
-            layers=layers,
-            active=active,
-            norm=0 if family.final_norm is None else _count(family.final_norm),
-            head=int(text.vocab_size) * width if head is None else sum(p.numel() for p in head.parameters()),
-            width=width,
-            inner=inner,
-            gated=any("gate" in name for name, _ in family.layers[0].named_parameters()),
-            heads=heads,
-            heads_kv=_kv_heads(text, heads),
-            head_dim=int(getattr(text, "head_dim", None) or width // heads),
-            vocab=int(text.vocab_size),
-            masked=text.model_type in ("alibi_gpt", "bloom", "mpt") or bool(getattr(text, "alibi", False)),
-        )
+    segments: int = 1
+    quantised: Literal["8bit", "4bit"] | None = None
+    divided: bool = False
 
     @property
-    def attention(self) -> int:
-        """Weights of one layer's four attention projections."""
-        return self.width * self.head_dim * (2 * self.heads + 2 * self.heads_kv)
+    def positions(self) -> int:
+        """Tokens of a forward pass on a device."""
+        return self.rows * self.segments * self.segment
 
 
 @dataclass(frozen=True)
@@ -203,6 +97,7 @@ class Estimate:
         reads: bytes per token that retrieval moves.
         work: what is done.
         hardware: where.
+        traffic: bytes that a device receives from the others for a forward and backward pass under FSDP2.
     """
 
     parameters: int
@@ -212,6 +107,7 @@ class Estimate:
     reads: float
     work: Work
     hardware: Hardware
+    traffic: float = 0.0
 
     @cached_property
     def total_bytes(self) -> int:
@@ -244,12 +140,15 @@ class Estimate:
         speed = f"{self.tokens_per_second:,.0f} tokens/s at {machine.utilisation:.0%} of {peak:,.4g} TFLOP/s"
         verdict = "fits" if self.fits else "DOES NOT FIT"
         work = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in self.flops.items() if count)
-        return [
+        told = [
             f"parameters: {self.parameters:,} in the backbone, {self.trained:,} trained",
             f"memory per device: {_size(self.total_bytes)} of {_size(machine.memory)}, {verdict} ({memory})",
             f"work per token: {sum(self.flops.values()) / 1e9:.2f} GFLOP ({work}); retrieval moves {_size(self.reads)}",
             f"time on {machine.name}: {_hours(self.hours)} for {self.work.tokens:,} tokens, {speed}",
         ]
+        if self.traffic:
+            told.append(f"between devices: each receives {_size(self.traffic)} a pass, which the time leaves out")
+        return told
 
 
 def estimate(what: Recipe | tuple[PreTrainedConfig, Work], hardware: Hardware | str) -> Estimate:
@@ -261,7 +160,7 @@ def estimate(what: Recipe | tuple[PreTrainedConfig, Work], hardware: Hardware | 
         hardware: a machine, or the name of one in ``HARDWARE``.
 
     Raises:
-        ConfigError: unknown hardware, or a recipe without a budget in steps or tokens.
+        ConfigError: unknown hardware, a recipe without a budget in steps or tokens, or a MemTRM divided by FSDP2.
         BackboneError: a family that is not supported.
     """
     if isinstance(hardware, str):
@@ -299,11 +198,19 @@ def adaptation(sizes: Sizes, config: LongMemConfig, work: Work, hardware: Hardwa
     if work.gradient_checkpointing:
         flops["SideNet"] *= 4 / 3
         flops["search"] *= 2  # the recomputation searches again
-    positions = work.rows * work.segment
+    world = hardware.devices if work.divided else 1
+    rest, largest = sizes.parameters - sum(sizes.layers), max(sizes.layers)
+    frozen = _frozen_bytes(sizes, work)
     parts = {
-        "backbone": sizes.parameters * work.frozen_bytes,
-        **_trained_bytes(trained, work),
-        "residual states": (len(sources) + 2) * positions * sizes.width * work.compute_bytes,
+        "backbone": _part(frozen, world),
+        "dequantised": sizes.largest * work.compute_bytes if work.quantised == "4bit" else 0,
+        **_trained_bytes(trained, work, world),
+        # the root holds embeddings and head; one layer runs while the next one arrives
+        "gathered": (rest + 2 * largest) * work.frozen_bytes
+        + _gathered_layer(max(sizes.layers[source] for source in sources), work)
+        if world > 1
+        else 0,
+        "residual states": (len(sources) + 2) * work.positions * sizes.width * work.compute_bytes,
         "activations": _activations(sizes, len(sources), work),
         "logits": _logits(sizes, work),
         "mask": _mask(sizes, work),
@@ -311,7 +218,10 @@ def adaptation(sizes: Sizes, config: LongMemConfig, work: Work, hardware: Hardwa
         "search scratch": SCORES_AT_ONCE["gpu"] * 4 if memory else 0,
         "reserve": RESERVE,
     }
-    return Estimate(sizes.parameters, trained, parts, flops, _reads(sizes, config, work), work, hardware)
+    # frozen layers arrive for forward alone: no gradient passes them
+    moved = frozen + trained * (2 * work.compute_bytes + REDUCED_BYTES)
+    reads, traffic = _reads(sizes, config, work), moved * (world - 1) / world
+    return Estimate(sizes.parameters, trained, parts, flops, reads, work, hardware, traffic)
 
 
 def pretraining(sizes: Sizes, work: Work, hardware: Hardware) -> Estimate:
@@ -323,18 +233,33 @@ def pretraining(sizes: Sizes, work: Work, hardware: Hardware) -> Estimate:
         "layers": float(again) * (2 * sum(sizes.active) + layers * local),
         "head": 3.0 * 2 * sizes.head,
     }
+    world = hardware.devices if work.divided else 1
+    rest = sizes.parameters - sum(sizes.layers)
+    # embeddings and head are computed with as they are, in their own dtype
+    root = rest * (work.trained_bytes + REDUCED_BYTES)
     parts = {
-        **_trained_bytes(sizes.parameters, work),
+        **_trained_bytes(sizes.parameters, work, world),
+        "gathered": root + _gathered_layer(max(sizes.layers), work) if world > 1 else 0,
         "activations": _activations(sizes, layers, work),
         "logits": _logits(sizes, work),
         "mask": _mask(sizes, work),
         "reserve": RESERVE,
     }
-    return Estimate(sizes.parameters, sizes.parameters, parts, flops, 0.0, work, hardware)
+    moved = sum(sizes.layers) * (2 * work.compute_bytes + REDUCED_BYTES) + rest * (work.trained_bytes + REDUCED_BYTES)
+    traffic = moved * (world - 1) / world
+    return Estimate(sizes.parameters, sizes.parameters, parts, flops, 0.0, work, hardware, traffic)
 
 
 def coupled(sizes: Sizes, config: MemTRMConfig, work: Work, hardware: Hardware) -> Estimate:
-    """All of a backbone, while one of its layers reads memory; that layer is never recomputed, nor is its search."""
+    """All of a backbone, while one of its layers reads memory; that layer is never recomputed, nor is its search.
+
+    Raises:
+        ConfigError: it is to be divided among devices, which training refuses too.
+    """
+    if work.divided:
+        raise ConfigError(
+            "a MemTRM trains the layers that write its memory, which FSDP2 cannot divide; set optim.parallel = 'ddp'"
+        )
     plain, memory = pretraining(sizes, work, hardware), work.memory
     local = 4 * work.segment * sizes.heads * sizes.head_dim
     again = 2 * sizes.active[0] + local if work.gradient_checkpointing else 0
@@ -347,7 +272,7 @@ def coupled(sizes: Sizes, config: MemTRMConfig, work: Work, hardware: Hardware) 
     }
     parts = {
         **plain.bytes,
-        **_trained_bytes(sizes.parameters + sizes.heads, work),
+        **_trained_bytes(sizes.parameters + sizes.heads, work, 1),
         "bank": bank_bytes(sizes, config.chunk_size, work),
         "search scratch": SCORES_AT_ONCE["gpu"] * 4 if memory else 0,
     }
@@ -357,18 +282,41 @@ def coupled(sizes: Sizes, config: MemTRMConfig, work: Work, hardware: Hardware) 
 
 def bank_bytes(sizes: Sizes, chunk_size: int, work: Work) -> int:
     """Keys, values and chunk keys of the banks of one device."""
+    if not work.memory:
+        return 0
     numbers = sizes.heads_kv * sizes.head_dim
-    one = work.memory * numbers * 2 * work.bank_bytes + work.memory // chunk_size * numbers * KEY_BYTES
+    shared = work.banks is not None
+    # several segments at once need room for what they write over nothing that they read
+    held = work.memory + spare_tokens(work.rows, work.segments, work.segment, chunk_size, shared=shared)
+    one = held * numbers * 2 * work.bank_bytes + held // chunk_size * numbers * KEY_BYTES
     return one * (work.rows if work.banks is None else work.banks)
 
 
-def _trained_bytes(trained: int, work: Work) -> dict[str, int]:
-    copies = work.compute_bytes if work.compute_bytes < work.trained_bytes else 0  # autocast keeps a cast copy
+def _frozen_bytes(sizes: Sizes, work: Work) -> int:
+    """Of the whole backbone; quantisation leaves embeddings, norms, biases and the head as they are."""
+    if work.quantised is None:
+        return sizes.parameters * work.frozen_bytes
+    small = sizes.matrices * NF4_BYTES if work.quantised == "4bit" else sizes.matrices + 4 * sizes.outputs
+    return round(small) + (sizes.parameters - sizes.matrices) * work.frozen_bytes
+
+
+def _trained_bytes(trained: int, work: Work, world: int) -> dict[str, int]:
+    # autocast keeps a cast copy; divided weights are cast where they are gathered, and let go
+    copies = work.compute_bytes if work.compute_bytes < work.trained_bytes and world == 1 else 0
     return {
-        "trained weights": trained * (work.trained_bytes + copies),
-        "gradients": trained * work.trained_bytes,
-        "optimiser": trained * ADAM_BYTES,
+        "trained weights": _part(trained * (work.trained_bytes + copies), world),
+        "gradients": _part(trained * work.trained_bytes, world),
+        "optimiser": _part(trained * ADAM_BYTES, world),
     }
+
+
+def _gathered_layer(parameters: int, work: Work) -> int:
+    """A trained layer that runs and the next one, and the gradient of one as computed and as it is added up."""
+    return parameters * (2 * work.compute_bytes + work.compute_bytes + REDUCED_BYTES)
+
+
+def _part(count: int, world: int) -> int:
+    return -(-count // world)
 
 
 def _activations(sizes: Sizes, layers: int, work: Work) -> int:
@@ -380,12 +328,12 @@ def _activations(sizes: Sizes, layers: int, work: Work) -> int:
     attention = sizes.head_dim * (2 * sizes.heads + 2 * sizes.heads_kv)
     one = 2 * sizes.width + attention + sizes.inner * (3 if sizes.gated else 2)
     kept = layers * sizes.width + one if work.gradient_checkpointing else layers * one
-    return work.rows * work.segment * kept * work.compute_bytes
+    return work.positions * kept * work.compute_bytes
 
 
 def _logits(sizes: Sizes, work: Work) -> int:
     """Logits as computed, in float32 for the loss, and their gradient in both."""
-    return work.rows * work.segment * sizes.vocab * 2 * (work.compute_bytes + 4)
+    return work.positions * sizes.vocab * 2 * (work.compute_bytes + 4)
 
 
 def _mask(sizes: Sizes, work: Work) -> int:
@@ -416,7 +364,7 @@ def _plan(recipe: Recipe, hardware: Hardware) -> tuple[PreTrainedConfig, Work]:
     """The config and the work that a recipe describes."""
     optim = recipe.optim
     half = hardware.bf16 if optim.precision == "auto" else optim.precision == "bf16"
-    step = optim.rows * optim.accumulate * recipe.data.window * hardware.devices
+    step = optim.rows * optim.segments * optim.accumulate * recipe.data.window * hardware.devices
     tokens = optim.tokens if optim.tokens is not None else optim.steps and optim.steps * step
     if tokens is None:
         raise ConfigError("optim.tokens and optim.steps are both missing; an estimate needs one of them")
@@ -426,6 +374,8 @@ def _plan(recipe: Recipe, hardware: Hardware) -> tuple[PreTrainedConfig, Work]:
         "tokens": tokens,
         "compute_bytes": 2 if half else 4,
         "gradient_checkpointing": optim.gradient_checkpointing,
+        "segments": optim.segments,
+        "divided": optim.parallel == "fsdp" and hardware.devices > 1,
     }
     if recipe.task == "pretrain":
         return _pretrained_config(recipe), Work(**work)
@@ -445,6 +395,7 @@ def _plan(recipe: Recipe, hardware: Hardware) -> tuple[PreTrainedConfig, Work]:
         frozen_bytes=sizes.get(stored or "", 2 if half else 4),
         bank_bytes=sizes[side.memory_dtype or ("bfloat16" if half else "float32")],
         banks=1 if side.shared else None,
+        quantised=recipe.backbone.quantised,
     )
 
 
@@ -481,26 +432,6 @@ def _backbone_config(recipe: Recipe) -> PreTrainedConfig:
             f"backbone.path ({path}) cannot be read ({reason}); an estimate needs its config.json"
         ) from error
     return config
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _active(layer: nn.Module, experts: int, chosen: int) -> int:
-    """Parameters of a layer that one token passes: its experts' share of theirs."""
-    inside = sum(parameter.numel() for name, parameter in layer.named_parameters() if ".experts." in name)
-    return _count(layer) - inside + inside * chosen // experts
-
-
-def _kv_heads(text: Any, heads: int) -> int:
-    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
-        return 1
-    return int(_first(text, "num_key_value_heads", "num_kv_heads", "n_head_kv") or heads)
-
-
-def _first(config: Any, *names: str) -> Any:
-    return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
 def _size(count: float) -> str:
