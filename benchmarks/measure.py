@@ -51,9 +51,14 @@ def ratio(above: list[dict[str, float]], below: list[dict[str, float]], part: st
     return spread([one[part] / other["total"] for one, other in zip(above, below, strict=True)])
 
 
-def peak_bytes(run: Run) -> int:
-    """Most bytes that the run held at a time, beyond what there was before it."""
-    run()  # lazily made buffers are not the run's own
+def peak_bytes(run: Run, *, warm: bool = True) -> int:
+    """Most bytes that the run held at a time, beyond what there was before it.
+
+    Args:
+        warm: do it once before, so that lazily made buffers do not count; without, for what takes long.
+    """
+    if warm:
+        run()
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -21,10 +21,17 @@ from longmem.types import AttentionKV
 
 
 def filled_bank(
-    tokens: int, rows: int, heads: int, head_dim: int, chunk_size: int = 4, device: str = "cpu", seed: int = 0
+    tokens: int,
+    rows: int,
+    heads: int,
+    head_dim: int,
+    chunk_size: int = 4,
+    device: str = "cpu",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> MemoryBank:
     """A bank of random keys and values, full but for the first chunk, in pieces of 4,096 tokens."""
-    bank = MemoryBank(rows, max(tokens, chunk_size), heads, head_dim, chunk_size, device=device)
+    bank = MemoryBank(rows, max(tokens, chunk_size), heads, head_dim, chunk_size, device=device, dtype=dtype)
     draw = torch.Generator().manual_seed(seed)
     for first in range(0, tokens, 4096):
         shape = (rows, heads, min(4096, tokens - first), head_dim)

@@ -92,12 +92,14 @@ class ExactIndex:
         on_cpu = queries.device.type == "cpu"
         at_once = self.scores_at_once or SCORES_AT_ONCE["cpu" if on_cpu else "gpu"]
         scratch = torch.empty(at_once, dtype=torch.float32, device=queries.device)
-        # one head at a time is what a CPU's cache holds; a GPU takes them together
-        heads = 1 if on_cpu else queries.shape[1]
         together: dict[tuple[int, int], list[int]] = {}  # lines that read one row: its keys are gone through once
         for line, lane in enumerate(zip(rows, live, strict=True)):
             together.setdefault(lane, []).append(line)
         for (row, used), lines in together.items():
+            # a CPU's cache holds one head of a segment, and all heads of the one token that is decoded: what comes
+            # after the product then takes as many calls as for one; a GPU takes them together
+            whole = queries.shape[1] * len(lines) * queries.shape[2] * _padded(used, self.group)
+            heads = 1 if on_cpu and whole > at_once else queries.shape[1]
             for head in range(0, queries.shape[1], heads):
                 few = slice(head, head + heads)
                 asked = queries[lines, few].transpose(0, 1)  # (h, lines, Q, D)
