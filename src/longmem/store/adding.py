@@ -19,6 +19,7 @@ from longmem.store.schema import ContentRow, DocumentRow, FileRow, PieceRow
 from longmem.store.segments import FILE_BYTES, write_file
 from longmem.store.snapshot import Snapshot
 from longmem.store.transaction import Transaction
+from longmem.store.workers import Team, Workers, team_of, workers_from
 
 COMMIT_SECONDS = 30.0
 """An interruption costs at most the encoding of about so long."""
@@ -73,14 +74,24 @@ class _Document:
 class Adder:
     """Adds documents to a store, one batch of pieces and one data file at a time.
 
-    Memory: the document at hand, a batch of pieces to encode, and a data file's worth of encoded ones.
+    Memory: the document at hand, a batch of pieces to encode (some for each worker), and a data file's worth of encoded
+    ones.
 
     Args:
         progress: told after every piece.
         stream: nobody knows how many documents come; else there is one, and it says how many tokens.
+        workers: who encodes, see ``workers``; they are called once there is something to encode.
+
+    Raises:
+        StoreError: workers that mean nothing.
     """
 
-    def __init__(self, room: Room, progress: Report | None = None, *, stream: bool) -> None:
+    def __init__(
+        self, room: Room, progress: Report | None = None, *, stream: bool, workers: int | str | Workers = 1
+    ) -> None:
+        workers_from(workers)
+        self._workers = workers
+        self._team: Team | None = None
         self._room = room
         self._layout: Layout = room.layout
         self._progress = progress
@@ -89,6 +100,7 @@ class Adder:
         self._done = 0
         self._name = ""
         self._to_encode: dict[bytes, _Piece] = {}
+        self._waiting: list[_Piece] = []
         self._waiting_tokens = 0
         self._encoded_bytes = 0
         self._encoded: dict[bytes, _Piece] = {}
@@ -101,6 +113,8 @@ class Adder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._team is not None:
+            self._team.close()
         self._room.pinned[:] = [each for each in self._room.pinned if each is not self._pinned]
 
     def add(self, namespace: str, new: NewDocument) -> Iterator[Receipt]:
@@ -144,7 +158,7 @@ class Adder:
 
     def finish(self) -> Iterator[Receipt]:
         """Encode and commit all that was taken."""
-        yield from self._encode()
+        yield from self._encode(everything=True)
         yield from self._commit()
 
     # encoding
@@ -160,11 +174,12 @@ class Adder:
                 self._say(len(piece))
                 continue
             self._to_encode[digest] = _Piece(digest, piece)
+            self._waiting.append(self._to_encode[digest])
             self._waiting_tokens += len(piece)
             if self._waiting_tokens >= self._layout.piece_tokens:
                 yield from self._encode()
         self._documents.append(document)
-        if len(self._documents) >= COMMIT_DOCUMENTS:
+        if len(self._documents) >= COMMIT_DOCUMENTS and self._is_there(self._documents[0]):
             yield from self._commit()
 
     def _has(self, digest: bytes) -> bool:
@@ -175,15 +190,19 @@ class Adder:
                 self._pinned.add(row.id)
         return row is not None
 
-    def _encode(self) -> Iterator[Receipt]:
-        waiting = list(self._to_encode.values())
-        if not waiting:
+    def _encode(self, *, everything: bool = False) -> Iterator[Receipt]:
+        """Hand over the pieces that wait; take what comes back, and with ``everything`` all of it."""
+        if self._waiting:
+            if self._team is None:
+                self._team = team_of(self._workers, self._room.encoding())
+            self._team.submit([(piece.digest, piece.tokens.ids) for piece in self._waiting])
+            self._waiting.clear()
+            self._waiting_tokens = 0
+        if self._team is None:
             return
-        for number, chunks in self._room.encoding().encode([piece.tokens.ids for piece in waiting]):
-            piece = waiting[number]
+        for digest, chunks in self._team.finished(everything=everything):
+            piece = self._encoded[digest] = self._to_encode.pop(digest)
             piece.chunks = chunks
-            self._encoded[piece.digest] = self._to_encode.pop(piece.digest)
-            self._waiting_tokens -= len(piece.tokens)
             self._encoded_bytes += piece.size
             failpoint("add.encoded")
             self._say(len(piece.tokens))
@@ -201,9 +220,7 @@ class Adder:
     def _commit(self) -> Iterator[Receipt]:
         """Write what is encoded, and the documents whose pieces are then all there."""
         ready = 0
-        while ready < len(self._documents) and not any(
-            digest in self._to_encode for digest, _ in self._documents[ready].pieces
-        ):
+        while ready < len(self._documents) and self._is_there(self._documents[ready]):
             ready += 1
         if ready or self._encoded:
             with self._room.guard:
@@ -213,6 +230,10 @@ class Adder:
             del self._documents[:ready]
             self._last_commit = clock.monotonic()
             yield from receipts
+
+    def _is_there(self, document: _Document) -> bool:
+        """Whether all of a document is encoded."""
+        return not any(digest in self._to_encode for digest, _ in document.pieces)
 
     def _write(self, documents: list[_Document]) -> list[Receipt]:
         room, placed = self._room, list[str]()

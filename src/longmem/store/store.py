@@ -39,6 +39,7 @@ from longmem.store.schema import DocumentRow, FileRow
 from longmem.store.segments import DataFile
 from longmem.store.snapshot import Snapshot
 from longmem.store.verifying import verify
+from longmem.store.workers import Workers
 
 if TYPE_CHECKING:
     from longmem.store.bank import StoreBank
@@ -199,18 +200,28 @@ class MemoryStore:
             return [*adder.add(namespace, new), *adder.finish()][-1]
 
     def add_documents(
-        self, namespace: str, documents: Iterable[NewDocument], *, progress: Report | None = None
+        self,
+        namespace: str,
+        documents: Iterable[NewDocument],
+        *,
+        workers: int | str | Workers = 1,
+        progress: Report | None = None,
     ) -> Iterator[Receipt]:
         """Remember many documents, as a stream: memory does not grow with their number.
 
         Small documents share batches, data files and transactions: receipts come in bursts, in order, each once its
         document is durable. Where it is interrupted, documents with a receipt are there, and adding all again goes on.
 
+        Args:
+            workers: processes that encode, this one among them, each with a backbone of its own; ``"ray"`` or
+                ``"ray:N"`` for a Ray cluster; ``Ranks`` under torchrun. The result is the same.
+            progress: told after every piece; what it raises ends the add.
+
         Raises:
-            StoreError: see ``add_document``; documents before the one at fault may be there.
+            StoreError: see ``add_document``; documents before the one at fault may be there. A worker that was killed.
         """
         self._ready(None)
-        with Adder(self._room, progress, stream=True) as adder:
+        with Adder(self._room, progress, stream=True, workers=workers) as adder:
             for new in documents:
                 self._ready(new)
                 yield from adder.add(namespace, new)

@@ -6,6 +6,7 @@ import json
 import time as clock
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from longmem.errors import LongMemError, StoreError
 if TYPE_CHECKING:
     from longmem.store.records import NewDocument, Receipt, Report
     from longmem.store.store import MemoryStore
+    from longmem.store.workers import Workers
 
 DTYPES = ("float16", "bfloat16", "float32", "int8")
 
@@ -76,6 +78,11 @@ DTYPES = ("float16", "bfloat16", "float32", "int8")
     "model's window, at most 1024.",
 )  # fmt: skip
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens that go through the backbone together.")
+@click.option(
+    "--workers",
+    metavar="N|ray|ray:N",
+    help="Processes that encode; or actors of a Ray cluster. Under torchrun its ranks do. Default: 1.",
+)
 @json_option
 def add(
     paths: tuple[str, ...],
@@ -103,6 +110,7 @@ def add(
     chunk_size: int | None,
     segment_tokens: int | None,
     batch_tokens: int | None,
+    workers: str | None,
     as_json: bool,
 ) -> None:
     """Remember texts, each as a document.
@@ -122,27 +130,53 @@ def add(
     settings = {"include": include, "exclude": exclude, "field": field, "undecodable": undecodable}
     if suffix:
         settings["suffixes"] = tuple(each if each.startswith(".") else f".{each}" for each in suffix)
-    found = new_documents(read(paths, name, jsonl, settings), given)
-    first = first_of(found, name)  # before the model: wrong paths show at once
-    layout = layout_of(path, writing=True)
-    loaded = load_model(model, layout, device)
-    with MemoryStore.open(
-        path,
-        model=loaded.model,
-        tokenizer=load_tokenizer(tokenizer, loaded.tokenizer),
-        dtype=dtype,  # type: ignore[arg-type]
-        chunk_size=chunk_size,
-        segment_tokens=segment_tokens,
-        batch_tokens=batch_tokens,
-    ) as store:
-        documents = chain(first, found)
-        with ShownProgress() as progress, _Printed(namespace, as_json, append) as printed:
-            if append:
-                receipts = _appended(store, namespace, documents, progress)
-            else:
-                receipts = store.add_documents(namespace, documents, progress=progress)
-            for receipt in receipts:
-                printed.show(receipt)
+    with _encoders(workers, append) as encoders:
+        if encoders is None:
+            return
+        found = new_documents(read(paths, name, jsonl, settings), given)
+        first = first_of(found, name)  # before the model: wrong paths show at once
+        layout = layout_of(path, writing=True)
+        loaded = load_model(model, layout, device)
+        with MemoryStore.open(
+            path,
+            model=loaded.model,
+            tokenizer=load_tokenizer(tokenizer, loaded.tokenizer),
+            dtype=dtype,  # type: ignore[arg-type]
+            chunk_size=chunk_size,
+            segment_tokens=segment_tokens,
+            batch_tokens=batch_tokens,
+        ) as store:
+            documents = chain(first, found)
+            with ShownProgress() as progress, _Printed(namespace, as_json, append) as printed:
+                if append:
+                    receipts = _appended(store, namespace, documents, progress)
+                else:
+                    receipts = store.add_documents(namespace, documents, workers=encoders, progress=progress)
+                for receipt in receipts:
+                    printed.show(receipt)
+
+
+@contextmanager
+def _encoders(workers: str | None, append: bool) -> Iterator[int | str | Workers | None]:
+    """Whoever encodes; None in a process of torchrun that has done so for the first one."""
+    from longmem.store.ranks import Ranks, under_torchrun
+    from longmem.store.workers import workers_from
+
+    started = under_torchrun()
+    if append and (started or workers not in (None, "1")):
+        raise StoreError("--append encodes one document at a time, in one process; leave --workers and torchrun away")
+    if workers is not None and started:
+        raise StoreError("under torchrun its ranks encode; leave --workers away")
+    if not started:
+        workers_from(workers or 1)  # before the model: a wrong value shows at once
+        yield workers or 1
+        return
+    with Ranks() as ranks:
+        if ranks.first:
+            yield ranks
+        else:
+            ranks.serve()
+            yield None
 
 
 def _appended(
