@@ -1,0 +1,1 @@
+"""Commands of ``longmem eval``, one file each."""

@@ -1,0 +1,146 @@
+"""Demonstrations in front of a question: as many as fit stand in the window, further ones go to memory."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from longmem.errors import ConfigError, DataError
+from longmem.evaluation.asking import Asker
+from longmem.evaluation.task import digest_of
+from longmem.memory import MemoryBank
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shots:
+    """Demonstrations of one draw, all as token ids.
+
+    Attributes:
+        start: the start token, where the tokenizer puts one before a text; else empty.
+        local: for the window, the last one nearest to the question.
+        memory: for memory, the last one newest.
+    """
+
+    start: Tokens
+    local: tuple[Tokens, ...]
+    memory: tuple[Tokens, ...]
+
+    def digest(self) -> str:
+        return digest_of(self.start, self.local, self.memory)
+
+    def lay_out(self, asker: Asker, query: Tokens, after: int, least: int = 0) -> LaidOut:
+        """What stands in the window before the answer; demonstrations are whole or left out, the far ones first.
+
+        Args:
+            asker: its window, and whether demonstrations of memory stand in it too (the full-context backbone).
+            query: cut from the left where even it does not fit.
+            after: tokens of the window to leave free behind it.
+            least: tokens to reserve for the query, so that another one up to so long can take its place.
+
+        Raises:
+            ConfigError: there is no room for a query.
+        """
+        room = asker.window - after - len(self.start)
+        if room < 1:
+            raise ConfigError(f"window ({asker.window}) has no room for a question beside {after} tokens of answer")
+        shown = query[-room:]
+        room -= max(len(shown), min(least, room))
+        near = fitting(self.local, room)
+        room -= sum(map(len, self.local[len(self.local) - near :]))
+        far = fitting(self.memory, room) if asker.whole and near == len(self.local) else 0
+        before = (*self.memory[len(self.memory) - far :], *self.local[len(self.local) - near :])
+        return LaidOut((*self.start, *chain.from_iterable(before)), shown, near, far, len(query) - len(shown))
+
+    def remembered(self, asker: Asker) -> MemoryBank:
+        """A bank of one row into which the system has read ``memory``.
+
+        Raises:
+            ConfigError: it holds nothing.
+        """
+        return asker.remember((*self.start, *chain.from_iterable(self.memory)))
+
+    def held(self, asker: Asker) -> int:
+        """Of ``memory``, the demonstrations that the system's memory still holds whole after the last one."""
+        return 0 if asker.memory_size is None else fitting(self.memory, asker.memory_size)
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """The tokens before an answer.
+
+    Attributes:
+        before: start token and demonstrations.
+        query: the question.
+        local: demonstrations for the window that are in ``before``.
+        memory: demonstrations for memory that are in ``before``.
+        cut: tokens of the question that did not fit.
+    """
+
+    before: Tokens
+    query: Tokens
+    local: int
+    memory: int
+    cut: int
+
+    @property
+    def context(self) -> Tokens:
+        return self.before + self.query
+
+
+def fitting(texts: Sequence[Tokens], room: int) -> int:
+    """How many of the last texts have at most ``room`` tokens together."""
+    count = 0
+    for text in reversed(texts):
+        room -= len(text)
+        if room < 0:
+            break
+        count += 1
+    return count
+
+
+def draw(name: str, seed: int, size: int, local: int, memory: int) -> tuple[list[int], list[int]]:
+    """Numbers of the demonstrations for window and memory, in the order in which they are shown.
+
+    More demonstrations contain fewer ones: 20 are 16 others and the 4, which stand nearest to the question.
+
+    Args:
+        name: of what is drawn from, part of the seed.
+        seed: of the draw.
+        size: how many there are to draw from.
+        local: for the window.
+        memory: for memory, none of them among ``local``.
+
+    Raises:
+        DataError: there are not so many.
+    """
+    if local + memory > size:
+        raise DataError(
+            f"{name}: {local} demonstrations in the window and {memory:,} in memory need {local + memory:,} different "
+            f"ones, there are {size:,}; ask for fewer"
+        )
+    order = list(range(size))
+    random.Random(f"{name} {seed}").shuffle(order)
+    return order[:local][::-1], order[size - memory :]
+
+
+def start_tokens(tokenizer: Any) -> Tokens:
+    """The start token, where the tokenizer itself puts one before a text (Llama's does, GPT-2's does not)."""
+    ids = tokenizer("")["input_ids"]
+    return (int(ids[0]),) if ids and ids[0] == tokenizer.bos_token_id else ()
+
+
+def encode_after(tokenizer: Any, before: str, texts: Sequence[str]) -> list[Tokens]:
+    """Token ids of texts, without special ones, as they are behind another text.
+
+    Some tokenizers put a space sign before every beginning, which is none where a text goes on.
+    """
+    ahead: list[int] = tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"]
+    joined = tokenizer([before + text for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
+    if all(ids[: len(ahead)] == ahead for ids in joined):
+        return [tuple(ids[len(ahead) :]) for ids in joined]
+    return [tuple(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
