@@ -12,6 +12,7 @@ import click
 from longmem.cli.evaluating import machine_options, model_options
 from longmem.cli.harness import harness
 from longmem.cli.tasks.icl import icl
+from longmem.cli.tasks.needle import needle
 
 if TYPE_CHECKING:
     from longmem.evaluation.perplexity import PerplexityResult
@@ -24,6 +25,7 @@ def command() -> None:
 
 command.add_command(harness)
 command.add_command(icl)
+command.add_command(needle)
 
 
 @command.command(

@@ -161,6 +161,11 @@ def _load_control(path: str | None, model: Any) -> Any:
     return control.to(model.device)
 
 
+def has_memory(path: str) -> bool:
+    """Whether a checkpoint, run folder or hub id is a model that reads memory, not a causal LM by itself."""
+    return _model_type(checkpoint_folder(path)) in ("longmem", *OWN_KINDS)
+
+
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of a folder or hub id.
 

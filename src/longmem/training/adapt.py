@@ -29,7 +29,7 @@ from longmem.memory.shards import rows_of
 from longmem.modeling.longmem import LongMem
 from longmem.modeling.memtrm import MemTRM
 from longmem.modeling.placement import quantization
-from longmem.training.recipe import Recipe
+from longmem.training.recipe import Recipe, SideNetSection
 from longmem.training.sharding import assign
 from longmem.training.tasks import Scores, StepScores, runs_bf16, set_dropout, storage_dtype, token_losses
 from longmem.types import AttentionKV
@@ -311,6 +311,8 @@ def _build_longmem(recipe: Recipe, device: torch.device) -> LongMem:
     loading: dict[str, Any] = {} if named.device_map is None else {"device_map": named.device_map}
     if named.quantised is not None:
         loading = {"device_map": {"": device}, **loading, "quantization_config": quantization(named.quantised, halved)}
+    if side.start is not None:
+        return _go_on(side, named.path, named.revision, halved if named.dtype is None else storage_dtype(named.dtype))
     model = LongMem.from_backbone(
         named.path,
         memory_layer=side.memory_layer,
@@ -327,6 +329,28 @@ def _build_longmem(recipe: Recipe, device: torch.device) -> LongMem:
         **settings,
     )
     nn.init.constant_(model.sidenet.memory_gate, math.log(side.gate / (1 - side.gate)))
+    return model
+
+
+def _go_on(side: SideNetSection, backbone: str, revision: str | None, dtype: torch.dtype | None) -> LongMem:
+    """A SideNet that was trained before; how much it retrieves, and from how much, may be another number."""
+    assert side.start is not None
+    model = LongMem.from_pretrained(side.start, backbone=backbone, dtype=dtype, side_dtype=torch.float32)
+    fixed = {"stride": side.stride, "fusion": side.fusion}
+    if side.memory_layer is not None:
+        fixed["memory_layer"] = side.memory_layer
+    other = [
+        f"sidenet.{name} ({value!r}) is {getattr(model.config, name)!r} in sidenet.start ({side.start}); set it so"
+        for name, value in fixed.items()
+        if value != getattr(model.config, name)
+    ]
+    if other:
+        raise ConfigError(other)
+    for name in ("chunk_size", "num_retrieved", "memory_size"):
+        setattr(model.config, name, getattr(side, name))
+    if revision is not None:
+        model.config.backbone_revision = revision
+    model.config.backbone_name_or_path = backbone
     return model
 
 

@@ -143,8 +143,10 @@ def prepare(recipe: Recipe, accelerator: Accelerator) -> Task:
             recipe, tokenizer, train_tokens, valid_tokens, accelerator.device, rank, world, divided=divided
         )
     from longmem.training.adapt import Adaptation
+    from longmem.training.needles import NeedleAdaptation
 
-    return Adaptation(recipe, tokenizer, train_tokens, valid_tokens, accelerator.device, rank, world, divided=divided)
+    kind = NeedleAdaptation if recipe.needles.share else Adaptation
+    return kind(recipe, tokenizer, train_tokens, valid_tokens, accelerator.device, rank, world, divided=divided)
 
 
 class _Run:
@@ -191,7 +193,7 @@ class _Run:
 
             if at.step % recipe.log.every == 0 or self.done() >= 1:
                 scores.gather(self.accelerator)
-                losses.append(scores.text.mean)
+                losses.append((scores.text if float(scores.text.count) else scores.practice).mean)
                 self._log(log_to, scores, logged)
                 scores, logged = StepScores(), (at.tokens, at.seconds)
             log_to.progress(self.done())
@@ -283,7 +285,8 @@ class _Run:
 
     def _log(self, log_to: RunLog, scores: StepScores, since: tuple[int, float]) -> None:
         at = self.at
-        loss = scores.text.mean
+        # a run that does nothing but practise has no other loss
+        loss = (scores.text if float(scores.text.count) else scores.practice).mean
         if not math.isfinite(loss) and float(scores.text.count):
             optim = self.recipe.optim
             raise ConfigError(
@@ -312,7 +315,7 @@ class _Run:
         extra = [f"practice {record['practice_loss']:.3f}"] if "practice_loss" in record else []
         if "memory_fill" in record:
             shares = record["share"]
-            extra = [f"memory {record['memory_fill']:.0%}", f"share {min(shares):.2f} to {max(shares):.2f}"]
+            extra += [f"memory {record['memory_fill']:.0%}", f"share {min(shares):.2f} to {max(shares):.2f}"]
         parts = [
             f"step {at.step:,}{total}",
             f"loss {loss:.3f}",

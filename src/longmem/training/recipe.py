@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from longmem.data.facts import KINDS
 from longmem.data.text import TEXT_SUFFIXES, TextSource
 from longmem.errors import ConfigError
 
@@ -120,6 +121,8 @@ class SideNetSection(Section):
 
     memory_layer: CountOrZero | Literal["auto"] | None = None
     """Backbone layer that is remembered, 0-based; None: three quarters of the depth."""
+    start: str | None = None
+    """SideNet checkpoint to go on from, over the same backbone; layers, fusion and gates are then its own."""
     stride: Count = 2
     """Backbone layers for each SideNet layer; MemTRM has none, as it has no init and no final_state."""
     init: Literal["copy", "zero"] = "copy"
@@ -205,6 +208,29 @@ class OptimSection(Section):
     """CPU threads; 0 leaves torch's choice."""
 
 
+class NeedlesSection(Section):
+    """Adaptation to facts hidden in memory, see ``NeedleAdaptation``. Not in the paper."""
+
+    share: Share = 0.0
+    """Share of the steps that ask for hidden facts; the others read text as ever. 0: none."""
+    kinds: tuple[str, ...] = ("passkey",)
+    """Of facts: passkey, pair, multi, twohop."""
+    rows: Count = 32
+    """Questions of such a step."""
+    repeats: Count = 4
+    """In how many steps, one after the other, each question is asked; its facts are encoded once."""
+    context: Count = 64
+    """Tokens of a segment that facts are hidden in; each fact gets two."""
+    text_tokens: Count = 131072
+    """Tokens of training text that are encoded before training, and then stand in memory beside the facts."""
+    least_tokens: Count = 1024
+    """How many of them stand there at first ..."""
+    most_tokens: Count = 65536
+    """... and at the end."""
+    grows: CountOrZero = 200
+    """Steps over which that number grows; 0: it is the largest from the beginning."""
+
+
 class CheckpointSection(Section):
     """Resumable states."""
 
@@ -250,6 +276,7 @@ class Recipe(Section):
     model: ModelSection = ModelSection()
     backbone: BackboneSection = BackboneSection()
     sidenet: SideNetSection = SideNetSection()
+    needles: NeedlesSection = NeedlesSection()
     optim: OptimSection = OptimSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
@@ -364,6 +391,9 @@ def _contradictions(recipe: Recipe) -> list[str]:
                 )
                 if value is not None
             ]
+        found += _needle_problems(recipe)
+        if side.start is not None and recipe.method == "memtrm":
+            found.append(f"sidenet.start ({side.start!r}) is a SideNet, and method = 'memtrm' has none; leave it away")
         if side.shared and side.boundary == "reset":
             found.append(
                 "sidenet.boundary is 'reset' with sidenet.shared; their rows end at different times, use 'keep'"
@@ -390,6 +420,34 @@ def _contradictions(recipe: Recipe) -> list[str]:
         found.append("optim.compile is for task = 'pretrain'; adaptation hooks into its backbone, set it to false")
     if optim.warmup + (optim.decay_fraction if optim.schedule == "wsd" else 0) > 1:
         found.append(f"optim.warmup ({optim.warmup}) and optim.decay_fraction ({optim.decay_fraction}) exceed the run")
+    return found
+
+
+def _needle_problems(recipe: Recipe) -> list[str]:
+    """Of [needles], where it is used."""
+    needles, window, chunk = recipe.needles, recipe.data.window, recipe.sidenet.chunk_size
+    if not needles.share:
+        return []
+    found = [
+        f"needles.kinds ({kind!r}) must be among {', '.join(KINDS)}" for kind in needles.kinds if kind not in KINDS
+    ]
+    if not needles.kinds:
+        found.append(f"needles.kinds is empty; name some of {', '.join(KINDS)}")
+    if needles.least_tokens > needles.most_tokens:
+        found.append(
+            f"needles.least_tokens ({needles.least_tokens}) must not exceed most_tokens ({needles.most_tokens})"
+        )
+    found += [
+        f"{name} ({value}) must be a multiple of sidenet.chunk_size ({chunk}) where needles.share is set"
+        for name, value in (("data.window", window), ("needles.context", needles.context))
+        if value % chunk
+    ]
+    if not recipe.sidenet.memory:
+        found.append("needles.share needs memory; set sidenet.memory to true or needles.share to 0")
+    if recipe.method == "memtrm":
+        found.append("needles.share is for a frozen backbone, whose memory stays valid; method = 'memtrm' trains it")
+    if recipe.optim.parallel == "fsdp":
+        found.append("needles.share and optim.parallel = 'fsdp' do not go together yet; use 'ddp'")
     return found
 
 

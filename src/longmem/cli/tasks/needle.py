@@ -1,0 +1,108 @@
+"""``longmem eval needle``: facts hidden in long text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from longmem.cli.evaluating import comparison_options, open_comparison, run_and_show, token_counts
+
+
+def _depths(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
+    """``0,50,100``, or one number: so many, evenly spaced."""
+    try:
+        depths = [float(word) for word in value.split(",") if word.strip()]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of depths in %; try 0,50,100 or 11") from None
+    if len(depths) != 1:
+        return depths
+    count = depths[0]
+    if count < 1 or count != int(count):
+        raise click.BadParameter(f"{value!r}: one number says how many depths there are; try 5, or 0,50,100")
+    return [50.0] if count == 1 else [round(100 * at / (count - 1), 3) for at in range(int(count))]
+
+
+def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+    return [name.strip() for name in value.split(",") if name.strip()]
+
+
+@click.command(
+    epilog="Example: longmem eval needle --model models/needle --lengths 4k,16k,64k,1m --depths 5 --trials 40 "
+    "--out results/needle",
+)
+@comparison_options
+@click.option(
+    "--data",
+    multiple=True,
+    help="File, folder, .jsonl or archive of text; may be repeated. Default: the source of Python's standard library.",
+)
+@click.option(
+    "--kinds",
+    callback=_kinds,
+    default="passkey",
+    show_default=True,
+    help="Of facts, by comma: passkey, pair, multi (one of several pairs is asked for), twohop.",
+)
+@click.option(
+    "--lengths",
+    callback=token_counts,
+    default="4k,16k,64k",
+    show_default=True,
+    help="Tokens of text; k is 1,024 and m is 1,024k.",
+)
+@click.option(
+    "--depths",
+    callback=_depths,
+    default="5",
+    show_default=True,
+    help="Where the fact is, in % of the text, e.g. 0,25,50; one number: so many, evenly spaced.",
+)
+@click.option(
+    "--trials", type=click.IntRange(min=1), default=40, show_default=True, help="For each kind, length and depth."
+)
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep here what the text leaves in memory, for other runs over the same backbone.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of facts, places and texts.")
+def needle(
+    data: tuple[str, ...],
+    kinds: list[str],
+    lengths: list[int],
+    depths: list[float],
+    trials: int,
+    cache: Path | None,
+    seed: int,
+    **shared: Any,
+) -> None:
+    """Facts hidden in 4k to 1M tokens of real text, and asked for at its end.
+
+    A system with memory reads the text into it, segment by segment, and has the question alone in its window. A system
+    without has the end of the text in its window, and finds what is hidden there. An answer is exact when greedy
+    decoding writes every token of it; beside that, its likelihood is compared with those of other answers. With --out,
+    a heat map of depth against length is drawn for every system. Default of --memory-sizes: the longest text.
+    """
+    from longmem.evaluation.loading import has_memory
+    from longmem.evaluation.tasks.needle import Needle
+    from longmem.evaluation.tasks.needle_plot import plot_needle
+    from longmem.evaluation.tasks.needle_text import read_haystack
+
+    longest = max(lengths)
+    remembers = has_memory(shared["model"]) or shared["memtrm"] or shared["training_free"]
+    sizes = shared["memory_sizes"] or ([longest] if remembers else None)
+    opened = open_comparison(shared | {"memory_sizes": sizes})
+    haystack = read_haystack(data, opened.tokenizer, longest, opened.window)
+    task = Needle(haystack, opened.tokenizer, kinds, lengths, depths, trials, seed, _say, cache)
+    result = run_and_show(task, opened, shared, seeds=(seed,))
+    if shared["out"] is not None:
+        for path in plot_needle(result, shared["out"]):
+            click.echo(f"wrote {path}", err=True)
+
+
+def _say(done: int, total: int) -> None:
+    """Long texts take minutes to read: say every tenth."""
+    if done * 10 // total > (done - 1) * 10 // total:
+        click.echo(f"read {done:,} of {total:,} segments into memory", err=True)

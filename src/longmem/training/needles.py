@@ -1,0 +1,207 @@
+"""Adaptation to facts that are hidden in memory and asked for: what ``longmem eval needle`` measures.
+
+A row of ordinary text seldom depends on one place far back. Here every row is a question whose answer stands in its
+memory and nowhere else, among real text that holds nothing of the kind. Not in the paper.
+
+B questions · T tokens of a question with its answer · S tokens per chunk
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from longmem.data.facts import draw_facts
+from longmem.data.windows import IGNORE
+from longmem.memory import MemoryBank
+from longmem.memory.encoded import EncodedText, TextMemory
+from longmem.memory.joined import best_of
+from longmem.training.adapt import Adaptation
+from longmem.training.tasks import StepScores, token_losses
+from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory
+
+RUN = 16  # segments of text that are taken from one place of the corpus
+_TEXT, _STEP, _FACTS = 11, 12, 13  # what random numbers are drawn for
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question, and what the text around its facts leaves in memory.
+
+    Attributes:
+        ids: (t,) question and answer.
+        answer: tokens of the answer.
+        kv: keys and values of its facts' segments, (Hkv, tokens, D) each.
+    """
+
+    ids: Tensor
+    answer: int
+    kv: tuple[Tensor, Tensor]
+
+
+class NeedleAdaptation(Adaptation):
+    """See ``Task``. At a share of the steps, ``[needles]`` of the recipe, questions take the place of text rows.
+
+    What memory holds does not depend on who reads it, so real text is encoded once, before training. For each question
+    memory is a run of that text, the same for all questions of a step, and its own facts, each in two short segments of
+    other text, at a random place and so now and then cut in two. Memory grows in the course of the run. Everything is
+    a function of the seed and of how many steps have been taken.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        needles, window = self.recipe.needles, self.recipe.data.window
+        # on average: questions have no fixed length
+        asked, text = 2 * needles.rows * needles.context, self.tokens_per_batch
+        self.tokens_per_batch = round(needles.share * asked + (1 - needles.share) * text)
+        self._steps = 0
+        random = np.random.default_rng([self.recipe.run.seed, _TEXT])
+        self._text = EncodedText(self.longmem, _places(self.stream.corpus.ids, needles.text_tokens, window, random))
+        self._asked: deque[tuple[int, _Asked]] = deque()
+
+    def describe(self) -> str:
+        needles = self.recipe.needles
+        return (
+            f"{super().describe()}; {needles.share:.0%} of the steps ask {needles.rows} times for "
+            f"{', '.join(needles.kinds)} among {self._text.lengths.shape[1] * self._text.chunk_size:,} tokens"
+        )
+
+    def loss(self, model: nn.Module, scores: StepScores) -> Tensor:
+        needles = self.recipe.needles
+        number, self._steps = self._steps, self._steps + 1
+        random = np.random.default_rng([self.recipe.run.seed, _STEP, number, self.rank])
+        if random.random() >= needles.share:
+            return super().loss(model, scores)
+        asked = self._questions(number)
+        ids, targets = _rows(asked, self.pad_id)
+        memory = _Hidden(self._background(number, random), self._facts(asked))
+        out = model(input_ids=ids.to(self.device), memory=memory, use_cache=False)
+        targets = targets.to(self.device)
+        losses = token_losses(out.logits, targets)
+        scores.practice.add(losses, targets != IGNORE)
+        self._share = None if out.share is None else out.share.detach()
+        return losses.sum() / (targets != IGNORE).sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._steps = int(state["steps"])
+        self._asked.clear()
+
+    def _background(self, number: int, random: np.random.Generator) -> TextMemory:
+        """A run of the text: its length grows from the least to the most, and now and then is shorter."""
+        needles, segments = self.recipe.needles, len(self._text.ids)
+        window = self.recipe.data.window
+        done = min(1.0, number / needles.grows) if needles.grows else 1.0
+        least, most = needles.least_tokens, needles.most_tokens
+        tokens = least * (most / least) ** (done * (1.0 if random.random() < 0.7 else random.random()))
+        count = min(max(1, round(tokens / window)), segments)
+        return self._text.run(int(random.integers(segments - count + 1)), count)
+
+    def _questions(self, number: int) -> list[_Asked]:
+        """Each question is asked in ``repeats`` steps, one after the other, so that its facts are encoded once."""
+        needles = self.recipe.needles
+        fresh = max(1, needles.rows // needles.repeats)
+        first = number * fresh
+        while self._asked and self._asked[0][0] < first:
+            self._asked.popleft()
+        begin = self._asked[-1][0] + 1 if self._asked else first
+        new = [self._draw(at) for at in range(begin, first + needles.rows)]
+        self._asked += [
+            (at, _Asked(ids, answer, self._encode(segments))) for at, (segments, ids, answer) in enumerate(new, begin)
+        ]
+        return [asked for _, asked in self._asked]
+
+    def _draw(self, number: int) -> tuple[Tensor, Tensor, int]:
+        """Segments (n, context) with the facts in them, the question with its answer, and the answer's length."""
+        needles = self.recipe.needles
+        random = np.random.default_rng([self.recipe.run.seed, _FACTS, number, self.rank])
+        facts = draw_facts(needles.kinds[int(random.integers(len(needles.kinds)))], random)
+        parts = []
+        for sentence in (*facts.asked, *facts.others):
+            tokens = self._tokens(sentence)
+            size = max(2, -(-len(tokens) // needles.context)) * needles.context
+            start = int(random.integers(self.stream.corpus.num_tokens - size))
+            text = self.stream.corpus.ids[start : start + size].astype(np.int64)
+            place = int(random.integers(size - len(tokens) + 1))
+            text[place : place + len(tokens)] = tokens
+            parts.append(text.reshape(-1, needles.context))
+        question, answer = self._tokens(facts.question), self._tokens(facts.answer)
+        return torch.from_numpy(np.concatenate(parts)), torch.tensor(question + answer), len(answer)
+
+    @torch.no_grad()
+    def _encode(self, segments: Tensor) -> tuple[Tensor, Tensor]:
+        """What segments (n, context) leave in memory, (Hkv, n * context, D) each.
+
+        One question at a time: other batch sizes round differently, and a resumed run encodes more at once.
+        """
+        kv = self.longmem.encode(segments.to(self.device))
+        return kv.keys.transpose(0, 1).flatten(1, 2), kv.values.transpose(0, 1).flatten(1, 2)
+
+    def _facts(self, asked: Sequence[_Asked]) -> MemoryBank:
+        """A row for each question."""
+        longest = max(one.kv[0].shape[1] for one in asked)
+        bank = MemoryBank.for_model(self.longmem, len(asked), longest, **self._bank_settings() | {"shared": False})
+        keys, values = (
+            torch.stack([nn.functional.pad(one.kv[i], (0, 0, 0, longest - one.kv[i].shape[1])) for one in asked])
+            for i in (0, 1)
+        )
+        lengths = torch.tensor([one.kv[0].shape[1] for one in asked], device=keys.device)
+        bank.add(AttentionKV(keys, values, torch.arange(longest, device=keys.device) < lengths[:, None]))
+        return bank
+
+    def _tokens(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """See ``Memory``: text that all rows read, and each row's own facts."""
+
+    text: TextMemory
+    facts: MemoryBank
+
+    @property
+    def chunk_size(self) -> int:
+        return self.text.chunk_size
+
+    def search(self, queries: Tensor, num_chunks: int, rows: Tensor | None = None) -> RetrievedMemory:
+        """The best of both."""
+        parts = [self.text.search(queries, num_chunks), self.facts.search(queries, num_chunks, rows)]
+        return best_of(parts, num_chunks)
+
+    def provenance(self, row: int, chunk: int) -> ChunkOrigin:
+        """Of the text; training asks for none."""
+        return self.text.provenance(0, chunk)
+
+
+def _rows(asked: Sequence[_Asked], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ids and targets (B, T); targets are the answers' tokens."""
+    width = max(len(one.ids) for one in asked) - 1
+    ids = torch.full((len(asked), width), pad_id)
+    targets = torch.full((len(asked), width), IGNORE)
+    for row, one in enumerate(asked):
+        last = len(one.ids) - 1
+        ids[row, :last] = one.ids[:-1]
+        targets[row, last - one.answer : last] = one.ids[-one.answer :]
+    return ids, targets
+
+
+def _places(corpus: Any, tokens: int, window: int, random: np.random.Generator) -> Tensor:
+    """About so many tokens of a corpus as segments (n, T), from runs that begin at random places."""
+    segments = max(1, min(tokens, len(corpus)) // window)
+    found = []
+    for first in range(0, segments, RUN):
+        size = min(RUN, segments - first) * window
+        start = int(random.integers(len(corpus) - size + 1))
+        found.append(corpus[start : start + size].astype(np.int64).reshape(-1, window))
+    return torch.from_numpy(np.concatenate(found))
