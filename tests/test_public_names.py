@@ -29,6 +29,15 @@ def test_dir_lists_what_all_lists() -> None:
     assert set(longmem.__all__) <= set(dir(longmem))
 
 
+def test_what_a_store_hands_out_and_what_explains_a_pass_are_public() -> None:
+    from longmem.modeling.explain import Explanation
+    from longmem.store.bank import StoreBank
+    from longmem.store.overlay import SessionBank
+
+    assert (longmem.StoreBank, longmem.SessionBank, longmem.Explanation) == (StoreBank, SessionBank, Explanation)
+    assert {"StoreBank", "SessionBank", "Explanation"} <= set(longmem.__all__)
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'LongMen'"):
         _ = longmem.LongMen

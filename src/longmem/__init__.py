@@ -29,9 +29,12 @@ if TYPE_CHECKING:
     from longmem.memory.bank import MemoryBank
     from longmem.memory.session import SessionMemory
     from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
+    from longmem.modeling.explain import Explanation
     from longmem.modeling.longmem import LongMem
     from longmem.modeling.memtrm import MemTRM
     from longmem.modeling.training_free import TrainingFree
+    from longmem.store.bank import StoreBank
+    from longmem.store.overlay import SessionBank
     from longmem.store.store import MemoryStore
     from longmem.types import AttentionKV, RetrievedMemory
 
@@ -45,6 +48,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Explanation",
     "LongMem",
     "LongMemConfig",
     "LongMemError",
@@ -55,7 +59,9 @@ __all__ = [
     "MemoryBankError",
     "MemoryStore",
     "RetrievedMemory",
+    "SessionBank",
     "SessionMemory",
+    "StoreBank",
     "StoreDamaged",
     "StoreError",
     "StoreFull",
@@ -69,6 +75,7 @@ _HOMES = {
     "AlibiGPTConfig": "longmem.modeling.alibi_gpt",
     "AlibiGPTForCausalLM": "longmem.modeling.alibi_gpt",
     "AttentionKV": "longmem.types",
+    "Explanation": "longmem.modeling.explain",
     "LongMem": "longmem.modeling.longmem",
     "LongMemConfig": "longmem.config",
     "LongMemGenerationConfig": "longmem.config",
@@ -77,7 +84,9 @@ _HOMES = {
     "MemoryBank": "longmem.memory.bank",
     "MemoryStore": "longmem.store.store",
     "RetrievedMemory": "longmem.types",
+    "SessionBank": "longmem.store.overlay",
     "SessionMemory": "longmem.memory.session",
+    "StoreBank": "longmem.store.bank",
     "TrainingFree": "longmem.modeling.training_free",
     "TrainingFreeConfig": "longmem.config",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
@@ -283,6 +284,15 @@ def test_keys_and_values_of_forgotten_text_are_overwritten_in_memory(store: Memo
     for head in range(bank.heads_kv):
         kept = {tuple(key.tolist()) for key in whole[0, head]}
         assert not kept & {tuple(key.tolist()) for key in gone[head]}
+
+
+def test_a_data_file_that_nobody_reads_is_let_go(store: MemoryStore) -> None:
+    bank = store.bank("alice").load()
+    held = store._room._files
+    assert len(held) == len({run.row.id for run in bank._places.files}) > 0
+    del bank
+    gc.collect()
+    assert not held, "its mapping would keep bytes that compact has removed"
 
 
 WRITER = """

@@ -100,3 +100,21 @@ def test_batches_have_a_shape_for_each_length() -> None:
     list(encoder.encode([np.zeros(size, dtype=np.uint32) for size in (1, 16, 17, 33, 65, 100, 1000)]))
     assert seen == {(25, 16), (12, 32), (6, 64), (4, 100)}
     assert window_of(model) == 64
+
+
+def test_the_tokenizer_is_found_where_a_checkpoint_names_its_backbone_from_its_own_folder(
+    tmp_path: Path, tiny_backbone: Any, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_backbone.save_pretrained(tmp_path / "pair" / "backbone")
+    byte_tokenizer.save_pretrained(tmp_path / "pair" / "backbone")
+    made = LongMem.from_backbone(str(tmp_path / "pair" / "backbone"), chunk_size=4, num_retrieved=8, memory_size=64)
+    made.config.backbone_name_or_path = "../backbone"
+    made.save_pretrained(tmp_path / "pair" / "sidenet")
+    monkeypatch.chdir(tmp_path)
+    for named in ("pair/sidenet", str(tmp_path / "pair" / "sidenet")):
+        model = LongMem.from_pretrained(named).eval()
+        assert model.config.backbone_name_or_path == "../backbone"
+        with MemoryStore.open(tmp_path / named.replace("/", "-"), model=model) as store:
+            assert store.add_document("alice", "hello there", name="a").tokens == 11
+            # by a path that means the same from everywhere
+            assert store.layout.backbone == str((tmp_path / "pair" / "backbone").resolve())

@@ -5,8 +5,8 @@ A tree parts the keys along the direction in which they differ most, and the par
 the means of the parts of those blocks that suit it most, then with the keys of those parts that suit it most.
 
 What counts as a difference is what queries make of it: keys are compared by how much the scores of the queries heard so
-far differ. Queries lie elsewhere than keys, and by the plain distance half as many keys again have to be read for the
-same recall (docs/experiments.md).
+far differ. Queries lie elsewhere than keys, and by the plain distance more keys have to be read for the same recall
+(docs/experiments.md).
 
 Hkv key/value heads · n keys · D head_dim · m queries heard · R retrieved chunks
 """

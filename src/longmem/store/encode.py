@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -158,6 +159,17 @@ def window_of(model: Encodes) -> int | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = getattr(text, "max_position_embeddings", None)
     return int(found) if found else None
+
+
+def backbone_of(model: Encodes) -> str | None:
+    """Where the model's backbone is, as others can find it: a name of the hub or a path; None where nothing says."""
+    named = getattr(model.config, "backbone_name_or_path", None)
+    inner = getattr(getattr(model, "backbone", None), "model", None)
+    loaded = getattr(getattr(inner, "config", None), "_name_or_path", None)
+    if loaded and loaded != named and Path(loaded).is_dir():
+        # a checkpoint names its backbone from its own folder, which means another place from here, or none
+        return str(Path(loaded).resolve())
+    return str(named) if named else None
 
 
 def vocabulary_of(model: Encodes) -> int | None:

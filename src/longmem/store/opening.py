@@ -10,7 +10,7 @@ from longmem.errors import StoreDamaged, StoreError
 from longmem.store.catalog import CATALOG, Catalog, unfinished
 from longmem.store.checking import check_catalog
 from longmem.store.durable import failpoint, file_errors, new_id, sync_folder
-from longmem.store.encode import LONGEST_SEGMENT, Encoder, Encodes, window_of
+from longmem.store.encode import LONGEST_SEGMENT, Encoder, Encodes, backbone_of, window_of
 from longmem.store.lock import LOCK, WriterLock
 from longmem.store.records import DTYPES, FORMAT, Dtype, Layout
 from longmem.store.room import SEGMENTS, STAGING, Room
@@ -170,6 +170,6 @@ def _encoder(folder: Path, layout: Layout, model: Encodes, batch_tokens: int | N
 
 def _name(model: Encodes) -> str:
     config = model.config
-    named = getattr(config, "backbone_name_or_path", None) or getattr(config, "_name_or_path", None)
+    named = backbone_of(model) or getattr(config, "_name_or_path", None)
     inner = getattr(config, "backbone_config", None)
     return str(named or getattr(inner, "model_type", None) or cast(Any, type(model)).__name__)

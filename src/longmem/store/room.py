@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 from longmem.errors import LongMemError, StoreError
 from longmem.store.catalog import Catalog
 from longmem.store.durable import failpoint, file_errors, sync_folder
-from longmem.store.encode import Encoder
+from longmem.store.encode import Encoder, backbone_of
 from longmem.store.lock import WriterLock
 from longmem.store.records import Layout
 from longmem.store.schema import FileRow
@@ -92,7 +92,7 @@ class Room:
     def find_tokenizer(self) -> Any:
         """The tokenizer given, or that of the model's backbone; None where there is neither."""
         if self.tokenizer is None and self.encoder is not None:
-            name = getattr(self.encoder.model.config, "backbone_name_or_path", None)
+            name = backbone_of(self.encoder.model)
             if name:
                 from longmem.data.tokenizer import load_tokenizer
 

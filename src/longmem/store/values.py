@@ -128,15 +128,25 @@ class HeldValues:
         """See ``Values.take``."""
         null = (self._kv.shape[0] - 1) * self._kv.shape[1]
         lines = torch.from_numpy(np.append(chunks * self._kv.shape[1] + heads, null)).to(self._kv.device)
-        taken = self._kv.flatten(0, 1).index_select(0, lines).to(self.device)
+        taken = self._picked(self._kv, lines)
         if self._scales is None:
             return taken
-        scales = self._scales.flatten(0, 1).index_select(0, lines).to(self.device)
-        return taken.to(torch.float32) * scales[..., None, None]
+        return taken.to(torch.float32) * self._picked(self._scales, lines)[..., None, None]
 
     def wipe(self, begin: int, end: int) -> None:
         """Overwrite the chunks from ``begin`` to ``end`` with zeros."""
         self._kv[begin:end] = 0
+
+    def _picked(self, table: Tensor, lines: Tensor) -> Tensor:
+        """Lines of (N + 1, Hkv, ...), heads side by side, on the device."""
+        table = table.flatten(0, 1)
+        if table.device.type == self.device.type:
+            return table.index_select(0, lines)
+        # picked into page-locked memory, which a GPU fetches while the host goes on; the allocator of such memory gives
+        # it to nobody else before it has been fetched
+        picked = torch.empty(len(lines), *table.shape[1:], dtype=table.dtype, pin_memory=self.device.type == "cuda")
+        torch.index_select(table, 0, lines, out=picked)
+        return picked.to(self.device, non_blocking=True)
 
     def _put(self, begin: int, chunks: StoredChunks) -> None:
         kv = torch.from_numpy(chunks.kv)
