@@ -22,6 +22,7 @@ class Entry(NamedTuple):
 COMMANDS = {
     "train": Entry("longmem.cli.train", "Train a backbone or a SideNet from a recipe file."),
     "eval": Entry("longmem.cli.eval", "Measure a model on long text."),
+    "report": Entry("longmem.cli.report", "Make a page of results, the paper's numbers beside ours."),
     "layers": Entry("longmem.cli.layers", "Find the backbone layer whose keys are worth remembering."),
     "generate": Entry("longmem.cli.generate", "Continue a text with memory, for as long as you like."),
     "memory": Entry("longmem.cli.memory", "Keep texts that a model remembers: add, search, forget, check."),

@@ -151,7 +151,7 @@ def perplexity(
             task="perplexity",
             command=command,
             config=asdict(settings) | (config or {}),
-            models={system.name: system.identity for system in comparison.systems},
+            models=comparison.described(),
             samples={
                 "documents": len(documents),
                 "tokens": sum(document.scored for document in documents),
@@ -184,7 +184,7 @@ def measure(
 
     Documents that lack the same systems are streamed together, and those systems run together where they can.
     """
-    keys = {system.name: _key(system, settings, protocol) for system in comparison.systems}
+    keys = {system.name: record_key(system, settings, protocol) for system in comparison.systems}
     most = min(settings.rows, len(documents))
     jobs: dict[tuple[str, ...], list[TokenizedDocument]] = {}
     for document in documents:
@@ -219,7 +219,7 @@ def measure(
     return {name: [ledger[key, document.digest] for document in documents] for name, key in keys.items()}
 
 
-def _key(system: System, settings: PerplexitySettings, protocol: str) -> str:
+def record_key(system: System, settings: PerplexitySettings, protocol: str) -> str:
     """Hash of everything that a document's numbers depend on besides its ids."""
     parts = {
         "version": RECORDS_VERSION,

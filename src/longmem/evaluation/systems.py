@@ -199,6 +199,10 @@ class Comparison:
         """The differences reported, see ``compared``."""
         return compared([system.name for system in self.systems])
 
+    def described(self) -> dict[str, dict[str, Any]]:
+        """Every system's identity and how many parameters it has, for the header of a result."""
+        return {system.name: system.identity | _parameters(system, self.model) for system in self.systems}
+
     def passes(self, names: Sequence[str], rows: int, window: int) -> list[tuple[str, ...]]:
         """Some systems as those that run together: on one pass of the backbone, with no more logits than fit."""
         apart = {system.name for system in self.systems if system.own is not None}
@@ -232,6 +236,14 @@ class Comparison:
         if self.main is None:
             return Subject(_plain(self.model))
         return Subject(_spliced(self.main, systems, memories), list(memories.values()))
+
+
+def _parameters(system: System, backbone: PreTrainedModel) -> dict[str, int]:
+    """In all, and of what was trained over a frozen backbone."""
+    model = system.reader or backbone
+    trained = [] if system.side is None else system.side.trainable_parameters()
+    counts = {"parameters": sum(p.numel() for p in model.parameters())}
+    return counts | ({"trained_parameters": sum(p.numel() for p in trained)} if trained else {})
 
 
 def _plain(model: PreTrainedModel) -> Forward:

@@ -1,0 +1,38 @@
+"""``longmem report``: result files as a page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command(name="report", epilog="Example: longmem report results --out runs/report")
+@click.argument("results", nargs=-1, required=True, metavar="RESULTS...")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder for report.md, report.html, pictures/."
+)
+@click.option("--title", default="Results", show_default=True, help="Of the page.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written, and what was not shown, as JSON.")
+def command(results: tuple[str, ...], out: Path, title: str, as_json: bool) -> None:
+    """Make a Markdown page and one self-contained HTML page of RESULTS, files or folders of them.
+
+    Takes what `longmem eval` and the benches write: perplexity, all tasks, harness, ablations, efficiency, layers. The
+    paper's own numbers stand beside ours where the setting is the same kind, with what differs. A file that is no
+    result, or a damaged one, is named in one line and left out.
+    """
+    from longmem.evaluation.report.build import build_report, write_report
+
+    report = build_report(results, title=title)
+    written = write_report(report, out)
+    for problem in report.problems:
+        click.echo(f"not shown: {problem}", err=True)
+    if as_json:
+        shown = [file.path for file in report.files]
+        click.echo(
+            json.dumps({"written": [str(path) for path in written], "shown": shown, "not_shown": report.problems})
+        )
+    else:
+        click.echo(out / "report.md")
+        click.echo(out / "report.html")

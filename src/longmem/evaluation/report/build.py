@@ -1,0 +1,123 @@
+"""From result files to a page."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from longmem.errors import DataError
+from longmem.evaluation.report.blocks import Block, Heading, Picture, Table, Text, markdown, page
+from longmem.evaluation.report.files import ResultFile, read_results
+from longmem.evaluation.report.sections import section
+from longmem.evaluation.themes import save
+
+log = logging.getLogger(__name__)
+
+TITLES = {
+    "perplexity": "Perplexity of long text",
+    "chapterbreak": "ChapterBreak",
+    "icl": "In-context learning",
+    "squad": "SQuAD",
+    "needle": "Needle in a haystack",
+    "dialogue": "Dialogue",
+    "harness": "lm-evaluation-harness",
+    "ablate": "Ablations",
+    "efficiency": "Efficiency",
+    "layers": "Which layer to remember",
+    "bench": "Speed and storage",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page that is not written yet.
+
+    Attributes:
+        title: of the page.
+        blocks: all of it.
+        files: the results in it.
+        problems: a line for every file that is not in it.
+    """
+
+    title: str
+    blocks: list[Block]
+    files: list[ResultFile]
+    problems: list[str]
+
+    def markdown(self, pictures: str) -> str:
+        """The page; ``pictures`` is the folder of its pictures as seen from it."""
+        return markdown(self.blocks, pictures)
+
+    def html(self) -> str:
+        """The same as one file that needs nothing else."""
+        return page(self.title, self.blocks)
+
+    def save_pictures(self, folder: Path) -> list[Path]:
+        """PNG files, each on light and on dark paper."""
+        pictures = [block for block in self.blocks if isinstance(block, Picture)]
+        return [path for one in pictures for path in save(one.draw, folder / f"{one.name}.png")]
+
+
+def build_report(
+    paths: Sequence[str | Path], *, title: str = "Results", intro: Sequence[str] = (), base: Path | None = None
+) -> Report:
+    """Read results and lay them out.
+
+    Args:
+        paths: files and folders.
+        title: of the page.
+        intro: paragraphs below it.
+        base: paths below it are shown as seen from there.
+
+    Raises:
+        DataError: a path is not there, or none of the files is a result.
+    """
+    files, problems = read_results(paths, base)
+    parts, shown = list[Block](), list[ResultFile]()
+    for name, some in groupby(files, key=lambda file: file.task if file.kind == "task" else file.kind):
+        group: list[Block] = []
+        for file in some:
+            try:
+                group += section(file)
+                shown.append(file)
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration, RuntimeError) as error:
+                what = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
+                problems.append(f"{file.path}: a damaged {file.kind} result ({what}); measure it again")
+        if group:
+            parts += [Heading(2, TITLES.get(name, name)), *group]
+    if not shown:
+        raise DataError("; ".join(problems))
+    blocks: list[Block] = [Heading(1, title), *(Text(text) for text in intro), _overview(shown), *parts]
+    if problems:
+        blocks += [Heading(2, "Not shown"), *(Text(problem) for problem in problems)]
+    return Report(title, blocks, shown, problems)
+
+
+def write_report(report: Report, out: Path) -> list[Path]:
+    """``report.md`` with its pictures in ``pictures/``, and ``report.html``.
+
+    Pictures are drawn first: a file whose numbers cannot be drawn stops the report before a page is written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = report.save_pictures(out / "pictures")
+    (out / "report.md").write_text(report.markdown("pictures"), encoding="utf-8")
+    (out / "report.html").write_text(report.html(), encoding="utf-8")
+    return [out / "report.md", out / "report.html", *pictures]
+
+
+def _overview(files: Sequence[ResultFile]) -> Table:
+    """Which results there are, over which data, with which seeds and at what cost."""
+    rows = []
+    for file in files:
+        counts = {k: n for k, n in file.header.get("samples", {}).items() if k not in ("words", "bytes")}
+        samples = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+        seconds = file.header.get("seconds") or 0
+        seeds = ", ".join(map(str, file.header.get("seeds", []))) or str(file.data.get("seed", "-"))
+        cost = f"{seconds:,.0f} s" if seconds else "-"
+        rows.append(
+            [TITLES.get(file.task, TITLES.get(file.kind, file.task)), f"`{file.path}`", samples or "-", seeds, cost]
+        )
+    return Table(["what", "file", "measured", "seeds", "took"], rows, numbers=False)
