@@ -11,6 +11,8 @@ import click
 
 from longmem.cli.evaluating import machine_options, model_options
 from longmem.cli.harness import harness
+from longmem.cli.tasks.ablate import ablate
+from longmem.cli.tasks.efficiency import efficiency
 from longmem.cli.tasks.icl import icl
 from longmem.cli.tasks.needle import needle
 
@@ -23,6 +25,8 @@ def command() -> None:
     """Measure a model on long text."""
 
 
+command.add_command(ablate)
+command.add_command(efficiency)
 command.add_command(harness)
 command.add_command(icl)
 command.add_command(needle)
