@@ -11,7 +11,7 @@ DTYPES = ("keep", "float32", "float16", "bfloat16")
 
 
 @click.command(
-    epilog="Example: longmem convert checkpoint_last.pt --out models/longmem",
+    epilog="Example: longmem convert checkpoint_last.pt --vocabulary gpt2_bpe --out models/longmem",
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; new or empty.")
@@ -25,10 +25,21 @@ DTYPES = ("keep", "float32", "float16", "bfloat16")
     type=click.Path(path_type=Path),
     help="JSON with heads and memory settings, for a state dict in safetensors. Default: the JSON beside it.",
 )
+@click.option(
+    "--vocabulary",
+    type=click.Path(path_type=Path),
+    help="Folder with the released encoder.json, vocab.bpe and dict.txt: the tokenizer is written too.",
+)
 @click.option("--dtype", type=click.Choice(DTYPES), default="keep", show_default=True, help="Of the weights written.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def command(
-    checkpoint: Path, out: Path, backbone: Path | None, settings: Path | None, dtype: str, as_json: bool
+    checkpoint: Path,
+    out: Path,
+    backbone: Path | None,
+    settings: Path | None,
+    vocabulary: Path | None,
+    dtype: str,
+    as_json: bool,
 ) -> None:
     """Convert a checkpoint of the released LongMem code.
 
@@ -40,7 +51,7 @@ def command(
     from longmem.convert.write import convert
 
     chosen = None if dtype == "keep" else getattr(torch, dtype)
-    done = convert(checkpoint, out, backbone=backbone, settings=settings, dtype=chosen)
+    done = convert(checkpoint, out, backbone=backbone, settings=settings, dtype=chosen, vocabulary=vocabulary)
     if done.ignored:
         click.echo(f"ignored {len(done.ignored)} unknown tensors: {', '.join(done.ignored)}", err=True)
     if as_json:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from longmem.convert.fairseq import (
     FairseqCheckpoint,
@@ -17,6 +17,7 @@ from longmem.convert.fairseq import (
     longmem_config,
     read_fairseq,
 )
+from longmem.convert.vocabulary import tokenizer_from_fairseq
 from longmem.errors import CheckpointError
 from longmem.modeling.alibi_gpt import AlibiGPTConfig
 from longmem.modeling.longmem import LongMem
@@ -54,6 +55,7 @@ def convert(
     backbone: str | Path | None = None,
     settings: str | Path | None = None,
     dtype: torch.dtype | None = None,
+    vocabulary: str | Path | None = None,
 ) -> Converted:
     """Convert a released checkpoint; a LongMem goes to ``out`` and its backbone to ``out/backbone``.
 
@@ -64,6 +66,7 @@ def convert(
             file holds a backbone too, the two must be equal.
         settings: JSON with the settings of a ``.safetensors``.
         dtype: of the weights; None keeps the file's.
+        vocabulary: folder of ``encoder.json``, ``vocab.bpe`` and ``dict.txt``, to write the tokenizer too.
 
     Raises:
         CheckpointError: a file is missing, damaged or foreign, or ``out`` is not empty.
@@ -76,17 +79,22 @@ def convert(
         if backbone is not None:
             raise CheckpointError(f"{checkpoint}: is a backbone itself; --backbone belongs to a LongMem checkpoint")
         model = backbone_from_fairseq(read, dtype)
+        tokenizer = _tokenizer(vocabulary, model)
         model.save_pretrained(out)
+        _save(tokenizer, out)
         return _converted("backbone", out, out, model, model, read)
     beside = _given_backbone(read, backbone, dtype)
     target = Path(backbone) if backbone is not None and Path(backbone).is_dir() else out / "backbone"
     longmem = longmem_from_fairseq(read, beside, dtype)
+    tokenizer = _tokenizer(vocabulary, longmem.backbone.model)
     if target == out / "backbone":
         longmem.backbone.model.save_pretrained(target)
+        _save(tokenizer, target)
         # beside the SideNet: the folder can be moved
         longmem.config.backbone_name_or_path = target.name
     else:
         longmem.config.backbone_name_or_path = str(target.resolve())
+    _save(tokenizer, out)
     longmem.save_pretrained(out)
     return _converted("longmem", out, target, longmem, longmem.backbone.model, read)
 
@@ -121,6 +129,19 @@ def longmem_from_fairseq(
     model.sidenet.load_state_dict({name: value.to(dtype) for name, value in checkpoint.side.items()})
     model.train(False)
     return model
+
+
+def _tokenizer(vocabulary: str | Path | None, backbone: PreTrainedModel) -> PreTrainedTokenizerFast | None:
+    """Made before anything is written: what does not fit leaves no folder behind."""
+    if vocabulary is None:
+        return None
+    config: Any = backbone.config
+    return tokenizer_from_fairseq(vocabulary, config.vocab_size, config.max_position_embeddings)
+
+
+def _save(tokenizer: PreTrainedTokenizerFast | None, folder: Path) -> None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
 
 
 def _given_backbone(
