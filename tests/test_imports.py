@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,3 +93,13 @@ def test_the_command_line_imports_heavy_packages_only_inside_functions(heavy: st
 
 def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:
     return [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+
+
+def test_help_is_given_before_anything_heavy_is_imported() -> None:
+    code = (
+        "import sys\nfrom longmem.cli.main import cli\n"
+        "cli.main(['--help'], standalone_mode=False)\n"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

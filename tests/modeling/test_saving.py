@@ -89,6 +89,18 @@ def test_a_later_save_leaves_nothing_of_an_earlier_one(tmp_path: Path) -> None:
     assert torch.equal(logits(LongMem.from_pretrained(tmp_path, backbone=backbone)), logits(third))
 
 
+def test_what_is_missing_of_the_weights_is_named(tmp_path: Path) -> None:
+    assert weights_module.missing_weights(tmp_path) == ["sidenet.safetensors"]
+    model = trained(make_backbone("llama"))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert weights_module.missing_weights(tmp_path) == []
+    _without_a_shard(tmp_path)
+    (missing,) = weights_module.missing_weights(tmp_path)
+    assert missing.startswith("sidenet-00002-of-")
+    model.save_pretrained(tmp_path)
+    assert weights_module.missing_weights(tmp_path) == []
+
+
 class PowerCut(Exception):
     pass
 
