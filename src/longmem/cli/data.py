@@ -7,10 +7,17 @@ from pathlib import Path
 
 import click
 
+from longmem.cli.data_chapterbreak import chapterbreak
+from longmem.cli.data_conversations import conversations
+
 
 @click.group()
 def command() -> None:
     """Make texts and tokenizers to train and to measure with."""
+
+
+command.add_command(chapterbreak)
+command.add_command(conversations)
 
 
 @command.command(epilog="Example: longmem data python --out data/python")
