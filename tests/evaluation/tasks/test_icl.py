@@ -250,10 +250,10 @@ def test_the_result_has_averages_seeds_and_how_many_demonstrations_fitted(
         groups["average, 8 + 12"].score("memory_512", "likelihood").value
         - groups["average, 8 + 12"].score("memory_off", "likelihood").value
     )
-    # a demonstration has about 40 bytes: three of eight fit 160 tokens; twelve fit the memory of 512, and 1,024 tokens
+    # a demonstration has 46 to 48 bytes: ten or eleven of twelve fit a memory of 512, twelve and eight fit 1,024
     shots = result.extra["shots"]["sst2, 8 + 12"]
     assert shots["backbone"]["window"] == shots["memory_512"]["window"] < 8
-    assert shots["backbone"]["memory"] == 0 and shots["memory_512"]["memory"] == 12
+    assert shots["backbone"]["memory"] == 0 and 10 <= shots["memory_512"]["memory"] <= 11
     full = [systems(model, byte_tokenizer, full=1024)["full_1024"]]
     assert shots_seen(task, full)["sst2, 8 + 12"] == {"full_1024": {"window": 8, "memory": 12}}
     assert result.extra["sets"]["sst5"]["chance"] == 20

@@ -38,7 +38,8 @@ def test_too_few_to_draw_from_is_said() -> None:
         (12, 3, (0, 1, 1, 1, 2, 2, 3, 3)),
         (11, 2, (0, 2, 2, 3, 3)),  # one token short of the farthest demonstration: it is gone as a whole
         (8, 1, (0, 3, 3)),
-        (6, 1, (0, 3, 3)),
+        (7, 1, (0, 3, 3)),
+        (6, 0, (0,)),
         (5, 0, (0,)),
     ],
 )

@@ -56,7 +56,7 @@ def counts(context: click.Context, parameter: click.Parameter, value: str) -> tu
 @click.option(
     "--limit",
     type=click.IntRange(min=0),
-    default=50,
+    default=30,
     show_default=True,
     help="Test texts of each set, drawn once with a fixed seed, not stratified; 0 takes all.",
 )
