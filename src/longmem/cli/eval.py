@@ -15,6 +15,7 @@ from longmem.cli.tasks.ablate import ablate
 from longmem.cli.tasks.efficiency import efficiency
 from longmem.cli.tasks.icl import icl
 from longmem.cli.tasks.needle import needle
+from longmem.cli.tasks.squad import squad
 
 if TYPE_CHECKING:
     from longmem.evaluation.perplexity import PerplexityResult
@@ -30,6 +31,7 @@ command.add_command(efficiency)
 command.add_command(harness)
 command.add_command(icl)
 command.add_command(needle)
+command.add_command(squad)
 
 
 @command.command(
