@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from result_tables import table_of
 
 import longmem
 from longmem.cli.main import COMMANDS, cli
@@ -30,6 +31,11 @@ MODULES = (
     "longmem.training.loop",
     "longmem.evaluation.perplexity",
     "longmem.generation.reading",
+    "longmem.store.records",
+    "longmem.store.bank",
+    "longmem.store.passages",
+    "longmem.store.measuring",
+    "longmem.store.sizes",
 )
 
 
@@ -127,8 +133,10 @@ def with_sizes(page: str) -> str:
 
 
 def _result(file: Path) -> str:
-    """A perplexity result as a table: systems down, protocols across."""
+    """The tables of a result; of perplexities systems down, protocols across."""
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if "protocols" not in result:
+        return table_of(result, file.relative_to(ROOT).as_posix())
     protocols, samples = result["protocols"], result["header"]["samples"]
     heads = [f"{name}, window {p['window']}, moved by {p['stride']}" for name, p in protocols.items()]
     lines = [f"| {file.parent.name} | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
@@ -205,7 +213,8 @@ def _doc(value: Any) -> str:
 
 def _belongs(name: str, value: Any, module: str) -> bool:
     mine = (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__ == module
-    return mine and not name.startswith("_") and bool(value.__doc__)
+    said_above = name in longmem.__all__
+    return mine and not said_above and not name.startswith("_") and bool(value.__doc__)
 
 
 def _help(command: click.Command, name: str) -> str:
