@@ -231,9 +231,10 @@ def ablate(
         table: dict[str, list[Record]] = {}
         for comparison, together in [*plan.comparisons(), *_apart(trained, size)]:
             run = _together if together else measure
-            table |= run(comparison, documents, settings, protocol, ledger, device=device, progress=progress)
+            told = None if progress is None else _told(progress, comparison)
+            table |= run(comparison, documents, settings, protocol, ledger, device=device, progress=told)
         of_protocol[protocol] = table
-    planned = [*plan.planned, *_planned(trained, model)]
+    planned = [*plan.planned, *_planned(trained, size, model)]
     scored = {protocol: _scored(documents, table, planned, settings) for protocol, table in of_protocol.items()}
     left_out = {axis: _why_not(axis) for axis in axes if not getattr(values, axis)}
     identities = {one.system.name: one.system.identity for one in planned}
@@ -329,6 +330,17 @@ class _Plan:
         ]
 
 
+def _told(progress: Progress, comparison: Comparison) -> Progress:
+    """Told of each part by itself: what is measured apart has a total of its own."""
+    (first, *more) = comparison.systems
+    part = "one pass for all" if more else first.name
+
+    def tell(protocol: str, done: int, total: int) -> None:
+        progress(f"{protocol}, {part}", done, total)
+
+    return tell
+
+
 def _together(
     comparison: Comparison,
     documents: Sequence[TokenizedDocument],
@@ -353,19 +365,19 @@ def _together(
 def _apart(trained: Sequence[Trained], memory_size: int) -> list[tuple[Comparison, bool]]:
     """Each by itself: another memory layer has keys and values of its own."""
     found = []
-    for one, planned in zip(trained, _planned(trained, None), strict=True):
+    for one, planned in zip(trained, _planned(trained, memory_size), strict=True):
         base = Comparison.of_longmem(one.model, [memory_size])
-        found.append((replace(base, systems=(replace(base.systems[-1], name=planned.system.name),)), False))
+        found.append((replace(base, systems=(planned.system,)), False))
     return found
 
 
-def _planned(trained: Sequence[Trained], default: LongMem | None) -> list[_Planned]:
+def _planned(trained: Sequence[Trained], memory_size: int, default: LongMem | None = None) -> list[_Planned]:
     """Where trained SideNets belong, each against the baseline of its axis."""
     baselines = {one.axis: f"{one.axis}={one.label}" for one in trained if one.baseline}
     found = []
     for one in trained:
         name = f"{one.axis}={one.label}"
-        system = replace(Comparison.of_longmem(one.model, [one.model.config.memory_size]).systems[-1], name=name)
+        system = replace(Comparison.of_longmem(one.model, [memory_size]).systems[-1], name=name)
         differs = "" if default is None else _differs(one.model, default)
         found.append(_Planned(system, one.axis, one.label, baselines.get(one.axis, DEFAULT), differs))
     return found

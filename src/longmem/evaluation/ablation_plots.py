@@ -40,7 +40,7 @@ def axis_figure(axis: Mapping[str, Any], theme: Theme) -> Figure:
     on.set_xticks(range(len(axis["values"])), [_tick(value) for value in axis["values"]])
     on.set_xlim(-0.6, len(axis["values"]) - 0.4)
     on.set_xlabel(axis["label"])
-    on.set_ylabel("perplexity, % against the default")
+    on.set_ylabel("% against the default")
     legend(figure, [on])
     return figure
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from longmem.evaluation.efficiency_names import FULL, LONGMEM, SHORT, WINDOWED
-from longmem.evaluation.themes import BLUE, GREY, INK, Look, Theme, legend, line_style, panels, tokens_axis
+from longmem.evaluation.themes import BLUE, GREY, INK, Look, Theme, legend, line_style, log_heights, panels, tokens_axis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,9 +31,9 @@ def efficiency_figure(result: dict[str, Any], theme: Theme) -> Figure:
             middle = [_middle(point, field) * scale for point in points]
             axis.plot(where, middle, label=SHORT.get(system, system), **style)
             if field != "peak":
-                edges = [[point[field][side] * scale for point in points] for side in ("low", "high")]
-                axis.fill_between(where, *edges, color=style["color"], alpha=0.18, linewidth=0)
-        axis.set_yscale("log")
+                low, high = ([point[field][side] * scale for point in points] for side in ("low", "high"))
+                axis.fill_between(where, low, high, color=style["color"], alpha=0.18, linewidth=0)
+        log_heights(axis)
         axis.set_title(title)
         tokens_axis(axis, "context (tokens)", contexts)
     legend(figure, axes)

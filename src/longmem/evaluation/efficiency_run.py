@@ -80,8 +80,9 @@ class Source:
         if (self.path is None) == (self.random is None):
             raise ConfigError("name one model: --model FOLDER, or --random SHAPE for a backbone of random weights")
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
-        model = self._random(self.random, dtype) if self.random is not None else self._loaded(dtype)
-        return model.to(self.device).eval()
+        model: Any = self._random(self.random, dtype) if self.random is not None else self._loaded(dtype)
+        placed: LongMem = model.to(self.device).eval()
+        return placed
 
     def _loaded(self, dtype: torch.dtype | None) -> LongMem:
         from longmem.evaluation.loading import load_comparison
@@ -107,9 +108,9 @@ class Source:
             pad_token_id=0,
             eos_token_id=None,
         )
-        backbone = LlamaForCausalLM(config).to(dtype or torch.float32)
+        backbone: Any = LlamaForCausalLM(config)
         memory = {name: getattr(shape, name) for name in ("chunk_size", "num_retrieved", "memory_size")}
-        return LongMem.from_backbone(backbone, **memory)
+        return LongMem.from_backbone(backbone.to(dtype or torch.float32), **memory)
 
 
 @dataclass(frozen=True)
@@ -259,11 +260,11 @@ class _Clock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+class RoomyLayer(DynamicLayer):
     """Keys and values of a layer in a buffer made once: no copy for each new token, and no slots to be masked."""
 
     def __init__(self, room: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._room, self._length = room, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 110
-SHADES = 96  # colours of a saved picture: lines and letters need no more, and the file is a third
+SHADES = 256  # colours of a saved picture: enough for a heat map, and the file is a half
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def styled(theme: Theme) -> Iterator[None]:
     """While open, new figures have the theme's colours."""
     import matplotlib
 
-    settings = {
+    settings: Any = {
         "figure.facecolor": theme.paper,
         "axes.facecolor": theme.paper,
         "savefig.facecolor": theme.paper,
@@ -140,7 +140,17 @@ def tokens_axis(axis: Axes, label: str, at: Sequence[float]) -> None:
     shown = shown[:: -(-len(shown) // 9)] if len(shown) > 9 else shown
     if shown:
         axis.set_xticks(shown, [short(value) for value in shown])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
+
+
+def log_heights(axis: Axes) -> None:
+    """A logarithmic scale upwards, ticks at 1, 2, 5, 10, ... written out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
 def short(tokens: float) -> str:
@@ -160,7 +170,9 @@ def picture(draw: Draw, theme: Theme) -> bytes:
         draw(theme).savefig(raw, format="png", dpi=DPI)
     raw.seek(0)
     with Image.open(raw) as image:
-        image.convert("RGB").quantize(SHADES, dither=Image.Dither.NONE).save(small, format="PNG", optimize=True)
+        image.convert("RGB").quantize(SHADES, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+            small, format="PNG", optimize=True
+        )
     return small.getvalue()
 
 

@@ -90,12 +90,12 @@ def differs(file: ResultFile) -> Text | None:
     samples, config = file.header.get("samples", {}), file.config
     window = config.get("window", "not recorded")
     sizes = sorted({memory[1] for name in file.data["systems"] if (memory := sized(name)) is not None})
-    memory = f"{', '.join(f'{size:,}' for size in sizes)} tokens" if sizes else "none"
+    held = f"{', '.join(f'{size:,}' for size in sizes)} tokens" if sizes else "none"
     counted = ", ".join(f"{count:,} {name}" for name, count in samples.items() if name not in ("words", "bytes"))
     parts = [
         f"model: {_model(file)} (paper: {paper.MODEL}; training: {paper.TRAINING})",
         f"window: {window:,} tokens (paper: 1,024)" if isinstance(window, int) else f"window: {window}",
-        f"memory: {memory} (paper: {paper.MEMORY})",
+        f"memory: {held} (paper: {paper.MEMORY})",
         f"data: {_data(config)}; {counted} (paper: {paper.DATA})"
         if file.kind == "perplexity"
         else f"measured: {counted}",

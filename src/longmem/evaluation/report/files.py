@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,8 @@ def read_results(paths: Sequence[str | Path], base: Path | None = None) -> tuple
                 problems.append(f"{shown}: {problem}")
     if not found:
         raise DataError("; ".join(problems) or f"no result files in {', '.join(map(str, paths))}")
+    twice = Counter(one.name for one in found)
+    found = [one if twice[one.name] == 1 else replace(one, name=one.path.removesuffix(".json")) for one in found]
     order = {task: number for number, task in enumerate(TASKS)}
     found.sort(key=lambda one: (KINDS.index(one.kind), order.get(one.task, len(order)), one.task, one.path))
     return found, problems
@@ -97,17 +100,17 @@ def _read(file: Path, shown: str) -> ResultFile:
     if kind is None:
         what = f"of an unknown task ({task!r})" if isinstance(header, dict) else "without header and surroundings"
         raise DataError(f"not a result that can be shown: JSON {what}")
+    return ResultFile(shown, _name(shown, kind, task), kind, task, data)
+
+
+def _name(shown: str, kind: str, task: str) -> str:
+    """``results/books/perplexity.json`` is ``books``."""
     parts = list(Path(shown).with_suffix("").parts)
-    if len(parts) > 1 and parts[-1] in (task, kind, "result"):
+    if kind != "bench" and len(parts) > 1 and parts[-1] in (task, kind):
         parts.pop()
-    parts = (
-        parts[parts.index("results") + 1 :]
-        if "results" in parts[:-1]
-        else parts[-2:]
-        if kind != "bench"
-        else parts[-1:]
-    )
-    return ResultFile(shown, "/".join(parts), kind, task, data)
+    if "results" in parts[:-1]:
+        return "/".join(parts[parts.index("results") + 1 :])
+    return "/".join(parts[-1:] if kind == "bench" else parts[-2:])
 
 
 def _kind(data: dict[str, Any], task: str) -> str | None:

@@ -91,8 +91,9 @@ def protocol_title(protocol: str, scores: dict[str, Any]) -> str:
 
 
 def groups_figure(result: dict[str, Any], metric: dict[str, Any], theme: Theme) -> Figure:
-    """Every system in every group: mean and interval."""
-    groups = result["groups"][:MOST_GROUPS]
+    """Every system in every group, or in the averages over several where a task has them: mean and interval."""
+    averages = [group for group in result["groups"] if group["group"].startswith("average")]
+    groups = (averages or result["groups"])[:MOST_GROUPS]
     names = list(result["systems"])
     figure, ((axis,),) = panels(1, width=max(5.6, 0.32 * len(names) * len(groups) + 2.4), height=3.4)
     for number, name in enumerate(names):

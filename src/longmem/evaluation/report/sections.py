@@ -335,8 +335,10 @@ def _marks(layer: int, result: dict[str, Any]) -> str:
 
 
 def _bench(file: ResultFile) -> Iterator[Block]:
-    about = ("command", "surroundings", "seed")
-    lines = [line for name, value in file.data.items() if name not in about for line in _leaves(name, value)]
+    about = ("command", "surroundings", "seed", "rounds")
+    lines = [
+        line for name, value in file.data.items() if name not in (*about, "shape") for line in _leaves(name, value)
+    ]
     more = f"; {len(lines) - MOST_ROWS} more numbers are in the file" if len(lines) > MOST_ROWS else ""
     yield Table(["", "value"], lines[:MOST_ROWS], f"Medians (least to most) where there are rounds{more}.")
 
@@ -347,7 +349,7 @@ def _leaves(name: str, value: Any) -> Iterator[list[str]]:
         if {"median", "min", "max"} <= value.keys():
             yield [name, f"{_number(value['median'])} ({_number(value['min'])} to {_number(value['max'])})"]
             return
-        for key, inner in value.items():
+        for key, inner in ((key, inner) for key, inner in value.items() if key != "shape"):
             yield from _leaves(f"{name} · {key}", inner)
     elif isinstance(value, list):
         if value and all(isinstance(one, int | float) for one in value) and len(value) <= 4:
