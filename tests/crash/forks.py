@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 300.0
-"""Seconds after which a child is taken for hung."""
+"""Seconds of silence after which a child is taken for hung; many words may take long on a busy machine."""
 Say = Callable[[Any], None]
 
 
@@ -35,7 +35,7 @@ class Ending:
         error: name and line of the LongMemError that it ended with.
         crash: traceback of any other exception.
         signal: that killed it.
-        hung: it was killed because it took too long.
+        hung: it was killed because it said nothing for too long.
         seconds: that it lived.
     """
 
@@ -138,8 +138,9 @@ def _child(work: Callable[..., None], arguments: dict[str, Any], pipe: int) -> N
 def _watch(child: int, pipe: int, kill_after: float | None) -> dict[str, Any]:
     """Read what a child says until it ends, and kill it at its time."""
     begun, deadline, heard, data, hung = time.monotonic(), None, False, b"", False
+    last_word = begun
     while True:
-        ends = begun + LIMIT if deadline is None else deadline
+        ends = last_word + LIMIT if deadline is None else deadline
         ready, _, _ = select.select([pipe], [], [], max(0.0, ends - time.monotonic()))
         if not ready:
             os.kill(child, signal.SIGKILL)
@@ -150,6 +151,7 @@ def _watch(child: int, pipe: int, kill_after: float | None) -> dict[str, Any]:
         if not part:
             break
         data += part
+        last_word = time.monotonic()
         if kill_after is not None and not heard:
             heard, deadline = True, time.monotonic() + kill_after
     os.close(pipe)

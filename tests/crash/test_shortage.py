@@ -5,6 +5,7 @@ One clear line, the state as before for the same process and for others, and the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.crash.forks import Ending, Forks
 from tests.crash.operations import OPERATIONS
 
 WORK = "tests.crash.shortage"
+Record = Callable[[str, object], None]
 SIZES = [0, 60, 1500, 2047, 3000, 7000, 12_000, 20_000, 28_000, 33_000, 50_000, 70_000, 75_000, 100_000, 150_000]
 """Bytes that a file may have: below and above those of the seal, the lock, data files, shared memory, catalog, log."""
 ROOM = [0, 4096, 8192, 12288, 20480, 36864, 45056, 61440, 81920, 102400, 131072, 180224, 262144]
@@ -48,10 +50,12 @@ def test_a_full_disk_at_any_write_changes_nothing(operation: str, folder: Path, 
 @pytest.mark.parametrize("lasting", [True, False], ids=["lasting", "once"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_call_of_the_file_system_fails_once(
-    operation: str, lasting: bool, code: str, folder: Path, forks: Forks
+    operation: str, lasting: bool, code: str, folder: Path, forks: Forks, record_property: Record
 ) -> None:
     ending = forks.run(f"{WORK}:failing_calls", operation=operation, scratch=folder, code=code, lasting=lasting)
-    assert kinds(check(ending)) <= ({"StoreDamaged"} if code == "EIO" else {"StoreFull"})
+    errors = check(ending)
+    record_property("calls that failed", len(errors))
+    assert kinds(errors) <= ({"StoreDamaged"} if code == "EIO" else {"StoreFull"})
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -63,9 +67,12 @@ def test_files_that_may_not_grow_change_nothing(operation: str, folder: Path, fo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_files_that_may_not_grow_beyond_any_size(operation: str, folder: Path, forks: Forks) -> None:
+def test_files_that_may_not_grow_beyond_any_size(
+    operation: str, folder: Path, forks: Forks, record_property: Record
+) -> None:
     ending = forks.run(f"{WORK}:limited", operation=operation, scratch=folder, limits=list(range(0, 120_000, 1777)))
     errors = check(ending)
+    record_property("size limits", len(errors))
     assert kinds(errors) <= {"StoreFull"}
     assert errors[0] is not None
 
@@ -85,8 +92,11 @@ def test_a_small_disk_that_is_full_changes_nothing(operation: str, folder: Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_small_disk_with_any_room_left_changes_nothing(operation: str, folder: Path, forks: Forks) -> None:
+def test_a_small_disk_with_any_room_left_changes_nothing(
+    operation: str, folder: Path, forks: Forks, record_property: Record
+) -> None:
     errors = on_small_disk(operation, folder, forks, list(range(0, 280_000, 4096)))
+    record_property("full disks", len(errors))
     assert kinds(errors) <= {"StoreFull"}
     assert errors[-1] is None
 

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longmem.errors import StoreError
 from longmem.store import MemoryStore
+from longmem.store.catalog import unfinished
 from longmem.store.encode import Encoder
 from longmem.store.places import until_found
 from longmem.store.precision import StoredChunks
@@ -75,10 +77,19 @@ TOKENIZER = ByteTokenizer()
 
 def open_small(path: Path, *, mode: str = "write", model: NumberModel | None = MODEL, **settings: Any) -> MemoryStore:
     """A store of the small model, with short segments where it is new."""
-    new = not (path / "catalog.sqlite").exists()
-    if new and mode == "write" and model is not None:
+    if mode == "write" and model is not None and is_new(path):
         settings = {"dtype": "float32", "segment_tokens": SEGMENT, **settings}
     return MemoryStore.open(path, model=model, tokenizer=TOKENIZER, mode=mode, **settings)  # type: ignore[arg-type]
+
+
+def is_new(path: Path) -> bool:
+    """Whether a store is still to be made, or was killed while it was made."""
+    catalog = path / "catalog.sqlite"
+    try:
+        # what is larger has tables, or cannot be read
+        return not catalog.exists() or (catalog.stat().st_size <= 4096 and unfinished(path))
+    except StoreError:
+        return False
 
 
 def words(seed: int, characters: int) -> str:

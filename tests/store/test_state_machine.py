@@ -283,6 +283,24 @@ def live(examples: int, steps: int) -> None:
         FOLDER.pop()
 
 
+def test_what_is_left_in_the_files_is_noticed() -> None:
+    with quick_folder() as folder, open_small(folder / "memory") as store:
+        twin = Twin()
+        for name, seed in (("a", 1), ("b", 2)):
+            document = make_document(seed, name, seed, 90, False, 0.0)
+            store.add_document("alice", document.text, name=name, metadata=document.metadata)
+            twin.put("alice", document)
+        store.forget("alice", name="a")
+        twin.remove("alice", "a")
+        left = twin.left_of_buried(store)
+        assert any("a chunk of a" in each for each in left) and any(
+            " of a" in each and "chunk" not in each for each in left
+        )
+        assert not any(" of b" in each for each in left)
+        store.compact()
+        assert twin.left_of_buried(store) == []
+
+
 def test_lives_are_as_in_the_model() -> None:
     live(8, 12)
 

@@ -10,29 +10,25 @@ from longmem.errors import StoreError
 from longmem.store.archive import MANIFEST, ArchivedDocument, Manifest, add_member, content_bytes, member_name
 from longmem.store.durable import failpoint, file_errors, placed
 from longmem.store.pieces import Tokens
+from longmem.store.places import until_found
 from longmem.store.reading import Selection, select
 from longmem.store.records import DocumentInfo, Progress, Report
 from longmem.store.room import Room
 from longmem.store.rows import info_of, metadata_of
 from longmem.store.schema import ContentRow, DocumentRow, PieceRow
-from longmem.store.segments import SegmentGone
 from longmem.store.snapshot import Snapshot
-
-_ATTEMPTS = 5
 
 
 def export(
     room: Room, namespace: str, path: Path, names: Sequence[str] | None, progress: Report | None
 ) -> list[DocumentInfo]:
     """See ``MemoryStore.export``."""
-    for attempt in range(_ATTEMPTS):
-        try:
-            with room.catalog.snapshot(own=True) as snapshot:
-                return _export(room, snapshot, namespace, path, names, progress)
-        except SegmentGone:  # compacted meanwhile: the next snapshot knows where the chunks are now
-            if attempt == _ATTEMPTS - 1:
-                raise
-    raise AssertionError
+
+    def write() -> list[DocumentInfo]:
+        with room.catalog.snapshot(own=True) as snapshot:
+            return _export(room, snapshot, namespace, path, names, progress)
+
+    return until_found(write)
 
 
 def _export(

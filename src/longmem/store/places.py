@@ -29,7 +29,6 @@ from longmem.types import ChunkOrigin
 
 Numbers = NDArray[np.int64]
 Found = TypeVar("Found")
-_ATTEMPTS = 3
 
 
 class ReadsStore(Protocol):
@@ -213,18 +212,19 @@ def read_places(store: ReadsStore, namespaces: Sequence[str], selection: Selecti
 def until_found(read: Callable[[], Found]) -> Found:
     """What a reading of catalog and data files gives, with a fresh look at the catalog where a file is gone.
 
+    However often ``compact`` is faster than we are: a file that it removed no later catalog names.
+
     Raises:
         StoreDamaged: the catalog still asks for it: it is lost.
     """
-    for _ in range(_ATTEMPTS - 1):
+    missed = ""
+    while True:
         try:
             return read()
-        except SegmentGone:  # compact removed it behind the snapshot's back
-            continue
-    try:
-        return read()
-    except SegmentGone as gone:
-        raise StoreDamaged(str(gone)) from gone
+        except SegmentGone as gone:
+            if str(gone) == missed:
+                raise StoreDamaged(missed) from gone
+            missed = str(gone)
 
 
 @dataclass(frozen=True)
