@@ -12,6 +12,8 @@ import click
 from longmem.cli.evaluating import machine_options, model_options
 from longmem.cli.harness import harness
 from longmem.cli.tasks.ablate import ablate
+from longmem.cli.tasks.chapterbreak import chapterbreak
+from longmem.cli.tasks.dialogue import dialogue
 from longmem.cli.tasks.efficiency import efficiency
 from longmem.cli.tasks.icl import icl
 from longmem.cli.tasks.needle import needle
@@ -26,6 +28,8 @@ def command() -> None:
     """Measure a model on long text."""
 
 
+command.add_command(chapterbreak)
+command.add_command(dialogue)
 command.add_command(ablate)
 command.add_command(efficiency)
 command.add_command(harness)

@@ -1,0 +1,174 @@
+"""Readers of conversations over several sessions: LoCoMo (Maharana et al. 2024) and MSC (Xu, Szlam and Weston 2022)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longmem.errors import DataError
+
+CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
+TEMPORAL, ADVERSARIAL = 2, 5
+# the words of LoCoMo's own evaluation
+WITH_DATE = " Use DATE of CONVERSATION to answer with an approximate date."
+NOTHING = "No information available"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked behind the sessions.
+
+    Attributes:
+        id: inside the conversation.
+        group: LoCoMo's category, or MSC's session.
+        before: text of the session that goes on; empty where all sessions are over.
+        text: the question, or the name before a reply.
+        answer: the reference; of an adversarial question the wrong answer that it lures to.
+        category: of LoCoMo; None for a reply.
+    """
+
+    id: str
+    group: str
+    before: str
+    text: str
+    answer: str
+    category: int | None = None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Sessions, oldest first, each a text with its date and a line for each turn, and what is asked about them."""
+
+    id: str
+    sessions: tuple[str, ...]
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class DialogueFile:
+    """A file; ``kind`` is ``locomo`` or ``msc``."""
+
+    name: str
+    kind: str
+    sha256: str
+    conversations: list[Conversation]
+
+
+def read_dialogues(path: str | Path) -> DialogueFile:
+    """Read ``locomo10.json``, or ``session_N/test.txt`` of MSC.
+
+    Raises:
+        DataError: no such file, or something in it is not of either form; says what and where.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not readable ({error}); name a locomo10.json or an MSC session_N/test.txt") from error
+    try:
+        content = json.loads(text)
+    except ValueError:  # more than one JSON object: lines
+        content = None
+    if content is None or (isinstance(content, dict) and "previous_dialogs" in content):
+        found, kind = list(_msc_lines(path, text)), "msc"
+    elif isinstance(content, list | dict):
+        found = [_locomo(path, sample) for sample in (content if isinstance(content, list) else [content])]
+        kind = "locomo"
+    else:
+        raise DataError(f"{path}: neither a list of LoCoMo samples nor lines of MSC; see the docs of dialogue")
+    found = [conversation for conversation in found if conversation.questions]
+    if not found:
+        raise DataError(f"{path}: no questions in it; name a locomo10.json or an MSC session_N/test.txt")
+    return DialogueFile(path.name, kind, hashlib.sha256(raw).hexdigest(), found)
+
+
+# LoCoMo
+
+
+def _locomo(path: Path, sample: Any) -> Conversation:
+    if not isinstance(sample, dict) or not {"conversation", "qa"} <= sample.keys():
+        named = ", ".join(sample) if isinstance(sample, dict) else type(sample).__name__
+        raise DataError(f"{path}: not a LoCoMo sample (it has: {named}); a sample has sample_id, conversation and qa")
+    name, spoken = str(sample.get("sample_id", "")), sample["conversation"]
+    try:
+        numbers = sorted(int(key.removeprefix("session_")) for key in spoken if key.removeprefix("session_").isdigit())
+        sessions = [
+            _session(
+                f"DATE: {spoken.get(f'session_{number}_date_time', 'unknown')}", map(_turn, spoken[f"session_{number}"])
+            )
+            for number in numbers
+            if spoken[f"session_{number}"]
+        ]
+        questions = [_question(number, qa) for number, qa in enumerate(sample["qa"])]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{path}: sample {name!r} is not as LoCoMo's are ({type(error).__name__}: {error}); turns need speaker and "
+            "text, questions need question, category (1 to 5) and answer (category 5: adversarial_answer)"
+        ) from error
+    return Conversation(name, tuple(sessions), tuple(questions))
+
+
+def _session(heading: str, lines: Iterator[str]) -> str:
+    return "\n".join([heading, "CONVERSATION:", *lines]) + "\n\n"
+
+
+def _turn(turn: dict[str, Any]) -> str:
+    said = f'{turn["speaker"]} said, "{turn["text"]}"'
+    # of a picture, what LoCoMo's own evaluation shows of it
+    return f"{said} [shares {turn['blip_caption']}]" if turn.get("blip_caption") else said
+
+
+def _question(number: int, qa: dict[str, Any]) -> Question:
+    category = int(qa["category"])
+    kind = CATEGORIES[category]
+    if category == ADVERSARIAL:
+        answer = qa["adversarial_answer"] if "adversarial_answer" in qa else qa["answer"]
+    else:
+        answer = qa["answer"]
+    text = str(qa["question"]) + (WITH_DATE if category == TEMPORAL else "")
+    return Question(str(number), kind, "", text, str(answer).strip(), category)
+
+
+# MSC
+
+
+def _msc_lines(path: Path, text: str) -> Iterator[Conversation]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield _msc(number, json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path}, line {number}: no conversation of MSC ({type(error).__name__}: {error}); a line has dialog "
+                "and previous_dialogs, and every turn a text"
+            ) from error
+
+
+def _msc(number: int, line: dict[str, Any]) -> Conversation:
+    """Earlier sessions, with the time that passed after each; every turn of the last one is a reply to those before."""
+    sessions = []
+    for past in line["previous_dialogs"]:
+        spoken = "".join(f"{speaker}: {text}\n" for speaker, text in _speakers(past["dialog"]))
+        gap = f"({past['time_num']} {past['time_unit']} later)\n" if past.get("time_num") else ""
+        sessions.append(f"{spoken}{gap}\n")
+    group = f"session {len(sessions) + 1}"
+    questions, before = [], ""
+    for at, (speaker, text) in enumerate(_speakers(line["dialog"])):
+        questions.append(Question(str(at), group, before, f"{speaker}:", text))
+        before += f"{speaker}: {text}\n"
+    known = line.get("metadata") or {}
+    return Conversation(
+        f"{known.get('initial_data_id', 'line')}:{number}", tuple(sessions), tuple(q for q in questions if q.answer)
+    )
+
+
+def _speakers(dialog: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Names and texts; speakers alternate where a turn does not say whose it is."""
+    for at, turn in enumerate(dialog):
+        yield str(turn.get("id") or f"Speaker {at % 2 + 1}"), " ".join(str(turn["text"]).split())
