@@ -43,6 +43,7 @@ def stage(say: Say, path: str, readers: int, seconds: float, changes: int) -> No
     """
     folder = Path(path)
     open_small(folder).close()
+    folder.with_name("journal").write_text(hash_of({}) + "\n")  # moment 0
     ends = time.monotonic() + seconds
     names = ["writer", *(f"reader {number}" for number in range(readers))]
     children = {_child(folder, names[0], lambda counts: write(folder, ends, changes, counts))}
@@ -113,7 +114,6 @@ def write(folder: Path, ends: float, changes: int, counts: Counter[str]) -> None
         folder.with_name("journal").open("w") as journal,
     ):
         store = open_small(folder)
-        journal.write(hash_of(state) + "\n")
         while time.monotonic() < ends or counts["changes"] < changes:
             number = counts["changes"] + 1
             kind = draw.choice(["add", "add", "replace", "append", "append", "forget", "forget all", "compact"])

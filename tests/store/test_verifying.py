@@ -16,7 +16,9 @@ from tests.store.small import NumberModel, open_small, state_of, words
 
 from longmem.errors import LongMemError, StoreDamaged, StoreError
 from longmem.store import adding
+from longmem.store.records import Problem
 from longmem.store.seal import SEAL
+from longmem.store.sqlite import translated
 
 
 @pytest.fixture(scope="module")
@@ -266,3 +268,26 @@ def test_verify_says_how_far_it_is(folder: Path) -> None:
     with open_small(folder, mode="read", model=None) as store:
         store.verify(progress=said.append)
     assert said[-1].done == said[-1].total and {each.step for each in said} == {"check"}
+
+
+def test_what_sqlite_says_of_a_broken_catalog_is_one_line_each(folder: Path) -> None:
+    catalog = folder / "catalog.sqlite"
+    whole = catalog.read_bytes()
+    pages = len(whole) // 4096
+    structure = 0
+    for one in range(1, pages - 1, 3):
+        data = bytearray(whole)
+        for at, other in ((one, pages - 1), (pages - 1, one)):
+            data[at * 4096 : (at + 1) * 4096] = whole[other * 4096 : (other + 1) * 4096]
+        catalog.write_bytes(bytes(data))
+        problems = [Problem("seal", "catalog.sqlite", "cannot be opened at all")]
+        with suppress(StoreDamaged), open_small(folder, mode="read", model=None, check=False) as store:
+            problems = store.verify().problems
+        structure += sum(problem.kind == "structure" for problem in problems)
+        assert problems and all(len(problem.what.splitlines()) == 1 for problem in problems)
+    assert structure
+
+
+def test_an_error_of_sqlite_becomes_one_short_line() -> None:
+    error = translated(sqlite3.OperationalError("cannot read 'a\nb" + "c" * 5000 + "'"), Path("catalog.sqlite"))
+    assert "cannot read 'a bccc" in str(error) and "\n" not in str(error) and len(str(error)) < 400

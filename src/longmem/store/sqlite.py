@@ -105,16 +105,18 @@ def translated(error: sqlite3.Error, path: Path) -> LongMemError:
     if isinstance(error, sqlite3.ProgrammingError):
         return StoreError(f"{path}: {error}; the store was closed: open it again")
     name = getattr(error, "sqlite_errorname", None) or "SQLITE_ERROR"
+    said = " ".join(str(error).split())  # SQLite quotes what it cannot read, of any length and with line ends
+    said = said if len(said) <= 200 else f"{said[:200]}..."
     if name.startswith(_DAMAGED) or name.startswith(_DAMAGED_IF_OURS):
-        return StoreDamaged(f"{path}: {error} ({name}); {_RESTORE}")
+        return StoreDamaged(f"{path}: {said} ({name}); {_RESTORE}")
     if name.startswith("SQLITE_FULL") or name.startswith(_UNWRITABLE):
-        return StoreFull(f"{path}: {error} ({name}); nothing was changed: make room, then go on")
+        return StoreFull(f"{path}: {said} ({name}); nothing was changed: make room, then go on")
     if name.startswith(("SQLITE_READONLY", "SQLITE_PERM")):
         return StoreFull(
-            f"{path}: {error} ({name}); nothing was changed: allow writing there, or open the store to read"
+            f"{path}: {said} ({name}); nothing was changed: allow writing there, or open the store to read"
         )
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        return StoreError(f"{path}: busy for {BUSY_SECONDS:.0f} s ({error}); another program holds it: try again")
+        return StoreError(f"{path}: busy for {BUSY_SECONDS:.0f} s ({said}); another program holds it: try again")
     if name.startswith("SQLITE_CANTOPEN"):
-        return StoreError(f"{path}: {error}; check that the file is there and may be read")
-    return StoreError(f"{path}: {error} ({name}); nothing was changed")
+        return StoreError(f"{path}: {said}; check that the file is there and may be read")
+    return StoreError(f"{path}: {said} ({name}); nothing was changed")
