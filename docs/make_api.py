@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 from result_tables import table_of
+from results_page import lacks_pictures, results_report, write_pictures
 
 import longmem
 from longmem.cli.main import COMMANDS, cli
@@ -49,9 +50,15 @@ def main() -> None:
         pages[path] = with_results(path.read_text(encoding="utf-8"))
     operations = ROOT / "docs" / "operations.md"
     pages[operations] = with_sizes(operations.read_text(encoding="utf-8"))
+    results, pictures = results_report(ROOT), ROOT / "docs" / "results"
+    pages[ROOT / "docs" / "results.md"] = results.markdown("results")
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if lacks_pictures(results, pictures) and ROOT / "docs" / "results.md" not in stale:
+        stale.append(ROOT / "docs" / "results.md")
     if "--check" in sys.argv[1:]:
         sys.exit("".join(f"{path.relative_to(ROOT)} is not up to date; run make docs\n" for path in stale) or 0)
+    if ROOT / "docs" / "results.md" in stale:
+        write_pictures(results, pictures)
     for path in stale:
         path.write_text(pages[path], encoding="utf-8")
         print(f"wrote {path.relative_to(ROOT)}")

@@ -24,7 +24,7 @@ def command(results: tuple[str, ...], out: Path, title: str, as_json: bool) -> N
     """
     from longmem.evaluation.report.build import build_report, write_report
 
-    report = build_report(results, title=title)
+    report = build_report(results, title=title).drawn()
     written = write_report(report, out)
     for problem in report.problems:
         click.echo(f"not shown: {problem}", err=True)

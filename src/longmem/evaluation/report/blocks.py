@@ -10,6 +10,7 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from longmem.evaluation.themes import DARK, LIGHT, Draw, picture
 
@@ -46,11 +47,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """Drawn twice, on light and on dark paper; ``name`` is its file's, without a suffix."""
+    """Drawn on light and on dark paper; ``name`` is its file's, without a suffix."""
 
     name: str
     alt: str
     draw: Draw = field(compare=False)
+
+    @cached_property
+    def papers(self) -> tuple[bytes, bytes]:
+        """PNG on light and on dark paper."""
+        return picture(self.draw, LIGHT), picture(self.draw, DARK)
 
 
 Block = Heading | Text | Table | Picture
@@ -110,8 +116,8 @@ def _html(block: Block) -> str:
             kind = "" if numbers else ' class="words"'
             top = f"{said}<thead><tr>{head}</tr></thead>"
             return f"<div class='wide'><table{kind}>{top}<tbody>{body}</tbody></table></div>"
-        case Picture(_, alt, draw):
-            light, dark = (_data(picture(draw, theme)) for theme in (LIGHT, DARK))
+        case Picture(_, alt):
+            light, dark = map(_data, block.papers)
             source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
             return f'<picture>{source}<img src="{light}" alt="{html.escape(alt, quote=True)}"></picture>'
 
@@ -158,6 +164,7 @@ caption { text-align: left; color: var(--quiet); padding-bottom: .3rem; }
 th, td { text-align: right; padding: .28rem .8rem; border-bottom: 1px solid var(--line); font-weight: normal;
   vertical-align: top; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td { white-space: nowrap; }
 .words th, .words td { text-align: left; padding: .28rem 1.2rem .28rem 0; }
 thead th { color: var(--quiet); }
 picture, img { display: block; max-width: 100%; height: auto; }

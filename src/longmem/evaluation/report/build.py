@@ -12,9 +12,11 @@ from longmem.errors import DataError
 from longmem.evaluation.report.blocks import Block, Heading, Picture, Table, Text, markdown, page
 from longmem.evaluation.report.files import ResultFile, read_results
 from longmem.evaluation.report.sections import section
-from longmem.evaluation.themes import save
 
 log = logging.getLogger(__name__)
+
+DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration, RuntimeError)
+"""What reading a result raises where it is not what its kind is; ``StopIteration`` in a generator is a RuntimeError."""
 
 TITLES = {
     "perplexity": "Perplexity of long text",
@@ -55,10 +57,29 @@ class Report:
         """The same as one file that needs nothing else."""
         return page(self.title, self.blocks)
 
+    def drawn(self) -> Report:
+        """The same with every picture drawn; what cannot be drawn is named among the problems."""
+        blocks, problems = list[Block](), list(self.problems)
+        for block in self.blocks:
+            if isinstance(block, Picture):
+                try:
+                    assert block.papers
+                except DAMAGED as error:
+                    problems.append(f"{block.alt}: cannot be drawn ({_what(error)}); measure it again")
+                    block = Text(problems[-1])
+            blocks.append(block)
+        return Report(self.title, blocks, self.files, problems)
+
     def save_pictures(self, folder: Path) -> list[Path]:
         """PNG files, each on light and on dark paper."""
-        pictures = [block for block in self.blocks if isinstance(block, Picture)]
-        return [path for one in pictures for path in save(one.draw, folder / f"{one.name}.png")]
+        folder.mkdir(parents=True, exist_ok=True)
+        written = []
+        for block in self.blocks:
+            if isinstance(block, Picture):
+                for end, png in zip(("", "-dark"), block.papers, strict=True):
+                    written.append(folder / f"{block.name}{end}.png")
+                    written[-1].write_bytes(png)
+        return written
 
 
 def build_report(
@@ -83,9 +104,8 @@ def build_report(
             try:
                 group += section(file)
                 shown.append(file)
-            except (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration, RuntimeError) as error:
-                what = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
-                problems.append(f"{file.path}: a damaged {file.kind} result ({what}); measure it again")
+            except DAMAGED as error:
+                problems.append(f"{file.path}: a damaged {file.kind} result ({_what(error)}); measure it again")
         if group:
             parts += [Heading(2, TITLES.get(name, name)), *group]
     if not shown:
@@ -97,15 +117,17 @@ def build_report(
 
 
 def write_report(report: Report, out: Path) -> list[Path]:
-    """``report.md`` with its pictures in ``pictures/``, and ``report.html``.
-
-    Pictures are drawn first: a file whose numbers cannot be drawn stops the report before a page is written.
-    """
+    """``report.md`` with its pictures in ``pictures/``, and ``report.html``; returns the files."""
     out.mkdir(parents=True, exist_ok=True)
     pictures = report.save_pictures(out / "pictures")
     (out / "report.md").write_text(report.markdown("pictures"), encoding="utf-8")
     (out / "report.html").write_text(report.html(), encoding="utf-8")
     return [out / "report.md", out / "report.html", *pictures]
+
+
+def _what(error: Exception) -> str:
+    said = " ".join(str(error).split())
+    return f"{said} is missing" if isinstance(error, KeyError) else said or type(error).__name__
 
 
 def _overview(files: Sequence[ResultFile]) -> Table:

@@ -45,8 +45,11 @@ def perplexity_beside(file: ResultFile) -> list[Block]:
             if kind in (BACKBONE, LONGMEM, MEMTRM):
                 cells = [_ours(lengths.get(column), system) for column in table.columns]
                 rows.append([f"ours: {file.data['systems'][system]}", *cells])
-        caption = f"**Beside the paper.** {table.title}; in brackets the distance from its own backbone."
-        found.append(Table([f"segments ({table.setting})", *table.columns], rows, caption))
+        caption = (
+            f"**Beside the paper.** {table.title}; in brackets the distance from its own backbone. Ours by segments, "
+            f"the paper's {table.setting}."
+        )
+        found.append(Table(["", *table.columns], rows, caption))
         if table.recalled:
             found.append(Text(RECALLED, quiet=True))
     return found
@@ -73,7 +76,8 @@ def task_beside(file: ResultFile) -> list[Block]:
             [name, *("-" if figure is None else figure.shown(table.digits) for figure in line)]
             for name, (_, line) in table.rows.items()
         ]
-        found.append(Table([f"paper ({table.setting})", *table.columns], rows, f"**Beside the paper.** {table.title}."))
+        caption = f"**Beside the paper.** {table.title}: {table.setting}."
+        found.append(Table(["paper", *table.columns], rows, caption))
         if table.recalled:
             found.append(Text(RECALLED, quiet=True))
     return found
