@@ -147,8 +147,13 @@ def test_f1_of_words_worked_by_hand() -> None:
 
 def test_bleu_is_sacrebleus() -> None:
     pytest.importorskip("sacrebleu")
-    from longmem.evaluation.tasks.dialogue_metrics import bleu
+    from sacrebleu.metrics.bleu import BLEU
 
+    from longmem.evaluation.tasks.dialogue_metrics import bleu, bleu_signature
+
+    metric = BLEU(effective_order=True)
+    metric.sentence_score("a", ["a"])
+    assert str(metric.get_signature()) == f"nrefs:1|{bleu_signature()}"
     # 5/6 of the words, 3/5 of the pairs, 2/4, 1/3; equal lengths: (1/12) ** (1/4)
     assert bleu("the cat sat on the mat", "the cat sat on a mat") == pytest.approx(100 * (1 / 12) ** 0.25)
     assert bleu("Pepper", "Pepper") == pytest.approx(100)  # orders that cannot occur do not count

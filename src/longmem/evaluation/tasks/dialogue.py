@@ -13,7 +13,7 @@ from longmem.errors import ConfigError
 from longmem.evaluation.asking import Asker, Choice, Prompt, Scored
 from longmem.evaluation.task import Example, Metric, digest_of
 from longmem.evaluation.tasks.dialogue_data import ADVERSARIAL, Conversation, DialogueFile, Question
-from longmem.evaluation.tasks.dialogue_metrics import choices, measure, reference
+from longmem.evaluation.tasks.dialogue_metrics import bleu_signature, choices, measure, reference
 from longmem.evaluation.tasks.shots import Tokens, encode_after, start_tokens
 from longmem.memory import MemoryBank
 
@@ -140,6 +140,7 @@ class DialogueTask:
             **asdict(self.chosen),
             "prompt": ASKED,
             "adversarial": OFFERED,
+            "bleu": bleu_signature(),
         }
 
     def examples(self) -> list[DialogueExample]:

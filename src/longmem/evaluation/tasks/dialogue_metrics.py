@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import Any
 
 from longmem.errors import ConfigError
@@ -42,6 +43,14 @@ def bleu(prediction: str, answer: str) -> float:
         raise ConfigError("sacrebleu is not installed; pip install 'longmem-lm[eval]'") from problem
     # a short answer has no four words in a row: orders that cannot occur do not count
     return min(100.0, float(BLEU(effective_order=True).sentence_score(prediction, [answer]).score))
+
+
+def bleu_signature() -> str:
+    """How ``bleu`` is computed, in sacrebleu's words; empty where it is not installed."""
+    try:
+        return f"case:mixed|eff:yes|tok:13a|smooth:exp|version:{metadata.version('sacrebleu')}"
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def choices(answer: str, swapped: bool) -> dict[str, str]:
