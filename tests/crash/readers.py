@@ -111,7 +111,7 @@ def write(folder: Path, ends: float, changes: int, counts: Counter[str]) -> None
     with (
         small_steps(),
         patch.object(compacting, "READER_SECONDS", 0.2),
-        folder.with_name("journal").open("w") as journal,
+        folder.with_name("journal").open("a") as journal,
     ):
         store = open_small(folder)
         while time.monotonic() < ends or counts["changes"] < changes:
