@@ -336,7 +336,7 @@ def _go_on(side: SideNetSection, backbone: str, revision: str | None, dtype: tor
     """A SideNet that was trained before; how much it retrieves, and from how much, may be another number."""
     assert side.start is not None
     model = LongMem.from_pretrained(side.start, backbone=backbone, dtype=dtype, side_dtype=torch.float32)
-    fixed = {"stride": side.stride, "fusion": side.fusion}
+    fixed: dict[str, Any] = {"stride": side.stride, "fusion": side.fusion}
     if side.memory_layer is not None:
         fixed["memory_layer"] = side.memory_layer
     other = [

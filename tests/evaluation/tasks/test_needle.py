@@ -298,5 +298,10 @@ def test_the_command_writes_result_and_heat_maps(
         command, ["--model", str(tmp_path / "backbone"), "--tokenizer", str(tmp_path / "model"), *common, "--json"]
     )
     assert alone.exit_code == 0, alone.output
+    few = CliRunner().invoke(
+        command, ["--model", str(tmp_path / "model"), *common, "--systems", "memory_10", "--out", str(tmp_path / "few")]
+    )
+    assert few.exit_code == 0, few.output
+    assert list(json.loads((tmp_path / "few" / "needle.json").read_text())["systems"]) == ["memory_1024"]
     wrong = CliRunner().invoke(command, ["--model", str(tmp_path / "model"), "--depths", "here"])
     assert "'here' is not a list of depths" in wrong.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def _depths(context: click.Context, parameter: click.Parameter, value: str) -> l
     return [50.0] if count == 1 else [round(100 * at / (count - 1), 3) for at in range(int(count))]
 
 
-def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+def _names(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
     return [name.strip() for name in value.split(",") if name.strip()]
 
 
@@ -40,7 +41,7 @@ def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> li
 )
 @click.option(
     "--kinds",
-    callback=_kinds,
+    callback=_names,
     default="passkey",
     show_default=True,
     help="Of facts, by comma: passkey, pair, multi (one of several pairs is asked for), twohop.",
@@ -67,6 +68,12 @@ def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> li
     type=click.Path(path_type=Path, file_okay=False),
     help="Keep here what the text leaves in memory, for other runs over the same backbone.",
 )
+@click.option(
+    "--systems",
+    callback=_names,
+    default="",
+    help="Ask only systems whose names begin so, by comma, e.g. memory,backbone; default: all.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of facts, places and texts.")
 def needle(
     data: tuple[str, ...],
@@ -75,6 +82,7 @@ def needle(
     depths: list[float],
     trials: int,
     cache: Path | None,
+    systems: list[str],
     seed: int,
     **shared: Any,
 ) -> None:
@@ -85,6 +93,7 @@ def needle(
     decoding writes every token of it; beside that, its likelihood is compared with those of other answers. With --out,
     a heat map of depth against length is drawn for every system. Default of --memory-sizes: the longest text.
     """
+    from longmem.errors import ConfigError
     from longmem.evaluation.loading import has_memory
     from longmem.evaluation.tasks.needle import Needle
     from longmem.evaluation.tasks.needle_plot import plot_needle
@@ -94,6 +103,12 @@ def needle(
     remembers = has_memory(shared["model"]) or shared["memtrm"] or shared["training_free"]
     sizes = shared["memory_sizes"] or ([longest] if remembers else None)
     opened = open_comparison(shared | {"memory_sizes": sizes})
+    if systems:
+        chosen = [asker for asker in opened.askers if asker.name.startswith(tuple(systems))]
+        if not chosen:
+            names = ", ".join(asker.name for asker in opened.askers)
+            raise ConfigError(f"--systems ({', '.join(systems)}) names none of {names}")
+        opened = replace(opened, askers=chosen)
     haystack = read_haystack(data, opened.tokenizer, longest, opened.window)
     task = Needle(haystack, opened.tokenizer, kinds, lengths, depths, trials, seed, _say, cache)
     result = run_and_show(task, opened, shared, seeds=(seed,))
