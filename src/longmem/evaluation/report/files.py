@@ -98,7 +98,7 @@ def _read(file: Path, shown: str) -> ResultFile:
     task = str(header.get("task", "")) if isinstance(header, dict) else Path(shown).stem
     kind = _kind(data, task)
     if kind is None:
-        what = f"of an unknown task ({task!r})" if isinstance(header, dict) else "without header and surroundings"
+        what = f"of an unknown task ({task!r})" if isinstance(header, dict) else "without header and command"
         raise DataError(f"not a result that can be shown: JSON {what}")
     return ResultFile(shown, _name(shown, kind, task), kind, task, data)
 
@@ -115,7 +115,7 @@ def _name(shown: str, kind: str, task: str) -> str:
 
 def _kind(data: dict[str, Any], task: str) -> str | None:
     if not isinstance(data.get("header"), dict):
-        return "bench" if "command" in data and "surroundings" in data else None
+        return "bench" if isinstance(data.get("command"), str) else None
     for kind, fields in (
         ("ablate", ("axes", "protocols")),
         ("perplexity", ("protocols", "systems")),

@@ -38,11 +38,12 @@ def origin(file: ResultFile) -> Iterator[Block]:
     """Command, seeds, cost and machine."""
     header = file.header
     if not header:
-        around = file.data["surroundings"]
+        around = file.data.get("surroundings", {})
         seed = f"seed {file.data['seed']}; " if "seed" in file.data else ""
         load = around.get("load_average")
         busy = f", load {load[0]}" if load else ""
         where = f"{around.get('machine', '?')}, {around.get('threads', '?')} thread(s){busy}, {around.get('date', '')}"
+        where = where if around else "where and when is in the file"
         yield Text(f"`{file.path}`, made by `{file.data['command']}`; {seed}{where}.", quiet=True)
         return
     machine = header.get("machine", {})
@@ -349,7 +350,7 @@ def _leaves(name: str, value: Any) -> Iterator[list[str]]:
         if {"median", "min", "max"} <= value.keys():
             yield [name, f"{_number(value['median'])} ({_number(value['min'])} to {_number(value['max'])})"]
             return
-        for key, inner in ((key, inner) for key, inner in value.items() if key != "shape"):
+        for key, inner in ((key, inner) for key, inner in value.items() if key not in ("shape", "surroundings")):
             yield from _leaves(f"{name} · {key}", inner)
     elif isinstance(value, list):
         if value and all(isinstance(one, int | float) for one in value) and len(value) <= 4:
