@@ -47,7 +47,11 @@ class RayActors:
         started = not ray.is_initialized()
         if started:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            try:
+                ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            except Exception as error:
+                line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise StoreError(f"Ray can be neither reached nor started ({line}); see `ray status`") from error
         try:
             number, threads = self._sizes(ray.cluster_resources(), encoder.model.device)
             handover = Handover(encoder, threads=threads)
@@ -114,6 +118,7 @@ class _Actor:
         self._handover = handover
         self._threads = threads
         self._actor: Any = None
+        self._recipe: Any = None
         self._futures: deque[Any] = deque()
         self._pieces: Iterator[tuple[int, StoredChunks]] | None = None
 
@@ -124,7 +129,9 @@ class _Actor:
         settings = {**needs, "max_restarts": _RESTARTS, "max_task_retries": _RESTARTS}
         problem: tuple[str, str] | None = None
         for recipe in self._handover.recipes("cuda" if gpu else "cpu"):
-            self._actor = self._ray.remote(Encoding).options(**settings).remote(self._ray.put(recipe))
+            # files go by the object store, once a machine; held here, as an actor that is made again needs them again
+            self._recipe = recipe if recipe.files is None else self._ray.put(recipe)
+            self._actor = self._ray.remote(Encoding).options(**settings).remote(self._recipe)
             found = self._get(self._actor.problem.remote())
             if found is None:
                 return
