@@ -115,14 +115,13 @@ class Life(RuleBasedStateMachine):
             with pytest.raises(StoreError, match="no document"):
                 self.store.append(namespace, "more", name=name)
             return
-        new = self.twin.appended(old, seed, length)
+        new = self.twin.append(namespace, name, seed, length)
         more = new.ids[len(old.ids) :]
         if old.text is None:
             receipt = self.store.append(namespace, ids=more, name=name)
         else:
             receipt = self.store.append(namespace, bytes(more).decode(), name=name)
         assert (receipt.status, receipt.tokens, receipt.revision) == ("appended", len(new.ids), new.revision)
-        self.twin.put(namespace, new)
         self.twin.seeds[namespace].add(seed)
 
     @rule(namespace=SPACE, name=NAME)

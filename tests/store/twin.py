@@ -19,7 +19,11 @@ GRAM = 16
 
 @dataclass(frozen=True)
 class Document:
-    """A document as the store should have it; ``number`` grows as the store's own does."""
+    """A document as the store should have it; ``number`` grows as the store's own does.
+
+    ``shorter`` is what it was before each ``append``: a short last segment that was encoded again may stay beside the
+    whole segments in front of it, of tokens that the document still has, until the document is forgotten.
+    """
 
     number: int
     name: str
@@ -29,6 +33,7 @@ class Document:
     added: float
     expires: float | None
     revision: int = 1
+    shorter: tuple[Document, ...] = ()
 
     def expired(self, now: float) -> bool:
         return self.expires is not None and self.expires <= now
@@ -76,12 +81,15 @@ class Twin:
         """Take a document, in the place of what has its name."""
         old = self.rows.setdefault(namespace, {}).get(document.name)
         if old is not None:
-            self.buried.append(old)
+            self._bury(old)
         self.rows[namespace][document.name] = document
 
     def remove(self, namespace: str, name: str) -> None:
         """Forget a document."""
-        self.buried.append(self.rows[namespace].pop(name))
+        self._bury(self.rows[namespace].pop(name))
+
+    def _bury(self, document: Document) -> None:
+        self.buried += (document, *document.shorter)
 
     def remove_expired(self, now: float) -> int:
         """How many were removed."""
@@ -90,11 +98,15 @@ class Twin:
             self.remove(namespace, name)
         return len(gone)
 
-    def appended(self, old: Document, seed: int, length: int) -> Document:
-        """A document with more of a text behind it."""
-        more = words(seed, length)
+    def append(self, namespace: str, name: str, seed: int, length: int) -> Document:
+        """Take more of a text behind a document."""
+        old, more = self.rows[namespace][name], words(seed, length)
         text = None if old.text is None else old.text + more
-        return replace(old, text=text, ids=(*old.ids, *more.encode()), revision=old.revision + 1)
+        shorter = (*old.shorter, replace(old, shorter=()))
+        ids = (*old.ids, *more.encode())
+        new = replace(old, text=text, ids=ids, revision=old.revision + 1, shorter=shorter)
+        self.rows[namespace][name] = new
+        return new
 
     # bytes
 
@@ -103,7 +115,8 @@ class Twin:
         disk = bytes_of(store)
         grams = {disk[at : at + GRAM] for at in range(len(disk) - GRAM + 1)}
         may = b"\0".join(part for rows in self.rows.values() for row in rows.values() for part in parts_of(row))
-        records = {each for rows in self.rows.values() for row in rows.values() for each in records_of(store, row)}
+        living = [each for rows in self.rows.values() for row in rows.values() for each in (row, *row.shorter)]
+        records = {record for document in living for record in records_of(store, document)}
         left = []
         for document in self.buried:
             for part in parts_of(document):
