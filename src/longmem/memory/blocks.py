@@ -1,8 +1,12 @@
 """Chunk keys in blocks of like ones, so that a query reads the few that suit it and leaves out the rest.
 
 A tree parts the keys along the direction in which they differ most, and the parts again, until a part holds some
-``WIDTH`` keys; ``PARTS`` neighbouring parts are a block. A query is compared with the mean of every block, then with
-the means of the parts of those blocks that suit it most, then with the keys of those parts that suit it most.
+``WIDTH`` keys; ``PARTS`` neighbouring parts are a block. A query is compared with the mean of every block and, among
+those that suit it most, with the means of parts and with the keys of the best ``FIRST`` parts. What the R-th best of
+these keys scores is to be beaten: now all blocks are gone into whose mean is not too far below that score, and of
+their parts all are read whose mean is not. How far is too far is counted in *spreads*, the standard deviation of
+this query's scores around the means, and learned for each head (``PartialIndex``): it differs little between texts,
+where the number of parts to read differs much (docs/experiments.md).
 
 What counts as a difference is what queries make of it: keys are compared by how much the scores of the queries heard so
 far differ. Queries lie elsewhere than keys, and by the plain distance more keys have to be read for the same recall
@@ -28,8 +32,11 @@ LEAST = 4 * PARTS * WIDTH
 PRIOR = 64
 """How many queries the plain distance weighs as much as: few queries say little about those that come."""
 
-Plan = tuple[int, ...]
-"""How many groups a head reads, level by level."""
+FIRST = 64
+"""Blocks, and then parts, that are read in any case, to know what score is to be beaten."""
+
+Reach = tuple[float, ...]
+"""How many spreads below the score to be beaten the mean of a group may lie for it to be read, level by level."""
 
 
 class Blocks:
@@ -52,7 +59,8 @@ class Blocks:
         self.slots = torch.empty(heads, self.parts, self.width, dtype=torch.int32, device=keys.device)
         self.means = torch.empty(heads, self.parts, dim, device=keys.device)
         self.block_means = torch.empty(heads, self.parts // PARTS, dim, device=keys.device)
-        self.numbers = torch.arange(self.parts, device=keys.device).view(-1, PARTS)
+        self.numbers = torch.arange(PARTS, device=keys.device)
+        self.spreads = torch.empty(heads, 2 * dim, dim, device=keys.device)
         self.holes = False
         for head in range(heads):  # one at a time: what building takes beside the copy is a head's part
             own = keys[head, : self.size]
@@ -60,66 +68,106 @@ class Blocks:
             self.slots[head] = order.view(self.parts, -1)
             torch.index_select(own, 0, order, out=self.keys[head].view(self.size, dim))
             self._average(head)
+            self._spread(head)
 
     @property
     def nbytes(self) -> int:
-        """Of the copy, the slots, the means and the parts' numbers."""
-        held = (self.keys, self.slots, self.means, self.block_means, self.numbers)
+        """Of the copy, the slots, the means and the spreads."""
+        held = (self.keys, self.slots, self.means, self.block_means, self.spreads)
         return sum(each.numel() * each.element_size() for each in held)
 
-    def share_read(self, plans: list[Plan]) -> float:
-        """Bytes of means and keys read for a query, of those of all keys covered."""
-        blocks = self.parts // PARTS + PARTS * sum(blocks for blocks, _ in plans) / len(plans)
-        parts = sum(parts for _, parts in plans) / len(plans)
-        return (blocks * self.means.element_size() / self.keys.element_size() + parts * self.width) / self.size
-
-    def plan(self, head: int, queries: Tensor, slots: Tensor, inside: Tensor, recall: float) -> Plan:
-        """How much a head must read so that queries (m, D) find the share ``recall`` of their best.
+    def short(self, head: int, queries: Tensor, scores: Tensor, slots: Tensor, inside: Tensor) -> Tensor:
+        """How far below the score to be beaten the groups of the best keys lie, (2, m, R): of blocks, of parts.
 
         Args:
+            queries: (m, D).
+            scores: (m, R), of the best, best first.
             slots: (m, R), the best.
-            inside: (m, R) bool, whether they are here; the others are found elsewhere.
+            inside: (m, R) bool, whether they are here; the others are found elsewhere, theirs is -inf.
         """
-        if recall >= 1:
-            return self.parts // PARTS, self.parts
         home = torch.zeros(self.covered, dtype=torch.long, device=slots.device)
         held = self.slots[head].flatten()
         there = (held >= 0).nonzero().flatten()
         home[held[there].long()] = there // self.width
         home = home[slots.masked_fill(~inside, 0)]
-        # the first level may lose half of what may be lost
-        blocks = groups_needed(queries @ self.block_means[head].T, home // PARTS, inside, (1 + recall) / 2)
-        parts = groups_needed(queries @ self.means[head].T, home, inside, recall)
-        return blocks, min(parts, blocks * PARTS)
+        spreads = (queries @ self.spreads[head].T).view(len(queries), 2, -1).norm(dim=2).clamp_min(1e-20)
+        short = [
+            (scores[:, -1:] - (means[head][homes] * queries[:, None]).sum(-1)) / spreads[:, level, None]
+            for level, (means, homes) in enumerate(((self.block_means, home // PARTS), (self.means, home)))
+        ]
+        return torch.stack(short).masked_fill(~inside, -torch.inf)
 
     def search(
-        self, head: int, query: Tensor, plan: Plan, num: int, current: Tensor | None, keys: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The best keys for a query (D,) among the parts that suit it most.
+        self, queries: Tensor, reach: list[Reach], num: int, current: Tensor | None, keys: Tensor
+    ) -> tuple[Tensor, Tensor, float]:
+        """The best keys for a query of each head (Hkv, D) among the parts within the head's reach.
 
         Args:
-            plan: how many blocks and parts to read.
             current: (covered,) bool, False at keys that have changed since; None where none has.
-            keys: (n, D) of this head, as they are now.
+            keys: (Hkv, n, D), as they are now.
 
         Returns:
-            scores (num,) float32, best first, -inf where there were fewer; slots (num,) long.
+            scores (Hkv, num) float32, best first, -inf where there were fewer; slots (Hkv, num) long; how many keys'
+            bytes were read, over all heads.
         """
-        dim = query.shape[0]
-        blocks = torch.mv(self.block_means[head], query).topk(plan[0], sorted=False).indices
-        means = self.means[head].view(-1, PARTS * dim).index_select(0, blocks)
-        best = torch.mv(means.view(-1, dim), query).topk(plan[1], sorted=False).indices
-        parts = self.numbers.index_select(0, blocks).view(-1).index_select(0, best)
-        read = self.keys[head].index_select(0, parts).view(-1, dim)
-        scores = torch.mv(read.to(torch.float32), query)
-        slots = self.slots[head].index_select(0, parts).view(-1)
+        heads, dim = queries.shape
+        blocks = self.parts // PARTS
+        column = queries[:, :, None]
+        near = torch.bmm(self.block_means, column).view(heads, blocks)
+        first = near.topk(min(FIRST, blocks), sorted=False)
+        at = torch.arange(heads, device=queries.device)[:, None] * blocks
+        means = self.means.view(heads * blocks, PARTS * dim)
+        beside = torch.bmm(means.index_select(0, (first.indices + at).view(-1)).view(heads, -1, dim), column)[:, :, 0]
+        most = beside.topk(min(max(FIRST, 2 * num // self.width), beside.shape[1]), sorted=False)
+        chosen = (first.indices.gather(1, most.indices // PARTS) + at) * PARTS + most.indices % PARTS
+        likely, _ = self._read(queries, chosen.view(-1), [chosen.shape[1]] * heads, current)
+        beat = torch.stack(
+            [each.topk(num).values[-1] if len(each) >= num else each.new_tensor(-torch.inf) for each in likely]
+        )
+
+        spreads = torch.bmm(self.spreads, column).view(heads, 2, dim).norm(dim=2).clamp_min(1e-20)
+        floors = beat[:, None] - torch.tensor(reach, device=queries.device) * spreads
+        # what was read at first is read in any case, and with it enough to find R
+        floors = torch.minimum(floors, torch.stack((first.values.amin(1), most.values.amin(1)), dim=1))
+        within = near >= floors[:, :1]
+        inside = within.view(-1).nonzero().view(-1)
+        counts = (PARTS * within.sum(1)).tolist()
+        part_means = means.index_select(0, inside).view(-1, dim)
+        wanted = torch.cat(
+            [
+                torch.mv(each, query) >= floor
+                for each, query, floor in zip(part_means.split(counts), queries, floors[:, 1], strict=True)
+            ]
+        )
+        parts = (inside[:, None] * PARTS + self.numbers).view(-1)[wanted]
+        scores, slots = self._read(queries, parts, [int(each.sum()) for each in wanted.split(counts)], current)
+
+        best = torch.full((heads, num), -torch.inf, device=queries.device)
+        where = torch.zeros((heads, num), dtype=torch.long, device=queries.device)
+        for head in range(heads):
+            found = scores[head].topk(min(num, len(scores[head])))
+            best[head, : len(found.values)] = found.values
+            where[head, : len(found.values)] = slots[head][found.indices]
+        read = (heads * blocks + len(part_means)) * self.means.element_size() / self.keys.element_size()
+        return best, where, read + self.width * len(parts)
+
+    def _read(
+        self, queries: Tensor, parts: Tensor, counts: list[int], current: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Scores and slots of each head's keys in these of all heads' parts; -inf where one is gone or has changed."""
+        dim = queries.shape[1]
+        read = self.keys.view(-1, self.width * dim).index_select(0, parts).split(counts)
+        slots = self.slots.view(-1, self.width).index_select(0, parts).view(-1)
+        scores = torch.cat(
+            [torch.mv(each.view(-1, dim).to(torch.float32), query) for each, query in zip(read, queries, strict=True)]
+        )
         if self.holes or current is not None:
             good = slots >= 0
             if current is not None:
                 good &= current[slots.clamp_min(0).long()]
             scores.masked_fill_(~good, -torch.inf)
-        found = scores.topk(min(num, len(scores)))
-        return found.values, slots.index_select(0, found.indices).long()
+        each = [self.width * count for count in counts]
+        return list(scores.split(each)), list(slots.split(each))
 
     def kept(self, moved: Tensor) -> None:
         """Slot s is now slot ``moved[s]``, -1: it is gone. What is gone is overwritten here too."""
@@ -130,6 +178,15 @@ class Blocks:
             self._each(head)[self.slots[head] < 0] = 0
             self._average(head)
         self.covered = int((moved >= 0).sum())
+
+    def _spread(self, head: int) -> None:
+        """Set what turns a query into the spreads of its scores around means of blocks and of parts."""
+        each = self._each(head).to(torch.float32)
+        dim = each.shape[2]
+        for level, (means, size) in enumerate(((self.block_means, PARTS), (self.means, 1))):
+            off = (each.view(-1, size * self.width, dim) - means[head][:, None]).view(-1, dim)
+            values, vectors = torch.linalg.eigh(off.T @ off / len(off))
+            self.spreads[head, level * dim : (level + 1) * dim] = (vectors * values.clamp_min(0).sqrt()).T
 
     def _each(self, head: int) -> Tensor:
         """The copy of a head's keys, (parts, width, D)."""
@@ -144,17 +201,6 @@ class Blocks:
         for means, size in ((self.means, 1), (self.block_means, PARTS)):
             total, count = (each.view(-1, size, each.shape[1]).sum(1) for each in (sums, left))
             means[head] = torch.where(count > 0, total / count.clamp_min(1), rest)
-
-
-def groups_needed(scores: Tensor, home: Tensor, inside: Tensor, recall: float) -> int:
-    """How many groups each query must read, by scores (m, G), to come upon the share ``recall`` of its homes (m, R).
-
-    Homes that are not ``inside`` cost nothing.
-    """
-    own = scores.gather(1, home)
-    before = torch.stack([(scores > each[:, None]).sum(1) for each in own.unbind(1)], dim=1)
-    ranks = before.masked_fill(~inside, -1).flatten().sort().values
-    return min(scores.shape[1], max(2, int(ranks[min(len(ranks) - 1, int(recall * len(ranks)))]) + 1))
 
 
 def felt_distance(heard: Tensor) -> Tensor:

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError
-from longmem.memory.blocks import Plan, felt_distance, groups_needed
+from longmem.memory.blocks import Reach, felt_distance
 from longmem.memory.partial import PartialIndex
+
+FIRST = 4
+"""Lists read in any case, to know what score is to be beaten."""
 
 RANKED_ANEW = 4
 """Finds ranked by exact scores, as a multiple of R: what 8-bit codes put in the wrong order is mended."""
@@ -42,12 +45,15 @@ class Lists:
         self.homes = torch.empty(heads, count, dtype=torch.int32)
         self.centres = torch.empty(heads, self.groups, dim)
         self._back = torch.empty(heads, dim, dim)
+        self._middle = torch.empty(heads, dim)
+        self._spread = torch.empty(heads, dim, dim)
         self._files: list[Any] = []
         self._moved: Tensor | None = None
         for head in range(heads):
             felt = felt_distance(heard[head]).cpu()
             self._back[head] = torch.linalg.inv(felt)
             moved = keys[head].cpu().to(torch.float32) @ felt
+            self._middle[head] = keys[head].cpu().to(torch.float32).mean(0)
             points = (moved - moved.mean(0)).numpy()  # the mean adds the same to every score: it ranks nothing
             rough = faiss.Kmeans(dim, self.groups, niter=5, max_points_per_centroid=40, seed=0)
             rough.train(points)
@@ -60,6 +66,9 @@ class Lists:
             file.train(points[:: max(1, count // 65536)])
             self.homes[head] = torch.from_numpy(plain.search(points, 1)[1][:, 0])
             file.add(points)
+            off = torch.from_numpy(points) - self.centres[head][self.homes[head].long()]
+            values, vectors = torch.linalg.eigh(off.T @ off / count)
+            self._spread[head] = (vectors * values.clamp_min(0).sqrt()).T @ self._back[head]
             self._files.append(file)
 
     @property
@@ -68,29 +77,49 @@ class Lists:
         codes = sum(int(file.ntotal) * (int(file.code_size) + 8) for file in self._files)
         return codes + sum(each.numel() * each.element_size() for each in (self.homes, self.centres))
 
-    def share_read(self, plans: list[Plan]) -> float:
-        """Bytes of centres and codes read for a query, of those of all keys in float32; lists count as equally long."""
-        return self.groups / self.size + sum(lists for (lists,) in plans) / len(plans) / self.groups / 4
-
-    def plan(self, head: int, queries: Tensor, slots: Tensor, inside: Tensor, recall: float) -> Plan:
-        """How many lists are to be read; see ``Blocks.plan``."""
-        if recall >= 1:
-            return (self.groups,)
+    def short(self, head: int, queries: Tensor, scores: Tensor, slots: Tensor, inside: Tensor) -> Tensor:
+        """How far below the score to be beaten the lists of the best lie, (1, m, R); see ``Blocks.short``."""
         homes = self.homes[head] if self._moved is None else self.homes[head][self._moved >= 0]
         home = homes[slots.masked_fill(~inside, 0).cpu()].long()
-        near = queries.cpu() @ self._back[head] @ self.centres[head].T
-        return (groups_needed(near, home, inside.cpu(), recall),)
+        queries, scores = queries.cpu(), scores.cpu()
+        near = (queries @ self._back[head] @ self.centres[head].T).gather(1, home)
+        near = near + (queries @ self._middle[head])[:, None]
+        spread = (queries @ self._spread[head].T).norm(dim=1).clamp_min(1e-20)
+        short: Tensor = (scores[:, -1:] - near) / spread[:, None]
+        return short.masked_fill(~inside.cpu(), -torch.inf)[None].to(slots.device)
 
     def search(
-        self, head: int, query: Tensor, plan: Plan, num: int, current: Tensor | None, keys: Tensor
+        self, queries: Tensor, reach: list[Reach], num: int, current: Tensor | None, keys: Tensor
+    ) -> tuple[Tensor, Tensor, float]:
+        """The best of the lists within reach; see ``Blocks.search``."""
+        scores = torch.full((len(queries), num), -torch.inf, device=queries.device)
+        where = torch.zeros((len(queries), num), dtype=torch.long, device=queries.device)
+        read = 0.0
+        for head, query in enumerate(queries):
+            asked = query.cpu()
+            near = torch.mv(self.centres[head], self._back[head] @ asked)
+            lists = min(FIRST, self.groups)
+            best, slots = self._of(head, query, near, lists, num, current, keys[head])
+            spread = max(1e-20, float((self._spread[head] @ asked).norm()))
+            beat = float(best[-1]) if len(best) >= num else -math.inf
+            within = int((near >= beat - float(asked @ self._middle[head]) - reach[head][-1] * spread).sum())
+            if within > lists:
+                lists = within
+                best, slots = self._of(head, query, near, lists, num, current, keys[head])
+            scores[head, : len(best)], where[head, : len(best)] = best, slots
+            read += self.groups + lists / self.groups / 4 * self.size
+        return scores, where, read
+
+    def _of(
+        self, head: int, query: Tensor, near: Tensor, lists: int, num: int, current: Tensor | None, keys: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The best of the lists that suit a query (D,) most; see ``Blocks.search``."""
-        asked = self._back[head] @ query.cpu()
-        near = torch.mv(self.centres[head], asked).topk(plan[0])
+        """Scores and slots of the best of so many lists, those whose centres score most (groups,)."""
+        nearest = near.topk(lists)
         file = self._files[head]
-        (file.nprobe,) = plan
+        file.nprobe = lists
+        asked = self._back[head] @ query.cpu()
         found = file.search_preassigned(
-            asked[None].numpy(), RANKED_ANEW * num, near.indices[None].numpy(), near.values[None].numpy()
+            asked[None].numpy(), RANKED_ANEW * num, nearest.indices[None].numpy(), nearest.values[None].numpy()
         )[1][0]
         slots = torch.from_numpy(found[found >= 0])
         if self._moved is not None:

@@ -1,6 +1,6 @@
 """``PartialIndex``: finds nearly all of the best keys by reading a part of them.
 
-What is shared by all such searches is here: when to read everything after all, how much to read for the recall asked
+What is shared by all such searches is here: when to read everything after all, how far to reach for the recall asked
 for, and how a structure built once keeps up with a memory that changes.
 
 Hkv key/value heads · Q queries per key/value head · D head_dim · R retrieved chunks
@@ -14,11 +14,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longmem.memory.blocks import LEAST, Plan
+from longmem.memory.blocks import LEAST, Reach
 from longmem.memory.index import ExactIndex
 
 HEARD = 256
 """Queries of each key/value head remembered for building."""
+
+LATER = 64
+"""Queries taken of each later segment where ``HEARD`` are remembered already: those of the last four are mixed."""
+
+PROBES = ((8, 512), (32, None))
+"""A search of one head in so many is made exactly too: one head of every 8th token at first, then of every 32nd."""
+
+STEP = 2.0
+"""Spreads by which the reach of a head grows where a probe shows that all was missed."""
+
+JUDGED = 16
+"""Queries of a segment, which is searched exactly anyhow, from which is learned what a search in part would miss."""
 
 
 class Structure(Protocol):
@@ -29,11 +41,10 @@ class Structure(Protocol):
 
     @property
     def nbytes(self) -> int: ...
-    def share_read(self, plans: list[Plan]) -> float: ...
-    def plan(self, head: int, queries: Tensor, slots: Tensor, inside: Tensor, recall: float) -> Plan: ...
+    def short(self, head: int, queries: Tensor, scores: Tensor, slots: Tensor, inside: Tensor) -> Tensor: ...
     def search(
-        self, head: int, query: Tensor, plan: Plan, num: int, current: Tensor | None, keys: Tensor
-    ) -> tuple[Tensor, Tensor]: ...
+        self, queries: Tensor, reach: list[Reach], num: int, current: Tensor | None, keys: Tensor
+    ) -> tuple[Tensor, Tensor, float]: ...
     def kept(self, moved: Tensor) -> None: ...
 
 
@@ -46,8 +57,16 @@ class PartialIndex:
 
     Exact are: segments (many queries together read nearly every key anyway, and a matrix product does it faster), rows
     with few chunks, and a row's first searches, until ``enough`` queries were heard. Then, at the next search of few
-    queries, the structure is built, and how much each head reads is set so that the queries heard would have
-    found the share ``recall`` of their best keys. From then on the row's answers depend on these queries, nothing else:
+    queries, the structure is built, and each head's *reach* is set so that the queries heard would have found the share
+    ``recall`` of their best keys; a head for which less would do reaches as far as the middle one.
+
+    From then on the reach follows the text. Of every few searches (``PROBES``) that of one head, all heads in turn, is
+    made exactly as well, and gives the exact answer: each such probe moves the head's reach by
+    ``STEP * (share missed - (1 - recall))`` spreads, so that it grows at once where much was missed and falls slowly
+    where nothing was. The mean share missed by n probes is then at most ``1 - recall`` plus what the reach grew by,
+    divided by ``n * STEP``, whatever the text does. Segments teach the same.
+
+    What is found therefore depends on the queries and writes of this row so far and their order, and on nothing else:
     the same calls in the same order give the same answers.
 
     Keys written later are searched exactly beside the structure, until they are more than a sixteenth of the row; then
@@ -59,18 +78,20 @@ class PartialIndex:
         least: chunks below which a row is searched exactly.
         few: queries per key/value head and row up to which a search reads a part.
         enough: queries per key/value head to be heard before building.
-        worth: share of the keys' bytes to be read beyond which a row is searched exactly.
+        worth: share of the keys' bytes read so far beyond which a row is searched exactly, until it is built anew.
+        probes: whether the reach follows the text; without, it stays as the first queries set it.
     """
 
     def __init__(
         self,
         build: Build,
         *,
-        recall: float = 0.98,
-        least: int = 16384,
+        recall: float = 0.97,
+        least: int = 32768,
         few: int = 8,
         enough: int = 64,
         worth: float = 0.25,
+        probes: bool = True,
     ) -> None:
         self.build = build
         self.recall = recall
@@ -78,6 +99,7 @@ class PartialIndex:
         self.few = few
         self.enough = enough
         self.worth = worth
+        self.probes = probes and recall < 1
         self._exact = ExactIndex()
         self._rows: dict[int, _Row] = {}
 
@@ -95,14 +117,18 @@ class PartialIndex:
             if queries.shape[2] <= self.few and self._ready(row, keys[number, :, :used], num):
                 partly[line] = row
         if not partly:
-            return self._exact.search(queries, keys, rows, live, num)
+            scores, slots = self._exact.search(queries, keys, rows, live, num)
+            if self.probes and queries.shape[2] > self.few:
+                for line, (number, used) in enumerate(zip(rows, live, strict=True)):
+                    self._rows[number].learn(queries[line], used, scores[line], slots[line], 1 - self.recall)
+            return scores, slots
         shape = (*queries.shape[:3], num)
         scores = torch.zeros(shape, dtype=torch.float32, device=queries.device)
         slots = torch.zeros(shape, dtype=torch.long, device=queries.device)
         left = []
         for line, (number, used) in enumerate(zip(rows, live, strict=True)):
-            if line not in partly or not partly[line].search(
-                queries[line].to(torch.float32), keys[number, :, :used], scores[line], slots[line]
+            if line not in partly or not self._in_part(
+                partly[line], queries[line].to(torch.float32), keys[number, :, :used], scores[line], slots[line]
             ):
                 left.append(line)
         if left:
@@ -142,10 +168,28 @@ class PartialIndex:
             if row.heard < self.enough:
                 return False
             row.build(self.build, keys)
-        if num not in row.plans:
+        if num not in row.reach:
             row.tune(self._exact, keys, num, self.recall)
-        assert row.structure is not None
-        return self.recall >= 1 or row.structure.share_read(row.plans[num]) <= self.worth
+        # the first few tell little of how much is read
+        return self.recall >= 1 or row.searches < 8 * len(keys) or row.share_read <= self.worth
+
+    def _in_part(self, row: _Row, queries: Tensor, keys: Tensor, scores: Tensor, slots: Tensor) -> bool:
+        """Fill scores and slots (Hkv, Q, R) for queries (Hkv, Q, D), keys (Hkv, n, D); False: too few were found."""
+        heads, num = len(keys), scores.shape[2]
+        for at in range(queries.shape[1]):
+            probed = row.probed(heads) if self.probes else -1
+            if not row.search(queries[:, at], keys, scores[:, at], slots[:, at]):
+                return False
+            if probed >= 0:
+                one = slice(probed, probed + 1)
+                best, where = self._exact.search(
+                    queries[None, one, at : at + 1], keys[None, one], [0], [keys.shape[1]], num
+                )
+                missed = 1.0 - float((where[0, 0, 0, :, None] == slots[probed, at]).any(-1).float().mean())
+                row.move(probed, num, missed - (1 - self.recall))
+                row.read += keys.shape[1]
+                scores[probed, at], slots[probed, at] = best[0, 0, 0], where[0, 0, 0]
+        return True
 
 
 class _Row:
@@ -153,18 +197,22 @@ class _Row:
 
     Attributes:
         structure: None until it is built.
-        plans: how much each head reads, by R.
+        reach: of each head, by R.
+        searches: by one query of one head, since the structure was built.
+        read: keys whose bytes were read for them.
     """
 
     def __init__(self) -> None:
         self.structure: Structure | None = None
-        self.plans: dict[int, list[Plan]] = {}
+        self.reach: dict[int, list[Reach]] = {}
+        self.searches = 0
+        self.read = 0.0
         self._heard = torch.empty(0)
         self._count = 0
         self._current = torch.empty(0, dtype=torch.bool)  # (covered,) False: overwritten since
         self._overwritten = False
         self._fresh: tuple[int, Tensor, Tensor] | None = None
-        self._used: list[Plan] = []
+        self._asked = 0
 
     @property
     def heard(self) -> int:
@@ -179,18 +227,19 @@ class _Row:
 
     @property
     def share_read(self) -> float:
-        if self.structure is None or not self._used:
+        if self.structure is None or not self.searches:
             return 1.0
-        fresh = 0 if self._fresh is None else len(self._fresh[1])
-        share = self.structure.share_read(self._used) * self.structure.size
-        return (share + fresh) / (self.structure.covered + fresh)
+        return (
+            self.read / self.searches / (self.structure.covered + (0 if self._fresh is None else len(self._fresh[1])))
+        )
 
     def hear(self, queries: Tensor) -> None:
         """Remember the latest of queries (Hkv, Q, D); of more than there is room for, evenly spaced ones."""
         count = queries.shape[1]
-        if count > HEARD:
-            queries = queries[:, torch.arange(HEARD, device=queries.device) * count // HEARD]
-            count = HEARD
+        most = max(HEARD - self._count, LATER)
+        if count > most:
+            queries = queries[:, torch.arange(most, device=queries.device) * count // most]
+            count = most
         if not self._count:
             self._heard = torch.empty(queries.shape[0], HEARD, queries.shape[2], device=queries.device)
         place = self._count % HEARD
@@ -217,7 +266,7 @@ class _Row:
         self._current = self._current[slots]
         self.structure.kept(moved)
         if self.structure.covered < 3 * self.structure.size // 4:  # mostly holes
-            self.structure, self.plans = None, {}
+            self.structure, self.reach = None, {}
 
     def up_to_date(self, live: int) -> bool:
         """Whether the structure holds nearly all of the row's ``live`` keys."""
@@ -230,41 +279,80 @@ class _Row:
 
     def build(self, build: Build, keys: Tensor) -> None:
         """From keys (Hkv, n, D)."""
-        self.structure, self.plans, self._fresh = None, {}, None  # the old one need not stay beside the new one
+        self.structure, self.reach, self._fresh = None, {}, None  # the old one need not stay beside the new one
         self.structure = build(keys, self._heard[:, : self.heard])
         self._current = torch.ones(self.structure.covered, dtype=torch.bool, device=keys.device)
         self._overwritten = False
+        self.searches, self.read = 0, 0.0
 
     def tune(self, exact: ExactIndex, keys: Tensor, num: int, recall: float) -> None:
-        """Set how much each head reads for ``num`` chunks, by what the queries heard would have had to."""
+        """Set the reach of each head for ``num`` chunks, by what the queries heard would have had to read."""
         structure = self.structure
         assert structure is not None
         asked = self._heard[:, : self.heard]
-        _, best = exact.search(asked[None], keys[None], [0], [keys.shape[1]], num)
-        inside = best[0] < structure.covered
-        inside &= self._current[best[0].clamp_max(structure.covered - 1)]
-        self.plans[num] = [
-            structure.plan(head, asked[head], best[0, head], inside[head], recall) for head in range(len(keys))
-        ]
+        if recall >= 1:
+            self.reach[num] = [(torch.inf, torch.inf)] * len(keys)
+            return
+        best, where = exact.search(asked[None], keys[None], [0], [keys.shape[1]], num)
+        needed = torch.stack(
+            [self._short(head, asked[head], best[0, head], where[0, head]) for head in range(len(keys))]
+        )
+        levels = needed.shape[1]
+        # the upper levels may lose, together, half of what may be lost
+        shares = [1 - (1 - recall) / 2] * (levels - 1) + [recall]
+        last = needed.flatten(2).shape[2] - 1
+        reach = torch.stack(
+            [needed[:, level].flatten(1).sort().values[:, int(shares[level] * last)] for level in range(levels)], dim=1
+        )
+        # a head's first queries may all have been easy: what is enough for the middle one it is given too
+        reach = torch.maximum(reach, reach.median(0).values).clamp_min(0.0)
+        self.reach[num] = [tuple(each) for each in reach.tolist()]
+
+    def _short(self, head: int, queries: Tensor, scores: Tensor, slots: Tensor) -> Tensor:
+        """See ``Blocks.short``."""
+        structure = self.structure
+        assert structure is not None
+        inside = slots < structure.covered
+        inside &= self._current[slots.clamp_max(structure.covered - 1)]
+        return structure.short(head, queries, scores, slots, inside)
+
+    def learn(self, queries: Tensor, live: int, scores: Tensor, slots: Tensor, allowed: float) -> None:
+        """Move the reach by what queries (Hkv, Q, D) of a segment found exactly, scores and slots (Hkv, Q, R)."""
+        num = scores.shape[2]
+        if num not in self.reach or live < num or not self.up_to_date(live):
+            return
+        picked = torch.arange(JUDGED, device=queries.device) * queries.shape[1] // JUDGED
+        asked = queries[:, picked].to(torch.float32)
+        for head, reach in enumerate(self.reach[num]):
+            short = self._short(head, asked[head], scores[head, picked], slots[head, picked])
+            missed = (short > torch.tensor(reach, device=short.device)[:, None, None]).any(0).float().mean()
+            self.move(head, num, float(missed) - allowed)
+
+    def move(self, head: int, num: int, by: float) -> None:
+        """Let a head reach further, by a share that was missed above what may be."""
+        self.reach[num][head] = tuple(max(0.0, each + STEP * by) for each in self.reach[num][head])
+
+    def probed(self, heads: int) -> int:
+        """Which head the next search is to be made exactly for too; -1: none."""
+        self._asked += 1
+        every = next(every for every, until in PROBES if until is None or self._asked <= until)
+        return -1 if self._asked % every else self._asked // every % heads
 
     def search(self, queries: Tensor, keys: Tensor, scores: Tensor, slots: Tensor) -> bool:
-        """Fill scores and slots (Hkv, Q, R) for queries (Hkv, Q, D), keys (Hkv, n, D); False: too few were found."""
+        """Fill scores and slots (Hkv, R) for queries (Hkv, D), keys (Hkv, n, D); False: too few were found."""
         assert self.structure is not None
-        num = scores.shape[2]
+        num = scores.shape[1]
         changed, fresh = self._beside(keys)
         current = self._current if self._overwritten else None
-        self._used = self.plans[num]
-        for head, plan in enumerate(self._used):
-            for at, query in enumerate(queries[head]):
-                best, where = self.structure.search(head, query, plan, num, current, keys[head])
-                if len(changed):
-                    best = torch.cat((best, torch.mv(fresh[head].to(torch.float32), query)))
-                    where = torch.cat((where, changed))
-                    best, order = best.topk(min(num, len(best)))
-                    where = where[order]
-                if len(best) < num or not bool(best[-1] > -torch.inf):
-                    return False
-                scores[head, at], slots[head, at] = best, where
+        best, where, read = self.structure.search(queries, self.reach[num], num, current, keys)
+        self.searches, self.read = self.searches + len(keys), self.read + read + len(keys) * len(changed)
+        if len(changed):
+            beside = torch.bmm(fresh.to(torch.float32), queries[:, :, None])[:, :, 0]
+            best, order = torch.cat((best, beside), dim=1).topk(num)
+            where = torch.cat((where, changed.expand(len(keys), -1)), dim=1).gather(1, order)
+        if not bool((best[:, -1] > -torch.inf).all()):
+            return False
+        scores[:], slots[:] = best, where
         return True
 
     def _changed(self, live: int) -> Tensor:
