@@ -57,7 +57,7 @@ def recall_table(result: dict[str, Any]) -> str:
     heads = [
         "text, tokens",
         "index",
-        "recall@16 (worst head)",
+        "recall@16 (worst head, worst eighth of the text)",
         "attention kept",
         "key bytes read",
         "a token's search",
@@ -75,7 +75,7 @@ def recall_table(result: dict[str, Any]) -> str:
                     [
                         f"{text}, {_tokens(size['tokens'])}",
                         f"`{index}`",
-                        f"{found['recall']:.3f} ({min(found['recall_by_head']):.3f})",
+                        f"{found['recall']:.3f} ({min(found['recall_by_head']):.3f}, {min(found['recall_along']):.3f})",
                         f"{found['attention_kept']:.3f}",
                         f"{found['keys_read']:.3f}",
                         f"{found['milliseconds']:.2f} ms",
@@ -88,7 +88,7 @@ def recall_table(result: dict[str, Any]) -> str:
 
 
 def decoding_table(result: dict[str, Any]) -> str:
-    """Of the decoding part of ``benchmarks.recall``: processor time of a token by memory and index."""
+    """Of the decoding part of ``benchmarks.recall``: time of a token by memory and index, median (least to most)."""
     found = result["decoding"]
     rows = [[name, _spread(values, 1000, " ms")] for name, values in found["seconds_per_token"].items()]
     small, large = (_tokens(size) for size in found["sizes"])
@@ -96,7 +96,13 @@ def decoding_table(result: dict[str, Any]) -> str:
         f"Decoding at {large} by `{index}`, of the speed at {small} by whatever is fastest there: {_spread(values)}."
         for index, values in found["speed_against_fastest_of_the_small_memory"].items()
     ]
-    return "\n".join([_table(["memory", "a token, median (least to most)"], rows), "", *told])
+    by_clock = found["seconds_per_token_by_wall_clock"]
+    rows = [[*row, _spread(by_clock[row[0]], 1000, " ms")] for row in rows]
+    told += [
+        f"The same by the clock on the wall, `{index}`: {_spread(values)}."
+        for index, values in found["speed_against_fastest_of_the_small_memory_by_wall_clock"].items()
+    ]
+    return "\n".join([_table(["memory", "a token, processor time", "by the clock on the wall"], rows), "", *told])
 
 
 def ways_table(result: dict[str, Any]) -> str:

@@ -30,30 +30,20 @@ def test_the_tables_of_benches_are_those_of_their_files() -> None:
         assert table in PAGE, f"{name} is not what the page shows; run make docs"
 
 
-def test_an_index_is_faster_than_exact_search_and_where_it_misses_95_of_100_the_page_says_so() -> None:
-    found = [
-        (index, text, size["tokens"], record)
-        for name in ("recall.json", "recall-faiss.json")
-        for text, texts in read(name)["texts"].items()
-        for size in texts["sizes"]
-        for index, record in size.items()
-        if index != "tokens"
-    ]
-    assert all(record["exact_over_index"] > 1 for *_, record in found)
-    missed = [each for each in found if min(each[3]["recall_by_head"]) < 0.95]
-    assert {each[:3] for each in missed} == {("two_stage", "latex", 1048576)}
-    for _, _, _, record in missed:
-        said = f"finds {record['recall']:.3f} of the best (worst head {min(record['recall_by_head']):.3f})"
-        assert said in PAGE.partition("**Missed on LaTeX**")[2]
+def test_two_stage_is_faster_than_exact_search_and_every_head_finds_95_of_100() -> None:
+    found = [size["two_stage"] for texts in read("recall.json")["texts"].values() for size in texts["sizes"]]
+    assert {record["chunks"] for record in found} == {16384, 65536, 262144}
+    assert all(min(record["recall_by_head"] + record["recall_along"]) >= 0.95 for record in found)
+    assert all(record["exact_over_index"] > 1 for record in found if record["keys_read"] < 1)
 
 
-def test_both_runs_of_decoding_are_told_with_their_rounds() -> None:
-    for name in ("recall-decoding.json", "recall-decoding-before.json"):
-        speed = read(name)["decoding"]["speed_against_fastest_of_the_small_memory"]["two_stage"]
-        assert (
-            f"{speed['median']:.2f} ({speed['min']:.2f} to {speed['max']:.2f})"
-            in PAGE.partition("**Missed on books")[2]
-        )
+def test_decoding_with_a_large_memory_is_as_fast_as_the_page_says() -> None:
+    decoding = read("recall-decoding.json")["decoding"]
+    assert decoding["rounds"] >= 7
+    for ending in ("", "_by_wall_clock"):
+        speed = decoding["speed_against_fastest_of_the_small_memory" + ending]["two_stage"]
+        said = f"{speed['median']:.2f} ({speed['min']:.2f} to {speed['max']:.2f})"
+        assert said in PAGE.partition("**Goal: decoding at 1M")[2].partition("\n\n")[2].partition("What other ways")[0]
 
 
 def test_adding_is_as_fast_as_the_page_says() -> None:
@@ -63,6 +53,6 @@ def test_adding_is_as_fast_as_the_page_says() -> None:
 
 
 def test_results_name_no_place_of_one_machine() -> None:
-    for name in ("store", "recall", "recall-faiss", "recall-ways", "recall-decoding", "recall-decoding-before"):
+    for name in ("store", "recall", "recall-ways", "recall-decoding"):
         assert not re.search(r"/(work|tmp|root|home)/", json.dumps(read(f"{name}.json"))), name
         assert read(f"{name}.json")["command"].startswith("python -m benchmarks.")

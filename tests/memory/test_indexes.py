@@ -212,6 +212,45 @@ def test_the_same_calls_give_the_same_answers(make):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def test_the_reach_grows_until_enough_is_found_where_the_text_asks_for_other_than_the_queries_heard():
+    keys, queries = like_a_model(2, 8000, 16, heard=400)
+    shares = []
+    for probes in (False, True):
+        index = a_part(probes=probes)
+        index.search(queries[None, :, :200], keys[None], [0], [8000], 16)
+        index.search(queries[None, :, :1], keys[None], [0], [8000], 16)
+        index._rows[0].reach[16] = [(0.0, 0.0)] * 2  # as if the queries heard had been far too easy
+        found = 0
+        for at in [at % 200 + 200 for at in range(600)]:
+            asked = queries[None, :, at : at + 1]
+            _, slots = index.search(asked, keys[None], [0], [8000], 16)
+            best = exactly(asked, keys[None], [0], [8000], 16)[1]
+            found += (slots[..., None] == best[..., None, :]).sum().item()
+        shares.append(found / (600 * 2 * 16))
+    assert shares[1] > shares[0]
+
+
+def test_segments_teach_what_a_search_in_part_would_have_missed():
+    keys, queries = like_a_model(2, 4000, 8)
+    index = a_part()
+    index.search(queries[None], keys[None], [0], [4000], 8)
+    index.search(queries[None, :, :1], keys[None], [0], [4000], 8)
+    index._rows[0].reach[8] = [(-50.0, -50.0)] * 2
+    assert_same_search(index, queries[None], keys[None], [0], [4000], 8)  # a segment
+    assert all(reach == (0.0, 0.0) for reach in index._rows[0].reach[8])
+    index._rows[0].reach[8] = [(50.0, 50.0)] * 2
+    index.search(queries[None], keys[None], [0], [4000], 8)
+    assert all(49 < each < 50 for reach in index._rows[0].reach[8] for each in reach)  # less, slowly
+
+
+def test_queries_of_several_segments_are_remembered():
+    index = a_part()
+    keys = torch.randn(1, 1, 2000, 4)
+    for number in range(6):
+        index.search(torch.full((1, 1, 300, 4), float(number)), keys, [0], [2000], 4)
+    assert index._rows[0]._heard[0, :, 0].unique().tolist() == [2.0, 3.0, 4.0, 5.0]
+
+
 def test_segments_and_first_queries_are_searched_exactly():
     keys, queries = like_a_model(2, 4000, 8)
     index = PartialIndex(Blocks, least=1000, few=2, enough=20, worth=1.0)

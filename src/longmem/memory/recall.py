@@ -34,7 +34,7 @@ class RecallReport:
         keys_read: bytes that a query reads to search, as a share of the chunk keys' bytes; 1 is all of them.
         state_bytes: what the index holds beside the keys.
         build_seconds: of the search that built it, less one that found it built; 0 if nothing is built.
-        milliseconds: a token's search, all heads, mean, with what the index searches exactly now and then to learn from.
+        milliseconds: a token's search, all heads, mean, with what is searched exactly to learn from.
         exact_milliseconds: the same by exact search, taken in turn with it.
     """
 
