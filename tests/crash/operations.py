@@ -161,7 +161,8 @@ def repair(store: MemoryStore, say: Say) -> None:
     report = store.verify(repair=True)
     if not report.clean:  # verify reports and does not raise; here what failed is to be seen
         left = next(problem for problem in report.problems if not problem.repaired)
-        raise (StoreFull if "make room" in left.what or "allow writing" in left.what else StoreError)(left.what)
+        said = {"make room": StoreFull, "allow writing": StoreFull, "the device fails": StoreDamaged}
+        raise next((kind for words, kind in said.items() if words in left.what), StoreError)(left.what)
     say("repaired")
 
 

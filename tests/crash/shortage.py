@@ -166,10 +166,12 @@ def one_shortage(path: Path, operation: str, states: list[State], shortage: Shor
             chosen.act(store, promises.append)
         except LongMemError as caught:
             error = caught
-            # the same process sees the state as before, and goes on once there is room
-            expect(see(store), states, len(promises), error)
+            # the same process sees the state as before, and goes on once there is room; a file may be healed though
+            # its disk then fails to say that it will stay so
+            healed = operation.startswith("repair") and see(store) == states[-1]
+            expect(see(store), states, len(states) - 1 if healed else len(promises), error)
             shortage.end()
-            expect(see(store), states, len(promises), error)
+            expect(see(store), states, len(states) - 1 if healed else len(promises), error)
             chosen.act(store, lambda _: None)
             expect(see(store), states, len(states) - 1, error)
         store.close()
