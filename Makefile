@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench docs clean
+.PHONY: help demo reproduce test check format bench docs clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -18,8 +18,11 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY) ## train a small LongMem on the standard library's source and show what it remembers
-	$(BIN)/longmem demo
+demo: $(READY) ## the shipped pair remembers texts: perplexity with and without, what was read, a continuation
+	$(BIN)/longmem demo $(TEXTS)
+
+reproduce: $(READY) ## train the shipped pair again, with its controls, and measure everything: a day on 2 cores
+	PATH="$(abspath $(BIN)):$$PATH" recipes/reproduce.sh
 
 test: $(READY) ## the whole test suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)

@@ -27,7 +27,7 @@ SHOWN_CHUNKS = 2
 
 @click.command(
     short_help="Continue a text with memory.",
-    epilog='Example: longmem generate runs/demo/sidenet "def main(" --memory memory --max-new-tokens 100',
+    epilog='Example: longmem generate models/small/sidenet "def main(" --memory memory --max-new-tokens 100',
 )
 @click.argument("model")
 @click.argument("prompt", required=False)

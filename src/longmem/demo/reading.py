@@ -116,7 +116,7 @@ def most_helped_passage(
                     for t, (p, q) in enumerate(zip(with_memory, without, strict=True))
                 ]
                 remembered = int(bank.tokens[0])
-                file = file_at(text, spans[start][0])
+                file = file_at(text, spans[start][0]) or name
                 best = Passage(name, file, start, remembered, 0, gains[-1], 0.0, tokens, chunks)
         bank.add(out.kv, documents=[name], offsets=[start])
     if best is None:
@@ -144,7 +144,7 @@ def _chunk(origin: ChunkOrigin, text: str, spans: list[tuple[int, int]], start: 
     begin, end = spans[first][0], spans[last - 1][1]
     return Chunk(
         document=origin.document or "",
-        file=file_at(text, begin),
+        file=file_at(text, begin) or origin.document or "",
         start_token=first,
         tokens_back=start - first,
         before=text[spans[max(0, first - AROUND)][0] : begin],

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longmem.demo.corpus import Corpus, write_corpus
-from longmem.demo.page import page
+from longmem.demo.page import page, perplexity_rows
 from longmem.demo.picture import save_picture
 from longmem.demo.reading import Passage, most_helped_passage
 from longmem.errors import LongMemError
@@ -184,18 +184,3 @@ def _shown(
     html.write_text(page(passage, longmem.num_heads, perplexity_rows(result)), encoding="utf-8")
     save_picture(passage, picture)
     return DemoResult(result, passage, html, picture)
-
-
-def perplexity_rows(result: PerplexityResult) -> list[list[str]]:
-    """A row for each system and a column for each protocol, the first row being the head."""
-    titles = {"segments": "consecutive segments", "sliding": "sliding window"}
-    rows = [["", *(titles.get(name, name) for name in result.protocols)]]
-    for system, label in result.systems.items():
-        scores = [protocol.all for protocol in result.protocols.values()]
-        cells = []
-        for of_protocol in scores:
-            against = of_protocol.difference(system, "backbone")
-            percent = f" ({against.percent:+.1f} %)" if against is not None else ""
-            cells.append(f"{of_protocol.system(system).perplexity:.2f}{percent}")
-        rows.append([label, *cells])
-    return rows

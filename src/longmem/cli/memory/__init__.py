@@ -21,8 +21,8 @@ def command() -> None:
     namespace sees. Only adding, searching and some repairs need the model (--model, or LONGMEM_MODEL).
 
     \b
-    longmem memory add notes/ --model runs/demo/sidenet
-    longmem memory search "where is the key" --model runs/demo/sidenet
+    longmem memory add notes/ --model models/small/sidenet
+    longmem memory search "where is the key" --model models/small/sidenet
     longmem memory forget --name old.txt --report forgotten.json
     longmem memory compact
     longmem memory verify --absent forgotten.json

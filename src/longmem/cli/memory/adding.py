@@ -37,7 +37,7 @@ DTYPES = ("float16", "bfloat16", "float32", "int8")
 
 
 @click.command(
-    epilog="Example: longmem memory add notes/ chat.jsonl --model runs/demo/sidenet --namespace ada --expires 90d",
+    epilog="Example: longmem memory add notes/ chat.jsonl --model models/small/sidenet --namespace ada --expires 90d",
 )
 @click.argument("paths", nargs=-1, required=True)
 @store_option

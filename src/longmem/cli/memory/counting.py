@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @click.command(
     short_help="Show how much there is.",
-    epilog="Example: longmem memory stats --namespace ada --recall --model runs/demo/sidenet",
+    epilog="Example: longmem memory stats --namespace ada --recall --model models/small/sidenet",
 )
 @store_option
 @any_namespace_option

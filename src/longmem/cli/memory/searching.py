@@ -29,7 +29,7 @@ SHOWN_HEADS = 4
 
 @click.command(
     short_help="Show what the model's heads find for a text.",
-    epilog='Example: longmem memory search "where is the key" --model runs/demo/sidenet --top 5',
+    epilog='Example: longmem memory search "where is the key" --model models/small/sidenet --top 5',
 )
 @click.argument("text")
 @store_option
