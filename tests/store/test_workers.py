@@ -167,6 +167,11 @@ def test_the_command_under_torchrun_and_with_processes(tmp_path: Path, byte_toke
 def test_ray_actors_give_the_same_bits(tmp_path: Path, backbone: str) -> None:
     code = (
         "import sys, torch; from pathlib import Path; from tests.store.workers import *; torch.set_num_threads(1)\n"
+        "import ray\n"
+        "for _ in range(4):  # Ray gives itself 30 seconds to start\n"
+        "    try: ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False); break\n"
+        "    except Exception as error: print(error)\n"
+        "else: sys.exit(77)\n"
         "model, folder = load(sys.argv[1]), Path(sys.argv[2])\n"
         "with open_store(folder / 'alone', model) as alone, open_store(folder / 'ray', model) as store:\n"
         "    assert add(alone, 1) == add(store, 'ray:1')\n"
@@ -178,7 +183,9 @@ def test_ray_actors_give_the_same_bits(tmp_path: Path, backbone: str) -> None:
         "    except StoreError as error: print('too many:', error)\n"
         "print('equal')\n"
     )
-    done = run(tmp_path, "-c", code, backbone, str(tmp_path))
+    done = run(tmp_path, "-c", code, backbone, str(tmp_path), RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
+    if done.returncode == 77:
+        pytest.skip(f"Ray itself does not start here: {done.stdout.splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
     assert "refused: token id 99 is outside" in done.stdout and "equal" in done.stdout
     assert "too many: 9999 Ray actors need as many CPUs" in done.stdout
