@@ -34,7 +34,7 @@ def save_picture(passage: Passage, path: Path) -> None:
     _write(
         axes, 0, 0, "What each token found in memory: darker = larger share given to memory", weight="bold", mono=False
     )
-    where = f"{passage.file}, held out from training; {passage.memory_tokens:,} tokens of the same package in memory"
+    where = f"{passage.file}; {passage.memory_tokens:,} tokens of the same text before it in memory"
     _write(axes, 0, 1, where, colour=QUIET, mono=False)
     shares = [token.share for token in passage.tokens]
     low, spread = min(shares), (max(shares) - min(shares)) or 1.0
