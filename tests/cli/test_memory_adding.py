@@ -147,6 +147,8 @@ def test_control_c_leaves_a_clean_store(memory: Memory, model: Path) -> None:
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "LONGMEM_MODEL": str(model)},
+        # where the suite runs in the background of a shell, a child would ignore Ctrl-C as it does
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert process.stdin is not None
     process.stdin.write('{"text": "one"}\n')
