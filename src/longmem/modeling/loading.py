@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -15,6 +16,10 @@ from longmem.modeling.families import Family, side_sources
 from longmem.modeling.placement import check_bitsandbytes
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
+
+# transformers exchanges methods of its classes while it loads; two loads that end in another order than they began would
+# leave the exchange in place, and no model of the process would be initialised or tied any more
+_LOADING = threading.RLock()
 
 
 def default_memory_layer(model: PreTrainedModel, stride: int) -> int:
@@ -39,7 +44,7 @@ def load_backbone(
     quantised: Any = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """``AutoModelForCausalLM.from_pretrained`` with one clear line where it fails.
+    """``AutoModelForCausalLM.from_pretrained`` with one clear line where it fails; threads load one after the other.
 
     Args:
         name: folder or hub id.
@@ -58,7 +63,8 @@ def load_backbone(
         check_bitsandbytes(str(settings.get("quant_method", "")))
         kwargs.setdefault("quantization_config", AutoQuantizationConfig.from_dict(dict(settings)))
     try:
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(name, revision=revision, **kwargs))
+        with _LOADING:
+            return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(name, revision=revision, **kwargs))
     except (OSError, ValueError, ImportError, SafetensorError) as problem:
         raise BackboneError(
             f"backbone {name!r} could not be loaded ({first_line(problem)}); "
