@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from longmem.modeling.loading import load_backbone
 def test_backbones_loaded_in_threads_leave_transformers_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    shape: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     AlibiGPTForCausalLM(AlibiGPTConfig(vocab_size=16, **shape)).save_pretrained(tmp_path)
     tie, fill = PreTrainedModel.tie_weights, torch.nn.init.normal_
     monkeypatch.setattr(PreTrainedModel, "tie_weights", tie)  # put back where this test fails

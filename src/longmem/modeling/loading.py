@@ -17,7 +17,7 @@ from longmem.modeling.placement import check_bitsandbytes
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
-# transformers exchanges methods of its classes while it loads; two loads that end in another order than they began would
+# transformers exchanges methods of its classes while it loads; loads that end in another order than they began would
 # leave the exchange in place, and no model of the process would be initialised or tied any more
 _LOADING = threading.RLock()
 
