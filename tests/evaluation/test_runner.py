@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +84,21 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     changed[1].identity["weights"] = "others"
     run_task(third, changed, records=records)
     assert {name for name, _ in third.asked} == {"memory_8"}  # other weights, other answers
+
+
+def test_the_time_of_earlier_runs_counts(tmp_path: Path) -> None:
+    class Slow(Known):
+        def answer(self, asker: Asker, examples: Sequence[Example]) -> Iterator[tuple[int, dict[str, float]]]:
+            for each in super().answer(asker, examples):
+                time.sleep(0.05)
+                yield each
+
+    records = tmp_path / "records.jsonl"
+    alone = run_task(Slow(), systems("backbone"), records=records).header.seconds
+    assert alone >= 0.2
+    both = run_task(Slow(), systems("backbone", "memory_8"), records=records).header.seconds
+    assert both >= alone + 0.2  # what the first run asked is not asked again, and is counted
+    assert run_task(Known(), systems("backbone", "memory_8"), records=records).header.seconds >= 0.4
 
 
 def test_progress_is_told_and_the_result_is_json() -> None:

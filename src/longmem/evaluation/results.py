@@ -44,7 +44,10 @@ def machine() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunHeader:
-    """The part of a result that makes it repeatable."""
+    """The part of a result that makes it repeatable.
+
+    ``seconds`` is what was measured took; of a task that goes on from records, in all its runs together.
+    """
 
     task: str
     command: str

@@ -119,7 +119,6 @@ def run_task(
     Raises:
         DataError: the task has no examples.
     """
-    began = time.monotonic()
     bootstrap = bootstrap or Bootstrap()
     examples: Sequence[Example] = task.examples()
     if not examples:
@@ -131,8 +130,7 @@ def run_task(
         raise DataError(f"{task.name} asks none of these systems: {'; '.join(filter(None, reasons.values()))}")
     ledger = _Ledger(records)
     values: list[dict[str, dict[str, float]]] = [{} for _ in examples]
-    for asker in asked:
-        _ask(task, asker, examples, values, ledger, progress)
+    seconds = sum(_ask(task, asker, examples, values, ledger, progress) for asker in asked)
     names = [asker.name for asker in asked]
     units = "examples" if all(e.unit == e.id for e in examples) else "units"
     groups = list(dict.fromkeys(example.group for example in examples))
@@ -144,7 +142,7 @@ def run_task(
             models={asker.name: asker.identity | {"window": asker.window} for asker in asked},
             samples={"examples": len(examples), "units": len({example.unit for example in examples})},
             seeds=list(seeds),
-            seconds=round(time.monotonic() - began, 1),
+            seconds=round(seconds, 1),
         ),
         systems={asker.name: asker.label for asker in asked},
         skipped={name: reason for name, reason in reasons.items() if reason is not None},
@@ -168,26 +166,31 @@ def _ask(
     values: list[dict[str, dict[str, float]]],
     ledger: _Ledger,
     progress: Progress | None,
-) -> None:
+) -> float:
+    """Fill in ``values``; returns the seconds that asking took, those of earlier runs included."""
     version = {"records": RECORDS_VERSION, "window": asker.window, "task": task.name}
     key = digest_of(version, asker.name, asker.identity)
-    waiting = []
+    waiting, seconds = [], 0.0
     for number, example in enumerate(examples):
         known = ledger.get(key, example.digest)
-        if known is not None and known.keys() >= {metric.name for metric in task.metrics}:
-            values[number][asker.name] = known
+        if known is not None and known.values.keys() >= {metric.name for metric in task.metrics}:
+            values[number][asker.name] = known.values
+            seconds += known.seconds
         else:
             waiting.append(number)
     done = len(examples) - len(waiting)
     if progress is not None:
         progress(asker.label, done, len(examples))
+    began = time.monotonic()
     for at, found in task.answer(asker, [examples[number] for number in waiting]):
-        number = waiting[at]
+        number, now = waiting[at], time.monotonic()
         values[number][asker.name] = found
-        ledger.append(key, examples[number], asker.name, found)
+        ledger.append(key, examples[number], asker.name, _Known(found, now - began))
+        seconds, began = seconds + now - began, now
         done += 1
         if progress is not None:
             progress(asker.label, done, len(examples))
+    return seconds
 
 
 def _group(
@@ -232,27 +235,37 @@ def _group(
     )
 
 
+@dataclass(frozen=True)
+class _Known:
+    """Metrics of an example, and the seconds from the answer before to this one."""
+
+    values: dict[str, float]
+    seconds: float
+
+
 class _Ledger:
     """Finished examples on disk, one JSON line each; without a path they are not kept."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._known: dict[tuple[str, str], dict[str, float]] = {}
+        self._known: dict[tuple[str, str], _Known] = {}
         if path is not None and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     record = json.loads(line)
-                    self._known[record["key"], record["digest"]] = record["values"]
+                    known = _Known(record["values"], record.get("seconds", 0.0))
+                    self._known[record["key"], record["digest"]] = known
                 except (ValueError, KeyError, TypeError):
                     continue  # empty, cut short, or of another version
 
-    def get(self, key: str, digest: str) -> dict[str, float] | None:
+    def get(self, key: str, digest: str) -> _Known | None:
         return self._known.get((key, digest))
 
-    def append(self, key: str, example: Example, system: str, values: dict[str, float]) -> None:
-        self._known[key, example.digest] = values
+    def append(self, key: str, example: Example, system: str, known: _Known) -> None:
+        self._known[key, example.digest] = known
         if self.path is not None:
-            record = {"key": key, "digest": example.digest, "example": example.id, "system": system, "values": values}
+            names = {"key": key, "digest": example.digest, "example": example.id, "system": system}
+            record = names | {"values": known.values, "seconds": round(known.seconds, 4)}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 # the line break in front keeps a line that an interruption cut short from spoiling this one
