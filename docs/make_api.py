@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from result_tables import table_of
+from result_tables import needle_table, table_of
 from results_page import lacks_pictures, results_report, write_pictures
 
 import longmem
@@ -46,7 +46,7 @@ def main() -> None:
         ROOT / "docs" / "cli.md": command_line(),
         ROOT / "docs" / "recipe.md": recipe(),
     }
-    for path in (ROOT / "README.md", ROOT / "docs" / "experiments.md"):
+    for path in (ROOT / "README.md", ROOT / "docs" / "experiments.md", ROOT / "models" / "small" / "README.md"):
         pages[path] = with_results(path.read_text(encoding="utf-8"))
     operations = ROOT / "docs" / "operations.md"
     pages[operations] = with_sizes(operations.read_text(encoding="utf-8"))
@@ -142,6 +142,8 @@ def with_sizes(page: str) -> str:
 def _result(file: Path) -> str:
     """The tables of a result; of perplexities systems down, protocols across."""
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if result.get("header", {}).get("task") == "needle":
+        return needle_table(result, file.relative_to(ROOT).as_posix())
     if "protocols" not in result:
         return table_of(result, file.relative_to(ROOT).as_posix())
     protocols, samples = result["protocols"], result["header"]["samples"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -128,6 +129,31 @@ KINDS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("decoding", decoding_table),
 )
 """By the field that a result of this kind has."""
+
+
+def needle_table(result: dict[str, Any], where: str) -> str:
+    """Of ``longmem eval needle``: exact answers by length, all depths together and the worst of them."""
+    depths: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for example in result["examples"]:
+        for system, values in example["values"].items():
+            found[example["group"], system].append(values["exact"])
+    for (group, system), answers in found.items():
+        depths[group.rsplit(", depth", 1)[0]][system].append(answers)
+    systems = result["systems"]
+    rows = []
+    for name, by_system in depths.items():
+        cells = []
+        for system in systems:
+            parts = by_system[system]
+            answers = [answer for part in parts for answer in part]
+            right, worst = sum(answers) / 100, min(sum(part) / len(part) for part in parts)
+            cells.append(
+                f"{sum(answers) / len(answers):.1f} % ({right:.0f} of {len(answers)}; worst depth {worst:.0f} %)"
+            )
+        rows.append([name, *cells])
+    origin = f"`{where}`, made by\n`{result['header']['command']}`"
+    return "\n\n".join([_table(["exact answers", *systems.values()], rows), origin]) + "\n\n"
 
 
 def _adding(model: dict[str, Any]) -> str:
