@@ -104,10 +104,11 @@ def test_headings_of_an_index_beside_an_archive_are_used(tmp_path: Path) -> None
         archive.add(tmp_path / "one.txt", "test/one.txt")
     (tmp_path / "one.txt").unlink()
     headings = [[found.start(), 1, found.group()] for found in re.finditer(r"the night of \d", text)]
+    headings[0][2] = headings[0][2].replace(" ", "\u2028", 1)  # no line ends there
     record = {"id": "one", "sha256": hashlib.sha256(text.encode()).hexdigest(), "headings": headings}
     with pytest.raises(DataError, match=r"test/one\.txt: 0 chapters"):
         build_chapterbreak([tmp_path / "books.tar.xz"], SMALL)
-    (tmp_path / "index.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "index.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
     made = build_chapterbreak([tmp_path], SMALL)
     assert [(b.id, b.headings, b.chapters) for b in made.books] == [("test/one.txt", "index", 9)]
     (tmp_path / "index.jsonl").write_text('{"id": "one"}\n')

@@ -7,11 +7,19 @@ from pathlib import Path
 
 import click
 
+from longmem.cli.outputs import file_to_write
+
 
 @click.command(
     epilog="Example: longmem data conversations --out data/conversations.json --seed 0",
 )
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="JSON file to write.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=file_to_write,
+    required=True,
+    help="JSON file to write.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything that is drawn.")
 @click.option("--conversations", type=int, default=10, show_default=True, help="How many.")
 @click.option("--sessions", type=int, default=6, show_default=True, help="Of each.")
@@ -27,10 +35,10 @@ def conversations(
     dialogue.
     """
     from longmem.data.conversations import ConversationSettings, make_conversations
+    from longmem.files import write_whole
 
     made = make_conversations(ConversationSettings(conversations, sessions, turns, facts, seed))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    write_whole(out, [json.dumps(made, indent=1), "\n"])
     questions = sum(len(sample["qa"]) for sample in made)
     if as_json:
         click.echo(json.dumps({"data": str(out), "conversations": len(made), "questions": questions}, indent=1))

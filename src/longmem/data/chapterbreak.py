@@ -14,6 +14,7 @@ from typing import Any
 from longmem.data.chapters import Chapter, Heading, chapters_of, find_chapters
 from longmem.data.text import ARCHIVES, TEXT_SUFFIXES, Document, expand, read_documents
 from longmem.errors import ConfigError, DataError
+from longmem.files import write_whole
 
 INDEX = "index.jsonl"
 NEGATIVES = 5
@@ -122,13 +123,10 @@ def build_chapterbreak(paths: Iterable[str | Path], settings: ChapterBreakSettin
 
 def write_chapterbreak(made: ChapterBreakData, out: Path) -> tuple[Path, Path]:
     """``chapterbreak_ctx_<N>.json``, as the official files, and ``sources.json``, which says what it was made from."""
-    out.mkdir(parents=True, exist_ok=True)
     data, sources = out / f"chapterbreak_ctx_{made.settings.prefix}.json", out / "sources.json"
-    data.write_text(
-        json.dumps({made.settings.split: made.works}, ensure_ascii=False, indent=0) + "\n", encoding="utf-8"
-    )
+    write_whole(data, [json.dumps({made.settings.split: made.works}, ensure_ascii=False, indent=0), "\n"])
     said = {"settings": asdict(made.settings), "books": [asdict(book) for book in made.books]}
-    sources.write_text(json.dumps(said, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_whole(sources, [json.dumps(said, ensure_ascii=False, indent=1), "\n"])
     return data, sources
 
 
@@ -235,7 +233,8 @@ def _index(folder: Path, top: Path) -> dict[str, list[Heading]]:
 
 def _read_index(file: Path) -> dict[str, list[Heading]]:
     found: dict[str, list[Heading]] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    # only \n ends a line: headings may hold other signs that str.splitlines would take for one
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:

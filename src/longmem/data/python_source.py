@@ -7,14 +7,13 @@ itself over long distances (names, signatures, whole idioms), which is what a me
 from __future__ import annotations
 
 import json
-import os
 import sysconfig
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from longmem.errors import DataError
+from longmem.files import write_whole
 
 STDLIB = "stdlib"
 TEST = {STDLIB: ("email", "http", "logging", "xmlrpc"), "packages": ("click", "networkx", "rich", "jinja2")}
@@ -153,13 +152,9 @@ def write_source(
 
 
 def _write_lines(path: Path, documents: Mapping[str, str]) -> SourceSplit:
-    """Complete or absent: written beside its place, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False) as file:
-        for name, text in documents.items():
-            file.write(json.dumps({"id": name, "text": text}, ensure_ascii=False) + "\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    """Complete or absent."""
+    rows = ({"id": name, "text": text} for name, text in documents.items())
+    write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return SourceSplit(path, len(documents), sum(map(len, documents.values())))
 
 

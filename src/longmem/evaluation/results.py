@@ -8,7 +8,6 @@ import os
 import platform
 import shlex
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from longmem import __version__
+from longmem.files import write_whole
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
@@ -74,13 +74,8 @@ def to_json(record: Any) -> str:
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Complete or absent: written beside its place, then renamed."""
-    text = to_json(record) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    """Complete or absent."""
+    write_whole(path, [to_json(record), "\n"])
 
 
 def _finite(value: Any) -> Any:
