@@ -39,6 +39,11 @@ def test_each_command_has_help_that_begins_with_its_line_in_the_list(
     assert f"Usage: longmem {name}" in capsys.readouterr().out
 
 
+def test_the_list_says_of_the_demo_what_its_help_says(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["demo", "--help"])
+    assert frame.COMMANDS["demo"].summary in capsys.readouterr().out
+
+
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     shown = capsys.readouterr().out

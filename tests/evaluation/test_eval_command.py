@@ -139,9 +139,71 @@ def test_settings_that_contradict_each_other_are_refused(home: Path, capsys: pyt
     assert error_of(capsys, "--model", home / "side", *texts, "--memory-sizes", "64,18") == (
         "memory size (18) must be a multiple of chunk_size (4); try 16"
     )
+    assert error_of(capsys, "--model", home / "side", *texts, "--memory-sizes=-4") == (
+        "memory size (-4) must not be below 0, which is memory switched off; try 4"
+    )
     assert error_of(capsys, "--model", home / "backbone", *texts, "--memory-sizes", "64").startswith(
         "--memory-sizes needs a LongMem checkpoint; "
     )
     assert error_of(capsys, "--model", home / "side", *texts, "--stride", "40", "--protocol", "rolling") == (
         "stride (40) must be between 1 and the window (32); try 16; protocols (rolling) must be among segments, sliding"
     )
+
+
+def test_a_device_that_is_not_here_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["--model", home / "side", "--data", home / "texts"]
+    for device in ("gpu", "meta", "cuda:99"):
+        line = error_of(capsys, *texts, "--device", device)
+        assert line.startswith(f"device ({device}) cannot be used (")
+        assert line.endswith("; try --device cpu")
+
+
+def test_the_tokenizer_of_a_larger_model_is_refused(
+    home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = " ".join(f"word{number}" for number in range(200))
+    larger = train_tokenizer([words], 400)
+    larger.save_pretrained(tmp_path)
+    line = error_of(capsys, "--model", home / "side", "--data", home / "texts", "--tokenizer", tmp_path)
+    assert line.startswith(f"{tmp_path}: a tokenizer of {len(larger)} tokens, the model knows ")
+    assert line.endswith("; name the right one with --tokenizer")
+
+
+def test_checkpoints_that_are_no_checkpoints_are_named(
+    home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shutil.copytree(home / "backbone", tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "cut: no causal language model there, or a damaged one" in error_of(
+        capsys, "--model", tmp_path / "cut", "--data", home / "texts"
+    )
+    (tmp_path / "cut" / "config.json").write_text("[1]")
+    assert error_of(capsys, "--model", tmp_path / "cut", "--data", home / "texts").startswith(
+        f"{tmp_path}/cut/config.json: no object at its top"
+    )
+
+
+def test_a_seed_below_zero_is_refused_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for task in ("perplexity", "ablate", "needle", "harness"):
+        with pytest.raises(SystemExit) as done:
+            main(["eval", task, "--seed=-1"])
+        assert done.value.code == 2
+        assert "'--seed': -1 is not in the range x>=0" in capsys.readouterr().err
+
+
+def test_an_empty_group_sign_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = error_of(capsys, "--model", home / "side", "--data", home / "texts", "--group-by-prefix", "")
+    assert line == "the sign that ends a group's name must not be empty; try --group-by-prefix __"
+
+
+def test_text_errors_speak_of_options_not_of_a_recipe(
+    home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "lines.jsonl").write_text('{"body": "x"}\n')
+    for name in ("nothing.txt", "latin.txt", "lines.jsonl"):
+        line = error_of(capsys, "--model", home / "side", "--data", tmp_path / name)
+        assert line.startswith(f"{tmp_path}/{name}")
+        assert "data." not in line
+        assert "recipe" not in line

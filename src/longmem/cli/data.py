@@ -9,6 +9,8 @@ import click
 
 from longmem.cli.data_chapterbreak import chapterbreak
 from longmem.cli.data_conversations import conversations
+from longmem.cli.outputs import folder_to_write
+from longmem.cli.sources import no_recipe
 
 
 @click.group()
@@ -21,7 +23,13 @@ command.add_command(conversations)
 
 
 @command.command(epilog="Example: longmem data python --out data/python")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the three files.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    callback=folder_to_write,
+    required=True,
+    help="Folder for the three files.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def python(out: Path, as_json: bool) -> None:
     """Python source that this machine has, as train.jsonl, valid.jsonl and test.jsonl.
@@ -48,11 +56,23 @@ def python(out: Path, as_json: bool) -> None:
     "--vocab-size 6144 --out tokenizers/mixed"
 )
 @click.option("--data", "paths", required=True, multiple=True, help="File, folder, .jsonl or archive; repeat it.")
-@click.option("--vocab-size", type=int, default=8192, show_default=True, help="Bytes and special tokens included.")
+@click.option(
+    "--vocab-size",
+    type=click.IntRange(min=259),
+    default=8192,
+    show_default=True,
+    help="256 bytes and 3 special tokens included.",
+)
 @click.option(
     "--bytes-each", type=click.IntRange(min=1), default=12_000_000, show_default=True, help="Read of each source."
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for tokenizer.json.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    callback=folder_to_write,
+    required=True,
+    help="Folder for tokenizer.json.",
+)
 def tokenizer(paths: tuple[str, ...], vocab_size: int, bytes_each: int, out: Path) -> None:
     """Learn a byte-level BPE tokenizer from equal parts of several sources.
 
@@ -63,6 +83,7 @@ def tokenizer(paths: tuple[str, ...], vocab_size: int, bytes_each: int, out: Pat
     from longmem.data.tokenizer import first_bytes, train_tokenizer
 
     texts = (text for path in paths for text in first_bytes((d.text for d in read_documents([path])), bytes_each))
-    made = train_tokenizer(texts, vocab_size, bytes_each * len(paths))
+    with no_recipe():
+        made = train_tokenizer(texts, vocab_size, bytes_each * len(paths))
     made.save_pretrained(str(out))
     click.echo(f"{out}: {len(made):,} tokens")

@@ -8,13 +8,21 @@ from pathlib import Path
 import click
 
 from longmem.cli.evaluating import token_counts
+from longmem.cli.outputs import folder_to_write
+from longmem.cli.sources import no_recipe
 
 
 @click.command(
     epilog="Example: longmem data chapterbreak data/books/test.tar.xz --out data/chapterbreak",
 )
 @click.argument("books", nargs=-1, required=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the two files.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    callback=folder_to_write,
+    required=True,
+    help="Folder for the two files.",
+)
 @click.option("--split", default="books", show_default=True, help="Key of the books in the file.")
 @click.option(
     "--prefix", callback=token_counts, default="8k", show_default=True, help="Tokens that prefixes are long enough for."
@@ -52,7 +60,8 @@ def chapterbreak(
         raise click.BadParameter(
             "one length for all prefixes, which serves shorter ones too; try 8k", param_hint="--prefix"
         )
-    made = build_chapterbreak(books, ChapterBreakSettings(split, prefix[0], words, min_chapter, per_book, seed))
+    with no_recipe():
+        made = build_chapterbreak(books, ChapterBreakSettings(split, prefix[0], words, min_chapter, per_book, seed))
     data, sources = write_chapterbreak(made, out)
     if as_json:
         said = {"data": str(data), "sources": str(sources), "books": [asdict(book) for book in made.books]}

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from longmem.cli.outputs import folder_to_write
+from longmem.cli.sources import no_recipe
+
 if TYPE_CHECKING:
     from longmem.demo.reading import Passage, TokenReading
     from longmem.demo.remembering import Continuation, Remembered
@@ -24,7 +27,12 @@ EXAMPLES = 4
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
 @click.option("--model", type=click.Path(path_type=Path), help="Folder of a SideNet; default: the pair in models/.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Where all of it goes."
+    "--out",
+    type=click.Path(path_type=Path),
+    callback=folder_to_write,
+    default=Path("runs/demo"),
+    show_default=True,
+    help="Where all of it goes.",
 )
 @click.option("--train", is_flag=True, help="Train a small pair first, on the standard library's source.")
 @click.option(
@@ -71,7 +79,8 @@ def command(
         else:
             from longmem.demo.remembering import DEFAULT_TEXTS, remember
 
-            made = remember(out, texts or DEFAULT_TEXTS, model=model, say=say, progress=progress)
+            with no_recipe():
+                made = remember(out, texts or DEFAULT_TEXTS, model=model, say=say, progress=progress)
             result, passage, files = made.perplexity, made.passage, [made.page, made.picture]
     if as_json:
         click.echo(json.dumps(_plain(result, files, made)))

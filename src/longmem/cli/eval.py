@@ -11,6 +11,8 @@ import click
 
 from longmem.cli.evaluating import machine_options, model_options
 from longmem.cli.harness import harness
+from longmem.cli.outputs import folder_to_write
+from longmem.cli.sources import no_recipe
 from longmem.cli.tasks.ablate import ablate
 from longmem.cli.tasks.chapterbreak import chapterbreak
 from longmem.cli.tasks.dialogue import dialogue
@@ -54,9 +56,12 @@ command.add_command(squad)
 @click.option("--group-by-prefix", "separator", help="Report documents apart by their file name up to this string.")
 @machine_options
 @click.option("--resamples", type=int, default=2000, show_default=True, help="Of the bootstrap.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the bootstrap.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder for perplexity.json, curves, and records to resume from."
+    "--out",
+    type=click.Path(path_type=Path),
+    callback=folder_to_write,
+    help="Folder for perplexity.json, curves, and records to resume from.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of a table.")
 def perplexity(
@@ -106,7 +111,8 @@ def perplexity(
     logging.disable_progress_bar()
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     source = TextSource(tuple(data), include=include)
-    texts = list(islice(read_documents(source), num_documents))  # before the model: wrong paths show at once
+    with no_recipe():
+        texts = list(islice(read_documents(source), num_documents))  # before the model: wrong paths show at once
     loaded = load_comparison(
         model,
         backbone=backbone,
@@ -126,7 +132,10 @@ def perplexity(
         bootstrap=Bootstrap(resamples=resamples, seed=seed),
     )
     documents = tokenize_documents(
-        texts, load_tokenizer(loaded.tokenizer), max_tokens=max_tokens, group_separator=separator
+        texts,
+        load_tokenizer(loaded.tokenizer, loaded.comparison.model),
+        max_tokens=max_tokens,
+        group_separator=separator,
     )
     with _Bar() as bar:
         result = evaluation.perplexity(

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from longmem.cli.outputs import folder_to_write
+
 if TYPE_CHECKING:
     from longmem.evaluation.asking import Asker
     from longmem.evaluation.loading import Loaded
@@ -112,7 +114,10 @@ def comparison_options(command: Command) -> Command:
             "--resamples", type=click.IntRange(min=1), default=2000, show_default=True, help="Of the bootstrap."
         ),
         click.option(
-            "--out", type=click.Path(path_type=Path), help="Folder for the result and for records to resume from."
+            "--out",
+            type=click.Path(path_type=Path),
+            callback=folder_to_write,
+            help="Folder for the result and for records to resume from.",
         ),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of a table."),
     )
@@ -153,7 +158,7 @@ def open_comparison(shared: dict[str, Any]) -> Opened:
     dtype = None if shared["dtype"] == "auto" else getattr(torch, shared["dtype"])
     names = ("backbone", "control", "memtrm", "training_free", "memory_sizes", "tokenizer")
     loaded = load_comparison(shared["model"], device=device, dtype=dtype, **{name: shared[name] for name in names})
-    tokenizer = load_tokenizer(loaded.tokenizer)
+    tokenizer = load_tokenizer(loaded.tokenizer, loaded.comparison.model)
     window = shared["window"] or loaded.default_window()
     found = askers(
         loaded.comparison,

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from longmem.cli.outputs import folder_to_write
+from longmem.cli.sources import no_recipe
+
 if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
@@ -35,11 +38,16 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option("--stride", type=click.IntRange(min=1), default=2, show_default=True, help="Of the SideNet to be.")
 @click.option("--chunk-size", type=int, default=4, show_default=True)
 @click.option("--num-retrieved", type=int, default=64, show_default=True, help="Tokens that a query may retrieve.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...; auto takes a GPU if there is one.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Of the weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print every number as JSON.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for layers.json and the heat map layers.png.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    callback=folder_to_write,
+    help="Folder for layers.json and the heat map layers.png.",
+)
 def command(
     model: str,
     data: tuple[str, ...],
@@ -105,7 +113,8 @@ def _text(data: tuple[str, ...], tokenizer: str, rows: int, length: int, *, give
             raise
         click.echo(f"{tokenizer}: no tokenizer, measuring random tokens only; --tokenizer names one", err=True)
         return None
-    documents = [document.text for document in read_documents(list(data))] if data else standard_text()
+    with no_recipe():
+        documents = [document.text for document in read_documents(list(data))] if data else standard_text()
     return text_rows(documents, reader, rows, length)
 
 

@@ -28,7 +28,7 @@ COMMANDS = {
     "memory": Entry("longmem.cli.memory", "Keep texts that a model remembers: add, search, forget, check."),
     "data": Entry("longmem.cli.data", "Make texts and tokenizers to train and to measure with."),
     "convert": Entry("longmem.cli.convert", "Load checkpoints of the released code."),
-    "demo": Entry("longmem.cli.demo", "Train and look into a small LongMem on this machine's own text."),
+    "demo": Entry("longmem.cli.demo", "Let the shipped pair remember texts, and show what that changes."),
 }
 
 
@@ -57,14 +57,14 @@ def cli() -> None:
     """Give any frozen causal language model a long-term memory.
 
     \b
-    longmem demo                                    all of it on a small scale, in minutes
-    longmem train recipes/tiny.toml                 train from a recipe
+    longmem demo                                    a trained pair remembers two packages, in about a minute
+    longmem train recipes/tiny-cpu.toml             train from a recipe
     longmem eval perplexity --model runs/x --data book.txt
     """
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; expected errors become one line on stderr and exit status 1."""
+    """Run the command line; expected errors, the system's among them, become one line on stderr and exit status 1."""
     try:
         status = cli.main(args=arguments, prog_name="longmem", standalone_mode=False)
     except click.exceptions.Abort:  # Ctrl-C
@@ -78,5 +78,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except BrokenPipeError:  # `longmem ... | head`
         sys.stderr.close()
+        sys.exit(1)
+    except OSError as error:
+        if error.errno is None or error.strerror is None:  # no message of the system: a library's, or a bug
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        click.echo(
+            f"error: {place}{error.strerror}; check the path, its permissions and the space that is left", err=True
+        )
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)

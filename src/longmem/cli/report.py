@@ -7,11 +7,17 @@ from pathlib import Path
 
 import click
 
+from longmem.cli.outputs import folder_to_write
+
 
 @click.command(name="report", epilog="Example: longmem report results --out runs/report")
 @click.argument("results", nargs=-1, required=True, metavar="RESULTS...")
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder for report.md, report.html, pictures/."
+    "--out",
+    type=click.Path(path_type=Path),
+    callback=folder_to_write,
+    required=True,
+    help="Folder for report.md, report.html, pictures/.",
 )
 @click.option("--title", default="Results", show_default=True, help="Of the page.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written, and what was not shown, as JSON.")

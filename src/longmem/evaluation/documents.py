@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longmem.errors import DataError
+from longmem.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,11 @@ def tokenize_documents(
         group_separator: a document's group is its file name up to this string (all of it where it does not occur).
 
     Raises:
+        ConfigError: an empty ``group_separator``.
         DataError: no document has two tokens.
     """
+    if group_separator == "":
+        raise ConfigError("the sign that ends a group's name must not be empty; try --group-by-prefix __")
     kept, seen = [], 0
     prefix = _prefix(tokenizer)
     for document in documents:
@@ -90,7 +93,7 @@ def tokenize_documents(
         )
     if not kept:
         raise DataError(
-            f"no text to measure: {seen} documents read, none has two tokens; check --data and --max-tokens"
+            f"no text to measure: {seen} documents read, none has two tokens; check --data, --include and --max-tokens"
         )
     return kept
 

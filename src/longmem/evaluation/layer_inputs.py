@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from longmem.errors import CheckpointError, DataError
-from longmem.evaluation.loading import checkpoint_folder
+from longmem.evaluation.loading import checked_device, checkpoint_folder
 
 STANDARD_TEXT = ("argparse.py", "difflib.py", "doctest.py", "inspect.py", "subprocess.py", "typing.py")
 """Standard library sources that stand in for ``--data``: text that every machine has."""
@@ -28,6 +29,7 @@ def load_backbone(path: str, *, device: str = "auto", dtype: str = "auto") -> tu
 
     Raises:
         CheckpointError: there is no such model.
+        ConfigError: no such device.
     """
     from transformers import AutoModelForCausalLM
 
@@ -39,14 +41,14 @@ def load_backbone(path: str, *, device: str = "auto", dtype: str = "auto") -> tu
         if named is None:
             raise CheckpointError(f"{path}: does not say where its backbone is; give the backbone itself")
         where = str(Path(where) / named) if (Path(where) / named).is_dir() else str(named)
+    place = checked_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     chosen = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=chosen, revision=revision)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{where}: no causal language model there ({str(error).splitlines()[0]})") from error
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), where
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{where}: no causal language model there, or a damaged one ({reason})") from error
+    return model.to(place).eval(), where
 
 
 def text_rows(documents: Sequence[str], tokenizer: Any, rows: int, length: int) -> Tensor:

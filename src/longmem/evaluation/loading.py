@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from longmem.errors import CheckpointError, ConfigError
+from longmem.errors import CheckpointError, ConfigError, DataError
 from longmem.evaluation.systems import Comparison
 
 OWN_KINDS = {"memtrm": "MemTRM", "training_free": "training-free model"}
@@ -58,9 +59,10 @@ def load_comparison(
         dtype: of the weights; None is as saved.
 
     Raises:
-        ConfigError: settings that do not go together; lists all.
+        ConfigError: settings that do not go together; lists all. Or a device that is not here.
         CheckpointError: a checkpoint that is missing, damaged or made for another backbone.
     """
+    checked_device(device)
     where = checkpoint_folder(path)
     kind = _model_type(where)
     if kind == "memtrm" and memtrm is None:
@@ -95,6 +97,20 @@ def load_comparison(
         tokenizer=tokenizer or _tokenizer_folder([where, backbone, named]),
         max_positions=_positions(comparison.model.config),
     )
+
+
+def checked_device(device: str) -> str:
+    """The same name.
+
+    Raises:
+        ConfigError: torch has no such device, or none on this machine.
+    """
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"device ({device}) cannot be used ({reason}); try --device cpu") from error
+    return device
 
 
 def _unused(
@@ -166,15 +182,28 @@ def has_memory(path: str) -> bool:
     return _model_type(checkpoint_folder(path)) in ("longmem", *OWN_KINDS)
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str, model: Any = None) -> Any:
     """The tokenizer of a folder or hub id.
 
+    Args:
+        path: of either.
+        model: whose ids it must make.
+
     Raises:
-        DataError: there is none.
+        DataError: there is none, or it knows more tokens than the model.
     """
     from longmem.data.tokenizer import load_tokenizer as load
 
-    return load(path)
+    tokenizer = load(path)
+    if model is not None:
+        known = model.get_input_embeddings().weight.shape[0]
+        # without those added later: some checkpoints bring one or two that no text has and no embedding knows
+        if tokenizer.vocab_size > known:
+            raise DataError(
+                f"{path}: a tokenizer of {tokenizer.vocab_size:,} tokens, the model knows {known:,}: it is another "
+                "model's; name the right one with --tokenizer"
+            )
+    return tokenizer
 
 
 def checkpoint_folder(path: str) -> str:
@@ -199,9 +228,12 @@ def _model_type(where: str) -> str:
     if not file.is_file():
         return _model_type_on_hub(where)
     try:
-        return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", ""))
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file}: not JSON ({error}); the checkpoint is damaged, write it again") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file}: no object at its top; the checkpoint is damaged, write it again")
+    return str(settings.get("model_type", ""))
 
 
 def _model_type_on_hub(name: str) -> str:
@@ -222,8 +254,11 @@ def _load_causal_lm(where: str, dtype: torch.dtype | None) -> Any:
 
     try:
         return AutoModelForCausalLM.from_pretrained(where, **({} if dtype is None else {"dtype": dtype}))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{where}: no causal language model there ({str(error).splitlines()[0]})") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{where}: no causal language model there, or a damaged one ({str(error).splitlines()[0]}); name another, "
+            "or fetch or train it again"
+        ) from error
 
 
 def _checked_sizes(sizes: Sequence[int] | None, config: Any) -> list[int]:
@@ -232,7 +267,9 @@ def _checked_sizes(sizes: Sequence[int] | None, config: Any) -> list[int]:
     chunk, least = config.chunk_size, config.chunk_size
     problems = []
     for size in chosen:
-        if size < 0 or size % chunk:
+        if size < 0:
+            problems.append(f"memory size ({size}) must not be below 0, which is memory switched off; try {chunk}")
+        elif size % chunk:
             nearest = max(least, round(size / chunk) * chunk)
             problems.append(f"memory size ({size}) must be a multiple of chunk_size ({chunk}); try {nearest}")
     if problems:

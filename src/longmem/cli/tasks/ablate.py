@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from longmem.cli.evaluating import examples_bar, machine_options, token_counts
+from longmem.cli.outputs import folder_to_write
+from longmem.cli.sources import no_recipe
 from longmem.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,10 +71,13 @@ def _shares(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option("--stride", type=int, help="How far the sliding window moves; default: half the window.")
 @click.option("--batch", "rows", type=int, default=8, show_default=True, help="Documents side by side.")
 @click.option("--resamples", type=int, default=2000, show_default=True, help="Of the bootstrap.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the bootstrap.")
 @machine_options
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder for ablate.json, pictures, and records to resume from."
+    "--out",
+    type=click.Path(path_type=Path),
+    callback=folder_to_write,
+    help="Folder for ablate.json, pictures, and records to resume from.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of tables.")
 def ablate(**given: Any) -> None:
@@ -97,9 +102,9 @@ def ablate(**given: Any) -> None:
 
     logging.disable_progress_bar()
     out: Path | None = given["out"]
-    texts = list(
-        islice(read_documents(TextSource(tuple(given["data"]), include=given["include"])), given["num_documents"])
-    )
+    source = TextSource(tuple(given["data"]), include=given["include"])
+    with no_recipe():
+        texts = list(islice(read_documents(source), given["num_documents"]))
     runs = _train(given)
     path = given["model"] or (str(runs[0].model) if runs else None)
     if path is None:
@@ -123,7 +128,9 @@ def ablate(**given: Any) -> None:
     with examples_bar() as progress:
         result = evaluation.ablate(
             main,
-            tokenize_documents(texts, load_tokenizer(loaded.tokenizer), max_tokens=given["max_tokens"]),
+            tokenize_documents(
+                texts, load_tokenizer(loaded.tokenizer, loaded.comparison.model), max_tokens=given["max_tokens"]
+            ),
             settings,
             _choices(given),
             axes=given["axes"],
@@ -173,8 +180,8 @@ def _train(given: dict[str, Any]) -> list[Any]:
         if values or given["train_tokens"]:
             raise ConfigError("--train-tokens, --train-layers, --train-inits and --train-fusions need a --recipe")
         return []
-    if not given["train_tokens"] or given["out"] is None:
-        raise ConfigError("--recipe needs --train-tokens, the budget of each run, and --out, where the runs are kept")
+    if len(given["train_tokens"] or ()) != 1 or given["out"] is None:
+        raise ConfigError("--recipe needs --train-tokens, one budget for every run, and --out, where the runs are kept")
     from longmem.evaluation.ablation_training import plan_runs, train_runs
 
     runs = plan_runs(given["recipe"], given["train_tokens"][0], values, given["out"] / "trained")

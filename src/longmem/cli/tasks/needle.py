@@ -9,6 +9,10 @@ from typing import Any
 import click
 
 from longmem.cli.evaluating import comparison_options, open_comparison, run_and_show, token_counts
+from longmem.cli.outputs import folder_to_write
+from longmem.cli.sources import no_recipe
+
+MOST_DEPTHS = 1001
 
 
 def _depths(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
@@ -20,8 +24,10 @@ def _depths(context: click.Context, parameter: click.Parameter, value: str) -> l
     if len(depths) != 1:
         return depths
     count = depths[0]
-    if count < 1 or count != int(count):
-        raise click.BadParameter(f"{value!r}: one number says how many depths there are; try 5, or 0,50,100")
+    if not 1 <= count <= MOST_DEPTHS or count != int(count):
+        raise click.BadParameter(
+            f"{value!r}: one number says how many depths there are, 1 to {MOST_DEPTHS}; try 5, or 0,50,100"
+        )
     return [50.0] if count == 1 else [round(100 * at / (count - 1), 3) for at in range(int(count))]
 
 
@@ -65,7 +71,8 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
 )
 @click.option(
     "--cache",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=click.Path(path_type=Path),
+    callback=folder_to_write,
     help="Keep here what the text leaves in memory, for other runs over the same backbone.",
 )
 @click.option(
@@ -74,7 +81,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
     default="",
     help="Ask only systems whose names begin so, by comma, e.g. memory,backbone; default: all.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of facts, places and texts.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of facts, places and texts.")
 def needle(
     data: tuple[str, ...],
     kinds: list[str],
@@ -99,6 +106,8 @@ def needle(
     from longmem.evaluation.tasks.needle_plot import plot_needle
     from longmem.evaluation.tasks.needle_text import read_haystack
 
+    if not lengths:
+        raise ConfigError("--lengths (none) must name at least one length; try 4k,16k,64k")
     longest = max(lengths)
     remembers = has_memory(shared["model"]) or shared["memtrm"] or shared["training_free"]
     sizes = shared["memory_sizes"] or ([longest] if remembers else None)
@@ -109,7 +118,8 @@ def needle(
             names = ", ".join(asker.name for asker in opened.askers)
             raise ConfigError(f"--systems ({', '.join(systems)}) names none of {names}")
         opened = replace(opened, askers=chosen)
-    haystack = read_haystack(data, opened.tokenizer, longest, opened.window)
+    with no_recipe():
+        haystack = read_haystack(data, opened.tokenizer, longest, opened.window)
     task = Needle(haystack, opened.tokenizer, kinds, lengths, depths, trials, seed, _say, cache)
     result = run_and_show(task, opened, shared, seeds=(seed,))
     if shared["out"] is not None:
