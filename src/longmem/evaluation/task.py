@@ -72,6 +72,18 @@ class Task(Protocol):
         """
 
 
+def numbered(names: Sequence[str]) -> list[str]:
+    """Equal names told apart: ``test.txt``, ``test.txt (2)``."""
+    found: list[str] = []
+    for name in names:
+        shown, count = name, 1
+        while shown in found:
+            count += 1
+            shown = f"{name} ({count})"
+        found.append(shown)
+    return found
+
+
 def digest_of(*parts: Any) -> str:
     """Hash of what JSON can say."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=list)

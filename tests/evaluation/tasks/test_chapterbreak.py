@@ -69,6 +69,17 @@ def test_for_a_prefix_the_shortest_file_that_is_long_enough_is_taken(write: Writ
         files_for(files, 513)
     unnamed = read_chapterbreak(write("mine.json"))
     assert files_for([unnamed], 9000) == [unnamed]
+    assert files_for([unnamed, *files], 65) == [unnamed, files[0]]
+    assert files_for([*files, unnamed], 513) == [unnamed]
+
+
+def test_a_work_that_two_files_have_for_one_prefix_is_refused(
+    write: Write, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    files = [read_chapterbreak(write(name)) for name in ("chapterbreak_ctx_64.json", "chapterbreak_ctx_128.json")]
+    ChapterBreakTask(files, byte_tokenizer, SETTINGS)  # the same works behind longer prefixes
+    with pytest.raises(ConfigError, match=r"a.json and b.json are both taken for a prefix .* \(pg19, pg190\)"):
+        ChapterBreakTask([read_chapterbreak(write(name)) for name in ("a.json", "b.json")], byte_tokenizer, SETTINGS)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,33 @@ def test_an_msc_file_of_one_line_is_no_locomo_sample(tmp_path: Path) -> None:
     assert read_dialogues(tmp_path / "one.txt").kind == "msc"
 
 
+def test_only_a_line_end_parts_conversations_of_msc(tmp_path: Path) -> None:
+    spoken = [{"text": "one\u2028two\x85three"}]
+    line = json.dumps(MSC | {"dialog": spoken}, ensure_ascii=False)
+    (tmp_path / "test.txt").write_text(f"{line}\r\n{line}\n", encoding="utf-8-sig", newline="")
+    file = read_dialogues(tmp_path / "test.txt")
+    assert [conversation.questions[0].answer for conversation in file.conversations] == ["one two three"] * 2
+
+
+def test_files_and_conversations_of_one_name_are_told_apart(tmp_path: Path, byte_tokenizer: Any) -> None:
+    later = {"dialog": [{"text": "Once more."}]}
+    for number, more in ((3, {}), (4, later)):
+        (tmp_path / f"session_{number}").mkdir()
+        past = MSC["previous_dialogs"] + [later] * (number - 3)
+        content = json.dumps(MSC | more | {"previous_dialogs": past})
+        (tmp_path / f"session_{number}" / "test.txt").write_text(content + "\n")
+    nameless = {name: value for name, value in SAMPLE.items() if name != "sample_id"}
+    (tmp_path / "made.json").write_text(json.dumps([nameless, SAMPLE, SAMPLE]))
+    paths = [tmp_path / "session_3/test.txt", tmp_path / "session_4/test.txt", *[tmp_path / "made.json"] * 2]
+    task = DialogueTask([read_dialogues(path) for path in paths], byte_tokenizer)
+    names = [example.id for example in task.examples()]
+    assert len(set(names)) == len(names) == 2 + 1 + 2 * 9
+    assert list(task.settings()["files"]) == ["session_3/test.txt", "session_4/test.txt", "made.json", "made.json (2)"]
+    # the sessions of one conversation of MSC are drawn together, whatever their files
+    assert [example.unit for example in task.examples()[:3]] == ["valid_3"] * 3
+    assert len({example.unit for example in task.examples()[3:]}) == 6
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -120,6 +147,8 @@ def test_an_msc_file_of_one_line_is_no_locomo_sample(tmp_path: Path) -> None:
         ("[]", "no questions in it"),
         (json.dumps([SAMPLE | {"qa": [{"question": "?", "category": 6}]}]), "sample 'conv-1' is not as LoCoMo's are"),
         (json.dumps([SAMPLE | {"qa": [{"question": "?", "category": 1}]}]), "sample 'conv-1' is not as LoCoMo's are"),
+        (json.dumps([SAMPLE | {"qa": [{"question": "?", "category": 1, "answer": None}]}]), "its answer is null"),
+        (json.dumps(MSC | {"dialog": [{"text": None}]}), "line 1: .* the text of a turn is a NoneType"),
     ],
 )
 def test_other_files_are_refused_by_what_is_wrong(tmp_path: Path, content: str, said: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,9 @@ def test_a_question_is_shown_with_its_answer_or_without(read: tuple[SquadFile, S
     told = "Context: The Ada d00 came to the hill.\nQuestion: Where is d00?\nAnswer:"
     assert shown(question, answered=True) == f"{told} the hill\n\n"
     assert shown(question, answered=False) == told
+    telling = replace(question, answers=("Answer: {hill}",))
+    assert shown(telling, answered=True) == f"{told} Answer: {{hill}}\n\n"
+    assert shown(telling, answered=False) == told
     assert TEMPLATE.format(passage="p", question="q", answer="a") == "Context: p\nQuestion: q\nAnswer: a\n\n"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from longmem.errors import ConfigError
 from longmem.evaluation.asking import Asker, Choice, Scored
-from longmem.evaluation.task import Example, Metric, digest_of
+from longmem.evaluation.task import Example, Metric, digest_of, numbered
 from longmem.evaluation.tasks.chapterbreak_data import ChapterBreakFile, Item, files_for
 from longmem.evaluation.tasks.shots import Tokens, encode_after, start_tokens
 
@@ -75,7 +75,7 @@ class ChapterBreakTask:
         settings: default if None.
 
     Raises:
-        ConfigError: no file has prefixes so long.
+        ConfigError: no file has prefixes so long, or two that are taken for one prefix have the same work.
     """
 
     name = "chapterbreak"
@@ -87,7 +87,10 @@ class ChapterBreakTask:
         self.chosen = settings or ChapterBreakSettings()
         self.start = start_tokens(tokenizer)
         taken = {prefix: files_for(files, prefix) for prefix in self.chosen.prefixes}
-        self.taken = {prefix: [file.name for file in found] for prefix, found in taken.items()}
+        for found in taken.values():
+            _refuse_works_that_come_twice(found)
+        self._names = dict(zip(map(id, files), numbered([file.name for file in files]), strict=True))
+        self.taken = {prefix: [self._names[id(file)] for file in found] for prefix, found in taken.items()}
         self._examples = [example for prefix, found in taken.items() for example in self._examples_of(prefix, found)]
         options = {len(example.item.options) for example in self._examples}
         chance = 100 / options.pop() if len(options) == 1 else None
@@ -99,7 +102,9 @@ class ChapterBreakTask:
 
     def settings(self) -> dict[str, Any]:
         return {
-            "files": {file.name: {"sha256": file.sha256, "examples": len(file.items)} for file in self.files},
+            "files": {
+                self._names[id(file)]: {"sha256": file.sha256, "examples": len(file.items)} for file in self.files
+            },
             "file_of_prefix": {str(prefix): names for prefix, names in self.taken.items()},
             "prefixes": list(self.chosen.prefixes),
             "suffix_tokens": self.chosen.suffix,
@@ -162,6 +167,19 @@ class ChapterBreakTask:
                     unit=f"{split}/{item.work}",
                     prefix=prefix,
                     item=item,
+                )
+
+
+def _refuse_works_that_come_twice(files: Sequence[ChapterBreakFile]) -> None:
+    """Examples are told apart by split, work and number: those of another file would get each other's answers."""
+    seen: dict[tuple[str, str], ChapterBreakFile] = {}
+    for file in files:
+        for item in file.items:
+            other = seen.setdefault((item.split, item.work), file)
+            if other is not file:
+                raise ConfigError(
+                    f"{other.name} and {file.name} are both taken for a prefix and have the same work ({item.split}, "
+                    f"{item.work}); give one of them, or one with another name of the split"
                 )
 
 

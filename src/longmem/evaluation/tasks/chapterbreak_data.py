@@ -73,22 +73,21 @@ def read_chapterbreak(path: str | Path) -> ChapterBreakFile:
 
 
 def files_for(files: Sequence[ChapterBreakFile], prefix: int) -> list[ChapterBreakFile]:
-    """Those whose prefixes are long enough, the shortest of them; all of a length together.
+    """Those whose prefixes are long enough, the shortest of them, all of a length together; and those that do not say.
 
     Raises:
         ConfigError: none is long enough.
     """
-    lengths = {file.prefix for file in files}
-    if None in lengths:
-        return [file for file in files if file.prefix is None]
-    enough = [length for length in lengths if length is not None and length >= prefix]
-    if not enough:
-        longest = max(length for length in lengths if length is not None)
+    lengths = {file.prefix for file in files if file.prefix is not None}
+    shortest = min((length for length in lengths if length >= prefix), default=None)
+    found = [file for file in files if file.prefix in (None, shortest)]
+    if not found:
+        longest = max(lengths)
         raise ConfigError(
             f"--prefix {prefix} is longer than the prefixes of the files ({longest} tokens, by their names); "
             "give a file with longer ones, or a smaller --prefix"
         )
-    return [file for file in files if file.prefix == min(enough)]
+    return found
 
 
 def _item(path: Path, split: str, work: str, number: int, example: Any) -> Item:

@@ -11,7 +11,7 @@ from typing import Any
 
 from longmem.errors import ConfigError
 from longmem.evaluation.asking import Asker, Choice, Prompt, Scored
-from longmem.evaluation.task import Example, Metric, digest_of
+from longmem.evaluation.task import Example, Metric, digest_of, numbered
 from longmem.evaluation.tasks.dialogue_data import ADVERSARIAL, Conversation, DialogueFile, Question
 from longmem.evaluation.tasks.dialogue_metrics import bleu_signature, choices, measure, reference
 from longmem.evaluation.tasks.shots import Tokens, encode_after, start_tokens
@@ -124,18 +124,19 @@ class DialogueTask:
         self.chosen = settings or DialogueSettings()
         self.start = start_tokens(tokenizer)
         self._known: tuple[Conversation, Tokens] | None = None
+        self._names = numbered([file.name for file in files])
         self._examples = [
             example
-            for file in files
-            for conversation in file.conversations[: self.chosen.conversations]
-            for example in self._examples_of(file, conversation)
+            for file_name, file in zip(self._names, files, strict=True)
+            for name, conversation in _named(file_name, file.conversations[: self.chosen.conversations])
+            for example in self._examples_of(name, conversation)
         ]
 
     def settings(self) -> dict[str, Any]:
         return {
             "files": {
-                file.name: {"kind": file.kind, "sha256": file.sha256, "conversations": len(file.conversations)}
-                for file in self.files
+                name: {"kind": file.kind, "sha256": file.sha256, "conversations": len(file.conversations)}
+                for name, file in zip(self._names, self.files, strict=True)
             },
             **asdict(self.chosen),
             "prompt": ASKED,
@@ -201,9 +202,8 @@ class DialogueTask:
         cut = max(0, len(tokens) - self.chosen.recent)
         return ((*self.start, *tokens[:cut]) if cut else ()), tokens[cut:]
 
-    def _examples_of(self, file: DialogueFile, conversation: Conversation) -> Iterator[DialogueExample]:
+    def _examples_of(self, name: str, conversation: Conversation) -> Iterator[DialogueExample]:
         questions = list(conversation.questions)
-        name = f"{file.name}/{conversation.id}"
         if self.chosen.questions is not None and self.chosen.questions < len(questions):
             drawn = random.Random(f"{self.chosen.seed} {name}").sample(range(len(questions)), self.chosen.questions)
             questions = [questions[number] for number in sorted(drawn)]
@@ -219,7 +219,8 @@ class DialogueTask:
                 id=f"{name}/{question.id}",
                 digest=digest_of(before, asdict(question), offered, kept),
                 group=question.group,
-                unit=name,
+                # a conversation whose sessions are in several files is drawn as one
+                unit=name if conversation.of is None else conversation.of,
                 conversation=conversation,
                 question=question,
                 offered=offered,
@@ -232,6 +233,12 @@ class DialogueTask:
         self.answers.parent.mkdir(parents=True, exist_ok=True)
         with self.answers.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line | {"expected": example.expected, "said": said}, ensure_ascii=False) + "\n")
+
+
+def _named(file: str, conversations: Sequence[Conversation]) -> Iterator[tuple[str, Conversation]]:
+    """Conversations by names of which there are no two."""
+    names = numbered([f"{file}/{conversation.id}" for conversation in conversations])
+    yield from zip(names, conversations, strict=True)
 
 
 def first_line(text: str) -> str:

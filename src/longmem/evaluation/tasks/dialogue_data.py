@@ -41,16 +41,20 @@ class Question:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Sessions, oldest first, each a text with its date and a line for each turn, and what is asked about them."""
+    """Sessions, oldest first, each a text with its date and a line for each turn, and what is asked about them.
+
+    ``of`` names the conversation where other files have other parts of it: MSC's sessions.
+    """
 
     id: str
     sessions: tuple[str, ...]
     questions: tuple[Question, ...]
+    of: str | None = None
 
 
 @dataclass(frozen=True)
 class DialogueFile:
-    """A file; ``kind`` is ``locomo`` or ``msc``."""
+    """A file; ``kind`` is ``locomo`` or ``msc``, whose files are all called alike and are named with their folder."""
 
     name: str
     kind: str
@@ -67,7 +71,7 @@ def read_dialogues(path: str | Path) -> DialogueFile:
     path = Path(path)
     try:
         raw = path.read_bytes()
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not readable ({error}); name a locomo10.json or an MSC session_N/test.txt") from error
     try:
@@ -77,34 +81,35 @@ def read_dialogues(path: str | Path) -> DialogueFile:
     if content is None or (isinstance(content, dict) and "previous_dialogs" in content):
         found, kind = list(_msc_lines(path, text)), "msc"
     elif isinstance(content, list | dict):
-        found = [_locomo(path, sample) for sample in (content if isinstance(content, list) else [content])]
+        samples = content if isinstance(content, list) else [content]
+        found = [_locomo(path, number, sample) for number, sample in enumerate(samples)]
         kind = "locomo"
     else:
         raise DataError(f"{path}: neither a list of LoCoMo samples nor lines of MSC; see the docs of dialogue")
     found = [conversation for conversation in found if conversation.questions]
     if not found:
         raise DataError(f"{path}: no questions in it; name a locomo10.json or an MSC session_N/test.txt")
-    return DialogueFile(path.name, kind, hashlib.sha256(raw).hexdigest(), found)
+    name = f"{path.absolute().parent.name}/{path.name}" if kind == "msc" else path.name
+    return DialogueFile(name, kind, hashlib.sha256(raw).hexdigest(), found)
 
 
 # LoCoMo
 
 
-def _locomo(path: Path, sample: Any) -> Conversation:
+def _locomo(path: Path, number: int, sample: Any) -> Conversation:
     if not isinstance(sample, dict) or not {"conversation", "qa"} <= sample.keys():
         named = ", ".join(sample) if isinstance(sample, dict) else type(sample).__name__
         raise DataError(f"{path}: not a LoCoMo sample (it has: {named}); a sample has sample_id, conversation and qa")
-    name, spoken = str(sample.get("sample_id", "")), sample["conversation"]
+    name, spoken = str(sample.get("sample_id", number)), sample["conversation"]
     try:
-        numbers = sorted(int(key.removeprefix("session_")) for key in spoken if key.removeprefix("session_").isdigit())
+        found = (key.removeprefix("session_") for key in spoken if key.startswith("session_"))
+        numbers = sorted(int(session) for session in found if session.isdecimal())
         sessions = [
-            _session(
-                f"DATE: {spoken.get(f'session_{number}_date_time', 'unknown')}", map(_turn, spoken[f"session_{number}"])
-            )
-            for number in numbers
-            if spoken[f"session_{number}"]
+            _session(f"DATE: {spoken.get(f'session_{at}_date_time', 'unknown')}", map(_turn, spoken[f"session_{at}"]))
+            for at in numbers
+            if spoken[f"session_{at}"]
         ]
-        questions = [_question(number, qa) for number, qa in enumerate(sample["qa"])]
+        questions = [_question(at, qa) for at, qa in enumerate(sample["qa"])]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{path}: sample {name!r} is not as LoCoMo's are ({type(error).__name__}: {error}); turns need speaker and "
@@ -113,12 +118,19 @@ def _locomo(path: Path, sample: Any) -> Conversation:
     return Conversation(name, tuple(sessions), tuple(questions))
 
 
+def _text(turn: dict[str, Any]) -> str:
+    text = turn["text"]
+    if not isinstance(text, str):
+        raise TypeError(f"the text of a turn is a {type(text).__name__}")
+    return text
+
+
 def _session(heading: str, lines: Iterator[str]) -> str:
     return "\n".join([heading, "CONVERSATION:", *lines]) + "\n\n"
 
 
 def _turn(turn: dict[str, Any]) -> str:
-    said = f'{turn["speaker"]} said, "{turn["text"]}"'
+    said = f'{turn["speaker"]} said, "{_text(turn)}"'
     # of a picture, what LoCoMo's own evaluation shows of it
     return f"{said} [shares {turn['blip_caption']}]" if turn.get("blip_caption") else said
 
@@ -130,6 +142,8 @@ def _question(number: int, qa: dict[str, Any]) -> Question:
         answer = qa["adversarial_answer"] if "adversarial_answer" in qa else qa["answer"]
     else:
         answer = qa["answer"]
+    if answer is None or qa["question"] is None:
+        raise TypeError(f"question {number} or its answer is null")
     text = str(qa["question"]) + (WITH_DATE if category == TEMPORAL else "")
     return Question(str(number), kind, "", text, str(answer).strip(), category)
 
@@ -138,7 +152,8 @@ def _question(number: int, qa: dict[str, Any]) -> Question:
 
 
 def _msc_lines(path: Path, text: str) -> Iterator[Conversation]:
-    for number, line in enumerate(text.splitlines(), 1):
+    # only \n ends a line: people's texts hold other signs that str.splitlines would take for one
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -162,13 +177,16 @@ def _msc(number: int, line: dict[str, Any]) -> Conversation:
     for at, (speaker, text) in enumerate(_speakers(line["dialog"])):
         questions.append(Question(str(at), group, before, f"{speaker}:", text))
         before += f"{speaker}: {text}\n"
-    known = line.get("metadata") or {}
+    of = (line.get("metadata") or {}).get("initial_data_id")
     return Conversation(
-        f"{known.get('initial_data_id', 'line')}:{number}", tuple(sessions), tuple(q for q in questions if q.answer)
+        f"{of or 'line'}:{number}",
+        tuple(sessions),
+        tuple(question for question in questions if question.answer),
+        None if of is None else str(of),
     )
 
 
 def _speakers(dialog: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     """Names and texts; speakers alternate where a turn does not say whose it is."""
     for at, turn in enumerate(dialog):
-        yield str(turn.get("id") or f"Speaker {at % 2 + 1}"), " ".join(str(turn["text"]).split())
+        yield str(turn.get("id") or f"Speaker {at % 2 + 1}"), " ".join(_text(turn).split())

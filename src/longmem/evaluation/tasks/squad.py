@@ -221,8 +221,9 @@ class SquadTask:
 
 def shown(question: SquadQuestion, *, answered: bool) -> str:
     """A question by ``TEMPLATE``, with its first answer or cut before the space that leads to it."""
-    text = TEMPLATE.format(passage=question.passage, question=question.question, answer=question.answers[0])
-    return text if answered else text[: text.rindex("Answer:") + len("Answer:")]
+    # the template is cut, not the text: an answer may say "Answer:" itself
+    template = TEMPLATE if answered else TEMPLATE.partition(" {answer}")[0]
+    return template.format(passage=question.passage, question=question.question, answer=question.answers[0])
 
 
 def first_line(text: str) -> str:
