@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from result_tables import needle_table, table_of
+from result_tables import gains_table, needle_table, table_of
 from results_page import lacks_pictures, results_report, write_pictures
 
 import longmem
@@ -25,6 +25,7 @@ from longmem.store.sizes import size_table
 ROOT = Path(__file__).parents[1]
 NOTE = "<!-- written by `make docs` from the source; edit that instead -->\n"
 RESULTS = re.compile(r"<!-- results: ([^>]*?) -->\n.*?<!-- /results -->\n", re.DOTALL)
+GAINS = re.compile(r"<!-- gains: ([^>]*?) -->\n.*?<!-- /gains -->\n", re.DOTALL)
 SIZES = re.compile(r"<!-- sizes -->\n.*?<!-- /sizes -->\n", re.DOTALL)
 MODULES = (
     "longmem.data.text",
@@ -123,7 +124,12 @@ def with_results(page: str) -> str:
         tables = "\n".join(_result(file) for file in files if file.exists())
         return f"<!-- results: {match[1]} -->\n{tables}<!-- /results -->\n"
 
-    return RESULTS.sub(fill, page)
+    def gained(match: re.Match[str]) -> str:
+        system, *names = match[1].split()
+        found = {n: json.loads((ROOT / n).read_text(encoding="utf-8")) for n in names if (ROOT / n).exists()}
+        return f"<!-- gains: {match[1]} -->\n{gains_table(found, system) if found else ''}<!-- /gains -->\n"
+
+    return GAINS.sub(gained, RESULTS.sub(fill, page))
 
 
 def with_sizes(page: str) -> str:

@@ -156,6 +156,45 @@ def needle_table(result: dict[str, Any], where: str) -> str:
     return "\n\n".join([_table(["exact answers", *systems.values()], rows), origin]) + "\n\n"
 
 
+AGAINST = {
+    "backbone": "its backbone alone",
+    "memory_off": "itself with memory off",
+    "control": "the SideNet trained equally long without memory",
+    "memtrm": "MemTRM, trained on as many tokens",
+    "training_free": "memory attention without training",
+}
+
+
+def gains_table(results: dict[str, dict[str, Any]], system: str) -> str:
+    """What one system gains over each other: texts and protocols across.
+
+    Args:
+        results: of ``longmem eval perplexity``, by the name of their file.
+        system: whose gains.
+    """
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
+    heads: list[str] = []
+    for where, result in results.items():
+        for protocol, scores in result["protocols"].items():
+            heads.append(f"{where.split('/')[-2].removeprefix('small-')}, {protocol}")
+            for gap in scores["all"]["differences"]:
+                if gap["system"] == system:
+                    edges = gap["documents"] or gap["blocks"]
+                    cells[gap["against"]][heads[-1]] = (
+                        f"{gap['percent']:+.1f} [{edges['low']:+.1f}, {edges['high']:+.1f}]"
+                    )
+    rows = [
+        [words, *(cells[name].get(head, "") for head in heads)]
+        for name in cells
+        for start, words in AGAINST.items()
+        if name.startswith(start) and (start != "memory_off" or name == start)
+    ]
+    label = next(iter(results.values()))["systems"][system]
+    made = ", ".join(f"`{where}`" for where in results)
+    told = f"% of perplexity, below 0 is better; 95 % intervals over documents. From {made}."
+    return "\n\n".join([_table([f"{label}, against", *heads], rows), told]) + "\n\n"
+
+
 def _adding(model: dict[str, Any]) -> str:
     add = model["add"]
     parts = [

@@ -136,3 +136,11 @@ def test_generated_pages_are_what_the_source_says() -> None:
         [sys.executable, "docs/make_api.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "models" / "small" / "README.md"], ids=lambda p: str(p.parent)
+)
+def test_shares_and_gains_stand_only_in_tables_made_from_results(page: Path) -> None:
+    text = re.sub(r"(?ms)^<!-- (results|gains): .*?^<!-- /\1 -->$|^```.*?^```$", "", page.read_text(encoding="utf-8"))
+    assert not re.findall(r"[\d.,]+ ?%|\b\d+\.\d+ (?:times|x)\b", text), "say it in a table of results, or not at all"
