@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The shipped pair from its texts: tokenizer, backbone, SideNet, control and MemTRM, and what results/ says of them.
-# About six hours on two cores without AVX-512. Stopped, it goes on where it was; what is finished is not made again.
+# The shipped pair from its texts: tokenizer, backbone, SideNet, control, MemTRM and needle, and what results/ says of them.
+# About eight hours on two cores without AVX-512. Stopped, it goes on where it was; what is finished is not made again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 shared=${SHARED:-../shared/data}
@@ -12,9 +12,11 @@ train() { # NAME RECIPE [SETTINGS...]
     [ -e "runs/$name/final/config.json" ] || longmem train "recipes/$recipe.toml" --resume --set "run.out_dir=runs/$name" "$@"
 }
 
-measure() { # NAME TEXT
-    longmem eval perplexity --model runs/small-sidenet --control runs/small-control --memtrm runs/small-memtrm \
-        --data "$2" --memory-sizes 1k,4k,8k,16k --max-tokens 20480 --group-by-prefix __ --out "runs/results/small-$1"
+models=(--model runs/small-sidenet --control runs/small-control --memtrm runs/small-memtrm)
+
+measure() { # NAME TEXT [SETTINGS...]
+    longmem eval perplexity "${models[@]}" --data "$2" --memory-sizes 1k,8k --max-tokens 10240 --group-by-prefix __ \
+        --out "runs/results/small-$1" "${@:3}"
 }
 
 [ -e "$python/train.jsonl" ] || longmem data python --out "$python"
@@ -27,7 +29,17 @@ train small-sidenet small-sidenet "${backbone[@]}"
 train small-control small-sidenet "${backbone[@]}" --set sidenet.memory=false
 train small-memtrm small-sidenet "${backbone[@]}" --set method=memtrm --set optim.muon_lr=0.002 --set optim.lr=3e-4 --set sidenet.gate=0.1
 
+train needle-sidenet needle-sidenet "${backbone[@]}" --set sidenet.start=runs/small-sidenet/final
+train needle-far needle-sidenet "${backbone[@]}" --set sidenet.start=runs/needle-sidenet/final --set run.seed=2 \
+    --set needles.least_tokens=16384 --set needles.most_tokens=1048576 --set needles.grows=0 \
+    --set optim.steps=400 --set optim.muon_lr=0.015 --set optim.lr=1e-3
+
 measure books "$books/test.tar.xz"
 measure latex "$latex/test.tar.xz"
-measure python "$python/test.jsonl"
+measure python "$python/test.jsonl" --include 'stdlib*' --include 'packages__[cjr]*' --include 'packages__networkx-0[0-2]'
+[ -e data/chapterbreak/chapterbreak_ctx_8192.json ] || longmem data chapterbreak "$books/test.tar.xz" --out data/chapterbreak
+longmem eval chapterbreak "${models[@]}" --training-free 0.1 --data data/chapterbreak/chapterbreak_ctx_8192.json --out runs/results/chapterbreak
+longmem eval icl "${models[@]}" --training-free 0.1 --memory-sizes 64k --data "$shared/icl" --out runs/results/icl
+longmem eval needle --model runs/needle-far --data "$python/test.jsonl" --lengths 4k,16k,64k,1m --systems backbone,memory_1 \
+    --cache runs/needle-cache --out runs/results/needle
 longmem report runs/results --out runs/results
