@@ -8,6 +8,7 @@ import sys
 import tarfile
 import types
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -100,6 +101,12 @@ def test_a_missing_path_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path}/nowhere.txt, {tmp_path}/no: no such file" in failure(tmp_path / "nowhere.txt", tmp_path / "no")
 
 
+def test_an_empty_name_is_not_the_folder_one_is_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(DataError, match="'': no such file or folder"):
+        list(read_documents([""]))
+
+
 def test_an_empty_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     assert failure(tmp_path / "empty.txt").startswith(f"{tmp_path}/empty.txt: no text, the file is empty")
@@ -128,6 +135,23 @@ def test_a_broken_archive_is_named(tmp_path: Path) -> None:
     cut = tmp_path / "cut.tar.xz"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     assert failure(cut).startswith(f"{cut}: not a readable tar archive")
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz", "bz2"])
+def test_damage_in_the_middle_of_an_archive_is_noticed(tmp_path: Path, kind: str) -> None:
+    random = Random(0)
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("".join(random.choices("abcdefgh \n", k=60_000)))
+    path = tmp_path / f"texts.tar.{kind}"
+    with tarfile.open(path, f"w:{kind}") as archive:  # type: ignore[call-overload]
+        for name in "abc":
+            archive.add(tmp_path / f"{name}.txt", f"{name}.txt")
+    assert len(list(read_documents([path]))) == 3
+    whole = path.read_bytes()
+    for place in range(len(whole) // 10, len(whole), len(whole) // 10):
+        path.write_bytes(whole[:place] + bytes(8) + whole[place + 8 :])
+        with pytest.raises(DataError, match=r"not a readable tar archive|not UTF-8"):
+            list(read_documents([path]))
 
 
 def test_a_line_that_is_no_json_is_numbered(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import lzma
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
@@ -122,14 +124,15 @@ def expand(paths: Sequence[str]) -> list[str]:
     found: list[str] = []
     missing: list[str] = []
     for path in paths:
-        if path.startswith(HUB) or Path(path).exists():
+        # an empty name, of a variable that nobody set, would be the folder one is in
+        if path.startswith(HUB) or (path and Path(path).exists()):
             found.append(path)
-        elif matches := sorted(glob.glob(path, recursive=True)):
+        elif path and (matches := sorted(glob.glob(path, recursive=True))):
             found.extend(matches)
         else:
             missing.append(path)
     if missing:
-        names = ", ".join(missing)
+        names = ", ".join(path or "''" for path in missing)
         raise DataError(
             f"{names}: no such file or folder (looked from {Path.cwd()}); "
             f"check the path, or the recipe's data.paths and data.valid"
@@ -186,7 +189,10 @@ def _read_archive(file: Path, source: TextSource) -> Iterator[Document]:
                     stream = archive.extractfile(member)
                     assert stream is not None
                     yield from _document(stream.read(), member.name, f"{file}:{member.name}", source)
-    except (tarfile.TarError, EOFError, OSError) as error:
+            # a header that damage made unreadable looks like the end: the checksum behind it does not
+            while archive.fileobj is not None and archive.fileobj.read(1 << 20):
+                pass
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{file}: not a readable tar archive ({error}); fetch or pack it again") from error
 
 
