@@ -247,6 +247,21 @@ def test_what_is_no_result_is_named_in_one_line_and_the_rest_is_shown(
         build_report([results / "model"])
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("samples", ["documents"]), ("samples", {"documents": "many"}), ("seconds", "long")]
+)
+def test_a_header_that_is_damaged_is_named_and_the_rest_is_shown(tmp_path: Path, field: str, value: Any) -> None:
+    good, bad = perplexity_result(), perplexity_result()
+    bad["header"][field] = value
+    label = perplexity_result() | {"systems": SYSTEMS | {"memory_off": ["no text"]}}
+    for name, result in (("good", good), ("bad", bad), ("label", label)):
+        write_json(tmp_path / name / "perplexity.json", result)
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    report = build_report([tmp_path])
+    assert [Path(file.path).parent.name for file in report.files] == ["good"]
+    assert sorted(line.split(": ", 1)[1][:10] for line in report.problems) == ["a damaged ", "a damaged ", "not JSON ("]
+
+
 def test_what_cannot_be_drawn_is_named_and_the_tables_stay(tmp_path: Path) -> None:
     result = perplexity_result()
     for one in result["protocols"]["sliding"]["all"]["by_position"]:

@@ -12,6 +12,7 @@ from longmem.errors import DataError
 from longmem.evaluation.report.blocks import Block, Heading, Picture, Table, Text, markdown, page
 from longmem.evaluation.report.files import ResultFile, read_results
 from longmem.evaluation.report.sections import section
+from longmem.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -97,12 +98,15 @@ def build_report(
         DataError: a path is not there, or none of the files is a result.
     """
     files, problems = read_results(paths, base)
-    parts, shown = list[Block](), list[ResultFile]()
+    parts, shown, rows = list[Block](), list[ResultFile](), list[list[str]]()
     for name, some in groupby(files, key=lambda file: file.task if file.kind == "task" else file.kind):
         group: list[Block] = []
         for file in some:
             try:
-                group += section(file)
+                part, row = section(file), _row(file)
+                markdown([*part, _overview([row])], "")  # says now what cannot be written: cells that are no text
+                group += part
+                rows.append(row)
                 shown.append(file)
             except DAMAGED as error:
                 problems.append(f"{file.path}: a damaged {file.kind} result ({_what(error)}); measure it again")
@@ -110,7 +114,7 @@ def build_report(
             parts += [Heading(2, TITLES.get(name, name)), *group]
     if not shown:
         raise DataError("; ".join(problems))
-    blocks: list[Block] = [Heading(1, title), *(Text(text) for text in intro), _overview(shown), *parts]
+    blocks: list[Block] = [Heading(1, title), *(Text(text) for text in intro), _overview(rows), *parts]
     if problems:
         blocks += [Heading(2, "Not shown"), *(Text(problem) for problem in problems)]
     return Report(title, blocks, shown, problems)
@@ -120,8 +124,8 @@ def write_report(report: Report, out: Path) -> list[Path]:
     """``report.md`` with its pictures in ``pictures/``, and ``report.html``; returns the files."""
     out.mkdir(parents=True, exist_ok=True)
     pictures = report.save_pictures(out / "pictures")
-    (out / "report.md").write_text(report.markdown("pictures"), encoding="utf-8")
-    (out / "report.html").write_text(report.html(), encoding="utf-8")
+    write_whole(out / "report.md", [report.markdown("pictures")])
+    write_whole(out / "report.html", [report.html()])
     return [out / "report.md", out / "report.html", *pictures]
 
 
@@ -130,16 +134,16 @@ def _what(error: Exception) -> str:
     return f"{said} is missing" if isinstance(error, KeyError) else said or type(error).__name__
 
 
-def _overview(files: Sequence[ResultFile]) -> Table:
+def _overview(rows: list[list[str]]) -> Table:
     """Which results there are, over which data, with which seeds and at what cost."""
-    rows = []
-    for file in files:
-        counts = {k: n for k, n in file.header.get("samples", {}).items() if k not in ("words", "bytes")}
-        samples = ", ".join(f"{count:,} {name}" for name, count in counts.items())
-        seconds = file.header.get("seconds") or 0
-        seeds = ", ".join(map(str, file.header.get("seeds", []))) or str(file.data.get("seed", "-"))
-        cost = f"{seconds:,.0f} s" if seconds else "-"
-        rows.append(
-            [TITLES.get(file.task, TITLES.get(file.kind, file.task)), f"`{file.path}`", samples or "-", seeds, cost]
-        )
     return Table(["what", "file", "measured", "seeds", "took"], rows, numbers=False)
+
+
+def _row(file: ResultFile) -> list[str]:
+    counts = {k: n for k, n in file.header.get("samples", {}).items() if k not in ("words", "bytes")}
+    samples = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    seconds = file.header.get("seconds") or 0
+    seeds = ", ".join(map(str, file.header.get("seeds", []))) or str(file.data.get("seed", "-"))
+    cost = f"{seconds:,.0f} s" if seconds else "-"
+    what = TITLES.get(file.task, TITLES.get(file.kind, file.task))
+    return [what, f"`{file.path}`", samples or "-", seeds, cost]

@@ -90,7 +90,7 @@ def read_results(paths: Sequence[str | Path], base: Path | None = None) -> tuple
 def _read(file: Path, shown: str) -> ResultFile:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # what is nested a thousand times deep is not ours either
         raise DataError(f"not JSON ({error}); it was cut short or is something else") from error
     if not isinstance(data, dict):
         raise DataError("not a result of longmem: no object at its top")
