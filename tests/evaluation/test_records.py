@@ -38,7 +38,7 @@ def test_a_line_cut_by_an_interruption_loses_only_itself(tmp_path: Path) -> None
     ledger = Ledger(path)
     for name in ("a", "b"):
         ledger.append(make_record("key", name, name, "segments", "backbone", np.ones(3), block=2))
-    path.write_text(path.read_text()[:-20])
+    path.write_bytes(path.read_bytes()[:-20] + b"\xff")
     again = Ledger(path)
     assert again.get("key", "a") == ledger.get("key", "a")
     assert again.get("key", "b") is None

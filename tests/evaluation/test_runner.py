@@ -71,8 +71,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     first, records = Known(stop_after=6), tmp_path / "records.jsonl"
     with pytest.raises(KeyboardInterrupt):
         run_task(first, systems("backbone", "memory_8"), records=records)
-    with records.open("a") as file:
-        file.write('{"key": "cut sh')
+    with records.open("ab") as file:
+        file.write(b'\xff\x00\n{"key": "cut sh')
     second = Known()
     result = run_task(second, systems("backbone", "memory_8"), records=records)
     assert len(first.asked) + len(second.asked) == 8

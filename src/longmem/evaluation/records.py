@@ -75,7 +75,7 @@ class Ledger:
         self.path = path
         self._records: dict[tuple[str, str], Record] = {}
         if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 record = _parse(line)
                 if record is not None:
                     self._records[record.key, record.digest] = record

@@ -250,7 +250,7 @@ class _Ledger:
         self.path = path
         self._known: dict[tuple[str, str], _Known] = {}
         if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     record = json.loads(line)
                     known = _Known(record["values"], record.get("seconds", 0.0))
