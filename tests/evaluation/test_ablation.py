@@ -155,6 +155,16 @@ def test_trained_sidenets_are_compared_with_their_baseline_and_told_apart() -> N
         ablate(model, some, SETTINGS, Choices(), axes=[], trained=[Trained("mine", "x", longmem(seed=7))])
 
 
+def test_two_systems_of_one_name_are_refused() -> None:
+    model, some = longmem(), documents(2)
+    same = [Trained("mine", "x", model), Trained("mine", "x", longmem(memory_layer=1))]
+    with pytest.raises(ConfigError, match="mine=x comes twice; name each value once, and each --also by another label"):
+        ablate(model, some, SETTINGS, Choices(), axes=[], trained=same)
+    trained = [Trained("chunk_size", "2", model)]
+    with pytest.raises(ConfigError, match="chunk_size=2 comes twice"):
+        ablate(model, some, SETTINGS, Choices(chunk_size=(2,)), axes=["chunk_size"], trained=trained)
+
+
 def test_values_that_break_a_rule_are_all_named() -> None:
     wrong = Choices(chunk_size=(3,), num_retrieved=(6,), memory_size=(30,), memory_dtype=("int4",), gate_share=(2.0,))
     with pytest.raises(ConfigError) as error:
@@ -215,6 +225,9 @@ def test_runs_of_a_recipe_differ_in_one_setting_and_share_the_budget(home: Path,
     (home / "other.toml").write_text('task = "pretrain"\n')
     with pytest.raises(ConfigError, match="trains no SideNet; ablations need a recipe with task = 'adapt'"):
         plan_runs(home / "other.toml", 64, {}, tmp_path)
+    (home / "odd.toml").write_text('optim = 3\ntask = "adapt"\n')
+    with pytest.raises(ConfigError, match="optim"):
+        plan_runs(home / "odd.toml", 64, {}, tmp_path)
 
 
 def call(*arguments: object) -> int:

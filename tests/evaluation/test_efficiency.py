@@ -127,6 +127,14 @@ def test_peak_memory_is_that_of_a_process_of_its_own(model: LongMem) -> None:
 
 def test_shapes_and_settings_that_break_a_rule_are_named() -> None:
     assert RandomShape.parse("hidden=64, layers=2") == RandomShape(hidden=64, layers=2)
+    with pytest.raises(
+        ConfigError, match=r"hidden \(40\) must be a multiple of twice the heads \(3\); try hidden=42; .*kv_"
+    ):
+        RandomShape.parse("hidden=40,heads=3,kv_heads=2")
+    with pytest.raises(
+        ConfigError, match=r"systems \(none\) must name at least one of longmem, full.*contexts \(4, 4\)"
+    ):
+        EfficiencySettings(contexts=(4, 4), systems=())
     with pytest.raises(ConfigError) as error:
         RandomShape.parse("hidden=0,depth=3")
     assert [line[:20] for line in error.value.problems] == ["--random (hidden=0) ", "--random (depth=3) m"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -226,6 +227,9 @@ def ablate(
     for axis in axes:
         for value in getattr(values, axis) or ():
             plan.add(axis, value)
+    names = Counter(one.system.name for one in [*plan.planned, *_planned(trained, size)] if one.system.name != DEFAULT)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ConfigError(f"{', '.join(twice)} comes twice; name each value once, and each --also by another label")
     ledger, of_protocol = Ledger(records), dict[str, dict[str, list[Record]]]()
     for protocol in settings.protocols:
         table: dict[str, list[Record]] = {}

@@ -52,6 +52,7 @@ def plan_runs(recipe: str | Path, tokens: int, values: dict[str, Sequence[Any]],
         raise ConfigError(f"{recipe}: cannot be read as a recipe ({error}); see recipes/ for some") from error
     if settings.get("task") != "adapt" or settings.get("method", "longmem") != "longmem":
         raise ConfigError(f"{recipe}: trains no SideNet; ablations need a recipe with task = 'adapt'")
+    Recipe.parse(settings)  # says what is wrong with it as it is
     default = _run(settings, "", "", tokens, out / "default")
     own = {name: getattr(default.recipe.sidenet, name) for name in FIELDS}
     runs = [default]

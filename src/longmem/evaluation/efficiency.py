@@ -71,6 +71,13 @@ class EfficiencySettings:
         problems = [f"context ({one}) must be at least 2 tokens" for one in self.contexts if one < 2]
         if not self.contexts:
             problems.append("contexts (none) must name at least one length; try 1k,4k,16k")
+        if not self.systems:
+            problems.append(f"systems (none) must name at least one of {', '.join(LABELS)}")
+        problems += [
+            f"{name} ({', '.join(map(str, chosen))}) must all be different"
+            for name, chosen in (("contexts", self.contexts), ("systems", self.systems))
+            if len(set(chosen)) < len(chosen)
+        ]
         if self.repeats < 1:
             problems.append(f"repeats ({self.repeats}) must be at least 1")
         problems += [

@@ -46,7 +46,7 @@ class RandomShape:
         """``hidden=512,layers=12``; what is not said keeps its default.
 
         Raises:
-            ConfigError: lists every part that means nothing.
+            ConfigError: lists every part that means nothing, or that does not go with the others.
         """
         names, given, problems = [field.name for field in fields(cls)], dict[str, int](), list[str]()
         for part in filter(None, (part.strip() for part in text.split(","))):
@@ -55,9 +55,18 @@ class RandomShape:
                 problems.append(f"--random ({part}) must be NAME=NUMBER with a name of {', '.join(names)}")
             else:
                 given[name] = int(value)
+        shape = cls(**given)
+        if shape.hidden % (2 * shape.heads):  # rotary positions turn pairs
+            step = 2 * shape.heads
+            problems.append(
+                f"--random: hidden ({shape.hidden}) must be a multiple of twice the heads ({shape.heads}); "
+                f"try hidden={max(1, round(shape.hidden / step)) * step}"
+            )
+        if shape.kv_heads is not None and shape.heads % shape.kv_heads:
+            problems.append(f"--random: kv_heads ({shape.kv_heads}) must divide the heads ({shape.heads})")
         if problems:
             raise ConfigError(problems)
-        return cls(**given)
+        return shape
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,9 @@ class Source:
         """
         if (self.path is None) == (self.random is None):
             raise ConfigError("name one model: --model FOLDER, or --random SHAPE for a backbone of random weights")
+        from longmem.evaluation.loading import checked_device
+
+        checked_device(self.device)
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         model: Any = self._random(self.random, dtype) if self.random is not None else self._loaded(dtype)
         placed: LongMem = model.to(self.device).eval()
