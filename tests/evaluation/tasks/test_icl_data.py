@@ -42,6 +42,8 @@ def tabbed(texts: list[tuple[str, int]]) -> list[str]:
 )
 def test_every_form_gives_the_same_examples(name: str, lines: list[str], tmp_path: Path) -> None:
     assert read_labelled(write(tmp_path, name, lines), 2) == [Labelled(text, label) for text, label in TEXTS]
+    # empty lines at the end are no examples
+    assert len(read_labelled(write(tmp_path, name, [*lines, "", ""]), 2)) == len(TEXTS)
 
 
 @pytest.mark.parametrize(

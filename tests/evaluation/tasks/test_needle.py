@@ -142,6 +142,10 @@ def test_settings_that_break_rules_are_reported_together(
         _task(haystack, byte_tokenizer, kinds=["riddle"], lengths=[100], depths=[120], trials=0)
     for rule in ("kind ('riddle') must be one of passkey", "length (100) must be a multiple", "depth (120)", "trials"):
         assert rule in str(error.value)
+    with pytest.raises(ConfigError) as error:
+        _task(haystack, byte_tokenizer, kinds=[], lengths=[512, 512], depths=[50.0, 0.0, 50.0])
+    for rule in ("kinds (none) must be one or more", "lengths (512, 512) must", "depths (50.0, 0.0, 50.0) must"):
+        assert rule in str(error.value)  # a trial that comes twice would count twice
     with pytest.raises(DataError, match="too short to hide"):
         _trials(haystack, byte_tokenizer, lengths=[64])
 
@@ -200,6 +204,12 @@ def test_what_a_text_left_in_memory_is_kept_for_other_runs_of_the_same_backbone(
     again = _task(haystack, byte_tokenizer, cache=tmp_path / "cache", encoding=lambda done, total: told.append(done))
     assert dict(again.answer(asker, again.examples())) == first
     assert told == []
+    # a damaged file is not read, and made again
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    mended = _task(haystack, byte_tokenizer, cache=tmp_path / "cache")
+    assert dict(mended.answer(asker, mended.examples())) == first
+    assert file.read_bytes() == whole
     # other text is another file
     other = Haystack(haystack.ids[1:], haystack.source)
     third = _task(other, byte_tokenizer, cache=tmp_path / "cache")
@@ -305,3 +315,9 @@ def test_the_command_writes_result_and_heat_maps(
     assert list(json.loads((tmp_path / "few" / "needle.json").read_text())["systems"]) == ["memory_1024"]
     wrong = CliRunner().invoke(command, ["--model", str(tmp_path / "model"), "--depths", "here"])
     assert "'here' is not a list of depths" in wrong.output
+    for count in ("nan", "inf", "0", "2.5"):
+        wrong = CliRunner().invoke(command, ["--model", str(tmp_path / "model"), "--depths", count])
+        assert wrong.exit_code == 2
+        assert "one number says how many depths there are" in wrong.output
+    none = CliRunner().invoke(command, ["--model", str(tmp_path / "model"), "--lengths", ""])
+    assert "--lengths (none) must name at least one length" in str(none.exception)

@@ -149,6 +149,8 @@ def _rows(path: Path, content: str) -> Iterator[tuple[int, str, str]]:
         reader = csv.reader(io.StringIO(content, newline=""), strict=True)
         try:
             for row in reader:
+                if not row:  # an empty line
+                    continue
                 if len(row) != 2:
                     raise DataError(f"{path}:{reader.line_num}: {len(row)} fields; a line is label,text")
                 yield reader.line_num, row[0], row[1]

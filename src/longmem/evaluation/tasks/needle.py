@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from longmem.data.facts import KINDS, OPTIONS
@@ -17,6 +20,8 @@ from longmem.evaluation.asking import Asker, Choice, Scored
 from longmem.evaluation.task import Metric, digest_of
 from longmem.evaluation.tasks.needle_text import Haystack, Trial, make_trials
 from longmem.memory.encoded import EncodedText
+
+log = logging.getLogger(__name__)
 
 EXACT, CHOICE = "exact", "choice"
 TOGETHER = 32  # trials whose texts a system without memory is given at one time
@@ -71,6 +76,11 @@ class Needle:
             f"length ({length}) must be a multiple of the window ({window}); try {max(1, length // window) * window}"
             for length in self.lengths
             if length % window or length < window
+        ]
+        problems += [
+            f"{name} ({', '.join(map(str, chosen)) or 'none'}) must be one or more, all different"
+            for name, chosen in (("kinds", self.kinds), ("lengths", self.lengths), ("depths", self.depths))
+            if not chosen or len(set(chosen)) < len(chosen)
         ]
         problems += [f"trials ({self.trials}) must be at least 1"] if self.trials < 1 else []
         if problems:
@@ -128,7 +138,7 @@ class Needle:
             self._encoded = None  # not two of them at a time
             ids = torch.from_numpy(self.haystack.ids)
             file = None if self.cache is None else self.cache / f"{self._key(model)}.safetensors"
-            kept = load_file(file) if file is not None and file.exists() else None
+            kept = _kept(file)
             self._encoded = EncodedText(model, ids, lambda done: self.encoding(done, len(ids)), kept)
             if file is not None and kept is None:
                 _keep(self._encoded, file)
@@ -140,12 +150,28 @@ class Needle:
         return f"text-{digest_of(self.haystack.digest, model.fingerprint, *shape)}"
 
 
+def _kept(file: Path | None) -> dict[str, torch.Tensor] | None:
+    if file is None or not file.exists():
+        return None
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        log.warning("%s: damaged (%s); the text is read again", file, error)
+        return None
+
+
 def _keep(text: EncodedText, file: Path) -> None:
-    """Complete or absent."""
+    """Complete or absent, also where two processes keep the same."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in text.state_dict().items()}, part)
-    os.replace(part, file)
+    handle, part = tempfile.mkstemp(dir=file.parent, suffix=".part")
+    os.close(handle)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in text.state_dict().items()}, part)
+        os.chmod(part, 0o644)
+        os.replace(part, file)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
 
 
 def values(scored: Scored) -> dict[str, float]:
