@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from longmem import MemoryStore
+from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemoryStore
 from longmem.cli.main import main
 from longmem.demo.remembering import NAMESPACE, NEW, PROMPT, find_texts, remember
 from longmem.demo.run import DemoResult
@@ -68,6 +70,41 @@ def test_a_text_that_is_too_short_is_refused(pair: Path, tmp_path: Path) -> None
     (tmp_path / "short.txt").write_text("a few words")
     with pytest.raises(DataError, match=r"short.txt: \d+ tokens are too few to remember and to go on"):
         remember(tmp_path / "out", [str(tmp_path / "short.txt")], model=pair, say=lambda line: None)
+
+
+@pytest.fixture
+def random_pair(tmp_path: Path, byte_tokenizer: Any) -> Path:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 128}
+    AlibiGPTForCausalLM(AlibiGPTConfig(vocab_size=260, **shape)).save_pretrained(tmp_path / "backbone")
+    byte_tokenizer.save_pretrained(tmp_path / "backbone")
+    side = LongMem.from_backbone(tmp_path / "backbone", chunk_size=4, num_retrieved=8, memory_size=64)
+    side.save_pretrained(tmp_path / "side")
+    return tmp_path / "side"
+
+
+def test_a_text_without_a_passage_to_show_is_refused_before_anything_is_written(
+    random_pair: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "some.txt").write_text("so it went. " * 100)  # bytes are tokens: enough to go on, too few to show
+    with pytest.raises(DataError, match=rf"some.txt: 1200 tokens are too few .* it needs {1153 + PROMPT + NEW}"):
+        remember(tmp_path / "out", [str(tmp_path / "some.txt")], model=random_pair, say=lambda line: None)
+    with pytest.raises(DataError, match="backbone is no LongMem; name the folder of a SideNet with --model"):
+        remember(tmp_path / "out", ["json"], model=tmp_path / "backbone", say=lambda line: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_of_one_name_are_two_texts(random_pair: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text(f"{name} came and {name} went. " * 80)
+    paths = [str(tmp_path / name / "x.txt") for name in "ab"]
+    made = remember(tmp_path / "out", paths, model=random_pair, max_tokens=1200, say=lambda line: None)
+    with MemoryStore.open(made.store, mode="read") as store:
+        assert [store.text(NAMESPACE, name)[:6] for name in ("x.txt", "x.txt (2)")] == ["a came", "b came"]
+    assert [document.id for document in made.perplexity.documents] == ["x.txt", "x.txt (2)"]
+    kept = {file.name: file.read_text()[:6] for file in (tmp_path / "out" / "text").iterdir()}
+    assert kept == {"x.txt": "a came", "x (2).txt": "b came"}
 
 
 def test_the_command_prints_numbers_passage_and_continuation(

@@ -78,6 +78,11 @@ class Passage:
     chunks: list[Chunk]
 
 
+def fewest_tokens(window: int) -> int:
+    """Of a document that has a passage: one whole window, and the token after it, behind its ``FIRST_TOKENS``."""
+    return -(-FIRST_TOKENS // window) * window + window + 1
+
+
 @torch.no_grad()
 def most_helped_passage(
     model: LongMem,
@@ -120,8 +125,8 @@ def most_helped_passage(
                 best = Passage(name, file, start, remembered, 0, gains[-1], 0.0, tokens, chunks)
         bank.add(out.kv, documents=[name], offsets=[start])
     if best is None:
-        needed = FIRST_TOKENS + window
-        raise DataError(f"{name}: {len(ids)} tokens are too few to show a passage; it needs more than {needed}")
+        needed = fewest_tokens(window)
+        raise DataError(f"{name}: {len(ids)} tokens are too few to show a passage; it needs {needed} or more")
     return Passage(**{**vars(best), "windows": len(gains), "mean_gain": sum(gains) / len(gains)})
 
 

@@ -18,9 +18,10 @@ from longmem.data.python_source import package_text
 from longmem.data.text import read_documents
 from longmem.demo.page import page, perplexity_rows
 from longmem.demo.picture import save_picture
-from longmem.demo.reading import Passage, most_helped_passage
+from longmem.demo.reading import Passage, fewest_tokens, most_helped_passage
 from longmem.errors import DataError
 from longmem.evaluation.perplexity import PerplexityResult, PerplexitySettings, Progress, perplexity
+from longmem.evaluation.task import numbered
 from longmem.modeling.longmem import LongMem
 from longmem.store import MemoryStore
 from longmem.store.passages import SearchHit
@@ -103,7 +104,7 @@ def find_texts(names: Sequence[str]) -> list[tuple[str, str]]:
     paths = sysconfig.get_paths()
     found: list[tuple[str, str]] = []
     for name in names:
-        if Path(name).exists() or any(sign in name for sign in "/*:"):
+        if not name or Path(name).exists() or any(sign in name for sign in "/*:"):
             found += [(document.id, document.text) for document in read_documents([name])]
             continue
         for library in (Path(paths["stdlib"]), Path(paths["purelib"])):
@@ -139,20 +140,27 @@ def remember(
         LongMemError: a text or the model is missing, or a text is too short.
     """
     from longmem.evaluation.documents import tokenize_documents
-    from longmem.evaluation.loading import load_comparison, load_tokenizer
+    from longmem.evaluation.loading import has_memory, load_comparison, load_tokenizer
 
-    found = find_texts(texts)
-    for name, text in found:
-        _write_text(out / "text" / f"{Path(name).stem or 'text'}.txt", text)
-    loaded = load_comparison(str(model or shipped_model()), memory_sizes=MEMORY_SIZES)
+    named = find_texts(texts)
+    found = list(zip(numbered([name for name, _ in named]), (text for _, text in named), strict=True))
+    path = str(model or shipped_model())
+    loaded = load_comparison(path, memory_sizes=MEMORY_SIZES if has_memory(path) else None)
     longmem = loaded.comparison.main
     if longmem is None:
         raise DataError(f"{loaded.model} is no LongMem; name the folder of a SideNet with --model")
-    tokenizer, window = load_tokenizer(loaded.tokenizer), loaded.default_window()
+    tokenizer, window = load_tokenizer(loaded.tokenizer, loaded.comparison.model), loaded.default_window()
+    # the first is the one whose passage is shown
+    least = [fewest_tokens(window), *[PROMPT + NEW] * (len(found) - 1)]
+    beginnings = [
+        _beginning(name, text, tokenizer, max_tokens, fewest) for (name, text), fewest in zip(found, least, strict=True)
+    ]
     # another pair's memories stay in a store of their own
     place = out / f"memory-{longmem.fingerprint[:8]}"
     with MemoryStore.open(place, model=longmem, tokenizer=tokenizer) as store:
-        beginnings = [_beginning(name, text, tokenizer, max_tokens) for name, text in found]
+        files = numbered([Path(name).stem or "text" for name, _ in named])
+        for file, (_, text) in zip(files, found, strict=True):
+            _write_text(out / "text" / f"{file}.txt", text)
         for (name, _), (text, _) in zip(found, beginnings, strict=True):
             receipt = store.add_document(NAMESPACE, text, name=name, replace=True)
             say(f"{name}: {receipt.tokens:,} tokens remembered in {place}")
@@ -198,13 +206,15 @@ class _Text:
     text: str
 
 
-def _beginning(name: str, text: str, tokenizer: Any, most: int) -> tuple[str, str]:
-    """What is remembered, and what comes next; at least a prompt and its continuation come next."""
+def _beginning(name: str, text: str, tokenizer: Any, most: int, fewest: int) -> tuple[str, str]:
+    """What is remembered, at least ``fewest`` tokens, and what comes next, at least a prompt and its continuation."""
     encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     spans = encoded["offset_mapping"]
     kept = min(most, len(spans) - PROMPT - NEW)
-    if kept < PROMPT + NEW:
-        raise DataError(f"{name}: {len(spans)} tokens are too few to remember and to go on; name a longer text")
+    if kept < fewest:
+        raise DataError(
+            f"{name}: {len(spans)} tokens are too few to remember and to go on; it needs {fewest + PROMPT + NEW}"
+        )
     cut = spans[kept][0]
     return text[:cut], text[cut:]
 
