@@ -192,6 +192,20 @@ def test_a_seed_below_zero_is_refused_with_status_2(capsys: pytest.CaptureFixtur
         assert "'--seed': -1 is not in the range x>=0" in capsys.readouterr().err
 
 
+def test_a_harness_without_tasks_or_with_a_file_of_them_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "task.yaml").touch()
+    for more, status, said in (
+        (["--tasks", ""], 1, "--tasks (none) must name at least one"),
+        (["--tasks", "x", "--include", tmp_path / "task.yaml"], 2, "is a file"),
+    ):
+        with pytest.raises(SystemExit) as done:
+            main(["eval", "harness", "--model", "x", *map(str, more)])
+        assert done.value.code == status
+        assert said in capsys.readouterr().err
+
+
 def test_an_empty_group_sign_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = error_of(capsys, "--model", home / "side", "--data", home / "texts", "--group-by-prefix", "")
     assert line == "the sign that ends a group's name must not be empty; try --group-by-prefix __"

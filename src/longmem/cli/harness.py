@@ -24,7 +24,12 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
 )
 @click.option("--model", required=True, help="LongMem checkpoint, run folder, or a causal LM by itself.")
 @click.option("--tasks", required=True, callback=_names, help="Names by comma, as lm-evaluation-harness knows them.")
-@click.option("--include", multiple=True, type=click.Path(exists=True), help="Folder with further tasks; repeatable.")
+@click.option(
+    "--include",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False),
+    help="Folder with further tasks; repeatable.",
+)
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before each question; default: the task's.")
 @click.option("--limit", type=click.IntRange(min=1), help="Take the first so many documents of each task.")
 @click.option("--backbone", help="Where the backbone is, if not where the checkpoint says.")
@@ -72,6 +77,8 @@ def harness(
     memory that belongs to the request alone: try more examples (--num-fewshot) than fit. Needs
     pip install 'longmem-lm[eval]'.
     """
+    if not tasks:
+        raise ConfigError("--tasks (none) must name at least one; `lm-eval ls tasks` lists them")
     import torch
     from transformers.utils import logging
 
