@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from result_tables import gains_table, needle_table, table_of
+from result_tables import gains_table, groups_table, needle_table, table_of
 from results_page import lacks_pictures, results_report, write_pictures
 
 import longmem
@@ -25,7 +25,7 @@ from longmem.store.sizes import size_table
 ROOT = Path(__file__).parents[1]
 NOTE = "<!-- written by `make docs` from the source; edit that instead -->\n"
 RESULTS = re.compile(r"<!-- results: ([^>]*?) -->\n.*?<!-- /results -->\n", re.DOTALL)
-GAINS = re.compile(r"<!-- gains: ([^>]*?) -->\n.*?<!-- /gains -->\n", re.DOTALL)
+GAINS = re.compile(r"<!-- (gains|groups): ([^>]*?) -->\n.*?<!-- /\1 -->\n", re.DOTALL)
 SIZES = re.compile(r"<!-- sizes -->\n.*?<!-- /sizes -->\n", re.DOTALL)
 MODULES = (
     "longmem.data.text",
@@ -125,9 +125,10 @@ def with_results(page: str) -> str:
         return f"<!-- results: {match[1]} -->\n{tables}<!-- /results -->\n"
 
     def gained(match: re.Match[str]) -> str:
-        system, *names = match[1].split()
+        system, *names = match[2].split()
+        make = gains_table if match[1] == "gains" else groups_table
         found = {n: json.loads((ROOT / n).read_text(encoding="utf-8")) for n in names if (ROOT / n).exists()}
-        return f"<!-- gains: {match[1]} -->\n{gains_table(found, system) if found else ''}<!-- /gains -->\n"
+        return f"<!-- {match[1]}: {match[2]} -->\n{make(found, system) if found else ''}<!-- /{match[1]} -->\n"
 
     return GAINS.sub(gained, RESULTS.sub(fill, page))
 

@@ -156,13 +156,15 @@ def needle_table(result: dict[str, Any], where: str) -> str:
     return "\n\n".join([_table(["exact answers", *systems.values()], rows), origin]) + "\n\n"
 
 
-AGAINST = {
-    "backbone": "its backbone alone",
-    "memory_off": "itself with memory off",
-    "control": "the SideNet trained equally long without memory",
-    "memtrm": "MemTRM, trained on as many tokens",
-    "training_free": "memory attention without training",
-}
+def _others(system: str) -> dict[str, str]:
+    """What it is compared with: systems with as much memory, or none."""
+    size = system.rpartition("_")[2]
+    return {
+        "backbone": "its backbone alone",
+        "memory_off": "itself with memory off",
+        "control": "the SideNet trained equally long without memory",
+        f"memtrm_{size}": "MemTRM, trained on as many tokens",
+    }
 
 
 def gains_table(results: dict[str, dict[str, Any]], system: str) -> str:
@@ -179,20 +181,34 @@ def gains_table(results: dict[str, dict[str, Any]], system: str) -> str:
             heads.append(f"{where.split('/')[-2].removeprefix('small-')}, {protocol}")
             for gap in scores["all"]["differences"]:
                 if gap["system"] == system:
-                    edges = gap["documents"] or gap["blocks"]
-                    cells[gap["against"]][heads[-1]] = (
-                        f"{gap['percent']:+.1f} [{edges['low']:+.1f}, {edges['high']:+.1f}]"
-                    )
+                    cells[gap["against"]][heads[-1]] = _gap(gap)
     rows = [
         [words, *(cells[name].get(head, "") for head in heads)]
-        for name in cells
-        for start, words in AGAINST.items()
-        if name.startswith(start) and (start != "memory_off" or name == start)
+        for name, words in _others(system).items()
+        if name in cells
     ]
     label = next(iter(results.values()))["systems"][system]
     made = ", ".join(f"`{where}`" for where in results)
     told = f"% of perplexity, below 0 is better; 95 % intervals over documents. From {made}."
     return "\n\n".join([_table([f"{label}, against", *heads], rows), told]) + "\n\n"
+
+
+def groups_table(results: dict[str, dict[str, Any]], system: str) -> str:
+    """The same under the sliding window, for each group of documents: groups down, the others across."""
+    rows: dict[str, dict[str, str]] = {}
+    for where, result in results.items():
+        text = where.split("/")[-2].removeprefix("small-")
+        for group in result["protocols"]["sliding"]["groups"]:
+            gaps = [gap for gap in group["differences"] if gap["system"] == system]
+            rows[f"{text}, {group['name']} ({group['documents']} documents)"] = {g["against"]: _gap(g) for g in gaps}
+    others = {name: words for name, words in _others(system).items() if any(name in cells for cells in rows.values())}
+    heads = ["% of perplexity, sliding", *(f"against {words}" for words in others.values())]
+    return _table(heads, [[group, *(cells.get(name, "") for name in others)] for group, cells in rows.items()]) + "\n\n"
+
+
+def _gap(gap: dict[str, Any]) -> str:
+    edges = gap["documents"] or gap["blocks"]
+    return f"{gap['percent']:+.1f} [{edges['low']:+.1f}, {edges['high']:+.1f}]"
 
 
 def _adding(model: dict[str, Any]) -> str:
