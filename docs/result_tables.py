@@ -122,11 +122,25 @@ def ways_table(result: dict[str, Any]) -> str:
     return _table(["text, tokens", "way", "variant", "key bytes read"], rows) if rows else ""
 
 
+def stale_table(result: dict[str, Any]) -> str:
+    """Of ``benchmarks.staleness``: a line for each text."""
+    rows = []
+    for name, text in result["stale"].items():
+        cells = [f"{text['off']['perplexity']:.2f}"]
+        for way in ("fresh", "stale"):
+            found = text[way]
+            edges = f" [{found['interval'][0]:+.1f}, {found['interval'][1]:+.1f}]" if found["interval"] else ""
+            cells.append(f"{found['perplexity']:.2f} ({found['percent_against_off']:+.1f} %{edges})")
+        rows.append([f"{name}, {text['documents']} documents", *cells])
+    return _table(["MemTRM, by segments", "memory off", "its own memory", "written before it was trained"], rows)
+
+
 KINDS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("models", store_table),
     ("texts", recall_table),
     ("texts", ways_table),
     ("decoding", decoding_table),
+    ("stale", stale_table),
 )
 """By the field that a result of this kind has."""
 
