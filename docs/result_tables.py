@@ -181,6 +181,27 @@ def _others(system: str) -> dict[str, str]:
     }
 
 
+def task_table(result: dict[str, Any], where: str) -> str:
+    """Of ``longmem eval icl`` and ``chapterbreak``: every metric of every group of examples, systems across.
+
+    Where there are averages over groups, only those are shown.
+    """
+    systems, metrics = result["systems"], result["metrics"]
+    groups = [group for group in result["groups"] if group["group"].startswith("average")] or result["groups"]
+    rows = []
+    for metric in metrics:
+        for group in groups:
+            scores = {score["system"]: score for score in group["scores"] if score["metric"] == metric["name"]}
+            rows.append([f"{metric['label']}: {group['group']}", *(_score(scores[name]) for name in systems)])
+    origin = f"95 % intervals. `{where}`, made by\n`{result['header']['command']}`"
+    return "\n\n".join([_table([f"{result['header']['task']}", *systems.values()], rows), origin]) + "\n\n"
+
+
+def _score(score: dict[str, Any]) -> str:
+    edges = score["interval"]
+    return f"{score['value']:.1f}" + (f" [{edges['low']:.1f}, {edges['high']:.1f}]" if edges else "")
+
+
 def gains_table(results: dict[str, dict[str, Any]], system: str) -> str:
     """What one system gains over each other: texts and protocols across.
 
