@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from result_tables import gains_table, groups_table, needle_table, table_of, task_table
+from result_tables import gains_table, groups_table, table_of
 from results_page import lacks_pictures, results_report, write_pictures
 
 import longmem
@@ -149,11 +149,6 @@ def with_sizes(page: str) -> str:
 def _result(file: Path) -> str:
     """The tables of a result; of perplexities systems down, protocols across."""
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    made = {"needle": needle_table, "icl": task_table, "chapterbreak": task_table}.get(
-        result.get("header", {}).get("task")
-    )
-    if made is not None:
-        return made(result, file.relative_to(ROOT).as_posix())
     if "protocols" not in result:
         return table_of(result, file.relative_to(ROOT).as_posix())
     protocols, samples = result["protocols"], result["header"]["samples"]

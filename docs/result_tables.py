@@ -8,11 +8,13 @@ from typing import Any
 
 
 def table_of(result: dict[str, Any], where: str) -> str:
-    """The tables of a bench's result.
+    """The tables of a result: of a bench, or of an evaluation other than perplexity.
 
     Args:
         where: name of its file.
     """
+    if "header" in result:
+        return (needle_table if result["header"]["task"] == "needle" else task_table)(result, where)
     tables = [made(result) for field, made in KINDS if field in result]
     return "\n\n".join([*filter(None, tables), _origin(result, where)]) + "\n\n"
 

@@ -30,6 +30,32 @@ def test_the_tables_of_benches_are_those_of_their_files() -> None:
         assert table in PAGE, f"{name} is not what the page shows; run make docs"
 
 
+def test_gains_are_those_of_their_files() -> None:
+    for kind, make in (("gains", result_tables.gains_table), ("groups", result_tables.groups_table)):
+        markers = re.findall(rf"<!-- {kind}: (.*?) -->", PAGE)
+        assert markers
+        for marker in markers:
+            system, *names = marker.split()
+            assert make({name: read(name.removeprefix("results/")) for name in names}, system) in PAGE, marker
+
+
+def test_longmem_is_below_its_backbone_the_control_and_itself_without_memory_everywhere() -> None:
+    for text in ("books", "latex", "python"):
+        for protocol in read(f"small-{text}/perplexity.json")["protocols"].values():
+            gaps = {
+                g["against"]: g["documents"] for g in protocol["all"]["differences"] if g["system"] == "memory_8192"
+            }
+            for against in ("backbone", "memory_off", "control"):
+                assert gaps[against]["high"] < 0, (text, protocol["protocol"], against)
+
+
+def test_a_pass_key_is_found_as_often_as_the_page_says() -> None:
+    lines = re.findall(r"(?m)^\| passkey, ([\d,]+) tokens \|.*\| ([\d.]+) % \(\d+ of (\d+);", PAGE)
+    found = {int(tokens.replace(",", "")): (float(share), int(trials)) for tokens, share, trials in lines}
+    assert all(trials == 200 for _, trials in found.values())
+    assert all((share >= 95) == (tokens <= 65_536) for tokens, (share, _) in found.items())
+
+
 def test_two_stage_is_faster_than_exact_search_and_every_head_finds_95_of_100() -> None:
     found = [size["two_stage"] for texts in read("recall.json")["texts"].values() for size in texts["sizes"]]
     assert {record["chunks"] for record in found} == {16384, 65536, 262144}
