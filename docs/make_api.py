@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from result_tables import gains_table, groups_table, table_of
+from bench_tables import bench_table
+from evaluation_tables import evaluation_table, gains_table, groups_table
 from results_page import lacks_pictures, results_report, write_pictures
+from table_format import table
 
 import longmem
 from longmem.cli.main import COMMANDS, cli
@@ -136,42 +138,19 @@ def with_results(page: str) -> str:
 def with_sizes(page: str) -> str:
     """The page with the table of memory sizes made again."""
     heads, rows = size_table()
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     made = (
         "Bytes per token: keys and values in 16 and in 8 bits; mean keys of the chunks (4 tokens each, float32),\n"
         "which an open bank holds; a full cache of all layers in 16 bits, to compare.\n"
         "In all: on disk, in 16 / in 8 bits, text and token ids included."
     )
-    return SIZES.sub(lambda _: f"<!-- sizes -->\n{table}\n\n{made}\n<!-- /sizes -->\n", page)
+    return SIZES.sub(lambda _: f"<!-- sizes -->\n{table(heads, rows)}\n\n{made}\n<!-- /sizes -->\n", page)
 
 
 def _result(file: Path) -> str:
-    """The tables of a result; of perplexities systems down, protocols across."""
+    """The tables of a result, of a bench or of an evaluation."""
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if "protocols" not in result:
-        return table_of(result, file.relative_to(ROOT).as_posix())
-    protocols, samples = result["protocols"], result["header"]["samples"]
-    heads = [f"{name}, window {p['window']}, moved by {p['stride']}" for name, p in protocols.items()]
-    lines = [f"| {file.parent.name} | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
-    for system, label in result["systems"].items():
-        cells = []
-        for protocol in protocols.values():
-            scores = protocol["all"]
-            perplexity = next(s["perplexity"] for s in scores["systems"] if s["system"] == system)
-            against = [d for d in scores["differences"] if (d["system"], d["against"]) == (system, "backbone")]
-            cells.append(f"{perplexity:.3f}" + "".join(_difference(d) for d in against))
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    where = file.relative_to(ROOT).as_posix()
-    counted = f"{samples['documents']} documents, {samples['tokens']:,} tokens"
-    made = f"{counted}; % against the backbone, 95 % interval over documents. `{where}`, made by"
-    return "\n".join(lines) + f"\n\n{made}\n`{result['header']['command']}`\n\n"
-
-
-def _difference(difference: dict[str, Any]) -> str:
-    interval = difference["documents"] or difference["blocks"]
-    edges = f" [{interval['low']:+.2f}, {interval['high']:+.2f}]" if interval else ""
-    return f" ({difference['percent']:+.2f} %{edges})"
+    make = evaluation_table if "header" in result else bench_table
+    return make(result, file.relative_to(ROOT).as_posix())
 
 
 def _entry(name: str, value: Any, level: str) -> str:

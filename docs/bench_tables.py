@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+from table_format import made_by, table
 
-def table_of(result: dict[str, Any], where: str) -> str:
-    """The tables of a result: of a bench, or of an evaluation other than perplexity.
+
+def bench_table(result: dict[str, Any], where: str) -> str:
+    """The tables of a result of a bench, one for each kind of measurement in it, and where it was made.
 
     Args:
         where: name of its file.
     """
-    if "header" in result:
-        return (needle_table if result["header"]["task"] == "needle" else task_table)(result, where)
     tables = [made(result) for field, made in KINDS if field in result]
     return "\n\n".join([*filter(None, tables), _origin(result, where)]) + "\n\n"
 
@@ -52,7 +51,7 @@ def store_table(result: dict[str, Any]) -> str:
                     f"{one['resident_bytes_searched'] / 2**20:,.0f} MiB, {one['chunk_key_bytes'] / 2**20:,.0f} MiB",
                 ]
             )
-    return "\n".join([_table(heads, rows), *(_adding(model) for model in result["models"] if "add" in model)])
+    return "\n".join([table(heads, rows), *(_adding(model) for model in result["models"] if "add" in model)])
 
 
 def recall_table(result: dict[str, Any]) -> str:
@@ -87,7 +86,7 @@ def recall_table(result: dict[str, Any]) -> str:
                         f"{found['build_seconds']:.1f} s, {found['state_bytes'] / 2**20:.0f} MiB",
                     ]
                 )
-    return _table(heads, rows) if rows else ""
+    return table(heads, rows) if rows else ""
 
 
 def decoding_table(result: dict[str, Any]) -> str:
@@ -105,7 +104,7 @@ def decoding_table(result: dict[str, Any]) -> str:
         f"The same by the clock on the wall, `{index}`: {_spread(values)}."
         for index, values in found["speed_against_fastest_of_the_small_memory_by_wall_clock"].items()
     ]
-    return "\n".join([_table(["memory", "a token, processor time", "by the clock on the wall"], rows), "", *told])
+    return "\n".join([table(["memory", "a token, processor time", "by the clock on the wall"], rows), "", *told])
 
 
 def ways_table(result: dict[str, Any]) -> str:
@@ -121,7 +120,7 @@ def ways_table(result: dict[str, Any]) -> str:
         if "candidates" in record
         for each in sorted(record["candidates"]["ways"], key=lambda way: float(way["key_bytes_read"]))
     ]
-    return _table(["text, tokens", "way", "variant", "key bytes read"], rows) if rows else ""
+    return table(["text, tokens", "way", "variant", "key bytes read"], rows) if rows else ""
 
 
 def stale_table(result: dict[str, Any]) -> str:
@@ -134,7 +133,7 @@ def stale_table(result: dict[str, Any]) -> str:
             edges = f" [{found['interval'][0]:+.1f}, {found['interval'][1]:+.1f}]" if found["interval"] else ""
             cells.append(f"{found['perplexity']:.2f} ({found['percent_against_off']:+.1f} %{edges})")
         rows.append([f"{name}, {text['documents']} documents", *cells])
-    return _table(["MemTRM, by segments", "memory off", "its own memory", "written before it was trained"], rows)
+    return table(["MemTRM, by segments", "memory off", "its own memory", "written before it was trained"], rows)
 
 
 KINDS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
@@ -145,107 +144,6 @@ KINDS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("stale", stale_table),
 )
 """By the field that a result of this kind has."""
-
-
-def needle_table(result: dict[str, Any], where: str) -> str:
-    """Of ``longmem eval needle``: exact answers by length, all depths together and the worst of them."""
-    depths: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for example in result["examples"]:
-        for system, values in example["values"].items():
-            found[example["group"], system].append(values["exact"])
-    for (group, system), answers in found.items():
-        depths[group.rsplit(", depth", 1)[0]][system].append(answers)
-    systems = result["systems"]
-    rows = []
-    for name, by_system in depths.items():
-        cells = []
-        for system in systems:
-            parts = by_system[system]
-            answers = [answer for part in parts for answer in part]
-            right, worst = sum(answers) / 100, min(sum(part) / len(part) for part in parts)
-            cells.append(
-                f"{sum(answers) / len(answers):.1f} % ({right:.0f} of {len(answers)}; worst depth {worst:.0f} %)"
-            )
-        rows.append([name, *cells])
-    origin = f"`{where}`, made by\n`{result['header']['command']}`"
-    return "\n\n".join([_table(["exact answers", *systems.values()], rows), origin]) + "\n\n"
-
-
-def _others(system: str) -> dict[str, str]:
-    """What it is compared with: systems with as much memory, or none."""
-    size = system.rpartition("_")[2]
-    return {
-        "backbone": "its backbone alone",
-        "memory_off": "itself with memory off",
-        "control": "the SideNet trained equally long without memory",
-        f"memtrm_{size}": "MemTRM, trained on as many tokens",
-    }
-
-
-def task_table(result: dict[str, Any], where: str) -> str:
-    """Of ``longmem eval icl`` and ``chapterbreak``: every metric of every group of examples, systems across.
-
-    Where there are averages over groups, only those are shown.
-    """
-    systems, metrics = result["systems"], result["metrics"]
-    groups = [group for group in result["groups"] if group["group"].startswith("average")] or result["groups"]
-    rows = []
-    for metric in metrics:
-        for group in groups:
-            scores = {score["system"]: score for score in group["scores"] if score["metric"] == metric["name"]}
-            rows.append([f"{metric['label']}: {group['group']}", *(_score(scores[name]) for name in systems)])
-    origin = f"95 % intervals. `{where}`, made by\n`{result['header']['command']}`"
-    return "\n\n".join([_table([f"{result['header']['task']}", *systems.values()], rows), origin]) + "\n\n"
-
-
-def _score(score: dict[str, Any]) -> str:
-    edges = score["interval"]
-    return f"{score['value']:.1f}" + (f" [{edges['low']:.1f}, {edges['high']:.1f}]" if edges else "")
-
-
-def gains_table(results: dict[str, dict[str, Any]], system: str) -> str:
-    """What one system gains over each other: texts and protocols across.
-
-    Args:
-        results: of ``longmem eval perplexity``, by the name of their file.
-        system: whose gains.
-    """
-    cells: dict[str, dict[str, str]] = defaultdict(dict)
-    heads: list[str] = []
-    for where, result in results.items():
-        for protocol, scores in result["protocols"].items():
-            heads.append(f"{where.split('/')[-2].removeprefix('small-')}, {protocol}")
-            for gap in scores["all"]["differences"]:
-                if gap["system"] == system:
-                    cells[gap["against"]][heads[-1]] = _gap(gap)
-    rows = [
-        [words, *(cells[name].get(head, "") for head in heads)]
-        for name, words in _others(system).items()
-        if name in cells
-    ]
-    label = next(iter(results.values()))["systems"][system]
-    made = ", ".join(f"`{where}`" for where in results)
-    told = f"% of perplexity, below 0 is better; 95 % intervals over documents. From {made}."
-    return "\n\n".join([_table([f"{label}, against", *heads], rows), told]) + "\n\n"
-
-
-def groups_table(results: dict[str, dict[str, Any]], system: str) -> str:
-    """The same under the sliding window, for each group of documents: groups down, the others across."""
-    rows: dict[str, dict[str, str]] = {}
-    for where, result in results.items():
-        text = where.split("/")[-2].removeprefix("small-")
-        for group in result["protocols"]["sliding"]["groups"]:
-            gaps = [gap for gap in group["differences"] if gap["system"] == system]
-            rows[f"{text}, {group['name']} ({group['documents']} documents)"] = {g["against"]: _gap(g) for g in gaps}
-    others = {name: words for name, words in _others(system).items() if any(name in cells for cells in rows.values())}
-    heads = ["% of perplexity, sliding", *(f"against {words}" for words in others.values())]
-    return _table(heads, [[group, *(cells.get(name, "") for name in others)] for group, cells in rows.items()]) + "\n\n"
-
-
-def _gap(gap: dict[str, Any]) -> str:
-    edges = gap["documents"] or gap["blocks"]
-    return f"{gap['percent']:+.1f} [{edges['low']:+.1f}, {edges['high']:+.1f}]"
 
 
 def _adding(model: dict[str, Any]) -> str:
@@ -267,12 +165,7 @@ def _origin(result: dict[str, Any], where: str) -> str:
     around = result["surroundings"]
     machine = f"{around['machine']}, {around['threads']} thread, torch {around['torch']}, {around['date']}"
     busy = f"load {around['load_average'][0]} on {around['cores']} cores"
-    return f"{machine}, {busy}. `{where}`, made by\n`{result['command']}`"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{machine}, {busy}. {made_by(where, result['command'])}"
 
 
 def _spread(values: dict[str, float], by: float = 1, unit: str = "") -> str:
