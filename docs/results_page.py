@@ -21,9 +21,6 @@ INTRO = (
     "setting is the same kind. What was tried on the way, and what did not work, is in [experiments](experiments.md)."
 )
 
-PAPER_BACKBONE = AlibiGPTConfig(
-    vocab_size=51_200, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, max_position_embeddings=1024
-)
 LLAMA_8B = LlamaConfig(
     vocab_size=128_256,
     hidden_size=4096,
@@ -33,15 +30,15 @@ LLAMA_8B = LlamaConfig(
     num_key_value_heads=8,
     max_position_embeddings=131_072,
 )
-FULL_SIZE: tuple[tuple[str, PreTrainedConfig | None, str], ...] = (
+FULL_SIZE: tuple[tuple[str, PreTrainedConfig | str | None, str], ...] = (
     ("paper-407m", None, "8x-a100-80gb"),
-    ("paper-558m", PAPER_BACKBONE, "16x-v100-32gb"),
-    ("paper-558m", PAPER_BACKBONE, "8x-a100-80gb"),
+    ("paper-558m", "paper-407m", "16x-v100-32gb"),
+    ("paper-558m", "paper-407m", "8x-a100-80gb"),
     ("gpt2-small", GPT2Config(), "rtx-4090"),
     ("gpt2-small", GPT2Config(), "a100-80gb"),
     ("llama-class", LLAMA_8B, "h100-80gb"),
 )
-"""Recipes that were not run here, the backbone that each names, and a machine for it."""
+"""Recipes that were not run here, the backbone that each names or the recipe that trains it, and a machine for it."""
 
 
 def results_report(root: Path) -> Report:
@@ -57,6 +54,8 @@ def full_size(recipes: Path) -> list[Block]:
         hardware = HARDWARE[machine]
         with tempfile.TemporaryDirectory() as folder:
             instead = []  # no hub is asked
+            if isinstance(backbone, str):
+                backbone = trained_by(Recipe.load(recipes / f"{backbone}.toml"))
             if backbone is not None:
                 backbone.save_pretrained(folder)
                 instead = [f"backbone.path={folder}"]
@@ -80,6 +79,21 @@ def full_size(recipes: Path) -> list[Block]:
         "`longmem train RECIPE --estimate MACHINE`, at 40 % of the machine's peak."
     )
     return [Heading(2, "At full size"), Text(told), Table(heads, rows)]
+
+
+def trained_by(recipe: Recipe) -> AlibiGPTConfig:
+    """The backbone that a recipe trains from scratch."""
+    shape = recipe.model
+    return AlibiGPTConfig(
+        vocab_size=shape.vocab_size or recipe.data.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.intermediate_size,
+        activation=shape.activation,
+        layer_norm_epsilon=shape.layer_norm_epsilon,
+        max_position_embeddings=recipe.data.window,
+    )
 
 
 def lacks_pictures(report: Report, folder: Path) -> bool:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,6 +22,9 @@ from longmem.evaluation.runner import ExampleScores, GroupScores, MetricDifferen
 from longmem.evaluation.systems import BACKBONE, LONGMEM
 from longmem.evaluation.task import Metric
 from longmem.evaluation.themes import DARK, LIGHT, THEMES, picture
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
+from results_page import lacks_pictures, results_report
 
 ROOT = Path(__file__).parents[2]
 SYSTEMS = {"backbone": "backbone alone", "memory_off": "SideNet, memory off", "memory_64": "LongMem, 64 tokens"}
@@ -334,21 +335,12 @@ def test_the_papers_numbers_are_those_written_down_for_the_project(shared_dir: P
                 assert figure is None or f"{figure.value:.{table.digits}f}" in text or f"{figure.value:g}" in text
 
 
-def results_page() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("results_page", ROOT / "docs" / "results_page.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_results_page_is_made_of_the_results_that_are_there() -> None:
-    made = results_page().results_report(ROOT)
+    made = results_report(ROOT)
     assert not made.problems, "every file of results/ is shown"
     written = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert written == made.markdown("results"), "docs/results.md is not up to date; run make docs"
-    assert not results_page().lacks_pictures(made, ROOT / "docs" / "results")
+    assert not lacks_pictures(made, ROOT / "docs" / "results")
 
 
 def test_commands_of_results_name_no_machine() -> None:
