@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_whole(path: Path, pieces: Iterable[str]) -> None:
-    """Write text beside its place, then rename it; what fails leaves nothing behind and an older file as it was."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """An empty file beside ``path``, with its folder, that takes its place when the block ends.
+
+    A block that fails leaves nothing behind and an older file as it was, also where two processes write the same.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(handle)
+    part = Path(name)
     try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.writelines(pieces)
-        os.chmod(part, 0o644)
-        os.replace(part, path)
+        yield part
+        part.chmod(0o644)
+        part.replace(path)
     except BaseException:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: Path, pieces: Iterable[str]) -> None:
+    """Write text so that the file is complete, or as it was before."""
+    with whole(path) as part, part.open("w", encoding="utf-8") as file:
+        file.writelines(pieces)

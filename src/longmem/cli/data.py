@@ -9,8 +9,7 @@ import click
 
 from longmem.cli.data_chapterbreak import chapterbreak
 from longmem.cli.data_conversations import conversations
-from longmem.cli.outputs import folder_to_write
-from longmem.cli.sources import no_recipe
+from longmem.cli.outputs import folder_option
 
 
 @click.group()
@@ -23,10 +22,8 @@ command.add_command(conversations)
 
 
 @command.command(epilog="Example: longmem data python --out data/python")
-@click.option(
+@folder_option(
     "--out",
-    type=click.Path(path_type=Path),
-    callback=folder_to_write,
     required=True,
     help="Folder for the three files.",
 )
@@ -66,10 +63,8 @@ def python(out: Path, as_json: bool) -> None:
 @click.option(
     "--bytes-each", type=click.IntRange(min=1), default=12_000_000, show_default=True, help="Read of each source."
 )
-@click.option(
+@folder_option(
     "--out",
-    type=click.Path(path_type=Path),
-    callback=folder_to_write,
     required=True,
     help="Folder for tokenizer.json.",
 )
@@ -83,7 +78,6 @@ def tokenizer(paths: tuple[str, ...], vocab_size: int, bytes_each: int, out: Pat
     from longmem.data.tokenizer import first_bytes, train_tokenizer
 
     texts = (text for path in paths for text in first_bytes((d.text for d in read_documents([path])), bytes_each))
-    with no_recipe():
-        made = train_tokenizer(texts, vocab_size, bytes_each * len(paths))
+    made = train_tokenizer(texts, vocab_size, bytes_each * len(paths))
     made.save_pretrained(str(out))
     click.echo(f"{out}: {len(made):,} tokens")

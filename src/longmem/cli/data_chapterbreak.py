@@ -8,18 +8,15 @@ from pathlib import Path
 import click
 
 from longmem.cli.evaluating import token_counts
-from longmem.cli.outputs import folder_to_write
-from longmem.cli.sources import no_recipe
+from longmem.cli.outputs import folder_option
 
 
 @click.command(
     epilog="Example: longmem data chapterbreak data/books/test.tar.xz --out data/chapterbreak",
 )
 @click.argument("books", nargs=-1, required=True)
-@click.option(
+@folder_option(
     "--out",
-    type=click.Path(path_type=Path),
-    callback=folder_to_write,
     required=True,
     help="Folder for the two files.",
 )
@@ -60,8 +57,7 @@ def chapterbreak(
         raise click.BadParameter(
             "one length for all prefixes, which serves shorter ones too; try 8k", param_hint="--prefix"
         )
-    with no_recipe():
-        made = build_chapterbreak(books, ChapterBreakSettings(split, prefix[0], words, min_chapter, per_book, seed))
+    made = build_chapterbreak(books, ChapterBreakSettings(split, prefix[0], words, min_chapter, per_book, seed))
     data, sources = write_chapterbreak(made, out)
     if as_json:
         said = {"data": str(data), "sources": str(sources), "books": [asdict(book) for book in made.books]}

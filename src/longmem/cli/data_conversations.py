@@ -7,16 +7,14 @@ from pathlib import Path
 
 import click
 
-from longmem.cli.outputs import file_to_write
+from longmem.cli.outputs import file_option
 
 
 @click.command(
     epilog="Example: longmem data conversations --out data/conversations.json --seed 0",
 )
-@click.option(
+@file_option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
-    callback=file_to_write,
     required=True,
     help="JSON file to write.",
 )

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from longmem.cli.outputs import folder_to_write
-from longmem.cli.sources import no_recipe
+from longmem.cli.outputs import folder_option
 
 if TYPE_CHECKING:
     from longmem.demo.reading import Passage, TokenReading
@@ -26,10 +25,8 @@ EXAMPLES = 4
 @click.command(name="demo", epilog="Example: longmem demo sqlite3 my-book.txt --out runs/demo")
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
 @click.option("--model", type=click.Path(path_type=Path), help="Folder of a SideNet; default: the pair in models/.")
-@click.option(
+@folder_option(
     "--out",
-    type=click.Path(path_type=Path),
-    callback=folder_to_write,
     default=Path("runs/demo"),
     show_default=True,
     help="Where all of it goes.",
@@ -79,8 +76,7 @@ def command(
         else:
             from longmem.demo.remembering import DEFAULT_TEXTS, remember
 
-            with no_recipe():
-                made = remember(out, texts or DEFAULT_TEXTS, model=model, say=say, progress=progress)
+            made = remember(out, texts or DEFAULT_TEXTS, model=model, say=say, progress=progress)
             result, passage, files = made.perplexity, made.passage, [made.page, made.picture]
     if as_json:
         click.echo(json.dumps(_plain(result, files, made)))

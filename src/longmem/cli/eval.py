@@ -11,8 +11,7 @@ import click
 
 from longmem.cli.evaluating import machine_options, model_options
 from longmem.cli.harness import harness
-from longmem.cli.outputs import folder_to_write
-from longmem.cli.sources import no_recipe
+from longmem.cli.outputs import folder_option
 from longmem.cli.tasks.ablate import ablate
 from longmem.cli.tasks.chapterbreak import chapterbreak
 from longmem.cli.tasks.dialogue import dialogue
@@ -57,10 +56,8 @@ command.add_command(squad)
 @machine_options
 @click.option("--resamples", type=int, default=2000, show_default=True, help="Of the bootstrap.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the bootstrap.")
-@click.option(
+@folder_option(
     "--out",
-    type=click.Path(path_type=Path),
-    callback=folder_to_write,
     help="Folder for perplexity.json, curves, and records to resume from.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of a table.")
@@ -111,8 +108,7 @@ def perplexity(
     logging.disable_progress_bar()
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     source = TextSource(tuple(data), include=include)
-    with no_recipe():
-        texts = list(islice(read_documents(source), num_documents))  # before the model: wrong paths show at once
+    texts = list(islice(read_documents(source), num_documents))  # before the model: wrong paths show at once
     loaded = load_comparison(
         model,
         backbone=backbone,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from longmem.cli.outputs import folder_to_write
+from longmem.cli.outputs import folder_option
 
 if TYPE_CHECKING:
     from longmem.evaluation.asking import Asker
@@ -113,10 +113,8 @@ def comparison_options(command: Command) -> Command:
         click.option(
             "--resamples", type=click.IntRange(min=1), default=2000, show_default=True, help="Of the bootstrap."
         ),
-        click.option(
+        folder_option(
             "--out",
-            type=click.Path(path_type=Path),
-            callback=folder_to_write,
             help="Folder for the result and for records to resume from.",
         ),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of a table."),

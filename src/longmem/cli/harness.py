@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from longmem.cli.outputs import folder_to_write
+from longmem.cli.outputs import folder_option
 from longmem.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
     help="Of the weights; auto: as saved.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the choice of examples.")
-@click.option("--out", type=click.Path(path_type=Path), callback=folder_to_write, help="Folder for harness.json.")
+@folder_option("--out", help="Folder for harness.json.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of a table.")
 def harness(
     model: str,

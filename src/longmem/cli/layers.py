@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from longmem.cli.outputs import folder_to_write
-from longmem.cli.sources import no_recipe
+from longmem.cli.outputs import folder_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,10 +41,8 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...; auto takes a GPU if there is one.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Of the weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print every number as JSON.")
-@click.option(
+@folder_option(
     "--out",
-    type=click.Path(path_type=Path),
-    callback=folder_to_write,
     help="Folder for layers.json and the heat map layers.png.",
 )
 def command(
@@ -113,8 +110,7 @@ def _text(data: tuple[str, ...], tokenizer: str, rows: int, length: int, *, give
             raise
         click.echo(f"{tokenizer}: no tokenizer, measuring random tokens only; --tokenizer names one", err=True)
         return None
-    with no_recipe():
-        documents = [document.text for document in read_documents(list(data))] if data else standard_text()
+    documents = [document.text for document in read_documents(list(data))] if data else standard_text()
     return text_rows(documents, reader, rows, length)
 
 

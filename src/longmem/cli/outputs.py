@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from longmem.errors import ConfigError
 
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-def folder_to_write(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    """Callback of ``--out`` and its like: a folder that is there, or can be made.
 
-    Raises:
-        ConfigError: a file is where the folder or one above it should be, or nothing may be written there.
+def folder_option(name: str, **settings: Any) -> Callable[[Decorated], Decorated]:
+    """An option that names a folder to write in: one that is there, or can be made.
+
+    The command line ends with ``ConfigError`` where a file is in the folder's place or above it, or where nothing may
+    be written.
+
+    Args:
+        name: of the option.
+        settings: of ``click.option``.
     """
+    return click.option(name, type=click.Path(path_type=Path), callback=_folder, **settings)
+
+
+def file_option(name: str, **settings: Any) -> Callable[[Decorated], Decorated]:
+    """The same for a file, whose folder is made where it is not there."""
+    return click.option(name, type=click.Path(path_type=Path, dir_okay=False), callback=_file, **settings)
+
+
+def _folder(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
     if value is not None:
         _look_at(value, parameter.opts[0])
     return value
 
 
-def file_to_write(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
-    """The same for a file, whose folder is made where it is not there.
-
-    Raises:
-        ConfigError: see ``folder_to_write``.
-    """
-    _look_at(value.parent, parameter.opts[0])
+def _file(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None:
+        _look_at(value.parent, parameter.opts[0])
     return value
 
 

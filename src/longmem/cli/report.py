@@ -7,15 +7,13 @@ from pathlib import Path
 
 import click
 
-from longmem.cli.outputs import folder_to_write
+from longmem.cli.outputs import folder_option
 
 
 @click.command(name="report", epilog="Example: longmem report results --out runs/report")
 @click.argument("results", nargs=-1, required=True, metavar="RESULTS...")
-@click.option(
+@folder_option(
     "--out",
-    type=click.Path(path_type=Path),
-    callback=folder_to_write,
     required=True,
     help="Folder for report.md, report.html, pictures/.",
 )

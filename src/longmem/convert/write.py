@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from longmem.convert.fairseq import (
     FairseqCheckpoint,
@@ -20,6 +20,7 @@ from longmem.convert.fairseq import (
 from longmem.convert.vocabulary import tokenizer_from_fairseq
 from longmem.errors import CheckpointError
 from longmem.modeling.alibi_gpt import AlibiGPTConfig
+from longmem.modeling.loading import load_backbone
 from longmem.modeling.longmem import LongMem
 
 
@@ -150,13 +151,7 @@ def _given_backbone(
     if backbone is None:
         return None
     path = Path(backbone)
-    if path.is_dir():
-        try:
-            given: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be opened as a backbone ({str(error).splitlines()[0]})") from error
-    else:
-        given = backbone_from_fairseq(path, dtype)
+    given = load_backbone(str(path), None, dtype) if path.is_dir() else backbone_from_fairseq(path, dtype)
     theirs = given.state_dict()
     for name, own in read.backbone.items():
         # the coarser of the two dtypes decides, so that a half copy of the same weights is still the same

@@ -40,6 +40,28 @@ class Document:
 
 
 @dataclass(frozen=True)
+class WaysOut:
+    """How whoever named a text mends what is wrong with it; errors end with these words.
+
+    The defaults suit commands and functions that have no setting for it.
+
+    Attributes:
+        missing: nothing is at a path.
+        undecodable: a file is not UTF-8.
+        suffixes: a folder or archive holds no text.
+        field: a record lacks the text field.
+    """
+
+    missing: str = "check the path"
+    undecodable: str = "convert it, or name other files"
+    suffixes: str = "name other files by themselves"
+    field: str = "rename the field that has it to 'text'"
+
+
+WITHOUT_SETTINGS = WaysOut()
+
+
+@dataclass(frozen=True)
 class TextSource:
     """Where documents come from, and which of them are wanted.
 
@@ -53,6 +75,7 @@ class TextSource:
         group: ``file``: every file is a document; ``folder``: the text files below each top folder are joined, in the
             order of their paths, into one document.
         undecodable: what happens to a file that is not UTF-8.
+        ways_out: what errors propose.
     """
 
     paths: tuple[str, ...]
@@ -62,6 +85,7 @@ class TextSource:
     field: str = "text"
     group: Literal["file", "folder"] = "file"
     undecodable: Literal["error", "skip", "replace"] = "error"
+    ways_out: WaysOut = WITHOUT_SETTINGS
 
     def wants(self, name: str) -> bool:
         """Whether the patterns let this document id through."""
@@ -70,8 +94,10 @@ class TextSource:
 
     def fingerprint(self) -> str:
         """Hash of every file's bytes and of the settings: equal text gives an equal fingerprint."""
-        digest = hashlib.sha256(json.dumps({**asdict(self), "paths": []}, sort_keys=True).encode())
-        for path in expand(self.paths):
+        settings = {**asdict(self), "paths": []}
+        del settings["ways_out"]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for path in expand(self.paths, self.ways_out):
             files = [Path(path)] if not Path(path).is_dir() else list(_files_below(Path(path)))
             for file in files if not path.startswith(HUB) else []:
                 name = file.relative_to(path).as_posix() if file != Path(path) else file.name
@@ -115,8 +141,11 @@ def read_stream(stream: BinaryIO, name: str, *, lines: bool = False, **settings:
         raise DataError(f"{name}: no text came; pipe in something that is not white space only")
 
 
-def expand(paths: Sequence[str]) -> list[str]:
+def expand(paths: Sequence[str], ways_out: WaysOut = WITHOUT_SETTINGS) -> list[str]:
     """Patterns replaced by what they match; every path exists.
+
+    Args:
+        ways_out: what the error proposes.
 
     Raises:
         DataError: nothing is there; lists all such paths.
@@ -133,15 +162,12 @@ def expand(paths: Sequence[str]) -> list[str]:
             missing.append(path)
     if missing:
         names = ", ".join(path or "''" for path in missing)
-        raise DataError(
-            f"{names}: no such file or folder (looked from {Path.cwd()}); "
-            f"check the path, or the recipe's data.paths and data.valid"
-        )
+        raise DataError(f"{names}: no such file or folder (looked from {Path.cwd()}); {ways_out.missing}")
     return found
 
 
 def _read_all(source: TextSource) -> Iterator[Document]:
-    for path in expand(source.paths):
+    for path in expand(source.paths, source.ways_out):
         count = 0
         for document in _read_path(path, source):
             count += 1
@@ -233,7 +259,7 @@ def _read_hub(path: str, source: TextSource) -> Iterator[Document]:
 def _record(record: object, name: str, where: str, source: TextSource) -> Iterator[Document]:
     if not isinstance(record, dict) or not isinstance(record.get(source.field), str):
         fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise DataError(f"{where}: no text field {source.field!r} (it has: {fields}); set data.field")
+        raise DataError(f"{where}: no text field {source.field!r} (it has: {fields}); {source.ways_out.field}")
     name = str(record.get("id", name))
     if source.wants(name) and record[source.field].strip():
         yield Document(name, record[source.field], where, {k: v for k, v in record.items() if k != source.field})
@@ -246,9 +272,7 @@ def _document(data: bytes, name: str, where: str, source: TextSource) -> Iterato
         if source.undecodable == "skip":
             return
         byte = f"byte 0x{data[error.start]:02x} at offset {error.start}"
-        raise DataError(
-            f"{where}: not UTF-8 text ({byte}); convert it, exclude it, or set data.undecodable = 'skip' or 'replace'"
-        ) from error
+        raise DataError(f"{where}: not UTF-8 text ({byte}); {source.ways_out.undecodable}") from error
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
     if text.strip():
         yield Document(name, text, where)
@@ -280,9 +304,9 @@ def _hash_file(file: Path) -> bytes:
 
 
 def _nothing_in(path: str, source: TextSource) -> str:
-    suffixes = ", ".join(source.suffixes)
+    suffixes, way_out = ", ".join(source.suffixes), source.ways_out.suffixes
     if Path(path).is_dir():
-        return f"{path}: no text in this folder; looked for {suffixes}, .jsonl and tar archives; set data.suffixes"
+        return f"{path}: no text in this folder; looked for {suffixes}, .jsonl and tar archives; {way_out}"
     if path.endswith(ARCHIVES):
-        return f"{path}: no text in this archive; looked for {suffixes}; set data.suffixes"
+        return f"{path}: no text in this archive; looked for {suffixes}; {way_out}"
     return f"{path}: no text, the file is empty or holds white space only; name one with text in it"

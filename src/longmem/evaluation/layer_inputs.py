@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from longmem.errors import CheckpointError, DataError
@@ -28,10 +27,10 @@ def load_backbone(path: str, *, device: str = "auto", dtype: str = "auto") -> tu
         dtype: of the weights; ``auto`` is as saved.
 
     Raises:
-        CheckpointError: there is no such model.
+        CheckpointError, BackboneError: there is no such model, or it cannot be loaded.
         ConfigError: no such device.
     """
-    from transformers import AutoModelForCausalLM
+    from longmem.modeling import loading
 
     where, revision = checkpoint_folder(path), "main"
     file = Path(where) / "config.json"
@@ -42,12 +41,7 @@ def load_backbone(path: str, *, device: str = "auto", dtype: str = "auto") -> tu
             raise CheckpointError(f"{path}: does not say where its backbone is; give the backbone itself")
         where = str(Path(where) / named) if (Path(where) / named).is_dir() else str(named)
     place = checked_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    chosen = "auto" if dtype == "auto" else getattr(torch, dtype)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=chosen, revision=revision)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{where}: no causal language model there, or a damaged one ({reason})") from error
+    model: Any = loading.load_backbone(where, revision, None if dtype == "auto" else getattr(torch, dtype))
     return model.to(place).eval(), where
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from longmem.errors import CheckpointError, ConfigError, DataError
 from longmem.evaluation.systems import Comparison
@@ -60,8 +59,10 @@ def load_comparison(
 
     Raises:
         ConfigError: settings that do not go together; lists all. Or a device that is not here.
-        CheckpointError: a checkpoint that is missing, damaged or made for another backbone.
+        CheckpointError, BackboneError: a model that is missing, damaged or made for another backbone.
     """
+    from longmem.modeling.loading import load_backbone
+
     checked_device(device)
     where = checkpoint_folder(path)
     kind = _model_type(where)
@@ -82,7 +83,8 @@ def load_comparison(
         settings, named = model.config, model.config.backbone_name_or_path
     else:
         named = where if kind not in OWN_KINDS else backbone or _named_backbone(where, kind)
-        comparison = Comparison.of_backbone(_load_causal_lm(named, dtype).to(device).eval())
+        alone: Any = load_backbone(named, None, dtype)
+        comparison = Comparison.of_backbone(alone.to(device).eval())
         settings = None
     if memtrm is not None:
         trained = _load_memtrm(memtrm, dtype).to(device)
@@ -244,20 +246,6 @@ def _model_type_on_hub(name: str) -> str:
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{name}: neither a folder nor a hub id that can be reached ({str(error).splitlines()[0]})"
-        ) from error
-
-
-def _load_causal_lm(where: str, dtype: torch.dtype | None) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    import longmem.modeling.alibi_gpt  # noqa: F401  registers its model type
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(where, **({} if dtype is None else {"dtype": dtype}))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{where}: no causal language model there, or a damaged one ({str(error).splitlines()[0]}); name another, "
-            "or fetch or train it again"
         ) from error
 
 

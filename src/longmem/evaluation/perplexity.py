@@ -129,9 +129,8 @@ def perplexity(
         config: what else the result should say about its making (paths, dtype).
         progress: told about every forward pass.
     """
-    began = time.monotonic()
     ledger = Ledger(records)
-    protocols, nll = {}, [dict[str, dict[str, float]]() for _ in documents]
+    protocols, nll, seconds = {}, [dict[str, dict[str, float]]() for _ in documents], 0.0
     for protocol in settings.protocols:
         table = measure(comparison, documents, settings, protocol, ledger, device=device, progress=progress)
         protocols[protocol] = protocol_scores(
@@ -146,6 +145,7 @@ def perplexity(
         )
         for i, of_document in enumerate(nll):
             of_document[protocol] = {name: found[i].nll for name, found in table.items()}
+        seconds += sum(record.seconds for found in table.values() for record in found)
     return PerplexityResult(
         header=RunHeader(
             task="perplexity",
@@ -159,7 +159,7 @@ def perplexity(
                 "bytes": sum(document.bytes for document in documents),
             },
             seeds=[settings.bootstrap.seed],
-            seconds=round(time.monotonic() - began, 1),
+            seconds=round(seconds, 1),
         ),
         systems={system.name: system.label for system in comparison.systems},
         protocols=protocols,
@@ -193,7 +193,7 @@ def measure(
             jobs.setdefault(run, []).append(document)
     total, done = sum(len(names) * document.scored for names, some in jobs.items() for document in some), 0
     for names, some in jobs.items():
-        rows = min(settings.rows, len(some))
+        rows, began = min(settings.rows, len(some)), time.monotonic()
         systems = [system for system in comparison.systems if system.name in names]
 
         def advance(tokens: int, count: int = len(names)) -> None:
@@ -212,9 +212,12 @@ def measure(
             device=device,
             progress=advance,
         ):
+            now = time.monotonic()
+            each, began = (now - began) / len(names), now
             for name, of_system in zip(names, nll, strict=True):
+                document, key = some[i], keys[name]
                 ledger.append(
-                    make_record(keys[name], some[i].digest, some[i].id, protocol, name, of_system, settings.block)
+                    make_record(key, document.digest, document.id, protocol, name, of_system, settings.block, each)
                 )
     return {name: [ledger[key, document.digest] for document in documents] for name, key in keys.items()}
 

@@ -19,6 +19,7 @@ class Record:
 
     ``key`` names everything the numbers depend on besides the document's ids, which ``digest`` names.
     ``blocks`` and ``positions`` are the same negative log-likelihood (nats) by ``block_bins`` and ``position_bins``.
+    ``seconds`` is this system's share of the time from the document before to this one.
     """
 
     key: str
@@ -30,10 +31,18 @@ class Record:
     nll: float
     blocks: list[float]
     positions: list[float]
+    seconds: float = 0.0
 
 
 def make_record(
-    key: str, digest: str, document: str, protocol: str, system: str, nll: NDArray[np.float64], block: int
+    key: str,
+    digest: str,
+    document: str,
+    protocol: str,
+    system: str,
+    nll: NDArray[np.float64],
+    block: int,
+    seconds: float = 0.0,
 ) -> Record:
     """Sum the negative log-likelihoods (n - 1,) of tokens 1 ... n-1."""
     return Record(
@@ -46,6 +55,7 @@ def make_record(
         nll=float(nll.sum()),
         blocks=np.bincount(block_bins(len(nll), block), weights=nll).tolist(),
         positions=np.bincount(position_bins(len(nll)), weights=nll).tolist(),
+        seconds=round(seconds, 4),
     )
 
 

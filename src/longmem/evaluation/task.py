@@ -74,12 +74,15 @@ class Task(Protocol):
 
 def numbered(names: Sequence[str]) -> list[str]:
     """Equal names told apart: ``test.txt``, ``test.txt (2)``."""
-    found: list[str] = []
+    taken: set[str] = set()
+    tried: dict[str, int] = {}  # the last number that was tried for a name
+    found = []
     for name in names:
-        shown, count = name, 1
-        while shown in found:
-            count += 1
-            shown = f"{name} ({count})"
+        shown = name
+        while shown in taken:
+            tried[name] = tried.get(name, 1) + 1
+            shown = f"{name} ({tried[name]})"
+        taken.add(shown)
         found.append(shown)
     return found
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longmem.data.tokenizer import load_tokenizer
 from longmem.data.tokens import TokenCorpus
@@ -19,6 +19,7 @@ from longmem.data.windows import IGNORE, WindowSampler
 from longmem.errors import BackboneError, ConfigError
 from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
 from longmem.modeling.copying import copy_loss, copy_score, random_tokens
+from longmem.modeling.loading import load_backbone
 from longmem.modeling.vocabulary import change_vocabulary, same_vocabulary
 from longmem.training.recipe import Recipe
 from longmem.training.sharding import assign
@@ -162,10 +163,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     shape = recipe.model
     if shape.init is not None:
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(shape.init, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise BackboneError(f"model.init ({shape.init}): {reason}; name a folder or hub id of a model") from error
+            model = load_backbone(shape.init, None, torch.float32)
+        except BackboneError as error:
+            raise BackboneError(f"model.init: {error}") from error
         set_dropout(model, recipe.optim.dropout)
         before = load_tokenizer(shape.init)
         return model if same_vocabulary(before, tokenizer) else change_vocabulary(model, before, tokenizer)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from longmem.data.facts import KINDS
-from longmem.data.text import TEXT_SUFFIXES, TextSource
+from longmem.data.text import TEXT_SUFFIXES, TextSource, WaysOut
 from longmem.errors import ConfigError
 
 Share = typing.Annotated[float, Field(ge=0, le=1)]
@@ -353,7 +353,17 @@ class Recipe(Section):
 
     def _source(self, paths: tuple[str, ...], include: tuple[str, ...], exclude: tuple[str, ...]) -> TextSource:
         data = self.data
-        return TextSource(paths, data.suffixes, include, exclude, data.field, data.documents, data.undecodable)
+        return TextSource(
+            paths, data.suffixes, include, exclude, data.field, data.documents, data.undecodable, _WAYS_OUT
+        )
+
+
+_WAYS_OUT = WaysOut(
+    missing="check the path, or the recipe's data.paths and data.valid",
+    undecodable="convert it, exclude it, or set data.undecodable = 'skip' or 'replace'",
+    suffixes="set data.suffixes",
+    field="set data.field",
+)
 
 
 def _contradictions(recipe: Recipe) -> list[str]:

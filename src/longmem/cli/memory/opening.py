@@ -159,22 +159,6 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-_IN_OPTIONS = {
-    "; check the path, or the recipe's data.paths and data.valid": "; check the path",
-    "set data.undecodable = 'skip' or 'replace'": "pass --undecodable skip or replace",
-    "set data.suffixes": "name others with --suffix",
-    "set data.field": "name it with --field",
-}
-
-
-def in_words_of_options(error: DataError) -> DataError:
-    """An error of the readers, which speaks of a recipe's settings, with the way out that this command has."""
-    line = str(error)
-    for setting, option in _IN_OPTIONS.items():
-        line = line.replace(setting, option)
-    return DataError(line)
-
-
 def read_text(path: Path) -> str:
     """A file's text, or that of standard input.
 

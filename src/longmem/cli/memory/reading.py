@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longmem.cli.memory.opening import in_words_of_options
 from longmem.cli.memory.options import expiry, moment
 from longmem.errors import DataError, StoreError
 
@@ -49,20 +48,23 @@ def read(paths: tuple[str, ...], name: str | None, lines: bool, settings: dict[s
         DataError: something is missing, empty or not UTF-8; in the words of the options.
         StoreError: standard input is asked for twice, or has no name.
     """
-    from longmem.data.text import HUB, TextSource, read_documents, read_stream
+    from longmem.data.text import HUB, TextSource, WaysOut, read_documents, read_stream
 
     if paths.count(STDIN) > 1:
         raise StoreError("- stands for standard input, which can be read once; leave the others out")
     if STDIN in paths and not lines and name is None:
         raise StoreError("a text from standard input needs a --name (or --jsonl, if it is JSON lines)")
     files = tuple(each if each.startswith(HUB) else str(Path(each).absolute()) for each in paths if each != STDIN)
-    try:
-        if files:
-            yield from read_documents(TextSource(files, **settings))
-        if STDIN in paths:
-            yield from read_stream(sys.stdin.buffer, STDIN if lines else name or STDIN, lines=lines, **settings)
-    except DataError as error:
-        raise in_words_of_options(error) from error
+    ways_out = WaysOut(
+        undecodable="convert it, exclude it, or pass --undecodable skip or replace",
+        suffixes="name others with --suffix",
+        field="name it with --field",
+    )
+    settings = {**settings, "ways_out": ways_out}
+    if files:
+        yield from read_documents(TextSource(files, **settings))
+    if STDIN in paths:
+        yield from read_stream(sys.stdin.buffer, STDIN if lines else name or STDIN, lines=lines, **settings)
 
 
 def new_documents(documents: Iterator[Document], given: Given) -> Iterator[NewDocument]:

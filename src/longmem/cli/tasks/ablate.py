@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from longmem.cli.evaluating import examples_bar, machine_options, token_counts
-from longmem.cli.outputs import folder_to_write
-from longmem.cli.sources import no_recipe
+from longmem.cli.outputs import folder_option
 from longmem.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,10 +72,8 @@ def _shares(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option("--resamples", type=int, default=2000, show_default=True, help="Of the bootstrap.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the bootstrap.")
 @machine_options
-@click.option(
+@folder_option(
     "--out",
-    type=click.Path(path_type=Path),
-    callback=folder_to_write,
     help="Folder for ablate.json, pictures, and records to resume from.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of tables.")
@@ -103,8 +100,7 @@ def ablate(**given: Any) -> None:
     logging.disable_progress_bar()
     out: Path | None = given["out"]
     source = TextSource(tuple(given["data"]), include=given["include"])
-    with no_recipe():
-        texts = list(islice(read_documents(source), given["num_documents"]))
+    texts = list(islice(read_documents(source), given["num_documents"]))
     runs = _train(given)
     path = given["model"] or (str(runs[0].model) if runs else None)
     if path is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from longmem.cli.evaluating import examples_bar, machine_options, token_counts
-from longmem.cli.outputs import folder_to_write
+from longmem.cli.outputs import folder_option
 
 if TYPE_CHECKING:
     from longmem.evaluation.efficiency import EfficiencyResult, Point
@@ -60,10 +60,8 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> tu
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory (on a CPU a process for every point).")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of random weights and of the text.")
 @machine_options
-@click.option(
+@folder_option(
     "--out",
-    type=click.Path(path_type=Path),
-    callback=folder_to_write,
     help="Folder for efficiency.json and its picture.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of a table.")

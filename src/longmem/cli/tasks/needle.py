@@ -9,8 +9,7 @@ from typing import Any
 import click
 
 from longmem.cli.evaluating import comparison_options, open_comparison, run_and_show, token_counts
-from longmem.cli.outputs import folder_to_write
-from longmem.cli.sources import no_recipe
+from longmem.cli.outputs import folder_option
 
 MOST_DEPTHS = 1001
 
@@ -69,10 +68,8 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
 @click.option(
     "--trials", type=click.IntRange(min=1), default=40, show_default=True, help="For each kind, length and depth."
 )
-@click.option(
+@folder_option(
     "--cache",
-    type=click.Path(path_type=Path),
-    callback=folder_to_write,
     help="Keep here what the text leaves in memory, for other runs over the same backbone.",
 )
 @click.option(
@@ -118,8 +115,7 @@ def needle(
             names = ", ".join(asker.name for asker in opened.askers)
             raise ConfigError(f"--systems ({', '.join(systems)}) names none of {names}")
         opened = replace(opened, askers=chosen)
-    with no_recipe():
-        haystack = read_haystack(data, opened.tokenizer, longest, opened.window)
+    haystack = read_haystack(data, opened.tokenizer, longest, opened.window)
     task = Needle(haystack, opened.tokenizer, kinds, lengths, depths, trials, seed, _say, cache)
     result = run_and_show(task, opened, shared, seeds=(seed,))
     if shared["out"] is not None:

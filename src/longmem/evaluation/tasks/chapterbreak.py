@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from longmem.errors import ConfigError
@@ -83,14 +83,15 @@ class ChapterBreakTask:
     def __init__(
         self, files: Sequence[ChapterBreakFile], tokenizer: Any, settings: ChapterBreakSettings | None = None
     ) -> None:
-        self.files, self.tokenizer = files, tokenizer
+        names = numbered([file.name for file in files])
+        self.files = [replace(file, name=name) for file, name in zip(files, names, strict=True)]
+        self.tokenizer = tokenizer
         self.chosen = settings or ChapterBreakSettings()
         self.start = start_tokens(tokenizer)
-        taken = {prefix: files_for(files, prefix) for prefix in self.chosen.prefixes}
+        taken = {prefix: files_for(self.files, prefix) for prefix in self.chosen.prefixes}
         for found in taken.values():
             _refuse_works_that_come_twice(found)
-        self._names = dict(zip(map(id, files), numbered([file.name for file in files]), strict=True))
-        self.taken = {prefix: [self._names[id(file)] for file in found] for prefix, found in taken.items()}
+        self.taken = {prefix: [file.name for file in found] for prefix, found in taken.items()}
         self._examples = [example for prefix, found in taken.items() for example in self._examples_of(prefix, found)]
         options = {len(example.item.options) for example in self._examples}
         chance = 100 / options.pop() if len(options) == 1 else None
@@ -102,9 +103,7 @@ class ChapterBreakTask:
 
     def settings(self) -> dict[str, Any]:
         return {
-            "files": {
-                self._names[id(file)]: {"sha256": file.sha256, "examples": len(file.items)} for file in self.files
-            },
+            "files": {file.name: {"sha256": file.sha256, "examples": len(file.items)} for file in self.files},
             "file_of_prefix": {str(prefix): names for prefix, names in self.taken.items()},
             "prefixes": list(self.chosen.prefixes),
             "suffix_tokens": self.chosen.suffix,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,23 +120,24 @@ class DialogueTask:
         settings: DialogueSettings | None = None,
         answers: Path | None = None,
     ) -> None:
-        self.files, self.tokenizer, self.answers = files, tokenizer, answers
+        names = numbered([file.name for file in files])
+        self.files = [replace(file, name=name) for file, name in zip(files, names, strict=True)]
+        self.tokenizer, self.answers = tokenizer, answers
         self.chosen = settings or DialogueSettings()
         self.start = start_tokens(tokenizer)
         self._known: tuple[Conversation, Tokens] | None = None
-        self._names = numbered([file.name for file in files])
         self._examples = [
             example
-            for file_name, file in zip(self._names, files, strict=True)
-            for name, conversation in _named(file_name, file.conversations[: self.chosen.conversations])
+            for file in self.files
+            for name, conversation in _named(file.name, file.conversations[: self.chosen.conversations])
             for example in self._examples_of(name, conversation)
         ]
 
     def settings(self) -> dict[str, Any]:
         return {
             "files": {
-                name: {"kind": file.kind, "sha256": file.sha256, "conversations": len(file.conversations)}
-                for name, file in zip(self._names, self.files, strict=True)
+                file.name: {"kind": file.kind, "sha256": file.sha256, "conversations": len(file.conversations)}
+                for file in self.files
             },
             **asdict(self.chosen),
             "prompt": ASKED,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ from longmem.errors import ConfigError
 from longmem.evaluation.asking import Asker, Choice, Scored
 from longmem.evaluation.task import Metric, digest_of
 from longmem.evaluation.tasks.needle_text import Haystack, Trial, make_trials
+from longmem.files import whole
 from longmem.memory.encoded import EncodedText
 
 log = logging.getLogger(__name__)
@@ -141,7 +140,9 @@ class Needle:
             kept = _kept(file)
             self._encoded = EncodedText(model, ids, lambda done: self.encoding(done, len(ids)), kept)
             if file is not None and kept is None:
-                _keep(self._encoded, file)
+                state = {name: tensor.contiguous() for name, tensor in self._encoded.state_dict().items()}
+                with whole(file) as part:
+                    save_file(state, part)
         return self._encoded
 
     def _key(self, model: Any) -> str:
@@ -158,20 +159,6 @@ def _kept(file: Path | None) -> dict[str, torch.Tensor] | None:
     except SafetensorError as error:
         log.warning("%s: damaged (%s); the text is read again", file, error)
         return None
-
-
-def _keep(text: EncodedText, file: Path) -> None:
-    """Complete or absent, also where two processes keep the same."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=file.parent, suffix=".part")
-    os.close(handle)
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in text.state_dict().items()}, part)
-        os.chmod(part, 0o644)
-        os.replace(part, file)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
 
 
 def values(scored: Scored) -> dict[str, float]:
