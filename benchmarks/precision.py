@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import surroundings
+from benchmarks.segments import segment_loss, token_ids, whole_segments
 from longmem import LongMem, MemoryBank
-from longmem.data import load_tokenizer, read_documents
+from longmem.data import load_tokenizer
 from longmem.evaluation.bootstrap import Bootstrap, relative_difference
 from longmem.store.precision import pack, unpack
 from longmem.store.records import DTYPES
@@ -43,12 +44,9 @@ def document_loss(model: LongMem, ids: Tensor, segment: int, dtype: Any | None) 
     """Summed loss in nats of a document (n,), and its number of tokens; without ``dtype``, memory is off."""
     bank = MemoryBank.for_model(model, rows=1)
     nats, count = 0.0, 0
-    for part in ids.split(segment):
-        if len(part) < segment:
-            break
+    for part in whole_segments(ids, segment):
         out = model(part[None], memory=None if dtype is None else bank)
-        scores = out.logits[0, :-1].float().log_softmax(-1).gather(1, part[1:, None])
-        nats, count = nats - float(scores.sum()), count + len(part) - 1
+        nats, count = nats + segment_loss(out.logits, part), count + len(part) - 1
         if dtype is not None:
             bank.add(rounded(out.kv, bank.chunk_size, dtype))
     return nats, count
@@ -66,9 +64,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     given = parser.parse_args(arguments)
     model = LongMem.from_pretrained(given.model).eval()
     tokenizer = load_tokenizer(given.model)
-    texts = [document.text for _, document in zip(range(given.documents), read_documents(given.data), strict=False)]
-    ids = [torch.tensor(tokenizer(text[: given.tokens * 12]).input_ids[: given.tokens]) for text in texts]
-    ids = [one for one in ids if len(one) >= 2 * given.segment]
+    documents = token_ids(tokenizer, given.data, given.documents, given.tokens)
+    ids = [one for one in documents if len(one) >= 2 * given.segment]
     losses: dict[str, list[tuple[float, int]]] = {}
     for name in ("memory off", *DTYPES):
         print(f"{name} ...", file=sys.stderr, flush=True)

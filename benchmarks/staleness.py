@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import surroundings
+from benchmarks.segments import segment_loss, token_ids, whole_segments
 from longmem import MemoryBank, MemTRM, TrainingFree
-from longmem.data import load_tokenizer, read_documents
+from longmem.data import load_tokenizer
 from longmem.evaluation.bootstrap import Bootstrap, relative_difference
 
 WAYS = ("fresh", "stale", "off")
@@ -33,13 +34,10 @@ def document_losses(model: MemTRM, before: TrainingFree, ids: Tensor, segment: i
     """Summed loss in nats of a document's whole segments, of ids (n,), for each of ``WAYS``."""
     banks = {way: MemoryBank.for_model(model, rows=1) for way in WAYS if way != "off"}
     nats = dict.fromkeys(WAYS, 0.0)
-    for part in ids.split(segment):
-        if len(part) < segment:
-            break
+    for part in whole_segments(ids, segment):
         for way in WAYS:
             out = model(part[None], memory=banks.get(way))
-            scores = out.logits[0, :-1].float().log_softmax(-1).gather(1, part[1:, None])
-            nats[way] -= float(scores.sum())
+            nats[way] += segment_loss(out.logits, part)
             if way == "fresh":
                 banks[way].add(out.kv)
             elif way == "stale":
@@ -65,11 +63,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     tokenizer = load_tokenizer(given.memtrm)
     texts: dict[str, dict[str, Any]] = {}
     for name in given.data:
-        documents = [d.text for _, d in zip(range(given.documents), read_documents([name]), strict=False)]
+        documents = token_ids(tokenizer, [name], given.documents, given.tokens)
         losses: list[list[float]] = []
         counts: list[int] = []
-        for number, text in enumerate(documents, 1):
-            ids = torch.tensor(tokenizer(text[: given.tokens * 12]).input_ids[: given.tokens])
+        for number, ids in enumerate(documents, 1):
             whole = len(ids) // given.segment
             if whole:
                 losses.append(document_losses(model, before, ids, given.segment))
