@@ -136,12 +136,25 @@ def stale_table(result: dict[str, Any]) -> str:
     return table(["MemTRM, by segments", "memory off", "its own memory", "written before it was trained"], rows)
 
 
+def training_table(result: dict[str, Any]) -> str:
+    """Of ``benchmarks.training``: a line for each run."""
+    rows = []
+    for name, run in result["trainings"].items():
+        valid = run["valid"][-1] if run["valid"] else {}
+        losses = [valid.get(field) for field in ("loss", "loss_memory_off", "loss_backbone")]
+        cells = ["-" if loss is None else f"{loss:.3f}" for loss in losses]
+        rows.append([name, f"{run['steps']:,}", f"{run['tokens']:,}", f"{run['seconds'] / 60:.0f}", *cells])
+    heads = ["training", "steps", "tokens", "minutes", "validation loss, nats", "with memory off", "of its backbone"]
+    return table(heads, rows)
+
+
 KINDS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("models", store_table),
     ("texts", recall_table),
     ("texts", ways_table),
     ("decoding", decoding_table),
     ("stale", stale_table),
+    ("trainings", training_table),
 )
 """By the field that a result of this kind has."""
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from table_format import line, made_by, table
 
+TURNS = ("first", "second")
+
 
 def evaluation_table(result: dict[str, Any], where: str) -> str:
     """The table of a result of ``longmem eval``, and the command that made it.
@@ -16,7 +18,19 @@ def evaluation_table(result: dict[str, Any], where: str) -> str:
     """
     if "protocols" in result:
         return perplexity_table(result, where)
+    if "copying" in result:
+        return copying_table(result, where)
     return (needle_table if result["header"]["task"] == "needle" else task_table)(result, where)
+
+
+def copying_table(result: dict[str, Any], where: str) -> str:
+    """Of ``longmem layers``: the loss of tokens that are read for the first and for the second time."""
+    rows = [
+        [f"{each['source']}, {each['distance']} tokens apart", *(f"{each[f'{turn}_loss']:.2f}" for turn in TURNS)]
+        for each in result["copying"]
+    ]
+    heads = [where.split("/")[-2], *(f"{turn} time, nats per token" for turn in TURNS)]
+    return "\n\n".join([table(heads, rows), made_by(where, result["header"]["command"])]) + "\n\n"
 
 
 def perplexity_table(result: dict[str, Any], where: str) -> str:
@@ -68,21 +82,26 @@ def needle_table(result: dict[str, Any], where: str) -> str:
     return "\n\n".join([table(["exact answers", *systems.values()], rows), origin]) + "\n\n"
 
 
-def _others(system: str) -> dict[str, str]:
-    """What it is compared with: systems with as much memory, or none."""
+def _others(system: str, systems: dict[str, str]) -> dict[str, str]:
+    """What it is compared with: systems with as much memory, or none.
+
+    Args:
+        systems: labels of all that were measured, by name.
+    """
     size = system.rpartition("_")[2]
+    free = [name for name in systems if name.startswith("training_free_") and name.endswith(f"_{size}")]
     return {
         "backbone": "its backbone alone",
         "memory_off": "itself with memory off",
         "control": "the SideNet trained equally long without memory",
         f"memtrm_{size}": "MemTRM, trained on as many tokens",
-    }
+    } | {name: f"{systems[name].split(',')[0]}, nothing trained" for name in free}
 
 
 def task_table(result: dict[str, Any], where: str) -> str:
-    """Of ``longmem eval icl`` and ``chapterbreak``: every metric of every group of examples, systems across.
+    """Of ``longmem eval icl``, ``chapterbreak``, ``dialogue``: every metric of every group of examples, systems across.
 
-    Where there are averages over groups, only those are shown.
+    Where there are averages over groups, only those are shown; where all systems score 0, nothing is.
     """
     systems, metrics = result["systems"], result["metrics"]
     groups = [group for group in result["groups"] if group["group"].startswith("average")] or result["groups"]
@@ -90,14 +109,17 @@ def task_table(result: dict[str, Any], where: str) -> str:
     for metric in metrics:
         for group in groups:
             scores = {score["system"]: score for score in group["scores"] if score["metric"] == metric["name"]}
-            rows.append([f"{metric['label']}: {group['group']}", *(_score(scores[name]) for name in systems)])
+            if any(score["value"] for score in scores.values()):
+                cells = [_score(scores[name], 2 if metric["unit"] == "nats" else 1) for name in systems]
+                rows.append([f"{metric['label']}: {group['group']}", *cells])
     origin = f"95 % intervals. {made_by(where, result['header']['command'])}"
     return "\n\n".join([table([f"{result['header']['task']}", *systems.values()], rows), origin]) + "\n\n"
 
 
-def _score(score: dict[str, Any]) -> str:
+def _score(score: dict[str, Any], digits: int) -> str:
     edges = score["interval"]
-    return f"{score['value']:.1f}" + (f" [{edges['low']:.1f}, {edges['high']:.1f}]" if edges else "")
+    low_high = f" [{edges['low']:.{digits}f}, {edges['high']:.{digits}f}]" if edges else ""
+    return f"{score['value']:.{digits}f}{low_high}"
 
 
 def gains_table(results: dict[str, dict[str, Any]], system: str) -> str:
@@ -107,6 +129,7 @@ def gains_table(results: dict[str, dict[str, Any]], system: str) -> str:
         results: of ``longmem eval perplexity``, by the name of their file.
         system: whose gains.
     """
+    systems = next(iter(results.values()))["systems"]
     cells: dict[str, dict[str, str]] = defaultdict(dict)
     heads: list[str] = []
     for where, result in results.items():
@@ -117,10 +140,10 @@ def gains_table(results: dict[str, dict[str, Any]], system: str) -> str:
                     cells[gap["against"]][heads[-1]] = _gap(gap)
     rows = [
         [words, *(cells[name].get(head, "") for head in heads)]
-        for name, words in _others(system).items()
+        for name, words in _others(system, systems).items()
         if name in cells
     ]
-    label = next(iter(results.values()))["systems"][system]
+    label = systems[system]
     made = ", ".join(f"`{where}`" for where in results)
     told = f"% of perplexity, below 0 is better; 95 % intervals over documents. From {made}."
     return "\n\n".join([table([f"{label}, against", *heads], rows), told]) + "\n\n"
@@ -134,7 +157,8 @@ def groups_table(results: dict[str, dict[str, Any]], system: str) -> str:
         for group in result["protocols"]["sliding"]["groups"]:
             gaps = [gap for gap in group["differences"] if gap["system"] == system]
             rows[f"{text}, {group['name']} ({group['documents']} documents)"] = {g["against"]: _gap(g) for g in gaps}
-    others = {name: words for name, words in _others(system).items() if any(name in cells for cells in rows.values())}
+    known = _others(system, next(iter(results.values()))["systems"])
+    others = {name: words for name, words in known.items() if any(name in cells for cells in rows.values())}
     heads = ["% of perplexity, sliding", *(f"against {words}" for words in others.values())]
     return table(heads, [[group, *(cells.get(name, "") for name in others)] for group, cells in rows.items()]) + "\n\n"
 

@@ -183,11 +183,14 @@ def _signature(name: str, value: Any) -> str:
 
 
 def _arguments(text: str) -> Iterator[str]:
-    """Split at the commas that stand in no bracket."""
-    depth, part = 0, ""
+    """Split at the commas that stand in no bracket and in no string."""
+    depth, part, quote = 0, "", ""
     for sign in text:
-        depth += (sign in "([{") - (sign in ")]}")
-        if sign == "," and not depth:
+        if quote or sign in "'\"":
+            quote = "" if sign == quote else quote or sign
+        else:
+            depth += (sign in "([{") - (sign in ")]}")
+        if sign == "," and not depth and not quote:
             yield part.strip()
             part = ""
         else:

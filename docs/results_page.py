@@ -8,9 +8,9 @@ from pathlib import Path
 
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
-from longmem import AlibiGPTConfig
 from longmem.evaluation.report.blocks import Block, Heading, Picture, Table, Text
 from longmem.evaluation.report.build import Report, build_report
+from longmem.training.backbone_shape import backbone_shape
 from longmem.training.estimate import estimate
 from longmem.training.hardware import GIB, HARDWARE
 from longmem.training.recipe import Recipe
@@ -55,7 +55,7 @@ def full_size(recipes: Path) -> list[Block]:
         with tempfile.TemporaryDirectory() as folder:
             instead = []  # no hub is asked
             if isinstance(backbone, str):
-                backbone = trained_by(Recipe.load(recipes / f"{backbone}.toml"))
+                backbone = backbone_shape(Recipe.load(recipes / f"{backbone}.toml"))
             if backbone is not None:
                 backbone.save_pretrained(folder)
                 instead = [f"backbone.path={folder}"]
@@ -79,21 +79,6 @@ def full_size(recipes: Path) -> list[Block]:
         "`longmem train RECIPE --estimate MACHINE`, at 40 % of the machine's peak."
     )
     return [Heading(2, "At full size"), Text(told), Table(heads, rows)]
-
-
-def trained_by(recipe: Recipe) -> AlibiGPTConfig:
-    """The backbone that a recipe trains from scratch."""
-    shape = recipe.model
-    return AlibiGPTConfig(
-        vocab_size=shape.vocab_size or recipe.data.vocab_size,
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.intermediate_size,
-        activation=shape.activation,
-        layer_norm_epsilon=shape.layer_norm_epsilon,
-        max_position_embeddings=recipe.data.window,
-    )
 
 
 def lacks_pictures(report: Report, folder: Path) -> bool:

@@ -144,11 +144,14 @@ def tokens_axis(axis: Axes, label: str, at: Sequence[float]) -> None:
 
 
 def log_heights(axis: Axes) -> None:
-    """A logarithmic scale upwards, ticks at 1, 2, 5, 10, ... written out."""
+    """A logarithmic scale upwards, ticks at 1, 2, 5, 10, ... written out; more of them where it is short."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    low, high = axis.get_ylim()
+    # two labels alone would be read as a linear scale
+    subs = (1, 2, 5) if high / low > 10 else (1, 1.5, 2, 3, 4, 5, 7)
+    axis.yaxis.set_major_locator(LogLocator(base=10, subs=subs))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 

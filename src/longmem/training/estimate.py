@@ -402,22 +402,12 @@ def _plan(recipe: Recipe, hardware: Hardware) -> tuple[PreTrainedConfig, Work]:
 def _pretrained_config(recipe: Recipe) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    from longmem.modeling.alibi_gpt import AlibiGPTConfig
+    from longmem.training.backbone_shape import backbone_shape
 
-    model, data = recipe.model, recipe.data
-    if model.init is not None:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(model.init)
+    if recipe.model.init is not None:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(recipe.model.init)
         return config
-    return AlibiGPTConfig(
-        vocab_size=model.vocab_size or data.vocab_size,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.layers,
-        num_attention_heads=model.heads,
-        intermediate_size=model.intermediate_size,
-        activation=model.activation,
-        layer_norm_epsilon=model.layer_norm_epsilon,
-        max_position_embeddings=data.window,
-    )
+    return backbone_shape(recipe)
 
 
 def _backbone_config(recipe: Recipe) -> PreTrainedConfig:

@@ -17,10 +17,11 @@ from longmem.data.tokenizer import load_tokenizer
 from longmem.data.tokens import TokenCorpus
 from longmem.data.windows import IGNORE, WindowSampler
 from longmem.errors import BackboneError, ConfigError
-from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
+from longmem.modeling.alibi_gpt import AlibiGPTForCausalLM
 from longmem.modeling.copying import copy_loss, copy_score, random_tokens
 from longmem.modeling.loading import load_backbone
 from longmem.modeling.vocabulary import change_vocabulary, same_vocabulary
+from longmem.training.backbone_shape import backbone_shape
 from longmem.training.recipe import Recipe
 from longmem.training.sharding import assign
 from longmem.training.tasks import Scores, StepScores, set_dropout, token_losses
@@ -171,15 +172,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
         return model if same_vocabulary(before, tokenizer) else change_vocabulary(model, before, tokenizer)
     if shape.vocab_size is not None and shape.vocab_size < len(tokenizer):
         raise ConfigError(f"model.vocab_size ({shape.vocab_size}) must be at least the tokenizer's ({len(tokenizer)})")
-    config = AlibiGPTConfig(
-        vocab_size=shape.vocab_size or len(tokenizer),
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.intermediate_size,
-        activation=shape.activation,
-        layer_norm_epsilon=shape.layer_norm_epsilon,
-        max_position_embeddings=recipe.data.window,
+    config = backbone_shape(
+        recipe,
+        len(tokenizer),
         dropout=recipe.optim.dropout,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
