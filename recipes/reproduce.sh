@@ -12,11 +12,17 @@ train() { # NAME RECIPE [SETTINGS...]
     [ -e "runs/$name/final/config.json" ] || longmem train "recipes/$recipe.toml" --resume --set "run.out_dir=runs/$name" "$@"
 }
 
-models=(--model runs/small-sidenet --control runs/small-control --memtrm runs/small-memtrm)
+model=(--model runs/small-sidenet)
+models=("${model[@]}" --control runs/small-control --memtrm runs/small-memtrm)
 
 measure() { # NAME TEXT [SETTINGS...]
-    longmem eval perplexity "${models[@]}" --data "$2" --memory-sizes 1k,8k --max-tokens 10240 --group-by-prefix __ \
-        --out "runs/results/small-$1" "${@:3}"
+    longmem eval perplexity "${models[@]}" --training-free 0.4 --data "$2" --memory-sizes 1k,8k --max-tokens 10240 \
+        --group-by-prefix __ --out "runs/results/small-$1" "${@:3}"
+}
+
+measure_long() { # NAME TEXT
+    longmem eval perplexity "${model[@]}" --data "$2" --memory-sizes 8k,32k --max-tokens 36864 --num-documents 4 \
+        --protocol segments --group-by-prefix __ --out "runs/results/small-$1-long"
 }
 
 [ -e "$python/train.jsonl" ] || longmem data python --out "$python"
@@ -37,9 +43,20 @@ train needle-far needle-sidenet "${backbone[@]}" --set sidenet.start=runs/needle
 measure books "$books/test.tar.xz"
 measure latex "$latex/test.tar.xz"
 measure python "$python/test.jsonl" --include 'stdlib*' --include 'packages__[cjr]*' --include 'packages__networkx-0[0-2]'
+measure_long books "$books/test.tar.xz"
+measure_long latex "$latex/test.tar.xz"
 [ -e data/chapterbreak/chapterbreak_ctx_8192.json ] || longmem data chapterbreak "$books/test.tar.xz" --out data/chapterbreak
-longmem eval chapterbreak "${models[@]}" --training-free 0.1 --data data/chapterbreak/chapterbreak_ctx_8192.json --out runs/results/chapterbreak
+longmem eval chapterbreak "${models[@]}" --training-free 0.4 --data data/chapterbreak/chapterbreak_ctx_8192.json --out runs/results/chapterbreak
 longmem eval icl "${models[@]}" --training-free 0.1 --memory-sizes 64k --data "$shared/icl" --out runs/results/icl
 longmem eval needle --model runs/needle-far --data "$python/test.jsonl" --lengths 4k,16k,64k,1m --systems backbone,memory_1 \
     --cache runs/needle-cache --out runs/results/needle
+[ -e data/conversations.json ] || longmem data conversations --out data/conversations.json --seed 0
+longmem eval dialogue "${models[@]}" --training-free 0.1 --data data/conversations.json --out runs/results/dialogue
+longmem eval ablate "${model[@]}" --data "$python/valid.jsonl" --max-tokens 4096 --num-documents 8 --out runs/results/ablate-python
+longmem eval efficiency --random hidden=512,layers=12,heads=8,vocab=8192 --contexts 1k,4k,16k --new-tokens 16 --budget 240 \
+    --out runs/results/efficiency
+for text in "$latex/valid.tar.xz" "$python/valid.jsonl"; do
+    longmem layers runs/small-backbone/final --data "$text" --distances 128,256 --rows 4 \
+        --out "runs/results/layers-$(basename "$(dirname "$text")")"
+done
 longmem report runs/results --out runs/results

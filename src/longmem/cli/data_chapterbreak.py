@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from longmem.cli.evaluating import token_counts
+from longmem.cli.counts import token_counts
 from longmem.cli.outputs import folder_option
 
 

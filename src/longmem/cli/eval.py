@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from longmem.cli.counts import TokenCount
 from longmem.cli.evaluating import machine_options, model_options
 from longmem.cli.harness import harness
 from longmem.cli.outputs import folder_option
@@ -47,7 +48,7 @@ command.add_command(squad)
 @click.option("--data", required=True, multiple=True, help="File, folder, .jsonl or archive; may be repeated.")
 @click.option("--include", multiple=True, help="Pattern of the document ids to take; may be repeated.")
 @click.option("--num-documents", type=click.IntRange(min=1), help="Take the first so many documents.")
-@click.option("--max-tokens", type=click.IntRange(min=2), help="Take the first so many tokens of each document.")
+@click.option("--max-tokens", type=TokenCount(2), help="Take the first so many tokens of each document.")
 @click.option("--protocol", default="segments,sliding", show_default=True, help="Which protocols, by comma.")
 @click.option("--window", type=int, help="Tokens seen at once; default: the backbone's positions, at most 1024.")
 @click.option("--stride", type=int, help="How far the sliding window moves; default: half the window.")

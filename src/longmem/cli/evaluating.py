@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from longmem.cli.counts import token_counts
 from longmem.cli.outputs import folder_option
 
 if TYPE_CHECKING:
@@ -25,22 +26,6 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Command = Callable[..., Any]
-
-
-def token_counts(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
-    """``1024,8k,1m`` as numbers; k is 1,024, m is 1,024k."""
-    if value is None:
-        return None
-    try:
-        words = [word.strip().lower() for word in value.split(",") if word.strip()]
-        return [_tokens(word) for word in words]
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of token counts; try 1024,8k,64k") from None
-
-
-def _tokens(word: str) -> int:
-    sizes = {"k": 1 << 10, "m": 1 << 20}
-    return int(word[:-1]) * sizes[word[-1]] if word[-1] in sizes else int(word)
 
 
 def model_options(command: Command) -> Command:

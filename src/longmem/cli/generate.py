@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from longmem.cli.counts import TokenCount
 from longmem.cli.memory.opening import check_namespace, layout_of, load_model, load_tokenizer, say
 from longmem.cli.memory.options import namespace_option
 from longmem.cli.memory.printing import counted, one_line, print_columns, print_json
@@ -48,7 +49,9 @@ SHOWN_CHUNKS = 2
 @click.option("--window", type=int, help="Tokens attended to directly; default: what the backbone was made for.")
 @click.option("--window-move", type=int, help="Oldest tokens that move to memory when it is full; default: half.")
 @click.option("--window-overlap", type=int, help="Tokens before them that their keys may see; default: none.")
-@click.option("--session-tokens", type=int, help="Most tokens of this session in memory; default: the model's.")
+@click.option(
+    "--session-tokens", type=TokenCount(), help="Most tokens of this session in memory; default: the model's."
+)
 @click.option("--tokenizer", help="Folder or hub id; default: that of the model's backbone.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...; auto takes a GPU if there is one.")
 @click.option("--explain", is_flag=True, help="Show what was read from memory for each token, as a table.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from longmem.cli.counts import TokenCount
 from longmem.cli.outputs import folder_option
 from longmem.errors import ConfigError
 
@@ -35,7 +36,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
 @click.option("--backbone", help="Where the backbone is, if not where the checkpoint says.")
 @click.option("--control", help="SideNet checkpoint trained equally long without memory, over the same backbone.")
 @click.option("--tokenizer", help="Folder or hub id; default: the model's, else its backbone's.")
-@click.option("--memory-size", type=click.IntRange(min=1), help="Tokens each request remembers; default: the model's.")
+@click.option("--memory-size", type=TokenCount(), help="Tokens each request remembers; default: the model's.")
 @click.option("--window", type=click.IntRange(min=8), help="Tokens seen at once; default: as the backbone's positions.")
 @click.option(
     "--batch", "rows", type=click.IntRange(min=1), default=8, show_default=True, help="Requests side by side."

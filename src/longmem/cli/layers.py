@@ -67,11 +67,14 @@ def command(
     position-free queries find the token that followed an earlier occurrence of the current one. Keys can be remembered
     to advantage only where a backbone can copy, so its loss on text that it has just read is shown as well.
     """
+    from transformers.utils import logging
+
     from longmem.evaluation.layer_inputs import load_backbone
     from longmem.evaluation.layer_plots import plot_layers
     from longmem.evaluation.layers import measure_layers
     from longmem.evaluation.results import command_line, to_json, write_json
 
+    logging.disable_progress_bar()
     backbone, beside = load_backbone(model, device=device, dtype=dtype)
     text = _text(data, tokenizer or beside, rows, max(distances), given=bool(data or tokenizer))
     report = measure_layers(

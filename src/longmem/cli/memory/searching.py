@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from longmem.cli.counts import TokenCount
 from longmem.cli.memory.opening import check_namespace, layout_of, load_model, load_tokenizer
 from longmem.cli.memory.options import (
     MOMENT,
@@ -44,7 +45,7 @@ SHOWN_HEADS = 4
 @where_option
 @click.option("--after", type=MOMENT, help="Only documents of this date or later.")
 @click.option("--before", type=MOMENT, help="Only documents from before this date.")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Only the newest so many tokens.")
+@click.option("--max-tokens", type=TokenCount(), help="Only the newest so many tokens.")
 @click.option("--index", default="exact", show_default=True, help="How the keys are searched.")
 @json_option
 def search(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from longmem.cli.evaluating import examples_bar, machine_options, token_counts
+from longmem.cli.counts import TokenCount, token_counts
+from longmem.cli.evaluating import examples_bar, machine_options
 from longmem.cli.outputs import folder_option
 from longmem.errors import ConfigError
 
@@ -38,7 +39,7 @@ def _shares(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option("--data", required=True, multiple=True, help="File, folder, .jsonl or archive; may be repeated.")
 @click.option("--include", multiple=True, help="Pattern of the document ids to take; may be repeated.")
 @click.option("--num-documents", type=click.IntRange(min=1), help="Take the first so many documents.")
-@click.option("--max-tokens", type=click.IntRange(min=2), help="Take the first so many tokens of each document.")
+@click.option("--max-tokens", type=TokenCount(2), help="Take the first so many tokens of each document.")
 @click.option(
     "--of",
     "axes",
@@ -52,7 +53,7 @@ def _shares(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option("--memory-sizes", callback=token_counts, help="Default: a 64th of the model's own to all of it.")
 @click.option("--gate-shares", callback=_shares, help="Forced on every head; default: 0,0.1,0.25,0.5,0.75,1.")
 @click.option("--memory-dtypes", callback=_words, help="Default: float32,float16,bfloat16,int8.")
-@click.option("--memory-size", type=click.IntRange(min=1), help="Of the default; default: the model's own.")
+@click.option("--memory-size", type=TokenCount(), help="Of the default; default: the model's own.")
 @click.option(
     "--also",
     multiple=True,

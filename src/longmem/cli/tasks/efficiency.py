@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from longmem.cli.evaluating import examples_bar, machine_options, token_counts
+from longmem.cli.counts import TokenCount, token_counts
+from longmem.cli.evaluating import examples_bar, machine_options
 from longmem.cli.outputs import folder_option
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> tu
 @click.option(
     "--window", type=click.IntRange(min=2), help="Of LongMem; default: the backbone's positions, at most 1024."
 )
-@click.option("--memory-size", type=click.IntRange(min=1), help="Most tokens in memory; default: the model's own.")
+@click.option("--memory-size", type=TokenCount(), help="Most tokens in memory; default: the model's own.")
 @click.option("--new-tokens", type=click.IntRange(min=2), default=32, show_default=True, help="Behind each context.")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds of all systems.")
 @click.option(

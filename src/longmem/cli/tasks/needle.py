@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from longmem.cli.evaluating import comparison_options, open_comparison, run_and_show, token_counts
+from longmem.cli.counts import token_counts
+from longmem.cli.evaluating import comparison_options, open_comparison, run_and_show
 from longmem.cli.outputs import folder_option
 
 MOST_DEPTHS = 1001
