@@ -36,9 +36,12 @@ train small-control small-sidenet "${backbone[@]}" --set sidenet.memory=false
 train small-memtrm small-sidenet "${backbone[@]}" --set method=memtrm --set optim.muon_lr=0.002 --set optim.lr=3e-4 --set sidenet.gate=0.1
 
 train needle-sidenet needle-sidenet "${backbone[@]}" --set sidenet.start=runs/small-sidenet/final
-train needle-far needle-sidenet "${backbone[@]}" --set sidenet.start=runs/needle-sidenet/final --set run.seed=2 \
+train needle-large needle-sidenet "${backbone[@]}" --set sidenet.start=runs/needle-sidenet/final --set run.seed=2 \
     --set needles.least_tokens=16384 --set needles.most_tokens=1048576 --set needles.grows=0 \
     --set optim.steps=400 --set optim.muon_lr=0.015 --set optim.lr=1e-3
+train needle-far needle-far "${backbone[@]}" --set sidenet.start=runs/needle-large/final
+train needle-farther needle-far "${backbone[@]}" --set sidenet.start=runs/needle-far/final --set run.seed=5 \
+    --set needles.least_tokens=262144 --set optim.steps=600
 
 measure books "$books/test.tar.xz"
 measure latex "$latex/test.tar.xz"
@@ -48,7 +51,7 @@ measure_long latex "$latex/test.tar.xz"
 [ -e data/chapterbreak/chapterbreak_ctx_8192.json ] || longmem data chapterbreak "$books/test.tar.xz" --out data/chapterbreak
 longmem eval chapterbreak "${models[@]}" --training-free 0.4 --data data/chapterbreak/chapterbreak_ctx_8192.json --out runs/results/chapterbreak
 longmem eval icl "${models[@]}" --training-free 0.1 --memory-sizes 64k --data "$shared/icl" --out runs/results/icl
-longmem eval needle --model runs/needle-far --data "$python/test.jsonl" --lengths 4k,16k,64k,1m --systems backbone,memory_1 \
+longmem eval needle --model runs/needle-farther --data "$python/test.jsonl" --lengths 4k,16k,64k,1m --systems backbone,memory_1 \
     --cache runs/needle-cache --out runs/results/needle
 [ -e data/conversations.json ] || longmem data conversations --out data/conversations.json --seed 0
 longmem eval dialogue "${models[@]}" --training-free 0.1 --data data/conversations.json --out runs/results/dialogue
