@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## the shipped pair remembers texts: perplexity with and without, what was read, a continuation
 	$(BIN)/longmem demo $(TEXTS)
 
-reproduce: $(READY) ## train the shipped pair again, with its controls, and measure everything: about eight hours
+reproduce: $(READY) ## train the shipped pair again, with its controls, and measure everything: about ten hours
 	PATH="$(abspath $(BIN)):$$PATH" recipes/reproduce.sh
 
 test: $(READY) ## the whole test suite

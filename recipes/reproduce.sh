@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The shipped pair from its texts: tokenizer, backbone, SideNet, control, MemTRM and needle, and what results/ says of them.
-# About eight hours on two cores without AVX-512. Stopped, it goes on where it was; what is finished is not made again.
+# About ten hours on two cores without AVX-512. Stopped, it goes on where it was; what is finished is not made again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 shared=${SHARED:-../shared/data}
@@ -42,6 +42,9 @@ train needle-large needle-sidenet "${backbone[@]}" --set sidenet.start=runs/need
 train needle-far needle-far "${backbone[@]}" --set sidenet.start=runs/needle-large/final
 train needle-farther needle-far "${backbone[@]}" --set sidenet.start=runs/needle-far/final --set run.seed=5 \
     --set needles.least_tokens=262144 --set optim.steps=600
+train needle-all needle-far "${backbone[@]}" --set sidenet.start=runs/needle-farther/final --set run.seed=6 \
+    --set needles.least_tokens=32768 --set optim.steps=350 \
+    --set "data.paths=[\"$books/train-01.tar.xz\", \"$latex/train.tar.xz\", \"$python/train.jsonl\"]"
 
 measure books "$books/test.tar.xz"
 measure latex "$latex/test.tar.xz"
@@ -51,8 +54,9 @@ measure_long latex "$latex/test.tar.xz"
 [ -e data/chapterbreak/chapterbreak_ctx_8192.json ] || longmem data chapterbreak "$books/test.tar.xz" --out data/chapterbreak
 longmem eval chapterbreak "${models[@]}" --training-free 0.4 --data data/chapterbreak/chapterbreak_ctx_8192.json --out runs/results/chapterbreak
 longmem eval icl "${models[@]}" --training-free 0.1 --memory-sizes 64k --data "$shared/icl" --out runs/results/icl
-longmem eval needle --model runs/needle-farther --data "$python/test.jsonl" --lengths 4k,16k,64k,1m --systems backbone,memory_1 \
-    --cache runs/needle-cache --out runs/results/needle
+needle=(--model runs/needle-all --systems backbone,memory_1 --cache runs/needle-cache)
+longmem eval needle "${needle[@]}" --data "$python/test.jsonl" --lengths 4k,16k,64k,1m --out runs/results/needle
+longmem eval needle "${needle[@]}" --data "$books/test.tar.xz" --lengths 64k,1m --out runs/results/needle-books
 [ -e data/conversations.json ] || longmem data conversations --out data/conversations.json --seed 0
 longmem eval dialogue "${models[@]}" --training-free 0.1 --data data/conversations.json --out runs/results/dialogue
 longmem eval ablate "${model[@]}" --data "$python/valid.jsonl" --max-tokens 4096 --num-documents 8 --out runs/results/ablate-python
