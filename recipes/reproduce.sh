@@ -42,9 +42,12 @@ train needle-large needle-sidenet "${backbone[@]}" --set sidenet.start=runs/need
 train needle-far needle-far "${backbone[@]}" --set sidenet.start=runs/needle-large/final
 train needle-farther needle-far "${backbone[@]}" --set sidenet.start=runs/needle-far/final --set run.seed=5 \
     --set needles.least_tokens=262144 --set optim.steps=600
+backbone+=(--set "data.paths=[\"$books/train-01.tar.xz\", \"$latex/train.tar.xz\", \"$python/train.jsonl\"]")
 train needle-all needle-far "${backbone[@]}" --set sidenet.start=runs/needle-farther/final --set run.seed=6 \
-    --set needles.least_tokens=32768 --set optim.steps=350 \
-    --set "data.paths=[\"$books/train-01.tar.xz\", \"$latex/train.tar.xz\", \"$python/train.jsonl\"]"
+    --set needles.least_tokens=32768 --set optim.steps=350
+train needle-last needle-far "${backbone[@]}" --set sidenet.start=runs/needle-all/final --set run.seed=7 \
+    --set needles.least_tokens=131072 --set optim.steps=300
+python recipes/average.py runs/needle-farther runs/needle-all runs/needle-last --out runs/needle
 
 measure books "$books/test.tar.xz"
 measure latex "$latex/test.tar.xz"
@@ -54,7 +57,7 @@ measure_long latex "$latex/test.tar.xz"
 [ -e data/chapterbreak/chapterbreak_ctx_8192.json ] || longmem data chapterbreak "$books/test.tar.xz" --out data/chapterbreak
 longmem eval chapterbreak "${models[@]}" --training-free 0.4 --data data/chapterbreak/chapterbreak_ctx_8192.json --out runs/results/chapterbreak
 longmem eval icl "${models[@]}" --training-free 0.1 --memory-sizes 64k --data "$shared/icl" --out runs/results/icl
-needle=(--model runs/needle-all --systems backbone,memory_1 --cache runs/needle-cache)
+needle=(--model runs/needle --systems backbone,memory_1 --cache runs/needle-cache)
 longmem eval needle "${needle[@]}" --data "$python/test.jsonl" --lengths 4k,16k,64k,1m --out runs/results/needle
 longmem eval needle "${needle[@]}" --data "$books/test.tar.xz" --lengths 64k,1m --out runs/results/needle-books
 [ -e data/conversations.json ] || longmem data conversations --out data/conversations.json --seed 0

@@ -51,9 +51,12 @@ def test_longmem_is_below_its_backbone_the_control_and_itself_without_memory_eve
 
 def test_a_pass_key_is_found_as_often_as_the_page_says() -> None:
     lines = re.findall(r"(?m)^\| passkey, ([\d,]+) tokens \|.*\| ([\d.]+) % \(\d+ of (\d+);", PAGE)
-    found = {int(tokens.replace(",", "")): (float(share), int(trials)) for tokens, share, trials in lines}
-    assert all(trials == 200 for _, trials in found.values())
-    assert all((share >= 95) == (tokens <= 65_536) for tokens, (share, _) in found.items())
+    found = [(int(tokens.replace(",", "")), float(share), int(trials)) for tokens, share, trials in lines]
+    assert len(found) == 6, "four lengths of Python source, two of books"
+    for tokens, share, trials in found:
+        assert trials == 200
+        # the page: the goal of 95 % is reached up to 65,536 tokens, that of 90 % at 1M is missed
+        assert share >= 95 if tokens <= 65_536 else share < 90
 
 
 def test_two_stage_is_faster_than_exact_search_and_every_head_finds_95_of_100() -> None:
