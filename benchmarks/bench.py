@@ -6,7 +6,6 @@ Usage: python -m benchmarks.bench [--device cuda] [--threads N] [--repeats N] [-
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from benchmarks import retrieval, step
 from benchmarks.measure import surroundings
+from longmem.evaluation.results import write_json
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -48,8 +48,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "step": steps,
         "retrieval": parts,
     }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(given.out, result)
     print("\n".join(lines(result)))
     _say(f"kept in {given.out}")
     return result

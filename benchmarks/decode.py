@@ -13,7 +13,6 @@ window by window in batches of the same size, and the plain backbone's in one pi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from benchmarks.measure import Run, interleaved, peak_bytes, ratio, spread, summary, surroundings
 from benchmarks.retrieval import filled_bank
 from longmem import LongMem
+from longmem.evaluation.results import write_json
 from longmem.generation import read
 from longmem.generation.reading import TOKENS_AT_ONCE
 from longmem.memory.session import SessionMemory
@@ -251,8 +251,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             seed=given.seed,
             long_reading=not given.no_long_reading,
         )
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(given.out, result)
     print("\n".join(lines(result)))
     _say(f"kept in {given.out}")
     return result

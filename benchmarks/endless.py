@@ -11,7 +11,6 @@ equal.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import surroundings
 from longmem import LongMem, MemoryBank
+from longmem.evaluation.results import write_json
 from longmem.memory.session import SessionMemory
 
 SHAPE = {
@@ -180,8 +180,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             with_reference=not given.no_reference,
         ),
     }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(given.out, result)
     print(
         f"{result['tokens']:,} tokens, window {result['window']}: {1e3 * result['seconds_per_token_first']:.2f} ms a "
         f"token at first, {1e3 * result['seconds_per_token_last']:.2f} at last, "

@@ -9,7 +9,6 @@ rounds them. The mean keys come from rounded keys here, while a store keeps them
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from benchmarks.segments import segment_loss, token_ids, whole_segments
 from longmem import LongMem, MemoryBank
 from longmem.data import load_tokenizer
 from longmem.evaluation.bootstrap import Bootstrap, relative_difference
+from longmem.evaluation.results import write_json
 from longmem.store.precision import pack, unpack
 from longmem.store.records import DTYPES
 from longmem.types import AttentionKV
@@ -90,8 +90,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "interval_over_documents": bounds,
         }
         print(f"{name:>12}: {perplexity:.4f}  {percent:+.4f} %  {bounds}")
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(given.out, result)
     return result
 
 

@@ -11,7 +11,6 @@ FOLDER takes the encoded keys (250 MB for a million tokens of the small pair): t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from benchmarks import candidates
 from benchmarks.busy import by_processor
 from benchmarks.measure import interleaved, ratio, spread, summary, surroundings
 from benchmarks.real_keys import collect, held_back
+from longmem.evaluation.results import write_json
 from longmem.memory import ExactIndex, MemoryBank
 from longmem.memory.blocks import Blocks
 from longmem.memory.partial import PartialIndex
@@ -64,8 +64,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }
 
     def keep() -> None:  # after every part: what was measured stays if the rest is interrupted
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(given.out, result)
 
     records: dict[str, dict[str, Any]] = {}
     for named in given.data:

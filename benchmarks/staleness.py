@@ -11,7 +11,6 @@ training, by those before, or not at all.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from benchmarks.segments import segment_loss, token_ids, whole_segments
 from longmem import MemoryBank, MemTRM, TrainingFree
 from longmem.data import load_tokenizer
 from longmem.evaluation.bootstrap import Bootstrap, relative_difference
+from longmem.evaluation.results import write_json
 
 WAYS = ("fresh", "stale", "off")
 
@@ -91,8 +91,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "surroundings": surroundings(torch.device("cpu")),
         "stale": texts,
     }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(given.out, result)
     return result
 
 

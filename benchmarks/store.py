@@ -13,7 +13,6 @@ few heads and many tokens. The JSON is kept after every step.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -30,6 +29,7 @@ from torch import Tensor
 from benchmarks.busy import by_processor
 from benchmarks.measure import interleaved, ratio, spread, summary, surroundings
 from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemoryStore
+from longmem.evaluation.results import write_json
 from longmem.store import NewDocument
 from longmem.store.encode import CPU_BATCH_TOKENS
 from longmem.types import AttentionKV
@@ -92,8 +92,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         try:
             for found in _model_at(heads, dtype, sizes, given, root):
                 result["models"] = [each for each in result["models"] if each is not found] + [found]
-                given.out.parent.mkdir(parents=True, exist_ok=True)
-                given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                write_json(given.out, result)
         finally:
             shutil.rmtree(root, ignore_errors=True)
     print("\n".join(lines(result)))

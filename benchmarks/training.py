@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import surroundings
+from longmem.evaluation.results import write_json
 
 
 def run_of(folder: Path) -> dict[str, Any]:
@@ -47,7 +48,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN_FOLDER")
     parser.add_argument("--out", type=Path, default=Path("results/training.json"))
     given = parser.parse_args(arguments)
-    named = dict(each.split("=", 1) for each in given.runs)
+    named = dict(each.partition("=")[::2] for each in given.runs)
+    if unnamed := [name for name, folder in named.items() if not folder]:
+        parser.error(f"{', '.join(unnamed)}: no NAME=RUN_FOLDER; write small-sidenet=runs/small-sidenet")
     result: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.training", *(sys.argv[1:] if arguments is None else arguments)]),
         "surroundings": surroundings(torch.device("cpu")),
@@ -55,8 +58,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }
     for name, run in result["trainings"].items():
         print(f"{name:>16}: {run['steps']:,} steps, {run['tokens']:,} tokens, {run['seconds'] / 60:.0f} min")
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(given.out, result)
     return result
 
 

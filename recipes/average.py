@@ -2,8 +2,8 @@
 
 Usage: python recipes/average.py RUN_OR_CHECKPOINT RUN_OR_CHECKPOINT... --out FOLDER
 
-All must stand on the same backbone; settings and tokenizer are those of the last. (Wortsman et al., "Model soups",
-2022.)
+All must stand on the same backbone and read memory alike; other settings and the tokenizer are those of the last.
+(Wortsman et al., "Model soups", 2022.)
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from longmem.data import load_tokenizer
 from longmem.errors import CheckpointError
 from longmem.evaluation.loading import checkpoint_folder
 
+READING = ("memory_layer", "stride", "fusion", "final_state")
+"""Settings that say what the weights mean."""
+
 
 def average(folders: list[str], out: Path) -> LongMem:
     """Write the mean of the SideNets' weights to ``out``, and return it.
 
     Raises:
-        CheckpointError: they have other backbones or other layers.
+        CheckpointError: they have other backbones, other layers or another way to read memory.
     """
     models = [LongMem.from_pretrained(checkpoint_folder(folder)) for folder in folders]
     mean = models[-1]
@@ -34,6 +37,12 @@ def average(folders: list[str], out: Path) -> LongMem:
             raise CheckpointError(
                 f"{folder}: has another backbone than {folders[-1]}; average SideNets of one backbone"
             )
+        for setting in READING:
+            theirs, ours = getattr(model.config, setting), getattr(mean.config, setting)
+            if theirs != ours:
+                raise CheckpointError(
+                    f"{folder}: {setting} is {theirs!r}, that of {folders[-1]} {ours!r}; average like ones"
+                )
         if {name: one.shape for name, one in found.items()} != {name: one.shape for name, one in weights[-1].items()}:
             raise CheckpointError(f"{folder}: has other layers than {folders[-1]}; average SideNets of one shape")
     mean.sidenet.load_state_dict({name: torch.stack([w[name] for w in weights]).mean(0) for name in weights[-1]})

@@ -28,3 +28,9 @@ def test_a_run_without_a_step_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="no step was trained"):
         run_of(tmp_path)
+
+
+def test_a_run_needs_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([str(tmp_path)])
+    assert "no NAME=RUN_FOLDER" in capsys.readouterr().err

@@ -20,7 +20,9 @@ average = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(average)
 
 
-def side(folder: Path, seed: int, tokenizer: PreTrainedTokenizerFast, backbone_seed: int = 0) -> str:
+def side(
+    folder: Path, seed: int, tokenizer: PreTrainedTokenizerFast, backbone_seed: int = 0, memory_layer: int = 3
+) -> str:
     """A SideNet of random weights over a tiny backbone."""
     shape = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
     config = AlibiGPTConfig(vocab_size=260, max_position_embeddings=32, **shape)
@@ -28,7 +30,7 @@ def side(folder: Path, seed: int, tokenizer: PreTrainedTokenizerFast, backbone_s
     if not backbone.exists():
         torch.manual_seed(backbone_seed)
         AlibiGPTForCausalLM(config).save_pretrained(backbone)
-    model = LongMem.from_backbone(str(backbone), chunk_size=seed + 1, num_retrieved=8)
+    model = LongMem.from_backbone(str(backbone), memory_layer=memory_layer, chunk_size=seed + 1, num_retrieved=8)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.sidenet.parameters():
@@ -54,5 +56,12 @@ def test_every_weight_is_the_mean_and_the_last_ones_settings_stay(
 def test_sidenets_of_two_backbones_are_refused(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
     one, other = side(tmp_path / "a", 0, byte_tokenizer), side(tmp_path / "b", 0, byte_tokenizer, backbone_seed=1)
     with pytest.raises(CheckpointError, match="a: has another backbone than"):
+        average.average([one, other], tmp_path / "mean")
+    assert not (tmp_path / "mean").exists()
+
+
+def test_sidenets_that_read_other_layers_are_refused(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    one, other = side(tmp_path / "a", 0, byte_tokenizer, memory_layer=1), side(tmp_path / "b", 0, byte_tokenizer)
+    with pytest.raises(CheckpointError, match=r"a: memory_layer is 1, that of .*b 3"):
         average.average([one, other], tmp_path / "mean")
     assert not (tmp_path / "mean").exists()

@@ -22,11 +22,7 @@ command.add_command(conversations)
 
 
 @command.command(epilog="Example: longmem data python --out data/python")
-@folder_option(
-    "--out",
-    required=True,
-    help="Folder for the three files.",
-)
+@folder_option("--out", required=True, help="Folder for the three files.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def python(out: Path, as_json: bool) -> None:
     """Python source that this machine has, as train.jsonl, valid.jsonl and test.jsonl.
@@ -63,11 +59,7 @@ def python(out: Path, as_json: bool) -> None:
 @click.option(
     "--bytes-each", type=click.IntRange(min=1), default=12_000_000, show_default=True, help="Read of each source."
 )
-@folder_option(
-    "--out",
-    required=True,
-    help="Folder for tokenizer.json.",
-)
+@folder_option("--out", required=True, help="Folder for tokenizer.json.")
 def tokenizer(paths: tuple[str, ...], vocab_size: int, bytes_each: int, out: Path) -> None:
     """Learn a byte-level BPE tokenizer from equal parts of several sources.
 

@@ -15,11 +15,7 @@ from longmem.cli.outputs import folder_option
     epilog="Example: longmem data chapterbreak data/books/test.tar.xz --out data/chapterbreak",
 )
 @click.argument("books", nargs=-1, required=True)
-@folder_option(
-    "--out",
-    required=True,
-    help="Folder for the two files.",
-)
+@folder_option("--out", required=True, help="Folder for the two files.")
 @click.option("--split", default="books", show_default=True, help="Key of the books in the file.")
 @click.option(
     "--prefix", callback=token_counts, default="8k", show_default=True, help="Tokens that prefixes are long enough for."

@@ -13,11 +13,7 @@ from longmem.cli.outputs import file_option
 @click.command(
     epilog="Example: longmem data conversations --out data/conversations.json --seed 0",
 )
-@file_option(
-    "--out",
-    required=True,
-    help="JSON file to write.",
-)
+@file_option("--out", required=True, help="JSON file to write.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything that is drawn.")
 @click.option("--conversations", type=int, default=10, show_default=True, help="How many.")
 @click.option("--sessions", type=int, default=6, show_default=True, help="Of each.")

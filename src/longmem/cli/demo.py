@@ -25,12 +25,7 @@ EXAMPLES = 4
 @click.command(name="demo", epilog="Example: longmem demo sqlite3 my-book.txt --out runs/demo")
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
 @click.option("--model", type=click.Path(path_type=Path), help="Folder of a SideNet; default: the pair in models/.")
-@folder_option(
-    "--out",
-    default=Path("runs/demo"),
-    show_default=True,
-    help="Where all of it goes.",
-)
+@folder_option("--out", default=Path("runs/demo"), show_default=True, help="Where all of it goes.")
 @click.option("--train", is_flag=True, help="Train a small pair first, on the standard library's source.")
 @click.option(
     "--minutes",

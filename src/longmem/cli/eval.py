@@ -57,10 +57,7 @@ command.add_command(squad)
 @machine_options
 @click.option("--resamples", type=int, default=2000, show_default=True, help="Of the bootstrap.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the bootstrap.")
-@folder_option(
-    "--out",
-    help="Folder for perplexity.json, curves, and records to resume from.",
-)
+@folder_option("--out", help="Folder for perplexity.json, curves, and records to resume from.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of a table.")
 def perplexity(
     model: str,

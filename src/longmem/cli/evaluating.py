@@ -98,10 +98,7 @@ def comparison_options(command: Command) -> Command:
         click.option(
             "--resamples", type=click.IntRange(min=1), default=2000, show_default=True, help="Of the bootstrap."
         ),
-        folder_option(
-            "--out",
-            help="Folder for the result and for records to resume from.",
-        ),
+        folder_option("--out", help="Folder for the result and for records to resume from."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of a table."),
     )
     return model_options(machine_options(command))

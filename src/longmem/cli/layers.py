@@ -41,10 +41,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...; auto takes a GPU if there is one.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Of the weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print every number as JSON.")
-@folder_option(
-    "--out",
-    help="Folder for layers.json and the heat map layers.png.",
-)
+@folder_option("--out", help="Folder for layers.json and the heat map layers.png.")
 def command(
     model: str,
     data: tuple[str, ...],

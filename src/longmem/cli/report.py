@@ -12,11 +12,7 @@ from longmem.cli.outputs import folder_option
 
 @click.command(name="report", epilog="Example: longmem report results --out runs/report")
 @click.argument("results", nargs=-1, required=True, metavar="RESULTS...")
-@folder_option(
-    "--out",
-    required=True,
-    help="Folder for report.md, report.html, pictures/.",
-)
+@folder_option("--out", required=True, help="Folder for report.md, report.html, pictures/.")
 @click.option("--title", default="Results", show_default=True, help="Of the page.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written, and what was not shown, as JSON.")
 def command(results: tuple[str, ...], out: Path, title: str, as_json: bool) -> None:

@@ -73,10 +73,7 @@ def _shares(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option("--resamples", type=int, default=2000, show_default=True, help="Of the bootstrap.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the bootstrap.")
 @machine_options
-@folder_option(
-    "--out",
-    help="Folder for ablate.json, pictures, and records to resume from.",
-)
+@folder_option("--out", help="Folder for ablate.json, pictures, and records to resume from.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of tables.")
 def ablate(**given: Any) -> None:
     """What chunk size, K, memory size, shared rows, number format and gate are worth, one changed at a time.

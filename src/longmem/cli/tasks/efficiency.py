@@ -61,10 +61,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> tu
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory (on a CPU a process for every point).")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of random weights and of the text.")
 @machine_options
-@folder_option(
-    "--out",
-    help="Folder for efficiency.json and its picture.",
-)
+@folder_option("--out", help="Folder for efficiency.json and its picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of a table.")
 def efficiency(
     model: str | None,

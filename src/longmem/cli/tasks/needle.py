@@ -69,10 +69,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
 @click.option(
     "--trials", type=click.IntRange(min=1), default=40, show_default=True, help="For each kind, length and depth."
 )
-@folder_option(
-    "--cache",
-    help="Keep here what the text leaves in memory, for other runs over the same backbone.",
-)
+@folder_option("--cache", help="Keep here what the text leaves in memory, for other runs over the same backbone.")
 @click.option(
     "--systems",
     callback=_names,
