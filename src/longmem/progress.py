@@ -1,0 +1,92 @@
+"""Progress on stderr: one line that is rewritten in a terminal, a new line every ten seconds anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import TypeVar
+
+T = TypeVar("T")
+
+EVERY = {True: 0.2, False: 10.0}
+"""Seconds between two reports, by whether stderr is a terminal."""
+
+
+class Progress:
+    """``with Progress("reading", total=65_536, unit="tokens") as progress: progress.advance(256, "book.txt")``.
+
+    Work that ends within ten seconds leaves no line in a log file.
+
+    Args:
+        what: the work, as a verb: "encoding".
+        total: how much there is to do; None where that is not known, then no time left is shown.
+        unit: of ``total``.
+        done: how much of it was done before, of work that is resumed.
+        quiet: report nothing.
+    """
+
+    def __init__(
+        self, what: str, total: int | None = None, unit: str = "", *, done: int = 0, quiet: bool = False
+    ) -> None:
+        self.what, self.total, self.unit, self.done, self.quiet = what, total, unit, done, quiet
+        self.started = self._shown = time.monotonic()
+        self._before = done
+        self._terminal = sys.stderr.isatty()
+        self._width = 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._width:  # leave an empty line to whatever is printed next
+            self._write("\r" + " " * self._width + "\r")
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        """``amount`` more is done; ``note`` says what, or how it went."""
+        self.done += amount
+        now = time.monotonic()
+        if self.quiet or now - self._shown < EVERY[self._terminal]:
+            return
+        self._shown = now
+        line = self.line(now - self.started, note)
+        if self._terminal:
+            self._write("\r" + line.ljust(self._width))
+            self._width = len(line)
+        else:
+            self._write(line + "\n")
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+    def line(self, seconds: float, note: str = "") -> str:
+        """The report after so many seconds."""
+        unit = f" {self.unit}" if self.unit else ""
+        if not self.total:
+            return f"{self.what}: {self.done:,}{unit} in {clock(seconds)}" + (f", {note}" if note else "")
+        new = self.done - self._before
+        left = f", {clock(seconds / new * max(0, self.total - self.done))} left" if new else ""
+        share = f" ({100 * self.done // self.total} %)"
+        return f"{self.what}: {self.done:,} of {self.total:,}{unit}{share}{left}" + (f", {note}" if note else "")
+
+
+def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "") -> Iterator[T]:
+    """The same items, with progress."""
+    with Progress(what, total, unit) as progress:
+        for item in items:
+            yield item
+            progress.advance()
+
+
+def clock(seconds: float) -> str:
+    """``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
