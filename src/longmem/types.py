@@ -1,7 +1,7 @@
 """The records that pass between the parts; shapes are in the docstrings.
 
 B rows · T segment tokens · H query heads · Hkv key/value heads · D head_dim · S tokens per chunk ·
-N chunks in a bank row · R retrieved chunks per query · K = R*S retrieved tokens
+N chunks in a bank row · R retrieved chunks per query · K = R*S retrieved tokens · n remembered layers
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionKV:
-    """Position-free keys and values of the memory layer for one segment of every row.
+    """Position-free keys and values of the remembered layers for one segment of every row.
 
     Attributes:
-        keys: (B, Hkv, T, D), before any rotary embedding, without gradient.
-        values: (B, Hkv, T, D).
+        keys: (B, n*Hkv, T, D), before any rotary embedding, without gradient: the Hkv heads of the first of n
+            remembered layers, then those of the second, ...
+        values: (B, n*Hkv, T, D).
         mask: (B, T) bool, True at real tokens; None where every token is real.
     """
 
@@ -38,7 +39,7 @@ class RetrievedMemory:
         chunk_ids: (B, H, T, R) long, slot of each chunk in ``storage``, best first.
         chunk_mask: (B, H, T, R) bool, False where fewer than R chunks exist.
         scores: (B, H, T, R) float32 inner products of query and chunk key; 0 where masked.
-        storage: (rows, slots, Hkv, 2, S, D); [:, :, :, 0] are keys, [:, :, :, 1] values. Only read.
+        storage: (rows, slots, n*Hkv, 2, S, D); [:, :, :, 0] are keys, [:, :, :, 1] values. Only read.
         lengths: (rows, slots) long, real tokens in each chunk (a short chunk ends a document).
         rows: (B,) long, the storage row each batch row reads.
         version: the bank's write counter at search time, compared again in backward.
@@ -46,6 +47,8 @@ class RetrievedMemory:
         sources: (rows, slots) long, the chunk number of every slot in the memory that was searched, -1 at slots that
             stand for nothing; None where slots and chunk numbers are the same.
         memory_rows: (B,) long, the row of that memory which each batch row read; None where it is ``rows``.
+        first_head: where in ``storage`` the heads of the layer that was searched begin.
+        layer_heads: Hkv of that layer; None: all heads in ``storage`` are its.
     """
 
     chunk_ids: Tensor
@@ -58,6 +61,8 @@ class RetrievedMemory:
     live_version: _Counter
     sources: Tensor | None = None
     memory_rows: Tensor | None = None
+    first_head: int = 0
+    layer_heads: int | None = None
 
     @property
     def chunks(self) -> Tensor:
@@ -91,8 +96,10 @@ class RetrievedMemory:
         return (inside & self.chunk_mask[..., None]).flatten(3)
 
     def _gather(self, which: int) -> Tensor:
-        heads, heads_kv = self.chunk_ids.shape[1], self.storage.shape[2]
-        head = (torch.arange(heads, device=self.chunk_ids.device) // (heads // heads_kv)).view(1, -1, 1, 1)
+        heads = self.chunk_ids.shape[1]
+        heads_kv = self.storage.shape[2] if self.layer_heads is None else self.layer_heads
+        own = torch.arange(heads, device=self.chunk_ids.device) // (heads // heads_kv)
+        head = (self.first_head + own).view(1, -1, 1, 1)
         rows = self.rows.view(-1, 1, 1, 1)
         return self.storage[rows, self.chunk_ids, head, which].flatten(3, 4)
 
@@ -137,8 +144,13 @@ class Memory(Protocol):
 
     chunk_size: int
 
-    def search(self, queries: Tensor, num_chunks: int, rows: Tensor | None = None) -> RetrievedMemory:
-        """The ``num_chunks`` best chunks for every query (B, H, T, D), per head, in the given bank rows."""
+    def search(
+        self, queries: Tensor, num_chunks: int, rows: Tensor | None = None, *, layer: int = 0
+    ) -> RetrievedMemory:
+        """The ``num_chunks`` best chunks for every query (B, H, T, D), per head, in the given bank rows.
+
+        ``layer``: whose keys are searched, by its place among the remembered layers.
+        """
         ...
 
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:

@@ -101,7 +101,8 @@ class _Gather:
     def of(cls, retrieved: RetrievedMemory) -> _Gather:
         _, heads, _, chunks = retrieved.chunk_ids.shape
         _, slots, heads_kv, _, size, dim = retrieved.storage.shape
-        head = torch.arange(heads, device=retrieved.chunk_ids.device) // (heads // heads_kv)
+        own = heads_kv if retrieved.layer_heads is None else retrieved.layer_heads
+        head = retrieved.first_head + torch.arange(heads, device=retrieved.chunk_ids.device) // (heads // own)
         first = retrieved.rows.view(-1, 1, 1, 1) * (slots * heads_kv) + head.view(1, -1, 1, 1)
         sizes = retrieved.lengths[retrieved.rows.view(-1, 1, 1, 1), retrieved.chunk_ids]
         sizes = sizes.masked_fill_(~retrieved.chunk_mask, 0).view(-1, chunks, 1)
