@@ -1,0 +1,102 @@
+"""A GGUF file becomes a model folder once, complete or absent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.family_table import C, H, L, V, make_backbone
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from longmem.errors import BackboneError
+from longmem.modeling import gguf as module
+from longmem.modeling.gguf import gguf_folder, is_gguf
+
+gguf = pytest.importorskip("gguf")
+
+_PARTS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+} | {f"model.layers.{i}.{ours}.weight": f"blk.{i}.{theirs}.weight" for i in range(L) for ours, theirs in _PARTS.items()}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    model = make_backbone("llama")
+    out = gguf.GGUFWriter(str(path), "llama")
+    out.add_context_length(128)
+    out.add_embedding_length(C)
+    out.add_block_count(L)
+    out.add_feed_forward_length(model.config.intermediate_size)
+    out.add_head_count(H)
+    out.add_head_count_kv(2)
+    out.add_layer_norm_rms_eps(1e-6)
+    out.add_rope_dimension_count(C // H)
+    out.add_vocab_size(V)
+    out.add_rope_freq_base(10000.0)
+    out.add_tokenizer_model("gpt2")
+    out.add_token_list([*(chr(33 + i) for i in range(90)), "AB", *(f"<{i}>" for i in range(V - 91))])
+    out.add_token_types([1] * V)
+    out.add_token_merges(["A B"])
+    out.add_bos_token_id(1)
+    out.add_eos_token_id(2)
+    for name, tensor in model.state_dict().items():
+        out.add_tensor(_NAMES[name], tensor.float().numpy())
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LONGMEM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_the_folder_is_the_model_that_transformers_reads_from_the_file(file: Path) -> None:
+    folder = gguf_folder(file, quiet=True)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    direct = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    for (name, ours), (_, theirs) in zip(model.state_dict().items(), direct.state_dict().items(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert getattr(model.config, "quantization_config", None) is None
+    assert AutoTokenizer.from_pretrained(folder)("ABC", add_special_tokens=False)["input_ids"] == [90, 34]
+
+
+def test_a_file_is_converted_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = gguf_folder(file, quiet=True)
+    monkeypatch.setattr(module, "_convert", lambda *_: pytest.fail("converted again"))
+    assert gguf_folder(file, quiet=True) == folder
+
+
+def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path: Path, cache: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF but not really")
+    with pytest.raises(BackboneError, match=r"broken\.gguf cannot be read as a GGUF model"):
+        gguf_folder(broken, quiet=True)
+    assert list((cache / "gguf").iterdir()) == []
+
+
+def test_a_missing_file_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BackboneError, match=r"is not a file; give the path of a \.gguf file"):
+        gguf_folder(tmp_path / "none.gguf")
+
+
+def test_names_of_gguf_files() -> None:
+    assert is_gguf("models/Model.GGUF") and not is_gguf("models/gguf")
