@@ -62,6 +62,11 @@ def tiny_backbone() -> AlibiGPTForCausalLM:
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """See ``make_byte_tokenizer``."""
+    return make_byte_tokenizer()
+
+
+def make_byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte behind ``<s>``, ``<pad>``, ``</s>`` and ``<unk>``: 260 ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
