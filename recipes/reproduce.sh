@@ -25,9 +25,9 @@ measure_long() { # NAME TEXT
         --protocol segments --group-by-prefix __ --out "runs/results/small-$1-long"
 }
 
-[ -e "$python/train.jsonl" ] || longmem data python --out "$python"
-[ -e data/tokenizer/tokenizer.json ] || longmem data tokenizer --vocab-size 6144 --out data/tokenizer \
-    --data "$books/train-02.tar.xz" --data "$latex/train.tar.xz" --data "$python/train.jsonl"
+[ -e "$python/train.jsonl" ] || python recipes/data/python.py --out "$python"
+[ -e data/tokenizer/tokenizer.json ] || python recipes/data/tokenizer.py --vocab-size 6144 \
+    --out data/tokenizer "$books/train-02.tar.xz" "$latex/train.tar.xz" "$python/train.jsonl"
 
 train small-backbone small-backbone
 backbone=(--set backbone.path=runs/small-backbone/final)
@@ -54,13 +54,13 @@ measure latex "$latex/test.tar.xz"
 measure python "$python/test.jsonl" --include 'stdlib*' --include 'packages__[cjr]*' --include 'packages__networkx-0[0-2]'
 measure_long books "$books/test.tar.xz"
 measure_long latex "$latex/test.tar.xz"
-[ -e data/chapterbreak/chapterbreak_ctx_8192.json ] || longmem data chapterbreak "$books/test.tar.xz" --out data/chapterbreak
+[ -e data/chapterbreak/chapterbreak_ctx_8192.json ] || python recipes/data/chapterbreak.py "$books/test.tar.xz" --out data/chapterbreak
 longmem eval chapterbreak "${models[@]}" --training-free 0.4 --data data/chapterbreak/chapterbreak_ctx_8192.json --out runs/results/chapterbreak
 longmem eval icl "${models[@]}" --training-free 0.1 --memory-sizes 64k --data "$shared/icl" --out runs/results/icl
 needle=(--model runs/needle --systems backbone,memory_1 --cache runs/needle-cache)
 longmem eval needle "${needle[@]}" --data "$python/test.jsonl" --lengths 4k,16k,64k,1m --out runs/results/needle
 longmem eval needle "${needle[@]}" --data "$books/test.tar.xz" --lengths 64k,1m --out runs/results/needle-books
-[ -e data/conversations.json ] || longmem data conversations --out data/conversations.json --seed 0
+[ -e data/conversations.json ] || python recipes/data/conversations.py --out data/conversations.json --seed 0
 longmem eval dialogue "${models[@]}" --training-free 0.1 --data data/conversations.json --out runs/results/dialogue
 longmem eval ablate "${model[@]}" --data "$python/valid.jsonl" --max-tokens 4096 --num-documents 8 --out runs/results/ablate-python
 longmem eval ablate "${model[@]}" --data "$latex/test.tar.xz" --max-tokens 36864 --num-documents 4 --protocol segments --memory-size 32k \

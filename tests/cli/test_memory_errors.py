@@ -43,12 +43,12 @@ def test_text_that_cannot_be_added_is_named(memory: Memory, piped: Callable[[byt
     assert memory("add", "latin.txt", "--undecodable", "replace").status == 0
     Path("broken.jsonl").write_text('{"text": "good"}\n{"text": \n')
     done = memory("add", "broken.jsonl")
-    assert "broken.jsonl, line 2: not JSON" in done.error
+    assert "broken.jsonl:2: not JSON" in done.error
     Path("other.jsonl").write_text('{"body": "good"}\n')
     assert "name it with --field" in memory("add", "other.jsonl").error
     Path("odd.jsonl").write_text('{"text": "good", "time": "yesterday"}\n')
-    assert "odd.jsonl, line 1: metadata must be an object, time and expires dates" in memory("add", "odd.jsonl").error
-    assert "no text was left to add" in memory("add", "notes", "--include", "*.none").error
+    assert "odd.jsonl:1: metadata must be an object, time and expires dates" in memory("add", "odd.jsonl").error
+    assert "no document matches *.none; there are inner" in memory("add", "notes", "--include", "*.none").error
     assert "needs a --name (or --jsonl" in memory("add", "-").error
     piped(b"")
     assert memory("add", "-", "--name", "x").error.startswith("x: no text came")

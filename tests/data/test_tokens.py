@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from longmem.data.text import Document, TextSource
-from longmem.data.tokenizer import load_tokenizer, train_tokenizer
+from longmem.data.tokenizer import check_ids, check_tokenizer, first_text, load_tokenizer, train_tokenizer
 from longmem.data.tokens import TokenCorpus, tokenize
 from longmem.errors import ConfigError, DataError
 
@@ -71,5 +72,36 @@ def test_a_cut_cache_is_named(tmp_path: Path, byte_tokenizer: PreTrainedTokenize
 
 def test_patterns_that_match_nothing_are_named(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(DataError, match=r"no document matches \*\.tex; check the pattern"):
+    with pytest.raises(DataError, match=r"no document matches \*\.tex; there are a\.txt; check"):
         tokenize(TextSource((str(tmp_path),), include=("*.tex",)), byte_tokenizer)
+
+
+def test_another_models_tokenizer_is_refused(
+    byte_tokenizer: PreTrainedTokenizerFast, tiny_backbone: Any, tmp_path: Path, made_text: Callable[..., str]
+) -> None:
+    check_tokenizer(byte_tokenizer, tiny_backbone)
+    train_tokenizer([made_text(500)], 300).save_pretrained(str(tmp_path))
+    with pytest.raises(DataError) as raised:
+        load_tokenizer(tmp_path, tiny_backbone)
+    assert str(raised.value) == (
+        f"{tmp_path}: a tokenizer of 300 tokens, the model knows 260: it is another model's; name the right one with "
+        "--tokenizer"
+    )
+    check_ids([0, 259], tiny_backbone, "the prompt")
+    with pytest.raises(DataError, match="the prompt has the token id 260, the model knows 260: the tokenizer is"):
+        check_ids([5, 260, 300], tiny_backbone, "the prompt")
+
+
+def test_a_beginning_has_the_tokens_of_the_whole_text(
+    byte_tokenizer: PreTrainedTokenizerFast, made_text: Callable[..., str]
+) -> None:
+    learned = train_tokenizer([made_text(3000)], 400)
+    for text in (made_text(3000, 1), made_text(3000, 2).replace(" ", ""), "漢字" * 4000, " " * 9000 + "x"):
+        for tokenizer in (learned, byte_tokenizer):
+            whole = tokenizer(text, verbose=False)["input_ids"]
+            for count in (1, 7, 200, 1000, len(whole)):
+                first = first_text(text, tokenizer, count)
+                assert text.startswith(first)
+                assert tokenizer(first, verbose=False)["input_ids"][:count] == whole[:count]
+    text = made_text(3000, 1)
+    assert len(first_text(text, learned, 100)) < len(text) / 4

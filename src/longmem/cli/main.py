@@ -26,7 +26,6 @@ COMMANDS = {
     "layers": Entry("longmem.cli.layers", "Find the backbone layer whose keys are worth remembering."),
     "generate": Entry("longmem.cli.generate", "Continue a text with memory, for as long as you like."),
     "memory": Entry("longmem.cli.memory", "Keep texts that a model remembers: add, search, forget, check."),
-    "data": Entry("longmem.cli.data", "Make texts and tokenizers to train and to measure with."),
     "convert": Entry("longmem.cli.convert", "Load checkpoints of the released code."),
     "demo": Entry("longmem.cli.demo", "Let the shipped pair remember texts, and show what that changes."),
 }

@@ -2,7 +2,7 @@
 
 from longmem.data.stream import SegmentBatch, SegmentStream
 from longmem.data.text import Document, TextSource, read_documents
-from longmem.data.tokenizer import load_tokenizer, train_tokenizer
+from longmem.data.tokenizer import check_ids, check_tokenizer, first_text, load_tokenizer, train_tokenizer
 from longmem.data.tokens import TokenCorpus, tokenize
 
 __all__ = [
@@ -11,6 +11,9 @@ __all__ = [
     "SegmentStream",
     "TextSource",
     "TokenCorpus",
+    "check_ids",
+    "check_tokenizer",
+    "first_text",
     "load_tokenizer",
     "read_documents",
     "tokenize",

@@ -1,8 +1,8 @@
 """Made-up facts that are hidden in a text and asked for later: to train on, and to measure with.
 
-Names and codes are drawn afresh each time, so that an answer can only have been read. A fact is said two or three
-times in a line, as the usual pass key test says it twice ("... Remember it. ... is the pass key."): what is said again
-stands at other places of its chunks, and is whole where a segment's end cuts the line in two.
+Names and codes are drawn for every question, so that the answer cannot be known without reading it. A fact is said two
+or three times in a line, as the usual pass key test says it twice ("... Remember it. ... is the pass key."). Each time
+it falls on other places of its chunks, and one of them is whole where a segment's end cuts the line in two.
 """
 
 from __future__ import annotations
@@ -21,32 +21,18 @@ OPTIONS = 4
 """Answers whose likelihoods are compared: the true one, and others."""
 
 _ADJECTIVES = (
-    *(
-        "amber",
-        "ancient",
-        "blue",
-        "brass",
-        "broken",
-        "copper",
-        "crooked",
-        "empty",
-        "golden",
-        "green",
-        "heavy",
-        "hidden",
-    ),
-    *("iron", "little", "lonely", "narrow", "painted", "purple", "quiet", "red", "silver", "wooden", "yellow", "white"),
-)
+    "amber ancient blue brass broken copper crooked empty golden green heavy hidden iron little lonely narrow "
+    "painted purple quiet red silver wooden yellow white"
+).split()
 _NOUNS = (
-    *("anchor", "apple", "basket", "bell", "boat", "bottle", "bridge", "candle", "castle", "chair", "clock", "cup"),
-    *("door", "drum", "engine", "flag", "garden", "hammer", "horse", "lamp", "mirror", "mountain", "river", "tower"),
-)
+    "anchor apple basket bell boat bottle bridge candle castle chair clock cup door drum engine flag garden hammer "
+    "horse lamp mirror mountain river tower"
+).split()
 _PEOPLE = (
-    *("Adam", "Agnes", "Albert", "Alice", "Anna", "Arthur", "Clara", "Daniel", "David", "Edith", "Edward", "Emily"),
-    *("Emma", "Frank", "George", "Harry", "Helen", "Henry", "Jack", "James", "Jane", "John", "Julia", "Kate"),
-    *("Laura", "Lewis", "Lucy", "Mark", "Martha", "Mary", "Oliver", "Paul", "Peter", "Philip", "Ralph", "Richard"),
-    *("Robert", "Rose", "Ruth", "Sam", "Sarah", "Simon", "Sophie", "Susan", "Thomas", "Victor", "Walter", "William"),
-)
+    "Adam Agnes Albert Alice Anna Arthur Clara Daniel David Edith Edward Emily Emma Frank George Harry Helen Henry "
+    "Jack James Jane John Julia Kate Laura Lewis Lucy Mark Martha Mary Oliver Paul Peter Philip Ralph Richard "
+    "Robert Rose Ruth Sam Sarah Simon Sophie Susan Thomas Victor Walter William"
+).split()
 
 
 @dataclass(frozen=True)
@@ -56,7 +42,7 @@ class Facts:
     Attributes:
         kind: see ``KINDS``.
         asked: the sentences that the answer needs, in the order in which they are read.
-        others: sentences of the same kind that nobody asks for.
+        others: sentences of the same kind, which the question does not ask for.
         question: ends where the answer begins.
         options: the true answer first, then wrong ones; each begins with a space.
     """

@@ -1,25 +1,36 @@
-"""Readers: files, folders, JSON lines, tar archives and hub data sets, all as ``Document``s."""
+"""Readers: files, folders, JSON lines, archives, compressed files and hub data sets, all as ``Document``s."""
 
 from __future__ import annotations
 
+import bz2
 import glob
+import gzip
 import hashlib
 import json
+import logging
 import lzma
+import re
 import tarfile
+import unicodedata
+import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatch
-from itertools import groupby
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+from itertools import groupby, islice
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
 from longmem.errors import DataError
 
+log = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py")
-ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
+COMPRESSED: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+ARCHIVES = (".tar", ".tgz", ".txz", ".tbz2", ".zip")  # and compressed ones, as .tar.xz
+FOREIGN = (".zst", ".7z", ".rar", ".lz4", ".br")  # packed in ways that Python's library does not read
 HUB = "hub:"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -31,29 +42,38 @@ class Document:
         text: not empty.
         source: the path (or hub name) it was read from.
         record: of JSON lines and hub records, the fields beside the text.
+        line: in a JSON lines file, from 1.
     """
 
     id: str
     text: str
     source: str
     record: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    line: int | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it was read, for messages: ``source``, or ``source:line``."""
+        return self.source if self.line is None else f"{self.source}:{self.line}"
 
 
 @dataclass(frozen=True)
 class WaysOut:
-    """How whoever named a text mends what is wrong with it; errors end with these words.
+    """What errors propose, in the words of the command or file that named the text.
 
-    The defaults suit commands and functions that have no setting for it.
+    The defaults suit commands and functions without a setting for it.
 
     Attributes:
         missing: nothing is at a path.
         undecodable: a file is not UTF-8.
+        line: a line of JSON lines cannot be read.
         suffixes: a folder or archive holds no text.
-        field: a record lacks the text field.
+        field: a record has no text in the text field.
     """
 
     missing: str = "check the path"
     undecodable: str = "convert it, or name other files"
+    line: str = "mend the line"
     suffixes: str = "name other files by themselves"
     field: str = "rename the field that has it to 'text'"
 
@@ -66,15 +86,17 @@ class TextSource:
     """Where documents come from, and which of them are wanted.
 
     Attributes:
-        paths: files, folders (read recursively), ``.jsonl`` files, ``.tar[.gz|.xz|.bz2]`` archives, patterns
-            (``books/train-*.tar.xz``), or ``hub:NAME[:CONFIG[:SPLIT]]`` for a data set of the hub.
+        paths: files, folders (read recursively), ``.jsonl`` files, ``.tar`` and ``.zip`` archives, any of these
+            compressed (``.gz``, ``.xz``, ``.bz2``), patterns (``books/train-*.tar.xz``), or
+            ``hub:NAME[:CONFIG[:SPLIT]]`` for a data set of the hub.
         suffixes: what counts as text inside folders and archives; a file named itself is always read.
         include: patterns of document ids; empty takes all. ``*`` also matches ``/``.
         exclude: patterns of document ids that are left out.
         field: the text field of JSON lines and hub records.
         group: ``file``: every file is a document; ``folder``: the text files below each top folder are joined, in the
             order of their paths, into one document.
-        undecodable: what happens to a file that is not UTF-8.
+        undecodable: what happens to a file or line that is not UTF-8: ``skip`` leaves it out with a warning, and with
+            it any line that is no JSON or has no text; ``replace`` puts U+FFFD in place of what cannot be decoded.
         ways_out: what errors propose.
     """
 
@@ -89,8 +111,8 @@ class TextSource:
 
     def wants(self, name: str) -> bool:
         """Whether the patterns let this document id through."""
-        included = not self.include or any(fnmatch(name, pattern) for pattern in self.include)
-        return included and not any(fnmatch(name, pattern) for pattern in self.exclude)
+        included = not self.include or any(_matches(name, pattern) for pattern in self.include)
+        return included and not any(_matches(name, pattern) for pattern in self.exclude)
 
     def fingerprint(self) -> str:
         """Hash of every file's bytes and of the settings: equal text gives an equal fingerprint."""
@@ -98,11 +120,12 @@ class TextSource:
         del settings["ways_out"]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for path in expand(self.paths, self.ways_out):
-            files = [Path(path)] if not Path(path).is_dir() else list(_files_below(Path(path)))
-            for file in files if not path.startswith(HUB) else []:
-                name = file.relative_to(path).as_posix() if file != Path(path) else file.name
-                digest.update(name.encode() + b"\0" + _hash_file(file))
-            digest.update(path.encode() if path.startswith(HUB) else b"")
+            if path.startswith(HUB):
+                digest.update(path.encode())
+                continue
+            for file, name in _files_of(Path(path)):
+                with file.open("rb") as stream:
+                    digest.update(name.encode() + b"\0" + hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()
 
 
@@ -118,7 +141,8 @@ def read_documents(paths: TextSource | Iterable[str | Path], **settings: object)
     """
     if not isinstance(paths, TextSource):
         paths = TextSource(tuple(str(path) for path in paths), **settings)  # type: ignore[arg-type]
-    documents = _read_all(paths)
+    # at once: a relative path means the folder of this call, also where the documents are read later
+    documents = _read_all(expand(paths.paths, paths.ways_out), paths)
     return _grouped(documents) if paths.group == "folder" else documents
 
 
@@ -134,7 +158,7 @@ def read_stream(stream: BinaryIO, name: str, *, lines: bool = False, **settings:
     """
     source = TextSource((), **settings)  # type: ignore[arg-type]
     count = 0
-    for document in _read_lines(stream, name, name, source) if lines else _document(stream.read(), name, name, source):
+    for document in _read_lines(stream, name, name, source) if lines else _read_text(stream, name, name, source):
         count += 1
         yield document
     if not count:
@@ -142,22 +166,23 @@ def read_stream(stream: BinaryIO, name: str, *, lines: bool = False, **settings:
 
 
 def expand(paths: Sequence[str], ways_out: WaysOut = WITHOUT_SETTINGS) -> list[str]:
-    """Patterns replaced by what they match; every path exists.
-
-    Args:
-        ways_out: what the error proposes.
+    """Whole paths, patterns replaced by what they match; every path exists.
 
     Raises:
-        DataError: nothing is there; lists all such paths.
+        DataError: nothing is there; lists all such paths and ends with ``ways_out``.
     """
     found: list[str] = []
     missing: list[str] = []
     for path in paths:
-        # an empty name, of a variable that nobody set, would be the folder one is in
-        if path.startswith(HUB) or (path and Path(path).exists()):
+        # some file systems decompose the accents of a name that was typed composed
+        forms = [path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))]
+        if path.startswith(HUB):
             found.append(path)
+        # an empty name, of a variable that was never set, would be the current folder
+        elif path and (there := [form for form in forms if Path(form).exists()]):
+            found.append(str(Path(there[0]).absolute()))
         elif path and (matches := sorted(glob.glob(path, recursive=True))):
-            found.extend(matches)
+            found.extend(str(Path(match).absolute()) for match in matches)
         else:
             missing.append(path)
     if missing:
@@ -166,79 +191,206 @@ def expand(paths: Sequence[str], ways_out: WaysOut = WITHOUT_SETTINGS) -> list[s
     return found
 
 
-def _read_all(source: TextSource) -> Iterator[Document]:
-    for path in expand(source.paths, source.ways_out):
+def _read_all(paths: list[str], source: TextSource) -> Iterator[Document]:
+    unmatched = set(source.include)
+    for path in paths:
         count = 0
         for document in _read_path(path, source):
             count += 1
+            unmatched -= {pattern for pattern in unmatched if _matches(document.id, pattern)}
             yield document
-        # a pattern that lets nothing of one path through is no fault as long as another path has text
+        # a pattern that matches nothing in one path is no fault as long as another path has a match
         if not count and not source.include:
             raise DataError(_nothing_in(path, source))
+    if not unmatched:
+        return
+    patterns = ", ".join(sorted(unmatched))
+    if unmatched < set(source.include):
+        log.warning("no document matches %s", patterns)
+        return
+    names = [document.id for document in islice(_read_all(paths, replace(source, include=())), 6)]
+    there = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    raise DataError(f"{', '.join(source.paths)}: no document matches {patterns}; there are {there}; check the pattern")
 
 
 def _read_path(path: str, source: TextSource) -> Iterator[Document]:
     if path.startswith(HUB):
-        return _read_hub(path, source)
-    file = Path(path)
-    if file.is_dir():
-        return _read_folder(file, source)
-    if file.name.endswith(ARCHIVES):
-        return _read_archive(file, source)
-    if file.suffix == ".jsonl":
-        return _read_jsonl(file, source)
-    return _read_file(file, file.name, source)
+        yield from _read_hub(path, source)
+        return
+    for file, name in _files_of(Path(path)):
+        # a file that is named itself is read whatever its name
+        if str(file) == path or _is_text(name, str(file), source):
+            with file.open("rb") as stream:
+                yield from _read(stream, name, str(file), source)
 
 
-def _read_folder(folder: Path, source: TextSource) -> Iterator[Document]:
-    for file in _files_below(folder):
-        name = file.relative_to(folder).as_posix()
-        if file.name.endswith(ARCHIVES):
-            yield from _read_archive(file, source)
-        elif file.suffix == ".jsonl":
-            yield from _read_jsonl(file, source)
-        elif file.suffix in source.suffixes:
-            yield from _read_file(file, name, source)
+def _read(stream: BinaryIO, name: str, where: str, source: TextSource, kind: str | None = None) -> Iterator[Document]:
+    """What a stream holds; ``kind`` is its name in small letters, without the suffixes that are unpacked already."""
+    kind = name.lower() if kind is None else kind
+    suffix = PurePosixPath(kind).suffix
+    if _unpacked(kind).endswith(ARCHIVES):
+        yield from (_read_zip if suffix == ".zip" else _read_tar)(stream, where, source)
+    elif suffix in COMPRESSED:
+        with _packed(where, f"{suffix} file"), COMPRESSED[suffix](stream) as opened:
+            yield from _read(opened, name, where, source, kind.removesuffix(suffix))
+    elif suffix in FOREIGN:
+        raise DataError(f"{where}: {suffix} files are not read; unpack it first")
+    elif suffix == ".jsonl":
+        yield from _read_lines(stream, name, where, source)
+    elif source.wants(name):
+        yield from _read_text(stream, name, where, source)
 
 
-def _read_file(file: Path, name: str, source: TextSource) -> Iterator[Document]:
-    if source.wants(name):
-        yield from _document(file.read_bytes(), name, str(file), source)
+def _read_tar(stream: BinaryIO, where: str, source: TextSource) -> Iterator[Document]:
+    with _packed(where, "tar archive"), tarfile.open(fileobj=stream) as archive:
+        for member in archive:
+            place = f"{where}:{member.name}"
+            if member.isfile() and _is_text(member.name, place, source):
+                inner: Any = archive.extractfile(member)
+                yield from _read(inner, member.name, place, source)
+        # a header that damage made unreadable looks like the end: the checksum behind it does not
+        while archive.fileobj is not None and archive.fileobj.read(1 << 20):
+            pass
 
 
-def _read_archive(file: Path, source: TextSource) -> Iterator[Document]:
+def _read_zip(stream: BinaryIO, where: str, source: TextSource) -> Iterator[Document]:
+    with _packed(where, "zip archive"), zipfile.ZipFile(stream) as archive:
+        for member in archive.infolist():
+            place = f"{where}:{member.filename}"
+            if not member.is_dir() and _is_text(member.filename, place, source):
+                if member.flag_bits & 1:
+                    raise DataError(f"{place}: locked by a password; unpack it first")
+                with archive.open(member) as inner:
+                    yield from _read(inner, member.filename, place, source)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _packed(where: str, what: str) -> Iterator[None]:
+    """Damage inside of the block is a DataError."""
     try:
-        with tarfile.open(file) as archive:
-            for member in archive:
-                wanted = member.isfile() and PurePosixPath(member.name).suffix in source.suffixes
-                if wanted and source.wants(member.name):
-                    stream = archive.extractfile(member)
-                    assert stream is not None
-                    yield from _document(stream.read(), member.name, f"{file}:{member.name}", source)
-            # a header that damage made unreadable looks like the end: the checksum behind it does not
-            while archive.fileobj is not None and archive.fileobj.read(1 << 20):
-                pass
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{file}: not a readable tar archive ({error}); fetch or pack it again") from error
+        yield
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
+        reason = str(error).split("\n")[0].rstrip(":")
+        raise DataError(f"{where}: not a readable {what} ({reason}); fetch or pack it again") from error
 
 
-def _read_jsonl(file: Path, source: TextSource) -> Iterator[Document]:
-    with file.open("rb") as lines:
-        yield from _read_lines(lines, file.name, str(file), source)
+def _unpacked(name: str) -> str:
+    """A name without the suffixes of compression."""
+    while (suffix := PurePosixPath(name).suffix) in COMPRESSED:
+        name = name.removesuffix(suffix)
+    return name
 
 
-def _read_lines(lines: BinaryIO, name: str, path: str, source: TextSource) -> Iterator[Document]:
-    for number, line in enumerate(lines, 1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from error
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON ({error.msg}); every line must be one JSON object") from error
-        yield from _record(record, f"{name}:{number}", where, source)
+def _is_text(name: str, where: str, source: TextSource) -> bool:
+    """Whether a file of a folder or archive is read, by its name; warns of packed files that may hold text."""
+    if _is_hidden(PurePosixPath(name)):
+        return False
+    suffixes = ("", ".jsonl", *ARCHIVES, *map(str.lower, source.suffixes))
+    kind = PurePosixPath(_unpacked(name.lower()))
+    packed = kind.name != PurePosixPath(name).name.lower()
+    if kind.suffix in suffixes and (kind.suffix or packed):
+        if kind.suffix:
+            return True
+        log.warning("%s: left out; its name does not tell what is packed in it; unpack it", where)
+    elif kind.suffix in FOREIGN and PurePosixPath(kind.stem).suffix in suffixes:
+        log.warning("%s: left out; %s files are not read; unpack it", where, kind.suffix)
+    return False
+
+
+class _Unreadable(DataError):
+    """A file or line that ``undecodable = "skip"`` leaves out."""
+
+    def __init__(self, where: str, fault: str, way_out: str) -> None:
+        super().__init__(f"{where}: {fault}; {way_out}")
+        self.fault = f"{where}: {fault}"
+
+
+@contextmanager
+def _skipping(source: TextSource) -> Iterator[None]:
+    try:
+        yield
+    except _Unreadable as error:
+        if source.undecodable != "skip":
+            raise
+        log.warning("%s; skipped", error.fault)
+
+
+def _read_text(stream: BinaryIO, name: str, where: str, source: TextSource) -> Iterator[Document]:
+    text = ""
+    with _skipping(source):
+        text = _decoded(stream.read(), where, source)
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+    if text.strip():
+        yield Document(name, text, where)
+
+
+def _read_lines(stream: BinaryIO, name: str, path: str, source: TextSource) -> Iterator[Document]:
+    for number, line in enumerate(stream, 1):
+        document = None
+        with _skipping(source):
+            if line.strip():
+                record = _parsed(line, f"{path}:{number}", source)
+                document = _record(record, f"{name}:{number}", path, number, source)
+        if document is not None:
+            yield document
+
+
+def _decoded(data: bytes, where: str, source: TextSource) -> str:
+    try:
+        return data.decode("utf-8", errors="replace" if source.undecodable == "replace" else "strict")
+    except UnicodeDecodeError as error:
+        fault = f"not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start})"
+        raise _Unreadable(where, fault, source.ways_out.undecodable) from error
+
+
+def _parsed(line: bytes, where: str, source: TextSource) -> Any:
+    text = _decoded(line, where, source).removeprefix("\ufeff")
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+        fault = f"not JSON ({getattr(error, 'msg', error)}); every line must be one JSON object"
+        raise _Unreadable(where, fault, source.ways_out.line) from error
+    # JSON can spell half of a pair, which no text can hold: "\ud83d" where an emoji was cut in two
+    return _mended(record, where, source) if "\\ud" in text.lower() else record
+
+
+def _mended(value: Any, where: str, source: TextSource) -> Any:
+    """A JSON value in which U+FFFD is in place of every half of a surrogate pair, or _Unreadable."""
+    if isinstance(value, dict):
+        return {_mended(key, where, source): _mended(inner, where, source) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_mended(inner, where, source) for inner in value]
+    half = _SURROGATE.search(value) if isinstance(value, str) else None
+    if half is None:
+        return value
+    if source.undecodable != "replace":
+        fault = f"not UTF-8 text (half of a character, \\u{ord(half[0]):04x}, at offset {half.start()})"
+        raise _Unreadable(where, fault, source.ways_out.undecodable)
+    return _SURROGATE.sub("\ufffd", value)
+
+
+def _record(record: object, name: str, path: str, line: int | None, source: TextSource) -> Document | None:
+    where = path if line is None else f"{path}:{line}"
+    if not isinstance(record, dict):
+        raise _Unreadable(where, f"{_kind(record)}, not an object with a text field", source.ways_out.line)
+    text = record.get(source.field)
+    if not isinstance(text, str):
+        fault = f"the field {source.field!r} holds {_kind(text)}, not text"
+        fault = fault if source.field in record else f"no text field {source.field!r}"
+        raise _Unreadable(where, f"{fault} (it has: {', '.join(record) or 'nothing'})", source.ways_out.field)
+    given = record.get("id")
+    if isinstance(given, dict | list):
+        raise _Unreadable(where, f"the field 'id' holds {_kind(given)}, not a name", source.ways_out.line)
+    name = name if given is None or not str(given).strip() else str(given)
+    if not source.wants(name) or not text.strip():
+        return None
+    return Document(name, text, path, {key: value for key, value in record.items() if key != source.field}, line)
+
+
+def _kind(value: object) -> str:
+    """What a JSON value is called in messages."""
+    kinds = {"dict": "an object", "list": "a list", "str": "a string", "int": "a number", "float": "a number"}
+    return kinds.get(type(value).__name__) or json.dumps(value)
 
 
 def _read_hub(path: str, source: TextSource) -> Iterator[Document]:
@@ -250,63 +402,50 @@ def _read_hub(path: str, source: TextSource) -> Iterator[Document]:
     try:
         records = load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # the hub has no common base of errors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path}: the hub data set cannot be loaded ({reason}); write hub:NAME:CONFIG:SPLIT") from error
     for number, record in enumerate(records):
-        yield from _record(record, f"{name}:{number}", path, source)
-
-
-def _record(record: object, name: str, where: str, source: TextSource) -> Iterator[Document]:
-    if not isinstance(record, dict) or not isinstance(record.get(source.field), str):
-        fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise DataError(f"{where}: no text field {source.field!r} (it has: {fields}); {source.ways_out.field}")
-    name = str(record.get("id", name))
-    if source.wants(name) and record[source.field].strip():
-        yield Document(name, record[source.field], where, {k: v for k, v in record.items() if k != source.field})
-
-
-def _document(data: bytes, name: str, where: str, source: TextSource) -> Iterator[Document]:
-    try:
-        text = data.decode("utf-8", errors="replace" if source.undecodable == "replace" else "strict")
-    except UnicodeDecodeError as error:
-        if source.undecodable == "skip":
-            return
-        byte = f"byte 0x{data[error.start]:02x} at offset {error.start}"
-        raise DataError(f"{where}: not UTF-8 text ({byte}); {source.ways_out.undecodable}") from error
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
-    if text.strip():
-        yield Document(name, text, where)
+        document = None
+        with _skipping(source):
+            document = _record(record, f"{name}:{number}", path, None, source)
+        if document is not None:
+            yield document
 
 
 def _grouped(documents: Iterator[Document]) -> Iterator[Document]:
     """Join the files of each top folder; a file outside any folder stays a document of its own."""
 
     def top(document: Document) -> str:
-        parts = PurePosixPath(document.id).parts
-        return parts[0] if len(parts) > 1 else document.id
+        return PurePosixPath(document.id).parts[0]
 
     for name, files in groupby(sorted(documents, key=lambda d: (top(d), d.id)), key=top):
         members = list(files)
         yield Document(name, "\n\n".join(member.text for member in members), members[0].source)
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    """In the order of their paths; what is hidden or made by Python is left out."""
-    for file in sorted(folder.rglob("*")):
-        parts = file.relative_to(folder).parts
-        if file.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in parts):
-            yield file
+def _files_of(path: Path) -> list[tuple[Path, str]]:
+    """A file and its name; of a folder all files with their paths in it, in the order of these."""
+    if not path.is_dir():
+        return [(path, path.name)]
+    files = [(file, file.relative_to(path)) for file in sorted(path.rglob("*")) if file.is_file()]
+    return [(file, name.as_posix()) for file, name in files if not _is_hidden(name)]
 
 
-def _hash_file(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
+def _is_hidden(path: PurePath) -> bool:
+    """What begins with a dot, and what Python and macOS leave beside their files."""
+    return any(part in ("__pycache__", "__MACOSX") or (part[0] == "." and part != "..") for part in path.parts)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a pattern matches a name; composed and decomposed accents are the same."""
+    return fnmatchcase(unicodedata.normalize("NFC", name), unicodedata.normalize("NFC", pattern))
 
 
 def _nothing_in(path: str, source: TextSource) -> str:
-    suffixes, way_out = ", ".join(source.suffixes), source.ways_out.suffixes
-    if Path(path).is_dir():
-        return f"{path}: no text in this folder; looked for {suffixes}, .jsonl and tar archives; {way_out}"
-    if path.endswith(ARCHIVES):
-        return f"{path}: no text in this archive; looked for {suffixes}; {way_out}"
-    return f"{path}: no text, the file is empty or holds white space only; name one with text in it"
+    if source.exclude or source.undecodable == "skip":
+        return f"{path}: no text is left after what is excluded or skipped; name more files"
+    kind = "folder" if Path(path).is_dir() else "archive" if _unpacked(path.lower()).endswith(ARCHIVES) else None
+    if kind is None:
+        return f"{path}: no text, the file is empty or holds white space only; name one with text in it"
+    kinds = f"{', '.join(source.suffixes)}, .jsonl, .tar and .zip, also compressed"
+    return f"{path}: no text in this {kind}; looked for {kinds}; {source.ways_out.suffixes}"

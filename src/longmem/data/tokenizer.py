@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -13,6 +15,88 @@ from longmem.errors import ConfigError, DataError
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 MIN_VOCABULARY = 256 + 3
 _PIECE = 1 << 16
+_MARGIN = 256  # characters, more than any token has
+
+
+def load_tokenizer(path: str | Path, model: Any = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or at a hub id.
+
+    Args:
+        path: of either.
+        model: the model whose ids it must make, see ``check_tokenizer``.
+
+    Raises:
+        DataError: there is none, or it is another model's.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: no tokenizer ({reason}); name a folder with tokenizer.json, or a hub id") from error
+    if model is not None:
+        check_tokenizer(tokenizer, model, str(path))
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, model: Any, name: str | None = None) -> None:
+    """Refuse a tokenizer whose ids the model has no embeddings for.
+
+    Args:
+        tokenizer: of transformers.
+        model: any with ``get_input_embeddings()``.
+        name: of the tokenizer in the message; None is the path that it was loaded from.
+
+    Raises:
+        DataError: it is another model's.
+    """
+    known = int(model.get_input_embeddings().weight.shape[0])
+    # without tokens added later: some checkpoints bring one or two that occur in no text and have no embedding
+    if tokenizer.vocab_size > known:
+        raise DataError(
+            f"{name or tokenizer.name_or_path}: a tokenizer of {tokenizer.vocab_size:,} tokens, the model knows "
+            f"{known:,}: it is another model's; name the right one with --tokenizer"
+        )
+
+
+def check_ids(ids: Iterable[int], model: Any, what: str) -> None:
+    """Refuse token ids that the model has no embeddings for.
+
+    Args:
+        ids: of a text.
+        model: any with ``get_input_embeddings()``.
+        what: the text in the message, "the prompt".
+
+    Raises:
+        DataError: one is too large, or below 0.
+    """
+    known = int(model.get_input_embeddings().weight.shape[0])
+    wrong = next((each for each in ids if not 0 <= each < known), None)
+    if wrong is not None:
+        raise DataError(
+            f"{what} has the token id {wrong:,}, the model knows {known:,}: the tokenizer is another model's; name the "
+            "right one with --tokenizer"
+        )
+
+
+def first_text(text: str, tokenizer: Any, tokens: int) -> str:
+    """A beginning of a text, cut where words end, whose first ``tokens`` tokens are those of the whole text.
+
+    It is found without tokenising the rest: of a book of which 1,000 tokens are wanted, about 8,000 characters.
+    """
+    characters = 8 * tokens + _MARGIN
+    while characters < len(text):
+        end = _word_end(text, characters)
+        # what comes after the cut can change the last word only, and its neighbours where no blank separates words
+        sure = text[: max(0, end - _MARGIN)]
+        if end < len(text) and len(tokenizer(sure, add_special_tokens=False, verbose=False)["input_ids"]) >= tokens:
+            return text[:end]
+        characters *= 2
+    return text
+
+
+def _word_end(text: str, start: int) -> int:
+    found = re.compile(r"\s").search(text, start)
+    return found.start() if found else len(text)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_bytes: int = 64_000_000) -> PreTrainedTokenizerFast:
@@ -43,29 +127,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_bytes: int = 64_0
         raise DataError("the tokenizer has no text to learn from; check data.paths")
     tokenizer.train_from_iterator(pieces, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
-
-
-def first_bytes(texts: Iterable[str], most: int) -> Iterator[str]:
-    """Texts until about so many bytes are read, the last one cut."""
-    for text in texts:
-        yield text[:most]
-        most -= len(text)
-        if most <= 0:
-            return
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or at a hub id.
-
-    Raises:
-        DataError: there is none.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: no tokenizer ({reason}); name a folder with tokenizer.json, or a hub id") from error
-    return tokenizer
 
 
 def _pieces(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

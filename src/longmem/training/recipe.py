@@ -361,6 +361,7 @@ class Recipe(Section):
 _WAYS_OUT = WaysOut(
     missing="check the path, or the recipe's data.paths and data.valid",
     undecodable="convert it, exclude it, or set data.undecodable = 'skip' or 'replace'",
+    line="mend the line, or set data.undecodable = 'skip'",
     suffixes="set data.suffixes",
     field="set data.field",
 )

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from recipes.data.conversations import ConversationSettings, make_conversations
 from transformers import PreTrainedTokenizerFast
 
 from longmem import AlibiGPTForCausalLM, LongMem
 from longmem.cli.main import main
-from longmem.data.conversations import ConversationSettings, make_conversations
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import askers
 from longmem.evaluation.bootstrap import Bootstrap

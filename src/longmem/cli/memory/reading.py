@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from longmem.store.records import NewDocument
 
 STDIN = "-"
-_LINE = re.compile(r", line \d+$")  # a line that has moved in its file is the same document
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,7 @@ def read(paths: tuple[str, ...], name: str | None, lines: bool, settings: dict[s
     files = tuple(each if each.startswith(HUB) else str(Path(each).absolute()) for each in paths if each != STDIN)
     ways_out = WaysOut(
         undecodable="convert it, exclude it, or pass --undecodable skip or replace",
+        line="mend the line, or pass --undecodable skip",
         suffixes="name others with --suffix",
         field="name it with --field",
     )
@@ -83,12 +82,12 @@ def new_documents(documents: Iterator[Document], given: Given) -> Iterator[NewDo
             expires = given.expires if given.expires is not None else _optional(expiry, record.get("expires"))
         except (ValueError, TypeError) as error:
             raise DataError(
-                f"{document.source}: metadata must be an object, time and expires dates or seconds ({error})"
+                f"{document.place}: metadata must be an object, time and expires dates or seconds ({error})"
             ) from error
         yield NewDocument(
             name=given.prefix + (given.name or document.id),
             text=document.text,
-            source=given.source or record.get("source") or _LINE.sub("", document.source),
+            source=given.source or record.get("source") or document.source,
             metadata={**metadata, **(given.metadata or {})} or None,
             time=said,
             expires=expires,

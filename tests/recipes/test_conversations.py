@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from recipes.data.conversations import ConversationSettings, main, make_conversations
 
-from longmem.cli.data import command
-from longmem.data.conversations import ConversationSettings, make_conversations
 from longmem.errors import ConfigError
 
 
@@ -82,9 +81,11 @@ def test_wrong_settings_are_listed() -> None:
         ConversationSettings(sessions=1, facts=7)
 
 
-def test_the_command_writes_the_file(tmp_path: Path) -> None:
+def test_the_script_writes_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "made" / "talk.json"
-    done = CliRunner().invoke(command, ["conversations", "--out", str(out), "--seed", "3", "--conversations", "2"])
-    assert done.exit_code == 0, done.output
-    assert "2 conversations, 52 questions" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["x", "--out", str(out), "--seed", "3", "--conversations", "2"])
+    main()
+    assert "2 conversations, 52 questions" in capsys.readouterr().out
     assert json.loads(out.read_text()) == make_conversations(ConversationSettings(conversations=2, seed=3))

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
-from longmem.data.chapters import Chapter, Heading, chapters_of, find_chapters
+from recipes.data.chapterbreak import Chapter, Heading, chapters_of, find_chapters
 
 MakeText = Callable[..., str]
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from recipes.data.chapterbreak import ChapterBreakSettings, build_chapterbreak, main, write_chapterbreak
 
-from longmem.cli.data import command
-from longmem.data.chapterbreak import ChapterBreakSettings, build_chapterbreak, write_chapterbreak
 from longmem.errors import ConfigError, DataError
 
 SMALL = ChapterBreakSettings(prefix=500, words=30, per_book=3)
@@ -131,11 +129,15 @@ def test_what_cannot_be_used_is_said(folder: Path, tmp_path: Path) -> None:
         ChapterBreakSettings(words=0, per_book=0)
 
 
-def test_the_command_writes_and_names_what_it_left_out(folder: Path, tmp_path: Path) -> None:
+def test_the_script_writes_and_names_what_it_left_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [str(folder), "--out", str(tmp_path / "out"), "--prefix", "500", "--words", "30", "--per-book", "2"]
-    done = CliRunner().invoke(command, ["chapterbreak", *arguments])
-    assert done.exit_code == 0, done.output
-    assert done.stdout.strip().endswith("chapterbreak_ctx_500.json: 4 examples of 2 books (1 left out)")
-    assert "left out: short.txt: 5 chapters" in done.stderr
-    said: dict[str, Any] = json.loads(CliRunner().invoke(command, ["chapterbreak", *arguments, "--json"]).stdout)
-    assert [b["examples"] for b in said["books"]] == [2, 2, 0]
+    monkeypatch.setattr(sys, "argv", ["chapterbreak.py", *arguments])
+    main()
+    said = capsys.readouterr()
+    assert said.out.strip().endswith("chapterbreak_ctx_500.json: 4 examples of 2 books (1 left out)")
+    assert "left out: short.txt: 5 chapters" in said.err
+    monkeypatch.setattr(sys, "argv", ["chapterbreak.py", *arguments, "--words", "0"])
+    with pytest.raises(SystemExit, match="error: words \\(0\\) must be at least 1"):
+        main()

@@ -1,17 +1,25 @@
 """A small set of conversations over several sessions, with questions about the earlier ones, in the shape of LoCoMo.
 
-Made from templates: names, places and dates are drawn, so that an answer can only have been read.
+Usage: python recipes/data/conversations.py --out data/conversations.json [--seed 0]
+
+Made from templates: names, places and dates are drawn, so that an answer cannot be known without reading it. The file
+is for ``longmem eval dialogue``.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import date, timedelta
+from pathlib import Path
 from typing import Any
 
-from longmem.errors import ConfigError
+from longmem.errors import ConfigError, LongMemError
+from longmem.files import write_whole
 
 MULTI_HOP, TEMPORAL, OPEN_DOMAIN, SINGLE_HOP, ADVERSARIAL = 1, 2, 3, 4, 5
 
@@ -254,3 +262,27 @@ POOLS = {
     "foods": FOODS,
     "things": THINGS,
 }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write.")
+    parser.add_argument("--seed", type=int, default=0, help="Of everything that is drawn.")
+    parser.add_argument("--conversations", type=int, default=10, help="How many.")
+    parser.add_argument("--sessions", type=int, default=6, help="Of each.")
+    parser.add_argument("--turns", type=int, default=16, help="Of each session, at least.")
+    parser.add_argument("--facts", type=int, default=6, help="Told by each speaker, besides two journeys.")
+    given = parser.parse_args()
+    try:
+        made = make_conversations(
+            ConversationSettings(given.conversations, given.sessions, given.turns, given.facts, given.seed)
+        )
+    except LongMemError as error:
+        sys.exit(f"error: {error}")
+    write_whole(given.out, [json.dumps(made, indent=1), "\n"])
+    questions = sum(len(sample["qa"]) for sample in made)
+    print(f"{given.out}: {len(made)} conversations, {questions} questions")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+from recipes.data.python import documents_of, write_source
+from recipes.data.tokenizer import main
 
-from longmem.cli.main import main
-from longmem.data.python_source import FILE_LINE, documents_of, package_text, write_source
+from longmem.data.python_source import FILE_LINE, package_text
 from longmem.data.text import read_documents
 from longmem.errors import DataError
 
@@ -36,7 +38,7 @@ def test_held_out_packages_are_in_no_other_split(tmp_path: Path) -> None:
     stdlib = make_library(tmp_path / "stdlib", ["alpha", "email", "http", "asyncio"])
     site = make_library(tmp_path / "site", ["numpy", "click", "accelerate", "unheard_of"])
     written = write_source(tmp_path / "out", stdlib=stdlib, site=site)
-    ids = {s: [d.id for d in read_documents([found.path])] for s, found in written.items()}
+    ids = {split: [d.id for d in read_documents([tmp_path / "out" / f"{split}.jsonl"])] for split in written}
     assert ids == {
         "train": ["stdlib__alpha", "packages__numpy"],
         "valid": ["stdlib__asyncio", "packages__accelerate"],
@@ -55,14 +57,15 @@ def test_a_python_without_sources_gets_one_clear_line(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_tokenizer_command_learns_from_equal_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tokenizer_is_learned_from_equal_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.txt").write_text("aaaa bbbb " * 5000)
     (tmp_path / "b.txt").write_text("def zzzz(): " * 5000)
-    out = tmp_path / "tokenizer"
-    data = ["--data", str(tmp_path / "a.txt"), "--data", str(tmp_path / "b.txt")]
-    with pytest.raises(SystemExit, match=r"^0$"):
-        main(["data", "tokenizer", *data, "--vocab-size", "270", "--bytes-each", "2000", "--out", str(out)])
-    assert "tokens" in capsys.readouterr().out
+    out, texts = tmp_path / "tokenizer", [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    monkeypatch.setattr(sys, "argv", ["x", *texts, "--vocab-size", "270", "--bytes-each", "2000", "--out", str(out)])
+    main()
+    assert "270 tokens" in capsys.readouterr().out
     vocabulary = json.loads((out / "tokenizer.json").read_text())["model"]["vocab"]
     assert {"zzzz", "aaaa"} & {token.strip("Ġ") for token in vocabulary}
     assert any("z" in token and len(token) > 1 for token in vocabulary)
