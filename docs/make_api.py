@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -15,19 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-from bench_tables import bench_table
-from evaluation_tables import evaluation_table, gains_table, groups_table
-from results_page import lacks_pictures, results_report, write_pictures
-from table_format import table
+from result_tables import results_report, text_of, with_results
 
 import longmem
 from longmem.cli.main import COMMANDS, cli
+from longmem.evaluation.pages import Table
 from longmem.store.sizes import size_table
 
 ROOT = Path(__file__).parents[1]
 NOTE = "<!-- written by `make docs` from the source; edit that instead -->\n"
-RESULTS = re.compile(r"<!-- results: ([^>]*?) -->\n.*?<!-- /results -->\n", re.DOTALL)
-GAINS = re.compile(r"<!-- (gains|groups): ([^>]*?) -->\n.*?<!-- /\1 -->\n", re.DOTALL)
 SIZES = re.compile(r"<!-- sizes -->\n.*?<!-- /sizes -->\n", re.DOTALL)
 MODULES = (
     "longmem.data.text",
@@ -53,15 +48,13 @@ def main() -> None:
         pages[path] = with_results(path.read_text(encoding="utf-8"))
     operations = ROOT / "docs" / "operations.md"
     pages[operations] = with_sizes(operations.read_text(encoding="utf-8"))
-    results, pictures = results_report(ROOT), ROOT / "docs" / "results"
+    results, pictures = results_report(), ROOT / "docs" / "results"
     pages[ROOT / "docs" / "results.md"] = results.markdown("results")
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
-    if lacks_pictures(results, pictures) and ROOT / "docs" / "results.md" not in stale:
-        stale.append(ROOT / "docs" / "results.md")
     if "--check" in sys.argv[1:]:
         sys.exit("".join(f"{path.relative_to(ROOT)} is not up to date; run make docs\n" for path in stale) or 0)
     if ROOT / "docs" / "results.md" in stale:
-        write_pictures(results, pictures)
+        results.write_pictures(pictures)
     for path in stale:
         path.write_text(pages[path], encoding="utf-8")
         print(f"wrote {path.relative_to(ROOT)}")
@@ -118,23 +111,6 @@ def recipe() -> str:
     return "\n".join(parts)
 
 
-def with_results(page: str) -> str:
-    """The page with each table of results made again from the files its marker names."""
-
-    def fill(match: re.Match[str]) -> str:
-        files = [ROOT / name for name in match[1].split()]
-        tables = "\n".join(_result(file) for file in files if file.exists())
-        return f"<!-- results: {match[1]} -->\n{tables}<!-- /results -->\n"
-
-    def gained(match: re.Match[str]) -> str:
-        system, *names = match[2].split()
-        make = gains_table if match[1] == "gains" else groups_table
-        found = {n: json.loads((ROOT / n).read_text(encoding="utf-8")) for n in names if (ROOT / n).exists()}
-        return f"<!-- {match[1]}: {match[2]} -->\n{make(found, system) if found else ''}<!-- /{match[1]} -->\n"
-
-    return GAINS.sub(gained, RESULTS.sub(fill, page))
-
-
 def with_sizes(page: str) -> str:
     """The page with the table of memory sizes made again."""
     heads, rows = size_table()
@@ -143,14 +119,9 @@ def with_sizes(page: str) -> str:
         "which an open bank holds; a full cache of all layers in 16 bits, to compare.\n"
         "In all: on disk, in 16 / in 8 bits, text and token ids included."
     )
-    return SIZES.sub(lambda _: f"<!-- sizes -->\n{table(heads, rows)}\n\n{made}\n<!-- /sizes -->\n", page)
-
-
-def _result(file: Path) -> str:
-    """The tables of a result, of a bench or of an evaluation."""
-    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    make = evaluation_table if "header" in result else bench_table
-    return make(result, file.relative_to(ROOT).as_posix())
+    return SIZES.sub(
+        lambda _: f"<!-- sizes -->\n{text_of([Table(heads, rows)]).strip()}\n\n{made}\n<!-- /sizes -->\n", page
+    )
 
 
 def _entry(name: str, value: Any, level: str) -> str:

@@ -63,3 +63,26 @@ def test_same_seed_gives_the_same_interval_and_another_seed_another() -> None:
 
 def test_one_unit_has_no_interval() -> None:
     assert Bootstrap().perplexity(np.array([3.0]), np.array([1.0]), "documents") is None
+
+
+def test_groups_widen_an_interval_and_groups_of_one_unit_do_not_change_it() -> None:
+    """Twelve documents of two projects that differ: a thirteenth may be of either, or of a third."""
+    tokens = np.full(12, 1000.0)
+    nll = tokens * np.repeat([3.0, 2.0], 6) + np.arange(12)
+    alone = Bootstrap().perplexity(nll, tokens, "documents")
+    apart = Bootstrap().perplexity(nll, tokens, "documents", [f"project {i}" for i in range(12)])
+    grouped = Bootstrap().perplexity(nll, tokens, "documents", ["a"] * 6 + ["b"] * 6)
+    assert alone is not None and apart is not None and grouped is not None
+    assert (alone.low, alone.high, alone.groups) == (apart.low, apart.high, 12)
+    assert (grouped.count, grouped.groups) == (12, 2)
+    assert grouped.low == pytest.approx(math.exp(2), rel=0.02) and grouped.high == pytest.approx(math.exp(3), rel=0.02)
+    assert grouped.low < alone.low < alone.high < grouped.high
+
+
+def test_one_group_is_its_units() -> None:
+    nll, tokens = sample()
+    one = Bootstrap().perplexity(nll, tokens, "documents", ["a"] * len(nll))
+    alone = Bootstrap().perplexity(nll, tokens, "documents")
+    assert one is not None and alone is not None
+    assert (one.low, one.high) == pytest.approx((alone.low, alone.high), rel=0.02)
+    assert one.groups == 1

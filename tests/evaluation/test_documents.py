@@ -48,3 +48,31 @@ def test_group_is_the_file_name_up_to_the_separator() -> None:
 def test_nothing_to_measure_is_one_clear_line() -> None:
     with pytest.raises(DataError, match=r"^no text to measure: 1 documents read, none has two tokens; check --data"):
         tokenize_documents([Document("a", "a", "")], TOKENIZER)
+
+
+def test_only_the_beginning_of_a_long_text_is_tokenised() -> None:
+    """And its tokens, words and bytes are those of the whole text, cut."""
+    text, seen = "".join(f"{i} {TEXT}" for i in range(300)), list[int]()
+
+    class Watched:
+        is_fast, bos_token_id = True, None
+
+        def __call__(self, text: str, **settings: object) -> object:
+            seen.append(len(text))
+            return TOKENIZER(text, **settings)
+
+    (found,) = tokenize_documents([Document("a", text, "")], Watched(), max_tokens=500)
+    ids = TOKENIZER(text).input_ids[:500]
+    assert found.ids.tolist() == ids
+    assert max(seen) < len(text) / 10
+    kept = TOKENIZER.decode(ids[1:])
+    assert (found.words, found.bytes) == (len(kept.split()), len(kept.encode()))
+
+
+def test_a_project_is_the_name_up_to_the_separator_or_the_document_itself() -> None:
+    names = ["test/clowder__02-sets.tex", "test/clowder__03.tex", "a/plain.txt", "b/plain.txt"]
+    found = tokenize_documents([Document(name, TEXT, "") for name in names], TOKENIZER)
+    assert [d.project for d in found] == ["clowder", "clowder", "a/plain.txt", "b/plain.txt"]
+    assert {d.group for d in found} == {None}
+    found = tokenize_documents([Document(name, TEXT, "") for name in names], TOKENIZER, group_separator="/")
+    assert [(d.group, d.project) for d in found] == [("test", "test"), ("test", "test"), ("a", "a"), ("b", "b")]

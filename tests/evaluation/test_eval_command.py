@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def test_result_table_and_curves_from_a_run_folder(
     shown = run(capsys, "--model", home / "side", *data, *options, "--out", out)
     for words in ("backbone alone", "SideNet, memory off", "SideNet trained without memory", "LongMem, 16 tokens"):
         assert words in shown
-    for words in ("segments (window 32, non-overlapping)", "sliding (window 32, stride 16)", "two, 1 documents"):
+    for words in ("segments of 32", "sliding window, 32 by 16", "two (1)", "3 documents of 2 projects"):
         assert words in shown
     result = json.loads((out / "perplexity.json").read_text())
     assert set(result["systems"]) == {"backbone", "memory_off", "control", "memory_16", "memory_64"}
@@ -145,9 +146,44 @@ def test_settings_that_contradict_each_other_are_refused(home: Path, capsys: pyt
     assert error_of(capsys, "--model", home / "backbone", *texts, "--memory-sizes", "64").startswith(
         "--memory-sizes needs a LongMem checkpoint; "
     )
-    assert error_of(capsys, "--model", home / "side", *texts, "--stride", "40", "--protocol", "rolling") == (
-        "stride (40) must be between 1 and the window (32); try 16; protocols (rolling) must be among segments, sliding"
+    assert error_of(capsys, "--model", home / "side", *texts, "--stride", "40") == (
+        "stride (40) must be between 1 and the window (32); try 16"
     )
+
+
+@pytest.mark.parametrize("option", ["--protocol=rolling", "--protocol=", "--window=1", "--batch=0", "--resamples=0"])
+def test_a_wrong_value_is_refused_by_its_option_before_anything_is_read(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["eval", "perplexity", "--model", "nowhere", "--data", "nowhere", option])
+    assert done.value.code == 2
+    assert f"'{option.split('=')[0]}'" in capsys.readouterr().err
+
+
+def test_a_pattern_that_matches_no_document_is_named_with_the_ids_there_are(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["--model", home / "side", "--data", home / "texts"]
+    for more in ([], ["--include", "one*"]):
+        line = error_of(capsys, *texts, "--include", "three*", *more)
+        assert line == (
+            f"--include (three*) matches no document of {home}/texts; their ids are one__a.txt, one__b.txt, two__a.txt"
+        )
+
+
+@pytest.mark.parametrize("columns", [40, 400])
+def test_no_number_is_cut_in_a_pipe(
+    columns: int, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    given = ["--model", home / "side", "--control", home / "control", "--training-free", "0.5"]
+    shown = run(capsys, *given, "--data", home / "texts", "--memory-sizes", "16,64", "--resamples", 20)
+    edges = re.findall(r"\[[+-][^\]]*\]", shown)
+    assert len(edges) > 20
+    assert all(re.fullmatch(r"\[[+-]\d+\.\d\d, [+-]\d+\.\d\d\]", edge) for edge in edges)
+    assert "…" not in shown
+    assert (max(map(len, shown.splitlines())) > 100) == (columns == 400)
 
 
 def test_a_device_that_is_not_here_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem
 from longmem.cli.main import main
 from longmem.errors import CheckpointError, ConfigError, DataError
-from longmem.evaluation.layer_inputs import load_backbone, standard_text, text_rows
-from longmem.evaluation.layer_plots import plot_layers
-from longmem.evaluation.layers import LayerReport, measure_layers
+from longmem.evaluation.layers import LayerReport, load_backbone, measure_layers, standard_text, text_rows
+from longmem.evaluation.plots import plot_all
 from longmem.modeling.copying import random_tokens
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -52,7 +51,6 @@ def test_text_and_random_tokens_are_measured_at_every_distance(tiny_backbone: Al
         *(("text", distance) for distance in (64, 128, 192)),
         *(("random", distance) for distance in (64, 128, 192, 512)),
     ]
-    assert [ranks.distance for ranks in report.farthest()] == [192, 512]
     assert all(ranks.chance == 8 / (ranks.distance // 4) for ranks in report.ranks)
     assert report.copying == []  # twice 64 tokens exceed the segment
 
@@ -79,8 +77,8 @@ def test_the_command_prints_a_table_and_writes_json_and_heat_map(
     code = run(folder, "--distances", "96,128", "--rows", 2, "--segment", 64, "--out", tmp_path / "out")
     printed = capsys.readouterr()
     assert code == 0
-    assert "What each layer finds" in printed.out
-    assert "measuring text, 96 tokens apart" in printed.err
+    assert "How well keys find what followed an earlier occurrence" in printed.out
+    assert "no layer stands out" in printed.out
     assert (tmp_path / "out" / "layers.png").read_bytes().startswith(PNG)
     written = json.loads((tmp_path / "out" / "layers.json").read_text())
     assert written["num_layers"] == 4
@@ -148,6 +146,7 @@ def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
 def test_the_heat_map_marks_the_recommended_layer(tiny_backbone: AlibiGPTForCausalLM, tmp_path: Path) -> None:
     report = measure_layers(tiny_backbone, None, distances=(96,), rows=1)
     marked = LayerReport(**{**vars(report), "recommended": 3})
-    assert plot_layers(marked, tmp_path / "a" / "map.png").read_bytes().startswith(PNG)
+    (path,) = plot_all(marked, tmp_path / "a")
+    assert path.name == "layers.png" and path.read_bytes().startswith(PNG)
     assert marked.conclusion == "remember layer 3 (the paper's rule gives 3)"
     assert torch.is_grad_enabled()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,25 +11,22 @@ import torch
 
 from longmem.evaluation.bootstrap import Bootstrap
 from longmem.evaluation.documents import TokenizedDocument
-from longmem.evaluation.records import Record, make_record
-from longmem.evaluation.scores import protocol_scores, scores
+from longmem.evaluation.records import Ledger
+from longmem.evaluation.scores import Record, bin_edges, block_bins, position_bins, protocol_scores, scores
 
 
-def document(name: str, tokens: int, group: str | None = None) -> TokenizedDocument:
+def document(name: str, tokens: int, group: str = "") -> TokenizedDocument:
     """Scored tokens stand for half as many words and three times as many bytes."""
     ids = torch.zeros(tokens + 1, dtype=torch.long)
-    return TokenizedDocument(name, ids, words=tokens // 2, bytes=3 * tokens, digest=name, group=group)
+    return TokenizedDocument(name, ids, words=tokens // 2, bytes=3 * tokens, digest=name, group=group, project=group)
 
 
-def records(documents: list[TokenizedDocument], system: str, perplexity: float) -> list[Record]:
-    return [
-        make_record("key", d.digest, d.id, "segments", system, np.full(d.scored, math.log(perplexity)), block=100)
-        for d in documents
-    ]
+def records(documents: list[TokenizedDocument], perplexity: float) -> list[Record]:
+    return [Record.of(np.full(d.scored, math.log(perplexity)), block=100) for d in documents]
 
 
 DOCUMENTS = [document("a__1", 400, "a"), document("a__2", 6000, "a"), document("b__1", 20_000, "b")]
-TABLE = {"backbone": records(DOCUMENTS, "backbone", 10.0), "memory_64": records(DOCUMENTS, "memory_64", 9.0)}
+TABLE = {"backbone": records(DOCUMENTS, 10.0), "memory_64": records(DOCUMENTS, 9.0)}
 
 
 def test_word_perplexity_and_bits_per_byte_come_from_the_same_sum() -> None:
@@ -65,3 +63,53 @@ def test_positions_count_every_token_once_and_say_how_many_documents_reach_them(
     assert (parts[0].documents, parts[3].documents, parts[-1].documents) == (3, 2, 1)
     assert all(part.perplexity["memory_64"] == pytest.approx(9.0) for part in parts)
     assert all(part.percent["memory_64"] == pytest.approx(-10.0) for part in parts)
+
+
+def test_position_bins_are_powers_of_two_and_agree_with_their_edges() -> None:
+    bins = position_bins(3000)
+    assert bins[0] == 0
+    assert (bins[126], bins[127], bins[255], bins[2047]) == (0, 1, 2, 5)  # 127, 128, 256 and 2,048 tokens before
+    for i, bin_index in enumerate(bins):
+        low, high = bin_edges(int(bin_index))
+        assert low <= i + 1 < high
+
+
+def test_a_short_rest_joins_the_block_before_it() -> None:
+    assert np.bincount(block_bins(10, 4)).tolist() == [4, 4, 2]
+    assert np.bincount(block_bins(9, 4)).tolist() == [4, 5]
+    assert np.bincount(block_bins(1, 4)).tolist() == [1]
+    assert np.bincount(block_bins(3, 4)).tolist() == [3]
+
+
+def test_sums_of_a_record_agree() -> None:
+    nll = np.random.default_rng(0).random(5000)
+    record = Record.of(nll, block=1024)
+    assert record.tokens == 5000
+    for parts in (record.blocks, record.positions, [record.nll]):
+        np.testing.assert_allclose(sum(parts), nll.sum())
+
+
+def test_a_line_cut_by_an_interruption_loses_only_itself(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    ledger = Ledger(path)
+    for name in ("a", "b"):
+        ledger.append("key", name, nll=1.5)
+    path.write_bytes(path.read_bytes()[:-9] + b"\xff")
+    again = Ledger(path)
+    assert again.get("key", "a") == ledger.get("key", "a")
+    assert again.get("key", "b") is None
+    again.append("key", "b", nll=1.5)
+    assert Ledger(path).get("key", "b") == ledger.get("key", "b")
+
+
+def test_blocks_of_documents_that_have_one_each_repeat_no_interval() -> None:
+    found = scores("all", DOCUMENTS, TABLE, [("memory_64", "backbone")], Bootstrap(resamples=50), 1 << 20)
+    (difference,) = found.differences
+    assert difference.documents is not None and difference.blocks is None
+
+
+def test_documents_of_one_project_are_drawn_together_and_counted() -> None:
+    found = scores("all", DOCUMENTS, TABLE, [("memory_64", "backbone")], Bootstrap(resamples=50), 100)
+    (difference,) = found.differences
+    assert difference.documents is not None
+    assert (found.projects, difference.documents.groups, difference.documents.count) == (2, 2, 3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,17 +61,16 @@ def command(
     def say(line: str) -> None:
         click.echo(line, err=True)
 
-    with _measuring() as progress:
-        if train:
-            from longmem.demo.run import run_demo
+    if train:
+        from longmem.demo.run import run_demo
 
-            trained = run_demo(out, minutes=minutes, say=say, progress=progress)
-            result, passage, files, made = trained.perplexity, trained.passage, [trained.page, trained.picture], None
-        else:
-            from longmem.demo.remembering import DEFAULT_TEXTS, remember
+        trained = run_demo(out, minutes=minutes, say=say)
+        result, passage, files, made = trained.perplexity, trained.passage, [trained.page, trained.picture], None
+    else:
+        from longmem.demo.remembering import DEFAULT_TEXTS, remember
 
-            made = remember(out, texts or DEFAULT_TEXTS, model=model, say=say, progress=progress)
-            result, passage, files = made.perplexity, made.passage, [made.page, made.picture]
+        made = remember(out, texts or DEFAULT_TEXTS, model=model, say=say)
+        result, passage, files = made.perplexity, made.passage, [made.page, made.picture]
     if as_json:
         click.echo(json.dumps(_plain(result, files, made)))
     else:
@@ -91,13 +89,12 @@ def _plain(result: PerplexityResult, files: list[Path], made: Remembered | None)
 def _show(result: PerplexityResult, passage: Passage, files: list[Path], made: Remembered | None) -> None:
     from rich.console import Console
 
-    from longmem.cli.tables import system_table
+    from longmem.cli.evaluating import show
+    from longmem.evaluation.results import to_json
+    from longmem.evaluation.tables import tables_of
 
     console = Console(width=None if sys.stdout.isatty() else 120)
-    for name, protocol in result.protocols.items():
-        console.print(f"\n{name}: window {protocol.window}, moved by {protocol.stride}; {protocol.all.tokens:,} tokens")
-        console.print(system_table(result, protocol.all))
-    click.echo("% of perplexity per token, below 0 is better; 95 % [over documents] (over blocks of tokens)")
+    show(tables_of(json.loads(to_json(result)))[:1])
     lines = passage_lines(passage)
     for line in lines if made is None else (*lines, *continuation_lines(made.continuation)):
         console.print(line, markup=False, highlight=False)
@@ -150,28 +147,3 @@ def _found(passage: Passage, token: TokenReading) -> Iterator[str]:
 
 def _visible(text: str) -> str:
     return "“" + text.replace("\n", "↵").replace(" ", "␣") + "”"
-
-
-@contextmanager
-def _measuring() -> Iterator[Any]:
-    """A progress callback that draws a bar once it is called, on a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True))
-    tasks: dict[str, Any] = {}
-
-    def advance(what: str, done: int, total: int) -> None:
-        if not sys.stderr.isatty():
-            return
-        if not tasks:
-            bar.start()
-        if what not in tasks:
-            tasks[what] = bar.add_task(f"measuring, {what}", total=total)
-        bar.update(tasks[what], completed=done)
-
-    try:
-        yield advance
-    finally:
-        bar.stop()

@@ -1,13 +1,13 @@
-"""What all commands of ``longmem eval`` that compare systems share: options, loading, the run, the table.
+"""What all commands of ``longmem eval`` share: options, loading, the run, tables and files.
 
 Imports of torch wait until a command runs.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import json
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,9 @@ from longmem.cli.outputs import folder_option
 if TYPE_CHECKING:
     from longmem.evaluation.asking import Asker
     from longmem.evaluation.loading import Loaded
+    from longmem.evaluation.pages import Table
     from longmem.evaluation.runner import TaskResult
     from longmem.evaluation.task import Task
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Command = Callable[..., Any]
 
@@ -32,13 +31,9 @@ def model_options(command: Command) -> Command:
     """Which systems are compared."""
     return _with(
         command,
-        click.option(
-            "--model", required=True, help="LongMem or MemTRM checkpoint, run folder, or a causal LM by itself."
-        ),
+        click.option("--model", required=True, help="LongMem or MemTRM checkpoint, run folder, or a causal LM."),
         click.option("--backbone", help="Where the backbone is, if not where the checkpoint says."),
-        click.option(
-            "--control", help="SideNet checkpoint trained equally long without memory, over the same backbone."
-        ),
+        click.option("--control", help="SideNet trained equally long without memory, over the same backbone."),
         click.option("--memtrm", help="MemTRM checkpoint or run folder, trained from the same backbone."),
         click.option(
             "--training-free",
@@ -58,55 +53,64 @@ def model_options(command: Command) -> Command:
 
 def machine_options(command: Command) -> Command:
     """Where and in which precision models run."""
+    dtypes = click.Choice(("auto", "float32", "bfloat16", "float16"))
     return _with(
         command,
-        click.option(
-            "--device", default="auto", show_default=True, help="cpu, cuda, ...; auto takes a GPU where there is one."
-        ),
-        click.option(
-            "--dtype",
-            type=click.Choice(DTYPES),
-            default="auto",
-            show_default=True,
-            help="Of the weights; auto: as saved.",
-        ),
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...; auto takes a GPU if any."),
+        click.option("--dtype", type=dtypes, default="auto", show_default=True, help="Of the weights; auto: as saved."),
     )
 
 
-def comparison_options(command: Command) -> Command:
-    """All that ``open_comparison`` and ``run_and_show`` take."""
-    command = _with(
+def run_options(command: Command) -> Command:
+    """How much runs at once, and where results go."""
+    positive = click.IntRange(min=1)
+    return _with(
         command,
         click.option(
             "--window",
             type=click.IntRange(min=2),
             help="Tokens seen at once; default: the backbone's positions, at most 1024.",
         ),
-        click.option(
-            "--full-context",
-            type=click.IntRange(min=2),
-            help="Also the backbone with a window of so many tokens, which holds what the others have in memory.",
-        ),
-        click.option(
-            "--batch",
-            "rows",
-            type=click.IntRange(min=1),
-            default=8,
-            show_default=True,
-            help="Sequences side by side.",
-        ),
-        click.option(
-            "--resamples", type=click.IntRange(min=1), default=2000, show_default=True, help="Of the bootstrap."
-        ),
-        folder_option("--out", help="Folder for the result and for records to resume from."),
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of a table."),
+        click.option("--batch", "rows", type=positive, default=8, show_default=True, help="Texts side by side."),
+        click.option("--resamples", type=positive, default=2000, show_default=True, help="Of the bootstrap."),
+        folder_option("--out", help="Folder for the result, pictures, and records to resume from."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of tables."),
     )
-    return model_options(machine_options(command))
+
+
+def comparison_options(command: Command) -> Command:
+    """All that ``open_comparison`` and ``run_and_show`` take."""
+    full = click.option(
+        "--full-context",
+        type=click.IntRange(min=2),
+        help="Also the backbone with a window of so many tokens, which holds what the others have in memory.",
+    )
+    return model_options(machine_options(full(run_options(command))))
+
+
+def load(shared: dict[str, Any]) -> tuple[Loaded, Any, str]:
+    """The systems that the options of ``model_options`` name, their tokenizer, and the device.
+
+    Raises:
+        LongMemError: settings, checkpoints or their tokenizer are at fault.
+    """
+    import torch
+    from transformers.utils import logging
+
+    from longmem.evaluation.loading import checked_device, load_comparison, load_tokenizer
+
+    logging.disable_progress_bar()
+    device = checked_device(shared["device"])
+    dtype = None if shared["dtype"] == "auto" else getattr(torch, shared["dtype"])
+    names = ("backbone", "control", "memtrm", "training_free", "memory_sizes", "tokenizer")
+    given = {name: shared[name] for name in names if name in shared}
+    loaded = load_comparison(shared["model"], device=device, dtype=dtype, **given)
+    return loaded, load_tokenizer(loaded.tokenizer, loaded.comparison.model), device
 
 
 @dataclass(frozen=True)
 class Opened:
-    """The systems of a command."""
+    """The systems of a task."""
 
     loaded: Loaded
     tokenizer: Any
@@ -119,36 +123,24 @@ class Opened:
         return {"window": self.window, "device": self.device}
 
 
-def open_comparison(shared: dict[str, Any]) -> Opened:
+def open_comparison(shared: dict[str, Any], systems: Sequence[str] = ()) -> Opened:
     """Load the systems that the options of ``comparison_options`` name.
 
+    Args:
+        systems: beginnings of the names of those that are asked; empty is all.
+
     Raises:
-        LongMemError: settings, checkpoints or their tokenizer are at fault.
+        LongMemError: settings, checkpoints or their tokenizer are at fault, or no system's name begins so.
     """
-    import torch
-    from transformers.utils import logging
-
     from longmem.evaluation.asking import askers
-    from longmem.evaluation.loading import load_comparison, load_tokenizer
+    from longmem.evaluation.systems import chosen
 
-    logging.disable_progress_bar()
-    device = shared["device"]
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = None if shared["dtype"] == "auto" else getattr(torch, shared["dtype"])
-    names = ("backbone", "control", "memtrm", "training_free", "memory_sizes", "tokenizer")
-    loaded = load_comparison(shared["model"], device=device, dtype=dtype, **{name: shared[name] for name in names})
-    tokenizer = load_tokenizer(loaded.tokenizer, loaded.comparison.model)
+    loaded, tokenizer, device = load(shared)
     window = shared["window"] or loaded.default_window()
-    found = askers(
-        loaded.comparison,
-        tokenizer,
-        window=window,
-        rows=shared["rows"],
-        full_context=shared["full_context"],
-        device=device,
-    )
-    return Opened(loaded, tokenizer, found, window, device)
+    full, rows = shared["full_context"], shared["rows"]
+    found = askers(loaded.comparison, tokenizer, window=window, rows=rows, full_context=full, device=device)
+    names = chosen([asker.name for asker in found], systems)
+    return Opened(loaded, tokenizer, [asker for asker in found if asker.name in names], window, device)
 
 
 def run_and_show(
@@ -167,9 +159,6 @@ def run_and_show(
         shared: the options of ``comparison_options``.
         seeds: of the choice of examples.
         finish: adds what else the task has to say before the result is saved.
-
-    Returns:
-        The result, for pictures of its own.
     """
     from longmem.evaluation.bootstrap import Bootstrap
     from longmem.evaluation.results import command_line
@@ -177,66 +166,50 @@ def run_and_show(
 
     names = ("backbone", "control", "memtrm", "training_free", "full_context", "rows", "dtype")
     out: Path | None = shared["out"]
-    with examples_bar() as progress:
-        result = run_task(
-            task,
-            opened.askers,
-            records=None if out is None else out / "records.jsonl",
-            bootstrap=Bootstrap(resamples=shared["resamples"]),
-            command=command_line(),
-            config={"model": opened.loaded.model, "tokenizer": opened.loaded.tokenizer}
-            | opened.config
-            | {name: shared[name] for name in names},
-            seeds=seeds,
-            progress=progress,
-        )
-    if finish is not None:
-        result = finish(result)
-    save(result, shared)
-    if not shared["as_json"]:
-        show(result)
+    result = run_task(
+        task,
+        opened.askers,
+        records=None if out is None else out / "records.jsonl",
+        bootstrap=Bootstrap(resamples=shared["resamples"]),
+        command=command_line(),
+        config={"model": opened.loaded.model, "tokenizer": opened.loaded.tokenizer}
+        | opened.config
+        | {name: shared[name] for name in names},
+        seeds=seeds,
+    )
+    result = result if finish is None else finish(result)
+    save_and_show(result, shared)
     return result
 
 
-def save(result: TaskResult, shared: dict[str, Any]) -> None:
-    """Write ``OUT/<task>.json``, and print it where ``--json`` asks for that."""
+def save_and_show(result: Any, shared: dict[str, Any]) -> None:
+    """Write ``OUT/<task>.json`` and pictures, and print tables, or with ``--json`` the result."""
+    from longmem.evaluation.plots import plot_all
     from longmem.evaluation.results import to_json, write_json
+    from longmem.evaluation.tables import tables_of
 
+    text = to_json(result)
+    plain = json.loads(text)
     if shared["out"] is not None:
         path = shared["out"] / f"{result.header.task}.json"
         write_json(path, result)
-        click.echo(f"wrote {path}", err=True)
+        for written in (path, *plot_all(plain, shared["out"])):
+            click.echo(f"wrote {written}", err=True)
     if shared["as_json"]:
-        click.echo(to_json(result))
+        click.echo(text)
+        return
+    show(tables_of(plain))
+    for name, reason in plain.get("skipped", {}).items():
+        click.echo(f"\n{name} not asked: {reason}")
 
 
-def show(result: TaskResult) -> None:
-    """The result's tables on stdout."""
-    from rich.console import Console
+def show(tables: Sequence[Table]) -> None:
+    """Tables on stdout, as wide as the terminal, or ``COLUMNS``, or 120; wider ones row by row."""
+    from longmem.evaluation.pages import plain
 
-    from longmem.cli.tables import task_tables
-
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for part in task_tables(result):
-        console.print(part)
-
-
-@contextmanager
-def examples_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr, one line for each system."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-
-        def advance(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done)
-
-        yield advance
+    width = shutil.get_terminal_size((120, 24)).columns
+    for table in tables:
+        click.echo("\n" + plain(table, width))
 
 
 def _with(command: Command, *options: Callable[[Command], Command]) -> Command:

@@ -22,9 +22,9 @@ def command(results: tuple[str, ...], out: Path, title: str, as_json: bool) -> N
     paper's own numbers stand beside ours where the setting is the same kind, with what differs. A file that is no
     result, or a damaged one, is named in one line and left out.
     """
-    from longmem.evaluation.report.build import build_report, write_report
+    from longmem.evaluation.report import build_report, write_report
 
-    report = build_report(results, title=title).drawn()
+    report = build_report(results, title=title)
     written = write_report(report, out)
     for problem in report.problems:
         click.echo(f"not shown: {problem}", err=True)

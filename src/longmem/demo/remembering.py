@@ -20,7 +20,7 @@ from longmem.demo.page import page, perplexity_rows
 from longmem.demo.picture import save_picture
 from longmem.demo.reading import Passage, fewest_tokens, most_helped_passage
 from longmem.errors import DataError
-from longmem.evaluation.perplexity import PerplexityResult, PerplexitySettings, Progress, perplexity
+from longmem.evaluation.perplexity import PerplexityResult, PerplexitySettings, perplexity
 from longmem.evaluation.task import numbered
 from longmem.modeling.longmem import LongMem
 from longmem.store import MemoryStore
@@ -124,7 +124,6 @@ def remember(
     model: Path | None = None,
     max_tokens: int = MAX_TOKENS,
     say: Callable[[str], object] = print,
-    progress: Progress | None = None,
 ) -> Remembered:
     """Remember the beginnings of texts, measure on them, and continue one of them.
 
@@ -134,7 +133,6 @@ def remember(
         model: folder of a SideNet; None is the shipped one.
         max_tokens: of each text that are remembered and measured.
         say: told what happens, a line at a time.
-        progress: of the measurement.
 
     Raises:
         LongMemError: a text or the model is missing, or a text is too short.
@@ -178,7 +176,6 @@ def remember(
         PerplexitySettings(window=window),
         command="longmem demo",
         config={"model": loaded.model, "texts": list(texts), "max_tokens": max_tokens},
-        progress=progress,
     )
     say(f"reading {found[0][0]} again, to see what each token finds")
     passage = most_helped_passage(

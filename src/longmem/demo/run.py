@@ -14,7 +14,7 @@ from longmem.demo.page import page, perplexity_rows
 from longmem.demo.picture import save_picture
 from longmem.demo.reading import Passage, most_helped_passage
 from longmem.errors import LongMemError
-from longmem.evaluation.perplexity import PerplexityResult, PerplexitySettings, Progress, perplexity
+from longmem.evaluation.perplexity import PerplexityResult, PerplexitySettings, perplexity
 from longmem.training.loop import train
 from longmem.training.recipe import Recipe
 
@@ -54,7 +54,6 @@ def run_demo(
     library: Path | None = None,
     max_tokens: int = MAX_TOKENS,
     say: Callable[[str], object] = log.info,
-    progress: Progress | None = None,
     quiet: bool = False,
 ) -> DemoResult:
     """Train tokenizer, backbone and SideNet, measure them, and read one held-out passage.
@@ -65,7 +64,6 @@ def run_demo(
         library: folder of packages; None is this Python's standard library.
         max_tokens: of each held-out package.
         say: told what happens, a line at a time.
-        progress: of the measurement.
         quiet: training says nothing.
 
     Raises:
@@ -84,7 +82,7 @@ def run_demo(
     made = _trained("demo-backbone.toml", backbone, [paths], corpus.digest, backbone_minutes, say, quiet)
     named = f"backbone.path={json.dumps(str(made.folder))}"
     made = _trained("demo-sidenet.toml", sidenet, [paths, named], made.digest, sidenet_minutes, say, quiet)
-    result = _measured(made.folder, corpus, out / "perplexity", max_tokens, say, progress)
+    result = _measured(made.folder, corpus, out / "perplexity", max_tokens, say)
     return _shown(made.folder, corpus, out, result, max_tokens, say)
 
 
@@ -133,7 +131,7 @@ def _trained(
 
 
 def _measured(
-    model: Path, corpus: Corpus, folder: Path, max_tokens: int, say: Callable[[str], object], progress: Progress | None
+    model: Path, corpus: Corpus, folder: Path, max_tokens: int, say: Callable[[str], object]
 ) -> PerplexityResult:
     from longmem.data.text import read_documents
     from longmem.evaluation.documents import tokenize_documents
@@ -154,7 +152,6 @@ def _measured(
         records=folder / "records.jsonl",
         command="longmem demo",
         config={"model": str(model), "data": str(corpus.held_out), "max_tokens": max_tokens},
-        progress=progress,
     )
     write_json(folder / "perplexity.json", result)
     plot_all(result, folder)

@@ -17,10 +17,10 @@ from typing import Any
 from longmem.errors import CheckpointError, ConfigError
 from longmem.evaluation.bootstrap import Interval
 from longmem.evaluation.documents import TokenizedDocument
-from longmem.evaluation.perplexity import PerplexitySettings, Progress, measure, record_key
-from longmem.evaluation.records import Ledger, Record
+from longmem.evaluation.perplexity import PerplexitySettings, known, measure, record_key
+from longmem.evaluation.records import Ledger
 from longmem.evaluation.results import RunHeader
-from longmem.evaluation.scores import scores
+from longmem.evaluation.scores import Record, scores
 from longmem.evaluation.systems import BACKBONE, MEMORY_OFF, Comparison, System
 from longmem.evaluation.variants import MEMORY_DTYPES, memory_maker, varied
 from longmem.modeling.longmem import LongMem
@@ -189,7 +189,7 @@ def ablate(
     records: Path | None = None,
     command: str = "",
     config: dict[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: Any = None,
 ) -> AblationResult:
     """Measure every value of every axis on every document.
 
@@ -205,7 +205,6 @@ def ablate(
         records: JSONL file of finished documents; what it already holds is not measured again.
         command: as typed, kept in the result.
         config: what else the result should say about its making.
-        progress: told about every forward pass.
 
     Raises:
         ConfigError: lists every value that breaks a rule.
@@ -235,8 +234,7 @@ def ablate(
         table: dict[str, list[Record]] = {}
         for comparison, together in [*plan.comparisons(), *_apart(trained, size)]:
             run = _together if together else measure
-            told = None if progress is None else _told(progress, comparison)
-            table |= run(comparison, documents, settings, protocol, ledger, device=device, progress=told)
+            table |= run(comparison, documents, settings, protocol, ledger, device=device)
         of_protocol[protocol] = table
     planned = [*plan.planned, *_planned(trained, size, model)]
     scored = {protocol: _scored(documents, table, planned, settings) for protocol, table in of_protocol.items()}
@@ -334,17 +332,6 @@ class _Plan:
         ]
 
 
-def _told(progress: Progress, comparison: Comparison) -> Progress:
-    """Told of each part by itself: what is measured apart has a total of its own."""
-    (first, *more) = comparison.systems
-    part = "one pass for all" if more else first.name
-
-    def tell(protocol: str, done: int, total: int) -> None:
-        progress(f"{protocol}, {part}", done, total)
-
-    return tell
-
-
 def _together(
     comparison: Comparison,
     documents: Sequence[TokenizedDocument],
@@ -353,16 +340,18 @@ def _together(
     ledger: Ledger,
     *,
     device: str = "cpu",
-    progress: Progress | None = None,
 ) -> dict[str, list[Record]]:
     """As ``measure``, all documents or none: what a row finds depends on the rows beside it."""
     (system,) = comparison.systems
     key = record_key(system, settings, protocol)
-    if all(ledger.get(key, document.digest) is not None for document in documents):
-        return {system.name: [ledger[key, document.digest] for document in documents]}
-    found = measure(comparison, documents, settings, protocol, Ledger(None), device=device, progress=progress)
-    for record in found[system.name]:
-        ledger.append(record)
+    kept = [known(ledger, key, document) for document in documents]
+    if None not in kept:
+        return {system.name: [record for record in kept if record is not None]}
+    found = measure(comparison, documents, settings, protocol, Ledger(None), device=device)
+    for document, record in zip(documents, found[system.name], strict=True):
+        ledger.append(
+            key, document.digest, document=document.id, protocol=protocol, system=system.name, **asdict(record)
+        )
     return found
 
 

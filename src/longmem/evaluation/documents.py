@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from longmem.data.text import TextSource, read_documents
 from longmem.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
+
+PROJECT_SEPARATOR = "__"
+CHARACTERS_PER_TOKEN = 8  # of a first guess how much text holds so many tokens
+MARGIN = 64  # tokens at the end of a cut text that the cut may have changed
 
 
 class Text(Protocol):
@@ -30,7 +37,11 @@ class Text(Protocol):
 class TokenizedDocument:
     """A document's ids (n,), of which all but the first are scored, and the words and UTF-8 bytes of the scored text.
 
-    ``digest`` is a hash of the ids: the same text, tokenizer and cut have the same digest.
+    Attributes:
+        digest: hash of the ids; the same text, tokenizer and cut have the same digest.
+        group: what is reported apart; None is nothing.
+        project: documents of one project are not independent, so intervals draw projects first; empty is the
+            document's own.
     """
 
     id: str
@@ -39,10 +50,29 @@ class TokenizedDocument:
     bytes: int
     digest: str
     group: str | None = None
+    project: str = ""
 
     @property
     def scored(self) -> int:
         return len(self.ids) - 1
+
+
+def read_texts(data: Sequence[str], include: Sequence[str] = (), most: int | None = None) -> Iterator[Text]:
+    """The documents of ``--data`` whose ids match a pattern of ``--include``, the first ``most`` of them.
+
+    Raises:
+        DataError: a path is missing or holds no text, or a pattern matches no document; names the ids there are.
+    """
+    unmatched, read = set(include), 0
+    for document in islice(read_documents(TextSource(tuple(data), include=tuple(include))), most):
+        unmatched -= {pattern for pattern in unmatched if fnmatch(document.id, pattern)}
+        read += 1
+        yield document
+    if unmatched and (most is None or read < most):
+        ids = [document.id for document in islice(read_documents(TextSource(tuple(data))), 1001)]
+        shown = ", ".join(ids[:12]) + (f" and {'more' if len(ids) > 1000 else len(ids) - 12} others" * (len(ids) > 12))
+        patterns = ", ".join(sorted(unmatched))
+        raise DataError(f"--include ({patterns}) matches no document of {', '.join(data)}; their ids are {shown}")
 
 
 def tokenize_documents(
@@ -55,13 +85,14 @@ def tokenize_documents(
     """Tokenize each document from its beginning.
 
     Special tokens are as in training: where the tokenizer itself puts a ``<s>`` in front (Llama's does, GPT-2's does
-    not), it stands there and the first token of the text is scored too. No end token is added or scored.
+    not), it stays there and the first token of the text is scored too. No end token is added or scored.
 
     Args:
         documents: records with ``id`` and ``text``.
         tokenizer: a transformers tokenizer.
         max_tokens: keep this many tokens of each document; words and bytes are those of the kept part.
         group_separator: a document's group is its file name up to this string (all of it where it does not occur).
+            The group is its project too. None: no groups; the project is the name up to ``__``.
 
     Raises:
         ConfigError: an empty ``group_separator``.
@@ -73,24 +104,25 @@ def tokenize_documents(
     prefix = _prefix(tokenizer)
     for document in documents:
         seen += 1
-        ids, starts, ends = _encode(tokenizer, document.text)
-        ids, ends = ids[:max_tokens], ends[:max_tokens]
+        ids, starts, ends = _encode(tokenizer, document.text, max_tokens)
         first = 0 if prefix else 1
         if len(ids) <= first:
             log.warning("%s: skipped, %d tokens leave nothing to predict", document.id, len(ids))
             continue
         text = document.text[starts[first] : ends[-1]]
         ids = [*prefix, *ids]
-        kept.append(
-            TokenizedDocument(
-                id=document.id,
-                ids=torch.tensor(ids, dtype=torch.long),
-                words=len(text.split()),
-                bytes=len(text.encode("utf-8", errors="surrogatepass")),
-                digest=hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()[:32],
-                group=None if group_separator is None else group_of(document.id, group_separator),
-            )
+        known = TokenizedDocument(
+            id=document.id,
+            ids=torch.tensor(ids, dtype=torch.long),
+            words=len(text.split()),
+            bytes=len(text.encode("utf-8", errors="surrogatepass")),
+            digest=hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()[:32],
+            project=group_of(document.id, PROJECT_SEPARATOR) if PROJECT_SEPARATOR in document.id else document.id,
         )
+        if group_separator is not None:
+            group = group_of(document.id, group_separator)
+            known = replace(known, group=group, project=group)
+        kept.append(known)
     if not kept:
         raise DataError(
             f"no text to measure: {seen} documents read, none has two tokens; check --data, --include and --max-tokens"
@@ -109,12 +141,22 @@ def _prefix(tokenizer: Any) -> list[int]:
     return list(ids[:1]) if ids and ids[0] == tokenizer.bos_token_id else []
 
 
-def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
-    """Ids, and the span of characters of each; a slow tokenizer, which knows no spans, spreads them evenly."""
-    if getattr(tokenizer, "is_fast", False):
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        spans = encoded["offset_mapping"]
-        return list(encoded["input_ids"]), [start for start, _ in spans], [end for _, end in spans]
-    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    edges = [round(i * len(text) / max(len(ids), 1)) for i in range(len(ids) + 1)]
-    return ids, edges[:-1], edges[1:]
+def _encode(tokenizer: Any, text: str, most: int | None) -> tuple[list[int], list[int], list[int]]:
+    """The first ``most`` ids, and the span of characters of each.
+
+    Only as much of a long text is tokenised as holds these ids. Spans of a slow tokenizer are spread evenly.
+    """
+    length = len(text) if most is None else CHARACTERS_PER_TOKEN * (most + MARGIN)
+    while True:
+        part = text[:length]
+        if getattr(tokenizer, "is_fast", False):
+            encoded = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ids = list(encoded["input_ids"])
+            starts, ends = ([span[side] for span in encoded["offset_mapping"]] for side in (0, 1))
+        else:
+            ids = list(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
+            edges = [round(i * len(part) / max(len(ids), 1)) for i in range(len(ids) + 1)]
+            starts, ends = edges[:-1], edges[1:]
+        if most is None or length >= len(text) or len(ids) >= most + MARGIN:
+            return ids[:most], starts[:most], ends[:most]
+        length *= 2

@@ -6,17 +6,21 @@ of the current one, in repeated text and in repeated random tokens. See ``longme
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longmem.errors import ConfigError
+from longmem.errors import CheckpointError, ConfigError, DataError
+from longmem.evaluation.loading import checkpoint_folder
 from longmem.evaluation.results import RunHeader
+from longmem.modeling import loading
 from longmem.modeling.copying import (
-    HeadRanks,
     allowed_memory_layers,
     best_memory_layer,
     copy_loss,
@@ -25,10 +29,12 @@ from longmem.modeling.copying import (
     retrieval_by_layer,
 )
 from longmem.modeling.families import Family
-from longmem.modeling.loading import default_memory_layer
+from longmem.progress import track
 
 DISTANCES = (128, 256, 512, 1024)
 MOST_PIECES = 4  # of a row, for distances shorter than it
+STANDARD_TEXT = ("argparse.py", "difflib.py", "doctest.py", "inspect.py", "subprocess.py", "typing.py")
+"""Standard library sources that stand in for ``--data``: text that every machine has."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +77,12 @@ class LayerReport:
     """What ``longmem layers`` found.
 
     Attributes:
-        header: what was run.
         num_layers: of the backbone.
         memory_layers: those that the family can remember.
         allowed: those of them that a SideNet of this stride copies.
         scores: for each measured layer, its mean score; 0 is chance, 1 is best.
         recommended: the best allowed layer; None where the backbone does not copy yet.
         default: the paper's choice, three quarters of the depth.
-        ranks: every measurement.
-        copying: copy losses.
     """
 
     header: RunHeader
@@ -91,11 +94,6 @@ class LayerReport:
     default: int
     ranks: list[Ranks]
     copying: list[Copying]
-
-    def farthest(self) -> list[Ranks]:
-        """The measurement at the greatest distance of each source."""
-        far = {ranks.source: ranks for ranks in sorted(self.ranks, key=lambda ranks: ranks.distance)}
-        return list(far.values())
 
     @property
     def conclusion(self) -> str:
@@ -122,7 +120,6 @@ def measure_layers(
     seed: int = 0,
     name: str = "",
     command: str = "",
-    progress: Callable[[str], None] = lambda what: None,
 ) -> LayerReport:
     """Rank every layer and head of a causal language model.
 
@@ -138,7 +135,6 @@ def measure_layers(
         seed: of the random tokens.
         name: of the model, for the record.
         command: as typed, for the record.
-        progress: is told what is measured next.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -147,49 +143,55 @@ def measure_layers(
     family = Family.of(model)
     segment = segment or min(window_of(family.config), 1024)
     _check(distances, segment, chunk_size, num_retrieved)
-    far = max(distances)
-    device = next(model.parameters()).device
     special = [token for token in (model.config.bos_token_id, model.config.eos_token_id) if isinstance(token, int)]
-    drawn = random_tokens(family.config.vocab_size, rows, far, seed=seed, special=special)
+    drawn = random_tokens(family.config.vocab_size, rows, max(distances), seed=seed, special=special)
     sources = {"random": drawn} if text is None else {"text": text, "random": drawn}
+    jobs = [(source, d) for source, t in sources.items() for d in sorted(set(distances)) if d <= t.shape[1]]
     found, ranks, copying = [], [], []
-    for source, tokens in sources.items():
-        for distance in sorted(set(distances)):
-            if distance > tokens.shape[1]:
-                continue
-            progress(f"{source}, {distance} tokens apart")
-            pieces = _pieces(tokens, distance).to(device)
-            heads = retrieval_by_layer(
-                model, pieces, segment=segment, chunk_size=chunk_size, num_chunks=num_retrieved // chunk_size
+    for source, distance in track(jobs, "measuring layers", len(jobs), "distances"):
+        count = min(MOST_PIECES, sources[source].shape[1] // distance)
+        pieces = sources[source][:, : count * distance].reshape(-1, distance).to(next(model.parameters()).device)
+        heads = retrieval_by_layer(
+            model, pieces, segment=segment, chunk_size=chunk_size, num_chunks=num_retrieved // chunk_size
+        )
+        found.append(heads)
+        first = next(iter(heads.values()))
+        ranks.append(
+            Ranks(
+                source=source,
+                distance=first.keys,
+                segment=min(segment, distance),
+                queries=len(pieces) * (first.keys - 1),
+                chance=first.chance,
+                rank={layer: head.rank.tolist() for layer, head in heads.items()},
+                recall={layer: head.recall.tolist() for layer, head in heads.items()},
+                score={layer: head.score for layer, head in heads.items()},
             )
-            found.append(heads)
-            ranks.append(_ranks(source, distance, min(segment, distance), heads, pieces))
-            if 2 * distance <= segment:
-                copying.append(Copying(source, distance, *copy_loss(model, pieces)))
+        )
+        if 2 * distance <= segment:
+            copying.append(Copying(source, distance, *copy_loss(model, pieces)))
     allowed, scores = allowed_memory_layers(family, stride), layer_scores(found)
-    layers = len(family.layers)
-    settings = {
-        "distances": sorted(set(distances)),
-        "segment": segment,
-        "chunk_size": chunk_size,
-        "num_retrieved": num_retrieved,
-        "stride": stride,
-    }
     return LayerReport(
         header=RunHeader(
             task="layers",
             command=command,
-            config=settings,
+            config={
+                "distances": sorted(set(distances)),
+                "segment": segment,
+                "chunk_size": chunk_size,
+                "num_retrieved": num_retrieved,
+                "stride": stride,
+            },
             models={"backbone": name, "class": type(model).__name__},
             samples={source: len(tokens) for source, tokens in sources.items()},
             seeds=[seed],
         ),
-        num_layers=layers,
+        num_layers=len(family.layers),
         memory_layers=family.memory_layers(),
         allowed=allowed,
         scores=scores,
         recommended=best_memory_layer(scores, allowed),
-        default=default_memory_layer(model, stride),
+        default=loading.default_memory_layer(model, stride),
         ranks=ranks,
         copying=copying,
     )
@@ -201,26 +203,6 @@ def window_of(config: Any) -> int:
         if isinstance(getattr(config, name, None), int):
             return int(getattr(config, name))
     return 1024
-
-
-def _pieces(tokens: Tensor, distance: int) -> Tensor:
-    """Rows of ``distance`` tokens, several from each row where it is longer."""
-    count = min(MOST_PIECES, tokens.shape[1] // distance)
-    return tokens[:, : count * distance].reshape(-1, distance)
-
-
-def _ranks(source: str, distance: int, segment: int, heads: dict[int, HeadRanks], pieces: Tensor) -> Ranks:
-    first = next(iter(heads.values()))
-    return Ranks(
-        source=source,
-        distance=first.keys,
-        segment=segment,
-        queries=len(pieces) * (first.keys - 1),
-        chance=first.chance,
-        rank={layer: found.rank.tolist() for layer, found in heads.items()},
-        recall={layer: found.recall.tolist() for layer, found in heads.items()},
-        score={layer: found.score for layer, found in heads.items()},
-    )
 
 
 def _check(distances: Sequence[int], segment: int, chunk_size: int, num_retrieved: int) -> None:
@@ -236,3 +218,54 @@ def _check(distances: Sequence[int], segment: int, chunk_size: int, num_retrieve
         found.append(f"segment ({segment}) must be at least 2")
     if found:
         raise ConfigError(found)
+
+
+def load_backbone(path: str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, str]:
+    """A causal language model, or the backbone that a LongMem names; and where its tokenizer should be.
+
+    Args:
+        path: folder, run folder or hub id.
+        dtype: of the weights; None is as saved.
+
+    Raises:
+        CheckpointError, BackboneError: there is no such model, or it cannot be loaded.
+    """
+    where, revision = checkpoint_folder(path), "main"
+    file = Path(where) / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if config.get("model_type") == "longmem":
+        named, revision = config.get("backbone_name_or_path"), config.get("backbone_revision") or "main"
+        if named is None:
+            raise CheckpointError(f"{path}: does not say where its backbone is; give the backbone itself")
+        where = str(Path(where) / named) if (Path(where) / named).is_dir() else str(named)
+    model: Any = loading.load_backbone(where, revision, dtype)
+    return model.to(device).eval(), where
+
+
+def text_rows(documents: Sequence[str], tokenizer: Any, rows: int, length: int) -> Tensor:
+    """(rows, length) token ids, from the middle of as many documents as there are long enough ones.
+
+    Raises:
+        DataError: there is not enough text for one row.
+    """
+    encoded = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in documents]
+    stock = sorted((ids for ids in encoded if len(ids) >= length), key=len, reverse=True)
+    stock = stock or [[token for ids in encoded for token in ids]]
+    if len(stock[0]) < length:
+        raise DataError(
+            f"--data has {len(stock[0]):,} tokens, {length:,} are needed; give more text, or smaller --distances"
+        )
+    stock = stock[:rows]
+    chosen = []
+    for row in range(rows):
+        ids, turn, turns = stock[row % len(stock)], row // len(stock), -(-rows // len(stock))
+        # rows of one document are spread over it, and its first lines are left out where there is room
+        start = (len(ids) - length) * (2 * turn + 1) // (2 * turns)
+        chosen.append(ids[start : start + length])
+    return torch.tensor(chosen)
+
+
+def standard_text() -> list[str]:
+    """Sources of this Python's own standard library."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    return [(folder / name).read_text(encoding="utf-8") for name in STANDARD_TEXT if (folder / name).is_file()]

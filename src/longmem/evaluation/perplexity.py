@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,15 @@ from typing import Any
 from longmem.errors import ConfigError
 from longmem.evaluation.bootstrap import Bootstrap
 from longmem.evaluation.documents import TokenizedDocument
-from longmem.evaluation.records import BLOCK, Ledger, Record, make_record
+from longmem.evaluation.records import Ledger
 from longmem.evaluation.results import RunHeader
-from longmem.evaluation.scores import ProtocolScores, protocol_scores
+from longmem.evaluation.scores import BLOCK, ProtocolScores, Record, protocol_scores
 from longmem.evaluation.streaming import stream_nll
 from longmem.evaluation.systems import Comparison, System
-from longmem.evaluation.windows import PROTOCOLS
+from longmem.progress import Progress
 
+PROTOCOLS = ("segments", "sliding")
 RECORDS_VERSION = 1  # part of every record's key; raised when a record's meaning changes
-
-Progress = Callable[[str, int, int], Any]
-"""``(protocol, tokens done, tokens in all)``, each token counted once for every system."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +83,11 @@ class PerplexitySettings:
 
 @dataclass(frozen=True)
 class DocumentScores:
-    """One document: nll in nats, ``nll[protocol][system]``."""
+    """One document: negative log-likelihood in nats, ``nll[protocol][system]``."""
 
     id: str
     group: str | None
+    project: str
     tokens: int
     words: int
     bytes: int
@@ -115,7 +114,7 @@ def perplexity(
     records: Path | None = None,
     command: str = "",
     config: dict[str, Any] | None = None,
-    progress: Progress | None = None,
+    quiet: bool = False,
 ) -> PerplexityResult:
     """Measure every system on every document under every protocol.
 
@@ -127,25 +126,13 @@ def perplexity(
         records: JSONL file of finished documents; what it already holds is not measured again.
         command: as typed, kept in the result.
         config: what else the result should say about its making (paths, dtype).
-        progress: told about every forward pass.
+        quiet: report no progress.
     """
     ledger = Ledger(records)
-    protocols, nll, seconds = {}, [dict[str, dict[str, float]]() for _ in documents], 0.0
-    for protocol in settings.protocols:
-        table = measure(comparison, documents, settings, protocol, ledger, device=device, progress=progress)
-        protocols[protocol] = protocol_scores(
-            protocol,
-            settings.window,
-            settings.stride_of(protocol),
-            documents,
-            table,
-            comparison.pairs,
-            settings.bootstrap,
-            settings.block,
-        )
-        for i, of_document in enumerate(nll):
-            of_document[protocol] = {name: found[i].nll for name, found in table.items()}
-        seconds += sum(record.seconds for found in table.values() for record in found)
+    tables = {
+        protocol: measure(comparison, documents, settings, protocol, ledger, device=device, quiet=quiet)
+        for protocol in settings.protocols
+    }
     return PerplexityResult(
         header=RunHeader(
             task="perplexity",
@@ -154,18 +141,40 @@ def perplexity(
             models=comparison.described(),
             samples={
                 "documents": len(documents),
+                "projects": len({document.project or document.id for document in documents}),
                 "tokens": sum(document.scored for document in documents),
                 "words": sum(document.words for document in documents),
                 "bytes": sum(document.bytes for document in documents),
             },
             seeds=[settings.bootstrap.seed],
-            seconds=round(seconds, 1),
+            seconds=round(sum(r.seconds for table in tables.values() for some in table.values() for r in some), 1),
         ),
         systems={system.name: system.label for system in comparison.systems},
-        protocols=protocols,
+        protocols={
+            protocol: protocol_scores(
+                protocol,
+                settings.window,
+                settings.stride_of(protocol),
+                documents,
+                table,
+                comparison.pairs,
+                settings.bootstrap,
+                settings.block,
+            )
+            for protocol, table in tables.items()
+        },
         documents=[
-            DocumentScores(d.id, d.group, d.scored, d.words, d.bytes, d.digest, of_document)
-            for d, of_document in zip(documents, nll, strict=True)
+            DocumentScores(
+                id=document.id,
+                group=document.group,
+                project=document.project or document.id,
+                tokens=document.scored,
+                words=document.words,
+                bytes=document.bytes,
+                digest=document.digest,
+                nll={p: {name: some[i].nll for name, some in table.items()} for p, table in tables.items()},
+            )
+            for i, document in enumerate(documents)
         ],
     )
 
@@ -178,7 +187,7 @@ def measure(
     ledger: Ledger,
     *,
     device: str = "cpu",
-    progress: Progress | None = None,
+    quiet: bool = False,
 ) -> dict[str, list[Record]]:
     """Every system under one protocol: a record for each document, taken from the ledger where it is there.
 
@@ -188,38 +197,41 @@ def measure(
     most = min(settings.rows, len(documents))
     jobs: dict[tuple[str, ...], list[TokenizedDocument]] = {}
     for document in documents:
-        missing = [name for name, key in keys.items() if ledger.get(key, document.digest) is None]
+        missing = [name for name, key in keys.items() if known(ledger, key, document) is None]
         for run in comparison.passes(missing, most, settings.window):
             jobs.setdefault(run, []).append(document)
-    total, done = sum(len(names) * document.scored for names, some in jobs.items() for document in some), 0
-    for names, some in jobs.items():
-        rows, began = min(settings.rows, len(some)), time.monotonic()
-        systems = [system for system in comparison.systems if system.name in names]
+    total = sum(len(names) * document.scored for names, some in jobs.items() for document in some)
+    with Progress(f"perplexity, {protocol}", total, "tokens, all systems", quiet=quiet) as progress:
+        for names, some in jobs.items():
+            rows, began = min(settings.rows, len(some)), time.monotonic()
+            systems = [system for system in comparison.systems if system.name in names]
+            for i, nll in stream_nll(
+                comparison.prepare(systems, rows, max(document.scored for document in some)),
+                [document.ids for document in some],
+                window=settings.window,
+                stride=settings.stride_of(protocol),
+                rows=rows,
+                names=[document.id for document in some],
+                device=device,
+                progress=progress,
+            ):
+                now = time.monotonic()
+                each, began = (now - began) / len(names), now
+                for name, of_system in zip(names, nll, strict=True):
+                    about = {"document": some[i].id, "protocol": protocol, "system": name}
+                    record = Record.of(of_system, settings.block, each)
+                    ledger.append(keys[name], some[i].digest, **about, **asdict(record))
+    found = {name: [known(ledger, key, document) for document in documents] for name, key in keys.items()}
+    return {name: [record for record in records if record is not None] for name, records in found.items()}
 
-        def advance(tokens: int, count: int = len(names)) -> None:
-            nonlocal done
-            done += tokens * count
-            if progress is not None:
-                progress(protocol, done, total)
 
-        for i, nll in stream_nll(
-            comparison.prepare(systems, rows, max(document.scored for document in some)),
-            [document.ids for document in some],
-            window=settings.window,
-            stride=settings.stride_of(protocol),
-            rows=rows,
-            names=[document.id for document in some],
-            device=device,
-            progress=advance,
-        ):
-            now = time.monotonic()
-            each, began = (now - began) / len(names), now
-            for name, of_system in zip(names, nll, strict=True):
-                document, key = some[i], keys[name]
-                ledger.append(
-                    make_record(key, document.digest, document.id, protocol, name, of_system, settings.block, each)
-                )
-    return {name: [ledger[key, document.digest] for document in documents] for name, key in keys.items()}
+def known(ledger: Ledger, key: str, document: TokenizedDocument) -> Record | None:
+    """What the ledger has of a document under ``record_key``."""
+    found = ledger.get(key, document.digest)
+    try:
+        return None if found is None else Record(**{name: found[name] for name in Record.__dataclass_fields__})
+    except KeyError:  # of another version
+        return None
 
 
 def record_key(system: System, settings: PerplexitySettings, protocol: str) -> str:

@@ -1,167 +1,256 @@
-"""Curves of a perplexity result as PNG: against the position in the document, and against memory size.
+"""The pictures of results, from the JSON as it is in the files: for ``--out`` folders, for reports and for the docs.
 
-Colours are Okabe and Ito's, told apart by every kind of colour vision; markers and dashes say the same without colour.
+Hues are Okabe and Ito's, told apart by every kind of colour vision and read on light and on dark paper; markers and
+dashes say the same without colour.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longmem.evaluation.perplexity import PerplexityResult
-from longmem.evaluation.scores import ProtocolScores
-from longmem.evaluation.systems import BACKBONE, CONTROL, LONGMEM, MEMORY_OFF, MEMTRM, MEMTRM_OFF, sized
+from longmem.evaluation.pages import Picture
+from longmem.evaluation.systems import BACKBONE, CONTROL, LONGMEM, MEMORY_OFF, MEMTRM, MEMTRM_OFF, largest, sized
+from longmem.evaluation.tables import Json, kind_of, protocol_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FIXED = {
-    BACKBONE: ("#000000", "o", "-"),
-    MEMORY_OFF: ("#E69F00", "s", "--"),
-    CONTROL: ("#009E73", "^", "-."),
-    MEMTRM_OFF: ("#777777", "s", ":"),
+INK = "#848b93"
+BLUE, ORANGE, GREEN, RED, PINK, GREY = "#2f8bd0", "#d98b00", "#14a077", "#e0602a", "#c272a4", "#98a0a7"
+
+Look = tuple[str, str, str]
+"""Colour, marker, dashes."""
+LOOKS: dict[str, Look] = {
+    BACKBONE: (INK, "o", "-"),
+    MEMORY_OFF: (ORANGE, "s", "--"),
+    CONTROL: (GREEN, "^", "-."),
+    LONGMEM: (BLUE, "D", "-"),
+    MEMTRM: (RED, "<", "-"),
+    MEMTRM_OFF: (RED, "s", ":"),
+    "training_free": (PINK, ">", "-."),
+    "full": (GREY, "P", ":"),
 }
-MEMORY_COLOURS = ("#56B4E9", "#0072B2", "#CC79A7", "#D55E00", "#F0E442")
-MEMORY_MARKERS = ("v", "D", "P", "X", "*")
 FEWEST_TOKENS = 1000  # a position bin with fewer is noise and is not drawn
+MOST_GROUPS = 8  # more groups beside each other are not read
+NEEDLE = re.compile(r"(.+), ([\d,]+) tokens, depth ([\d.]+) %")
 
 
-def plot_all(result: PerplexityResult, folder: Path) -> list[Path]:
-    """Write every curve the result has; returns the files."""
+def pictures_of(result: Json, name: str = "") -> Iterator[Picture]:
+    """All pictures of a result.
+
+    Args:
+        result: a JSON object; what has no pictures gives none.
+        name: beginning of their file names.
+    """
+
+    def picture(what: str, alt: str, draw: Callable[..., Figure], *given: Any) -> Picture:
+        return Picture(re.sub(r"[^\w.-]+", "-", f"{name}{what}"), alt, partial(draw, result, *given))
+
+    kind = kind_of(result)
+    if kind == "perplexity":
+        yield picture("perplexity-by-position", "perplexity by position in the document", position_figure)
+        if any(map(sized, result["systems"])):
+            yield picture("perplexity-by-memory-size", "perplexity by memory size", memory_figure)
+    elif kind == "layers":
+        yield picture("layers", "what the heads of each layer find", layers_figure)
+    elif kind == "task":
+        task = result["header"]["task"]
+        if any(NEEDLE.fullmatch(group["group"]) for group in result["groups"]):
+            for metric in result["metrics"]:
+                alt = f"{metric['label']} by depth and length"
+                yield picture(f"{task}-{metric['name']}", alt, needle_figure, metric)
+        else:
+            metric = result["metrics"][0]
+            yield picture(task, f"{metric['label']} of every system", groups_figure, metric)
+
+
+def plot_all(result: Any, folder: Path) -> list[Path]:
+    """Write every picture of a result as PNG, on white; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = [_save(position_figure(result), folder / "perplexity-by-position.png")]
-    if memory_sizes(result):
-        written.append(_save(memory_figure(result), folder / "perplexity-by-memory-size.png"))
+    plain = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
+    written = []
+    for picture in pictures_of(plain):
+        written.append(folder / f"{picture.name}.png")
+        picture.draw().savefig(written[-1], dpi=150)
     return written
 
 
-def memory_sizes(result: PerplexityResult) -> list[int]:
-    """Of all systems with memory."""
-    return sorted({memory[1] for name in result.systems if (memory := sized(name)) is not None})
-
-
-def memory_kinds(result: PerplexityResult) -> list[str]:
-    """``memory`` for LongMem, ``memtrm``, ``training_free_0.1``: the kinds of memory that are there."""
-    return list(dict.fromkeys(memory[0] for name in result.systems if (memory := sized(name)) is not None))
-
-
-def position_figure(result: PerplexityResult) -> Figure:
-    """Above: perplexity by tokens read so far. Below: the same in % of the backbone's, where small gains show."""
-    figure, axes = _grid(rows=2, columns=len(result.protocols), height=6.4)
-    for column, scores in enumerate(result.protocols.values()):
-        bins = [b for b in scores.all.by_position if b.tokens >= FEWEST_TOKENS] or scores.all.by_position
-        middles = [max((b.low * b.high) ** 0.5, b.high / 2) for b in bins]
-        for name, label in result.systems.items():
-            style = _style(name, result)
-            axes[0][column].plot(middles, [b.perplexity[name] for b in bins], label=label, **style)
-            axes[1][column].plot(middles, [b.percent[name] for b in bins], label=label, **style)
-        axes[0][column].set_title(_title(scores))
-        axes[1][column].set_xlabel("position in the document (tokens)")
-        for row in (0, 1):
-            axes[row][column].set_xscale("log", base=2)
-            axes[row][column].xaxis.set_major_formatter(lambda value, _: _short(value))
+def position_figure(result: Json) -> Figure:
+    """Above: perplexity by position in the document. Below: the same in % of the backbone's, where small gains show."""
+    protocols, shown = result["protocols"], largest(result["systems"])
+    figure, axes = panels(len(protocols), rows=2)
+    for column, scores in enumerate(protocols.values()):
+        every = scores["all"]["by_position"]
+        bins = [one for one in every if one["tokens"] >= FEWEST_TOKENS] or every
+        middles = [max((one["low"] * one["high"]) ** 0.5, one["high"] / 2) for one in bins]
+        for row, field in enumerate(("perplexity", "percent")):
+            for name in shown:
+                values = [one[field][name] for one in bins]
+                axes[row][column].plot(middles, values, label=result["systems"][name], **look(name))
+            tokens_axis(axes[row][column], "position in the document (tokens)", [one["high"] for one in bins])
+        axes[0][column].set_title(protocol_title(scores))
     axes[0][0].set_ylabel("perplexity per token")
     axes[1][0].set_ylabel("% against the backbone")
-    return _finish(figure, axes[0][0])
+    return legend(figure)
 
 
-def memory_figure(result: PerplexityResult) -> Figure:
-    """% against the backbone by memory size, intervals over documents; the systems without memory as lines."""
-    figure, axes = _grid(rows=1, columns=len(result.protocols), height=4.0)
-    for column, scores in enumerate(result.protocols.values()):
-        axis = axes[0][column]
-        for kind in memory_kinds(result):
-            _draw_kind(axis, kind, result, scores)
-        for name, label in result.systems.items():
-            if name in FIXED:
-                other = scores.all.difference(name, BACKBONE)
-                colour, _, dashes = FIXED[name]
-                axis.axhline(other.percent if other else 0.0, color=colour, linestyle=dashes, label=label)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda value, _: _short(value))
-        axis.set_xlabel("memory (tokens)")
-        axis.set_title(_title(scores))
-    axes[0][0].set_ylabel("perplexity, % against the backbone")
-    return _finish(figure, axes[0][0])
+def memory_figure(result: Json) -> Figure:
+    """% against the backbone by memory size, with intervals; the systems without memory as lines."""
+    kinds: dict[str, list[int]] = {}
+    for kind, size in filter(None, map(sized, result["systems"])):
+        kinds.setdefault(kind, []).append(size)
+    figure, (axes,) = panels(len(result["protocols"]))
+    for axis, scores in zip(axes, result["protocols"].values(), strict=True):
+        gaps = {d["system"]: d for d in scores["all"]["differences"] if d["against"] == BACKBONE}
+        for kind, sizes in kinds.items():
+            found = [gaps[f"{kind}_{size}"] for size in sizes]
+            label = result["systems"][f"{kind}_{sizes[0]}"].split(",")[0]
+            axis.plot(sizes, [gap["percent"] for gap in found], label=label, **look(kind))
+            for size, gap in zip(sizes, found, strict=True):
+                if edges := gap["documents"] or gap["blocks"]:
+                    axis.vlines(size, edges["low"], edges["high"], color=look(kind)["color"], linewidth=1)
+        for name, label in result["systems"].items():
+            if sized(name) is None:
+                level = gaps[name]["percent"] if name in gaps else 0.0
+                axis.axhline(level, label=label, linewidth=1.4, **{k: look(name)[k] for k in ("color", "linestyle")})
+        axis.set_title(protocol_title(scores))
+        tokens_axis(axis, "memory (tokens)", [size for sizes in kinds.values() for size in sizes])
+    axes[0].set_ylabel("perplexity, % against the backbone")
+    return legend(figure)
 
 
-def _draw_kind(axis: Axes, kind: str, result: PerplexityResult, scores: ProtocolScores) -> None:
-    """One kind of memory: its sizes, and intervals where every size has one."""
-    sizes = [size for size in memory_sizes(result) if f"{kind}_{size}" in result.systems]
-    found = [scores.all.difference(f"{kind}_{size}", BACKBONE) for size in sizes]
-    differences = [difference for difference in found if difference is not None]
-    middle = [difference.percent for difference in differences]
-    intervals = [difference.documents or difference.blocks for difference in differences]
-    colour, marker, dashes = _kind_style(kind, result)
-    label = "LongMem" if kind == LONGMEM else result.systems[f"{kind}_{sizes[0]}"].split(",")[0]
-    axis.plot(sizes, middle, color=colour, marker=marker, linestyle=dashes, label=label)
-    if all(interval is not None for interval in intervals):
-        low, high = ([getattr(interval, side) for interval in intervals] for side in ("low", "high"))
-        axis.errorbar(sizes, middle, yerr=_bars(middle, low, high), color=colour, capsize=3, linestyle="none")
+def groups_figure(result: Json, metric: Json) -> Figure:
+    """Every system in every group, or in the averages over several where a task has them: mean and interval."""
+    averages = [group for group in result["groups"] if group["group"].startswith("average")]
+    groups, names = (averages or result["groups"])[:MOST_GROUPS], list(result["systems"])
+    figure, ((axis,),) = panels(1, width=max(5.6, 0.32 * len(names) * len(groups) + 2.4))
+    for number, name in enumerate(names):
+        style = look(name) | {"linestyle": "none", "label": result["systems"][name]}
+        for at, group in enumerate(groups):
+            x = at + (number - (len(names) - 1) / 2) * 0.8 / len(names)
+            wanted = [s for s in group["scores"] if (s["system"], s["metric"]) == (name, metric["name"])]
+            for score in [score for score in wanted if score["value"] is not None]:
+                axis.plot([x], [score["value"]], **style)
+                if score["interval"]:
+                    axis.vlines(x, score["interval"]["low"], score["interval"]["high"], color=style["color"])
+    if metric["chance"] is not None:
+        axis.axhline(metric["chance"], color=INK, linewidth=1, linestyle=":", label="chance")
+    axis.set_xticks(range(len(groups)), [group["group"].replace(", ", "\n", 1) for group in groups])
+    axis.grid(False, axis="x")
+    axis.set_ylabel(metric["label"] + (f" ({metric['unit']})" if metric["unit"] else ""), fontsize=8.5)
+    return legend(figure)
 
 
-def _kind_style(kind: str, result: PerplexityResult) -> tuple[str, str, str]:
-    others = [other for other in memory_kinds(result) if other not in (LONGMEM, MEMTRM)]
-    if kind == LONGMEM:
-        return MEMORY_COLOURS[1], "D", "-"
-    if kind == MEMTRM:
-        return MEMORY_COLOURS[3], "<", ":"
-    i = others.index(kind)
-    return MEMORY_COLOURS[(2, 0, 4)[i % 3]], ">", "-."
-
-
-def _bars(middle: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
-    """Lengths below and above; a percentile interval need not contain its estimate."""
-    below = [max(0.0, m - edge) for m, edge in zip(middle, low, strict=True)]
-    return [below, [max(0.0, edge - m) for m, edge in zip(middle, high, strict=True)]]
-
-
-def _grid(rows: int, columns: int, height: float) -> tuple[Figure, list[list[Axes]]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * columns, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes: list[list[Axes]] = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey="row").tolist()
-    for axis in (axis for row in axes for axis in row):
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _finish(figure: Figure, labelled: Axes) -> Figure:
-    handles, labels = labelled.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
+def needle_figure(result: Json, metric: Json) -> Figure:
+    """Depth against length, a map for each system and kind of needle, all in one scale."""
+    cells: dict[tuple[str, str], dict[tuple[int, float], float]] = {}
+    for group in result["groups"]:
+        where = NEEDLE.fullmatch(group["group"])
+        for score in group["scores"] if where else ():
+            if where and score["metric"] == metric["name"] and score["value"] is not None:
+                place = (int(where[2].replace(",", "")), float(where[3]))
+                cells.setdefault((where[1], score["system"]), {})[place] = score["value"]
+    columns = min(3, len(cells))
+    figure, axes = panels(columns, rows=-(-len(cells) // columns))
+    flat = [axis for row in axes for axis in row]
+    for axis, ((kind, system), values) in zip(flat, cells.items(), strict=False):
+        lengths, depths = sorted({length for length, _ in values}), sorted({depth for _, depth in values})
+        grid = [[values.get((length, depth), float("nan")) for length in lengths] for depth in depths]
+        heat_map(axis, grid, [short(length) for length in lengths], [f"{depth:g} %" for depth in depths])
+        axis.set_title(f"{result['systems'].get(system, system)}\n{kind}", fontsize=9)
+    for axis in flat[len(cells) :]:
+        axis.set_visible(False)
+    figure.suptitle(metric["label"] + " (%), depth by length", fontsize=10, color=INK)
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=150)
-    return path
+def layers_figure(result: Json) -> Figure:
+    """Recall of every head, layers from bottom to top, at the greatest distance of each source."""
+    far = {ranks["source"]: ranks for ranks in sorted(result["ranks"], key=lambda ranks: ranks["distance"])}
+    layers = sorted(result["scores"], key=int)
+    figure, (axes,) = panels(len(far), height=max(3.0, 0.22 * len(layers) + 1.2))
+    for axis, ranks in zip(axes, far.values(), strict=True):
+        widest = max(len(row) for row in ranks["recall"].values())
+        rows = [[100 * value for value in ranks["recall"][layer]] for layer in layers]
+        rows = [row + [float("nan")] * (widest - len(row)) for row in rows]
+        names = [f"▸ {layer}" if int(layer) == result["recommended"] else str(layer) for layer in layers]
+        heat_map(axis, rows, [str(head) for head in range(widest)], names)
+        axis.invert_yaxis()
+        axis.set_title(f"{ranks['source']}, {ranks['distance']} tokens apart: right chunk found (%)", fontsize=9)
+        axis.set_xlabel("head")
+    axes[0].set_ylabel("layer")
+    return figure
 
 
-def _style(name: str, result: PerplexityResult) -> dict[str, Any]:
-    memory = sized(name)
-    if memory is None:
-        colour, marker, dashes = FIXED[name]
-    else:
-        # a colour for each size; another kind of memory than LongMem's has its own dashes and marker
-        kind, size = memory
-        i = memory_sizes(result).index(size) % len(MEMORY_COLOURS)
-        _, marker, dashes = _kind_style(kind, result)
-        colour, marker = MEMORY_COLOURS[i], MEMORY_MARKERS[i] if kind == LONGMEM else marker
-    return {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 4}
+def heat_map(axis: Axes, grid: Sequence[Sequence[float]], columns: Sequence[str], rows: Sequence[str]) -> None:
+    """0 to 100 in viridis, every cell with its number."""
+    axis.imshow(grid, cmap="viridis", vmin=0, vmax=100, aspect="auto", interpolation="nearest")
+    axis.grid(False)
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
+    for i, line in enumerate(grid):
+        for j, value in enumerate(line):
+            if value == value:  # not NaN
+                colour = "#1d1f21" if value > 60 else "#f4f4f4"
+                axis.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7)
 
 
-def _title(scores: ProtocolScores) -> str:
-    how = "segments" if scores.protocol == "segments" else f"sliding window, stride {scores.stride}"
-    return f"{how} (window {scores.window})"
+def panels(columns: int, *, rows: int = 1, width: float = 4.6, height: float = 3.3) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of axes with a quiet grid, rows in one scale."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(5.6, width * columns), height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: list[list[Axes]] = figure.subplots(rows, columns, squeeze=False, sharey="row").tolist()
+    for axis in (axis for row in axes for axis in row):
+        axis.patch.set_alpha(0)
+        axis.grid(True, linewidth=0.7, alpha=0.3)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["bottom", "left"]].set_color(INK)
+        axis.tick_params(colors=INK, labelsize=9)
+        for label in (axis.title, axis.xaxis.label, axis.yaxis.label):
+            label.set(color=INK, fontsize=10)
+    return figure, axes
 
 
-def _short(tokens: float) -> str:
+def look(name: str) -> dict[str, Any]:
+    """Arguments of ``Axes.plot`` for a system or a kind of memory."""
+    kind = name if (memory := sized(name)) is None else memory[0]
+    kind = "training_free" if kind.startswith("training_free") else kind
+    colour, marker, dashes = LOOKS.get(kind, LOOKS["full"])
+    return {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 5, "linewidth": 1.6}
+
+
+def legend(figure: Figure) -> Figure:
+    """One legend below for all axes, each label once."""
+    found: dict[str, Any] = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(found.values(), found, loc="outside lower center", ncols=3, frameon=False, labelcolor=INK)
+    return figure
+
+
+def tokens_axis(axis: Axes, label: str, at: Sequence[float]) -> None:
+    """Powers of two along the bottom, with a tick at every value measured, or at some of many."""
+    shown = sorted(set(at))
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel(label)
+    axis.set_xticks(shown[:: -(-len(shown) // 9) or 1], [short(x) for x in shown[:: -(-len(shown) // 9) or 1]])
+    axis.xaxis.minorticks_off()
+
+
+def short(tokens: float) -> str:
+    """65,536 is 64k."""
     for unit, size in (("M", 1 << 20), ("k", 1 << 10)):
         if tokens >= size:
-            return f"{tokens / size:g}{unit}"
+            return f"{tokens / size:.3g}{unit}"
     return f"{tokens:g}"

@@ -1,4 +1,4 @@
-"""From per-document records to the numbers that are reported.
+"""From the negative log-likelihoods of documents to the perplexities that are reported.
 
 N documents. All perplexities are of the pooled tokens, exp(sum nll / sum tokens): long documents count by their length.
 """
@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 
 from longmem.evaluation.bootstrap import Bootstrap, Interval, relative_difference
 from longmem.evaluation.documents import TokenizedDocument
-from longmem.evaluation.records import Record, bin_edges, block_bins, position_bins
 
 Floats = NDArray[np.float64]
+Pairs = Sequence[tuple[str, str]]
+"""The differences wanted, (system, against)."""
 
+BLOCK = 4096  # tokens of a block, the unit of the second bootstrap
+FIRST_BIN = 128  # tokens before the second position bin; each further one is twice as wide
 LENGTH_BUCKETS: tuple[tuple[str, float, float], ...] = (
     ("<5k", 0, 5_000),
     ("5k-10k", 5_000, 10_000),
@@ -30,8 +33,38 @@ LENGTH_BUCKETS: tuple[tuple[str, float, float], ...] = (
 
 
 @dataclass(frozen=True)
+class Record:
+    """One document, one system, one protocol: negative log-likelihood in nats.
+
+    ``blocks`` and ``positions`` are ``nll`` by ``block_bins`` and ``position_bins``. ``seconds`` is this system's share
+    of the time from the document before to this one.
+    """
+
+    tokens: int
+    nll: float
+    blocks: list[float]
+    positions: list[float]
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, nll: Floats, block: int, seconds: float = 0.0) -> Record:
+        """Sums of the negative log-likelihoods (n - 1,) of tokens 1 ... n-1."""
+        return cls(
+            tokens=len(nll),
+            nll=float(nll.sum()),
+            blocks=np.bincount(block_bins(len(nll), block), weights=nll).tolist(),
+            positions=np.bincount(position_bins(len(nll)), weights=nll).tolist(),
+            seconds=round(seconds, 4),
+        )
+
+
+Table = Mapping[str, Sequence[Record]]
+"""System name -> one record for each document, in the documents' order; the backbone's comes first."""
+
+
+@dataclass(frozen=True)
 class SystemScore:
-    """One model on one set of documents; ``interval`` is of the token perplexity, over documents."""
+    """One system on one set of documents; ``interval`` is of the token perplexity, over documents."""
 
     system: str
     perplexity: float
@@ -45,8 +78,9 @@ class SystemScore:
 class Difference:
     """Token perplexity of ``system`` relative to that of ``against``, in %: below zero is better.
 
-    ``documents`` says how sure the difference is for new documents. ``blocks`` resamples blocks of all documents as if
-    each were its own: narrower, for text like this, and of use where there are only a few documents.
+    ``documents`` says how sure the difference is for new documents: it draws projects, then documents. ``blocks`` draws
+    blocks of all documents as if each were its own: narrower, for text like this, and of use where there are only a few
+    documents; None where no document has more than one block.
     """
 
     system: str
@@ -74,6 +108,7 @@ class Scores:
 
     name: str
     documents: int
+    projects: int
     tokens: int
     words: int
     bytes: int
@@ -100,44 +135,36 @@ class ProtocolScores:
     by_length: list[Scores]
 
 
-Table = Mapping[str, Sequence[Record]]
-"""System name -> one record for each document, in the documents' order; the backbone's comes first."""
-
-
 def protocol_scores(
     protocol: str,
     window: int,
     stride: int,
     documents: Sequence[TokenizedDocument],
     table: Table,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Pairs,
     bootstrap: Bootstrap,
     block: int,
 ) -> ProtocolScores:
     """Score all documents, each group of them, and each length bucket that has any."""
 
-    def subset(name: str, chosen: Callable[[TokenizedDocument], bool]) -> Scores | None:
-        which = [i for i, document in enumerate(documents) if chosen(document)]
-        if not which:
-            return None
+    def subsets(name: str, wanted: Callable[[TokenizedDocument], bool]) -> list[Scores]:
+        """One, or none where no document is wanted."""
+        which = [i for i, document in enumerate(documents) if wanted(document)]
         part = {system: [records[i] for i in which] for system, records in table.items()}
-        return scores(name, [documents[i] for i in which], part, pairs, bootstrap, block)
+        return [scores(name, [documents[i] for i in which], part, pairs, bootstrap, block)] if which else []
 
-    everything = subset("all", lambda document: True)
-    assert everything is not None
     groups = sorted({document.group for document in documents if document.group is not None})
-    by_group = [subset(group, lambda document, group=group: document.group == group) for group in groups]  # type: ignore[misc]
-    by_length = [
-        subset(name, lambda document, low=low, high=high: low <= document.scored + 1 < high)  # type: ignore[misc]
-        for name, low, high in LENGTH_BUCKETS
-    ]
     return ProtocolScores(
         protocol=protocol,
         window=window,
         stride=stride,
-        all=everything,
-        groups=[part for part in by_group if part is not None],
-        by_length=[part for part in by_length if part is not None],
+        all=scores("all", documents, table, pairs, bootstrap, block),
+        groups=[part for group in groups for part in subsets(group, lambda d, group=group: d.group == group)],  # type: ignore[misc]
+        by_length=[
+            part
+            for name, low, high in LENGTH_BUCKETS
+            for part in subsets(name, lambda d, low=low, high=high: low <= d.scored + 1 < high)  # type: ignore[misc]
+        ],
     )
 
 
@@ -145,19 +172,34 @@ def scores(
     name: str,
     documents: Sequence[TokenizedDocument],
     table: Table,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Pairs,
     bootstrap: Bootstrap,
     block: int,
 ) -> Scores:
-    """Score one set of documents; ``pairs`` are the differences wanted, (system, against)."""
+    """Score one set of documents."""
     tokens = np.array([document.scored for document in documents], dtype=float)
     words, size = sum(d.words for d in documents), sum(d.bytes for d in documents)
+    projects = [document.project or document.id for document in documents]
     nll = {system: np.array([record.nll for record in records]) for system, records in table.items()}
     blocks = {system: np.concatenate([record.blocks for record in records]) for system, records in table.items()}
     block_tokens = np.concatenate([np.bincount(block_bins(d.scored, block)) for d in documents]).astype(float)
+    several = len(block_tokens) > len(documents)  # else the second interval would be the first one again
+
+    def difference(system: str, against: str) -> Difference:
+        interval, mine, other = bootstrap.relative_difference, nll[system], nll[against]
+        of_blocks = (blocks[system], blocks[against], block_tokens, f"blocks of {block} tokens")
+        return Difference(
+            system=system,
+            against=against,
+            percent=relative_difference(mine, other, tokens),
+            documents=interval(mine, other, tokens, "documents", projects),
+            blocks=interval(*of_blocks) if several else None,
+        )
+
     return Scores(
         name=name,
         documents=len(documents),
+        projects=len(set(projects)),
         tokens=int(tokens.sum()),
         words=words,
         bytes=size,
@@ -168,50 +210,54 @@ def scores(
                 word_perplexity=_exp(values.sum() / words) if words else math.nan,
                 bits_per_byte=float(values.sum() / size / math.log(2)) if size else math.nan,
                 nll=float(values.sum()),
-                interval=bootstrap.perplexity(values, tokens, "documents"),
+                interval=bootstrap.perplexity(values, tokens, "documents", projects),
             )
             for system, values in nll.items()
         ],
-        differences=[
-            Difference(
-                system=system,
-                against=against,
-                percent=relative_difference(nll[system], nll[against], tokens),
-                documents=bootstrap.relative_difference(nll[system], nll[against], tokens, "documents"),
-                blocks=bootstrap.relative_difference(
-                    blocks[system], blocks[against], block_tokens, f"blocks of {block} tokens"
-                ),
-            )
-            for system, against in pairs
-        ],
-        by_position=_by_position(documents, table),
+        differences=[difference(system, against) for system, against in pairs],
+        by_position=_positions(documents, table),
     )
 
 
-def _by_position(documents: Sequence[TokenizedDocument], table: Table) -> list[PositionScore]:
+def _positions(documents: Sequence[TokenizedDocument], table: Table) -> list[PositionScore]:
+    """Perplexity in every position bin that any document reaches."""
     counts = [np.bincount(position_bins(document.scored)) for document in documents]
-    tokens = _add_up(counts)
-    summed = {system: _add_up([np.array(r.positions) for r in records]) for system, records in table.items()}
-    base = next(iter(summed.values()))
-    return [
-        PositionScore(
-            low=bin_edges(i)[0],
-            high=bin_edges(i)[1],
-            documents=sum(len(count) > i for count in counts),
-            tokens=int(tokens[i]),
-            perplexity={system: _exp(nll[i] / tokens[i]) for system, nll in summed.items()},
-            percent={system: float(100 * np.expm1((nll[i] - base[i]) / tokens[i])) for system, nll in summed.items()},
+    baseline, found = next(iter(table)), []
+    for index in range(max(map(len, counts))):
+        reached = [i for i, count in enumerate(counts) if index < len(count)]
+        tokens = sum(int(counts[i][index]) for i in reached)
+        sums = {name: sum(records[i].positions[index] for i in reached) for name, records in table.items()}
+        low, high = bin_edges(index)
+        found.append(
+            PositionScore(
+                low=low,
+                high=high,
+                documents=len(reached),
+                tokens=tokens,
+                perplexity={name: _exp(value / tokens) for name, value in sums.items()},
+                percent={name: float(100 * np.expm1((v - sums[baseline]) / tokens)) for name, v in sums.items()},
+            )
         )
-        for i in range(len(tokens))
-    ]
+    return found
 
 
-def _add_up(rows: Sequence[NDArray[np.float64] | NDArray[np.int64]]) -> Floats:
-    """Sum of rows of unequal length, the shorter ones continued by zeros."""
-    total = np.zeros(max(len(row) for row in rows))
-    for row in rows:
-        total[: len(row)] += row
-    return total
+def block_bins(scored: int, block: int) -> NDArray[np.int64]:
+    """Block of each scored token: ``block`` tokens each, a short rest joined to the block before it."""
+    bins = np.arange(scored) // block
+    last = max(scored // block - 1, 0) if scored % block < block / 2 else scored // block
+    return np.minimum(bins, last).astype(np.int64)
+
+
+def position_bins(scored: int) -> NDArray[np.int64]:
+    """Bin of each scored token by the number of tokens before it: 1-127, 128-255, 256-511, ..."""
+    before = np.arange(1, scored + 1)
+    bins: NDArray[np.int64] = np.floor(np.log2(np.maximum(before / FIRST_BIN, 0.5)) + 1).astype(np.int64)
+    return bins
+
+
+def bin_edges(index: int) -> tuple[int, int]:
+    """Tokens before a token of this position bin: from the first number, below the second."""
+    return (0 if index == 0 else FIRST_BIN << (index - 1)), FIRST_BIN << index
 
 
 def _exp(value: float) -> float:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longmem.evaluation.windows import Window, windows
+from longmem.progress import Progress
 from longmem.types import AttentionKV
 
 CE_BLOCK = 512  # tokens whose (tokens, V) float32 logits exist at one time
@@ -39,6 +39,32 @@ class WritableMemory(Protocol):
 Forward = Callable[[Tensor, Tensor, int], tuple[Sequence[Tensor], AttentionKV | None]]
 """``forward(input_ids (B, T), rows (B,), keep)`` gives, for each of Q systems, the logits of the last ``keep``
 positions, (B, keep, V), and the memory layer's keys and values of all T, or None where there is no memory."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Input positions ``[start, end)`` of a document; those from ``scored_from`` are scored, by the token after each.
+
+    Everything before ``start`` has left the window: it is what memory may hold.
+    """
+
+    start: int
+    scored_from: int
+    end: int
+
+
+def windows(length: int, window: int, stride: int) -> Iterator[Window]:
+    """Cover ``length`` input positions so that each is scored exactly once.
+
+    The first window scores all it sees. Each later one starts ``stride`` further on and scores its last ``stride``
+    positions, which therefore see ``window - stride`` to ``window`` tokens. ``stride == window`` gives the paper's
+    non-overlapping segments.
+    """
+    start, scored = 0, 0
+    while scored < length:
+        end = min(start + window, length)
+        yield Window(start, scored, end)
+        start, scored = start + stride, end
 
 
 @dataclass(frozen=True)
@@ -96,7 +122,7 @@ def stream_nll(
     rows: int,
     names: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
-    progress: Callable[[int], Any] = lambda tokens: None,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[int, NDArray[np.float64]]]:
     """Score every token of every document but its first, which nothing precedes.
 
@@ -116,7 +142,7 @@ def stream_nll(
         rows: documents in one batch.
         names: document names for the memory's provenance.
         device: where the model is.
-        progress: called with the number of tokens scored by each forward pass.
+        progress: advanced by the tokens that each forward pass scores, each counted once for every system.
 
     Yields:
         document index and its negative log-likelihoods in nats, (Q, n - 1), in the order in which documents finish.
@@ -129,7 +155,8 @@ def stream_nll(
             lanes.append(_open(subject, free.pop(), waiting.popleft(), documents, window, stride, device))
         _memorize(subject, lanes, names)
         _score(subject, lanes)
-        progress(sum(lane.window.end - lane.window.scored_from for lane in lanes))
+        if progress is not None:
+            progress.advance(sum(lane.nll[-1].size for lane in lanes))
         finished = [lane for lane in lanes if not lane.advance()]
         for lane in finished:
             lanes.remove(lane)

@@ -1,4 +1,4 @@
-"""The systems that are compared on identical inputs: together on one pass of their common backbone, where it is one.
+"""The systems that are compared on identical inputs, on one pass of their common backbone where they can share it.
 
 B rows · T window tokens · C width · V vocabulary
 """
@@ -45,7 +45,7 @@ class System:
         label: its name for people.
         identity: what its numbers depend on, hashed into the key of its records.
         side: the LongMem whose SideNet runs.
-        own: a model that reads memory at its own layer, and so runs by itself; without it and ``side`` the system is
+        own: a model that reads memory in its own layers, and so runs by itself; without it and ``side`` the system is
             the backbone alone.
         memory_size: tokens of memory a row holds; None is no memory.
     """
@@ -67,6 +67,26 @@ def sized(name: str) -> tuple[str, int] | None:
     """``memory_64`` -> ``("memory", 64)``: which kind of memory, and how large; None where there is none."""
     found = re.fullmatch(r"(.+)_(\d+)", name)
     return None if found is None else (found[1], int(found[2]))
+
+
+def largest(names: Iterable[str]) -> list[str]:
+    """The systems without those memories of which there is a larger one of the same kind."""
+    names, most = list(names), dict[str, int]()
+    for kind, size in filter(None, map(sized, names)):
+        most[kind] = max(most.get(kind, 0), size)
+    return [name for name in names if (memory := sized(name)) is None or most[memory[0]] == memory[1]]
+
+
+def chosen(names: Sequence[str], beginnings: Sequence[str], option: str = "--systems") -> list[str]:
+    """The systems whose names begin so.
+
+    Raises:
+        ConfigError: a beginning is that of none; names those there are.
+    """
+    lost = [start for start in beginnings if not any(name.startswith(start) for name in names)]
+    if lost:
+        raise ConfigError(f"{option} ({', '.join(lost)}) begins no system's name; there are {', '.join(names)}")
+    return [name for name in names if not beginnings or name.startswith(tuple(beginnings))]
 
 
 def compared(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -177,7 +197,7 @@ class Comparison:
         return self._with_own(f"{TRAINING_FREE}_{share}", f"training-free {share}", model, memory_sizes, off=False)
 
     def _with_own(self, kind: str, label: str, model: AugmentedLM, sizes: Sequence[int], *, off: bool) -> Comparison:
-        identity = _own_identity(model)
+        identity = _identity(model)
         more = [System(f"{kind}_off", f"{label}, memory off", identity, own=model)] if off else []
         more += [
             System(
@@ -200,27 +220,23 @@ class Comparison:
         return compared([system.name for system in self.systems])
 
     def described(self) -> dict[str, dict[str, Any]]:
-        """Every system's identity and how many parameters it has, for the header of a result."""
+        """Every system's identity and number of parameters, for the header of a result."""
         return {system.name: system.identity | _parameters(system, self.model) for system in self.systems}
 
     def passes(self, names: Sequence[str], rows: int, window: int) -> list[tuple[str, ...]]:
-        """Some systems as those that run together: on one pass of the backbone, with no more logits than fit."""
+        """The named systems in tuples that run together: on one pass of the backbone, with no more logits than fit."""
         apart = {system.name for system in self.systems if system.own is not None}
         shared = [name for name in names if name not in apart]
-        most = self.together(rows, window)
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        most = max(1, LOGITS_BYTES // (4 * rows * window * vocabulary))
         runs = [tuple(shared[at : at + most]) for at in range(0, len(shared), most)]
         return runs + [(name,) for name in names if name in apart]
-
-    def together(self, rows: int, window: int) -> int:
-        """How many systems may share a pass without more than ``LOGITS_BYTES`` of logits."""
-        vocabulary = int(self.model.config.get_text_config().vocab_size)
-        return max(1, LOGITS_BYTES // (4 * rows * window * vocabulary))
 
     def prepare(self, systems: Sequence[System], rows: int, longest: int) -> Subject:
         """Some systems with fresh, empty memories, to run together on documents of at most ``longest`` tokens.
 
         Args:
-            systems: as one of ``passes`` has them.
+            systems: one of the tuples of ``passes``.
         """
         memories: dict[str, MemoryBank] = {}
         for system in systems:
@@ -234,23 +250,8 @@ class Comparison:
             assert not more, "a model that reads memory itself runs by itself"
             return Subject(_alone(first.own, memories.get(first.name)), list(memories.values()))
         if self.main is None:
-            return Subject(_plain(self.model))
-        return Subject(_spliced(self.main, systems, memories), list(memories.values()))
-
-
-def _parameters(system: System, backbone: PreTrainedModel) -> dict[str, int]:
-    """In all, and of what was trained over a frozen backbone."""
-    model = system.reader or backbone
-    trained = [] if system.side is None else system.side.trainable_parameters()
-    counts = {"parameters": sum(p.numel() for p in model.parameters())}
-    return counts | ({"trained_parameters": sum(p.numel() for p in trained)} if trained else {})
-
-
-def _plain(model: PreTrainedModel) -> Forward:
-    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], None]:
-        return [_logits(model, input_ids, keep)], None
-
-    return forward
+            return Subject(lambda input_ids, rows, keep: ([_logits(self.model, input_ids, keep)], None))
+        return Subject(_together(self.main, systems, memories), list(memories.values()))
 
 
 def _alone(model: AugmentedLM, memory: MemoryBank | None) -> Forward:
@@ -261,8 +262,8 @@ def _alone(model: AugmentedLM, memory: MemoryBank | None) -> Forward:
     return forward
 
 
-def _spliced(main: LongMem, systems: Sequence[System], memories: dict[str, MemoryBank]) -> Forward:
-    """Run the backbone once; its final part (norm, head, caps) then runs on the systems' states, one batch behind
+def _together(main: LongMem, systems: Sequence[System], memories: dict[str, MemoryBank]) -> Forward:
+    """Run the backbone once; its final part (norm, head, caps) then runs on the systems' states, one batch after
     another."""
     backbone = main.backbone
 
@@ -308,20 +309,25 @@ def _logits(model: PreTrainedModel, input_ids: Tensor, keep: int) -> Tensor:
     return logits[:, -keep:]
 
 
-def _identity(model: LongMem) -> dict[str, Any]:
-    """A LongMem's weights, and the settings that its outputs depend on besides them."""
+def _parameters(system: System, backbone: PreTrainedModel) -> dict[str, int]:
+    """In all, and of what was trained over a frozen backbone."""
+    counts = {"parameters": sum(p.numel() for p in (system.reader or backbone).parameters())}
+    if system.side is not None:
+        counts["trained_parameters"] = sum(p.numel() for p in system.side.trainable_parameters())
+    return counts
+
+
+def _identity(model: Any) -> dict[str, Any]:
+    """The weights beside the frozen backbone's, and the settings that outputs depend on besides them."""
     names = ("memory_layer", "stride", "chunk_size", "num_retrieved", "final_state", "fusion")
-    side = digest(zip(model.trainable_parameter_names(), model.trainable_parameters(), strict=True))
-    return {"backbone": model.fingerprint, "side": side, **{name: getattr(model.config, name) for name in names}}
-
-
-def _own_identity(model: AugmentedLM) -> dict[str, Any]:
-    """The same for a model that reads memory itself: all its weights, or the frozen backbone's fingerprint."""
-    names = ("memory_layer", "chunk_size", "num_retrieved", "fusion")
-    found = {"backbone": model.fingerprint, "gates": digest([("memory_gate", model.memory_gate)])}
-    if not model.frozen:
-        found["weights"] = digest(model.state_dict().items())
-    return found | {name: getattr(model.config, name) for name in names}
+    found: dict[str, Any] = {"backbone": model.fingerprint}
+    if hasattr(model, "sidenet"):
+        found["side"] = digest(zip(model.trainable_parameter_names(), model.trainable_parameters(), strict=True))
+    else:
+        found["gates"] = digest([("memory_gate", model.memory_gate)])
+        if not model.frozen:
+            found["weights"] = digest(model.state_dict().items())
+    return found | {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from longmem.cli.counts import TokenCount, token_counts
-from longmem.cli.evaluating import examples_bar, machine_options
+from longmem.cli.evaluating import machine_options
 from longmem.cli.outputs import folder_option
 from longmem.errors import ConfigError
 
@@ -119,7 +119,7 @@ def ablate(**given: Any) -> None:
         bootstrap=Bootstrap(resamples=given["resamples"], seed=given["seed"]),
     )
     names = ("data", "include", "num_documents", "max_tokens", "also", "recipe", "train_tokens", "dtype")
-    with examples_bar() as progress:
+    if True:  # goes with this command
         result = evaluation.ablate(
             main,
             tokenize_documents(
@@ -135,7 +135,6 @@ def ablate(**given: Any) -> None:
             command=command_line(),
             config={"model": loaded.model, "tokenizer": loaded.tokenizer, "device": device}
             | {name: given[name] for name in names},
-            progress=lambda what, done, total: progress(f"{what} (tokens)", done, total),
         )
     if out is not None:
         write_json(out / "ablate.json", result)

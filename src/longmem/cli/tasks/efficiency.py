@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from longmem.cli.counts import TokenCount, token_counts
-from longmem.cli.evaluating import examples_bar, machine_options
+from longmem.cli.evaluating import machine_options
 from longmem.cli.outputs import folder_option
 
 if TYPE_CHECKING:
@@ -105,12 +105,11 @@ def efficiency(
         tuple(contexts), window, memory_size, new_tokens, repeats, piece, budget, systems, memory=not no_memory
     )
     random = None if shape is None else RandomShape.parse(shape)
-    with examples_bar() as progress:
+    if True:  # goes with this command
         result = measure(
             Source(model, backbone, random, place, dtype, seed),
             settings,
             command=command_line(),
-            progress=lambda what, done, total: progress("contexts", done, total),
         )
     if out is not None:
         write_json(out / "efficiency.json", result)

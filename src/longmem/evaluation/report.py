@@ -1,0 +1,202 @@
+"""Result files as one page: tables, pictures, the paper's numbers beside ours, and how each was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from longmem.errors import DataError
+from longmem.evaluation.pages import Block, Heading, Picture, Table, Text, markdown, page
+from longmem.evaluation.paper import SETTING, beside
+from longmem.evaluation.plots import pictures_of
+from longmem.evaluation.tables import kind_of, tables_of
+from longmem.files import write_whole
+
+TITLES = {
+    "perplexity": "Perplexity of long text",
+    "chapterbreak": "ChapterBreak",
+    "icl": "In-context learning",
+    "squad": "SQuAD",
+    "needle": "Needle in a haystack",
+    "dialogue": "Dialogue",
+    "harness": "lm-evaluation-harness",
+    "ablate": "Ablations",
+    "efficiency": "Efficiency",
+    "layers": "Which layer to remember",
+    "bench": "Speed and storage",
+}
+"""Headings, in the order in which results are shown."""
+
+OTHER_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "run.json")
+"""Files of checkpoints and runs, which may be in the same folders as results."""
+
+DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration, RuntimeError)
+"""What reading a result raises where it is not what its kind is; ``StopIteration`` in a generator is a RuntimeError."""
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """A result as it is in its file; ``kind`` is a key of ``TITLES``."""
+
+    path: str
+    kind: str
+    data: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """``results/books/perplexity.json`` is ``books``."""
+        parts = Path(self.path).with_suffix("").parts
+        if "results" in parts[:-1]:
+            parts = parts[parts.index("results") + 1 :]
+        return "/".join(parts[:-1] if len(parts) > 1 and parts[-1] == self.kind else parts[-2:])
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page that is not written yet; ``problems`` has a line for every file that is not in it."""
+
+    title: str
+    blocks: list[Block]
+    files: list[ResultFile]
+    problems: list[str]
+
+    def markdown(self, pictures: str) -> str:
+        """The page; ``pictures`` is the folder of its pictures as seen from it."""
+        return markdown(self.blocks, pictures)
+
+    def html(self) -> str:
+        """The same as one file that needs nothing else."""
+        return page(self.title, self.blocks)
+
+    def write_pictures(self, folder: Path) -> list[Path]:
+        """SVG files; those of other reports are removed."""
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures = {folder / f"{b.name}.svg": b.svg for b in self.blocks if isinstance(b, Picture)}
+        for path in set(folder.glob("*.svg")) - pictures.keys():
+            path.unlink()
+        for path, svg in pictures.items():
+            path.write_text(svg, encoding="utf-8")
+        return list(pictures)
+
+
+def build_report(
+    paths: Sequence[str | Path],
+    *,
+    title: str = "Results",
+    intro: Sequence[str] = (),
+    base: Path | None = None,
+    most_tables: int | None = None,
+) -> Report:
+    """Read results and lay them out.
+
+    Args:
+        paths: files, and folders that are searched to their ends.
+        title: of the page.
+        intro: paragraphs below it.
+        base: paths below it are shown as seen from there.
+        most_tables: of each result; None is all.
+
+    Raises:
+        DataError: a path is not there, or none of the files is a result.
+    """
+    files, problems = _read_all(paths, base)
+    blocks, shown = list[Block](), list[ResultFile]()
+    for kind, some in groupby(files, key=lambda file: file.kind):
+        group = list[Block]()
+        for file in some:
+            try:
+                section = list(_section(file, most_tables))
+                markdown(section, "")  # finds cells that are no text
+                for block in section:
+                    assert not isinstance(block, Picture) or block.svg
+            except DAMAGED as error:
+                what = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+                problems.append(f"{file.path}: a damaged {kind} result ({what}); measure it again")
+            else:
+                group += section
+                shown.append(file)
+        blocks += [Heading(2, TITLES[kind]), *group] if group else []
+    if not shown:
+        raise DataError("; ".join(problems) or f"no result files in {', '.join(map(str, paths))}")
+    if any(beside(file.data, file.name) for file in shown):
+        blocks.insert(0, Text(SETTING))
+    if problems:
+        blocks += [Heading(2, "Not shown"), *map(Text, problems)]
+    return Report(title, [Heading(1, title), *map(Text, intro), *blocks], shown, problems)
+
+
+def write_report(report: Report, out: Path) -> list[Path]:
+    """``report.md`` with its pictures in ``pictures/``, and ``report.html``; returns the files."""
+    pictures = report.write_pictures(out / "pictures")
+    write_whole(out / "report.md", [report.markdown("pictures")])
+    write_whole(out / "report.html", [report.html()])
+    return [out / "report.md", out / "report.html", *pictures]
+
+
+def _read_all(paths: Sequence[str | Path], base: Path | None) -> tuple[list[ResultFile], list[str]]:
+    """All results, ordered by kind, and a line for every file that is none."""
+    found, problems = list[ResultFile](), list[str]()
+    for path in map(Path, paths):
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder; name result files (JSON) or folders of them")
+        for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
+            if path.is_dir() and (file.name in OTHER_FILES or file.name.endswith(".index.json")):
+                continue
+            inside = base is not None and file.resolve().is_relative_to(base.resolve())
+            shown = (file.resolve().relative_to(base.resolve()) if base and inside else file).as_posix()
+            try:
+                found.append(_read(file, shown))
+            except (DataError, OSError) as problem:
+                problems.append(f"{shown}: {problem}")
+    order = list(TITLES)
+    return sorted(found, key=lambda file: (order.index(file.kind), file.path)), problems
+
+
+def _read(file: Path, shown: str) -> ResultFile:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # what is nested a thousand times deep is not ours either
+        raise DataError(f"not JSON ({error}); it was cut short or is something else") from error
+    if not isinstance(data, dict):
+        raise DataError("not a result of longmem: no object at its top")
+    kind = kind_of(data)
+    task = data["header"].get("task") if isinstance(data.get("header"), dict) else None
+    kind = task if kind == "task" and task in TITLES else kind
+    if kind not in TITLES:
+        what = f"of an unknown task ({task!r})" if task else "without header and command"
+        raise DataError(f"not a result that can be shown: JSON {what}")
+    return ResultFile(shown, kind, data)
+
+
+def _section(file: ResultFile, most_tables: int | None) -> Iterator[Block]:
+    """Everything about one file; a file that lacks what its kind has raises a plain Python error."""
+    yield Heading(3, file.name)
+    yield from tables_of(file.data)[:most_tables]
+    for name, why in file.data.get("skipped", {}).items():
+        yield Text(f"{name} was not asked: {why}.")
+    yield from pictures_of(file.data, f"{file.name}-".replace("/", "-"))
+    paper: Table | None = beside(file.data, file.name)
+    if paper is not None:
+        yield paper
+    yield Text(_origin(file))
+
+
+def _origin(file: ResultFile) -> str:
+    """Command, seeds, cost, versions and machine."""
+    header = file.data.get("header")
+    if header is None:
+        around = file.data.get("surroundings", {})
+        where = f"{around.get('machine', '?')}, {around.get('threads', '?')} thread(s), {around.get('date', '')}"
+        return f"`{file.path}`, made by `{file.data['command']}`; seed {file.data.get('seed', '-')}; {where}."
+    machine, versions = header.get("machine", {}), header.get("versions", {})
+    made = f"`{header['command']}`" if header.get("command") else "a call from Python"
+    place = machine.get("gpu") or f"{machine.get('torch_threads', '?')} CPU thread(s)"
+    cost = f"{header['seconds']:,.0f} s on {place}" if header.get("seconds") else f"on {place}"
+    counts = ", ".join(f"{n:,} {what}" for what, n in header["samples"].items() if what not in ("words", "bytes"))
+    said = f"longmem {versions.get('longmem', '?')}, torch {versions.get('torch', '?')}"
+    seeds = ", ".join(map(str, header.get("seeds", []))) or "none"
+    return f"`{file.path}`, made by {made}; {counts}; seeds {seeds}; {cost}; {said}; {header.get('created', '')[:10]}."

@@ -1,1 +1,0 @@
-"""Result files as a Markdown page and as one HTML page that needs nothing else."""
