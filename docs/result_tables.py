@@ -59,7 +59,8 @@ def result_table(result: dict[str, Any], where: str) -> str:
     if kind == "bench":
         tables = [made(result) for field, made in BENCHES.items() if field in result] or tables
     elif kind == "task" and result["header"]["task"] != "needle":
-        tables = [table for table in tables if table.caption]
+        nothing = {"0.0 [0.0, 0.0]", "0.0"}  # of a metric by which all systems score 0
+        tables = [t for t in tables if t.caption and any(set(row[1:]) - nothing for row in t.rows)]
     else:
         tables = tables[-1:] if kind == "layers" else tables[:1]
     around = result.get("surroundings")

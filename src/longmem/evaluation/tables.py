@@ -244,7 +244,7 @@ def _signed(value: float, edges: Json | None, digits: int = 2) -> str:
 def task_tables(result: Json) -> Iterator[Table]:
     """For each metric: groups down, systems across; needles by length; paired differences of the first metric.
 
-    Where there are averages over groups only those are shown; a metric by which all systems score 0 is left out.
+    Where there are averages over groups only those are shown.
     """
     systems, groups = result["systems"], result["groups"]
     if result["header"]["task"] == "needle":
@@ -254,8 +254,6 @@ def task_tables(result: Json) -> Iterator[Table]:
     for metric in result["metrics"]:
         digits = 2 if metric["unit"] == "nats" else 1
         scores = [_of_group(group, metric["name"]) for group in groups]
-        if not any(score["value"] for some in scores for score in some.values()):
-            continue
         rows = [
             [f"{group['group']} ({group['examples']:,})", *(_mean(some.get(name), digits) for name in systems)]
             for group, some in zip(groups[:MOST_ROWS], scores, strict=False)

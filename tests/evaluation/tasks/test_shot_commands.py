@@ -84,7 +84,7 @@ def test_squad_from_files_to_table_and_json(home: Path, capsys: pytest.CaptureFi
     asked = ["squad", "--model", home / "side", "--train", home / "train.json", "--data", home / "dev.json"]
     asked += ["--local-shots", "1", "--memory-shots", "0,2", "--limit", "2", "--max-answer-tokens", "4"]
     table = run(capsys, *asked, "--out", tmp_path)
-    assert "squad: exact match (%), higher is better" in table
+    assert "exact match in %, higher is better" in table
     result = json.loads((tmp_path / "squad.json").read_text())
     assert [group["group"] for group in result["groups"]] == ["all", "1 + 0", "1 + 2"]
     assert result["header"]["config"]["asked"]["file"] == "dev.json"
