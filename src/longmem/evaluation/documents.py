@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
-from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longmem.data.text import TextSource, read_documents
 from longmem.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -55,24 +52,6 @@ class TokenizedDocument:
     @property
     def scored(self) -> int:
         return len(self.ids) - 1
-
-
-def read_texts(data: Sequence[str], include: Sequence[str] = (), most: int | None = None) -> Iterator[Text]:
-    """The documents of ``--data`` whose ids match a pattern of ``--include``, the first ``most`` of them.
-
-    Raises:
-        DataError: a path is missing or holds no text, or a pattern matches no document; names the ids there are.
-    """
-    unmatched, read = set(include), 0
-    for document in islice(read_documents(TextSource(tuple(data), include=tuple(include))), most):
-        unmatched -= {pattern for pattern in unmatched if fnmatch(document.id, pattern)}
-        read += 1
-        yield document
-    if unmatched and (most is None or read < most):
-        ids = [document.id for document in islice(read_documents(TextSource(tuple(data))), 1001)]
-        shown = ", ".join(ids[:12]) + (f" and {'more' if len(ids) > 1000 else len(ids) - 12} others" * (len(ids) > 12))
-        patterns = ", ".join(sorted(unmatched))
-        raise DataError(f"--include ({patterns}) matches no document of {', '.join(data)}; their ids are {shown}")
 
 
 def tokenize_documents(
