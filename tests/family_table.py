@@ -114,7 +114,58 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gptj": ("gptj", {**_GPT2, **_NO_DROP, "rotary_dim": 4}),
+    # hybrids: layers differ in kind, in the names of their parts, and in Gemma 4 in head size
+    "qwen3.5": (
+        "qwen3_5_text",
+        {
+            **_LLAMA,
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+    ),
+    "lfm2": (
+        "lfm2",
+        {**_LLAMA, "num_hidden_layers": 6, "layer_types": ["conv", "conv", "full_attention"] * 2, "block_dim": C},
+    ),
+    "granite4-hybrid": (
+        "granitemoehybrid",
+        {
+            **_LLAMA,
+            "num_hidden_layers": 6,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 48,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 8,
+            "position_embedding_type": "rope",
+        },
+    ),
+    "gemma4": (
+        "gemma4_text",
+        {
+            **_LLAMA,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "sliding_window": 8,
+            "layer_types": _HYBRID,
+            "hidden_size_per_layer_input": 4,
+            "vocab_size_per_layer_input": V,
+            "num_kv_shared_layers": 1,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
 }
+
+# cannot take tokens back, so nothing can be looked up ahead
+RECURRENT = ("qwen3.5", "lfm2", "granite4-hybrid")
 
 
 def make_config(name: str) -> Any:

@@ -1,8 +1,7 @@
 """LongMem: a long-term memory for any frozen causal language model.
 
-Importing this package is cheap: torch and transformers come with the first public name that needs them.
-``AutoModelForCausalLM`` knows ``AlibiGPT`` and ``LongMem`` checkpoints as soon as both packages are imported, in
-either order.
+Importing this package is cheap: torch and transformers come with the first public name that needs them. The first
+model class that is imported makes transformers' Auto classes know the checkpoints of all.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from longmem._auto import register_if_loaded, register_with_transformers
 from longmem.errors import (
     BackboneError,
     CheckpointError,
@@ -90,19 +88,19 @@ _HOMES = {
     "TrainingFree": "longmem.modeling.training_free",
     "TrainingFreeConfig": "longmem.config",
 }
+_MODELS = tuple(f"longmem.modeling.{name}" for name in ("alibi_gpt", "longmem", "memtrm", "training_free"))
 
 
 def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if home.startswith("longmem.modeling."):
+        for model in _MODELS:
+            import_module(model)
     value = globals()[name] = getattr(import_module(home), name)
-    register_if_loaded()
     return value
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-register_with_transformers()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import copy
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 from longmem.errors import ConfigError
 
@@ -14,28 +17,117 @@ FinalState = Literal["pre_norm", "normed"]
 Fusion = Literal["gate", "softmax"]
 
 
-class LongMemConfig(PreTrainedConfig):
-    """Architecture of a SideNet over a named, frozen backbone.
+class MemoryConfig(PreTrainedConfig):
+    """What every model that reads memory is told; see ``LongMemConfig`` and ``AugmentedConfig``.
 
     Args:
         backbone_config: config (or its dict) of the backbone.
         backbone_name_or_path: where ``from_pretrained`` finds the backbone; None if it must be handed over.
         backbone_revision: hub revision of the backbone.
-        backbone_fingerprint: hash of the backbone's config and weights, see ``Backbone.fingerprint``.
-        memory_layer: 0-based backbone layer whose keys and values are remembered; None takes the paper's
-            three quarters of the depth (section 3: layer 18 of 24, counted from one).
-        stride: SideNet layer i is copied from backbone layer ``stride*i + 1`` (paper: 2).
-        chunk_size: S, tokens per chunk (paper: 4).
+        backbone_kwargs: what else ``AutoModelForCausalLM.from_pretrained`` needs to find it (``subfolder``,
+            ``gguf_file``, ``variant``, ...).
+        backbone_fingerprint: hash of the backbone's architecture and weights, see ``modeling.fingerprint``.
+        backbone_sketch: a few values of every weight, by which the same weights in another precision are known.
+        memory_layers: 0-based backbone layers whose keys and values are remembered, ascending; one number will do.
+            None takes the paper's three quarters of the depth (section 3: layer 18 of 24, counted from one).
+        chunk_size: S, tokens per chunk (paper: 4); 1 retrieves single tokens, as the Memorizing Transformer does.
         num_retrieved: K, tokens each query and head retrieves; a multiple of ``chunk_size`` (paper: 64).
         memory_size: M, tokens a bank row holds by default (paper: 65,536).
+        fusion: ``gate`` (paper): one share per head; ``softmax``: one softmax over local and memory scores with a
+            bias per head, so that each token chooses its own share.
+
+    Raises:
+        ConfigError: lists every setting that breaks a rule.
+    """
+
+    def __init__(
+        self,
+        backbone_config: PreTrainedConfig | dict[str, Any] | None = None,
+        backbone_name_or_path: str | None = None,
+        backbone_revision: str | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+        backbone_fingerprint: str | None = None,
+        backbone_sketch: str | None = None,
+        memory_layers: int | Sequence[int] | None = None,
+        chunk_size: int = 4,
+        num_retrieved: int = 64,
+        memory_size: int = 65536,
+        fusion: Fusion = "gate",
+        **kwargs: Any,
+    ) -> None:
+        self.backbone_config = _as_config(backbone_config)
+        self.backbone_name_or_path = backbone_name_or_path
+        self.backbone_revision = backbone_revision
+        self.backbone_kwargs = dict(backbone_kwargs or {})
+        self.backbone_fingerprint = backbone_fingerprint
+        self.backbone_sketch = backbone_sketch
+        one = kwargs.pop("memory_layer", None)  # what checkpoints and recipes of one layer say
+        self.memory_layers = as_layers(one if memory_layers is None else memory_layers)
+        self.chunk_size = chunk_size
+        self.num_retrieved = num_retrieved
+        self.memory_size = memory_size
+        self.fusion = fusion
+        problems = self.problems()
+        if problems:
+            raise ConfigError(problems)
+        super().__init__(**kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # other tools ask a model's config for its vocabulary, its window, ...: those are the backbone's
+        if name in _PASSED_ON and (backbone := self.__dict__.get("backbone_config")) is not None:
+            return getattr(backbone.get_text_config(), name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    @property
+    def num_chunks(self) -> int:
+        """R = K / S, chunks each query and head retrieves."""
+        return self.num_retrieved // self.chunk_size
+
+    @property
+    def memory_layer(self) -> int | None:
+        """The first remembered layer; in the paper there is one."""
+        return None if self.memory_layers is None else self.memory_layers[0]
+
+    def problems(self) -> list[str]:
+        """Every broken rule, one line each."""
+        found = _size_problems(self, _SIZES)
+        if self.fusion not in FUSIONS:
+            found.append(f"fusion ({self.fusion!r}) must be one of {', '.join(FUSIONS)}")
+        layers = self.memory_layers
+        if layers is not None and (not layers or list(layers) != sorted(set(layers))):
+            found.append(f"memory_layers ({list(layers)}) must be different layers, counted from 0, in ascending order")
+        return found
+
+    @classmethod
+    def check_settings(cls, given: Iterable[str]) -> None:
+        """Refuse settings that this config does not have, with the nearest that it has.
+
+        Raises:
+            ConfigError: names them.
+        """
+        known = set(cls().to_dict()) | {"memory_layer"}
+        if unknown := sorted(set(given) - known):
+            raise ConfigError([f"{name} is no setting of {cls.__name__}{nearest(name, known)}" for name in unknown])
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The backbone's own: caches are as deep as it is."""
+        if self.backbone_config is None:
+            return self
+        return self.backbone_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+class LongMemConfig(MemoryConfig):
+    """Architecture of a SideNet over a named, frozen backbone.
+
+    Args:
+        stride: SideNet layer i is copied from backbone layer ``stride*i + 1`` (paper: 2); see ``side_layout``.
         init: ``copy`` (paper) or ``zero``: copied layers whose two output projections start at zero, so that
             the model starts exactly at its backbone's perplexity.
         final_state: which state ends the last cross-network residual. ``pre_norm``: the last layer's output, as the
             paper writes it; ``normed``: after the final norm, as the released code computes it.
-        fusion: ``gate`` (paper): one share per head; ``softmax``: one softmax over local and memory scores with a
-            bias per head, so that each token chooses its own share.
         side_activation: activation of the SideNet's FFN where it differs from the backbone's (released code: ``gelu``).
         side_norm_eps: epsilon of the SideNet's norms where it differs (released code: 1e-5).
+        **kwargs: as in ``MemoryConfig``.
 
     Raises:
         ConfigError: lists every setting that breaks a rule.
@@ -45,50 +137,25 @@ class LongMemConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        backbone_config: PreTrainedConfig | dict[str, Any] | None = None,
-        backbone_name_or_path: str | None = None,
-        backbone_revision: str | None = None,
-        backbone_fingerprint: str | None = None,
-        memory_layer: int | None = None,
         stride: int = 2,
-        chunk_size: int = 4,
-        num_retrieved: int = 64,
-        memory_size: int = 65536,
         init: Init = "copy",
         final_state: FinalState = "pre_norm",
-        fusion: Fusion = "gate",
         side_activation: str | None = None,
         side_norm_eps: float | None = None,
         **kwargs: Any,
     ) -> None:
-        self.backbone_config = _as_config(backbone_config)
-        self.backbone_name_or_path = backbone_name_or_path
-        self.backbone_revision = backbone_revision
-        self.backbone_fingerprint = backbone_fingerprint
-        self.memory_layer = memory_layer
         self.stride = stride
-        self.chunk_size = chunk_size
-        self.num_retrieved = num_retrieved
-        self.memory_size = memory_size
         self.init = init
         self.final_state = final_state
-        self.fusion = fusion
         self.side_activation = side_activation
         self.side_norm_eps = side_norm_eps
-        problems = self.problems()
-        if problems:
-            raise ConfigError(problems)
         super().__init__(**kwargs)
-
-    @property
-    def num_chunks(self) -> int:
-        """R = K / S, chunks each query and head retrieves."""
-        return self.num_retrieved // self.chunk_size
 
     def problems(self) -> list[str]:
         """Every broken rule, one line each."""
-        found = _size_problems(self, ("stride", *_SIZES))
-        for name, allowed in (("init", ("copy", "zero")), ("final_state", ("pre_norm", "normed")), _FUSIONS):
+        found = [f"stride ({self.stride}) must be at least 1"] if self.stride < 1 else []
+        found += super().problems()
+        for name, allowed in (("init", ("copy", "zero")), ("final_state", ("pre_norm", "normed"))):
             if getattr(self, name) not in allowed:
                 found.append(f"{name} ({getattr(self, name)!r}) must be one of {', '.join(allowed)}")
         return found
@@ -98,68 +165,35 @@ class LongMemConfig(PreTrainedConfig):
 
         ``generate()`` sizes its cache from this, so one cache object serves backbone and SideNet.
         """
-        from longmem.modeling.families import cache_view
-
         if self.backbone_config is None:
             return self
-        return cache_view(self.backbone_config, self.stride)
+        config = self.backbone_config.get_text_config(decoder=True)
+        sources = side_layout(config, self.stride).sources
+        view = copy.deepcopy(config)
+        if getattr(config, "num_kv_shared_layers", 0):
+            view.num_kv_shared_layers = 0  # counted from the end, where the SideNet's layers now are
+        view.num_hidden_layers = config.num_hidden_layers + len(sources)
+        if (types := getattr(config, "layer_types", None)) is not None:
+            view.layer_types = [*types, *(types[source] for source in sources)]
+        return view
 
 
-class AugmentedConfig(PreTrainedConfig):
-    """Settings of a causal language model one of whose own layers reads memory: no SideNet.
+class AugmentedConfig(MemoryConfig):
+    """Settings of a causal language model some of whose own layers read memory: no SideNet.
 
     Args:
-        backbone_config: config (or its dict) of the backbone.
-        backbone_name_or_path: where the backbone was loaded from.
-        backbone_revision: hub revision of the backbone.
-        backbone_fingerprint: hash of the weights that run, see ``Backbone.fingerprint``; memory is tied to them.
-        memory_layer: 0-based layer whose keys and values are remembered, and which reads them; None takes the layer
-            that a LongMem would remember.
-        chunk_size: S, tokens per chunk; 1 retrieves single tokens, as the Memorizing Transformer does.
-        num_retrieved: K, tokens each query and head retrieves; a multiple of ``chunk_size``.
-        memory_size: M, tokens a bank row holds by default.
-        fusion: ``gate``: one share per head; ``softmax``: one softmax over local and memory scores.
-        gate: share of its output that a head takes from memory, for all heads or one for each; trained where the
-            model is, then this is where it starts. With ``fusion="softmax"`` its logit is added to the memory scores,
-            so 0.5 lets memory and context compete as they are.
+        gate: share of its output that a head takes from memory, for all heads or one for each (layer by layer);
+            trained where the model is, then this is where it starts. With ``fusion="softmax"`` its logit is added to
+            the memory scores, so 0.5 lets memory and context compete as they are.
+        **kwargs: as in ``MemoryConfig``; each remembered layer is the one that reads its keys.
 
     Raises:
         ConfigError: lists every setting that breaks a rule.
     """
 
-    def __init__(
-        self,
-        backbone_config: PreTrainedConfig | dict[str, Any] | None = None,
-        backbone_name_or_path: str | None = None,
-        backbone_revision: str | None = None,
-        backbone_fingerprint: str | None = None,
-        memory_layer: int | None = None,
-        chunk_size: int = 4,
-        num_retrieved: int = 64,
-        memory_size: int = 65536,
-        fusion: Fusion = "gate",
-        gate: float | Sequence[float] = 0.5,
-        **kwargs: Any,
-    ) -> None:
-        self.backbone_config = _as_config(backbone_config)
-        self.backbone_name_or_path = backbone_name_or_path
-        self.backbone_revision = backbone_revision
-        self.backbone_fingerprint = backbone_fingerprint
-        self.memory_layer = memory_layer
-        self.chunk_size = chunk_size
-        self.num_retrieved = num_retrieved
-        self.memory_size = memory_size
-        self.fusion = fusion
+    def __init__(self, gate: float | Sequence[float] = 0.5, **kwargs: Any) -> None:
         self.gate: float | list[float] = float(gate) if isinstance(gate, int | float) else [float(g) for g in gate]
-        problems = self.problems()
-        if problems:
-            raise ConfigError(problems)
         super().__init__(**kwargs)
-
-    @property
-    def num_chunks(self) -> int:
-        """R = K / S, chunks each query and head retrieves."""
-        return self.num_retrieved // self.chunk_size
 
     @property
     def gates(self) -> list[float]:
@@ -168,23 +202,15 @@ class AugmentedConfig(PreTrainedConfig):
 
     def problems(self) -> list[str]:
         """Every broken rule, one line each."""
-        found = _size_problems(self, _SIZES)
-        name, allowed = _FUSIONS
-        if self.fusion not in allowed:
-            found.append(f"{name} ({self.fusion!r}) must be one of {', '.join(allowed)}")
-        heads = None if self.backbone_config is None else self.backbone_config.get_text_config().num_attention_heads
-        if len(self.gates) not in (1, heads or len(self.gates)):
-            found.append(f"gate ({len(self.gates)} shares) must be one share, or one for each of the {heads} heads")
+        found = super().problems()
+        if self.backbone_config is not None:
+            heads = self.backbone_config.get_text_config().num_attention_heads * len(self.memory_layers or (0,))
+            if len(self.gates) not in (1, heads):
+                found.append(f"gate ({len(self.gates)} shares) must be one share, or one for each of the {heads} heads")
         return found + [f"gate ({g:g}) must be {rule}" for g in self.gates if (rule := self._wrong_gate(g))]
 
     def _wrong_gate(self, gate: float) -> str | None:
         return None if 0 <= gate <= 1 else "between 0 (memory unread) and 1 (nothing but memory)"
-
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The backbone's own: caches are as deep as it is."""
-        if self.backbone_config is None:
-            return self
-        return self.backbone_config.get_text_config(decoder=decoder, encoder=encoder)
 
 
 class MemTRMConfig(AugmentedConfig):
@@ -210,7 +236,7 @@ class MemTRMConfig(AugmentedConfig):
 
 
 class TrainingFreeConfig(AugmentedConfig):
-    """The frozen backbone with memory attention at one layer, its gate given and nothing trained."""
+    """The frozen backbone with memory attention at some of its layers, their gate given and nothing trained."""
 
     model_type = "training_free"
 
@@ -219,8 +245,61 @@ class TrainingFreeConfig(AugmentedConfig):
         super().__init__(**kwargs)
 
 
+FUSIONS = ("gate", "softmax")
 _SIZES = ("chunk_size", "num_retrieved", "memory_size")
-_FUSIONS = ("fusion", ("gate", "softmax"))
+_PASSED_ON = ("vocab_size", "hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers")
+_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+class SideLayout(NamedTuple):
+    """Which backbone layers a SideNet copies, and where their shares of the backbone's residuals begin and end.
+
+    Attributes:
+        sources: the backbone layer that SideNet layer i is copied from.
+        bounds: SideNet layer i adds H[bounds[i+1]] - H[bounds[i]], so the residuals telescope from the embeddings (0)
+            to the last layer's output (L).
+    """
+
+    sources: list[int]
+    bounds: list[int]
+
+
+def side_layout(config: PreTrainedConfig, stride: int) -> SideLayout:
+    """The paper's layout (section 3.2): layer i from ``stride*i + 1``, with the residual over ``stride`` layers.
+
+    In a hybrid some layers have no attention, so they could not be asked what they remember: there the SideNet is made
+    of the layers with full attention, at most one for every ``stride`` layers.
+    """
+    types = layer_types(config)
+    count, most = len(types), len(types) // stride
+    if set(types) <= {*_ATTENTION, "reuse"}:
+        return SideLayout(
+            [stride * i + min(1, stride - 1) for i in range(most)], [*(stride * i for i in range(most)), count]
+        )
+    full = [layer for layer, kind in enumerate(types) if kind == "full_attention"]
+    sources = full[:: max(1, -(-len(full) // max(1, most)))]
+    return SideLayout(sources, [0, *(source + 1 for source in sources[:-1]), count])
+
+
+def layer_types(config: PreTrainedConfig) -> list[str]:
+    """The kind of every layer of a text config: ``full_attention``, ``sliding_attention``, ``conv``, ...
+
+    ``reuse``: attention over the keys of an earlier layer (Gemma 4).
+    """
+    types = list(get_layer_types_and_kwargs(config)[0])
+    sharing = getattr(config, "kv_sharing_modes", None) or [None] * len(types)
+    return ["reuse" if mode == "reuse" else kind for kind, mode in zip(types, sharing, strict=True)]
+
+
+def as_layers(layers: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    """One layer or several as a tuple."""
+    return None if layers is None else (layers,) if isinstance(layers, int) else tuple(int(layer) for layer in layers)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean X?``, or nothing."""
+    like = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {like[0]}?" if like else ""
 
 
 def _as_config(backbone_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig | None:

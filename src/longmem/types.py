@@ -108,14 +108,6 @@ class _Counter(Protocol):
     def __call__(self) -> int: ...
 
 
-class Retriever(Protocol):
-    """How SideNet asks for memory: position-free queries in, references out."""
-
-    def __call__(self, queries: Tensor) -> RetrievedMemory:
-        """Search for queries (B, H, T, D) that carry no position and no scale."""
-        ...
-
-
 @dataclass(frozen=True)
 class ChunkOrigin:
     """The provenance of one chunk.

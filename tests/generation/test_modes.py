@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.family_table import FAMILIES, make_backbone
+from tests.family_table import FAMILIES, RECURRENT, make_backbone
 from tests.generation.models import SETTINGS, bank_of, ids, longmem
 from torch import Tensor
 from transformers import (
@@ -32,7 +32,7 @@ def llama() -> LongMem:
     return longmem("llama")
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in RECURRENT])
 def test_static_caches_assistants_and_prompt_lookup(name: str) -> None:
     model = longmem(name)
     settings = {**GREEDY, "memory": bank_of(model)}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.family_table import FAMILIES, V, make_backbone
+from tests.modeling.test_laws import output_gate
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -147,9 +148,9 @@ def test_retrieving_everything_with_an_open_gate_is_dense_position_free_attentio
     model = made.from_backbone(backbone, chunk_size=2, num_retrieved=64, memory_size=64).eval()
     model.memory_gate.fill_(60.0)
     bank = filled(model, ids(seed=1))
-    family = Family.of(backbone)
+    family = Family.of(model.backbone.mirror)
     attention = family.attention(family.layers[model.memory_layer])
-    probe, seen = family.probe(model.memory_layer), dict[str, Any]()
+    probe, seen = Family.of(backbone).probe(model.memory_layer), dict[str, Any]()
     handles = [
         attention.register_forward_pre_hook(
             lambda module, args, kwargs: seen.update(call=Call.record(module, args, kwargs)), with_kwargs=True
@@ -166,7 +167,8 @@ def test_retrieving_everything_with_an_open_gate_is_dense_position_free_attentio
     scores = qkv.queries @ keys.transpose(-1, -2) * qkv.scaling
     if qkv.softcap is not None:
         scores = qkv.softcap * torch.tanh(scores / qkv.softcap)
-    torch.testing.assert_close(fused, (scores.softmax(-1) @ values).transpose(1, 2).flatten(2), atol=1e-5, rtol=1e-4)
+    dense = (scores.softmax(-1) @ values).transpose(1, 2).flatten(2) * output_gate(attention, seen["call"])
+    torch.testing.assert_close(fused, dense, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
@@ -435,7 +437,7 @@ def test_a_trained_memtrm_keeps_where_it_started_from(tmp_path: Path) -> None:
         assert loaded.fingerprint == model.fingerprint != start
         torch.testing.assert_close(loaded.memory_share, torch.full((4,), 1.0).sigmoid())
         # what its memory belongs to is what was trained, and lies beside its settings
-        assert loaded.config.backbone_name_or_path == "backbone"
+        assert loaded.config.backbone_name_or_path == str(tmp_path / "model" / "backbone")
         free = TrainingFree.from_backbone(tmp_path / "model" / "backbone", **SETTINGS)
         assert free.fingerprint == loaded.fingerprint
         loaded.save_pretrained(tmp_path / "model")

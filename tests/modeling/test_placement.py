@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from tests.family_table import FAMILIES, V, make_backbone
+from tests.family_table import FAMILIES, RECURRENT, V, make_backbone
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -89,7 +89,7 @@ def spread(family: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Lon
 
 
 # a mixture of experts multiplies in groups, which the meta device does in bf16 only
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "mixtral"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("mixtral", *RECURRENT)])
 def test_a_side_layer_runs_where_its_source_layer_does(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = spread(family, monkeypatch)
     assert [place_of(layer).type for layer in model.sidenet.layers] == ["cpu", "meta"]
@@ -190,9 +190,22 @@ def test_without_bitsandbytes_one_line_says_so(bits: str, saved: Path, tmp_path:
         LongMem.from_pretrained(tmp_path / "side")
 
 
+def pack(backbone: PreTrainedModel) -> None:
+    """Make it look as gptq leaves a model: a linear layer that keeps its weight in integers."""
+    backbone.quantization_method = "gptq"  # type: ignore[assignment]
+    backbone.model.layers[0].self_attn.q_proj.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
+
+
+def test_floats_are_no_quantised_weights_whatever_the_config_says() -> None:
+    """As transformers makes of a GGUF file."""
+    backbone = make_backbone("llama")
+    backbone.quantization_method = "gguf"  # type: ignore[assignment]
+    assert LongMem.from_backbone(backbone, **SETTINGS)(torch.tensor([[3, 4]])).logits.isfinite().all()
+
+
 def test_what_others_have_quantised_is_refused() -> None:
     backbone = make_backbone("llama")
-    backbone.quantization_method = "gptq"  # type: ignore[assignment]
+    pack(backbone)
     with pytest.raises(BackboneError, match="quantised by gptq, whose layers cannot be copied"):
         check_quantisation(backbone)
 
@@ -234,6 +247,6 @@ def test_a_memtrm_refuses_a_backbone_that_it_cannot_train() -> None:
     with pytest.raises(BackboneError, match="the weights of this one are kept elsewhere"):
         MemTRM.from_backbone(backbone)
     backbone = make_backbone("llama")
-    backbone.quantization_method = "gptq"  # type: ignore[assignment]
+    pack(backbone)
     with pytest.raises(BackboneError, match="trains the backbone itself, and this one is quantised by gptq; load it"):
         MemTRM.from_backbone(backbone)

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
@@ -240,13 +240,26 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-    ) -> Tensor:
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPast:
         """(B, T) ids -> (B, T, C) after the final norm. ``attention_mask`` (B, T_past + T) is 0 at pads."""
+        if use_cache is None:
+            use_cache = bool(self.config.use_cache) and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
         hidden: Tensor = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         mask = self._mask(hidden, attention_mask, past_key_values)
+        states = []
         for block in self.h:
+            states.append(hidden)
             hidden = block(hidden, attention_mask=mask, past_key_values=past_key_values)
-        return cast(Tensor, self.ln_f(hidden))
+        hidden = self.ln_f(hidden)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*states, hidden) if output_hidden_states else None,
+        )
 
     def _mask(self, hidden: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
         past = int(cache.get_seq_length()) if cache is not None else 0
@@ -292,20 +305,26 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits (B, T, V); with ``labels`` (B, T) also their mean cross entropy in nats, shifted inside."""
-        if use_cache is None:
-            use_cache = bool(self.config.use_cache) and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        hidden = self.transformer(input_ids, attention_mask, past_key_values, inputs_embeds)
+        out = self.transformer(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, keep, :])
+        logits = self.lm_head(out.last_hidden_state[:, keep, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+        )
 
 
 AutoConfig.register("alibi_gpt", AlibiGPTConfig, exist_ok=True)

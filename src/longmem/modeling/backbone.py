@@ -1,51 +1,79 @@
-"""The frozen backbone: run once, unmodified, with its layer states handed over.
+"""The frozen backbone: run once, unmodified, with its layer states recorded.
 
-All hooks of the project are here. They do nothing unless a ``splice`` or an ``encode`` of this very ``Backbone`` is
-running, so the model behaves as ever for anybody else who calls it.
+Nothing is ever attached to the user's model. A ``Backbone`` runs a mirror of it: modules of its own over the very same
+weights, which carry the hooks. What a call records is kept in its ``BackboneRun``, found through a context variable,
+so that calls in different threads never meet.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import inspect
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import MethodType, TracebackType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.output_capturing import CompileableContextVar
 
-from longmem.modeling.families import QKV, Call, Family
-from longmem.modeling.placement import place_of, real_parameters
+from longmem.modeling.families import Family, find
+from longmem.modeling.fingerprint import fingerprint_of
+from longmem.modeling.placement import place_of
+from longmem.modeling.probe import QKV, Call
 from longmem.types import AttentionKV
+
+_CURRENT = CompileableContextVar("longmem_run")
 
 
 @dataclass
 class BackboneRun:
-    """What one forward of the backbone left behind.
+    """What one forward of the backbone left behind. ``with run:`` makes it the current run of this thread.
 
     Attributes:
-        inputs: ``inputs[i]`` is the input of layer i, (B, T, C): H_LLM(i) of the paper. The last layer's output is
-            handed to ``hand_over``.
+        inputs: ``inputs[i]`` is the input of layer i, (B, T, C): H_LLM(i) of the paper; ``inputs[L]`` is the last
+            layer's output, before the final norm.
         calls: the arguments of every layer's call: mask, rotary tables, ALiBi, cache.
-        qkv: position-free projections of the memory layer.
+        qkv: position-free projections of each memory layer.
+        output: what the decoder gave: ``last_hidden_state`` (B, T, C) after the final norm, the cache, and the
+            hidden states and attentions that were asked for.
+        reading: how memory is read in this call, see ``modeling.reading``; None without memory.
+        stop_after: the memory layer after whose projections the forward ends; None runs it whole.
     """
 
     inputs: dict[int, Tensor] = field(default_factory=dict)
     calls: dict[int, Call] = field(default_factory=dict)
-    qkv: QKV | None = None
-    hand_over: Callable[[BackboneRun, Tensor], Tensor] | None = None
-    final_norm: Callable[[Tensor], Tensor] | None = None
-    encode_only: bool = False
+    qkv: dict[int, QKV] = field(default_factory=dict)
+    output: BaseModelOutputWithPast | None = None
+    reading: Any = None
+    stop_after: int | None = None
+    _tokens: list[Any] = field(default_factory=list, repr=False)
 
     def kv(self, mask: Tensor | None) -> AttentionKV:
-        """The memory layer's keys and values, (B, Hkv, T, D) each, without gradient."""
-        assert self.qkv is not None, "the memory layer has not run"
-        return AttentionKV(self.qkv.keys.detach(), self.qkv.values.detach(), mask)
+        """The memory layers' keys and values, (B, n*Hkv, T, D) each, without gradient."""
+        layers = [self.qkv[layer] for layer in sorted(self.qkv)]
+        assert layers, "no memory layer has run"
+        keys = torch.cat([each.keys for each in layers], dim=1) if len(layers) > 1 else layers[0].keys
+        values = torch.cat([each.values for each in layers], dim=1) if len(layers) > 1 else layers[0].values
+        return AttentionKV(keys.detach(), values.detach(), mask)
+
+    def __enter__(self) -> BackboneRun:
+        self._tokens.append(_CURRENT.set(self))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _CURRENT.reset(self._tokens.pop())
+
+
+def current_run() -> BackboneRun | None:
+    """The run that this thread is in."""
+    return cast("BackboneRun | None", _CURRENT.get())
 
 
 class _Stop(Exception):
@@ -53,30 +81,27 @@ class _Stop(Exception):
 
 
 class Backbone(nn.Module):
-    """An unmodified, frozen causal language model and the hooks that read it.
+    """An unmodified, frozen causal language model.
 
     Args:
         model: any ``AutoModelForCausalLM``; its parameters are frozen here and it is kept in eval mode.
-        memory_layer: 0-based layer whose keys and values are remembered.
+        memory_layers: 0-based layers whose keys and values are remembered, ascending.
         frozen: False: all its parameters are trained, with its dropout (``MemTRM``).
 
     Raises:
-        BackboneError: if the architecture is not supported, or the layer cannot be remembered.
+        BackboneError: if the architecture is not supported, or a layer cannot be remembered.
     """
 
-    def __init__(self, model: PreTrainedModel, memory_layer: int, *, frozen: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, memory_layers: tuple[int, ...], *, frozen: bool = True) -> None:
         super().__init__()
         self.family = Family.of(model)
-        self.family.check_memory_layer(memory_layer)
-        self.memory_layer = memory_layer
+        self.family.check_memory_layers(memory_layers)
+        self.memory_layers = memory_layers
         self.frozen = frozen
         self.model = model.requires_grad_(not frozen).train(model.training and not frozen)
         # False where a forward must not end half way: FSDP2 would leave layers gathered
         self.stops_early = True
-        self._probe = self.family.probe(memory_layer)
-        self._parameters_of_forward = set(inspect.signature(type(model).forward).parameters)
-        self._current = CompileableContextVar(f"longmem_backbone_{id(self)}")
-        self._hook()
+        self.attach: Callable[[nn.Module, int], None] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -90,62 +115,73 @@ class Backbone(nn.Module):
 
     @property
     def kv_heads(self) -> int:
-        """Hkv."""
-        return self.family.kv_heads()
+        """Hkv of one memory layer."""
+        return self.family.kv_heads(self.memory_layers[0])
 
     @property
     def head_dim(self) -> int:
-        """D."""
-        return self.family.head_dim()
+        """D of the memory layers."""
+        return self.family.head_dim(self.memory_layers[0])
 
     def train(self, mode: bool = True) -> Backbone:
         """A frozen backbone stays in eval mode: its dropout would change what memory holds."""
         super().train(mode and not self.frozen)
+        if "mirror" in self.__dict__:
+            self.mirror.train(mode and not self.frozen)
         return self
 
-    @contextmanager
-    def splice(
-        self,
-        hand_over: Callable[[BackboneRun, Tensor], Tensor] | None = None,
-        final_norm: Callable[[Tensor], Tensor] | None = None,
-    ) -> Iterator[BackboneRun]:
-        """While open, a forward of ``model`` ends in ``hand_over`` and the rest of the backbone's own code.
+    def run(self, input_ids: Tensor | None, *, reading: Any = None, **options: Any) -> BackboneRun:
+        """Run the decoder, without the head, on (B, T) ids.
 
         Args:
-            hand_over: called with the run and the last layer's output (B, T, C); what it returns takes that output's
-                place in the backbone's final part: norm, head, caps, ``labels``. None: the run only gets the memory
-                layer's projections, with a gradient.
-            final_norm: stands in for the backbone's final norm; None keeps it.
+            reading: what attention layers that read memory do in this call.
+            **options: further arguments of the backbone's own forward: attention_mask, position_ids,
+                past_key_values, use_cache, output_hidden_states, ... Those with the value None are left out where
+                the family does not know them.
         """
-        with self._running(BackboneRun(hand_over=hand_over, final_norm=final_norm)) as run:
-            yield run
+        run = BackboneRun(reading=reading)
+        decoder = find(self.mirror, self.family.decoder_path)
+        with run:
+            output = decoder(input_ids=input_ids, **self._accepted(decoder, options))
+        run.output = BaseModelOutputWithPast(last_hidden_state=output) if isinstance(output, Tensor) else output
+        return run
 
     @torch.no_grad()
-    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> QKV:
-        """Position-free q, k, v of the memory layer for ids (B, T); nothing behind its projections runs."""
-        with self._running(BackboneRun(encode_only=True)) as run, suppress(_Stop):
-            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
-        assert run.qkv is not None
-        return run.qkv
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> BackboneRun:
+        """Position-free q, k, v of the memory layers for ids (B, T); no layer behind the last of them runs."""
+        run = BackboneRun(stop_after=self.memory_layers[-1] if self.stops_early else None)
+        decoder = find(self.mirror, self.family.decoder_path)
+        options = self._accepted(decoder, {"attention_mask": attention_mask, "use_cache": False, **options})
+        try:
+            with run:
+                decoder(input_ids=input_ids, **options)
+        except _Stop:
+            pass
+        return run
 
-    def accepted(self, **arguments: Any) -> dict[str, Any]:
-        """Those of the arguments that the model's forward has by name and that are not None."""
-        return {k: v for k, v in arguments.items() if v is not None and k in self._parameters_of_forward}
+    def head(self, hidden: Tensor, run: BackboneRun, **options: Any) -> CausalLMOutputWithPast:
+        """The backbone's own way from final states to its output: head, caps, scales, loss, and what was asked for.
 
-    def probed(self, call: Call) -> QKV:
-        """The memory layer's projections in the forward that is running, as its hooks have just found them."""
-        run = self._current.get()
-        assert run is not None and run.qkv is not None, "only inside of a splice, once the memory layer has begun"
-        return cast(QKV, run.qkv)
+        Args:
+            hidden: (B, T, C), taken in the place of the run's own last state.
+            run: which gave the rest of the output: cache, hidden states, attentions.
+            **options: ``labels``, ``logits_to_keep`` and what else the loss takes.
+        """
+        assert run.output is not None
+        output = type(run.output)(**{**run.output, "last_hidden_state": hidden})
+        model = _with_decoder(self.mirror, self.family.decoder_path, _Given(output))
+        given = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        return cast(CausalLMOutputWithPast, model(input_ids=given, **self._accepted(model, options)))
 
-    def running_kv(self) -> AttentionKV:
-        """Keys and values that the running forward will leave in memory, without a mask; see ``probed``."""
-        run = self._current.get()
-        assert run is not None and run.qkv is not None, "only inside of a splice, once the memory layer has begun"
-        return cast(BackboneRun, run).kv(None)
+    def finish(self, hidden: Tensor, norm: nn.Module | None) -> Tensor:
+        """From states before the final norm to states that the head takes, through ``norm`` in the backbone's place."""
+        if norm is not None:
+            weight = next(norm.parameters())
+            hidden = norm(hidden.to(weight.device, weight.dtype)).to(hidden)
+        return cast(Tensor, self.family.tail(hidden)) if self.family.tail is not None else hidden
 
     def normed(self, hidden: Tensor) -> Tensor:
-        """The backbone's final norm of (B, T, C), past any hook."""
+        """The backbone's final norm of (B, T, C)."""
         norm = self.family.final_norm
         # `forward` and not a call: it still is accelerate's, where accelerate fetches the weights
         return hidden if norm is None else cast(Tensor, norm.forward(hidden))
@@ -154,95 +190,116 @@ class Backbone(nn.Module):
         """See ``fingerprint_of``."""
         return fingerprint_of(self.model)
 
-    @contextmanager
-    def _running(self, run: BackboneRun) -> Iterator[BackboneRun]:
-        token = self._current.set(run)
-        try:
-            yield run
-        finally:
-            self._current.reset(token)
+    @functools.cached_property
+    def mirror(self) -> nn.Module:
+        """The modules that run, made at the first call; copies and pickles make their own."""
+        mirror = mirror_of(self.model)
+        layers = find(mirror, self.family.decoder_path + "." + _last_name(self.family))
+        for index, layer in enumerate(layers):
+            layer.register_forward_pre_hook(functools.partial(_before_layer, index), with_kwargs=True)
+        layers[-1].register_forward_hook(functools.partial(_after_layer, len(layers)))
+        for index in self.memory_layers:
+            attention = self.family.attention(layers[index])
+            hook = functools.partial(_before_memory_attention, index, self.family.probe(index, attention))
+            attention.register_forward_pre_hook(hook, with_kwargs=True)
+            if self.attach is not None:
+                self.attach(attention, index)
+        return mirror.train(self.model.training)
 
-    def _hook(self) -> None:
-        last = self.num_layers - 1
-        for index, layer in enumerate(self.family.layers):
-            layer.register_forward_pre_hook(self._before_layer(index), with_kwargs=True)
-        attention = self.family.attention(self.family.layers[self.memory_layer])
-        attention.register_forward_pre_hook(self._before_memory_attention, with_kwargs=True)
-        self.family.layers[last].register_forward_hook(self._after_last_layer)
-        if self.family.final_norm is not None:
-            self.family.final_norm.register_forward_hook(self._after_final_norm)
+    def rebuild(self) -> None:
+        """Forget the mirror: for whoever has exchanged or wrapped modules of the model since the first call."""
+        self.__dict__.pop("mirror", None)
 
-    def _before_layer(self, index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            run = self._current.get()
-            if run is not None and run.hand_over is not None:
-                run.calls[index] = Call.record(module, args, kwargs)
-                run.inputs[index] = run.calls[index].arguments["hidden_states"]
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "mirror"}
 
-        return hook
+    def _accepted(self, module: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+        """The options without those that are None and that the module's forward does not have by name."""
+        known = _parameters_of(type(module))  # type: ignore[arg-type]
+        return {
+            name: value
+            for name, value in options.items()
+            if name in known or (value is not None and "kwargs" in known and name not in ("position_ids", "use_cache"))
+        }
 
-    def _before_memory_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        run = self._current.get()
-        if run is None:
-            return
-        # a SideNet has queries of its own; a layer that reads memory itself searches with these
-        with torch.set_grad_enabled(torch.is_grad_enabled() and run.hand_over is None):
-            run.qkv = self._probe(Call.record(module, args, kwargs))
-        if run.encode_only and self.stops_early:
+
+def mirror_of(module: nn.Module) -> nn.Module:
+    """The same modules once more over the same weights: hooks, modes and settings of the mirror are its own."""
+    made: dict[int, nn.Module] = {}
+
+    def reflect(part: nn.Module) -> nn.Module:
+        if id(part) in made:
+            return made[id(part)]
+        twin = made[id(part)] = type(part).__new__(type(part))
+        twin.__dict__.update(part.__dict__)
+        for name, value in part.__dict__.items():
+            if "_hooks" in name and isinstance(value, OrderedDict | dict):
+                twin.__dict__[name] = type(value)(value)
+        # accelerate replaces `forward` by one that is bound to the module it moves
+        if isinstance(part.__dict__.get("forward"), functools.partial):
+            twin.__dict__["forward"] = functools.partial(part.__dict__["forward"].func, twin)
+        if isinstance(part.__dict__.get("_old_forward"), MethodType):
+            twin.__dict__["_old_forward"] = MethodType(part.__dict__["_old_forward"].__func__, twin)
+        twin.__dict__["_modules"] = {
+            name: None if child is None else reflect(child) for name, child in part._modules.items()
+        }
+        return twin
+
+    return reflect(module)
+
+
+class _Given(nn.Module):
+    """A decoder that has already run."""
+
+    def __init__(self, output: BaseModelOutputWithPast) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        return self.output
+
+
+def _with_decoder(model: nn.Module, path: str, decoder: nn.Module) -> nn.Module:
+    """``model`` with another decoder at the path; everything else is its own."""
+    name, _, rest = path.partition(".")
+    changed = type(model).__new__(type(model))
+    changed.__dict__.update(model.__dict__)
+    changed.__dict__.pop("forward", None)  # accelerate's, bound to the model with the other decoder
+    child = _with_decoder(model._modules[name], rest, decoder) if rest else decoder  # type: ignore[arg-type]
+    changed.__dict__["_modules"] = {**model._modules, name: child}
+    return changed
+
+
+def _before_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    run = current_run()
+    if run is not None and run.stop_after is None:
+        run.calls[index] = Call.record(module, args, kwargs)
+        run.inputs[index] = run.calls[index].arguments["hidden_states"]
+
+
+def _after_layer(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    run = current_run()
+    if run is not None:
+        run.inputs[index] = output[0] if isinstance(output, tuple) else output
+
+
+def _before_memory_attention(
+    index: int, probe: Callable[[Call], QKV], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    run = current_run()
+    if run is not None:
+        run.qkv[index] = probe(Call.record(module, args, kwargs))
+        if run.stop_after == index:
             raise _Stop
 
-    def _after_last_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        run = self._current.get()
-        if run is None or run.hand_over is None:
-            return output
-        if isinstance(output, tuple):
-            return (run.hand_over(run, output[0]), *output[1:])
-        return run.hand_over(run, output)
 
-    def _after_final_norm(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        run = self._current.get()
-        if run is None or run.final_norm is None:
-            return output
-        return cast(Tensor, run.final_norm(args[0]))
+@functools.lru_cache(maxsize=64)
+def _parameters_of(kind: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
-def fingerprint_of(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = None) -> str:
-    """16 hex digits of a SHA-256 over the architecture and a sample of every weight.
-
-    Two backbones with equal fingerprints give equal keys and values; memory and SideNets are tied to it.
-
-    Args:
-        model: any causal language model.
-        weights: of the same names as its parameters, in their place.
-    """
-    fields = _architecture(model.config.get_text_config(decoder=True).to_dict())
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, sample in sorted((n, _sample(p)) for n, p in (weights.items() if weights else real_parameters(model))):
-        digest.update(f"{name}{sample}".encode())
-    return digest.hexdigest()[:16]
-
-
-def _sample(parameter: Tensor) -> str:
-    """Shape and 64 values of a parameter."""
-    flat = parameter.detach().flatten()
-    values = flat[:: max(1, flat.numel() // 64)][:64].to("cpu")
-    # bf16 is the coarsest type a backbone is loaded in; the same weights must agree with themselves
-    return f"{tuple(parameter.shape)}{values.to(torch.bfloat16).view(torch.int16).tolist()}"
-
-
-# fields that say how a model was loaded or is used, not what it computes
-_INCIDENTAL = {
-    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "return_dict",
-    "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "problem_type", "id2label", "label2id",
-}  # fmt: skip
-
-
-def _architecture(fields: Any) -> Any:
-    """A config's dict without what saving, loading and using a model may change."""
-    if not isinstance(fields, dict):
-        return fields
-    kept = {k: _architecture(v) for k, v in fields.items() if k not in _INCIDENTAL and not str(k).startswith("_")}
-    return {k: v for k, v in kept.items() if v is not None}
+def _last_name(family: Family) -> str:
+    return next(name for name, child in family.decoder._modules.items() if child is family.layers)
 
 
 def position_free_qkv(
@@ -251,31 +308,18 @@ def position_free_qkv(
     attention_mask: Tensor | None = None,
     layers: Iterable[int] | None = None,
 ) -> dict[int, QKV]:
-    """Position-free q (B, H, T, D), k, v (B, Hkv, T, D) of the given layers of any backbone; None is every layer.
+    """Position-free q (B, H, T, D), k, v (B, Hkv, T, D) of the given layers of any backbone; None: all that have keys.
 
     Raises:
         BackboneError: if the architecture is not supported.
     """
     family = Family.of(model)
-    wanted = list(range(len(family.layers))) if layers is None else list(layers)
-    handles = []
-    found: dict[int, QKV] = {}
-
-    def watch(index: int) -> None:
-        probe = family.probe(index)
-        attention = family.attention(family.layers[index])
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[index] = probe(Call.record(module, args, kwargs))
-
-        handles.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
-
-    for index in wanted:
-        watch(index)
-    try:
-        with torch.no_grad():
-            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    mirror = mirror_of(model)
+    run = BackboneRun()
+    for index in family.memory_layers() if layers is None else layers:
+        attention = family.attention(find(mirror, family.decoder_path + "." + _last_name(family))[index])
+        hook = functools.partial(_before_memory_attention, index, family.probe(index, attention))
+        attention.register_forward_pre_hook(hook, with_kwargs=True)
+    with run, torch.no_grad():
+        find(mirror, family.decoder_path)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return run.qkv

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from longmem.modeling.backbone import position_free_qkv
-from longmem.modeling.families import Family, side_sources
+from longmem.modeling.families import Family
 
 # the paper retrieves 64 tokens in chunks of 4
 CHUNK_SIZE = 4
@@ -213,7 +213,7 @@ def recommend_memory_layer(
 
 def allowed_memory_layers(family: Family, stride: int) -> list[int]:
     """Layers that the family can remember and that a SideNet of this stride copies."""
-    copied = set(side_sources(len(family.layers), stride))
+    copied = set(family.side_layout(stride).sources)
     return [layer for layer in family.memory_layers() if layer in copied]
 
 

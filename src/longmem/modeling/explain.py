@@ -1,11 +1,11 @@
 """What a forward pass read from memory: every chunk, who found it, and how much of the output it made.
 
-B rows · T tokens · H heads · R chunks per token and head
+B rows · T tokens · H heads · n remembered layers · R chunks per token and head
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +22,12 @@ class ChunkReading:
         row: the memory's row it lies in.
         chunk: its number there, as ``Memory.provenance`` counts; a bank that is written or refreshed may number anew.
         origin: its document, offset and time, looked up when it was read.
-        share: part of the heads' output that came from it, the mean over tokens and heads. Over all chunks these sum
-            to the mean share that was given to memory.
+        share: part of the heads' output that came from it, the mean over tokens, heads and layers. Over all chunks
+            these sum to the mean share that was given to memory.
         score: largest inner product of a query with its mean key.
-        heads: for every head that found it, its part (the mean over tokens), largest first.
+        layers: for every remembered layer whose heads found it, their mean part, largest first.
+        heads: for every head that found it, its part (the mean over tokens), largest first; the heads of the second
+            remembered layer are numbered after those of the first.
     """
 
     row: int
@@ -33,6 +35,7 @@ class ChunkReading:
     origin: ChunkOrigin
     share: float
     score: float
+    layers: dict[int, float]
     heads: dict[int, float]
 
 
@@ -42,11 +45,12 @@ class Explanation:
 
     Attributes:
         rows: (B,) long, the memory row each batch row read.
-        chunks: (B, H, T, R) long, the number of each chunk found, best first; -1 where fewer were there.
-        scores: (B, H, T, R) float32, inner products of query and mean key; 0 where nothing was found.
-        shares: (B, H, T, R) float32, the share of the head's output that came from this chunk: the share given to
+        chunks: (B, n*H, T, R) long, the number of each chunk found, best first; -1 where fewer were there.
+        scores: (B, n*H, T, R) float32, inner products of query and mean key; 0 where nothing was found.
+        shares: (B, n*H, T, R) float32, the share of the head's output that came from this chunk: the share given to
             memory times the chunk's part of the attention over memory.
         origins: by memory row and chunk number, where each chunk came from.
+        layers: the remembered layers, in the order of their heads.
     """
 
     rows: Tensor
@@ -54,26 +58,30 @@ class Explanation:
     scores: Tensor
     shares: Tensor
     origins: dict[tuple[int, int], ChunkOrigin]
+    layers: tuple[int, ...] = (0,)
 
     @classmethod
-    def of(cls, memory: Memory, retrieved: RetrievedMemory, shares: Tensor) -> Explanation:
+    def of(cls, memory: Memory, reads: Sequence[tuple[int, RetrievedMemory, Tensor]]) -> Explanation:
         """Look up what was found, now: the memory may be written, or forget, a moment later.
 
         Args:
             memory: what was searched.
-            retrieved: what it found.
-            shares: (B, H, T, R), see the attribute.
+            reads: for each remembered layer its number, what it found, and the shares (B, H, T, R).
         """
-        rows = retrieved.rows if retrieved.memory_rows is None else retrieved.memory_rows
-        chunks = retrieved.chunks
+        first = reads[0][1]
+        rows = first.rows if first.memory_rows is None else first.memory_rows
+        chunks = torch.cat([retrieved.chunks for _, retrieved, _ in reads], dim=1)
+        scores = torch.cat([retrieved.scores.float() for _, retrieved, _ in reads], dim=1)
+        shares = torch.cat([each.float() for _, _, each in reads], dim=1)
         found = ((rows.view(-1, 1, 1, 1) << 40) + chunks)[chunks >= 0]
         pairs = [divmod(pair, 1 << 40) for pair in torch.unique(found).tolist()]
         origins = {(row, chunk): memory.provenance(row, chunk) for row, chunk in pairs}
-        return cls(rows.cpu(), chunks.cpu(), retrieved.scores.float().cpu(), shares.float().cpu(), origins)
+        layers = tuple(layer for layer, _, _ in reads)
+        return cls(rows.cpu(), chunks.cpu(), scores.cpu(), shares.cpu(), origins, layers)
 
     @property
     def share(self) -> Tensor:
-        """(B, H, T), the share that each token and head gave to memory."""
+        """(B, n*H, T), the share that each token and head gave to memory."""
         return self.shares.sum(-1)
 
     def token(self, position: int, row: int = 0, *, top: int | None = None) -> list[ChunkReading]:
@@ -109,10 +117,15 @@ class Explanation:
                 origin=self.origins[stored, int(numbers[slot])],
                 share=float(means[slot]),
                 score=float(best[slot]),
+                layers=self._by_layer(parts[:, slot], finders[:, slot]),
                 heads=_largest_first(parts[:, slot], finders[:, slot]),
             )
             for slot in order[:top]
         ]
+
+    def _by_layer(self, parts: Tensor, finders: Tensor) -> dict[int, float]:
+        means, found = parts.view(len(self.layers), -1).mean(1), finders.view(len(self.layers), -1).any(1)
+        return {self.layers[place]: part for place, part in _largest_first(means, found).items()}
 
 
 def _largest_first(parts: Tensor, finders: Tensor) -> dict[int, float]:

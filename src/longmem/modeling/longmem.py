@@ -1,11 +1,7 @@
-"""``LongMem``: a frozen backbone and its SideNet as one transformers model.
-
-``forward`` reads memory and never writes it; the caller writes ``out.kv`` afterwards.
-"""
+"""``LongMem``: a frozen backbone and its SideNet as one transformers model (Wang et al., 2023)."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,132 +9,65 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from longmem.config import LongMemConfig, LongMemGenerationConfig
-from longmem.errors import BackboneError, CheckpointError
-from longmem.modeling.backbone import Backbone, BackboneRun
-from longmem.modeling.explain import Explanation
-from longmem.modeling.generating import MemoryGenerationMixin
-from longmem.modeling.loading import (
-    default_memory_layer,
-    first_line,
-    load_backbone,
-    load_config,
-    named_backbone,
-    resolve_folder,
-)
-from longmem.modeling.output import LongMemOutput, padding_of
-from longmem.modeling.retrieving import retriever
-from longmem.modeling.sidenet import SideNet, SideRun
+from longmem.config import LongMemConfig
+from longmem.errors import CheckpointError
+from longmem.modeling.backbone import BackboneRun
+from longmem.modeling.loading import Loading, check_arguments, first_line, resolve_folder
+from longmem.modeling.memory_lm import MemoryLM, check_saving
+from longmem.modeling.sidenet import SideNet
 from longmem.modeling.weights import SHARD_SIZE, WEIGHTS, read_weights, write_weights
-from longmem.types import AttentionKV, Memory
 
 
-class LongMem(PreTrainedModel, MemoryGenerationMixin):
-    """A causal language model with a long-term memory (PAPER: sections 3.1 to 3.3).
+class LongMem(MemoryLM):
+    """A causal language model with a long-term memory (paper, sections 3.1 to 3.3).
 
     Args:
-        config: its ``memory_layer`` may be None (the paper's three quarters of the depth).
+        config: its ``memory_layers`` may be None (the paper's three quarters of the depth).
         backbone: the frozen model; it is used as it is and never changed.
         side_dtype: dtype of the SideNet; None is the backbone's.
+        fingerprint: by which the backbone goes where that is known; None computes it.
 
     Raises:
-        BackboneError: if the backbone or the memory layer cannot be used.
+        BackboneError: if the backbone or a memory layer cannot be used.
     """
 
     config_class = LongMemConfig
     base_model_prefix = "longmem"
     supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
 
     def __init__(
-        self, config: LongMemConfig, backbone: PreTrainedModel | None = None, *, side_dtype: torch.dtype | None = None
+        self,
+        config: LongMemConfig,
+        backbone: PreTrainedModel | None = None,
+        *,
+        side_dtype: torch.dtype | None = None,
+        fingerprint: str | None = None,
     ) -> None:
-        if backbone is None:
-            raise BackboneError(
-                "LongMem needs the backbone itself, not only its config; "
-                "use LongMem.from_backbone(...) or LongMem.from_pretrained(...)"
-            )
-        config = copy.deepcopy(config)
-        config.backbone_config = backbone.config
-        if config.memory_layer is None:
-            config.memory_layer = default_memory_layer(backbone, config.stride)
-        super().__init__(config)
-        self.backbone = Backbone(backbone, config.memory_layer)
-        self.sidenet = SideNet(self.backbone, config)
-        self.sidenet.to(side_dtype or backbone.dtype)
-        config.backbone_fingerprint = self.backbone.fingerprint()
-        self.config = config
-        self.generation_config = LongMemGenerationConfig.over(backbone.generation_config)
+        super().__init__(config, backbone, fingerprint=fingerprint)
+        self.sidenet = SideNet(self.backbone, cast(LongMemConfig, self.config))
+        self.sidenet.to(side_dtype or self.backbone.model.dtype)
 
-    # -- what it is made of ------------------------------------------------------------------------------------------
+    def read(self, run: BackboneRun, side_hidden: list[Tensor] | None = None) -> Tensor:
+        """States (B, T, C) for the head: the SideNet's, after its own final norm."""
+        final = self.sidenet(self.backbone, run, side_hidden)
+        return self.backbone.finish(final.to(run.inputs[self.backbone.num_layers]), self.sidenet.final_norm)
 
     @property
-    def fingerprint(self) -> str:
-        """Of the backbone; a bank or SideNet of another one is refused."""
-        return cast(str, self.config.backbone_fingerprint)
+    def memory_gate(self) -> Tensor:  # type: ignore[override]
+        """(n*H,) gate logits, layer by layer."""
+        return self.sidenet.memory_gate
 
     @property
-    def device(self) -> torch.device:
-        """Where inputs go."""
-        return self.backbone.device
-
-    @property
-    def hf_device_map(self) -> dict[str, Any]:
-        """Where accelerate put the backbone's parts; there is none where it did not."""
-        return cast("dict[str, Any]", self.backbone.model.hf_device_map)
-
-    @property
-    def memory_device(self) -> torch.device:
-        """Where memory is searched: the device of the SideNet layer that reads it."""
-        return self.sidenet.memory_gate.device
-
-    @property
-    def memory_layer(self) -> int:
-        """m: the 0-based backbone layer whose keys and values are remembered."""
-        return self.backbone.memory_layer
+    def augmented_layers(self) -> tuple[int, ...]:
+        """The 0-based SideNet layer that reads each remembered layer."""
+        return self.sidenet.augmented_layers
 
     @property
     def augmented_layer(self) -> int:
-        """The 0-based SideNet layer that reads memory."""
-        return self.sidenet.augmented_layer
-
-    @property
-    def num_heads(self) -> int:
-        """H."""
-        return self.sidenet.reader.num_heads
-
-    @property
-    def memory_heads(self) -> int:
-        """Hkv, key/value heads of the memory layer."""
-        return self.backbone.kv_heads
-
-    @property
-    def memory_head_dim(self) -> int:
-        """D of the memory layer."""
-        return self.backbone.head_dim
-
-    @property
-    def memory_share(self) -> Tensor:
-        """(H,): the sigmoid of the gate. With ``fusion="gate"`` the share every token that finds something gives."""
-        return torch.sigmoid(self.sidenet.memory_gate.detach().float())
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """All that training may change: the SideNet."""
-        return [p for p in self.parameters() if p.requires_grad]
-
-    def trainable_parameter_names(self) -> list[str]:
-        """Names of all that training may change."""
-        return [name for name, p in self.named_parameters() if p.requires_grad]
-
-    def get_input_embeddings(self) -> nn.Module:
-        return cast(nn.Module, self.backbone.model.get_input_embeddings())
-
-    def get_output_embeddings(self) -> nn.Module:
-        return cast(nn.Module, self.backbone.model.get_output_embeddings())
+        """The first of them; in the paper there is one."""
+        return self.augmented_layers[0]
 
     def train(self, mode: bool = True) -> LongMem:
         """Puts the SideNet in training mode; the backbone stays in eval mode."""
@@ -155,135 +84,19 @@ class LongMem(PreTrainedModel, MemoryGenerationMixin):
     def gradient_checkpointing_disable(self) -> None:
         self.sidenet.gradient_checkpointing = False
 
-    # -- running -----------------------------------------------------------------------------------------------------
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        memory: Memory | None = None,
-        memory_rows: Tensor | None = None,
-        output_side_hidden: bool = False,
-        explain: bool | list[Explanation] = False,
-        position_ids: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> LongMemOutput:
-        """Predict the next token of every position from its segment and from memory.
-
-        Args:
-            input_ids: (B, T).
-            attention_mask: (B, T), 0 at pads (either side).
-            labels: (B, T), shifted inside, -100 ignored; gives ``loss``, the mean cross entropy in nats.
-            memory: what to search, or None. It is only read; write ``out.kv`` after ``backward``.
-            memory_rows: (B,) the bank row of every batch row; None is row b for batch row b.
-            output_side_hidden: also return the SideNet's states.
-            explain: also return which chunks every token and head read, and how much of each. A list takes them too,
-                one ``Explanation`` per call: the way to have them from ``generate(..., explain=readings)``, where the
-                last position of call i chose the i-th new token.
-            position_ids: (B, T), for backbones that take them; others need none.
-            logits_to_keep: positions from the end that get logits, or which ones; 0 is all.
-            **kwargs: go to the backbone's own forward (past_key_values, use_cache, ...).
-
-        Raises:
-            MemoryBankError: if the memory was written by another backbone.
-        """
-        retrieve = retriever(self, memory, memory_rows)
-        side = SideRun(hidden=[] if output_side_hidden else None, explain=explain is not False)
-
-        def hand_over(run: BackboneRun, final: Tensor) -> Tensor:
-            return cast(Tensor, self.sidenet(self.backbone, run, final, retrieve, side)).to(final)
-
-        with self.backbone.splice(hand_over, None if self.sidenet.final_norm is None else self._norm) as run:
-            asked = self.backbone.accepted(position_ids=position_ids, logits_to_keep=logits_to_keep)
-            out = self.backbone.model(
-                input_ids=input_ids, attention_mask=attention_mask, labels=labels, **asked, **kwargs
-            )
-        explanation = None
-        if memory is not None and side.parts is not None:
-            assert side.retrieved is not None and side.share is not None
-            explanation = Explanation.of(memory, side.retrieved, side.parts * side.share.unsqueeze(-1))
-            if isinstance(explain, list):
-                explain.append(explanation)
-        return LongMemOutput(
-            loss=out.loss,
-            logits=out.logits,
-            past_key_values=out.past_key_values,
-            kv=run.kv(padding_of(attention_mask, input_ids)),
-            retrieved=side.retrieved,
-            share=side.share,
-            explanation=explanation,
-            side_hidden=None if side.hidden is None else tuple(side.hidden),
-        )
-
-    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> AttentionKV:
-        """What a segment (B, T) leaves in memory: runs the backbone up to its memory layer and no further."""
-        qkv = self.backbone.encode(input_ids, attention_mask)
-        return AttentionKV(qkv.keys, qkv.values, None if attention_mask is None else attention_mask.bool())
-
-    def _norm(self, hidden: Tensor) -> Tensor:
-        norm = self.sidenet.final_norm
-        assert norm is not None
-        place = next(norm.parameters()).device if self.sidenet.spread else None
-        return cast(Tensor, norm(hidden.to(place, self.sidenet.memory_gate.dtype))).to(hidden.dtype)
-
-    # -- making, saving, loading -------------------------------------------------------------------------------------
-
     @classmethod
     def from_backbone(
-        cls,
-        backbone: str | Path | PreTrainedModel,
-        *,
-        memory_layer: int | str | None = None,
-        revision: str | None = None,
-        dtype: torch.dtype | None = None,
-        side_dtype: torch.dtype | None = None,
-        backbone_kwargs: dict[str, Any] | None = None,
-        **config: Any,
+        cls, backbone: str | Path | nn.Module, *, side_dtype: torch.dtype | None = None, **settings: Any
     ) -> LongMem:
-        """A frozen backbone with a fresh SideNet.
+        """A frozen backbone with a fresh SideNet; see ``MemoryLM.from_backbone``.
 
         Args:
-            backbone: hub id, path or an already loaded causal language model.
-            memory_layer: 0-based; None is three quarters of the depth; ``"auto"`` measures which layer's keys find what
-                followed an earlier occurrence best.
-            revision: hub revision of the backbone.
-            dtype: of the backbone; None keeps that of its checkpoint.
             side_dtype: of the SideNet; None is the backbone's.
-            backbone_kwargs: more arguments for ``AutoModelForCausalLM.from_pretrained``.
-            **config: fields of ``LongMemConfig``.
-
-        Raises:
-            BackboneError: if the backbone cannot be loaded or used.
-            ConfigError: if settings contradict each other.
         """
-        if not isinstance(backbone, PreTrainedModel):
-            name = str(backbone)
-            model = load_backbone(name, revision, dtype, **(backbone_kwargs or {}))
-        else:
-            name, model = backbone.config._name_or_path or "", backbone
-            if dtype is not None:
-                nn.Module.to(model, dtype)
-        stride = config.get("stride", 2)
-        if memory_layer == "auto":
-            from longmem.modeling.copying import recommend_memory_layer
-
-            sizes = LongMemConfig(**{name: config[name] for name in ("chunk_size", "num_retrieved") if name in config})
-            memory_layer = recommend_memory_layer(
-                model,
-                stride=stride,
-                chunk_size=sizes.chunk_size,
-                num_chunks=max(1, sizes.num_retrieved // sizes.chunk_size),
-            )
-        made = LongMemConfig(
-            backbone_config=model.config,
-            backbone_name_or_path=name or None,
-            backbone_revision=revision,
-            memory_layer=cast("int | None", memory_layer),
-            **config,
-        )
-        return cls(made, model, side_dtype=side_dtype)
+        model = super().from_backbone(backbone, **settings)
+        if side_dtype is not None:
+            model.sidenet.to(side_dtype)
+        return model
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -305,6 +118,7 @@ class LongMem(PreTrainedModel, MemoryGenerationMixin):
             max_shard_size: bytes of a file, or text such as ``"200MB"``; larger weights are written as
                 sidenet-00001-of-0000N.safetensors with an index, sidenet.safetensors.index.json.
         """
+        check_saving(kwargs)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         given = state_dict or {}
@@ -312,60 +126,55 @@ class LongMem(PreTrainedModel, MemoryGenerationMixin):
         (folder / "config.json").unlink(missing_ok=True)
         about = {"backbone_fingerprint": self.fingerprint}
         write_weights(mine, folder, max_shard_size=max_shard_size, metadata=about)
-        if self.generation_config is not None:
-            self.generation_config.save_pretrained(folder)
-        self.config.architectures = ["LongMem"]
-        self.config.save_pretrained(folder)
+        self._save_config(folder)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
-        backbone: str | Path | PreTrainedModel | None = None,
+        backbone: str | Path | nn.Module | None = None,
         revision: str | None = None,
         dtype: torch.dtype | None = None,
         side_dtype: torch.dtype | None = None,
         backbone_kwargs: dict[str, Any] | None = None,
-        config: PreTrainedConfig | None = None,
+        config: LongMemConfig | None = None,
         **kwargs: Any,
     ) -> LongMem:
         """Load a SideNet and, really, the backbone that it names.
 
         Args:
             pretrained_model_name_or_path: folder written by ``save_pretrained``, or a hub id.
-            backbone: path or model to use in place of the one named; must have the same fingerprint.
+            backbone: path or model to use in place of the one named. The same weights in another precision are taken
+                with a warning, other weights are refused.
+            revision: of a hub id.
             dtype: of the backbone.
+            side_dtype: of the SideNet; None is the backbone's.
+            backbone_kwargs: more arguments for the backbone's ``AutoModelForCausalLM.from_pretrained``.
+            config: in place of the one in the folder.
+            **kwargs: such arguments by themselves: ``device_map``, ``attn_implementation``, ...
 
         Raises:
             CheckpointError: if the checkpoint is incomplete or damaged, or belongs to another backbone.
             BackboneError: if the backbone cannot be loaded.
+            ConfigError: if an argument is not known.
         """
+        loading, rest = Loading.split(kwargs, revision=revision, dtype=dtype, backbone_kwargs=backbone_kwargs)
+        check_arguments("from_pretrained", rest)
         folder = resolve_folder(str(pretrained_model_name_or_path), revision)
         try:
-            made = load_config(LongMemConfig, folder) if config is None else config
             tensors = read_weights(folder)
         except (OSError, SafetensorError, ValueError) as problem:
             raise CheckpointError(
                 f"{folder} is not a complete LongMem checkpoint ({first_line(problem)}); "
                 f"it needs config.json and {WEIGHTS} as written by save_pretrained"
             ) from problem
-        assert isinstance(made, LongMemConfig)
-        if not isinstance(backbone, PreTrainedModel):
-            named = named_backbone(made.backbone_name_or_path, folder) if backbone is None else str(backbone)
-            revision_of = made.backbone_revision if backbone is None else None
-            quantised = getattr(made.backbone_config, "quantization_config", None)
-            backbone = load_backbone(named, revision_of, dtype, quantised=quantised, **(backbone_kwargs or {}))
-        expected = made.backbone_fingerprint
+        _, made, model_of, fingerprint = cls._load(folder, config, backbone, loading)
         # the copied layers are overwritten at once, so how they were initialised does not matter here
         init, made.init = made.init, "copy"
-        model = cls(made, backbone, side_dtype=side_dtype)
+        assert isinstance(made, LongMemConfig)
+        model = cls(made, model_of, side_dtype=side_dtype, fingerprint=fingerprint)
         model.config.init = made.init = init
-        if expected is not None and model.fingerprint != expected:
-            raise CheckpointError(
-                f"{folder} was trained on backbone {expected} ({made.backbone_name_or_path}), the backbone given is "
-                f"{model.fingerprint}; pass the backbone that it names"
-            )
         missing, unexpected = model.sidenet.load_state_dict(tensors, strict=False)
         if missing or unexpected:
             raise CheckpointError(
@@ -379,7 +188,3 @@ class LongMem(PreTrainedModel, MemoryGenerationMixin):
 
 AutoConfig.register("longmem", LongMemConfig, exist_ok=True)
 AutoModelForCausalLM.register(LongMemConfig, LongMem, exist_ok=True)
-
-# whoever knows one of our models knows them all: the Auto classes then load any of their checkpoints
-import longmem.modeling.memtrm  # noqa: E402
-import longmem.modeling.training_free  # noqa: E402, F401

@@ -12,20 +12,22 @@ import copy
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longmem.config import MemTRMConfig
 from longmem.errors import BackboneError, CheckpointError, ConfigError
 from longmem.modeling.augmented import AugmentedLM
-from longmem.modeling.backbone import fingerprint_of
-from longmem.modeling.loading import first_line, load_backbone, load_config, resolve_folder
+from longmem.modeling.fingerprint import fingerprint_of
+from longmem.modeling.loading import Loading, check_arguments, first_line, resolve_folder
+from longmem.modeling.memory_lm import check_saving
+from longmem.modeling.placement import check_trainable
 
 WEIGHTS = "memory_gate.safetensors"
 BACKBONE = "backbone"
@@ -51,10 +53,12 @@ class MemTRM(AugmentedLM):
     supports_gradient_checkpointing = True
     frozen: ClassVar[bool] = False
 
-    def __init__(self, config: MemTRMConfig, backbone: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self, config: MemTRMConfig, backbone: PreTrainedModel | None = None, *, fingerprint: str | None = None
+    ) -> None:
         if backbone is not None:
-            _check_trainable(backbone)
-        super().__init__(config, backbone)
+            check_trainable(backbone)
+        super().__init__(config, backbone, fingerprint=fingerprint)
         self.memory_gate = nn.Parameter(self.gate_logits().to(self.backbone.model.dtype))
         self._trained_since = False
         if self.config.start_fingerprint is None:
@@ -67,7 +71,7 @@ class MemTRM(AugmentedLM):
         """Of the weights that run; in training mode, as they were when it began."""
         if self._trained_since and not self.training:
             self.config.backbone_fingerprint = self.backbone.fingerprint()
-            self._trained_since = False
+            self._trained_since, self._also_known = False, None
         return super().fingerprint
 
     def train(self, mode: bool = True) -> MemTRM:
@@ -79,7 +83,7 @@ class MemTRM(AugmentedLM):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        """Recompute every layer in backward but the one that reads memory.
+        """Recompute every layer in backward but those that read memory.
 
         Raises:
             ConfigError: if the backbone cannot, or not layer by layer.
@@ -93,11 +97,14 @@ class MemTRM(AugmentedLM):
             )
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable(gradient_checkpointing_kwargs)
-        # recomputed outside of the forward, it would not find its memory
-        cast(Any, layers[self.memory_layer]).gradient_checkpointing = False
+        # recomputed outside of the forward, they would not find their memory
+        for layer in self.memory_layers:
+            layers[layer].gradient_checkpointing = False  # type: ignore[assignment]
+        self.backbone.rebuild()
 
     def gradient_checkpointing_disable(self) -> None:
         model = self.backbone.model
+        self.backbone.rebuild()
         getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
 
     def save_pretrained(  # type: ignore[override]
@@ -113,6 +120,7 @@ class MemTRM(AugmentedLM):
                 processes among which they are divided.
             **kwargs: ``max_shard_size`` is the backbone's; others are for other models.
         """
+        check_saving(kwargs)
         folder = Path(save_directory)
         given, language_model = state_dict or {}, self.backbone.model
         # tied weights are there once; the other names are given back when they are loaded
@@ -130,11 +138,12 @@ class MemTRM(AugmentedLM):
         partial.replace(folder / BACKBONE)
         save_file({"memory_gate": gate.to("cpu").contiguous()}, folder / WEIGHTS)
         self.config.backbone_fingerprint = fingerprint_of(language_model, weights)
-        if self.generation_config is not None:
-            self.generation_config.save_pretrained(folder)
-        config = copy.deepcopy(self.config)
-        config.architectures, config.backbone_name_or_path, config.backbone_revision = ["MemTRM"], BACKBONE, None
-        config.save_pretrained(folder)
+        own = self.config
+        self.config = copy.deepcopy(own)  # the checkpoint's backbone is its own copy, wherever this model's came from
+        self.config.backbone_name_or_path, self.config.backbone_revision = BACKBONE, None
+        self.config.backbone_kwargs = {}
+        self._save_config(folder)
+        self.config = own
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -144,7 +153,7 @@ class MemTRM(AugmentedLM):
         revision: str | None = None,
         dtype: torch.dtype | None = None,
         backbone_kwargs: dict[str, Any] | None = None,
-        config: PreTrainedConfig | None = None,
+        config: MemTRMConfig | None = None,
         **kwargs: Any,
     ) -> MemTRM:
         """Load what ``save_pretrained`` wrote, in eval mode.
@@ -152,28 +161,24 @@ class MemTRM(AugmentedLM):
         Args:
             pretrained_model_name_or_path: its folder, or a hub id.
             dtype: of the weights; None is as saved.
+            **kwargs: arguments of ``AutoModelForCausalLM.from_pretrained``.
 
         Raises:
             CheckpointError: if the checkpoint is incomplete or damaged.
+            ConfigError: if an argument is not known.
         """
+        loading, rest = Loading.split(kwargs, revision=revision, dtype=dtype, backbone_kwargs=backbone_kwargs)
+        check_arguments("from_pretrained", rest)
         folder = resolve_folder(str(pretrained_model_name_or_path), revision)
         try:
-            made = load_config(MemTRMConfig, folder) if config is None else config
             gate = load_file(folder / WEIGHTS)["memory_gate"]
-            backbone = load_backbone(str(folder / BACKBONE), None, dtype, **(backbone_kwargs or {}))
+            _, made, backbone, fingerprint = cls._load(folder, config, None, loading)
         except (OSError, SafetensorError, ValueError, KeyError, BackboneError) as problem:
             raise CheckpointError(
                 f"{folder} is not a complete MemTRM checkpoint ({first_line(problem)}); "
                 f"it needs config.json, {WEIGHTS} and {BACKBONE}/ as written by save_pretrained"
             ) from problem
-        assert isinstance(made, MemTRMConfig)
-        expected = made.backbone_fingerprint
-        model = cls(made, backbone.eval())
-        if expected is not None and model.fingerprint != expected:
-            raise CheckpointError(
-                f"{folder / BACKBONE} holds weights {model.fingerprint}, config.json was written with {expected}; "
-                "the checkpoint is damaged or of two runs, save it again"
-            )
+        model = cls(made, backbone.eval(), fingerprint=fingerprint)  # type: ignore[arg-type]
         if gate.shape != model.memory_gate.shape:
             raise CheckpointError(
                 f"{folder / WEIGHTS} has gates for {tuple(gate.shape)} heads, the backbone has {model.num_heads}; "
@@ -185,21 +190,5 @@ class MemTRM(AugmentedLM):
         return model
 
 
-def _check_trainable(backbone: PreTrainedModel) -> None:
-    method = getattr(backbone, "quantization_method", None)
-    if method is not None:
-        raise BackboneError(
-            f"MemTRM trains the backbone itself, and this one is quantised by {getattr(method, 'value', method)}; "
-            "load it unquantised"
-        )
-    if any(parameter.is_meta for parameter in backbone.parameters()):
-        raise BackboneError(
-            "MemTRM trains the backbone itself, and the weights of this one are kept elsewhere until they are needed; "
-            "load it onto its devices"
-        )
-
-
 AutoConfig.register("memtrm", MemTRMConfig, exist_ok=True)
 AutoModelForCausalLM.register(MemTRMConfig, MemTRM, exist_ok=True)
-
-import longmem.modeling.longmem  # noqa: E402, F401  whoever knows one of our models knows them all

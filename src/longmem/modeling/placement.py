@@ -60,14 +60,46 @@ def check_quantisation(model: PreTrainedModel) -> None:
     """Refuse a backbone whose weights cannot be copied.
 
     Raises:
-        BackboneError: it is quantised, and not by bitsandbytes.
+        BackboneError: some are packed, and not by bitsandbytes. Layers of floats, such as transformers makes of a GGUF
+            file, are none of those, whatever the config says.
     """
     method = getattr(model, "quantization_method", None)
-    if method is not None and str(getattr(method, "value", method)) != "bitsandbytes":
+    name = str(getattr(method, "value", method))
+    if method is not None and name != "bitsandbytes" and _is_packed(model):
         raise BackboneError(
-            f"the backbone is quantised by {getattr(method, 'value', method)}, whose layers cannot be copied into a "
+            f"the backbone is quantised by {name}, whose layers cannot be copied into a "
             "SideNet; load it unquantised, or quantised by bitsandbytes"
         )
+
+
+def check_trainable(model: PreTrainedModel) -> None:
+    """Refuse a backbone that cannot be trained itself.
+
+    Raises:
+        BackboneError: it is quantised, or its weights are kept elsewhere.
+    """
+    method = getattr(model, "quantization_method", None)
+    if method is not None and _is_packed(model):
+        raise BackboneError(
+            f"MemTRM trains the backbone itself, and this one is quantised by {getattr(method, 'value', method)}; "
+            "load it unquantised"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise BackboneError(
+            "MemTRM trains the backbone itself, and the weights of this one are kept elsewhere until they are needed; "
+            "load it onto its devices"
+        )
+
+
+def _is_packed(model: nn.Module) -> bool:
+    """Whether weights are kept in integers, as parameters or as buffers of a linear layer."""
+    return any(
+        not tensor.is_floating_point() and tensor.numel() > 1
+        for module in model.modules()
+        if "linear" in type(module).__name__.lower() or module._parameters
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    )
 
 
 def place_of(module: nn.Module) -> torch.device:
@@ -141,8 +173,11 @@ def _accelerate_hooks(part: nn.Module) -> list[Any]:
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
-def _dequantised(module: nn.Module) -> nn.Module:
-    """With ordinary linear layers in place of quantised ones, holding what those stand for."""
+def _dequantised(module: Any) -> Any:
+    """With ordinary layers in place of quantised and adapted (peft) ones, holding what those stand for."""
+    if hasattr(module, "base_layer") and hasattr(module, "merge"):
+        module.merge()
+        module = module.base_layer
     if type(module).__name__ in _QUANTISED:
         return _linear(module)
     for name, child in module.named_children():

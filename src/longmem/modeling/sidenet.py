@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+import functools
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,41 +11,29 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 from transformers.activations import ACT2FN
 
-from longmem.config import Fusion, LongMemConfig
+from longmem.config import LongMemConfig
 from longmem.errors import ConfigError
-from longmem.modeling.attention import MemoryAttentionOutput, chunk_parts, memory_attention
 from longmem.modeling.backbone import Backbone, BackboneRun
-from longmem.modeling.families import QKV, Call, Family, record_local, side_sources, take_local, want_local
-from longmem.modeling.fusion import fuse, fuse_softmax, local_lse
-from longmem.modeling.placement import check_quantisation, copy_module, is_spread
-from longmem.types import RetrievedMemory, Retriever
-
-
-@dataclass
-class SideRun:
-    """What the SideNet saw in one forward.
-
-    Attributes:
-        retrieved: what the augmented layer found; None without memory.
-        share: (B, H, T), the share of every token and head given to memory.
-        explain: whether ``parts`` are wanted.
-        parts: (B, H, T, R), how each head's attention over memory was divided among the chunks; None if not asked for.
-        hidden: the input and the output of each layer, (B, T, C), if asked for.
-    """
-
-    retrieved: RetrievedMemory | None = None
-    share: Tensor | None = None
-    explain: bool = False
-    parts: Tensor | None = None
-    hidden: list[Tensor] | None = None
+from longmem.modeling.families import attention_of
+from longmem.modeling.placement import check_quantisation, copy_module, is_spread, place_of
+from longmem.modeling.probe import Call
+from longmem.modeling.reading import MemoryReader, gate_slice
 
 
 class SideNet(nn.Module):
     """The trained part: copied layers, their own final norm and the memory gate.
 
     Args:
-        backbone: whose layers are copied; SideNet layer i from backbone layer ``stride*i + 1``.
-        config: ``memory_layer`` must be resolved.
+        backbone: whose layers are copied, see ``config.side_layout``.
+        config: ``memory_layers`` must be resolved.
+
+    Attributes:
+        sources: the backbone layer of each SideNet layer.
+        augmented_layers: the SideNet layer that reads each remembered layer.
+        memory_gate: (n*H,) a logit per head of each remembered layer.
+
+    Raises:
+        ConfigError: if the stride leaves no layer, or one layer would have to read two remembered ones.
     """
 
     def __init__(self, backbone: Backbone, config: LongMemConfig) -> None:
@@ -55,20 +41,24 @@ class SideNet(nn.Module):
         family = backbone.family
         self.stride = config.stride
         self.final_state = config.final_state
-        self.sources = side_sources(backbone.num_layers, config.stride)
+        self.sources, self.bounds = family.side_layout(config.stride)
         if not self.sources:
             raise ConfigError(
                 f"stride ({config.stride}) must not be larger than the backbone's {backbone.num_layers} layers; "
                 f"try {min(2, backbone.num_layers)}"
             )
         check_quantisation(backbone.model)
-        assert config.memory_layer is not None
         # layers run where their sources do; what passes from one to the next has to follow
         self.spread = is_spread([*family.layers, *([] if family.final_norm is None else [family.final_norm])])
-        self.augmented_layer = min(config.memory_layer // config.stride, len(self.sources) - 1)
+        self.augmented_layers = tuple(self._reader_of(layer) for layer in backbone.memory_layers)
+        if len(set(self.augmented_layers)) < len(self.augmented_layers):
+            raise ConfigError(
+                f"memory_layers {list(backbone.memory_layers)} would be read by SideNet layers "
+                f"{list(self.augmented_layers)}, one of them twice; take layers further apart, or a smaller stride "
+                f"than {config.stride}"
+            )
         self.layers = nn.ModuleList(
-            copy_layer(family.layers[source], family.attention_name, backbone.num_layers + index)
-            for index, source in enumerate(self.sources)
+            copy_layer(family.layers[source], backbone.num_layers + index) for index, source in enumerate(self.sources)
         )
         norm = family.final_norm
         self.final_norm: nn.Module | None = None if norm is None else copy_module(norm)
@@ -77,47 +67,44 @@ class SideNet(nn.Module):
                 family.zero_outputs(layer)
         override(self, config.side_activation, config.side_norm_eps)
         self.requires_grad_(True)
-        attention = family.attention(self.layers[self.augmented_layer])
-        probe = family.probe(self.sources[self.augmented_layer], attention)
-        self.reader = MemoryReader(attention, family, config.fusion, probe)
-        place = next(self.layers[self.augmented_layer].parameters()).device
-        self.memory_gate = nn.Parameter(torch.zeros(self.reader.num_heads, device=place))
+        heads = int(family.config.num_attention_heads)
+        place = place_of(self.layers[self.augmented_layers[0]])
+        self.memory_gate = nn.Parameter(torch.zeros(len(self.augmented_layers) * heads, device=place))
+        for number, (remembered, index) in enumerate(zip(backbone.memory_layers, self.augmented_layers, strict=True)):
+            attention = family.attention(self.layers[index])
+            gate = functools.partial(self._gate, number, heads)
+            probe = family.probe(self.sources[index], attention)
+            MemoryReader(attention, family, remembered, number, config.fusion, gate, probe)
         self.gradient_checkpointing = False
 
-    def forward(
-        self, backbone: Backbone, run: BackboneRun, final: Tensor, retrieve: Retriever | None, side: SideRun
-    ) -> Tensor:
+    def forward(self, backbone: Backbone, run: BackboneRun, side_hidden: list[Tensor] | None = None) -> Tensor:
         """The SideNet's state before its final norm, (B, T, C).
 
         Args:
-            run: the backbone's forward: inputs and calls of its layers.
-            final: output of the backbone's last layer, (B, T, C).
-            retrieve: searches memory; None is no memory.
-            side: filled with what was found.
+            run: the backbone's forward: inputs and calls of its layers, and how memory is read.
+            side_hidden: takes the input and the output of each layer, (B, T, C), if given.
         """
         dtype = self.memory_gate.dtype
-        # residuals end at the last layer whatever L is, so that they telescope to it
-        ends = [run.inputs[self.stride * (i + 1)] for i in range(len(self.layers) - 1)]
-        ends.append(backbone.normed(final) if self.final_state == "normed" else final)
-        starts = [run.inputs[self.stride * i] for i in range(len(self.layers))]
-        hidden = starts[0].to(dtype)
-        if side.hidden is not None:
-            side.hidden.append(hidden)
+        states = [run.inputs[bound] for bound in self.bounds]
+        if self.final_state == "normed":
+            states[-1] = backbone.normed(states[-1])
+        hidden = states[0].to(dtype)
+        if side_hidden is not None:
+            side_hidden.append(hidden)
         for index, (layer, source) in enumerate(zip(self.layers, self.sources, strict=True)):
             place = next(layer.parameters()).device if self.spread else None
             call = run.calls[source].cast(dtype, place)
             ensure_cache(call, backbone.num_layers, self.sources)
             hidden = hidden.to(place)
-            cross_residual = ends[index].to(place, dtype) - starts[index].to(place, dtype)
-            reads = retrieve if index == self.augmented_layer else None
-            hidden = self._layer(layer, call, hidden, reads, side) + cross_residual
-            if side.hidden is not None:
-                side.hidden.append(hidden)
+            cross_residual = states[index + 1].to(place, dtype) - states[index].to(place, dtype)
+            hidden = self._layer(layer, call, hidden, run) + cross_residual
+            if side_hidden is not None:
+                side_hidden.append(hidden)
         return hidden
 
-    def _layer(self, layer: nn.Module, call: Call, hidden: Tensor, retrieve: Retriever | None, side: SideRun) -> Tensor:
+    def _layer(self, layer: nn.Module, call: Call, hidden: Tensor, run: BackboneRun) -> Tensor:
         def replay(hidden: Tensor) -> Tensor:
-            with self.reader.reading(retrieve, self.memory_gate, side):
+            with run:  # the layer's attention finds here what to read
                 output = layer(**call.replace(hidden_states=hidden).arguments)
             return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
@@ -126,80 +113,20 @@ class SideNet(nn.Module):
             return cast(Tensor, checkpoint(replay, hidden, use_reentrant=False))
         return replay(hidden)
 
+    def _gate(self, place: int, heads: int) -> Tensor:
+        return gate_slice(self.memory_gate, place, heads)
 
-class MemoryReader:
-    """Lets the attention of one layer read memory, for every family alike.
-
-    Before the attention runs, its position-free queries search memory and attend to what they find; before its output
-    projection, where the heads are still apart, the result is mixed into theirs.
-
-    Args:
-        attention: of the layer: a SideNet's, or the backbone's own.
-        family: of the backbone.
-        fusion: how both are mixed.
-        probe: gives the position-free projections of a call of ``attention``.
-    """
-
-    def __init__(self, attention: nn.Module, family: Family, fusion: Fusion, probe: Callable[[Call], QKV]) -> None:
-        text = family.config
-        self.num_heads = int(text.num_attention_heads)
-        self._probe = probe
-        self._joint = attention if fusion == "softmax" else None
-        if self._joint is not None:
-            record_local(attention)
-        self._retrieve: Retriever | None = None
-        self._gate: Tensor | None = None
-        self._side = SideRun()
-        self._memory: MemoryAttentionOutput | None = None
-        attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
-        family.output_projection(attention).register_forward_pre_hook(self._before_output)
-
-    @contextmanager
-    def reading(self, retrieve: Retriever | None, gate: Tensor, side: SideRun) -> Iterator[None]:
-        """Within this context the layer reads memory through ``retrieve``."""
-        self._retrieve, self._gate, self._side, self._memory = retrieve, gate, side, None
-        try:
-            yield
-        finally:
-            self._retrieve, self._gate, self._side, self._memory = None, None, SideRun(), None
-
-    def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._retrieve is None:
-            return
-        call = Call.record(module, args, kwargs)
-        qkv = self._probe(call)
-        retrieved = self._retrieve(qkv.queries.detach())
-        if self._joint is not None:
-            want_local(self._joint)
-        self._side.retrieved = retrieved
-        self._memory = memory_attention(qkv.queries, retrieved, scaling=qkv.scaling, softcap=qkv.softcap)
-        if self._side.explain:
-            self._side.parts = chunk_parts(
-                qkv.queries, retrieved, self._memory.lse, scaling=qkv.scaling, softcap=qkv.softcap
-            )
-
-    def _before_output(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
-        if self._memory is None:
-            return None
-        assert self._gate is not None
-        memory, self._memory = self._memory, None
-        local_out = args[0].unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        if self._joint is None:
-            fused = fuse(local_out, memory.out, memory.found, self._gate)
-        else:
-            seen = take_local(self._joint)
-            lse = local_lse(seen.queries, seen.keys, seen.mask, scaling=seen.scaling, softcap=seen.softcap)
-            fused = fuse_softmax(local_out, lse, memory.out, memory.lse, memory.found, self._gate)
-        self._side.share = fused.share.detach()
-        return (fused.out.transpose(1, 2).flatten(2), *args[1:])
+    def _reader_of(self, memory_layer: int) -> int:
+        """The SideNet layer that spans a backbone layer."""
+        return max(i for i, bound in enumerate(self.bounds[:-1]) if bound <= memory_layer)
 
 
-def copy_layer(layer: nn.Module, attention_name: str, cache_index: int) -> nn.Module:
+def copy_layer(layer: nn.Module, cache_index: int) -> nn.Module:
     """A trainable copy of a decoder layer whose keys go to their own place in the cache."""
     copied = copy_module(layer)
-    attention = getattr(copied, attention_name)
+    attention = attention_of(copied)
     if hasattr(attention, "layer_idx"):
-        attention.layer_idx = cache_index
+        attention.layer_idx = cache_index  # type: ignore[union-attr]
     return copied
 
 

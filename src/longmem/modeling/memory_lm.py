@@ -1,0 +1,370 @@
+"""``MemoryLM``: what LongMem and the baselines without a SideNet share.
+
+``forward`` reads memory and never writes it; the caller writes ``out.kv`` afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from longmem.config import LongMemConfig, LongMemGenerationConfig, MemoryConfig
+from longmem.errors import BackboneError, CheckpointError, ConfigError
+from longmem.modeling.backbone import Backbone, BackboneRun
+from longmem.modeling.copying import recommend_memory_layer
+from longmem.modeling.explain import Explanation
+from longmem.modeling.fingerprint import legacy_fingerprint, sketch_of
+from longmem.modeling.generating import MemoryGenerationMixin
+from longmem.modeling.loading import (
+    Loading,
+    default_memory_layer,
+    first_line,
+    load_config,
+    resolve_folder,
+)
+from longmem.modeling.reading import LayerRead, Reading, gate_slice, shares_of
+from longmem.types import AttentionKV, Memory, RetrievedMemory
+
+
+@dataclass
+class LongMemOutput(CausalLMOutputWithPast):
+    """The backbone's output with what memory needs.
+
+    Attributes:
+        kv: position-free keys and values of the remembered layers, (B, n*Hkv, T, D); write them with
+            ``bank.add(out.kv)``.
+        reads: what each remembered layer's reader found and gave; None without memory.
+        retrieved: what the first of them found.
+        share: (B, H, T), the share of each token and head of the first given to memory.
+        explanation: what each token and head read, with ``explain=True``.
+        side_hidden: SideNet input and layer outputs, (B, T, C) each, with ``output_side_hidden=True``.
+    """
+
+    kv: AttentionKV | None = None
+    reads: tuple[LayerRead, ...] | None = None
+    retrieved: RetrievedMemory | None = None
+    share: Tensor | None = None
+    explanation: Explanation | None = None
+    side_hidden: tuple[Tensor, ...] | None = None
+
+
+class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
+    """A causal language model that reads memory, over a backbone that runs unmodified.
+
+    Args:
+        config: its ``memory_layers`` may be None (the paper's three quarters of the depth).
+        backbone: the model that runs.
+        fingerprint: by which the backbone goes where that is known; None computes it.
+
+    Raises:
+        BackboneError: if the backbone or a memory layer cannot be used.
+        ConfigError: if settings contradict each other.
+    """
+
+    config_class: type[MemoryConfig] = MemoryConfig
+    frozen: ClassVar[bool] = True
+    memory_gate: Tensor
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(
+        self, config: MemoryConfig, backbone: PreTrainedModel | None = None, *, fingerprint: str | None = None
+    ) -> None:
+        if backbone is None:
+            name = type(self).__name__
+            raise BackboneError(
+                f"{name} needs the backbone itself, not only its config; "
+                f"use {name}.from_backbone(...) or {name}.from_pretrained(...)"
+            )
+        config = copy.deepcopy(config)
+        config.backbone_config = backbone.config
+        if config.memory_layers is None:
+            config.memory_layers = (default_memory_layer(backbone, getattr(config, "stride", LongMemConfig().stride)),)
+        if problems := config.problems():
+            raise ConfigError(problems)
+        super().__init__(config)
+        self.backbone = Backbone(backbone, config.memory_layers, frozen=self.frozen)
+        config.backbone_fingerprint = fingerprint or self.backbone.fingerprint()
+        # models with a recurrent state cannot take tokens back: generate refuses what needs that
+        self._is_stateful = bool(getattr(backbone, "_is_stateful", False))
+        self._also_known: frozenset[str] | None = None
+        self.config = config
+        self.generation_config = LongMemGenerationConfig.over(backbone.generation_config)
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        memory: Memory | None = None,
+        memory_rows: Tensor | None = None,
+        output_side_hidden: bool = False,
+        explain: bool | list[Explanation] = False,
+        position_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **options: Any,
+    ) -> LongMemOutput:
+        """Predict the next token of every position from its segment and from memory.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), 0 at pads (either side).
+            labels: (B, T), shifted inside, -100 ignored; gives ``loss``, the mean cross entropy in nats.
+            memory: what to search, or None. It is only read; write ``out.kv`` after ``backward``.
+            memory_rows: (B,) the bank row of every batch row; None is row b for batch row b.
+            output_side_hidden: also return the SideNet's states.
+            explain: also return which chunks every token and head read, and how much of each. A list takes them too,
+                one ``Explanation`` per call: the way to have them from ``generate(..., explain=readings)``, where the
+                last position of call i chose the i-th new token.
+            position_ids: (B, T), for backbones that take them; others need none.
+            logits_to_keep: positions from the end that get logits, or which ones; 0 is all.
+            num_items_in_batch: labels in all parts of an accumulated batch; the loss is then their sum over this.
+            **options: go to the backbone (past_key_values, use_cache, output_hidden_states, ...).
+
+        Raises:
+            MemoryBankError: if the memory was written by another backbone or other layers.
+        """
+        reading = Reading.of(self, memory, memory_rows, explain is not False)
+        run = self.backbone.run(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, reading=reading, **options
+        )
+        side_hidden: list[Tensor] | None = [] if output_side_hidden else None
+        hidden = self.read(run, side_hidden)
+        counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        out = self.backbone.head(hidden, run, labels=labels, logits_to_keep=logits_to_keep, **counted)
+
+        reads = None if reading is None else tuple(read for _, read in sorted(reading.reads.items()))
+        explanation = reading.explanation() if reading is not None and reading.explain else None
+        if isinstance(explain, list) and explanation is not None:
+            explain.append(explanation)
+        return LongMemOutput(
+            loss=out.loss,
+            logits=out.logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+            kv=run.kv(padding_of(attention_mask, input_ids)),
+            reads=reads,
+            retrieved=reads[0].retrieved if reads else None,
+            share=reads[0].share if reads else None,
+            explanation=explanation,
+            side_hidden=None if side_hidden is None else tuple(side_hidden),
+        )
+
+    def read(self, run: BackboneRun, side_hidden: list[Tensor] | None = None) -> Tensor:
+        """States (B, T, C) for the head, from a run of the backbone; memory is read as ``run.reading`` says.
+
+        The baselines read memory inside of the backbone, so its own last state is theirs.
+        """
+        assert run.output is not None
+        return cast(Tensor, run.output.last_hidden_state)
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> AttentionKV:
+        """What a segment (B, T) leaves in memory: runs the backbone up to its last memory layer and no further."""
+        return self.backbone.encode(input_ids, attention_mask).kv(padding_of(attention_mask, input_ids))
+
+    # -- what it is made of ------------------------------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the backbone; a bank or SideNet of another one is refused."""
+        return cast(str, self.config.backbone_fingerprint)
+
+    def accepts(self, fingerprint: str) -> bool:
+        """Whether keys and values written under this fingerprint are those of this model's backbone."""
+        if fingerprint == self.fingerprint:
+            return True
+        if self._also_known is None:
+            legacy = legacy_fingerprint(self.backbone.model)
+            self._also_known = frozenset((self.backbone.fingerprint(), legacy))
+        return fingerprint in self._also_known
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.backbone.device
+
+    @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """Where accelerate put the backbone's parts; there is none where it did not."""
+        return cast("dict[str, Any]", self.backbone.model.hf_device_map)
+
+    @property
+    def memory_device(self) -> torch.device:
+        """Where memory is searched: the device of the first layer that reads it."""
+        return self.memory_gate.device
+
+    @property
+    def memory_layers(self) -> tuple[int, ...]:
+        """The 0-based backbone layers whose keys and values are remembered."""
+        return self.backbone.memory_layers
+
+    @property
+    def memory_layer(self) -> int:
+        """m: the first of them; in the paper there is one."""
+        return self.memory_layers[0]
+
+    @property
+    def num_heads(self) -> int:
+        """H."""
+        return int(self.backbone.family.config.num_attention_heads)
+
+    @property
+    def memory_heads(self) -> int:
+        """Hkv, key/value heads of one memory layer."""
+        return self.backbone.kv_heads
+
+    @property
+    def memory_head_dim(self) -> int:
+        """D of the memory layers."""
+        return self.backbone.head_dim
+
+    @property
+    def memory_share(self) -> Tensor:
+        """(n*H,): the sigmoid of the gate. With ``fusion="gate"`` the share every token that finds something gives."""
+        return shares_of(self.memory_gate)
+
+    def gate_of(self, place: int) -> Tensor:
+        """(H,) gate logits of one remembered layer, by its place."""
+        return gate_slice(self.memory_gate, place, self.num_heads)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """All that training may change."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def trainable_parameter_names(self) -> list[str]:
+        """Names of all that training may change."""
+        return [name for name, p in self.named_parameters() if p.requires_grad]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return cast(nn.Module, self.backbone.model.get_input_embeddings())
+
+    def get_output_embeddings(self) -> nn.Module:
+        return cast(nn.Module, self.backbone.model.get_output_embeddings())
+
+    # -- making and loading ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | Path | PreTrainedModel | nn.Module,
+        *,
+        memory_layers: int | str | list[int] | tuple[int, ...] | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Self:
+        """The model over a frozen backbone, which it uses itself and does not copy.
+
+        Args:
+            backbone: hub id, folder, ``.gguf`` file, or an already loaded causal language model (peft's too).
+            memory_layers: 0-based; None is three quarters of the depth; ``"auto"`` measures which layer's keys find
+                what followed an earlier occurrence best. ``memory_layer`` is another name for one layer.
+            revision: hub revision of the backbone.
+            dtype: of the backbone; None keeps that of its checkpoint.
+            backbone_kwargs: more arguments for ``AutoModelForCausalLM.from_pretrained``.
+            **settings: fields of the model's config; and arguments of ``AutoModelForCausalLM.from_pretrained``, such as
+                ``device_map``, ``attn_implementation`` or ``quantization_config``.
+
+        Raises:
+            BackboneError: if the backbone cannot be loaded or used.
+            ConfigError: if settings contradict each other, or there is none of that name.
+        """
+        memory_layers = settings.pop("memory_layer", None) if memory_layers is None else memory_layers
+        loading, own = Loading.split(settings, revision=revision, dtype=dtype, backbone_kwargs=backbone_kwargs)
+        cls.config_class.check_settings(own)
+        model, name = loading.backbone(backbone)
+        made = cls.config_class(
+            backbone_config=model.config,
+            backbone_name_or_path=name,
+            backbone_revision=revision,
+            backbone_kwargs=loading.found_by,
+            memory_layers=None if isinstance(memory_layers, str) else memory_layers,
+            **own,
+        )
+        if memory_layers == "auto":
+            stride = getattr(made, "stride", LongMemConfig().stride)
+            best = recommend_memory_layer(
+                model, stride=stride, chunk_size=made.chunk_size, num_chunks=max(1, made.num_chunks)
+            )
+            made.memory_layers = None if best is None else (best,)
+        elif isinstance(memory_layers, str):
+            raise ConfigError(f'memory_layers ({memory_layers!r}) must be layers, or "auto"')
+        return cls(made, model)
+
+    @classmethod
+    def _load(
+        cls,
+        name: str | Path,
+        config: MemoryConfig | None,
+        backbone: str | Path | PreTrainedModel | nn.Module | None,
+        loading: Loading,
+    ) -> tuple[Path, MemoryConfig, PreTrainedModel, str]:
+        """The folder of a checkpoint, its config, its backbone, and the fingerprint by which that goes.
+
+        Raises:
+            CheckpointError: if there is no config, or it belongs to another backbone.
+            BackboneError: if the backbone cannot be loaded.
+        """
+        folder = resolve_folder(str(name), loading.revision)
+        try:
+            made = load_config(cls.config_class, folder) if config is None else config
+        except (OSError, ValueError) as problem:
+            raise CheckpointError(
+                f"{folder} is not a complete {cls.__name__} checkpoint ({first_line(problem)}); "
+                "it needs config.json as written by save_pretrained"
+            ) from problem
+        model, fingerprint = loading.backbone_of(made, folder, backbone)
+        return folder, made, model, fingerprint
+
+    def _save_config(self, folder: Path) -> None:
+        """Write config.json, which names the backbone, and generation_config.json."""
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(folder)
+        config = copy.deepcopy(self.config)
+        config.architectures = [type(self).__name__]
+        config.backbone_sketch = sketch_of(self.backbone.model)
+        name = config.backbone_name_or_path
+        if name is not None and os.path.isdir(name):
+            config.backbone_name_or_path = os.path.abspath(name)
+        config.save_pretrained(folder)
+
+
+def padding_of(attention_mask: Tensor | None, input_ids: Tensor | None) -> Tensor | None:
+    """(B, T) bool, False at the pads among the T tokens of a call; None where all are real.
+
+    A static cache brings masks (B, 1, T, slots) that say what each token sees; what is written comes from calls
+    without a cache.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or input_ids is None:
+        return None
+    return attention_mask[:, -input_ids.shape[1] :].bool()
+
+
+_SAVING = ("is_main_process", "safe_serialization", "max_shard_size", "state_dict")
+
+
+def check_saving(given: dict[str, Any]) -> None:
+    """Refuse arguments of ``save_pretrained`` that would do nothing.
+
+    Raises:
+        ConfigError: names them.
+    """
+    if unknown := [name for name in given if name not in _SAVING or (name == "safe_serialization" and not given[name])]:
+        raise ConfigError(
+            f"save_pretrained does not take {', '.join(unknown)}; it writes safetensors into a folder, which "
+            "huggingface_hub.upload_folder publishes"
+        )

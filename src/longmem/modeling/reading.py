@@ -1,0 +1,235 @@
+"""Memory attention inside an attention layer: search before it, fuse before its output projection.
+
+B rows · H heads · T tokens · D head_dim · R chunks per token and head
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from longmem.config import Fusion
+from longmem.errors import BackboneError, MemoryBankError
+from longmem.modeling.attention import MemoryAttentionOutput, chunk_parts, memory_attention
+from longmem.modeling.backbone import BackboneRun, current_run
+from longmem.modeling.explain import Explanation
+from longmem.modeling.families import Family
+from longmem.modeling.fusion import Fused, fuse, fuse_softmax, local_lse
+from longmem.modeling.probe import ADAPTERS, QKV, Call, scaling_of
+from longmem.types import Memory, RetrievedMemory
+
+
+@dataclass
+class LayerRead:
+    """What one layer read from memory in one call.
+
+    Attributes:
+        layer: the remembered backbone layer whose keys were searched.
+        retrieved: what its queries found.
+        share: (B, H, T), the share of every token and head given to memory.
+        parts: (B, H, T, R), how each head's attention over memory was divided among the chunks; only to explain.
+    """
+
+    layer: int
+    retrieved: RetrievedMemory
+    share: Tensor | None = None
+    parts: Tensor | None = None
+
+
+@dataclass
+class Reading:
+    """How one call reads memory, and what it read: the state of the call, held by nothing that outlives it.
+
+    Attributes:
+        memory: what is searched.
+        rows: (B,) the memory's row of every batch row; None is row b for batch row b.
+        num_chunks: R.
+        explain: whether the parts of every chunk are wanted.
+        reads: what each layer read, by its place among the remembered layers.
+    """
+
+    memory: Memory
+    rows: Tensor | None
+    num_chunks: int
+    explain: bool = False
+    reads: dict[int, LayerRead] = field(default_factory=dict)
+    _pending: tuple[MemoryReader, QKV, MemoryAttentionOutput] | None = None
+
+    @classmethod
+    def of(cls, model: Any, memory: Memory | None, rows: Tensor | None, explain: bool) -> Reading | None:
+        """How a call of ``model`` reads ``memory``; None where there is none.
+
+        Raises:
+            MemoryBankError: if the memory was written by another backbone or other layers, or its chunks are too long.
+        """
+        if memory is None:
+            return None
+        theirs = getattr(memory, "fingerprint", None)
+        if theirs is not None and not model.accepts(theirs):
+            raise MemoryBankError(
+                f"this memory was written by backbone {theirs}, this model's backbone is {model.fingerprint}; "
+                "keys of one model mean nothing to another: write the text again with this model"
+            )
+        layers = getattr(memory, "memory_layers", None)
+        if layers is not None and tuple(layers) != model.memory_layers:
+            raise MemoryBankError(
+                f"this memory holds keys of {_named(layers)}, this model remembers {_named(model.memory_layers)}; "
+                "keys of one layer mean nothing to another: write the text again with this model"
+            )
+        retrieved = model.config.num_retrieved
+        if memory.chunk_size > retrieved:
+            raise MemoryBankError(
+                f"the memory's chunk_size ({memory.chunk_size}) must not exceed num_retrieved "
+                f"({retrieved}); make the bank with chunk_size {model.config.chunk_size}"
+            )
+        return cls(memory, rows, retrieved // memory.chunk_size, explain)
+
+    def explanation(self) -> Explanation | None:
+        """What every layer read, with its origin looked up now, before memory may change."""
+        reads = [
+            (read.layer, read.retrieved, read.parts * read.share.unsqueeze(-1))
+            for _, read in sorted(self.reads.items())
+            if read.parts is not None and read.share is not None
+        ]
+        return Explanation.of(self.memory, reads) if reads else None
+
+
+def _named(layers: Sequence[int]) -> str:
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+
+
+class MemoryReader:
+    """Lets one attention module read memory, for every family alike.
+
+    Before the attention runs, its position-free queries search memory and attend to what they find. The result is mixed
+    into the local heads as soon as these are there: in transformers' attention interface, or, in families that do not
+    use it, before the output projection. Outside of a run with a ``Reading`` the module is what it was.
+
+    Args:
+        attention: a SideNet's own, or that of the backbone's mirror.
+        family: of the backbone.
+        layer: the remembered backbone layer that is searched.
+        place: its place among the remembered layers.
+        fusion: how local and memory attention are mixed.
+        gate: returns the logits (H,) of this layer's heads.
+        project: gives the position-free projections of a call of ``attention``.
+
+    Raises:
+        BackboneError: if the fusion needs the local scores and the module does not give them.
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        family: Family,
+        layer: int,
+        place: int,
+        fusion: Fusion,
+        gate: Callable[[], Tensor],
+        project: Callable[[Call], QKV],
+    ) -> None:
+        self.layer, self.place, self.fusion = layer, place, fusion
+        self.gate, self.project = gate, project
+        self.num_heads = int(family.config.num_attention_heads)
+        name = type(attention).__name__
+        if name not in ADAPTERS or name == "AlibiGPTAttention":
+            _through_interface(attention)
+        elif fusion != "gate":
+            raise BackboneError(
+                f'fusion "{fusion}" needs the local scores, which {name} does not give; use fusion "gate"'
+            )
+        attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+        family.output_projection(attention).register_forward_pre_hook(self._before_output)
+
+    def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        run = current_run()
+        if run is None or run.reading is None:
+            return
+        reading: Reading = run.reading
+        qkv = self.project(Call.record(module, args, kwargs))
+        # a memory of one layer need not know the argument
+        which = {"layer": self.place} if self.place else {}
+        retrieved = reading.memory.search(qkv.queries.detach(), reading.num_chunks, reading.rows, **which)
+        found = memory_attention(qkv.queries, retrieved, scaling=qkv.scaling, softcap=qkv.softcap)
+        read = reading.reads[self.place] = LayerRead(self.layer, retrieved)
+        if reading.explain:
+            read.parts = chunk_parts(qkv.queries, retrieved, found.lse, scaling=qkv.scaling, softcap=qkv.softcap)
+        reading._pending = (self, qkv, found)
+
+    def _before_output(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
+        """For families that do not use the attention interface."""
+        run = current_run()
+        if run is None or run.reading is None or run.reading._pending is None:
+            return None
+        local_out = args[0].unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        fused = fuse_pending(run, local_out, None)
+        return (fused.transpose(1, 2).flatten(2), *args[1:])
+
+
+def fuse_pending(run: BackboneRun, local_out: Tensor, lse: Callable[[], Tensor] | None) -> Tensor:
+    """Mix what the layer that is running has found in memory into its local heads (B, H, T, D).
+
+    Args:
+        lse: computes the log-sum-exp (B, H, T) of the local scores; None where the family does not give them.
+    """
+    reading: Reading = run.reading
+    assert reading._pending is not None
+    reader, _, memory = reading._pending
+    reading._pending = None
+    fused: Fused
+    if reader.fusion == "gate":
+        fused = fuse(local_out, memory.out, memory.found, reader.gate())
+    else:
+        assert lse is not None
+        fused = fuse_softmax(local_out, lse(), memory.out, memory.lse, memory.found, reader.gate())
+    reading.reads[reader.place].share = fused.share.detach()
+    return fused.out
+
+
+def _through_interface(attention: Any) -> None:
+    """Let a module's local attention be followed by fusion; it keeps the implementation that its model has."""
+    original = attention.config
+    attention.config = copy.deepcopy(original)
+    attention.config._attn_implementation = _FUSED
+    # a plain attribute, not a submodule or parameter: the config that says which implementation the model wants
+    attention.__dict__["_longmem_config"] = original
+
+
+def _attend_and_fuse(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The model's own attention; then, in a call that reads memory, fusion."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    wanted = module.__dict__["_longmem_config"]._attn_implementation
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(wanted, eager)
+    out, weights = attend(module, query, key, value, attention_mask, **kwargs)
+    run = current_run()
+    if run is None or run.reading is None or run.reading._pending is None:
+        return cast(Tensor, out), weights
+    scaling = scaling_of(module, query, kwargs)
+    lse = functools.partial(local_lse, query, key, attention_mask, scaling=scaling, softcap=kwargs.get("softcap"))
+    return fuse_pending(run, out.transpose(1, 2), lse).transpose(1, 2), weights
+
+
+_FUSED = "longmem_fused"
+AttentionInterface.register(_FUSED, _attend_and_fuse)
+
+
+def gate_slice(gate: Tensor, place: int, heads: int) -> Tensor:
+    """(H,) logits of one remembered layer in the gate of all, (n*H,)."""
+    return gate[place * heads : (place + 1) * heads]
+
+
+@torch.no_grad()
+def shares_of(gate: Tensor) -> Tensor:
+    """(n*H,): the sigmoid of the gate. With ``fusion="gate"`` the share that every token that finds something gives."""
+    return torch.sigmoid(gate.detach().float())
