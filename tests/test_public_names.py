@@ -67,19 +67,19 @@ def saved_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "first_lines",
     [
-        "import longmem\nfrom transformers import AutoModelForCausalLM",
-        "from transformers import AutoModelForCausalLM\nimport longmem",
         "from longmem import LongMemConfig\nfrom transformers import AutoModelForCausalLM",
         "from longmem import LongMem\nfrom transformers import AutoModelForCausalLM",
-        "from longmem import MemoryBank\nfrom transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM\nfrom longmem import TrainingFree",
     ],
 )
-def test_auto_classes_load_an_alibi_gpt_after_import_longmem(first_lines: str, saved_backbone: Path) -> None:
+def test_auto_classes_load_an_alibi_gpt_once_a_model_of_ours_is_imported(
+    first_lines: str, saved_backbone: Path
+) -> None:
     code = f"{first_lines}\nimport sys\nprint(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
     assert python(code, str(saved_backbone)).split() == ["AlibiGPTForCausalLM"]
 
 
-@pytest.mark.parametrize("first", ["", "LongMem", "MemTRM", "TrainingFree", "AlibiGPTConfig"])
+@pytest.mark.parametrize("first", ["LongMem", "MemTRM", "TrainingFree", "AlibiGPTConfig"])
 def test_auto_config_knows_all_our_model_types_whichever_came_first(first: str) -> None:
     types = {
         "alibi_gpt": "AlibiGPTConfig",
@@ -88,7 +88,7 @@ def test_auto_config_knows_all_our_model_types_whichever_came_first(first: str) 
         "training_free": "TrainingFreeConfig",
     }
     code = (
-        f"import json, longmem\n{f'from longmem import {first}' if first else ''}\n"
+        f"import json\nfrom longmem import {first}\n"
         "from transformers import AutoConfig, AutoModelForCausalLM\n"
         f"print(json.dumps([type(AutoConfig.for_model(t)).__name__ for t in {list(types)}]))"
     )

@@ -95,7 +95,7 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if home.startswith("longmem.modeling."):
+    if home.startswith(("longmem.modeling.", "longmem.config")):
         for model in _MODELS:
             import_module(model)
     value = globals()[name] = getattr(import_module(home), name)

@@ -14,7 +14,7 @@ from longmem.errors import DataError
 from longmem.memory.bank import MemoryBank
 from longmem.modeling.explain import Explanation
 from longmem.modeling.longmem import LongMem
-from longmem.modeling.output import LongMemOutput
+from longmem.modeling.memory_lm import LongMemOutput
 from longmem.types import ChunkOrigin
 
 AROUND = 12

@@ -18,13 +18,12 @@ from transformers import PreTrainedModel
 from longmem.errors import CheckpointError, ConfigError
 from longmem.evaluation.streaming import Forward, Subject
 from longmem.memory import MemoryBank
-from longmem.modeling.backbone import fingerprint_of
-from longmem.modeling.sidenet import SideRun
+from longmem.modeling.fingerprint import fingerprint_of
+from longmem.modeling.reading import Reading
 from longmem.types import AttentionKV
 
 if TYPE_CHECKING:
     from longmem.modeling.augmented import AugmentedLM
-    from longmem.modeling.backbone import BackboneRun
     from longmem.modeling.longmem import LongMem
     from longmem.modeling.memtrm import MemTRM
     from longmem.modeling.training_free import TrainingFree
@@ -270,35 +269,19 @@ def _together(main: LongMem, systems: Sequence[System], memories: dict[str, Memo
     def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[Sequence[Tensor], AttentionKV]:
         batch = len(input_ids)
 
-        def state(system: System, run: BackboneRun, final: Tensor) -> Tensor:
+        run = backbone.run(input_ids, use_cache=False)
+        assert run.output is not None
+        states = []
+        for system in systems:
             if system.side is None:
-                return final
-            memory = memories.get(system.name)
-            chunks = system.side.config.num_chunks
-            retrieve = None if memory is None else lambda queries: memory.search(queries, chunks, rows)
-            hidden: Tensor = system.side.sidenet(backbone, run, final, retrieve, SideRun())
-            return hidden.to(final.dtype)
-
-        def hand_over(run: BackboneRun, final: Tensor) -> Tensor:
-            return torch.cat([state(system, run, final) for system in systems])
-
-        def norm(hidden: Tensor) -> Tensor:
-            parts = zip(systems, torch.split(hidden, batch), strict=True)
-            return torch.cat([_norm(backbone.normed, system, part) for system, part in parts])
-
-        with backbone.splice(hand_over, None if backbone.family.final_norm is None else norm) as run:
-            logits = _logits(main.backbone.model, input_ids, keep)
+                states.append(run.output.last_hidden_state)
+                continue
+            run.reading = Reading.of(system.side, memories.get(system.name), rows, explain=False)
+            states.append(system.side.read(run))
+        logits = backbone.head(torch.cat(states), run, logits_to_keep=keep).logits[:, -keep:]
         return torch.split(logits, batch), run.kv(None)
 
     return forward
-
-
-def _norm(normed: Callable[[Tensor], Tensor], system: System, hidden: Tensor) -> Tensor:
-    """A SideNet has a final norm of its own."""
-    if system.side is None or system.side.sidenet.final_norm is None:
-        return normed(hidden)
-    mine: Tensor = system.side.sidenet.final_norm(hidden.to(system.side.sidenet.memory_gate.dtype))
-    return mine.to(hidden.dtype)
 
 
 def _logits(model: PreTrainedModel, input_ids: Tensor, keep: int) -> Tensor:

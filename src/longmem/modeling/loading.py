@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 
+import longmem.modeling.alibi_gpt  # noqa: F401  the paper's own backbone, which transformers' Auto classes must know
 from longmem.config import MemoryConfig, nearest
 from longmem.errors import BackboneError, CheckpointError, ConfigError
 from longmem.modeling.families import Family

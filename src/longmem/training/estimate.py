@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedConfig
 
-from longmem.config import LongMemConfig, MemTRMConfig
+from longmem.config import LongMemConfig, MemTRMConfig, side_layout
 from longmem.errors import ConfigError
 from longmem.memory.index import SCORES_AT_ONCE
 from longmem.memory.lookahead import spare_tokens
-from longmem.modeling.families import side_sources
 from longmem.training.hardware import GIB, HARDWARE, Hardware
 from longmem.training.sizes import Sizes
 
@@ -180,7 +179,8 @@ def estimate(what: Recipe | tuple[PreTrainedConfig, Work], hardware: Hardware | 
 
 def adaptation(sizes: Sizes, config: LongMemConfig, work: Work, hardware: Hardware) -> Estimate:
     """A SideNet over a frozen backbone."""
-    sources = side_sources(len(sizes.layers), config.stride)
+    assert config.backbone_config is not None
+    sources = side_layout(config.backbone_config.get_text_config(), config.stride).sources
     trained = sum(sizes.layers[source] for source in sources) + sizes.norm + sizes.heads
     memory = work.memory
     side = sum(sizes.active[source] for source in sources)
