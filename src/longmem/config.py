@@ -247,7 +247,10 @@ class TrainingFreeConfig(AugmentedConfig):
 
 FUSIONS = ("gate", "softmax")
 _SIZES = ("chunk_size", "num_retrieved", "memory_size")
-_PASSED_ON = ("vocab_size", "hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers")
+_PASSED_ON = (
+    "vocab_size", "hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 

@@ -1,0 +1,112 @@
+"""One model for several threads, and several copies of one model."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from tests.family_table import V, make_backbone
+from torch import Tensor
+
+from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
+
+SETTINGS: dict[str, Any] = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 128}
+MODELS = [(LongMem, "gate"), (LongMem, "softmax"), (TrainingFree, "gate"), (TrainingFree, "softmax"), (MemTRM, "gate")]
+
+
+def ids(length: int, seed: int) -> Tensor:
+    return torch.randint(3, V, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def made(kind: Any, fusion: str, family: str = "llama") -> Any:
+    model = kind.from_backbone(make_backbone(family), fusion=fusion, **SETTINGS).eval()
+    with torch.no_grad():
+        model.memory_gate.fill_(2.0)
+    return model
+
+
+def bank_of(model: Any, seed: int) -> MemoryBank:
+    bank = MemoryBank.for_model(model)
+    bank.add(model.encode(ids(64, seed)), documents=[f"tenant {seed}"])
+    return bank
+
+
+@pytest.mark.parametrize(("kind", "fusion"), MODELS)
+def test_threads_that_share_a_model_never_read_each_others_memory(kind: Any, fusion: str) -> None:
+    model, segment = made(kind, fusion), ids(16, seed=99)
+    banks: dict[int | None, MemoryBank | None] = {None: None, **{seed: bank_of(model, seed) for seed in range(3)}}
+
+    def logits(tenant: int | None) -> Tensor:
+        with torch.no_grad():
+            out: Tensor = model(segment, memory=banks[tenant]).logits
+        return out
+
+    def continued(tenant: int | None) -> Tensor:
+        settings: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        out: Tensor = model.generate(segment, memory=banks[tenant], output_logits=True, return_dict_in_generate=True,
+                                     **settings).logits[-1]  # fmt: skip
+        return out
+
+    for ask in (logits, continued):
+        alone = {tenant: ask(tenant) for tenant in banks}
+        assert len({tuple(each.flatten().tolist()) for each in alone.values()}) == len(banks)
+        with ThreadPoolExecutor(4) as pool:
+            asked = [(tenant, pool.submit(ask, tenant)) for _ in range(12) for tenant in banks]
+            for tenant, answer in asked:
+                torch.testing.assert_close(answer.result(), alone[tenant], atol=1e-6, rtol=0)
+
+
+def _by_torch(model: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), _by_torch])
+@pytest.mark.parametrize(("kind", "fusion"), MODELS)
+@pytest.mark.parametrize("used", [False, True])
+def test_a_copy_answers_alike_and_is_its_own(way: Callable[[Any], Any], kind: Any, fusion: str, used: bool) -> None:
+    model, segment = made(kind, fusion), ids(16, seed=99)
+    bank = bank_of(model, 0) if used else None  # a model that has run holds more than one that has not
+    other = way(model)
+    bank = bank_of(model, 0) if bank is None else bank
+    expected = model(segment, memory=bank).logits
+    assert torch.equal(other(segment, memory=bank).logits, expected)
+    other.memory_gate.fill_(-3.0)
+    assert torch.equal(model(segment, memory=bank).logits, expected)
+    assert not torch.equal(other(segment, memory=bank).logits, expected)
+
+
+@torch.no_grad()
+def test_the_users_own_backbone_stays_free_of_us() -> None:
+    backbone = make_backbone("llama")
+    model = LongMem.from_backbone(backbone, fusion="softmax", **SETTINGS).eval()
+    model(ids(16, 0), memory=bank_of(model, 0))
+    parts = list(backbone.modules())
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+    assert copy.deepcopy(backbone).config._attn_implementation == backbone.config._attn_implementation
+    pickle.dumps(backbone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [LongMem, TrainingFree])
+def test_hidden_states_and_attentions_come_back(kind: Any) -> None:
+    backbone = make_backbone("llama")
+    backbone.set_attn_implementation("eager")
+    model = kind.from_backbone(backbone, **SETTINGS).eval()
+    asked: dict[str, Any] = {"output_hidden_states": True, "output_attentions": True}
+    expected, found = backbone(ids(8, 0), **asked), model(ids(8, 0), **asked)
+    for name in ("hidden_states", "attentions"):
+        assert len(getattr(found, name)) == len(getattr(expected, name))
+        assert all(torch.equal(a, b) for a, b in zip(getattr(found, name), getattr(expected, name), strict=True))
+    asked |= {"return_dict_in_generate": True, "eos_token_id": None, "pad_token_id": 0}
+    out = model.generate(ids(8, 0), max_new_tokens=2, do_sample=False, **asked)
+    assert len(out.hidden_states) == 2 and len(out.attentions[0]) == 4
