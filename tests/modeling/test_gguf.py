@@ -9,6 +9,7 @@ import torch
 from tests.family_table import C, H, L, V, make_backbone
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from longmem import LongMem
 from longmem.errors import BackboneError
 from longmem.modeling import gguf as module
 from longmem.modeling.gguf import gguf_folder, is_gguf
@@ -100,3 +101,15 @@ def test_a_missing_file_is_said_in_one_line(tmp_path: Path) -> None:
 
 def test_names_of_gguf_files() -> None:
     assert is_gguf("models/Model.GGUF") and not is_gguf("models/gguf")
+
+
+def test_a_file_is_a_backbone_that_is_found_again(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGMEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(file.parent)
+    model = LongMem.from_backbone(file.name, num_retrieved=8)
+    model.save_pretrained(tmp_path / "side")
+    monkeypatch.chdir(tmp_path)
+    loaded = LongMem.from_pretrained("side")
+    assert loaded.config.backbone_name_or_path == str(file)
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)

@@ -11,9 +11,9 @@ import torch
 from tests.family_table import make_backbone
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
 from longmem import LongMem, TrainingFree
 from longmem.errors import BackboneError, ConfigError
+from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
 from longmem.modeling.loading import load_backbone
 
 
@@ -57,8 +57,12 @@ def test_a_backbone_named_by_a_relative_path_is_found_from_any_folder(
 def test_what_is_needed_to_find_a_backbone_is_remembered(tmp_path: Path) -> None:
     make_backbone("llama").save_pretrained(tmp_path / "root" / "deep" / "bb")
     TrainingFree.from_backbone(tmp_path / "root", subfolder="deep/bb").save_pretrained(tmp_path / "free")
-    LongMem.from_backbone(tmp_path / "root", backbone_kwargs={"subfolder": "deep/bb"}).save_pretrained(tmp_path / "side")
-    assert LongMem.from_pretrained(tmp_path / "side").accepts(TrainingFree.from_pretrained(tmp_path / "free").fingerprint)
+    LongMem.from_backbone(tmp_path / "root", backbone_kwargs={"subfolder": "deep/bb"}).save_pretrained(
+        tmp_path / "side"
+    )
+    assert LongMem.from_pretrained(tmp_path / "side").accepts(
+        TrainingFree.from_pretrained(tmp_path / "free").fingerprint
+    )
 
 
 @pytest.mark.parametrize("kind", [LongMem, TrainingFree])

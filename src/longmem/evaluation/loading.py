@@ -12,6 +12,7 @@ import torch
 
 from longmem.errors import CheckpointError, ConfigError, DataError
 from longmem.evaluation.systems import Comparison
+from longmem.modeling.gguf import gguf_folder, is_gguf
 
 KINDS = {"longmem": "LongMem", "memtrm": "MemTRM", "training_free": "training-free model"}
 """By ``model_type`` of a config file; any other is a causal language model."""
@@ -144,11 +145,15 @@ def load_tokenizer(path: str, model: Any = None) -> Any:
 
 
 def checkpoint_folder(path: str) -> str:
-    """The folder with the model: a run folder stands for its ``final/``; a hub id stays as it is.
+    """The folder with the model: a run folder stands for its ``final/``, a GGUF file for what it is converted to.
+
+    A hub id stays as it is.
 
     Raises:
         CheckpointError: the folder holds no model.
     """
+    if is_gguf(path):
+        return str(gguf_folder(path))
     folder = Path(path)
     if not folder.exists():
         if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/"):

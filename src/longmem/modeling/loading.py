@@ -21,6 +21,7 @@ from longmem.config import MemoryConfig, nearest
 from longmem.errors import BackboneError, CheckpointError, ConfigError
 from longmem.modeling.families import Family
 from longmem.modeling.fingerprint import fingerprint_of, legacy_fingerprint, same_weights, sketch_of
+from longmem.modeling.gguf import gguf_folder, is_gguf
 from longmem.modeling.placement import check_bitsandbytes, quantization
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
@@ -217,7 +218,7 @@ def load_backbone(
     """``AutoModelForCausalLM.from_pretrained`` with one clear line where it fails; threads load one after the other.
 
     Args:
-        name: folder or hub id.
+        name: folder, ``.gguf`` file or hub id.
         revision: of a hub id.
         dtype: None is as stored.
         quantised: ``quantization_config`` of the backbone that a SideNet was trained over, to load this one alike.
@@ -232,6 +233,7 @@ def load_backbone(
         settings = quantised if isinstance(quantised, dict) else quantised.to_dict()
         check_bitsandbytes(str(settings.get("quant_method", "")))
         kwargs.setdefault("quantization_config", AutoQuantizationConfig.from_dict(dict(settings)))
+    name = str(gguf_folder(name)) if is_gguf(name) else name
     try:
         with _LOADING:
             return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(name, revision=revision, **kwargs))
