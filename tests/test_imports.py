@@ -15,8 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "longmem"
 
 # `get_text_config` asks for the cache view when transformers sizes a cache, long after both modules are imported.
-# `generate` asks for a window and a session when it is called.
-LATE = {("config", "modeling"), ("modeling", "generation")}
+LATE = {("config", "modeling")}
 # The public names, the command `python -m longmem` and the hook for the Auto classes stand outside of the layers.
 OUTSIDE = {"__init__", "__main__", "_auto"}
 

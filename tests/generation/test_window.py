@@ -153,26 +153,19 @@ def test_sampling_and_several_sequences_of_one_prompt(llama: LongMem) -> None:
         llama.generate(ids(2, 8), memory=session, num_return_sequences=2, do_sample=True, max_new_tokens=20, **WINDOW)
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_beams_read_a_long_prompt_into_memory_and_need_room_for_the_rest(llama: LongMem, rows: int) -> None:
-    settings = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 7, **WINDOW, **GREEDY}
-    bank = bank_of(llama, rows)
-    cached = llama.generate(ids(rows, 20), memory=bank, **settings)
-    assert torch.equal(cached, llama.generate(ids(rows, 20), memory=bank, use_cache=False, **settings))
-    assert cached.shape == (2 * rows, 27)
-    one = llama.generate(ids(rows, 20), memory=bank, **{**settings, "num_beams": 1, "num_return_sequences": 1})
-    assert not torch.equal(one, cached[::2])  # beams have found something else
-    with pytest.raises(ConfigError, match="19 more tokens do not fit a window of 12 behind a prompt of 20"):
-        llama.generate(ids(rows, 20), memory=bank, **{**settings, "max_new_tokens": 20})
+BEAMS = {"num_beams": 3}
+LOOKUP = {"prompt_lookup_num_tokens": 3}
 
 
-def test_assisted_and_prompt_lookup_decoding_of_a_long_prompt_are_greedy_decoding(llama: LongMem) -> None:
-    prompt = ids(1, 11).repeat(1, 2)  # something to look up; 14 of it stay in the window, which 6 more do not fill
-    settings = {"max_new_tokens": 6, "memory": bank_of(llama), "window": 20, "window_move": 8, **GREEDY}
-    greedy = llama.generate(prompt, **settings)
-    assert torch.equal(llama.generate(prompt, prompt_lookup_num_tokens=3, **settings), greedy)
-    assert torch.equal(llama.generate(prompt, assistant_model=llama.backbone.model, **settings), greedy)
-    assert torch.equal(llama.generate(prompt, assistant_model=longmem("llama"), **settings), greedy)
+@pytest.mark.parametrize(
+    ("mode", "says"), [(BEAMS, "beam search takes back"), (LOOKUP, "assisted generation takes back")], ids=str
+)
+def test_what_takes_tokens_back_must_fit_the_window(llama: LongMem, mode: dict[str, int], says: str) -> None:
+    settings = {**WINDOW, **GREEDY, **mode, "memory": bank_of(llama)}
+    fits = llama.generate(ids(1, 6), max_new_tokens=6, **settings)
+    assert torch.equal(fits, llama.generate(ids(1, 6), max_new_tokens=6, **{**settings, "window": None}))
+    with pytest.raises(ConfigError, match=says):
+        llama.generate(ids(1, 6), max_new_tokens=8, **settings)
 
 
 def test_what_stands_behind_the_end_of_a_text_is_not_remembered(llama: LongMem) -> None:
@@ -311,8 +304,8 @@ def test_embeddings_and_filled_caches_cannot_leave_the_window(llama: LongMem) ->
     embeds = llama.get_input_embeddings()(ids(1, 5))
     fits = llama.generate(inputs_embeds=embeds, max_new_tokens=6, **WINDOW, **GREEDY)
     assert torch.equal(fits, llama.generate(ids(1, 5), max_new_tokens=6, **GREEDY)[:, 5:])
-    with pytest.raises(ConfigError, match="inputs_embeds cannot go beyond the window"):
+    with pytest.raises(ConfigError, match="token ids behind inputs_embeds are unknown"):
         llama.generate(inputs_embeds=embeds, max_new_tokens=20, **WINDOW, **GREEDY)
     first = llama.generate(ids(1, 5), max_new_tokens=4, return_dict_in_generate=True, **WINDOW, **GREEDY)
-    with pytest.raises(ConfigError, match="past_key_values with tokens in it cannot go beyond the window"):
+    with pytest.raises(ConfigError, match="behind past_key_values with tokens in it are"):
         llama.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=20, **WINDOW, **GREEDY)

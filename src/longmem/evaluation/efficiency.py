@@ -28,7 +28,7 @@ from longmem.evaluation.efficiency_run import (
     why_not,
 )
 from longmem.evaluation.results import RunHeader
-from longmem.generation.policy import positions
+from longmem.generation.reading import positions
 from longmem.modeling.longmem import LongMem
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)

@@ -22,7 +22,8 @@ from transformers.cache_utils import DynamicLayer
 
 from longmem.errors import ConfigError
 from longmem.evaluation.efficiency_names import FULL, LONGMEM
-from longmem.generation.policy import WindowPolicy, positions
+from longmem.generation.reading import positions
+from longmem.generation.window import WindowPolicy
 from longmem.memory.session import SessionMemory
 from longmem.modeling.longmem import LongMem
 
@@ -153,7 +154,7 @@ class Setting:
             ConfigError: lists every setting that breaks a rule.
         """
         given = {"window": window, **({} if memory_size is None else {"session_tokens": memory_size})}
-        policy = WindowPolicy.of(_Wanted(**given), model, model.config.chunk_size)
+        policy = WindowPolicy.of(_Wanted(**given), model, None)
         assert policy is not None
         problems = [
             f"{name} ({value}) must be at least {least}"

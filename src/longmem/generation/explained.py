@@ -10,7 +10,6 @@ from torch import Tensor
 
 from longmem.errors import StoreError
 from longmem.generation.pieces import Pieces
-from longmem.modeling.explain import ChunkReading, Explanation
 from longmem.types import ChunkOrigin
 
 AROUND = 12
@@ -29,7 +28,7 @@ class Readings(list[Any]):
         super().__init__()
         self._most = most_chunks
 
-    def append(self, explanation: Explanation) -> None:
+    def append(self, explanation: Any) -> None:
         share = float(explanation.share[0, :, -1].mean())
         super().append((share, [each for each in explanation.token(-1, top=self._most) if each.share > 0]))
 
@@ -111,7 +110,7 @@ class Speller:
         self._around = around
         self._known: dict[ChunkOrigin, tuple[str, str, str]] = {}
 
-    def found(self, chunk: ChunkReading) -> FoundChunk:
+    def found(self, chunk: Any) -> FoundChunk:
         """With the chunk's own text and some more on either side."""
         origin = chunk.origin
         if origin not in self._known:

@@ -1,6 +1,6 @@
-"""Encode pieces of text and write them to a session.
+"""Encode text piece by piece and write it to a session.
 
-b pieces encoded together · t tokens of a piece
+t tokens of a piece
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError
-from longmem.generation.policy import positions
 from longmem.types import AttentionKV
 
 TOKENS_AT_ONCE = 8192  # encoded together: enough to keep a device busy, little beside what a forward pass holds
 LONGEST_DEFAULT_SEGMENT = 1024  # the paper's window
 
 THIS_TEXT = "(this text)"
-"""The document that a text's own earlier part is found under."""
+"""The document name of a text's own earlier part."""
 
 
-class Writable(Protocol):
-    """What is needed of a session."""
+class Session(Protocol):
+    """What is needed of a session: ``SessionMemory``, one over a store, or ``BankRows`` of sessions."""
 
     rows: int
 
@@ -40,10 +39,6 @@ class Writable(Protocol):
 
     def end_document(self, rows: Tensor | None = None) -> None: ...
 
-
-class Followed(Writable, Protocol):
-    """A session that knows which text each row is in the middle of."""
-
     def followed(self, row: int) -> Tensor: ...
 
     def follow(self, row: int, ids: Tensor) -> None: ...
@@ -51,13 +46,13 @@ class Followed(Writable, Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens that move to memory together.
+    """Tokens that are encoded and written together.
 
     Attributes:
-        row: of the session.
-        ids: (t,) context first, then what is written.
-        context: how many of them only lend their context.
-        offset: of the first written token in its text.
+        row: row of the session.
+        ids: (t,) context first, then the tokens to write.
+        context: how many of them are only context.
+        offset: place in the text of the first token to write.
     """
 
     row: int
@@ -66,37 +61,9 @@ class Piece:
     offset: int
 
 
-@torch.no_grad()
-def write(model: Any, session: Writable, pieces: Sequence[Piece], document: str) -> Iterator[int]:
-    """Encode and remember pieces, those of one row in the order given; yields the tokens written so far.
-
-    Args:
-        model: a LongMem, or anything else with ``encode``.
-        session: gets keys and values, and the ids behind them.
-        pieces: of whatever rows; neighbours of equal size are encoded together, equal text once.
-        document: name that the tokens are found under.
-    """
-    written = 0
-    for batch in _batches(pieces):
-        stacked = torch.stack([piece.ids for piece in batch]).to(model.device)
-        unique, back = torch.unique(stacked, dim=0, return_inverse=True)
-        kv, context = model.encode(unique), batch[0].context
-        for first, last in _rounds(batch):
-            lines, some = back[first:last], batch[first:last]
-            session.add(
-                AttentionKV(kv.keys[lines, :, context:], kv.values[lines, :, context:]),
-                rows=torch.tensor([piece.row for piece in some]),
-                documents=[document] * len(some),
-                offsets=[piece.offset for piece in some],
-                ids=[piece.ids[context:] for piece in some],
-            )
-        written += sum(len(piece.ids) - context for piece in batch)
-        yield written
-
-
 def read(
     model: Any,
-    session: Writable,
+    session: Session,
     ids: Tensor,
     *,
     document: str,
@@ -105,17 +72,17 @@ def read(
     overlap: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> int:
-    """Read a whole text into a session, segment by segment; it is found under its name from then on.
+    """Read a whole text into a session, segment by segment.
 
     Args:
-        model: a LongMem.
+        model: a model of ours.
         session: a ``SessionMemory``, or one over a store.
-        ids: (t,) the text's tokens.
-        document: its name.
-        row: of the session.
+        ids: (t,) the text's token ids.
+        document: name of the text in provenances.
+        row: row of the session.
         segment: tokens encoded together; None is the backbone's window, at most 1024.
-        overlap: tokens before each segment that it sees.
-        progress: told how many tokens have been read.
+        overlap: tokens before each segment that the segment may attend to.
+        progress: called with the number of tokens read so far.
 
     Returns:
         how many tokens were written.
@@ -134,20 +101,20 @@ def read(
 
 
 def remember(
-    model: Any, session: Followed, ids: Tensor, *, row: int = 0, segment: int | None = None, overlap: int = 0
+    model: Any, session: Session, ids: Tensor, *, row: int = 0, segment: int | None = None, overlap: int = 0
 ) -> int:
-    """Write the rest of a text to its session: what ``generate`` has left in the local window.
+    """Write the part of a text to its session that ``generate`` has left in the local window.
 
-    With it the session holds the whole text, and a session over a store can be committed as a whole. ``generate`` may
-    go on with the text afterwards; its window then begins with what is new.
+    Afterwards the session holds the whole text, so a session over a store can be committed. ``generate`` may go on
+    with the text; its window then begins after what is written.
 
     Args:
-        model: a LongMem.
-        session: that of the text.
-        ids: (t,) the whole text's tokens, those that have moved already included.
-        row: of the session.
+        model: a model of ours.
+        session: the session that ``generate`` was given.
+        ids: (t,) the token ids of the whole text, including the part that is in the session already.
+        row: row of the session.
         segment: tokens encoded together, see ``read``.
-        overlap: tokens before each segment that it sees.
+        overlap: tokens before each segment that the segment may attend to.
 
     Returns:
         how many tokens were written.
@@ -158,9 +125,46 @@ def remember(
         known = known[:0]
     pieces = cut(ids, len(known), len(ids), _segment(model, segment, overlap), overlap, row)
     written = max(write(model, session, pieces, THIS_TEXT), default=0)
-    session.end_document(only)  # so that its last tokens are found, too
+    session.end_document(only)  # closes the last chunk, so that it is found although it is not full
     session.follow(row, ids)
     return written
+
+
+@torch.no_grad()
+def write(model: Any, session: Session, pieces: Sequence[Piece], document: str) -> Iterator[int]:
+    """Encode and write pieces, those of one row in the order given; yields the number of tokens written so far."""
+    written = 0
+    for batch in _batches(pieces):
+        # several sequences of one prompt bring the same text: it is encoded once
+        unique, lines = torch.unique(torch.stack([piece.ids for piece in batch]), dim=0, return_inverse=True)
+        kv, context = model.encode(unique.to(model.device)), batch[0].context
+        for piece, line in zip(batch, lines.tolist(), strict=True):
+            one = slice(line, line + 1)
+            session.add(
+                AttentionKV(kv.keys[one, :, context:], kv.values[one, :, context:]),
+                rows=torch.tensor([piece.row]),
+                documents=[document],
+                offsets=[piece.offset],
+                ids=[piece.ids[context:]],
+            )
+            written += len(piece.ids) - context
+        yield written
+
+
+def cut(ids: Tensor, begin: int, end: int, size: int, overlap: int, row: int) -> list[Piece]:
+    """Tokens ``[begin, end)`` of a text (t,) in pieces of ``size``; the last one may be shorter."""
+    pieces = []
+    for start in range(begin, end, size):
+        context = min(overlap, start)
+        pieces.append(Piece(row, ids[start - context : min(start + size, end)], context, start))
+    return pieces
+
+
+def positions(model: Any) -> int | None:
+    """The longest text that the backbone was made for; None where its architecture knows no limit."""
+    config = model.backbone.model.config.get_text_config(decoder=True)
+    found = getattr(config, "max_position_embeddings", None)
+    return int(found) if isinstance(found, int) and found > 0 else None
 
 
 def _segment(model: Any, segment: int | None, overlap: int) -> int:
@@ -168,17 +172,10 @@ def _segment(model: Any, segment: int | None, overlap: int) -> int:
     if segment is None:
         segment = min(LONGEST_DEFAULT_SEGMENT, (limit or LONGEST_DEFAULT_SEGMENT) - overlap)
     if segment < 1 or overlap < 0 or (limit is not None and segment + overlap > limit):
-        raise ConfigError(f"segment ({segment}) and overlap ({overlap}) must fit the backbone's {limit} positions")
+        raise ConfigError(
+            f"segment ({segment}) and overlap ({overlap}) must fit the backbone's {limit} positions; make one smaller"
+        )
     return segment
-
-
-def cut(ids: Tensor, begin: int, end: int, size: int, overlap: int, row: int) -> list[Piece]:
-    """Tokens ``[begin, end)`` of a text (t,) in pieces of ``size``, the last one perhaps shorter."""
-    pieces = []
-    for start in range(begin, end, size):
-        context = min(overlap, start)
-        pieces.append(Piece(row, ids[start - context : min(start + size, end)], context, start))
-    return pieces
 
 
 def _batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
@@ -192,14 +189,3 @@ def _batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
         batch.append(piece)
     if batch:
         yield batch
-
-
-def _rounds(batch: Sequence[Piece]) -> Iterator[tuple[int, int]]:
-    """Runs ``[first, last)`` in which no row comes twice."""
-    first, seen = 0, set[int]()
-    for place, piece in enumerate(batch):
-        if piece.row in seen:
-            yield first, place
-            first, seen = place, set()
-        seen.add(piece.row)
-    yield first, len(batch)

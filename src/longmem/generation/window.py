@@ -1,6 +1,6 @@
-"""The local window of a running ``generate``: what has left it is in memory, what is left is read from its beginning.
+"""The local window of a running ``generate``: the oldest tokens of a text that outgrows it move to memory.
 
-B rows of the batch · T tokens generated or given so far · W window
+B rows of the batch · T tokens of the text so far · t tokens that the model sees next
 """
 
 from __future__ import annotations
@@ -14,21 +14,87 @@ from torch import Tensor
 from transformers import Cache, StoppingCriteriaList
 
 from longmem.errors import ConfigError, MemoryBankError
-from longmem.generation.memories import is_session
-from longmem.generation.policy import WindowPolicy
-from longmem.generation.reading import THIS_TEXT, cut, write
+from longmem.generation.reading import THIS_TEXT, cut, positions, write
 from longmem.memory.rows import BankRows
 from longmem.memory.session import SessionMemory
 from longmem.types import Memory
 
 
 @dataclass(frozen=True)
+class WindowPolicy:
+    """The window's part of ``LongMemGenerationConfig`` with the defaults filled in.
+
+    Attributes:
+        window: most tokens attended to directly.
+        move: oldest tokens that move together.
+        overlap: tokens before those that move that their keys and values may see.
+        session_tokens: most tokens that moved text takes in memory.
+    """
+
+    window: int
+    move: int
+    overlap: int
+    session_tokens: int
+
+    @classmethod
+    def of(cls, settings: Any, model: Any, memory: Memory | None) -> WindowPolicy | None:
+        """The policy for a model and its memory; None where nothing limits the text.
+
+        Raises:
+            ConfigError: lists every setting that breaks a rule.
+        """
+        chunk = model.config.chunk_size if memory is None else memory.chunk_size
+        limit = positions(model)
+        window = getattr(settings, "window", None)
+        if window is None:
+            window = limit
+        if window is None:
+            return None
+        move = getattr(settings, "window_move", None)
+        if move is None:
+            move = max(chunk, window // 2 // chunk * chunk)
+        overlap = getattr(settings, "window_overlap", 0)
+        capacity = getattr(settings, "session_tokens", None)
+        if capacity is None:
+            capacity = model.config.memory_size // chunk * chunk
+        policy = cls(int(window), int(move), int(overlap), int(capacity))
+        if problems := policy._problems(chunk, limit):
+            raise ConfigError(problems)
+        return policy
+
+    def pieces_over(self, local: int) -> int:
+        """How many pieces must move so that ``local`` tokens fit the window."""
+        return max(0, -(-(local - self.window) // self.move))
+
+    def _problems(self, chunk: int, limit: int | None) -> list[str]:
+        window, move, overlap, capacity = self.window, self.move, self.overlap, self.session_tokens
+        left, found = max(0, window - move), []
+        if window < 2 * chunk:
+            found.append(f"window ({window}) must hold two chunks of {chunk} tokens; try {2 * chunk}")
+        elif limit is not None and window > limit:
+            found.append(f"window ({window}) must not exceed the backbone's {limit} positions; try {limit}")
+        if move < 1 or move % chunk:
+            tries = max(chunk, round(move / chunk) * chunk)
+            found.append(f"window_move ({move}) must be a multiple of the memory's chunk size ({chunk}); try {tries}")
+        elif move >= window:
+            found.append(f"window_move ({move}) must leave something in the window ({window}); try {window // 2}")
+        if not 0 <= overlap <= left:
+            found.append(f"window_overlap ({overlap}) must lie in 0..{left}: the window less the {move} that move")
+        if capacity < chunk or capacity % chunk:
+            tries = max(chunk, capacity // chunk * chunk)
+            found.append(
+                f"session_tokens ({capacity}) must be a multiple of the memory's chunk size ({chunk}); try {tries}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
 class LocalInputs:
-    """What the model is to see next.
+    """What the model sees next.
 
     Attributes:
         input_ids: (B, t).
-        attention_mask: (B, t or cached + t), 0 at pads; None where there are none.
+        attention_mask: (B, cached + t), 0 at pads; None where there are none.
         position_ids: (B, t).
         next_sequence_length: how many of the ids are new to the cache; None is all of them.
     """
@@ -42,18 +108,16 @@ class LocalInputs:
 class LocalWindow:
     """Cuts every input of the model to the window and moves what is older to the session.
 
-    How much of a row has moved depends on how long its text is and on nothing else; rows of different lengths are
-    left-padded. So a row of a batch is that row alone, and going on later is going on now.
+    How much of a row has moved depends on the length of its text alone; rows of different lengths are left-padded. So
+    a row of a batch is that row alone, and generating in two calls is generating in one.
 
     Args:
-        model: whose ``encode`` makes keys and values.
+        model: its ``encode`` makes keys and values.
         session: is written.
         rows: the session's row of every batch row.
         policy: how long the window is, and how much moves.
         input_ids: (B, T), the prompts, left-padded.
         attention_mask: (B, T), or None.
-        room: tokens that must fit behind the prompts because text cannot move once it has begun to differ; 0 where
-            it can.
     """
 
     def __init__(
@@ -64,79 +128,59 @@ class LocalWindow:
         policy: WindowPolicy,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        room: int,
     ) -> None:
         self.model, self.session, self.rows, self.policy = model, session, list(rows), policy
         self._width = input_ids.shape[1]
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         self._prompts = [line[keep.bool()] for line, keep in zip(input_ids, real, strict=True)]
         self._starts = [self._already_written(row, ids) for row, ids in zip(self.rows, self._prompts, strict=True)]
-        self._done: Tensor | None = None
-        self._begun = False
-        self._moves = room == 0
-        for ids, start in zip(self._prompts, self._starts, strict=True):
-            pieces = policy.pieces_over(len(ids) - start + room)
-            if len(ids) - start - pieces * policy.move < 1:
-                raise ConfigError(
-                    f"{room} more tokens do not fit a window of {policy.window} behind a prompt of {len(ids)}: beams "
-                    "and assistants cannot move text to memory on the way; use a larger window, fewer new tokens, or "
-                    "num_beams=1 without an assistant"
-                )
-        self._move(input_ids, 0, room)
+        self._ended = [False] * len(self.rows)
+        self._cached = False  # whether the cache holds the window's beginning
+        self._move(input_ids)
 
     def inputs(self, input_ids: Tensor, cache: Cache | None, next_sequence_length: int | None) -> LocalInputs:
         """What to feed for texts (B, T) that begin with the prompts; moves what no longer fits."""
-        grown = input_ids.shape[1] - self._width
-        if self._moves and self._move(input_ids, grown, 0):
-            self._begun = False
-        lengths = [len(ids) + grown - start for ids, start in zip(self._prompts, self._starts, strict=True)]
+        moved = self._move(input_ids)
+        lengths = self._lengths(input_ids)
         width = max(lengths)
-        afresh = not self._begun or cache is None or next_sequence_length is None
-        if afresh and cache is not None:
-            cache.reset()
-        self._begun = True
         pads = torch.tensor([[width - length] for length in lengths], device=input_ids.device)
         place = torch.arange(width, device=input_ids.device)
         mask = (place >= pads).long() if min(lengths) < width else None
-        if not afresh:
-            assert next_sequence_length is not None
-            positions = (place[-next_sequence_length:] - pads).clamp(min=0)
-            return LocalInputs(input_ids, mask, positions, next_sequence_length)
-        local = torch.zeros(len(lengths), width, dtype=input_ids.dtype, device=input_ids.device)
+        if self._cached and not moved and cache is not None and next_sequence_length is not None:
+            new = (place[-next_sequence_length:] - pads).clamp(min=0)
+            return LocalInputs(input_ids, mask, new, next_sequence_length)
+        if cache is not None:
+            cache.reset()
+        self._cached = True
+        local = input_ids.new_zeros(len(lengths), width)
         for line, length in enumerate(lengths):
             local[line, width - length :] = self._text(input_ids, line)[-length:]
         return LocalInputs(local, mask, (place - pads).clamp(min=0), None)
 
-    def hidden(self, line: int = 0) -> int:
-        """How many tokens of the prompt of a batch row the model does not see directly."""
-        return self._starts[line] + self._width - len(self._prompts[line])
-
     def watched(self, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
-        """The same criteria, which also tell the window what has ended: pads behind an end are nobody's text."""
-        return _Watched(criteria, self._note_done)
+        """The same criteria, which also tell the window which rows have ended: the pads after an end are no text."""
+        return _Watched(criteria, self._note_ended)
 
-    def _note_done(self, done: Tensor) -> None:
-        self._done = done if self._done is None else self._done | done
+    def _note_ended(self, done: Tensor) -> None:
+        self._ended = [before or now for before, now in zip(self._ended, done.tolist(), strict=True)]
+
+    def _lengths(self, input_ids: Tensor) -> list[int]:
+        """Tokens of each row that have not moved."""
+        grown = input_ids.shape[1] - self._width
+        return [len(ids) + grown - start for ids, start in zip(self._prompts, self._starts, strict=True)]
 
     def _text(self, input_ids: Tensor, line: int) -> Tensor:
-        """All real tokens of a row."""
+        """(T,) all tokens of a row without its pads."""
         return torch.cat((self._prompts[line], input_ids[line, self._width :]))
 
-    def _move(self, input_ids: Tensor, grown: int, room: int) -> bool:
-        """Move what no longer fits, piece after piece of all rows in turn; whether anything moved."""
-        counts = [
-            self.policy.pieces_over(len(ids) + grown - start + room)
-            for ids, start in zip(self._prompts, self._starts, strict=True)
-        ]
-        if not any(counts):
-            return False
-        ended = [False] * len(counts) if self._done is None else self._done.tolist()
-        turns, written = [], set[int]()
+    def _move(self, input_ids: Tensor) -> bool:
+        """Move what no longer fits, the first piece of every row first; returns whether anything moved."""
+        counts = [self.policy.pieces_over(length) for length in self._lengths(input_ids)]
+        turns = []
         for line, count in enumerate(counts):
             row, begin = self.rows[line], self._starts[line]
             self._starts[line] += count * self.policy.move
-            if count and not ended[line] and row not in written:
-                written.add(row)  # beams share the row of their prompt, which is written once
+            if count and not self._ended[line]:
                 text = self._text(input_ids, line)
                 turns.append(cut(text, begin, self._starts[line], self.policy.move, self.policy.overlap, row))
                 self.session.follow(row, text[begin : self._starts[line]])
@@ -144,10 +188,10 @@ class LocalWindow:
         pieces = [some[turn] for turn in range(longest) for some in turns if turn < len(some)]
         for _ in write(self.model, self.session, pieces, THIS_TEXT):
             pass
-        return True
+        return any(counts)
 
     def _already_written(self, row: int, ids: Tensor) -> int:
-        """How much of a text an earlier call has moved; anything else that the session followed is at an end."""
+        """How many tokens of a text an earlier call has moved. Another text ends the one before it."""
         known = self.session.followed(row)
         if len(known) < len(ids) and torch.equal(known, ids[: len(known)].cpu()):
             return len(known)
@@ -173,46 +217,48 @@ def open_window(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     settings: Any,
-    *,
-    copies: int,
-    moves: bool,
 ) -> LocalWindow | None:
-    """The window of a ``generate`` about to start; None where all of it fits and no session follows it.
+    """The window of a ``generate`` about to start; None where the whole text fits and no session follows it.
 
     Args:
-        model: the LongMem that generates.
-        memory: what it reads.
+        model: the model that generates.
+        memory: what it reads; a session is written, too.
         memory_rows: (B,) the memory's row of every batch row.
-        input_ids: (B, T) prompts, each ``copies`` times.
+        input_ids: (B, T) prompts.
         attention_mask: (B, T) or None.
         settings: the generation config, lengths filled in.
-        copies: how often each prompt is there, for beams or several sequences.
-        moves: whether text may move to memory while it is generated. Beams and assisted decoding cannot: what they try
-            is taken back.
 
     Raises:
-        ConfigError: if the settings of the window contradict each other, or too little room is left.
+        ConfigError: if the settings of the window contradict each other.
         MemoryBankError: if two sequences would be written to one row of the caller's session.
     """
-    session = memory if is_session(memory) else None
-    chunk_size = model.config.chunk_size if memory is None else memory.chunk_size
-    policy = WindowPolicy.of(settings, model, chunk_size)
+    policy = WindowPolicy.of(settings, model, memory)
     longest = settings.max_length - 1  # the last token is not read
+    session = _session(memory)
     if policy is None or (session is None and longest <= policy.window):
         return None
-    room = 0 if moves else longest - input_ids.shape[1]
-    if session is not None:
-        assert memory_rows is not None
+    rows = list(range(input_ids.shape[0]))
+    if session is None:
+        chunk = model.config.chunk_size if memory is None else memory.chunk_size
+        capacity = min(policy.session_tokens, -(-longest // chunk) * chunk)
+        session = SessionMemory.for_model(model, memory, len(rows), capacity, memory_rows)
+    elif memory_rows is not None:
         rows = memory_rows.tolist()
-        if moves and len(set(rows)) < len(rows) and longest > policy.window:
+        if len(set(rows)) < len(rows) and longest > policy.window:
             raise MemoryBankError(
                 f"the session's rows ({rows}) must each follow one text; give every sequence a row of its own, or pass "
                 "the memory without a session"
             )
-    else:
-        each = 1 if moves else copies  # sequences that differ need rows that differ, beams read their prompt's
-        rows = [line // each for line in range(input_ids.shape[0])]
-        capacity = min(policy.session_tokens, -(-longest // chunk_size) * chunk_size)
-        base_rows = None if memory_rows is None else memory_rows[::each]
-        session = SessionMemory.for_model(model, memory, rows[-1] + 1, capacity, base_rows)
-    return LocalWindow(model, session, rows, policy, input_ids, attention_mask, room)
+    return LocalWindow(model, session, rows, policy, input_ids, attention_mask)
+
+
+def as_memory(memory: Memory | Sequence[Memory | None] | None) -> Memory | None:
+    """A list of banks, one for every prompt, becomes one memory of as many rows."""
+    return BankRows(memory) if isinstance(memory, Sequence) else memory
+
+
+def _session(memory: Memory | None) -> SessionMemory | BankRows | None:
+    """The memory if text may be written to it: a session, or a list of nothing but sessions."""
+    if isinstance(memory, SessionMemory) or (isinstance(memory, BankRows) and memory.writable):
+        return memory
+    return None

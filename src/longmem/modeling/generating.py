@@ -1,12 +1,12 @@
-"""What transformers' own ``generate`` needs to know about memory, and about text longer than the local window.
+"""``MemoryGenerationMixin``: transformers' own ``generate`` with memory, for texts of any length.
 
-The decoding loops stay transformers': they see the whole text, the model sees what ``prepare_inputs_for_generation``
-makes of it. Where the text outgrows the window, that is what ``longmem.generation.LocalWindow`` says.
+The decoding loops stay transformers': they see the whole text, and the model sees what
+``prepare_inputs_for_generation`` makes of it: the tokens in the local window (``longmem.generation.window``). All that
+a call needs is among its arguments; nothing of it is kept on the model.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,45 +15,19 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, GenerationMixin, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from longmem.config import LongMemGenerationConfig
 from longmem.errors import ConfigError, MemoryBankError
+from longmem.generation.window import LocalWindow, WindowPolicy, as_memory, open_window
 from longmem.types import Memory
 
 if TYPE_CHECKING:
-    from longmem.generation import LocalWindow
     from longmem.modeling.backbone import Backbone
 
-OURS = ("memory", "memory_rows", "explain", "local_window")
-"""Arguments of ours among those of the model, which an assistant model would not know."""
-
-
-def _windowed(name: str, *, moves: bool) -> Any:
-    """transformers' decoding loop of that name, entered with a window where the text needs one.
-
-    Args:
-        moves: whether text may move to memory on the way. Beams and assisted decoding take back what they try.
-    """
-    original = getattr(GenerationMixin, name)
-
-    @functools.wraps(original)  # ``generate`` reads the signature
-    def loop(
-        self: MemoryGenerationMixin,
-        input_ids: Tensor,
-        *,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **kwargs: Any,
-    ) -> Any:
-        window = self._open_window(input_ids, generation_config, kwargs, moves=moves)
-        if window is not None and moves:
-            stopping_criteria = window.watched(stopping_criteria)
-        return original(
-            self, input_ids, stopping_criteria=stopping_criteria, generation_config=generation_config, **kwargs
-        )
-
-    return loop
+OURS = ("memory", "memory_rows", "explain")
+"""Arguments that an assistant model would not know."""
 
 
 class MemoryGenerationMixin(GenerationMixin):
@@ -74,7 +48,7 @@ class MemoryGenerationMixin(GenerationMixin):
         """Continue the prompts (B, T), reading memory.
 
         The caller's memory is never written, unless it is a session. Text that leaves the local window (see
-        ``LongMemGenerationConfig``) goes to a session over it, which is gone when this call ends; pass a
+        ``LongMemGenerationConfig``) goes to a session over it, which is dropped when this call ends; pass a
         ``SessionMemory`` to keep it, and to go on with the same text later.
 
         Args:
@@ -85,17 +59,16 @@ class MemoryGenerationMixin(GenerationMixin):
 
         Raises:
             MemoryBankError: if the memory has neither one row nor one for every prompt and ``memory_rows`` is None.
-            ConfigError: if the settings of the window contradict each other, or what was asked for does not fit it.
+            ConfigError: if the settings of the window contradict each other, or if the text outgrows the window in a
+                way of decoding that cannot move text to memory (beams, assisted decoding, embeddings, a filled cache).
         """
-        from longmem.generation import as_memory
-
         if not isinstance(self.generation_config, LongMemGenerationConfig):
             self.generation_config = LongMemGenerationConfig.over(self.generation_config)
         searched = as_memory(memory)
         if memory_rows is not None:
             memory_rows = torch.as_tensor(memory_rows)
         elif searched is not None:
-            memory_rows = rows_for(searched, _batch(inputs, kwargs))
+            memory_rows = _rows_for(searched, _batch(inputs, kwargs))
         return super().generate(inputs, *args, memory=searched, memory_rows=memory_rows, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(
@@ -109,7 +82,7 @@ class MemoryGenerationMixin(GenerationMixin):
         local_window: LocalWindow | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """What the backbone makes of the text in the window: families differ in masks and positions."""
+        """What the backbone makes of the tokens in the window: families differ in masks and positions."""
         if local_window is not None:
             local = local_window.inputs(input_ids, past_key_values, next_sequence_length)
             input_ids, next_sequence_length = local.input_ids, local.next_sequence_length
@@ -130,106 +103,92 @@ class MemoryGenerationMixin(GenerationMixin):
         if (folder / GENERATION_CONFIG_NAME).is_file():
             self.generation_config = LongMemGenerationConfig.from_pretrained(folder)
 
-    _sample = _windowed("_sample", moves=True)
-    _beam_search = _windowed("_beam_search", moves=False)
-    _assisted_decoding = _windowed("_assisted_decoding", moves=False)
-
-    def _open_window(
-        self, input_ids: Tensor, settings: GenerationConfig, kwargs: dict[str, Any], *, moves: bool
-    ) -> LocalWindow | None:
-        """Put a window, and the session it writes to, among the model's arguments if this run needs one."""
-        from longmem.generation import open_window
-
-        cache = kwargs.get("past_key_values")
-        filled = isinstance(cache, Cache) and cache.get_seq_length() > 0
-        if filled or kwargs.get("inputs_embeds") is not None:
-            _refuse_beyond_window(self, settings, "past_key_values with tokens in it" if filled else "inputs_embeds")
-            return None
-        window = open_window(
-            self,
-            kwargs.get("memory"),
-            kwargs.get("memory_rows"),
-            input_ids,
-            kwargs.get("attention_mask"),
-            settings,
-            copies=max(settings.num_beams or 1, settings.num_return_sequences or 1),
-            moves=moves,
-        )
-        if window is not None:
-            settings.prefill_chunk_size = None  # the window is read at once; what is before it never is
-            rows = torch.tensor(window.rows)
-            kwargs.update(memory=window.session, memory_rows=rows, local_window=window, position_ids=None)
-        return window
-
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: Any, mode: Any, batch_size: int, max_cache_length: int
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
     ) -> Any:
-        """A static cache need not be longer than the window."""
-        from longmem.generation import WindowPolicy
-
-        memory = model_kwargs.get("memory")
-        policy = WindowPolicy.of(
-            generation_config, self, self.config.chunk_size if memory is None else memory.chunk_size
-        )
-        if policy is not None:
-            max_cache_length = min(max_cache_length, policy.window)
+        """No cache need be longer than the window. Here the text's length is known: refuse what cannot outgrow it."""
+        policy = WindowPolicy.of(generation_config, self, model_kwargs.get("memory"))
+        if policy is not None and max_cache_length > policy.window:
+            if reason := _cannot_move(generation_mode, model_kwargs):
+                raise ConfigError(
+                    f"{reason}, so the text ({max_cache_length} tokens) must fit the window ({policy.window}); ask for "
+                    "fewer new tokens, shorten the prompt, or pass input_ids alone and num_beams=1"
+                )
+            max_cache_length = policy.window
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
-            generation_config, model_kwargs, mode, batch_size, max_cache_length
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """An assistant gets the text in the window and no memory: it need not be a LongMem, and is only a guess."""
-        window: LocalWindow | None = kwargs["model_kwargs"].get("local_window")
-        kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k not in OURS}
-        hidden = 0 if window is None or kwargs.get("assistant_model") is None else window.hidden()
-        if not hidden:
-            return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
-        if kwargs["model_kwargs"].get("attention_mask") is not None:
-            kwargs["model_kwargs"]["attention_mask"] = kwargs["model_kwargs"]["attention_mask"][:, hidden:]
-        for name in ("input_ids", "inputs_tensor"):
-            kwargs[name] = kwargs[name][:, hidden:]
-        kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
-        kwargs["generation_config"].max_length -= hidden
-        return _LocalCandidates(super()._get_candidate_generator(*args, **kwargs), hidden)  # type: ignore[misc]
+    @functools.wraps(GenerationMixin._sample)  # ``generate`` reads the signature
+    def _sample(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        *,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' loop, with a window and the session it writes to among the model's arguments if need be."""
+        window = None
+        if not _known_without_ids(kwargs):
+            window = open_window(
+                self,
+                kwargs.get("memory"),
+                kwargs.get("memory_rows"),
+                input_ids,
+                kwargs.get("attention_mask"),
+                generation_config,
+            )
+        if window is not None:
+            generation_config.prefill_chunk_size = None  # the window is read at once; what is before it never is
+            rows = torch.tensor(window.rows)
+            kwargs |= {"memory": window.session, "memory_rows": rows, "local_window": window, "position_ids": None}
+            stopping_criteria = window.watched(stopping_criteria)
+        return super()._sample(  # type: ignore[misc]
+            input_ids,  # type: ignore[arg-type]
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            **kwargs,
+        )
+
+    def _get_candidate_generator(  # type: ignore[override]
+        self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        """An assistant reads no memory: it need not be a model of ours, and only guesses."""
+        known = {name: value for name, value in model_kwargs.items() if name not in OURS}
+        return super()._get_candidate_generator(*args, model_kwargs=known, **kwargs)  # type: ignore[misc]
 
 
-class _LocalCandidates:
-    """A candidate generator that sees a text without its first ``hidden`` tokens."""
-
-    def __init__(self, inner: Any, hidden: int) -> None:
-        self._inner = inner
-        self._hidden = hidden
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        candidates, logits = self._inner.get_candidates(input_ids[:, self._hidden :], **kwargs)
-        return torch.cat((input_ids[:, : self._hidden], candidates), dim=1), logits
-
-    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
-        self._inner.update_candidate_strategy(input_ids[:, self._hidden :], scores, num_matches)
+def _cannot_move(mode: GenerationMode, kwargs: dict[str, Any]) -> str | None:
+    """Why text cannot move to memory while this call runs; None where it can."""
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return f"{mode.value.replace('_', ' ')} takes back what it tries"
+    if known := _known_without_ids(kwargs):
+        return f"the token ids behind {known} are unknown"
+    return None
 
 
-def rows_for(memory: Memory, batch: int) -> Tensor:
-    """(B,) the memory's row of every prompt where nobody says: its own, or the only one."""
+def _known_without_ids(kwargs: dict[str, Any]) -> str | None:
+    """The argument that brings text as something other than token ids."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, Cache) and cache.get_seq_length() > 0:
+        return "past_key_values with tokens in it"
+    return "inputs_embeds" if kwargs.get("inputs_embeds") is not None else None
+
+
+def _rows_for(memory: Memory, batch: int) -> Tensor:
+    """(B,) the memory's row of every prompt where the caller does not say: its own, or the only one."""
     rows = getattr(memory, "rows", batch)
     if rows not in (1, batch):
         raise MemoryBankError(
             f"the memory has {rows} rows, the batch {batch} prompts; pass memory_rows= to say which row each one reads"
         )
     return torch.zeros(batch, dtype=torch.long) if rows == 1 else torch.arange(batch)
-
-
-def _refuse_beyond_window(model: Any, settings: Any, what: str) -> None:
-    from longmem.generation import WindowPolicy
-
-    policy = WindowPolicy.of(settings, model, model.config.chunk_size)
-    if policy is not None and settings.max_length - 1 > policy.window:
-        raise ConfigError(
-            f"{what} cannot go beyond the window ({policy.window} tokens): what leaves it must be known as token ids; "
-            "pass input_ids and no filled cache, or ask for fewer new tokens"
-        )
 
 
 def _batch(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
