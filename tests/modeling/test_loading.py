@@ -132,5 +132,4 @@ def test_other_tools_find_the_backbones_sizes_in_the_config() -> None:
     config = LongMem.from_backbone(make_backbone("llama")).config
     assert (config.vocab_size, config.hidden_size, config.max_position_embeddings) == (97, 32, 128)
     assert config.pad_token_id == 0
-    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        config.nonsense
+    assert not hasattr(config, "nonsense")

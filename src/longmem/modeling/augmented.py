@@ -3,7 +3,7 @@
 The paper's LongMem keeps the model that writes memory apart from the one that reads it. Here they are one and the same:
 a memory layer attends to its segment and to what its position-free queries find, and the layers above go on from there.
 Layers up to the first memory layer never see memory, so with one layer what a segment leaves in memory depends on that
-segment alone; with several, the keys of a later layer depend on what the earlier ones had read.
+segment alone. Keys of a later memory layer would depend on what the earlier ones had read: they are encoded apart.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from longmem.config import AugmentedConfig
-from longmem.modeling.backbone import current_run
+from longmem.modeling.backbone import BackboneRun, current_run
 from longmem.modeling.memory_lm import MemoryLM
 from longmem.modeling.placement import place_of
 from longmem.modeling.probe import QKV, Call
 from longmem.modeling.reading import MemoryReader
+from longmem.types import AttentionKV
 
 
 class AugmentedLM(MemoryLM):
@@ -34,6 +35,18 @@ class AugmentedLM(MemoryLM):
     ) -> None:
         super().__init__(config, backbone, fingerprint=fingerprint)
         self.backbone.attach = self._attach
+
+    def kept(self, run: BackboneRun, input_ids: Tensor | None, attention_mask: Tensor | None) -> AttentionKV:
+        """What a run leaves in memory: with several layers that read, the text is encoded once more without memory.
+
+        Steps of a cached generation do not pay for that: what they give is not written.
+        """
+        if run.reading is None or len(self.memory_layers) == 1 or input_ids is None:
+            return super().kept(run, input_ids, attention_mask)
+        cache = run.output.get("past_key_values") if run.output is not None else None
+        if cache is not None and cache.get_seq_length() > input_ids.shape[1]:
+            return super().kept(run, input_ids, attention_mask)
+        return self.encode(input_ids, attention_mask)
 
     def gate_logits(self) -> Tensor:
         """(n*H,) logits of the shares in the config, infinite at 0 and 1."""

@@ -155,7 +155,7 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
-            kv=run.kv(padding_of(attention_mask, input_ids)),
+            kv=self.kept(run, input_ids, attention_mask),
             reads=reads,
             retrieved=reads[0].retrieved if reads else None,
             share=reads[0].share if reads else None,
@@ -170,6 +170,10 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
         """
         assert run.output is not None
         return cast(Tensor, run.output.last_hidden_state)
+
+    def kept(self, run: BackboneRun, input_ids: Tensor | None, attention_mask: Tensor | None) -> AttentionKV:
+        """What a run leaves in memory: a function of its text alone, whatever it has read."""
+        return run.kv(padding_of(attention_mask, input_ids))
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> AttentionKV:
         """What a segment (B, T) leaves in memory: runs the backbone up to its last memory layer and no further."""

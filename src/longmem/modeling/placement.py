@@ -132,7 +132,8 @@ def copy_module(module: nn.Module) -> nn.Module:
         finally:
             for part, attributes in saved:
                 part.__dict__.update({name: value for name, value in attributes.items() if value is not None})
-    return _dequantised(copied).to(place_of(module))
+    real: nn.Module = _dequantised(copied)
+    return real.to(place_of(module))
 
 
 def real_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,180 @@
+"""Memory of several layers: each has its own keys, its own gates and its own place, in every model and memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.family_table import V, make_backbone
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from longmem import LongMem, LongMemConfig, MemoryBank, MemoryStore, MemTRM, SessionMemory, TrainingFree
+from longmem.errors import BackboneError, ConfigError, MemoryBankError
+
+FAMILIES = {"llama": (1, 3), "gpt2": (1, 3), "gemma2": (1, 3), "qwen3": (1, 3), "alibi_gpt": (1, 3), "lfm2": (2, 5)}
+KINDS = [LongMem, MemTRM, TrainingFree]
+SETTINGS: dict[str, Any] = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
+GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def ids(rows: int = 2, length: int = 12, seed: int = 0) -> Tensor:
+    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=list(FAMILIES), scope="module")
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def model(request: pytest.FixtureRequest, family: str) -> Any:
+    torch.manual_seed(1)
+    made = request.param.from_backbone(make_backbone(family), memory_layers=FAMILIES[family], **SETTINGS).eval()
+    with torch.no_grad():
+        made.memory_gate.normal_()
+    return made
+
+
+def filled(model: Any, segments: Tensor, **settings: Any) -> MemoryBank:
+    bank = MemoryBank.for_model(model, rows=segments.shape[0], capacity_tokens=64, **settings)
+    bank.add(model.encode(segments), documents=["a"] * len(segments))
+    return bank
+
+
+@torch.no_grad()
+def test_one_pass_yields_the_keys_of_all_layers_one_after_the_other(model: Any, family: str) -> None:
+    assert model.memory_layers == FAMILIES[family] and model.memory_gate.shape == (2 * model.num_heads,)
+    kv = model.encode(ids())
+    assert kv.keys.shape == (2, 2 * model.memory_heads, 12, model.memory_head_dim)
+    parts = kv.keys.chunk(2, dim=1)
+    for layer, part in zip(model.memory_layers, parts, strict=True):
+        alone = LongMem.from_backbone(model.backbone.model, memory_layers=layer, stride=1, **SETTINGS)
+        assert torch.equal(alone.encode(ids()).keys, part)
+
+
+@torch.no_grad()
+def test_what_is_remembered_does_not_depend_on_what_was_read(model: Any) -> None:
+    encoded, out = model.encode(ids()), model(ids(), memory=filled(model, ids(seed=1)))
+    assert torch.equal(out.kv.keys, encoded.keys) and torch.equal(out.kv.values, encoded.values)
+
+
+@torch.no_grad()
+def test_an_empty_bank_is_no_bank(model: Any) -> None:
+    empty = MemoryBank.for_model(model, rows=2, capacity_tokens=64)
+    assert torch.equal(model(ids(), memory=empty).logits, model(ids()).logits)
+
+
+@torch.no_grad()
+def test_each_layer_is_read_at_its_own_place_with_its_own_gates(model: Any) -> None:
+    bank, heads = filled(model, ids(seed=1)), model.num_heads
+    out = model(ids(), memory=bank, explain=True)
+    assert [read.layer for read in out.reads] == list(model.memory_layers)
+    for place, read in enumerate(out.reads):
+        torch.testing.assert_close(read.share[0, :, 0], torch.sigmoid(model.memory_gate[place * heads :][:heads]))
+    first, second = (read.retrieved for read in out.reads)
+    assert (first.first_head, second.first_head) == (0, model.memory_heads)
+    assert not torch.equal(first.scores, second.scores)
+    assert out.explanation.layers == model.memory_layers and out.explanation.chunks.shape[1] == 2 * heads
+    best = out.explanation.token(-1)[0]
+    assert set(best.layers) <= set(model.memory_layers) and best.origin.document == "a"
+    gates = model.memory_gate.clone()
+    for place in range(2):  # a shut gate leaves only the other layer's reading
+        model.memory_gate[place * heads : (place + 1) * heads] = -torch.inf
+        one = model(ids(), memory=bank).logits
+        assert not torch.equal(one, out.logits) and not torch.equal(one, model(ids()).logits)
+        model.memory_gate.copy_(gates)
+
+
+@torch.no_grad()
+def test_rows_do_not_see_each_other_nor_tokens_their_future(model: Any) -> None:
+    bank = filled(model, ids(seed=1))
+    both = model(ids(), memory=bank).logits
+    for row in range(2):
+        alone = model(ids()[row : row + 1], memory=bank, memory_rows=torch.tensor([row])).logits
+        torch.testing.assert_close(both[row : row + 1], alone, atol=3e-6, rtol=0)
+    changed = ids()
+    changed[:, 7] = (changed[:, 7] + 1) % V
+    torch.testing.assert_close(both[:, :7], model(changed, memory=bank).logits[:, :7], atol=3e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_generation_with_cache_equals_without_and_sessions_go_on(model: Any) -> None:
+    bank, prompt = filled(model, ids(1, seed=1)), ids(1, 8)
+    cached = model.generate(prompt, memory=bank, use_cache=True, **GREEDY)
+    assert torch.equal(cached, model.generate(prompt, memory=bank, use_cache=False, **GREEDY))
+    window = {**GREEDY, "max_new_tokens": 12, "window": 16, "window_move": 8}
+    whole = model.generate(ids(1, 20), memory=bank, **window)
+    session = SessionMemory.for_model(model, base=bank, rows=1, capacity_tokens=64)
+    assert torch.equal(whole, model.generate(ids(1, 20), memory=session, **window))
+    assert session.bank.tokens.item() >= 16
+
+
+@torch.no_grad()
+def test_save_and_load_give_the_same_logits(model: Any, tmp_path: Path) -> None:
+    model.backbone.model.save_pretrained(tmp_path / "backbone")
+    model.save_pretrained(tmp_path / "model")
+    if isinstance(model, TrainingFree):
+        model.memory_gate.fill_(0.0)  # what its config says
+    given = {} if isinstance(model, MemTRM) else {"backbone": tmp_path / "backbone"}
+    loaded = type(model).from_pretrained(tmp_path / "model", **given)
+    bank = filled(model, ids(seed=1))
+    assert loaded.memory_layers == model.memory_layers
+    assert torch.equal(loaded(ids(), memory=bank).logits, model(ids(), memory=bank).logits)
+    other = MemoryBank.for_model(loaded, rows=2, capacity_tokens=64)
+    other.load_state_dict(bank.state_dict())
+    assert torch.equal(loaded(ids(), memory=other).logits, model(ids(), memory=bank).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_a_stores_bank_is_a_memory_bank(
+    model: Any, dtype: str, tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokens = ids(1, 40, seed=2)
+    with MemoryStore.open(tmp_path, model=model, tokenizer=byte_tokenizer, segment_tokens=16, dtype=dtype) as store:
+        store.add_document("ada", tokens[0].tolist(), name="a")
+        kept = store.bank("ada")
+        bank = MemoryBank.for_model(model, rows=1, capacity_tokens=64)
+        for segment in tokens.split(16, dim=1):
+            bank.add(model.encode(segment), documents=["a"])
+        bank.end_document()
+        found = model(ids(1), memory=kept, explain=True)
+        close = {"float32": 1e-6, "float16": 2e-3, "int8": 5e-2}[dtype]
+        torch.testing.assert_close(found.logits, model(ids(1), memory=bank).logits, atol=close, rtol=close)
+        if dtype == "float32":
+            assert torch.equal(found.logits, model(ids(1), memory=bank).logits)
+        origin = found.explanation.token(0)[0].origin
+        assert (origin.document, origin.namespace) == ("a", "ada")
+        store.forget("ada", name="a")
+        assert torch.equal(model(ids(1), memory=kept).logits, model(ids(1)).logits)
+
+
+def test_layers_that_do_not_go_together_are_refused() -> None:
+    llama = make_backbone("llama")
+    with pytest.raises(ConfigError, match="one of them twice"):
+        LongMem.from_backbone(llama, memory_layers=(2, 3))
+    assert LongMem.from_backbone(llama, memory_layers=(2, 3), stride=1).augmented_layers == (2, 3)
+    with pytest.raises(ConfigError, match="ascending order"):
+        LongMemConfig(memory_layers=(3, 1))
+    with pytest.raises(BackboneError, match="memory_layer 7 is out of range"):
+        LongMem.from_backbone(llama, memory_layers=(1, 7))
+    model = LongMem.from_backbone(llama, memory_layers=(1, 3), **SETTINGS).eval()
+    one = LongMem.from_backbone(llama, memory_layers=3, **SETTINGS).eval()
+    with pytest.raises(MemoryBankError, match="holds keys of layer 3, this model remembers layers 1, 3"):
+        model(ids(), memory=filled(one, ids()))
+
+
+def test_files_of_one_layer_load() -> None:
+    assert LongMemConfig(memory_layer=3).memory_layers == LongMemConfig(memory_layers=3).memory_layers == (3,)
+    old = LongMemConfig.from_dict({"memory_layer": 3, "model_type": "longmem"})
+    assert old.memory_layers == (3,) and "memory_layer" not in old.to_dict()
+
+
+def test_training_reaches_the_gates_of_every_layer(family: str) -> None:
+    model = LongMem.from_backbone(make_backbone(family), memory_layers=FAMILIES[family], **SETTINGS).train()
+    bank = filled(model, ids(seed=1))
+    model(ids(), labels=ids(), memory=bank).loss.backward()
+    assert (model.sidenet.memory_gate.grad != 0).all()
