@@ -1,0 +1,127 @@
+"""Re-reading: passages of a namespace that share words with a question, to be put into the window before it.
+
+Heads that attend to memory find keys, not answers: what they bring is a hint, and small models need the words
+themselves. So the best passages are looked up by text (BM25) and read once more, while memory attention goes on
+beside them. The index lives in this process alone: what is forgotten is in no file of its own.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+PASSAGE_WORDS = 60
+"""Words of a passage: a turn or a paragraph that is shorter stays whole, longer ones are cut at sentences."""
+
+
+class Named(Protocol):
+    """A document of a store, as ``MemoryStore.documents`` lists it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def added(self) -> float: ...
+
+
+class Texts(Protocol):
+    """What is searched: a ``MemoryStore``."""
+
+    def documents(self, namespace: str) -> Sequence[Named]: ...
+
+    def text(self, namespace: str, name: str) -> str: ...
+
+
+@dataclass(frozen=True)
+class RecalledPassage:
+    """A passage that was found.
+
+    Attributes:
+        document: its document's name.
+        start: offset of its first character in the document's text.
+        text: the passage.
+        score: BM25, larger is better.
+    """
+
+    document: str
+    start: int
+    text: str
+    score: float
+
+
+class Recall:
+    """Text search over a namespace; documents that are added, changed or forgotten are noticed at every search.
+
+    Args:
+        store: whose documents are searched.
+        namespace: of them.
+        words: of a passage, at most.
+    """
+
+    def __init__(self, store: Texts, namespace: str, *, words: int = PASSAGE_WORDS) -> None:
+        self._store, self._namespace, self._words = store, namespace, words
+        self._lock = threading.Lock()
+        self._known: dict[str, Any] = {}
+        self._index = sqlite3.connect(":memory:", check_same_thread=False)
+        self._index.execute(
+            "CREATE VIRTUAL TABLE passage USING fts5"
+            "(text, document UNINDEXED, start UNINDEXED, tokenize='porter unicode61 remove_diacritics 2')"
+        )
+
+    def search(self, query: str, top: int = 5, *, without: Iterable[str] = ()) -> list[RecalledPassage]:
+        """The ``top`` passages with the largest BM25 score; fewer where fewer share a word with the query.
+
+        Args:
+            query: any text; its words are searched, none is an operator.
+            top: how many at most.
+            without: names of documents that are not wanted.
+        """
+        words = dict.fromkeys(re.findall(r"\w+", query.lower()))
+        if not words or top < 1:
+            return []
+        unwanted = set(without)
+        with self._lock:
+            self._refresh()
+            rows = self._index.execute(
+                "SELECT document, start, text, -bm25(passage) FROM passage WHERE passage MATCH ? ORDER BY rank LIMIT ?",
+                (" OR ".join(f'"{word}"' for word in words), top if not unwanted else -1),
+            )
+            found = (RecalledPassage(*row) for row in rows if row[0] not in unwanted)
+            return [passage for passage, _ in zip(found, range(top), strict=False)]
+
+    def _refresh(self) -> None:
+        now = {info.name: _version(info) for info in self._store.documents(self._namespace)}
+        for name in [name for name, version in self._known.items() if now.get(name) != version]:
+            self._index.execute("DELETE FROM passage WHERE document = ?", (name,))
+            del self._known[name]
+        for name in now.keys() - self._known.keys():
+            text = self._store.text(self._namespace, name)
+            rows = ((passage, name, start) for start, passage in passages(text, self._words))
+            self._index.executemany("INSERT INTO passage (text, document, start) VALUES (?, ?, ?)", rows)
+            self._known[name] = now[name]
+
+
+def passages(text: str, words: int = PASSAGE_WORDS) -> list[tuple[int, str]]:
+    """Lines of a text as passages with their first character; lines of more words are cut, at sentences if it can be."""
+    found: list[tuple[int, str]] = []
+    for line in re.finditer(r"[^\n]+", text):
+        start, count = line.start(), 0
+        for sentence in re.finditer(r"\S.*?(?:[.!?](?=\s)|$)", line.group()):
+            at = line.start() + sentence.start()
+            for piece in re.finditer(rf"(?:\S+\s*){{1,{words}}}", sentence.group()):
+                size = len(piece.group().split())
+                if count and count + size > words:
+                    found.append((start, text[start : at + piece.start()].strip()))
+                    start, count = at + piece.start(), 0
+                count += size
+        found.append((start, text[start : line.end()].strip()))
+    return [(start, passage) for start, passage in found if passage]
+
+
+def _version(info: Any) -> Any:
+    """What changes when a document does."""
+    return tuple(getattr(info, field, None) for field in ("id", "added", "tokens", "updated"))
