@@ -1,6 +1,6 @@
 """What the number format of a store costs: perplexity with memory in float32, float16, bfloat16 and int8.
 
-Usage: python -m benchmarks.precision --model models/books-latex/sidenet --data TEXT... [--tokens 4096] [--out FILE]
+Usage: python -m benchmarks.precision --model models/small/sidenet --data TEXT... [--tokens 4096] [--out FILE]
 
 Every document is read segment by segment, each scored with the memory of those before it, which were rounded as a store
 rounds them. The mean keys come from rounded keys here, while a store keeps them exact: a real store loses no more.

@@ -2,7 +2,7 @@
 
 Times are seconds of the processor. The JSON is kept after every part, what matters most first.
 
-Usage: python -m benchmarks.recall --model models/books-latex/sidenet --data books=DATA/books/test.tar.xz
+Usage: python -m benchmarks.recall --model models/small/sidenet --data books=DATA/books/test.tar.xz
            --keys FOLDER [--tokens 65536,262144,1048576] [--indexes two_stage,faiss] [--out results/recall.json]
 
 FOLDER takes the encoded keys (250 MB for a million tokens of the small pair): the second run does not encode again.

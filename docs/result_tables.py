@@ -48,7 +48,7 @@ def with_results(page: str) -> str:
             made = "\n".join(result_table(result, name) for name, result in found.items())
         else:
             made = text_of([(gains_table if kind == "gains" else groups_table)(found, system)]) if found else ""
-        return f"<!-- {kind}: {match[2]} -->\n{made}<!-- /{kind} -->\n"
+        return f"<!-- {kind}: {match[2]} -->\n{made.rstrip()}\n\n<!-- /{kind} -->\n"
 
     return MARKERS.sub(fill, page)
 
@@ -75,30 +75,7 @@ def text_of(tables: Sequence[Table]) -> str:
 
 def results_report() -> Report:
     """The page docs/results.md, not written yet."""
-    return build_report([ROOT / "results" / name for name in SHOWN], intro=[INTRO], base=ROOT)
-
-
-def store_table(result: dict[str, Any]) -> Table:
-    """Of ``benchmarks.store``: a line for each store."""
-    rows = [
-        [
-            f"{_tokens(int(size))}, {model['heads']} x {result['head_dim']}, {model['dtype']}",
-            _milliseconds(one["open_seconds"]["median"]),
-            f"{_milliseconds(one['token']['seconds']['median'])}, {_spread(one['token']['over_matmul'])}",
-            f"{_milliseconds(one['segment']['seconds']['median'])}, {_spread(one['segment']['over_matmul'])}",
-            f"{one['bytes_per_token']:,.0f}",
-        ]
-        for model in result["models"]
-        for size, one in model["sizes"].items()
-    ]
-    heads = [
-        "store",
-        "open",
-        "search for one token, over a bare product",
-        "for 256 tokens, over a bare product",
-        "bytes a token",
-    ]
-    return Table(heads, rows)
+    return build_report([ROOT / "results" / name for name in SHOWN], intro=[INTRO], base=ROOT, most_tables=2)
 
 
 def stale_table(result: dict[str, Any]) -> Table:
@@ -127,20 +104,7 @@ def training_table(result: dict[str, Any]) -> Table:
 
 
 BENCHES: dict[str, Callable[[dict[str, Any]], Table]] = {
-    "models": store_table,
     "stale": stale_table,
     "trainings": training_table,
 }
 """Tables of benchmarks, by the field that a result of the kind has."""
-
-
-def _spread(values: dict[str, float]) -> str:
-    return f"{values['median']:.2f} ({values['min']:.2f} to {values['max']:.2f})"
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1000:,.0f} ms" if seconds > 0.1 else f"{seconds * 1000:.1f} ms"
-
-
-def _tokens(count: int) -> str:
-    return f"{count / 2**20:.0f}M" if count >= 2**20 else f"{count:,}"

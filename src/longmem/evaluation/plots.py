@@ -121,7 +121,7 @@ def memory_figure(result: Json) -> Figure:
                 axis.axhline(level, label=label, linewidth=1.4, **{k: look(name)[k] for k in ("color", "linestyle")})
         axis.set_title(protocol_title(scores))
         tokens_axis(axis, "memory (tokens)", [size for sizes in kinds.values() for size in sizes])
-    axes[0].set_ylabel("perplexity, % against the backbone")
+    axes[0].set_ylabel("% against the backbone")
     return legend(figure)
 
 

@@ -158,18 +158,21 @@ def gains_table(results: Mapping[str, Json], system: str) -> Table:
         system: whose gains.
     """
     systems = next(iter(results.values()))["systems"]
-    cells: dict[str, list[str]] = {name: [] for name in _others(system, systems)}
-    heads = []
+    others, columns = _others(system, systems), list[tuple[str, Json, str]]()
     for where, result in results.items():
         samples = result["header"]["samples"]
-        for protocol, scores in result["protocols"].items():
-            heads.append(f"{_text_of(where)}, {protocol}")
-            for name, line in cells.items():
-                line.append(_gap(_difference(scores["all"], system, name), digits=1))
-        counted = f"{samples['documents']} documents of {samples.get('projects', '?')} projects"
-        heads[-len(result["protocols"]) :] = [f"{head} ({counted})" for head in heads[-len(result["protocols"]) :]]
-    rows = [[words, *cells[name]] for name, words in _others(system, systems).items() if any(cells[name])]
-    return Table([f"{systems[system]}, against", *heads], rows)
+        counted = f"{samples['documents']} of {samples.get('projects', samples['documents'])}"
+        columns += [(f"{_text_of(where)}, {name}", p["all"], counted) for name, p in result["protocols"].items()]
+    rows = [
+        [words, *(_gap(_difference(all, system, name), digits=1) for _, all, _ in columns)]
+        for name, words in others.items()
+    ]
+    return Table(
+        [f"{systems[system]}, against", *(head for head, _, _ in columns)],
+        [["documents of projects", *(counted for *_, counted in columns)], *(row for row in rows if any(row[1:]))],
+        "% of perplexity, below 0 is better, [95 % interval]; intervals draw projects, then their documents, and say "
+        "little about other projects where there are only a few.",
+    )
 
 
 def groups_table(results: Mapping[str, Json], system: str) -> Table:

@@ -11,7 +11,7 @@ from longmem.cli.evaluating import comparison_options, open_comparison, run_and_
 
 
 @click.command(
-    epilog="Example: longmem eval chapterbreak --model models/books-latex/sidenet "
+    epilog="Example: longmem eval chapterbreak --model models/small/sidenet "
     "--data data/chapterbreak/chapterbreak_ctx_8192.json --out results/chapterbreak",
 )
 @comparison_options

@@ -10,7 +10,7 @@ from longmem.cli.evaluating import comparison_options, open_comparison, run_and_
 
 
 @click.command(
-    epilog="Example: longmem eval dialogue --model models/books-latex/sidenet --data data/conversations.json "
+    epilog="Example: longmem eval dialogue --model models/small/sidenet --data data/conversations.json "
     "--out results/dialogue",
 )
 @comparison_options

@@ -25,7 +25,7 @@ def counts(context: click.Context, parameter: click.Parameter, value: str) -> tu
 
 
 @click.command(
-    epilog="Example: longmem eval icl --model models/books-latex/sidenet --data data/icl --datasets sst2,subj "
+    epilog="Example: longmem eval icl --model models/small/sidenet --data data/icl --datasets sst2,subj "
     "--limit 20 --out results/icl",
 )
 @comparison_options
