@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ def load_comparison(
         ConfigError: settings that do not go together; lists all. Or a device that is not here.
         CheckpointError, BackboneError: a model that is missing, damaged or made for another backbone.
     """
+    from longmem.modeling.fingerprint import fingerprint_of, legacy_fingerprint
     from longmem.modeling.loading import load_backbone
     from longmem.modeling.longmem import LongMem
 
@@ -74,23 +75,33 @@ def load_comparison(
     if kind == "training_free":
         training_free = (where, *training_free)
     _check_options(kind, where, backbone, control, memory_sizes if not (memtrm or training_free) else None)
+    # everything is loaded as it was saved, because a backbone is known by its weights; then it is converted
+    models: list[Any] = []
+    main = settings = None
     if kind == "longmem":
-        model = LongMem.from_pretrained(where, backbone=backbone, dtype=dtype).to(device)  # type: ignore[arg-type]
-        comparison = Comparison.of_longmem(
-            model, _sizes(memory_sizes, model.config), control=_load_control(control, model)
-        )
-        settings, named = model.config, model.config.backbone_name_or_path
+        main = LongMem.from_pretrained(where, backbone=backbone)
+        bare, settings, named = main.backbone.model, main.config, main.config.backbone_name_or_path
+        models += [main, *([] if control is None else [_load_control(control, bare)])]
     else:
         named = backbone or _named_backbone(where, kind) if kind in KINDS else where
-        comparison = Comparison.of_backbone(load_backbone(named, None, dtype).to(device).eval())  # type: ignore[arg-type]
-        settings = None
-    if memtrm is not None:
-        trained = _load_memtrm(memtrm, dtype).to(device)
-        settings = settings or trained.config
+        bare = load_backbone(named, None, None).eval()
+        models.append(bare)
+    trained = None if memtrm is None else _load_memtrm(memtrm)
+    settings = settings or (None if trained is None else trained.config)
+    free = [_load_training_free(gate, bare, settings) for gate in training_free]
+    known = frozenset((fingerprint_of(bare), legacy_fingerprint(bare)) if trained or free else ())
+    for each in (*models, *([] if trained is None else [trained]), *free):
+        torch.nn.Module.to(each, device=device, dtype=dtype)
+    if main is None:
+        comparison = Comparison.of_backbone(bare)
+    else:
+        sizes = _sizes(memory_sizes, main.config)
+        comparison = Comparison.of_longmem(main, sizes, control=models[1] if control else None)
+    comparison = replace(comparison, fingerprints=known)
+    if trained is not None:
         comparison = comparison.with_memtrm(trained, _sizes(memory_sizes, trained.config))
-    for gate in training_free:
-        free = _load_training_free(gate, comparison.model, settings)
-        comparison = comparison.with_training_free(free, _sizes(memory_sizes, free.config))
+    for each in free:
+        comparison = comparison.with_training_free(each, _sizes(memory_sizes, each.config))
     config: Any = comparison.model.config
     return Loaded(
         comparison=comparison,
@@ -214,26 +225,23 @@ def _named_backbone(where: str, kind: str) -> str:
     return named_backbone(named, resolve_folder(where, None))
 
 
-def _load_control(path: str | None, model: Any) -> Any:
+def _load_control(path: str, backbone: Any) -> Any:
     """Over the backbone that is already there, which is compared with the one that the control names."""
     from longmem.modeling.longmem import LongMem
 
-    if path is None:
-        return None
     where = checkpoint_folder(path)
     if model_type(where) != "longmem":
         raise CheckpointError(f"{where}: not a LongMem checkpoint; --control takes a SideNet trained without memory")
-    control: Any = LongMem.from_pretrained(where, backbone=model.backbone.model)
-    return control.to(model.device)
+    return LongMem.from_pretrained(where, backbone=backbone)
 
 
-def _load_memtrm(path: str, dtype: torch.dtype | None) -> Any:
+def _load_memtrm(path: str) -> Any:
     from longmem.modeling.memtrm import MemTRM
 
     where = checkpoint_folder(path)
     if model_type(where) != "memtrm":
         raise CheckpointError(f"{where}: not a MemTRM checkpoint; --memtrm takes one trained with method = 'memtrm'")
-    return MemTRM.from_pretrained(where, dtype=dtype)
+    return MemTRM.from_pretrained(where)
 
 
 def _load_training_free(gate: str, backbone: Any, settings: Any) -> Any:
@@ -250,7 +258,7 @@ def _load_training_free(gate: str, backbone: Any, settings: Any) -> Any:
                 "TrainingFree"
             ) from None
         return TrainingFree.from_pretrained(where, backbone=backbone)
-    names = ("memory_layer", "chunk_size", "num_retrieved", "memory_size")
+    names = ("memory_layers", "chunk_size", "num_retrieved", "memory_size")
     alike = {} if settings is None else {name: getattr(settings, name) for name in names}
     return TrainingFree.from_backbone(backbone, gate=share, **alike)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from longmem.errors import CheckpointError, ConfigError
 from longmem.evaluation.streaming import Forward, Subject
 from longmem.memory import MemoryBank
-from longmem.modeling.fingerprint import fingerprint_of
+from longmem.modeling.fingerprint import fingerprint_of, legacy_fingerprint
 from longmem.modeling.reading import Reading
 from longmem.types import AttentionKV
 
@@ -123,12 +123,16 @@ def _make_bank(model: LongMem | AugmentedLM, rows: int, capacity_tokens: int) ->
 
 @dataclass(frozen=True)
 class Comparison:
-    """Systems over one backbone; the first of them is the backbone alone, the baseline of all differences."""
+    """Systems over one backbone; the first of them is the backbone alone, the baseline of all differences.
+
+    ``fingerprints`` are more of those by which the backbone goes: as it was before it was converted to another dtype.
+    """
 
     model: PreTrainedModel
     systems: tuple[System, ...]
     main: LongMem | None = None
     make_memory: MakeMemory = _make_bank
+    fingerprints: frozenset[str] = frozenset()
 
     @classmethod
     def of_backbone(cls, model: PreTrainedModel) -> Comparison:
@@ -149,14 +153,14 @@ class Comparison:
         Raises:
             CheckpointError: the control stands on another backbone.
         """
-        if control is not None and control.fingerprint != model.fingerprint:
+        if control is not None and not model.accepts(control.fingerprint):
             raise CheckpointError(
                 f"the control's backbone ({control.fingerprint}) is not the model's ({model.fingerprint}); "
                 "compare SideNets trained over the same backbone"
             )
         mine = _identity(model)
         systems = [
-            System(BACKBONE, "backbone alone", {"backbone": model.fingerprint}),
+            System(BACKBONE, "backbone alone", {name: mine[name] for name in ("backbone", "dtype")}),
             System(MEMORY_OFF, "SideNet, memory off", mine, model),
         ]
         if control is not None:
@@ -173,11 +177,11 @@ class Comparison:
         Raises:
             CheckpointError: its training started from another backbone.
         """
-        start, mine = model.config.start_fingerprint, self.fingerprint
-        if start != mine:
+        start = model.config.start_fingerprint
+        if not self._of_backbone(str(start)):
             raise CheckpointError(
                 f"this MemTRM was trained from backbone {start} ({model.config.start_name_or_path}), the others "
-                f"stand on {mine}; compare models of one backbone"
+                f"stand on {self.fingerprint}; compare models of one backbone"
             )
         return self._with_own(MEMTRM, "MemTRM", model, memory_sizes, off=True)
 
@@ -187,7 +191,7 @@ class Comparison:
         Raises:
             CheckpointError: it stands on another backbone.
         """
-        if model.fingerprint != self.fingerprint:
+        if not self._of_backbone(model.fingerprint):
             raise CheckpointError(
                 f"the training-free model's backbone is {model.fingerprint}, the others stand on {self.fingerprint}; "
                 "compare models of one backbone"
@@ -212,6 +216,14 @@ class Comparison:
     def fingerprint(self) -> str:
         """Of the common backbone."""
         return self.main.fingerprint if self.main is not None else fingerprint_of(self.model)
+
+    def _of_backbone(self, fingerprint: str) -> bool:
+        """Whether this names the common backbone, also in the form of earlier versions."""
+        if fingerprint in self.fingerprints:
+            return True
+        if self.main is not None:
+            return self.main.accepts(fingerprint)
+        return fingerprint in (fingerprint_of(self.model), legacy_fingerprint(self.model))
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -302,8 +314,8 @@ def _parameters(system: System, backbone: PreTrainedModel) -> dict[str, int]:
 
 def _identity(model: Any) -> dict[str, Any]:
     """The weights beside the frozen backbone's, and the settings that outputs depend on besides them."""
-    names = ("memory_layer", "stride", "chunk_size", "num_retrieved", "final_state", "fusion")
-    found: dict[str, Any] = {"backbone": model.fingerprint}
+    names = ("memory_layers", "stride", "chunk_size", "num_retrieved", "final_state", "fusion")
+    found: dict[str, Any] = {"backbone": model.fingerprint, "dtype": str(model.dtype).removeprefix("torch.")}
     if hasattr(model, "sidenet"):
         found["side"] = digest(zip(model.trainable_parameter_names(), model.trainable_parameters(), strict=True))
     else:
