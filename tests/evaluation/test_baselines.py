@@ -203,7 +203,7 @@ def test_the_command_compares_them_side_by_side(home: Path, capsys: pytest.Captu
     assert result["header"]["config"]["training_free"] == ["0.1", str(home / "free")]
     heads = result["header"]["models"]
     assert heads["training_free_0.1_8"]["backbone"] == heads["backbone"]["backbone"] != heads["memtrm_8"]["backbone"]
-    assert heads["training_free_0.1_8"]["memory_layer"] == heads["memory_8"]["memory_layer"]
+    assert heads["training_free_0.1_8"]["memory_layers"] == heads["memory_8"]["memory_layers"]
 
 
 @pytest.mark.parametrize(

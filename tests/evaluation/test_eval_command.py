@@ -117,8 +117,8 @@ def test_checkpoints_of_another_backbone_are_refused(home: Path, capsys: pytest.
     texts = ["--data", home / "texts"]
     line = error_of(capsys, "--model", home / "side", "--control", home / "foreign", *texts)
     assert "foreign" in line
-    assert "was trained on backbone" in line
-    assert "was trained on backbone" in error_of(
+    assert "was made over backbone" in line
+    assert "was made over backbone" in error_of(
         capsys, "--model", home / "side", "--backbone", home / "other-backbone", *texts
     )
     assert error_of(capsys, "--model", home / "side", "--control", home / "backbone", *texts).endswith(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from longmem import DataError
+from longmem import ConfigError, DataError
 from longmem.cli.main import main
 from longmem.evaluation import paper
 from longmem.evaluation.pages import Heading, Picture, Table, Text, markdown, page, plain
@@ -252,7 +252,7 @@ def test_systems_are_chosen_by_the_beginnings_of_their_names() -> None:
     assert largest(names) == ["backbone", "memory_off", "memory_64", "memtrm_8"]
     assert chosen(names, []) == names
     assert chosen(names, ["memory_6", "back"]) == ["backbone", "memory_64"]
-    with pytest.raises(Exception, match=r"--systems \(memory_1\) begins no system's name; there are backbone, "):
+    with pytest.raises(ConfigError, match=r"--systems \(memory_1\) begins no system's name; there are backbone, "):
         chosen(names, ["backbone", "memory_1"])
 
 

@@ -273,25 +273,24 @@ def _alone(model: AugmentedLM, memory: MemoryBank | None) -> Forward:
     return forward
 
 
-def _together(main: LongMem, systems: Sequence[System], memories: dict[str, MemoryBank]) -> Forward:
+def _together(main: LongMem, systems: Sequence[System], memories: dict[str, Any]) -> Forward:
     """Run the backbone once; its final part (norm, head, caps) then runs on the systems' states, one batch after
     another."""
     backbone = main.backbone
 
     def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[Sequence[Tensor], AttentionKV]:
         batch = len(input_ids)
-
         run = backbone.run(input_ids, use_cache=False)
         assert run.output is not None
-        states = []
+        states: list[Any] = []
         for system in systems:
             if system.side is None:
                 states.append(run.output.last_hidden_state)
                 continue
             run.reading = Reading.of(system.side, memories.get(system.name), rows, explain=False)
             states.append(system.side.read(run))
-        logits = backbone.head(torch.cat(states), run, logits_to_keep=keep).logits[:, -keep:]
-        return torch.split(logits, batch), run.kv(None)
+        logits: Any = backbone.head(torch.cat(states), run, logits_to_keep=keep).logits
+        return torch.split(logits[:, -keep:], batch), run.kv(None)
 
     return forward
 
