@@ -66,7 +66,8 @@ def result_table(result: dict[str, Any], where: str) -> str:
     around = result.get("surroundings")
     machine = f"{around['machine']}, {around['threads']} thread(s), {around['date']}. " if around else ""
     command = result.get("header", result)["command"]
-    return f"{text_of(tables)}\n{machine}`{where}`, made by\n`{command}`\n\n"
+    made = f", made by\n`{command}`" if command else f": {result['reported']}."
+    return f"{text_of(tables)}\n{machine}`{where}`{made}\n\n"
 
 
 def text_of(tables: Sequence[Table]) -> str:
@@ -103,7 +104,21 @@ def training_table(result: dict[str, Any]) -> Table:
     return Table(heads, rows)
 
 
+def kept_back_table(result: dict[str, Any]) -> Table:
+    """Of texts that were kept back: a line for each kind."""
+    rows = [
+        [
+            f"{kind}, {found['documents']} documents of {found['projects']} projects" if found["documents"] else kind,
+            f"{found['percent']:+.1f}" + (f" [{found['low']:+.1f}, {found['high']:+.1f}]" if found["low"] else ""),
+        ]
+        for kind, found in result["kept_back"].items()
+    ]
+    heads = ["texts that were kept back", "LongMem, % against its backbone, sliding window"]
+    return Table(heads, rows)
+
+
 BENCHES: dict[str, Callable[[dict[str, Any]], Table]] = {
+    "kept_back": kept_back_table,
     "stale": stale_table,
     "trainings": training_table,
 }

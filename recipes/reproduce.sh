@@ -51,7 +51,7 @@ python recipes/average.py runs/needle-farther runs/needle-all runs/needle-last -
 
 measure books "$books/test.tar.xz"
 measure latex "$latex/test.tar.xz"
-measure python "$python/test.jsonl" --include 'stdlib*' --include 'packages__[cjr]*' --include 'packages__networkx-0[0-2]'
+measure python "$python/test.jsonl" --group-by-prefix - --include 'stdlib*' --include 'packages__[cjr]*' --include 'packages__networkx-0[0-2]'
 measure_long books "$books/test.tar.xz"
 measure_long latex "$latex/test.tar.xz"
 [ -e data/chapterbreak/chapterbreak_ctx_8192.json ] || python recipes/data/chapterbreak.py "$books/test.tar.xz" --out data/chapterbreak

@@ -188,6 +188,8 @@ def _section(file: ResultFile, most_tables: int | None) -> Iterator[Block]:
 def _origin(file: ResultFile) -> str:
     """Command, seeds, cost, versions and machine."""
     header = file.data.get("header")
+    if header is None and not file.data["command"]:
+        return f"`{file.path}`: {file.data['reported']}."
     if header is None:
         around = file.data.get("surroundings", {})
         where = f"{around.get('machine', '?')}, {around.get('threads', '?')} thread(s), {around.get('date', '')}"
