@@ -157,6 +157,10 @@ def test_an_archive_is_read_without_unpacking(tmp_path: Path, name: str) -> None
     ]  # fmt: skip
     assert pairs(path) == expected
     (tmp_path / "inner.zip").unlink()
+    if name == "books.zip":
+        (tmp_path / "twice.zip.gz").write_bytes(gzip.compress(path.read_bytes()))
+        assert pairs(tmp_path / "twice.zip.gz") == expected
+        (tmp_path / "twice.zip.gz").unlink()
     assert pairs(tmp_path) == expected
 
 
@@ -258,6 +262,27 @@ def test_a_file_that_is_not_utf8_is_named_or_skipped_or_mended(
     assert "latin.txt: not UTF-8 text (byte 0xe9 at offset 3); skipped" in caplog.text
     assert [text for _, text in pairs(tmp_path, undecodable="replace")] == ["good", "caf\ufffd"]
     assert "no text is left" in failure(tmp_path / "latin.txt", undecodable="skip")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_name_that_is_not_utf8_is_told_or_skipped_or_mended(
+    tmp_path: Path, packed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd, inside = b"caf\xe9.txt".decode(errors="surrogateescape"), tmp_path / "in"
+    inside.mkdir()
+    if packed:
+        pack(inside / "a.tar", {odd: b"au lait", "good.txt": b"good"})
+    else:
+        (inside / odd).write_text("au lait")
+        (inside / "good.txt").write_text("good")
+    assert "caf\ufffd.txt: its name is not UTF-8; convert it" in failure(inside)
+    assert pairs(inside, exclude=("caf*",)) == [("good.txt", "good")]
+    with caplog.at_level(logging.WARNING):
+        assert pairs(inside, undecodable="skip") == [("good.txt", "good")]
+    assert "caf\ufffd.txt: its name is not UTF-8; skipped" in caplog.text
+    found = list(read_documents([inside], undecodable="replace"))
+    assert [(d.id, d.text) for d in found] == [("caf\ufffd.txt", "au lait"), ("good.txt", "good")]
+    assert all(d.source.encode() for d in found)
 
 
 # what is missing

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import bz2
 import glob
-import gzip
 import hashlib
 import json
 import logging
-import lzma
 import re
-import tarfile
 import unicodedata
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -22,13 +16,11 @@ from itertools import groupby, islice
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
+from longmem.data.packed import ARCHIVES, COMPRESSED, FOREIGN, decompressed, read_members, unpacked
 from longmem.errors import DataError
 
 log = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py")
-COMPRESSED: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-ARCHIVES = (".tar", ".tgz", ".txz", ".tbz2", ".zip")  # and compressed ones, as .tar.xz
-FOREIGN = (".zst", ".7z", ".rar", ".lz4", ".br")  # packed in ways that Python's library does not read
 HUB = "hub:"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -226,12 +218,20 @@ def _read_path(path: str, source: TextSource) -> Iterator[Document]:
 
 def _read(stream: BinaryIO, name: str, where: str, source: TextSource, kind: str | None = None) -> Iterator[Document]:
     """What a stream holds; ``kind`` is its name in small letters, without the suffixes that are unpacked already."""
+    if kind is None and _SURROGATE.search(name):  # Python's spelling of bytes in a name that are not UTF-8
+        return (yield from _read_misnamed(stream, name, where, source))
     kind = name.lower() if kind is None else kind
     suffix = PurePosixPath(kind).suffix
-    if _unpacked(kind).endswith(ARCHIVES):
-        yield from (_read_zip if suffix == ".zip" else _read_tar)(stream, where, source)
+    if suffix in ARCHIVES or unpacked(kind).endswith(".tar"):  # tarfile decompresses by itself
+        yield from read_members(
+            stream,
+            where,
+            zipped=suffix == ".zip",
+            wanted=lambda inner, place: _is_text(inner, place, source),
+            read=lambda opened, inner, place: _read(opened, inner, place, source),
+        )
     elif suffix in COMPRESSED:
-        with _packed(where, f"{suffix} file"), COMPRESSED[suffix](stream) as opened:
+        with decompressed(stream, suffix, where) as opened:
             yield from _read(opened, name, where, source, kind.removesuffix(suffix))
     elif suffix in FOREIGN:
         raise DataError(f"{where}: {suffix} files are not read; unpack it first")
@@ -241,44 +241,18 @@ def _read(stream: BinaryIO, name: str, where: str, source: TextSource, kind: str
         yield from _read_text(stream, name, where, source)
 
 
-def _read_tar(stream: BinaryIO, where: str, source: TextSource) -> Iterator[Document]:
-    with _packed(where, "tar archive"), tarfile.open(fileobj=stream) as archive:
-        for member in archive:
-            place = f"{where}:{member.name}"
-            if member.isfile() and _is_text(member.name, place, source):
-                inner: Any = archive.extractfile(member)
-                yield from _read(inner, member.name, place, source)
-        # a header that damage made unreadable looks like the end: the checksum behind it does not
-        while archive.fileobj is not None and archive.fileobj.read(1 << 20):
-            pass
+def _read_misnamed(stream: BinaryIO, name: str, where: str, source: TextSource) -> Iterator[Document]:
+    if any(_matches(_whole(name), pattern) for pattern in source.exclude):
+        return
+    with _skipping(source):
+        if source.undecodable != "replace":
+            raise _Unreadable(_whole(where), "its name is not UTF-8", source.ways_out.undecodable)
+        yield from _read(stream, _whole(name), where, source)
 
 
-def _read_zip(stream: BinaryIO, where: str, source: TextSource) -> Iterator[Document]:
-    with _packed(where, "zip archive"), zipfile.ZipFile(stream) as archive:
-        for member in archive.infolist():
-            place = f"{where}:{member.filename}"
-            if not member.is_dir() and _is_text(member.filename, place, source):
-                if member.flag_bits & 1:
-                    raise DataError(f"{place}: locked by a password; unpack it first")
-                with archive.open(member) as inner:
-                    yield from _read(inner, member.filename, place, source)  # type: ignore[arg-type]
-
-
-@contextmanager
-def _packed(where: str, what: str) -> Iterator[None]:
-    """Damage inside of the block is a DataError."""
-    try:
-        yield
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
-        reason = str(error).split("\n")[0].rstrip(":")
-        raise DataError(f"{where}: not a readable {what} ({reason}); fetch or pack it again") from error
-
-
-def _unpacked(name: str) -> str:
-    """A name without the suffixes of compression."""
-    while (suffix := PurePosixPath(name).suffix) in COMPRESSED:
-        name = name.removesuffix(suffix)
-    return name
+def _whole(text: str) -> str:
+    """A text in which U+FFFD is in place of every half of a surrogate pair."""
+    return _SURROGATE.sub("\ufffd", text)
 
 
 def _is_text(name: str, where: str, source: TextSource) -> bool:
@@ -286,7 +260,7 @@ def _is_text(name: str, where: str, source: TextSource) -> bool:
     if _is_hidden(PurePosixPath(name)):
         return False
     suffixes = ("", ".jsonl", *ARCHIVES, *map(str.lower, source.suffixes))
-    kind = PurePosixPath(_unpacked(name.lower()))
+    kind = PurePosixPath(unpacked(name.lower()))
     packed = kind.name != PurePosixPath(name).name.lower()
     if kind.suffix in suffixes and (kind.suffix or packed):
         if kind.suffix:
@@ -321,7 +295,7 @@ def _read_text(stream: BinaryIO, name: str, where: str, source: TextSource) -> I
         text = _decoded(stream.read(), where, source)
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
     if text.strip():
-        yield Document(name, text, where)
+        yield Document(name, text, _whole(where))
 
 
 def _read_lines(stream: BinaryIO, name: str, path: str, source: TextSource) -> Iterator[Document]:
@@ -355,7 +329,7 @@ def _parsed(line: bytes, where: str, source: TextSource) -> Any:
 
 
 def _mended(value: Any, where: str, source: TextSource) -> Any:
-    """A JSON value in which U+FFFD is in place of every half of a surrogate pair, or _Unreadable."""
+    """The same for all strings of a JSON value, or _Unreadable."""
     if isinstance(value, dict):
         return {_mended(key, where, source): _mended(inner, where, source) for key, inner in value.items()}
     if isinstance(value, list):
@@ -366,7 +340,7 @@ def _mended(value: Any, where: str, source: TextSource) -> Any:
     if source.undecodable != "replace":
         fault = f"not UTF-8 text (half of a character, \\u{ord(half[0]):04x}, at offset {half.start()})"
         raise _Unreadable(where, fault, source.ways_out.undecodable)
-    return _SURROGATE.sub("\ufffd", value)
+    return _whole(value)
 
 
 def _record(record: object, name: str, path: str, line: int | None, source: TextSource) -> Document | None:
@@ -384,7 +358,9 @@ def _record(record: object, name: str, path: str, line: int | None, source: Text
     name = name if given is None or not str(given).strip() else str(given)
     if not source.wants(name) or not text.strip():
         return None
-    return Document(name, text, path, {key: value for key, value in record.items() if key != source.field}, line)
+    return Document(
+        name, text, _whole(path), {key: value for key, value in record.items() if key != source.field}, line
+    )
 
 
 def _kind(value: object) -> str:
@@ -444,7 +420,7 @@ def _matches(name: str, pattern: str) -> bool:
 def _nothing_in(path: str, source: TextSource) -> str:
     if source.exclude or source.undecodable == "skip":
         return f"{path}: no text is left after what is excluded or skipped; name more files"
-    kind = "folder" if Path(path).is_dir() else "archive" if _unpacked(path.lower()).endswith(ARCHIVES) else None
+    kind = "folder" if Path(path).is_dir() else "archive" if unpacked(path.lower()).endswith(ARCHIVES) else None
     if kind is None:
         return f"{path}: no text, the file is empty or holds white space only; name one with text in it"
     kinds = f"{', '.join(source.suffixes)}, .jsonl, .tar and .zip, also compressed"

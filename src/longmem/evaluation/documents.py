@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longmem.data.tokenizer import first_text
 from longmem.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
 PROJECT_SEPARATOR = "__"
-CHARACTERS_PER_TOKEN = 8  # of a first guess how much text holds so many tokens
-MARGIN = 64  # tokens at the end of a cut text that the cut may have changed
 
 
 class Text(Protocol):
@@ -121,21 +120,14 @@ def _prefix(tokenizer: Any) -> list[int]:
 
 
 def _encode(tokenizer: Any, text: str, most: int | None) -> tuple[list[int], list[int], list[int]]:
-    """The first ``most`` ids, and the span of characters of each.
-
-    Only as much of a long text is tokenised as holds these ids. Spans of a slow tokenizer are spread evenly.
-    """
-    length = len(text) if most is None else CHARACTERS_PER_TOKEN * (most + MARGIN)
-    while True:
-        part = text[:length]
-        if getattr(tokenizer, "is_fast", False):
-            encoded = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            ids = list(encoded["input_ids"])
-            starts, ends = ([span[side] for span in encoded["offset_mapping"]] for side in (0, 1))
-        else:
-            ids = list(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
-            edges = [round(i * len(part) / max(len(ids), 1)) for i in range(len(ids) + 1)]
-            starts, ends = edges[:-1], edges[1:]
-        if most is None or length >= len(text) or len(ids) >= most + MARGIN:
-            return ids[:most], starts[:most], ends[:most]
-        length *= 2
+    """The first ``most`` ids, and the span of characters of each; those of a slow tokenizer are spread evenly."""
+    part = text if most is None else first_text(text, tokenizer, most)
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = list(encoded["input_ids"])
+        starts, ends = ([span[side] for span in encoded["offset_mapping"]] for side in (0, 1))
+    else:
+        ids = list(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
+        edges = [round(i * len(part) / max(len(ids), 1)) for i in range(len(ids) + 1)]
+        starts, ends = edges[:-1], edges[1:]
+    return ids[:most], starts[:most], ends[:most]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from longmem.errors import CheckpointError, ConfigError, DataError
+from longmem.errors import CheckpointError, ConfigError
 from longmem.evaluation.systems import Comparison
 from longmem.modeling.gguf import gguf_folder, is_gguf
 
@@ -143,16 +143,7 @@ def load_tokenizer(path: str, model: Any = None) -> Any:
     """
     from longmem.data.tokenizer import load_tokenizer as load
 
-    tokenizer = load(path)
-    if model is not None:
-        known = model.get_input_embeddings().weight.shape[0]
-        # without those added later: some checkpoints bring one or two that no text has and no embedding knows
-        if tokenizer.vocab_size > known:
-            raise DataError(
-                f"{path}: a tokenizer of {tokenizer.vocab_size:,} tokens, the model knows {known:,}: it is another "
-                "model's; name the right one with --tokenizer"
-            )
-    return tokenizer
+    return load(path, model)
 
 
 def checkpoint_folder(path: str) -> str:
