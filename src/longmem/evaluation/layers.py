@@ -6,7 +6,6 @@ of the current one, in repeated text and in repeated random tokens. See ``longme
 
 from __future__ import annotations
 
-import json
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longmem.errors import CheckpointError, ConfigError, DataError
-from longmem.evaluation.loading import checkpoint_folder
+from longmem.errors import ConfigError, DataError
+from longmem.evaluation.loading import backbone_of, checkpoint_folder
 from longmem.evaluation.results import RunHeader
 from longmem.modeling import loading
 from longmem.modeling.copying import (
@@ -221,7 +220,7 @@ def _check(distances: Sequence[int], segment: int, chunk_size: int, num_retrieve
 
 
 def load_backbone(path: str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, str]:
-    """A causal language model, or the backbone that a LongMem names; and where its tokenizer should be.
+    """A causal language model, or the backbone that a checkpoint names; and where its tokenizer should be.
 
     Args:
         path: folder, run folder or hub id.
@@ -230,14 +229,7 @@ def load_backbone(path: str, *, device: str = "cpu", dtype: torch.dtype | None =
     Raises:
         CheckpointError, BackboneError: there is no such model, or it cannot be loaded.
     """
-    where, revision = checkpoint_folder(path), "main"
-    file = Path(where) / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if config.get("model_type") == "longmem":
-        named, revision = config.get("backbone_name_or_path"), config.get("backbone_revision") or "main"
-        if named is None:
-            raise CheckpointError(f"{path}: does not say where its backbone is; give the backbone itself")
-        where = str(Path(where) / named) if (Path(where) / named).is_dir() else str(named)
+    where, revision = backbone_of(checkpoint_folder(path))
     model: Any = loading.load_backbone(where, revision, dtype)
     return model.to(device).eval(), where
 

@@ -66,6 +66,7 @@ def load_comparison(
     from longmem.modeling.fingerprint import fingerprint_of, legacy_fingerprint
     from longmem.modeling.loading import load_backbone
     from longmem.modeling.longmem import LongMem
+    from longmem.modeling.memtrm import MemTRM
 
     device = checked_device(device)
     where = checkpoint_folder(path)
@@ -81,12 +82,18 @@ def load_comparison(
     if kind == "longmem":
         main = LongMem.from_pretrained(where, backbone=backbone)
         bare, settings, named = main.backbone.model, main.config, main.config.backbone_name_or_path
-        models += [main, *([] if control is None else [_load_control(control, bare)])]
+        models.append(main)
+        if control is not None:
+            said = "not a LongMem checkpoint; --control takes a SideNet trained without memory"
+            models.append(LongMem.from_pretrained(_checked(control, "longmem", said), backbone=bare))
     else:
-        named = backbone or _named_backbone(where, kind) if kind in KINDS else where
-        bare = load_backbone(named, None, None).eval()
+        named, revision = (backbone, None) if backbone else backbone_of(where)
+        bare = load_backbone(named, revision, None).eval()
         models.append(bare)
-    trained = None if memtrm is None else _load_memtrm(memtrm)
+    trained = None
+    if memtrm is not None:
+        said = "not a MemTRM checkpoint; --memtrm takes one trained with method = 'memtrm'"
+        trained = MemTRM.from_pretrained(_checked(memtrm, "memtrm", said))
     settings = settings or (None if trained is None else trained.config)
     free = [_load_training_free(gate, bare, settings) for gate in training_free]
     known = frozenset((fingerprint_of(bare), legacy_fingerprint(bare)) if trained or free else ())
@@ -204,35 +211,35 @@ def _check_options(
         raise ConfigError(problems)
 
 
-def _named_backbone(where: str, kind: str) -> str:
-    """The backbone that a baseline's checkpoint started from, or stands on."""
-    from longmem.config import MemTRMConfig, TrainingFreeConfig
+def backbone_of(where: str) -> tuple[str, str | None]:
+    """Name and revision of the backbone of a checkpoint; a causal language model is its own.
+
+    Raises:
+        BackboneError: the checkpoint does not say.
+    """
+    from longmem.config import LongMemConfig, MemTRMConfig, TrainingFreeConfig
     from longmem.modeling.loading import named_backbone, resolve_folder
 
-    if kind == "memtrm":
-        named = MemTRMConfig.from_pretrained(where).start_name_or_path
-    else:
-        named = TrainingFreeConfig.from_pretrained(where).backbone_name_or_path
-    return named_backbone(named, resolve_folder(where, None))
+    configs: dict[str, Any] = {"longmem": LongMemConfig, "memtrm": MemTRMConfig, "training_free": TrainingFreeConfig}
+    kind = model_type(where)
+    if kind not in configs:
+        return where, None
+    config: Any = configs[kind].from_pretrained(where)
+    started = kind == "memtrm"  # its own backbone is the one that it trained
+    name = config.start_name_or_path if started else config.backbone_name_or_path
+    return named_backbone(name, resolve_folder(where, None)), None if started else config.backbone_revision
 
 
-def _load_control(path: str, backbone: Any) -> Any:
-    """Over the backbone that is already there, which is compared with the one that the control names."""
-    from longmem.modeling.longmem import LongMem
+def _checked(path: str, kind: str, otherwise: str) -> str:
+    """The folder of a model of this kind.
 
+    Raises:
+        CheckpointError: there is none there.
+    """
     where = checkpoint_folder(path)
-    if model_type(where) != "longmem":
-        raise CheckpointError(f"{where}: not a LongMem checkpoint; --control takes a SideNet trained without memory")
-    return LongMem.from_pretrained(where, backbone=backbone)
-
-
-def _load_memtrm(path: str) -> Any:
-    from longmem.modeling.memtrm import MemTRM
-
-    where = checkpoint_folder(path)
-    if model_type(where) != "memtrm":
-        raise CheckpointError(f"{where}: not a MemTRM checkpoint; --memtrm takes one trained with method = 'memtrm'")
-    return MemTRM.from_pretrained(where)
+    if model_type(where) != kind:
+        raise CheckpointError(f"{where}: {otherwise}")
+    return where
 
 
 def _load_training_free(gate: str, backbone: Any, settings: Any) -> Any:
@@ -242,13 +249,8 @@ def _load_training_free(gate: str, backbone: Any, settings: Any) -> Any:
     try:
         share = float(gate)
     except ValueError:
-        where = checkpoint_folder(gate)
-        if model_type(where) != "training_free":
-            raise CheckpointError(
-                f"{where}: no training-free settings; --training-free takes a share from 0 to 1, or the folder of a "
-                "TrainingFree"
-            ) from None
-        return TrainingFree.from_pretrained(where, backbone=backbone)
+        said = "no training-free settings; --training-free takes a share from 0 to 1, or the folder of a TrainingFree"
+        return TrainingFree.from_pretrained(_checked(gate, "training_free", said), backbone=backbone)
     names = ("memory_layers", "chunk_size", "num_retrieved", "memory_size")
     alike = {} if settings is None else {name: getattr(settings, name) for name in names}
     return TrainingFree.from_backbone(backbone, gate=share, **alike)

@@ -26,10 +26,6 @@ class Heading:
     level: int
     text: str
 
-    @property
-    def anchor(self) -> str:
-        return re.sub(r"[^\w\s-]", "", self.text.lower()).strip().replace(" ", "-")
-
 
 @dataclass(frozen=True)
 class Text:
@@ -91,45 +87,22 @@ def _markdown(block: Block, pictures: str) -> str:
 
 
 def _escaped(text: str, in_table: bool = False) -> str:
-    """Angle brackets outside of code would be markup, and in a table bars and line ends."""
+    """Text of a result file is never markup or a link: nothing of a page is fetched."""
     parts = re.split(r"(`[^`]*`)", text)
-    text = "".join(part if part.startswith("`") else part.replace("<", "&lt;") for part in parts)
-    return text.replace("|", "\\|").replace("\n", "<br>") if in_table else text
+    text = "".join(p if p.startswith("`") else p.replace("<", "&lt;").replace("](", "]\\(") for p in parts)
+    return text.replace("|", "\\|").replace("\n", " ") if in_table else text
 
 
 def page(title: str, blocks: Sequence[Block]) -> str:
     """The page as one HTML file: pictures within, no scripts, nothing fetched; light or dark as the reader's system."""
-    heads = [block for block in blocks if isinstance(block, Heading) and block.level == 2]
-    links = "".join(f'<a href="#{html.escape(head.anchor)}">{html.escape(head.text)}</a>' for head in heads)
-    body = "\n".join(_html(block) for block in blocks)
-    top, end, rest = body.partition("</h1>") if "</h1>" in body else ("", "", body)
-    body = f"{top}{end}\n<nav>{links}</nav>\n{rest}"
-    return _PAGE.replace("{title}", html.escape(title)).replace("{body}", body)
+    from markdown_it import MarkdownIt
 
-
-def _html(block: Block) -> str:
-    match block:
-        case Heading(level, text):
-            return f'<h{level} id="{html.escape(block.anchor)}">{_inline(text)}</h{level}>'
-        case Text(text):
-            return f"<p>{_inline(text)}</p>"
-        case Table(heads, rows, caption):
-            head = "".join(f'<th scope="col">{_inline(cell)}</th>' for cell in heads)
-            body = "".join(
-                f'<tr><th scope="row">{_inline(first)}</th>' + "".join(f"<td>{_inline(cell)}</td>" for cell in more)
-                for first, *more in rows
-            )
-            said = f"<caption>{_inline(caption)}</caption>" if caption else ""
-            return f"<table>{said}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        case Picture(_, alt):
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown(blocks, "pictures"))
+    for block in blocks:
+        if isinstance(block, Picture):
             data = base64.b64encode(block.svg.encode()).decode("ascii")
-            return f'<img src="data:image/svg+xml;base64,{data}" alt="{html.escape(alt, quote=True)}">'
-
-
-def _inline(text: str) -> str:
-    text = html.escape(text, quote=False).replace("\n", "<br>")
-    text = re.sub(r"`([^`]*)`", r"<code>\1</code>", text)
-    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
+            body = body.replace(f'src="pictures/{block.name}.svg"', f'src="data:image/svg+xml;base64,{data}"')
+    return _PAGE.replace("{title}", html.escape(title)).replace("{body}", body)
 
 
 def plain(table: Table, width: int) -> str:
@@ -167,15 +140,10 @@ _PAGE = """<!doctype html>
 :root { color-scheme: light dark; --line: #8884; }
 body { margin: 0 auto; max-width: 72rem; padding: 1.5rem; font: 16px/1.55 system-ui, sans-serif; }
 h2 { margin-top: 2.6rem; padding-top: .8rem; border-top: 1px solid var(--line); }
-p, caption { max-width: 62rem; overflow-wrap: anywhere; }
-nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; }
+p { max-width: 62rem; overflow-wrap: anywhere; }
 table { display: block; overflow-x: auto; border-collapse: collapse; margin: .7rem 0 1rem;
   font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding-bottom: .3rem; }
-th, td { text-align: right; padding: .28rem .8rem; border-bottom: 1px solid var(--line); font-weight: normal; }
-th:first-child { text-align: left; padding-left: 0; }
-td { white-space: nowrap; }
-thead th { font-weight: 600; }
+th, td { text-align: left; padding: .28rem .8rem .28rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
 img { display: block; max-width: 100%; height: auto; margin: .8rem 0 1.2rem; }
 </style>
 </head>
