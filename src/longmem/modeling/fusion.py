@@ -31,7 +31,7 @@ def fuse(local_out: Tensor, memory_out: Tensor, found: Tensor, memory_gate: Tens
         (B, H, T, D), bit for bit ``local_out`` wherever nothing was found.
     """
     share = torch.sigmoid(memory_gate.float()).view(1, -1, 1).expand(found.shape)
-    return _mix(local_out, memory_out, found, share)
+    return mix(local_out, memory_out, found, share)
 
 
 def fuse_softmax(
@@ -49,10 +49,10 @@ def fuse_softmax(
     """
     difference = torch.where(found, memory_lse.float(), 0.0) - local_lse.float()
     share = torch.sigmoid(difference + memory_gate.float().view(1, -1, 1))
-    return _mix(local_out, memory_out, found, share)
+    return mix(local_out, memory_out, found, share)
 
 
-def _mix(local_out: Tensor, memory_out: Tensor, found: Tensor, share: Tensor) -> Fused:
+def mix(local_out: Tensor, memory_out: Tensor, found: Tensor, share: Tensor) -> Fused:
     share = torch.where(found, share, 0.0)
     weight = share.unsqueeze(-1).to(local_out.dtype)
     mixed = (1 - weight) * local_out + weight * memory_out.to(local_out.dtype)

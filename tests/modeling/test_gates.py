@@ -1,0 +1,58 @@
+"""The gate of a token: its laws."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longmem.modeling.fusion import fuse_softmax
+from longmem.modeling.gates import TokenGate
+
+B, H, T, D = 2, 3, 5, 4
+
+
+def _inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    local, memory = (torch.randn(B, H, T, D, generator=generator) for _ in range(2))
+    local_lse, memory_lse = (4 * torch.randn(B, H, T, generator=generator) for _ in range(2))
+    found = torch.rand(B, H, T, generator=generator) < 0.7
+    return local, local_lse, memory * found[..., None], memory_lse.masked_fill(~found, -torch.inf), found
+
+
+def test_with_bias_zero_it_starts_at_one_softmax() -> None:
+    local, local_lse, memory, memory_lse, found = inputs = _inputs()
+    fused = TokenGate(H, D, bias=0.0)(*inputs)
+    expected = fuse_softmax(local, local_lse, memory, memory_lse, found, torch.zeros(H))
+    torch.testing.assert_close(fused.out, expected.out)
+    torch.testing.assert_close(fused.share, expected.share)
+
+
+def test_where_nothing_is_found_the_local_heads_stay_bit_for_bit_and_gradients_are_finite() -> None:
+    gate, inputs = TokenGate(H, D), _inputs()
+    local, found = inputs[0], inputs[4]
+    fused = gate(*inputs)
+    assert torch.equal(fused.out[~found], local[~found])
+    assert (fused.share[~found] == 0).all()
+    fused.out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in gate.parameters())
+
+
+def test_no_head_and_no_token_reads_another() -> None:
+    gate, inputs = TokenGate(H, D, bias=0.0), _inputs()
+    with torch.no_grad():
+        for parameter in gate.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    changed = [tensor.clone() for tensor in inputs]
+    changed[0][0, 1, 2] += 1.0
+    before, after = gate(*inputs).share, gate(*changed).share
+    expected = torch.zeros_like(before, dtype=torch.bool)
+    expected[0, 1, 2] = bool(inputs[4][0, 1, 2])
+    assert torch.equal(before != after, expected)
+
+
+def test_a_closed_gate_starts_near_the_backbone_and_is_small() -> None:
+    inputs = list(_inputs())
+    inputs[3] = inputs[1].masked_fill(~inputs[4], -torch.inf)  # scores of memory as large as those of the window
+    gate = TokenGate(H, D)
+    assert gate(*inputs).share.max() < 1e-3
+    assert sum(p.numel() for p in gate.parameters()) == 3 * H + 2 * H * D
