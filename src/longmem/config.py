@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
@@ -14,7 +14,7 @@ from longmem.errors import ConfigError
 
 Init = Literal["copy", "zero"]
 FinalState = Literal["pre_norm", "normed"]
-Fusion = Literal["gate", "softmax"]
+Fusion = Literal["gate", "softmax", "token"]
 
 
 class MemoryConfig(PreTrainedConfig):
@@ -34,11 +34,15 @@ class MemoryConfig(PreTrainedConfig):
         num_retrieved: K, tokens each query and head retrieves; a multiple of ``chunk_size`` (paper: 64).
         memory_size: M, tokens a bank row holds by default (paper: 65,536).
         fusion: ``gate`` (paper): one share per head; ``softmax``: one softmax over local and memory scores with a
-            bias per head, so that each token chooses its own share.
+            bias per head, so that each token chooses its own share; ``token``: a trained choice of every token, see
+            ``TokenGate`` (``TrainingFree`` only).
 
     Raises:
         ConfigError: lists every setting that breaks a rule.
     """
+
+    token_gates: ClassVar[bool] = False
+    """Whether the model has the gates that fusion "token" needs."""
 
     def __init__(
         self,
@@ -93,6 +97,8 @@ class MemoryConfig(PreTrainedConfig):
         found = _size_problems(self, _SIZES)
         if self.fusion not in FUSIONS:
             found.append(f"fusion ({self.fusion!r}) must be one of {', '.join(FUSIONS)}")
+        elif self.fusion == "token" and not self.token_gates:
+            found.append(f'fusion ("token") is not for {type(self).__name__}; use "gate" or "softmax"')
         layers = self.memory_layers
         if layers is not None and (not layers or list(layers) != sorted(set(layers))):
             found.append(f"memory_layers ({list(layers)}) must be different layers, counted from 0, in ascending order")
@@ -236,16 +242,20 @@ class MemTRMConfig(AugmentedConfig):
 
 
 class TrainingFreeConfig(AugmentedConfig):
-    """The frozen backbone with memory attention at some of its layers, their gate given and nothing trained."""
+    """The frozen backbone with memory attention at some of its layers; its gate is given, or calibrated.
+
+    With ``fusion="token"`` the logit of ``gate`` is where the biases of the ``TokenGate`` of every layer start.
+    """
 
     model_type = "training_free"
+    token_gates = True
 
     def __init__(self, **kwargs: Any) -> None:
         # a config without an ``__init__`` of its own would be given one that knows no settings
         super().__init__(**kwargs)
 
 
-FUSIONS = ("gate", "softmax")
+FUSIONS = ("gate", "softmax", "token")
 _SIZES = ("chunk_size", "num_retrieved", "memory_size")
 _PASSED_ON = (
     "vocab_size", "hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",

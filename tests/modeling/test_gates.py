@@ -21,7 +21,7 @@ def _inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def test_with_bias_zero_it_starts_at_one_softmax() -> None:
     local, local_lse, memory, memory_lse, found = inputs = _inputs()
-    fused = TokenGate(H, D, bias=0.0)(*inputs)
+    fused = TokenGate(H, D)(*inputs)
     expected = fuse_softmax(local, local_lse, memory, memory_lse, found, torch.zeros(H))
     torch.testing.assert_close(fused.out, expected.out)
     torch.testing.assert_close(fused.share, expected.share)
@@ -38,7 +38,7 @@ def test_where_nothing_is_found_the_local_heads_stay_bit_for_bit_and_gradients_a
 
 
 def test_no_head_and_no_token_reads_another() -> None:
-    gate, inputs = TokenGate(H, D, bias=0.0), _inputs()
+    gate, inputs = TokenGate(H, D), _inputs()
     with torch.no_grad():
         for parameter in gate.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
@@ -53,6 +53,6 @@ def test_no_head_and_no_token_reads_another() -> None:
 def test_a_closed_gate_starts_near_the_backbone_and_is_small() -> None:
     inputs = list(_inputs())
     inputs[3] = inputs[1].masked_fill(~inputs[4], -torch.inf)  # scores of memory as large as those of the window
-    gate = TokenGate(H, D)
+    gate = TokenGate(H, D, bias=-8.0)
     assert gate(*inputs).share.max() < 1e-3
     assert sum(p.numel() for p in gate.parameters()) == 3 * H + 2 * H * D

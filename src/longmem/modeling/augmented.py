@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from longmem.config import AugmentedConfig
 from longmem.modeling.backbone import BackboneRun, current_run
+from longmem.modeling.gates import TokenGate
 from longmem.modeling.memory_lm import MemoryLM
 from longmem.modeling.placement import place_of
 from longmem.modeling.probe import QKV, Call
@@ -54,10 +55,14 @@ class AugmentedLM(MemoryLM):
         shares = torch.tensor(gates, dtype=torch.float64).expand(self.num_heads * len(self.memory_layers))
         return torch.logit(shares).float().to(place_of(self.backbone.family.layers[self.memory_layer]))
 
+    def reader_gate(self, place: int) -> Tensor | TokenGate:
+        """What decides the shares of one memory layer, by its place: the logits (H,) of its heads."""
+        return self.gate_of(place)
+
     def _attach(self, attention: nn.Module, layer: int) -> None:
         """Let the attention of a memory layer, in the backbone's mirror, read memory."""
         place = self.memory_layers.index(layer)
-        gate = functools.partial(self.gate_of, place)
+        gate = functools.partial(self.reader_gate, place)
         project = functools.partial(_found_before, layer)
         MemoryReader(attention, self.backbone.family, layer, place, self.config.fusion, gate, project)
 

@@ -10,9 +10,6 @@ from torch import Tensor, nn
 
 from longmem.modeling.fusion import Fused, mix
 
-CLOSED = -8.0
-"""Bias of a gate that gives memory nearly nothing: where training starts, the model is the backbone."""
-
 
 class TokenGate(nn.Module):
     """The share of memory in each head, from what the token saw locally and what it found.
@@ -25,12 +22,12 @@ class TokenGate(nn.Module):
     Args:
         heads: H.
         head_dim: D.
-        bias: where every head's bias starts. ``CLOSED`` starts at the backbone; 0 starts at one softmax.
+        bias: where the heads' biases start, (H,) or one for all. 0 is one softmax; at -8 memory is hardly read.
     """
 
-    def __init__(self, heads: int, head_dim: int, *, bias: float = CLOSED) -> None:
+    def __init__(self, heads: int, head_dim: int, *, bias: Tensor | float = 0.0) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.full((heads,), bias))
+        self.bias = nn.Parameter(torch.as_tensor(bias, dtype=torch.float32).expand(heads).clone())
         self.local_lse_weight = nn.Parameter(torch.ones(heads))
         self.memory_lse_weight = nn.Parameter(torch.ones(heads))
         self.local_vector = nn.Parameter(torch.zeros(heads, head_dim))

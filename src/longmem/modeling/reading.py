@@ -24,6 +24,7 @@ from longmem.modeling.backbone import BackboneRun, current_run
 from longmem.modeling.explain import Explanation
 from longmem.modeling.families import Family
 from longmem.modeling.fusion import Fused, fuse, fuse_softmax, local_lse
+from longmem.modeling.gates import TokenGate
 from longmem.modeling.probe import ADAPTERS, QKV, Call, scaling_of
 from longmem.types import Memory, RetrievedMemory
 
@@ -120,7 +121,7 @@ class MemoryReader:
         layer: the remembered backbone layer that is searched.
         place: its place among the remembered layers.
         fusion: how local and memory attention are mixed.
-        gate: returns the logits (H,) of this layer's heads.
+        gate: returns the logits (H,) of this layer's heads; with fusion "token" the ``TokenGate`` itself.
         project: gives the position-free projections of a call of ``attention``.
 
     Raises:
@@ -134,7 +135,7 @@ class MemoryReader:
         layer: int,
         place: int,
         fusion: Fusion,
-        gate: Callable[[], Tensor],
+        gate: Callable[[], Tensor | TokenGate],
         project: Callable[[Call], QKV],
     ) -> None:
         self.layer, self.place, self.fusion = layer, place, fusion
@@ -186,11 +187,15 @@ def fuse_pending(run: BackboneRun, local_out: Tensor, lse: Callable[[], Tensor] 
     reader, _, memory = reading._pending
     reading._pending = None
     fused: Fused
+    gate = reader.gate()
     if reader.fusion == "gate":
-        fused = fuse(local_out, memory.out, memory.found, reader.gate())
+        fused = fuse(local_out, memory.out, memory.found, cast(Tensor, gate))
     else:
         assert lse is not None
-        fused = fuse_softmax(local_out, lse(), memory.out, memory.lse, memory.found, reader.gate())
+        if isinstance(gate, TokenGate):
+            fused = gate(local_out, lse(), memory.out, memory.lse, memory.found)
+        else:
+            fused = fuse_softmax(local_out, lse(), memory.out, memory.lse, memory.found, gate)
     reading.reads[reader.place].share = fused.share.detach()
     return fused.out
 
