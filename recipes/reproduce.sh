@@ -62,10 +62,10 @@ longmem eval needle "${needle[@]}" --data "$python/test.jsonl" --lengths 4k,16k,
 longmem eval needle "${needle[@]}" --data "$books/test.tar.xz" --lengths 64k,1m --out runs/results/needle-books
 [ -e data/conversations.json ] || python recipes/data/conversations.py --out data/conversations.json --seed 0
 longmem eval dialogue "${models[@]}" --training-free 0.1 --data data/conversations.json --out runs/results/dialogue
-longmem eval ablate "${model[@]}" --data "$python/valid.jsonl" --max-tokens 4096 --num-documents 8 --out runs/results/ablate-python
-longmem eval ablate "${model[@]}" --data "$latex/test.tar.xz" --max-tokens 36864 --num-documents 4 --protocol segments --memory-size 32k \
-    --of num_retrieved,memory_size --num-retrieved 32,64,128,256 --memory-sizes 4k,8k,16k,32k --out runs/results/ablate-latex-long
-longmem eval efficiency --random hidden=512,layers=12,heads=8,vocab=8192 --contexts 1k,4k,16k --new-tokens 16 --budget 240 \
+python -m benchmarks.ablation "${model[@]}" --data "$python/valid.jsonl" --max-tokens 4096 --num-documents 8 --out runs/results/ablate-python
+python -m benchmarks.ablation "${model[@]}" --data "$latex/test.tar.xz" --max-tokens 36864 --num-documents 4 --protocols segments \
+    --memory-size 32768 --of num_retrieved=32,64,128,256 --of memory_size=4096,8192,16384,32768 --out runs/results/ablate-latex-long
+python -m benchmarks.efficiency --random hidden=512,layers=12,heads=8,vocab=8192 --contexts 1024,4096,16384 --new-tokens 16 --budget 240 \
     --out runs/results/efficiency
 for text in "$latex/valid.tar.xz" "$python/valid.jsonl"; do
     longmem layers runs/small-backbone/final --data "$text" --distances 128,256 --rows 4 \

@@ -12,7 +12,7 @@ from longmem.cli import main as frame
 
 COMMANDS = [
     "eval perplexity", "eval chapterbreak", "eval icl", "eval squad", "eval needle", "eval dialogue",
-    "eval efficiency", "eval ablate", "eval harness", "report", "demo", "layers",
+    "eval harness", "report", "demo", "layers",
 ]  # fmt: skip
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.evaluation.test_requests import by_hand
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from longmem import LongMem
+from longmem import LongMem, MemoryBank
 from longmem.cli import main as frame
+from longmem.evaluation.asking import Asker
 
 WITHOUT = importlib.util.find_spec("lm_eval") is None
 needs_harness = pytest.mark.skipif(WITHOUT, reason="lm-evaluation-harness is not installed: pip install lm-eval")
@@ -58,6 +58,24 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 metadata: {version: 1}
 """,
 }
+
+
+def by_hand(model: LongMem, tokens: list[int], scored: int, window: int) -> float:
+    """Log-probability of the last tokens: what does not fit is read in segments into a bank, one text alone."""
+    cut = max(0, len(tokens) - 1 - window)
+    bank = MemoryBank.for_model(model, 1, 64)
+    for start in range(0, cut, window):
+        bank.add(model.encode(torch.tensor([tokens[start : min(start + window, cut)]])))
+    bank.end_document()
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens[cut:-1]]), memory=bank).logits[0, -scored:].log_softmax(-1)
+    return logits.gather(1, torch.tensor(tokens[-scored:])[:, None]).sum().item()
+
+
+def memory_lm(model: Any, tokenizer: Any, memory: int | None, batch: int) -> Any:
+    from longmem.evaluation.harness import MemoryLM
+
+    return MemoryLM(Asker("it", "it", {}, model, tokenizer, 32, batch, memory))
 
 
 @pytest.fixture
@@ -113,10 +131,8 @@ def test_without_memory_every_number_is_the_stock_classs(
 ) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from longmem.evaluation.harness import MemoryLM
-
     model = LongMem.from_pretrained(sidenet_dir)
-    mine = MemoryLM(model, byte_tokenizer, window=32, memory_size=None, batch_size=batch)
+    mine = memory_lm(model, byte_tokenizer, None, batch)
     stock = HFLM(model, tokenizer=byte_tokenizer, max_length=32, batch_size=batch)
     pairs = [(text, answer) for text in texts(made_text) for answer in (" the key", " seven stones")]
     asked = requests("loglikelihood", *pairs, ("", "word"))
@@ -134,16 +150,14 @@ def test_without_memory_every_number_is_the_stock_classs(
 def test_what_does_not_fit_is_read_into_a_memory_of_the_request_alone(
     batch: int, sidenet_dir: Path, byte_tokenizer: PreTrainedTokenizerFast, made_text: Callable[..., str]
 ) -> None:
-    from longmem.evaluation.harness import MemoryLM
-
     model = LongMem.from_pretrained(sidenet_dir)
-    lm = MemoryLM(model, byte_tokenizer, window=32, memory_size=64, batch_size=batch)
+    lm = memory_lm(model, byte_tokenizer, 64, batch)
     pairs = [(text, answer) for text in texts(made_text) for answer in (" the key", " no stones")]
     found = lm.loglikelihood(requests("loglikelihood", *pairs))
     for (text, answer), (logprob, _) in zip(pairs, found, strict=True):
         tokens = byte_tokenizer(text + answer)["input_ids"]
         assert logprob == pytest.approx(by_hand(model, tokens, len(answer), 32), abs=1e-4)
-    off = MemoryLM(model, byte_tokenizer, window=32, memory_size=None, batch_size=batch)
+    off = memory_lm(model, byte_tokenizer, None, batch)
     without = off.loglikelihood(requests("loglikelihood", *pairs))
     long = [len(text + answer) > 33 for text, answer in pairs]
     assert [abs(a - b) > 1e-4 for (a, _), (b, _) in zip(found, without, strict=True)] == long
@@ -156,14 +170,12 @@ def test_what_does_not_fit_is_read_into_a_memory_of_the_request_alone(
 def test_generation_reads_what_was_cut_off(
     sidenet_dir: Path, byte_tokenizer: PreTrainedTokenizerFast, made_text: Callable[..., str]
 ) -> None:
-    from longmem.evaluation.harness import MemoryLM
-
     model = LongMem.from_pretrained(sidenet_dir)
     settings = {"until": ["."], "max_gen_toks": 8, "do_sample": False}
     asked = requests("generate_until", *((text, settings) for text in texts(made_text)))
-    alone = MemoryLM(model, byte_tokenizer, window=32, memory_size=64, batch_size=1).generate_until(asked)
-    together = MemoryLM(model, byte_tokenizer, window=32, memory_size=64, batch_size=4).generate_until(asked)
-    without = MemoryLM(model, byte_tokenizer, window=32, memory_size=None, batch_size=1).generate_until(asked)
+    alone = memory_lm(model, byte_tokenizer, 64, 1).generate_until(asked)
+    together = memory_lm(model, byte_tokenizer, 64, 4).generate_until(asked)
+    without = memory_lm(model, byte_tokenizer, None, 1).generate_until(asked)
     assert together == alone
     assert alone[0] == without[0] and alone[1:] != without[1:]
 

@@ -1,57 +1,65 @@
-"""A task over all systems: means, intervals, differences, resuming."""
+"""A task over all systems: means, intervals, differences, what is asked once, resuming."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from longmem.errors import DataError
-from longmem.evaluation.asking import Asker
+from longmem.errors import ConfigError, DataError
+from longmem.evaluation.asking import Answer, Asker, Prompt, Scored
+from longmem.evaluation.bootstrap import Bootstrap
 from longmem.evaluation.results import to_json
 from longmem.evaluation.runner import run_task
-from longmem.evaluation.task import Example, Metric, digest_of
+from longmem.evaluation.task import Example, Metric, Task, different, drawn, group_scores, numbered
 
 VALUES = {"backbone": [0.0, 0.0, 100.0, 0.0], "memory_off": [0.0, 100.0, 0.0, 0.0], "memory_8": [100.0] * 4}
 
 
-@dataclass
-class Known:
-    """A task whose answers are written above."""
+@dataclass(frozen=True)
+class Known(Asker):
+    """A system whose answers are written above; ``stop`` after so many of all systems."""
 
-    asked: list[tuple[str, str]] = field(default_factory=list)
-    stop_after: int | None = None
-    name: str = "known"
-    metrics: tuple[Metric, ...] = (Metric("accuracy", "accuracy", "%", chance=50.0),)
+    asked: list[tuple[str, int]] = field(default_factory=list)
+    stop: int = 1000
+
+    def ask(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
+        for number in reversed(range(len(prompts))):
+            if len(self.asked) == self.stop:
+                raise KeyboardInterrupt
+            self.asked.append((self.name, prompts[number].contexts[0][0]))
+            value = VALUES[self.name][prompts[number].contexts[0][0]]
+            yield number, Answer((Scored((value,), (True,), 0),))
+
+
+class OfFour(Task[int]):
+    name = "of-four"
+    metrics = (Metric("accuracy", "accuracy", "%", chance=50.0),)
+    where = (("a", "one"), ("a", "one"), ("b", "two"), ("b", "three"))
 
     def settings(self) -> dict[str, Any]:
-        return {"of": "known"}
+        return {"of": "four"}
 
-    def examples(self) -> Sequence[Example]:
-        where = [("a", "one"), ("a", "one"), ("b", "two"), ("b", "three")]
-        return [Example(f"e{n}", digest_of(n), group, unit) for n, (group, unit) in enumerate(where)]
+    def examples(self) -> list[Example[int]]:
+        return [Example(f"e{n}", group, unit, n) for n, (group, unit) in enumerate(self.where)]
 
-    def skip(self, asker: Asker) -> str | None:
-        return "it is not wanted" if asker.name == "control" else None
+    def prompt(self, example: Example[int], asker: Asker) -> Prompt:
+        return Prompt(((example.item,),), ((5,),))
 
-    def answer(self, asker: Asker, examples: Sequence[Example]) -> Iterator[tuple[int, dict[str, float]]]:
-        for number in reversed(range(len(examples))):
-            if self.stop_after is not None and len(self.asked) == self.stop_after:
-                raise KeyboardInterrupt
-            self.asked.append((asker.name, examples[number].id))
-            yield number, {"accuracy": VALUES[asker.name][int(examples[number].id[1:])]}
+    def measure(self, example: Example[int], prompt: Prompt, answer: Answer) -> dict[str, float]:
+        return {"accuracy": answer.scored[0].logprobs[0]}
 
 
-def systems(*names: str) -> list[Asker]:
-    return [Asker(name, name.upper(), {"weights": name}, None, None, window=8) for name in names]
+def systems(*names: str, stop: int = 1000) -> list[Known]:
+    told: list[tuple[str, int]] = []
+    return [Known(n, n.upper(), {"weights": n}, None, None, window=8, asked=told, stop=stop) for n in names]
 
 
 def test_means_and_paired_differences_of_every_group() -> None:
-    result = run_task(Known(), systems("backbone", "memory_off", "memory_8", "control"))
+    result = run_task(OfFour(), systems("backbone", "memory_off", "memory_8"))
     assert [group.group for group in result.groups] == ["all", "a", "b"]
     assert [(group.examples, group.units) for group in result.groups] == [(4, 3), (2, 1), (2, 2)]
     assert result.groups[0].score("backbone", "accuracy").value == 25
@@ -63,57 +71,62 @@ def test_means_and_paired_differences_of_every_group() -> None:
     assert interval.low <= 25 <= interval.high
     assert interval.count == 3
     assert result.groups[1].score("backbone", "accuracy").interval is None  # one unit says nothing of its spread
-    assert result.skipped == {"control": "it is not wanted"}
     assert result.examples[1].values["memory_off"] == {"accuracy": 100.0}
+    assert '"task": "of-four"' in to_json(result)
+
+
+def test_weights_give_each_part_its_share() -> None:
+    examples, values = OfFour().examples(), [{"backbone": {"accuracy": v}} for v in (0.0, 0.0, 0.0, 100.0)]
+    weighed = group_scores("all", examples, values, OfFour.metrics, Bootstrap(), weights=[1, 1, 1, 3], drawn="texts")
+    assert weighed.scores[0].value == 50
+    assert weighed.scores[0].interval is not None and weighed.scores[0].interval.units == "texts"
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    first, records = Known(stop_after=6), tmp_path / "records.jsonl"
+    first, records = systems("backbone", "memory_8", stop=6), tmp_path / "records.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        run_task(first, systems("backbone", "memory_8"), records=records)
+        run_task(OfFour(), first, records=records)
     with records.open("ab") as file:
         file.write(b'\xff\x00\n{"key": "cut sh')
-    second = Known()
-    result = run_task(second, systems("backbone", "memory_8"), records=records)
-    assert len(first.asked) + len(second.asked) == 8
-    assert not set(first.asked) & set(second.asked)
-    fresh = run_task(Known(), systems("backbone", "memory_8"))
+    second = systems("backbone", "memory_8")
+    result = run_task(OfFour(), second, records=records)
+    assert len(first[0].asked) + len(second[0].asked) == 8
+    assert not set(first[0].asked) & set(second[0].asked)
+    fresh = run_task(OfFour(), systems("backbone", "memory_8"))
     assert [e.values for e in result.examples] == [e.values for e in fresh.examples]
-    third = Known()
-    changed = [cast(Asker, asker) for asker in systems("backbone", "memory_8")]
-    changed[1].identity["weights"] = "others"
-    run_task(third, changed, records=records)
-    assert {name for name, _ in third.asked} == {"memory_8"}  # other weights, other answers
+    third = systems("backbone", "memory_8")
+    third[1].identity["weights"] = "others"
+    run_task(OfFour(), third, records=records)
+    assert {name for name, _ in third[0].asked} == {"memory_8"}  # other weights, other answers
 
 
-def test_the_time_of_earlier_runs_counts(tmp_path: Path) -> None:
-    class Slow(Known):
-        def answer(self, asker: Asker, examples: Sequence[Example]) -> Iterator[tuple[int, dict[str, float]]]:
-            for each in super().answer(asker, examples):
-                time.sleep(0.05)
-                yield each
+def test_what_is_equal_is_asked_once_also_under_another_name() -> None:
+    class Twice(OfFour):
+        def prompt(self, example: Example[int], asker: Asker) -> Prompt:
+            return Prompt(((example.item // 2,),), ((5,),))
 
-    records = tmp_path / "records.jsonl"
-    alone = run_task(Slow(), systems("backbone"), records=records).header.seconds
-    assert alone >= 0.2
-    both = run_task(Slow(), systems("backbone", "memory_8"), records=records).header.seconds
-    assert both >= alone + 0.2  # what the first run asked is not asked again, and is counted
-    assert run_task(Known(), systems("backbone", "memory_8"), records=records).header.seconds >= 0.4
-
-
-def test_progress_is_told_and_the_result_is_json() -> None:
-    told: list[tuple[str, int, int]] = []
-    result = run_task(Known(), systems("backbone"), progress=lambda *what: told.append(what))
-    assert told == [("BACKBONE", done, 4) for done in range(5)]
-    assert '"task": "known"' in to_json(result)
+    found = systems("backbone", "memory_off", "memory_8")
+    found[1].identity["weights"] = found[2].identity["weights"] = "side"
+    found[2].identity["memory"] = 8
+    result = run_task(Twice(), found)
+    # nothing of these prompts goes to memory: the answers are those of the same model without it
+    assert found[0].asked == [("backbone", 1), ("backbone", 0), ("memory_off", 1), ("memory_off", 0)]
+    assert result.examples[0].values["memory_8"] == result.examples[1].values["memory_off"]
 
 
-def test_a_task_without_examples_or_systems_says_so() -> None:
-    class Empty(Known):
-        def examples(self) -> Sequence[Example]:
-            return []
+def test_a_task_without_examples_says_so() -> None:
+    class Empty(OfFour):
+        where = ()
 
-    with pytest.raises(DataError, match="known has no examples"):
+    with pytest.raises(DataError, match="of-four has no examples"):
         run_task(Empty(), systems("backbone"))
-    with pytest.raises(DataError, match="asks none of these systems: it is not wanted"):
-        run_task(Known(), systems("control"))
+
+
+def test_draws_names_and_lists() -> None:
+    assert drawn("x", 5, None) == drawn("x", 5, 9) == list(range(5))
+    few = drawn("x", 50, 5)
+    assert few == drawn("x", 50, 5) == sorted(set(few)) != drawn("y", 50, 5)
+    assert numbered(["a", "a", "a (2)", "a"]) == ["a", "a (2)", "a (2) (2)", "a (3)"]
+    different(shots=(0, 4))
+    with pytest.raises(ConfigError, match=r"one \(4,4\) must be different numbers.*two \(none\)"):
+        different(one=(4, 4), two=())

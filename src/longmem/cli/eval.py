@@ -9,14 +9,7 @@ import click
 
 from longmem.cli.counts import TokenCount
 from longmem.cli.evaluating import load, machine_options, model_options, run_options, save_and_show
-from longmem.cli.harness import harness
-from longmem.cli.tasks.ablate import ablate
-from longmem.cli.tasks.chapterbreak import chapterbreak
-from longmem.cli.tasks.dialogue import dialogue
-from longmem.cli.tasks.efficiency import efficiency
-from longmem.cli.tasks.icl import icl
-from longmem.cli.tasks.needle import needle
-from longmem.cli.tasks.squad import squad
+from longmem.cli.tasks import COMMANDS
 
 
 @click.group()
@@ -24,7 +17,7 @@ def command() -> None:
     """Measure a model on long text."""
 
 
-for _task in (chapterbreak, dialogue, ablate, efficiency, harness, icl, needle, squad):
+for _task in COMMANDS:
     command.add_command(_task)
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,11 +16,8 @@ from longmem.cli.counts import token_counts
 from longmem.cli.outputs import folder_option
 
 if TYPE_CHECKING:
-    from longmem.evaluation.asking import Asker
     from longmem.evaluation.loading import Loaded
     from longmem.evaluation.pages import Table
-    from longmem.evaluation.runner import TaskResult
-    from longmem.evaluation.task import Task
 
 Command = Callable[..., Any]
 
@@ -78,16 +73,6 @@ def run_options(command: Command) -> Command:
     )
 
 
-def comparison_options(command: Command) -> Command:
-    """All that ``open_comparison`` and ``run_and_show`` take."""
-    full = click.option(
-        "--full-context",
-        type=click.IntRange(min=2),
-        help="Also the backbone with a window of so many tokens, which holds what the others have in memory.",
-    )
-    return model_options(machine_options(full(run_options(command))))
-
-
 def load(shared: dict[str, Any]) -> tuple[Loaded, Any, str]:
     """The systems that the options of ``model_options`` name, their tokenizer, and the device.
 
@@ -108,80 +93,6 @@ def load(shared: dict[str, Any]) -> tuple[Loaded, Any, str]:
     return loaded, load_tokenizer(loaded.tokenizer, loaded.comparison.model), device
 
 
-@dataclass(frozen=True)
-class Opened:
-    """The systems of a task."""
-
-    loaded: Loaded
-    tokenizer: Any
-    askers: list[Asker]
-    window: int
-    device: str
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return {"window": self.window, "device": self.device}
-
-
-def open_comparison(shared: dict[str, Any], systems: Sequence[str] = ()) -> Opened:
-    """Load the systems that the options of ``comparison_options`` name.
-
-    Args:
-        systems: beginnings of the names of those that are asked; empty is all.
-
-    Raises:
-        LongMemError: settings, checkpoints or their tokenizer are at fault, or no system's name begins so.
-    """
-    from longmem.evaluation.asking import askers
-    from longmem.evaluation.systems import chosen
-
-    loaded, tokenizer, device = load(shared)
-    window = shared["window"] or loaded.default_window()
-    full, rows = shared["full_context"], shared["rows"]
-    found = askers(loaded.comparison, tokenizer, window=window, rows=rows, full_context=full, device=device)
-    names = chosen([asker.name for asker in found], systems)
-    return Opened(loaded, tokenizer, [asker for asker in found if asker.name in names], window, device)
-
-
-def run_and_show(
-    task: Task,
-    opened: Opened,
-    shared: dict[str, Any],
-    *,
-    seeds: Sequence[int] = (0,),
-    finish: Callable[[TaskResult], TaskResult] | None = None,
-) -> TaskResult:
-    """Ask all systems, save the result and print it.
-
-    Args:
-        task: see ``longmem.evaluation.task``.
-        opened: from ``open_comparison``.
-        shared: the options of ``comparison_options``.
-        seeds: of the choice of examples.
-        finish: adds what else the task has to say before the result is saved.
-    """
-    from longmem.evaluation.bootstrap import Bootstrap
-    from longmem.evaluation.results import command_line
-    from longmem.evaluation.runner import run_task
-
-    names = ("backbone", "control", "memtrm", "training_free", "full_context", "rows", "dtype")
-    out: Path | None = shared["out"]
-    result = run_task(
-        task,
-        opened.askers,
-        records=None if out is None else out / "records.jsonl",
-        bootstrap=Bootstrap(resamples=shared["resamples"]),
-        command=command_line(),
-        config={"model": opened.loaded.model, "tokenizer": opened.loaded.tokenizer}
-        | opened.config
-        | {name: shared[name] for name in names},
-        seeds=seeds,
-    )
-    result = result if finish is None else finish(result)
-    save_and_show(result, shared)
-    return result
-
-
 def save_and_show(result: Any, shared: dict[str, Any]) -> None:
     """Write ``OUT/<task>.json`` and pictures, and print tables, or with ``--json`` the result."""
     from longmem.evaluation.plots import plot_all
@@ -199,8 +110,6 @@ def save_and_show(result: Any, shared: dict[str, Any]) -> None:
         click.echo(text)
         return
     show(tables_of(plain))
-    for name, reason in plain.get("skipped", {}).items():
-        click.echo(f"\n{name} not asked: {reason}")
 
 
 def show(tables: Sequence[Table]) -> None:

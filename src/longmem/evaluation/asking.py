@@ -1,54 +1,70 @@
-"""Ask a system questions whose contexts may be longer than its window: likelihoods of options, and continuations.
+"""Ask one system: likelihoods of options, and greedy continuations, after contexts that may be longer than its window.
 
-What does not fit the window is read into memory where there is one, and lost where there is none, as it would be for a
-user of that system. B sequences side by side · T window tokens · V vocabulary
+What does not fit the window is read into memory by a system that has one, and is lost to the others.
+
+B sequences of one batch · T window tokens · V vocabulary
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError
-from longmem.evaluation.requests import padded
-from longmem.evaluation.systems import BACKBONE, Comparison, System
+from longmem.evaluation.systems import BACKBONE, Comparison
 from longmem.memory import MemoryBank
 from longmem.types import AttentionKV, Memory
 
-FULL = "full"
 LINEAR_POSITIONS = ("alibi_gpt", "bloom", "mpt")  # ALiBi has no last position
 
 Tokens = tuple[int, ...]
+Reads = Callable[[Sequence["_Part"]], dict[str, Any]]
+"""Keyword arguments by which a model reads the memory of these parts."""
+
+
+class LongText(Protocol):
+    """A text that is read into memory in its own way, because reading it whole for each prompt would take too long."""
+
+    digest: str
+
+    def open(self, asker: Asker) -> AbstractContextManager[Memory]:
+        """A memory of one row in which the text is, for as long as the context manager is open."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Options whose likelihoods are compared.
+class Prompt:
+    """What one system is asked about one example.
 
     Attributes:
-        context: what lies before each of them; its end is in the window, as much as fits beside the longest option.
+        contexts: the options are scored after each of them, the first is continued. The end of a context is in the
+            window, as much of it as fits.
         options: each at least one token.
-        memory: text before the context that only memory can hold (demonstrations, sessions, earlier chapters). A
-            full-context system has it in front of the context, others never see it.
+        new_tokens: to generate; 0 generates nothing.
+        memory: text before the context that only memory can hold (demonstrations, sessions). A full-context system has
+            it in front of the context, a system without memory never sees it.
     """
 
-    context: Sequence[int]
-    options: Sequence[Sequence[int]]
-    memory: Tokens = ()
+    contexts: tuple[Tokens, ...]
+    options: tuple[Tokens, ...] = ()
+    new_tokens: int = 0
+    memory: Tokens | LongText = ()
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The answer to a ``Choice``.
+    """The options of a prompt after one context.
 
     Attributes:
-        logprobs: of every option in nats, summed over its tokens.
-        greedy: whether every token of the option is the model's first choice.
+        logprobs: of each option in nats, summed over its tokens.
+        greedy: whether each token of the option is the model's first choice.
         next_token: the model's first choice right after the context.
     """
 
@@ -56,14 +72,18 @@ class Scored:
     greedy: tuple[bool, ...]
     next_token: int
 
+    @property
+    def best(self) -> int:
+        """Number of the likeliest option, of equal ones the first."""
+        return max(range(len(self.logprobs)), key=self.logprobs.__getitem__)
+
 
 @dataclass(frozen=True)
-class Prompt:
-    """Text to be continued greedily; ``context`` and ``memory`` as in ``Choice``."""
+class Answer:
+    """``scored``: one for each context of the prompt; ``said``: the tokens generated, up to the end of text."""
 
-    context: Sequence[int]
-    max_new_tokens: int
-    memory: Tokens = ()
+    scored: tuple[Scored, ...] = ()
+    said: Tokens = ()
 
 
 @dataclass(frozen=True)
@@ -74,12 +94,12 @@ class Asker:
         name: key of the system in results.
         label: its name for people.
         identity: what its answers depend on.
-        model: a ``LongMem``, another model with memory, or any causal language model.
+        model: a model with memory, or any causal language model.
         tokenizer: of all systems.
-        window: T; also the segments in which text is read into memory.
+        window: T; also the length of the segments in which text is read into memory.
         rows: B.
         memory_size: tokens that it remembers; None is no memory.
-        whole: ``memory`` of a question is put in front of its context, as far as the window goes.
+        whole: ``memory`` of a prompt is put in front of its context, as far as the window goes.
         device: where the model is.
     """
 
@@ -98,135 +118,148 @@ class Asker:
     def reads_memory(self) -> bool:
         return self.memory_size is not None
 
-    def score(self, questions: Sequence[Choice], bank: Memory | None = None) -> Iterator[tuple[int, Scored]]:
-        """Log-probabilities of options.
-
-        Args:
-            questions: those with equal ``memory`` share one reading of it.
-            bank: a memory of one row, made before, that every question reads instead of what its ``memory`` says.
+    def ask(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
+        """Answer prompts; those with equal memory share one reading of it, and what is equal is asked once.
 
         Yields:
-            (number of the question, answer), in the order in which they are done.
+            (number of the prompt, answer), in the order in which they are done.
 
         Raises:
-            ConfigError: an option is empty or longer than the window.
+            ConfigError: a context or an option is empty, or leaves no room in the window for the other.
         """
-        laid_out = [
-            self._laid_out(n, q.context, q.memory, _longest(n, q, self.window)) for n, q in enumerate(questions)
-        ]
-        for pack, memory in self._packs(laid_out, lambda text: len(questions[text.number].options), bank):
-            sequences = [
-                (text, sequence) for text in pack for sequence in _sequences(text, questions[text.number].options)
-            ]
-            sequences.sort(key=lambda pair: -len(pair[1].inputs))
-            found: dict[int, dict[int, _OptionScore]] = {}
-            for at in range(0, len(sequences), self.rows):
-                batch = sequences[at : at + self.rows]
-                for (text, _), scores in zip(batch, self._forward(batch, questions, memory), strict=True):
-                    mine = found.setdefault(text.number, {})
-                    mine.update(scores)
-                    if len(mine) == len(questions[text.number].options):
-                        yield text.number, _collected(mine)
-
-    def generate(self, prompts: Sequence[Prompt], bank: Memory | None = None) -> Iterator[tuple[int, list[int]]]:
-        """Greedy continuations, cut after the end of text.
-
-        Args:
-            prompts: those with equal ``memory`` share one reading of it.
-            bank: as in ``score``.
-
-        Yields:
-            (number of the prompt, new token ids), in the order in which they are done.
-
-        Raises:
-            ConfigError: no room in the window is left for a context.
-        """
-        laid_out = []
+        places: dict[_Part, list[tuple[int, int]]] = {}
         for number, prompt in enumerate(prompts):
-            if not 1 <= prompt.max_new_tokens < self.window:
+            for place, part in enumerate(self._parts(prompt)):
+                places.setdefault(part, []).append((number, place))
+        missing = [len(prompt.contexts) * bool(prompt.options) + bool(prompt.new_tokens) for prompt in prompts]
+        found: list[dict[int, Any]] = [{} for _ in prompts]
+        for part, result in self._answers(list(places)):
+            for number, place in places[part]:
+                found[number][place] = result
+                if len(found[number]) == missing[number]:
+                    ordered = [found[number][at] for at in range(missing[number])]
+                    scored = tuple(each for each in ordered if isinstance(each, Scored))
+                    yield number, Answer(scored, ordered[-1] if prompts[number].new_tokens else ())
+
+    def key(self, prompt: Prompt) -> str:
+        """Hash of all that the system sees: prompts that differ only beyond its window and memory have one key."""
+        seen = hashlib.sha256()
+        for part in self._parts(prompt):
+            before = part.before if isinstance(part.before, tuple) else None
+            seen.update(part.before.digest.encode() if before is None else array("q", before).tobytes())
+            seen.update(f"|{part.new}|".encode())
+            for tokens in (part.local, *part.options):
+                seen.update(array("q", tokens).tobytes() + b"|")
+        return seen.hexdigest()[:16]
+
+    def remembers(self, prompt: Prompt) -> bool:
+        """Whether anything of a prompt goes to memory; else the answer is that of the same model without memory."""
+        return any(part.before != () for part in self._parts(prompt))
+
+    def _parts(self, prompt: Prompt) -> Iterator[_Part]:
+        """One part for each context with options, and one for the continuation, cut where the window begins."""
+        if prompt.options:
+            longest = max(map(len, prompt.options))
+            if min(map(len, prompt.options)) == 0 or longest > self.window:
                 raise ConfigError(
-                    f"max_new_tokens ({prompt.max_new_tokens}) must be at least 1 and below the window ({self.window})"
+                    f"every option must have 1 to {self.window} tokens (the window), not {longest}; cut or drop it, or "
+                    "pass a larger --window"
                 )
-            laid_out.append(self._laid_out(number, prompt.context, prompt.memory, prompt.max_new_tokens))
-        for pack, memory in self._packs(laid_out, lambda text: 1, bank):
-            ordered = sorted(pack, key=lambda text: -len(text.local))
-            for at in range(0, len(ordered), self.rows):
-                batch = ordered[at : at + self.rows]
-                new = [prompts[text.number].max_new_tokens for text in batch]
-                for text, most, ids in zip(batch, new, self._continue(batch, max(new), memory), strict=True):
-                    yield text.number, ids[:most]
+            for context in prompt.contexts:
+                # the last token of an option is scored and never read, so that it takes no room
+                yield self._part(prompt, context, longest - 1, prompt.options, 0)
+        if prompt.new_tokens:
+            if prompt.new_tokens >= self.window:
+                raise ConfigError(f"new tokens ({prompt.new_tokens}) must be fewer than the window ({self.window})")
+            yield self._part(prompt, prompt.contexts[0], prompt.new_tokens, (), prompt.new_tokens)
 
-    def remember(self, memory: Tokens) -> MemoryBank:
-        """A memory of one row that has read a text, for many calls of ``score`` and ``generate``.
-
-        Raises:
-            ConfigError: the system has no memory, or it holds nothing after reading.
-        """
-        read = self._read([memory]) if self.reads_memory else None
-        if read is None or not isinstance(read.bank, MemoryBank) or int(read.bank.tokens.min()) == 0:
-            raise ConfigError(
-                f"{self.name}: its memory holds nothing after reading {len(memory):,} tokens, so that a result with "
-                "memory would be one without; give it text to read and a larger --memory-sizes"
-            )
-        return read.bank
-
-    # laying out
-
-    def _laid_out(self, number: int, context: Sequence[int], memory: Tokens, room: int) -> _Text:
-        """Cut a text where the window begins, leaving ``room`` tokens of it for what follows the context."""
-        text = (*memory, *context) if self.whole else tuple(context)
+    def _part(self, prompt: Prompt, context: Tokens, room: int, options: tuple[Tokens, ...], new: int) -> _Part:
+        if not context:
+            raise ConfigError("a prompt has no context; give it at least one token, such as a line end")
+        memory = prompt.memory
+        if not isinstance(memory, tuple):
+            return _Part(memory if self.reads_memory else (), context[room - self.window :], options, new)
+        text = (*memory, *context) if self.whole else context
         cut = max(0, len(text) - (self.window - room))
-        before: Tokens = (*memory, *text[:cut]) if self.reads_memory else ()
-        return _Text(number, before, text[cut:])
+        before = () if not self.reads_memory else memory if not cut else (*memory, *text[:cut])
+        return _Part(before, text[cut:] if cut else text, options, new)
 
-    def _packs(
-        self, texts: Sequence[_Text], weight: Any, bank: Memory | None
-    ) -> Iterator[tuple[list[_Text], _Memory | None]]:
-        """Texts with the memory that they read: enough of them that a batch is full, side by side in one bank."""
-        if bank is not None or not self.reads_memory:
-            if texts:
-                yield list(texts), None if bank is None else _Memory(bank, {text.before: 0 for text in texts})
-            return
-        groups: dict[Tokens, list[_Text]] = {}
-        for text in texts:
-            groups.setdefault(text.before, []).append(text)
-        # nothing to remember first; then by length, so that rows are read side by side
-        waiting = sorted(groups, key=lambda before: len(before))
+    def _answers(self, parts: Sequence[_Part]) -> Iterator[tuple[_Part, Any]]:
+        """Parts of equal memory together, and so many memories in one bank that a batch is full."""
+        groups: dict[Any, list[_Part]] = {}
+        for part in parts:
+            groups.setdefault(part.before, []).append(part)
+        for text in [before for before in groups if not isinstance(before, tuple)]:
+            with text.open(self) as memory:
+                yield from self._pack(groups.pop(text), _reader(memory, {text: 0}))
+        # nothing to remember first, then by length: rows of about the same length are read together
+        waiting = sorted(groups, key=len)
         while waiting:
             chosen: list[Tokens] = []
             load = 0
             while waiting and len(chosen) < self.rows and load < self.rows:
                 chosen.append(waiting.pop(0))
-                load += sum(weight(text) for text in groups[chosen[-1]])
-            yield [text for before in chosen for text in groups[before]], self._read(chosen)
+                load += sum(max(1, len(part.options)) for part in groups[chosen[-1]])
+            rows = {before: row for row, before in enumerate(chosen)}
+            together = [part for before in chosen for part in groups[before]]
+            yield from self._pack(together, _reader(self.read(chosen), rows))
+
+    def _pack(self, parts: Sequence[_Part], reads: Reads) -> Iterator[tuple[_Part, Any]]:
+        sequences = sorted((s for part in parts for s in _sequences(part)), key=lambda s: -len(s.inputs))
+        scores: dict[_Part, dict[int, tuple[float, bool, int]]] = {}
+        for at in range(0, len(sequences), self.rows):
+            for sequence, found in self._forward(sequences[at : at + self.rows], reads):
+                mine = scores.setdefault(sequence.part, {})
+                mine.update(found)
+                if len(mine) == len(sequence.part.options):
+                    logprobs, greedy, first = zip(*(mine[n] for n in range(len(mine))), strict=True)
+                    yield sequence.part, Scored(logprobs, greedy, first[0])
+        continued = sorted((part for part in parts if part.new), key=lambda part: -len(part.local))
+        for at in range(0, len(continued), self.rows):
+            batch = continued[at : at + self.rows]
+            yield from zip(batch, self._continue(batch, reads), strict=True)
+
+    # reading
 
     @torch.no_grad()
-    def _read(self, texts: Sequence[Tokens]) -> _Memory | None:
-        """A bank with a row for every text."""
-        longest = max(map(len, texts))
-        if longest == 0 or self.memory_size is None:
+    def read(self, texts: Sequence[Tokens]) -> MemoryBank | None:
+        """A bank with a row for each text; None where there is nothing to read, or the system has no memory.
+
+        Raises:
+            ConfigError: a text left nothing in memory, so that a result with memory would be one without.
+        """
+        bank = self.bank(len(texts), max(map(len, texts)))
+        if bank is None:
+            return None
+        starts = [self._first_kept(len(text)) for text in texts]
+        self.add(bank, {row: text[start:] for row, (text, start) in enumerate(zip(texts, starts, strict=True))})
+        bank.end_document(torch.arange(len(texts)))
+        for text, held in zip(texts, bank.tokens.tolist(), strict=True):
+            if text and not held:
+                raise ConfigError(
+                    f"{self.name}: its memory holds nothing after reading {len(text):,} tokens, so that a result with "
+                    "memory would be one without; give it a larger --memory-sizes"
+                )
+        return bank
+
+    def bank(self, rows: int, longest: int) -> MemoryBank | None:
+        """An empty bank, no larger than the longest text that it is to hold."""
+        if self.memory_size is None or longest == 0:
             return None
         chunk = self.model.config.chunk_size
-        # a bank larger than the longest text is never filled: do not reserve it
-        capacity = min(self.memory_size, -(-longest // chunk) * chunk)
-        bank = MemoryBank.for_model(self.model, len(texts), capacity)
-        starts = [self._first_kept(len(text)) for text in texts]
-        for step in range(0, longest, self.window):
-            parts = [
-                (row, text[start + step : start + step + self.window])
-                for row, (text, start) in enumerate(zip(texts, starts, strict=True))
-                if len(text) > start + step
-            ]
-            if not parts:
-                break
-            ids, real = padded([part for _, part in parts], self.device)
+        return MemoryBank.for_model(self.model, rows, min(self.memory_size, -(-longest // chunk) * chunk))
+
+    @torch.no_grad()
+    def add(self, bank: MemoryBank, texts: dict[int, Sequence[int]]) -> None:
+        """Read texts by their rows, segment by segment, all rows in one batch."""
+        for start in range(0, max(map(len, texts.values()), default=0), self.window):
+            parts = {row: text[start : start + self.window] for row, text in texts.items() if len(text) > start}
+            ids, real = padded(list(parts.values()), self.device)
             kv = self.model.encode(ids, real.long())
-            bank.add(AttentionKV(kv.keys, kv.values, real), rows=torch.tensor([row for row, _ in parts]))
-        bank.end_document(torch.arange(len(texts)))
-        return _Memory(bank, {text: row for row, text in enumerate(texts)})
+            bank.add(AttentionKV(kv.keys, kv.values, real), rows=torch.tensor(list(parts)))
 
     def _first_kept(self, length: int) -> int:
-        """Segments that memory would have forgotten by the end are not read: they do not change what is in it."""
+        """Segments that memory would have evicted by the end are not read: they do not change what is in it."""
         assert self.memory_size is not None
         if self.window % self.model.config.chunk_size:
             return 0
@@ -236,53 +269,47 @@ class Asker:
 
     @torch.no_grad()
     def _forward(
-        self, batch: Sequence[tuple[_Text, _Sequence]], questions: Sequence[Choice], memory: _Memory | None
-    ) -> Iterator[dict[int, _OptionScore]]:
-        ids, _ = padded([sequence.inputs for _, sequence in batch], self.device)
-        first = min(sequence.first for _, sequence in batch)
-        logits = self._logits(ids, ids.shape[1] - first, self._reads(memory, [text for text, _ in batch]))
-        for (text, sequence), row in zip(batch, logits, strict=True):
+        self, batch: Sequence[_Sequence], reads: Reads
+    ) -> Iterator[tuple[_Sequence, dict[int, tuple[float, bool, int]]]]:
+        """Of each option: its log-probability, whether it is the first choice, and the first choice itself."""
+        ids, _ = padded([sequence.inputs for sequence in batch], self.device)
+        first = min(sequence.first for sequence in batch)
+        logits = self.logits(ids, ids.shape[1] - first, reads([sequence.part for sequence in batch]))
+        for sequence, row in zip(batch, logits, strict=True):
             scored = row[sequence.first - first : len(sequence.inputs) - first].float().log_softmax(-1)
             best = scored.argmax(-1)
-            yield {
-                option: _option_score(scored, best, questions[text.number].options[option])
-                for option in sequence.options
-            }
+            found = {}
+            for number in sequence.options:
+                option = torch.tensor(sequence.part.options[number], device=scored.device)
+                logprob = scored[: len(option)].gather(1, option[:, None]).double().sum().item()
+                found[number] = (logprob, bool((best[: len(option)] == option).all()), int(best[0]))
+            yield sequence, found
 
-    def _logits(self, ids: Tensor, keep: int, reads: dict[str, Any]) -> Tensor:
-        """(B, keep, V); a model that does not know ``logits_to_keep`` gives all."""
+    @torch.no_grad()
+    def logits(self, ids: Tensor, keep: int, reads: dict[str, Any]) -> Tensor:
+        """The last ``keep`` positions, (B, keep, V); a model that does not know ``logits_to_keep`` gives all."""
         known = "logits_to_keep" in inspect.signature(type(self.model).forward).parameters
         some = {"logits_to_keep": keep} if known else {}
         logits: Tensor = self.model(input_ids=ids, use_cache=False, **some, **reads).logits
         return logits[:, -keep:]
 
     @torch.no_grad()
-    def _continue(self, batch: Sequence[_Text], new: int, memory: _Memory | None) -> Iterator[list[int]]:
-        width = max(len(text.local) for text in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        mask = torch.zeros(len(batch), width, dtype=torch.long)
-        for row, text in enumerate(batch):
-            ids[row, width - len(text.local) :] = torch.tensor(text.local)
-            mask[row, width - len(text.local) :] = 1
+    def _continue(self, batch: Sequence[_Part], reads: Reads) -> Iterator[Tokens]:
+        # padded on the left, so that every continuation begins at one position
+        flipped, real = padded([part.local[::-1] for part in batch], self.device)
         end = self.tokenizer.eos_token_id
         generated = self.model.generate(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            max_new_tokens=new,
+            input_ids=flipped.flip(1),
+            attention_mask=real.flip(1).long(),
+            max_new_tokens=max(part.new for part in batch),
             do_sample=False,
             num_beams=1,
             eos_token_id=end,
             pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
-            **self._reads(memory, batch),
+            **reads(batch),
         )
-        for row in generated[:, width:].tolist():
-            yield row[: row.index(end) + 1] if end in row else row
-
-    @staticmethod
-    def _reads(memory: _Memory | None, texts: Iterable[_Text]) -> dict[str, Any]:
-        if memory is None:
-            return {}
-        return {"memory": memory.bank, "memory_rows": torch.tensor([memory.row_of[text.before] for text in texts])}
+        for part, ids in zip(batch, generated[:, flipped.shape[1] :].tolist(), strict=True):
+            yield tuple((ids[: ids.index(end) + 1] if end in ids else ids)[: part.new])
 
 
 def askers(
@@ -300,118 +327,87 @@ def askers(
         comparison: see ``load_comparison``.
         tokenizer: of all systems.
         window: tokens that each sees at once.
-        rows: sequences side by side.
+        rows: sequences of one batch.
         full_context: window of the full-context backbone; None leaves it out.
         device: where the models are.
 
     Raises:
         ConfigError: the backbone has no positions for so long a window, or it is no longer than ``window``.
     """
-    found = [_asker(system, comparison, tokenizer, window, rows, device) for system in comparison.systems]
+    found = []
+    for system in comparison.systems:
+        model = comparison.model if system.reader is None else system.reader
+        size = system.memory_size
+        found.append(
+            Asker(system.name, system.label, system.identity, model, tokenizer, window, rows, size, device=device)
+        )
     if full_context is not None:
-        config = comparison.model.config
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        config: Any = comparison.model.config
+        positions: Any = getattr(config.get_text_config(), "max_position_embeddings", None)
         ends = positions is not None and getattr(config, "model_type", "") not in LINEAR_POSITIONS
-        if full_context <= window or (positions is not None and ends and full_context > positions):
+        if full_context <= window or (ends and full_context > positions):
             raise ConfigError(
                 f"full context ({full_context}) must be above the window ({window})"
                 + (f" and at most the backbone's positions ({positions})" if ends else "")
                 + "; change --full-context or leave it away"
             )
         backbone = next(asker for asker in found if asker.name == BACKBONE)
-        label = f"backbone, full context of {full_context:,}"
+        name, label = f"full_{full_context}", f"backbone, full context of {full_context:,}"
         identity = backbone.identity | {"window": full_context}
         fewer = max(1, rows * window // full_context)  # as many tokens in a batch as the others have
         found.append(
-            Asker(
-                f"{FULL}_{full_context}",
-                label,
-                identity,
-                backbone.model,
-                tokenizer,
-                full_context,
-                fewer,
-                None,
-                True,
-                device,
-            )
+            Asker(name, label, identity, backbone.model, tokenizer, full_context, fewer, whole=True, device=device)
         )
     return found
 
 
-def _asker(system: System, comparison: Comparison, tokenizer: Any, window: int, rows: int, device: Any) -> Asker:
-    model: Any = comparison.model if system.reader is None else system.reader
-    size = system.memory_size
-    return Asker(system.name, system.label, system.identity, model, tokenizer, window, rows, size, False, device)
-
-
 @dataclass(frozen=True)
-class _Text:
-    """What a question lays before the model: ``before`` is read into memory, ``local`` lies in the window."""
+class _Part:
+    """One thing asked: ``before`` is read into memory, ``local`` is in the window; options to score, or new tokens."""
 
-    number: int
-    before: Tokens
+    before: Any
     local: Tokens
-
-
-@dataclass(frozen=True)
-class _Memory:
-    bank: Memory
-    row_of: dict[Tokens, int]
+    options: tuple[Tokens, ...]
+    new: int
 
 
 @dataclass(frozen=True)
 class _Sequence:
-    """Tokens that go through the model once, and the options whose inputs they begin with."""
+    """Tokens that go through the model once, and the numbers of the options whose inputs they begin with."""
 
+    part: _Part
     inputs: Tokens
-    first: int  # position whose logits score the first token of every option
-    options: tuple[int, ...]
+    options: list[int] = field(compare=False)
+
+    @property
+    def first(self) -> int:
+        """The position whose logits score the first token of every option."""
+        return len(self.part.local) - 1
 
 
-@dataclass(frozen=True)
-class _OptionScore:
-    logprob: float
-    greedy: bool
-    next_token: int
-
-
-def _longest(number: int, question: Choice, window: int) -> int:
-    """Tokens of the window that the context must leave free: the last token of an option is no input."""
-    longest = max((len(option) for option in question.options), default=0)
-    if not question.options or min(map(len, question.options)) == 0 or longest > window:
-        raise ConfigError(
-            f"question {number}: every option must have 1 to {window} tokens (the window), not {longest}; "
-            "cut or drop it"
-        )
-    return longest - 1
-
-
-def _sequences(text: _Text, options: Sequence[Sequence[int]]) -> Iterator[_Sequence]:
+def _sequences(part: _Part) -> list[_Sequence]:
     """A causal model answers all options whose inputs are beginnings of one another in one pass."""
-    if not text.local:
-        raise ConfigError(f"question {text.number} has no context; give it at least one token, such as a line end")
-    kept: list[tuple[Tokens, list[int]]] = []
-    for number in sorted(range(len(options)), key=lambda n: -len(options[n])):
-        inputs = tuple(options[number][:-1])
-        for longer, members in kept:
-            if longer[: len(inputs)] == inputs:
-                members.append(number)
-                break
+    found: list[_Sequence] = []
+    for number in sorted(range(len(part.options)), key=lambda n: -len(part.options[n])):
+        inputs = (*part.local, *part.options[number][:-1])
+        longer = next((one for one in found if one.inputs[: len(inputs)] == inputs), None)
+        if longer is None:
+            found.append(_Sequence(part, inputs, [number]))
         else:
-            kept.append((inputs, [number]))
-    for inputs, members in kept:
-        yield _Sequence((*text.local, *inputs), len(text.local) - 1, tuple(members))
+            longer.options.append(number)
+    return found
 
 
-def _option_score(scored: Tensor, best: Tensor, option: Sequence[int]) -> _OptionScore:
-    targets = torch.tensor(option, device=scored.device)
-    chosen = scored[: len(option)].gather(1, targets[:, None]).double().sum().item()
-    return _OptionScore(chosen, bool((best[: len(option)] == targets).all()), int(best[0]))
+def _reader(memory: Memory | None, row_of: dict[Any, int]) -> Reads:
+    if memory is None:
+        return lambda parts: {}
+    return lambda parts: {"memory": memory, "memory_rows": torch.tensor([row_of[part.before] for part in parts])}
 
 
-def _collected(scores: dict[int, _OptionScore]) -> Scored:
-    ordered = [scores[number] for number in sorted(scores)]
-    return Scored(
-        tuple(score.logprob for score in ordered), tuple(score.greedy for score in ordered), ordered[0].next_token
-    )
+def padded(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Ids (B, T), padded at their ends where a causal model cannot look, and which are real (B, T) bool."""
+    lengths = torch.tensor([len(row) for row in rows])
+    real = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids = torch.zeros(real.shape, dtype=torch.long)
+    ids[real] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+    return ids.to(device), real.to(device)

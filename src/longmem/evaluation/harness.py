@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +19,8 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 
 from longmem.errors import ConfigError, DataError
-from longmem.evaluation.requests import Question, Reader
+from longmem.evaluation.asking import Asker, Prompt, Tokens, padded
 from longmem.evaluation.results import RunHeader
-from longmem.evaluation.systems import Comparison, System
 
 log = logging.getLogger(__name__)
 
@@ -31,26 +29,26 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # it is not there where types are c
     """A model of lm-evaluation-harness whose contexts have no end.
 
     In the window is what the stock class would keep; what it would cut off in front of that is read, in segments of a
-    window each, into a memory that belongs to this request alone. With ``memory_size=None``, or a model that has no
-    memory, it is cut off.
+    window each, into a memory that belongs to this request alone. A system without memory loses it.
 
     Args:
-        model: a ``LongMem``, another model with memory, or any causal language model.
-        tokenizer: its tokenizer.
-        window: tokens that the model sees at once.
-        memory_size: tokens that each request remembers; None is no memory.
-        batch_size: requests side by side.
+        asker: the system.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, *, window: int, memory_size: int | None, batch_size: int = 8
-    ) -> None:
-        with _quiet():
-            super().__init__(
-                pretrained=model, backend="causal", tokenizer=tokenizer, max_length=window, batch_size=batch_size
-            )
-        self.reader = Reader(model, window, batch_size, memory_size, self.device)
-        self._cut_off: list[list[int]] = []
+    def __init__(self, asker: Asker) -> None:
+        logger = logging.getLogger("lm_eval")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # it warns of a model that was built before, which ours always is
+        super().__init__(
+            pretrained=asker.model,
+            backend="causal",
+            tokenizer=asker.tokenizer,
+            max_length=asker.window,
+            batch_size=asker.rows,
+        )
+        logger.setLevel(level)
+        self.asker = asker
+        self._cut_off: list[Tokens] = []
 
     @property
     def max_gen_toks(self) -> int:
@@ -66,46 +64,62 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # it is not there where types are c
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        texts: dict[Any, list[Question]] = {}
-        for number, (_, context, continuation) in enumerate(requests):
-            if len(continuation) > self.max_length:
-                raise ConfigError(
-                    f"a continuation of {len(continuation)} tokens does not fit the window ({self.max_length}); "
-                    "pass a larger --window"
-                )
-            question = Question.of(number, [*context, *continuation], len(continuation), self.max_length)
-            # choices of one context share its memory; without memory, each is a text of its own
-            shared = tuple(question.before) if self.reader.memory_size is not None else ()
-            texts.setdefault(shared or number, []).append(question)
+        prompts = [Prompt((tuple(context),), (tuple(continuation),)) for _, context, continuation in requests]
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for answer in self.reader.answer(list(texts.values())):
-            found[answer.number] = (answer.logprob, answer.greedy)
-            if requests[answer.number][0] is not None:
-                self.cache_hook.add_partial("loglikelihood", requests[answer.number][0], found[answer.number])
+        for number, answer in self.asker.ask(prompts):
+            found[number] = (answer.scored[0].logprobs[0], answer.scored[0].greedy[0])
+            if requests[number][0] is not None:
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
         return found
 
+    @torch.no_grad()
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, window by window; each window has all that lay before it in memory."""
-        totals = [0.0] * len(requests)
-        texts = [self._rolling(number, self.tok_encode(request.args[0])) for number, request in enumerate(requests)]
-        for answer in self.reader.answer([text for text in texts if text]):
-            totals[answer.number] += answer.logprob
+        """Of whole texts, window by window; each window has all that came before it in memory."""
+        texts = [self.tok_encode(request.args[0]) for request in requests]
+        order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
+        totals = [0.0] * len(texts)
+        for at in range(0, len(order), self.asker.rows):
+            numbers = [number for number in order[at : at + self.asker.rows] if texts[number]]
+            for number, total in zip(numbers, self._roll([texts[number] for number in numbers]), strict=True):
+                totals[number] = total
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    def _rolling(self, number: int, tokens: list[int]) -> list[Question]:
-        """The harness's own windows over a text, which begin one after the other."""
-        windows = utils.get_rolling_token_windows(
-            token_list=tokens, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
-        )
-        questions, scored = [], 0
-        for context, continuation in map(utils.make_disjoint_window, windows):
-            # the first context is the prefix token, which is no part of the text
-            before = tokens[: max(0, scored - len(context))]
-            questions.append(Question(number, before, [*context, *continuation[:-1]], continuation))
-            scored += len(continuation)
-        return questions
+    def _roll(self, texts: Sequence[list[int]]) -> list[float]:
+        """Texts in one batch, the longest first, by the harness's own windows."""
+        cut = {"prefix_token": self.prefix_token_id, "max_seq_len": self.max_length, "context_len": 1}
+        windows = [
+            list(map(utils.make_disjoint_window, utils.get_rolling_token_windows(token_list=text, **cut)))
+            for text in texts
+        ]
+        bank = self.asker.bank(len(texts), max(map(len, texts), default=0))
+        totals, read, scored = [0.0] * len(texts), [0] * len(texts), [0] * len(texts)
+        for step in range(max(map(len, windows), default=0)):
+            rows = [row for row, of_text in enumerate(windows) if step < len(of_text)]
+            if bank is not None:
+                # the first context is the prefix token, which is no part of the text
+                ends = {row: max(0, scored[row] - len(windows[row][step][0])) for row in rows}
+                self.asker.add(bank, {row: texts[row][read[row] : end] for row, end in ends.items()})
+                for row, end in ends.items():
+                    read[row] = end
+                # the tail short of a chunk is closed where nothing is to follow it
+                last = [row for row in rows if step == len(windows[row]) - 1 and ends[row]]
+                if last:
+                    bank.end_document(torch.tensor(last))
+            reads = {} if bank is None else {"memory": bank, "memory_rows": torch.tensor(rows)}
+            ids, _ = padded(
+                [[*context, *after[:-1]] for context, after in (windows[r][step] for r in rows)], self.device
+            )
+            logits = self.asker.logits(ids, ids.shape[1], reads)
+            for row, of_row in zip(rows, logits, strict=True):
+                context, after = windows[row][step]
+                targets = torch.tensor(after, device=of_row.device)
+                first = len(context) - 1
+                found = of_row[first : first + len(after)].float().log_softmax(-1).gather(1, targets[:, None])
+                totals[row] += found.sum().item()
+                scored[row] += len(after)
+        return totals
 
     # generation
 
@@ -116,20 +130,18 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # it is not there where types are c
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """As ever, and keeps what is cut off for ``_model_generate``."""
+        """As the stock class, and keeps what is cut off for ``_model_generate``."""
         ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
         cut = max(0, ids.shape[1] - (left_truncate_len or ids.shape[1]))
         rows = zip(ids[:, :cut], mask[:, :cut].bool(), strict=True)
-        self._cut_off = [row[real].tolist() for row, real in rows]
+        self._cut_off = [tuple(row[real].tolist()) for row, real in rows]
         return ids[:, cut:], mask[:, cut:]
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         cut_off, self._cut_off = self._cut_off, []
-        self.reader.open(max(map(len, cut_off), default=0))
-        if self.reader.bank is not None:
-            self.reader.read(list(enumerate(cut_off)))
-            self.reader.bank.end_document()
-            settings |= {"memory": self.reader.bank, "memory_rows": torch.arange(len(context))}
+        bank = self.asker.read(cut_off) if cut_off else None
+        if bank is not None:
+            settings |= {"memory": bank, "memory_rows": torch.arange(len(context))}
         generated: Tensor = super()._model_generate(context, max_length, stop, **settings)
         return generated
 
@@ -151,12 +163,9 @@ class HarnessResult:
 
 
 def harness(
-    comparison: Comparison,
-    tokenizer: Any,
+    askers: Sequence[Asker],
     tasks: Sequence[str],
     *,
-    window: int,
-    rows: int = 8,
     num_fewshot: int | None = None,
     limit: int | None = None,
     include: Sequence[str] = (),
@@ -168,11 +177,8 @@ def harness(
     """Run tasks of lm-evaluation-harness on every system.
 
     Args:
-        comparison: see ``load_comparison``.
-        tokenizer: of all systems.
+        askers: the systems, see ``asking.askers``.
         tasks: names as the harness knows them, or of ``include``.
-        window: tokens that a model sees at once.
-        rows: requests side by side.
         num_fewshot: examples before each question; None is the task's own. With memory they need not fit the window.
         limit: take the first so many documents of each task.
         include: folders with further tasks (YAML).
@@ -191,11 +197,11 @@ def harness(
     found: dict[str, dict[str, dict[str, dict[str, float | None]]]] = {}
     versions: dict[str, Any] = {}
     counts: dict[str, int] = {}
-    for system in comparison.systems:
-        log.info("%s: %s", system.name, ", ".join(tasks))
+    for asker in askers:
+        log.info("%s: %s", asker.name, ", ".join(tasks))
         try:
             results: Any = simple_evaluate(
-                model=_model(system, comparison, tokenizer, window, rows),
+                model=MemoryLM(asker),
                 tasks=list(tasks),
                 num_fewshot=num_fewshot,
                 limit=limit,
@@ -223,27 +229,24 @@ def harness(
                 error = metrics.get(f"{name}_stderr,{which}")
                 shown = name if which == "none" else f"{name} ({which})"
                 score = {"value": float(value), "stderr": error if isinstance(error, int | float) else None}
-                found.setdefault(task, {}).setdefault(shown, {})[system.name] = score
-    settings = {"tasks": list(tasks), "window": window, "rows": rows, "num_fewshot": num_fewshot, "limit": limit}
+                found.setdefault(task, {}).setdefault(shown, {})[asker.name] = score
+    settings = {"tasks": list(tasks), "window": askers[0].window, "rows": askers[0].rows}
     return HarnessResult(
         header=RunHeader(
             task="harness",
             command=command,
-            config=settings | {"include": list(include), "resamples": resamples} | (config or {}),
-            models={system.name: system.identity for system in comparison.systems},
+            config=settings
+            | {"num_fewshot": num_fewshot, "limit": limit, "include": list(include), "resamples": resamples}
+            | (config or {}),
+            models={asker.name: asker.identity for asker in askers},
             samples=counts,
             seeds=[seed],
             seconds=round(time.monotonic() - began, 1),
         ),
-        systems={system.name: system.label for system in comparison.systems},
+        systems={asker.name: asker.label for asker in askers},
         tasks=found,
         versions=versions,
     )
-
-
-def _model(system: System, comparison: Comparison, tokenizer: Any, window: int, rows: int) -> MemoryLM:
-    model: Any = comparison.model if system.reader is None else system.reader
-    return MemoryLM(model, tokenizer, window=window, memory_size=system.memory_size, batch_size=rows)
 
 
 def _manager(tasks: Sequence[str], include: Sequence[str]) -> TaskManager:
@@ -261,15 +264,3 @@ def _manager(tasks: Sequence[str], include: Sequence[str]) -> TaskManager:
             for name in unknown
         ]
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """While open, the harness does not warn of a model that was built already: ours always is."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""Dialogue: files of LoCoMo and MSC as they are read, scores worked by hand, and what stands in memory and window."""
+"""Dialogue: files of LoCoMo and MSC as they are read, scores worked by hand, and what is in memory and window."""
 
 from __future__ import annotations
 
@@ -7,20 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from recipes.data.conversations import ConversationSettings, make_conversations
-from transformers import PreTrainedTokenizerFast
 
-from longmem import AlibiGPTForCausalLM, LongMem
-from longmem.cli.main import main
-from longmem.errors import ConfigError, DataError
-from longmem.evaluation.asking import askers
-from longmem.evaluation.bootstrap import Bootstrap
-from longmem.evaluation.runner import run_task
-from longmem.evaluation.systems import Comparison
-from longmem.evaluation.tasks.dialogue import DialogueSettings, DialogueTask, first_line
-from longmem.evaluation.tasks.dialogue_data import NOTHING, read_dialogues
-from longmem.evaluation.tasks.dialogue_metrics import choices, chosen, measure, refused, word_f1
+from longmem.errors import DataError
+from longmem.evaluation.asking import Answer, Asker, Scored
+from longmem.evaluation.tasks.dialogue import NOTHING, DialogueTask, bleu, word_scores
+from longmem.evaluation.tasks.dialogue_data import read_dialogues
 
 SAMPLE = {
     "sample_id": "conv-1",
@@ -65,9 +56,6 @@ def locomo(tmp_path: Path) -> Path:
 def msc(tmp_path: Path) -> Path:
     (tmp_path / "test.txt").write_text(json.dumps(MSC) + "\n" + json.dumps(MSC | {"metadata": {}}) + "\n")
     return tmp_path / "test.txt"
-
-
-# files
 
 
 def test_locomo_is_read_with_dates_speakers_and_pictures(locomo: Path) -> None:
@@ -140,7 +128,7 @@ def test_files_and_conversations_of_one_name_are_told_apart(tmp_path: Path, byte
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('[{"a": 1}]', r"not a LoCoMo sample \(it has: a\)"),
+        ('[{"a": 1}]', "sample '0' is not as LoCoMo's are \\(KeyError: 'conversation'"),
         ('{"a": 1}\n{"b": 2}', "line 1: no conversation of MSC"),
         ("words", "line 1: no conversation of MSC"),
         ("3", "neither a list of LoCoMo samples nor lines of MSC"),
@@ -159,30 +147,31 @@ def test_other_files_are_refused_by_what_is_wrong(tmp_path: Path, content: str, 
         read_dialogues(tmp_path / "no")
 
 
-# scores
+def f1(said: str, answer: str, category: int | None) -> float:
+    return word_scores(said, answer, category, None)["f1"]
 
 
 def test_f1_of_words_worked_by_hand() -> None:
+    pytest.importorskip("sacrebleu")
     # said: came back in june (4 words), answer: in june 2023 (3); 2 shared: P 1/2, R 2/3, F1 4/7
-    assert word_f1("Came back in June!", "in June, 2023", 2) == pytest.approx(100 * 4 / 7)
-    assert word_f1("the dog", "A dog.", 4) == 100
-    assert word_f1("", "a dog", 4) == 0
+    assert f1("Came back in June!", "in June, 2023", 2) == pytest.approx(100 * 4 / 7)
+    assert f1("the dog", "A dog.", 4) == 100
+    assert f1("", "a dog", 4) == 0
     # of several answers: oslo is there (1), of "new york" half of the words (P 1, R 1/2: 2/3)
-    assert word_f1("York, Oslo", "Oslo, New York", 1) == pytest.approx(100 * (1 + 2 / 3) / 2)
+    assert f1("York, Oslo", "Oslo, New York", 1) == pytest.approx(100 * (1 + 2 / 3) / 2)
     # an open-domain answer ends before its reason
-    assert word_f1("No", "No; she cannot eat nuts", 3) == 100
-    assert word_f1("No", "No; she cannot eat nuts", 4) == pytest.approx(100 * 2 / 6)
+    assert f1("No", "No; she cannot eat nuts", 3) == 100
+    assert f1("No", "No; she cannot eat nuts", 4) == pytest.approx(100 * 2 / 6)
 
 
-def test_bleu_is_sacrebleus() -> None:
+def test_bleu_is_sacrebleus(locomo: Path, byte_tokenizer: Any) -> None:
     pytest.importorskip("sacrebleu")
     from sacrebleu.metrics.bleu import BLEU
 
-    from longmem.evaluation.tasks.dialogue_metrics import bleu, bleu_signature
-
     metric = BLEU(effective_order=True)
     metric.sentence_score("a", ["a"])
-    assert str(metric.get_signature()) == f"nrefs:1|{bleu_signature()}"
+    signature = DialogueTask([read_dialogues(locomo)], byte_tokenizer).settings()["bleu"]
+    assert str(metric.get_signature()) == f"nrefs:1|{signature}"
     # 5/6 of the words, 3/5 of the pairs, 2/4, 1/3; equal lengths: (1/12) ** (1/4)
     assert bleu("the cat sat on the mat", "the cat sat on a mat") == pytest.approx(100 * (1 / 12) ** 0.25)
     assert bleu("Pepper", "Pepper") == pytest.approx(100)  # orders that cannot occur do not count
@@ -191,55 +180,53 @@ def test_bleu_is_sacrebleus() -> None:
     assert bleu("", "the cat") == 0
 
 
-def test_adversarial_questions_follow_locomos_rules() -> None:
-    offered = choices("a dog", swapped=False)
-    assert offered == {"a": NOTHING, "b": "a dog"}
-    assert choices("a dog", swapped=True) == {"a": "a dog", "b": NOTHING}
-    for said, means in (("a", NOTHING), ("(a)", NOTHING), ("(A)", NOTHING), ("b", "a dog"), ("(b)", "a dog")):
-        assert chosen(said, offered) == means
-    assert chosen("x", offered) == "a dog"  # any other letter counts as b
-    assert chosen("The dog is Ada's", offered) == "the dog is ada's"
-    assert refused("There is No Information Available.") and refused("it is not mentioned")
-    assert not refused("a dog")
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [
+        *(("a", True), ("(a)", True), ("(A)", True), ("b", False), ("(b)", False), ("x", False)),  # other letters are b
+        *(("There is No Information Available.", True), ("it is not mentioned", True), ("The dog is Ada's", False)),
+    ],
+)
+def test_adversarial_questions_follow_locomos_rules(said: str, refused: bool) -> None:
     pytest.importorskip("sacrebleu")
-    assert measure("(a)", "a dog", 5, offered)["f1"] == 100
-    assert measure("(b)", "a dog", 5, offered) == {"f1": 0, "bleu": 0}
-
-
-def test_an_answer_ends_at_its_line() -> None:
-    assert first_line("\n Pepper \nQuestion: what") == "Pepper"
-    assert first_line(" \n") == ""
+    assert word_scores(said, "a dog", 5, {"a": NOTHING, "b": "a dog"})["f1"] == 100 * refused
 
 
 # what is asked
 
 
-def test_sessions_are_in_memory_and_their_newest_tokens_in_the_window(
-    locomo: Path, byte_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    task = DialogueTask([read_dialogues(locomo)], byte_tokenizer, DialogueSettings(recent=20, answer_tokens=4))
-    examples = task.examples()
-    whole = "".join(examples[0].conversation.sessions)
-    choice, prompt = task.question(examples[0])
-    assert byte_tokenizer.decode(choice.memory) == whole[:-20]
-    assert byte_tokenizer.decode(choice.context) == f"{whole[-20:]}Question: What did Ada get? Short answer:"
-    assert [byte_tokenizer.decode(option) for option in choice.options] == [" a d"]
-    assert (prompt.context, prompt.memory, prompt.max_new_tokens) == (choice.context, choice.memory, 50)
-    everything = DialogueTask([read_dialogues(locomo)], byte_tokenizer, DialogueSettings(recent=10_000))
-    assert everything.question(everything.examples()[0])[0].memory == ()
+def test_sessions_are_in_memory_and_their_newest_tokens_in_the_window(locomo: Path, byte_tokenizer: Any) -> None:
+    asker = Asker("it", "it", {}, None, byte_tokenizer, 64)
+    task = DialogueTask([read_dialogues(locomo)], byte_tokenizer, recent=20, answer_tokens=4)
+    example = task.examples()[0]
+    whole = "".join(example.item.conversation.sessions)
+    prompt = task.prompt(example, asker)
+    assert byte_tokenizer.decode(prompt.memory) == whole[:-20]
+    assert byte_tokenizer.decode(prompt.contexts[0]) == f"{whole[-20:]}Question: What did Ada get? Short answer:"
+    assert [byte_tokenizer.decode(option) for option in prompt.options] == [" a d"]
+    assert prompt.new_tokens == 50
+    everything = DialogueTask([read_dialogues(locomo)], byte_tokenizer, recent=10_000)
+    assert everything.prompt(everything.examples()[0], asker).memory == ()
+    assert DialogueTask.sizes(64) == {"recent": 32, "new_tokens": 16, "answer_tokens": 16}
+    assert DialogueTask.sizes(1024) == {"recent": 512, "new_tokens": 50, "answer_tokens": 128}
 
 
-def test_adversarial_questions_offer_both_answers_in_an_order_of_the_seed(
-    locomo: Path, byte_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    file = read_dialogues(locomo)
-    seen = set()
+def test_an_answer_ends_at_its_line(locomo: Path, byte_tokenizer: Any) -> None:
+    pytest.importorskip("sacrebleu")
+    task = DialogueTask([read_dialogues(locomo)], byte_tokenizer)
+    example, asker = task.examples()[0], Asker("it", "it", {}, None, byte_tokenizer, 64)
+    said = tuple(byte_tokenizer("\n a dog \nQuestion: what")["input_ids"])
+    scored = Scored((-12.0,), (False,), 0)
+    found = task.measure(example, task.prompt(example, asker), Answer((scored,), said))
+    assert found["f1"] == 100 and found["answer_nats"] == 12.0 / len(" a dog")
+
+
+def test_adversarial_questions_offer_both_answers_in_an_order_of_the_seed(locomo: Path, byte_tokenizer: Any) -> None:
+    file, seen = read_dialogues(locomo), set()
     for seed in range(12):
-        example = DialogueTask([file], byte_tokenizer, DialogueSettings(seed=seed)).examples()[2]
-        assert example.offered is not None
-        right = "(a)" if example.offered["a"] == NOTHING else "(b)"
-        assert example.expected == right
-        seen.add((right, example.words))
+        asked = DialogueTask([file], byte_tokenizer, seed=seed).examples()[2].item
+        assert asked.offered is not None
+        seen.add((asked.expected, asked.words))
     question, either = "Question: What did Bo get?", "Select the correct answer by writing (a) or (b). Short answer:"
     assert seen == {
         ("(a)", f"{question} (a) {NOTHING} (b) a dog. {either}"),
@@ -247,69 +234,10 @@ def test_adversarial_questions_offer_both_answers_in_an_order_of_the_seed(
     }
 
 
-def test_a_reply_stands_behind_the_session_so_far(msc: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
-    task = DialogueTask([read_dialogues(msc)], byte_tokenizer, DialogueSettings(recent=0))
-    choice, _ = task.question(task.examples()[1])
-    assert byte_tokenizer.decode(choice.memory) == "".join(task.examples()[1].conversation.sessions)
-    assert byte_tokenizer.decode(choice.context) == "Speaker 1: How is the dog?\nSpeaker 2:"
-    assert byte_tokenizer.decode(choice.options[0]) == " Fine."
-
-
-def test_settings_fit_the_window_and_wrong_ones_are_listed() -> None:
-    fitted = DialogueSettings.for_window(64, questions=3)
-    assert (fitted.recent, fitted.new_tokens, fitted.answer_tokens, fitted.questions) == (32, 16, 16, 3)
-    large = DialogueSettings.for_window(1024, recent=None, conversations=None)
-    assert (large.recent, large.new_tokens, large.answer_tokens) == (512, 50, 128)
-    with pytest.raises(ConfigError, match=r"recent \(-1\) must be at least 0; questions \(0\) must be at least 1"):
-        DialogueSettings.for_window(64, recent=-1, questions=0)
-
-
-def test_memory_of_a_conversation_is_shared_and_changes_answers_of_systems_with_memory_only(
-    byte_tokenizer: PreTrainedTokenizerFast, tiny_backbone: AlibiGPTForCausalLM, tmp_path: Path
-) -> None:
-    pytest.importorskip("sacrebleu")
-    torch.manual_seed(0)
-    model = LongMem.from_backbone(tiny_backbone, chunk_size=4, num_retrieved=8, memory_size=256).eval()
-    made = make_conversations(ConversationSettings(conversations=2, sessions=2, turns=2, facts=2))
-    (tmp_path / "talk.json").write_text(json.dumps(made))
-    systems = askers(Comparison.of_longmem(model, [256]), byte_tokenizer, window=128)
-    settings = DialogueSettings(recent=8, new_tokens=3, answer_tokens=6, questions=4)
-    task = DialogueTask([read_dialogues(tmp_path / "talk.json")], byte_tokenizer, settings, tmp_path / "answers.jsonl")
-    result = run_task(task, systems, bootstrap=Bootstrap(resamples=20))
-    assert (result.header.samples, result.groups[0].units) == ({"examples": 8, "units": 2}, 2)
-    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 8 * len(systems)
-    # the same question alone, its memory read for it, without one made for many
-    asker = systems[-1]
-    for example, scores in zip(task.examples(), result.examples, strict=True):
-        ((_, scored),) = asker.score([task.question(example)[0]])
-        tokens = len(task.question(example)[0].options[0])
-        assert scores.values[asker.name]["answer_nats"] == pytest.approx(-scored.logprobs[0] / tokens, abs=1e-4)
-        assert scores.values["memory_off"]["answer_nats"] != scores.values[asker.name]["answer_nats"]
-
-
-def test_the_command_runs_on_locomo_and_msc(
-    locomo: Path,
-    msc: Path,
-    byte_tokenizer: Any,
-    tiny_backbone: AlibiGPTForCausalLM,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> None:
-    pytest.importorskip("sacrebleu")
-    tiny_backbone.save_pretrained(tmp_path / "backbone")
-    byte_tokenizer.save_pretrained(tmp_path / "backbone")
-    side = LongMem.from_backbone(tmp_path / "backbone", chunk_size=4, num_retrieved=8, memory_size=64)
-    side.save_pretrained(tmp_path / "side")
-    asked = ["--model", tmp_path / "side", "--data", locomo, "--data", msc, "--new-tokens", 2, "--resamples", 20]
-    with pytest.raises(SystemExit) as done:
-        main(["eval", "dialogue", *map(str, [*asked, "--out", tmp_path / "out"])])
-    captured = capsys.readouterr()
-    assert not done.value.code, captured.err
-    assert "adversarial" in captured.out
-    result = json.loads((tmp_path / "out" / "dialogue.json").read_text())
-    groups = [group["group"] for group in result["groups"]]
-    assert groups == ["all", "single-hop", "temporal", "adversarial", "session 3"]
-    assert {tuple(sorted(v)) for e in result["examples"] for v in e["values"].values()} == {
-        ("answer_nats", "bleu", "f1")
-    }
-    assert (tmp_path / "out" / "answers.jsonl").exists()
+def test_a_reply_comes_after_the_session_so_far(msc: Path, byte_tokenizer: Any) -> None:
+    task = DialogueTask([read_dialogues(msc)], byte_tokenizer, recent=0)
+    example = task.examples()[1]
+    prompt = task.prompt(example, Asker("it", "it", {}, None, byte_tokenizer, 64))
+    assert byte_tokenizer.decode(prompt.memory) == "".join(example.item.conversation.sessions)
+    assert byte_tokenizer.decode(prompt.contexts[0]) == "Speaker 1: How is the dog?\nSpeaker 2:"
+    assert byte_tokenizer.decode(prompt.options[0]) == " Fine."

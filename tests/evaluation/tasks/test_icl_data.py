@@ -49,9 +49,9 @@ def test_every_form_gives_the_same_examples(name: str, lines: list[str], tmp_pat
 @pytest.mark.parametrize(
     ("name", "lines", "message"),
     [
-        ("test.csv", ["0,a,b"], r"test.csv:1: 3 fields; a line is label,text"),
+        ("test.csv", ["0,a,b"], r"test.csv:1: '0 a b' is not label,text"),
         ("test.csv", ['0,"a" b'], r"test.csv:1: not CSV"),
-        ("mr.all", ["0 fine", "2 bad"], r"mr.all:2: label '2' must be a number from 0 to 1"),
+        ("mr.all", ["0 fine", "2 bad"], r"mr.all:2: '2 bad' is not label<space>text with a label from 0 to 1"),
         ("mr.all", ["0 fine", "fine"], r"mr.all:2: 'fine' is not label<space>text"),
         ("dev.tsv", ["sentence\tlabel", "fine 1"], r"dev.tsv:2: 'fine 1' is not text<TAB>label"),
         ("dev.tsv", ["sentence\tlabel"], r"dev.tsv: no examples in it"),

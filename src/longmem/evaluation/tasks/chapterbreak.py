@@ -1,196 +1,200 @@
 """ChapterBreak: which of six beginnings follows a long prefix that ends at a chapter's end (Sun, Thai and Iyyer 2022).
 
-Paper, section on long-context understanding; protocol of the dataset's authors: the beginning of highest likelihood
-wins, suffixes are cut to 128 tokens, prefixes lose their left end.
+Paper, section on long-context understanding. As in the authors' script the likeliest beginning wins, suffixes are cut
+to 128 tokens, and prefixes lose their left end.
 """
 
 from __future__ import annotations
 
-import random
+import hashlib
+import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from longmem.errors import ConfigError
-from longmem.evaluation.asking import Asker, Choice, Scored
-from longmem.evaluation.task import Example, Metric, digest_of, numbered
-from longmem.evaluation.tasks.chapterbreak_data import ChapterBreakFile, Item, files_for
-from longmem.evaluation.tasks.shots import Tokens, encode_after, start_tokens
+from longmem.errors import ConfigError, DataError
+from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
+from longmem.evaluation.task import Example, Metric, Task, different, drawn, numbered
+from longmem.evaluation.tasks.shots import encode_after, start_tokens
 
 BETWEEN = "\n\n"  # between a prefix and a suffix, the same for all suffixes
-BATCH = 32  # examples that are tokenized and asked together
-ACCURACY, PER_TOKEN, GOLD = "accuracy", "accuracy_per_token", "gold_nats"
 
 
 @dataclass(frozen=True)
-class ChapterBreakSettings:
-    """How an example is asked.
+class Item:
+    """One chapter boundary.
 
     Attributes:
-        prefixes: tokens before the boundary, the nearest ones.
-        suffix: tokens of a suffix, the first ones.
-        limit: examples of each split, drawn with ``seed``, the same for every prefix; None is all.
-        seed: of that draw.
-
-    Raises:
-        ConfigError: lists every setting that breaks a rule.
+        split: ``pg19``, ``ao3``, or the name that a self-made file gives its books.
+        work: the work's id.
+        number: among the examples of its work.
+        context: the text before the boundary.
+        options: six beginnings of chapters; the first is the true one.
     """
 
-    prefixes: tuple[int, ...] = (4096, 6144, 8192)
-    suffix: int = 128
-    limit: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        problems = []
-        if not self.prefixes or min(self.prefixes) < 1 or len(set(self.prefixes)) < len(self.prefixes):
-            problems.append(
-                f"prefix ({','.join(map(str, self.prefixes))}) must be different numbers from 1 up; try 4k,8k"
-            )
-        if self.suffix < 1:
-            problems.append(f"suffix tokens ({self.suffix}) must be at least 1; the authors' is 128")
-        if self.limit is not None and self.limit < 1:
-            problems.append(f"limit ({self.limit}) must be at least 1; leave it out to take all")
-        if problems:
-            raise ConfigError(problems)
+    split: str
+    work: str
+    number: int
+    context: str
+    options: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class ChapterBreakExample(Example):
-    """One boundary behind a prefix of so many tokens."""
+class ChapterBreakFile:
+    """A file and what is in it; ``prefix``: tokens of its prefixes, by its name, None if that does not say."""
 
-    prefix: int
-    item: Item = field(repr=False)
+    name: str
+    prefix: int | None
+    sha256: str
+    items: list[Item] = field(repr=False)
 
 
-class ChapterBreakTask:
-    """Six-way suffix identification; see ``longmem.evaluation.task.Task``.
-
-    Groups are a split and a prefix length, units are works. A system that sees no more than its window is asked once
-    for all prefixes that are at least as long, since they are the same to it.
-
-    Args:
-        files: from ``read_chapterbreak``; for a prefix those are taken whose own are just long enough.
-        tokenizer: of all systems.
-        settings: default if None.
+def read_chapterbreak(path: str | Path) -> ChapterBreakFile:
+    """Read ``chapterbreak_ctx_<N>.json``: split -> work -> examples, each with ``ctx``, ``pos`` and ``negs``.
 
     Raises:
-        ConfigError: no file has prefixes so long, or two that are taken for one prefix have the same work.
+        DataError: no such file, or something in it is not of that form; says what and where.
     """
+    path, where = Path(path), "the file"
+    try:
+        raw = path.read_bytes()
+        items = []
+        for split, works in json.loads(raw).items():
+            for work, examples in works.items():
+                for number, one in enumerate(examples):
+                    where = f"{split}, work {work}, example {number + 1}"
+                    texts = (one["ctx"], one["pos"], *one["negs"])
+                    if len(texts) < 3 or not all(isinstance(text, str) and text.strip() for text in texts):
+                        raise ValueError("ctx, pos and negs must be texts, none of them empty")
+                    items.append(Item(split, work, number, texts[0], texts[1:]))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; name a chapterbreak_ctx_<N>.json file") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f'{path}: {where} is not of ChapterBreak\'s form, {{split: {{work: [{{"ctx", "pos", "negs"}}, ...]}}}} '
+            f"({type(error).__name__}: {error}); fetch or make the file again"
+        ) from error
+    if not items:
+        raise DataError(f"{path}: no examples in it; fetch or make the file again")
+    length = re.search(r"_ctx_(\d+)\.json$", path.name)
+    return ChapterBreakFile(path.name, length and int(length[1]), hashlib.sha256(raw).hexdigest(), items)
 
-    name = "chapterbreak"
 
-    def __init__(
-        self, files: Sequence[ChapterBreakFile], tokenizer: Any, settings: ChapterBreakSettings | None = None
-    ) -> None:
-        names = numbered([file.name for file in files])
-        self.files = [replace(file, name=name) for file, name in zip(files, names, strict=True)]
-        self.tokenizer = tokenizer
-        self.chosen = settings or ChapterBreakSettings()
-        self.start = start_tokens(tokenizer)
-        taken = {prefix: files_for(self.files, prefix) for prefix in self.chosen.prefixes}
-        for found in taken.values():
-            _refuse_works_that_come_twice(found)
-        self.taken = {prefix: [file.name for file in found] for prefix, found in taken.items()}
-        self._examples = [example for prefix, found in taken.items() for example in self._examples_of(prefix, found)]
-        options = {len(example.item.options) for example in self._examples}
-        chance = 100 / options.pop() if len(options) == 1 else None
-        self.metrics = (
-            Metric(ACCURACY, "accuracy by likelihood", "%", chance=chance),
-            Metric(PER_TOKEN, "accuracy by likelihood per token", "%", chance=chance),
-            Metric(GOLD, "true suffix, per token", "nats", "lower"),
+def files_for(files: Sequence[ChapterBreakFile], prefix: int) -> list[ChapterBreakFile]:
+    """Those whose prefixes are long enough, the shortest of them, all of a length together; and those that do not say.
+
+    Raises:
+        ConfigError: none is long enough, or two of those taken have the same work.
+    """
+    lengths = {file.prefix for file in files if file.prefix is not None}
+    shortest = min((length for length in lengths if length >= prefix), default=None)
+    found = [file for file in files if file.prefix in (None, shortest)]
+    if not found:
+        raise ConfigError(
+            f"--prefix {prefix} is longer than the prefixes of the files ({max(lengths)} tokens, by their names); "
+            "give a file with longer ones, or a smaller --prefix"
         )
-
-    def settings(self) -> dict[str, Any]:
-        return {
-            "files": {file.name: {"sha256": file.sha256, "examples": len(file.items)} for file in self.files},
-            "file_of_prefix": {str(prefix): names for prefix, names in self.taken.items()},
-            "prefixes": list(self.chosen.prefixes),
-            "suffix_tokens": self.chosen.suffix,
-            "limit": self.chosen.limit,
-            "seed": self.chosen.seed,
-        }
-
-    def examples(self) -> list[ChapterBreakExample]:
-        return self._examples
-
-    def answer(self, asker: Asker, examples: Sequence[ChapterBreakExample]) -> Iterator[tuple[int, dict[str, float]]]:
-        """Accuracies (0 or 100) and the likelihood of the true suffix."""
-        same: dict[tuple[str, str, int, int], list[int]] = {}
-        for number, example in enumerate(examples):
-            item = example.item
-            seen = example.prefix if asker.reads_memory else min(example.prefix, asker.window)
-            same.setdefault((item.split, item.work, item.number, seen), []).append(number)
-        asked = list(same.values())
-        for at in range(0, len(asked), BATCH):
-            batch = asked[at : at + BATCH]
-            questions = [self.question(examples[numbers[0]]) for numbers in batch]
-            for which, scored in asker.score(questions):
-                values = measure(scored, questions[which].options)
-                yield from ((number, values) for number in batch[which])
-
-    def question(self, example: ChapterBreakExample) -> Choice:
-        """The last tokens of the prefix, and the first of each suffix."""
-        return Choice(self._prefix(example), self._suffixes(example.item))
-
-    def _prefix(self, example: ChapterBreakExample) -> Tokens:
-        text = example.item.context.rstrip() + BETWEEN
-        if getattr(self.tokenizer, "is_fast", False):
-            # with a word behind it, since a line end is another token where the text ends
-            encoded = self.tokenizer(text + "The", add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            inside = [start < len(text) for start, _ in encoded["offset_mapping"]]
-            ids = [token for token, mine in zip(encoded["input_ids"], inside, strict=True) if mine]
-        else:
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return (*self.start, *ids[-example.prefix :])
-
-    def _suffixes(self, item: Item) -> list[Tokens]:
-        found = encode_after(self.tokenizer, BETWEEN, [option.strip() for option in item.options])
-        return [ids[: self.chosen.suffix] for ids in found]
-
-    def _examples_of(self, prefix: int, files: Sequence[ChapterBreakFile]) -> Iterator[ChapterBreakExample]:
-        splits: dict[str, list[Item]] = {}
-        for file in files:
-            for item in file.items:
-                splits.setdefault(item.split, []).append(item)
-        for split, items in splits.items():
-            if self.chosen.limit is not None and self.chosen.limit < len(items):
-                drawn = random.Random(f"{self.chosen.seed} {split}").sample(range(len(items)), self.chosen.limit)
-                items = [items[number] for number in sorted(drawn)]
-            for item in items:
-                yield ChapterBreakExample(
-                    id=f"{split}/{item.work}/{item.number}, {prefix}",
-                    # the suffixes' ids tell tokenizers apart
-                    digest=digest_of(prefix, item.context, self._suffixes(item)),
-                    group=f"{split}, {_short(prefix)}",
-                    unit=f"{split}/{item.work}",
-                    prefix=prefix,
-                    item=item,
-                )
-
-
-def _refuse_works_that_come_twice(files: Sequence[ChapterBreakFile]) -> None:
-    """Examples are told apart by split, work and number: those of another file would get each other's answers."""
-    seen: dict[tuple[str, str], ChapterBreakFile] = {}
-    for file in files:
+    works: dict[tuple[str, str], ChapterBreakFile] = {}
+    for file in found:
         for item in file.items:
-            other = seen.setdefault((item.split, item.work), file)
+            other = works.setdefault((item.split, item.work), file)
             if other is not file:
                 raise ConfigError(
                     f"{other.name} and {file.name} are both taken for a prefix and have the same work ({item.split}, "
                     f"{item.work}); give one of them, or one with another name of the split"
                 )
+    return found
 
 
-def measure(scored: Scored, options: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Whether the first option wins, by summed log-likelihood and per token; as the authors' script, it wins a tie."""
-    each = [logprob / len(option) for logprob, option in zip(scored.logprobs, options, strict=True)]
-    return {
-        ACCURACY: 100.0 * (scored.logprobs[0] >= max(scored.logprobs)),
-        PER_TOKEN: 100.0 * (each[0] >= max(each)),
-        GOLD: -each[0],
-    }
+class ChapterBreakTask(Task[tuple[int, Item]]):
+    """Six-way suffix identification. Groups are a split and a prefix length, units are works.
 
+    Args:
+        files: from ``read_chapterbreak``; for a prefix those are taken whose own are just long enough.
+        tokenizer: of all systems.
+        prefixes: tokens before the boundary, the nearest ones.
+        suffix_tokens: of a suffix, the first ones.
+        limit: examples of each split, drawn with ``seed``, the same for every prefix; None is all.
+        seed: of that draw.
 
-def _short(tokens: int) -> str:
-    return f"{tokens >> 10}k" if tokens % 1024 == 0 else str(tokens)
+    Raises:
+        ConfigError: no file has prefixes so long, or a setting breaks a rule.
+    """
+
+    name = "chapterbreak"
+
+    def __init__(
+        self,
+        files: Sequence[ChapterBreakFile],
+        tokenizer: Any,
+        prefixes: Sequence[int] = (4096, 6144, 8192),
+        suffix_tokens: int = 128,
+        limit: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        different(prefix=prefixes)
+        names = numbered([file.name for file in files])
+        self.files = [replace(file, name=name) for file, name in zip(files, names, strict=True)]
+        self.taken = {prefix: files_for(self.files, prefix) for prefix in prefixes}
+        self.tokenizer, self.suffix_tokens, self.limit, self.seeds = tokenizer, suffix_tokens, limit, (seed,)
+        self.start = start_tokens(tokenizer)
+        options = {len(item.options) for files in self.taken.values() for file in files for item in file.items}
+        chance = 100 / options.pop() if len(options) == 1 else None
+        self.metrics = (
+            Metric("accuracy", "accuracy by likelihood", "%", chance=chance),
+            Metric("accuracy_per_token", "accuracy by likelihood per token", "%", chance=chance),
+            Metric("gold_nats", "true suffix, per token", "nats", "lower"),
+        )
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "files": {file.name: {"sha256": file.sha256, "examples": len(file.items)} for file in self.files},
+            "file_of_prefix": {str(prefix): [file.name for file in files] for prefix, files in self.taken.items()},
+            "prefixes": list(self.taken),
+            "suffix_tokens": self.suffix_tokens,
+            "limit": self.limit,
+            "seed": self.seeds[0],
+        }
+
+    def examples(self) -> list[Example[tuple[int, Item]]]:
+        return [example for prefix in self.taken for example in self._examples(prefix)]
+
+    def _examples(self, prefix: int) -> Iterator[Example[tuple[int, Item]]]:
+        splits: dict[str, list[Item]] = {}
+        for file in self.taken[prefix]:
+            for item in file.items:
+                splits.setdefault(item.split, []).append(item)
+        short = f"{prefix >> 10}k" if prefix % 1024 == 0 else str(prefix)
+        for split, items in splits.items():
+            for number in drawn(f"{self.seeds[0]} {split}", len(items), self.limit):
+                unit = f"{split}/{items[number].work}"
+                name = f"{unit}/{items[number].number}, {prefix}"
+                yield Example(name, f"{split}, {short}", unit, (prefix, items[number]))
+
+    def prompt(self, example: Example[tuple[int, Item]], asker: Asker) -> Prompt:
+        """The last tokens of the prefix, and the first of each suffix."""
+        prefix, item = example.item
+        suffixes = encode_after(self.tokenizer, BETWEEN, [option.strip() for option in item.options])
+        context = (*self.start, *self._tokens(item.context.rstrip() + BETWEEN)[-prefix:])
+        return Prompt((context,), tuple(ids[: self.suffix_tokens] for ids in suffixes))
+
+    def _tokens(self, text: str) -> Tokens:
+        """As they are with a word after them, since a line end is another token where the text ends."""
+        if not getattr(self.tokenizer, "is_fast", False):
+            return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        encoded = self.tokenizer(text + "The", add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return tuple(token for token, (start, _) in pairs if start < len(text))
+
+    def measure(self, example: Example[tuple[int, Item]], prompt: Prompt, answer: Answer) -> dict[str, float]:
+        """Whether the first option wins, by summed log-likelihood and per token; as in the authors' script also a tie
+        counts as right."""
+        (scored,) = answer.scored
+        each = [logprob / len(option) for logprob, option in zip(scored.logprobs, prompt.options, strict=True)]
+        return {
+            "accuracy": 100.0 * (scored.logprobs[0] >= max(scored.logprobs)),
+            "accuracy_per_token": 100.0 * (each[0] >= max(each)),
+            "gold_nats": -each[0],
+        }

@@ -1,87 +1,51 @@
-"""Conversations over several sessions: older sessions are in memory, questions and replies come after them."""
+"""Conversations over several sessions: older sessions are in memory, questions and replies come after them.
+
+Scored by F1 of words, BLEU-4, LoCoMo's rules for its five categories, and the likelihood of the reference answer.
+"""
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
 from typing import Any
 
 from longmem.errors import ConfigError
-from longmem.evaluation.asking import Asker, Choice, Prompt, Scored
-from longmem.evaluation.task import Example, Metric, digest_of, numbered
-from longmem.evaluation.tasks.dialogue_data import ADVERSARIAL, Conversation, DialogueFile, Question
-from longmem.evaluation.tasks.dialogue_metrics import bleu_signature, choices, measure, reference
-from longmem.evaluation.tasks.shots import Tokens, encode_after, start_tokens
-from longmem.memory import MemoryBank
+from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
+from longmem.evaluation.task import Example, Metric, Task, drawn, numbered
+from longmem.evaluation.tasks.dialogue_data import (
+    ADVERSARIAL,
+    MULTI_HOP,
+    OPEN_DOMAIN,
+    Conversation,
+    DialogueFile,
+    Question,
+)
+from longmem.evaluation.tasks.shots import encode_after, start_tokens
+from longmem.evaluation.tasks.squad import f1_score
 
-BATCH = 32  # questions that are asked together
 ASKED = "Question: {} Short answer:"
+# the words of LoCoMo's own evaluation
 OFFERED = " (a) {a} (b) {b}. Select the correct answer by writing (a) or (b)."
+NOTHING = "No information available"
+REFUSALS = ("no information available", "not mentioned")
 
 
 @dataclass(frozen=True)
-class DialogueSettings:
-    """How much is asked, and how.
-
-    Attributes:
-        recent: tokens of the newest session that stand in the window in front of what is asked, for every system.
-        new_tokens: of an answer; it also ends at a line end.
-        answer_tokens: of a reference whose likelihood is measured, the first ones.
-        conversations: of each file, the first ones; None is all.
-        questions: of each conversation, drawn with ``seed``; None is all.
-        seed: of that draw, and of the order in which adversarial questions offer their answers.
-
-    Raises:
-        ConfigError: lists every setting that breaks a rule.
-    """
-
-    recent: int = 256
-    new_tokens: int = 50
-    answer_tokens: int = 128
-    conversations: int | None = None
-    questions: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        least = {"recent": 0, "seed": self.seed}
-        problems = [
-            f"{name} ({value}) must be at least {least.get(name, 1)}"
-            for name, value in asdict(self).items()
-            if value is not None and value < least.get(name, 1)
-        ]
-        if problems:
-            raise ConfigError(problems)
-
-    @classmethod
-    def for_window(cls, window: int, **settings: Any) -> DialogueSettings:
-        """What fits: half of the window for the newest session, at most a quarter for an answer."""
-        cls(**settings)  # says what is wrong with those given
-        known = {
-            "recent": window // 2,
-            "new_tokens": max(1, min(cls.new_tokens, window // 4)),
-            "answer_tokens": max(1, min(cls.answer_tokens, window // 4)),
-        }
-        return cls(**(known | {name: value for name, value in settings.items() if value is not None}))
-
-
-@dataclass(frozen=True)
-class DialogueExample(Example):
+class Asked:
     """A question about a conversation; ``offered``: the two answers that an adversarial one offers."""
 
-    conversation: Conversation = field(repr=False)
+    conversation: Conversation
     question: Question
-    offered: dict[str, str] | None
+    offered: dict[str, str] | None = None
 
     @property
     def words(self) -> str:
-        """What stands before the answer."""
-        question = self.question
-        if question.category is None:
-            return question.text
-        return ASKED.format(question.text + ("" if self.offered is None else OFFERED.format(**self.offered)))
+        """What comes before the answer."""
+        if self.question.category is None:
+            return self.question.text
+        return ASKED.format(self.question.text + ("" if self.offered is None else OFFERED.format(**self.offered)))
 
     @property
     def expected(self) -> str:
@@ -91,19 +55,22 @@ class DialogueExample(Example):
         return f"({'b' if self.offered['a'] == self.question.answer else 'a'})"
 
 
-class DialogueTask:
-    """Questions of LoCoMo, replies of MSC; see ``longmem.evaluation.task.Task``.
+class DialogueTask(Task[Asked]):
+    """Questions of LoCoMo, replies of MSC. Groups are LoCoMo's categories and MSC's sessions, units conversations.
 
-    Groups are LoCoMo's categories and MSC's sessions, units are conversations. Sessions are read into memory once for
-    all questions about them. In the window stand the newest tokens of the sessions, the session that goes on (MSC), and
-    the question; what of that does not fit goes to memory too. A system without memory sees the window alone, the
-    full-context backbone the sessions in front of it, as far as they fit.
+    In the window are the newest tokens of the sessions, the session that goes on (MSC), and the question; what of that
+    does not fit goes to memory too. A system without memory sees the window alone, the full-context backbone the
+    sessions in front of it, as far as they fit.
 
     Args:
         files: from ``read_dialogues``.
         tokenizer: of all systems.
-        settings: default if None.
-        answers: JSONL file to which every question and answer is added, for people to read.
+        recent: tokens of the newest session that are in the window in front of what is asked, for every system.
+        new_tokens: of an answer; it also ends at a line end.
+        answer_tokens: of a reference whose likelihood is measured, the first ones.
+        conversations: of each file, the first ones; None is all.
+        questions: of each conversation, drawn with ``seed``; None is all.
+        seed: of that draw, and of the order in which adversarial questions offer their answers.
     """
 
     name = "dialogue"
@@ -117,21 +84,26 @@ class DialogueTask:
         self,
         files: Sequence[DialogueFile],
         tokenizer: Any,
-        settings: DialogueSettings | None = None,
-        answers: Path | None = None,
+        recent: int = 256,
+        new_tokens: int = 50,
+        answer_tokens: int = 128,
+        conversations: int | None = None,
+        questions: int | None = None,
+        seed: int = 0,
     ) -> None:
         names = numbered([file.name for file in files])
         self.files = [replace(file, name=name) for file, name in zip(files, names, strict=True)]
-        self.tokenizer, self.answers = tokenizer, answers
-        self.chosen = settings or DialogueSettings()
+        self.tokenizer, self.seeds = tokenizer, (seed,)
+        self.recent, self.new_tokens, self.answer_tokens = recent, new_tokens, answer_tokens
+        self.limits = {"conversations": conversations, "questions": questions}
         self.start = start_tokens(tokenizer)
-        self._known: tuple[Conversation, Tokens] | None = None
-        self._examples = [
-            example
-            for file in self.files
-            for name, conversation in _named(file.name, file.conversations[: self.chosen.conversations])
-            for example in self._examples_of(name, conversation)
-        ]
+        self._known: tuple[Conversation, Tokens, Tokens] | None = None
+
+    @staticmethod
+    def sizes(window: int) -> dict[str, int]:
+        """What fits: half of the window for the newest session, at most a quarter for an answer."""
+        most = max(1, window // 4)
+        return {"recent": window // 2, "new_tokens": min(50, most), "answer_tokens": min(128, most)}
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -139,109 +111,105 @@ class DialogueTask:
                 file.name: {"kind": file.kind, "sha256": file.sha256, "conversations": len(file.conversations)}
                 for file in self.files
             },
-            **asdict(self.chosen),
+            "recent": self.recent,
+            "new_tokens": self.new_tokens,
+            "answer_tokens": self.answer_tokens,
+            **self.limits,
+            "seed": self.seeds[0],
             "prompt": ASKED,
             "adversarial": OFFERED,
-            "bleu": bleu_signature(),
+            "bleu": f"case:mixed|eff:yes|tok:13a|smooth:exp|version:{metadata.version('sacrebleu')}",
         }
 
-    def examples(self) -> list[DialogueExample]:
-        return self._examples
+    def examples(self) -> list[Example[Asked]]:
+        found = []
+        for file in self.files:
+            chosen = file.conversations[: self.limits["conversations"]]
+            names = numbered([f"{file.name}/{conversation.id}" for conversation in chosen])
+            for name, conversation in zip(names, chosen, strict=True):
+                # a conversation whose sessions are in several files is drawn as one
+                unit = conversation.of or name
+                for n in drawn(f"{self.seeds[0]} {name}", len(conversation.questions), self.limits["questions"]):
+                    question, offered = conversation.questions[n], None
+                    if question.category == ADVERSARIAL:
+                        swapped = random.Random(f"{self.seeds[0]} {name} {question.id}").random() < 0.5
+                        pair = (question.answer, NOTHING) if swapped else (NOTHING, question.answer)
+                        offered = dict(zip("ab", pair, strict=True))
+                    asked = Asked(conversation, question, offered)
+                    found.append(Example(f"{name}/{question.id}", question.group, unit, asked))
+        return found
 
-    def answer(self, asker: Asker, examples: Sequence[DialogueExample]) -> Iterator[tuple[int, dict[str, float]]]:
-        """F1, BLEU and likelihood of each answer; sessions are read into memory once for a conversation."""
-        together: dict[int, list[int]] = {}
-        for number, example in enumerate(examples):
-            together.setdefault(id(example.conversation), []).append(number)
-        for numbers in together.values():
-            memory, _ = self._sessions(examples[numbers[0]].conversation)
-            bank = asker.remember(memory) if asker.reads_memory and memory else None
-            for at in range(0, len(numbers), BATCH):
-                batch = numbers[at : at + BATCH]
-                found = self._ask(asker, [examples[number] for number in batch], bank)
-                yield from zip(batch, found, strict=True)
-
-    def question(self, example: DialogueExample) -> tuple[Choice, Prompt]:
+    def prompt(self, example: Example[Asked], asker: Asker) -> Prompt:
         """To score the reference answer, and to have one generated."""
-        memory, recent = self._sessions(example.conversation)
-        (asked,) = encode_after(self.tokenizer, "\n", [example.question.before + example.words])
-        (answer,) = encode_after(self.tokenizer, "x:", [f" {example.expected}"])
-        context = (*(() if memory else self.start), *recent, *asked)
-        return (
-            Choice(context, [answer[: self.chosen.answer_tokens]], memory),
-            Prompt(context, self.chosen.new_tokens, memory),
-        )
+        asked = example.item
+        memory, recent = self._sessions(asked.conversation)
+        (words,) = encode_after(self.tokenizer, "\n", [asked.question.before + asked.words])
+        (answer,) = encode_after(self.tokenizer, "x:", [f" {asked.expected}"])
+        context = (*(() if memory else self.start), *recent, *words)
+        return Prompt((context,), (answer[: self.answer_tokens],), self.new_tokens, memory)
 
-    def _ask(
-        self, asker: Asker, examples: Sequence[DialogueExample], bank: MemoryBank | None
-    ) -> Iterator[dict[str, float]]:
-        asked = [self.question(example) for example in examples]
-        scored: dict[int, Scored] = {}
-        generated: dict[int, list[int]] = {}
-        room = asker.window - max(self.chosen.new_tokens, self.chosen.answer_tokens)
-        # a context longer than the window leaves a part in memory, and so needs one of its own
-        short = [number for number, (choice, _) in enumerate(asked) if len(choice.context) <= room]
-        long = [number for number, (choice, _) in enumerate(asked) if len(choice.context) > room]
-        for numbers, shared in ((short, bank), (long, None)):
-            for at, answer in asker.score([asked[number][0] for number in numbers], shared):
-                scored[numbers[at]] = answer
-            for at, ids in asker.generate([asked[number][1] for number in numbers], shared):
-                generated[numbers[at]] = ids
-        for number, example in enumerate(examples):
-            said = first_line(self.tokenizer.decode(generated[number], skip_special_tokens=True))
-            values = measure(said, example.question.answer, example.question.category, example.offered)
-            tokens = len(asked[number][0].options[0])
-            self._write(asker, example, said)
-            yield {**values, "answer_nats": -scored[number].logprobs[0] / tokens}
+    def gold(self, example: Example[Asked]) -> dict[str, Any]:
+        asked, question = example.item, example.item.question
+        return {
+            "asked": asked.words,
+            "expected": asked.expected,
+            "answer": question.answer,
+            "category": question.category,
+        }
+
+    def measure(self, example: Example[Asked], prompt: Prompt, answer: Answer) -> dict[str, float]:
+        question, (scored,) = example.item.question, answer.scored
+        text = self.tokenizer.decode(answer.said, skip_special_tokens=True)
+        # an answer ends with the first line that has something on it
+        said = next((line.strip() for line in text.splitlines() if line.strip()), "")
+        words = word_scores(said, question.answer, question.category, example.item.offered)
+        return {**words, "answer_nats": -scored.logprobs[0] / len(prompt.options[0])}
 
     def _sessions(self, conversation: Conversation) -> tuple[Tokens, Tokens]:
-        """The sessions' tokens: those that only memory holds, and the newest ones, which stand in the window."""
+        """The sessions' tokens: those that only memory holds, and the newest ones, which are in the window."""
         if self._known is None or self._known[0] is not conversation:
             parts = encode_after(self.tokenizer, "\n", list(conversation.sessions))
-            self._known = (conversation, tuple(token for part in parts for token in part))
-        tokens = self._known[1]
-        cut = max(0, len(tokens) - self.chosen.recent)
-        return ((*self.start, *tokens[:cut]) if cut else ()), tokens[cut:]
-
-    def _examples_of(self, name: str, conversation: Conversation) -> Iterator[DialogueExample]:
-        questions = list(conversation.questions)
-        if self.chosen.questions is not None and self.chosen.questions < len(questions):
-            drawn = random.Random(f"{self.chosen.seed} {name}").sample(range(len(questions)), self.chosen.questions)
-            questions = [questions[number] for number in sorted(drawn)]
-        # the ids tell tokenizers apart
-        before = digest_of(conversation.sessions, encode_after(self.tokenizer, "\n", list(conversation.sessions[:1])))
-        for question in questions:
-            offered = None
-            if question.category == ADVERSARIAL:
-                swapped = random.Random(f"{self.chosen.seed} {name} {question.id}").random() < 0.5
-                offered = choices(question.answer, swapped)
-            kept = asdict(self.chosen) | {"conversations": None, "questions": None}
-            yield DialogueExample(
-                id=f"{name}/{question.id}",
-                digest=digest_of(before, asdict(question), offered, kept),
-                group=question.group,
-                # a conversation whose sessions are in several files is drawn as one
-                unit=name if conversation.of is None else conversation.of,
-                conversation=conversation,
-                question=question,
-                offered=offered,
-            )
-
-    def _write(self, asker: Asker, example: DialogueExample, said: str) -> None:
-        if self.answers is None:
-            return
-        line = {"system": asker.name, "example": example.id, "asked": example.words}
-        self.answers.parent.mkdir(parents=True, exist_ok=True)
-        with self.answers.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line | {"expected": example.expected, "said": said}, ensure_ascii=False) + "\n")
+            tokens = tuple(token for part in parts for token in part)
+            cut = max(0, len(tokens) - self.recent)
+            self._known = (conversation, (*self.start, *tokens[:cut]) if cut else (), tokens[cut:])
+        return self._known[1:]
 
 
-def _named(file: str, conversations: Sequence[Conversation]) -> Iterator[tuple[str, Conversation]]:
-    """Conversations by names of which there are no two."""
-    names = numbered([f"{file}/{conversation.id}" for conversation in conversations])
-    yield from zip(names, conversations, strict=True)
+def word_scores(said: str, answer: str, category: int | None, offered: dict[str, str] | None) -> dict[str, float]:
+    """``f1`` and ``bleu`` of an answer in %; of an adversarial question ``f1`` is 100 if it was refused, else 0.
+
+    A multi-hop answer is a list by commas: F1 is the mean over its parts of the best part of what was said. LoCoMo's
+    own script also stems words and drops ``and``; this does not.
+    """
+    if category == ADVERSARIAL and offered is not None:
+        # LoCoMo's rule: a letter, with or without brackets, stands for what it offers
+        plain = said.strip().lower()
+        chosen = offered["a" if plain in ("a", "(a)") else "b"] if len(plain) in (1, 3) else plain
+        refused = any(words in chosen.lower() for words in REFUSALS)
+        return {"f1": 100.0 * refused, "bleu": bleu(chosen, NOTHING)}
+    expected = reference(answer, category)
+    if category == MULTI_HOP:
+        parts, truths = (text.split(",") for text in (said, answer))
+        f1 = 100 * sum(max(f1_score(part, [truth]) for part in parts) for truth in truths) / len(truths)
+    else:
+        f1 = 100 * f1_score(said, [expected])
+    return {"f1": f1, "bleu": bleu(said, expected)}
 
 
-def first_line(text: str) -> str:
-    """The first line with something on it: where an answer ends."""
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+def reference(answer: str, category: int | None) -> str:
+    """The answer as it is compared; of an open-domain one what comes before its reason."""
+    return answer.split(";")[0].strip() if category == OPEN_DOMAIN else answer
+
+
+def bleu(prediction: str, answer: str) -> float:
+    """Sentence BLEU-4 (0 to 100) as sacrebleu defines it: 13a tokens, exponential smoothing, effective order.
+
+    Raises:
+        ConfigError: sacrebleu is not installed.
+    """
+    try:
+        from sacrebleu.metrics.bleu import BLEU
+    except ImportError as problem:
+        raise ConfigError("sacrebleu is not installed; pip install 'longmem-lm[eval]'") from problem
+    # a short answer has no four words in a row: orders that cannot occur do not count
+    return min(100.0, float(BLEU(effective_order=True).sentence_score(prediction, [answer]).score))

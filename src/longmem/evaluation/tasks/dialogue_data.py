@@ -12,15 +12,13 @@ from typing import Any
 from longmem.errors import DataError
 
 CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
-TEMPORAL, ADVERSARIAL = 2, 5
-# the words of LoCoMo's own evaluation
-WITH_DATE = " Use DATE of CONVERSATION to answer with an approximate date."
-NOTHING = "No information available"
+MULTI_HOP, TEMPORAL, OPEN_DOMAIN, ADVERSARIAL = 1, 2, 3, 5
+WITH_DATE = " Use DATE of CONVERSATION to answer with an approximate date."  # the words of LoCoMo's own evaluation
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked behind the sessions.
+    """What is asked after the sessions.
 
     Attributes:
         id: inside the conversation.
@@ -79,11 +77,12 @@ def read_dialogues(path: str | Path) -> DialogueFile:
     except ValueError:  # more than one JSON object: lines
         content = None
     if content is None or (isinstance(content, dict) and "previous_dialogs" in content):
-        found, kind = list(_msc_lines(path, text)), "msc"
+        # only \n ends a line: people's texts hold other signs that str.splitlines would take for one
+        lines = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        kind, found = "msc", [_msc(path, where, line) for where, line in lines]
     elif isinstance(content, list | dict):
         samples = content if isinstance(content, list) else [content]
-        found = [_locomo(path, number, sample) for number, sample in enumerate(samples)]
-        kind = "locomo"
+        kind, found = "locomo", [_locomo(path, number, sample) for number, sample in enumerate(samples)]
     else:
         raise DataError(f"{path}: neither a list of LoCoMo samples nor lines of MSC; see the docs of dialogue")
     found = [conversation for conversation in found if conversation.questions]
@@ -93,29 +92,31 @@ def read_dialogues(path: str | Path) -> DialogueFile:
     return DialogueFile(name, kind, hashlib.sha256(raw).hexdigest(), found)
 
 
-# LoCoMo
-
-
 def _locomo(path: Path, number: int, sample: Any) -> Conversation:
-    if not isinstance(sample, dict) or not {"conversation", "qa"} <= sample.keys():
-        named = ", ".join(sample) if isinstance(sample, dict) else type(sample).__name__
-        raise DataError(f"{path}: not a LoCoMo sample (it has: {named}); a sample has sample_id, conversation and qa")
-    name, spoken = str(sample.get("sample_id", number)), sample["conversation"]
+    name = str(number)
     try:
-        found = (key.removeprefix("session_") for key in spoken if key.startswith("session_"))
-        numbers = sorted(int(session) for session in found if session.isdecimal())
-        sessions = [
-            _session(f"DATE: {spoken.get(f'session_{at}_date_time', 'unknown')}", map(_turn, spoken[f"session_{at}"]))
-            for at in numbers
-            if spoken[f"session_{at}"]
-        ]
-        questions = [_question(at, qa) for at, qa in enumerate(sample["qa"])]
+        name, spoken = str(sample.get("sample_id", number)), sample["conversation"]
+        numbers = sorted(
+            int(at) for key in spoken if key.startswith("session_") and (at := key.removeprefix("session_")).isdecimal()
+        )
+        sessions = []
+        for at in numbers:
+            if turns := [_turn(turn) for turn in spoken[f"session_{at}"]]:
+                heading = f"DATE: {spoken.get(f'session_{at}_date_time', 'unknown')}"
+                sessions.append("\n".join([heading, "CONVERSATION:", *turns]) + "\n\n")
+        return Conversation(name, tuple(sessions), tuple(_question(at, qa) for at, qa in enumerate(sample["qa"])))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"{path}: sample {name!r} is not as LoCoMo's are ({type(error).__name__}: {error}); turns need speaker and "
-            "text, questions need question, category (1 to 5) and answer (category 5: adversarial_answer)"
+            f"{path}: sample {name!r} is not as LoCoMo's are ({type(error).__name__}: {error}); it needs conversation "
+            "and qa, turns need speaker and text, questions need question, category (1 to 5) and answer (category 5: "
+            "adversarial_answer)"
         ) from error
-    return Conversation(name, tuple(sessions), tuple(questions))
+
+
+def _turn(turn: dict[str, Any]) -> str:
+    said = f'{turn["speaker"]} said, "{_text(turn)}"'
+    # of a picture, what LoCoMo's own evaluation shows of it
+    return f"{said} [shares {turn['blip_caption']}]" if turn.get("blip_caption") else said
 
 
 def _text(turn: dict[str, Any]) -> str:
@@ -125,65 +126,37 @@ def _text(turn: dict[str, Any]) -> str:
     return text
 
 
-def _session(heading: str, lines: Iterator[str]) -> str:
-    return "\n".join([heading, "CONVERSATION:", *lines]) + "\n\n"
-
-
-def _turn(turn: dict[str, Any]) -> str:
-    said = f'{turn["speaker"]} said, "{_text(turn)}"'
-    # of a picture, what LoCoMo's own evaluation shows of it
-    return f"{said} [shares {turn['blip_caption']}]" if turn.get("blip_caption") else said
-
-
 def _question(number: int, qa: dict[str, Any]) -> Question:
     category = int(qa["category"])
-    kind = CATEGORIES[category]
-    if category == ADVERSARIAL:
-        answer = qa["adversarial_answer"] if "adversarial_answer" in qa else qa["answer"]
-    else:
-        answer = qa["answer"]
-    if answer is None or qa["question"] is None:
+    named = "adversarial_answer" if category == ADVERSARIAL and "adversarial_answer" in qa else "answer"
+    if qa[named] is None or qa["question"] is None:
         raise TypeError(f"question {number} or its answer is null")
     text = str(qa["question"]) + (WITH_DATE if category == TEMPORAL else "")
-    return Question(str(number), kind, "", text, str(answer).strip(), category)
+    return Question(str(number), CATEGORIES[category], "", text, str(qa[named]).strip(), category)
 
 
-# MSC
-
-
-def _msc_lines(path: Path, text: str) -> Iterator[Conversation]:
-    # only \n ends a line: people's texts hold other signs that str.splitlines would take for one
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield _msc(number, json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{path}, line {number}: no conversation of MSC ({type(error).__name__}: {error}); a line has dialog "
-                "and previous_dialogs, and every turn a text"
-            ) from error
-
-
-def _msc(number: int, line: dict[str, Any]) -> Conversation:
+def _msc(path: Path, where: str, line: str) -> Conversation:
     """Earlier sessions, with the time that passed after each; every turn of the last one is a reply to those before."""
-    sessions = []
-    for past in line["previous_dialogs"]:
-        spoken = "".join(f"{speaker}: {text}\n" for speaker, text in _speakers(past["dialog"]))
-        gap = f"({past['time_num']} {past['time_unit']} later)\n" if past.get("time_num") else ""
-        sessions.append(f"{spoken}{gap}\n")
-    group = f"session {len(sessions) + 1}"
-    questions, before = [], ""
-    for at, (speaker, text) in enumerate(_speakers(line["dialog"])):
-        questions.append(Question(str(at), group, before, f"{speaker}:", text))
-        before += f"{speaker}: {text}\n"
-    of = (line.get("metadata") or {}).get("initial_data_id")
-    return Conversation(
-        f"{of or 'line'}:{number}",
-        tuple(sessions),
-        tuple(question for question in questions if question.answer),
-        None if of is None else str(of),
-    )
+    try:
+        record = json.loads(line)
+        sessions = []
+        for past in record["previous_dialogs"]:
+            spoken = "".join(f"{speaker}: {text}\n" for speaker, text in _speakers(past["dialog"]))
+            gap = f"({past['time_num']} {past['time_unit']} later)\n" if past.get("time_num") else ""
+            sessions.append(f"{spoken}{gap}\n")
+        questions, before = [], ""
+        for at, (speaker, text) in enumerate(_speakers(record["dialog"])):
+            if text:
+                questions.append(Question(str(at), f"session {len(sessions) + 1}", before, f"{speaker}:", text))
+            before += f"{speaker}: {text}\n"
+        of = (record.get("metadata") or {}).get("initial_data_id")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}, {where}: no conversation of MSC ({type(error).__name__}: {error}); a line has dialog and "
+            "previous_dialogs, and every turn a text"
+        ) from error
+    name = f"{of or 'line'}:{where.removeprefix('line ')}"
+    return Conversation(name, tuple(sessions), tuple(questions), None if of is None else str(of))
 
 
 def _speakers(dialog: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:

@@ -7,80 +7,31 @@ without contextual calibration (Zhao et al. 2021, "Calibrate Before Use").
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from longmem.errors import ConfigError
-from longmem.evaluation.asking import Asker, Choice, Scored
-from longmem.evaluation.task import Example, Metric, digest_of
+import numpy as np
+
+from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
+from longmem.evaluation.bootstrap import Bootstrap
+from longmem.evaluation.task import (
+    Example,
+    ExampleScores,
+    Metric,
+    Task,
+    TaskResult,
+    different,
+    drawn,
+    group_scores,
+    means_by,
+)
 from longmem.evaluation.tasks.icl_data import IclSet
-from longmem.evaluation.tasks.shots import LaidOut, Shots, Tokens, draw, encode_after, start_tokens
+from longmem.evaluation.tasks.shots import LaidOut, Shots, draw, encode_after, start_tokens
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # of Zhao et al.; their label probabilities are averaged
-FIRST_TOKEN, LIKELIHOOD, CALIBRATED = "first_token", "likelihood", "calibrated"
-METRICS = (
-    Metric(FIRST_TOKEN, "accuracy, first token is a prefix of the label", "%"),
-    Metric(LIKELIHOOD, "accuracy by label likelihood", "%"),
-    Metric(CALIBRATED, "accuracy by calibrated label likelihood", "%"),
-)
-DEFAULT_LIMIT = 30  # five sets, six seeds and seven systems of the shipped pair in under an hour of one core
-
-
-@dataclass(frozen=True)
-class IclSettings:
-    """How many demonstrations and questions.
-
-    Attributes:
-        local_shots: numbers of demonstrations in the window.
-        memory_shots: numbers of demonstrations in memory.
-        seeds: draws of demonstrations; they are 1 to ``seeds``.
-        limit: test texts of each set, drawn once and not stratified; None is all of them.
-
-    Raises:
-        ConfigError: lists every setting that breaks a rule.
-    """
-
-    local_shots: tuple[int, ...] = (4, 20)
-    memory_shots: tuple[int, ...] = (0, 200, 2000)
-    seeds: int = 6
-    limit: int | None = DEFAULT_LIMIT
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name} ({','.join(map(str, shots))}) must be different numbers from 0 up; try {good}"
-            for name, shots, good in (
-                ("local_shots", self.local_shots, "4,20"),
-                ("memory_shots", self.memory_shots, "0,2000"),
-            )
-            if not shots or min(shots) < 0 or len(set(shots)) < len(shots)
-        ]
-        for name, value in (("seeds", self.seeds), ("limit", self.limit)):
-            if value is not None and value < 1:
-                problems.append(f"{name} ({value}) must be at least 1")
-        if problems:
-            raise ConfigError(problems)
-
-
-@dataclass(frozen=True)
-class IclExample(Example):
-    """A test text after the demonstrations of one seed.
-
-    Attributes:
-        dataset: its set.
-        text: its number among the set's test texts.
-        seed: of the demonstrations.
-        local: how many are for the window.
-        memory: how many are for memory.
-    """
-
-    dataset: str
-    text: int
-    seed: int
-    local: int
-    memory: int
+AVERAGE = "average"
 
 
 class Prompts:
@@ -94,15 +45,16 @@ class Prompts:
     def __init__(self, data: IclSet, tokenizer: Any) -> None:
         self.data, self.tokenizer = data, tokenizer
         self.start = start_tokens(tokenizer)
-        self.options = encode_after(tokenizer, data.kind.tail, [f" {label}" for label in data.kind.labels])
+        self.options = tuple(encode_after(tokenizer, data.tail, [f" {label}" for label in data.labels]))
         self.content_free = self._queries(CONTENT_FREE)
         self.after = max(map(len, self.options)) - 1  # the last token of a label is no input
+        self._shots: dict[tuple[int, int, int], Shots] = {}
 
     @cached_property
     def demonstrations(self) -> list[Tokens]:
         """Every training text with its label."""
-        names = self.data.kind.labels
-        return encode_after(self.tokenizer, ".", [f"{self._query(e.text)} {names[e.label]}." for e in self.data.train])
+        texts = [f"{self._query(e.text)} {self.data.labels[e.label]}." for e in self.data.train]
+        return encode_after(self.tokenizer, ".", texts)
 
     @cached_property
     def queries(self) -> list[Tokens]:
@@ -115,152 +67,209 @@ class Prompts:
         Raises:
             DataError: there are not so many training texts.
         """
-        near, far = draw(self.data.name, seed, len(self.data.train), local, memory)
-        known = self.demonstrations
-        return Shots(self.start, tuple(known[n] for n in near), tuple(known[n] for n in far))
+        if (seed, local, memory) not in self._shots:
+            near, far = draw(self.data.name, seed, len(self.data.train), local, memory)
+            known = self.demonstrations
+            shots = Shots(self.start, tuple(known[n] for n in near), tuple(known[n] for n in far))
+            self._shots[seed, local, memory] = shots
+        return self._shots[seed, local, memory]
 
     def lay_out(self, asker: Asker, shots: Shots, text: int) -> LaidOut:
         """A test text with the demonstrations that fit; each content-free text fits in its place."""
         return shots.lay_out(asker, self.queries[text], self.after, max(map(len, self.content_free)))
 
     def _query(self, text: str) -> str:
-        return f" {self.data.kind.head} {text} {self.data.kind.tail}"
+        return f" {self.data.head} {text} {self.data.tail}"
 
     def _queries(self, texts: Sequence[str]) -> list[Tokens]:
         return encode_after(self.tokenizer, ".", [self._query(text) for text in texts])
 
 
-class IclTask:
-    """In-context learning over some sets; see ``longmem.evaluation.task.Task``.
+@dataclass(frozen=True)
+class Shown:
+    """A test text by its number, and the numbers of demonstrations for window and memory."""
+
+    dataset: str
+    text: int
+    local: int
+    memory: int
+
+    @property
+    def shots(self) -> str:
+        return f"{self.local} + {self.memory}"
+
+
+class IclTask(Task[Shown]):
+    """In-context learning over some sets. Groups are a set and its demonstrations, units are texts.
 
     Every system gets the same demonstrations. Those of memory are never among those of the window, and none is a test
-    text. A system without memory sees those of the window only; it is asked once for all numbers of demonstrations in
-    memory, since they change nothing. The full-context backbone has as many of memory in front of them as fit. Without
-    demonstrations in memory a system with memory has an empty one, and the answers of the same model without memory.
+    text. A system without memory sees those of the window only; the full-context backbone has as many of memory in
+    front of them as fit.
 
     Args:
         sets: from ``read_icl``.
         tokenizer: of all systems.
-        settings: how many of what.
+        local_shots: numbers of demonstrations in the window.
+        memory_shots: numbers of demonstrations in memory.
+        seeds: draws of demonstrations, numbered from 1.
+        limit: test texts of each set, drawn once and not stratified; None is all.
     """
 
     name = "icl"
-    metrics = METRICS
+    metrics = (
+        Metric("first_token", "accuracy, first token is a prefix of the label", "%"),
+        Metric("likelihood", "accuracy by label likelihood", "%"),
+        Metric("calibrated", "accuracy by calibrated label likelihood", "%"),
+    )
 
-    def __init__(self, sets: Sequence[IclSet], tokenizer: Any, settings: IclSettings | None = None) -> None:
-        self.chosen = settings or IclSettings()
+    def __init__(
+        self,
+        sets: Sequence[IclSet],
+        tokenizer: Any,
+        local_shots: Sequence[int] = (4, 20),
+        memory_shots: Sequence[int] = (0, 200, 2000),
+        seeds: int = 6,
+        limit: int | None = 30,
+    ) -> None:
+        different(local_shots=local_shots, memory_shots=memory_shots)
+        self.tokenizer = tokenizer
         self.prompts = {data.name: Prompts(data, tokenizer) for data in sets}
-        self._shots: dict[tuple[str, int, int, int], Shots] = {}
-        self._examples: list[IclExample] | None = None
-        self._known: dict[tuple[int, int, str], dict[Tokens, Scored]] = {}
-
-    @property
-    def seeds(self) -> range:
-        """Of the demonstrations."""
-        return range(1, self.chosen.seeds + 1)
+        self.local_shots, self.memory_shots = list(local_shots), list(memory_shots)
+        self.seeds, self.limit = range(1, seeds + 1), limit
 
     def settings(self) -> dict[str, Any]:
+        sets = {name: prompts.data for name, prompts in self.prompts.items()}
         return {
-            "datasets": {name: prompts.data.source for name, prompts in self.prompts.items()},
-            "local_shots": list(self.chosen.local_shots),
-            "memory_shots": list(self.chosen.memory_shots),
+            "datasets": {name: data.source for name, data in sets.items()},
+            "local_shots": self.local_shots,
+            "memory_shots": self.memory_shots,
             "demonstration_seeds": list(self.seeds),
-            "limit": self.chosen.limit,
+            "limit": self.limit,
             "test_texts": "drawn without replacement, not stratified, the same for all seeds and systems",
-            "templates": {
-                name: f"{prompts.data.kind.head} {{text}} {prompts.data.kind.tail} {{label}}. "
-                for name, prompts in self.prompts.items()
-            },
+            "templates": {name: f"{data.head} {{text}} {data.tail} {{label}}. " for name, data in sets.items()},
             "content_free": list(CONTENT_FREE),
         }
 
-    def examples(self) -> list[IclExample]:
+    def examples(self) -> list[Example[Shown]]:
         """Every chosen test text, for every seed and every number of demonstrations.
 
         Raises:
             DataError: a set has too few training texts.
         """
-        if self._examples is None:
-            self._examples = [
-                example
-                for name in self.prompts
-                for seed in self.seeds
-                for memory in self.chosen.memory_shots
-                for local in self.chosen.local_shots
-                for example in self._examples_of(name, seed, local, memory)
-            ]
-        return self._examples
+        found = []
+        for name, prompts in self.prompts.items():
+            texts = drawn(f"{name} test", len(prompts.data.test), self.limit)
+            prompts.shots(1, max(self.local_shots), max(self.memory_shots))
+            for seed in self.seeds:
+                for memory in self.memory_shots:
+                    for local in self.local_shots:
+                        for text in texts:
+                            item, unit = Shown(name, text, local, memory), f"{name}/{text}"
+                            label = f"{unit}, {item.shots}, seed {seed}"
+                            found.append(Example(label, f"{name}, {item.shots}", unit, item, seed))
+        return found
 
-    def answer(self, asker: Asker, examples: Sequence[IclExample]) -> Iterator[tuple[int, dict[str, float]]]:
-        """Accuracies (0 or 100) by ``METRICS``; demonstrations in memory are read once for each set and seed.
+    def prompt(self, example: Example[Shown], asker: Asker) -> Prompt:
+        """The question, and every content-free text in its place."""
+        prompts, shots = self._shots(example)
+        laid = prompts.lay_out(asker, shots, example.item.text)
+        contexts = tuple(laid.before + query for query in (laid.query, *prompts.content_free))
+        return Prompt(contexts, prompts.options, memory=shots.remembered(asker))
 
-        Raises:
-            ConfigError: there are demonstrations for memory, but the system's memory holds nothing after reading them.
+    def gold(self, example: Example[Shown]) -> dict[str, Any]:
+        data = self.prompts[example.item.dataset].data
+        return {"expected": data.labels[data.test[example.item.text].label]}
+
+    def measure(self, example: Example[Shown], prompt: Prompt, answer: Answer) -> dict[str, float]:
+        """Each 0 or 100; of equal scores the first label is taken."""
+        data = self.prompts[example.item.dataset].data
+        label, (scored, *free) = data.test[example.item.text].label, answer.scored
+        corrected = calibrated(scored.logprobs, [each.logprobs for each in free])
+        first = self.tokenizer.decode([scored.next_token])
+        return {
+            "first_token": 100.0 * starts_label(first, data.labels[label]),
+            "likelihood": 100.0 * (scored.best == label),
+            "calibrated": 100.0 * (int(np.argmax(corrected)) == label),
+        }
+
+    def summarise(
+        self, result: TaskResult, examples: Sequence[Example[Shown]], askers: Sequence[Asker], bootstrap: Bootstrap
+    ) -> TaskResult:
+        """With ``average, 20 + 2000`` groups, in which every set has the same weight; examples averaged over seeds.
+
+        ``extra`` has ``per_seed`` (group -> system -> metric -> values by seed, their mean and population standard
+        deviation), ``shots`` (group -> system -> mean number of demonstrations in the ``window``, and held in
+        ``memory`` or, for the full-context backbone, in front of the others) and ``sets`` (chance and largest class
+        in %).
         """
-        sittings: dict[tuple[str, int, int], list[int]] = {}
-        for number, example in enumerate(examples):
-            seen = example.memory if asker.reads_memory or asker.whole else 0
-            sittings.setdefault((example.dataset, example.seed, seen), []).append(number)
-        for (dataset, seed, seen), numbers in sittings.items():
-            asked = [(number, examples[number]) for number in numbers]
-            yield from self._sit(asker, self.prompts[dataset], seed, seen, asked)
-
-    def shots(self, dataset: str, seed: int, local: int, memory: int) -> Shots:
-        """Demonstrations of one seed, encoded."""
-        key = (dataset, seed, local, memory)
-        if key not in self._shots:
-            self._shots[key] = self.prompts[dataset].shots(seed, local, memory)
-        return self._shots[key]
-
-    def _examples_of(self, name: str, seed: int, local: int, memory: int) -> Iterator[IclExample]:
-        prompts = self.prompts[name]
-        demonstrations = self.shots(name, seed, local, memory).digest()
-        for text in chosen_texts(prompts.data, self.chosen.limit):
-            unit, shots = f"{name}/{text}", f"{local} + {memory}"
-            digest = digest_of(
-                demonstrations,
-                prompts.queries[text],
-                prompts.options,
-                prompts.content_free,
-                prompts.data.test[text].label,
+        values = [one.values for one in result.examples]
+        per_seed = means_by(examples, values, lambda example: str(example.seed))
+        averages = []
+        for shots in dict.fromkeys(example.item.shots for example in examples) if len(self.prompts) > 1 else ():
+            some = [n for n, example in enumerate(examples) if example.item.shots == shots]
+            sizes = {name: sum(examples[n].item.dataset == name for n in some) for name in self.prompts}
+            weights = [1 / sizes[examples[n].item.dataset] for n in some]
+            name, chosen = f"{AVERAGE}, {shots}", [examples[n] for n in some]
+            averages.append(
+                group_scores(
+                    name, chosen, [values[n] for n in some], self.metrics, bootstrap, weights=weights, drawn="texts"
+                )
             )
-            yield IclExample(
-                f"{unit}, {shots}, seed {seed}", digest, f"{name}, {shots}", unit, name, text, seed, local, memory
-            )
+            per_seed[name] = _mean_over_sets([per_seed[f"{data}, {shots}"] for data in self.prompts])
+        return replace(
+            result,
+            groups=[*result.groups, *averages],
+            examples=_without_seeds(result, examples),
+            extra=result.extra
+            | {
+                "per_seed": {
+                    group: {s: {m: _spread(list(v.values())) for m, v in ms.items()} for s, ms in systems.items()}
+                    for group, systems in per_seed.items()
+                },
+                "shots": self.shots_seen(examples, askers),
+                "sets": {
+                    name: {"chance": prompts.data.chance, "majority": round(prompts.data.majority, 2)}
+                    for name, prompts in self.prompts.items()
+                },
+            },
+        )
 
-    def _sit(
-        self, asker: Asker, prompts: Prompts, seed: int, memory: int, asked: Sequence[tuple[int, IclExample]]
-    ) -> Iterator[tuple[int, dict[str, float]]]:
-        """Questions that share their demonstrations in memory; equal ones are asked once."""
-        name = prompts.data.name
-        bank = None
-        if asker.reads_memory and memory:
-            bank = self.shots(name, seed, 0, memory).remembered(asker)
-        contexts: dict[Tokens, None] = {}
-        laid_out = []
-        for number, example in asked:
-            laid = prompts.lay_out(asker, self.shots(name, seed, example.local, memory), example.text)
-            free = [laid.before + query for query in prompts.content_free]
-            laid_out.append((number, prompts.data.test[example.text].label, laid.context, free))
-            contexts.update(dict.fromkeys((laid.context, *free)))
-        # the same model without memory, or with an empty one, is asked once under all its names
-        apart = bank is not None or asker.whole
-        known = {} if apart else self._known.setdefault((id(asker.model), asker.window, name), {})
-        waiting = [context for context in contexts if context not in known]
-        for at, scored in asker.score([Choice(context, prompts.options) for context in waiting], bank=bank):
-            known[waiting[at]] = scored
-        for number, label, question, free in laid_out:
-            first = asker.tokenizer.decode([known[question].next_token])
-            right = starts_label(first, prompts.data.kind.labels[label])
-            yield number, judged(known[question], [known[context] for context in free], label, first=right)
+    def shots_seen(
+        self, examples: Sequence[Example[Shown]], askers: Sequence[Asker]
+    ) -> dict[str, dict[str, dict[str, float]]]:
+        """Mean numbers of demonstrations that each system really has: group -> system -> window, memory."""
+        counts: dict[str, dict[str, list[tuple[int, int]]]] = {}
+        for example in examples:
+            prompts, shots = self._shots(example)
+            for asker in askers:
+                seen = shots.seen(asker, prompts.lay_out(asker, shots, example.item.text))
+                counts.setdefault(example.group, {}).setdefault(asker.name, []).append(seen)
+        return {
+            group: {
+                name: dict(zip(("window", "memory"), np.mean(seen, axis=0).round(2).tolist(), strict=True))
+                for name, seen in of_group.items()
+            }
+            for group, of_group in counts.items()
+        }
 
+    def notes(self, result: TaskResult) -> Iterator[str]:
+        """How many demonstrations each system had before it, where not all of them fit."""
+        who: dict[str, dict[str, None]] = {}
+        for group, systems in result.extra["shots"].items():
+            dataset, _, shots = group.rpartition(", ")
+            local, memory = (int(number) for number in shots.split(" + "))
+            for name, seen in systems.items():
+                if seen["window"] < local:
+                    line = f"{dataset}: {seen['window']:g} of {local} demonstrations fit the window"
+                    who.setdefault(line, {})[name] = None
+                if 0 < seen["memory"] < memory:
+                    line = f"{dataset}: {seen['memory']:g} of {memory:,} demonstrations for memory are held"
+                    who.setdefault(line, {})[name] = None
+        return (f"{line}, on average ({', '.join(names)})" for line, names in who.items())
 
-def chosen_texts(data: IclSet, limit: int | None) -> list[int]:
-    """Numbers of the test texts that are asked: all, or so many, drawn with a fixed seed."""
-    count = len(data.test)
-    if limit is None or limit >= count:
-        return list(range(count))
-    return sorted(random.Random(f"{data.name} test").sample(range(count), limit))
+    def _shots(self, example: Example[Shown]) -> tuple[Prompts, Shots]:
+        prompts, item = self.prompts[example.item.dataset], example.item
+        return prompts, prompts.shots(example.seed, item.local, item.memory)
 
 
 def starts_label(first: str, label: str) -> bool:
@@ -278,27 +287,42 @@ def calibrated(logprobs: Sequence[float], content_free: Sequence[Sequence[float]
         logprobs: of each label, nats.
         content_free: the same for each content-free text.
     """
-    shares = [_shares(row) for row in content_free]
-    prior = [sum(column) / len(shares) for column in zip(*shares, strict=True)]
+    rows = np.array(content_free)
+    weights = np.exp(rows - rows.max(axis=1, keepdims=True))
+    prior = (weights / weights.sum(axis=1, keepdims=True)).mean(axis=0)
     # a label that nothing makes likely has no prior to divide by: the smallest number stands for it
-    return [value - math.log(max(share, 1e-300)) for value, share in zip(logprobs, prior, strict=True)]
+    return [value - math.log(max(share, 1e-300)) for value, share in zip(logprobs, prior.tolist(), strict=True)]
 
 
-def judged(scored: Scored, content_free: Sequence[Scored], label: int, *, first: bool) -> dict[str, float]:
-    """The metrics of one answer, each 0 or 100; of equal scores the first label is taken."""
-    corrected = calibrated(scored.logprobs, [free.logprobs for free in content_free])
+def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {
-        FIRST_TOKEN: 100.0 * first,
-        LIKELIHOOD: 100.0 * (_best(scored.logprobs) == label),
-        CALIBRATED: 100.0 * (_best(corrected) == label),
+        "values": [round(value, 3) for value in values],
+        "mean": round(float(np.mean(values)), 3),
+        "std": round(float(np.std(values)), 3),
     }
 
 
-def _best(values: Sequence[float]) -> int:
-    return max(range(len(values)), key=lambda number: values[number])
+def _mean_over_sets(sets: Sequence[Any]) -> dict[str, Any]:
+    """Of ``means_by`` for each set: system -> metric -> seed -> mean of the sets' means."""
+    return {
+        system: {
+            metric: {seed: float(np.mean([each[system][metric][seed] for each in sets])) for seed in seeds}
+            for metric, seeds in metrics.items()
+        }
+        for system, metrics in sets[0].items()
+    }
 
 
-def _shares(logprobs: Sequence[float]) -> list[float]:
-    top = max(logprobs)
-    weights = [math.exp(value - top) for value in logprobs]
-    return [weight / sum(weights) for weight in weights]
+def _without_seeds(result: TaskResult, examples: Sequence[Example[Shown]]) -> list[ExampleScores]:
+    """One record for each text and number of demonstrations, averaged over seeds: a sixth of the file."""
+    means = means_by(examples, [one.values for one in result.examples], lambda example: example.unit)
+    return [
+        ExampleScores(
+            f"{example.unit}, {example.item.shots}",
+            example.group,
+            example.unit,
+            {s: {m: round(v[example.unit], 2) for m, v in ms.items()} for s, ms in means[example.group].items()},
+        )
+        for example in examples
+        if example.seed == examples[0].seed
+    ]

@@ -1,4 +1,4 @@
-"""Demonstrations in front of a question: as many as fit stand in the window, further ones go to memory."""
+"""Demonstrations in front of a question: as many as fit are in the window, further ones go to memory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from itertools import chain
 from typing import Any
 
 from longmem.errors import ConfigError, DataError
-from longmem.evaluation.asking import Asker
-from longmem.evaluation.task import digest_of
-from longmem.memory import MemoryBank
-
-Tokens = tuple[int, ...]
+from longmem.evaluation.asking import Asker, Tokens
 
 
 @dataclass(frozen=True)
@@ -30,17 +26,14 @@ class Shots:
     local: tuple[Tokens, ...]
     memory: tuple[Tokens, ...]
 
-    def digest(self) -> str:
-        return digest_of(self.start, self.local, self.memory)
-
     def lay_out(self, asker: Asker, query: Tokens, after: int, least: int = 0) -> LaidOut:
-        """What stands in the window before the answer; demonstrations are whole or left out, the far ones first.
+        """What is in the window before the answer; demonstrations are whole or left out, the farthest ones first.
 
         Args:
-            asker: its window, and whether demonstrations of memory stand in it too (the full-context backbone).
+            asker: its window, and whether demonstrations of memory are in it too (the full-context backbone).
             query: cut from the left where even it does not fit.
-            after: tokens of the window to leave free behind it.
-            least: tokens to reserve for the query, so that another one up to so long can take its place.
+            after: tokens of the window to leave free after it.
+            least: tokens to reserve for the query, so that another one of up to this length can take its place.
 
         Raises:
             ConfigError: there is no room for a query.
@@ -54,19 +47,17 @@ class Shots:
         room -= sum(map(len, self.local[len(self.local) - near :]))
         far = fitting(self.memory, room) if asker.whole and near == len(self.local) else 0
         before = (*self.memory[len(self.memory) - far :], *self.local[len(self.local) - near :])
-        return LaidOut((*self.start, *chain.from_iterable(before)), shown, near, far, len(query) - len(shown))
+        context = (*self.start, *chain.from_iterable(before))
+        return LaidOut(context, shown, near, far, len(query) - len(shown))
 
-    def remembered(self, asker: Asker) -> MemoryBank:
-        """A bank of one row into which the system has read ``memory``.
+    def remembered(self, asker: Asker) -> Tokens:
+        """What a system with memory reads into it."""
+        return (*self.start, *chain.from_iterable(self.memory)) if self.memory and asker.reads_memory else ()
 
-        Raises:
-            ConfigError: it holds nothing.
-        """
-        return asker.remember((*self.start, *chain.from_iterable(self.memory)))
-
-    def held(self, asker: Asker) -> int:
-        """Of ``memory``, the demonstrations that the system's memory still holds whole after the last one."""
-        return 0 if asker.memory_size is None else fitting(self.memory, asker.memory_size)
+    def seen(self, asker: Asker, laid: LaidOut) -> tuple[int, int]:
+        """Demonstrations in the window; and those in memory, or of memory in a full-context window."""
+        held = 0 if asker.memory_size is None else fitting(self.memory, asker.memory_size)
+        return laid.local, laid.memory + held
 
 
 @dataclass(frozen=True)
@@ -87,10 +78,6 @@ class LaidOut:
     memory: int
     cut: int
 
-    @property
-    def context(self) -> Tokens:
-        return self.before + self.query
-
 
 def fitting(texts: Sequence[Tokens], room: int) -> int:
     """How many of the last texts have at most ``room`` tokens together."""
@@ -106,7 +93,7 @@ def fitting(texts: Sequence[Tokens], room: int) -> int:
 def draw(name: str, seed: int, size: int, local: int, memory: int) -> tuple[list[int], list[int]]:
     """Numbers of the demonstrations for window and memory, in the order in which they are shown.
 
-    More demonstrations contain fewer ones: 20 are 16 others and the 4, which stand nearest to the question.
+    More demonstrations contain fewer ones: 20 are 16 others and the 4, which are nearest to the question.
 
     Args:
         name: of what is drawn from, part of the seed.
@@ -135,7 +122,7 @@ def start_tokens(tokenizer: Any) -> Tokens:
 
 
 def encode_after(tokenizer: Any, before: str, texts: Sequence[str]) -> list[Tokens]:
-    """Token ids of texts, without special ones, as they are behind another text.
+    """Token ids of texts, without special ones, as they are after another text.
 
     Some tokenizers put a space sign before every beginning, which is none where a text goes on.
     """

@@ -2,221 +2,237 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
-from collections import defaultdict
+import re
+import string
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from longmem.errors import ConfigError, DataError
-from longmem.evaluation.asking import Asker, Prompt
-from longmem.evaluation.runner import TaskResult
-from longmem.evaluation.task import Example, Metric, digest_of
-from longmem.evaluation.tasks.shots import Shots, Tokens, draw, encode_after, start_tokens
-from longmem.evaluation.tasks.squad_data import SquadFile, SquadQuestion
-from longmem.evaluation.tasks.squad_metrics import exact_match, f1_score
+from longmem.errors import DataError
+from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
+from longmem.evaluation.bootstrap import Bootstrap
+from longmem.evaluation.task import Example, Metric, Task, TaskResult, different, drawn, means_by
+from longmem.evaluation.tasks.shots import Shots, draw, encode_after, start_tokens
 
-EXACT, F1 = "exact_match", "f1"
-METRICS = (Metric(EXACT, "exact match", "%"), Metric(F1, "F1", "%"))
 TEMPLATE = "Context: {passage}\nQuestion: {question}\nAnswer: {answer}\n\n"
-DEFAULT_LIMIT = 200
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 @dataclass(frozen=True)
-class SquadSettings:
-    """How many demonstrations and questions.
+class SquadQuestion:
+    """A question, the passage it is about, and every answer that counts (a short span of the passage)."""
 
-    Attributes:
-        local_shots: demonstrations in the window.
-        memory_shots: numbers of demonstrations in memory, each reported apart.
-        seeds: draws of demonstrations; they are 1 to ``seeds``.
-        limit: questions, drawn once with a fixed seed over all articles; None is all of them.
-        max_answer_tokens: an answer that has no line end by then is cut.
+    id: str
+    article: str
+    passage: str
+    question: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SquadFile:
+    """The questions of a file in its order, and its hash."""
+
+    name: str
+    sha256: str
+    questions: tuple[SquadQuestion, ...]
+
+
+def read_squad(path: str | Path) -> SquadFile:
+    """Read ``train-v1.1.json`` or ``dev-v1.1.json``, or a file of the same form.
 
     Raises:
-        ConfigError: lists every setting that breaks a rule.
+        DataError: no such file, not JSON, or not of that form; names the file and the place in it.
     """
+    file, place = Path(path), "the file"
+    found: dict[str, SquadQuestion] = {}
+    try:
+        content = file.read_bytes()
+        for a, article in enumerate(json.loads(content)["data"]):
+            place = f"data[{a}]"
+            for p, paragraph in enumerate(article["paragraphs"]):
+                for q, asked in enumerate(paragraph["qas"]):
+                    place = f"data[{a}].paragraphs[{p}].qas[{q}]"
+                    # a template of lines needs texts of one line
+                    passage, question, *answers = (
+                        " ".join(text.split())
+                        for text in (
+                            paragraph["context"],
+                            asked["question"],
+                            *(one["text"] for one in asked["answers"]),
+                        )
+                    )
+                    if not answers:
+                        raise ValueError("no answer; SQuAD v1.1 has one or more for every question, v2.0 not")
+                    if asked["id"] in found:
+                        raise ValueError(f"two questions have the id {asked['id']!r}")
+                    title = str(article.get("title", a))
+                    found[asked["id"]] = SquadQuestion(asked["id"], title, passage, question, tuple(answers))
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); name a SQuAD v1.1 JSON file") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise DataError(f"{file}: {place} is not of SQuAD v1.1's form ({said}); name a SQuAD v1.1 JSON file") from error
+    if not found:
+        raise DataError(f"{file}: no question in it; name a SQuAD v1.1 JSON file")
+    return SquadFile(file.name, hashlib.sha256(content).hexdigest()[:16], tuple(found.values()))
 
-    local_shots: int = 3
-    memory_shots: tuple[int, ...] = (0, 200)
-    seeds: int = 1
-    limit: int | None = DEFAULT_LIMIT
-    max_answer_tokens: int = 32
 
-    def __post_init__(self) -> None:
-        problems = [] if self.local_shots >= 0 else [f"local_shots ({self.local_shots}) must not be below 0"]
-        many = self.memory_shots
-        if not many or min(many) < 0 or len(set(many)) < len(many):
-            problems.append(f"memory_shots ({','.join(map(str, many))}) must be different numbers from 0 up; try 0,200")
-        for name in ("seeds", "limit", "max_answer_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                problems.append(f"{name} ({value}) must be at least 1")
-        if problems:
-            raise ConfigError(problems)
-
-
-@dataclass(frozen=True)
-class SquadExample(Example):
-    """A question after the demonstrations of one seed; ``number`` is its place in the file."""
-
-    number: int
-    seed: int
-    memory: int
-
-
-class SquadTask:
-    """SQuAD over demonstrations; see ``longmem.evaluation.task.Task``.
+class SquadTask(Task[SquadQuestion]):
+    """SQuAD after demonstrations. Groups are numbers of demonstrations, units are articles.
 
     A demonstration is one question of a passage with its first answer; no passage is shown twice or asked about.
-    Systems see demonstrations as in ``IclTask``. Intervals draw whole articles.
 
     Args:
         train: what demonstrations are drawn from.
         asked: whose questions are asked, ``dev-v1.1.json``.
         tokenizer: of all systems.
-        settings: how many of what.
+        local_shots: demonstrations in the window.
+        memory_shots: numbers of demonstrations in memory, each reported apart.
+        seeds: draws of demonstrations, numbered from 1.
+        limit: questions, drawn once over all articles; None is all.
+        max_answer_tokens: an answer that has no line end by then is cut.
 
     Raises:
         DataError: no passage of ``train`` is left that is not asked about.
     """
 
     name = "squad"
-    metrics = METRICS
+    metrics = (Metric("exact_match", "exact match", "%"), Metric("f1", "F1", "%"))
 
     def __init__(
-        self, train: SquadFile, asked: SquadFile, tokenizer: Any, settings: SquadSettings | None = None
+        self,
+        train: SquadFile,
+        asked: SquadFile,
+        tokenizer: Any,
+        local_shots: int = 3,
+        memory_shots: Sequence[int] = (0, 200),
+        seeds: int = 1,
+        limit: int | None = 200,
+        max_answer_tokens: int = 32,
     ) -> None:
-        self.chosen = settings or SquadSettings()
+        different(memory_shots=memory_shots)
         self.train, self.asked, self.tokenizer = train, asked, tokenizer
+        self.local_shots, self.memory_shots, self.seeds = local_shots, list(memory_shots), range(1, seeds + 1)
+        self.limit, self.max_answer_tokens = limit, max_answer_tokens
         tested = {question.passage for question in asked.questions}
-        passages: dict[str, list[SquadQuestion]] = defaultdict(list)
+        passages: dict[str, list[SquadQuestion]] = {}
         for question in train.questions:
             if question.passage not in tested:
-                passages[question.passage].append(question)
+                passages.setdefault(question.passage, []).append(question)
         if not passages:
             raise DataError(f"{train.name}: every passage in it is asked about in {asked.name}; name the training file")
         self._passages = list(passages.values())
-        self._shots = lru_cache(maxsize=None)(self._draw)
-
-    @property
-    def seeds(self) -> range:
-        """Of the demonstrations."""
-        return range(1, self.chosen.seeds + 1)
+        self.shots = lru_cache(maxsize=None)(self._draw)
 
     def settings(self) -> dict[str, Any]:
         files = {"train": self.train, "asked": self.asked}
         return {
             **{key: {"file": f.name, "sha256": f.sha256, "questions": len(f.questions)} for key, f in files.items()},
-            "local_shots": self.chosen.local_shots,
-            "memory_shots": list(self.chosen.memory_shots),
+            "local_shots": self.local_shots,
+            "memory_shots": self.memory_shots,
             "demonstration_seeds": list(self.seeds),
-            "limit": self.chosen.limit,
-            "max_answer_tokens": self.chosen.max_answer_tokens,
+            "limit": self.limit,
+            "max_answer_tokens": self.max_answer_tokens,
             "template": TEMPLATE,
         }
 
-    def examples(self) -> list[SquadExample]:
-        """Every chosen question, for every seed and number of demonstrations in memory.
+    def examples(self) -> list[Example[SquadQuestion]]:
+        """Every chosen question, for every seed and number of demonstrations in memory."""
+        return [
+            Example(f"{question.id}, {group}, seed {seed}", group, question.article, question, seed)
+            for seed in self.seeds
+            for memory in self.memory_shots
+            for group in (f"{self.local_shots} + {memory}",)
+            for question in self._queries
+        ]
 
-        Raises:
-            DataError: there are too few passages to draw demonstrations from.
-        """
-        found = []
-        for seed in self.seeds:
-            for memory in self.chosen.memory_shots:
-                shown = self._shots(seed, memory).digest()
-                group = f"{self.chosen.local_shots} + {memory}"
-                for number, query in self._queries.items():
-                    question = self.asked.questions[number]
-                    digest = digest_of(shown, query, question.answers, self.chosen.max_answer_tokens)
-                    name = f"{question.id}, {group}, seed {seed}"
-                    found.append(SquadExample(name, digest, group, question.article, number, seed, memory))
-        return found
+    def prompt(self, example: Example[SquadQuestion], asker: Asker) -> Prompt:
+        shots, new = self._shots_of(example), self.max_answer_tokens
+        laid = shots.lay_out(asker, self._queries[example.item], new)
+        return Prompt((laid.before + laid.query,), new_tokens=new, memory=shots.remembered(asker))
 
-    def answer(self, asker: Asker, examples: Sequence[SquadExample]) -> Iterator[tuple[int, dict[str, float]]]:
-        """Exact match and F1 in %; demonstrations in memory are read once for each seed.
+    def gold(self, example: Example[SquadQuestion]) -> dict[str, Any]:
+        return {"asked": example.item.question, "expected": example.item.answers}
 
-        Raises:
-            ConfigError: there are demonstrations for memory, but the system's memory holds nothing after reading them;
-                or the window has no room for a question.
-        """
-        sittings: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for number, example in enumerate(examples):
-            seen = example.memory if asker.reads_memory or asker.whole else 0
-            sittings[example.seed, seen].append(number)
-        for (seed, seen), numbers in sittings.items():
-            shots = self._shots(seed, seen)
-            bank = shots.remembered(asker) if asker.reads_memory and seen else None
-            of_question: dict[int, list[int]] = defaultdict(list)
-            for number in numbers:
-                of_question[examples[number].number].append(number)
-            new = self.chosen.max_answer_tokens
-            prompts = [Prompt(shots.lay_out(asker, self._queries[n], new).context, new) for n in of_question]
-            members = list(of_question.items())
-            for at, ids in asker.generate(prompts, bank=bank):
-                question, same = members[at]
-                values = judged(self.tokenizer.decode(ids, skip_special_tokens=True), self.asked.questions[question])
-                for number in same:
-                    yield number, values
+    def measure(self, example: Example[SquadQuestion], prompt: Prompt, answer: Answer) -> dict[str, float]:
+        """The metrics of the first line of what was generated, 0 to 100."""
+        said = self.tokenizer.decode(answer.said, skip_special_tokens=True).partition("\n")[0].strip()
+        answers = example.item.answers
+        return {"exact_match": 100 * exact_match(said, answers), "f1": 100 * f1_score(said, answers)}
 
-    def summarise(self, result: TaskResult, askers: Sequence[Asker]) -> TaskResult:
-        """The result with ``extra``.
+    def summarise(
+        self,
+        result: TaskResult,
+        examples: Sequence[Example[SquadQuestion]],
+        askers: Sequence[Asker],
+        bootstrap: Bootstrap,
+    ) -> TaskResult:
+        """With ``extra``: means ``per_seed`` and ``by_article``, and ``shots`` (group -> system -> mean demonstrations
+        in ``window`` and ``memory``; ``cut``: mean tokens of the question that did not fit)."""
+        values = [one.values for one in result.examples]
+        rounded = [
+            {g: {s: {m: {p: round(v, 3) for p, v in parts.items()} for m, parts in ms.items()} for s, ms in ss.items()}
+             for g, ss in means_by(examples, values, part).items()}
+            for part in (lambda example: str(example.seed), lambda example: example.unit)
+        ]  # fmt: skip
+        return result.with_extra(per_seed=rounded[0], by_article=rounded[1], shots=self._seen(examples, askers))
 
-        ``per_seed`` (group -> system -> metric -> values by seed), ``by_article`` (the same by article), and ``shots``
-        (group -> system -> mean number of demonstrations in the ``window``, and in ``memory`` or in front of the others
-        in the full-context window; ``cut``: mean tokens of the passage that did not fit).
-        """
-        examples = self.examples()
-        by_seed: dict[Any, list[float]] = defaultdict(list)
-        by_article: dict[Any, list[float]] = defaultdict(list)
-        for example, scores in zip(examples, result.examples, strict=True):
-            for system, values in scores.values.items():
-                for metric, value in values.items():
-                    by_seed[example.group, system, metric, str(example.seed)].append(value)
-                    by_article[example.group, system, metric, example.unit].append(value)
-        asked = [asker for asker in askers if asker.name in result.systems]
-        return result.with_extra(per_seed=_nested(by_seed), by_article=_nested(by_article), shots=self._seen(asked))
-
-    def _seen(self, askers: Sequence[Asker]) -> dict[str, dict[str, dict[str, float]]]:
-        found: dict[str, dict[str, dict[str, float]]] = {}
-        for memory in self.chosen.memory_shots:
-            group = found.setdefault(f"{self.chosen.local_shots} + {memory}", {})
+    def _seen(self, examples: Sequence[Example[SquadQuestion]], askers: Sequence[Asker]) -> dict[str, Any]:
+        counts: dict[str, dict[str, list[tuple[int, int, int]]]] = {}
+        for example in examples:
+            shots = self._shots_of(example)
             for asker in askers:
-                counts = []
-                for seed in self.seeds:
-                    shots = self._shots(seed, memory)
-                    held = shots.held(asker)
-                    for query in self._queries.values():
-                        laid = shots.lay_out(asker, query, self.chosen.max_answer_tokens)
-                        counts.append((laid.local, laid.memory + held, laid.cut))
-                means = np.mean(counts, axis=0).round(2).tolist()
-                group[asker.name] = dict(zip(("window", "memory", "cut"), means, strict=True))
-        return found
+                laid = shots.lay_out(asker, self._queries[example.item], self.max_answer_tokens)
+                of_group = counts.setdefault(example.group, {}).setdefault(asker.name, [])
+                of_group.append((*shots.seen(asker, laid), laid.cut))
+        return {
+            group: {
+                name: dict(zip(("window", "memory", "cut"), np.mean(seen, axis=0).round(2).tolist(), strict=True))
+                for name, seen in of_group.items()
+            }
+            for group, of_group in counts.items()
+        }
+
+    def notes(self, result: TaskResult) -> Iterator[str]:
+        """What of demonstrations and passages did not fit, where something did not."""
+        for group, systems in result.extra["shots"].items():
+            local, memory = (int(number) for number in group.split(" + "))
+            for name, seen in systems.items():
+                parts = [f"{seen['window']:g} of {local} demonstrations fit the window"] * (seen["window"] < local)
+                parts += [f"{seen['memory']:g} of {memory} are in memory"] * (0 < seen["memory"] < memory)
+                parts += [f"{seen['cut']:g} tokens of the passage are cut"] * (seen["cut"] > 0)
+                if parts:
+                    yield f"{group}, {name}: {', '.join(parts)} (means)"
+
+    def _shots_of(self, example: Example[SquadQuestion]) -> Shots:
+        return self.shots(example.seed, int(example.group.partition(" + ")[2]))
 
     def _draw(self, seed: int, memory: int) -> Shots:
-        near, far = draw(self.train.name, seed, len(self._passages), self.chosen.local_shots, memory)
+        near, far = draw(self.train.name, seed, len(self._passages), self.local_shots, memory)
         pick = random.Random(f"{self.train.name} {seed} questions")
         # for all passages, so that a passage has the same question whatever the numbers of demonstrations
         which = [pick.randrange(len(questions)) for questions in self._passages]
-        texts = encode_after(
-            self.tokenizer, "\n\n", [shown(self._passages[n][which[n]], answered=True) for n in (*near, *far)]
-        )
-        start = start_tokens(self.tokenizer)
-        return Shots(start, tuple(texts[: len(near)]), tuple(texts[len(near) :]))
+        texts = [shown(self._passages[n][which[n]], answered=True) for n in (*near, *far)]
+        encoded = encode_after(self.tokenizer, "\n\n", texts)
+        return Shots(start_tokens(self.tokenizer), tuple(encoded[: len(near)]), tuple(encoded[len(near) :]))
 
     @cached_property
-    def _queries(self) -> dict[int, Tokens]:
-        """Place in the file -> question as tokens, of those that are asked."""
-        count, limit = len(self.asked.questions), self.chosen.limit
-        numbers = list(range(count))
-        if limit is not None and limit < count:
-            numbers = sorted(random.Random(f"{self.asked.name} questions").sample(numbers, limit))
-        texts = [shown(self.asked.questions[number], answered=False) for number in numbers]
-        return dict(zip(numbers, encode_after(self.tokenizer, "\n\n", texts), strict=True))
+    def _queries(self) -> dict[SquadQuestion, Tokens]:
+        """Questions that are asked -> their tokens."""
+        everything = self.asked.questions
+        chosen = [everything[n] for n in drawn(f"{self.asked.name} questions", len(everything), self.limit)]
+        texts = [shown(question, answered=False) for question in chosen]
+        return dict(zip(chosen, encode_after(self.tokenizer, "\n\n", texts), strict=True))
 
 
 def shown(question: SquadQuestion, *, answered: bool) -> str:
@@ -226,24 +242,26 @@ def shown(question: SquadQuestion, *, answered: bool) -> str:
     return template.format(passage=question.passage, question=question.question, answer=question.answers[0])
 
 
-def first_line(text: str) -> str:
-    """An answer ends where its line does."""
-    return text.partition("\n")[0].strip()
+def normalise_answer(text: str) -> str:
+    """Lower case, without ASCII punctuation and English articles, one space between words (evaluate-v1.1.py)."""
+    # punctuation goes first, as published: "a-ha" is one word, not the article and a word
+    return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
-def judged(text: str, question: SquadQuestion) -> dict[str, float]:
-    """The metrics of what was generated, 0 to 100."""
-    answer = first_line(text)
-    return {
-        EXACT: 100 * exact_match(answer, question.answers),
-        F1: 100 * f1_score(answer, question.answers),
-    }
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 if the prediction is one of the answers after ``normalise_answer``, else 0.0."""
+    found = normalise_answer(prediction)
+    return float(any(found == normalise_answer(answer) for answer in answers))
 
 
-def _nested(values: dict[tuple[str, str, str, str], list[float]]) -> dict[str, Any]:
-    """group -> system -> metric -> (seed or article) -> mean."""
-    found: dict[str, Any] = {}
-    for (group, system, metric, part), numbers in values.items():
-        of_metric = found.setdefault(group, {}).setdefault(system, {}).setdefault(metric, {})
-        of_metric[part] = round(float(np.mean(numbers)), 3)
-    return found
+def f1_score(prediction: str, answers: Sequence[str]) -> float:
+    """The best F1 (0 to 1) of the prediction's words against those of one of the answers, both normalised.
+
+    Words count as often as they occur in both. Where they share no word F1 is 0, also if both are empty.
+    """
+    return max(_f1(normalise_answer(prediction).split(), normalise_answer(answer).split()) for answer in answers)
+
+
+def _f1(predicted: list[str], true: list[str]) -> float:
+    shared = (Counter(predicted) & Counter(true)).total()
+    return 2 * shared / (len(predicted) + len(true)) if shared else 0.0

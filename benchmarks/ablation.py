@@ -1,0 +1,387 @@
+"""What each setting is worth: perplexity with one of them changed at a time, against the default, paired by document.
+
+Usage: python -m benchmarks.ablation --model runs/sidenet --data latex/test.tar.xz --of chunk_size=1,2,8 --of rows \\
+    --also memory_layer:1=runs/layer1 --out results/ablate-latex
+
+Settings that only say how memory is made and searched are changed on one trained SideNet (``--of``; without it, all of
+them). Those that need training (memory layer, initialisation, fusion) are compared between SideNets that were trained
+with them (``--also``). Writes ``ablate.json``; an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longmem import LongMem, MemoryBank
+from longmem.data.text import TextSource, read_documents
+from longmem.errors import CheckpointError, ConfigError
+from longmem.evaluation.bootstrap import Bootstrap
+from longmem.evaluation.documents import TokenizedDocument, tokenize_documents
+from longmem.evaluation.loading import checkpoint_folder, load_comparison, load_tokenizer
+from longmem.evaluation.pages import plain
+from longmem.evaluation.perplexity import PerplexitySettings, known, measure, record_key
+from longmem.evaluation.records import Ledger
+from longmem.evaluation.results import RunHeader, to_json, write_json
+from longmem.evaluation.scores import Record, scores
+from longmem.evaluation.systems import BACKBONE, MEMORY_OFF, Comparison, System
+from longmem.evaluation.tables import tables_of
+from longmem.types import AttentionKV
+
+DEFAULT, SHARED = "default", "rows=shared"
+AXES = {
+    "chunk_size": "chunk size (tokens)",
+    "num_retrieved": "retrieved tokens per query (K)",
+    "memory_size": "memory size (tokens)",
+    "rows": "memory of the rows of a batch",
+    "memory_dtype": "number format of keys and values",
+    "gate_share": "share given to memory, forced",
+}
+"""What changes without training, and its name for people."""
+DTYPES = ("float32", "float16", "bfloat16", "int8")
+TRAINED = ("init", "fusion", "final_state", "stride", "chunk_size", "num_retrieved", "memory_size")
+"""Fields of a checkpoint's config by which trained SideNets are told apart, beside their layer."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A system, the value of the axis that it has, and the name of the system that it is compared with."""
+
+    system: System
+    axis: str
+    value: str
+    against: str = DEFAULT
+    differs: str = ""
+
+
+def around(model: LongMem, size: int) -> dict[str, list[Any]]:
+    """The values that are measured where none are named, the model's own among them."""
+    chunk, found = model.config.chunk_size, model.config.num_retrieved
+    return {
+        "chunk_size": [n for n in (1, 2, 4, 8, 16) if found % n == 0 and size % n == 0],
+        "num_retrieved": [n * chunk for n in (1, 4, 8, 16, 32, 64)],
+        "memory_size": [max(chunk, size // part // chunk * chunk) for part in (64, 16, 8, 4, 2, 1)],
+        "rows": ["separate", "shared"],
+        "memory_dtype": list(DTYPES),
+        "gate_share": [] if model.config.fusion == "softmax" else [0.0, 0.1, 0.25, 0.5, 0.75, 1.0],
+    }
+
+
+def chosen(named: Sequence[str], model: LongMem, size: int) -> dict[str, list[Any]]:
+    """``chunk_size=1,2`` and ``rows``: values by axis.
+
+    Raises:
+        ConfigError: lists every value that breaks a rule.
+    """
+    known_values, config, problems = around(model, size), model.config, list[str]()
+    if not named:
+        return known_values
+    found: dict[str, list[Any]] = {}
+    for axis, _, values in (one.partition("=") for one in named):
+        if axis not in AXES:
+            problems.append(f"--of ({axis}) must be one of {', '.join(AXES)}")
+            continue
+        kind: Any = float if axis == "gate_share" else str if axis in ("rows", "memory_dtype") else int
+        found[axis] = [kind(value) for value in values.split(",")] if values else known_values[axis]
+        own = {"memory_size": size}.get(axis, getattr(config, axis, None))
+        if own is not None:
+            found[axis] = sorted({*found[axis], own})
+    many = f"be a multiple of the chunks ({config.chunk_size})"
+    rules: dict[str, tuple[Any, str]] = {
+        "chunk_size": (lambda n: config.num_retrieved % n == 0 == size % n, f"divide K and the memory size ({size})"),
+        "num_retrieved": (lambda n: n > 0 == n % config.chunk_size, many),
+        "memory_size": (lambda n: n > 0 == n % config.chunk_size, many),
+        "rows": (lambda word: word in ("separate", "shared"), "be separate or shared"),
+        "memory_dtype": (lambda word: word in DTYPES, f"be one of {', '.join(DTYPES)}"),
+        "gate_share": (lambda share: 0 <= share <= 1 and config.fusion != "softmax", "be from 0 to 1, of a gate"),
+    }
+    for name, wanted in found.items():
+        fits, said = rules[name]
+        problems += [f"--of {name} ({value}) must {said}" for value in wanted if not fits(value)]
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def varied(model: LongMem, gate_share: float | None = None, **config: int) -> LongMem:
+    """The same weights with other settings; ``gate_share`` is the share of memory in every head that finds anything."""
+    other = copy.copy(model)
+    other.config = copy.deepcopy(model.config)
+    for name, value in config.items():
+        setattr(other.config, name, value)
+    if gate_share is not None:
+        backbone = model.backbone
+        shared: Any = {id(one): one for one in (backbone, backbone.model, backbone.family)}
+        side = copy.deepcopy(model.sidenet, shared)  # its layers read the gate of their own SideNet
+        odds = math.inf if gate_share == 1 else gate_share / (1 - gate_share)
+        nn.init.constant_(side.memory_gate, math.log(odds) if odds else -math.inf)
+        object.__setattr__(other, "_modules", model._modules | {"sidenet": side})
+    return other
+
+
+class Int8Bank(MemoryBank):
+    """Keys and values are rounded as a store in int8 rounds them, a scale for each chunk, head, and key or value.
+
+    They stay floating point, so it saves no memory. Chunks begin where what is added begins.
+    """
+
+    def add(self, kv: AttentionKV, **settings: Any) -> None:
+        super().add(AttentionKV(self._rounded(kv.keys), self._rounded(kv.values), kv.mask), **settings)
+
+    def _rounded(self, states: Tensor) -> Tensor:
+        parts = []
+        for chunk in states.float().split(self.chunk_size, dim=2):
+            scale = (chunk.abs().amax(dim=(2, 3), keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+            parts.append((chunk / scale).round() * scale)
+        return torch.cat(parts, dim=2).to(states)
+
+
+class SharedBank(MemoryBank):
+    """One memory for all rows, never emptied between documents: rows find each other's text, and that read before.
+
+    It is what the released code has by mistake; here to see what the mistake costs.
+    """
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        """A row that turns to its next document only ends the one before."""
+        if rows is None:
+            super().reset()
+        else:
+            self.end_document(rows)
+
+
+class Plan:
+    """Systems that differ from the default in one setting, all on one pass of the backbone."""
+
+    def __init__(self, model: LongMem, size: int, rows: int, documents: Sequence[TokenizedDocument]) -> None:
+        self.model, self.size, self.base = model, size, Comparison.of_longmem(model, [size])
+        backbone, off, on = self.base.systems
+        self.first = [backbone, off, replace(on, name=DEFAULT)]
+        self.planned = [Planned(self.first[2], "", "")]
+        chunk = model.config.chunk_size
+        most = -(-sum(len(document.ids) for document in documents) // chunk) * chunk
+        # as many tokens in all as separate rows have, and never more than there are
+        self.shared_tokens = min(size * min(rows, len(documents)), most)
+        self.beside = hashlib.sha256("".join(sorted(d.digest for d in documents)).encode()).hexdigest()[:16] + str(rows)
+        self.kinds: dict[int, tuple[type[MemoryBank], dict[str, Any]]] = {}
+
+    def add(self, axis: str, value: Any) -> None:
+        """One value of one axis; the default's own needs no system of its own."""
+        said = f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        own = {"memory_size": self.size, "rows": "separate", "memory_dtype": dtype, "gate_share": None}
+        if value == own.get(axis, getattr(self.model.config, axis, None)):
+            self.planned.append(replace(self.planned[0], axis=axis, value=said))
+            return
+        settings = {axis: value} if axis in ("chunk_size", "num_retrieved", "gate_share") else {}
+        model, size = varied(self.model, **settings), value if axis == "memory_size" else self.size
+        extra: dict[str, Any] = settings | ({"memory_dtype": value} if axis == "memory_dtype" else {})
+        if axis == "memory_dtype":
+            self.kinds[id(model)] = (
+                (Int8Bank, {}) if value == "int8" else (MemoryBank, {"dtype": getattr(torch, value)})
+            )
+        elif axis == "rows":
+            extra, self.kinds[id(model)] = (
+                {"shared": self.shared_tokens, "beside": self.beside},
+                (SharedBank, {"shared": True}),
+            )
+        identity = self.first[2].identity | {"memory": size} | extra
+        system = System(f"{axis}={value}", f"{AXES[axis]}: {said}", identity, model, memory_size=size)
+        self.planned.append(Planned(system, axis, said))
+
+    def make_memory(self, model: Any, rows: int, capacity_tokens: int) -> MemoryBank:
+        kind, settings = self.kinds.get(id(model), (MemoryBank, {}))
+        if kind is SharedBank:
+            capacity_tokens = self.shared_tokens
+        bank: MemoryBank = kind.for_model(model, rows, capacity_tokens, **settings)
+        return bank
+
+    def comparisons(self) -> list[Comparison]:
+        """All on one pass; what shares rows by itself, since its numbers depend on the rows beside it."""
+        systems = [one.system for one in self.planned if one.system.name != DEFAULT]
+        alone = [system for system in systems if system.name == SHARED]
+        together = (*self.first, *(system for system in systems if system not in alone))
+        return [
+            replace(self.base, systems=some, make_memory=self.make_memory)
+            for some in (together, *((system,) for system in alone))
+        ]
+
+
+def trained(named: Sequence[str], model: LongMem, size: int) -> list[Planned]:
+    """``LABEL=FOLDER`` or ``AXIS:LABEL=FOLDER``: SideNets over the same backbone.
+
+    Raises:
+        CheckpointError: one of them is over another backbone.
+    """
+    found = []
+    for name, _, folder in (one.partition("=") for one in named):
+        axis, _, label = name.rpartition(":")
+        other: Any = LongMem.from_pretrained(checkpoint_folder(folder), backbone=model.backbone.model)
+        if other.fingerprint != model.fingerprint:
+            raise CheckpointError(f"{folder}: its backbone is {other.fingerprint}, the default's {model.fingerprint}")
+        system = Comparison.of_longmem(other.to(model.device).eval(), [size]).systems[-1]
+        pairs = {name: (getattr(other.config, name), getattr(model.config, name)) for name in TRAINED}
+        pairs["memory_layers"] = (other.memory_layers, model.memory_layers)
+        differs = ", ".join(f"{name} {mine} (default {its})" for name, (mine, its) in pairs.items() if mine != its)
+        axis = axis or "other SideNets"
+        found.append(Planned(replace(system, name=f"{axis}={label}"), axis, label, differs=differs))
+    return found
+
+
+def ablate(
+    model: LongMem,
+    documents: Sequence[TokenizedDocument],
+    settings: PerplexitySettings,
+    of: Sequence[str] = (),
+    also: Sequence[str] = (),
+    *,
+    memory_size: int | None = None,
+    device: str = "cpu",
+    records: Path | None = None,
+    command: str = "",
+    config: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measure every value of every axis on every document: the JSON of ``ablate.json``."""
+    began, size = time.monotonic(), memory_size or model.config.memory_size
+    axes, plan, ledger = chosen(of, model, size), Plan(model, size, settings.rows, documents), Ledger(records)
+    for axis, values in axes.items():
+        for value in values:
+            plan.add(axis, value)
+    others = trained(also, model, size)
+    planned = [*plan.planned, *others]
+    comparisons = plan.comparisons()
+    # each by itself: another memory layer has keys and values of its own
+    comparisons += [replace(Comparison.of_longmem(one.system.side, [size]), systems=(one.system,)) for one in others]  # type: ignore[arg-type]
+    pairs = {one.system.name: one.against for one in planned} | {BACKBONE: DEFAULT, MEMORY_OFF: DEFAULT}
+    scored: dict[str, dict[str, Any]] = {name: {} for name in pairs}
+    for protocol in settings.protocols:
+        table: dict[str, list[Record]] = {}
+        for comparison in comparisons:
+            table |= _measured(comparison, documents, settings, protocol, ledger, device)
+        found = scores("all", documents, table, list(pairs.items()), settings.bootstrap, settings.block)
+        for gap in found.differences:
+            edges = {name: None if (e := getattr(gap, name)) is None else asdict(e) for name in ("documents", "blocks")}
+            value = {"perplexity": found.system(gap.system).perplexity, "percent": gap.percent} | edges
+            scored[gap.system][protocol] = value
+    header = RunHeader(
+        task="ablate",
+        command=command,
+        config=asdict(settings) | {"memory_size": size, "of": list(of), "also": list(also)} | (config or {}),
+        models={one.system.name: one.system.identity for one in planned},
+        samples={"documents": len(documents), "tokens": sum(document.scored for document in documents)},
+        seeds=[settings.bootstrap.seed],
+        seconds=round(time.monotonic() - began, 1),
+    )
+    default = {name: getattr(model.config, name) for name in TRAINED} | {"memory_layers": list(model.memory_layers)}
+    return {
+        "header": asdict(header),
+        "default": default | {"memory_size": size, "gate_share": model.memory_share.tolist()},
+        "protocols": {
+            name: {"protocol": name, "window": settings.window, "stride": settings.stride_of(name)}
+            for name in settings.protocols
+        },
+        "without": {name: scored[name] for name in (BACKBONE, MEMORY_OFF)},
+        "axes": [_axis(name, planned, scored) for name in dict.fromkeys(one.axis for one in planned if one.axis)],
+        "left_out": {axis: "no value of it fits the others" for axis, values in axes.items() if not values},
+    }
+
+
+def _measured(
+    comparison: Comparison,
+    documents: Sequence[TokenizedDocument],
+    settings: PerplexitySettings,
+    protocol: str,
+    ledger: Ledger,
+    device: str,
+) -> dict[str, list[Record]]:
+    """As ``measure``; with shared rows all documents or none."""
+    system = comparison.systems[0]
+    key = record_key(system, settings, protocol)
+    if system.name != SHARED or all(known(ledger, key, document) for document in documents):
+        return measure(comparison, documents, settings, protocol, ledger, device=device)
+    found = measure(comparison, documents, settings, protocol, Ledger(None), device=device)
+    for document, record in zip(documents, found[SHARED], strict=True):
+        ledger.append(key, document.digest, document=document.id, protocol=protocol, system=SHARED, **asdict(record))
+    return found
+
+
+def _axis(name: str, planned: Sequence[Planned], scored: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    mine = [one for one in planned if one.axis == name]
+    values = [
+        {
+            "value": one.value,
+            "default": one.system.name == DEFAULT,
+            "scores": scored[one.system.name],
+            "differs": one.differs,
+        }
+        for one in mine
+    ]
+    if not any(value["default"] for value in values):
+        own = "as trained" if name == "gate_share" else DEFAULT
+        values.insert(0, {"value": own, "default": True, "scores": scored[DEFAULT], "differs": ""})
+    label = AXES.get(name, name.replace("_", " "))
+    return {"name": name, "label": label, "trained": any(one.differs for one in mine), "values": values}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measure, keep the JSON and print its tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--of", action="append", default=[], help=f"AXIS or AXIS=VALUES, of {', '.join(AXES)}")
+    parser.add_argument("--also", action="append", default=[], help="LABEL=FOLDER or AXIS:LABEL=FOLDER, a SideNet")
+    parser.add_argument("--num-documents", type=int)
+    parser.add_argument("--max-tokens", type=int, help="of each document")
+    parser.add_argument("--memory-size", type=int)
+    parser.add_argument("--protocols", default="sliding,segments")
+    parser.add_argument("--window", type=int)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--resamples", type=int, default=2000)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    texts = list(islice(read_documents(TextSource(tuple(given.data))), given.num_documents))
+    loaded = load_comparison(given.model, device=given.device)
+    if loaded.comparison.main is None:
+        raise ConfigError(f"{given.model}: no LongMem checkpoint; ablations change the settings of one")
+    tokenizer = load_tokenizer(loaded.tokenizer, loaded.comparison.model)
+    settings = PerplexitySettings(
+        window=given.window or loaded.default_window(),
+        protocols=tuple(given.protocols.split(",")),
+        rows=given.rows,
+        bootstrap=Bootstrap(resamples=given.resamples),
+    )
+    shown = " ".join(sys.argv[1:] if arguments is None else arguments)
+    result = ablate(
+        loaded.comparison.main,
+        tokenize_documents(texts, tokenizer, max_tokens=given.max_tokens),
+        settings,
+        given.of,
+        given.also,
+        memory_size=given.memory_size,
+        device=given.device,
+        records=given.out / "records.jsonl",
+        command=f"python -m benchmarks.ablation {shown}",
+        config={"model": loaded.model, "data": given.data, "max_tokens": given.max_tokens},
+    )
+    write_json(given.out / "ablate.json", result)
+    for table in tables_of(json.loads(to_json(result))):
+        print("\n" + plain(table, 120))
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""Commands of ``longmem eval``, one file each."""

@@ -1,0 +1,122 @@
+"""One setting changed at a time: as models made with that setting, paired by document, resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.ablation import ablate, main, varied
+
+from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, CheckpointError, ConfigError, LongMem
+from longmem.data.text import Document
+from longmem.data.tokenizer import train_tokenizer
+from longmem.evaluation.bootstrap import Bootstrap
+from longmem.evaluation.documents import TokenizedDocument, tokenize_documents
+from longmem.evaluation.perplexity import PerplexitySettings, perplexity
+from longmem.evaluation.systems import Comparison
+
+TEXT = "Words of a small text, and more words of it; then the same words again. "
+TOKENIZER = train_tokenizer([TEXT], 290)
+SETTINGS = PerplexitySettings(window=16, protocols=("sliding",), rows=2, block=32, bootstrap=Bootstrap(resamples=50))
+SHAPE: dict[str, Any] = {"chunk_size": 4, "num_retrieved": 8, "memory_size": 64}
+
+
+def longmem(seed: int = 0, **settings: Any) -> LongMem:
+    """Disturbed, so that it stands for a trained model; the same weights under other settings."""
+    torch.manual_seed(seed)
+    config = AlibiGPTConfig(
+        vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=16, initializer_range=0.3,
+    )  # fmt: skip
+    model = LongMem.from_backbone(AlibiGPTForCausalLM(config).eval(), **{**SHAPE, **settings})
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.trainable_parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def documents(*repeats: int) -> list[TokenizedDocument]:
+    return tokenize_documents([Document(f"{i}.txt", f"{i} " + TEXT * n, "") for i, n in enumerate(repeats)], TOKENIZER)
+
+
+def score(result: dict[str, Any], axis: str, value: str) -> float:
+    (found,) = [v for a in result["axes"] if a["name"] == axis for v in a["values"] if v["value"] == value]
+    return float(found["scores"]["sliding"]["perplexity"])
+
+
+def alone(model: LongMem, some: list[TokenizedDocument], size: int = 64) -> float:
+    """Perplexity of the model with its own settings."""
+    found = perplexity(Comparison.of_longmem(model, [size]), some, SETTINGS, quiet=True)
+    return found.protocols["sliding"].all.system(f"memory_{size}").perplexity
+
+
+def test_each_value_scores_as_a_model_made_with_it() -> None:
+    some, model = documents(4, 2), longmem()
+    of = ["chunk_size=2", "num_retrieved=4", "memory_size=16", "memory_dtype=float32,int8", "gate_share=0,0.3"]
+    result = ablate(model, some, SETTINGS, of)
+    default = alone(model, some)
+    assert score(result, "chunk_size", "4") == score(result, "memory_dtype", "float32") == pytest.approx(default)
+    assert score(result, "gate_share", "as trained") == pytest.approx(default)
+    assert score(result, "chunk_size", "2") == pytest.approx(alone(longmem(chunk_size=2), some))
+    assert score(result, "num_retrieved", "4") == pytest.approx(alone(longmem(num_retrieved=4), some))
+    assert score(result, "memory_size", "16") == pytest.approx(alone(model, some, 16))
+    assert 0 < abs(score(result, "memory_dtype", "int8") / default - 1) < 0.01
+    forced = longmem()
+    with torch.no_grad():
+        forced.sidenet.memory_gate.fill_(torch.logit(torch.tensor(0.3)))
+    assert score(result, "gate_share", "0.3") == pytest.approx(alone(forced, some))
+    off = result["without"]["memory_off"]["sliding"]
+    assert score(result, "gate_share", "0") == pytest.approx(off["perplexity"])
+    assert off["percent"] == pytest.approx(100 * (off["perplexity"] / default - 1))
+    marked = [value for axis in result["axes"] for value in axis["values"] if value["default"]]
+    assert len(marked) == len(of) and all(value["scores"]["sliding"]["percent"] == 0 for value in marked)
+    assert torch.equal(varied(model, gate_share=1.0).sidenet.memory_gate.sigmoid(), torch.ones(4))
+    assert not torch.equal(model.sidenet.memory_gate.sigmoid(), torch.ones(4))
+
+
+def test_shared_rows_find_their_neighbours_and_are_measured_together_again(tmp_path: Path) -> None:
+    model, records = longmem(), tmp_path / "records.jsonl"
+    lonely = ablate(model, documents(4), SETTINGS, ["rows"])
+    assert score(lonely, "rows", "shared") == pytest.approx(score(lonely, "rows", "separate"))
+    several = ablate(model, documents(4, 3, 2), SETTINGS, ["rows"], records=records)
+    assert score(several, "rows", "shared") != pytest.approx(score(several, "rows", "separate"), rel=1e-6)
+    lines = [line for line in records.read_text().splitlines() if line]
+    assert ablate(model, documents(4, 3, 2), SETTINGS, ["rows"], records=records)["axes"] == several["axes"]
+    assert [line for line in records.read_text().splitlines() if line] == lines  # nothing was measured again
+    lost = next(line for line in lines if json.loads(line)["system"] == "rows=shared")
+    records.write_text("\n".join(line for line in lines if line != lost))
+    assert ablate(model, documents(4, 3, 2), SETTINGS, ["rows"], records=records)["axes"] == several["axes"]
+    assert len([line for line in records.read_text().splitlines() if line]) == len(lines) - 1 + 3
+
+
+def test_values_that_break_a_rule_are_all_named() -> None:
+    wrong = ["chunk_size=3", "num_retrieved=6", "memory_size=30", "memory_dtype=int4", "gate_share=2", "depth=1"]
+    with pytest.raises(ConfigError) as error:
+        ablate(longmem(), documents(2), SETTINGS, wrong)
+    assert len(error.value.problems) == 6
+
+
+def test_trained_sidenets_are_told_apart_from_files_to_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = longmem()
+    model.backbone.model.save_pretrained(tmp_path / "backbone")
+    TOKENIZER.save_pretrained(tmp_path / "backbone")
+    for name, settings in (("side", {}), ("low", {"memory_layer": 1})):
+        LongMem.from_backbone(tmp_path / "backbone", **SHAPE, **settings).save_pretrained(tmp_path / name)
+    longmem(seed=7).backbone.model.save_pretrained(tmp_path / "other")
+    LongMem.from_backbone(tmp_path / "other", **SHAPE).save_pretrained(tmp_path / "foreign")
+    (tmp_path / "text.txt").write_text(TEXT * 3)
+    asked = ["--model", str(tmp_path / "side"), "--data", str(tmp_path / "text.txt"), "--protocols", "sliding"]
+    asked += ["--of", "chunk_size=2", "--resamples", "20", "--out", str(tmp_path / "out")]
+    result = main([*asked, "--also", f"memory_layer:1={tmp_path / 'low'}"])
+    assert "chunk size (tokens)" in capsys.readouterr().out
+    written = json.loads((tmp_path / "out" / "ablate.json").read_text())
+    assert [axis["name"] for axis in written["axes"]] == ["chunk_size", "memory_layer"]
+    assert "memory_layers (1,) (default" in result["axes"][1]["values"][1]["differs"]
+    with pytest.raises(CheckpointError):
+        main([*asked, "--also", f"x={tmp_path / 'foreign'}"])

@@ -1,0 +1,92 @@
+"""Time and memory against the context: what is measured, left out and compared; a process for each peak."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.efficiency import (
+    FULL,
+    LONGMEM,
+    WINDOWED,
+    Settings,
+    Timeline,
+    efficiency,
+    load,
+    main,
+    peak,
+    roomy_cache,
+    run,
+)
+from transformers import DynamicCache
+
+from longmem import ConfigError, LongMem
+
+SHAPE = {"hidden": 32, "layers": 4, "heads": 2, "kv_heads": 1, "vocab": 64, "num_retrieved": 8, "memory_size": 64}
+SMALL = Settings(shape=SHAPE, contexts=(16, 33), window=16, new_tokens=3, repeats=2, memory=False)
+
+
+@pytest.fixture(scope="module")
+def model() -> LongMem:
+    return load(SMALL)
+
+
+def test_every_system_is_measured_at_every_context_and_compared_with_longmem() -> None:
+    result = efficiency(SMALL)
+    assert [(point["context"], point["system"]) for point in result["points"]] == [
+        (context, system) for context in (16, 32) for system in (LONGMEM, FULL, WINDOWED)
+    ]
+    assert (result["window"], result["move"], result["memory_size"], result["attention"]) == (16, 8, 64, "sdpa")
+    assert all(point["first_token"]["rounds"] == 2 and point["peak"] is None for point in result["points"])
+    assert [(one["context"], one["system"]) for one in result["ratios"]] == [
+        (context, system) for context in (16, 32) for system in (FULL, WINDOWED)
+    ]
+    slow = efficiency(Settings(shape=SHAPE, contexts=(16, 4096), window=16, new_tokens=2, budget=1e-6, memory=False))
+    assert {point["first_token"]["rounds"] for point in slow["points"]} == {1}, "the budget ends after one round"
+    assert [one["system"] for one in slow["left_out"]] == [LONGMEM, FULL, WINDOWED]
+    assert "more than --budget allows" in slow["left_out"][0]["reason"]
+
+
+@torch.no_grad()
+def test_full_attention_over_a_roomy_cache_says_what_it_says_over_a_growing_one(model: LongMem) -> None:
+    inner, ids = model.backbone.model, torch.randint(8, 64, (1, 24), generator=torch.Generator().manual_seed(0))
+    said = {}
+    for name, cache in (("roomy", roomy_cache(inner.config, 30)), ("growing", DynamicCache(config=inner.config))):
+        for part in (ids[:, :20], ids[:, 20:]):
+            said[name] = inner(input_ids=part, past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(said["roomy"], said["growing"])
+
+
+def test_moves_fall_where_the_window_is_full_and_a_token_bears_its_share(model: LongMem) -> None:
+    twelve = Settings(shape=SHAPE, window=16, new_tokens=12)
+    assert run(model, LONGMEM, 40, twelve).moved == (True, *[False] * 7, True, *[False] * 2)
+    assert not any(run(model, LONGMEM, 4, SMALL).moved) and not any(run(model, FULL, 40, twelve).moved)
+    line = Timeline(first=1.0, gaps=(5.0, 1.0, 1.0, 1.0), moved=(True, False, False, False))
+    assert (line.plain, line.moving, line.each(8)) == (1.0, 4.0, 1.5)
+    still = Timeline(first=1.0, gaps=(1.0, 2.0, 3.0), moved=(False,) * 3)
+    assert (still.plain, still.moving, still.each(8)) == (2.0, None, 2.0)
+
+
+@pytest.mark.slow
+def test_peak_memory_is_that_of_a_process_of_its_own(model: LongMem) -> None:
+    found = peak(model, FULL, 64, SMALL)
+    assert isinstance(found, dict), found
+    assert 0 <= found["beyond"] < found["total"]
+    failed = peak(model, FULL, 64, Settings(model="nowhere/at/all"))
+    assert isinstance(failed, str) and "nowhere/at/all" in failed
+
+
+def test_from_a_shape_to_json_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ",".join(f"{name}={value}" for name, value in SHAPE.items())
+    options = ["--contexts", "16,32", "--window", "16", "--new-tokens", "2", "--repeats", "1", "--no-memory"]
+    main(["--random", shape, *options, "--out", str(tmp_path)])
+    assert "each new token" in capsys.readouterr().out
+    result = json.loads((tmp_path / "efficiency.json").read_text())
+    assert result["header"]["config"]["shape"]["hidden"] == 32 and len(result["points"]) == 6
+    with pytest.raises(SystemExit):
+        main(["--random", "depth=3"])
+    assert "depth: shapes are NAME=NUMBER" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="name one model"):
+        load(Settings())
