@@ -6,16 +6,12 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from longmem import AlibiGPTConfig, AlibiGPTForCausalLM
-
-if TYPE_CHECKING:
-    from longmem.demo.run import DemoResult
+from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem
 
 SHARED = Path(os.environ.get("LONGMEM_SHARED_DIR") or Path(__file__).parents[1] / ".." / "shared")
 
@@ -115,9 +111,20 @@ def library(tmp_path_factory: pytest.TempPathFactory, made_text: Callable[..., s
 
 
 @pytest.fixture(scope="session")
-def demo(library: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], DemoResult]:
-    """The demo on that library, with seconds of training: its folder ``.../runs/demo``, what it said, what it made."""
-    from longmem.demo.run import run_demo
-
-    out, said = tmp_path_factory.mktemp("work") / "runs" / "demo", list[str]()
-    return out, said, run_demo(out, minutes=(0.05, 0.05), library=library, max_tokens=1500, say=said.append, quiet=True)
+def demo_folder(
+    tmp_path_factory: pytest.TempPathFactory, made_text: Callable[..., str], byte_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """A folder with a random pair in ``models/small``, and in ``runs/demo/text`` what ``make demo`` would leave."""
+    root = tmp_path_factory.mktemp("work")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 256}
+    backbone = AlibiGPTForCausalLM(AlibiGPTConfig(vocab_size=260, initializer_range=0.1, **shape))
+    backbone.save_pretrained(root / "models" / "small" / "backbone")
+    byte_tokenizer.save_pretrained(root / "models" / "small" / "backbone")
+    model = LongMem.from_backbone(root / "models" / "small" / "backbone", num_retrieved=16, memory_size=4096)
+    model.config.backbone_name_or_path = "../backbone"
+    model.save_pretrained(root / "models" / "small" / "sidenet")
+    (root / "runs" / "demo" / "text").mkdir(parents=True)
+    for seed, name in enumerate(("http", "email")):
+        (root / "runs" / "demo" / "text" / f"{name}.txt").write_text(made_text(900, seed))
+    return root

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 import pytest
 
 from longmem.cli.main import COMMANDS, cli, main
 from longmem.training.recipe import Recipe
-
-if TYPE_CHECKING:
-    from longmem.demo.run import DemoResult
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -50,19 +44,9 @@ DEMO = [lines for page in WRITTEN for block in blocks(page, "bash") if (lines :=
 
 
 @pytest.fixture
-def at_the_demo(demo: tuple[Path, list[str], DemoResult], monkeypatch: pytest.MonkeyPatch) -> None:
+def at_the_demo(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work where ``models/small`` is a pair, a tiny one, and ``runs/demo/text`` what ``make demo`` would have left."""
-    root, made = demo[0].parents[1], demo[0]
-    small = root / "models" / "small"
-    if not small.exists():
-        shutil.copytree(made / "backbone" / "final", small / "backbone")
-        shutil.copytree(made / "sidenet" / "final", small / "sidenet")
-        config = small / "sidenet" / "config.json"
-        settings = json.loads(config.read_text()) | {"backbone_name_or_path": "../backbone"}
-        config.write_text(json.dumps(settings))
-        for text in (made / "text" / "held-out").glob("*.txt"):
-            shutil.copy(text, made / "text")
-    monkeypatch.chdir(root)
+    monkeypatch.chdir(demo_folder)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[f"{page.name}-{i}" for i, (page, _) in enumerate(EXAMPLES)])

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from tests.cli.calling import Done, Memory
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from longmem import LongMem
+from longmem import LongMem, MemoryStore
 from longmem.cli import main as frame
 from longmem.generation import LocalWindow
 
@@ -60,12 +61,10 @@ def test_the_prompt_is_an_argument_a_file_or_standard_input(
         assert generate(*arguments, "-m", 8) == expected
     assert "given twice" in generate(PROMPT, "--file", "prompt.txt").err
     assert generate("").error == "the prompt is empty; give it as an argument, in --file, or on standard input"
-    assert (
-        generate("--file", "nowhere.txt").error
-        == "nowhere.txt: cannot be read (No such file or directory); check the path"
-    )
+    assert generate("--file", "nowhere.txt").error == "nowhere.txt: No such file or directory; check the path"
     piped(b"caf\xe9")
-    assert "standard input is not UTF-8 text (byte 3)" in generate().error
+    assert generate().error == "standard input: not UTF-8 text (byte 3); convert it"
+    assert generate("caf\udce9").error == "the prompt is not UTF-8 text (byte 0xe9 at offset 3); convert it"
 
 
 def test_it_reads_the_documents_of_a_store_and_texts_of_its_own(
@@ -98,7 +97,7 @@ def test_what_was_read_is_shown_as_a_table_and_as_a_page(generate: Callable[...,
     )
     assert done.status == 0 and "wrote page.html" in done.err
     lines = done.out.splitlines()
-    head = next(number for number, line in enumerate(lines) if line.split() == ["token", "memory", "read"])
+    head = next(number for number, line in enumerate(lines) if line.split() == ["token", "nats", "memory", "read"])
     assert len(lines) - head == 6 and all("more.txt:" in line and "%" in line for line in lines[head + 1 :])
     page = (tmp_path / "page.html").read_text()
     assert page.count("</script>") == 2 and "<b>not markup" not in page
@@ -118,7 +117,9 @@ def test_sampling_beams_and_windows(generate: Callable[..., Done]) -> None:
     assert said("--temperature", 1.5, "--seed", 1) == said("--temperature", 1.5, "--seed", 1) != greedy
     assert said("--temperature", 1.5, "--seed", 1) != said("--temperature", 1.5, "--seed", 2)
     assert said("--top-k", 1) == greedy
-    assert said("--beams", 2) and said("--window", 24, "--window-move", 8, "--window-overlap", 8)
+    assert said("--window", 24, "--window-move", 8, "--window-overlap", 8)
+    assert generate("a short", "-m", 12, "--beams", 2).status == 0
+    assert "beam search takes back what it tries" in generate(PROMPT, "--beams", 2).error
     assert "window (300) must not exceed the backbone's 32 positions" in generate(PROMPT, "--window", 300).error
     assert "leave out --beams" in generate(PROMPT, "--beams", 2, "--explain").err
 
@@ -152,6 +153,43 @@ def test_wrong_names_show_before_a_model_is_loaded(
     monkeypatch.setattr("longmem.cli.generate.load_model", never)
     assert "no memory store here" in generate(PROMPT, "--memory", "nowhere").error
     assert "no namespace 'eve'; there are: ada, bob" in generate(PROMPT, "--memory", filled, "-n", "eve").error
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(
+    generate: Callable[..., Done], models: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models / "backbone")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    tokenizer.save_pretrained(tmp_path / "ending")
+    done = generate(PROMPT, "-m", 6, "--json", "--tokenizer", tmp_path / "ending").json
+    assert done["prompt_tokens"] == len(PROMPT) + 1  # <s> stays, </s> does not
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save_pretrained(tmp_path / "beginning")
+    assert generate(PROMPT, "-m", 6, "--json", "--tokenizer", tmp_path / "beginning").json["ids"] == done["ids"]
+
+
+def test_another_models_tokenizer_is_refused(generate: Callable[..., Done], models: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models / "backbone")
+    tokenizer.add_tokens(["key"])
+    tokenizer.save_pretrained(tmp_path / "more")
+    assert (
+        "the prompt has the token id 260, the model knows 260"
+        in generate(PROMPT, "--tokenizer", tmp_path / "more").error
+    )
+
+
+def test_a_store_is_opened_once(generate: Callable[..., Done], filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, original = [], MemoryStore.open.__func__  # type: ignore[attr-defined]
+
+    def counting(cls: Any, *arguments: Any, **settings: Any) -> Any:
+        opened.append(settings.get("mode", "write"))
+        return original(cls, *arguments, **settings)
+
+    monkeypatch.setattr(MemoryStore, "open", classmethod(counting))
+    assert generate(PROMPT, "--memory", filled, "-n", "ada", "-m", 2, "--explain").status == 0
+    assert opened == ["read"]
 
 
 def test_endless_generation_ends_when_it_is_interrupted(

@@ -100,10 +100,10 @@ def test_every_released_key_has_a_place_in_our_models_and_every_place_a_key(rele
     assert (config.num_hidden_layers, config.num_attention_heads, config.hidden_size) == (24, H, E)
     check_tensors(released.path, released.backbone, model.state_dict(), "backbone")
     settings = longmem_config(released, config)
-    assert (settings.memory_layer, settings.num_retrieved, settings.memory_size) == (17, 64, 65_536)
+    assert (settings.memory_layers, settings.num_retrieved, settings.memory_size) == ((17,), 64, 65_536)
     with torch.device("meta"):
-        side = SideNet(Backbone(model, 17), settings)
-    assert side.augmented_layer == 8
+        side = SideNet(Backbone(model, (17,)), settings)
+    assert side.augmented_layers == (8,)
     check_tensors(released.path, released.side, side.state_dict(), "SideNet")
     trained = sum(parameter.numel() for parameter in side.parameters())
     assert trained == 151_083_024

@@ -11,16 +11,28 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from longmem.cli.common import (
+    FOLDER,
+    check_namespace,
+    checked,
+    counted,
+    load_model,
+    load_tokenizer,
+    one_line,
+    open_store,
+    options,
+    print_columns,
+    print_json,
+    read_text,
+    say,
+)
 from longmem.cli.counts import TokenCount
-from longmem.cli.memory.opening import check_namespace, layout_of, load_model, load_tokenizer, say
-from longmem.cli.memory.options import namespace_option
-from longmem.cli.memory.printing import counted, one_line, print_columns, print_json
 from longmem.errors import DataError, StoreError
 
 if TYPE_CHECKING:
-    from longmem.generation.explained import ExplainedToken, Readings
+    from longmem.generation.page import ReadToken
     from longmem.memory.session import SessionMemory
-    from longmem.store.records import Layout
+    from longmem.types import ChunkOrigin
 
 ENDLESS = 1 << 40  # tokens; nobody waits for the last
 SHOWN_CHUNKS = 2
@@ -32,9 +44,9 @@ SHOWN_CHUNKS = 2
 )
 @click.argument("model")
 @click.argument("prompt", required=False)
-@click.option("--file", "file", type=click.Path(path_type=Path), help="Take the prompt from a file.")
-@click.option("--memory", "store", type=click.Path(path_type=Path), help="Read the documents of this store.")
-@namespace_option
+@click.option("--file", "file", type=FOLDER, help="Take the prompt from a file.")
+@click.option("--memory", "store", type=FOLDER, help="Read the documents of this store.")
+@options("namespace")
 @click.option("--read", "texts", multiple=True, metavar="FILE", help="Read a text into memory first; repeatable.")
 @click.option("--keep", metavar="NAME", help="Keep prompt and answer in the store as a document of this name.")
 @click.option("--max-new-tokens", "-m", type=click.IntRange(min=1), default=200, show_default=True)
@@ -44,7 +56,7 @@ SHOWN_CHUNKS = 2
 @click.option("--top-p", type=click.FloatRange(min=0, max=1), help="Sample from the likeliest tokens of this much.")
 @click.option("--top-k", type=click.IntRange(min=1), help="Sample from so many tokens.")
 @click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), help="Above 1: repeat less.")
-@click.option("--beams", type=click.IntRange(min=1), default=1, show_default=True, help="Beams; not streamed.")
+@click.option("--beams", "num_beams", type=click.IntRange(min=1), help="Beams; not streamed, must fit the window.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sampling.")
 @click.option("--window", type=int, help="Tokens attended to directly; default: what the backbone was made for.")
 @click.option("--window-move", type=int, help="Oldest tokens that move to memory when it is full; default: half.")
@@ -52,173 +64,131 @@ SHOWN_CHUNKS = 2
 @click.option(
     "--session-tokens", type=TokenCount(), help="Most tokens of this session in memory; default: the model's."
 )
-@click.option("--tokenizer", help="Folder or hub id; default: that of the model's backbone.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...; auto takes a GPU if there is one.")
-@click.option("--explain", is_flag=True, help="Show what was read from memory for each token, as a table.")
-@click.option("--page", type=click.Path(path_type=Path), help="The same as an HTML page, tokens shaded by their share.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the text.")
-def command(
-    model: str,
-    prompt: str | None,
-    file: Path | None,
-    store: Path | None,
-    namespace: str,
-    texts: tuple[str, ...],
-    keep: str | None,
-    device: str,
-    tokenizer: str | None,
-    explain: bool,
-    page: Path | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
+@options("tokenizer", "device")
+@click.option("--explain", is_flag=True, help="Show as a table what memory did to each token, and what was read.")
+@click.option("--page", type=FOLDER, help="The same as an HTML page, with tokens shaded by what memory did to them.")
+@options("json")
+def command(model: str, prompt: str | None, explain: bool, page: Path | None, as_json: bool, **options: Any) -> None:
     """Continue PROMPT with MODEL: a LongMem, a run folder, or a causal LM by itself.
 
     Without PROMPT (or with -) the prompt is standard input. The continuation is streamed to standard output. The store
     is only read; what has left the window is in memory as long as the command runs, and --keep writes it.
     """
-    if options["beams"] > 1 and (explain or page is not None):
-        raise click.UsageError("--explain and --page follow one text; leave out --beams")
-    if keep is not None and store is None:
+    beams, endless, explained = (options["num_beams"] or 1) > 1, options["endless"], explain or page is not None
+    if explained and (beams or endless):
+        raise click.UsageError("--explain and --page follow one text to its end; leave out --beams and --endless")
+    if options["keep"] is not None and options["store"] is None:
         raise click.UsageError("--keep needs a store to keep it in; name it with --memory")
-    text = _prompt(prompt, file)
-    layout = None if store is None else _layout(store, namespace, keep)
-    loaded = load_model(model, layout, device)
-    words = load_tokenizer(tokenizer, loaded.tokenizer)
-    if words is None:
-        raise DataError(f"{model}: no tokenizer beside the model or its backbone; name one with --tokenizer")
-    asked = _Asked(text, texts, store, namespace, keep, explain or page is not None, options)
-    answer = _generate(loaded.model, words, asked, stream=not as_json and options["beams"] == 1)
+    answer = _generate(
+        model, _prompt(prompt, options["file"]), options, stream=not as_json and not beams, read=explained
+    )
     if as_json:
-        print_json(answer.plain(model))
-    elif options["beams"] > 1:
+        print_json(answer.plain())
+    elif beams:
         click.echo(answer.text)
-    if explain and not as_json:
+    elif explain:
         _print_table(answer.tokens)
     if page is not None:
         from longmem.generation.page import page as made
 
-        page.write_text(made(model, answer.memory_in_words(), text, answer.tokens), encoding="utf-8")
+        page.write_text(made(model, answer.memory, answer.prompt, answer.tokens), encoding="utf-8")
         say(f"wrote {page}")
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What the command line asks for."""
+class _Answer:
+    """What came of it: ``record`` is the JSON but for the tokens; ``memory`` says what was read, in words."""
 
     prompt: str
-    texts: tuple[str, ...]
-    store: Path | None
-    namespace: str
-    keep: str | None
-    explain: bool
-    options: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What came of it."""
-
-    asked: _Asked
     text: str
-    new_ids: list[int]
-    prompt_tokens: int
-    seconds: float
-    ended: bool
-    store_tokens: int
-    read: dict[str, int]
-    session_tokens: int
-    tokens: list[ExplainedToken]
+    memory: str
+    tokens: list[ReadToken]
+    record: dict[str, Any]
 
-    def plain(self, model: str) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "model": model,
-            "prompt": self.asked.prompt,
-            "text": self.text,
-            "prompt_tokens": self.prompt_tokens,
-            "new_tokens": len(self.new_ids),
-            "ids": self.new_ids,
-            "ended": self.ended,
-            "seconds": self.seconds,
-            "memory": {
-                "store": self.asked.store,
-                "namespace": None if self.asked.store is None else self.asked.namespace,
-                "store_tokens": self.store_tokens,
-                "read": self.read,
-                "session_tokens": self.session_tokens,
-                "kept": self.asked.keep,
-            },
-            "tokens": self.tokens if self.asked.explain else None,
-        }
-
-    def memory_in_words(self) -> str:
-        """For the page."""
-        parts = [f"{counted(tokens, 'token')} of {name}" for name, tokens in self.read.items()]
-        if self.asked.store is not None:
-            parts.insert(0, f"{counted(self.store_tokens, 'token')} of the namespace {self.asked.namespace}")
-        return "memory: " + (", ".join(parts) or "what has left the window")
+    def plain(self) -> dict[str, Any]:
+        return {"prompt": self.prompt, "text": self.text, **self.record, "tokens": self.tokens or None}
 
 
-def _generate(model: Any, tokenizer: Any, asked: _Asked, *, stream: bool) -> _Answer:
+def _generate(name: str, prompt: str, asked: dict[str, Any], *, stream: bool, read: bool) -> _Answer:
+    """Open the store, load the model, read the texts, generate, and keep the answer where that is asked."""
     import torch
 
-    from longmem.generation import THIS_TEXT, read
-    from longmem.generation.explained import Readings, Speller, explained
+    from longmem.generation import THIS_TEXT
+    from longmem.generation import read as read_into
+    from longmem.generation.page import Passages, generate_explained, read_tokens
     from longmem.store.store import MemoryStore
 
-    ids = torch.tensor([_ids(tokenizer, asked.prompt, "the prompt")])
-    texts = {name: torch.tensor(_ids(tokenizer, text, name)) for name, text in _texts(asked.texts)}
-    settings = _settings(asked.options, tokenizer)
-    readings: Readings | None = Readings() if asked.explain else None
-    torch.manual_seed(asked.options["seed"])
+    namespace, keep = asked["namespace"], asked["keep"]
     with ExitStack() as open_things:
-        bank = None
-        if asked.store is not None:
-            store = open_things.enter_context(
-                MemoryStore.open(asked.store, model=model, tokenizer=tokenizer, mode="read", create=False)
-            )
-            bank = store.bank(asked.namespace, device=model.device)
+        store = None
+        if asked["store"] is not None:  # before the model: wrong names show at once
+            store = open_things.enter_context(open_store(asked["store"]))
+            check_namespace(store, namespace)
+            if keep is not None and any(each.name == keep for each in store.documents(namespace)):
+                raise StoreError(
+                    f"namespace {namespace!r} has a document {keep!r} already; choose another name for --keep"
+                )
+        loaded = load_model(name, None if store is None else store.layout, asked["device"])
+        model, tokenizer = loaded.model, load_tokenizer(asked["tokenizer"], loaded)
+        if tokenizer is None:
+            raise DataError(f"{name}: no tokenizer beside the model or its backbone; name one with --tokenizer")
+        ids = torch.tensor([_ids(tokenizer, model, prompt, "the prompt")])
+        texts = {each: torch.tensor(_ids(tokenizer, model, text, each)) for each, text in _texts(asked["texts"])}
+        bank = None if store is None else store.bank(namespace, device=model.device)
+        settings = _settings(asked, tokenizer)
         length = ids.shape[1] + settings["max_new_tokens"] + sum(map(len, texts.values()))
-        session = _session(model, bank, asked.options["session_tokens"], length)
-        for name, text in texts.items():
-            read(model, session, text, document=name)
-            say(f"read {counted(len(text), 'token')} of {name}")
-        writer = _Writer(tokenizer, ids[0].tolist(), shown=stream)
-        start = time.perf_counter()
-        more = {} if readings is None else {"explain": readings}
+        session = _session(model, bank, asked["session_tokens"], length)
+        for each, text in texts.items():
+            read_into(model, session, text, document=each)
+            say(f"read {counted(len(text), 'token')} of {each}")
+        torch.manual_seed(asked["seed"])
+        before, start, writer = ids[0].tolist(), time.perf_counter(), None
+        if asked["num_beams"] in (None, 1):
+            writer = settings["streamer"] = _Writer(tokenizer, before, shown=stream)
+        gains: list[float] = []
+        readings: list[Any] = []
+        settings |= {"attention_mask": torch.ones_like(ids).to(model.device)}
         with torch.no_grad():
-            done = model.generate(
-                ids.to(model.device),
-                attention_mask=torch.ones_like(ids).to(model.device),
-                memory=session,
-                streamer=writer if asked.options["beams"] == 1 else None,
-                **settings,
-                **more,
-            )
-        seconds = time.perf_counter() - start
-        whole = done[0].tolist()
-        new = whole[ids.shape[1] :]
-        spell = Speller(tokenizer, {**texts, THIS_TEXT: whole}, bank)
-        tokens = [] if readings is None else explained(readings, new, ids[0].tolist(), spell, tokenizer)
+            if read:
+                whole, gains, readings = generate_explained(model, ids.to(model.device), session, **settings)
+            else:
+                whole = model.generate(ids.to(model.device), memory=session, **settings)[0]
+        seconds, whole = time.perf_counter() - start, whole.cpu()
+        new = whole[ids.shape[1] :].tolist()
+
+        def ids_of(origin: ChunkOrigin) -> Any:
+            if origin.namespace is not None:
+                assert store is not None
+                return store.token_ids(origin.namespace, origin.document or "")
+            return {**texts, THIS_TEXT: whole}.get(origin.document or "")
+
+        tokens = read_tokens(new, before, gains, readings, tokenizer, Passages(tokenizer, ids_of)) if read else []
+        held = 0 if bank is None else int(bank.tokens[0])
+        parts = [] if bank is None else [f"{counted(held, 'token')} of the namespace {namespace}"]
+        parts += [f"{counted(len(text), 'token')} of {each}" for each, text in texts.items()]
         ends = model.generation_config.eos_token_id
-        answer = _Answer(
-            asked=asked,
-            text=writer.text() if asked.options["beams"] == 1 else tokenizer.decode(new, skip_special_tokens=True),
-            new_ids=new,
-            prompt_tokens=ids.shape[1],
-            seconds=seconds,
-            ended=new[-1] in (ends if isinstance(ends, list) else [ends]),
-            store_tokens=0 if bank is None else int(bank.tokens[0]),
-            read={name: len(text) for name, text in texts.items()},
-            session_tokens=int(session.tokens[0]),
-            tokens=tokens,
-        )
-    if asked.keep is not None:
-        with MemoryStore.open(asked.store or "", model=model, tokenizer=tokenizer, create=False) as store:
-            receipt = store.add_document(asked.namespace, None, name=asked.keep, ids=whole)
-        say(f"kept {counted(receipt.tokens, 'token')} as {asked.keep}")
-    return answer
+        record = {
+            "model": name,
+            "prompt_tokens": len(before),
+            "new_tokens": len(new),
+            "ids": new,
+            "ended": new[-1] in (ends if isinstance(ends, list) else [ends]),
+            "seconds": seconds,
+            "memory": {
+                "store": asked["store"],
+                "namespace": None if store is None else namespace,
+                "store_tokens": held,
+                "read": {each: len(text) for each, text in texts.items()},
+                "session_tokens": int(session.tokens[0]),
+                "kept": keep,
+            },
+        }
+    if keep is not None:  # only now: nobody else could write while the text was generated
+        with MemoryStore.open(asked["store"], model=model, tokenizer=tokenizer, create=False) as writing:
+            receipt = writing.add_document(namespace, None, name=keep, ids=whole)
+        say(f"kept {counted(receipt.tokens, 'token')} as {keep}")
+    said = tokenizer.decode(new, skip_special_tokens=True) if writer is None else "".join(writer.said)
+    return _Answer(prompt, said, "memory: " + (", ".join(parts) or "what has left the window"), tokens, record)
 
 
 class _Writer:
@@ -227,13 +197,11 @@ class _Writer:
     def __init__(self, tokenizer: Any, prompt: list[int], *, shown: bool) -> None:
         from longmem.generation.pieces import Pieces
 
-        self._pieces = Pieces(tokenizer, prompt)
-        self._shown = shown
-        self._prompt = True
-        self._said: list[str] = []
+        self._pieces, self._shown, self._prompt = Pieces(tokenizer, prompt), shown, True
+        self.said: list[str] = []
 
     def put(self, value: Any) -> None:
-        if self._prompt:
+        if self._prompt:  # generate hands over the prompt first
             self._prompt = False
             return
         for token in value.flatten().tolist():
@@ -244,11 +212,8 @@ class _Writer:
         if self._shown:
             click.echo()
 
-    def text(self) -> str:
-        return "".join(self._said)
-
     def _say(self, text: str) -> None:
-        self._said.append(text)
+        self.said.append(text)
         if self._shown and text:
             click.echo(text, nl=False)
             sys.stdout.flush()
@@ -262,17 +227,7 @@ def _prompt(given: str | None, file: Path | None) -> str:
     """
     if given not in (None, "-") and file is not None:
         raise click.UsageError("the prompt is given twice; leave out PROMPT or --file")
-    try:
-        if file is not None:
-            text = file.read_text(encoding="utf-8")
-        elif given in (None, "-"):
-            text = sys.stdin.buffer.read().decode("utf-8")
-        else:
-            text = str(given)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file or 'standard input'} is not UTF-8 text (byte {error.start}); convert it") from error
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); check the path") from error
+    text = read_text(file or "-") if given in (None, "-") else checked(str(given), "the prompt")
     if not text:
         raise DataError("the prompt is empty; give it as an argument, in --file, or on standard input")
     return text
@@ -280,9 +235,9 @@ def _prompt(given: str | None, file: Path | None) -> str:
 
 def _texts(paths: tuple[str, ...]) -> list[tuple[str, str]]:
     """What --read names, each under its own name."""
-    from longmem.data.text import TextSource, read_documents
+    from longmem.data.text import read_documents
 
-    found = [(each.id, each.text) for path in paths for each in read_documents(TextSource((path,)))]
+    found = [(each.id, each.text) for path in paths for each in read_documents([path])]
     names = [name for name, _ in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -290,23 +245,19 @@ def _texts(paths: tuple[str, ...]) -> list[tuple[str, str]]:
     return found
 
 
-def _ids(tokenizer: Any, text: str, what: str) -> list[int]:
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+def _ids(tokenizer: Any, model: Any, text: str, what: str) -> list[int]:
+    """The token ids of a text to be continued: what the tokenizer puts after a text (``</s>``) is left out."""
+    from longmem.data.tokenizer import check_ids
+
+    whole: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    plain: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    starts = range(len(whole) - len(plain) + 1)
+    before = next((start for start in starts if whole[start : start + len(plain)] == plain), None)
+    ids = whole if before is None else whole[:before] + plain
     if not ids:
         raise DataError(f"{what} has no tokens")
+    check_ids(ids, model, what)
     return ids
-
-
-def _layout(store: Path, namespace: str, keep: str | None) -> Layout:
-    """What the store was made for; wrong names show before a model is loaded."""
-    from longmem.store.store import MemoryStore
-
-    layout = layout_of(store, writing=keep is not None)
-    with MemoryStore.open(store, mode="read", create=False) as opened:
-        check_namespace(opened, namespace)
-        if keep is not None and any(each.name == keep for each in opened.documents(namespace)):
-            raise StoreError(f"namespace {namespace!r} has a document {keep!r} already; choose another name for --keep")
-        return layout or opened.layout
 
 
 def _session(model: Any, bank: Any, capacity: int | None, length: int) -> SessionMemory:
@@ -316,43 +267,35 @@ def _session(model: Any, bank: Any, capacity: int | None, length: int) -> Sessio
     size = model.config.chunk_size if bank is None else bank.chunk_size
     most = model.config.memory_size // size * size if capacity is None else capacity
     # every text may end in a chunk that is not full
-    needed = -(-2 * length // size) * size
-    tokens = min(most, needed)
-    if bank is None:
-        return SessionMemory.for_model(model, capacity_tokens=tokens)
-    session: SessionMemory = bank.session(capacity_tokens=tokens)
-    return session
+    return SessionMemory.for_model(model, bank, capacity_tokens=min(most, -(-2 * length // size) * size))
 
 
-def _settings(options: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+def _settings(asked: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """The arguments of ``generate``."""
-    sampling = {name: options[name] for name in ("temperature", "top_p", "top_k") if options[name] is not None}
+    sampling = {name: asked[name] for name in ("temperature", "top_p", "top_k") if asked[name] is not None}
     if not sampling.get("temperature", 1):
         sampling = {}
     settings: dict[str, Any] = {
-        "max_new_tokens": ENDLESS if options["endless"] else options["max_new_tokens"],
+        "max_new_tokens": ENDLESS if asked["endless"] else asked["max_new_tokens"],
         "do_sample": bool(sampling),
-        "num_beams": options["beams"],
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **(sampling or {"temperature": None, "top_p": None, "top_k": None}),
     }
-    if options["ignore_end"]:
+    if asked["ignore_end"]:
         settings["eos_token_id"] = None
-    for name in ("repetition_penalty", "window", "window_move", "window_overlap", "session_tokens"):
-        if options[name] is not None:
-            settings[name] = options[name]
-    return settings
+    names = ("num_beams", "repetition_penalty", "window", "window_move", "window_overlap", "session_tokens")
+    return settings | {name: asked[name] for name in names if asked[name] is not None}
 
 
-def _print_table(tokens: list[ExplainedToken]) -> None:
+def _print_table(tokens: list[ReadToken]) -> None:
     rows = []
     for token in tokens:
         found = [
             f"{each.share:.1%} {each.document or 'unnamed'}:{each.start_token} [[{_visible(each.text)}]]"
             for each in token.found[:SHOWN_CHUNKS]
         ]
-        rows.append((_visible(token.text), f"{token.share:.1%}", "  ".join(found)))
-    print_columns(("token", "memory", "read"), rows)
+        rows.append((_visible(token.text), f"{token.gain:+.2f}", f"{token.share:.1%}", "  ".join(found)))
+    print_columns(("token", "nats", "memory", "read"), rows)
 
 
 def _visible(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints of the released code (fairseq) into ours, without fairseq.
+"""Checkpoints of the released code (fairseq), read without fairseq and without running anything that is in them.
 
 A fairseq file is one ``torch.save`` dict: ``cfg`` (or ``args``) with the settings, ``model`` with the tensors. Two
 kinds are known: the backbone ``newgpt`` and LongMem, which holds its whole backbone. A bare state dict in safetensors
@@ -10,28 +10,31 @@ paper writes the gate the other way round.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from longmem.config import LongMemConfig
-from longmem.convert.pickles import load_checkpoint, load_tensors, plain
 from longmem.errors import CheckpointError
 from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
 
 BACKBONE_PREFIXES = ("decoder.pretrained_model.decoder.model.", "decoder.model.")
-"""How the backbone's tensors are called inside a LongMem file, and in their own."""
+"""Prefixes of the backbone's tensors inside a LongMem file, and in a file of the backbone alone."""
 
 SHARED = {
     "decoder.embed_tokens.weight": "transformer.wte.weight",
     "decoder.output_projection.weight": "lm_head.weight",
 }
-"""Tensors that LongMem shares with its backbone, stored twice in the released format."""
+"""Tensors that LongMem shares with its backbone; the released format stores them twice."""
 
 SIDE_NORM_EPS = 1e-5
 """Epsilon of the released SideNet's norms; its backbone has 1e-6 and no setting says so."""
@@ -112,13 +115,61 @@ def read_fairseq(path: str | Path, settings: str | Path | None = None) -> Fairse
         CheckpointError: the file is missing, damaged, or of another kind.
     """
     path = Path(path)
+    loaded = _load(path)
     if path.suffix == ".safetensors":
-        tensors, known = load_tensors(path), _json_settings(path, settings)
-    else:
-        loaded = load_checkpoint(path)
-        tensors = _model_of(path, loaded)
-        known = _json_settings(path, settings) if settings is not None else _settings_of(loaded)
-    return _take_apart(path, tensors, known)
+        return _take_apart(path, loaded, _json_settings(path, settings))
+    tensors = loaded.get("model")
+    if not isinstance(tensors, dict) or not tensors:
+        raise CheckpointError(
+            f"{path}: has no 'model' entry with tensors; it has {', '.join(map(str, loaded)) or 'nothing'}"
+        )
+    known = _settings_of(loaded) if settings is None else _json_settings(path, settings)
+    return _take_apart(path, {name: each for name, each in tensors.items() if isinstance(each, Tensor)}, known)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The dict in a file, on the CPU. Of classes, a pickle may name tensors' own and ``argparse.Namespace`` alone."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give the path of a checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file fails in many ways in there
+        raise CheckpointError(_why_not(path, error)) from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(
+            f"{path}: holds a {type(loaded).__name__} where a checkpoint is a dict with a 'model' entry"
+        )
+    return loaded
+
+
+def _why_not(path: Path, error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    if named := re.search(r"GLOBAL ([\w.]+)", text):
+        return (
+            f"{path}: holds an object of {named[1]}, which is not loaded because it could run code; save the "
+            "checkpoint again with its 'model' and its 'cfg' as a plain dict alone"
+        )
+    if "TorchScript" in text:
+        return f"{path}: is a TorchScript program, not a checkpoint; give the file that torch.save wrote"
+    reason, kind = text.partition("error: ")[2] or text, "a checkpoint"
+    if isinstance(error, SafetensorError) or path.suffix == ".safetensors":
+        kind = "safetensors"
+    elif not path.stat().st_size:
+        reason = "the file is empty"
+    elif _is_cut_off(path):
+        reason = f"the file ends before its table of contents, after {path.stat().st_size:,} bytes: it was cut off"
+    return f"{path}: cannot be read as {kind} ({reason.splitlines()[0][:200]}); copy it again"
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a zip file lacks its table of contents, which is at its end."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(path)
 
 
 def backbone_from_fairseq(
@@ -198,7 +249,7 @@ def longmem_config(checkpoint: FairseqCheckpoint, backbone: AlibiGPTConfig) -> L
     memory_size = int(setting("memory_size", default=65536))
     return LongMemConfig(
         backbone_config=backbone,
-        memory_layer=memory_layer,
+        memory_layers=(memory_layer,),
         stride=stride,
         chunk_size=chunk_size,
         num_retrieved=int(setting("k")),
@@ -209,26 +260,23 @@ def longmem_config(checkpoint: FairseqCheckpoint, backbone: AlibiGPTConfig) -> L
     )
 
 
-def _model_of(path: Path, loaded: dict[str, Any]) -> dict[str, Tensor]:
-    model = loaded.get("model")
-    if not isinstance(model, dict) or not model:
-        raise CheckpointError(
-            f"{path}: has no 'model' entry with tensors; it has {', '.join(map(str, loaded)) or 'nothing'}"
-        )
-    return {str(name): value for name, value in model.items() if isinstance(value, Tensor)}
-
-
 def _settings_of(loaded: dict[str, Any]) -> dict[str, Any]:
     """The ``model`` settings of ``cfg``, over the flat ``args`` of older files."""
     known: dict[str, Any] = {}
     for source in (loaded.get("args"), loaded.get("cfg")):
-        values = plain(source)
-        if not isinstance(values, dict):
-            continue
-        for layer in (values.get("task"), values if "model" not in values else None, values.get("model")):
-            if isinstance(layer, dict):
-                known.update({str(key): value for key, value in layer.items() if value is not None})
+        values = _plain(source)
+        if isinstance(values, dict):
+            for layer in (values.get("task"), values if "model" not in values else None, values.get("model")):
+                if isinstance(layer, dict):
+                    known.update({str(key): value for key, value in layer.items() if value is not None})
     return known
+
+
+def _plain(value: Any) -> Any:
+    """Namespaces as dicts, also inside of dicts."""
+    if isinstance(value, argparse.Namespace):
+        return _plain(vars(value))
+    return {key: _plain(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def _json_settings(path: Path, settings: str | Path | None) -> dict[str, Any]:

@@ -1,26 +1,221 @@
-"""Generated text as a page: every token shaded by its share of memory, every text put in as text."""
+"""What memory did to every token of a text, and what each token read: as records, and as one page of HTML.
+
+B rows · T tokens · n remembered layers · H heads of a layer · R chunks per token and head
+"""
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.resources import files
+from typing import Any, NamedTuple
 
-from longmem.generation.explained import ExplainedToken
+import torch
+from torch import Tensor
+
+from longmem.errors import StoreError
+from longmem.generation.pieces import Pieces
+from longmem.generation.window import WindowPolicy
+from longmem.types import ChunkOrigin
+
+AROUND = 12
+"""Tokens of context shown on either side of a chunk."""
+MOST_CHUNKS = 6
+"""Chunks shown for a token."""
 
 
-def page(model: str, memory: str, prompt: str, tokens: Sequence[ExplainedToken]) -> str:
-    """HTML without outside parts.
+class Reading(NamedTuple):
+    """What one position read.
+
+    Attributes:
+        share: part of the attention output that came from memory, the mean over layers and heads.
+        layers: the same for each remembered layer.
+        chunks: ``ChunkReading`` of the chunks with the largest shares.
+    """
+
+    share: float
+    layers: dict[int, float]
+    chunks: list[Any]
+
+
+def reading_at(explanation: Any, position: int) -> Reading:
+    """What a position of the first row read, from the ``Explanation`` of a forward pass."""
+    shares = explanation.share[0, :, position]  # (n*H,)
+    layers = shares.view(len(explanation.layers), -1).mean(1).tolist()
+    chunks = [each for each in explanation.token(position, top=MOST_CHUNKS) if each.share > 0]
+    return Reading(float(shares.mean()), dict(zip(explanation.layers, layers, strict=True)), chunks)
+
+
+class _Readings(list[Any]):
+    """Given to ``generate(..., explain=)``: keeps of every call only what chose the new token."""
+
+    def append(self, explanation: Any) -> None:
+        super().append(reading_at(explanation, -1))
+
+
+def generate_explained(model: Any, ids: Tensor, memory: Any, **settings: Any) -> tuple[Tensor, list[float], list[Any]]:
+    """``model.generate`` for one prompt (1, T), with what memory did to every new token.
+
+    Args:
+        model: a model of ours.
+        ids: (1, T) the prompt.
+        memory: what it reads; a session.
+        **settings: of ``generate``.
+
+    Returns:
+        the whole text (T,), the gain in nats of every new token, and its ``Reading``. The gain is the log probability
+        of the token that was chosen, less its log probability with memory off and the same window: one more pass.
+    """
+    readings = _Readings()
+    out = model.generate(
+        ids, memory=memory, explain=readings, output_logits=True, return_dict_in_generate=True, **settings
+    )
+    whole, first = out.sequences[0], ids.shape[1]
+    scores = torch.cat(out.logits)  # (new tokens, V)
+    with_memory = log_probabilities(scores, whole[first:].to(scores.device))
+    config = copy.deepcopy(model.generation_config)
+    config.update(**settings)
+    without = _without_memory(model, whole, first, WindowPolicy.of(config, model, memory))
+    return whole, (with_memory - without).tolist(), list(readings)
+
+
+def log_probabilities(scores: Tensor, tokens: Tensor) -> Tensor:
+    """(T,) log probabilities in nats of tokens (T,) under scores (T, V), on the CPU."""
+    return scores.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0].cpu()
+
+
+@torch.no_grad()
+def _without_memory(model: Any, ids: Tensor, first: int, policy: WindowPolicy | None) -> Tensor:
+    """Log probabilities of ``ids[first:]`` with memory off, each behind the window that it was generated behind."""
+    starts = [0 if policy is None else policy.pieces_over(place) * policy.move for place in range(first, len(ids))]
+    found, begin = [], first
+    while begin < len(ids):
+        start = starts[begin - first]
+        end = begin + sum(each == start for each in starts[begin - first :])
+        local = ids[start : end - 1][None].to(model.device)
+        scores = model(local, logits_to_keep=end - begin).logits[0]
+        found.append(log_probabilities(scores, ids[begin:end].to(scores.device)))
+        begin = end
+    return torch.cat(found) if found else torch.zeros(0)
+
+
+@dataclass(frozen=True)
+class FoundChunk:
+    """A chunk that a token read.
+
+    Attributes:
+        document: its name; None where it was given none.
+        start_token: its place in the document.
+        share: part of the attention output that came from it, the mean over layers and heads.
+        layers: the same for each remembered layer whose heads found it.
+        before: text before it.
+        text: its own.
+        after: text after it.
+    """
+
+    document: str | None
+    start_token: int
+    share: float
+    layers: dict[int, float]
+    before: str
+    text: str
+    after: str
+
+
+@dataclass(frozen=True)
+class ReadToken:
+    """A token, and what was read to choose it.
+
+    Attributes:
+        token: its id.
+        text: what it adds to the text.
+        gain: nats by which memory made it likelier; below 0, less likely.
+        share: part of the attention output that came from memory, the mean over layers and heads.
+        layers: the same for each remembered layer.
+        found: the chunks with the largest shares.
+    """
+
+    token: int
+    text: str
+    gain: float
+    share: float
+    layers: dict[int, float]
+    found: list[FoundChunk]
+
+
+class Passages:
+    """The text of chunks.
+
+    Args:
+        tokenizer: of transformers.
+        ids_of: the token ids (t,) of the document that a chunk is from; None where they are not known. May raise
+            StoreError.
+    """
+
+    def __init__(self, tokenizer: Any, ids_of: Callable[[ChunkOrigin], Any]) -> None:
+        self._tokenizer, self._ids_of = tokenizer, ids_of
+        self._known: dict[ChunkOrigin, tuple[str, str, str]] = {}
+
+    def found(self, chunk: Any) -> FoundChunk:
+        """A ``ChunkReading`` with its text."""
+        origin = chunk.origin
+        if origin not in self._known:
+            self._known[origin] = self._spelled(origin)
+        return FoundChunk(origin.document, origin.start_token, chunk.share, chunk.layers, *self._known[origin])
+
+    def _spelled(self, origin: ChunkOrigin) -> tuple[str, str, str]:
+        try:
+            ids = self._ids_of(origin)
+        except StoreError:  # forgotten since it was read
+            ids = None
+        if ids is None:
+            return "", "", ""
+        first, last = origin.start_token, origin.start_token + origin.length
+        spans = ((max(0, first - AROUND), first), (first, last), (last, last + AROUND))
+        before, text, after = (self._decode(ids[begin:end]) for begin, end in spans)
+        return before, text, after
+
+    def _decode(self, ids: Any) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def read_tokens(
+    ids: Sequence[int],
+    before: Sequence[int],
+    gains: Sequence[float],
+    readings: Sequence[Reading],
+    tokenizer: Any,
+    passages: Passages,
+) -> list[ReadToken]:
+    """Records of the tokens ``ids`` that follow the text ``before``; memory may have been empty for all of them."""
+    pieces = Pieces(tokenizer, before, skip_special_tokens=False)
+    nothing = [Reading(0.0, {}, [])] * (0 if readings else len(ids))
+    return [
+        ReadToken(token, pieces.push(token), gain, each.share, each.layers, [passages.found(c) for c in each.chunks])
+        for token, gain, each in zip(ids, gains, [*readings, *nothing], strict=True)
+    ]
+
+
+def page(model: str, memory: str, prompt: str, tokens: Sequence[ReadToken], notes: Sequence[str] = ()) -> str:
+    """One HTML file without outside parts; every text is put in as text.
 
     Args:
         model: its name.
         memory: what it read, in words.
-        prompt: what stood before the new tokens.
-        tokens: the new ones.
+        prompt: the text before the tokens.
+        tokens: those that are shaded.
+        notes: further lines above the text.
     """
-    data = {"model": model, "memory": memory, "prompt": prompt, "tokens": [asdict(token) for token in tokens]}
+    data = {
+        "model": model,
+        "memory": memory,
+        "prompt": prompt,
+        "notes": list(notes),
+        "tokens": [asdict(token) for token in tokens],
+    }
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    for sign in "<>&\u2028\u2029":  # no text may end the element it stands in
+    for sign in "<>&\u2028\u2029":  # no text may end the element that holds it
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return (files("longmem.generation") / "page.html").read_text(encoding="utf-8").replace("__DATA__", text)

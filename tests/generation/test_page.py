@@ -1,0 +1,122 @@
+"""What memory did to each token: the numbers, and the page that shows them."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+import torch
+from tests.generation.models import bank_of, ids, longmem
+from transformers import PreTrainedTokenizerFast
+
+from longmem import LongMem, MemoryBank, SessionMemory
+from longmem.generation.page import Passages, generate_explained, page, read_tokens, reading_at
+from longmem.modeling.explain import Explanation
+from longmem.types import ChunkOrigin
+
+GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+EVIL = "</script><script>alert(1)</script><!-- \u2028"
+
+
+@pytest.fixture(scope="module")
+def llama() -> LongMem:
+    return longmem("llama")
+
+
+@torch.no_grad()
+def log_probability(model: Any, text: list[int], token: int, memory: MemoryBank | None = None) -> float:
+    return float(model(torch.tensor([text]), memory=memory).logits[0, -1].log_softmax(-1)[token])
+
+
+def test_the_gain_is_against_the_same_model_with_memory_off(llama: LongMem) -> None:
+    bank, prompt = bank_of(llama), ids(1, 6)
+    whole, gains, readings = generate_explained(llama, prompt, bank, max_new_tokens=5, **GREEDY)
+    assert torch.equal(whole, llama.generate(prompt, memory=bank, max_new_tokens=5, **GREEDY)[0])
+    text = whole.tolist()
+    for place, gain, reading in zip(range(6, 11), gains, readings, strict=True):
+        on = log_probability(llama, text[:place], text[place], bank)
+        assert gain == pytest.approx(on - log_probability(llama, text[:place], text[place]), abs=1e-4)
+        assert 0 < sum(chunk.share for chunk in reading.chunks) <= reading.share + 1e-6
+    assert max(map(abs, gains)) > 0.1
+
+
+def test_beyond_the_window_memory_off_sees_the_window_of_that_moment(llama: LongMem) -> None:
+    session = SessionMemory.for_model(llama, bank_of(llama))
+    settings = {"window": 12, "window_move": 6, "max_new_tokens": 14, **GREEDY}
+    whole, gains, _ = generate_explained(llama, ids(1, 20), session, **settings)
+    text, start, off = whole.tolist(), 0, []
+    for place in range(20, 34):
+        while place - start > 12:
+            start += 6
+        off.append(log_probability(llama, text[start:place], text[place]))
+    out = llama.generate(
+        ids(1, 20), memory=bank_of(llama), output_logits=True, return_dict_in_generate=True, **settings
+    )
+    on = [float(step[0].log_softmax(-1)[token]) for step, token in zip(out.logits, text[20:], strict=True)]
+    assert gains == pytest.approx([a - b for a, b in zip(on, off, strict=True)], abs=1e-4)
+
+
+def test_an_empty_memory_does_nothing(llama: LongMem) -> None:
+    _, gains, readings = generate_explained(llama, ids(1, 6), MemoryBank.for_model(llama), max_new_tokens=3, **GREEDY)
+    assert gains == pytest.approx([0, 0, 0], abs=1e-5)
+    assert [(each.share, each.chunks) for each in readings] == [(0, [])] * 3
+
+
+def test_every_layer_says_what_it_read() -> None:
+    """Two layers of one head; the token reads chunk 0 in both and chunk 1 in the second."""
+    found = torch.tensor([[0, -1], [1, 0]]).view(1, 2, 1, 2)
+    shares = torch.tensor([[0.2, 0.0], [0.3, 0.1]]).view(1, 2, 1, 2)
+    origins = {(0, chunk): ChunkOrigin("book", chunk * 2, 2, chunk, 0.0) for chunk in range(2)}
+    read = reading_at(Explanation(torch.zeros(1), found, shares, shares, origins, layers=(5, 9)), 0)
+    assert read.layers == pytest.approx({5: 0.2, 9: 0.4}) and read.share == pytest.approx(0.3)
+    assert [(each.chunk, each.share, each.layers) for each in read.chunks] == [
+        (0, pytest.approx(0.15), pytest.approx({5: 0.2, 9: 0.1})),
+        (1, pytest.approx(0.15), pytest.approx({9: 0.3})),
+    ]
+
+
+class _Parsed(HTMLParser):
+    """Counts scripts, keeps the data, notes whatever would be loaded from elsewhere."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.scripts, self.data, self.outside, self._in_data = 0, "", list[str](), False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = dict(attrs)
+        self.scripts += tag == "script"
+        self._in_data = named.get("id") == "data"
+        self.outside += [f"{tag} {name}" for name in ("src", "href") if name in named]
+
+    def handle_data(self, data: str) -> None:
+        if self._in_data:
+            self.data += data
+
+
+def test_the_page_stands_alone_and_holds_texts_as_text(llama: LongMem, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    bank = bank_of(llama)
+    whole, gains, readings = generate_explained(llama, ids(1, 6), bank, max_new_tokens=3, **GREEDY)
+    known = byte_tokenizer(EVIL * 2)["input_ids"]
+
+    def ids_of(origin: ChunkOrigin) -> list[int] | None:
+        return known if origin.document == "before" else None
+
+    spelled = byte_tokenizer("<b>")["input_ids"]
+    tokens = read_tokens(spelled, [], gains, readings, byte_tokenizer, Passages(byte_tokenizer, ids_of))
+    assert "".join(token.text for token in tokens) == "<b>"
+    assert all(each.before + each.text + each.after in EVIL * 2 for token in tokens for each in token.found)
+    html = page(EVIL, EVIL, EVIL, tokens, [EVIL])
+    parsed = _Parsed(html)
+    assert (parsed.scripts, parsed.outside) == (2, []) and "innerHTML" not in html
+    data = json.loads(parsed.data)
+    assert data["prompt"] == EVIL and [token["gain"] for token in data["tokens"]] == gains
+    assert len(whole) == 9
+
+
+def test_a_document_that_is_gone_has_no_text(llama: LongMem, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    _, gains, readings = generate_explained(llama, ids(1, 6), bank_of(llama), max_new_tokens=1, **GREEDY)
+    (token,) = read_tokens([5], [], gains, readings, byte_tokenizer, Passages(byte_tokenizer, lambda origin: None))
+    assert token.found and all(each.text == "" for each in token.found)
