@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,21 +19,6 @@ from longmem.progress import Progress
 from longmem.types import AttentionKV
 
 CE_BLOCK = 512  # tokens whose (tokens, V) float32 logits exist at one time
-
-
-class WritableMemory(Protocol):
-    """What a stream needs of a ``MemoryBank``."""
-
-    def add(
-        self,
-        kv: AttentionKV,
-        *,
-        rows: Tensor | None = None,
-        documents: Sequence[str | None] | None = None,
-        offsets: Sequence[int] | None = None,
-    ) -> None: ...
-
-    def reset(self, rows: Tensor | None = None) -> None: ...
 
 
 Forward = Callable[[Tensor, Tensor, int], tuple[Sequence[Tensor], AttentionKV | None]]
@@ -69,18 +54,21 @@ def windows(length: int, window: int, stride: int) -> Iterator[Window]:
 
 @dataclass(frozen=True)
 class Subject:
-    """Systems that run together on the same windows, and the memories they read, all written alike."""
+    """Systems that run together on the same windows, and the memories they read, all written alike.
+
+    ``memories`` have ``add`` and ``reset`` of a ``MemoryBank``.
+    """
 
     forward: Forward
-    memories: Sequence[WritableMemory] = ()
+    memories: Sequence[Any] = ()
 
 
 @dataclass(eq=False)
 class _Lane:
     """One row of the batch: a document part way through.
 
-    ``held`` is the queue of keys and values that are still inside the window: each token's are those of the window in
-    which it was scored, and they are written when, and only when, the window has moved past the token.
+    ``held`` are keys and values (2, Hkv, t, D) of the tokens from ``first`` on that are still inside the window. Each
+    token's are those of the window in which it was scored; they are written when the window has moved past the token.
     """
 
     row: int
@@ -89,27 +77,22 @@ class _Lane:
     plan: Iterator[Window]
     window: Window
     nll: list[NDArray[np.float64]] = field(default_factory=list)  # one (Q, t) for each window
-    held: deque[tuple[int, Tensor, Tensor]] = field(default_factory=deque)  # (first token, keys, values (Hkv, t, D))
+    held: Tensor | None = None
+    first: int = 0
 
     def advance(self) -> bool:
         following = next(self.plan, None)
-        if following is not None:
-            self.window = following
+        self.window = following or self.window
         return following is not None
 
-    def left_window(self) -> tuple[int, Tensor, Tensor] | None:
-        """Take from the queue what lies before the window's start: first token, keys and values (Hkv, t, D)."""
-        gone: list[tuple[int, Tensor, Tensor]] = []
-        while self.held and self.held[0][0] < self.window.start:
-            first, keys, values = self.held.popleft()
-            cut = self.window.start - first
-            if cut < keys.shape[1]:
-                self.held.appendleft((self.window.start, keys[:, cut:], values[:, cut:]))
-            gone.append((first, keys[:, :cut], values[:, :cut]))
-        if not gone:
+    def left_window(self) -> tuple[int, Tensor] | None:
+        """Take what lies before the window's start: first token, keys and values (2, Hkv, t, D)."""
+        first, count = self.first, self.window.start - self.first
+        if self.held is None or count == 0:
             return None
-        keys, values = (torch.cat([part[i] for part in gone], dim=1) for i in (1, 2))  # type: ignore[misc]
-        return gone[0][0], keys, values
+        gone, self.held = self.held[:, :, :count], self.held[:, :, count:].clone()
+        self.first = self.window.start
+        return first, gone
 
 
 @torch.inference_mode()
@@ -152,7 +135,11 @@ def stream_nll(
     lanes: list[_Lane] = []
     while waiting or lanes:
         while waiting and free:
-            lanes.append(_open(subject, free.pop(), waiting.popleft(), documents, window, stride, device))
+            row, document = free.pop(), waiting.popleft()
+            for memory in subject.memories:
+                memory.reset(rows=torch.tensor([row]))
+            plan = windows(len(documents[document]) - 1, window, stride)
+            lanes.append(_Lane(row, document, documents[document].to(device), plan, next(plan)))
         _memorize(subject, lanes, names)
         _score(subject, lanes)
         if progress is not None:
@@ -164,37 +151,21 @@ def stream_nll(
             yield lane.document, np.concatenate(lane.nll, axis=1)
 
 
-def _open(
-    subject: Subject,
-    row: int,
-    document: int,
-    documents: Sequence[Tensor],
-    window: int,
-    stride: int,
-    device: torch.device | str,
-) -> _Lane:
-    for memory in subject.memories:
-        memory.reset(rows=torch.tensor([row]))
-    ids = documents[document].to(device)
-    plan = windows(len(ids) - 1, window, stride)
-    return _Lane(row, document, ids, plan, next(plan))
-
-
 def _memorize(subject: Subject, lanes: Sequence[_Lane], names: Sequence[str] | None) -> None:
     """Write what has left each row's window; rows that move by the same number of tokens in one call."""
-    groups: dict[int, list[tuple[_Lane, int, Tensor, Tensor]]] = {}
+    groups: dict[int, list[tuple[_Lane, int, Tensor]]] = {}
     for lane in lanes:
         gone = lane.left_window()
         if gone is not None:
-            groups.setdefault(gone[1].shape[1], []).append((lane, *gone))
+            groups.setdefault(gone[1].shape[2], []).append((lane, *gone))
     for group in groups.values():
-        kv = AttentionKV(torch.stack([keys for _, _, keys, _ in group]), torch.stack([values for *_, values in group]))
+        keys, values = torch.stack([kv for *_, kv in group], dim=1)
         for memory in subject.memories:
             memory.add(
-                kv,
+                AttentionKV(keys, values),
                 rows=torch.tensor([lane.row for lane, *_ in group]),
                 documents=[names[lane.document] if names else str(lane.document) for lane, *_ in group],
-                offsets=[first for _, first, *_ in group],
+                offsets=[first for _, first, _ in group],
             )
 
 
@@ -213,8 +184,8 @@ def _score(subject: Subject, lanes: Sequence[_Lane]) -> None:
         nll = torch.stack([token_nll(each[b, first - skipped : last - skipped], targets) for each in logits])
         lane.nll.append(nll.double().cpu().numpy())
         if subject.memories and kv is not None:
-            # clones: a slice would keep the keys and values of the whole batch alive for as long as it waits
-            lane.held.append((span.scored_from, kv.keys[b, :, first:last].clone(), kv.values[b, :, first:last].clone()))
+            new = torch.stack([kv.keys[b, :, first:last], kv.values[b, :, first:last]])
+            lane.held = new if lane.held is None else torch.cat([lane.held, new], dim=2)
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
