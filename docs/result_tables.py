@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from longmem.evaluation.pages import Table, markdown
 from longmem.evaluation.report import Report, build_report
-from longmem.evaluation.tables import gains_table, groups_table, kind_of, tables_of
+from longmem.evaluation.systems import BACKBONE, CONTROL, MEMORY_OFF
+from longmem.evaluation.tables import Json, difference, gap, kind_of, tables_of
 
 ROOT = Path(__file__).parents[1]
 MARKERS = re.compile(r"<!-- (results|gains|groups): ([^>]*?) -->\n.*?<!-- /\1 -->\n", re.DOTALL)
@@ -33,7 +34,7 @@ SHOWN = (
 INTRO = (
     "Made by `make docs` from the JSON files in `results/`, which hold settings, seeds, versions, machine and every "
     "number. `longmem report results --out runs/report` shows all of them. What was tried on the way is in "
-    "[experiments](experiments.md)."
+    "experiments.md."
 )
 
 
@@ -102,6 +103,64 @@ def training_table(result: dict[str, Any]) -> Table:
         rows.append([name, f"{run['steps']:,}", f"{run['tokens']:,}", f"{run['seconds'] / 60:.0f}", *cells])
     heads = ["training", "steps", "tokens", "minutes", "validation loss, nats", "with memory off", "of its backbone"]
     return Table(heads, rows)
+
+
+def gains_table(results: Mapping[str, Json], system: str) -> Table:
+    """What one system gains over each other: texts and protocols across.
+
+    Args:
+        results: of ``longmem eval perplexity``, by the path of their file.
+        system: whose gains.
+    """
+    systems = next(iter(results.values()))["systems"]
+    others, columns = _others(system, systems), list[tuple[str, Json, str]]()
+    for where, result in results.items():
+        samples = result["header"]["samples"]
+        counted = f"{samples['documents']} of {samples.get('projects', samples['documents'])}"
+        columns += [(f"{_text_of(where)}, {name}", p["all"], counted) for name, p in result["protocols"].items()]
+    rows = [
+        [words, *(gap(difference(all, system, name), digits=1) for _, all, _ in columns)]
+        for name, words in others.items()
+    ]
+    return Table(
+        [f"{systems[system]}, against", *(head for head, _, _ in columns)],
+        [["documents of projects", *(counted for *_, counted in columns)], *(row for row in rows if any(row[1:]))],
+        "% of perplexity, below 0 is better, [95 % interval]; intervals draw projects, then their documents, and say "
+        "little about other projects where there are only a few.",
+    )
+
+
+def groups_table(results: Mapping[str, Json], system: str) -> Table:
+    """The same under the sliding window for each group of documents: groups down, the others across."""
+    others = _others(system, next(iter(results.values()))["systems"])
+    rows = [
+        [
+            f"{_text_of(where)}, {group['name']} ({group['documents']} documents)",
+            *(gap(difference(group, system, name), digits=1) for name in others),
+        ]
+        for where, result in results.items()
+        for group in result["protocols"]["sliding"]["groups"]
+    ]
+    return Table(["% of perplexity, sliding", *(f"against {words}" for words in others.values())], rows)
+
+
+def _text_of(where: str) -> str:
+    """``results/small-latex/perplexity.json`` is ``latex``."""
+    return where.split("/")[-2].removeprefix("small-")
+
+
+def _others(system: str, systems: Mapping[str, str]) -> dict[str, str]:
+    """What a system is compared with, in words: systems with as much memory, or none."""
+    size = system.rpartition("_")[2]
+    free = [name for name in systems if name.startswith("training_free_") and name.endswith(f"_{size}")]
+    named = {
+        BACKBONE: "its backbone alone",
+        MEMORY_OFF: "itself with memory off",
+        CONTROL: "the SideNet trained equally long without memory",
+        f"memtrm_{size}": "MemTRM, trained on as many tokens",
+    }
+    named |= {name: f"{systems[name].split(',')[0]}, nothing trained" for name in free}
+    return {name: words for name, words in named.items() if name in systems}
 
 
 def kept_back_table(result: dict[str, Any]) -> Table:

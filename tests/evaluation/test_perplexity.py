@@ -11,57 +11,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.evaluation.pairs import (
+    SETTINGS,
+    SHAPE,
+    TEXT,
+    TOKENIZER,
+    backbone,
+    documents,
+    everything,
+    longmem,
+    memtrm,
+    nll_of,
+)
+from tests.family_table import make_backbone
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, CheckpointError, ConfigError, LongMem, MemoryBank
+from longmem import CheckpointError, ConfigError, LongMem, MemoryBank, TrainingFree
 from longmem.data.text import Document
-from longmem.data.tokenizer import train_tokenizer
-from longmem.evaluation.bootstrap import Bootstrap
-from longmem.evaluation.documents import TokenizedDocument, tokenize_documents
+from longmem.evaluation.documents import tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
-from longmem.evaluation.plots import plot_all
 from longmem.evaluation.results import to_json
-from longmem.evaluation.systems import Comparison
+from longmem.evaluation.systems import Comparison, sized
 from longmem.progress import Progress
-
-TEXT = "Words of a small text, and more words of it; then the same words again. "
-TOKENIZER = train_tokenizer([TEXT], 290)
-SETTINGS = PerplexitySettings(window=16, rows=2, block=32, bootstrap=Bootstrap(resamples=50))
-
-
-def backbone(seed: int = 0) -> AlibiGPTForCausalLM:
-    torch.manual_seed(seed)
-    config = AlibiGPTConfig(
-        vocab_size=len(TOKENIZER),
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=16,
-        initializer_range=0.3,
-    )
-    return AlibiGPTForCausalLM(config).eval()
-
-
-def longmem(seed: int = 1, **config: Any) -> LongMem:
-    model = LongMem.from_backbone(backbone(), chunk_size=2, num_retrieved=8, memory_size=64, **config).eval()
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.trainable_parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return model
-
-
-def texts(*repeats: int) -> list[Document]:
-    return [Document(f"test/{'ab'[i % 2]}__{i}.txt", f"{i} " + TEXT * n, "") for i, n in enumerate(repeats)]
-
-
-def documents(*repeats: int) -> list[TokenizedDocument]:
-    return tokenize_documents(texts(*repeats), TOKENIZER, group_separator="__")
-
-
-def nll_of(found: Any, system: str, protocol: str) -> list[float]:
-    return [document.nll[protocol][system] for document in found.documents]
 
 
 def stopped_at(what: str, share: float) -> Callable[..., None]:
@@ -84,52 +55,48 @@ def test_a_model_without_preference_has_the_perplexity_of_its_vocabulary() -> No
         assert scores.all.system("backbone").perplexity == pytest.approx(len(TOKENIZER), rel=1e-5)
 
 
-def test_systems_run_together_score_as_the_models_alone() -> None:
-    """One pass of the backbone for all gives what each model's own forward gives, window by window."""
-    model, control = longmem(1), longmem(2)
+@torch.no_grad()
+def test_every_system_scores_as_its_model_alone() -> None:
+    """Also those that share one pass of the backbone, window by window."""
+    comparison, models = everything(8, 64)
     (document,) = documents(3)
-    comparison = Comparison.of_longmem(model, [8, 64], control=control)
-    found = perplexity(comparison, [document], SETTINGS)
-    ids = document.ids
+    found, ids = perplexity(comparison, [document], SETTINGS), document.ids
+    assert list(found.systems) == [
+        "backbone", "memory_off", "control", "memory_8", "memory_64", "memtrm_off", "memtrm_8", "memtrm_64",
+        "training_free_0.3_8", "training_free_0.3_64",
+    ]  # fmt: skip
+    alone = {"backbone": models["memory"].backbone.model, "memory_off": models["memory"], "control": longmem(5)}
     for protocol, stride in (("segments", 16), ("sliding", 8)):
-        banks = {f"memory_{size}": MemoryBank.for_model(model, rows=1, capacity_tokens=size) for size in (8, 64)}
-        expected = dict.fromkeys(found.systems, 0.0)
-        held: list[Tensor] = []
-        start, scored = 0, 0
-        while scored < len(ids) - 1:
-            end = min(start + 16, len(ids) - 1)
-            window, targets = ids[None, start:end], ids[scored + 1 : end + 1]
-            with torch.no_grad():
-                logits = {"backbone": model.backbone.model(window).logits, "memory_off": model(window).logits}
-                logits["control"] = control(window).logits
-                for name, bank in banks.items():
-                    out = model(window, memory=bank)
-                    logits[name] = out.logits
-            for name, values in logits.items():
-                each = values[0, scored - start :].log_softmax(-1).gather(1, targets[:, None])
-                expected[name] -= each.sum().item()
-            held.append(torch.stack([out.kv.keys, out.kv.values])[:, :, :, scored - start :])
-            seen = torch.cat(held, dim=3)
-            start, scored = start + stride, end
-            for bank in banks.values():
-                bank.reset()
-                bank.add(type(out.kv)(*seen[:, :, :, :start]))
-        for name, value in expected.items():
-            assert nll_of(found, name, protocol) == pytest.approx([value], rel=1e-5), (protocol, name)
+        for name in found.systems:
+            kind, size = sized(name) or ("memtrm", None)
+            model: Any = alone.get(name) or models[kind]
+            bank = None if size is None else MemoryBank.for_model(model, rows=1, capacity_tokens=size)
+            expected, held, start, scored = 0.0, list[Tensor](), 0, 0
+            while scored < len(ids) - 1:
+                end = min(start + 16, len(ids) - 1)
+                out = model(ids[None, start:end], **({"memory": bank} if bank else {}))
+                each = out.logits[0, scored - start :].log_softmax(-1).gather(1, ids[scored + 1 : end + 1, None])
+                expected -= each.sum().item()
+                if bank is not None:
+                    held.append(torch.stack([out.kv.keys, out.kv.values])[:, :, :, scored - start :])
+                    bank.reset()
+                    bank.add(type(out.kv)(*torch.cat(held, dim=3)[:, :, :, : start + stride]))
+                start, scored = start + stride, end
+            assert nll_of(found, name, protocol) == pytest.approx([expected], rel=1e-5), (protocol, name)
 
 
 @pytest.mark.parametrize("fusion", ["gate", "softmax"])
 def test_rows_of_a_batch_score_as_alone(fusion: str) -> None:
     """Law 4, with rows that begin and end at different times and banks that overflow."""
-    model, several = longmem(fusion=fusion), documents(5, 1, 3, 2, 4)
-    together = perplexity(Comparison.of_longmem(model, [16, 64]), several, SETTINGS)
+    comparison = everything(16, 64)[0] if fusion == "gate" else Comparison.of_longmem(longmem(fusion=fusion), [16, 64])
+    several = documents(5, 1, 3, 2, 4)
+    together = perplexity(comparison, several, SETTINGS)
     for i, document in enumerate(several):
-        alone = perplexity(Comparison.of_longmem(model, [16, 64]), [document], SETTINGS)
+        alone = perplexity(comparison, [document], SETTINGS)
         for protocol in together.protocols:
             for system in together.systems:
-                assert nll_of(together, system, protocol)[i] == pytest.approx(
-                    nll_of(alone, system, protocol)[0], rel=1e-5
-                )
+                (expected,) = nll_of(alone, system, protocol)
+                assert nll_of(together, system, protocol)[i] == pytest.approx(expected, rel=1e-5), (system, protocol)
 
 
 def test_memory_never_holds_a_token_that_is_still_in_the_window() -> None:
@@ -174,7 +141,7 @@ def test_a_document_within_the_window_gains_nothing_from_memory_and_protocols_ag
 
 
 def test_identity_sidenet_has_its_backbones_perplexity_and_an_interval_around_zero() -> None:
-    model = LongMem.from_backbone(backbone(), chunk_size=2, num_retrieved=8, memory_size=64, init="zero").eval()
+    model = LongMem.from_backbone(backbone(), init="zero", **SHAPE).eval()
     if model.config.final_state == "normed":
         pytest.skip("only the residuals of the pre-norm state telescope")
     found = perplexity(Comparison.of_longmem(model, [64]), documents(4, 3, 2), SETTINGS)
@@ -184,6 +151,17 @@ def test_identity_sidenet_has_its_backbones_perplexity_and_an_interval_around_ze
         assert difference.documents is not None
         assert difference.percent == pytest.approx(0, abs=1e-3)
         assert difference.documents.low == pytest.approx(0, abs=1e-3)
+
+
+def test_a_shut_gate_is_the_backbone() -> None:
+    several = documents(4, 2)
+    comparison = Comparison.of_backbone(backbone())
+    free = TrainingFree.from_backbone(comparison.model, gate=0, **SHAPE)
+    found = perplexity(comparison.with_training_free(free, [64]), several, SETTINGS)
+    for protocol in found.protocols:
+        np.testing.assert_allclose(
+            nll_of(found, "training_free_0_64", protocol), nll_of(found, "backbone", protocol), rtol=1e-6
+        )
 
 
 def test_systems_may_run_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,9 +198,10 @@ def test_records_of_other_settings_or_weights_are_not_reused(tmp_path: Path) -> 
     several, path = documents(2, 1), tmp_path / "records.jsonl"
     perplexity(Comparison.of_longmem(longmem(1), [64]), several, SETTINGS, records=path)
 
-    def scored_anew(model: LongMem, sizes: Sequence[int], settings: PerplexitySettings) -> set[str]:
+    def scored_anew(model: LongMem, sizes: Sequence[int], settings: PerplexitySettings, own: Any = None) -> set[str]:
         before = len(path.read_text().splitlines())
-        perplexity(Comparison.of_longmem(model, sizes), several, settings, records=path)
+        comparison = Comparison.of_longmem(model, sizes)
+        perplexity(comparison if own is None else comparison.with_memtrm(own, [8]), several, settings, records=path)
         return {json.loads(line)["system"] for line in path.read_text().splitlines()[before:] if line}
 
     assert scored_anew(longmem(1), [64], SETTINGS) == set()
@@ -230,9 +209,13 @@ def test_records_of_other_settings_or_weights_are_not_reused(tmp_path: Path) -> 
     assert scored_anew(longmem(2), [64], SETTINGS) == {"memory_off", "memory_64"}
     other = PerplexitySettings(window=12, rows=2, block=32, bootstrap=SETTINGS.bootstrap)
     assert scored_anew(longmem(1), [64], other) == {"backbone", "memory_off", "memory_64"}
+    assert scored_anew(longmem(1), [64], SETTINGS, memtrm(2)) == {"memtrm_off", "memtrm_8"}
+    assert scored_anew(longmem(1), [64], SETTINGS, memtrm(2)) == set()
+    assert scored_anew(longmem(1), [64], SETTINGS, memtrm(9)) == {"memtrm_off", "memtrm_8"}
+    assert scored_anew(longmem(1).to(torch.bfloat16), [64], SETTINGS) == {"backbone", "memory_off", "memory_64"}
 
 
-def test_result_has_groups_baselines_and_all_that_repeats_it(tmp_path: Path) -> None:
+def test_result_has_groups_baselines_and_all_that_repeats_it() -> None:
     comparison = Comparison.of_longmem(longmem(1), [16, 64], control=longmem(2))
     found = perplexity(comparison, documents(4, 3, 2), SETTINGS, command="longmem eval", config={"data": ["x"]})
     plain = json.loads(to_json(found))
@@ -246,17 +229,32 @@ def test_result_has_groups_baselines_and_all_that_repeats_it(tmp_path: Path) -> 
     total = sum(d["nll"]["sliding"]["memory_64"] for d in plain["documents"])
     system = next(s for s in plain["protocols"]["sliding"]["all"]["systems"] if s["system"] == "memory_64")
     assert system["perplexity"] == pytest.approx(math.exp(total / plain["header"]["samples"]["tokens"]))
-    files = plot_all(found, tmp_path)
-    assert [file.name for file in files] == ["perplexity-by-position.png", "perplexity-by-memory-size.png"]
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
 
-def test_a_control_over_another_backbone_is_refused() -> None:
-    other = LongMem.from_backbone(backbone(seed=7), chunk_size=2, num_retrieved=8, memory_size=64)
-    with pytest.raises(
-        CheckpointError, match=r"control's backbone \(\w+\) is not the model's \(\w+\); compare SideNets"
-    ):
+def test_differences_are_against_backbone_the_same_without_memory_and_the_others_of_the_same_size() -> None:
+    assert everything(8, 64)[0].pairs[9:] == [
+        ("memory_8", "memory_off"),
+        ("memory_64", "memory_off"),
+        ("memory_8", "control"),
+        ("memory_64", "control"),
+        ("memtrm_8", "memtrm_off"),
+        ("memtrm_64", "memtrm_off"),
+        ("memory_8", "memtrm_8"),
+        ("memory_64", "memtrm_64"),
+        ("memory_8", "training_free_0.3_8"),
+        ("memory_64", "training_free_0.3_64"),
+    ]
+
+
+def test_models_of_another_backbone_are_refused_by_name() -> None:
+    comparison = Comparison.of_longmem(longmem(), [64])
+    other = LongMem.from_backbone(backbone(seed=7), **SHAPE)
+    with pytest.raises(CheckpointError, match=r"control's backbone \(\w+\) is not the model's"):
         Comparison.of_longmem(longmem(), [64], control=other)
+    with pytest.raises(CheckpointError, match=r"trained from backbone \w+ \(\w*\), the others stand on \w+; compare"):
+        comparison.with_memtrm(memtrm(start=7), [64])
+    with pytest.raises(CheckpointError, match=r"backbone is \w+, the others stand on \w+; compare models of one"):
+        comparison.with_training_free(TrainingFree.from_backbone(backbone(7), **SHAPE), [64])
 
 
 def test_all_broken_settings_are_reported_together() -> None:
@@ -269,27 +267,12 @@ def test_all_broken_settings_are_reported_together() -> None:
     ]
 
 
-def tiny(family: str) -> Any:
-    from transformers import Gemma2Config, GPT2Config, LlamaConfig, OPTConfig
-
-    torch.manual_seed(0)
-    shape = {"vocab_size": len(TOKENIZER), "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
-    rotary = {**shape, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
-    config: Any = {
-        "gpt2": lambda: GPT2Config(vocab_size=len(TOKENIZER), n_embd=32, n_layer=4, n_head=4, n_positions=16),
-        "llama": lambda: LlamaConfig(**rotary),
-        "gemma2": lambda: Gemma2Config(**rotary, sliding_window=8, final_logit_softcapping=3.0),
-        "opt": lambda: OPTConfig(**shape, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=16),
-    }[family]()
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt"])
 def test_one_backbone_pass_serves_all_systems_in_every_family(family: str) -> None:
-    model = LongMem.from_backbone(tiny(family), chunk_size=2, num_retrieved=4, memory_size=32).eval()
+    model = LongMem.from_backbone(make_backbone(family), chunk_size=2, num_retrieved=4, memory_size=32).eval()
     comparison = Comparison.of_longmem(model, [32])
     subject = comparison.prepare(comparison.systems, 2, 100)
-    ids = torch.randint(len(TOKENIZER), (2, 16))
+    ids = torch.randint(60, (2, 16))
     with torch.no_grad():
         written = model(ids).kv
         bank = MemoryBank.for_model(model, rows=2, capacity_tokens=32)

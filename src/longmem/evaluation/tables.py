@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from longmem.evaluation.pages import Table
-from longmem.evaluation.systems import BACKBONE, CONTROL, MEMORY_OFF, largest
+from longmem.evaluation.systems import BACKBONE, largest
 
 Json = dict[str, Any]
 
@@ -72,9 +72,9 @@ def perplexity_tables(result: Json) -> Iterator[Table]:
     if rows:
         yield Table(["% of perplexity", *heads], rows)
     blocks = [
-        [systems[name], *(_gap(_difference(scores, name, BACKBONE), "blocks") for scores in every)]
+        [systems[name], *(gap(difference(scores, name, BACKBONE), "blocks") for scores in every)]
         for name in systems
-        if any((_difference(scores, name, BACKBONE) or {}).get("blocks") for scores in every)
+        if any((difference(scores, name, BACKBONE) or {}).get("blocks") for scores in every)
     ]
     if blocks:
         yield Table(
@@ -150,64 +150,6 @@ def _position_table(result: Json, scores: Json) -> Table:
     return Table(heads, rows, f"Perplexity by position, the number of tokens before: {protocol_title(scores)}.")
 
 
-def gains_table(results: Mapping[str, Json], system: str) -> Table:
-    """What one system gains over each other: texts and protocols across.
-
-    Args:
-        results: of ``longmem eval perplexity``, by the path of their file.
-        system: whose gains.
-    """
-    systems = next(iter(results.values()))["systems"]
-    others, columns = _others(system, systems), list[tuple[str, Json, str]]()
-    for where, result in results.items():
-        samples = result["header"]["samples"]
-        counted = f"{samples['documents']} of {samples.get('projects', samples['documents'])}"
-        columns += [(f"{_text_of(where)}, {name}", p["all"], counted) for name, p in result["protocols"].items()]
-    rows = [
-        [words, *(_gap(_difference(all, system, name), digits=1) for _, all, _ in columns)]
-        for name, words in others.items()
-    ]
-    return Table(
-        [f"{systems[system]}, against", *(head for head, _, _ in columns)],
-        [["documents of projects", *(counted for *_, counted in columns)], *(row for row in rows if any(row[1:]))],
-        "% of perplexity, below 0 is better, [95 % interval]; intervals draw projects, then their documents, and say "
-        "little about other projects where there are only a few.",
-    )
-
-
-def groups_table(results: Mapping[str, Json], system: str) -> Table:
-    """The same under the sliding window for each group of documents: groups down, the others across."""
-    others = _others(system, next(iter(results.values()))["systems"])
-    rows = [
-        [
-            f"{_text_of(where)}, {group['name']} ({group['documents']} documents)",
-            *(_gap(_difference(group, system, name), digits=1) for name in others),
-        ]
-        for where, result in results.items()
-        for group in result["protocols"]["sliding"]["groups"]
-    ]
-    return Table(["% of perplexity, sliding", *(f"against {words}" for words in others.values())], rows)
-
-
-def _text_of(where: str) -> str:
-    """``results/small-latex/perplexity.json`` is ``latex``."""
-    return where.split("/")[-2].removeprefix("small-")
-
-
-def _others(system: str, systems: Mapping[str, str]) -> dict[str, str]:
-    """What a system is compared with, in words: systems with as much memory, or none."""
-    size = system.rpartition("_")[2]
-    free = [name for name in systems if name.startswith("training_free_") and name.endswith(f"_{size}")]
-    named = {
-        BACKBONE: "its backbone alone",
-        MEMORY_OFF: "itself with memory off",
-        CONTROL: "the SideNet trained equally long without memory",
-        f"memtrm_{size}": "MemTRM, trained on as many tokens",
-    }
-    named |= {name: f"{systems[name].split(',')[0]}, nothing trained" for name in free}
-    return {name: words for name, words in named.items() if name in systems}
-
-
 def _score(scores: Json, system: str) -> Json:
     found: Json = next(score for score in scores["systems"] if score["system"] == system)
     return found
@@ -219,16 +161,16 @@ def _units(score: Json) -> str:
     return f"{shown}; {score['bits_per_byte']:.4f}" if score["bits_per_byte"] is not None else f"{shown}; -"
 
 
-def _difference(scores: Json, system: str, against: str) -> Json | None:
+def difference(scores: Json, system: str, against: str) -> Json | None:
     return next((d for d in scores["differences"] if (d["system"], d["against"]) == (system, against)), None)
 
 
 def _against(scores: Json, system: str, against: str = BACKBONE, *, bracket: bool = False) -> str:
-    said = _gap(_difference(scores, system, against))
+    said = gap(difference(scores, system, against))
     return f" ({said})" if bracket and said else said
 
 
-def _gap(difference: Json | None, interval: str = "documents", digits: int = 2) -> str:
+def gap(difference: Json | None, interval: str = "documents", digits: int = 2) -> str:
     """``-9.50 [-11.23, -7.89]``; without documents to draw the interval is over blocks."""
     if difference is None:
         return ""
@@ -334,7 +276,7 @@ def ablation_tables(result: Json) -> Iterator[Table]:
                 value["value"] + (", default" if value["default"] and value["value"] != "default" else ""),
                 *(
                     f"{score['perplexity']:.3f}"
-                    + ("" if value["default"] else f" ({_gap(score | {'blocks': score.get('blocks')})})")
+                    + ("" if value["default"] else f" ({gap(score | {'blocks': score.get('blocks')})})")
                     for score in value["scores"].values()
                 ),
             ]

@@ -1,0 +1,70 @@
+"""Tiny random models over one backbone, and documents, for the tests of perplexity and of its command."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemTRM, TrainingFree
+from longmem.data.text import Document
+from longmem.data.tokenizer import train_tokenizer
+from longmem.evaluation.bootstrap import Bootstrap
+from longmem.evaluation.documents import TokenizedDocument, tokenize_documents
+from longmem.evaluation.perplexity import PerplexitySettings
+from longmem.evaluation.systems import Comparison
+
+TEXT = "Words of a small text, and more words of it; then the same words again. "
+TOKENIZER = train_tokenizer([TEXT], 290)
+SETTINGS = PerplexitySettings(window=16, rows=2, block=32, bootstrap=Bootstrap(resamples=50))
+SHAPE: dict[str, Any] = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
+
+
+def backbone(seed: int = 0) -> AlibiGPTForCausalLM:
+    torch.manual_seed(seed)
+    config = AlibiGPTConfig(
+        vocab_size=len(TOKENIZER),
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        initializer_range=0.3,
+    )
+    return AlibiGPTForCausalLM(config).eval()
+
+
+def disturbed(model: Any, seed: int = 1) -> Any:
+    """Stands for a trained model."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.train().trainable_parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def longmem(seed: int = 1, **config: Any) -> LongMem:
+    made: LongMem = disturbed(LongMem.from_backbone(backbone(), **SHAPE | config), seed)
+    return made
+
+
+def memtrm(seed: int = 2, *, start: int = 0) -> MemTRM:
+    made: MemTRM = disturbed(MemTRM.from_backbone(backbone(start), **SHAPE), seed)
+    return made
+
+
+def everything(*sizes: int) -> tuple[Comparison, dict[str, Any]]:
+    """All kinds of systems over one backbone, and their models by kind of memory."""
+    side, trained = longmem(), memtrm()
+    free = TrainingFree.from_backbone(side.backbone.model, gate=0.3, **SHAPE)
+    comparison = Comparison.of_longmem(side, sizes, control=longmem(5)).with_memtrm(trained, sizes)
+    models = {"memory": side, "memtrm": trained, "training_free_0.3": free}
+    return comparison.with_training_free(free, sizes), models
+
+
+def documents(*repeats: int) -> list[TokenizedDocument]:
+    texts = [Document(f"test/{'ab'[i % 2]}__{i}.txt", f"{i} " + TEXT * n, "") for i, n in enumerate(repeats)]
+    return tokenize_documents(texts, TOKENIZER, group_separator="__")
+
+
+def nll_of(found: Any, system: str, protocol: str) -> list[float]:
+    return [document.nll[protocol][system] for document in found.documents]
