@@ -63,7 +63,7 @@ def test_only_the_gates_are_trained_and_every_number_of_them_learns() -> None:
     model = _reader()
     before = {name: tensor.clone() for name, tensor in model.backbone.model.state_dict().items()}
     assert all(name.startswith("gates.") for name in model.trainable_parameter_names())
-    assert sum(p.numel() for p in model.trainable_parameters()) == len(LAYERS) * (3 * 4 + 2 * 4 * 8)
+    assert sum(p.numel() for p in model.trainable_parameters()) == len(LAYERS) * (3 * 4 + 3 * 4 * 8)
     ids = _ids(1)
     optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.1)
     model(ids, labels=ids, memory=_bank(model)).loss.backward()

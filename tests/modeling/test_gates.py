@@ -11,16 +11,16 @@ from longmem.modeling.gates import TokenGate
 B, H, T, D = 2, 3, 5, 4
 
 
-def _inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    local, memory = (torch.randn(B, H, T, D, generator=generator) for _ in range(2))
+    queries, local, memory = (torch.randn(B, H, T, D, generator=generator) for _ in range(3))
     local_lse, memory_lse = (4 * torch.randn(B, H, T, generator=generator) for _ in range(2))
     found = torch.rand(B, H, T, generator=generator) < 0.7
-    return local, local_lse, memory * found[..., None], memory_lse.masked_fill(~found, -torch.inf), found
+    return queries, local, local_lse, memory * found[..., None], memory_lse.masked_fill(~found, -torch.inf), found
 
 
 def test_with_bias_zero_it_starts_at_one_softmax() -> None:
-    local, local_lse, memory, memory_lse, found = inputs = _inputs()
+    _, local, local_lse, memory, memory_lse, found = inputs = _inputs()
     fused = TokenGate(H, D)(*inputs)
     expected = fuse_softmax(local, local_lse, memory, memory_lse, found, torch.zeros(H))
     torch.testing.assert_close(fused.out, expected.out)
@@ -29,7 +29,7 @@ def test_with_bias_zero_it_starts_at_one_softmax() -> None:
 
 def test_where_nothing_is_found_the_local_heads_stay_bit_for_bit_and_gradients_are_finite() -> None:
     gate, inputs = TokenGate(H, D), _inputs()
-    local, found = inputs[0], inputs[4]
+    local, found = inputs[1], inputs[5]
     fused = gate(*inputs)
     assert torch.equal(fused.out[~found], local[~found])
     assert (fused.share[~found] == 0).all()
@@ -42,17 +42,17 @@ def test_no_head_and_no_token_reads_another() -> None:
     with torch.no_grad():
         for parameter in gate.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    changed = [tensor.clone() for tensor in inputs]
-    changed[0][0, 1, 2] += 1.0
-    before, after = gate(*inputs).share, gate(*changed).share
-    expected = torch.zeros_like(before, dtype=torch.bool)
-    expected[0, 1, 2] = bool(inputs[4][0, 1, 2])
-    assert torch.equal(before != after, expected)
+    before, expected = gate(*inputs).share, inputs[5].new_zeros(B, H, T)
+    expected[0, 1, 2] = bool(inputs[5][0, 1, 2])
+    for number in range(3):
+        changed = [tensor.clone() for tensor in inputs]
+        changed[number][0, 1, 2] += 1.0
+        assert torch.equal(before != gate(*changed).share, expected)
 
 
 def test_a_closed_gate_starts_near_the_backbone_and_is_small() -> None:
     inputs = list(_inputs())
-    inputs[3] = inputs[1].masked_fill(~inputs[4], -torch.inf)  # scores of memory as large as those of the window
+    inputs[4] = inputs[2].masked_fill(~inputs[5], -torch.inf)  # scores of memory as large as those of the window
     gate = TokenGate(H, D, bias=-8.0)
     assert gate(*inputs).share.max() < 1e-3
-    assert sum(p.numel() for p in gate.parameters()) == 3 * H + 2 * H * D
+    assert sum(p.numel() for p in gate.parameters()) == 3 * H + 3 * H * D

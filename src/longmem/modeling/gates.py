@@ -14,10 +14,12 @@ from longmem.modeling.fusion import Fused, mix
 class TokenGate(nn.Module):
     """The share of memory in each head, from what the token saw locally and what it found.
 
-    share = sigmoid(bias + memory_lse_weight * m - local_lse_weight * l + local_vector . u + memory_vector . v)
+    share = sigmoid(bias + memory_lse_weight * m - local_lse_weight * l
+                    + query_vector . q + local_vector . u + memory_vector . v)
 
-    with l and m the log-sum-exps of local and memory scores and u and v the two outputs. Both weights 1 and all else
-    0 is one softmax over local and retrieved tokens (``fuse_softmax``). 3H + 2HD numbers for a layer.
+    with l and m the log-sum-exps of local and memory scores, q the query without its position, u and v the two outputs.
+    Both weights 1 and all else 0 is one softmax over local and retrieved tokens (``fuse_softmax``). A layer has
+    3H + 3HD numbers.
 
     Args:
         heads: H.
@@ -30,15 +32,23 @@ class TokenGate(nn.Module):
         self.bias = nn.Parameter(torch.as_tensor(bias, dtype=torch.float32).expand(heads).clone())
         self.local_lse_weight = nn.Parameter(torch.ones(heads))
         self.memory_lse_weight = nn.Parameter(torch.ones(heads))
+        self.query_vector = nn.Parameter(torch.zeros(heads, head_dim))
         self.local_vector = nn.Parameter(torch.zeros(heads, head_dim))
         self.memory_vector = nn.Parameter(torch.zeros(heads, head_dim))
 
     def forward(
-        self, local_out: Tensor, local_lse: Tensor, memory_out: Tensor, memory_lse: Tensor, found: Tensor
+        self,
+        queries: Tensor,
+        local_out: Tensor,
+        local_lse: Tensor,
+        memory_out: Tensor,
+        memory_lse: Tensor,
+        found: Tensor,
     ) -> Fused:
         """Mix both outputs.
 
         Args:
+            queries: position-free, (B, H, T, D).
             local_out: attention over the window, (B, H, T, D).
             local_lse: (B, H, T), log of the local softmax's denominator.
             memory_out: attention over what was retrieved, (B, H, T, D).
@@ -52,6 +62,7 @@ class TokenGate(nn.Module):
             self.bias.float().view(-1, 1)
             + self.memory_lse_weight.float().view(-1, 1) * torch.where(found, memory_lse.float(), 0.0)
             - self.local_lse_weight.float().view(-1, 1) * local_lse.float()
+            + torch.einsum("bhtd,hd->bht", queries.float(), self.query_vector.float())
             + torch.einsum("bhtd,hd->bht", local_out.float(), self.local_vector.float())
             + torch.einsum("bhtd,hd->bht", memory_out.float(), self.memory_vector.float())
         )

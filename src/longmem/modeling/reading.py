@@ -184,7 +184,7 @@ def fuse_pending(run: BackboneRun, local_out: Tensor, lse: Callable[[], Tensor] 
     """
     reading: Reading = run.reading
     assert reading._pending is not None
-    reader, _, memory = reading._pending
+    reader, qkv, memory = reading._pending
     reading._pending = None
     fused: Fused
     gate = reader.gate()
@@ -193,7 +193,7 @@ def fuse_pending(run: BackboneRun, local_out: Tensor, lse: Callable[[], Tensor] 
     else:
         assert lse is not None
         if isinstance(gate, TokenGate):
-            fused = gate(local_out, lse(), memory.out, memory.lse, memory.found)
+            fused = gate(qkv.queries, local_out, lse(), memory.out, memory.lse, memory.found)
         else:
             fused = fuse_softmax(local_out, lse(), memory.out, memory.lse, memory.found, gate)
     reading.reads[reader.place].share = fused.share.detach()
