@@ -151,7 +151,7 @@ def calibrate(
     weight = settings.facts if tokenizer is not None else 0.0
     passages = {kind: work.passages(kind, documents, settings.passages) for kind, documents in texts.items()}
     held = {kind: work.passages(kind, documents, 4) for kind, documents in valid.items()}
-    checks = [work.window(kind, passage, None) for kind, some in held.items() for passage in some]
+    checks = [work.window(kind, passage, last=True) for kind, some in held.items() for passage in some]
     asked: list[_Example] = []
     if weight:
         asked = work.facts(tokenizer, settings.sessions, "training")
@@ -175,7 +175,7 @@ def calibrate(
             optimizer.zero_grad()
             kind = kinds[update % len(kinds)]
             other = draw.choice(passages[draw.choice(kinds)]) if draw.random() < 0.3 else None
-            work.loss(work.window(kind, draw.choice(passages[kind]), other)).backward()
+            work.loss(work.among(work.window(kind, draw.choice(passages[kind])), other)).backward()
             if asked:
                 filler = draw.choice(passages[draw.choice(kinds)]) if draw.random() < 0.7 else None
                 (weight * work.loss(work.among(draw.choice(asked), filler))).backward()
@@ -184,7 +184,7 @@ def calibrate(
     if kept is None:
         with torch.no_grad():
             for gate in model.gates:
-                gate.bias.fill_(CLOSED)  # type: ignore[union-attr,operator]
+                gate.bias.fill_(CLOSED)  # type: ignore[operator]
     else:
         model.gates.load_state_dict(kept)
     return done
@@ -231,15 +231,14 @@ class _Work:
                 progress.advance()
         return made
 
-    def window(self, kind: str, passage: _Passage, other: _Passage | None) -> _Example:
-        """A window of a passage behind some of its text; to validate (no other), the last one behind all of it."""
+    def window(self, kind: str, passage: _Passage, *, last: bool = False) -> _Example:
+        """A window of a passage behind all of its text that comes before; the last one, or any."""
         window, tokens = self.settings.window, passage.kv.keys.shape[2]
-        before = tokens if other is None else self.draw.randrange(1, tokens // window + 1) * window
-        ids = passage.ids[before : before + window + 1]
+        before = tokens if last else self.draw.randrange(1, tokens // window + 1) * window
         first = window // 4
         places = sorted(self.draw.sample(range(first, window), min(self.settings.scored, window - first)))
-        example = _Example(kind, ids, torch.tensor(places), [(passage.kv, before)])
-        return self.among(example, other)
+        ids = passage.ids[before : before + window + 1]
+        return _Example(kind, ids, torch.tensor(places), [(passage.kv, before)])
 
     def among(self, example: _Example, other: _Passage | None) -> _Example:
         """The same, with something else in memory too."""
