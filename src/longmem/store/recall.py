@@ -124,4 +124,4 @@ def passages(text: str, words: int = PASSAGE_WORDS) -> list[tuple[int, str]]:
 
 def _version(info: Any) -> Any:
     """What changes when a document does."""
-    return tuple(getattr(info, field, None) for field in ("id", "added", "tokens", "updated"))
+    return tuple(getattr(info, field, None) for field in ("id", "revision", "added", "tokens"))

@@ -1,0 +1,105 @@
+"""Conversations: prompts from messages, passages of memory read once more, and what was said kept.
+
+Used by ``longmem chat`` and by the server; no state is kept between two calls but in the store.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from longmem.store.recall import Recall, RecalledPassage
+
+Message = dict[str, str]
+"""``role`` (``system``, ``user`` or ``assistant``) and ``content``."""
+
+NOTES = "Notes from earlier conversations and documents:"
+NOTES_TOKENS = 400
+"""Tokens that recalled passages may take of the window."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model continues.
+
+    Attributes:
+        ids: token ids.
+        recalled: the passages that were put into it.
+    """
+
+    ids: list[int]
+    recalled: tuple[RecalledPassage, ...] = ()
+
+
+def chat_prompt(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    recall: Recall | None = None,
+    passages: int = 5,
+    budget: int = NOTES_TOKENS,
+    without: Sequence[str] = (),
+) -> Prompt:
+    """Messages as the model's chat template has them, or plainly where it has none, up to the answer to be given.
+
+    Args:
+        tokenizer: of the model.
+        messages: oldest first; the last is the one to answer.
+        recall: where passages are looked up that share words with the last message; None leaves them out.
+        passages: how many at most.
+        budget: tokens that they may take together.
+        without: documents whose passages are not wanted, such as this very conversation.
+    """
+    found: list[RecalledPassage] = []
+    if recall is not None and messages:
+        left = budget
+        for passage in recall.search(messages[-1]["content"], passages, without=without):
+            left -= len(tokenizer(passage.text, add_special_tokens=False)["input_ids"]) + 2
+            if left < 0:
+                break
+            found.append(passage)
+    said = [dict(message) for message in messages]
+    if found:
+        notes = "\n".join([NOTES, *(f"- {passage.text}" for passage in found)])
+        if said[0]["role"] == "system":
+            said[0]["content"] += "\n\n" + notes
+        else:
+            said.insert(0, {"role": "system", "content": notes})
+    return Prompt(_ids(tokenizer, said), tuple(found))
+
+
+def _ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    if getattr(tokenizer, "chat_template", None):
+        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        return [int(token) for token in encoded["input_ids"]]
+    lines = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
+    ids = tokenizer("\n".join([*lines, "Assistant:"]), add_special_tokens=False)["input_ids"]
+    begin = getattr(tokenizer, "bos_token_id", None)
+    return [*([] if begin is None else [begin]), *ids]
+
+
+def stop_words(tokenizer: Any) -> list[str]:
+    """What ends an answer besides the model's own end token: without a template the next speaker's name."""
+    return [] if getattr(tokenizer, "chat_template", None) else ["\nUser:", "\nSystem:", "\nAssistant:"]
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    """Messages as a document of the memory keeps them: a line for each, so that each can be found by itself."""
+    return "".join(f"{message['role']}: {' '.join(message['content'].split())}\n" for message in messages)
+
+
+def conversation_name(now: float | None = None) -> str:
+    """A name for the document of a new conversation, in the order of time."""
+    moment = time.time() if now is None else now
+    return time.strftime("chat-%Y%m%d-%H%M%S", time.gmtime(moment)) + f"-{int(moment % 1 * 1e6):06}"
+
+
+def keep(store: Any, namespace: str, name: str, messages: Sequence[Message]) -> int:
+    """Append messages to a conversation's document, or begin it; returns the tokens that were added."""
+    text = transcript(messages)
+    known = {info.name: info.tokens for info in store.documents(namespace)} if namespace in store.namespaces() else {}
+    if name in known:
+        return int(store.append(namespace, text, name=name).tokens) - int(known[name])
+    return int(store.add_document(namespace, text, name=name).tokens)

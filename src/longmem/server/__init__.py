@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server whose answers read memory; needs the extra ``server``."""

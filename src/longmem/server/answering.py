@@ -1,0 +1,157 @@
+"""From a request to pieces of text: prompt, memory, tokens, stop words, counts."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from longmem.chat import Message, chat_prompt, stop_words
+from longmem.server.engine import Engine, Job, Sampling, Token
+from longmem.server.memories import Memories
+
+
+@dataclass
+class Answer:
+    """One answer, as it grows.
+
+    Attributes:
+        prompt_tokens: that were read.
+        text: so far, without what may yet turn out to be a stop word.
+        tokens: so far.
+        finish: ``stop`` or ``length``, at the end.
+        sources: the passages that were read once more, and on request what the heads read.
+        memory_tokens: in the memory that could be searched.
+    """
+
+    prompt_tokens: int = 0
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    finish: str | None = None
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    memory_tokens: int = 0
+
+
+class Answering:
+    """Makes answers with one engine, tokenizer and store."""
+
+    def __init__(self, engine: Engine, tokenizer: Any, memories: Memories) -> None:
+        self.engine, self.tokenizer, self.memories = engine, tokenizer, memories
+        ends = engine.model.generation_config.eos_token_id
+        found = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
+        self.stop_ids = frozenset(int(token) for token in found if token is not None)
+
+    def chat_ids(self, messages: Sequence[Message], owner: str, memory: str | None, passages: int) -> tuple[Any, ...]:
+        """The prompt of a conversation, and the passages of its memory that were put into it."""
+        recall = None if memory is None or not passages else self.memories.recall(owner, memory)
+        prompt = chat_prompt(self.tokenizer, messages, recall=recall, passages=passages)
+        return prompt.ids, [
+            {"document": each.document, "start": each.start, "text": each.text, "score": each.score, "kind": "passage"}
+            for each in prompt.recalled
+        ]
+
+    async def stream(
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        *,
+        owner: str,
+        memory: str | None,
+        stop: Sequence[str] = (),
+        explain: bool = False,
+        chat: bool = True,
+    ) -> AsyncIterator[tuple[str, list[Token], Answer]]:
+        """Pieces of the answer with their tokens, and the answer so far; the last piece ends it."""
+        answer = Answer(prompt_tokens=len(ids))
+        bank = None
+        if memory is not None:
+            bank = await self.engine.call(lambda: self.memories.bank(owner, memory))
+            answer.memory_tokens = 0 if bank is None else int(bank.tokens.sum())
+        readings: list[Any] | None = [] if explain and bank is not None else None
+        job = Job(ids, bank, sampling, self.stop_ids, explain=readings)
+        words = [*stop, *(stop_words(self.tokenizer) if chat else ())]
+        text, fresh = _Text(self.tokenizer, words), list[Token]()
+        tokens = self.engine.generate(job)
+        try:
+            async for token in tokens:
+                answer.tokens.append(token)
+                fresh.append(token)
+                piece = text.take(token.id)
+                if piece:
+                    answer.text += piece
+                    yield piece, fresh, answer
+                    fresh = []
+                if text.stopped:
+                    break
+        finally:
+            await tokens.aclose()  # type: ignore[attr-defined]
+        answer.finish = "length" if len(answer.tokens) >= sampling.max_tokens and not text.stopped else "stop"
+        if readings:
+            answer.sources += _read(readings, len(answer.tokens))
+        piece = text.rest()
+        answer.text += piece
+        yield piece, fresh, answer
+
+
+class _Text:
+    """Text of tokens that come one by one; what may be half a character or half a stop word waits."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        self._tokenizer, self._stop = tokenizer, [word for word in stop if word]
+        self._ids: list[int] = []
+        self._given = 0
+        self.stopped = False
+
+    def take(self, token: int) -> str:
+        self._ids.append(token)
+        text = self._decoded()
+        for word in self._stop:
+            at = text.find(word, max(0, self._given - len(word)))
+            if at >= 0:
+                self.stopped = True
+                text = text[:at]
+        end = len(text)
+        if not self.stopped:
+            end = len(text.rstrip("\ufffd"))
+            for word in self._stop:
+                for size in range(min(len(word) - 1, end), 0, -1):
+                    if text.endswith(word[:size]):
+                        end = min(end, len(text) - size)
+                        break
+        return self._give(text, end)
+
+    def rest(self) -> str:
+        """What was waiting, at the end."""
+        if self.stopped:
+            return ""
+        text = self._decoded()
+        return self._give(text, len(text))
+
+    def _give(self, text: str, end: int) -> str:
+        piece = text[self._given : end]
+        self._given = max(self._given, end)
+        return piece
+
+    def _decoded(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+
+
+def _read(readings: Sequence[Any], tokens: int) -> list[dict[str, Any]]:
+    """What the heads read for each new token: the best chunks, with their places."""
+    found = []
+    for step, explanation in enumerate(readings[:tokens]):
+        for reading in explanation.token(-1, top=3):
+            origin = reading.origin
+            found.append(
+                {
+                    "kind": "chunk",
+                    "token": step,
+                    "document": origin.document,
+                    "start_token": origin.start_token,
+                    "length": origin.length,
+                    "share": reading.share,
+                    "score": reading.score,
+                    "layers": {str(layer): share for layer, share in reading.layers.items()},
+                }
+            )
+    return found

@@ -1,0 +1,113 @@
+"""What requests may hold. Fields that are not known here are passed over, as the OpenAI API does."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from longmem.server.keys import NAME
+
+MemoryId = Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$")]
+Text = Annotated[str, StringConstraints(max_length=2_000_000)]
+
+
+class Request(BaseModel):
+    """Of all that generates: how tokens are chosen, and which memory is read."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str | None = None
+    stream: bool = False
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    memory_id: MemoryId | None = None
+    remember: bool = False
+    recall: int = Field(5, ge=0, le=50)
+    explain: bool = False
+    user: str | None = None
+
+
+class StreamOptions(BaseModel):
+    """``include_usage`` adds a last piece with the counts."""
+
+    include_usage: bool = False
+
+
+class Part(BaseModel):
+    """A part of a message's content; only text is read."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: Text
+
+
+class ChatMessage(BaseModel):
+    """A message; ``developer`` is another word for ``system``."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[Part] = ""
+
+    @property
+    def plain(self) -> dict[str, str]:
+        """The message as ``longmem.chat`` has it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class ChatRequest(Request):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=2000)
+    max_tokens: int | None = Field(None, ge=1, le=100_000)
+    max_completion_tokens: int | None = Field(None, ge=1, le=100_000)
+    n: int = Field(1, ge=1, le=16)
+    stop: str | list[str] | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    stream_options: StreamOptions | None = None
+
+
+class CompletionRequest(Request):
+    """``POST /v1/completions``."""
+
+    prompt: Text | list[Text]
+    max_tokens: int | None = Field(None, ge=1, le=100_000)
+    n: int = Field(1, ge=1, le=16)
+    stop: str | list[str] | None = None
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
+    stream_options: StreamOptions | None = None
+
+
+class ResponsesRequest(Request):
+    """``POST /v1/responses``."""
+
+    input: Text | list[ChatMessage]
+    instructions: Text | None = None
+    max_output_tokens: int | None = Field(None, ge=1, le=100_000)
+    previous_response_id: Annotated[str, StringConstraints(pattern=r"^resp_[0-9a-f]{32}$")] | None = None
+    store: bool = True
+
+
+class NewMemory(BaseModel):
+    """``POST /v1/memories``."""
+
+    id: MemoryId
+
+
+class NewText(BaseModel):
+    """``POST /v1/memories/{id}/documents``."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=200)]
+    text: Annotated[str, StringConstraints(min_length=1, max_length=2_000_000)]
+    append: bool = False
+    replace: bool = False
+    metadata: dict[str, Any] | None = None
+
+
+class SearchRequest(BaseModel):
+    """``POST /v1/memories/{id}/search``."""
+
+    query: Annotated[str, StringConstraints(min_length=1, max_length=4000)]
+    top: int = Field(10, ge=1, le=100)
