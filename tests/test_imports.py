@@ -1,4 +1,4 @@
-"""The paragraph "Imports point one way" of CONTRIBUTING.md, compared with the imports in the source."""
+"""Files import one another in one direction, and the paragraph of CONTRIBUTING.md says which."""
 
 from __future__ import annotations
 
@@ -6,92 +6,85 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "src" / "longmem"
-
-# `get_text_config` asks for the cache view when transformers sizes a cache, long after both modules are imported.
-LATE = {("config", "modeling")}
-# The public names, the command `python -m longmem` and the hook for the Auto classes stand outside of the layers.
-OUTSIDE = {"__init__", "__main__", "_auto"}
-
-
-def layers() -> list[set[str]]:
-    """The levels of the paragraph, lowest first."""
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    line = next(line for line in text.splitlines() if "<-" in line)
-    return [set(re.findall(r"\w+", level)) for level in line.strip("`").split("<-")]
+SOURCE = ROOT / "src"
+FILES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((SOURCE / "longmem").rglob("*.py"))
+}
+# The public names, and the command `python -m longmem`, stand outside of the levels.
+OUTSIDE = {"longmem", "longmem.__main__"}
+MOST_LINES = 450
 
 
-def imports(path: Path) -> Iterator[str]:
-    """First component below ``longmem`` of everything that a file imports, inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
+@cache
+def imported(name: str) -> frozenset[str]:
+    """The files of ours that a file imports, inside functions and for type checkers too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text(), filename=str(FILES[name]))):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            assert node.level == 0, f"{path}: relative import; write longmem.{base}"
-            names = [f"{base}.{alias.name}" if base == "longmem" else base for alias in node.names]
-        else:
-            continue
-        for name in names:
-            first, _, rest = name.partition(".")
-            if first == "longmem" and rest:
-                yield rest.split(".")[0]
+            assert node.level == 0, f"{FILES[name]}: relative import; write longmem.{node.module}"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in FILES else str(node.module))
+    return frozenset(found & FILES.keys() - OUTSIDE - {name})
 
 
-def edges() -> Iterator[tuple[str, str, Path]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if part in OUTSIDE:
-            continue
-        for target in imports(path):
-            if target != part and (PACKAGE / target).exists() | (PACKAGE / f"{target}.py").exists():
-                yield part, target, path
+def part(name: str) -> str:
+    return name.split(".")[1]
+
+
+def levels() -> dict[str, int]:
+    """The level of every part in the paragraph, lowest first."""
+    line = next(line for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if "<-" in line)
+    return {name: at for at, each in enumerate(line.strip("`").split("<-")) for name in re.findall(r"\w+", each)}
+
+
+def test_no_file_imports_itself_by_way_of_others_not_even_late() -> None:
+    try:
+        TopologicalSorter({name: imported(name) for name in FILES}).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
 def test_every_part_of_the_package_has_a_place_in_the_paragraph() -> None:
-    placed = set().union(*layers())
-    parts = {
-        path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or any(path.glob("*.py"))
-    }
-    assert parts - OUTSIDE <= placed
+    assert {part(name) for name in FILES if name not in OUTSIDE} <= levels().keys()
 
 
 def test_imports_point_one_way() -> None:
-    level = {part: number for number, parts in enumerate(layers()) for part in parts}
-    wrong = {
-        f"{path.relative_to(ROOT)}: {part} imports {target}"
-        for part, target, path in edges()
-        if target not in OUTSIDE and (part, target) not in LATE and level[part] < level[target]
-    }
+    level = levels()
+    inside = [name for name in FILES if name not in OUTSIDE]
+    wrong = [f"{a} imports {b}" for a in inside for b in imported(a) if level[part(a)] < level[part(b)]]
     assert not wrong
 
 
 def test_modeling_and_memory_never_import_each_other() -> None:
-    between = {(part, target) for part, target, _ in edges()}
+    between = {(part(a), part(b)) for a in FILES if a not in OUTSIDE for b in imported(a)}
     assert not between & {("modeling", "memory"), ("memory", "modeling")}
 
 
-def test_no_two_parts_import_each_other() -> None:
-    between = {(part, target) for part, target, _ in edges()} - LATE
-    assert not {pair for pair in between if pair[::-1] in between}
+def test_no_file_is_too_long_to_be_read_at_once() -> None:
+    long = {name: count for name, path in FILES.items() if (count := len(path.read_text().splitlines())) > MOST_LINES}
+    assert not long
+    assert len(FILES) < 110
 
 
-@pytest.mark.parametrize("heavy", ["torch", "transformers", "matplotlib"])
+@pytest.mark.parametrize("heavy", ["torch", "transformers", "matplotlib", "fastapi"])
 def test_the_command_line_imports_heavy_packages_only_inside_functions(heavy: str) -> None:
-    for path in (PACKAGE / "cli").rglob("*.py"):
-        at_top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-        names = {name for node in at_top for name in _imported(node)}
-        assert heavy not in {name.split(".")[0] for name in names}, path
-
-
-def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:
-    return [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+    for name, path in FILES.items():
+        if name.startswith("longmem.cli"):
+            top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+            names = {n for node in top for n in ([node.module or ""] if isinstance(node, ast.ImportFrom) else
+                                                 [alias.name for alias in node.names])}  # fmt: skip
+            assert heavy not in {each.split(".")[0] for each in names}, path
 
 
 def test_help_is_given_before_anything_heavy_is_imported() -> None:

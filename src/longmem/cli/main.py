@@ -25,6 +25,8 @@ COMMANDS = {
     "report": Entry("longmem.cli.report", "Make a page of results, the paper's numbers beside ours."),
     "layers": Entry("longmem.cli.layers", "Find the backbone layer whose keys are worth remembering."),
     "generate": Entry("longmem.cli.generate", "Continue a text with memory, for as long as you like."),
+    "chat": Entry("longmem.cli.chat", "Talk with a model that remembers."),
+    "serve": Entry("longmem.cli.serve", "Serve a model and its memories over HTTP."),
     "memory": Entry("longmem.cli.memory", "Keep texts that a model remembers: add, search, forget, check."),
     "convert": Entry("longmem.cli.convert", "Load checkpoints of the released code."),
     "demo": Entry("longmem.cli.demo", "Let the shipped pair remember texts, and show what that changes."),

@@ -4,9 +4,7 @@ Handlers are thin. The model and all writes run in the engine's one thread; noth
 """
 
 import asyncio
-import logging
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,12 +17,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.exceptions import HTTPException
 
 from longmem import __version__
-from longmem.errors import LongMemError, StoreFull, StoreLocked
+from longmem.errors import LongMemError
 from longmem.server import openai_api as shapes
 from longmem.server.answering import Answering
 from longmem.server.engine import Busy, Engine
 from longmem.server.keys import NAME, Keys
 from longmem.server.memories import RESPONSES, Memories
+from longmem.server.refusals import Refused, error, said_of
 from longmem.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -34,7 +33,6 @@ from longmem.server.schemas import (
     SearchRequest,
 )
 
-LOG = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page.html"
 MOST_BYTES = 8 << 20
 SECURITY = {
@@ -43,14 +41,6 @@ SECURITY = {
     "X-Frame-Options": "DENY",
     "Content-Security-Policy": "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'",
 }
-
-
-class Refused(Exception):
-    """An answer that is an error: status, one line for the user, and the field it is about."""
-
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
 
 
 def create_app(
@@ -109,14 +99,6 @@ def create_app(
         answer.headers.update(SECURITY if not request.url.path.startswith("/docs") else {})
         return answer
 
-    def error(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
-        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-        headers = {"Retry-After": "2"} if status in (429, 503) else {}
-        if status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        said = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-        return JSONResponse(said, status, headers)
-
     @app.exception_handler(Refused)
     async def refused(_: Request, problem: Refused) -> Response:
         return error(problem.status, problem.message, problem.param, problem.code)
@@ -136,7 +118,7 @@ def create_app(
     @app.exception_handler(Busy)
     @app.exception_handler(TimeoutError)
     async def failed(_: Request, problem: Exception) -> Response:
-        return error(*_said(problem))
+        return error(*said_of(problem))
 
     def owner(authorization: Annotated[str | None, Header()] = None) -> str:
         found = allowed.owner(authorization)
@@ -166,7 +148,7 @@ def create_app(
                 async for event in events:
                     yield event
         except Exception as problem:
-            status, message = _said(problem)
+            status, message = said_of(problem)
             yield shapes.event({"error": {"message": message, "type": "server_error", "code": status}})
 
     async def answer_to(body: Any, render: shapes.Rendering, streamed: AsyncIterator[Any]) -> Response:
@@ -453,25 +435,3 @@ def _exported(memories: Memories, owner: str, memory: str) -> str:
         shapes.line({"id": info.name, "text": memories.text(owner, memory, info.name), "metadata": info.metadata})
         for info in memories.documents(owner, memory)
     )
-
-
-def _said(problem: BaseException) -> tuple[int, str]:
-    """Status and line of a failure; nothing of paths, of other users or of the code."""
-    if isinstance(problem, Busy):
-        return 429, "the server is busy; try again in a moment"
-    if isinstance(problem, TimeoutError):
-        return 504, "this took too long and was given up; ask for fewer tokens"
-    if isinstance(problem, StoreFull):
-        return 507, "there is no room left to remember this; nothing of it was kept"
-    if isinstance(problem, StoreLocked):
-        return 503, "the memory is being written by another process; try again in a moment"
-    if isinstance(problem, LongMemError):
-        LOG.warning("refused: %s", problem)
-        return 400, "the memory cannot do this: a document of this name with another text exists, or the text is empty"
-    LOG.exception("failed", exc_info=problem)
-    return 500, "something went wrong here; the server's log says what"
-
-
-def new_id(kind: str) -> str:
-    """An id as the OpenAI API has them."""
-    return f"{kind}{uuid.uuid4().hex}"

@@ -106,7 +106,7 @@ class Recall:
 
 
 def passages(text: str, words: int = PASSAGE_WORDS) -> list[tuple[int, str]]:
-    """Lines of a text as passages with their first character; lines of more words are cut, at sentences if it can be."""
+    """Lines of a text as passages, each with its first character; longer lines are cut, at sentences if possible."""
     found: list[tuple[int, str]] = []
     for line in re.finditer(r"[^\n]+", text):
         start, count = line.start(), 0

@@ -1,0 +1,178 @@
+"""``longmem chat``: a conversation in the terminal that remembers earlier ones."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from longmem.cli.common import (
+    FOLDER,
+    checked,
+    counted,
+    layout_of,
+    load_model,
+    load_tokenizer,
+    one_line,
+    options,
+    read_text,
+    say,
+)
+from longmem.errors import LongMemError
+
+HELP = """/remember FILE  read a text into memory     /memories  what is remembered
+/forget NAME    forget a document           /why       what the last answer read
+/quit           end"""
+
+
+@click.command(
+    short_help="Talk with a model that remembers.",
+    epilog="Example: longmem chat models/small/sidenet --memory memory -n ann",
+)
+@click.argument("model", required=False)
+@click.option("--memory", "folder", type=FOLDER, default="memory", show_default=True, help="The store.")
+@options("namespace", "tokenizer", "device")
+@click.option("--no-keep", is_flag=True, help="Do not keep what is said.")
+@click.option("--recall", type=click.IntRange(min=0), default=5, show_default=True, help="Passages read once more.")
+@click.option("--system", help="What the model is told first.")
+@click.option("--max-new-tokens", "-m", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def command(
+    model: str | None,
+    folder: Path,
+    namespace: str,
+    tokenizer: str | None,
+    device: str,
+    no_keep: bool,
+    recall: int,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> None:
+    """Answer line by line, from the conversation, from memory, and from passages that share words with the question.
+
+    Everything that is said is kept as a document of the namespace, one for each conversation, and read by later ones;
+    --no-keep leaves it out. Lines that begin with / are for the program: /help lists them.
+    """
+    import torch
+
+    from longmem.chat import conversation_name
+    from longmem.store.store import MemoryStore
+
+    loaded = load_model(model, layout_of(folder, writing=True), device)
+    words = load_tokenizer(tokenizer, loaded)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        torch.manual_seed(seed)
+        settings["temperature"] = temperature
+    with MemoryStore.open(folder, model=loaded.model, tokenizer=words) as store:
+        talk = _Talk(loaded.model, words, store, namespace, conversation_name(), not no_keep, recall, settings)
+        if system:
+            talk.messages.append({"role": "system", "content": system})
+        say(f"memory {folder}, namespace {namespace}: {counted(len(talk.documents()), 'document')}; /help, /quit")
+        while (line := _line()) is not None:
+            try:
+                if line.startswith("/"):
+                    if not talk.do(*line.split(maxsplit=1)):
+                        break
+                elif line:
+                    talk.answer(checked(line, "the line"))
+            except LongMemError as problem:  # one line that went wrong does not end the conversation
+                say(f"error: {problem}")
+
+
+class _Talk:
+    """A conversation: its messages, and the document that keeps them."""
+
+    def __init__(
+        self, model: Any, words: Any, store: Any, namespace: str, name: str, kept: bool, recall: int, settings: Any
+    ) -> None:
+        from longmem.store.recall import Recall
+
+        self.model, self.words, self.store, self.namespace = model, words, store, namespace
+        self.name, self.kept, self.passages, self.settings = name, kept, recall, settings
+        self.messages: list[dict[str, str]] = []
+        self.recall = Recall(store, namespace)
+        self.why: list[str] = []
+
+    def documents(self) -> list[Any]:
+        """What is remembered."""
+        return list(self.store.documents(self.namespace)) if self.namespace in self.store.namespaces() else []
+
+    def answer(self, text: str) -> None:
+        """Answer a line, on stdout as it comes, and keep both."""
+        import torch
+        from transformers import TextStreamer
+
+        from longmem.chat import chat_prompt, keep, stop_words
+
+        self.messages.append({"role": "user", "content": text})
+        earlier = [info.name for info in self.documents() if info.name != self.name]
+        recall = self.recall if self.passages and earlier else None
+        prompt = chat_prompt(self.words, self.messages, recall=recall, passages=self.passages, without=[self.name])
+        bank = self.store.bank(self.namespace) if earlier else None
+        ids = torch.tensor([prompt.ids], device=self.model.device)
+        readings: list[Any] = []
+        streamer = TextStreamer(self.words, skip_prompt=True, skip_special_tokens=True)
+        ends = stop_words(self.words)
+        stop = {"stop_strings": ends, "tokenizer": self.words} if ends else {}
+        more = {"memory": bank, "explain": readings} if bank is not None else {}
+        pad = self.words.pad_token_id if self.words.pad_token_id is not None else self.words.eos_token_id
+        out = self.model.generate(ids, streamer=streamer, pad_token_id=pad, **self.settings, **stop, **more)
+        said = self.words.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        for end in ends:
+            said = said.removesuffix(end)
+        self.messages.append({"role": "assistant", "content": said.strip()})
+        self.why = [f"passage  {each.document}: {one_line(each.text)}" for each in prompt.recalled]
+        for reading in _best(readings):
+            self.why.append(f"heads    {reading.origin.document} from token {reading.origin.start_token}: "
+                            f"{100 * reading.share:.1f} % of the output")  # fmt: skip
+        if self.kept:
+            keep(self.store, self.namespace, self.name, self.messages[-2:])
+
+    def do(self, verb: str, rest: str = "") -> bool:
+        """A line for the program; False ends it."""
+        if verb == "/quit":
+            return False
+        if verb == "/why":
+            click.echo("\n".join(self.why) or "the last answer read no memory")
+        elif verb == "/memories":
+            for info in self.documents():
+                click.echo(f"{info.name}  {info.tokens:,} tokens")
+        elif verb == "/forget" and rest:
+            report = self.store.forget(self.namespace, name=rest)
+            click.echo(f"forgot {rest}: {counted(report.tokens, 'token')}")
+        elif verb == "/remember" and rest:
+            receipt = self.store.add_document(self.namespace, read_text(rest), name=Path(rest).name)
+            click.echo(f"{receipt.status} {receipt.name}: {counted(receipt.tokens, 'token')}")
+        else:
+            click.echo(HELP)
+        return True
+
+
+def _best(readings: list[Any]) -> list[Any]:
+    """The chunks that most of the answer's tokens read, largest share first."""
+    totals: dict[tuple[Any, int], Any] = {}
+    for explanation in readings:
+        for reading in explanation.token(-1, top=3):
+            at = (reading.origin.document, reading.origin.start_token)
+            if at not in totals or totals[at].share < reading.share:
+                totals[at] = reading
+    return sorted(totals.values(), key=lambda reading: -reading.share)[:3]
+
+
+def _line() -> str | None:
+    """The next line; None at the end."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  line editing
+
+        try:
+            return input("> ").strip()
+        except EOFError:
+            return None
+    line = sys.stdin.readline()
+    return line.strip() if line else None
