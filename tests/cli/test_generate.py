@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,19 @@ def test_prompt_and_answer_are_kept_only_when_asked(
 def test_a_causal_lm_by_itself_reads_memory_untrained(generate: Callable[..., Done], models: Path) -> None:
     done = generate(PROMPT, "-m", 3, "--json", "--explain", "--ignore-end", model=models / "backbone")
     assert done.status == 0 and len(done.json["tokens"]) == 3
+
+
+def test_the_command_line_says_where_in_a_folder_the_backbone_is_and_in_what_precision(
+    generate: Callable[..., Done], models: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(models / "backbone", tmp_path / "home" / "deep")
+    plain = generate(PROMPT, "-m", 8).out
+    assert generate(PROMPT, "-m", 8, "--backbone", tmp_path / "home", "--subfolder", "deep").out == plain
+    inside = generate(PROMPT, "-m", 8, "--subfolder", "backbone", model=models)
+    assert (inside.status, inside.out) == (0, generate(PROMPT, "-m", 8, model=models / "backbone").out)
+    assert generate(PROMPT, "-m", 8, "--dtype", "bfloat16").status == 0
+    wrong = generate(PROMPT, "--subfolder", "nowhere", model=models)
+    assert f"{models}/nowhere" in wrong.error
 
 
 def test_wrong_names_show_before_a_model_is_loaded(

@@ -132,6 +132,13 @@ _OPTIONS: dict[str, Any] = {
         "the store was made with.",
     ),
     "backbone": click.option("--backbone", help="Where the backbone is, if not where the checkpoint says."),
+    "revision": click.option("--revision", help="Of a hub id."),
+    "subfolder": click.option("--subfolder", help="Where in its folder or hub id the backbone is."),
+    "gguf_file": click.option("--gguf-file", help="Name of the GGUF file in the backbone's folder or hub id."),
+    "dtype": click.option(
+        "--dtype", type=click.Choice(("auto", "float32", "bfloat16", "float16")), default="auto", show_default=True,
+        help="Of the weights; auto: as saved.",
+    ),
     "device": click.option(
         "--device", default="auto", show_default=True, help="cpu, cuda, ...; auto takes a GPU if there is one."
     ),
@@ -198,7 +205,17 @@ class Loaded:
     tokenizer: str | None
 
 
-def load_model(name: str | None, layout: Layout | None, device: str, backbone: str | None = None) -> Loaded:
+def load_model(
+    name: str | None,
+    layout: Layout | None,
+    device: str,
+    backbone: str | None = None,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    gguf_file: str | None = None,
+    dtype: str = "auto",
+) -> Loaded:
     """The model of a store.
 
     Args:
@@ -207,11 +224,16 @@ def load_model(name: str | None, layout: Layout | None, device: str, backbone: s
         layout: of the store; None is a new one.
         device: ``auto`` takes a GPU where there is one.
         backbone: where the backbone of a checkpoint is; None is where the checkpoint says.
+        revision: of a hub id.
+        subfolder: where in ``backbone``, or else in ``name``, the backbone is.
+        gguf_file: the same for a GGUF file.
+        dtype: of the weights; ``auto`` is as saved.
 
     Raises:
         StoreError: no model is named, or the one that the store names cannot be loaded.
         ConfigError, CheckpointError, BackboneError: no such device, or no such model.
     """
+    import torch
     from transformers.utils import logging
 
     from longmem.evaluation.loading import checked_device, checkpoint_folder, model_type
@@ -224,18 +246,25 @@ def load_model(name: str | None, layout: Layout | None, device: str, backbone: s
         raise StoreError("a new store needs the model whose memory it is to hold; name it with --model")
     place, folder = checked_device(device), _absolute(name or (layout.backbone if layout else ""))
     backbone = _absolute(backbone) if backbone else None
+    how: dict[str, Any] = {"revision": revision, "dtype": None if dtype == "auto" else getattr(torch, dtype)}
+    within = {key: part for key, part in (("subfolder", subfolder), ("gguf_file", gguf_file)) if part is not None}
+    itself = bool(within) and backbone is None  # then the name is that of a backbone
+    if within and Path(place_of := backbone or folder).is_dir():
+        joined, within = checkpoint_folder(str(Path(place_of, *within.values()))), {}
+        folder, backbone = (joined, None) if itself else (folder, joined)
     try:
         kinds: dict[str, Any] = {"longmem": LongMem, "memtrm": MemTRM, "training_free": TrainingFree}
-        kind = "" if name is None else model_type(folder := checkpoint_folder(folder))
+        kind = "" if name is None or itself else model_type(folder := checkpoint_folder(folder))
         if kind in kinds:
-            model: Any = kinds[kind].from_pretrained(folder, **({"backbone": backbone} if backbone else {}))
+            other = {"backbone": backbone} if backbone else {}
+            model: Any = kinds[kind].from_pretrained(folder, backbone_kwargs=within, **how, **other)
         elif backbone is not None:
             raise StoreError(f"--backbone is for a checkpoint of ours; {folder} is a causal language model by itself")
         else:
             # what a store names is looked for on this machine only: --model is there to ask for a download
             here = {} if name is not None or Path(folder).is_dir() else {"local_files_only": True}
             layers = None if layout is None else layout.memory_layers
-            model = TrainingFree.from_backbone(folder, memory_layers=layers, backbone_kwargs=here)
+            model = TrainingFree.from_backbone(folder, memory_layers=layers, backbone_kwargs={**here, **within}, **how)
     except (CheckpointError, BackboneError) as error:
         if name is not None:
             raise

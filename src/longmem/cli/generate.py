@@ -64,7 +64,7 @@ SHOWN_CHUNKS = 2
 @click.option(
     "--session-tokens", type=TokenCount(), help="Most tokens of this session in memory; default: the model's."
 )
-@options("tokenizer", "device")
+@options("backbone", "revision", "subfolder", "gguf_file", "dtype", "tokenizer", "device")
 @click.option("--explain", is_flag=True, help="Show as a table what memory did to each token, and what was read.")
 @click.option("--page", type=FOLDER, help="The same as an HTML page, with tokens shaded by what memory did to them.")
 @options("json")
@@ -128,7 +128,8 @@ def _generate(name: str, prompt: str, asked: dict[str, Any], *, stream: bool, re
                 raise StoreError(
                     f"namespace {namespace!r} has a document {keep!r} already; choose another name for --keep"
                 )
-        loaded = load_model(name, None if store is None else store.layout, asked["device"])
+        how = {each: asked[each] for each in ("device", "backbone", "revision", "subfolder", "gguf_file", "dtype")}
+        loaded = load_model(name, None if store is None else store.layout, **how)
         model, tokenizer = loaded.model, load_tokenizer(asked["tokenizer"], loaded)
         if tokenizer is None:
             raise DataError(f"{name}: no tokenizer beside the model or its backbone; name one with --tokenizer")
