@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY) ## the shipped pair remembers texts: perplexity with and without, what was read, a continuation
+demo: $(READY) ## the shipped pair remembers texts: perplexity with and without, a continuation, what was read
 	$(BIN)/longmem demo $(TEXTS)
 
 reproduce: $(READY) ## train the shipped pair again, with its controls, and measure everything: about ten hours

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,22 @@ def test_processors_criteria_and_streamers_see_the_whole_text(llama: LongMem) ->
     )
     assert got.shape == (1, 40) and processor.lengths == list(range(20, 40))
     assert streamer.all == [*got[0].tolist(), -1]
+
+
+def test_threads_that_share_a_model_share_no_window(llama: LongMem) -> None:
+    def answer(seed: int) -> list[int]:
+        memory = bank_of(llama, seed=seed) if seed else None
+        got: Tensor = llama.generate(ids(1, 14, seed), memory=memory, max_new_tokens=16, **WINDOW, **GREEDY)
+        return got[0].tolist()
+
+    alone = [answer(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(answer, [0, 1, 2, 3] * 6)) == alone * 6
+
+
+def test_hidden_states_and_attentions_come_back(llama: LongMem) -> None:
+    out = llama.generate(ids(1, 5), max_new_tokens=2, return_dict_in_generate=True, output_hidden_states=True, **GREEDY)
+    assert [len(step) for step in out.hidden_states] == [5, 5] and out.hidden_states[0][0].shape == (1, 5, 32)
 
 
 def test_a_full_session_drops_its_oldest(llama: LongMem) -> None:
