@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -55,7 +56,7 @@ def command(
     if done.ignored:
         click.echo(f"ignored {len(done.ignored)} unknown tensors: {', '.join(done.ignored)}", err=True)
     if as_json:
-        click.echo(json.dumps(done.as_dict()))
+        click.echo(json.dumps(asdict(done)))
         return
     trained = f", {done.trained:,} of them in the SideNet" if done.trained else ""
     click.echo(f"{done.out}: {done.kind} of {done.parameters:,} parameters{trained}, {done.dtype}")

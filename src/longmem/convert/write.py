@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from longmem.convert.fairseq import (
     FairseqCheckpoint,
@@ -46,9 +46,6 @@ class Converted:
     dtype: str
     ignored: list[str]
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def convert(
     checkpoint: str | Path,
@@ -76,28 +73,38 @@ def convert(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: is there already and not empty; choose another --out or remove it")
     read = read_fairseq(checkpoint, settings)
-    if not read.is_longmem:
-        if backbone is not None:
-            raise CheckpointError(f"{checkpoint}: is a backbone itself; --backbone belongs to a LongMem checkpoint")
-        model = backbone_from_fairseq(read, dtype)
-        tokenizer = _tokenizer(vocabulary, model)
-        model.save_pretrained(out)
-        _save(tokenizer, out)
-        return _converted("backbone", out, out, model, model, read)
-    beside = _given_backbone(read, backbone, dtype)
-    target = Path(backbone) if backbone is not None and Path(backbone).is_dir() else out / "backbone"
-    longmem = longmem_from_fairseq(read, beside, dtype)
-    tokenizer = _tokenizer(vocabulary, longmem.backbone.model)
-    if target == out / "backbone":
-        longmem.backbone.model.save_pretrained(target)
-        _save(tokenizer, target)
-        # beside the SideNet: the folder can be moved
-        longmem.config.backbone_name_or_path = target.name
-    else:
-        longmem.config.backbone_name_or_path = str(target.resolve())
-    _save(tokenizer, out)
-    longmem.save_pretrained(out)
-    return _converted("longmem", out, target, longmem, longmem.backbone.model, read)
+    if not read.is_longmem and backbone is not None:
+        raise CheckpointError(f"{checkpoint}: is a backbone itself; --backbone belongs to a LongMem checkpoint")
+    longmem, place, beside = None, out, False
+    if read.is_longmem:
+        beside = backbone is not None and Path(backbone).is_dir()
+        place = Path(str(backbone)) if beside else out / "backbone"
+        longmem = longmem_from_fairseq(read, _given_backbone(read, backbone, dtype), dtype)
+    base: Any = backbone_from_fairseq(read, dtype) if longmem is None else longmem.backbone.model
+    tokenizer = None  # made before anything is written: what does not fit leaves no folder behind
+    if vocabulary is not None:
+        tokenizer = tokenizer_from_fairseq(vocabulary, base.config.vocab_size, base.config.max_position_embeddings)
+    if not beside:
+        base.save_pretrained(place)
+    if longmem is not None:
+        # a backbone inside is named by its place beside the SideNet: the folder can be moved
+        longmem.config.backbone_name_or_path = str(place.resolve()) if beside else place.name
+        longmem.save_pretrained(out)
+    if tokenizer is not None:
+        for folder in {out} if beside else {out, place}:
+            tokenizer.save_pretrained(str(folder))
+    parameters = {
+        id(each): each.numel() for model in (base, longmem) if model is not None for each in model.parameters()
+    }
+    return Converted(
+        kind="backbone" if longmem is None else "longmem",
+        out=str(out),
+        backbone=str(place),
+        parameters=sum(parameters.values()),
+        trained=sum(value.numel() for value in read.side.values()),
+        dtype=str(next(base.parameters()).dtype).removeprefix("torch."),
+        ignored=read.ignored,
+    )
 
 
 def longmem_from_fairseq(
@@ -132,19 +139,6 @@ def longmem_from_fairseq(
     return model
 
 
-def _tokenizer(vocabulary: str | Path | None, backbone: PreTrainedModel) -> PreTrainedTokenizerFast | None:
-    """Made before anything is written: what does not fit leaves no folder behind."""
-    if vocabulary is None:
-        return None
-    config: Any = backbone.config
-    return tokenizer_from_fairseq(vocabulary, config.vocab_size, config.max_position_embeddings)
-
-
-def _save(tokenizer: PreTrainedTokenizerFast | None, folder: Path) -> None:
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
-
-
 def _given_backbone(
     read: FairseqCheckpoint, backbone: str | Path | None, dtype: torch.dtype | None
 ) -> PreTrainedModel | None:
@@ -166,18 +160,3 @@ def _given_backbone(
 def _equal(left: Tensor, right: Tensor) -> bool:
     coarse = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
     return left.shape == right.shape and torch.equal(left.to(coarse), right.to(coarse))
-
-
-def _converted(
-    kind: str, out: Path, backbone: Path, model: torch.nn.Module, base: PreTrainedModel, read: FairseqCheckpoint
-) -> Converted:
-    parameters = {id(value): value.numel() for value in (*model.parameters(), *base.parameters())}
-    return Converted(
-        kind=kind,
-        out=str(out),
-        backbone=str(backbone),
-        parameters=sum(parameters.values()),
-        trained=sum(value.numel() for value in read.side.values()),
-        dtype=str(next(base.parameters()).dtype).removeprefix("torch."),
-        ignored=read.ignored,
-    )
