@@ -102,7 +102,7 @@ def save_and_show(result: Any, shared: dict[str, Any]) -> None:
     text = to_json(result)
     plain = json.loads(text)
     if shared["out"] is not None:
-        path = shared["out"] / f"{result.header.task}.json"
+        path = shared["out"] / f"{plain['header']['task']}.json"
         write_json(path, result)
         for written in (path, *plot_all(plain, shared["out"])):
             click.echo(f"wrote {written}", err=True)

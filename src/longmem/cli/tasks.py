@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from longmem.evaluation.task import Task
 
 Given = dict[str, Any]
-Build = Callable[[Any, int], "Task[Any]"]
+Build = Callable[[Any, int], "Task"]
 """``(tokenizer, window)`` -> the task."""
 MOST_DEPTHS = 1001
 
@@ -274,7 +274,7 @@ def _open(given: Given) -> tuple[list[Asker], Any, Given]:
     return [asker for asker in found if asker.name in names], tokenizer, config
 
 
-def _run(task: Task[Any], askers: list[Asker], config: Given, given: Given) -> None:
+def _run(task: Task, askers: list[Asker], config: Given, given: Given) -> None:
     """Ask all systems, write the result and its pictures, and print it."""
     from longmem.evaluation.bootstrap import Bootstrap
     from longmem.evaluation.results import command_line

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from torch import Tensor
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Asker, Prompt, Tokens, padded
 from longmem.evaluation.results import RunHeader
-
-log = logging.getLogger(__name__)
+from longmem.evaluation.task import Json
+from longmem.progress import track
 
 
 class MemoryLM(HFLM):  # type: ignore[misc]  # it is not there where types are checked
@@ -76,10 +76,10 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # it is not there where types are c
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, window by window; each window has all that came before it in memory."""
         texts = [self.tok_encode(request.args[0]) for request in requests]
-        order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
+        order = sorted((number for number, text in enumerate(texts) if text), key=lambda number: -len(texts[number]))
         totals = [0.0] * len(texts)
         for at in range(0, len(order), self.asker.rows):
-            numbers = [number for number in order[at : at + self.asker.rows] if texts[number]]
+            numbers = order[at : at + self.asker.rows]
             for number, total in zip(numbers, self._roll([texts[number] for number in numbers]), strict=True):
                 totals[number] = total
         for request, total in zip(requests, totals, strict=True):
@@ -90,34 +90,28 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # it is not there where types are c
         """Texts in one batch, the longest first, by the harness's own windows."""
         cut = {"prefix_token": self.prefix_token_id, "max_seq_len": self.max_length, "context_len": 1}
         windows = [
-            list(map(utils.make_disjoint_window, utils.get_rolling_token_windows(token_list=text, **cut)))
+            [utils.make_disjoint_window(window) for window in utils.get_rolling_token_windows(token_list=text, **cut)]
             for text in texts
         ]
-        bank = self.asker.bank(len(texts), max(map(len, texts), default=0))
+        bank = self.asker.bank(len(texts), len(texts[0]))
         totals, read, scored = [0.0] * len(texts), [0] * len(texts), [0] * len(texts)
-        for step in range(max(map(len, windows), default=0)):
-            rows = [row for row, of_text in enumerate(windows) if step < len(of_text)]
+        for step in range(len(windows[0])):
+            some = {row: of_text[step] for row, of_text in enumerate(windows) if step < len(of_text)}
             if bank is not None:
                 # the first context is the prefix token, which is no part of the text
-                ends = {row: max(0, scored[row] - len(windows[row][step][0])) for row in rows}
+                ends = {row: max(0, scored[row] - len(context)) for row, (context, _) in some.items()}
                 self.asker.add(bank, {row: texts[row][read[row] : end] for row, end in ends.items()})
                 for row, end in ends.items():
                     read[row] = end
-                # the tail short of a chunk is closed where nothing is to follow it
-                last = [row for row in rows if step == len(windows[row]) - 1 and ends[row]]
-                if last:
-                    bank.end_document(torch.tensor(last))
-            reads = {} if bank is None else {"memory": bank, "memory_rows": torch.tensor(rows)}
-            ids, _ = padded(
-                [[*context, *after[:-1]] for context, after in (windows[r][step] for r in rows)], self.device
-            )
+                    if end and step == len(windows[row]) - 1:  # close the tail short of a chunk: nothing follows it
+                        bank.end_document(torch.tensor([row]))
+            reads = {} if bank is None else {"memory": bank, "memory_rows": torch.tensor(list(some))}
+            ids, _ = padded([[*context, *after[:-1]] for context, after in some.values()], self.device)
             logits = self.asker.logits(ids, ids.shape[1], reads)
-            for row, of_row in zip(rows, logits, strict=True):
-                context, after = windows[row][step]
+            for (row, (context, after)), of_row in zip(some.items(), logits, strict=True):
+                logprobs = of_row[len(context) - 1 :][: len(after)].float().log_softmax(-1)
                 targets = torch.tensor(after, device=of_row.device)
-                first = len(context) - 1
-                found = of_row[first : first + len(after)].float().log_softmax(-1).gather(1, targets[:, None])
-                totals[row] += found.sum().item()
+                totals[row] += logprobs.gather(1, targets[:, None]).sum().item()
                 scored[row] += len(after)
         return totals
 
@@ -146,22 +140,6 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # it is not there where types are c
         return generated
 
 
-@dataclass(frozen=True)
-class HarnessResult:
-    """What ``longmem eval harness`` writes as JSON.
-
-    Attributes:
-        systems: name -> label.
-        tasks: task -> metric -> system -> ``value`` and ``stderr`` (None where the harness gives none).
-        versions: of the tasks.
-    """
-
-    header: RunHeader
-    systems: dict[str, str]
-    tasks: dict[str, dict[str, dict[str, dict[str, float | None]]]]
-    versions: dict[str, Any]
-
-
 def harness(
     askers: Sequence[Asker],
     tasks: Sequence[str],
@@ -172,8 +150,8 @@ def harness(
     resamples: int = 1000,
     seed: int = 0,
     command: str = "",
-    config: dict[str, Any] | None = None,
-) -> HarnessResult:
+    config: Json | None = None,
+) -> Json:
     """Run tasks of lm-evaluation-harness on every system.
 
     Args:
@@ -187,66 +165,49 @@ def harness(
         command: as typed, kept in the result.
         config: what else the result should say about its making.
 
+    Returns:
+        the JSON of the result file: ``header``, ``systems`` (name -> label), ``tasks`` (task -> metric -> system ->
+        ``value`` and ``stderr``, None where the harness gives none), ``versions`` of the tasks.
+
     Raises:
         ConfigError: a task is not known.
         DataError: its data cannot be read.
     """
     began = time.monotonic()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = _manager(tasks, include)
-    found: dict[str, dict[str, dict[str, dict[str, float | None]]]] = {}
-    versions: dict[str, Any] = {}
-    counts: dict[str, int] = {}
-    for asker in askers:
-        log.info("%s: %s", asker.name, ", ".join(tasks))
+    manager, found, results = _manager(tasks, include), Json(), Json()
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
+    settings = {"tasks": list(tasks), "num_fewshot": num_fewshot, "limit": limit}
+    for asker in track(askers, "lm-evaluation-harness", len(askers), "systems"):
         try:
-            results: Any = simple_evaluate(
-                model=MemoryLM(asker),
-                tasks=list(tasks),
-                num_fewshot=num_fewshot,
-                limit=limit,
-                bootstrap_iters=resamples,
-                task_manager=manager,
-                log_samples=False,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
-            )
+            more: Any = {"bootstrap_iters": resamples, "task_manager": manager, "log_samples": False, **seeds}
+            results = simple_evaluate(model=MemoryLM(asker), **settings, **more)
         except OSError as problem:
             reason = (str(problem).splitlines() or [type(problem).__name__])[0]
             raise DataError(
                 f"the data of {', '.join(tasks)} cannot be read ({reason}); connect to the hub, or name files of your "
                 "own in a task of --include"
             ) from problem
-        versions = dict(results["versions"])
-        counts = {name: int(of_task["effective"]) for name, of_task in results["n-samples"].items()}
         for task, metrics in results["results"].items():
             for metric, value in metrics.items():
                 name, _, which = metric.partition(",")
-                if not which or name.endswith("_stderr") or not isinstance(value, int | float):
-                    continue
-                error = metrics.get(f"{name}_stderr,{which}")
-                shown = name if which == "none" else f"{name} ({which})"
-                score = {"value": float(value), "stderr": error if isinstance(error, int | float) else None}
-                found.setdefault(task, {}).setdefault(shown, {})[asker.name] = score
-    settings = {"tasks": list(tasks), "window": askers[0].window, "rows": askers[0].rows}
-    return HarnessResult(
-        header=RunHeader(
-            task="harness",
-            command=command,
-            config=settings
-            | {"num_fewshot": num_fewshot, "limit": limit, "include": list(include), "resamples": resamples}
-            | (config or {}),
-            models={asker.name: asker.identity for asker in askers},
-            samples=counts,
-            seeds=[seed],
-            seconds=round(time.monotonic() - began, 1),
-        ),
-        systems={asker.name: asker.label for asker in askers},
-        tasks=found,
-        versions=versions,
+                if which and not name.endswith("_stderr") and isinstance(value, int | float):
+                    error = metrics.get(f"{name}_stderr,{which}")
+                    shown = name if which == "none" else f"{name} ({which})"
+                    score = {"value": float(value), "stderr": error if isinstance(error, int | float) else None}
+                    found.setdefault(task, {}).setdefault(shown, {})[asker.name] = score
+    about = {"window": askers[0].window, "rows": askers[0].rows, "include": list(include), "resamples": resamples}
+    header = RunHeader(
+        task="harness",
+        command=command,
+        config=settings | about | (config or {}),
+        models={asker.name: asker.identity for asker in askers},
+        samples={name: int(of_task["effective"]) for name, of_task in results["n-samples"].items()},
+        seeds=[seed],
+        seconds=round(time.monotonic() - began, 1),
     )
+    systems = {asker.name: asker.label for asker in askers}
+    return {"header": asdict(header), "systems": systems, "tasks": found, "versions": dict(results["versions"])}
 
 
 def _manager(tasks: Sequence[str], include: Sequence[str]) -> TaskManager:
@@ -257,10 +218,5 @@ def _manager(tasks: Sequence[str], include: Sequence[str]) -> TaskManager:
             unknown = [name for name in tasks if name not in manager.all_tasks]
             if not unknown:
                 return manager
-    where = f" nor in {', '.join(include)}" if include else ""
-    raise ConfigError(
-        [
-            f"tasks ({name}) is not known to lm-evaluation-harness{where}; `lm-eval ls tasks` lists them"
-            for name in unknown
-        ]
-    )
+    place = "lm-evaluation-harness" + (f" nor in {', '.join(include)}" if include else "")
+    raise ConfigError([f"tasks ({name}) is not known to {place}; `lm-eval ls tasks` lists them" for name in unknown])

@@ -9,12 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from longmem.errors import DataError
 from longmem.evaluation.asking import Asker, Prompt
-from longmem.evaluation.bootstrap import Bootstrap
+from longmem.evaluation.bootstrap import Bootstrap, Floats
 from longmem.evaluation.records import Ledger
 from longmem.evaluation.results import RunHeader
-from longmem.evaluation.task import Example, ExampleScores, Task, TaskResult, Values, digest_of, group_scores
+from longmem.evaluation.systems import compared
+from longmem.evaluation.task import Example, Json, Metric, Task, digest_of
 from longmem.progress import Progress
 
 ALL = "all"
@@ -23,15 +26,15 @@ TOGETHER = 64  # prompts that are laid out and asked at one time, at least where
 
 
 def run_task(
-    task: Task[Any],
+    task: Task,
     askers: Sequence[Asker],
     *,
     records: Path | None = None,
     bootstrap: Bootstrap | None = None,
     command: str = "",
-    config: dict[str, Any] | None = None,
+    config: Json | None = None,
     quiet: bool = False,
-) -> TaskResult:
+) -> Json:
     """Ask every system every example.
 
     Args:
@@ -44,6 +47,10 @@ def run_task(
         config: what else the result should say about its making.
         quiet: show no progress.
 
+    Returns:
+        the JSON of the result file: ``header``, ``systems`` (name -> label), ``metrics``, ``groups`` (see
+        ``group_scores``; ``all`` first), ``examples`` with their ``values`` (system -> metric), ``extra``.
+
     Raises:
         DataError: the task has no examples.
     """
@@ -52,7 +59,7 @@ def run_task(
     if not examples:
         raise DataError(f"{task.name} has no examples under these settings; give it more text, or wider limits")
     ledger = Ledger(records)
-    values: list[Values] = [{} for _ in examples]
+    values: list[Json] = [{} for _ in examples]
     seconds: dict[tuple[str, str], float] = {}
     for asker in askers:
         with Progress(f"{task.name}, {asker.label}", len(examples), "examples", quiet=quiet) as progress:
@@ -66,31 +73,86 @@ def run_task(
         groups.setdefault(example.group, []).append(number)
     if len(groups) == 2:
         del groups[ALL]  # there is one group only
-    result = TaskResult(
-        header=RunHeader(
-            task=task.name,
-            command=command,
-            config=task.settings() | {"bootstrap": asdict(bootstrap)} | (config or {}),
-            models={asker.name: asker.identity | {"window": asker.window} for asker in askers},
-            samples={"examples": len(examples), "units": len({example.unit for example in examples})},
-            seeds=list(task.seeds),
-            seconds=round(sum(seconds.values()), 1),
-        ),
-        systems={asker.name: asker.label for asker in askers},
-        skipped={},
-        metrics=list(task.metrics),
-        groups=[
+    header = RunHeader(
+        task=task.name,
+        command=command,
+        config=task.settings() | {"bootstrap": asdict(bootstrap)} | (config or {}),
+        models={asker.name: asker.identity | {"window": asker.window} for asker in askers},
+        samples={"examples": len(examples), "units": len({example.unit for example in examples})},
+        seeds=list(task.seeds),
+        seconds=round(sum(seconds.values()), 1),
+    )
+    result: Json = {
+        "header": asdict(header),
+        "systems": {asker.name: asker.label for asker in askers},
+        "metrics": [asdict(metric) for metric in task.metrics],
+        "groups": [
             group_scores(name, [examples[n] for n in some], [values[n] for n in some], task.metrics, bootstrap)
             for name, some in groups.items()
         ],
-        examples=[ExampleScores(e.id, e.group, e.unit, found) for e, found in zip(examples, values, strict=True)],
-        extra={},
-    )
-    return task.summarise(result, examples, askers, bootstrap)
+        "examples": [
+            {"id": example.id, "group": example.group, "unit": example.unit, "values": found}
+            for example, found in zip(examples, values, strict=True)
+        ],
+    }
+    task.summarise(result, examples, askers, bootstrap)
+    return result
+
+
+def group_scores(
+    name: str,
+    examples: Sequence[Example],
+    values: Sequence[Json],
+    metrics: Sequence[Metric],
+    bootstrap: Bootstrap,
+    *,
+    weights: Sequence[float] | None = None,
+    drawn: str = "",
+) -> Json:
+    """Means, differences and intervals over E examples in U units.
+
+    Args:
+        name: of the group.
+        examples: of the group.
+        values: of each example, system -> metric -> value.
+        metrics: to average.
+        bootstrap: of intervals, which draws units.
+        weights: of each example in the mean; None weights all alike.
+        drawn: what a unit is, for the result file; empty is "examples", or "units" where a unit has several.
+
+    Returns:
+        ``group``, ``examples``, ``units``, ``scores`` (system, metric, value, interval) and ``differences`` (the same
+        with ``against``), paired by example.
+    """
+    units = {unit: at for at, unit in enumerate(dict.fromkeys(example.unit for example in examples))}
+    where, systems = np.array([units[example.unit] for example in examples]), list(values[0])
+    weight = np.ones(len(examples)) if weights is None else np.asarray(weights, dtype=float)
+    said = drawn or ("examples" if all(example.unit == example.id for example in examples) else "units")
+
+    def summed(column: Sequence[float]) -> Floats:
+        return np.bincount(where, weights=weight * np.asarray(column), minlength=len(units)).astype(np.float64)
+
+    def mean(sums: Floats) -> Json:
+        interval = bootstrap.mean(sums, count, said)
+        return {"value": float(sums.sum() / count.sum()), "interval": None if interval is None else asdict(interval)}
+
+    count = summed([1.0] * len(examples))
+    total = {(s, m.name): summed([value[s][m.name] for value in values]) for m in metrics for s in systems}
+    return {
+        "group": name,
+        "examples": len(examples),
+        "units": len(units),
+        "scores": [{"system": s, "metric": m} | mean(sums) for (s, m), sums in total.items()],
+        "differences": [
+            {"system": s, "against": a, "metric": m.name} | mean(total[s, m.name] - total[a, m.name])
+            for m in metrics
+            for s, a in compared(systems)
+        ],
+    }
 
 
 def _answers(
-    task: Task[Any], asker: Asker, examples: Sequence[Example[Any]], ledger: Ledger
+    task: Task, asker: Asker, examples: Sequence[Example], ledger: Ledger
 ) -> Iterator[tuple[int, tuple[str, str]]]:
     """(number of an example, names of its record), in the order in which they are done; what is equal is asked once."""
     for batch in _batches(task, asker, examples):
@@ -117,7 +179,7 @@ def _answers(
             yield from ((number, names) for number in named[names])
 
 
-def _batches(task: Task[Any], asker: Asker, examples: Sequence[Example[Any]]) -> Iterator[dict[int, Prompt]]:
+def _batches(task: Task, asker: Asker, examples: Sequence[Example]) -> Iterator[dict[int, Prompt]]:
     batch: dict[int, Prompt] = {}
     last: Any = ()
     for number, example in enumerate(examples):

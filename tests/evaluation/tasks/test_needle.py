@@ -194,7 +194,7 @@ def test_an_answer_is_exact_when_it_is_what_greedy_decoding_writes(haystack: Hay
 def test_a_system_without_memory_sees_the_end_of_the_text_and_the_question(
     haystack: Haystack, byte_tokenizer: Any
 ) -> None:
-    def seen(depth: float) -> tuple[str, Example[Trial]]:
+    def seen(depth: float) -> tuple[str, Example]:
         task = _task(haystack, byte_tokenizer, depths=[depth])
         backbone = askers(Comparison.of_backbone(_Nothing()), byte_tokenizer, window=150)[0]  # type: ignore[arg-type]
         return byte_tokenizer.decode(task.prompt(task.examples()[0], backbone).contexts[0][-150:]), task.examples()[0]

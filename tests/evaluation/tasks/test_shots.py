@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Asker
-from longmem.evaluation.tasks.shots import Shots, draw, encode_after, fitting, start_tokens
+from longmem.evaluation.task import Example
+from longmem.evaluation.tasks.shots import Shots, draw, encode_after, fitting, shots_seen, start_tokens
 
 
 def asker(window: int, *, whole: bool = False, memory: int | None = None) -> Asker:
@@ -64,10 +66,11 @@ def test_room_is_reserved_for_another_question() -> None:
     assert SHOTS.lay_out(asker(10), (7,), after=0, least=3).local == 2
 
 
-def test_memory_holds_the_newest_demonstrations() -> None:
-    laid = SHOTS.lay_out(asker(12), (7, 8), after=2)
-    assert [SHOTS.seen(asker(8, memory=size), laid) for size in (4, 6, 8)] == [(3, 2), (3, 2), (3, 3)]
-    assert SHOTS.seen(asker(8), laid) == (3, 0)
+def test_what_each_system_sees_is_counted() -> None:
+    askers = [replace(asker(12, memory=size), name=str(size)) for size in (4, 6, 8, None)]
+    found = shots_seen([Example("e", "g", "u", None)], askers, lambda e, a: (SHOTS, SHOTS.lay_out(a, (7, 8), after=2)))
+    assert {name: seen["memory"] for name, seen in found["g"].items()} == {"4": 2, "6": 2, "8": 3, "None": 0}
+    assert {seen["window"] for seen in found["g"].values()} == {3} and found["g"]["4"]["cut"] == 0
     assert fitting([], 5) == 0
 
 

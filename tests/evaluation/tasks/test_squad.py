@@ -136,15 +136,15 @@ def test_known_answers_give_known_scores_by_article(read: tuple[SquadFile, Squad
     asker = Scripted("backbone", "backbone", {}, None, byte_tokenizer, 240)
     result = run_task(task(read, byte_tokenizer), [asker], bootstrap=Bootstrap(resamples=20))
     # half of the questions ask where; "Ada d00" and "the hill" share no word
-    assert [(group.group, group.examples, group.units) for group in result.groups] == [
+    assert [(group["group"], group["examples"], group["units"]) for group in result["groups"]] == [
         ("all", 16, 2),
         ("1 + 0", 8, 2),
         ("1 + 4", 8, 2),
     ]
-    assert [group.score("backbone", "exact_match").value for group in result.groups] == [50, 50, 50]
-    assert result.extra["by_article"]["1 + 4"]["backbone"]["f1"] == {"Article_0": 50, "Article_1": 50}
-    assert result.extra["per_seed"]["1 + 0"]["backbone"]["exact_match"] == {"1": 50, "2": 50}
-    assert result.extra["shots"]["1 + 4"]["backbone"] == {"window": 1, "memory": 0, "cut": 0}
+    assert {score["value"] for group in result["groups"] for score in group["scores"]} == {50}
+    assert result["extra"]["by_article"]["1 + 4"]["backbone"]["f1"] == {"Article_0": 50, "Article_1": 50}
+    assert result["extra"]["per_seed"]["1 + 0"]["backbone"]["exact_match"] == {"1": 50, "2": 50}
+    assert result["extra"]["shots"]["1 + 4"]["backbone"] == {"window": 1, "memory": 0, "cut": 0}
     assert len(asker.prompts) == 2 * 4  # seeds, questions: demonstrations in memory change nothing for it
     asked = str(byte_tokenizer.decode(asker.prompts[-1].contexts[0]))
     assert asked.count("Context:") == 2 and asked.endswith("\nQuestion: Who came?\nAnswer:")

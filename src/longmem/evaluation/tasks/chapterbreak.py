@@ -16,7 +16,7 @@ from typing import Any
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
-from longmem.evaluation.task import Example, Metric, Task, different, drawn, numbered
+from longmem.evaluation.task import Example, Json, Metric, Task, different, drawn, numbered
 from longmem.evaluation.tasks.shots import encode_after, start_tokens
 
 BETWEEN = "\n\n"  # between a prefix and a suffix, the same for all suffixes
@@ -108,7 +108,7 @@ def files_for(files: Sequence[ChapterBreakFile], prefix: int) -> list[ChapterBre
     return found
 
 
-class ChapterBreakTask(Task[tuple[int, Item]]):
+class ChapterBreakTask(Task):
     """Six-way suffix identification. Groups are a split and a prefix length, units are works.
 
     Args:
@@ -148,7 +148,7 @@ class ChapterBreakTask(Task[tuple[int, Item]]):
             Metric("gold_nats", "true suffix, per token", "nats", "lower"),
         )
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Json:
         return {
             "files": {file.name: {"sha256": file.sha256, "examples": len(file.items)} for file in self.files},
             "file_of_prefix": {str(prefix): [file.name for file in files] for prefix, files in self.taken.items()},
@@ -158,10 +158,10 @@ class ChapterBreakTask(Task[tuple[int, Item]]):
             "seed": self.seeds[0],
         }
 
-    def examples(self) -> list[Example[tuple[int, Item]]]:
+    def examples(self) -> list[Example]:
         return [example for prefix in self.taken for example in self._examples(prefix)]
 
-    def _examples(self, prefix: int) -> Iterator[Example[tuple[int, Item]]]:
+    def _examples(self, prefix: int) -> Iterator[Example]:
         splits: dict[str, list[Item]] = {}
         for file in self.taken[prefix]:
             for item in file.items:
@@ -173,7 +173,7 @@ class ChapterBreakTask(Task[tuple[int, Item]]):
                 name = f"{unit}/{items[number].number}, {prefix}"
                 yield Example(name, f"{split}, {short}", unit, (prefix, items[number]))
 
-    def prompt(self, example: Example[tuple[int, Item]], asker: Asker) -> Prompt:
+    def prompt(self, example: Example, asker: Asker) -> Prompt:
         """The last tokens of the prefix, and the first of each suffix."""
         prefix, item = example.item
         suffixes = encode_after(self.tokenizer, BETWEEN, [option.strip() for option in item.options])
@@ -188,7 +188,7 @@ class ChapterBreakTask(Task[tuple[int, Item]]):
         pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return tuple(token for token, (start, _) in pairs if start < len(text))
 
-    def measure(self, example: Example[tuple[int, Item]], prompt: Prompt, answer: Answer) -> dict[str, float]:
+    def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
         """Whether the first option wins, by summed log-likelihood and per token; as in the authors' script also a tie
         counts as right."""
         (scored,) = answer.scored

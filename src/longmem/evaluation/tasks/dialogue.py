@@ -13,7 +13,7 @@ from typing import Any
 
 from longmem.errors import ConfigError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
-from longmem.evaluation.task import Example, Metric, Task, drawn, numbered
+from longmem.evaluation.task import Example, Json, Metric, Task, drawn, numbered
 from longmem.evaluation.tasks.dialogue_data import (
     ADVERSARIAL,
     MULTI_HOP,
@@ -55,7 +55,7 @@ class Asked:
         return f"({'b' if self.offered['a'] == self.question.answer else 'a'})"
 
 
-class DialogueTask(Task[Asked]):
+class DialogueTask(Task):
     """Questions of LoCoMo, replies of MSC. Groups are LoCoMo's categories and MSC's sessions, units conversations.
 
     In the window are the newest tokens of the sessions, the session that goes on (MSC), and the question; what of that
@@ -105,7 +105,7 @@ class DialogueTask(Task[Asked]):
         most = max(1, window // 4)
         return {"recent": window // 2, "new_tokens": min(50, most), "answer_tokens": min(128, most)}
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Json:
         return {
             "files": {
                 file.name: {"kind": file.kind, "sha256": file.sha256, "conversations": len(file.conversations)}
@@ -121,7 +121,7 @@ class DialogueTask(Task[Asked]):
             "bleu": f"case:mixed|eff:yes|tok:13a|smooth:exp|version:{metadata.version('sacrebleu')}",
         }
 
-    def examples(self) -> list[Example[Asked]]:
+    def examples(self) -> list[Example]:
         found = []
         for file in self.files:
             chosen = file.conversations[: self.limits["conversations"]]
@@ -139,7 +139,7 @@ class DialogueTask(Task[Asked]):
                     found.append(Example(f"{name}/{question.id}", question.group, unit, asked))
         return found
 
-    def prompt(self, example: Example[Asked], asker: Asker) -> Prompt:
+    def prompt(self, example: Example, asker: Asker) -> Prompt:
         """To score the reference answer, and to have one generated."""
         asked = example.item
         memory, recent = self._sessions(asked.conversation)
@@ -148,7 +148,7 @@ class DialogueTask(Task[Asked]):
         context = (*(() if memory else self.start), *recent, *words)
         return Prompt((context,), (answer[: self.answer_tokens],), self.new_tokens, memory)
 
-    def gold(self, example: Example[Asked]) -> dict[str, Any]:
+    def gold(self, example: Example) -> Json:
         asked, question = example.item, example.item.question
         return {
             "asked": asked.words,
@@ -157,7 +157,7 @@ class DialogueTask(Task[Asked]):
             "category": question.category,
         }
 
-    def measure(self, example: Example[Asked], prompt: Prompt, answer: Answer) -> dict[str, float]:
+    def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
         question, (scored,) = example.item.question, answer.scored
         text = self.tokenizer.decode(answer.said, skip_special_tokens=True)
         # an answer ends with the first line that has something on it

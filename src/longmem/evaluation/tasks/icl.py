@@ -8,30 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
 from longmem.evaluation.bootstrap import Bootstrap
-from longmem.evaluation.task import (
-    Example,
-    ExampleScores,
-    Metric,
-    Task,
-    TaskResult,
-    different,
-    drawn,
-    group_scores,
-    means_by,
-)
+from longmem.evaluation.runner import group_scores
+from longmem.evaluation.task import Example, Json, Metric, Task, different, drawn, leaves, means_by
 from longmem.evaluation.tasks.icl_data import IclSet
-from longmem.evaluation.tasks.shots import LaidOut, Shots, draw, encode_after, start_tokens
+from longmem.evaluation.tasks.shots import LaidOut, Shots, draw, encode_after, shots_seen, start_tokens
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # of Zhao et al.; their label probabilities are averaged
-AVERAGE = "average"
 
 
 class Prompts:
@@ -44,39 +33,30 @@ class Prompts:
 
     def __init__(self, data: IclSet, tokenizer: Any) -> None:
         self.data, self.tokenizer = data, tokenizer
-        self.start = start_tokens(tokenizer)
         self.options = tuple(encode_after(tokenizer, data.tail, [f" {label}" for label in data.labels]))
         self.content_free = self._queries(CONTENT_FREE)
-        self.after = max(map(len, self.options)) - 1  # the last token of a label is no input
-        self._shots: dict[tuple[int, int, int], Shots] = {}
+        self.shots = lru_cache(maxsize=None)(self._draw)
 
     @cached_property
     def demonstrations(self) -> list[Tokens]:
         """Every training text with its label."""
-        texts = [f"{self._query(e.text)} {self.data.labels[e.label]}." for e in self.data.train]
+        texts = [f"{self._query(text)} {self.data.labels[label]}." for text, label in self.data.train]
         return encode_after(self.tokenizer, ".", texts)
 
     @cached_property
     def queries(self) -> list[Tokens]:
         """Every test text."""
-        return self._queries([example.text for example in self.data.test])
-
-    def shots(self, seed: int, local: int, memory: int) -> Shots:
-        """The demonstrations of a seed.
-
-        Raises:
-            DataError: there are not so many training texts.
-        """
-        if (seed, local, memory) not in self._shots:
-            near, far = draw(self.data.name, seed, len(self.data.train), local, memory)
-            known = self.demonstrations
-            shots = Shots(self.start, tuple(known[n] for n in near), tuple(known[n] for n in far))
-            self._shots[seed, local, memory] = shots
-        return self._shots[seed, local, memory]
+        return self._queries([text for text, _ in self.data.test])
 
     def lay_out(self, asker: Asker, shots: Shots, text: int) -> LaidOut:
         """A test text with the demonstrations that fit; each content-free text fits in its place."""
-        return shots.lay_out(asker, self.queries[text], self.after, max(map(len, self.content_free)))
+        after = max(map(len, self.options)) - 1  # the last token of a label is no input
+        return shots.lay_out(asker, self.queries[text], after, max(map(len, self.content_free)))
+
+    def _draw(self, seed: int, local: int, memory: int) -> Shots:
+        near, far = draw(self.data.name, seed, len(self.data.train), local, memory)
+        known = self.demonstrations
+        return Shots(start_tokens(self.tokenizer), tuple(known[n] for n in near), tuple(known[n] for n in far))
 
     def _query(self, text: str) -> str:
         return f" {self.data.head} {text} {self.data.tail}"
@@ -85,8 +65,7 @@ class Prompts:
         return encode_after(self.tokenizer, ".", [self._query(text) for text in texts])
 
 
-@dataclass(frozen=True)
-class Shown:
+class Shown(NamedTuple):
     """A test text by its number, and the numbers of demonstrations for window and memory."""
 
     dataset: str
@@ -99,7 +78,7 @@ class Shown:
         return f"{self.local} + {self.memory}"
 
 
-class IclTask(Task[Shown]):
+class IclTask(Task):
     """In-context learning over some sets. Groups are a set and its demonstrations, units are texts.
 
     Every system gets the same demonstrations. Those of memory are never among those of the window, and none is a test
@@ -132,12 +111,11 @@ class IclTask(Task[Shown]):
         limit: int | None = 30,
     ) -> None:
         different(local_shots=local_shots, memory_shots=memory_shots)
-        self.tokenizer = tokenizer
-        self.prompts = {data.name: Prompts(data, tokenizer) for data in sets}
+        self.tokenizer, self.prompts = tokenizer, {data.name: Prompts(data, tokenizer) for data in sets}
         self.local_shots, self.memory_shots = list(local_shots), list(memory_shots)
         self.seeds, self.limit = range(1, seeds + 1), limit
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Json:
         sets = {name: prompts.data for name, prompts in self.prompts.items()}
         return {
             "datasets": {name: data.source for name, data in sets.items()},
@@ -150,7 +128,7 @@ class IclTask(Task[Shown]):
             "content_free": list(CONTENT_FREE),
         }
 
-    def examples(self) -> list[Example[Shown]]:
+    def examples(self) -> list[Example]:
         """Every chosen test text, for every seed and every number of demonstrations.
 
         Raises:
@@ -158,104 +136,76 @@ class IclTask(Task[Shown]):
         """
         found = []
         for name, prompts in self.prompts.items():
-            texts = drawn(f"{name} test", len(prompts.data.test), self.limit)
             prompts.shots(1, max(self.local_shots), max(self.memory_shots))
-            for seed in self.seeds:
-                for memory in self.memory_shots:
-                    for local in self.local_shots:
-                        for text in texts:
-                            item, unit = Shown(name, text, local, memory), f"{name}/{text}"
-                            label = f"{unit}, {item.shots}, seed {seed}"
-                            found.append(Example(label, f"{name}, {item.shots}", unit, item, seed))
+            texts = drawn(f"{name} test", len(prompts.data.test), self.limit)
+            settings = [(s, m, loc) for s in self.seeds for m in self.memory_shots for loc in self.local_shots]
+            for seed, memory, local in settings:
+                for text in texts:
+                    item, unit = Shown(name, text, local, memory), f"{name}/{text}"
+                    label = f"{unit}, {item.shots}, seed {seed}"
+                    found.append(Example(label, f"{name}, {item.shots}", unit, item, seed))
         return found
 
-    def prompt(self, example: Example[Shown], asker: Asker) -> Prompt:
+    def prompt(self, example: Example, asker: Asker) -> Prompt:
         """The question, and every content-free text in its place."""
-        prompts, shots = self._shots(example)
-        laid = prompts.lay_out(asker, shots, example.item.text)
+        prompts = self.prompts[example.item.dataset]
+        shots, laid = self._laid_out(example, asker)
         contexts = tuple(laid.before + query for query in (laid.query, *prompts.content_free))
         return Prompt(contexts, prompts.options, memory=shots.remembered(asker))
 
-    def gold(self, example: Example[Shown]) -> dict[str, Any]:
+    def gold(self, example: Example) -> Json:
         data = self.prompts[example.item.dataset].data
         return {"expected": data.labels[data.test[example.item.text].label]}
 
-    def measure(self, example: Example[Shown], prompt: Prompt, answer: Answer) -> dict[str, float]:
+    def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
         """Each 0 or 100; of equal scores the first label is taken."""
-        data = self.prompts[example.item.dataset].data
-        label, (scored, *free) = data.test[example.item.text].label, answer.scored
+        expected, (scored, *free) = self.gold(example)["expected"], answer.scored
+        label = self.prompts[example.item.dataset].data.labels.index(expected)
         corrected = calibrated(scored.logprobs, [each.logprobs for each in free])
-        first = self.tokenizer.decode([scored.next_token])
         return {
-            "first_token": 100.0 * starts_label(first, data.labels[label]),
+            "first_token": 100.0 * starts_label(self.tokenizer.decode([scored.next_token]), expected),
             "likelihood": 100.0 * (scored.best == label),
             "calibrated": 100.0 * (int(np.argmax(corrected)) == label),
         }
 
     def summarise(
-        self, result: TaskResult, examples: Sequence[Example[Shown]], askers: Sequence[Asker], bootstrap: Bootstrap
-    ) -> TaskResult:
+        self, result: Json, examples: Sequence[Example], askers: Sequence[Asker], bootstrap: Bootstrap
+    ) -> None:
         """With ``average, 20 + 2000`` groups, in which every set has the same weight; examples averaged over seeds.
 
         ``extra`` has ``per_seed`` (group -> system -> metric -> values by seed, their mean and population standard
-        deviation), ``shots`` (group -> system -> mean number of demonstrations in the ``window``, and held in
-        ``memory`` or, for the full-context backbone, in front of the others) and ``sets`` (chance and largest class
-        in %).
+        deviation), ``shots`` (see ``shots_seen``) and ``sets`` (chance and largest class in %).
         """
-        values = [one.values for one in result.examples]
-        per_seed = means_by(examples, values, lambda example: str(example.seed))
-        averages = []
+        values = [one["values"] for one in result["examples"]]
+        per_seed = means_by(examples, values, lambda example: example.seed, digits=9)
+        spread = {group: _spread([of_group]) for group, of_group in per_seed.items()}
         for shots in dict.fromkeys(example.item.shots for example in examples) if len(self.prompts) > 1 else ():
             some = [n for n, example in enumerate(examples) if example.item.shots == shots]
             sizes = {name: sum(examples[n].item.dataset == name for n in some) for name in self.prompts}
-            weights = [1 / sizes[examples[n].item.dataset] for n in some]
-            name, chosen = f"{AVERAGE}, {shots}", [examples[n] for n in some]
-            averages.append(
-                group_scores(
-                    name, chosen, [values[n] for n in some], self.metrics, bootstrap, weights=weights, drawn="texts"
-                )
+            weights, name = [1 / sizes[examples[n].item.dataset] for n in some], f"average, {shots}"
+            chosen = [examples[n] for n in some], [values[n] for n in some]
+            result["groups"].append(
+                group_scores(name, *chosen, self.metrics, bootstrap, weights=weights, drawn="texts")
             )
-            per_seed[name] = _mean_over_sets([per_seed[f"{data}, {shots}"] for data in self.prompts])
-        return replace(
-            result,
-            groups=[*result.groups, *averages],
-            examples=_without_seeds(result, examples),
-            extra=result.extra
-            | {
-                "per_seed": {
-                    group: {s: {m: _spread(list(v.values())) for m, v in ms.items()} for s, ms in systems.items()}
-                    for group, systems in per_seed.items()
-                },
-                "shots": self.shots_seen(examples, askers),
-                "sets": {
-                    name: {"chance": prompts.data.chance, "majority": round(prompts.data.majority, 2)}
-                    for name, prompts in self.prompts.items()
-                },
-            },
-        )
-
-    def shots_seen(
-        self, examples: Sequence[Example[Shown]], askers: Sequence[Asker]
-    ) -> dict[str, dict[str, dict[str, float]]]:
-        """Mean numbers of demonstrations that each system really has: group -> system -> window, memory."""
-        counts: dict[str, dict[str, list[tuple[int, int]]]] = {}
-        for example in examples:
-            prompts, shots = self._shots(example)
-            for asker in askers:
-                seen = shots.seen(asker, prompts.lay_out(asker, shots, example.item.text))
-                counts.setdefault(example.group, {}).setdefault(asker.name, []).append(seen)
-        return {
-            group: {
-                name: dict(zip(("window", "memory"), np.mean(seen, axis=0).round(2).tolist(), strict=True))
-                for name, seen in of_group.items()
-            }
-            for group, of_group in counts.items()
+            spread[name] = _spread([per_seed[f"{data}, {shots}"] for data in self.prompts])
+        means = means_by(examples, values, lambda example: example.unit, digits=2)
+        result["examples"] = [
+            {"id": f"{one.unit}, {one.item.shots}", "group": one.group, "unit": one.unit, "values": {
+                system: {metric: parts[one.unit] for metric, parts in metrics.items()}
+                for system, metrics in means[one.group].items()}}
+            for one in examples if one.seed == examples[0].seed
+        ]  # fmt: skip
+        sets = {name: prompts.data for name, prompts in self.prompts.items()}
+        result["extra"] = {
+            "per_seed": spread,
+            "shots": shots_seen(examples, askers, self._laid_out),
+            "sets": {name: {"chance": one.chance, "majority": round(one.majority, 2)} for name, one in sets.items()},
         }
 
-    def notes(self, result: TaskResult) -> Iterator[str]:
+    def notes(self, result: Json) -> Iterator[str]:
         """How many demonstrations each system had before it, where not all of them fit."""
         who: dict[str, dict[str, None]] = {}
-        for group, systems in result.extra["shots"].items():
+        for group, systems in result["extra"]["shots"].items():
             dataset, _, shots = group.rpartition(", ")
             local, memory = (int(number) for number in shots.split(" + "))
             for name, seen in systems.items():
@@ -267,9 +217,10 @@ class IclTask(Task[Shown]):
                     who.setdefault(line, {})[name] = None
         return (f"{line}, on average ({', '.join(names)})" for line, names in who.items())
 
-    def _shots(self, example: Example[Shown]) -> tuple[Prompts, Shots]:
+    def _laid_out(self, example: Example, asker: Asker) -> tuple[Shots, LaidOut]:
         prompts, item = self.prompts[example.item.dataset], example.item
-        return prompts, prompts.shots(example.seed, item.local, item.memory)
+        shots = prompts.shots(example.seed, item.local, item.memory)
+        return shots, prompts.lay_out(asker, shots, item.text)
 
 
 def starts_label(first: str, label: str) -> bool:
@@ -294,35 +245,12 @@ def calibrated(logprobs: Sequence[float], content_free: Sequence[Sequence[float]
     return [value - math.log(max(share, 1e-300)) for value, share in zip(logprobs, prior.tolist(), strict=True)]
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    return {
-        "values": [round(value, 3) for value in values],
-        "mean": round(float(np.mean(values)), 3),
-        "std": round(float(np.std(values)), 3),
-    }
-
-
-def _mean_over_sets(sets: Sequence[Any]) -> dict[str, Any]:
-    """Of ``means_by`` for each set: system -> metric -> seed -> mean of the sets' means."""
-    return {
-        system: {
-            metric: {seed: float(np.mean([each[system][metric][seed] for each in sets])) for seed in seeds}
-            for metric, seeds in metrics.items()
-        }
-        for system, metrics in sets[0].items()
-    }
-
-
-def _without_seeds(result: TaskResult, examples: Sequence[Example[Shown]]) -> list[ExampleScores]:
-    """One record for each text and number of demonstrations, averaged over seeds: a sixth of the file."""
-    means = means_by(examples, [one.values for one in result.examples], lambda example: example.unit)
-    return [
-        ExampleScores(
-            f"{example.unit}, {example.item.shots}",
-            example.group,
-            example.unit,
-            {s: {m: round(v[example.unit], 2) for m, v in ms.items()} for s, ms in means[example.group].items()},
-        )
-        for example in examples
-        if example.seed == examples[0].seed
-    ]
+def _spread(sets: Sequence[Json]) -> Json:
+    """Of each set system -> metric -> seed -> mean: over the sets, the value of each seed, their mean and deviation."""
+    found: Json = {}
+    for system, metrics in sets[0].items():
+        for metric in metrics:
+            values = np.mean([list(each[system][metric].values()) for each in sets], axis=0)
+            numbers = {"values": values, "mean": values.mean(), "std": values.std()}
+            found.setdefault(system, {})[metric] = leaves(numbers, lambda number: np.round(number, 3).tolist())
+    return found

@@ -22,7 +22,7 @@ from longmem.data.python_source import STDLIB, TEST, packages
 from longmem.data.text import TextSource, read_documents
 from longmem.errors import DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
-from longmem.evaluation.task import Example, Metric, Task, different, digest_of
+from longmem.evaluation.task import Example, Json, Metric, Task, different, digest_of
 from longmem.files import whole
 from longmem.memory.encoded import EncodedText
 from longmem.progress import Progress
@@ -121,7 +121,7 @@ class Trial:
         return flat
 
 
-class NeedleTask(Task[Trial]):
+class NeedleTask(Task):
     """Facts hidden in long texts. Groups are a kind of fact, a length and a depth; every trial is a unit.
 
     A system with memory reads the whole text into it, in segments of the haystack, and has only the question in its
@@ -175,7 +175,7 @@ class NeedleTask(Task[Trial]):
         self._digest = haystack.digest
         self._encoded: EncodedText | None = None
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Json:
         return {
             "text": list(self.haystack.source),
             "text_digest": self._digest,
@@ -186,7 +186,7 @@ class NeedleTask(Task[Trial]):
             "seed": self.seeds[0],
         }
 
-    def examples(self) -> list[Example[Trial]]:
+    def examples(self) -> list[Example]:
         """Every kind at every length and depth.
 
         Raises:
@@ -234,13 +234,13 @@ class NeedleTask(Task[Trial]):
             hidden.append((int(random.choice(np.flatnonzero(free))), sentence))
         return tuple(hidden)
 
-    def prompt(self, example: Example[Trial], asker: Asker) -> Prompt:
+    def prompt(self, example: Example, asker: Asker) -> Prompt:
         trial = example.item
         if asker.reads_memory:
             return Prompt((trial.question,), trial.options, memory=_Hidden(self, trial))
         return Prompt(((*trial.text(self.haystack, asker.window), *trial.question),), trial.options)
 
-    def measure(self, example: Example[Trial], prompt: Prompt, answer: Answer) -> dict[str, float]:
+    def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
         """``exact``: every token of the true answer is the model's first choice, so that greedy decoding writes it."""
         (scored,) = answer.scored
         return {"exact": 100.0 * scored.greedy[0], "choice": 100.0 * (scored.best == 0)}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Asker, Tokens
+from longmem.evaluation.task import Example, Json, leaves
 
 
 @dataclass(frozen=True)
@@ -54,29 +57,34 @@ class Shots:
         """What a system with memory reads into it."""
         return (*self.start, *chain.from_iterable(self.memory)) if self.memory and asker.reads_memory else ()
 
-    def seen(self, asker: Asker, laid: LaidOut) -> tuple[int, int]:
-        """Demonstrations in the window; and those in memory, or of memory in a full-context window."""
-        held = 0 if asker.memory_size is None else fitting(self.memory, asker.memory_size)
-        return laid.local, laid.memory + held
 
-
-@dataclass(frozen=True)
-class LaidOut:
-    """The tokens before an answer.
-
-    Attributes:
-        before: start token and demonstrations.
-        query: the question.
-        local: demonstrations for the window that are in ``before``.
-        memory: demonstrations for memory that are in ``before``.
-        cut: tokens of the question that did not fit.
-    """
+class LaidOut(NamedTuple):
+    """Start token and demonstrations ``before`` the ``query``; how many of them are of ``local`` and of ``memory``;
+    tokens of the question that did not fit (``cut``)."""
 
     before: Tokens
     query: Tokens
     local: int
     memory: int
     cut: int
+
+
+def shots_seen(
+    examples: Sequence[Example], askers: Sequence[Asker], lay_out: Callable[[Example, Asker], tuple[Shots, LaidOut]]
+) -> Json:
+    """group -> system -> mean numbers of demonstrations in its ``window``, and in its ``memory`` or, of those for
+    memory, in a full-context window; ``cut``: mean tokens of the question that did not fit."""
+    found: Json = {}
+    for example in examples:
+        for asker in askers:
+            shots, laid = lay_out(example, asker)
+            held = 0 if asker.memory_size is None else fitting(shots.memory, asker.memory_size)
+            seen = (laid.local, laid.memory + held, laid.cut)
+            found.setdefault(example.group, {}).setdefault(asker.name, []).append(seen)
+    means: Json = leaves(
+        found, lambda seen: dict(zip(("window", "memory", "cut"), np.mean(seen, axis=0).round(2).tolist(), strict=True))
+    )
+    return means
 
 
 def fitting(texts: Sequence[Tokens], room: int) -> int:

@@ -14,13 +14,11 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from longmem.errors import DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
 from longmem.evaluation.bootstrap import Bootstrap
-from longmem.evaluation.task import Example, Metric, Task, TaskResult, different, drawn, means_by
-from longmem.evaluation.tasks.shots import Shots, draw, encode_after, start_tokens
+from longmem.evaluation.task import Example, Json, Metric, Task, different, drawn, means_by
+from longmem.evaluation.tasks.shots import LaidOut, Shots, draw, encode_after, shots_seen, start_tokens
 
 TEMPLATE = "Context: {passage}\nQuestion: {question}\nAnswer: {answer}\n\n"
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -87,7 +85,7 @@ def read_squad(path: str | Path) -> SquadFile:
     return SquadFile(file.name, hashlib.sha256(content).hexdigest()[:16], tuple(found.values()))
 
 
-class SquadTask(Task[SquadQuestion]):
+class SquadTask(Task):
     """SQuAD after demonstrations. Groups are numbers of demonstrations, units are articles.
 
     A demonstration is one question of a passage with its first answer; no passage is shown twice or asked about.
@@ -134,7 +132,7 @@ class SquadTask(Task[SquadQuestion]):
         self._passages = list(passages.values())
         self.shots = lru_cache(maxsize=None)(self._draw)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Json:
         files = {"train": self.train, "asked": self.asked}
         return {
             **{key: {"file": f.name, "sha256": f.sha256, "questions": len(f.questions)} for key, f in files.items()},
@@ -146,7 +144,7 @@ class SquadTask(Task[SquadQuestion]):
             "template": TEMPLATE,
         }
 
-    def examples(self) -> list[Example[SquadQuestion]]:
+    def examples(self) -> list[Example]:
         """Every chosen question, for every seed and number of demonstrations in memory."""
         return [
             Example(f"{question.id}, {group}, seed {seed}", group, question.article, question, seed)
@@ -156,56 +154,34 @@ class SquadTask(Task[SquadQuestion]):
             for question in self._queries
         ]
 
-    def prompt(self, example: Example[SquadQuestion], asker: Asker) -> Prompt:
-        shots, new = self._shots_of(example), self.max_answer_tokens
-        laid = shots.lay_out(asker, self._queries[example.item], new)
-        return Prompt((laid.before + laid.query,), new_tokens=new, memory=shots.remembered(asker))
+    def prompt(self, example: Example, asker: Asker) -> Prompt:
+        shots, laid = self._laid_out(example, asker)
+        context, new = laid.before + laid.query, self.max_answer_tokens
+        return Prompt((context,), new_tokens=new, memory=shots.remembered(asker))
 
-    def gold(self, example: Example[SquadQuestion]) -> dict[str, Any]:
+    def gold(self, example: Example) -> Json:
         return {"asked": example.item.question, "expected": example.item.answers}
 
-    def measure(self, example: Example[SquadQuestion], prompt: Prompt, answer: Answer) -> dict[str, float]:
+    def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
         """The metrics of the first line of what was generated, 0 to 100."""
         said = self.tokenizer.decode(answer.said, skip_special_tokens=True).partition("\n")[0].strip()
         answers = example.item.answers
         return {"exact_match": 100 * exact_match(said, answers), "f1": 100 * f1_score(said, answers)}
 
     def summarise(
-        self,
-        result: TaskResult,
-        examples: Sequence[Example[SquadQuestion]],
-        askers: Sequence[Asker],
-        bootstrap: Bootstrap,
-    ) -> TaskResult:
-        """With ``extra``: means ``per_seed`` and ``by_article``, and ``shots`` (group -> system -> mean demonstrations
-        in ``window`` and ``memory``; ``cut``: mean tokens of the question that did not fit)."""
-        values = [one.values for one in result.examples]
-        rounded = [
-            {g: {s: {m: {p: round(v, 3) for p, v in parts.items()} for m, parts in ms.items()} for s, ms in ss.items()}
-             for g, ss in means_by(examples, values, part).items()}
-            for part in (lambda example: str(example.seed), lambda example: example.unit)
-        ]  # fmt: skip
-        return result.with_extra(per_seed=rounded[0], by_article=rounded[1], shots=self._seen(examples, askers))
-
-    def _seen(self, examples: Sequence[Example[SquadQuestion]], askers: Sequence[Asker]) -> dict[str, Any]:
-        counts: dict[str, dict[str, list[tuple[int, int, int]]]] = {}
-        for example in examples:
-            shots = self._shots_of(example)
-            for asker in askers:
-                laid = shots.lay_out(asker, self._queries[example.item], self.max_answer_tokens)
-                of_group = counts.setdefault(example.group, {}).setdefault(asker.name, [])
-                of_group.append((*shots.seen(asker, laid), laid.cut))
-        return {
-            group: {
-                name: dict(zip(("window", "memory", "cut"), np.mean(seen, axis=0).round(2).tolist(), strict=True))
-                for name, seen in of_group.items()
-            }
-            for group, of_group in counts.items()
+        self, result: Json, examples: Sequence[Example], askers: Sequence[Asker], bootstrap: Bootstrap
+    ) -> None:
+        """``extra`` has means ``per_seed`` and ``by_article``, and ``shots`` (see ``shots_seen``)."""
+        values = [one["values"] for one in result["examples"]]
+        result["extra"] = {
+            "per_seed": means_by(examples, values, lambda example: example.seed),
+            "by_article": means_by(examples, values, lambda example: example.unit),
+            "shots": shots_seen(examples, askers, self._laid_out),
         }
 
-    def notes(self, result: TaskResult) -> Iterator[str]:
+    def notes(self, result: Json) -> Iterator[str]:
         """What of demonstrations and passages did not fit, where something did not."""
-        for group, systems in result.extra["shots"].items():
+        for group, systems in result["extra"]["shots"].items():
             local, memory = (int(number) for number in group.split(" + "))
             for name, seen in systems.items():
                 parts = [f"{seen['window']:g} of {local} demonstrations fit the window"] * (seen["window"] < local)
@@ -214,8 +190,9 @@ class SquadTask(Task[SquadQuestion]):
                 if parts:
                     yield f"{group}, {name}: {', '.join(parts)} (means)"
 
-    def _shots_of(self, example: Example[SquadQuestion]) -> Shots:
-        return self.shots(example.seed, int(example.group.partition(" + ")[2]))
+    def _laid_out(self, example: Example, asker: Asker) -> tuple[Shots, LaidOut]:
+        shots = self.shots(example.seed, int(example.group.partition(" + ")[2]))
+        return shots, shots.lay_out(asker, self._queries[example.item], self.max_answer_tokens)
 
     def _draw(self, seed: int, memory: int) -> Shots:
         near, far = draw(self.train.name, seed, len(self._passages), self.local_shots, memory)
