@@ -216,6 +216,7 @@ def test_a_table_wider_than_the_terminal_is_written_row_by_row_and_never_cut() -
         "LongMem             18.000  -10",
     ]
     assert plain(table, 20).splitlines() == [
+        "system:",
         "backbone alone",
         "  perplexity  20.000",
         "LongMem",

@@ -116,7 +116,7 @@ def plain(table: Table, width: int) -> str:
     if sum(widths) + 2 * (len(widths) - 1) <= width:
         lines = list(_aligned([table.heads, ["-" * size for size in widths], *table.rows], widths))
     else:
-        lines = []
+        lines = [] if caption else [f"{table.heads[0]}:"]
         for first, *cells in table.rows:
             named = [(head, cell) for head, cell in zip(table.heads[1:], cells, strict=True) if cell]
             longest = max((len(head) for head, _ in named), default=0)

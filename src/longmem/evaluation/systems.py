@@ -196,7 +196,7 @@ class Comparison:
                 f"the training-free model's backbone is {model.fingerprint}, the others stand on {self.fingerprint}; "
                 "compare models of one backbone"
             )
-        share = f"{float(model.memory_share.mean()):.4g}"
+        share = "calibrated" if model.config.fusion == "token" else f"{float(model.memory_share.mean()):.4g}"
         return self._with_own(f"{TRAINING_FREE}_{share}", f"training-free {share}", model, memory_sizes, off=False)
 
     def _with_own(self, kind: str, label: str, model: AugmentedLM, sizes: Sequence[int], *, off: bool) -> Comparison:
@@ -318,7 +318,8 @@ def _identity(model: Any) -> dict[str, Any]:
     if hasattr(model, "sidenet"):
         found["side"] = digest(zip(model.trainable_parameter_names(), model.trainable_parameters(), strict=True))
     else:
-        found["gates"] = digest([("memory_gate", model.memory_gate)])
+        trained = zip(model.trainable_parameter_names(), model.trainable_parameters(), strict=True)
+        found["gates"] = digest([("memory_gate", model.memory_gate), *(trained if model.frozen else ())])
         if not model.frozen:
             found["weights"] = digest(model.state_dict().items())
     return found | {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}

@@ -111,7 +111,9 @@ def _counted(result: Json) -> str:
     of = "" if projects in (None, documents) else f" of {projects} project{'s' * (projects != 1)}"
     said = f"{documents} document{'s' * (documents != 1)}{of}, {samples['tokens']:,} tokens"
     if documents == 1:
-        return f"{said}; % against the backbone, below 0 is better."
+        over = ", [95 % interval] over blocks of its tokens"
+        blocks = any(d["blocks"] for p in result["protocols"].values() for d in p["all"]["differences"])
+        return f"{said}; % against the backbone, below 0 is better{over if blocks else ''}."
     return f"{said}; % against the backbone, below 0 is better, [95 % interval]. {caveat(documents, projects)}"
 
 
