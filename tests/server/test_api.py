@@ -116,13 +116,12 @@ def test_what_was_read_is_told_on_request(live: Any) -> None:
     question: list[Any] = [{"role": "user", "content": "What is the boat called?"}]
     body = {"memory_id": name, "explain": True}
     found = live.client().chat.completions.create(model="tiny", messages=question, max_tokens=3, extra_body=body)
-    read = {(each["kind"], each["document"]) for each in found.memory}
-    # of the conversation itself too, where it has left the window
-    assert (
-        {("passage", "boat"), ("chunk", "boat")}
-        <= read
-        <= {("passage", "boat"), ("chunk", "boat"), ("chunk", "(this text)")}
-    )
+    assert {each["document"] for each in found.memory["passages"]} == {"boat"}
+    (tokens,) = found.memory["tokens"]
+    assert len(tokens) == 3 and any(abs(token["gain"]) > 1e-4 for token in tokens)
+    chunks = [chunk for token in tokens for chunk in token["chunks"]]
+    stored = [chunk for chunk in chunks if chunk["document"] == "boat"]
+    assert stored and all("boat" in chunk["before"] + chunk["text"] + chunk["after"] for chunk in stored)
 
 
 def test_what_is_said_is_kept_and_forgotten(live: Any) -> None:

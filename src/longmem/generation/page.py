@@ -77,7 +77,7 @@ def generate_explained(model: Any, ids: Tensor, memory: Any, **settings: Any) ->
     with_memory = log_probabilities(scores, whole[first:].to(scores.device))
     config = copy.deepcopy(model.generation_config)
     config.update(**settings)
-    without = _without_memory(model, whole, first, WindowPolicy.of(config, model, memory))
+    without = without_memory(model, whole, first, WindowPolicy.of(config, model, memory))
     return whole, (with_memory - without).tolist(), list(readings)
 
 
@@ -87,7 +87,7 @@ def log_probabilities(scores: Tensor, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _without_memory(model: Any, ids: Tensor, first: int, policy: WindowPolicy | None) -> Tensor:
+def without_memory(model: Any, ids: Tensor, first: int, policy: WindowPolicy | None) -> Tensor:
     """Log probabilities of ``ids[first:]`` with memory off, each behind the window that it was generated behind."""
     starts = [0 if policy is None else policy.pieces_over(place) * policy.move for place in range(first, len(ids))]
     found, begin = [], first

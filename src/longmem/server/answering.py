@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from longmem.chat import Message, chat_prompt, stop_words
+from longmem.generation.page import without_memory
+from longmem.generation.window import WindowPolicy
 from longmem.server.engine import Engine, Job, Sampling, Token
 from longmem.server.memories import Memories
 
@@ -20,7 +25,7 @@ class Answer:
         text: so far, without what may yet turn out to be a stop word.
         tokens: so far.
         finish: ``stop`` or ``length``, at the end.
-        sources: the passages that were read once more, and on request what the heads read.
+        read: on request, for each new token: its text, the nats that memory gained or lost it, and the chunks read.
         memory_tokens: in the memory that could be searched.
     """
 
@@ -28,7 +33,7 @@ class Answer:
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     finish: str | None = None
-    sources: list[dict[str, Any]] = field(default_factory=list)
+    read: list[dict[str, Any]] = field(default_factory=list)
     memory_tokens: int = 0
 
 
@@ -46,7 +51,7 @@ class Answering:
         recall = None if memory is None or not passages else self.memories.recall(owner, memory)
         prompt = chat_prompt(self.tokenizer, messages, recall=recall, passages=passages)
         return prompt.ids, [
-            {"document": each.document, "start": each.start, "text": each.text, "score": each.score, "kind": "passage"}
+            {"document": each.document, "start": each.start, "text": each.text, "score": each.score}
             for each in prompt.recalled
         ]
 
@@ -87,10 +92,25 @@ class Answering:
             await tokens.aclose()  # type: ignore[attr-defined]
         answer.finish = "length" if len(answer.tokens) >= sampling.max_tokens and not text.stopped else "stop"
         if readings:
-            answer.sources += _read(readings, len(answer.tokens))
+            answer.read = await self.engine.call(lambda: self._read(ids, answer.tokens, readings, bank))
         piece = text.rest()
         answer.text += piece
         yield piece, fresh, answer
+
+    def _read(self, ids: list[int], tokens: list[Token], readings: list[Any], bank: Any) -> list[dict[str, Any]]:
+        """What each new token read, and what that did to it: one more pass, with memory off and the same window."""
+        model = self.engine.model
+        whole = torch.tensor([*ids, *(token.id for token in tokens)])
+        policy = WindowPolicy.of(copy.copy(model.generation_config), model, bank)
+        without = without_memory(model, whole, len(ids), policy).tolist()
+        return [
+            {
+                "token": self.tokenizer.decode([token.id]),
+                "gain": token.logprob - alone,
+                "chunks": [_chunk(reading, bank) for reading in explanation.token(-1, top=3)],
+            }
+            for token, alone, explanation in zip(tokens, without, readings, strict=False)
+        ]
 
 
 class _Text:
@@ -136,22 +156,18 @@ class _Text:
         return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
 
 
-def _read(readings: Sequence[Any], tokens: int) -> list[dict[str, Any]]:
-    """What the heads read for each new token: the best chunks, with their places."""
-    found = []
-    for step, explanation in enumerate(readings[:tokens]):
-        for reading in explanation.token(-1, top=3):
-            origin = reading.origin
-            found.append(
-                {
-                    "kind": "chunk",
-                    "token": step,
-                    "document": origin.document,
-                    "start_token": origin.start_token,
-                    "length": origin.length,
-                    "share": reading.share,
-                    "score": reading.score,
-                    "layers": {str(layer): share for layer, share in reading.layers.items()},
-                }
-            )
+def _chunk(reading: Any, bank: Any) -> dict[str, Any]:
+    """A chunk that was read: where it is, how much of the output it made, and the passage around it."""
+    origin = reading.origin
+    found = {
+        "document": origin.document,
+        "start_token": origin.start_token,
+        "length": origin.length,
+        "share": reading.share,
+        "score": reading.score,
+        "layers": {str(layer): share for layer, share in reading.layers.items()},
+    }
+    if origin.namespace is not None:  # else it is of this conversation, what has left the window
+        passage = bank.passage(origin)
+        found.update(before=passage.before, text=passage.text, after=passage.after)
     return found

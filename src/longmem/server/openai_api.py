@@ -59,7 +59,8 @@ class Rendering:
         """What was read, on request."""
         if not self.body.explain:
             return {}
-        return {"memory": [*self.sources, *(each for answer in self.answers.values() for each in answer.sources)]}
+        tokens = [answer.read for _, answer in sorted(self.answers.items())]
+        return {"memory": {"passages": self.sources, "tokens": tokens}}
 
     def whole(self) -> dict[str, Any]:
         """The answer at once."""
