@@ -95,7 +95,7 @@ class ReleasedStep:
         hidden = states[0]
         for index, layer in enumerate(side.layers):
             normed = layer.ln_1(hidden)
-            reads = index == side.augmented_layer and self.memory.fill > 0
+            reads = index == side.augmented_layers[0] and self.memory.fill > 0
             attended = self._attention(layer.attn, normed, self._found(layer.attn, normed, parts) if reads else None)
             ffn = layer.mlp.fc_out(F.gelu(layer.mlp.fc_in(normed)))
             hidden = hidden + (states[stride * (index + 1)] - states[stride * index]) + attended + ffn

@@ -7,9 +7,9 @@ import json
 import torch
 from benchmarks.measure import interleaved, peak_bytes
 from benchmarks.released import ReleasedMemory, ReleasedStep
+from tests.parity.released import ReleasedBank
 
 from benchmarks import bench, retrieval, step
-from longmem.memory import MemoryBank
 from longmem.modeling.longmem import LongMem
 
 
@@ -24,7 +24,7 @@ def model() -> LongMem:
 
 def test_the_released_way_and_ours_compute_the_same_logits_through_evictions():
     made = model()
-    bank = MemoryBank(2, 256, 4, 8, 4, shared=True, eviction="released")
+    bank = ReleasedBank(2, 256, 4, 8, 4)
     theirs = ReleasedMemory(256, 4, 8, 4)
     draw = torch.Generator().manual_seed(1)
     for _ in range(9):

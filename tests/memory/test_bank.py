@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -273,12 +276,59 @@ def test_a_full_shared_bank_keeps_the_newest():
     assert {tuple(key.tolist()) for key in kept} == {tuple(key.tolist()) for key in given.keys[1, 0, 2:]}
 
 
-def test_document_names_do_not_pile_up():
+def test_what_is_known_of_chunks_does_not_pile_up():
     memory = bank(capacity=4)
     for number in range(500):
         memory.add(kv(1, 2), documents=[str(number)])
-    assert len(memory._slots.ledger.state_dict()["names"]) < 100
+    assert len(memory.state_dict()["slots"]["runs"][0]) == 2
     assert {memory.provenance(0, slot).document for slot in (0, 1)} == {"498", "499"}
+
+
+def test_each_layer_is_searched_by_its_own_heads():
+    given, asked = kv(2, 14), queries(2)
+    both = AttentionKV(*(torch.cat((each, 2 - each), dim=1) for each in (given.keys, given.values)))
+    together = bank(2, memory_layers=(3, 7))
+    together.add(both, documents=["a", "b"])
+    assert (together.layers, together.heads_kv, together.memory_layers) == (2, 2, (3, 7))
+    for layer, heads in enumerate((slice(0, 2), slice(2, 4))):
+        alone = bank(2)
+        alone.add(AttentionKV(both.keys[:, heads], both.values[:, heads]))
+        found, wanted = together.search(asked, 3, layer=layer), alone.search(asked, 3)
+        same(found, wanted)
+        assert torch.equal(found.chunk_ids, wanted.chunk_ids)
+        assert (found.first_head, found.layer_heads) == (2 * layer, 2)
+    assert together.provenance(1, 0).document == "b"  # a chunk is of all layers
+    copy = bank(2, memory_layers=(3, 7))
+    copy.load_state_dict(together.state_dict())
+    same(copy.search(asked, 3, layer=1), together.search(asked, 3, layer=1))
+
+
+def test_a_bank_of_version_0_1_is_loaded():
+    saved = torch.load(Path(__file__).parents[1] / "golden" / "bank-0.1.pt", weights_only=True)
+    settings = {"capacity": 12, "memory_layers": (3,), "fingerprint": "f", "dtype": torch.float16}
+    loaded, again = bank(2, **settings), bank(2, **settings)
+    loaded.load_state_dict(saved)
+    draw = torch.Generator().manual_seed(0)
+    for step in range(4):
+        pair = AttentionKV(*(torch.randn(2, 2, 5, 3, generator=draw) for _ in range(2)))
+        again.add(pair, documents=["a", f"b{step // 2}"], time=float(step))
+    for last in range(2):
+        same(loaded.search(queries(2), 6), again.search(queries(2), 6))
+        for row, slots in enumerate(again.chunks.tolist()):
+            for slot in range(slots):
+                assert loaded.provenance(row, slot) == again.provenance(row, slot)
+        for each in (loaded, again):
+            each.add(kv(2, 3, last), time=9.0)
+
+
+def test_threads_read_one_bank_at_once():
+    memory = bank(3, capacity=64)
+    memory.add(kv(3, 50))
+    asked = [torch.randn(3, 4, 5, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(40)]
+    alone = [memory.search(each, 4) for each in asked]
+    with ThreadPoolExecutor(4) as pool:
+        for found, wanted in zip(pool.map(lambda each: memory.search(each, 4), asked), alone, strict=True):
+            same(found, wanted)
 
 
 def test_a_bank_for_a_model_takes_its_shape():
@@ -287,10 +337,11 @@ def test_a_bank_for_a_model_takes_its_shape():
 
     class Model:
         config, fingerprint, device, dtype = Config(), "f", torch.device("cpu"), torch.float32
-        memory_heads, memory_head_dim = 2, 3
+        memory_heads, memory_head_dim, memory_layers = 2, 3, (5,)
 
     memory = MemoryBank.for_model(Model(), rows=2)
     assert (memory.rows, memory.capacity_tokens, memory.chunk_size, memory.fingerprint) == (2, 32, 2, "f")
+    assert memory.memory_layers == (5,)
     assert MemoryBank.for_model(Model(), capacity_tokens=8, chunk_size=4).chunk_size == 4
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from longmem.errors import ConfigError, MemoryBankError
 from longmem.memory import MemoryBank
+from longmem.memory.joined import JoinedMemory
+from longmem.memory.session import SessionMemory
 from longmem.types import AttentionKV
 
 
@@ -24,17 +28,8 @@ def bank(rows: int = 2, **settings) -> MemoryBank:
         ((1, 50, 2, 3, 4), {}, "capacity_tokens (50) must be a multiple of chunk_size (4); try 48 or 52"),
         ((1, 3, 2, 3, 4), {}, "capacity_tokens (3) must hold at least one chunk; try 4"),
         ((0, 8, 0, 3, 4), {}, "rows (0) must be at least 1; heads_kv (0) must be at least 1"),
-        ((1, 8, 2, 3, 4), {"eviction": "lru"}, "eviction ('lru') must be one of oldest, released"),
-        (
-            (1, 8, 2, 3, 4),
-            {"eviction": "released"},
-            "eviction ('released') needs shared=True: the released code has one memory for all rows",
-        ),
-        (
-            (1, 4, 2, 3, 4),
-            {"eviction": "released", "shared": True},
-            "capacity_tokens (4) must hold two chunks in released mode; try 8",
-        ),
+        ((1, 8, 2, 3, 4), {"memory_layers": (5, 3)}, "memory_layers ([5, 3]) must name each layer once, ascending"),
+        ((1, 8, 2, 3, 4), {"index": "two_stage"}, "index ('two_stage') must be one of exact, faiss"),
         (
             (2, 8, 2, 3, 4),
             {"boundary": "reset", "shared": True},
@@ -126,3 +121,73 @@ def test_a_slot_without_a_chunk_has_no_provenance():
 def test_a_row_of_a_shared_bank_cannot_be_reset_alone():
     with pytest.raises(MemoryBankError, match=r"rows \(\[1\]\) of a shared bank cannot be reset alone; call reset\(\)"):
         bank(shared=True).reset(torch.tensor([1]))
+
+
+def spoiled(which: int, number: float, token: int = 1) -> AttentionKV:
+    """Keys (0) or values (1) of row 1 hold this number."""
+    pair = [torch.ones(2, 2, 5, 3), torch.ones(2, 2, 5, 3)]
+    pair[which][1, 0, token, 2] = number
+    return AttentionKV(*pair)
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "message"),
+    [
+        (spoiled(0, float("nan")), {}, "keys of row 1 are not finite (they hold nan)"),
+        (spoiled(1, -float("inf")), {}, "values of row 1 are not finite (they hold inf)"),
+        (
+            spoiled(1, -1e6),
+            {"dtype": torch.float16},
+            "values of row 1 reach 1e+06, more than torch.float16 holds",
+        ),
+        (spoiled(0, 1e6), {"key_dtype": torch.float16}, "keys of row 1 reach 1e+06, more than torch.float16 holds"),
+        (spoiled(0, 3e38), {}, "keys of row 1 reach 3e+38, more than torch.float32 holds when 4 are added"),
+    ],
+)
+def test_numbers_that_would_make_every_answer_nan_are_refused(given, settings, message):
+    memory = bank(**settings)
+    memory.add(kv(2, 2, 3, 3), documents=["a", "b"])
+    before = memory.state_dict()
+    for target in (memory, SessionMemory(bank(), memory), JoinedMemory([SessionMemory(None, bank(1, **settings))] * 1)):
+        one = AttentionKV(given.keys[1:], given.values[1:]) if isinstance(target, JoinedMemory) else given
+        with pytest.raises(MemoryBankError) as caught:
+            target.add(one, documents=["c"] * len(one.keys))
+        assert message.replace("row 1", f"row {len(one.keys) - 1}") in str(caught.value)
+    after = memory.state_dict()
+    assert (after["version"], after["lanes"]) == (before["version"], before["lanes"])
+    assert torch.equal(after["tail"], before["tail"]) and memory.chunks.tolist() == [0, 0]
+
+
+def test_padding_may_hold_anything_and_what_a_dtype_holds_is_taken():
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[1, 0] = False
+    bad = spoiled(0, float("nan"), token=0)
+    memory = bank(dtype=torch.float16)
+    memory.add(AttentionKV(bad.keys, bad.values, mask))
+    memory.add(spoiled(1, 65504.0))
+    memory.end_document()
+    assert torch.isfinite(memory.search(torch.ones(2, 2, 1, 3), 3).keys).all()
+    bank(dtype=torch.bfloat16).add(spoiled(1, 1e30))
+
+
+@pytest.mark.parametrize("name", ["storage", "keys", "tail"])
+def test_a_saved_bank_with_such_numbers_is_refused(name):
+    memory = bank()
+    memory.add(kv(2, 2, 6, 3))
+    state = memory.state_dict()
+    (state if name == "tail" else state["slots"])[name].view(-1)[0] = float("inf")
+    with pytest.raises(MemoryBankError, match=f"not finite .in {name}."):
+        bank().load_state_dict(state)
+
+
+def test_a_saved_bank_of_the_same_weights_is_loaded_with_a_model_that_knows_its_fingerprint():
+    state = bank(fingerprint="old").state_dict()
+    knows = SimpleNamespace(accepts={"old", "new"}.__contains__)
+    bank(fingerprint="new").load_state_dict(state, model=knows)
+    with pytest.raises(MemoryBankError, match="another backbone"):
+        bank(fingerprint="new").load_state_dict(state, model=SimpleNamespace(accepts={"new"}.__contains__))
+
+
+def test_a_layer_that_is_not_there_is_refused():
+    with pytest.raises(MemoryBankError, match=r"layer \(1\) must lie in 0..0"):
+        bank().search(torch.zeros(2, 2, 1, 3), 1, layer=1)

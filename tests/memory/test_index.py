@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from longmem.memory import ExactIndex
+from longmem.errors import ConfigError
+from longmem.memory import ExactIndex, make_index
+from longmem.memory.index import FaissIndex
 
 
 def everything_sorted(queries: torch.Tensor, keys: torch.Tensor, rows: list[int], live: list[int], num: int):
@@ -76,3 +80,52 @@ def test_scratch_does_not_grow_with_the_memory():
         for count in (1000, 50_000):
             ExactIndex(1 << 16).search(queries, torch.randn(1, 1, count, 4), [0], [count], 4)
     assert taken == [1 << 16, 1 << 16]
+
+
+def like_text(heads: int, count: int, dim: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys (1, heads, count, dim) around some topics, far from zero, and queries (1, heads, 4, dim) about them."""
+    draw = torch.Generator().manual_seed(0)
+    topics = torch.randn(heads, 40, dim, generator=draw)
+    keys = topics[:, torch.randint(0, 40, (count,), generator=draw)] + 3.0
+    asked = topics[:, torch.randint(0, 40, (4,), generator=draw)]
+    return (keys + 0.3 * torch.randn(keys.shape, generator=draw))[None], asked[None]
+
+
+def recall(index: FaissIndex, asked: torch.Tensor, keys: torch.Tensor, num: int = 16) -> float:
+    """Share of the exact best that an index finds; its scores are checked to be inner products."""
+    live = keys.shape[2]
+    scores, slots = index.search(asked, keys, [0], [live], num)
+    torch.testing.assert_close((asked[0][:, :, None] * _gathered(keys[0], slots[0])).sum(-1), scores[0])
+    _, best = ExactIndex().search(asked, keys, [0], [live], num)
+    return (slots[..., None] == best[..., None, :]).any(-1).float().mean().item()
+
+
+def test_faiss_finds_nearly_all_and_keeps_up_with_changes():
+    pytest.importorskip("faiss")
+    index = FaissIndex(least=512, share=0.3)
+    keys, asked = like_text(2, 4096)
+    assert recall(index, asked, keys) > 0.9
+    files = index._rows[0]
+    keys[0, :, 100:200] = (
+        3 + 3 * asked[0, :, :1] + keys[0, :, 300:400] / 9
+    )  # written over: found at once, and without building anew
+    index.written(keys, torch.zeros(100, dtype=torch.long), torch.arange(100, 200))
+    _, slots = index.search(asked[:, :, :1], keys, [0], [4096], 16)
+    assert ((slots >= 100) & (slots < 200)).all() and index._rows[0] is files
+    index.written(keys, torch.zeros(600, dtype=torch.long), torch.arange(600))
+    assert recall(index, asked, keys) > 0.9 and index._rows[0] is not files
+    index.cleared(torch.tensor([0]))
+    assert not index._rows
+
+
+def test_faiss_searches_many_queries_and_short_rows_exactly():
+    pytest.importorskip("faiss")
+    index = FaissIndex()
+    keys, asked = like_text(2, 700)
+    assert recall(index, asked, keys) == 1.0 and not index._rows
+
+
+def test_faiss_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ConfigError, match="needs faiss, which is not installed; pip install"):
+        make_index("faiss")

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from longmem import MemoryBankError
 from longmem.memory.bank import MemoryBank
-from longmem.memory.joined import best_of
-from longmem.memory.rows import BankRows
+from longmem.memory.joined import JoinedMemory, best_of
 from longmem.memory.session import OVERLAY, SessionMemory
 from longmem.types import AttentionKV, RetrievedMemory
 
@@ -105,7 +104,7 @@ def _row(found: RetrievedMemory, row: int) -> RetrievedMemory:
 
 def test_every_row_of_a_list_reads_its_own_bank() -> None:
     left, right = bank(1, 10, 1), bank(1, 4, 2, dtype=torch.float16)
-    together = BankRows([left, right, None, left])
+    together = JoinedMemory([left, right, None, left])
     asked = queries(4)
     found = together.search(asked, 4)
     for row, one in enumerate((left, right, None, left)):
@@ -120,9 +119,9 @@ def test_every_row_of_a_list_reads_its_own_bank() -> None:
     beams = together.search(asked[[1, 1, 0]], 4, torch.tensor([1, 1, 0]))
     assert same(_row(beams, 0), _row(found, 1)) and same(_row(beams, 2), _row(found, 0))
     with pytest.raises(MemoryBankError, match="must hold one"):
-        BankRows([None])
+        JoinedMemory([None])
     with pytest.raises(MemoryBankError, match="fingerprint differs"):
-        BankRows([bank(1, 4, fingerprint="a"), bank(1, 4, fingerprint="b")])
+        JoinedMemory([bank(1, 4, fingerprint="a"), bank(1, 4, fingerprint="b")])
     with pytest.raises(MemoryBankError, match="row 2 has no memory"):
         together.provenance(2, 0)
 

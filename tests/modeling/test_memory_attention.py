@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from tests.parity.released import ReleasedBank
 from torch import Tensor
 
 from longmem.errors import MemoryBankError
@@ -155,7 +156,7 @@ def test_retrieving_every_chunk_is_dense_attention_without_positions():
 
 
 def test_missing_chunks_of_a_released_bank_take_part_with_score_zero():
-    bank = MemoryBank(1, 32, 1, 2, 2, shared=True, eviction="released")
+    bank = ReleasedBank(1, 32, 1, 2, 2)
     bank.add(AttentionKV(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2)))
     queries = torch.ones(1, 1, 1, 2)
     result = memory_attention(queries, bank.search(queries, 3), scaling=1.0)

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tests.parity.released import ReleasedBank
 from torch import Tensor
 
 from longmem.convert.fairseq import read_fairseq, side_name
 from longmem.convert.write import longmem_from_fairseq
-from longmem.memory import MemoryBank
 from longmem.modeling.longmem import LongMem
 from longmem.types import AttentionKV, RetrievedMemory
 
@@ -87,8 +87,8 @@ class Case:
         """Records of the segments that only read."""
         return [record for record in self.record["segs"] if not record.get("added", True)]
 
-    def bank(self, model: LongMem) -> MemoryBank:
-        return MemoryBank(
+    def bank(self, model: LongMem) -> ReleasedBank:
+        return ReleasedBank(
             rows=self.record["batch"],
             capacity_tokens=self.record["capacity_chunks"] * model.config.chunk_size,
             heads_kv=model.memory_heads,
@@ -96,8 +96,6 @@ class Case:
             chunk_size=model.config.chunk_size,
             dtype=torch.float16 if self.half_store else torch.float32,
             device=DEVICE,
-            shared=True,
-            eviction="released",
         )
 
     def segment(self, tensors: dict[str, Tensor], index: int) -> Tensor:
@@ -122,7 +120,7 @@ def merge_heads(value: Tensor) -> Tensor:
     return value.transpose(1, 2).flatten(2)
 
 
-def watch(model: LongMem, bank: MemoryBank, input_ids: Tensor) -> Seen:
+def watch(model: LongMem, bank: ReleasedBank, input_ids: Tensor) -> Seen:
     """One forward pass that reads the bank, with everything on its way written down."""
     found: dict[str, Any] = {}
     states: list[Tensor] = []
@@ -166,7 +164,7 @@ def backbone_states(model: LongMem, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(states), logits
 
 
-def chunk_numbers(bank: MemoryBank, retrieved: RetrievedMemory) -> Tensor:
+def chunk_numbers(bank: ReleasedBank, retrieved: RetrievedMemory) -> Tensor:
     """(B, H, T, R) absolute chunk numbers; -1 where nothing was found (the null chunk behind the store)."""
     slots = retrieved.storage.shape[1]
     numbers = torch.full((slots,), -1)

@@ -17,9 +17,8 @@ from tests.parity.reference import (
     merge_heads,
     watch,
 )
+from tests.parity.released import ReleasedBank
 from torch import Tensor
-
-from longmem.memory import MemoryBank
 
 KIND = "eval"
 
@@ -59,7 +58,7 @@ def test_probes_read_the_memory_and_do_not_write_it(probed_case: Case) -> None:
     close(again, tensors["seg0.logits"], "seg0.logits")
 
 
-def check(case: Case, tensors: dict[str, Tensor], record: dict[str, Any], seen: Seen, bank: MemoryBank) -> None:
+def check(case: Case, tensors: dict[str, Tensor], record: dict[str, Any], seen: Seen, bank: ReleasedBank) -> None:
     """Everything the reference recorded about one forward pass, before its segment is written."""
     compare(tensors, record, "logits", seen.logits, HALF_STORE_ATOL["logits"] if case.half_store else ATOL)
     compare(tensors, record, "side_hidden", torch.stack(seen.side_hidden))
@@ -74,7 +73,9 @@ def check(case: Case, tensors: dict[str, Tensor], record: dict[str, Any], seen: 
     check_chunks(case, tensors, record, seen, bank)
 
 
-def check_chunks(case: Case, tensors: dict[str, Tensor], record: dict[str, Any], seen: Seen, bank: MemoryBank) -> None:
+def check_chunks(
+    case: Case, tensors: dict[str, Tensor], record: dict[str, Any], seen: Seen, bank: ReleasedBank
+) -> None:
     """The same chunks, scores, keys and values; a missing chunk is -1 in the reference.
 
     Chunks are compared as sets, because two of them may score alike to the last digit; scores are compared in order.
@@ -100,7 +101,7 @@ def by_chunk(tokens: Tensor, order: Tensor) -> Tensor:
     return chunks.gather(3, order.to(tokens.device)[..., None, None].expand_as(chunks))
 
 
-def check_store(case: Case, tensors: dict[str, Tensor], bank: MemoryBank) -> None:
+def check_store(case: Case, tensors: dict[str, Tensor], bank: ReleasedBank) -> None:
     """What is left in memory, oldest first, against the store's used slots."""
     keys, values = contents(bank)
     for name, ours in (("memory_keys", keys), ("memory_vals", values)):
@@ -120,17 +121,17 @@ def compare(
         close(ours, tensors[full], full, atol)
 
 
-def fill(bank: MemoryBank) -> int:
+def fill(bank: ReleasedBank) -> int:
     """Chunks in the one memory that all rows share."""
     return int(bank.chunks[0])
 
 
-def first_number(bank: MemoryBank) -> int:
+def first_number(bank: ReleasedBank) -> int:
     """Number of the oldest chunk left: how many were evicted."""
     return min(bank.provenance(0, slot).number for slot in range(fill(bank)))
 
 
-def contents(bank: MemoryBank) -> tuple[Tensor, Tensor]:
+def contents(bank: ReleasedBank) -> tuple[Tensor, Tensor]:
     """Stored keys and values, (H, chunks, S, D), oldest chunk first."""
     heads, dim = bank.heads_kv, bank.head_dim
     storage = bank.search(torch.zeros(1, heads, 1, dim, device=DEVICE), 1, rows=torch.tensor([0])).storage

@@ -656,10 +656,10 @@ def test_threads_share_a_bank_while_documents_are_forgotten(store: MemoryStore, 
 
 
 def test_a_memory_bank_and_a_store_bank_serve_one_batch(store: MemoryStore, model: LongMem) -> None:
-    from longmem.memory.rows import BankRows
+    from longmem.memory.joined import JoinedMemory
 
     twin = memory_bank(store, model, DOCUMENTS[:2])
-    both: MemoryBank | BankRows = BankRows([store.bank("alice"), twin])
+    both: MemoryBank | JoinedMemory = JoinedMemory([store.bank("alice"), twin])
     prompts = torch.stack([ids(12, seed=5), ids(12, seed=6)])
     explanation = model(prompts, memory=both, explain=True).explanation
     assert {reading.origin.namespace for reading in explanation.over(row=0)} == {"alice"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.family_table import V, make_backbone
+from tests.parity.released import ReleasedBank
 from torch import Tensor
 
 from longmem import LongMem, MemoryBank
@@ -163,8 +164,8 @@ def test_generate_collects_one_explanation_per_call() -> None:
 
 def test_what_released_eviction_reads_of_nothing_has_no_chunk() -> None:
     model = make()
-    bank = MemoryBank.for_model(model, rows=2, capacity_tokens=64, shared=True, eviction="released")
-    bank.add(model.encode(ids(2, 3, seed=3)), documents=["a", "b"])
+    bank = ReleasedBank(2, 64, model.memory_heads, model.memory_head_dim, model.config.chunk_size)
+    bank.add(model.encode(ids(2, 3, seed=3)))
     explanation = model(ids(), memory=bank, explain=True).explanation
     readings = explanation.over()
     assert sorted(reading.chunk for reading in readings) == [0, 1, 2]

@@ -23,7 +23,7 @@ THIS_TEXT = "(this text)"
 
 
 class Session(Protocol):
-    """What is needed of a session: ``SessionMemory``, one over a store, or ``BankRows`` of sessions."""
+    """What is needed of a session: ``SessionMemory``, one over a store, or ``JoinedMemory`` of sessions."""
 
     rows: int
 

@@ -15,7 +15,7 @@ from transformers import Cache, StoppingCriteriaList
 
 from longmem.errors import ConfigError, MemoryBankError
 from longmem.generation.reading import THIS_TEXT, cut, positions, write
-from longmem.memory.rows import BankRows
+from longmem.memory.joined import JoinedMemory
 from longmem.memory.session import SessionMemory
 from longmem.types import Memory
 
@@ -123,7 +123,7 @@ class LocalWindow:
     def __init__(
         self,
         model: Any,
-        session: SessionMemory | BankRows,
+        session: SessionMemory | JoinedMemory,
         rows: Sequence[int],
         policy: WindowPolicy,
         input_ids: Tensor,
@@ -254,11 +254,11 @@ def open_window(
 
 def as_memory(memory: Memory | Sequence[Memory | None] | None) -> Memory | None:
     """A list of banks, one for every prompt, becomes one memory of as many rows."""
-    return BankRows(memory) if isinstance(memory, Sequence) else memory
+    return JoinedMemory(memory) if isinstance(memory, Sequence) else memory
 
 
-def _session(memory: Memory | None) -> SessionMemory | BankRows | None:
+def _session(memory: Memory | None) -> SessionMemory | JoinedMemory | None:
     """The memory if text may be written to it: a session, or a list of nothing but sessions."""
-    if isinstance(memory, SessionMemory) or (isinstance(memory, BankRows) and memory.writable):
+    if isinstance(memory, SessionMemory) or (isinstance(memory, JoinedMemory) and memory.writable):
         return memory
     return None

@@ -1,4 +1,4 @@
-"""Memory in RAM or on the device: chunking, exact search, and the bank. Tensors only, no files, no models."""
+"""Memory in RAM or on the device: chunking, search, the bank, sessions. Tensors only, no files, no models."""
 
 from longmem.memory.bank import MemoryBank
 from longmem.memory.index import INDEXES, ExactIndex, Index, make_index

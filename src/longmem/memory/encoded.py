@@ -1,10 +1,10 @@
 """Memory of a long text in which a few segments change from question to question.
 
 A segment's keys and values depend on that segment alone, since the model that writes memory never reads it. So the
-text is encoded once; to hide something in it, only the segments that hold it are encoded again and written over their
-old places for as long as the question takes.
+text is encoded once; to hide something in it, only the segments that hold it are encoded again, and replace the old
+ones for as long as the question takes.
 
-n segments of T tokens · N chunks of S tokens · Hkv key/value heads · D head_dim
+n segments of T tokens · N chunks of S tokens · Hkv key/value heads of all remembered layers · D head_dim
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError, MemoryBankError
-from longmem.memory.chunking import mean_keys
-from longmem.memory.index import ExactIndex
+from longmem.memory.bank import memory_layers_of
+from longmem.memory.chunking import joined, mean_keys, refuse_unfit, split
+from longmem.memory.index import ExactIndex, search_chunks
 from longmem.types import ChunkOrigin, RetrievedMemory
 
 
@@ -50,18 +51,17 @@ class EncodedText:
                 f"window ({ids.shape[1]}) must be a multiple of chunk_size ({size}), so that segments can be changed "
                 f"one by one; try {max(1, ids.shape[1] // size) * size}"
             )
-        self.model, self.ids = model, ids
+        self.model, self.ids, self.chunk_size = model, ids, size
         self.per_segment = ids.shape[1] // size
-        self.lengths = torch.full((1, len(ids) * self.per_segment), size, dtype=torch.long, device=model.memory_device)
+        self.memory_layers = memory_layers_of(model)
+        device, count = model.memory_device, len(ids) * self.per_segment
+        self.lengths = torch.full((1, count), size, dtype=torch.long, device=device)
         if encoded is not None:
-            self.storage, self.keys = (encoded[name].to(model.memory_device) for name in ("storage", "keys"))
+            self.storage, self.keys = (encoded[name].to(device) for name in ("storage", "keys"))
             return
-        shape = (1, len(ids) * self.per_segment, model.memory_heads)
-        where = {"dtype": model.dtype, "device": model.memory_device}
-        self.storage = torch.empty(*shape, 2, size, model.memory_head_dim, **where)
-        self.keys = torch.empty(
-            1, shape[2], shape[1], model.memory_head_dim, dtype=torch.float32, device=where["device"]
-        )
+        heads, dim = len(self.memory_layers or (0,)) * model.memory_heads, model.memory_head_dim
+        self.storage = torch.empty(1, count, heads, 2, size, dim, dtype=model.dtype, device=device)
+        self.keys = torch.empty(1, heads, count, dim, dtype=torch.float32, device=device)
         for number, segment in enumerate(ids):
             self._write(number, segment)
             progress(number + 1)
@@ -70,36 +70,12 @@ class EncodedText:
         """What was encoded: ``storage`` and ``keys``, no copies."""
         return {"storage": self.storage, "keys": self.keys}
 
-    @property
-    def chunk_size(self) -> int:
-        """S."""
-        return int(self.storage.shape[4])
-
     def run(self, first: int, count: int, most_tokens: int | None = None) -> TextMemory:
-        """A memory of ``count`` segments from ``first`` on.
-
-        Args:
-            first: number of the first segment.
-            count: how many.
-            most_tokens: only the last so many tokens are remembered; None is all.
-        """
+        """A memory of ``count`` segments from number ``first`` on, or of their last ``most_tokens`` tokens."""
         start, end = first * self.per_segment, (first + count) * self.per_segment
         if most_tokens is not None:
             start = max(start, end - most_tokens // self.chunk_size)
         return TextMemory(self, slice(start, end))
-
-    @torch.no_grad()
-    def _write(self, number: int, segment: Tensor) -> None:
-        # one at a time: other batch sizes round differently, and changed segments come alone
-        kv = self.model.encode(segment[None].to(self.model.device))
-        pair = torch.stack((kv.keys[0], kv.values[0]), dim=1).to(self.storage.device)
-        chunks = pair.unflatten(2, (self.per_segment, -1)).permute(2, 0, 1, 3, 4).float()
-        place = self._place(number)
-        self.storage[0, place] = chunks.to(self.storage.dtype)
-        self.keys[0, :, place] = mean_keys(chunks, self.lengths[0, place]).transpose(0, 1)
-
-    def _place(self, number: int) -> slice:
-        return slice(number * self.per_segment, (number + 1) * self.per_segment)
 
     @contextmanager
     def holding(
@@ -113,49 +89,48 @@ class EncodedText:
             changed: token ids (T,) of changed segments, by their number in the whole text.
             most_tokens: only the last so many tokens are remembered; None is all.
         """
-        kept = {number: (self.storage[0, self._place(number)].clone(), self.keys[0, :, self._place(number)].clone())
-                for number in changed}  # fmt: skip
+        kept = [(where := self._chunks(number), self.storage[:, where].clone(), self.keys[:, :, where].clone())
+                for number in changed]  # fmt: skip
         try:
             for number, ids in changed.items():
                 self._write(number, torch.tensor(ids))
             yield self.run(first, count, most_tokens)
         finally:
-            for number, (storage, keys) in kept.items():
-                self.storage[0, self._place(number)] = storage
-                self.keys[0, :, self._place(number)] = keys
+            for where, storage, keys in kept:
+                self.storage[:, where], self.keys[:, :, where] = storage, keys
+
+    def _chunks(self, segment: int) -> slice:
+        return slice(segment * self.per_segment, (segment + 1) * self.per_segment)
+
+    @torch.no_grad()
+    def _write(self, number: int, segment: Tensor) -> None:
+        # one at a time: other batch sizes round differently, and changed segments come alone
+        kv = self.model.encode(segment[None].to(self.model.device))
+        pair = joined(kv, self.storage.shape[2], self.storage.shape[5])
+        refuse_unfit(pair, None, self.storage.dtype, self.keys.dtype, self.chunk_size)
+        chunks = split(pair.to(self.storage.device, torch.float32), self.chunk_size)[0][0]
+        where = self._chunks(number)
+        self.storage[0, where] = chunks.to(self.storage.dtype)
+        self.keys[0, :, where] = mean_keys(chunks, self.lengths[0, where]).transpose(0, 1)
 
 
 class TextMemory:
     """See ``Memory``: a run of chunks of an ``EncodedText``, searched exactly, that every batch row reads."""
 
     def __init__(self, text: EncodedText, chunks: slice) -> None:
-        self.chunk_size = text.chunk_size
-        self.fingerprint = text.model.fingerprint
-        self.memory_layer = text.model.memory_layer
+        self.chunk_size, self.heads_kv = text.chunk_size, text.model.memory_heads
+        self.fingerprint, self.memory_layers = text.model.fingerprint, text.memory_layers
         self.storage = text.storage[:, chunks]
         self.keys = text.keys[:, :, chunks]
         self.lengths = text.lengths[:, chunks]
-        self._index = ExactIndex()
 
-    @torch.no_grad()
-    def search(self, queries: Tensor, num_chunks: int, rows: Tensor | None = None) -> RetrievedMemory:
+    def search(
+        self, queries: Tensor, num_chunks: int, rows: Tensor | None = None, *, layer: int = 0
+    ) -> RetrievedMemory:
         """The best chunks for every query (B, H, T, D), per head; there is one row only."""
-        batch, heads, length, dim = queries.shape
-        read, live = [0] * batch, self.keys.shape[2]
-        grouped = queries.detach().reshape(batch, self.keys.shape[1], -1, dim)
-        with torch.autocast(queries.device.type, enabled=False):
-            scores, slots = self._index.search(grouped, self.keys, read, [live] * batch, num_chunks)
-        shape = (batch, heads, length, num_chunks)
-        exists = (torch.arange(num_chunks, device=slots.device) < live).expand(shape)
-        return RetrievedMemory(
-            chunk_ids=slots.reshape(shape).masked_fill_(~exists, 0),
-            chunk_mask=exists,
-            scores=scores.reshape(shape).masked_fill_(~exists, 0.0),
-            storage=self.storage,
-            lengths=self.lengths,
-            rows=torch.tensor(read, device=slots.device),
-            version=0,
-            live_version=lambda: 0,
+        lines, live = [0] * len(queries), [self.keys.shape[2]] * len(queries)
+        return search_chunks(
+            ExactIndex(), queries, num_chunks, self, lines, live, layer=layer, heads_kv=self.heads_kv, null=0
         )
 
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:

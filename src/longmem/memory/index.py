@@ -1,14 +1,16 @@
-"""How chunk keys are searched. Exact by default; anything with these methods can take its place."""
+"""Finding the chunk keys with the largest inner products: exactly by default, or by an index with the same methods."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from longmem.errors import ConfigError
+from longmem.errors import ConfigError, MemoryBankError
+from longmem.types import RetrievedMemory
 
 SCORES_AT_ONCE = {"cpu": 1 << 20, "gpu": 1 << 26}
 """Scores held at a time: what stays in a CPU's cache, or keeps a GPU busy."""
@@ -17,12 +19,13 @@ SCORES_AT_ONCE = {"cpu": 1 << 20, "gpu": 1 << 26}
 class Index(Protocol):
     """Finds, for every query, the chunk keys with the largest inner product.
 
-    The bank owns the keys and hands them over at each search; ``written`` and ``cleared`` tell an index that keeps
-    a structure of its own what has changed.
+    The memory owns the keys and passes them to each search. ``written``, ``cleared`` and ``kept`` tell an index that
+    keeps a structure of its own what has changed. One index serves one remembered layer. Several threads may search at
+    once.
     """
 
     def search(
-        self, queries: Tensor, keys: Tensor, rows: list[int], live: list[int], num: int
+        self, queries: Tensor, keys: Tensor, rows: Sequence[int], live: Sequence[int], num: int
     ) -> tuple[Tensor, Tensor]:
         """The ``num`` best keys of every query.
 
@@ -56,13 +59,97 @@ def make_index(index: str | Index = "exact") -> Index:
     """A new index by its name, or the one given.
 
     Raises:
-        ConfigError: there is no index of this name.
+        ConfigError: there is no index of this name, or what it needs is not installed.
     """
     if not isinstance(index, str):
         return index
     if index not in INDEXES:
         raise ConfigError(f"index ({index!r}) must be one of {', '.join(INDEXES)}")
     return INDEXES[index]()
+
+
+@torch.no_grad()
+def search_chunks(
+    index: Index,
+    queries: Tensor,
+    num_chunks: int,
+    chunks: Chunks,
+    rows: Sequence[int],
+    live: Sequence[int],
+    *,
+    layer: int,
+    heads_kv: int,
+    null: int,
+    live_version: Callable[[], int] = lambda: 0,
+) -> RetrievedMemory:
+    """The best chunks for every query head, from the heads of one remembered layer.
+
+    Args:
+        index: of this layer.
+        queries: (B, H, T, D); H a multiple of ``heads_kv``.
+        num_chunks: R.
+        chunks: what is searched, with the heads of all remembered layers.
+        rows: (B) rows of ``chunks`` to read.
+        live: (B) chunks in use in these rows.
+        layer: place of the layer among the remembered ones.
+        heads_kv: Hkv of one layer.
+        null: slot that stands for "nothing found".
+        live_version: see ``RetrievedMemory``.
+
+    Raises:
+        MemoryBankError: the queries do not fit the keys, or there is no such layer.
+    """
+    keys = chunks.keys
+    layers, dim = keys.shape[1] // heads_kv, keys.shape[3]
+    if not 0 <= layer < layers:
+        raise MemoryBankError(f"layer ({layer}) must lie in 0..{layers - 1}, the remembered layers of this bank")
+    if queries.dim() != 4 or queries.shape[3] != dim:
+        raise MemoryBankError(
+            f"queries {tuple(queries.shape)} must be (B, H, T, {dim}), with the head_dim of this bank"
+        )
+    batch, heads, length, _ = queries.shape
+    if heads % heads_kv:
+        raise MemoryBankError(
+            f"queries have {heads} heads, which must be a multiple of the bank's {heads_kv} key/value heads"
+        )
+    if num_chunks < 1:
+        raise MemoryBankError(f"num_chunks ({num_chunks}) must be at least 1")
+    if queries.device.type != keys.device.type:
+        raise MemoryBankError(f"queries are on {queries.device}, the bank on {keys.device}; move one of them")
+    first = layer * heads_kv
+    version = live_version()
+    grouped = queries.detach().reshape(batch, heads_kv, -1, dim)
+    with torch.autocast(queries.device.type, enabled=False):
+        scores, slots = index.search(grouped, keys[:, first : first + heads_kv], rows, live, num_chunks)
+    shape, device = (batch, heads, length, num_chunks), scores.device
+    exists = torch.arange(num_chunks, device=device) < torch.tensor(live, device=device)[:, None]
+    exists = exists[:, None, None, :].expand(shape)
+    return RetrievedMemory(
+        chunk_ids=slots.reshape(shape).masked_fill_(~exists, null),
+        chunk_mask=exists.clone(),
+        scores=scores.reshape(shape).masked_fill_(~exists, 0.0),
+        storage=chunks.storage,
+        lengths=chunks.lengths,
+        rows=torch.tensor(rows, device=device),
+        version=version,
+        live_version=live_version,
+        first_head=first,
+        layer_heads=heads_kv if layers > 1 else None,
+    )
+
+
+class Chunks(Protocol):
+    """Chunks of several rows: what ``search_chunks`` reads.
+
+    Attributes:
+        storage: (rows, slots, n*Hkv, 2, S, D), keys and values.
+        keys: (rows, n*Hkv, slots, D), mean key of each chunk.
+        lengths: (rows, slots) real tokens in each chunk.
+    """
+
+    storage: Tensor
+    keys: Tensor
+    lengths: Tensor
 
 
 class ExactIndex:
@@ -83,7 +170,7 @@ class ExactIndex:
 
     @torch.no_grad()
     def search(
-        self, queries: Tensor, keys: Tensor, rows: list[int], live: list[int], num: int
+        self, queries: Tensor, keys: Tensor, rows: Sequence[int], live: Sequence[int], num: int
     ) -> tuple[Tensor, Tensor]:
         """See ``Index.search``."""
         shape = (*queries.shape[:3], num)
@@ -112,13 +199,13 @@ class ExactIndex:
         return scores, slots
 
     def written(self, keys: Tensor, rows: Tensor, slots: Tensor) -> None:
-        """Nothing is kept."""
+        """Nothing to do: every search reads the keys as they are."""
 
     def cleared(self, rows: Tensor) -> None:
-        """Nothing is kept."""
+        """Nothing to do."""
 
     def kept(self, row: int, slots: Tensor) -> None:
-        """Nothing is kept."""
+        """Nothing to do."""
 
     def _search_heads(self, queries: Tensor, keys: Tensor, scratch: Tensor, scores: Tensor, slots: Tensor) -> None:
         """Fill scores and slots (h, Q, R) for queries (h, Q, D) over keys (h, n, D), merging block after block."""
@@ -178,18 +265,120 @@ def _padded(count: int, group: int) -> int:
     return -(-count // group) * group
 
 
-def _two_stage() -> Index:
-    from longmem.memory.blocks import Blocks
-    from longmem.memory.partial import PartialIndex
+class FaissIndex:
+    """Reads a part of the keys when few queries come: an inverted file of 8-bit codes (IVF-SQ8) for each head.
 
-    return PartialIndex(Blocks)
+    What the file finds is ranked anew by exact scores, so scores are exact and only recall is not. Searches of many
+    queries and of rows with few keys are exact, because one matrix product is faster there. The file of a row is built
+    at the first search that wants it. Keys written later are searched exactly; once they are an eighth of the row, the
+    file is built anew. Needs the ``faiss`` extra; searches on the CPU.
+
+    Args:
+        least: keys in a row below which it is searched exactly.
+        few: queries per key/value head up to which a search reads a part.
+        share: of the lists of a file, read per query; more is slower and finds more.
+
+    Raises:
+        ConfigError: faiss is not installed.
+    """
+
+    def __init__(self, *, least: int = 32768, few: int = 8, share: float = 0.1) -> None:
+        try:
+            import faiss
+        except ImportError as error:
+            raise ConfigError(
+                "index ('faiss') needs faiss, which is not installed; pip install 'longmem-lm[faiss]', or use 'exact'"
+            ) from error
+        self.least, self.few, self.share = least, few, share
+        self._faiss: Any = faiss
+        self._exact = ExactIndex()
+        self._rows: dict[int, _Files] = {}
+        self._building = threading.Lock()
+
+    @torch.no_grad()
+    def search(
+        self, queries: Tensor, keys: Tensor, rows: Sequence[int], live: Sequence[int], num: int
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Index.search``."""
+        if queries.shape[2] > self.few or max(live, default=0) < max(self.least, 16 * num):
+            return self._exact.search(queries, keys, rows, live, num)
+        shape = (*queries.shape[:3], num)
+        scores = torch.zeros(shape, device=queries.device)
+        slots = torch.zeros(shape, dtype=torch.long, device=queries.device)
+        for line, (row, used) in enumerate(zip(rows, live, strict=True)):
+            if used < max(self.least, 16 * num):
+                found = self._exact.search(queries[line : line + 1], keys, [row], [used], num)
+                scores[line], slots[line] = found[0][0], found[1][0]
+                continue
+            files = self._files(row, keys[row, :, :used])
+            for head, asked in enumerate(queries[line].float()):
+                scores[line, head], slots[line, head] = files.search(asked, keys[row, head, :used], head, num)
+        return scores, slots
+
+    def written(self, keys: Tensor, rows: Tensor, slots: Tensor) -> None:
+        """See ``Index.written``."""
+        for row in rows.unique().tolist():
+            if row in self._rows:
+                self._rows[row].changed = torch.cat((self._rows[row].changed, slots[rows == row].cpu())).unique()
+
+    def cleared(self, rows: Tensor) -> None:
+        """See ``Index.cleared``."""
+        for row in rows.tolist():
+            self._rows.pop(row, None)
+
+    def kept(self, row: int, slots: Tensor) -> None:
+        """See ``Index.kept``; the file is built anew."""
+        self._rows.pop(row, None)
+
+    def _files(self, row: int, keys: Tensor) -> _Files:
+        with self._building:
+            files = self._rows.get(row)
+            if files is None or len(files.changed) > files.covered // 8:
+                files = self._rows[row] = _Files(self._faiss, keys.float().cpu(), self.share)
+            return files
 
 
-def _faiss() -> Index:
-    from longmem.memory.faiss_index import faiss_index
+class _Files:
+    """Inverted files over the keys (Hkv, n, D) that a row had when they were built.
 
-    return faiss_index()
+    Attributes:
+        covered: n.
+        changed: (m,) slots that were written since.
+    """
+
+    def __init__(self, faiss: Any, keys: Tensor, share: float) -> None:
+        self.covered, dim = keys.shape[1], keys.shape[2]
+        self.changed = torch.zeros(0, dtype=torch.long)
+        groups = max(1, round(2 * self.covered**0.5))
+        self.settings = faiss.SearchParametersIVF(nprobe=max(1, round(share * groups)))
+        self.files = []
+        for each in keys:
+            # the mean adds the same to every score of a query; without it, lists differ in what tells keys apart
+            points = (each - each.mean(0)).numpy()
+            means = faiss.Kmeans(dim, groups, niter=5, max_points_per_centroid=64, seed=0)
+            means.train(points)
+            lists = faiss.IndexFlatIP(dim)
+            lists.add(means.centroids)
+            file = faiss.IndexIVFScalarQuantizer(
+                lists, dim, groups, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+            )
+            file.train(points[:: max(1, self.covered // 65536)])
+            file.add(points)
+            self.files.append((file, lists))  # the file refers to its lists without keeping them
+
+    def search(self, queries: Tensor, keys: Tensor, head: int, num: int) -> tuple[Tensor, Tensor]:
+        """Scores and slots (Q, num) of the best keys (n, D) of a head for queries (Q, D)."""
+        found = self.files[head][0].search(queries.cpu().numpy(), 4 * num, params=self.settings)[1]
+        slots = torch.from_numpy(found)
+        gone = (slots < 0) | torch.isin(slots, self.changed)
+        fresh = self.changed.expand(len(queries), -1)
+        gone = torch.cat((gone, torch.zeros_like(fresh, dtype=torch.bool)), dim=1).to(keys.device)
+        slots = torch.cat((slots, fresh), dim=1).to(keys.device)
+        candidates = keys[slots.clamp_min(0)].float()
+        scores = torch.einsum("qd,qcd->qc", queries, candidates).masked_fill_(gone, -torch.inf)
+        best = scores.topk(num)
+        return best.values, slots.gather(1, best.indices)
 
 
-INDEXES: dict[str, Callable[[], Index]] = {"exact": ExactIndex, "two_stage": _two_stage, "faiss": _faiss}
-"""What ``index=`` may name. A backend that is installed on its own is imported by its factory."""
+INDEXES: dict[str, Callable[[], Index]] = {"exact": ExactIndex, "faiss": FaissIndex}
+"""What ``index=`` may name."""

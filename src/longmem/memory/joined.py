@@ -1,21 +1,134 @@
 """Several searches as one: the best of them for every query, or the rows of a batch that read different memories.
 
-What a search found lies in the storage of its own memory. Here the chunks that were really found are copied into one
+What a search found is in the storage of its own memory. Here the chunks that were really found are copied into one
 small storage, a key/value head at a time, because a head reads only its own part of a chunk.
 
-B batch rows · H query heads · Hkv key/value heads · T tokens · R retrieved chunks · S tokens per chunk · D head_dim ·
-P pairs of a chunk and a key/value head
+B batch rows · H query heads · T tokens · R retrieved chunks · S tokens per chunk · D head_dim · P chunk-heads found
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from longmem.types import RetrievedMemory
+from longmem.errors import MemoryBankError
+from longmem.types import AttentionKV, ChunkOrigin, Memory, RetrievedMemory
+
+
+class JoinedMemory:
+    """Row b reads the first row of ``banks[b]``; one bank may be there several times.
+
+    Args:
+        banks: memories of one chunk size; None is a row without memory.
+
+    Raises:
+        MemoryBankError: the list is empty, or its banks differ in chunk size, backbone or remembered layers.
+    """
+
+    def __init__(self, banks: Sequence[Memory | None]) -> None:
+        self.banks = list(banks)
+        given = [bank for bank in self.banks if bank is not None]
+        if not given:
+            raise MemoryBankError(f"a list of {len(self.banks)} banks must hold one; pass memory=None to read nothing")
+        self.rows = len(self.banks)
+        self.chunk_size: int = _common("chunk_size", given)
+        self.fingerprint: str | None = _common("fingerprint", given)
+        self.memory_layers: tuple[int, ...] | None = _common("memory_layers", given)
+
+    @torch.no_grad()
+    def search(
+        self, queries: Tensor, num_chunks: int, rows: Tensor | None = None, *, layer: int = 0
+    ) -> RetrievedMemory:
+        """See ``Memory.search``; ``rows`` (B,) are places in the list."""
+        if rows is None and queries.shape[0] != self.rows:
+            raise MemoryBankError(
+                f"queries have {queries.shape[0]} rows, the list {self.rows}; pass rows= to say which"
+            )
+        places = list(range(self.rows)) if rows is None else [int(row) for row in rows.tolist()]
+        lines: dict[int, list[int]] = {}
+        for line, place in enumerate(places):
+            lines.setdefault(id(self.banks[place]), []).append(line)
+        which = {"layer": layer} if layer else {}  # a memory of one layer need not know the argument
+        parts = []
+        for some in lines.values():
+            bank, asked = self.banks[places[some[0]]], queries if len(lines) == 1 else queries[some]
+            if bank is None:
+                parts.append(nothing(asked, num_chunks, self.chunk_size))
+            else:
+                parts.append(bank.search(asked, num_chunks, torch.zeros(len(some), dtype=torch.long), **which))
+        found = parts[0] if len(parts) == 1 else side_by_side(parts, list(lines.values()))
+        return replace(found, memory_rows=torch.tensor(places, device=queries.device))
+
+    def provenance(self, row: int, chunk: int) -> ChunkOrigin:
+        """Where a chunk of ``banks[row]`` came from."""
+        bank = self.banks[row]
+        if bank is None:
+            raise MemoryBankError(f"row {row} has no memory, so no chunk {chunk}")
+        return bank.provenance(0, chunk)
+
+    # writing, where every row is a session
+
+    @property
+    def writable(self) -> bool:
+        """Whether every row is a session of its own."""
+        each = all(getattr(bank, "writable", False) for bank in self.banks)
+        return each and len({id(bank) for bank in self.banks}) == len(self.banks)
+
+    def add(
+        self,
+        kv: AttentionKV,
+        *,
+        rows: Tensor | None = None,
+        documents: Sequence[str | None] | None = None,
+        offsets: Sequence[int] | None = None,
+        ids: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Each row to its session, see ``SessionMemory.add``."""
+        places = list(range(self.rows)) if rows is None else [int(row) for row in rows.tolist()]
+        for line, place in enumerate(places):
+            one = slice(line, line + 1)
+            self._session(place).add(
+                AttentionKV(kv.keys[one], kv.values[one], None if kv.mask is None else kv.mask[one]),
+                rows=torch.zeros(1, dtype=torch.long),
+                documents=None if documents is None else documents[one],
+                offsets=None if offsets is None else offsets[one],
+                ids=None if ids is None else ids[one],
+            )
+
+    def end_document(self, rows: Tensor | None = None) -> None:
+        """What comes next in these rows (default: all) is another document."""
+        for place in range(self.rows) if rows is None else rows.tolist():
+            self._session(place).end_document(torch.zeros(1, dtype=torch.long))
+
+    def followed(self, row: int) -> Tensor:
+        """See ``SessionMemory.followed``."""
+        ids: Tensor = self._session(row).followed(0)
+        return ids
+
+    def follow(self, row: int, ids: Tensor) -> None:
+        """See ``SessionMemory.follow``."""
+        self._session(row).follow(0, ids)
+
+    def _session(self, place: int) -> Any:
+        bank = self.banks[place]
+        if not getattr(bank, "writable", False):
+            raise MemoryBankError(
+                f"row {place} of the list is {type(bank).__name__}, which is only read; pass a session"
+            )
+        return bank
+
+
+def _common(name: str, banks: Sequence[Memory]) -> Any:
+    """What all banks that know it say of themselves; None where none knows it."""
+    values = {value for bank in banks if (value := getattr(bank, name, None)) is not None}
+    if len(values) > 1:
+        raise MemoryBankError(f"{name} differs among the banks of a batch: {', '.join(map(str, values))}")
+    return next(iter(values), None)
 
 
 def best_of(parts: Sequence[RetrievedMemory], num_chunks: int) -> RetrievedMemory:
@@ -26,12 +139,11 @@ def best_of(parts: Sequence[RetrievedMemory], num_chunks: int) -> RetrievedMemor
             apart; each part is the best ``num_chunks`` of its memory, or all there is.
         num_chunks: R.
     """
-    tables = _Tables.of(parts)
-    picked = [_Picked.of(part, first) for part, first in zip(parts, tables.first, strict=True)]
-    scores = torch.cat([pick.scores.masked_fill(~pick.mask, -torch.inf) for pick in picked], dim=-1)
+    together = [torch.cat(each, dim=-1) for each in zip(*_found(parts), strict=True)]
+    _, mask, scores, *_ = together
     # a stable order, so that equal scores are taken from the first part
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :num_chunks]
-    return tables.pack(_Picked.cat(picked, dim=-1).take(order), parts)
+    order = scores.masked_fill(~mask, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :num_chunks]
+    return _packed([each.gather(-1, order) for each in together], parts)
 
 
 def side_by_side(parts: Sequence[RetrievedMemory], lines: Sequence[Sequence[int]]) -> RetrievedMemory:
@@ -41,15 +153,11 @@ def side_by_side(parts: Sequence[RetrievedMemory], lines: Sequence[Sequence[int]
         parts: each for some of the batch rows, with equal H, T and R.
         lines: for each part, the batch rows it answers; together every row once.
     """
-    tables = _Tables.of(parts)
-    together = _Picked.cat([_Picked.of(part, first) for part, first in zip(parts, tables.first, strict=True)], dim=0)
-    order = torch.tensor([line for some in lines for line in some], device=together.scores.device)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return tables.pack(together.rows(back), parts)
+    back = torch.tensor([line for some in lines for line in some]).argsort().to(parts[0].scores.device)
+    return _packed([torch.cat(each)[back] for each in zip(*_found(parts), strict=True)], parts)
 
 
-def nothing(queries: Tensor, num_chunks: int, chunk_size: int, heads_kv: int = 1) -> RetrievedMemory:
+def nothing(queries: Tensor, num_chunks: int, chunk_size: int) -> RetrievedMemory:
     """What queries (B, H, T, D) find where there is no memory at all."""
     batch, heads, length, dim = queries.shape
     shape, device = (batch, heads, length, num_chunks), queries.device
@@ -57,7 +165,7 @@ def nothing(queries: Tensor, num_chunks: int, chunk_size: int, heads_kv: int = 1
         chunk_ids=torch.zeros(shape, dtype=torch.long, device=device),
         chunk_mask=torch.zeros(shape, dtype=torch.bool, device=device),
         scores=torch.zeros(shape, device=device),
-        storage=torch.zeros(1, 1, heads_kv, 2, chunk_size, dim, dtype=queries.dtype, device=device),
+        storage=torch.zeros(1, 1, 1, 2, chunk_size, dim, dtype=queries.dtype, device=device),
         lengths=torch.zeros(1, 1, dtype=torch.long, device=device),
         rows=torch.zeros(batch, dtype=torch.long, device=device),
         version=0,
@@ -65,90 +173,48 @@ def nothing(queries: Tensor, num_chunks: int, chunk_size: int, heads_kv: int = 1
     )
 
 
-@dataclass(frozen=True)
-class _Picked:
-    """Chunks by reference, (B, H, T, R) each.
-
-    Attributes:
-        pairs: line of each chunk and head in all tables, one after the other.
-        scores: as in ``RetrievedMemory``.
-        mask: as in ``RetrievedMemory``.
-        lengths: real tokens of each chunk.
-        numbers: what its memory's ``provenance`` calls it.
-    """
-
-    pairs: Tensor
-    scores: Tensor
-    mask: Tensor
-    lengths: Tensor
-    numbers: Tensor
-
-    @classmethod
-    def of(cls, found: RetrievedMemory, first: int) -> _Picked:
-        """``first``: where the part's table begins."""
-        heads, (_, slots, heads_kv) = found.chunk_ids.shape[1], found.storage.shape[:3]
-        head = torch.arange(heads, device=found.chunk_ids.device) // (heads // heads_kv)
-        rows = found.rows.view(-1, 1, 1, 1)
-        line = (rows * slots + found.chunk_ids) * heads_kv + head.view(1, -1, 1, 1)
-        return cls(line + first, found.scores, found.chunk_mask, found.lengths[rows, found.chunk_ids], found.chunks)
-
-    @classmethod
-    def cat(cls, some: Sequence[_Picked], dim: int) -> _Picked:
-        return cls(*(torch.cat([getattr(each, name) for each in some], dim) for name in cls.__dataclass_fields__))
-
-    def take(self, order: Tensor) -> _Picked:
-        """Along R."""
-        return _Picked(*(getattr(self, name).gather(-1, order) for name in self.__dataclass_fields__))
-
-    def rows(self, order: Tensor) -> _Picked:
-        """Along B."""
-        return _Picked(*(getattr(self, name)[order] for name in self.__dataclass_fields__))
+def _tables(parts: Sequence[RetrievedMemory]) -> tuple[list[Tensor], list[int]]:
+    """Each part's storage as a table (lines, 2, S, D) of chunk-heads, and the line at which it begins among all."""
+    tables = [part.storage.flatten(0, 2) for part in parts]
+    first = [0]
+    for table in tables:
+        first.append(first[-1] + table.shape[0])
+    return tables, first
 
 
-@dataclass(frozen=True)
-class _Tables:
-    """The storages of all parts as tables of (chunk, head) lines, and the line each begins at."""
+def _found(parts: Sequence[RetrievedMemory]) -> list[tuple[Tensor, ...]]:
+    """Of each part, (B, H, T, R) each: line of the chunk-head in all tables, mask, score, length, chunk number."""
+    found: list[tuple[Tensor, ...]] = []
+    for part, first in zip(parts, _tables(parts)[1], strict=False):
+        _, slots, heads_kv = part.storage.shape[:3]
+        heads, rows = part.chunk_ids.shape[1], part.rows.view(-1, 1, 1, 1)
+        own = torch.arange(heads, device=rows.device) // (heads // (part.layer_heads or heads_kv)) + part.first_head
+        line = (rows * slots + part.chunk_ids) * heads_kv + own.view(1, -1, 1, 1) + first
+        found.append((line, part.chunk_mask, part.scores, part.lengths[rows, part.chunk_ids], part.chunks))
+    return found
 
-    tables: list[Tensor]
-    first: list[int]
-    shape: tuple[int, int, int]
 
-    @classmethod
-    def of(cls, parts: Sequence[RetrievedMemory]) -> _Tables:
-        shape = (2, int(parts[0].storage.shape[4]), int(parts[0].storage.shape[5]))
-        tables = [part.storage.reshape(-1, *shape) for part in parts]
-        first, total = [], 0
-        for table in tables:
-            first.append(total)
-            total += table.shape[0]
-        return cls(tables, first, shape)
-
-    def pack(self, picked: _Picked, parts: Sequence[RetrievedMemory]) -> RetrievedMemory:
-        """The picked chunks in a storage of their own, (1, P + 1, 1, 2, S, D); behind them the null chunk."""
-        mask, device = picked.mask, picked.scores.device
-        pairs, slots = torch.unique(picked.pairs[mask], return_inverse=True)
-        ends = torch.searchsorted(pairs, torch.tensor([*self.first[1:], 1 << 62], device=device)).tolist()
-        dtype = self.tables[0].dtype
-        for table in self.tables[1:]:
-            dtype = torch.promote_types(dtype, table.dtype)
-        storage = torch.zeros(1, len(pairs) + 1, 1, *self.shape, dtype=dtype, device=device)
-        begin = 0
-        for table, first, end in zip(self.tables, self.first, ends, strict=True):
-            wanted = (pairs[begin:end] - first).to(table.device)
-            storage[0, begin:end, 0] = table.index_select(0, wanted).to(storage)
-            begin = end
-        chunk_ids = torch.full(mask.shape, len(pairs), device=device).masked_scatter_(mask, slots)
-        lengths = torch.zeros(1, len(pairs) + 1, dtype=torch.long, device=device)
-        numbers = torch.full_like(lengths, -1)
-        lengths[0, slots], numbers[0, slots] = picked.lengths[mask], picked.numbers[mask]
-        return RetrievedMemory(
-            chunk_ids=chunk_ids,
-            chunk_mask=mask,
-            scores=picked.scores.masked_fill(~mask, 0.0),
-            storage=storage,
-            lengths=lengths,
-            rows=torch.zeros(mask.shape[0], dtype=torch.long, device=device),
-            version=sum(part.version for part in parts),
-            live_version=lambda: sum(part.live_version() for part in parts),
-            sources=numbers,
-        )
+def _packed(found: Sequence[Tensor], parts: Sequence[RetrievedMemory]) -> RetrievedMemory:
+    """The found chunk-heads in a storage of their own, (1, P + 1, 1, 2, S, D); the last slot is the null chunk."""
+    line, mask, scores, length, number = found
+    (tables, first), device = _tables(parts), scores.device
+    wanted, slots = torch.unique(line[mask], return_inverse=True)
+    dtype = reduce(torch.promote_types, (table.dtype for table in tables))
+    storage = torch.zeros(1, len(wanted) + 1, 1, *tables[0].shape[1:], dtype=dtype, device=device)
+    ends = torch.searchsorted(wanted, torch.tensor(first, device=device)).tolist()
+    for table, begin, end, at in zip(tables, ends, ends[1:], first, strict=False):
+        storage[0, begin:end, 0] = table.index_select(0, (wanted[begin:end] - at).to(table.device)).to(storage)
+    lengths = torch.zeros(1, len(wanted) + 1, dtype=torch.long, device=device)
+    numbers = torch.full_like(lengths, -1)
+    lengths[0, slots], numbers[0, slots] = length[mask], number[mask]
+    return RetrievedMemory(
+        chunk_ids=torch.full(mask.shape, len(wanted), device=device).masked_scatter_(mask, slots),
+        chunk_mask=mask,
+        scores=scores.masked_fill(~mask, 0.0),
+        storage=storage,
+        lengths=lengths,
+        rows=torch.zeros(mask.shape[0], dtype=torch.long, device=device),
+        version=sum(part.version for part in parts),
+        live_version=lambda: sum(part.live_version() for part in parts),
+        sources=numbers,
+    )

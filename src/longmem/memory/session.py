@@ -1,4 +1,4 @@
-"""``SessionMemory``: what is said now, over a memory that is only read."""
+"""``SessionMemory``: what is said now, in front of a memory that is only read."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from longmem.memory.joined import best_of
 from longmem.types import AttentionKV, ChunkOrigin, Memory, RetrievedMemory
 
 OVERLAY = 1 << 39
-"""Chunk numbers from here on are the session's own; those below belong to the memory underneath."""
+"""Chunk numbers from here on are the session's own; smaller ones are the base memory's."""
 
 
 class SessionMemory:
-    """A bank of its own over a memory of any kind: searches find the best of both, writes go to its own bank alone.
+    """A bank of its own in front of a memory of any kind: searches find the best of both, writes go to the bank alone.
 
     Args:
-        base: what lies underneath; None is nothing. It is never written.
+        base: the memory that is only read; None is none.
         bank: of the session, one row for every row of the session, with the base's ``chunk_size``.
-        base_rows: (rows,) the base's row under each row of the session; None is its own, or the only one there is.
+        base_rows: (rows,) the base's row that each row of the session reads; None is its own, or the only one there is.
 
     Raises:
         MemoryBankError: base and bank do not fit each other.
     """
+
+    writable = True
 
     def __init__(self, base: Memory | None, bank: MemoryBank, base_rows: Tensor | None = None) -> None:
         self.base = base
@@ -41,7 +43,7 @@ class SessionMemory:
                 f"make it with chunk_size={base.chunk_size}"
             )
         self.fingerprint: str | None = _shared("fingerprint", base, bank)
-        self.memory_layer: int | None = _shared("memory_layer", base, bank)
+        self.memory_layers: tuple[int, ...] | None = _shared("memory_layers", base, bank)
         below = getattr(base, "rows", self.rows)
         if base_rows is None:
             if below not in (1, self.rows):
@@ -67,6 +69,9 @@ class SessionMemory:
         """A session that fits this LongMem model; ``settings`` as in ``MemoryBank``."""
         if base is not None:
             settings.setdefault("chunk_size", base.chunk_size)
+            theirs = getattr(base, "fingerprint", None)  # another fingerprint of the same weights will do
+            if theirs is not None and getattr(model, "accepts", model.fingerprint.__eq__)(theirs):
+                settings.setdefault("fingerprint", theirs)
         return cls(base, MemoryBank.for_model(model, rows, capacity_tokens, **settings), base_rows)
 
     # reading
@@ -77,16 +82,19 @@ class SessionMemory:
         return self.bank.tokens
 
     @torch.no_grad()
-    def search(self, queries: Tensor, num_chunks: int, rows: Tensor | None = None) -> RetrievedMemory:
+    def search(
+        self, queries: Tensor, num_chunks: int, rows: Tensor | None = None, *, layer: int = 0
+    ) -> RetrievedMemory:
         """The best chunks of both for every query (B, H, T, D); ``rows`` (B,) are rows of the session."""
         chosen = self._rows_of(rows, queries.shape[0]).cpu()
         if self.base is None:
-            return self.bank.search(queries, num_chunks, chosen)
-        below = self.base.search(queries, num_chunks, self.base_rows[chosen])
+            return self.bank.search(queries, num_chunks, chosen, layer=layer)
+        which = {"layer": layer} if layer else {}  # a memory of one layer need not know the argument
+        below = self.base.search(queries, num_chunks, self.base_rows[chosen], **which)
         on_device = chosen.to(queries.device)
         if not bool(self.bank.chunks[chosen].any()):
             return replace(below, memory_rows=on_device)
-        own = replace(self.bank.search(queries, num_chunks, chosen), sources=self._numbers)
+        own = replace(self.bank.search(queries, num_chunks, chosen, layer=layer), sources=self._numbers)
         return replace(best_of((below, own), num_chunks), memory_rows=on_device)
 
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:
@@ -124,7 +132,7 @@ class SessionMemory:
             self._followed[row] = []
 
     def drop(self) -> None:
-        """Forget all that the session wrote; the memory underneath is as it was."""
+        """Forget all that the session wrote; the base memory is as it was."""
         self.bank.reset()
         self._followed = [[] for _ in range(self.rows)]
 

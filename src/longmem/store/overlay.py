@@ -58,7 +58,7 @@ class SessionBank(SessionMemory):
             base.chunk_size,
             device=base.device,
             fingerprint=base.fingerprint,
-            memory_layer=base.memory_layer,
+            memory_layers=None if base.memory_layer is None else (base.memory_layer,),
         )
         super().__init__(base, bank)
         self.documents = base

@@ -24,8 +24,6 @@ from longmem.data.tokens import TokenCorpus
 from longmem.data.windows import IGNORE
 from longmem.errors import CheckpointError, ConfigError
 from longmem.memory import MemoryBank
-from longmem.memory.lookahead import Arrival, LookaheadBank
-from longmem.memory.shards import rows_of
 from longmem.modeling.longmem import LongMem
 from longmem.modeling.memtrm import MemTRM
 from longmem.modeling.placement import quantization
@@ -107,9 +105,7 @@ class Adaptation:
         if isinstance(self.longmem, MemTRM) and self.valid is not None and self._backbone_loss is None:
             self._backbone_loss = self._loss_at_start()
         batches = [self.stream.next() for _ in range(self.recipe.optim.segments)]
-        if isinstance(self.bank, LookaheadBank):
-            self.bank.begin([Arrival(b.documents, b.offsets, b.starts, b.mask) for b in batches])
-        elif self.bank is not None:
+        if self.bank is not None:
             turn_over(self.bank, batches[0], self.recipe.sidenet.boundary)
         ids, mask, targets = (_to(part, self.device) for part in _joined(batches))
         assert targets is not None
@@ -125,9 +121,7 @@ class Adaptation:
 
     def after_backward(self) -> None:
         """Write the segment: recomputation in ``backward`` must find the memory that ``forward`` read."""
-        if isinstance(self.bank, LookaheadBank):
-            self.bank.commit()
-        elif self.bank is not None and self._unwritten is not None:
+        if self.bank is not None and self._unwritten is not None:
             remember(self.bank, *self._unwritten)
         self._unwritten = None
 
@@ -181,10 +175,9 @@ class Adaptation:
                 f"the checkpoint has {total} rows in {len(states)} processes, this run {rows} in each of {self.world}; "
                 f"{wanted}, every row has a memory of its own"
             )
-        bank = None
         if self.bank is not None:
-            bank = rows_of([state["bank"] for state in states], self.rank * rows, rows)
-        return {**states[0], "bank": bank}
+            raise CheckpointError(f"memory is not dealt to other processes; start {len(states)}, as many as wrote it")
+        return dict(states[0])
 
     def weights(self) -> dict[str, Tensor]:
         return dict(self.trained())
@@ -218,19 +211,10 @@ class Adaptation:
         self.longmem.train()
         return loss
 
-    def _training_bank(self) -> MemoryBank | LookaheadBank:
-        side, optim = self.recipe.sidenet, self.recipe.optim
-        if optim.segments == 1:
-            return self._new_bank(optim.rows)
-        return LookaheadBank.for_model(
-            self.longmem,
-            optim.rows,
-            side.memory_size,
-            segments=optim.segments,
-            segment_tokens=self.recipe.data.window,
-            boundary=side.boundary,
-            **self._bank_settings(),
-        )
+    def _training_bank(self) -> MemoryBank:
+        if self.recipe.optim.segments != 1:
+            raise ConfigError(f"optim.segments ({self.recipe.optim.segments}) must be 1: memory is written every step")
+        return self._new_bank(self.recipe.optim.rows)
 
     def _new_bank(self, rows: int) -> MemoryBank:
         return MemoryBank.for_model(self.longmem, rows, self.recipe.sidenet.memory_size, **self._bank_settings())

@@ -24,7 +24,6 @@ from transformers import PreTrainedConfig
 from longmem.config import LongMemConfig, MemTRMConfig, side_layout
 from longmem.errors import ConfigError
 from longmem.memory.index import SCORES_AT_ONCE
-from longmem.memory.lookahead import spare_tokens
 from longmem.training.hardware import GIB, HARDWARE, Hardware
 from longmem.training.sizes import Sizes
 
@@ -285,9 +284,7 @@ def bank_bytes(sizes: Sizes, chunk_size: int, work: Work) -> int:
     if not work.memory:
         return 0
     numbers = sizes.heads_kv * sizes.head_dim
-    shared = work.banks is not None
-    # several segments at once need room for what they write over nothing that they read
-    held = work.memory + spare_tokens(work.rows, work.segments, work.segment, chunk_size, shared=shared)
+    held = work.memory
     one = held * numbers * 2 * work.bank_bytes + held // chunk_size * numbers * KEY_BYTES
     return one * (work.rows if work.banks is None else work.banks)
 
