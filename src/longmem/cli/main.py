@@ -21,6 +21,7 @@ class Entry(NamedTuple):
 
 COMMANDS = {
     "train": Entry("longmem.cli.train", "Train a backbone or a SideNet from a recipe file."),
+    "calibrate": Entry("longmem.cli.calibrate", "Let a backbone read memory without a SideNet, in minutes."),
     "eval": Entry("longmem.cli.eval", "Measure a model on long text."),
     "report": Entry("longmem.cli.report", "Make a page of results, the paper's numbers beside ours."),
     "layers": Entry("longmem.cli.layers", "Find the backbone layer whose keys are worth remembering."),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,6 +118,30 @@ class _Example:
     ids: Tensor
     scored: Tensor
     memory: list[tuple[AttentionKV, int]]
+
+
+def passages_of(texts: Iterable[str], tokenizer: Any, settings: CalibrationSettings, count: int) -> list[Tensor]:
+    """Random passages of random texts, tokenised: (n,) ids each, enough for the memory and its window.
+
+    Args:
+        texts: of one kind.
+        tokenizer: of the model.
+        settings: say how long a passage is, and the seed.
+        count: passages, one of each text as long as there are that many.
+    """
+    draw = random.Random(f"passages {settings.seed}")
+    wanted = settings.memory + settings.window + 1
+    long = [text for text in texts if len(text) >= 2 * wanted]
+    made: list[Tensor] = []
+    for number, text in enumerate(draw.sample(long, len(long))):
+        if len(made) == count:
+            break
+        for _ in range(-(-(count - number) // len(long))):
+            at = draw.randrange(max(1, len(text) - 8 * wanted))
+            ids = tokenizer(text[at : at + 8 * wanted], add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) >= wanted:
+                made.append(torch.tensor(ids[:wanted]))
+    return made[:count]
 
 
 def calibrate(

@@ -1,0 +1,60 @@
+"""``longmem calibrate``: a reader for any causal language model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.family_table import make_backbone
+
+from longmem import TrainingFree
+from longmem.cli.main import main
+from longmem.data.tokenizer import train_tokenizer
+
+SIZES = ["--window", "16", "--memory", "32", "--passages", "2", "--updates", "2", "--num-retrieved", "8"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("backbone")
+    backbone = make_backbone("qwen3")
+    backbone.resize_token_embeddings(300)
+    backbone.config.max_position_embeddings = 4096
+    backbone.save_pretrained(folder)
+    train_tokenizer(["The rain in Spain falls mainly on the plain."] * 20, 280).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(9):
+        (folder / f"{number}.txt").write_text(f"Number {number} is a number of rain in Spain. " * 40, encoding="utf-8")
+    return folder
+
+
+def _run(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return int(ended.value.code or 0)
+
+
+def test_a_reader_is_made_saved_and_loaded(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "reader"
+    arguments = ["calibrate", str(model), "--data", f"rain={text}", "--layers", "1", "--out", str(out), *SIZES]
+    assert _run(arguments) == 0
+    assert TrainingFree.from_pretrained(out).memory_layers == (1,)
+    record = json.loads((out / "calibration.json").read_text(encoding="utf-8"))
+    assert set(record["alone"]) == {"rain", "facts"} and record["header"]["config"]["memory_layers"] == [1]
+    assert "backbone alone" in capsys.readouterr().out
+
+
+def test_layers_that_are_no_numbers_are_refused(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["calibrate", str(model), "--data", str(text), "--layers", "top", "--out", str(tmp_path), *SIZES]
+    assert _run(arguments) == 1
+    assert '--layers (top) must be "auto" or numbers such as 18,20,23' in capsys.readouterr().err
