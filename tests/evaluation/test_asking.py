@@ -87,10 +87,10 @@ def test_without_memory_only_the_window_counts(model: LongMem) -> None:
             assert scored.logprobs[0] == pytest.approx(expected, abs=1e-4)
     seen, far, other = (Prompt((text(n, 3)[-20:],), ((5,),)) for n in (20, 40, 21))
     far = Prompt((text(9, 7) + seen.contexts[0],), seen.options)
-    assert off.key(seen) == off.key(far) != off.key(other)
+    assert off.seen(seen) == off.seen(far) != off.seen(other)
     on = asker(model, memory=64)
-    assert on.key(seen) != on.key(far)
-    assert on.remembers(seen) and not on.remembers(Prompt((text(3),), ((5,),)))
+    assert on.seen(seen)[0] != on.seen(far)[0]
+    assert on.seen(seen)[1] and not on.seen(Prompt((text(3),), ((5,),)))[1]
 
 
 def test_a_full_context_has_memory_in_front_of_the_context(model: LongMem) -> None:

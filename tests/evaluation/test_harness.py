@@ -167,6 +167,30 @@ def test_what_does_not_fit_is_read_into_a_memory_of_the_request_alone(
 
 
 @needs_harness
+@pytest.mark.parametrize("batch", [1, 3])
+def test_each_window_of_a_rolling_text_has_all_before_it_in_memory(
+    batch: int, sidenet_dir: Path, byte_tokenizer: PreTrainedTokenizerFast, made_text: Callable[..., str]
+) -> None:
+    model = LongMem.from_pretrained(sidenet_dir)
+    lm = memory_lm(model, byte_tokenizer, 64, batch)
+    whole = [text[:96] for text in texts(made_text)[1:]]  # three windows of 32 bytes, the first after the prefix token
+    found = lm.loglikelihood_rolling(requests("loglikelihood_rolling", *((text,) for text in whole)))
+    for text, logprob in zip(whole, found, strict=True):
+        tokens = [lm.prefix_token_id, *byte_tokenizer(text)["input_ids"]]
+        bank, expected = MemoryBank.for_model(model, 1, 64), 0.0
+        # the window's first token is the last that was scored before it; what comes before that is read
+        for start, before in ((0, []), (32, tokens[1:32]), (64, tokens[32:64])):
+            if before:
+                bank.add(model.encode(torch.tensor([before])))
+            if start == 64:
+                bank.end_document()
+            with torch.no_grad():
+                logits = model(torch.tensor([tokens[start : start + 32]]), memory=bank).logits[0].log_softmax(-1)
+            expected += logits.gather(1, torch.tensor(tokens[start + 1 : start + 33])[:, None]).sum().item()
+        assert logprob == pytest.approx(expected, abs=1e-3)
+
+
+@needs_harness
 def test_generation_reads_what_was_cut_off(
     sidenet_dir: Path, byte_tokenizer: PreTrainedTokenizerFast, made_text: Callable[..., str]
 ) -> None:

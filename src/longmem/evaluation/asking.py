@@ -12,8 +12,8 @@ import inspect
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -141,20 +141,17 @@ class Asker:
                     scored = tuple(each for each in ordered if isinstance(each, Scored))
                     yield number, Answer(scored, ordered[-1] if prompts[number].new_tokens else ())
 
-    def key(self, prompt: Prompt) -> str:
-        """Hash of all that the system sees: prompts that differ only beyond its window and memory have one key."""
-        seen = hashlib.sha256()
-        for part in self._parts(prompt):
-            before = part.before if isinstance(part.before, tuple) else None
-            seen.update(part.before.digest.encode() if before is None else array("q", before).tobytes())
-            seen.update(f"|{part.new}|".encode())
-            for tokens in (part.local, *part.options):
-                seen.update(array("q", tokens).tobytes() + b"|")
-        return seen.hexdigest()[:16]
-
-    def remembers(self, prompt: Prompt) -> bool:
-        """Whether anything of a prompt goes to memory; else the answer is that of the same model without memory."""
-        return any(part.before != () for part in self._parts(prompt))
+    def seen(self, prompt: Prompt) -> tuple[str, bool]:
+        """Hash of all that the system sees, so that prompts which differ only beyond its window and memory have one;
+        and whether anything goes to memory: else the answer is that of the same model without memory."""
+        found, remembers = hashlib.sha256(), False
+        for before, local, options, new in self._parts(prompt):
+            remembers |= before != ()
+            found.update(array("q", before).tobytes() if isinstance(before, tuple) else before.digest.encode())
+            found.update(f"|{new}|".encode())
+            for tokens in (local, *options):
+                found.update(array("q", tokens).tobytes() + b"|")
+        return found.hexdigest()[:16], remembers
 
     def _parts(self, prompt: Prompt) -> Iterator[_Part]:
         """One part for each context with options, and one for the continuation, cut where the window begins."""
@@ -206,10 +203,10 @@ class Asker:
 
     def _pack(self, parts: Sequence[_Part], reads: Reads) -> Iterator[tuple[_Part, Any]]:
         sequences = sorted((s for part in parts for s in _sequences(part)), key=lambda s: -len(s.inputs))
-        scores: dict[_Part, dict[int, tuple[float, bool, int]]] = {}
+        scores: dict[int, dict[int, tuple[float, bool, int]]] = {}
         for at in range(0, len(sequences), self.rows):
             for sequence, found in self._forward(sequences[at : at + self.rows], reads):
-                mine = scores.setdefault(sequence.part, {})
+                mine = scores.setdefault(id(sequence.part), {})  # hashing a part reads all of its text
                 mine.update(found)
                 if len(mine) == len(sequence.part.options):
                     logprobs, greedy, first = zip(*(mine[n] for n in range(len(mine))), strict=True)
@@ -361,8 +358,7 @@ def askers(
     return found
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """One thing asked: ``before`` is read into memory, ``local`` is in the window; options to score, or new tokens."""
 
     before: Any
@@ -371,13 +367,12 @@ class _Part:
     new: int
 
 
-@dataclass(frozen=True)
-class _Sequence:
+class _Sequence(NamedTuple):
     """Tokens that go through the model once, and the numbers of the options whose inputs they begin with."""
 
     part: _Part
     inputs: Tokens
-    options: list[int] = field(compare=False)
+    options: list[int]
 
     @property
     def first(self) -> int:

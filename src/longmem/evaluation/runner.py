@@ -158,10 +158,11 @@ def _answers(
     for batch in _batches(task, asker, examples):
         named: dict[tuple[str, str], list[int]] = {}
         for number, prompt in batch.items():
+            seen, remembers = asker.seen(prompt)
             # a system whose memory stays empty answers as the same model without memory
-            seen = asker.identity if asker.remembers(prompt) else asker.identity | {"memory": None}
-            key = digest_of(RECORDS_VERSION, task.name, asker.window, seen)
-            named.setdefault((key, digest_of(asker.key(prompt), task.gold(examples[number]))), []).append(number)
+            system = asker.identity if remembers else asker.identity | {"memory": None}
+            key = digest_of(RECORDS_VERSION, task.name, asker.window, system)
+            named.setdefault((key, digest_of(seen, task.gold(examples[number]))), []).append(number)
         waiting = [names for names in named if ledger.get(*names) is None]
         yield from ((number, names) for names in named if names not in waiting for number in named[names])
         began = time.monotonic()
