@@ -24,7 +24,7 @@ from longmem import LongMem, MemoryBank
 from longmem.data import load_tokenizer
 from longmem.evaluation.bootstrap import Bootstrap, relative_difference
 from longmem.evaluation.results import write_json
-from longmem.store.precision import pack, unpack
+from longmem.store.arrays import pack, unpack
 from longmem.store.records import DTYPES
 from longmem.types import AttentionKV
 

@@ -48,7 +48,7 @@ def memory_bank(store: MemoryStore, model: LongMem, documents: list[tuple[str, T
     encoder = Encoder(model, store.layout)
     bank = MemoryBank.for_model(model, rows=1, capacity_tokens=4096, chunk_size=store.layout.chunk_size)
     for name, tokens in documents:
-        ((_, chunks),) = encoder.encode([tokens.numpy().astype("uint32")])
+        chunks = encoder.encode([tokens.numpy().astype("uint32")])[0]
         kv = torch.from_numpy(chunks.kv)  # (n, Hkv, 2, S, D)
         pair = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : len(tokens)]
         from longmem.types import AttentionKV

@@ -16,14 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longmem.errors import StoreError
 from longmem.store import MemoryStore
-from longmem.store.catalog import unfinished
+from longmem.store.arrays import StoredChunks
 from longmem.store.encode import Encoder
-from longmem.store.places import until_found
-from longmem.store.precision import StoredChunks
-from longmem.store.reading import ChunkTable, read_chunks
-from longmem.store.segments import DataFile
+from longmem.store.room import until_found
+from longmem.store.runs import Selection, read_runs
 from longmem.types import AttentionKV
 
 SEGMENT = 8
@@ -34,7 +31,7 @@ BEGIN = 256
 class NumberModel:
     """Keys and values drawn from a table: of a token, and a little of the one before it in its segment."""
 
-    memory_layer = 1
+    memory_layers = (1,)
     device = torch.device("cpu")
 
     def __init__(self, heads: int = 2, dim: int = 4, seed: int = 0) -> None:
@@ -77,19 +74,9 @@ TOKENIZER = ByteTokenizer()
 
 def open_small(path: Path, *, mode: str = "write", model: NumberModel | None = MODEL, **settings: Any) -> MemoryStore:
     """A store of the small model, with short segments where it is new."""
-    if mode == "write" and model is not None and is_new(path):
+    if mode == "write" and model is not None and not (path / "catalog.sqlite").exists():
         settings = {"dtype": "float32", "segment_tokens": SEGMENT, **settings}
     return MemoryStore.open(path, model=model, tokenizer=TOKENIZER, mode=mode, **settings)  # type: ignore[arg-type]
-
-
-def is_new(path: Path) -> bool:
-    """Whether a store is still to be made, or was killed while it was made."""
-    catalog = path / "catalog.sqlite"
-    try:
-        # what is larger has tables, or cannot be read
-        return not catalog.exists() or (catalog.stat().st_size <= 4096 and unfinished(path))
-    except StoreError:
-        return False
 
 
 def words(seed: int, characters: int) -> str:
@@ -101,19 +88,12 @@ def words(seed: int, characters: int) -> str:
     return text[:characters]
 
 
-def chunks_of(store: MemoryStore, namespace: str, now: float | None = None) -> Iterator[tuple[str, int, StoredChunks]]:
+def chunks_of(store: MemoryStore, namespace: str) -> Iterator[tuple[str, int, StoredChunks]]:
     """Name, first token and stored chunks of every run of a namespace's documents."""
-
-    def read() -> tuple[ChunkTable, list[DataFile]]:
-        with store.snapshot() as snapshot:
-            table = read_chunks(snapshot, namespace, now=now)
-        return table, [store.data_file(row) for row in table.files]
-
-    table, files = until_found(read)
-    for run in range(len(table.chunks)):
-        first = int(table.first_chunk[run])
-        chunks = files[table.file[run]].chunks(first, first + int(table.chunks[run]))
-        yield table.documents[table.document[run]].name, int(table.first_token[run]), chunks
+    runs = until_found(lambda: read_runs(store.room, [namespace], Selection()))
+    for run, first in enumerate(runs.first.tolist()):
+        chunks = runs.arrays.chunks(first, int(runs.counts[run]))
+        yield runs.documents[runs.document[run]].name, int(runs.first_token[run]), chunks
 
 
 def state_of(store: MemoryStore) -> dict[str, Any]:
@@ -124,8 +104,7 @@ def state_of(store: MemoryStore) -> dict[str, Any]:
         for name, first_token, chunks in chunks_of(store, namespace):
             digest = digests.setdefault(name, hashlib.sha256())
             digest.update(first_token.to_bytes(8, "little"))
-            for array in (chunks.kv, chunks.keys, chunks.lengths, chunks.scales):
-                digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
+            digest.update(chunks.crc().to_bytes(4, "little"))
         state[namespace] = [
             {
                 **vars(info),
@@ -140,9 +119,7 @@ def state_of(store: MemoryStore) -> dict[str, Any]:
 
 def expected_chunks(store: MemoryStore, model: NumberModel, ids: Sequence[int]) -> StoredChunks:
     """What a document of these token ids leaves in memory, encoded anew."""
-    encoder = Encoder(model, store.layout)
-    ((_, chunks),) = encoder.encode([np.array(ids, dtype=np.uint32)])
-    return chunks
+    return Encoder(model, store.layout).encode([np.array(ids, dtype=np.uint32)])[0]
 
 
 @contextmanager

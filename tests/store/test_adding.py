@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from tests.store.small import MODEL, NumberModel, chunks_of, expected_chunks, op
 
 from longmem.errors import StoreError
 from longmem.store import MemoryStore, NewDocument, Progress, adding
-from longmem.store.pieces import Tokens, cut, joined
 from longmem.store.records import Stats
+from longmem.store.tokens import Tokens, cut, joined
 
 PIECE = 16 * 8
 """Tokens of a whole content in a small store."""
@@ -31,7 +30,7 @@ def store(tmp_path: Path) -> Iterator[MemoryStore]:
 def tensors(store: MemoryStore, namespace: str, name: str) -> dict[str, np.ndarray[Any, Any]]:
     """All chunks of a document, run behind run."""
     runs = [chunks for found, _, chunks in chunks_of(store, namespace) if found == name]
-    fields = ("kv", "keys", "lengths", "scales")
+    fields = ("kv", "keys", "scales")
     return {
         field: np.concatenate([getattr(run, field) for run in runs])
         for field in fields
@@ -61,7 +60,6 @@ def test_what_is_stored_is_what_the_model_gives(tmp_path: Path, dtype: Any) -> N
         expected = expected_chunks(store, MODEL, ids.tolist())
         found = tensors(store, "alice", "x")
     assert np.array_equal(found["kv"], expected.kv) and np.array_equal(found["keys"], expected.keys)
-    assert np.array_equal(found["lengths"], expected.lengths) and found["lengths"].sum() == len(ids)
     if dtype == "int8":
         assert expected.scales is not None and np.array_equal(found["scales"], expected.scales)
 
@@ -101,10 +99,10 @@ def test_appended_text_is_read_as_one_text(store: MemoryStore) -> None:
 
 def test_the_same_document_again_changes_nothing(store: MemoryStore) -> None:
     first = store.add_document("alice", words(1, 300), name="notes", metadata={"a": 1})
-    version, state = store.version(), state_of(store)
+    version, state = store.room.catalog.version(), state_of(store)
     again = store.add_document("alice", words(1, 300), name="notes", metadata={"a": 1})
     assert again.status == "unchanged" and again.reused_tokens == again.tokens == first.tokens
-    assert store.version() == version and state_of(store) == state
+    assert store.room.catalog.version() == version and state_of(store) == state
 
 
 def test_an_expiry_given_with_the_same_text_is_kept(store: MemoryStore) -> None:
@@ -168,7 +166,7 @@ def test_nothing_tells_a_namespace_that_another_has_the_same_text(tmp_path: Path
             documents = [{**vars(info), "id": None} for info in store.documents("bob")]
             stats = store.stats("bob")
             forgotten = store.forget("bob", name="mine")
-            seen.append((receipts, documents, stats, forgotten.documents, [c.digest for c in forgotten.contents]))
+            seen.append((receipts, documents, stats, forgotten.documents))
     assert seen[0] == seen[1]
     assert [receipt.reused_tokens for receipt in seen[0][0]] == [0, 501, 0, 101]
     assert isinstance(seen[0][2], Stats) and seen[0][2].file_bytes is None
@@ -179,7 +177,6 @@ def test_many_documents_share_files_and_come_in_order(store: MemoryStore) -> Non
     receipts = list(store.add_documents("alice", (NewDocument(name, text) for name, text in texts.items())))
     assert [receipt.name for receipt in receipts] == list(texts)
     assert {info.name: store.text("alice", info.name) for info in store.documents("alice")} == texts
-    assert store.stats().files == 1
 
 
 def test_many_documents_stream_through(store: MemoryStore) -> None:
@@ -191,7 +188,7 @@ def test_many_documents_stream_through(store: MemoryStore) -> None:
             read.append(number)
             yield NewDocument(f"{number}", words(number, 200))
 
-    with patch.object(adding, "FILE_BYTES", 20_000):
+    with patch.object(adding, "COMMIT_BYTES", 20_000):
         stream = store.add_documents("alice", documents())
         next(stream)
         assert len(read) < 8
@@ -218,7 +215,7 @@ def test_an_interrupted_add_goes_on_where_it_stopped(tmp_path: Path) -> None:
         if progress.done >= 6 * PIECE:
             raise Stop
 
-    with open_small(tmp_path / "memory", model=model) as store, patch.object(adding, "FILE_BYTES", 1):
+    with open_small(tmp_path / "memory", model=model) as store, patch.object(adding, "COMMIT_BYTES", 1):
         with pytest.raises(Stop):
             store.add_document("alice", text, name="book", progress=stop)
         assert store.namespaces() == [] and store.documents("alice") == [] and model.tokens == 6 * PIECE
@@ -237,7 +234,7 @@ def test_a_document_is_seen_whole_or_not_at_all(store: MemoryStore) -> None:
         with open_small(store.path, mode="read", model=None) as reader:
             seen.append([info.tokens for info in reader.documents("alice")])
 
-    with patch.object(adding, "FILE_BYTES", 1):
+    with patch.object(adding, "COMMIT_BYTES", 1):
         store.add_document("alice", words(1, 5 * PIECE), name="book", progress=look)
     assert seen and all(each == [] for each in seen)
     assert [info.tokens for info in store.documents("alice")] == [5 * PIECE + 1]
@@ -245,7 +242,7 @@ def test_a_document_is_seen_whole_or_not_at_all(store: MemoryStore) -> None:
 
 def test_compacting_between_the_receipts_of_a_stream_takes_nothing_from_it(store: MemoryStore) -> None:
     documents = [NewDocument(f"{number}", words(number % 3, 400)) for number in range(6)]
-    with patch.object(adding, "FILE_BYTES", 1), patch.object(adding, "COMMIT_DOCUMENTS", 1):
+    with patch.object(adding, "COMMIT_BYTES", 1), patch.object(adding, "BATCH_DOCUMENTS", 1):
         for _ in store.add_documents("alice", documents):
             store.compact()
     assert [store.text("alice", info.name) for info in store.documents("alice")] == [
@@ -279,7 +276,7 @@ def test_what_cannot_be_added_is_refused_in_one_line(store: MemoryStore, given: 
     with pytest.raises(StoreError, match=message) as caught:
         store.add_document(**given)
     assert "\n" not in str(caught.value)
-    assert store.namespaces() == [] and store.stats().files == 0
+    assert store.namespaces() == [] and store.stats().file_bytes == 0
 
 
 def test_appending_asks_for_the_kind_that_the_document_has(store: MemoryStore) -> None:
@@ -289,7 +286,7 @@ def test_appending_asks_for_the_kind_that_the_document_has(store: MemoryStore) -
         store.append("alice", ids=[1], name="text")
     with pytest.raises(StoreError, match="was added as token ids; append ids="):
         store.append("alice", "text", name="ids")
-    with pytest.raises(StoreError, match="no document 'neither' to append to"):
+    with pytest.raises(StoreError, match="no document 'neither'"):
         store.append("alice", "text", name="neither")
 
 
@@ -311,8 +308,7 @@ def test_numbers_that_the_store_cannot_hold_are_refused(tmp_path: Path) -> None:
         pytest.raises(StoreError, match=r"cannot be stored as float16; .*bfloat16"),
     ):
         store.add_document("alice", "text", name="x")
-    assert not list((tmp_path / "memory" / "staging").iterdir())
-    assert not list((tmp_path / "memory" / "segments").iterdir())
+    assert not list((tmp_path / "memory").glob("*.bin"))
 
 
 def test_without_a_model_texts_that_are_there_can_be_added_again(tmp_path: Path) -> None:
@@ -322,7 +318,6 @@ def test_without_a_model_texts_that_are_there_can_be_added_again(tmp_path: Path)
         assert store.add_document("bob", words(1, 300), name="b").status == "added"
         with pytest.raises(StoreError, match="opened without a model"):
             store.add_document("bob", words(2, 300), name="c")
-    shutil.rmtree(tmp_path / "memory")
 
 
 def test_pieces_cut_and_joined_are_the_whole() -> None:

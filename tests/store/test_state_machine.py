@@ -47,7 +47,6 @@ class Life(RuleBasedStateMachine):
         self.reader = open_small(self.path, mode="read")
         self.twin = Twin()
         self.added = 0
-        self.reports: list[ForgetReport] = []
         self.banks: list[StoreBank] = []
 
     def teardown(self) -> None:
@@ -157,7 +156,6 @@ class Life(RuleBasedStateMachine):
         assert sorted(report.documents) == sorted((row.name, len(row.ids)) for row in gone)
         for row in gone:
             self.twin.remove(namespace, row.name)
-        self.reports = [*self.reports, report][-3:]
 
     @rule(age=AGE)
     def wait(self, age: float) -> None:
@@ -169,8 +167,6 @@ class Life(RuleBasedStateMachine):
         done = self.store.compact()
         assert (done.documents, done.emptied) == (expired, True)
         assert self.twin.left_of_buried(self.store) == []
-        for report in self.reports:
-            assert self.store.verify(absent=report).problems == []
 
     @rule()
     def reopen(self) -> None:

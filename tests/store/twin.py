@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -147,7 +148,8 @@ def records_of(store: MemoryStore, document: Document) -> set[bytes]:
 
 def bytes_of(store: MemoryStore) -> bytes:
     """All files of an open store, but those that SQLite keeps locks on and no text in."""
-    catalog = b"".join(data for _, data in store._room.catalog.file.slabs())
+    # read by another process: closing a descriptor of it here would drop SQLite's locks
+    catalog = subprocess.run(["cat", store.path / "catalog.sqlite"], stdout=subprocess.PIPE, check=True).stdout
     others = [path for path in sorted(store.path.rglob("*")) if path.is_file()]
     return catalog + b"".join(
         path.read_bytes() for path in others if path.name not in ("catalog.sqlite", "catalog.sqlite-shm")

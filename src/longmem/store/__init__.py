@@ -1,10 +1,8 @@
 """Memory that lasts: documents as attention keys and values on disk, in many namespaces, deletable.
 
-``MemoryStore`` (``store.py``) is the outside. ``opening``, ``adding``, ``forgetting``, ``compacting``, ``verifying``,
-``repairing``, ``exporting`` and ``importing`` do what their names say with a ``Room``: the ``catalog`` (SQLite;
-``schema``, ``snapshot``, ``totals``, ``migrations``, ``seal``, ``lock``), the data files (``segments``,
-``precision``, ``durable``) and the ``encode``r. ``reading`` says where the chunks of some documents lie; ``bank``
-searches them.
+``MemoryStore`` (``store.py``) is the outside; ``room`` is what its parts share: the ``catalog`` (SQLite), the data
+files (``arrays``) and the ``encode``r. ``adding``, ``upkeep`` (forget, compact, verify) and ``archive`` (export,
+import) change it; ``bank`` and ``overlay`` are searched. docs/memory-format.md describes every byte.
 """
 
 from longmem.store.records import (

@@ -1,52 +1,34 @@
 """Adding documents: pieces that are not there yet are encoded, written and committed as they come, a document with its
-last piece; nobody sees half of one, and an interrupted add finds its pieces again.
+last piece. No reader sees half of one, and an add that was interrupted finds its pieces again.
 """
 
 from __future__ import annotations
 
+import json
+import sqlite3
 import time as clock
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from longmem.errors import StoreDamaged, StoreError
-from longmem.store.durable import failpoint, new_id
-from longmem.store.pieces import Tokens, cut, joined, tokens_of
-from longmem.store.precision import StoredChunks
-from longmem.store.records import Layout, NewDocument, Progress, Receipt, Report, Status
-from longmem.store.room import Room
-from longmem.store.rows import check_names, delete_document, find_live, is_expired, metadata_text, whole_document
-from longmem.store.schema import ContentRow, DocumentRow, FileRow, PieceRow
-from longmem.store.segments import FILE_BYTES, write_file
-from longmem.store.snapshot import Snapshot
-from longmem.store.transaction import Transaction
-from longmem.store.workers import Team, Workers, team_of, workers_from
+from longmem.store.arrays import StoredChunks, append
+from longmem.store.records import DocumentInfo, NewDocument, Progress, Receipt, Report, Status
+from longmem.store.room import Room, check_names, composed
+from longmem.store.tokens import Ids, Tokens, cut, joined, tokens_of
+from longmem.store.workers import team_of
 
+COMMIT_BYTES = 64 << 20
 COMMIT_SECONDS = 30.0
 """An interruption costs at most the encoding of about so long."""
-COMMIT_DOCUMENTS = 1024
-
-
-@dataclass
-class _Piece:
-    """A piece that is not in the catalog: to be encoded, or encoded and to be written."""
-
-    digest: bytes
-    tokens: Tokens
-    chunks: StoredChunks | None = None
-
-    @property
-    def size(self) -> int:
-        """Bytes in a data file."""
-        return 0 if self.chunks is None else self.chunks.nbytes
+BATCH_DOCUMENTS = 1024
 
 
 @dataclass(frozen=True)
 class _Append:
-    """What an append leaves of the document that it was planned on.
+    """What an append leaves of the document: its first ``pieces``, of the last of them ``last_tokens``.
 
-    Attributes:
-        pieces: that stay; of the last of them ``last_tokens``.
-        revision: of the document; another one means that it was changed meanwhile.
+    ``revision``: of the document that this was planned on.
     """
 
     pieces: int
@@ -56,333 +38,336 @@ class _Append:
 
 @dataclass
 class _Document:
-    """A document on its way: what was given of it, and its new pieces by digest, each with its tokens."""
+    """A document on its way.
+
+    Attributes:
+        new: as given, without text and ids.
+        metadata: as JSON.
+        tokens: in it when it is written.
+        digest: of the whole; unused by an append.
+        pieces: its new pieces, digest and tokens.
+    """
 
     namespace: str
     new: NewDocument
     metadata: str
     tokens: int
-    whole: bytes
-    pieces: list[tuple[bytes, int]] = field(default_factory=list)
+    digest: bytes
     append: _Append | None = None
+    pieces: list[tuple[bytes, int]] = field(default_factory=list)
 
-    @property
-    def name(self) -> str:
-        return self.new.name
+
+@dataclass
+class _Batch:
+    """Pieces to encode, and the documents that are complete with them; ``tokens`` counts known pieces too."""
+
+    pieces: dict[bytes, Tokens] = field(default_factory=dict)
+    documents: list[_Document] = field(default_factory=list)
+    tokens: int = 0
+    name: str = ""
 
 
 class Adder:
-    """Adds documents to a store, one batch of pieces and one data file at a time.
-
-    Memory: the document at hand, a batch of pieces to encode (some for each worker), and a data file's worth of encoded
-    ones.
+    """Adds documents to a store; holds a few batches and up to 64 MiB of encoded pieces.
 
     Args:
-        progress: told after every piece.
-        stream: nobody knows how many documents come; else there is one, and it says how many tokens.
-        workers: who encodes, see ``workers``; they are called once there is something to encode.
+        progress: told after every batch.
+        workers: who encodes, see ``workers.team_of``.
 
     Raises:
-        StoreError: workers that mean nothing.
+        StoreError: workers that mean nothing, or a store opened to read.
     """
 
-    def __init__(
-        self, room: Room, progress: Report | None = None, *, stream: bool, workers: int | str | Workers = 1
-    ) -> None:
-        workers_from(workers)
-        self._workers = workers
-        self._team: Team | None = None
-        self._room = room
-        self._layout: Layout = room.layout
-        self._progress = progress
-        self._stream = stream
-        self._total: int | None = None
-        self._done = 0
-        self._name = ""
-        self._to_encode: dict[bytes, _Piece] = {}
-        self._waiting: list[_Piece] = []
-        self._waiting_tokens = 0
-        self._encoded_bytes = 0
-        self._encoded: dict[bytes, _Piece] = {}
-        self._documents: list[_Document] = []
+    def __init__(self, room: Room, progress: Report | None = None, workers: int | str = 1) -> None:
+        room.writing()
+        self._room, self._progress = room, progress
+        self._team = team_of(workers, room.encoder_needed, room.encoding)
         self._pinned: set[int] = set()
-        self._last_commit = clock.monotonic()
+        self._coming: set[bytes] = set()  # pieces that are being encoded
+        self._done = 0
+        self._total: int | None = None
 
-    def __enter__(self) -> Adder:
-        self._room.pinned.append(self._pinned)
-        return self
+    def add(self, namespace: str, documents: Iterable[NewDocument]) -> Iterator[Receipt]:
+        """Add documents; a receipt comes when its document is durable. See ``MemoryStore.add_documents``."""
+        return self._run(self._plan(composed(namespace), new) for new in documents)
 
-    def __exit__(self, *_: object) -> None:
-        if self._team is not None:
-            self._team.close()
-        self._room.pinned[:] = [each for each in self._room.pinned if each is not self._pinned]
+    def add_one(self, namespace: str, new: NewDocument) -> Receipt:
+        """Add a document, with the number of its tokens as the total of the progress."""
+        plan = self._plan(composed(namespace), new)
+        self._total = plan[0].tokens
+        return list(self._run(iter([plan])))[-1]
 
-    def add(self, namespace: str, new: NewDocument) -> Iterator[Receipt]:
-        """Take a document; receipts come for those that are committed by now, in order.
+    def append(self, namespace: str, new: NewDocument) -> Receipt:
+        """Add to a document; see ``MemoryStore.append``."""
+        plan = self._plan_append(composed(namespace), new)
+        self._total = len(plan[1])
+        return list(self._run(iter([plan])))[-1]
 
-        Raises:
-            StoreError: another text has this name; nothing was encoded.
-        """
+    # planning
+
+    def _plan(self, namespace: str, new: NewDocument) -> tuple[_Document, Tokens]:
+        new = replace(new, name=composed(new.name))
         check_names(namespace, new)
-        tokens = tokens_of(new.name, new.text, new.ids, self._room.tokenizer, begin=True)
+        tokens = self._tokens(new, begin=True)
         metadata = metadata_text(new.metadata, new.name)
-        document = _Document(namespace, replace(new, text=None, ids=None), metadata, len(tokens), tokens.digest())
-        with self._room.catalog.snapshot() as snapshot:
-            _status(snapshot, document)  # refused before any work
-        yield from self._take(document, tokens)
+        plan = _Document(namespace, replace(new, text=None, ids=None), metadata, len(tokens), tokens.digest())
+        with self._room.catalog.read():
+            self._status(plan)  # refused before any work
+        return plan, tokens
 
-    def append(self, namespace: str, new: NewDocument) -> Iterator[Receipt]:
-        """Take more of a document; the last segment, if it was short, is encoded again together with it."""
-        segment = self._layout.segment_tokens
-        with self._room.guard, self._room.catalog.snapshot() as snapshot:
-            row = find_live(snapshot, namespace, new.name)
-            if row is None:
-                raise StoreError(f"namespace {namespace!r} has no document {new.name!r} to append to; add it first")
-            more = tokens_of(new.name, new.text, new.ids, self._room.tokenizer, begin=False)
-            pieces = snapshot.pieces(row)
-            last = Tokens.from_row(snapshot.text(pieces[-1].content))
+    def _plan_append(self, namespace: str, new: NewDocument) -> tuple[_Document, Tokens]:
+        """The last segment, if it is short, is encoded again together with what is new."""
+        new, size, catalog = replace(new, name=composed(new.name)), self._room.layout.segment_tokens, self._room.catalog
+        more = self._tokens(new, begin=False)
+        with self._room.guard, catalog.read():
+            document = catalog.live(namespace, new.name)
+            parts = catalog.parts(document.id)
+            last = catalog.tokens(parts[-1].piece)
             if (last.text is None) != (more.text is None):
                 raise StoreError(
                     f"document {new.name!r} was added as {'token ids' if last.text is None else 'text'}; "
                     f"append {'ids=' if last.text is None else 'text'} to it"
                 )
-            whole = pieces[-1].tokens // segment * segment
-            tail = last.slice(whole, pieces[-1].tokens) if whole < pieces[-1].tokens else Tokens(last.ids[:0])
+            whole = parts[-1].tokens // size * size
+            tail = last.slice(whole, parts[-1].tokens)
             if whole:
-                append = _Append(len(pieces), whole, row.revision)
+                kept = _Append(len(parts), whole, document.revision)
             else:
-                append = _Append(len(pieces) - 1, pieces[-2].tokens if len(pieces) > 1 else 0, row.revision)
-            self._pinned.update(piece.content for piece in pieces)
-        document = _Document(namespace, new, row.metadata, row.tokens + len(more), b"", append=append)
-        yield from self._take(document, joined([tail, more]) if len(tail) else more)
+                kept = _Append(len(parts) - 1, parts[-2].tokens if len(parts) > 1 else 0, document.revision)
+            self._pinned.update(part.piece for part in parts)
+        plan = _Document(namespace, replace(new, text=None, ids=None), "", document.tokens + len(more), b"", kept)
+        return plan, joined([tail, more]) if whole < parts[-1].tokens else more
 
-    def finish(self) -> Iterator[Receipt]:
-        """Encode and commit all that was taken."""
-        yield from self._encode(everything=True)
-        yield from self._commit()
+    def _tokens(self, new: NewDocument, *, begin: bool) -> Tokens:
+        tokenizer = None if new.text is None else self._room.find_tokenizer()
+        tokens = tokens_of(new.name, new.text, new.ids, tokenizer, begin=begin)
+        if self._room.encoder is not None:
+            self._room.encoder.check_ids(new.name, tokens.ids)
+        return tokens
 
-    # encoding
+    def _batches(self, planned: Iterator[tuple[_Document, Tokens]]) -> Iterator[_Batch]:
+        batch, size = _Batch(), self._room.layout.piece_tokens
+        for document, tokens in planned:
+            batch.name = document.new.name
+            for piece in cut(tokens, size):
+                digest = piece.digest()
+                document.pieces.append((digest, len(piece)))
+                batch.tokens += len(piece)
+                if digest not in self._coming and self._known(digest) is None:
+                    self._coming.add(digest)
+                    batch.pieces[digest] = piece
+                    if sum(map(len, batch.pieces.values())) >= size:
+                        yield batch
+                        batch = _Batch(name=document.new.name)
+            batch.documents.append(document)
+            if len(batch.documents) >= BATCH_DOCUMENTS:
+                yield batch
+                batch = _Batch()
+        if batch.documents or batch.pieces:
+            yield batch
 
-    def _take(self, document: _Document, tokens: Tokens) -> Iterator[Receipt]:
-        self._name = document.name
-        if not self._stream:
-            self._total = len(tokens)
-        for piece in cut(tokens, self._layout.piece_tokens):
-            digest = piece.digest()
-            document.pieces.append((digest, len(piece)))
-            if digest in self._encoded or digest in self._to_encode or self._has(digest):
-                self._say(len(piece))
-                continue
-            self._to_encode[digest] = _Piece(digest, piece)
-            self._waiting.append(self._to_encode[digest])
-            self._waiting_tokens += len(piece)
-            if self._waiting_tokens >= self._layout.piece_tokens:
-                yield from self._encode()
-        self._documents.append(document)
-        if len(self._documents) >= COMMIT_DOCUMENTS and self._is_there(self._documents[0]):
-            yield from self._commit()
+    def _known(self, digest: bytes) -> int | None:
+        """The piece in the catalog; it stays there as long as this add goes on."""
+        with self._room.guard:
+            piece = self._room.catalog.piece_of(digest)
+            if piece is not None:
+                self._pinned.add(piece)
+            return piece
 
-    def _has(self, digest: bytes) -> bool:
-        """Whether the catalog has this content; then it stays, as long as this goes on."""
-        with self._room.guard, self._room.catalog.snapshot() as snapshot:
-            row = snapshot.content_by_digest(digest)
-            if row is not None:
-                self._pinned.add(row.id)
-        return row is not None
+    # encoding and committing
 
-    def _encode(self, *, everything: bool = False) -> Iterator[Receipt]:
-        """Hand over the pieces that wait; take what comes back, and with ``everything`` all of it."""
-        if self._waiting:
-            if self._team is None:
-                self._team = team_of(self._workers, self._room.encoding())
-            self._team.submit([(piece.digest, piece.tokens.ids) for piece in self._waiting])
-            self._waiting.clear()
-            self._waiting_tokens = 0
-        if self._team is None:
-            return
-        for digest, chunks in self._team.finished(everything=everything):
-            piece = self._encoded[digest] = self._to_encode.pop(digest)
-            piece.chunks = chunks
-            self._encoded_bytes += piece.size
-            failpoint("add.encoded")
-            self._say(len(piece.tokens))
-            late = clock.monotonic() - self._last_commit > COMMIT_SECONDS
-            if late or self._encoded_bytes >= FILE_BYTES:
-                yield from self._commit()
-
-    def _say(self, tokens: int) -> None:
-        self._done += tokens
-        if self._progress is not None:
-            self._progress(Progress("encode", self._done, self._total, "tokens", self._name))
-
-    # committing
-
-    def _commit(self) -> Iterator[Receipt]:
-        """Write what is encoded, and the documents whose pieces are then all there."""
-        ready = 0
-        while ready < len(self._documents) and self._is_there(self._documents[ready]):
-            ready += 1
-        if ready or self._encoded:
-            with self._room.guard:
-                receipts = self._write(self._documents[:ready])
-            self._encoded.clear()
-            self._encoded_bytes = 0
-            del self._documents[:ready]
-            self._last_commit = clock.monotonic()
-            yield from receipts
-
-    def _is_there(self, document: _Document) -> bool:
-        """Whether all of a document is encoded."""
-        return not any(digest in self._to_encode for digest, _ in document.pieces)
-
-    def _write(self, documents: list[_Document]) -> list[Receipt]:
-        room, placed = self._room, list[str]()
-        fresh = [piece for piece in self._encoded.values() if not self._has(piece.digest)]
-        if not fresh:
-            with room.catalog.snapshot() as snapshot:
-                plans = [_status(snapshot, document) for document in documents]
-            if all(status == "unchanged" for status, _ in plans):
-                return [_receipt("unchanged", row, self._layout, row.tokens) for _, row in plans if row is not None]
+    def _run(self, planned: Iterator[tuple[_Document, Tokens]]) -> Iterator[Receipt]:
+        self._room.pinned.append(self._pinned)
+        ready: list[tuple[_Batch, list[StoredChunks]]] = []
+        held, last = 0, clock.monotonic()
         try:
-            files = []
-            for group in _groups(fresh):
-                placed.append(new_id())
-                parts = [piece.chunks for piece in group if piece.chunks is not None]
-                files.append((write_file(room.staging, room.segments, placed[-1], parts, self._layout), group))
-                failpoint("add.placed")
-            with room.catalog.transaction() as tx:
-                for file, group in files:
-                    tx.insert(file)
-                    self._pinned.update(_insert_contents(tx, file, group))
-                receipts = [_insert_document(tx, document, self._layout) for document in documents]
-        except BaseException:
-            room.discard(placed)
-            raise
-        failpoint("add.committed")
-        if any(document.append is not None for document in documents):
-            failpoint("append.committed")
+            for batch, chunks in self._team.encode(self._batches(planned), _ids_of):
+                ready.append((batch, chunks))
+                held += sum(run.nbytes for run in chunks)
+                self._say(batch)
+                if held >= COMMIT_BYTES or clock.monotonic() - last > COMMIT_SECONDS:
+                    yield from self._commit(ready)
+                    ready, held, last = [], 0, clock.monotonic()
+            yield from self._commit(ready)
+        finally:
+            self._team.close()
+            self._room.pinned[:] = [each for each in self._room.pinned if each is not self._pinned]
+
+    def _say(self, batch: _Batch) -> None:
+        self._done += batch.tokens
+        if self._progress is not None:
+            self._progress(Progress("encode", self._done, self._total, "tokens", batch.name))
+
+    def _commit(self, ready: list[tuple[_Batch, list[StoredChunks]]]) -> list[Receipt]:
+        """Write what is encoded, and the documents that are complete with it."""
+        documents = [document for batch, _ in ready for document in batch.documents]
+        made = [
+            (digest, tokens, run)
+            for batch, chunks in ready
+            for (digest, tokens), run in zip(batch.pieces.items(), chunks, strict=True)
+        ]
+        with self._room.guard:
+            # another thread may have been sooner
+            fresh = [each for each in made if self._known(each[0]) is None]
+            receipts = self._write(fresh, documents) if fresh or not self._all_there(documents) else None
+        self._coming.difference_update(digest for digest, _, _ in made)
+        if receipts is None:
+            return [self._unchanged(document) for document in documents]
         return receipts
 
+    def _write(self, fresh: list[tuple[bytes, Tokens, StoredChunks]], documents: list[_Document]) -> list[Receipt]:
+        room = self._room
+        with room.catalog.read():
+            generation, first = room.catalog.meta("generation"), room.catalog.meta("records")
+        if fresh:
+            append(room.folder, room.layout, generation, first, [run for _, _, run in fresh])
+        added = []
+        with room.catalog.write() as db:
+            for digest, tokens, run in fresh:
+                added.append(insert_piece(db, digest, tokens, first, len(run), run.crc()))
+                first += len(run)
+            db.execute("UPDATE meta SET value = ? WHERE key = 'records'", (first,))
+            receipts = [self._insert(db, document) for document in documents]
+        self._pinned.update(added)
+        return receipts
 
-def _groups(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
-    """Pieces that go into one data file."""
-    group: list[_Piece] = []
-    filled = 0
-    for piece in pieces:
-        if group and filled + piece.size > FILE_BYTES:
-            yield group
-            group, filled = [], 0
-        group.append(piece)
-        filled += piece.size
-    if group:
-        yield group
+    # documents in the catalog
+
+    def _status(self, document: _Document) -> tuple[Status, DocumentInfo | None]:
+        """What becomes of a document, and the one that has its name now, expired or not.
+
+        Raises:
+            StoreError: the name belongs to another text, or the document to append to has changed.
+        """
+        new = document.new
+        old = self._room.catalog.find(document.namespace, new.name)
+        if document.append is not None:
+            if old is None or old.revision != document.append.revision:
+                raise StoreError(f"document {new.name!r} was changed by something else meanwhile; append again")
+            return "appended", old
+        if old is None or old.expired(clock.time()):
+            return "added", old
+        if self._same(old, document):
+            kept = new.expires == old.expires or (new.expires is None and not new.replace)
+            return "unchanged" if kept else "updated", old
+        if not new.replace:
+            raise StoreError(
+                f"namespace {document.namespace!r} has another document {new.name!r} (another text, source, metadata "
+                "or time); choose another name, or replace it (replace=True, `--replace`)"
+            )
+        return "replaced", old
+
+    def _same(self, old: DocumentInfo, document: _Document) -> bool:
+        """Whether all but the expiry is as given."""
+        given = (document.tokens, document.new.source, document.metadata)
+        if (old.tokens, old.source, metadata_text(old.metadata, old.name)) != given:
+            return False
+        return document.new.time in (None, old.added) and self._room.catalog.whole(old).digest() == document.digest
+
+    def _all_there(self, documents: list[_Document]) -> bool:
+        """Whether nothing has to be written."""
+        with self._room.catalog.read():
+            return all(self._status(document)[0] == "unchanged" for document in documents)
+
+    def _unchanged(self, document: _Document) -> Receipt:
+        old = self._room.catalog.live(document.namespace, document.new.name)
+        return Receipt(old.namespace, old.name, "unchanged", old.tokens, old.chunks, old.tokens, old.revision)
+
+    def _insert(self, db: sqlite3.Connection, document: _Document) -> Receipt:
+        status, old = self._status(document)
+        if status == "unchanged":
+            return self._unchanged(document)
+        new, chunks = document.new, self._room.layout.chunks(document.tokens)
+        if status == "updated":
+            assert old is not None
+            db.execute("UPDATE document SET expires = ? WHERE id = ?", (new.expires, old.id))
+            return Receipt(old.namespace, old.name, status, old.tokens, old.chunks, old.tokens, old.revision)
+        pieces = [(self._piece(document, digest), tokens) for digest, tokens in document.pieces]
+        ordinal, first_token = 0, 0
+        if document.append is not None:
+            assert old is not None
+            number, revision, reused = old.id, old.revision + 1, old.tokens
+            ordinal, first_token = _cut_back(db, old.id, document.append)
+            db.execute("UPDATE document SET tokens = ?, revision = ? WHERE id = ?", (document.tokens, revision, old.id))
+        else:
+            reused = sum(tokens for piece, tokens in pieces if in_namespace(db, document.namespace, piece))
+            if old is not None:
+                db.execute("DELETE FROM document WHERE id = ?", (old.id,))
+            revision = 1 if old is None or status == "added" else old.revision + 1
+            added = clock.time() if new.time is None else float(new.time)
+            number = insert_document(db, document.namespace, new, document.metadata, added, document.tokens, revision)
+        insert_parts(db, number, pieces, ordinal, first_token)
+        return Receipt(document.namespace, new.name, status, document.tokens, chunks, reused, revision)
+
+    def _piece(self, document: _Document, digest: bytes) -> int:
+        piece = self._room.catalog.piece_of(digest)
+        if piece is None:
+            raise StoreDamaged(f"a piece of document {document.new.name!r} vanished; run `longmem memory verify`")
+        return piece
 
 
-def _insert_contents(tx: Transaction, file: FileRow, group: list[_Piece]) -> Iterator[int]:
-    first = 0
-    for piece in group:
-        assert piece.chunks is not None
-        number = tx.next_id("contents")
-        tx.insert(ContentRow(number, piece.digest, len(piece.tokens), len(piece.chunks), file.id, first))
-        tx.insert(piece.tokens.row(number, piece.chunks.records()))
-        first += len(piece.chunks)
-        yield number
+def _ids_of(batch: _Batch) -> list[Ids]:
+    return [tokens.ids for tokens in batch.pieces.values()]
 
 
-def _status(snapshot: Snapshot, document: _Document) -> tuple[Status, DocumentRow | None]:
-    """What becomes of a document, and the row that has its name now, expired or not.
+def _cut_back(db: sqlite3.Connection, document: int, kept: _Append) -> tuple[int, int]:
+    """Leave the whole segments of a document; number and offset of its next part."""
+    db.execute("DELETE FROM part WHERE document = ? AND ordinal >= ?", (document, kept.pieces))
+    if not kept.pieces:
+        return 0, 0
+    key = (document, kept.pieces - 1)
+    db.execute("UPDATE part SET tokens = ? WHERE document = ? AND ordinal = ?", (kept.last_tokens, *key))
+    first = db.execute("SELECT first_token FROM part WHERE document = ? AND ordinal = ?", key).fetchone()[0]
+    return kept.pieces, first + kept.last_tokens
+
+
+def insert_piece(db: sqlite3.Connection, digest: bytes, tokens: Tokens, first: int, count: int, crc: int) -> int:
+    """A piece whose ``count`` chunks are the records from ``first`` on; its number."""
+    row = (digest, len(tokens), first, count, crc, *tokens.columns())
+    columns = "digest, tokens, first, count, crc, token_ids, text, starts"
+    found = db.execute(f"INSERT INTO piece ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row).lastrowid
+    assert found is not None
+    return found
+
+
+def insert_document(
+    db: sqlite3.Connection, namespace: str, new: NewDocument, metadata: str, added: float, tokens: int, revision: int
+) -> int:
+    """A document without parts; its number."""
+    expires = None if new.expires is None else float(new.expires)
+    row = (namespace, new.name, new.source, metadata, added, expires, tokens, revision)
+    columns = "namespace, name, source, metadata, added, expires, tokens, revision"
+    found = db.execute(f"INSERT INTO document ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row).lastrowid
+    assert found is not None
+    return found
+
+
+def insert_parts(
+    db: sqlite3.Connection, document: int, pieces: list[tuple[int, int]], ordinal: int = 0, first_token: int = 0
+) -> None:
+    """Parts of a document: number of the piece, and how many of its tokens."""
+    for piece, tokens in pieces:
+        db.execute("INSERT INTO part VALUES (?, ?, ?, ?, ?)", (document, ordinal, piece, first_token, tokens))
+        ordinal, first_token = ordinal + 1, first_token + tokens
+
+
+def in_namespace(db: sqlite3.Connection, namespace: str, piece: int) -> bool:
+    """Whether a document of the namespace has this piece."""
+    query = "SELECT 1 FROM part JOIN document ON document.id = part.document WHERE piece = ? AND namespace = ? LIMIT 1"
+    return db.execute(query, (piece, namespace)).fetchone() is not None
+
+
+def metadata_text(metadata: Mapping[str, Any] | None, name: str) -> str:
+    """Metadata as the catalog keeps it.
 
     Raises:
-        StoreError: the name belongs to another text, or the document to append to has changed.
+        StoreError: it is no JSON object.
     """
-    row, new = snapshot.find(document.namespace, document.name), document.new
-    if document.append is not None:
-        if row is None or row.revision != document.append.revision:
-            raise StoreError(f"document {document.name!r} was changed by something else meanwhile; append again")
-        return "appended", row
-    if row is None or is_expired(row):
-        return "added", row
-    if _same(snapshot, row, document):
-        if new.expires == row.expires or (new.expires is None and not new.replace):
-            return "unchanged", row
-        return "updated", row
-    if not new.replace:
+    try:
+        text = json.dumps(dict(metadata or {}), sort_keys=True, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
         raise StoreError(
-            f"namespace {document.namespace!r} has another document {document.name!r} (another text, source, metadata "
-            "or time); choose another name, or replace it (replace=True, `--replace`)"
-        )
-    return "replaced", row
-
-
-def _same(snapshot: Snapshot, row: DocumentRow, document: _Document) -> bool:
-    """Whether all but the expiry is as given."""
-    new = document.new
-    if (row.tokens, row.source, row.metadata) != (document.tokens, new.source, document.metadata):
-        return False
-    return new.time in (None, row.added) and whole_document(snapshot, row).digest() == document.whole
-
-
-def _insert_document(tx: Transaction, document: _Document, layout: Layout) -> Receipt:
-    status, old = _status(tx, document)
-    if status == "unchanged" or status == "updated":
-        assert old is not None
-        row = old if status == "unchanged" else old._replace(expires=document.new.expires)
-        if row != old:
-            tx.replace(old, row)
-        return _receipt(status, row, layout, row.tokens)
-    contents = [(_content(tx, document, digest), tokens) for digest, tokens in document.pieces]
-    reused = sum(tokens for content, tokens in contents if tx.holds(document.namespace, content))
-    kept: list[PieceRow] = []
-    if document.append is not None:
-        assert old is not None
-        kept, reused = _cut_back(tx, old, document.append), old.tokens
-        row = old._replace(tokens=document.tokens, pieces=len(kept) + len(contents), revision=old.revision + 1)
-        tx.replace(old, row)
-    else:
-        if old is not None:
-            delete_document(tx, old)
-        new = document.new
-        row = DocumentRow(
-            id=tx.next_id("documents"),
-            namespace=document.namespace,
-            name=document.name,
-            source=new.source,
-            metadata=document.metadata,
-            added=clock.time() if new.time is None else float(new.time),
-            expires=None if new.expires is None else float(new.expires),
-            tokens=document.tokens,
-            pieces=len(contents),
-            revision=1 if old is None or status == "added" else old.revision + 1,
-        )
-        tx.insert(row)
-    first = sum(piece.tokens for piece in kept)
-    for ordinal, (content, tokens) in enumerate(contents, len(kept)):
-        tx.insert(PieceRow(row.id, ordinal, content, first, tokens))
-        first += tokens
-    return _receipt(status, row, layout, reused)
-
-
-def _content(tx: Transaction, document: _Document, digest: bytes) -> int:
-    row = tx.content_by_digest(digest)
-    if row is None:
-        raise StoreDamaged(
-            f"catalog.sqlite: a content of document {document.name!r} vanished; run `longmem memory verify`"
-        )
-    return row.id
-
-
-def _cut_back(tx: Transaction, row: DocumentRow, append: _Append) -> list[PieceRow]:
-    """Leave what stays of a document: its whole segments."""
-    pieces = tx.pieces(row)
-    for piece in pieces[append.pieces :]:
-        tx.delete(piece)
-    kept = pieces[: append.pieces]
-    if kept and kept[-1].tokens != append.last_tokens:
-        shorter = kept[-1]._replace(tokens=append.last_tokens)
-        tx.replace(kept[-1], shorter)
-        kept[-1] = shorter
-    return kept
-
-
-def _receipt(status: Status, row: DocumentRow, layout: Layout, reused: int) -> Receipt:
-    return Receipt(row.namespace, row.name, status, row.tokens, layout.chunks(row.tokens), reused, row.revision)
+            f"metadata of {name!r} must be a JSON object ({error}); use strings, numbers, lists"
+        ) from error
+    return text

@@ -1,16 +1,16 @@
 """``StoreBank``: the documents of a store as a memory that a model searches.
 
-B batch rows · T tokens · H query heads · Hkv key/value heads · D head_dim · S tokens per chunk · R retrieved chunks
+B batch rows · T tokens · H query heads · Hkv key/value heads of a layer · D head_dim · S tokens per chunk ·
+R retrieved chunks · N chunks of all rows · P pairs of a chunk and a key/value head
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import threading
 import time as clock
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, Literal, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -18,18 +18,23 @@ from torch import Tensor
 
 from longmem.errors import ConfigError, MemoryBankError, StoreError
 from longmem.memory.index import Index, make_index
-from longmem.store.chunk_keys import RowKeys
-from longmem.store.found import Hits, gathered
+from longmem.store.loaded import Held, RowKeys, take_mapped
+from longmem.store.overlay import SessionBank
 from longmem.store.passages import Passage, SearchHit, read_passage, search_text
-from longmem.store.places import Numbers, Places, ReadsStore, read_places, until_found
-from longmem.store.reading import Selection
-from longmem.store.schema import FileRow, TotalRow
-from longmem.store.snapshot import Snapshot
-from longmem.store.values import HeldValues, Keep, MappedValues, Values
+from longmem.store.room import Room, composed, until_found
+from longmem.store.runs import Runs, Selection, read_runs
 from longmem.types import ChunkOrigin, RetrievedMemory
 
-if TYPE_CHECKING:
-    from longmem.store.overlay import SessionBank
+Keep = Literal["map", "memory", "device"]
+
+
+class ReadsStore(Protocol):
+    """What a bank needs of its store; ``MemoryStore`` has it."""
+
+    room: Room
+
+    @property
+    def tokenizer(self) -> Any: ...
 
 
 class StoreBank:
@@ -39,7 +44,7 @@ class StoreBank:
     the memory map unless ``keep`` says otherwise, and of them only the heads and chunks that were found are read.
 
     A bank holds the documents of the moment when it was opened. What is added, appended or replaced later it finds
-    after ``refresh``; what is forgotten, replaced or expired, by whatever process, it misses from the next search on.
+    after ``refresh``; what is forgotten, replaced or expired, by any process, it misses from the next search on.
     Chunk numbers stay what they are until ``refresh``. Threads may share a bank: their searches wait for each other.
 
     Args:
@@ -55,16 +60,15 @@ class StoreBank:
         index: how keys are searched: a name (see ``memory.INDEXES``) or an index that was never used.
         key_dtype: of the chunk keys on the device.
 
+    Attributes:
+        memory_layers: whose keys and values it holds; ``search`` takes the place of one of them as ``layer``.
+        heads_kv: Hkv.
+
     Raises:
         StoreError: a document that was named is not there, or the store is closed.
         StoreDamaged: catalog or files are not what was written.
         ConfigError: a setting that breaks a rule.
     """
-
-    _places: Places
-    _seen: object
-    _expires: float
-    _states: list[TotalRow | None]
 
     def __init__(
         self,
@@ -82,22 +86,26 @@ class StoreBank:
         key_dtype: torch.dtype = torch.float32,
     ) -> None:
         _check(namespaces, documents, max_tokens, keep)
-        self.store = store
-        self.namespaces = list(namespaces)
+        self.store: Any = store
+        self._room = store.room
+        self.namespaces = [composed(name) for name in namespaces]
         self.rows = len(self.namespaces)
         self.selection = Selection(documents, where, after, before, max_tokens)
         self.device = torch.device(device)
         self.keep = keep
         self.key_dtype = key_dtype
-        layout = store.layout
+        layout = self._room.layout
         self.chunk_size, self.heads_kv, self.head_dim = layout.chunk_size, layout.heads_kv, layout.head_dim
-        self.fingerprint, self.memory_layer = layout.fingerprint, layout.memory_layer
-        self._indexes = [make_index(copy.deepcopy(index) if self.rows > 1 else index) for _ in self.namespaces]
+        self.fingerprint, self.memory_layers, self.layers = layout.fingerprint, layout.memory_layers, layout.layers
+        alone = self.rows * self.layers == 1
+        self._indexes = [
+            [make_index(index if alone else copy.deepcopy(index)) for _ in range(self.layers)] for _ in self.namespaces
+        ]
         self._lock = threading.RLock()
         self._version = 0
         self._keys: list[RowKeys] | None = None
-        self._values: Values | None = None
-        self._read()
+        self._held: Held | None = None
+        self._runs, self._seen, self._expires = self._read()
 
     # what it holds
 
@@ -109,23 +117,21 @@ class StoreBank:
     @property
     def chunks(self) -> Tensor:
         """(rows,) chunks that each row can find, as of the last search."""
-        left = self._places.left
-        return torch.tensor([int(left[self._places.row == row].sum()) for row in range(self.rows)])
+        runs = self._runs
+        return torch.tensor([int(runs.left[runs.row == row].sum()) for row in range(self.rows)])
 
     @property
     def tokens(self) -> Tensor:
         """(rows,) tokens that each row can find, as of the last search."""
-        places = self._places
-        whole = places.left == np.diff(places.begins)
-        left = np.where(whole, places.tokens, places.left * self.chunk_size)
-        return torch.tensor([int(left[places.row == row].sum()) for row in range(self.rows)])
+        runs = self._runs
+        left = np.where(runs.left == runs.counts, runs.tokens, runs.left * self.chunk_size)
+        return torch.tensor([int(left[runs.row == row].sum()) for row in range(self.rows)])
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in memory and on the device; what lies in the map does not count."""
+        """Bytes held in memory and on the device; what is in the map does not count."""
         with self._lock:
-            keys = sum(each.nbytes for each in self._keys or [])
-            return keys + (0 if self._values is None else self._values.nbytes)
+            return sum(each.nbytes for each in self._keys or []) + (0 if self._held is None else self._held.nbytes)
 
     @property
     def loaded(self) -> bool:
@@ -136,7 +142,7 @@ class StoreBank:
         """Read now what the first search would read: chunk keys, and keys and values that are not left in the map."""
         with self._lock:
             if self._keys is None:
-                self._keys, self._values = self._loaded()
+                self._load(None)
         return self
 
     def refresh(self) -> bool:
@@ -145,63 +151,63 @@ class StoreBank:
         Only what is new is read. Chunks are numbered anew.
         """
         with self._lock:
-            before, keys, values = self._places, self._keys, self._values
-            self._read()
-            if _same(before, self._places):  # but they may lie elsewhere now
-                self._keys = keys
-                self._values = MappedValues(self._places, self.device) if isinstance(values, MappedValues) else values
+            before = self._runs
+            self._runs, self._seen, self._expires = self._read()
+            if self._runs.same(before):
                 return False
             self._version += 1
-            if keys is not None:
-                self._keys, self._values = self._loaded(before, keys, values)
+            if self._keys is not None:
+                self._load(before)
             return True
 
     # reading
 
     @torch.no_grad()
-    def search(self, queries: Tensor, num_chunks: int, rows: Tensor | None = None) -> RetrievedMemory:
+    def search(
+        self, queries: Tensor, num_chunks: int, rows: Tensor | None = None, *, layer: int = 0
+    ) -> RetrievedMemory:
         """The best chunks for every query, per head, by inner product with the mean key.
 
         Args:
             queries: (B, H, T, D), position-free and unscaled; H a multiple of Hkv.
             num_chunks: R.
             rows: (B,) the bank row each batch row reads; by default its own, or the only one there is.
+            layer: whose keys are searched, by its place in ``memory_layers``.
 
         Raises:
             MemoryBankError: queries or rows that do not fit the bank.
             StoreError: the store was closed.
-            StoreDamaged: a file is not what was written; nothing wrong is ever returned.
         """
-        read = self._rows_of(rows, queries, num_chunks)
+        read = self._rows_of(rows, queries, num_chunks, layer)
         with self._lock:
             self._notice()
             self.load()
-            assert self._keys is not None and self._values is not None
+            assert self._keys is not None
             with torch.autocast(queries.device.type, enabled=False):
-                scores, numbers, mask = self._best(queries.detach(), num_chunks, read, self._keys)
-            return gathered(self._places, self._values, Hits(scores, numbers, mask, read), lambda: self._version)
+                scores, numbers, mask = self._best(queries.detach(), num_chunks, read, layer, self._keys)
+            bases = torch.from_numpy(self._runs.bases[read]).to(numbers.device)
+            chunks = numbers + bases.view(-1, 1, 1, 1)
+            if self._held is not None and self._held.ready:
+                return self._by_reference(self._held, scores, chunks, mask, read, layer)
+            return self._copied(scores, chunks, mask, read, layer)
 
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:
         """Where a chunk of a row came from; chunks are numbered as in ``RetrievedMemory.chunks``."""
         with self._lock:
             if not 0 <= row < self.rows:
                 raise MemoryBankError(f"row ({row}) must lie in 0..{self.rows - 1}, the rows of this bank")
-            count = int(self._places.bases[row + 1] - self._places.bases[row])
+            count = int(np.diff(self._runs.bases)[row])
             if not 0 <= chunk < count:
                 raise MemoryBankError(f"chunk ({chunk}) of row {row} is not there; it has {count}, counted from 0")
-            return self._places.origin(row, chunk)
+            return self._runs.origin(row, chunk)
 
-    def passage(self, origin: ChunkOrigin, around: int = 12) -> Passage:
-        """The text of a chunk, with ``around`` tokens on either side.
+    def passage(self, origin: ChunkOrigin, around: int = 12, *, row: int = 0) -> Passage:
+        """The text of a chunk, with ``around`` tokens on either side; documents are found without knowing the row.
 
         Raises:
             StoreError: its document was forgotten, replaced or has expired, or is no document of this store.
         """
-        return read_passage(self.store, origin, around)
-
-    def passage_in(self, row: int, origin: ChunkOrigin, around: int) -> Passage:
-        """See ``passage``; documents are found without knowing the row."""
-        return self.passage(origin, around)
+        return read_passage(self._room, origin, around)
 
     def search_text(self, query: str, *, top: int = 10, row: int = 0, around: int = 12) -> list[SearchHit]:
         """Which chunks of a row the model's heads find for a text, the largest share of their output first.
@@ -209,12 +215,10 @@ class StoreBank:
         Raises:
             StoreError: the store was opened without a model or a tokenizer, or the text is empty.
         """
-        return search_text(self, query, top=top, row=row, around=around)
+        return search_text(self, query, self._room, top=top, row=row, around=around)
 
     def session(self, *, capacity_tokens: int = 65536, rows: int | None = None) -> SessionBank:
         """A memory over this one that takes what a running conversation adds, to be committed or dropped."""
-        from longmem.store.overlay import SessionBank
-
         return SessionBank(self, capacity_tokens=capacity_tokens, rows=rows)
 
     def add(self, *_: object, **__: object) -> NoReturn:
@@ -230,80 +234,53 @@ class StoreBank:
 
     # keeping up with the store
 
-    def _read(self) -> None:
-        """Look up the selection's chunks."""
-        with self.store.snapshot() as snapshot:  # before the places, so that no change between is missed
-            states = self._states_in(snapshot)
-        self._places, self._seen = read_places(self.store, self.namespaces, self.selection)
-        self._expires = self._places.expires(-math.inf)
-        self._states = states
-        self._keys = self._values = None
+    def _read(self) -> tuple[Runs, object, float]:
+        """The selection's chunks, the store's version that they are of, and when the first of them expires."""
+        seen = self._room.catalog.version()  # before the runs, so that no change between is missed
+        runs: Runs = until_found(lambda: read_runs(self._room, self.namespaces, self.selection))
+        return runs, seen, runs.expires()
 
     def _notice(self) -> None:
         """Let go of what was forgotten or has expired since the last search; microseconds where nothing happened."""
-        now = clock.time()
-        version = self.store.version()
-        if version == self._seen and now < self._expires:
+        seen = self._room.catalog.version()
+        if seen == self._seen and clock.time() < self._expires:
             return
-        places = until_found(lambda: self._changed(now))
-        if places is not None:
-            before, self._places = self._places, places
-            self._expires = places.expires(now)
-            if isinstance(self._values, MappedValues):
-                self._values = MappedValues(places, self.device)
-            gone = np.flatnonzero(before.left != places.left)
-            if len(gone):
-                self._forget(gone)
-        self._seen = version
+        before, self._runs = self._runs, until_found(lambda: self._runs.now(self._room))
+        gone = np.flatnonzero(before.left != self._runs.left)
+        if len(gone):
+            self._version += 1
+            for row, keys in enumerate(self._keys or []):
+                keys.forget(self._runs, row)
+            for run in gone.tolist() if self._held is not None else []:
+                assert self._held is not None
+                begin, end = self._runs.begins[run : run + 2].tolist()
+                self._held.wipe(begin + int(self._runs.left[run]), end)
+        self._expires, self._seen = self._runs.expires(), seen
 
-    def _changed(self, now: float) -> Places | None:
-        """The places as they are now; None where nothing of this bank has changed."""
-        with self.store.snapshot() as snapshot:
-            states = self._states_in(snapshot)
-            here = [file.row.id for file in self._places.files]
-            marks = ", ".join("?" * len(here))
-            moved = len(snapshot.rows(FileRow, f"WHERE id IN ({marks})", here)) < len(here)
-            if states == self._states and now < self._expires and not moved:
-                return None
-            places = self._places.without_the_gone(snapshot, now)
-            if moved:
-                places = places.moved(snapshot, self.store)
-            self._states = states
-            return places
+    def _load(self, before: Runs | None) -> None:
+        """Read keys, and values if they are to be held; ``before``: what those that are loaded are of."""
+        had, runs = self._keys, self._runs
+        self._keys = [
+            RowKeys(
+                runs,
+                row,
+                indexes,
+                self.device,
+                self.key_dtype,
+                None if before is None or had is None else (before, had[row]),
+            )
+            for row, indexes in enumerate(self._indexes)
+        ]
+        if self.keep != "map":
+            where = self.device if self.keep == "device" else torch.device("cpu")
+            old = None if before is None or self._held is None else (before, self._held)
+            self._held = Held(runs, where, self.device, old)
 
-    def _states_in(self, snapshot: Snapshot) -> list[TotalRow | None]:
-        """Another one for every namespace whose documents have changed."""
-        return [snapshot.total(f"documents:{name}") for name in self.namespaces]
+    # what was found
 
-    def _forget(self, runs: Numbers) -> None:
-        """Overwrite the keys and values of what these runs have no more."""
-        self._version += 1
-        places = self._places
-        if self._keys is not None:
-            for row in np.unique(places.row[runs]).tolist():
-                self._keys[row].forget(places, row)
-        if isinstance(self._values, HeldValues):
-            for run in runs.tolist():
-                self._values.wipe(int(places.begins[run] + places.left[run]), int(places.begins[run + 1]))
-
-    def _loaded(
-        self, before: Places | None = None, keys: list[RowKeys] | None = None, values: Values | None = None
-    ) -> tuple[list[RowKeys], Values]:
-        """Keys and values of the places; ``before`` is what the given ones are of."""
-        places = self._places
-        new_keys = []
-        for row, index in enumerate(self._indexes):
-            had = None if before is None or keys is None else (before, keys[row])
-            new_keys.append(RowKeys(places, row, index, self.device, self.key_dtype, had))
-        if self.keep == "map":
-            return new_keys, MappedValues(places, self.device)
-        held = self.device if self.keep == "device" else torch.device("cpu")
-        old = (before, values) if before is not None and isinstance(values, HeldValues) else None
-        return new_keys, HeldValues(places, held, self.device, old)
-
-    # searching
-
-    def _best(self, queries: Tensor, num: int, read: list[int], keys: list[RowKeys]) -> tuple[Tensor, Tensor, Tensor]:
+    def _best(
+        self, queries: Tensor, num: int, read: list[int], layer: int, keys: list[RowKeys]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Scores, numbers in the row, and where there is any: (B, H, T, R) each."""
         batch, heads, length, _ = queries.shape
         grouped = queries.reshape(batch, self.heads_kv, -1, self.head_dim)
@@ -314,13 +291,57 @@ class StoreBank:
         for row in sorted(set(read)):
             lines = [line for line, wanted in enumerate(read) if wanted == row]
             asked = grouped if len(lines) == batch else grouped[lines]
-            scores[lines], numbers[lines], mask[lines] = keys[row].search(asked, num)
+            scores[lines], numbers[lines], mask[lines] = keys[row].search(asked, num, layer)
         wanted = (batch, heads, length, num)
         return scores.view(wanted), numbers.view(wanted), mask.view(wanted)
 
-    # small helpers
+    def _by_reference(
+        self, held: Held, scores: Tensor, chunks: Tensor, mask: Tensor, read: list[int], layer: int
+    ) -> RetrievedMemory:
+        """All chunks as storage: everything is on the device."""
+        device = chunks.device
+        return RetrievedMemory(
+            chunk_ids=chunks.masked_fill(~mask, held.kv.shape[0] - 1),
+            chunk_mask=mask,
+            scores=scores,
+            storage=held.kv[None],
+            lengths=held.lengths[None],
+            rows=torch.zeros(len(read), dtype=torch.long, device=device),
+            version=self._version,
+            live_version=lambda: self._version,
+            sources=held.sources[None],
+            memory_rows=torch.tensor(read, device=device),
+            first_head=layer * self.heads_kv,
+            layer_heads=self.heads_kv if self.layers > 1 else None,
+        )
 
-    def _rows_of(self, rows: Tensor | None, queries: Tensor, num_chunks: int) -> list[int]:
+    def _copied(self, scores: Tensor, chunks: Tensor, mask: Tensor, read: list[int], layer: int) -> RetrievedMemory:
+        """Each pair of a chunk and a head once, as storage (1, P + 1, 1, 2, S, D) with the null chunk last.
+
+        A head reads only its own part of a chunk: storing heads apart takes Hkv times fewer bytes from disk.
+        """
+        runs, device, version = self._runs, chunks.device, self._version
+        head = torch.arange(chunks.shape[1], device=device) // (chunks.shape[1] // self.heads_kv)
+        asked = (chunks * self.heads_kv + head.view(1, -1, 1, 1))[mask]
+        pairs, slots = torch.unique(asked, return_inverse=True)
+        found, heads = (each.cpu().numpy() for each in (pairs // self.heads_kv, pairs % self.heads_kv))
+        heads = heads + layer * self.heads_kv
+        held = self._held
+        storage = take_mapped(runs, found, heads, self.device) if held is None else held.take(found, heads)
+        return RetrievedMemory(
+            chunk_ids=torch.full_like(chunks, len(found)).masked_scatter_(mask, slots),
+            chunk_mask=mask,
+            scores=scores,
+            storage=storage[None, :, None],
+            lengths=torch.from_numpy(np.append(runs.lengths(found), 0)).to(device)[None],
+            rows=torch.zeros(len(read), dtype=torch.long, device=device),
+            version=version,
+            live_version=lambda: version,  # a copy: it stays what it is
+            sources=torch.from_numpy(np.append(runs.in_rows(found), -1)).to(device)[None],
+            memory_rows=torch.tensor(read, device=device),
+        )
+
+    def _rows_of(self, rows: Tensor | None, queries: Tensor, num_chunks: int, layer: int) -> list[int]:
         """Bank rows as plain numbers, of queries that fit."""
         if queries.dim() != 4 or queries.shape[3] != self.head_dim or queries.shape[1] % self.heads_kv:
             raise MemoryBankError(
@@ -329,6 +350,8 @@ class StoreBank:
             )
         if num_chunks < 1:
             raise MemoryBankError(f"num_chunks ({num_chunks}) must be at least 1")
+        if not 0 <= layer < self.layers:
+            raise MemoryBankError(f"layer ({layer}) must lie in 0..{self.layers - 1}, places in {self.memory_layers}")
         if queries.device.type != self.device.type:
             raise MemoryBankError(f"queries are on {queries.device}, the bank on {self.device}; open it with device=")
         batch = queries.shape[0]
@@ -343,14 +366,6 @@ class StoreBank:
         if outside:
             raise MemoryBankError(f"rows ({outside[0]}) must lie in 0..{self.rows - 1}, the rows of this bank")
         return chosen
-
-
-def _same(one: Places, other: Places) -> bool:
-    """Whether two readings found the same chunks, all of them alive."""
-    names = ("bases", "begins", "tokens", "first_token", "content", "skipped", "left")
-    return [each.id for each in one.documents] == [each.id for each in other.documents] and all(
-        np.array_equal(getattr(one, name), getattr(other, name)) for name in names
-    )
 
 
 def _check(namespaces: Sequence[str], documents: object, max_tokens: int | None, keep: str) -> None:

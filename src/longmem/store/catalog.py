@@ -1,427 +1,364 @@
-"""The catalog: what the store holds, in SQLite; a transaction of it is the only commit point.
+"""The catalog: what the store holds, in SQLite. One transaction of it is the only commit point.
 
-A writer has two connections, one to write and one to read, so that reading is a consistent snapshot in every process,
-the writer's included.
+Threads share one connection behind a lock. SQLite keeps POSIX locks on its file, which a process loses when it closes
+*any* descriptor of it: nothing here opens the catalog but SQLite.
 """
 
 from __future__ import annotations
 
-import logging
+import json
+import os
 import sqlite3
-import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
-from longmem.errors import LongMemError, StoreDamaged, StoreError
-from longmem.store.durable import failpoint, file_errors, sync_folder
-from longmem.store.held import HeldFile
-from longmem.store.lock import WriterLock, read_holder
-from longmem.store.migrations import MIGRATIONS, SCHEMA, expected_schema, migrate, schema_number, schema_of
-from longmem.store.records import Layout
-from longmem.store.schema import MetaRow
-from longmem.store.seal import SEAL, check_seal, remove_seal, write_seal
-from longmem.store.snapshot import Snapshot
-from longmem.store.sqlite import connect, sqlite_errors
-from longmem.store.transaction import Transaction
+from longmem.errors import LongMemError, StoreDamaged, StoreError, StoreFull
+from longmem.store.disk import failpoint
+from longmem.store.records import FORMAT, DocumentInfo, Layout
+from longmem.store.tokens import Tokens
+from longmem.store.tokens import joined as joined_tokens
 
-log = logging.getLogger(__name__)
 CATALOG = "catalog.sqlite"
+BUSY_SECONDS = 20.0
+READER_SECONDS = 2.0
+"""How long ``compact`` waits for readers in a snapshot."""
+SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
+CREATE TABLE piece (id INTEGER PRIMARY KEY AUTOINCREMENT, digest BLOB UNIQUE NOT NULL, tokens INTEGER NOT NULL,
+    first INTEGER NOT NULL, count INTEGER NOT NULL, crc INTEGER NOT NULL,
+    token_ids BLOB NOT NULL, text TEXT, starts BLOB);
+CREATE TABLE document (id INTEGER PRIMARY KEY AUTOINCREMENT, namespace TEXT NOT NULL, name TEXT NOT NULL, source TEXT,
+    metadata TEXT NOT NULL, added REAL NOT NULL, expires REAL, tokens INTEGER NOT NULL, revision INTEGER NOT NULL,
+    UNIQUE (namespace, name));
+CREATE TABLE part (document INTEGER NOT NULL REFERENCES document ON DELETE CASCADE, ordinal INTEGER NOT NULL,
+    piece INTEGER NOT NULL REFERENCES piece, first_token INTEGER NOT NULL, tokens INTEGER NOT NULL,
+    PRIMARY KEY (document, ordinal)) WITHOUT ROWID;
+CREATE INDEX part_piece ON part (piece);
+"""
+_FIELDS = "id, namespace, name, source, metadata, added, expires, tokens, revision"
+
+
+class Part(NamedTuple):
+    """The first ``tokens`` tokens of a piece as the tokens from ``first_token`` on of a document."""
+
+    piece: int
+    first_token: int
+    tokens: int
 
 
 class Catalog:
     """The open catalog of a store's folder.
 
     Args:
-        folder: of the store.
-        lock: of the writer; None reads only.
-        check: compare the catalog with its seal, and its schema with ours, first; without, what is damaged can be
-            looked at.
+        path: of the file, absolute.
+        writable: whether it may be changed.
+        new: the layout of a store that is made now; what a killed maker left is made whole.
 
     Raises:
-        StoreDamaged: it is not what was written.
-        StoreError: it cannot be opened, or a newer version wrote it.
+        StoreDamaged: it cannot be read as what it is.
+        StoreError: it cannot be opened, or another version wrote it.
     """
 
-    def __init__(self, folder: Path, lock: WriterLock | None = None, *, check: bool = True) -> None:
-        self.folder = folder
-        self.path = folder / CATALOG
-        self.sealed = False
-        self._lock = lock
+    def __init__(self, path: Path, *, writable: bool, new: Layout | None = None) -> None:
+        self.path, self.writable = path, writable
         self._guard = threading.RLock()
-        self._depth = 0
-        self._copy: tempfile.TemporaryDirectory[str] | None = None
+        self._changes = 0
+        self._closed = False
         self._watched: tuple[object, ...] | None = None  # where SQLite cannot tell us that a writer came
-        self._generation = 0
-        self._layout: Layout | None = None
-        self.trusted = check  # a catalog that was not checked is not sealed
-        self.unsettled = False  # a commit failed in a way that may still come true after a crash
-        self._open(check)
-
-    # opening and closing
-
-    @classmethod
-    def create(cls, folder: Path, lock: WriterLock, layout: Layout) -> Catalog:
-        """A catalog with tables, the layout and nothing else; what an interrupted ``create`` left is made whole."""
-        connection = connect(folder / CATALOG, "create")
+        self._db = self._connect(new is not None)
         try:
-            failpoint("create.catalog")
-            with sqlite_errors(folder / CATALOG):
-                connection.execute("BEGIN IMMEDIATE")
-                try:
-                    migrate(connection)
-                    tx = Transaction(connection, folder / CATALOG)
-                    for key, value in layout.to_meta().items():
-                        tx.insert(MetaRow(key, value))
-                    tx.write_totals()
-                    connection.execute("COMMIT")
-                except BaseException:
-                    _roll_back(connection)
-                    raise
-            with file_errors(folder, "writing"):
-                sync_folder(folder)
-        finally:
-            connection.close()
-        failpoint("create.done")
-        return cls(folder, lock)
-
-    def _open(self, check: bool) -> None:
-        self._file = HeldFile(self.path)
-        self._write: sqlite3.Connection | None = None
-        self._read: sqlite3.Connection | None = None
-        try:
-            holder = read_holder(self.folder)  # before the catalog: a writer beside us only adds to it
-            self.sealed = check_seal(self.folder, self._file) if check else False
-            if self._lock is not None:
-                self._write = connect(self.path, "rw")
-                self._migrate(self._write)
-            self._read = self._reader()
-            self._check_schema(self._read)
-            if check:
-                self.check_schema()
-            if check and holder is not None:
-                self.check_commits(holder.commits)
+            with sqlite_errors(path):
+                if new is not None:
+                    self._make(new)
+                self.layout = self._read_layout()
         except BaseException:
-            self.close(seal=False)
+            self._db.close()
             raise
 
-    def _connect_reader(self) -> sqlite3.Connection:
-        return connect(*self._reads)
-
-    def _reader(self) -> sqlite3.Connection:
-        self._reads: tuple[Path, Literal["ro", "immutable"]] = (self.path, "ro")
-        try:
-            connection = self._connect_reader()
-            try:
-                with sqlite_errors(self.path):
-                    connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            except BaseException:
-                connection.close()
-                raise
-            return connection
-        except StoreDamaged:
-            raise
-        except StoreError:
-            # a folder that cannot be written, without the files that SQLite wants beside a write-ahead log
-            if self._lock is not None:
-                raise
-            return self._reader_of_read_only_folder()
-
-    def _reader_of_read_only_folder(self) -> sqlite3.Connection:
-        log_file = self.folder / f"{CATALOG}-wal"
-        self._watched = self._state_of_files()
-        with file_errors(log_file, "looking at"):
-            has_log = log_file.exists() and log_file.stat().st_size > 0
-        if not has_log:
-            self._reads = (self.path, "immutable")
-            return self._connect_reader()
-        # the log of a writer that crashed has to be played back, which needs a folder that can be written: a copy
-        self._copy = tempfile.TemporaryDirectory(prefix="longmem-catalog-")
-        copied = Path(self._copy.name) / CATALOG
-        with file_errors(copied, "copying the catalog of a read-only folder"):
-            with copied.open("wb") as stream:
-                for _, data in self._file.slabs():
-                    stream.write(data)
-            copied.with_name(f"{CATALOG}-wal").write_bytes(log_file.read_bytes())
-        self._reads = (copied, "ro")
-        return self._connect_reader()
-
-    def _state_of_files(self) -> tuple[object, ...]:
-        state: list[object] = []
-        for name in (CATALOG, f"{CATALOG}-wal", SEAL):
-            try:
-                status = (self.folder / name).stat()
-                state.append((status.st_ino, status.st_size, status.st_mtime_ns))
-            except OSError:
-                state.append(None)
-        return tuple(state)
-
-    def _look_again(self) -> None:
-        """Open anew if the files of a read-only folder were changed by somebody who may write there."""
-        if self._depth == 0 and self._watched is not None and self._watched != self._state_of_files():
-            self.close(seal=False)
-            self._watched = None
-            self._generation += 1
-            self._open(True)
-
-    def _migrate(self, connection: sqlite3.Connection) -> None:
+    def _connect(self, create: bool = False) -> sqlite3.Connection:
+        how = "mode=rwc" if create else "mode=rw" if self.writable else "mode=ro"
+        if self.writable:
+            for each in (self.path, *(self.path.with_name(f"{CATALOG}-{kind}") for kind in ("wal", "shm"))):
+                if each.exists() and not os.access(each, os.W_OK):  # else SQLite complains at the first change only
+                    raise StoreFull(f"{each}: may not be written; allow writing there, or open with mode='read'")
+        elif not os.access(self.path.parent, os.W_OK):
+            log = self.path.with_name(f"{CATALOG}-wal")
+            if not log.exists():  # SQLite could not make the files that it wants beside a write-ahead log
+                how, self._watched = "mode=ro&immutable=1", self._state()
         with sqlite_errors(self.path):
-            have = schema_number(connection)
-            if have in (0, len(MIGRATIONS)) or have > len(MIGRATIONS):
-                return
-            remove_seal(self.folder)
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                migrate(connection)
-                connection.execute("COMMIT")
-            except BaseException:
-                _roll_back(connection)
-                raise
-        self.sealed = False
-        failpoint("migrate.done")
-
-    def _check_schema(self, connection: sqlite3.Connection) -> None:
-        with sqlite_errors(self.path):
-            have, newest = schema_number(connection), len(MIGRATIONS)
-            if have == 0 and not schema_of(connection):
-                raise StoreError(
-                    f"{self.path}: this store was never finished; open it to write once, or delete the folder"
-                )
-            if have > newest:
-                raise StoreError(f"{self.path}: schema {have}, this version knows {newest}; use a newer longmem")
-            if have < newest and self._lock is None:
-                raise StoreError(f"{self.path}: schema {have}, this version reads {newest}; open it to write once")
-
-    def check_schema(self) -> None:
-        """Compare the tables with those of our newest schema.
-
-        Raises:
-            StoreDamaged: they differ.
-        """
-        with self.snapshot() as snapshot:
-            found = snapshot.raw(SCHEMA).fetchall()
-        if found != expected_schema():
-            raise StoreDamaged(f"{self.path}: its tables are not those of schema {len(MIGRATIONS)}; restore a backup")
-
-    def check_commits(self, noted: int) -> None:
-        """Compare the number of transactions with the one noted beside the catalog.
-
-        Raises:
-            StoreDamaged: some are lost.
-        """
-        with self.snapshot() as snapshot:
-            have = snapshot.commits()
-        if have < noted:
-            raise StoreDamaged(
-                f"{self.path}: {have} transactions where {noted} were committed: the write-ahead log beside it was cut,"
-                " damaged or left behind; restore a backup, or accept the older state (what was added since is "
-                "lost, what was forgotten since is there again) with `longmem memory verify --repair`"
+            db = sqlite3.connect(
+                f"file:{quote(str(self.path))}?{how}",
+                uri=True,
+                isolation_level=None,
+                timeout=BUSY_SECONDS,
+                check_same_thread=False,
             )
+            try:
+                db.execute("PRAGMA trusted_schema = OFF")
+                db.execute("PRAGMA mmap_size = 0")  # a cut file is then an error, not a signal
+                db.execute("PRAGMA temp_store = MEMORY")  # no text in files outside of the store
+                if self.writable:
+                    self._prepare(db)
+            except BaseException:
+                db.close()
+                raise
+        return db
 
-    def close(self, *, seal: bool = True) -> None:
-        """Close; a writer empties the write-ahead log and seals the catalog if no reader holds it back.
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        journal = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        if journal != "wal":
+            raise StoreError(
+                f"{self.path}: this file system does not support the shared memory of SQLite's write-ahead log "
+                f"(journal mode {journal}); keep the store on a local disk"
+            )
+        for setting in ("synchronous = FULL", "secure_delete = ON", "foreign_keys = ON"):
+            db.execute(f"PRAGMA {setting}")
 
-        What cannot be sealed (a full disk) stays as it is: whole, but without a seal.
-        """
+    def _make(self, layout: Layout) -> None:
+        if self._db.execute("PRAGMA user_version").fetchone()[0]:
+            return
+        with self.write() as db:
+            for statement in SCHEMA.split(";"):
+                db.execute(statement)
+            rows = [("layout", layout.to_json()), ("generation", 1), ("records", 0)]
+            db.executemany("INSERT INTO meta VALUES (?, ?)", rows)
+            db.execute(f"PRAGMA user_version = {FORMAT}")
+
+    def _read_layout(self) -> Layout:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        folder = self.path.parent
+        if version == 0:
+            raise StoreError(f"{folder}: this store was never finished; open it to write once, or delete the folder")
+        if version == 1:
+            raise StoreError(
+                f"{folder}: a store of format 1, this version reads {FORMAT}; write each namespace to a file with "
+                "`longmem memory export` of longmem 0.1, and read it into a new store with `longmem memory import`"
+            )
+        if version != FORMAT:
+            raise StoreError(f"{folder}: format {version}, this version reads {FORMAT}; use a newer longmem")
+        try:
+            return Layout.from_fields(json.loads(self.meta("layout")))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreDamaged(f"{self.path}: its layout cannot be read ({error}); restore a backup") from error
+
+    def close(self) -> None:
+        """Close; a writer empties the write-ahead log if no reader needs it."""
         with self._guard:
-            if self._read is not None:
-                self._read.close()
-                self._read = None
-            if self._write is not None:
-                try:
-                    if seal and self.trusted and not self.sealed and self.empty_log(seconds=1.0):
-                        failpoint("close.emptied")
-                        write_seal(self.folder, self._file)
-                        self.sealed = True
-                except LongMemError as error:
-                    log.warning("the catalog is left without a seal: %s", error)
-                finally:
-                    self._write.close()
-                    self._write = None
-            self._file.close()
-            if self._copy is not None:
-                self._copy.cleanup()
-                self._copy = None
+            if not self._closed and self.writable:
+                with suppress(StoreError):  # the log itself is durable
+                    self.empty_log(0.0)
+            self._closed = True
+            self._db.close()
 
-    # reading
-
-    @property
-    def layout(self) -> Layout:
-        """What is fixed for the whole store."""
-        if self._layout is None:
-            with self.snapshot() as snapshot:
-                self._layout = snapshot.layout
-        return self._layout
+    # states and transactions
 
     @contextmanager
-    def snapshot(self, *, own: bool = False) -> Iterator[Snapshot]:
-        """One consistent state, as long as the block lasts; inside another one of this thread, the same state.
-
-        Args:
-            own: with a connection of its own, so that other threads need not wait for the end of a long block.
-        """
-        if own:
-            with self._guard:
-                self._reading()
-                connection = self._connect_reader()
-            try:
-                with sqlite_errors(self.path):
-                    connection.execute("BEGIN")
-                    connection.execute("SELECT count(*) FROM meta").fetchone()
-                    yield Snapshot(connection, self.path, self._layout)
-            finally:
-                connection.close()
-            return
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """One consistent state while the block lasts; other threads wait."""
         with self._guard, sqlite_errors(self.path):
-            connection = self._reading()
-            if self._depth == 0:
-                connection.execute("BEGIN")
-                connection.execute("SELECT count(*) FROM meta").fetchone()  # the state is fixed at the first read
-            self._depth += 1
+            if self._db.in_transaction:
+                yield self._db
+                return
+            self._db.execute("BEGIN")
             try:
-                yield Snapshot(connection, self.path, self._layout)
+                yield self._db
             finally:
-                self._depth -= 1
-                if self._depth == 0:
-                    _roll_back(connection)
+                self._db.rollback()
 
-    def version(self) -> tuple[int, int]:
-        """Another value whenever this or another process has changed the catalog; takes microseconds."""
+    @contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """A transaction: all of the block's changes, durable when it ends, or none."""
         with self._guard, sqlite_errors(self.path):
-            return self._generation, int(self._reading().execute("PRAGMA data_version").fetchone()[0])
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                failpoint("commit.begun")
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._db.rollback()
+                raise
+            finally:
+                self._changes += 1
+            failpoint("commit.done")
+
+    @contextmanager
+    def apart(self) -> Iterator[Catalog]:
+        """One state for long reading, in a connection of its own: threads do not wait for it."""
+        other = Catalog(self.path, writable=False)
+        try:
+            with other.read():
+                yield other
+        finally:
+            other.close()
+
+    def version(self) -> tuple[object, ...]:
+        """Another value whenever any process has changed the catalog; takes microseconds."""
+        with self._guard, sqlite_errors(self.path):
+            if self._watched is not None and self._watched != self._state():
+                self._db.close()
+                self._watched = None
+                self._db = self._connect()
+                self._changes += 1
+            return self._changes, self._db.execute("PRAGMA data_version").fetchone()[0]
+
+    def _state(self) -> tuple[object, ...]:
+        """Size and time of the files, for a folder in which SQLite may not watch a writer."""
+        found: list[object] = []
+        for name in (CATALOG, f"{CATALOG}-wal"):
+            path = self.path.with_name(name)
+            status = path.stat() if path.exists() else None
+            found.append(None if status is None else (status.st_ino, status.st_size, status.st_mtime_ns))
+        return tuple(found)
+
+    def empty_log(self, seconds: float = READER_SECONDS) -> bool:
+        """Bring the write-ahead log into the catalog and cut it; False where a reader needs it for longer."""
+        with self._guard, sqlite_errors(self.path):
+            self._db.execute(f"PRAGMA busy_timeout = {int(seconds * 1000)}")
+            try:
+                return not self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            finally:
+                self._db.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
+
+    def vacuum(self) -> None:
+        """Write the whole catalog anew, without what was freed."""
+        with self._guard, sqlite_errors(self.path):
+            self._db.execute("VACUUM")
 
     @property
     def disk_bytes(self) -> int:
-        """Of the catalog and its write-ahead log, on disk."""
-        log_file = self.folder / f"{CATALOG}-wal"
-        with file_errors(log_file, "looking at"):
-            return self._file.size + (log_file.stat().st_size if log_file.exists() else 0)
+        """Of the catalog and its log."""
+        paths = (self.path, self.path.with_name(f"{CATALOG}-wal"))
+        return sum(path.stat().st_size for path in paths if path.exists())
 
-    @property
-    def file(self) -> HeldFile:
-        """The bytes of the catalog's file."""
-        return self._file
+    # what is in it
 
-    # writing
+    def meta(self, key: str) -> Any:
+        """``layout`` (JSON), ``generation`` of the data files, or ``records``: chunks in them."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            raise StoreDamaged(f"{self.path}: {key} is missing; restore a backup")
+        return row[0]
 
-    @contextmanager
-    def transaction(self) -> Iterator[Transaction]:
-        """Change the catalog: all of the block, or nothing if it raises.
+    def row(self, query: str, *given: Any) -> Any:
+        """The only row of a query."""
+        with self.read() as db:
+            return db.execute(query, given).fetchone()
+
+    def documents(self, namespace: str | None = None, *, expired: bool = False) -> list[DocumentInfo]:
+        """Documents of a namespace, or of all, by time and number; ``expired``: also those past their time."""
+        where = "" if namespace is None else "WHERE namespace = ?"
+        with self.read() as db:
+            given = () if namespace is None else (namespace,)
+            rows = db.execute(f"SELECT {_FIELDS} FROM document {where} ORDER BY added, id", given).fetchall()
+        now = time.time()
+        return [self._info(row) for row in rows if expired or row[6] is None or row[6] > now]
+
+    def find(self, namespace: str, name: str) -> DocumentInfo | None:
+        """The document of this name, expired or not."""
+        with self.read() as db:
+            row = db.execute(
+                f"SELECT {_FIELDS} FROM document WHERE namespace = ? AND name = ?", (namespace, name)
+            ).fetchone()
+        return None if row is None else self._info(row)
+
+    def live(self, namespace: str, name: str) -> DocumentInfo:
+        """The document of this name.
 
         Raises:
-            StoreFull: it could not be written.
-            StoreDamaged: what it reads is not what was written.
+            StoreError: there is none, or it has expired.
         """
-        with self._guard:
-            connection = self._writer()
-            if self.sealed or (self.folder / SEAL).exists():
-                remove_seal(self.folder)
-                self.sealed = False
-            with sqlite_errors(self.path):
-                connection.execute("BEGIN IMMEDIATE")
-                try:
-                    tx = Transaction(connection, self.path, self._layout)
-                    yield tx
-                    commits = tx.write_totals()
-                    failpoint("commit.begun")
-                    try:
-                        connection.execute("COMMIT")
-                    except sqlite3.Error as error:
-                        self.unsettled = "IOERR" in (error.sqlite_errorname or "")
-                        raise
-                except BaseException:
-                    _roll_back(connection)
-                    raise
-            self.unsettled = False
-            failpoint("commit.done")
-            assert self._lock is not None
-            with suppress(StoreError):  # it is committed; the note only helps to notice a lost log
-                self._lock.committed(commits)
+        found = self.find(namespace, name)
+        if found is None or found.expired(time.time()):
+            raise StoreError(f"namespace {namespace!r} has no document {name!r}; `longmem memory list` shows its names")
+        return found
 
-    def settle(self) -> bool:
-        """Whether no failed commit can come true any more, not even after a crash."""
-        if self.unsettled:
-            with suppress(LongMemError):
-                self.unsettled = not self.empty_log(seconds=1.0)
-        return not self.unsettled
+    def _info(self, row: Sequence[Any]) -> DocumentInfo:
+        try:
+            metadata = json.loads(row[4])
+        except ValueError as error:
+            raise StoreDamaged(f"{self.path}: metadata of document {row[2]!r} is no JSON ({error})") from error
+        number, namespace, name, source, _, added, expires, tokens, revision = row
+        chunks = self.layout.chunks(tokens)
+        return DocumentInfo(number, namespace, name, source, metadata, added, expires, tokens, chunks, revision)
 
-    def empty_log(self, seconds: float = 20.0) -> bool:
-        """Bring the write-ahead log into the catalog's file, and cut it; False if a reader's snapshot holds it back."""
-        with self._guard, sqlite_errors(self.path):
-            connection = self._writer()
-            connection.execute(f"PRAGMA busy_timeout = {int(seconds * 1000)}")
-            try:
-                return bool(connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0)
-            finally:
-                connection.execute("PRAGMA busy_timeout = 20000")
-
-    def vacuum(self) -> None:
-        """Write the catalog anew, without free space."""
-        with self._guard:
-            connection = self._writer()
-            remove_seal(self.folder)
-            self.sealed = False
-            with sqlite_errors(self.path):
-                connection.execute("VACUUM")
-
-    def rebuild(self) -> None:
-        """Make the indices and the whole file anew from the tables."""
-        with self._guard, sqlite_errors(self.path):
-            remove_seal(self.folder)
-            self.sealed = False
-            self._writer().execute("REINDEX")
-        self.vacuum()
-
-    def note_commits(self) -> None:
-        """Take the number of transactions that the catalog has for the right one."""
-        assert self._lock is not None
-        with self.snapshot() as snapshot:
-            self._lock.committed(snapshot.commits())
-
-    def seal(self) -> bool:
-        """Seal the catalog now; False if a reader's snapshot holds the write-ahead log back."""
-        with self._guard:
-            self.trusted = True
-            if not self.empty_log():
-                return False
-            write_seal(self.folder, self._file)
-            self.sealed = True
-            return True
-
-    def _reading(self) -> sqlite3.Connection:
-        if self._read is not None:
-            self._look_again()
-        if self._read is None:
-            raise StoreError(f"{self.folder}: the store was closed; open it again")
-        return self._read
-
-    def _writer(self) -> sqlite3.Connection:
-        if self._write is None:
-            reason = "was opened to read; open it with mode='write'" if self._read is not None else "was closed"
-            raise StoreError(f"{self.folder}: the store {reason}")
-        if self._lock is not None and not self._lock.held:
-            raise StoreError(
-                f"{self.folder}: the store was opened before this process was forked; open it again in here"
+    def parts(self, document: int) -> list[Part]:
+        """Of a document, in order."""
+        with self.read() as db:
+            rows = db.execute(
+                "SELECT piece, first_token, tokens FROM part WHERE document = ? ORDER BY ordinal", (document,)
             )
-        return self._write
+            return [Part(*row) for row in rows]
+
+    def tokens(self, piece: int) -> Tokens:
+        """Token ids and text of a piece."""
+        with self.read() as db:
+            row = db.execute("SELECT token_ids, text, starts FROM piece WHERE id = ?", (piece,)).fetchone()
+        if row is None:
+            raise StoreDamaged(f"{self.path}: piece {piece} is missing; run `longmem memory verify`")
+        return Tokens.from_columns(*row)
+
+    def whole(self, document: DocumentInfo) -> Tokens:
+        """All tokens of a document."""
+        with self.read():
+            return joined_tokens([self.tokens(part.piece).slice(0, part.tokens) for part in self.parts(document.id)])
+
+    def piece_of(self, digest: bytes) -> int | None:
+        """The number of the piece with this digest, if it is there."""
+        with self.read() as db:
+            row = db.execute("SELECT id FROM piece WHERE digest = ?", (digest,)).fetchone()
+        return None if row is None else int(row[0])
+
+    def dead_tokens(self) -> int:
+        """Tokens of pieces that no document uses."""
+        with self.read() as db:
+            row = db.execute("SELECT total(tokens) FROM piece WHERE id NOT IN (SELECT piece FROM part)").fetchone()
+        return int(row[0])
 
 
-def _roll_back(connection: sqlite3.Connection) -> None:
-    with suppress(sqlite3.Error):
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
+def matches(document: DocumentInfo, where: Mapping[str, Any] | None) -> bool:
+    """Whether a document's metadata has every key of ``where`` with an equal value."""
+    return all(key in document.metadata and document.metadata[key] == value for key, value in (where or {}).items())
 
 
-def unfinished(folder: Path) -> bool:
-    """Whether the folder has no catalog, or one whose making was interrupted."""
-    path = folder / CATALOG
-    if not path.exists():
-        return True
-    connection = connect(path, "ro")
+@contextmanager
+def sqlite_errors(path: Path) -> Iterator[None]:
+    """Turn errors of SQLite into one clear line.
+
+    Raises:
+        StoreDamaged: the catalog cannot be read as what it is.
+        StoreFull: no room, or no right to write.
+        StoreError: busy, closed, or cannot be opened.
+    """
     try:
-        with sqlite_errors(path):
-            return schema_number(connection) == 0 and not schema_of(connection)
-    finally:
-        connection.close()
+        yield
+    except sqlite3.Error as error:
+        raise _translated(error, path) from error
+
+
+def _translated(error: sqlite3.Error, path: Path) -> LongMemError:
+    if isinstance(error, sqlite3.ProgrammingError):
+        return StoreError(f"{path}: {error}; the store was closed: open it again")
+    name = getattr(error, "sqlite_errorname", None) or "SQLITE_ERROR"
+    said = " ".join(str(error).split())[:200]  # SQLite quotes what it cannot read, of any length
+    if name.startswith("SQLITE_FULL") or name in _UNWRITABLE:
+        return StoreFull(f"{path}: {said} ({name}); nothing was changed: make room, then go on")
+    if name.startswith(("SQLITE_READONLY", "SQLITE_PERM")):
+        return StoreFull(f"{path}: {said} ({name}); nothing was changed: allow writing there, or open with mode='read'")
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        return StoreError(f"{path}: busy for {BUSY_SECONDS:.0f} s ({said}); another program holds it: try again")
+    if name.startswith("SQLITE_CANTOPEN"):
+        return StoreError(
+            f"{path}: {said}; check that it may be read (a write-ahead log in a read-only folder must first be "
+            "brought in by a writer)"
+        )
+    return StoreDamaged(f"{path}: {said} ({name}); restore a backup, or run `longmem memory verify`")
+
+
+_UNWRITABLE = {
+    f"SQLITE_IOERR_{what}" for what in ("WRITE", "FSYNC", "TRUNCATE", "SHMOPEN", "SHMSIZE", "SHMMAP", "DIR_FSYNC")
+}

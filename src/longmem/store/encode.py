@@ -1,27 +1,26 @@
-"""From token ids to stored chunks: many segments a batch, through the backbone up to its memory layer and no further.
+"""From token ids to stored chunks: many segments in a batch, through the backbone to its last remembered layer.
 
 What a segment leaves in memory must not depend on its company, to the last bit: then adding in parts equals adding at
 once, equal texts need not be encoded twice, and a lost file can be made again. Matrix products round differently for
 different shapes, so a segment always goes through in a batch of the same shape: as long as the next power of two, in a
 number of rows that depends on this length alone; rows without a segment are filled up.
 
-T segment tokens · B rows · n chunks · Hkv key/value heads · S tokens per chunk · D head_dim
+T segment tokens · B rows · n chunks · H heads of all layers · S tokens per chunk · D head_dim
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from longmem.errors import StoreError
-from longmem.store.pieces import Ids
-from longmem.store.precision import StoredChunks, joined, pack
+from longmem.store.arrays import StoredChunks, joined, pack
 from longmem.store.records import Layout
+from longmem.store.tokens import Ids
 from longmem.types import AttentionKV
 
 CPU_BATCH_TOKENS = 512
@@ -32,15 +31,12 @@ _SHORTEST = 16
 
 
 class Encodes(Protocol):
-    """What the store needs of a model; ``LongMem`` has it."""
+    """What the store needs of a model; ``LongMem``, ``MemTRM`` and ``TrainingFree`` have it."""
 
     config: Any
 
     @property
     def fingerprint(self) -> str: ...
-
-    @property
-    def memory_layer(self) -> int: ...
 
     @property
     def memory_heads(self) -> int: ...
@@ -52,7 +48,7 @@ class Encodes(Protocol):
     def device(self) -> torch.device: ...
 
     def encode(self, input_ids: Tensor) -> AttentionKV:
-        """Position-free keys and values (B, Hkv, T, D) of the segments (B, T)."""
+        """Position-free keys and values (B, H, T, D) of the segments (B, T)."""
         ...
 
 
@@ -73,25 +69,30 @@ class Encoder:
         self._alone = _routes_tokens(model)
         self._vocabulary = vocabulary_of(model)
 
-    def encode(self, pieces: Sequence[Ids]) -> Iterator[tuple[int, StoredChunks]]:
+    def encode(self, pieces: Sequence[Ids]) -> list[StoredChunks]:
         """Encode pieces, each a run of whole segments whose last may be short.
-
-        Yields:
-            the number of a piece, and its chunks, as soon as its last segment is through.
 
         Raises:
             StoreError: an id outside of the vocabulary, or numbers that the store's type cannot hold.
         """
         done: list[dict[int, StoredChunks]] = [{} for _ in pieces]
-        segments = [-(-len(ids) // self.layout.segment_tokens) for ids in pieces]
         for batch in self._batches(pieces):
-            for (piece, segment), chunks in zip(
-                batch, self._run([self._segment(pieces, *at) for at in batch]), strict=True
-            ):
-                done[piece][segment] = chunks
-                if len(done[piece]) == segments[piece]:
-                    yield piece, joined([done[piece][number] for number in range(segments[piece])])
-                    done[piece].clear()
+            chunks = self._run([self._segment(pieces, *at) for at in batch])
+            for (piece, segment), made in zip(batch, chunks, strict=True):
+                done[piece][segment] = made
+        return [joined([segments[number] for number in range(len(segments))]) for segments in done]
+
+    def check_ids(self, name: str, ids: Ids) -> None:
+        """Refuse token ids that the backbone does not know, before any work.
+
+        Raises:
+            StoreError: names the document.
+        """
+        if self._vocabulary is not None and len(ids) and int(ids.max()) >= self._vocabulary:
+            raise StoreError(
+                f"document {name!r}: token id {int(ids.max())} is outside of the backbone's vocabulary of "
+                f"{self._vocabulary}; use the tokenizer that belongs to the backbone"
+            )
 
     def _segment(self, pieces: Sequence[Ids], piece: int, segment: int) -> Ids:
         size = self.layout.segment_tokens
@@ -102,7 +103,6 @@ class Encoder:
         waiting: dict[int, list[tuple[int, int]]] = defaultdict(list)
         size = self.layout.segment_tokens
         for piece, ids in enumerate(pieces):
-            self._check_ids(ids)
             for segment in range(-(-len(ids) // size)):
                 length = self.padded(min(size, len(ids) - segment * size))
                 waiting[length].append((piece, segment))
@@ -126,7 +126,7 @@ class Encoder:
         ids = torch.zeros(self.rows(length), length, dtype=torch.long)
         for row, segment in enumerate(segments):
             ids[row, : len(segment)] = torch.from_numpy(segment.astype("int64"))
-        # no mask: a causal model's tokens do not see the filling behind them
+        # no mask: a causal model's tokens do not see the filling after them
         with torch.autocast(self.model.device.type, enabled=False):
             kv = self.model.encode(ids.to(self.model.device))
         pair = torch.stack((kv.keys, kv.values), dim=2)[: len(segments)].to("cpu", torch.float32)
@@ -134,10 +134,9 @@ class Encoder:
             yield self._chunks(pair[row], len(segment))
 
     def _chunks(self, pair: Tensor, tokens: int) -> StoredChunks:
-        """Keys and values (Hkv, 2, T, D) of one segment, of which ``tokens`` are real."""
+        """Keys and values (H, 2, T, D) of one segment, of which ``tokens`` are real."""
         heads, _, _, dim = pair.shape
-        size = self.layout.chunk_size
-        count = self.layout.chunks(tokens)
+        size, count = self.layout.chunk_size, self.layout.chunks(tokens)
         whole = torch.zeros(heads, 2, count * size, dim)
         whole[:, :, :tokens] = pair[:, :, :tokens]
         chunks = whole.view(heads, 2, count, size, dim).permute(2, 0, 1, 3, 4).contiguous()
@@ -145,31 +144,23 @@ class Encoder:
         lengths[-1] = tokens - (count - 1) * size
         return pack(chunks, lengths, self.layout.dtype)
 
-    def _check_ids(self, ids: Ids) -> None:
-        if self._vocabulary is not None and len(ids) and int(ids.max()) >= self._vocabulary:
-            raise StoreError(
-                f"token id {int(ids.max())} is outside of the backbone's vocabulary of {self._vocabulary}; "
-                "use the tokenizer that belongs to the backbone"
-            )
+
+def layers_of(model: Any) -> tuple[int, ...]:
+    """The layers whose keys and values a model remembers."""
+    layers = getattr(model, "memory_layers", None)
+    return (int(model.memory_layer),) if layers is None else tuple(int(layer) for layer in layers)
+
+
+def accepts(model: Any, fingerprint: str) -> bool:
+    """Whether a model's backbone is the one of this fingerprint."""
+    same = getattr(model, "accepts", None)
+    return bool(same(fingerprint)) if same is not None else fingerprint == model.fingerprint
 
 
 def window_of(model: Encodes) -> int | None:
     """Tokens that the backbone can see together, where it says so."""
-    config = getattr(model.config, "backbone_config", None) or model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = getattr(text, "max_position_embeddings", None)
+    found = getattr(_text_config(model), "max_position_embeddings", None)
     return int(found) if found else None
-
-
-def backbone_of(model: Encodes) -> str | None:
-    """Where the model's backbone is, as others can find it: a name of the hub or a path; None where nothing says."""
-    named = getattr(model.config, "backbone_name_or_path", None)
-    inner = getattr(getattr(model, "backbone", None), "model", None)
-    loaded = getattr(getattr(inner, "config", None), "_name_or_path", None)
-    if loaded and loaded != named and Path(loaded).is_dir():
-        # a checkpoint names its backbone from its own folder, which means another place from here, or none
-        return str(Path(loaded).resolve())
-    return str(named) if named else None
 
 
 def vocabulary_of(model: Encodes) -> int | None:
@@ -181,7 +172,10 @@ def vocabulary_of(model: Encodes) -> int | None:
 
 def _routes_tokens(model: Encodes) -> bool:
     """Whether the backbone sends tokens to experts: the shapes of their products depend on a segment's company."""
-    config = getattr(model.config, "backbone_config", None) or model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
     counts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    return any((getattr(text, name, None) or 0) > 1 for name in counts)
+    return any((getattr(_text_config(model), name, None) or 0) > 1 for name in counts)
+
+
+def _text_config(model: Encodes) -> Any:
+    config = getattr(model.config, "backbone_config", None) or model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

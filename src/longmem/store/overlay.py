@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,24 +13,44 @@ from torch import Tensor
 from longmem.errors import MemoryBankError, StoreError
 from longmem.memory.bank import MemoryBank
 from longmem.memory.session import SessionMemory
-from longmem.store.passages import Passage, SearchHit, search_text, spelled
-from longmem.store.pieces import Tokens
-from longmem.store.places import ReadsStore
+from longmem.store.passages import Passage, Searched, SearchHit, search_text
 from longmem.store.records import Receipt
+from longmem.store.tokens import Tokens
 from longmem.types import AttentionKV, ChunkOrigin
 
-if TYPE_CHECKING:
-    from longmem.store.bank import StoreBank
+
+class Documents(Searched, Protocol):
+    """The documents underneath; ``StoreBank`` is it."""
+
+    store: Any
+    namespaces: list[str]
+    rows: int
+    heads_kv: int
+    head_dim: int
+    device: torch.device
+    fingerprint: str
+    memory_layers: tuple[int, ...]
+
+    @property
+    def version(self) -> int: ...
+
+    def refresh(self) -> bool:
+        """Take up the documents that there are now."""
+        ...
 
 
 @dataclass(frozen=True)
 class _Said:
-    """A stretch of a row's tokens: its document, its offset there, and the token ids, unless nobody gave them."""
+    """A stretch of a row's tokens: its document, its offset there, and the token ids where they were given."""
 
     document: str | None
     offset: int
     tokens: int
     ids: Tensor | None
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.tokens
 
 
 class SessionBank(SessionMemory):
@@ -40,7 +60,7 @@ class SessionBank(SessionMemory):
     until ``commit``.
 
     Args:
-        base: the documents underneath.
+        base: the documents underneath, a ``StoreBank``.
         capacity_tokens: what each row of the session holds at most; the newest stay. ``commit`` writes all of it.
         rows: conversations; by default one for each row of the base, which must have one or as many.
 
@@ -49,7 +69,7 @@ class SessionBank(SessionMemory):
         ConfigError: a capacity that is no multiple of the chunk size.
     """
 
-    def __init__(self, base: StoreBank, *, capacity_tokens: int = 65536, rows: int | None = None) -> None:
+    def __init__(self, base: Documents, *, capacity_tokens: int = 65536, rows: int | None = None) -> None:
         bank = MemoryBank(
             base.rows if rows is None else rows,
             capacity_tokens,
@@ -58,7 +78,7 @@ class SessionBank(SessionMemory):
             base.chunk_size,
             device=base.device,
             fingerprint=base.fingerprint,
-            memory_layers=None if base.memory_layer is None else (base.memory_layer,),
+            memory_layers=base.memory_layers,
         )
         super().__init__(base, bank)
         self.documents = base
@@ -66,7 +86,7 @@ class SessionBank(SessionMemory):
         self._open = [False] * self.rows
 
     @property
-    def store(self) -> ReadsStore:
+    def store(self) -> Any:
         """That of the documents underneath."""
         return self.documents.store
 
@@ -87,21 +107,20 @@ class SessionBank(SessionMemory):
         time: float | None = None,
         ids: Sequence[Tensor] | Tensor | None = None,
     ) -> None:
-        """Remember keys and values (B, Hkv, T, D) in the session, see ``MemoryBank.add``.
+        """Remember keys and values (B, H, T, D) in the session, see ``MemoryBank.add``.
 
         Args:
-            ids: the token ids behind them: (B, T) as the model was given them, or one tensor of real tokens for each
-                row written. Without them the session cannot be committed.
+            ids: the token ids of them: (B, T) as the model was given them, or one tensor of real tokens for each row
+                written. Without them the session cannot be committed.
         """
-        lanes = [int(row) for row in self._rows_of(rows, kv.keys.shape[0]).tolist()]
+        lanes = self._lanes(rows, kv.keys.shape[0])
         counts = [kv.keys.shape[2]] * len(lanes) if kv.mask is None else kv.mask.sum(1).tolist()
         given = None if ids is None else _real_ids(ids, kv.mask, counts)
         super().add(kv, rows=rows, documents=documents, offsets=offsets, time=time)
         for place, row in enumerate(lanes):
             last = self._said[row][-1] if self._open[row] else None
             name = documents[place] if documents is not None else last.document if last is not None else None
-            goes_on = last is not None and name == last.document
-            offset = last.offset + last.tokens if last is not None and goes_on else 0
+            offset = last.end if last is not None and name == last.document else 0
             if offsets is not None:
                 offset = offsets[place]
             self._said[row].append(_Said(name, offset, counts[place], None if given is None else given[place]))
@@ -110,8 +129,8 @@ class SessionBank(SessionMemory):
     def end_document(self, rows: Tensor | None = None) -> None:
         """What comes next in these rows (default: all) is another document."""
         super().end_document(rows)
-        for row in self._rows_of(rows, None).tolist():
-            self._open[int(row)] = False
+        for row in self._lanes(rows, None):
+            self._open[row] = False
 
     def commit(
         self,
@@ -149,26 +168,17 @@ class SessionBank(SessionMemory):
         namespace = self.documents.namespaces[int(self.base_rows[row])]
         receipt: Receipt
         if append:
-            receipt = self.store.append(namespace, None, name=name, ids=ids)
+            receipt = self.store.append(namespace, name=name, ids=ids)
         else:
-            receipt = self.store.add_document(
-                namespace,
-                None,
-                name=name,
-                ids=ids,
-                source=source,
-                metadata=metadata,
-                time=time,
-                expires=expires,
-                replace=replace,
-            )
+            about = {"source": source, "metadata": metadata, "time": time, "expires": expires, "replace": replace}
+            receipt = self.store.add_document(namespace, name=name, ids=ids, **about)
         self.drop(torch.tensor([row]))
         self.documents.refresh()
         return receipt
 
     def drop(self, rows: Tensor | None = None) -> None:
         """Forget what was added to these rows (default: all); the documents underneath are as they were."""
-        chosen = [int(row) for row in self._rows_of(rows, None).tolist()]
+        chosen = self._lanes(rows, None)
         self.bank.reset(torch.tensor(chosen))
         for row in chosen:
             self._followed[row], self._said[row], self._open[row] = [], [], False
@@ -189,36 +199,32 @@ class SessionBank(SessionMemory):
         first, ids = origin.start_token - line[0], line[1]
         last = first + origin.length
         parts = (ids[max(0, first - around) : first], ids[first:last], ids[last : last + around])
-        return Passage(*(spelled(Tokens(part.numpy().astype(np.uint32)), self.store.tokenizer) for part in parts))
-
-    def passage_in(self, row: int, origin: ChunkOrigin, around: int) -> Passage:
-        """See ``passage``."""
-        return self.passage(origin, around, row=row)
+        return Passage(*(Tokens(part.numpy().astype(np.uint32)).spelled(self.store.tokenizer) for part in parts))
 
     def search_text(self, query: str, *, top: int = 10, row: int = 0, around: int = 12) -> list[SearchHit]:
         """Which chunks the model's heads find for a text, see ``StoreBank.search_text``."""
-        return search_text(self, query, top=top, row=row, around=around)
+        return search_text(self, query, self.store.room, top=top, row=row, around=around)
+
+    def _lanes(self, rows: Tensor | None, batch: int | None) -> list[int]:
+        return [int(row) for row in self._rows_of(rows, batch).tolist()]
 
 
 def _line_of(said: list[_Said], origin: ChunkOrigin) -> tuple[int, Tensor] | None:
     """The newest unbroken line of token ids that holds a chunk, and its offset; None where ids were not given."""
     lines: list[list[_Said]] = []
     for each in said:
-        follows = lines and lines[-1][-1].document == each.document and _end(lines[-1][-1]) == each.offset
-        if follows and each.ids is not None and lines[-1][-1].ids is not None:
+        last = lines[-1][-1] if lines else None
+        follows = last is not None and last.document == each.document and last.end == each.offset
+        if follows and last is not None and each.ids is not None and last.ids is not None:
             lines[-1].append(each)
         else:
             lines.append([each])
     for line in reversed(lines):
         ids = [each.ids for each in line if each.ids is not None]
-        inside = line[0].offset <= origin.start_token and origin.start_token + origin.length <= _end(line[-1])
+        inside = line[0].offset <= origin.start_token and origin.start_token + origin.length <= line[-1].end
         if ids and inside and line[0].document == origin.document:
             return line[0].offset, torch.cat(ids)
     return None
-
-
-def _end(said: _Said) -> int:
-    return said.offset + said.tokens
 
 
 def _real_ids(ids: Sequence[Tensor] | Tensor, mask: Tensor | None, counts: list[int]) -> list[Tensor]:

@@ -132,7 +132,7 @@ def memory_size(
         store_id="",
         fingerprint="",
         backbone=backbone.name,
-        memory_layer=0,
+        memory_layers=(0,),
         heads_kv=backbone.heads_kv,
         head_dim=backbone.head_dim,
         chunk_size=chunk_size,
@@ -147,8 +147,8 @@ def memory_size(
         dtype=dtype,
         keys_values=layout.record_bytes / chunk_size,
         chunk_keys=keys / chunk_size,
-        small=(layout.chunk_bytes - layout.record_bytes - keys) / chunk_size,
-        catalog=4 + 4 + characters + 8 / chunk_size,
+        small=(layout.key_bytes - keys) / chunk_size,
+        catalog=4 + 4 + characters,
         cache=backbone.layers * 2 * 2.0 * backbone.heads_kv * backbone.head_dim,
     )
 

@@ -1,10 +1,12 @@
-"""``MemoryStore``: memory that lasts."""
+"""``MemoryStore``: memory that lasts. Names, arguments and results of all methods are final.
+
+Gone with format 1: ``check=`` of ``open``, ``absent=`` and ``absent_text=`` of ``verify``, workers under torchrun.
+"""
 
 from __future__ import annotations
 
 import time as clock
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,15 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from numpy.typing import NDArray
 
-from longmem.errors import DataError, StoreError
+from longmem.errors import StoreError
 from longmem.store.adding import Adder
-from longmem.store.compacting import compact, dead_tokens
+from longmem.store.archive import export, import_archive
+from longmem.store.bank import StoreBank
+from longmem.store.catalog import matches
 from longmem.store.encode import Encodes
-from longmem.store.exporting import export
-from longmem.store.forgetting import forget
-from longmem.store.importing import import_archive
-from longmem.store.opening import Mode, open_room
-from longmem.store.reading import Selection, select
 from longmem.store.records import (
     CompactReport,
     DocumentInfo,
@@ -33,16 +32,10 @@ from longmem.store.records import (
     Stats,
     VerifyReport,
 )
-from longmem.store.room import Room
-from longmem.store.rows import find_live, info_of, whole_document
-from longmem.store.schema import DocumentRow, FileRow
-from longmem.store.segments import DataFile
-from longmem.store.snapshot import Snapshot
-from longmem.store.verifying import verify
-from longmem.store.workers import Workers
+from longmem.store.room import Mode, Room, composed, open_room
+from longmem.store.upkeep import compact, file_bytes, forget, verify
 
 if TYPE_CHECKING:
-    from longmem.store.bank import StoreBank
     from longmem.store.passages import SearchHit
 
 Ids = Sequence[int] | NDArray[Any] | torch.Tensor
@@ -53,15 +46,17 @@ class MemoryStore:
 
     A namespace sees nothing of another one. Whatever a method changes is changed wholly or not at all, also if the
     process is killed or the power fails at any moment (on a disk that keeps what ``fsync`` was told). One process
-    writes at a time; any number read, each with a consistent view, also while it writes. A damaged byte gives an
-    error, never a wrong answer. Methods may be called from several threads.
+    writes at a time; any number read, each with a consistent view, also while it writes. Threads may share an open
+    store and its banks.
 
-    Every method may raise StoreDamaged (files are not what was written) and, where it writes, StoreFull (no room, or
+    Names of namespaces and documents are kept composed (Unicode NFC), and asked for in either form.
+
+    Every method may raise StoreDamaged (a file is not what was written) and, where it writes, StoreFull (no room, or
     read-only; the store is as it was before).
     """
 
     def __init__(self, room: Room) -> None:
-        self._room = room
+        self.room = room
 
     # opening and closing
 
@@ -78,15 +73,13 @@ class MemoryStore:
         chunk_size: int | None = None,
         segment_tokens: int | None = None,
         batch_tokens: int | None = None,
-        check: bool = True,
     ) -> MemoryStore:
-        """Open a store, or make one.
+        """Open a store, or make one. Takes the same time at any size.
 
         Args:
-            path: its folder.
-            model: a ``LongMem`` over the backbone whose keys and values are kept. Without it nothing can be encoded,
-                but documents can be listed, shown, searched by a model of the caller, forgotten, compacted and
-                verified.
+            path: its folder; a relative one is resolved now.
+            model: over the backbone whose keys and values are kept. Without it nothing can be encoded, but documents
+                can be listed, shown, searched by a model of the caller, forgotten, compacted and verified.
             tokenizer: a fast one of transformers; None loads that of the model's backbone when a text is first given.
             mode: ``write``, or ``read``: changes nothing, works in a read-only folder and beside a writer.
             create: make a store where there is none (needs ``model``).
@@ -96,12 +89,11 @@ class MemoryStore:
             segment_tokens: T of a new store, tokens that the backbone sees together; by default its window, at most
                 1024.
             batch_tokens: tokens that go through the backbone together, about; by default by device.
-            check: refuse a catalog that is damaged; without, what can be read of it can be looked at and verified.
 
         Raises:
             StoreLocked: another process writes to it; names the process.
             StoreDamaged: it is not what was written.
-            StoreError: there is none, it belongs to another backbone or has other settings, or a newer version wrote
+            StoreError: there is none, it belongs to another backbone or has other settings, or another version wrote
                 it.
         """
         return cls(
@@ -115,19 +107,17 @@ class MemoryStore:
                 chunk_size=chunk_size,
                 segment_tokens=segment_tokens,
                 batch_tokens=batch_tokens,
-                check=check,
             )
         )
 
     def close(self) -> None:
-        """Close; a writer seals the catalog and lets others write."""
-        room = self._room
-        with room.guard:
+        """Close it and its banks; others may write then."""
+        with self.room.guard:
             try:
-                room.catalog.close()
+                self.room.catalog.close()
             finally:
-                if room.lock is not None:
-                    room.lock.release()
+                if self.room.lock is not None:
+                    self.room.lock.release()
 
     def __enter__(self) -> MemoryStore:
         return self
@@ -139,31 +129,28 @@ class MemoryStore:
 
     @property
     def path(self) -> Path:
-        """The store's folder."""
-        return self._room.folder
+        """The store's folder, absolute."""
+        return self.room.folder
 
     @property
     def layout(self) -> Layout:
-        """What is fixed for the whole store: backbone, layer, sizes, number format."""
-        return self._room.layout
+        """What is fixed for the whole store: backbone, layers, sizes, number format."""
+        return self.room.layout
 
     @property
     def model(self) -> Encodes | None:
         """The model that the store was opened with."""
-        return None if self._room.encoder is None else self._room.encoder.model
+        return None if self.room.encoder is None else self.room.encoder.model
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer given, or that of the model's backbone; None where there is none."""
-        try:
-            return self._room.find_tokenizer()
-        except DataError:
-            return None
+        return self.room.tokenizer_or_none()
 
     @property
     def writable(self) -> bool:
         """Whether it was opened to write."""
-        return self._room.lock is not None
+        return self.room.lock is not None
 
     # adding
 
@@ -183,49 +170,43 @@ class MemoryStore:
     ) -> Receipt:
         """Remember a text; the same document again changes nothing.
 
-        A long document is committed in parts that nobody sees before the last one; an interrupted add, called again,
-        goes on where it stopped.
+        A long document is committed in pieces that no reader sees before the last one; an interrupted add, called
+        again, goes on where it stopped.
 
         Args:
             text: to remember; or ``ids``, token ids as they are.
             name: unique in the namespace.
             source, metadata, time, expires, replace: see ``NewDocument``.
-            progress: told after every piece; what it raises ends the add.
+            progress: told after every piece; an exception that it raises ends the add.
 
         Raises:
             StoreError: another text has this name, or the text or a setting cannot be used; nothing was changed.
         """
         new = NewDocument(name, text, ids, source, metadata, time, expires, replace)
-        with Adder(self._ready(new), progress, stream=False) as adder:
-            return [*adder.add(namespace, new), *adder.finish()][-1]
+        return Adder(self.room, progress).add_one(namespace, new)
 
     def add_documents(
         self,
         namespace: str,
         documents: Iterable[NewDocument],
         *,
-        workers: int | str | Workers = 1,
+        workers: int | str = 1,
         progress: Report | None = None,
     ) -> Iterator[Receipt]:
         """Remember many documents, as a stream: memory does not grow with their number.
 
-        Small documents share batches, data files and transactions: receipts come in bursts, in order, each once its
-        document is durable. Where it is interrupted, documents with a receipt are there, and adding all again goes on.
+        Small documents share batches and transactions: receipts come in bursts, in order, each once its document is
+        durable. Where it is interrupted, documents with a receipt are there, and adding all again goes on.
 
         Args:
-            workers: processes that encode, this one among them, each with a backbone of its own; ``"ray"`` or
-                ``"ray:N"`` for a Ray cluster; ``Ranks`` under torchrun. The result is the same.
-            progress: told after every piece; what it raises ends the add.
+            workers: processes that encode, each with a backbone of its own; ``"ray"`` or ``"ray:N"`` for a Ray
+                cluster. The result is the same.
+            progress: told after every batch; an exception that it raises ends the add.
 
         Raises:
             StoreError: see ``add_document``; documents before the one at fault may be there. A worker that was killed.
         """
-        self._ready(None)
-        with Adder(self._room, progress, stream=True, workers=workers) as adder:
-            for new in documents:
-                self._ready(new)
-                yield from adder.add(namespace, new)
-            yield from adder.finish()
+        return Adder(self.room, progress, workers).add(namespace, documents)
 
     def append(
         self,
@@ -244,9 +225,7 @@ class MemoryStore:
         Raises:
             StoreError: there is no such document, or text and ids do not fit together.
         """
-        new = NewDocument(name, text, ids)
-        with Adder(self._ready(new), progress, stream=False) as adder:
-            return [*adder.append(namespace, new), *adder.finish()][-1]
+        return Adder(self.room, progress).append(namespace, NewDocument(name, text, ids))
 
     # forgetting
 
@@ -268,54 +247,37 @@ class MemoryStore:
             name: of one document.
             where: metadata that they have: every key with an equal value.
             older_than: seconds since their time, at least.
-            before: their time lies before this moment, seconds since the epoch.
+            before: their time is before this moment, seconds since the epoch.
             everything: the whole namespace.
-
-        Returns:
-            what was forgotten, as names and hashes; ``verify(absent=report)`` checks that it is gone.
 
         Raises:
             StoreError: no condition, or no document of that name.
         """
-        self._writing()
         return forget(
-            self._room, namespace, name=name, where=where, older_than=older_than, before=before, everything=everything
+            self.room, namespace, name=name, where=where, older_than=older_than, before=before, everything=everything
         )
 
     def compact(self, *, progress: Report | None = None) -> CompactReport:
-        """Remove from the disk what was forgotten or has expired, and join small data files.
+        """Remove from the disk what was forgotten or has expired. Needs room for what stays once more, for a while.
 
         Raises:
-            StoreDamaged: something that is needed is damaged; nothing that is still referred to is lost. Repair first.
+            StoreDamaged: something that is needed is damaged; nothing is lost. Repair first.
         """
-        self._writing()
-        return compact(self._room, progress)
+        return compact(self.room, progress)
 
-    def verify(
-        self,
-        *,
-        repair: bool = False,
-        absent: ForgetReport | None = None,
-        absent_text: str | None = None,
-        progress: Report | None = None,
-    ) -> VerifyReport:
-        """Compare every byte with what was written.
+    def verify(self, *, repair: bool = False, progress: Report | None = None) -> VerifyReport:
+        """Compare every byte in use with what was written.
 
         Args:
-            repair: make again what can be made again, data files from the token ids (which needs the model and a store
-                opened to write); a file comes out with the bits it had, unless the device rounds otherwise.
-            absent: also look whether anything of what was forgotten is left in any file.
-            absent_text: also look for this text, in documents and in the bytes of the files.
+            repair: encode damaged pieces again from their token ids, which needs the model and a store opened to write.
 
         Returns:
             all problems; damage does not raise.
 
         Raises:
-            StoreError: repair of a store opened to read, or a report of another store.
+            StoreError: repair of a store opened to read.
         """
-        if repair:
-            self._writing()
-        return verify(self._room, repair=repair, absent=absent, absent_text=absent_text, progress=progress)
+        return verify(self.room, repair=repair, progress=progress)
 
     # moving
 
@@ -331,12 +293,12 @@ class MemoryStore:
         Raises:
             StoreError: there are none.
         """
-        return export(self._room, namespace, Path(path), names, progress)
+        return export(self.room, namespace, Path(path).absolute(), names, progress)
 
     def import_(
         self, path: str | Path, namespace: str | None = None, *, progress: Report | None = None
     ) -> list[Receipt]:
-        """Take over what ``export`` wrote, all or nothing, without the model.
+        """Take over what ``export`` wrote, of this version or of format 1, all or nothing, without the model.
 
         The tensors are believed: whoever made the file decides what this text looks like here, also to others who add
         the same text later. Import only files of stores that you trust.
@@ -347,15 +309,15 @@ class MemoryStore:
         Raises:
             StoreError: another backbone or layout, another document of a name that is taken, or a damaged file.
         """
-        self._writing()
-        return import_archive(self._room, Path(path), namespace, progress)
+        return import_archive(self.room, Path(path).absolute(), namespace, progress)
 
     # looking
 
     def namespaces(self) -> list[str]:
         """Those with documents that can be found now, sorted."""
-        with self.snapshot() as snapshot:
-            return snapshot.namespaces(clock.time())
+        query = "SELECT DISTINCT namespace FROM document WHERE expires IS NULL OR expires > ? ORDER BY namespace"
+        with self.room.catalog.read() as db:
+            return [row[0] for row in db.execute(query, (clock.time(),))]
 
     def documents(self, namespace: str, where: Mapping[str, Any] | None = None) -> list[DocumentInfo]:
         """Documents of a namespace that can be found now, by time and number; an unknown namespace has none.
@@ -363,9 +325,7 @@ class MemoryStore:
         Args:
             where: metadata that they have: every key with an equal value.
         """
-        with self.snapshot() as snapshot:
-            rows = select(snapshot, namespace, Selection(where=where))
-            return [info_of(row, snapshot.layout) for row in rows]
+        return [each for each in self.room.catalog.documents(composed(namespace)) if matches(each, where)]
 
     def document(self, namespace: str, name: str) -> DocumentInfo:
         """One document.
@@ -373,8 +333,7 @@ class MemoryStore:
         Raises:
             StoreError: there is none of that name.
         """
-        with self.snapshot() as snapshot:
-            return info_of(self._row(snapshot, namespace, name), snapshot.layout)
+        return self.room.catalog.live(composed(namespace), composed(name))
 
     def text(self, namespace: str, name: str) -> str:
         """The text of a document; of one that was added as token ids, what they decode to.
@@ -382,48 +341,37 @@ class MemoryStore:
         Raises:
             StoreError: there is none of that name, or there is no tokenizer to decode its token ids.
         """
-        with self.snapshot() as snapshot:
-            tokens = whole_document(snapshot, self._row(snapshot, namespace, name))
-        if tokens.text is not None:
-            return tokens.text
-        if self._room.find_tokenizer() is None:
+        with self.room.catalog.read():
+            tokens = self.room.catalog.whole(self.document(namespace, name))
+        if tokens.text is None and self.tokenizer is None:
             raise StoreError(
                 f"document {name!r} was added as token ids; open the store with tokenizer= to see its text"
             )
-        return str(self._room.find_tokenizer().decode(tokens.ids.tolist()))
+        return tokens.spelled(self.tokenizer)
 
     def token_ids(self, namespace: str, name: str) -> NDArray[Any]:
         """The token ids of a document, (tokens,) uint32."""
-        with self.snapshot() as snapshot:
-            return whole_document(snapshot, self._row(snapshot, namespace, name)).ids
+        with self.room.catalog.read():
+            return self.room.catalog.whole(self.document(namespace, name)).ids
 
     def stats(self, namespace: str | None = None) -> Stats:
         """How much there is, in a namespace (as if it shared nothing) or in the whole store."""
-        now = clock.time()
-        with self.snapshot() as snapshot:
-            layout = snapshot.layout
-            every = snapshot.every(DocumentRow) if namespace is None else snapshot.documents(namespace)
-            rows = [row for row in every if row.expires is None or row.expires > now]
-            chunks = sum(layout.chunks(row.tokens) for row in rows)
-            found = Stats(
-                namespaces=len({row.namespace for row in rows}),
-                documents=len(rows),
-                tokens=sum(row.tokens for row in rows),
-                chunks=chunks,
-                expired=len(every) - len(rows),
-                stored_bytes=chunks * layout.chunk_bytes,
-            )
-            if namespace is not None:
-                return found
-            files = snapshot.files()
+        catalog, now = self.room.catalog, clock.time()
+        with catalog.read():
+            every = catalog.documents(None if namespace is None else composed(namespace), expired=True)
+            found = [each for each in every if not each.expired(now)]
+            chunks = sum(each.chunks for each in found)
+            whole = namespace is None
             return Stats(
-                **{
-                    **vars(found),
-                    "file_bytes": sum(row.size for row in files),
-                    "catalog_bytes": self._room.catalog.disk_bytes,
-                    "files": len(files),
-                    "dead_tokens": dead_tokens(snapshot),
-                }
+                namespaces=len({each.namespace for each in found}),
+                documents=len(found),
+                tokens=sum(each.tokens for each in found),
+                chunks=chunks,
+                expired=len(every) - len(found),
+                stored_bytes=chunks * self.layout.chunk_bytes,
+                file_bytes=file_bytes(self.room) if whole else None,
+                catalog_bytes=catalog.disk_bytes if whole else None,
+                dead_tokens=catalog.dead_tokens() if whole else None,
             )
 
     # searching
@@ -436,10 +384,7 @@ class MemoryStore:
             **settings: see ``StoreBank``: ``documents``, ``where``, ``after``, ``before``, ``max_tokens``, ``device``,
                 ``keep``, ``index``.
         """
-        from longmem.store.bank import StoreBank
-
-        me: Any = self
-        return StoreBank(me, [namespace] if isinstance(namespace, str) else list(namespace), **settings)
+        return StoreBank(self, [namespace] if isinstance(namespace, str) else list(namespace), **settings)
 
     def search(self, namespace: str, text: str, *, top: int = 10, **settings: Any) -> list[SearchHit]:
         """The passages of a namespace that the model's heads find for a text, best first; needs the model.
@@ -449,36 +394,3 @@ class MemoryStore:
             **settings: which documents, see ``StoreBank``.
         """
         return self.bank(namespace, **settings).search_text(text, top=top)
-
-    # for readers of chunks
-
-    def snapshot(self) -> AbstractContextManager[Snapshot]:
-        """One consistent state of the catalog while the ``with`` block lasts; see ``read_chunks``."""
-        return self._room.catalog.snapshot()
-
-    def version(self) -> tuple[int, int]:
-        """Another value whenever any process has changed the store; takes microseconds."""
-        return self._room.catalog.version()
-
-    def data_file(self, row: FileRow) -> DataFile:
-        """An open data file of a snapshot; see ``DataFile.open``."""
-        return self._room.data_file(row)
-
-    # small helpers
-
-    def _writing(self) -> Room:
-        if self._room.lock is None:
-            raise StoreError(f"{self.path}: opened to read; open it with mode='write'")
-        return self._room
-
-    def _ready(self, new: NewDocument | None) -> Room:
-        room = self._writing()
-        if new is not None and new.text is not None:
-            room.find_tokenizer()
-        return room
-
-    def _row(self, snapshot: Snapshot, namespace: str, name: str) -> DocumentRow:
-        row = find_live(snapshot, namespace, name)
-        if row is None:
-            raise StoreError(f"namespace {namespace!r} has no document {name!r}; `longmem memory list` shows its names")
-        return row

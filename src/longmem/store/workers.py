@@ -1,276 +1,258 @@
-"""Encoding with more than one process: who encodes pieces, and how they go there and come back.
+"""Who encodes: this process, several on this machine (``ProcessPoolExecutor``), or actors of a Ray cluster.
 
-``Processes`` starts workers on this machine, ``Ranks`` uses those that torchrun started (on any number of machines),
-``RayActors`` those of a Ray cluster. What a piece leaves in memory depends on the piece alone (see ``encode``), so
-whoever encodes it, and in whatever order, the store is the same. This process alone writes to the store.
+A worker is given the backbone as ``save_pretrained`` writes it, so that it has the writer's weights wherever they came
+from; that they are the same is checked by the fingerprint. Batches come back in order: the store does not depend on
+who encoded what.
 """
 
 from __future__ import annotations
 
-import queue
+import multiprocessing
+import re
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
 
 from longmem.errors import LongMemError, StoreError
-from longmem.store.encode import Encoder
-from longmem.store.pieces import Ids
-from longmem.store.precision import StoredChunks
+from longmem.store.arrays import StoredChunks
+from longmem.store.encode import Encoder, accepts
+from longmem.store.records import Layout
+from longmem.store.tokens import Ids
 
-AHEAD = 2
-"""Batches that a worker has at most: the one that it encodes, and the next one, so that it need not wait for it."""
-_KEPT = 1
-"""Further batches for each worker, on their way: not taken yet, or come back and not looked at."""
-
-
-class Team(Protocol):
-    """Encodes batches of pieces for one writer, who names each piece by a key."""
-
-    def submit(self, pieces: Sequence[tuple[bytes, Ids]]) -> None:
-        """Hand over a batch."""
-        ...
-
-    def finished(self, *, everything: bool) -> Iterator[tuple[bytes, StoredChunks]]:
-        """Pieces as they come back, in any order, until more is wanted; with ``everything`` all that were submitted.
-
-        Raises:
-            StoreError: a piece cannot be encoded, or a worker is lost.
-        """
-        ...
-
-    def close(self) -> None:
-        """Drop what is under way and let the workers go."""
-        ...
+Batch = TypeVar("Batch")
+GO_ON = "what has a receipt is stored; add again to go on from there"
 
 
-class Workers(Protocol):
-    """A way to have pieces encoded by other processes."""
+class Started(NamedTuple):
+    """Workers that are ready: ``submit`` begins a batch and returns what waits for its chunks."""
 
-    def team(self, encoder: Encoder) -> Team:
-        """Workers with the backbone of this encoder."""
-        ...
+    submit: Callable[[list[Ids]], Callable[[], list[StoredChunks]]]
+    ahead: int  # batches that may be under way while one is awaited
+    close: Callable[[], None]
 
 
-class Link(Protocol):
-    """One worker, as a thread of the writing process sees it; each method may be called by that thread alone."""
+class Team:
+    """Encodes batches of pieces in order; starts when there is something to encode."""
 
-    def open(self) -> None:
-        """Wait until the worker has loaded the backbone.
+    def __init__(self, start: Callable[[], Started]) -> None:
+        self._start = start
+        self._started: Started | None = None
 
-        Raises:
-            StoreError: it cannot.
-        """
-        ...
-
-    def send(self, pieces: list[Ids]) -> None:
-        """Hand a batch over; never waits for the encoding."""
-        ...
-
-    def receive(self) -> tuple[int, StoredChunks] | None:
-        """The next piece of the oldest batch and its number in it; None: that was the last one.
-
-        Raises:
-            StoreError: it cannot be encoded, or the worker is lost.
-        """
-        ...
-
-    def stop(self) -> None:
-        """Have the worker drop what it was given; called by another thread, and never waits long."""
-        ...
+    def encode(
+        self, batches: Iterator[Batch], pieces: Callable[[Batch], list[Ids]]
+    ) -> Iterator[tuple[Batch, list[StoredChunks]]]:
+        """Every batch with the chunks of its pieces."""
+        under_way: deque[tuple[Batch, Callable[[], list[StoredChunks]]]] = deque()
+        for batch in batches:
+            ids = pieces(batch)
+            if ids and self._started is None:
+                self._started = self._start()
+            under_way.append((batch, self._started.submit(ids) if self._started and ids else list))
+            while len(under_way) > (self._started.ahead if self._started else 0):
+                first, wait = under_way.popleft()
+                yield first, wait()
+        for batch, wait in under_way:
+            yield batch, wait()
 
     def close(self) -> None:
-        """Let the worker go, after whatever happened."""
-        ...
+        """End the workers."""
+        if self._started is not None:
+            self._started.close()
 
 
-class Alone:
-    """The writing process by itself."""
+@dataclass(frozen=True)
+class _Recipe:
+    """What a worker needs to make an encoder like the writer's; ``files`` holds the backbone, or ``folder`` does."""
 
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-        self._batches: list[list[tuple[bytes, Ids]]] = []
+    layout: Layout
+    batch_tokens: int
+    dtype: str
+    attention: str | None
+    device: str
+    threads: int
+    folder: str = ""
+    files: dict[str, bytes] | None = None
 
-    def submit(self, pieces: Sequence[tuple[bytes, Ids]]) -> None:
-        """See ``Team``."""
-        self._batches.append(list(pieces))
+    def encoder(self, number: int) -> Encoder:
+        """Load the backbone; GPUs are taken in turn."""
+        from longmem.modeling.loading import load_backbone
+        from longmem.modeling.training_free import TrainingFree
 
-    def finished(self, *, everything: bool) -> Iterator[tuple[bytes, StoredChunks]]:
-        """See ``Team``."""
-        while self._batches:
-            batch = self._batches.pop(0)
-            for number, chunks in self._encoder.encode([ids for _, ids in batch]):
-                yield batch[number][0], chunks
+        if self.files is not None:
+            with tempfile.TemporaryDirectory(prefix="longmem-") as folder:
+                for name, data in self.files.items():
+                    (Path(folder) / name).write_bytes(data)
+                return _Recipe(**{**vars(self), "folder": folder, "files": None}).encoder(number)
+        torch.set_num_threads(self.threads)
+        settings = {} if self.attention is None else {"attn_implementation": self.attention}
+        loaded = load_backbone(self.folder, None, getattr(torch, self.dtype), **settings)
+        layers = self.layout.memory_layers
+        which: dict[str, Any] = {"memory_layer": layers[0]} if len(layers) == 1 else {"memory_layers": layers}
+        model: Any = TrainingFree.from_backbone(loaded, **which)
+        model.train(False)
+        if self.device == "cuda":
+            model.to(torch.device("cuda", number % torch.cuda.device_count()))
+        if not accepts(model, self.layout.fingerprint):
+            raise StoreError(
+                f"in a worker the backbone has another fingerprint ({model.fingerprint}) than the store's "
+                f"({self.layout.fingerprint}); use workers=1"
+            )
+        return Encoder(model, self.layout, self.batch_tokens)
 
-    def close(self) -> None:
-        """See ``Team``."""
+
+class _Worker:
+    """In the other process: loads at the first batch, so that an error of loading reaches the writer."""
+
+    def __init__(self, recipe: _Recipe, number: int) -> None:
+        self._recipe, self._number = recipe, number
+        self._encoder: Encoder | None = None
+
+    def encode(self, pieces: list[Ids]) -> list[StoredChunks]:
+        try:
+            self._encoder = self._encoder or self._recipe.encoder(self._number)
+            return self._encoder.encode(pieces)
+        except LongMemError:
+            raise
+        except Exception as error:
+            line = (str(error).splitlines() or [""])[0]
+            raise StoreError(f"a worker failed ({type(error).__name__}: {line}); {GO_ON}") from None
 
 
-@dataclass
-class _Batch:
-    keys: list[bytes]
-    pieces: list[Ids]
+_worker: _Worker | None = None
 
 
-class Shared:
-    """A team of workers behind links, with a thread for each.
+def _begin(recipe: _Recipe, counter: Any) -> None:
+    global _worker
+    with counter.get_lock():
+        counter.value += 1
+        _worker = _Worker(recipe, counter.value - 1)
+
+
+def _encode(pieces: list[Ids]) -> list[StoredChunks]:
+    assert _worker is not None
+    return _worker.encode(pieces)
+
+
+def team_of(workers: int | str, encoder: Callable[[], Encoder], guard: threading.Lock) -> Team:
+    """The team that ``workers`` means.
 
     Args:
-        links: to the workers, not open yet.
-        own: encodes here, too, whenever nothing has come back and something waits; None leaves all to the workers.
-        at_close: called in the end.
+        workers: processes on this machine, ``ray``, or ``ray:N`` for so many actors of a Ray cluster.
+        encoder: gives that of this process.
+        guard: held while this process encodes.
+
+    Raises:
+        StoreError: it means nothing; when started, a model that other processes cannot have, or Ray is not installed.
     """
+    if isinstance(workers, int) and workers > 0:
+        return Team(lambda: _here(encoder(), guard) if workers == 1 else _processes(workers, encoder()))
+    if isinstance(workers, str) and re.fullmatch(r"ray(:[1-9]\d*)?", workers):
+        return Team(lambda: _ray(int(workers[4:] or 0), encoder()))
+    raise StoreError(f"workers ({workers!r}) must be a number from 1 on, 'ray' or 'ray:N'")
 
-    def __init__(self, links: Sequence[Link], own: Encoder | None, at_close: Callable[[], None] = lambda: None) -> None:
-        self._links = links
-        self._own = own
-        self._at_close = at_close
-        self._tasks: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[tuple[_Batch, tuple[int, StoredChunks] | None] | BaseException] = (
-            queue.SimpleQueue()
-        )
-        self._under_way = 0
-        self._room = len(links) * (AHEAD + _KEPT) + (own is not None)
-        self._closing = threading.Event()
-        self._threads = [threading.Thread(target=self._work, args=(link,), daemon=True) for link in links]
-        for thread in self._threads:
-            thread.start()
 
-    def submit(self, pieces: Sequence[tuple[bytes, Ids]]) -> None:
-        """See ``Team``."""
-        self._under_way += 1
-        self._tasks.put(_Batch([key for key, _ in pieces], [ids for _, ids in pieces]))
+def _here(encoder: Encoder, guard: threading.Lock) -> Started:
+    def submit(pieces: list[Ids]) -> Callable[[], list[StoredChunks]]:
+        with guard:
+            made = encoder.encode(pieces)
+        return lambda: made
 
-    def finished(self, *, everything: bool) -> Iterator[tuple[bytes, StoredChunks]]:
-        """See ``Team``."""
-        while self._under_way if everything else self._full():
+    return Started(submit, 0, lambda: None)
+
+
+def _recipe(encoder: Encoder, workers: int, folder: str) -> _Recipe:
+    model: Any = encoder.model
+    backbone: Any = getattr(getattr(model, "backbone", None), "model", None)
+    if not hasattr(backbone, "save_pretrained"):
+        raise StoreError(f"a {type(model).__name__} cannot be given to other processes; use workers=1")
+    backbone.save_pretrained(folder)
+    return _Recipe(
+        encoder.layout,
+        encoder.batch_tokens,
+        str(backbone.dtype).removeprefix("torch."),
+        getattr(backbone.config, "_attn_implementation", None),
+        str(model.device.type),
+        max(1, torch.get_num_threads() // workers),
+        folder,
+    )
+
+
+def _processes(workers: int, encoder: Encoder) -> Started:
+    folder = tempfile.TemporaryDirectory(prefix="longmem-")
+    try:
+        recipe = _recipe(encoder, workers, folder.name)
+    except BaseException:
+        folder.cleanup()
+        raise
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _begin, (recipe, context.Value("i", 0)))
+
+    def submit(pieces: list[Ids]) -> Callable[[], list[StoredChunks]]:
+        try:
+            future = pool.submit(_encode, pieces)
+        except BrokenProcessPool as error:
+            raise StoreError(f"a worker ended abruptly; {GO_ON}") from error
+
+        def wait() -> list[StoredChunks]:
             try:
-                result = self._results.get_nowait()
-            except queue.Empty:
-                batch = self._take()
-                if batch is not None:
-                    yield from self._encode_here(batch)
-                    continue
-                result = self._results.get()
-            if isinstance(result, BaseException):
-                raise result
-            batch, piece = result
-            if piece is None:
-                self._under_way -= 1
-            else:
-                yield batch.keys[piece[0]], piece[1]
+                return future.result()
+            except BrokenProcessPool as error:
+                raise StoreError(f"a worker ended abruptly; {GO_ON}") from error
 
-    def close(self) -> None:
-        """See ``Team``."""
-        self._closing.set()
-        while self._take(always=True) is not None:
-            pass
-        for link in self._links:
-            self._tasks.put(None)
-            link.stop()
-        for thread in self._threads:
-            thread.join()
-        self._at_close()
+        return wait
 
-    def _full(self) -> bool:
-        """Whether enough was submitted for now; what nobody else has taken is for this process."""
-        return self._under_way > self._room or (self._own is not None and not self._tasks.empty())
+    def close() -> None:
+        pool.shutdown(cancel_futures=True)
+        folder.cleanup()
 
-    def _take(self, *, always: bool = False) -> _Batch | None:
-        if self._own is None and not always:
-            return None
-        try:
-            return self._tasks.get_nowait()
-        except queue.Empty:
-            return None
-
-    def _encode_here(self, batch: _Batch) -> Iterator[tuple[bytes, StoredChunks]]:
-        assert self._own is not None
-        for number, chunks in self._own.encode(batch.pieces):
-            yield batch.keys[number], chunks
-        self._under_way -= 1
-
-    def _work(self, link: Link) -> None:
-        """What the thread of a link does: keeps its worker busy until nothing comes any more."""
-        try:
-            link.open()
-            given: list[_Batch] = []
-            while True:
-                while len(given) < AHEAD and (not given or not self._tasks.empty()):
-                    batch = self._next(wait=not given)
-                    if batch is None:
-                        break
-                    given.append(batch)
-                    link.send(batch.pieces)
-                if not given:
-                    return
-                piece = link.receive()
-                self._results.put((given[0], piece))
-                if piece is None:
-                    given.pop(0)
-        except BaseException as error:
-            if not self._closing.is_set():
-                self._results.put(_in_one_line(error))
-        finally:
-            link.close()
-
-    def _next(self, *, wait: bool) -> _Batch | None:
-        """The next batch; None in the end, or where there is none to be had without waiting."""
-        try:
-            batch = self._tasks.get(block=wait)
-        except queue.Empty:
-            return None
-        if batch is None and not wait:
-            self._tasks.put(None)  # what was given is received first, then this is met again
-        return batch
+    return Started(submit, 2 * workers, close)
 
 
-def _in_one_line(error: BaseException) -> BaseException:
-    if isinstance(error, LongMemError):
-        return error
-    said = (str(error).strip().splitlines() or [""])[0]
-    return StoreError(f"a worker failed ({type(error).__name__}: {said}); {GO_ON}")
+def _ray(count: int, encoder: Encoder) -> Started:
+    try:
+        import ray
+    except ImportError as error:
+        raise StoreError("workers='ray' needs the ray extra: pip install 'longmem-lm[ray]'") from error
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False)
+    count = count or int(ray.cluster_resources().get("CPU", 1))
+    with tempfile.TemporaryDirectory(prefix="longmem-") as folder:
+        recipe = _recipe(encoder, 1, folder)
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+    kept = ray.put(_Recipe(**{**vars(recipe), "files": files, "threads": 1}))
+    needs = {"num_cpus": 1, "num_gpus": 1 if recipe.device == "cuda" else 0, "max_restarts": 3, "max_task_retries": 3}
+    # Ray shows each actor its own GPU as number 0
+    actors = deque(ray.remote(_Worker).options(**needs).remote(kept, 0) for _ in range(count))
 
+    def submit(pieces: list[Ids]) -> Callable[[], list[StoredChunks]]:
+        actors.rotate(-1)
+        found = actors[0].encode.remote(pieces)
 
-GO_ON = "what has a receipt is stored, the same call again goes on from there"
+        def wait() -> list[StoredChunks]:
+            try:
+                return list(ray.get(found))
+            except ray.exceptions.RayTaskError as error:
+                raise (
+                    error.cause if isinstance(error.cause, LongMemError) else StoreError(f"{error}; {GO_ON}")
+                ) from None
+            except ray.exceptions.RayError as error:
+                raise StoreError(f"a worker of Ray was lost ({type(error).__name__}); {GO_ON}") from error
 
+        return wait
 
-def team_of(workers: int | str | Workers, encoder: Encoder) -> Team:
-    """Whoever encodes.
+    def close() -> None:
+        for actor in actors:
+            ray.kill(actor)
+        if started:
+            ray.shutdown()
 
-    Args:
-        workers: processes that encode, this one among them; ``ray`` or ``ray:N``; ``Processes``, ``Ranks``,
-            ``RayActors``.
-
-    Raises:
-        StoreError: it is none of them, or they cannot be started.
-    """
-    chosen = workers_from(workers)
-    return Alone(encoder) if chosen is None else chosen.team(encoder)
-
-
-def workers_from(workers: int | str | Workers) -> Workers | None:
-    """What a setting means; None is this process alone.
-
-    Raises:
-        StoreError: it means nothing.
-    """
-    wanted: Any = workers
-    if isinstance(wanted, str) and wanted.strip().isdigit():
-        wanted = int(wanted)
-    if isinstance(wanted, str):
-        kind, colon, number = wanted.partition(":")
-        if kind == "ray" and (not colon or (number.isdigit() and int(number) > 0)):
-            from longmem.store.ray_actors import RayActors
-
-            return RayActors(int(number) if colon else None)
-    elif hasattr(wanted, "team"):
-        chosen: Workers = wanted
-        return chosen
-    elif isinstance(wanted, int) and not isinstance(wanted, bool) and wanted >= 1:
-        if wanted == 1:
-            return None
-        from longmem.store.processes import Processes
-
-        return Processes(wanted)
-    raise StoreError(f"workers ({workers!r}) must be a number of processes, at least 1, or 'ray' or 'ray:N'; try 2")
+    return Started(submit, 2 * count, close)

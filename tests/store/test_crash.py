@@ -1,0 +1,352 @@
+"""A store whose writer dies at any moment is as before or as after; readers beside a writer see whole states only."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from tests.store.small import open_small, quick_folder, state_of, words
+
+from longmem.errors import StoreFull
+from longmem.store import MemoryStore, NewDocument, adding, disk
+from longmem.store.disk import FAILPOINTS
+
+Act = Callable[[MemoryStore], object]
+
+
+def fill(store: MemoryStore) -> None:
+    """Three documents that share text across namespaces, one forgotten, one appended to."""
+    for namespace, name, seed in (("alice", "a", 1), ("alice", "b", 2), ("bob", "c", 1), ("bob", "gone", 3)):
+        store.add_document(namespace, words(seed, 300), name=name, time=float(seed))
+    store.append("alice", words(4, 20), name="b")
+    store.forget("bob", name="gone")
+
+
+def damage(path: Path) -> None:
+    """Flip a byte of a piece."""
+    (file,) = path.glob("kv-*.bin")
+    with file.open("r+b") as stream:
+        stream.seek(40)
+        byte = stream.read(1)[0]
+        stream.seek(40)
+        stream.write(bytes([byte ^ 1]))
+
+
+def import_(store: MemoryStore) -> None:
+    store.import_(store.path.parent / "export.tar", "carol")
+
+
+OPERATIONS: dict[str, Act] = {
+    "add": lambda store: store.add_document("alice", words(7, 700), name="new", time=9.0),
+    "add many": lambda store: list(
+        store.add_documents("alice", [NewDocument(f"n{n}", words(n, 90), time=9.0) for n in range(3)])
+    ),
+    "replace": lambda store: store.add_document("alice", words(8, 200), name="a", time=9.0, replace=True),
+    "append": lambda store: store.append("alice", words(9, 200), name="a"),
+    "forget": lambda store: store.forget("alice", everything=True),
+    "compact": lambda store: store.compact(),
+    "repair": lambda store: store.verify(repair=True),
+    "export": lambda store: store.export("alice", store.path.parent / "out.tar"),
+    "import": import_,
+}
+
+
+def state(path: Path) -> Any:
+    """All that can be read, by a writer that goes on after the last one; clean if nothing was damaged."""
+    with open_small(path) as store:
+        problems = store.verify().problems
+        return {space: [{**each, "id": 0} for each in rows] for space, rows in state_of(store).items()}, problems
+
+
+def in_child(act: Callable[[], object]) -> int:
+    """Run it in a process of its own; its exit status, negative where it was killed."""
+    child = os.fork()
+    if not child:
+        try:
+            act()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def changed(path: Path, act: Act, failpoint: str = "") -> None:
+    """Open a store and change it, dying or failing where this says."""
+    os.environ["LONGMEM_FAILPOINT"] = failpoint
+    disk._reached.clear()
+    with patch.object(adding, "COMMIT_BYTES", 1), open_small(path) as store:
+        act(store)
+
+
+def prepared(folder: Path, name: str) -> Path:
+    """A store for an operation to change."""
+    origin = folder / "origin"
+    with open_small(origin) as store:
+        fill(store)
+    with open_small(folder / "other") as other:
+        other.add_document("alice", words(20, 500), name="a", time=1.0)
+        other.export("alice", folder / "export.tar")
+    if name == "repair":
+        damage(origin)
+    return origin
+
+
+@pytest.mark.parametrize("name", ["create", *OPERATIONS])
+def test_killed_at_every_named_point_it_is_before_or_after(name: str) -> None:
+    act = OPERATIONS.get(name, OPERATIONS["add"])
+    with quick_folder() as folder:
+        origin, path, killed = prepared(folder, name), folder / "memory", 0
+
+        def trial(failpoint: str) -> int:
+            shutil.rmtree(path, ignore_errors=True)
+            (folder / "out.tar").unlink(missing_ok=True)
+            if name != "create":
+                shutil.copytree(origin, path)
+            return in_child(partial(changed, path, act, failpoint))
+
+        before = ({}, []) if name == "create" else state(origin)
+        assert trial("") == 0
+        after = state(path)
+        for point in FAILPOINTS:
+            for count in range(1, 100):
+                status = trial(f"{point}:{count}")
+                if status == 0:
+                    break
+                assert status == -signal.SIGKILL
+                killed += 1
+                found = state(path)
+                if name == "add many":  # whole documents, one after the other
+                    assert found[1] == [] and all(row in after[0]["alice"] for row in found[0]["alice"])
+                else:
+                    assert found in (before, after), f"{point}:{count}"
+                assert not (folder / "out.tar").exists()  # whole or not at all
+                # the next one goes on
+                assert in_child(partial(changed, path, OPERATIONS["compact"] if found == after else act)) == 0
+        assert killed > 0
+
+
+@pytest.mark.parametrize("point", ["append.written", "commit.begun"])
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in ("export", "forget")])
+def test_a_full_disk_gives_one_line_and_the_state_as_before(
+    name: str, point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = prepared(tmp_path, name)
+    before = state(path)[0]
+    with open_small(path) as store:
+        monkeypatch.setenv("LONGMEM_FAILPOINT", f"{point}=ENOSPC")
+        disk._reached.clear()
+        with pytest.raises((StoreFull, OSError), match=r"No space left on device[^\n]*$"):
+            OPERATIONS[name](store)
+        monkeypatch.delenv("LONGMEM_FAILPOINT")
+        assert {space: [{**each, "id": 0} for each in rows] for space, rows in state_of(store).items()} == before
+        OPERATIONS[name](store)  # once there is room, work goes on in the same process
+        assert store.verify().clean
+
+
+def test_a_disk_that_takes_a_part_of_a_write_leaves_the_store_as_it_was(tmp_path: Path) -> None:
+    plain = os.pwrite
+
+    def full(handle: int, data: Any, place: int) -> int:
+        if len(data) <= 100:
+            raise OSError(errno.ENOSPC, "full")
+        return plain(handle, data[:100], place)
+
+    with open_small(tmp_path / "memory") as store:
+        fill(store)
+        before, sizes = state_of(store), [path.stat().st_size for path in sorted(store.path.glob("*.bin"))]
+        with patch.object(os, "pwrite", full), pytest.raises(StoreFull, match="No space left on device while writing"):
+            store.add_document("alice", words(7, 700), name="new")
+        assert state_of(store) == before and store.verify().clean
+        assert [path.stat().st_size for path in sorted(store.path.glob("*.bin"))] == sizes
+        assert store.add_document("alice", words(7, 700), name="new").status == "added"
+
+
+# a long life with kills at random moments
+
+Model = dict[str, dict[str, str]]
+
+
+def steps(seed: int) -> Iterator[tuple[str, str, str, str]]:
+    """Random changes that are all allowed: what, namespace, name, text."""
+    draw, alive = random.Random(seed), list[tuple[str, str]]()
+    for number in range(100_000):
+        what = "forget" if len(alive) > 12 else draw.choice(["add", "add", "replace", "append", "forget", "compact"])
+        namespace, name = "", ""
+        if what == "add":
+            namespace, name = draw.choice(["alice", "bob"]), f"{number}"
+            alive.append((namespace, name))
+        elif what != "compact" and not alive:
+            continue
+        elif what != "compact":
+            namespace, name = draw.choice(alive)
+        if what == "forget":
+            alive.remove((namespace, name))
+        yield what, namespace, name, words(draw.randrange(30), draw.choice([20, 90, 300]))
+
+
+def apply(model: Model, what: str, namespace: str, name: str, text: str) -> Model:
+    """The model after a step."""
+    spaces = {space: dict(rows) for space, rows in model.items()}
+    rows = spaces.setdefault(namespace, {})
+    if what in ("add", "replace"):
+        rows[name] = text
+    elif what == "append":
+        rows[name] += text
+    elif what == "forget":
+        del rows[name]
+    return {space: rows for space, rows in spaces.items() if rows}
+
+
+def live(path: Path, seed: int, start: int, told: int) -> None:
+    """Do all steps from ``start`` on; says the number of each that is done."""
+    with open_small(path) as store:
+        for number, (what, namespace, name, text) in enumerate(steps(seed)):
+            if number < start:
+                continue
+            if what in ("add", "replace"):
+                store.add_document(namespace, text, name=name, replace=True)
+            elif what == "append":
+                store.append(namespace, text, name=name)
+            elif what == "forget":
+                store.forget(namespace, name=name)
+            else:
+                store.compact()
+            os.write(told, f"{number}\n".encode())
+
+
+def kill_at_random(kills: int, seed: int = 0) -> None:
+    """Kill a writer again and again; another one goes on with what was left."""
+    draw, done, model, middle = random.Random(seed), 0, Model(), 0
+    script = steps(seed)
+    upcoming = next(script)
+    with quick_folder() as folder:
+        path = folder / "memory"
+        for _ in range(kills):
+            reading, told = os.pipe()
+            child = os.fork()
+            if not child:
+                try:
+                    live(path, seed, done, told)
+                finally:
+                    os._exit(1)
+            os.close(told)
+            time.sleep(draw.uniform(0.01, 0.25))
+            os.kill(child, signal.SIGKILL)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+            with os.fdopen(reading) as stream:
+                lines = stream.read().splitlines()
+            while lines and done <= int(lines[-1]):
+                model, upcoming, done = apply(model, *upcoming), next(script), done + 1
+            with open_small(path) as store:
+                assert store.verify().problems == []
+                found = {
+                    space: {each.name: store.text(space, each.name) for each in store.documents(space)}
+                    for space in store.namespaces()
+                }
+            if found != model:
+                model, upcoming, done, middle = apply(model, *upcoming), next(script), done + 1, middle + 1
+            assert found == model, f"after {done} steps"
+    assert done > kills / 3
+
+
+def test_killed_at_random_moments_nothing_that_returned_is_lost() -> None:
+    kill_at_random(30)
+
+
+@pytest.mark.slow
+def test_killed_at_many_random_moments_nothing_that_returned_is_lost() -> None:
+    kill_at_random(300, seed=1)
+
+
+# readers beside a writer
+
+
+def read_beside(path: Path, ends: float, result: Path) -> None:
+    """Every state that a reader sees is one that there was, and none is older than the one before."""
+    seen, last = 0, -1
+    with open_small(path, mode="read") as store:
+        bank = store.bank("alice")
+        while time.time() < ends:
+            with store.room.catalog.read():
+                documents = {each.name: store.text("alice", each.name) for each in store.documents("alice")}
+            number = int(documents.pop("clock").strip() or 0)
+            assert number >= last, (number, last)
+            last, seen = number, seen + 1
+            for name, text in documents.items():
+                assert text == words(int(name.split(".")[0]), len(text)), name
+            found = bank.search(torch.ones(1, 2, 1, 4), 3)
+            for chunk in found.chunks[found.chunk_mask].unique().tolist():
+                assert bank.provenance(0, chunk).namespace == "alice"
+            if seen % 5 == 0:
+                bank.refresh()
+    result.write_text(json.dumps(seen))
+
+
+def write_beside(path: Path, ends: float, result: Path) -> None:
+    """Change, compact and reopen."""
+    draw, number, alive = random.Random(0), 0, list[str]()
+    store = open_small(path)
+    while time.time() < ends:
+        number += 1
+        what = draw.choice(["add", "add", "append", "forget", "compact", "reopen"])
+        if what == "add" or not alive:
+            alive.append(f"{number}.{draw.randrange(9)}")
+            store.add_document("alice", words(number, draw.choice([20, 90, 300])), name=alive[-1], time=1.0)
+        elif what == "forget":
+            store.forget("alice", name=alive.pop(draw.randrange(len(alive))))
+        elif what == "compact":
+            store.compact()
+        elif what == "reopen":
+            store.close()
+            store = open_small(path)
+        store.add_document("alice", f"{number:08d}", name="clock", time=0.0, replace=True)
+    store.close()
+    result.write_text(json.dumps(number))
+
+
+def beside(seconds: float, readers: int) -> tuple[int, int]:
+    with quick_folder() as folder:
+        with open_small(folder / "memory") as store:
+            store.add_document("alice", "00000000", name="clock", time=0.0)
+        ends = time.time() + seconds
+        children = []
+        for number in range(readers + 1):
+            child = os.fork()
+            if not child:
+                try:
+                    (read_beside if number else write_beside)(folder / "memory", ends, folder / f"{number}")
+                except BaseException:
+                    import traceback
+
+                    traceback.print_exc()
+                    os._exit(1)
+                os._exit(0)
+            children.append(child)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * (readers + 1)
+        counts = [json.loads((folder / f"{number}").read_text()) for number in range(readers + 1)]
+        with open_small(folder / "memory") as store:
+            assert store.verify().problems == []
+    return counts[0], sum(counts[1:])
+
+
+def test_readers_beside_a_writer_see_whole_states_only() -> None:
+    changes, reads = beside(4.0, 3)
+    assert changes > 10 and reads > 10
+
+
+@pytest.mark.slow
+def test_eight_readers_beside_a_writer_for_a_minute() -> None:
+    changes, reads = beside(60.0, 8)
+    assert changes > 200 and reads > 200
