@@ -35,7 +35,7 @@ from longmem.evaluation.loading import checkpoint_folder, load_comparison, load_
 from longmem.evaluation.pages import plain
 from longmem.evaluation.perplexity import PerplexitySettings, known, measure, record_key
 from longmem.evaluation.records import Ledger
-from longmem.evaluation.results import RunHeader, to_json, write_json
+from longmem.evaluation.results import RunHeader, as_json, to_json, write_json
 from longmem.evaluation.scores import Record, scores
 from longmem.evaluation.systems import BACKBONE, MEMORY_OFF, Comparison, System
 from longmem.evaluation.tables import tables_of
@@ -272,10 +272,10 @@ def ablate(
         for comparison in comparisons:
             table |= _measured(comparison, documents, settings, protocol, ledger, device)
         found = scores("all", documents, table, list(pairs.items()), settings.bootstrap, settings.block)
-        for gap in found.differences:
-            edges = {name: None if (e := getattr(gap, name)) is None else asdict(e) for name in ("documents", "blocks")}
-            value = {"perplexity": found.system(gap.system).perplexity, "percent": gap.percent} | edges
-            scored[gap.system][protocol] = value
+        perplexities = {one["system"]: one["perplexity"] for one in found["systems"]}
+        for gap in as_json(found["differences"]):
+            kept = {name: gap[name] for name in ("percent", "documents", "blocks")}
+            scored[gap["system"]][protocol] = {"perplexity": perplexities[gap["system"]]} | kept
     header = RunHeader(
         task="ablate",
         command=command,

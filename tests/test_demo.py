@@ -34,7 +34,7 @@ def test_beginnings_are_kept_measured_and_continued(
     assert whole[1500:].startswith(made.prompt + made.real)
     assert (len(made.prompt), len(made.read)) == (PROMPT, NEW)
     assert any(token.found and abs(token.gain) > 1e-6 for token in made.read)
-    assert set(made.perplexity.systems) == {"backbone", "memory_off", *(f"memory_{size}" for size in MEMORY_SIZES)}
+    assert set(made.perplexity["systems"]) == {"backbone", "memory_off", *(f"memory_{size}" for size in MEMORY_SIZES)}
     assert made.page.read_text().startswith("<!doctype html>")
 
     # a second run encodes nothing again, and prints

@@ -15,7 +15,7 @@ from longmem.data.text import read_documents
 from longmem.errors import DataError
 from longmem.evaluation.documents import tokenize_documents
 from longmem.evaluation.loading import has_memory, load_comparison, load_tokenizer
-from longmem.evaluation.perplexity import PerplexityResult, PerplexitySettings, perplexity
+from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.results import write_json
 from longmem.evaluation.task import numbered
 from longmem.generation.page import Passages, ReadToken, log_probabilities, page, read_tokens, reading_at
@@ -49,7 +49,7 @@ class Demo:
 
     store: Path
     tokens: int
-    perplexity: PerplexityResult
+    perplexity: dict[str, Any]
     document: str
     prompt: str
     real: str

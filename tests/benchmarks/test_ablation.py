@@ -51,7 +51,8 @@ def score(result: dict[str, Any], axis: str, value: str) -> float:
 def alone(model: LongMem, some: list[TokenizedDocument], size: int = 64) -> float:
     """Perplexity of the model with its own settings."""
     found = perplexity(Comparison.of_longmem(model, [size]), some, SETTINGS, quiet=True)
-    return found.protocols["sliding"].all.system(f"memory_{size}").perplexity
+    scores = found["protocols"]["sliding"]["all"]["systems"]
+    return float(next(score["perplexity"] for score in scores if score["system"] == f"memory_{size}"))
 
 
 def test_each_value_scores_as_a_model_made_with_it() -> None:

@@ -67,4 +67,4 @@ def documents(*repeats: int) -> list[TokenizedDocument]:
 
 
 def nll_of(found: Any, system: str, protocol: str) -> list[float]:
-    return [document.nll[protocol][system] for document in found.documents]
+    return [document["nll"][protocol][system] for document in found["documents"]]

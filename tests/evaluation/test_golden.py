@@ -31,18 +31,18 @@ def test_every_number_is_as_before(made_text: Callable[..., str]) -> None:
     documents = tokenize_documents(texts, load_tokenizer(loaded.tokenizer), group_separator="__")
     settings = PerplexitySettings(window=128, rows=2, bootstrap=Bootstrap(resamples=20))
     found = perplexity(loaded.comparison, documents, settings)
-    for document, expected in zip(found.documents, GOLDEN["documents"], strict=True):
+    for document, expected in zip(found["documents"], GOLDEN["documents"], strict=True):
         for name in ("id", "tokens", "words", "bytes", "digest"):
-            assert getattr(document, name) == expected[name]
+            assert document[name] == expected[name]
         for protocol, nll in expected["nll"].items():
-            assert document.nll[protocol] == pytest.approx(nll, rel=1e-6)
+            assert document["nll"][protocol] == pytest.approx(nll, rel=1e-6)
     for protocol, numbers in GOLDEN["protocols"].items():
-        scores = found.protocols[protocol].all
+        scores = found["protocols"][protocol]["all"]
         for name in ("perplexity", "bits_per_byte"):
-            assert {s.system: getattr(s, name) for s in scores.systems} == pytest.approx(numbers[name], rel=1e-6)
-        for (system, against, percent), d in zip(numbers["percent"], scores.differences, strict=True):
-            assert (d.system, d.against) == (system, against)
-            assert d.percent == pytest.approx(percent, rel=1e-6, abs=1e-6)
-        for (low, tokens, value), part in zip(numbers["by_position"], scores.by_position, strict=True):
-            assert (part.low, part.tokens) == (low, tokens)
-            assert part.perplexity["memory_256"] == pytest.approx(value, rel=1e-6)
+            assert {s["system"]: s[name] for s in scores["systems"]} == pytest.approx(numbers[name], rel=1e-6)
+        for (system, against, percent), d in zip(numbers["percent"], scores["differences"], strict=True):
+            assert (d["system"], d["against"]) == (system, against)
+            assert d["percent"] == pytest.approx(percent, rel=1e-6, abs=1e-6)
+        for (low, tokens, value), part in zip(numbers["by_position"], scores["by_position"], strict=True):
+            assert (part["low"], part["tokens"]) == (low, tokens)
+            assert part["perplexity"]["memory_256"] == pytest.approx(value, rel=1e-6)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem
 from longmem.cli.main import main
 from longmem.errors import CheckpointError, ConfigError, DataError
-from longmem.evaluation.layers import LayerReport, load_backbone, measure_layers, standard_text, text_rows
+from longmem.evaluation.layers import conclusion, load_backbone, measure_layers, standard_text, text_rows
 from longmem.evaluation.plots import plot_all
 from longmem.modeling.copying import random_tokens
 
@@ -38,27 +38,27 @@ def test_every_family_is_ranked(name: str) -> None:
     model = make_backbone(name)
     report = measure_layers(model, None, distances=(40,), rows=1, num_retrieved=16)
     heads = model.config.get_text_config().num_attention_heads
-    assert set(report.memory_layers) <= set(report.scores)
-    assert set(report.allowed) <= set(report.memory_layers)
-    assert {len(rank) for ranks in report.ranks for rank in ranks.rank.values()} == {heads}
-    assert [copied.distance for copied in report.copying] == [40]
+    assert {*map(str, report["memory_layers"])} <= set(report["scores"])
+    assert set(report["allowed"]) <= set(report["memory_layers"])
+    assert {len(rank) for ranks in report["ranks"] for rank in ranks["rank"].values()} == {heads}
+    assert [copied["distance"] for copied in report["copying"]] == [40]
 
 
 def test_text_and_random_tokens_are_measured_at_every_distance(tiny_backbone: AlibiGPTForCausalLM) -> None:
     text = random_tokens(260, 2, 200, seed=3)
     report = measure_layers(tiny_backbone, text, distances=(64, 128, 192, 512), num_retrieved=32, segment=64, rows=2)
-    assert [(ranks.source, ranks.distance) for ranks in report.ranks] == [
+    assert [(ranks["source"], ranks["distance"]) for ranks in report["ranks"]] == [
         *(("text", distance) for distance in (64, 128, 192)),
         *(("random", distance) for distance in (64, 128, 192, 512)),
     ]
-    assert all(ranks.chance == 8 / (ranks.distance // 4) for ranks in report.ranks)
-    assert report.copying == []  # twice 64 tokens exceed the segment
+    assert all(ranks["chance"] == 8 / (ranks["distance"] // 4) for ranks in report["ranks"])
+    assert report["copying"] == []  # twice 64 tokens exceed the segment
 
 
 def test_a_backbone_that_does_not_copy_gets_no_recommendation(tiny_backbone: AlibiGPTForCausalLM) -> None:
     report = measure_layers(tiny_backbone, None, distances=(256,))
-    assert report.recommended is None
-    assert report.conclusion == (
+    assert report["recommended"] is None
+    assert conclusion(report) == (
         "no layer stands out from chance: the backbone does not copy from its context yet; train it longer, or keep "
         "the paper's layer 3"
     )
@@ -67,8 +67,8 @@ def test_a_backbone_that_does_not_copy_gets_no_recommendation(tiny_backbone: Ali
 def test_the_papers_layer_is_18_of_24_counted_from_one() -> None:
     config = AlibiGPTConfig(vocab_size=60, hidden_size=8, num_hidden_layers=24, num_attention_heads=2)
     report = measure_layers(AlibiGPTForCausalLM(config), None, distances=(16,), num_retrieved=8, rows=1)
-    assert report.default == 17
-    assert report.allowed == list(range(1, 24, 2))
+    assert report["default"] == 17
+    assert report["allowed"] == list(range(1, 24, 2))
 
 
 def test_the_command_prints_a_table_and_writes_json_and_heat_map(
@@ -145,8 +145,8 @@ def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
 
 def test_the_heat_map_marks_the_recommended_layer(tiny_backbone: AlibiGPTForCausalLM, tmp_path: Path) -> None:
     report = measure_layers(tiny_backbone, None, distances=(96,), rows=1)
-    marked = LayerReport(**{**vars(report), "recommended": 3})
+    marked = report | {"recommended": 3}
     (path,) = plot_all(marked, tmp_path / "a")
     assert path.name == "layers.png" and path.read_bytes().startswith(PNG)
-    assert marked.conclusion == "remember layer 3 (the paper's rule gives 3)"
+    assert conclusion(marked) == "remember layer 3 (the paper's rule gives 3)"
     assert torch.is_grad_enabled()

@@ -32,6 +32,7 @@ from longmem.evaluation.documents import tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.results import to_json
 from longmem.evaluation.systems import Comparison, sized
+from longmem.evaluation.tables import difference
 from longmem.progress import Progress
 
 
@@ -51,8 +52,8 @@ def test_a_model_without_preference_has_the_perplexity_of_its_vocabulary() -> No
     torch.nn.init.zeros_(model.lm_head.weight)
     torch.nn.init.zeros_(model.lm_head.bias)
     found = perplexity(Comparison.of_backbone(model), documents(3, 2), SETTINGS)
-    for scores in found.protocols.values():
-        assert scores.all.system("backbone").perplexity == pytest.approx(len(TOKENIZER), rel=1e-5)
+    for scores in found["protocols"].values():
+        assert scores["all"]["systems"][0]["perplexity"] == pytest.approx(len(TOKENIZER), rel=1e-5)
 
 
 @torch.no_grad()
@@ -61,13 +62,13 @@ def test_every_system_scores_as_its_model_alone() -> None:
     comparison, models = everything(8, 64)
     (document,) = documents(3)
     found, ids = perplexity(comparison, [document], SETTINGS), document.ids
-    assert list(found.systems) == [
+    assert list(found["systems"]) == [
         "backbone", "memory_off", "control", "memory_8", "memory_64", "memtrm_off", "memtrm_8", "memtrm_64",
         "training_free_0.3_8", "training_free_0.3_64",
     ]  # fmt: skip
     alone = {"backbone": models["memory"].backbone.model, "memory_off": models["memory"], "control": longmem(5)}
     for protocol, stride in (("segments", 16), ("sliding", 8)):
-        for name in found.systems:
+        for name in found["systems"]:
             kind, size = sized(name) or ("memtrm", None)
             model: Any = alone.get(name) or models[kind]
             bank = None if size is None else MemoryBank.for_model(model, rows=1, capacity_tokens=size)
@@ -93,8 +94,8 @@ def test_rows_of_a_batch_score_as_alone(fusion: str) -> None:
     together = perplexity(comparison, several, SETTINGS)
     for i, document in enumerate(several):
         alone = perplexity(comparison, [document], SETTINGS)
-        for protocol in together.protocols:
-            for system in together.systems:
+        for protocol in together["protocols"]:
+            for system in together["systems"]:
                 (expected,) = nll_of(alone, system, protocol)
                 assert nll_of(together, system, protocol)[i] == pytest.approx(expected, rel=1e-5), (system, protocol)
 
@@ -135,7 +136,7 @@ def test_memory_never_holds_a_token_that_is_still_in_the_window() -> None:
 def test_a_document_within_the_window_gains_nothing_from_memory_and_protocols_agree() -> None:
     (document,) = tokenize_documents([Document("a", TEXT, "")], TOKENIZER, max_tokens=17)
     found = perplexity(Comparison.of_longmem(longmem(), [64]), [document], SETTINGS)
-    for system in found.systems:
+    for system in found["systems"]:
         assert nll_of(found, system, "segments") == nll_of(found, system, "sliding")
     assert nll_of(found, "memory_64", "segments") == nll_of(found, "memory_off", "segments")
 
@@ -145,12 +146,11 @@ def test_identity_sidenet_has_its_backbones_perplexity_and_an_interval_around_ze
     if model.config.final_state == "normed":
         pytest.skip("only the residuals of the pre-norm state telescope")
     found = perplexity(Comparison.of_longmem(model, [64]), documents(4, 3, 2), SETTINGS)
-    for scores in found.protocols.values():
-        difference = scores.all.difference("memory_off", "backbone")
-        assert difference is not None
-        assert difference.documents is not None
-        assert difference.percent == pytest.approx(0, abs=1e-3)
-        assert difference.documents.low == pytest.approx(0, abs=1e-3)
+    for scores in found["protocols"].values():
+        gap = difference(scores["all"], "memory_off", "backbone")
+        assert gap is not None
+        assert gap["percent"] == pytest.approx(0, abs=1e-3)
+        assert gap["documents"]["low"] == pytest.approx(0, abs=1e-3)
 
 
 def test_a_shut_gate_is_the_backbone() -> None:
@@ -158,7 +158,7 @@ def test_a_shut_gate_is_the_backbone() -> None:
     comparison = Comparison.of_backbone(backbone())
     free = TrainingFree.from_backbone(comparison.model, gate=0, **SHAPE)
     found = perplexity(comparison.with_training_free(free, [64]), several, SETTINGS)
-    for protocol in found.protocols:
+    for protocol in found["protocols"]:
         np.testing.assert_allclose(
             nll_of(found, "training_free_0_64", protocol), nll_of(found, "backbone", protocol), rtol=1e-6
         )
@@ -169,8 +169,8 @@ def test_systems_may_run_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> Non
     expected = perplexity(Comparison.of_longmem(model, [16, 64]), several, SETTINGS)
     monkeypatch.setattr("longmem.evaluation.systems.LOGITS_BYTES", 1)
     found = perplexity(Comparison.of_longmem(model, [16, 64]), several, SETTINGS)
-    for protocol in expected.protocols:
-        for system in expected.systems:
+    for protocol in expected["protocols"]:
+        for system in expected["systems"]:
             np.testing.assert_allclose(nll_of(found, system, protocol), nll_of(expected, system, protocol), rtol=1e-5)
 
 
@@ -186,12 +186,12 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path: Path, monk
     kept = len([line for line in path.read_text().splitlines() if line])
     assert 9 < kept < 18, "all of the first protocol, and what was finished of the second"
     found = perplexity(comparison, several, SETTINGS, records=path)
-    for system in whole.systems:
+    for system in whole["systems"]:
         assert nll_of(found, system, "sliding") == pytest.approx(nll_of(whole, system, "sliding"), rel=1e-5)
     written = path.read_text()
     again = perplexity(comparison, several, SETTINGS, records=path)
     assert path.read_text() == written, "nothing is measured twice"
-    assert again.header.seconds == found.header.seconds > 0, "the time of all runs together"
+    assert again["header"]["seconds"] == found["header"]["seconds"] > 0, "the time of all runs together"
 
 
 def test_records_of_other_settings_or_weights_are_not_reused(tmp_path: Path) -> None:
@@ -219,6 +219,7 @@ def test_result_has_groups_baselines_and_all_that_repeats_it() -> None:
     comparison = Comparison.of_longmem(longmem(1), [16, 64], control=longmem(2))
     found = perplexity(comparison, documents(4, 3, 2), SETTINGS, command="longmem eval", config={"data": ["x"]})
     plain = json.loads(to_json(found))
+    assert plain == found
     assert set(plain["protocols"]) == {"segments", "sliding"}
     assert [group["name"] for group in plain["protocols"]["sliding"]["groups"]] == ["a", "b"]
     pairs = {(d["system"], d["against"]) for d in plain["protocols"]["sliding"]["all"]["differences"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from longmem.evaluation.bootstrap import Bootstrap
 from longmem.evaluation.documents import TokenizedDocument
 from longmem.evaluation.records import Ledger
+from longmem.evaluation.results import as_json
 from longmem.evaluation.scores import Record, bin_edges, block_bins, position_bins, protocol_scores, scores
 
 
@@ -29,40 +31,43 @@ DOCUMENTS = [document("a__1", 400, "a"), document("a__2", 6000, "a"), document("
 TABLE = {"backbone": records(DOCUMENTS, 10.0), "memory_64": records(DOCUMENTS, 9.0)}
 
 
+def score(pairs: list[tuple[str, str]], block: int = 100) -> Any:
+    return as_json(scores("all", DOCUMENTS, TABLE, pairs, Bootstrap(resamples=50), block))
+
+
 def test_word_perplexity_and_bits_per_byte_come_from_the_same_sum() -> None:
-    found = scores("all", DOCUMENTS, TABLE, [("memory_64", "backbone")], Bootstrap(resamples=50), 100)
-    backbone = found.system("backbone")
-    assert backbone.perplexity == pytest.approx(10.0)
-    assert backbone.word_perplexity == pytest.approx(100.0)  # two tokens a word
-    assert backbone.bits_per_byte == pytest.approx(math.log2(10) / 3)
-    assert (found.documents, found.tokens, found.words, found.bytes) == (3, 26_400, 13_200, 79_200)
+    found = score([])
+    (backbone, _) = found["systems"]
+    assert backbone["perplexity"] == pytest.approx(10.0)
+    assert backbone["word_perplexity"] == pytest.approx(100.0)  # two tokens a word
+    assert backbone["bits_per_byte"] == pytest.approx(math.log2(10) / 3)
+    assert [found[n] for n in ("documents", "projects", "tokens", "words", "bytes")] == [3, 2, 26_400, 13_200, 79_200]
 
 
-def test_difference_has_an_interval_over_documents_and_one_over_blocks() -> None:
-    found = scores("all", DOCUMENTS, TABLE, [("memory_64", "backbone")], Bootstrap(resamples=50), 100)
-    difference = found.difference("memory_64", "backbone")
-    assert difference is not None
-    assert difference.percent == pytest.approx(-10.0)
-    assert difference.documents is not None
-    assert difference.blocks is not None
-    assert (difference.documents.units, difference.documents.count) == ("documents", 3)
-    assert (difference.blocks.units, difference.blocks.count) == ("blocks of 100 tokens", 264)
+def test_difference_has_an_interval_over_documents_of_projects_and_one_over_blocks() -> None:
+    (difference,) = score([("memory_64", "backbone")])["differences"]
+    assert difference["percent"] == pytest.approx(-10.0)
+    documents, blocks = difference["documents"], difference["blocks"]
+    assert (documents["units"], documents["count"], documents["groups"]) == ("documents", 3, 2)
+    assert (blocks["units"], blocks["count"]) == ("blocks of 100 tokens", 264)
+    (difference,) = score([("memory_64", "backbone")], block=1 << 20)["differences"]
+    assert difference["documents"] and difference["blocks"] is None, "one block each: the same interval again"
 
 
 def test_groups_and_the_papers_length_buckets_are_apart() -> None:
     found = protocol_scores("segments", 64, 64, DOCUMENTS, TABLE, [], Bootstrap(resamples=50), 100)
-    assert [(g.name, g.documents, g.tokens) for g in found.groups] == [("a", 2, 6400), ("b", 1, 20_000)]
-    assert [(b.name, b.documents) for b in found.by_length] == [("<5k", 1), ("5k-10k", 1), ("10k-100k", 1)]
+    assert [(g["name"], g["documents"], g["tokens"]) for g in found["groups"]] == [("a", 2, 6400), ("b", 1, 20_000)]
+    assert [(b["name"], b["documents"]) for b in found["by_length"]] == [("<5k", 1), ("5k-10k", 1), ("10k-100k", 1)]
 
 
 def test_positions_count_every_token_once_and_say_how_many_documents_reach_them() -> None:
-    parts = scores("all", DOCUMENTS, TABLE, [], Bootstrap(resamples=50), 100).by_position
-    assert sum(part.tokens for part in parts) == 26_400
-    assert [(p.low, p.high) for p in parts[:3]] == [(0, 128), (128, 256), (256, 512)]
-    assert parts[0].tokens == 3 * 127
-    assert (parts[0].documents, parts[3].documents, parts[-1].documents) == (3, 2, 1)
-    assert all(part.perplexity["memory_64"] == pytest.approx(9.0) for part in parts)
-    assert all(part.percent["memory_64"] == pytest.approx(-10.0) for part in parts)
+    parts = score([])["by_position"]
+    assert sum(part["tokens"] for part in parts) == 26_400
+    assert [(p["low"], p["high"]) for p in parts[:3]] == [(0, 128), (128, 256), (256, 512)]
+    assert parts[0]["tokens"] == 3 * 127
+    assert (parts[0]["documents"], parts[3]["documents"], parts[-1]["documents"]) == (3, 2, 1)
+    assert all(part["perplexity"]["memory_64"] == pytest.approx(9.0) for part in parts)
+    assert all(part["percent"]["memory_64"] == pytest.approx(-10.0) for part in parts)
 
 
 def test_position_bins_are_powers_of_two_and_agree_with_their_edges() -> None:
@@ -100,16 +105,3 @@ def test_a_line_cut_by_an_interruption_loses_only_itself(tmp_path: Path) -> None
     assert again.get("key", "b") is None
     again.append("key", "b", nll=1.5)
     assert Ledger(path).get("key", "b") == ledger.get("key", "b")
-
-
-def test_blocks_of_documents_that_have_one_each_repeat_no_interval() -> None:
-    found = scores("all", DOCUMENTS, TABLE, [("memory_64", "backbone")], Bootstrap(resamples=50), 1 << 20)
-    (difference,) = found.differences
-    assert difference.documents is not None and difference.blocks is None
-
-
-def test_documents_of_one_project_are_drawn_together_and_counted() -> None:
-    found = scores("all", DOCUMENTS, TABLE, [("memory_64", "backbone")], Bootstrap(resamples=50), 100)
-    (difference,) = found.differences
-    assert difference.documents is not None
-    assert (found.projects, difference.documents.groups, difference.documents.count) == (2, 2, 3)

@@ -34,23 +34,21 @@ def command(texts: tuple[str, ...], model: str | None, out: Path, as_json: bool)
     from transformers.utils import logging
 
     from longmem.demo import DEFAULT_TEXTS, run_demo
-    from longmem.evaluation.results import to_json
 
     logging.disable_progress_bar()
     made = run_demo(out, texts or DEFAULT_TEXTS, model=model, say=lambda line: click.echo(line, err=True))
     if as_json:
         plain = asdict(made) | {"store": str(made.store), "page": str(made.page)}
-        click.echo(json.dumps(plain | {"perplexity": json.loads(to_json(made.perplexity))}))
+        click.echo(json.dumps(plain | {"perplexity": made.perplexity}))
     else:
         _show(made)
 
 
 def _show(made: Demo) -> None:
     from longmem.evaluation.pages import plain
-    from longmem.evaluation.results import to_json
     from longmem.evaluation.tables import tables_of
 
-    table = tables_of(json.loads(to_json(made.perplexity)))[0]
+    table = tables_of(made.perplexity)[0]
     click.echo("\n" + plain(table, shutil.get_terminal_size((120, 24)).columns))
     click.echo("\n".join(_continuation(made)))
     click.echo(

@@ -48,7 +48,7 @@ def command(
     import torch
     from transformers.utils import logging
 
-    from longmem.evaluation.layers import load_backbone, measure_layers
+    from longmem.evaluation.layers import conclusion, load_backbone, measure_layers
     from longmem.evaluation.loading import checked_device
     from longmem.evaluation.results import command_line
 
@@ -66,7 +66,7 @@ def command(
     )
     save_and_show(report, shared)
     if not shared["as_json"]:
-        click.echo(f"\n{report.conclusion}")
+        click.echo(f"\n{conclusion(report)}")
 
 
 def _text(data: tuple[str, ...], tokenizer: str, rows: int, length: int, *, given: bool) -> Tensor | None:

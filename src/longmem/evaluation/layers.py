@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sysconfig
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.loading import backbone_of, checkpoint_folder
-from longmem.evaluation.results import RunHeader
+from longmem.evaluation.results import RunHeader, as_json
 from longmem.modeling import loading
 from longmem.modeling.copying import (
     allowed_memory_layers,
@@ -30,79 +29,12 @@ from longmem.modeling.copying import (
 from longmem.modeling.families import Family
 from longmem.progress import track
 
+Json = dict[str, Any]
+
 DISTANCES = (128, 256, 512, 1024)
 MOST_PIECES = 4  # of a row, for distances shorter than it
 STANDARD_TEXT = ("argparse.py", "difflib.py", "doctest.py", "inspect.py", "subprocess.py", "typing.py")
 """Standard library sources that stand in for ``--data``: text that every machine has."""
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """One source of text at one distance.
-
-    Attributes:
-        source: ``text`` or ``random``.
-        distance: tokens between the two occurrences, and keys to choose from.
-        segment: tokens encoded at once.
-        queries: how many were asked per head.
-        chance: recall of a blind head; its median rank is half the distance.
-        rank: for each layer, the median rank of the right key in each head.
-        recall: for each layer, the share of queries in each head that find the right chunk.
-        score: for each layer, see ``HeadRanks.score``.
-    """
-
-    source: str
-    distance: int
-    segment: int
-    queries: int
-    chance: float
-    rank: dict[int, list[float]]
-    recall: dict[int, list[float]]
-    score: dict[int, float]
-
-
-@dataclass(frozen=True)
-class Copying:
-    """Nats per token on the first and the second pass of the same tokens within one window."""
-
-    source: str
-    distance: int
-    first_loss: float
-    second_loss: float
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What ``longmem layers`` found.
-
-    Attributes:
-        num_layers: of the backbone.
-        memory_layers: those that the family can remember.
-        allowed: those of them that a SideNet of this stride copies.
-        scores: for each measured layer, its mean score; 0 is chance, 1 is best.
-        recommended: the best allowed layer; None where the backbone does not copy yet.
-        default: the paper's choice, three quarters of the depth.
-    """
-
-    header: RunHeader
-    num_layers: int
-    memory_layers: list[int]
-    allowed: list[int]
-    scores: dict[int, float]
-    recommended: int | None
-    default: int
-    ranks: list[Ranks]
-    copying: list[Copying]
-
-    @property
-    def conclusion(self) -> str:
-        """One sentence for a reader in a hurry."""
-        if self.recommended is None:
-            return (
-                "no layer stands out from chance: the backbone does not copy from its context yet; train it longer, or "
-                f"keep the paper's layer {self.default}"
-            )
-        return f"remember layer {self.recommended} (the paper's rule gives {self.default})"
 
 
 @torch.no_grad()
@@ -119,7 +51,7 @@ def measure_layers(
     seed: int = 0,
     name: str = "",
     command: str = "",
-) -> LayerReport:
+) -> Json:
     """Rank every layer and head of a causal language model.
 
     Args:
@@ -134,6 +66,14 @@ def measure_layers(
         seed: of the random tokens.
         name: of the model, for the record.
         command: as typed, for the record.
+
+    Returns:
+        the JSON of the result file. ``num_layers`` of the backbone; ``memory_layers`` that the family can remember;
+        ``allowed``, those of them that a SideNet of this stride copies; ``scores`` of each layer, 0 is chance and 1 is
+        best; ``recommended``, the best allowed layer, None where the backbone does not copy yet; ``default``, the
+        paper's choice. ``ranks``: for each source and distance, by layer and head, the median ``rank`` of the right key
+        and the share of queries that find the right chunk (``recall``; ``chance`` is a blind head's). ``copying``: nats
+        per token on the first and the second pass of the same tokens within one window.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -156,44 +96,59 @@ def measure_layers(
         found.append(heads)
         first = next(iter(heads.values()))
         ranks.append(
-            Ranks(
-                source=source,
-                distance=first.keys,
-                segment=min(segment, distance),
-                queries=len(pieces) * (first.keys - 1),
-                chance=first.chance,
-                rank={layer: head.rank.tolist() for layer, head in heads.items()},
-                recall={layer: head.recall.tolist() for layer, head in heads.items()},
-                score={layer: head.score for layer, head in heads.items()},
-            )
+            {
+                "source": source,
+                "distance": first.keys,
+                "segment": min(segment, distance),
+                "queries": len(pieces) * (first.keys - 1),
+                "chance": first.chance,
+                "rank": {layer: head.rank.tolist() for layer, head in heads.items()},
+                "recall": {layer: head.recall.tolist() for layer, head in heads.items()},
+                "score": {layer: head.score for layer, head in heads.items()},
+            }
         )
         if 2 * distance <= segment:
-            copying.append(Copying(source, distance, *copy_loss(model, pieces)))
+            first_loss, second_loss = copy_loss(model, pieces)
+            about = {"source": source, "distance": distance}
+            copying.append(about | {"first_loss": first_loss, "second_loss": second_loss})
     allowed, scores = allowed_memory_layers(family, stride), layer_scores(found)
-    return LayerReport(
-        header=RunHeader(
-            task="layers",
-            command=command,
-            config={
-                "distances": sorted(set(distances)),
-                "segment": segment,
-                "chunk_size": chunk_size,
-                "num_retrieved": num_retrieved,
-                "stride": stride,
-            },
-            models={"backbone": name, "class": type(model).__name__},
-            samples={source: len(tokens) for source, tokens in sources.items()},
-            seeds=[seed],
-        ),
-        num_layers=len(family.layers),
-        memory_layers=family.memory_layers(),
-        allowed=allowed,
-        scores=scores,
-        recommended=best_memory_layer(scores, allowed),
-        default=loading.default_memory_layer(model, stride),
-        ranks=ranks,
-        copying=copying,
+    header = RunHeader(
+        task="layers",
+        command=command,
+        config={
+            "distances": sorted(set(distances)),
+            "segment": segment,
+            "chunk_size": chunk_size,
+            "num_retrieved": num_retrieved,
+            "stride": stride,
+        },
+        models={"backbone": name, "class": type(model).__name__},
+        samples={source: len(tokens) for source, tokens in sources.items()},
+        seeds=[seed],
     )
+    result: Json = {
+        "header": header,
+        "num_layers": len(family.layers),
+        "memory_layers": family.memory_layers(),
+        "allowed": allowed,
+        "scores": scores,
+        "recommended": best_memory_layer(scores, allowed),
+        "default": loading.default_memory_layer(model, stride),
+        "ranks": ranks,
+        "copying": copying,
+    }
+    plain: Json = as_json(result)
+    return plain
+
+
+def conclusion(result: Json) -> str:
+    """One sentence for a reader in a hurry."""
+    if result["recommended"] is None:
+        return (
+            "no layer stands out from chance: the backbone does not copy from its context yet; train it longer, or "
+            f"keep the paper's layer {result['default']}"
+        )
+    return f"remember layer {result['recommended']} (the paper's rule gives {result['default']})"
 
 
 def window_of(config: Any) -> int:

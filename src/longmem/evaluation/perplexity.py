@@ -20,8 +20,8 @@ from longmem.errors import ConfigError
 from longmem.evaluation.bootstrap import Bootstrap
 from longmem.evaluation.documents import TokenizedDocument
 from longmem.evaluation.records import Ledger
-from longmem.evaluation.results import RunHeader
-from longmem.evaluation.scores import BLOCK, ProtocolScores, Record, protocol_scores
+from longmem.evaluation.results import RunHeader, as_json
+from longmem.evaluation.scores import BLOCK, Json, Record, protocol_scores
 from longmem.evaluation.streaming import stream_nll
 from longmem.evaluation.systems import Comparison, System
 from longmem.progress import Progress
@@ -81,30 +81,6 @@ class PerplexitySettings:
         return self.window if protocol == "segments" else (self.stride or self.window // 2)
 
 
-@dataclass(frozen=True)
-class DocumentScores:
-    """One document: negative log-likelihood in nats, ``nll[protocol][system]``."""
-
-    id: str
-    group: str | None
-    project: str
-    tokens: int
-    words: int
-    bytes: int
-    digest: str
-    nll: dict[str, dict[str, float]]
-
-
-@dataclass(frozen=True)
-class PerplexityResult:
-    """What ``longmem eval perplexity`` writes as JSON."""
-
-    header: RunHeader
-    systems: dict[str, str]
-    protocols: dict[str, ProtocolScores]
-    documents: list[DocumentScores]
-
-
 def perplexity(
     comparison: Comparison,
     documents: Sequence[TokenizedDocument],
@@ -115,7 +91,7 @@ def perplexity(
     command: str = "",
     config: dict[str, Any] | None = None,
     quiet: bool = False,
-) -> PerplexityResult:
+) -> Json:
     """Measure every system on every document under every protocol.
 
     Args:
@@ -127,56 +103,50 @@ def perplexity(
         command: as typed, kept in the result.
         config: what else the result should say about its making (paths, dtype).
         quiet: report no progress.
+
+    Returns:
+        the JSON of the result file: ``header``, ``systems`` (name -> label), ``protocols`` (see ``protocol_scores``),
+        ``documents`` with their negative log-likelihood in nats, ``nll[protocol][system]``.
     """
     ledger = Ledger(records)
     tables = {
         protocol: measure(comparison, documents, settings, protocol, ledger, device=device, quiet=quiet)
         for protocol in settings.protocols
     }
-    return PerplexityResult(
-        header=RunHeader(
-            task="perplexity",
-            command=command,
-            config=asdict(settings) | (config or {}),
-            models=comparison.described(),
-            samples={
-                "documents": len(documents),
-                "projects": len({document.project or document.id for document in documents}),
-                "tokens": sum(document.scored for document in documents),
-                "words": sum(document.words for document in documents),
-                "bytes": sum(document.bytes for document in documents),
-            },
-            seeds=[settings.bootstrap.seed],
-            seconds=round(sum(r.seconds for table in tables.values() for some in table.values() for r in some), 1),
-        ),
-        systems={system.name: system.label for system in comparison.systems},
-        protocols={
-            protocol: protocol_scores(
-                protocol,
-                settings.window,
-                settings.stride_of(protocol),
-                documents,
-                table,
-                comparison.pairs,
-                settings.bootstrap,
-                settings.block,
-            )
+    header = RunHeader(
+        task="perplexity",
+        command=command,
+        config=asdict(settings) | (config or {}),
+        models=comparison.described(),
+        samples={
+            "documents": len(documents),
+            "projects": len({document.project or document.id for document in documents}),
+            "tokens": sum(document.scored for document in documents),
+            "words": sum(document.words for document in documents),
+            "bytes": sum(document.bytes for document in documents),
+        },
+        seeds=[settings.bootstrap.seed],
+        seconds=round(sum(r.seconds for table in tables.values() for some in table.values() for r in some), 1),
+    )
+    how, (window, block) = (comparison.pairs, settings.bootstrap), (settings.window, settings.block)
+    result: Json = {
+        "header": header,
+        "systems": {system.name: system.label for system in comparison.systems},
+        "protocols": {
+            protocol: protocol_scores(protocol, window, settings.stride_of(protocol), documents, table, *how, block)
             for protocol, table in tables.items()
         },
-        documents=[
-            DocumentScores(
-                id=document.id,
-                group=document.group,
-                project=document.project or document.id,
-                tokens=document.scored,
-                words=document.words,
-                bytes=document.bytes,
-                digest=document.digest,
-                nll={p: {name: some[i].nll for name, some in table.items()} for p, table in tables.items()},
-            )
+        "documents": [
+            {name: getattr(document, name) for name in ("id", "group", "project", "words", "bytes", "digest")}
+            | {
+                "tokens": document.scored,
+                "nll": {p: {name: some[i].nll for name, some in table.items()} for p, table in tables.items()},
+            }
             for i, document in enumerate(documents)
         ],
-    )
+    }
+    plain: Json = as_json(result)
+    return plain
 
 
 def measure(

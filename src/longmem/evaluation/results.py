@@ -67,22 +67,22 @@ def command_line() -> str:
     return shlex.join(["longmem" if program == "__main__.py" else program, *sys.argv[1:]])
 
 
+def as_json(value: Any) -> Any:
+    """What JSON can say: dataclasses as objects, keys as strings; NaN and infinity, which JSON lacks, as null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def to_json(record: Any) -> str:
-    """Dataclasses as objects; NaN and infinity, which JSON lacks, as null."""
-    plain = asdict(record) if is_dataclass(record) and not isinstance(record, type) else record
-    return json.dumps(_finite(plain), indent=1, ensure_ascii=False)
+    """The text of a result file, see ``as_json``."""
+    return json.dumps(as_json(record), indent=1, ensure_ascii=False)
 
 
 def write_json(path: Path, record: Any) -> None:
     """Complete or absent."""
     write_whole(path, [to_json(record), "\n"])
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -6,16 +6,18 @@ N documents. All perplexities are of the pooled tokens, exp(sum nll / sum tokens
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from longmem.evaluation.bootstrap import Bootstrap, Interval, relative_difference
+from longmem.evaluation.bootstrap import Bootstrap, relative_difference
 from longmem.evaluation.documents import TokenizedDocument
 
 Floats = NDArray[np.float64]
+Json = dict[str, Any]
 Pairs = Sequence[tuple[str, str]]
 """The differences wanted, (system, against)."""
 
@@ -62,79 +64,6 @@ Table = Mapping[str, Sequence[Record]]
 """System name -> one record for each document, in the documents' order; the backbone's comes first."""
 
 
-@dataclass(frozen=True)
-class SystemScore:
-    """One system on one set of documents; ``interval`` is of the token perplexity, over documents."""
-
-    system: str
-    perplexity: float
-    word_perplexity: float
-    bits_per_byte: float
-    nll: float
-    interval: Interval | None
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Token perplexity of ``system`` relative to that of ``against``, in %: below zero is better.
-
-    ``documents`` says how sure the difference is for new documents: it draws projects, then documents. ``blocks`` draws
-    blocks of all documents as if each were its own: narrower, for text like this, and of use where there are only a few
-    documents; None where no document has more than one block.
-    """
-
-    system: str
-    against: str
-    percent: float
-    documents: Interval | None
-    blocks: Interval | None
-
-
-@dataclass(frozen=True)
-class PositionScore:
-    """Tokens with ``low`` to ``high - 1`` tokens before them: perplexity by system, and % relative to the backbone."""
-
-    low: int
-    high: int
-    documents: int
-    tokens: int
-    perplexity: dict[str, float]
-    percent: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Everything about one set of documents (all, a group, or a length bucket)."""
-
-    name: str
-    documents: int
-    projects: int
-    tokens: int
-    words: int
-    bytes: int
-    systems: list[SystemScore]
-    differences: list[Difference]
-    by_position: list[PositionScore]
-
-    def system(self, name: str) -> SystemScore:
-        return next(score for score in self.systems if score.system == name)
-
-    def difference(self, name: str, against: str) -> Difference | None:
-        return next((d for d in self.differences if (d.system, d.against) == (name, against)), None)
-
-
-@dataclass(frozen=True)
-class ProtocolScores:
-    """One protocol: all documents together, group by group, and by length."""
-
-    protocol: str
-    window: int
-    stride: int
-    all: Scores
-    groups: list[Scores]
-    by_length: list[Scores]
-
-
 def protocol_scores(
     protocol: str,
     window: int,
@@ -144,28 +73,28 @@ def protocol_scores(
     pairs: Pairs,
     bootstrap: Bootstrap,
     block: int,
-) -> ProtocolScores:
-    """Score all documents, each group of them, and each length bucket that has any."""
+) -> Json:
+    """``scores`` of ``all`` documents, of each group of them (``groups``), and of each length (``by_length``)."""
 
-    def subsets(name: str, wanted: Callable[[TokenizedDocument], bool]) -> list[Scores]:
+    def subsets(name: str, wanted: Callable[[TokenizedDocument], bool]) -> list[Json]:
         """One, or none where no document is wanted."""
         which = [i for i, document in enumerate(documents) if wanted(document)]
         part = {system: [records[i] for i in which] for system, records in table.items()}
         return [scores(name, [documents[i] for i in which], part, pairs, bootstrap, block)] if which else []
 
     groups = sorted({document.group for document in documents if document.group is not None})
-    return ProtocolScores(
-        protocol=protocol,
-        window=window,
-        stride=stride,
-        all=scores("all", documents, table, pairs, bootstrap, block),
-        groups=[part for group in groups for part in subsets(group, lambda d, group=group: d.group == group)],  # type: ignore[misc]
-        by_length=[
+    return {
+        "protocol": protocol,
+        "window": window,
+        "stride": stride,
+        "all": scores("all", documents, table, pairs, bootstrap, block),
+        "groups": [part for group in groups for part in subsets(group, lambda d, group=group: d.group == group)],  # type: ignore[misc]
+        "by_length": [
             part
             for name, low, high in LENGTH_BUCKETS
             for part in subsets(name, lambda d, low=low, high=high: low <= d.scored + 1 < high)  # type: ignore[misc]
         ],
-    )
+    }
 
 
 def scores(
@@ -175,8 +104,16 @@ def scores(
     pairs: Pairs,
     bootstrap: Bootstrap,
     block: int,
-) -> Scores:
-    """Score one set of documents."""
+) -> Json:
+    """Everything about one set of documents.
+
+    Returns:
+        ``systems``: perplexities, and the interval of the token perplexity. ``differences``: token perplexity of
+        ``system`` relative to that of ``against`` in ``percent``, below zero is better; the interval over ``documents``
+        says how sure that is for new documents and draws projects, then documents; that over ``blocks`` of all
+        documents is narrower, for more of this text, and None where no document has more than one. ``by_position``:
+        tokens with ``low`` to ``high - 1`` tokens before them.
+    """
     tokens = np.array([document.scored for document in documents], dtype=float)
     words, size = sum(d.words for d in documents), sum(d.bytes for d in documents)
     projects = [document.project or document.id for document in documents]
@@ -184,61 +121,56 @@ def scores(
     blocks = {system: np.concatenate([record.blocks for record in records]) for system, records in table.items()}
     block_tokens = np.concatenate([np.bincount(block_bins(d.scored, block)) for d in documents]).astype(float)
     several = len(block_tokens) > len(documents)  # else the second interval would be the first one again
-
-    def difference(system: str, against: str) -> Difference:
-        interval, mine, other = bootstrap.relative_difference, nll[system], nll[against]
-        of_blocks = (blocks[system], blocks[against], block_tokens, f"blocks of {block} tokens")
-        return Difference(
-            system=system,
-            against=against,
-            percent=relative_difference(mine, other, tokens),
-            documents=interval(mine, other, tokens, "documents", projects),
-            blocks=interval(*of_blocks) if several else None,
-        )
-
-    return Scores(
-        name=name,
-        documents=len(documents),
-        projects=len(set(projects)),
-        tokens=int(tokens.sum()),
-        words=words,
-        bytes=size,
-        systems=[
-            SystemScore(
-                system=system,
-                perplexity=_exp(values.sum() / tokens.sum()),
-                word_perplexity=_exp(values.sum() / words) if words else math.nan,
-                bits_per_byte=float(values.sum() / size / math.log(2)) if size else math.nan,
-                nll=float(values.sum()),
-                interval=bootstrap.perplexity(values, tokens, "documents", projects),
-            )
+    interval, of_blocks = bootstrap.relative_difference, f"blocks of {block} tokens"
+    return {
+        "name": name,
+        "documents": len(documents),
+        "projects": len(set(projects)),
+        "tokens": int(tokens.sum()),
+        "words": words,
+        "bytes": size,
+        "systems": [
+            {
+                "system": system,
+                "perplexity": _exp(values.sum() / tokens.sum()),
+                "word_perplexity": _exp(values.sum() / words) if words else math.nan,
+                "bits_per_byte": float(values.sum() / size / math.log(2)) if size else math.nan,
+                "nll": float(values.sum()),
+                "interval": bootstrap.perplexity(values, tokens, "documents", projects),
+            }
             for system, values in nll.items()
         ],
-        differences=[difference(system, against) for system, against in pairs],
-        by_position=_positions(documents, table),
-    )
+        "differences": [
+            {
+                "system": system,
+                "against": against,
+                "percent": relative_difference(nll[system], nll[against], tokens),
+                "documents": interval(nll[system], nll[against], tokens, "documents", projects),
+                "blocks": interval(blocks[system], blocks[against], block_tokens, of_blocks) if several else None,
+            }
+            for system, against in pairs
+        ],
+        "by_position": list(_positions(documents, table)),
+    }
 
 
-def _positions(documents: Sequence[TokenizedDocument], table: Table) -> list[PositionScore]:
-    """Perplexity in every position bin that any document reaches."""
+def _positions(documents: Sequence[TokenizedDocument], table: Table) -> Iterator[Json]:
+    """Perplexity, and % relative to the first system's, in every position bin that any document reaches."""
     counts = [np.bincount(position_bins(document.scored)) for document in documents]
-    baseline, found = next(iter(table)), []
+    baseline = next(iter(table))
     for index in range(max(map(len, counts))):
         reached = [i for i, count in enumerate(counts) if index < len(count)]
         tokens = sum(int(counts[i][index]) for i in reached)
         sums = {name: sum(records[i].positions[index] for i in reached) for name, records in table.items()}
         low, high = bin_edges(index)
-        found.append(
-            PositionScore(
-                low=low,
-                high=high,
-                documents=len(reached),
-                tokens=tokens,
-                perplexity={name: _exp(value / tokens) for name, value in sums.items()},
-                percent={name: float(100 * np.expm1((v - sums[baseline]) / tokens)) for name, v in sums.items()},
-            )
-        )
-    return found
+        yield {
+            "low": low,
+            "high": high,
+            "documents": len(reached),
+            "tokens": tokens,
+            "perplexity": {name: _exp(value / tokens) for name, value in sums.items()},
+            "percent": {name: float(100 * np.expm1((v - sums[baseline]) / tokens)) for name, v in sums.items()},
+        }
 
 
 def block_bins(scored: int, block: int) -> NDArray[np.int64]:
