@@ -19,6 +19,8 @@ from transformers import LogitsProcessor, StoppingCriteria
 from longmem.types import Memory
 
 T = TypeVar("T")
+COLDEST = 1e-3
+"""Temperature below which the likeliest token is taken: dividing by less overflows."""
 
 
 class Busy(Exception):
@@ -274,9 +276,11 @@ def _generator(seed: int | None) -> torch.Generator:
 
 def _draw(logprobs: Tensor, sampling: Sampling, random: torch.Generator) -> int:
     """The next token of one row from log probabilities (V,)."""
-    if sampling.temperature <= 0 or sampling.top_p <= 0:
+    if sampling.temperature < COLDEST:
         return int(logprobs.argmax())
     probabilities, order = (logprobs / sampling.temperature).softmax(-1).sort(descending=True)
-    # the smallest set that holds top_p: the token that crosses it belongs to it
-    probabilities[probabilities.cumsum(0) - probabilities >= sampling.top_p] = 0.0
+    # the smallest set that holds top_p: the token that crosses it belongs to it, and the likeliest always does
+    beyond = probabilities.cumsum(0) - probabilities >= sampling.top_p
+    beyond[0] = False
+    probabilities[beyond] = 0.0
     return int(order[torch.multinomial(probabilities.cpu(), 1, generator=random)])
