@@ -1,4 +1,4 @@
-"""Write the reference pages from the source: docs/python-api.md, docs/cli.md, docs/recipe.md; tables of results, sizes.
+"""Write the reference pages from the source: docs/cli.md, docs/recipe.md; tables of results and of sizes.
 
 ``python docs/make_api.py`` writes; ``--check`` writes nothing and fails where a page is not what the source says.
 """
@@ -11,12 +11,10 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 from result_tables import results_report, text_of, with_results
 
-import longmem
 from longmem.cli.main import COMMANDS, cli
 from longmem.evaluation.pages import Table
 from longmem.store.sizes import size_table
@@ -24,23 +22,10 @@ from longmem.store.sizes import size_table
 ROOT = Path(__file__).parents[1]
 NOTE = "<!-- written by `make docs` from the source; edit that instead -->\n"
 SIZES = re.compile(r"<!-- sizes -->\n.*?<!-- /sizes -->\n", re.DOTALL)
-MODULES = (
-    "longmem.data.text",
-    "longmem.training.recipe",
-    "longmem.training.loop",
-    "longmem.evaluation.perplexity",
-    "longmem.generation.reading",
-    "longmem.store.records",
-    "longmem.store.bank",
-    "longmem.store.passages",
-    "longmem.store.measuring",
-    "longmem.store.sizes",
-)
 
 
 def main() -> None:
     pages = {
-        ROOT / "docs" / "python-api.md": python_api(),
         ROOT / "docs" / "cli.md": command_line(),
         ROOT / "docs" / "recipe.md": recipe(),
     }
@@ -58,19 +43,6 @@ def main() -> None:
     for path in stale:
         path.write_text(pages[path], encoding="utf-8")
         print(f"wrote {path.relative_to(ROOT)}")
-
-
-def python_api() -> str:
-    """The public names, then the functions behind the commands."""
-    parts = [
-        f"{NOTE}# Python API\n\nEverything below `longmem` itself is public and stays; the modules after it may move.\n"
-    ]
-    parts += [_entry(name, getattr(longmem, name), "##") for name in longmem.__all__ if name != "__version__"]
-    for name in MODULES:
-        module = __import__(name, fromlist=["_"])
-        parts.append(f"## {name}\n\n{_doc(module)}\n")
-        parts += [_entry(n, v, "###") for n, v in vars(module).items() if _belongs(n, v, name)]
-    return "\n".join(parts)
 
 
 def command_line() -> str:
@@ -122,66 +94,6 @@ def with_sizes(page: str) -> str:
     return SIZES.sub(
         lambda _: f"<!-- sizes -->\n{text_of([Table(heads, rows)]).strip()}\n\n{made}\n<!-- /sizes -->\n", page
     )
-
-
-def _entry(name: str, value: Any, level: str) -> str:
-    """One class or function: signature, docstring, and for a class its documented methods."""
-    lines = [f"{level} {name}\n", f"```python\n{_signature(name, value)}\n```\n", _doc(value), ""]
-    if inspect.isclass(value) and not issubclass(value, BaseException):
-        for inner, raw in vars(value).items():
-            member = raw.__func__ if isinstance(raw, classmethod | staticmethod) else raw
-            if inner.startswith("_"):
-                continue
-            if isinstance(member, property) and member.__doc__:
-                lines.append(f"**`.{inner}`**: {_doc(member)}\n")
-            elif inspect.isfunction(member) and member.__doc__:
-                lines.append(f"{level}# .{inner}\n\n```python\n{_signature(inner, member)}\n```\n\n{_doc(member)}\n")
-    return "\n".join(lines)
-
-
-def _signature(name: str, value: Any) -> str:
-    try:
-        text = str(inspect.signature(value))
-    except (TypeError, ValueError):
-        return name
-    text = re.sub(r"<factory>|<object object at 0x[0-9a-f]+>", "...", re.sub(r"(: |-> )'([^']*)'", r"\1\2", text))
-    text = re.sub(r"\((self|cls)(, )?", "(", text, count=1)
-    whole = f"{name}{text}"
-    if len(whole) <= 110:
-        return whole
-    inside, _, after = text[1:].rpartition(")")
-    return f"{name}(\n" + "".join(f"    {part},\n" for part in _arguments(inside)) + f"){after}"
-
-
-def _arguments(text: str) -> Iterator[str]:
-    """Split at the commas that stand in no bracket and in no string."""
-    depth, part, quote = 0, "", ""
-    for sign in text:
-        if quote or sign in "'\"":
-            quote = "" if sign == quote else quote or sign
-        else:
-            depth += (sign in "([{") - (sign in ")]}")
-        if sign == "," and not depth and not quote:
-            yield part.strip()
-            part = ""
-        else:
-            part += sign
-    if part.strip():
-        yield part.strip()
-
-
-def _doc(value: Any) -> str:
-    """A docstring as Markdown: its sections become lists."""
-    text = (inspect.getdoc(value) or "").replace("``", "`")
-    text = re.sub(r"(?m)^(Args|Attributes|Returns|Raises|Yields):\n", r"*\1*\n\n", text)
-    text = re.sub(r"(?m)^    (\*{0,2}\w+): ", lambda match: f"- `{match[1]}`: ", text)
-    return re.sub(r"(?m)^ {8}(?=\S)", "  ", text)
-
-
-def _belongs(name: str, value: Any, module: str) -> bool:
-    mine = (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__ == module
-    said_above = name in longmem.__all__
-    return mine and not said_above and not name.startswith("_") and bool(value.__doc__)
 
 
 def _help(command: click.Command, name: str) -> str:

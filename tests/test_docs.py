@@ -16,7 +16,7 @@ from longmem.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-GENERATED = ("python-api.md", "cli.md", "recipe.md")
+GENERATED = ("cli.md", "recipe.md")
 WRITTEN = [page for page in PAGES if page.name not in GENERATED]
 
 
