@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,15 @@ def test_replace_and_append(memory: Memory, notes: Path) -> None:
     done = memory("add", notes / "one.txt", notes / "new.txt", "--append", "--json")
     assert [each["status"] for each in done.json["documents"]] == ["appended", "added"]
     assert memory("show", "one.txt", "--text").out == f"something else{before}"
+    done = memory("append", notes / "new.txt", "--json")
+    assert [each["status"] for each in done.json["documents"]] == ["appended"]
+    assert memory("show", "new.txt", "--text").out == "newnew"
     assert memory("add", notes, "--append", "--replace").error.startswith("--replace and --append contradict")
+    assert "leave --metadata, --expires out" in (
+        memory("add", notes, "--append", "--metadata", "a=1", "--expires", "30d").error
+    )
+    Path("two.jsonl").write_text('{"id": "one.txt", "text": "more"}\n{"text": \n')
+    assert "1 document stored whole before this; append the others" in memory("append", "two.jsonl").err
 
 
 @pytest.mark.usefixtures("model")
@@ -112,7 +122,7 @@ def test_the_store_names_its_model_so_that_nothing_else_has_to(memory: Memory, m
 def test_an_interrupted_add_goes_on_where_it_stopped(
     memory: Memory, made_text: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from longmem.cli.memory import printing
+    from longmem.cli import common
     from longmem.store import adding
 
     Path("short.txt").write_text("short")
@@ -126,7 +136,7 @@ def test_an_interrupted_add_goes_on_where_it_stopped(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(printing.ShownProgress, "__call__", tell)
+        patch.setattr(common.ShownProgress, "__call__", tell)
         done = memory("add", "short.txt", "long.txt", "--json")
     assert done.status == 130
     assert done.json["complete"] is False
@@ -154,7 +164,7 @@ def test_control_c_leaves_a_clean_store(memory: Memory, model: Path) -> None:
     process.stdin.write('{"text": "one"}\n')
     process.stdin.flush()
     deadline = time.monotonic() + 300
-    while not Path("memory/catalog.sqlite").exists() and time.monotonic() < deadline:
+    while not Path("memory/catalog.sqlite").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
     time.sleep(1)  # it waits for the second line now
     process.send_signal(signal.SIGINT)
@@ -164,4 +174,78 @@ def test_control_c_leaves_a_clean_store(memory: Memory, model: Path) -> None:
     assert err.strip().endswith("interrupted")
     assert "Traceback" not in err
     report = memory("verify", "--json").json
-    assert (report["clean"], report["sealed"], report["problems"]) == (True, True, [])
+    assert (report["clean"], report["problems"]) == (True, [])
+
+
+# lines and files that cannot be read
+
+BAD = [
+    b'{"id":"a","text":"caf\xe9 au lait"}',
+    b'{"id":"b","text":"a cut emoji \\ud83d here"}',
+    b'{"id":"c","text":null}',
+    b'{"id":"d","text":"good","metadata":"none"}',
+    b'{"id":"e","text":"good","time":"yesterday"}',
+    b'{"id":"f","text":',
+    b'{"id":"g","text":"good","time":NaN}',
+    b'{"id":"h","text":"good","metadata":[]}',
+    b'{"id":"two\\nlines","text":"good"}',
+]
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize("packed", [False, True])
+def test_bad_lines_are_skipped_and_named_and_the_others_added(
+    memory: Memory, packed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = b"\n".join([b'{"id":"first","text":"one"}', *BAD, b'{"id":null,"text":"last"}'])
+    name = "l.jsonl.gz" if packed else "l.jsonl"
+    Path(name).write_bytes(gzip.compress(data) if packed else data)
+    done = memory("add", name, "--undecodable", "skip", "--json")
+    assert (done.status, names(done)) == (0, ["first", f"{name}:11"])
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split(": ")[0] for line in said] == [f"{Path.cwd()}/{name}:{number}" for number in range(2, 11)]
+    assert all(line.endswith("; skipped") for line in said)
+
+
+@pytest.mark.usefixtures("model")
+def test_bytes_and_halves_can_be_replaced(memory: Memory) -> None:
+    Path("l.jsonl").write_bytes(b"\n".join(BAD[:2]))
+    assert "l.jsonl:1: not UTF-8 text (byte 0xe9 at offset 21); convert it, exclude it, or pass --undecodable" in (
+        memory("add", "l.jsonl").error
+    )
+    assert names(memory("add", "l.jsonl", "--undecodable", "replace", "--json")) == ["a", "b"]
+    assert memory("show", "a", "--text").out == "caf\ufffd au lait"
+    assert memory("show", "b", "--text").out == "a cut emoji \ufffd here"
+
+
+@pytest.mark.usefixtures("model")
+def test_lines_without_a_name_are_called_by_file_and_line(memory: Memory) -> None:
+    Path("n.jsonl").write_text('{"id":null,"text":"the first text"}\n{"id":null,"text":"the second text"}\n')
+    assert names(memory("add", "n.jsonl", "--json")) == ["n.jsonl:1", "n.jsonl:2"]
+    Path("t.jsonl").write_text('{"id":"b","text":null}\n')
+    line = memory("add", "t.jsonl").error
+    assert "t.jsonl:1: the field 'text' holds null, not text (it has: id, text); name it with --field" in line
+
+
+def test_another_models_tokenizer_is_refused_wherever_text_is_read(
+    memory: Memory, filled: Path, tmp_path: Path, made_text: Callable[..., str]
+) -> None:
+    from longmem.data.tokenizer import train_tokenizer
+
+    train_tokenizer([made_text(500)], 300).save_pretrained(str(tmp_path / "wrong"))
+    for arguments in (["add", "notes"], ["append", "notes"], ["search", "the old map", "-n", "ada"]):
+        assert memory(*arguments, "--tokenizer", "wrong").error == (
+            "wrong: a tokenizer of 300 tokens, the model knows 260: it is another model's; name the right one with "
+            "--tokenizer"
+        )
+    assert filled.is_dir()
+
+
+@pytest.mark.usefixtures("model")
+def test_a_name_may_be_composed_or_not(memory: Memory) -> None:
+    written, typed = unicodedata.normalize("NFD", "Zoë.txt"), unicodedata.normalize("NFC", "Zoë.txt")
+    Path(written).write_text("hello there")
+    assert memory("add", typed, "-n", typed).status == 0
+    assert memory("show", typed, "-n", written, "--text").out == "hello there"
+    assert memory("search", "hello", "-n", written, "--document", written).status == 0
+    assert memory("forget", "-n", written, "--name", written).status == 0
