@@ -55,3 +55,11 @@ def test_the_share_recovered_is_of_what_the_context_gains() -> None:
 def test_nothing_to_measure_with_is_refused() -> None:
     with pytest.raises(ConfigError, match="give texts, or a tokenizer"):
         measure_effect(make_backbone("llama"))
+
+
+def test_sets_grow_by_the_layer_that_adds_most() -> None:
+    settings = {"window": 20, "num_retrieved": 8, "chunk_size": 2}
+    report = measure_effect(make_backbone("llama"), _texts(), most=3, quiet=True, **settings)  # type: ignore[arg-type]
+    sizes = [set(effect.layers) for effect in report.sets]
+    assert [len(size) for size in sizes] == [1, 2, 3] and sizes[0] < sizes[1] < sizes[2]
+    assert set(report.best) in sizes

@@ -14,7 +14,7 @@ from longmem.config import LongMemConfig
 from longmem.errors import CheckpointError, ConfigError
 from longmem.modeling.training_free import GATES
 
-LAYERS = (1,)
+LAYERS = (1, 3)
 SETTINGS = {"memory_layers": LAYERS, "chunk_size": 2, "num_retrieved": 8}
 
 

@@ -25,7 +25,7 @@ def _texts(seed: int) -> dict[str, list[Tensor]]:
 
 
 def _reader(**settings: object) -> TrainingFree:
-    kept = {"memory_layers": (1,), "chunk_size": 2, "num_retrieved": 8, "fusion": "token", **settings}
+    kept = {"memory_layers": (1, 2), "chunk_size": 2, "num_retrieved": 8, "fusion": "token", **settings}
     return TrainingFree.from_backbone(make_backbone("llama"), **kept)
 
 
