@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, TrainingArguments
 
 from longmem import LongMem
-from longmem.training.trainer import LongMemTrainer
+from longmem.training import LongMemTrainer
 
 options = argparse.ArgumentParser()
 options.add_argument("backbone")

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from longmem import LongMem, MemoryBank
 from longmem.modeling.families import Family
-from longmem.training.estimate import Work, estimate
+from longmem.training.estimate import estimate
+from longmem.training.recipe import Recipe
 
 torch.manual_seed(0)
 if len(sys.argv) > 1:
@@ -34,8 +35,11 @@ kept = 4096 * numbers * 2 * model.dtype.itemsize + 4096 // 4 * numbers * 4
 print(f"4,096 tokens take {kept:,} bytes by arithmetic, {bank.nbytes:,} in the bank with its small parts")
 
 # 3. what adaptation costs
-work = Work(rows=8, segment=1024, tokens=100_000_000, memory=4096)
-print("\n".join(estimate((model.config, work), "a100-80gb").lines()))
+text = {"paths": ["your/texts"], "window": 1024}
+budget = {"rows": 8, "tokens": 100_000_000, "precision": "bf16"}
+settings = {"task": "adapt", "data": text, "backbone": {"path": "yours"}, "sidenet": {"memory_size": 4096}}
+recipe = Recipe.parse({**settings, "optim": budget})
+print("\n".join(estimate(recipe, "a100-80gb", backbone.config).lines()))
 
 # 4. adaptation: read, then write, segment by segment; `longmem train` does this with all that belongs to it
 optimiser = torch.optim.AdamW(model.train().trainable_parameters(), lr=1e-3)

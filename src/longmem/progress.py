@@ -59,6 +59,13 @@ class Progress:
         else:
             self._write(line + "\n")
 
+    def say(self, text: str) -> None:
+        """A line of its own, in the place of a report."""
+        if self.quiet:
+            return
+        self._shown = time.monotonic()
+        self._write("\r" * bool(self._width) + text.ljust(self._width) + "\n")
+
     def _write(self, text: str) -> None:
         sys.stderr.write(text)
         sys.stderr.flush()

@@ -7,14 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
-from longmem.errors import ConfigError
-from longmem.training.sharding import wants_sharding
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -80,21 +76,3 @@ def test_accelerate_reads_the_launch_files(name: str, kind: str) -> None:
     if kind == "FSDP":
         assert config.fsdp_config["fsdp_version"] == 2
         assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
-
-
-def test_a_launch_file_decides_where_the_recipe_says_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    def launched(processes: int = 4, kind: str = "MULTI_GPU") -> Any:
-        return SimpleNamespace(num_processes=processes, distributed_type=SimpleNamespace(value=kind))
-
-    assert not wants_sharding("auto", launched())
-    assert wants_sharding("fsdp", launched()) and not wants_sharding("fsdp", launched(processes=1))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    assert wants_sharding("auto", launched(kind="FSDP"))
-    with pytest.raises(ConfigError, match=r"set optim\.parallel = 'auto'"):
-        wants_sharding("ddp", launched(kind="FSDP"))
-    monkeypatch.setenv("FSDP_VERSION", "1")
-    with pytest.raises(ConfigError, match="longmem needs FSDP2: fsdp_version: 2"):
-        wants_sharding("auto", launched(kind="FSDP"))
-    with pytest.raises(ConfigError, match="launched for DEEPSPEED"):
-        wants_sharding("auto", launched(kind="DEEPSPEED"))

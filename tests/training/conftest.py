@@ -74,7 +74,7 @@ def pretrain(tmp_path: Path, text_dir: Path) -> Callable[..., Recipe]:
 def adapt(tmp_path: Path, text_dir: Path, backbone_dir: Path) -> Callable[..., Recipe]:
     """``adapt("name", sidenet={"memory": False})``: an adaptation recipe over the tiny backbone."""
 
-    def make(name: str = "run", **changes: dict[str, Any]) -> Recipe:
+    def make(name: str = "run", method: str = "longmem", **changes: dict[str, Any]) -> Recipe:
         settings: Settings = {
             "run": {"name": name, "out_dir": str(tmp_path / name)},
             "data": {
@@ -84,13 +84,13 @@ def adapt(tmp_path: Path, text_dir: Path, backbone_dir: Path) -> Callable[..., R
                 "cache_dir": str(tmp_path / "cache"),
             },
             "backbone": {"path": str(backbone_dir)},
-            "sidenet": {"memory_layer": 1, "num_retrieved": 8, "memory_size": 64},
+            "sidenet": {"memory_layers": [1], "num_retrieved": 8, "memory_size": 64},
             "optim": {"steps": 8, "rows": 2, "accumulate": 2, "lr": 1e-2, "dropout": 0.1, "precision": "fp32"},
             "eval": {"every": 4, "tokens": 128, "rows": 2},
             "checkpoint": {"every": 4, "keep_last": 5},
             "log": {"every": 1},
         }
-        return Recipe.parse({"task": "adapt", **merged(settings, changes)})
+        return Recipe.parse({"task": "adapt", "method": method, **merged(settings, changes)})
 
     return make
 

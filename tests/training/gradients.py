@@ -9,39 +9,49 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
-from longmem.training import loop
+from longmem.training import run
 from longmem.training.recipe import Recipe
 from longmem.training.sharding import whole
-from longmem.training.tasks import StepScores
 
-STEPS = 3
+
+class Watch(TrainerCallback):
+    """Keeps the gradients of every step, before they are clipped."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.found: list[dict[str, Tensor]] = []
+        self._trainer = trainer
+        clip = trainer._clip_grad_norm
+
+        def seen(model: Any) -> Any:
+            grads = [(name, weight.grad) for name, weight in trainer.trained() if weight.grad is not None]
+            self.found.append({name: grad.clone() for name, grad in whole(grads).items()})
+            return clip(model)
+
+        trainer._clip_grad_norm = seen
 
 
 def gradients(recipe: Recipe) -> list[dict[str, Tensor]]:
-    """Before clipping, of ``STEPS`` steps."""
-    accelerator = loop.make_accelerator(recipe)
-    recipe.out_dir.mkdir(parents=True, exist_ok=True)
-    loop._seed(recipe.run.seed)
-    task = loop.prepare(recipe, accelerator)
-    run = loop._Run(recipe, task, accelerator, recipe.out_dir / "checkpoints")
-    run._clock = 0.0
-    run.model.train()
-    found = []
-    clip = run.optimisers.clip
+    """Of every step of a run."""
+    watches: list[Watch] = []
+    build = run.build_trainer
 
-    def seen(largest: float) -> Tensor:
-        grads = {name: weight.grad for name, weight in task.trained() if weight.grad is not None}
-        found.append({name: grad.clone() for name, grad in whole(grads).items()})
-        return clip(largest)
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        trainer = build(*arguments, **settings)
+        watches.append(Watch(trainer))
+        return trainer
 
-    run.optimisers.clip = seen  # type: ignore[method-assign]
-    for step in range(STEPS):
-        run.step(StepScores(), step / STEPS)
-    return found
+    run.build_trainer = watched
+    try:
+        run.train(recipe, overwrite=True, quiet=True)
+    finally:
+        run.build_trainer = build
+    return watches[0].found
 
 
 def main(folder: Path) -> None:

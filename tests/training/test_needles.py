@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from safetensors.torch import load_file
+from accelerate import PartialState
 
 from longmem import LongMem
 from longmem.data.windows import IGNORE
 from longmem.errors import ConfigError
 from longmem.memory import MemoryBank
 from longmem.training import needles
-from longmem.training.checkpoint import list_checkpoints
-from longmem.training.loop import prepare, train
-from longmem.training.needles import NeedleAdaptation
+from longmem.training.needles import NeedleTrainer
 from longmem.training.recipe import Recipe
-from longmem.training.tasks import StepScores
+from longmem.training.run import build_trainer, train
+from longmem.training.trainer import Clock
 
 Make = Callable[..., Recipe]
 Records = Callable[..., list[dict[str, Any]]]
@@ -34,10 +31,10 @@ ASK: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _task(recipe: Recipe) -> NeedleAdaptation:
-    task = prepare(recipe, Accelerator(cpu=True))
-    assert isinstance(task, NeedleAdaptation)
-    return task
+def _task(recipe: Recipe) -> NeedleTrainer:
+    trainer = build_trainer(recipe, PartialState(cpu=True), Clock(), quiet=True)
+    assert isinstance(trainer, NeedleTrainer)
+    return trainer
 
 
 def _means(found: Any, row: int) -> torch.Tensor:
@@ -53,13 +50,13 @@ def test_memory_of_a_question_is_the_common_text_and_its_own_facts_and_no_others
     seen: list[tuple[Any, torch.Tensor, Any]] = []
     search = needles._Hidden.search
 
-    def watch(memory: Any, queries: torch.Tensor, num: int, rows: Any = None) -> Any:
-        found = search(memory, queries, num, rows)
+    def watch(memory: Any, queries: torch.Tensor, num: int, rows: Any = None, **which: Any) -> Any:
+        found = search(memory, queries, num, rows, **which)
         seen.append((memory, queries, found))
         return found
 
     monkeypatch.setattr(needles._Hidden, "search", watch)
-    loss = task.loss(task.model, StepScores())
+    loss = task.compute_loss(task.model, task.next_batch())
     assert math.isfinite(float(loss.detach()))
     memory, queries, found = seen[0]
     text = memory.text
@@ -114,21 +111,6 @@ def test_a_run_that_only_asks_reports_the_loss_of_its_answers(adapt: Make, recor
     for line in records(recipe.out_dir, "train"):
         assert line["loss"] == line["practice_loss"]
         assert line["tokens"] == line["step"] * 2 * 2 * 4 * 48
-
-
-def test_a_resumed_run_asks_what_an_uninterrupted_one_asks(adapt: Make, records: Records) -> None:
-    whole, cut = (adapt(name, needles=ASK | {"share": 0.7}, optim={"steps": 8}) for name in ("whole", "cut"))
-    train(whole, quiet=True)
-    train(cut, quiet=True)
-    shutil.rmtree(cut.out_dir / "final")
-    for path in list_checkpoints(cut.out_dir / "checkpoints"):
-        if int(path.name.removeprefix("step-")) > 4:
-            shutil.rmtree(path)
-    train(cut, resume=True, quiet=True)
-    losses = [[(line["step"], line["loss"]) for line in records(run.out_dir, "train")] for run in (whole, cut)]
-    assert losses[0] == losses[1]
-    weights = [load_file(next((run.out_dir / "final").glob("*.safetensors"))) for run in (whole, cut)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_memory_grows_from_the_least_to_the_most(adapt: Make) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longmem import AlibiGPTForCausalLM
-from longmem.training.optimiser import Optimisers, lr_share
+from longmem.training.optimiser import build_optimiser, lr_share
 from longmem.training.recipe import OptimSection
 
 
@@ -35,26 +35,44 @@ def test_wsd_is_flat_until_its_decay() -> None:
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_every_weight_is_in_one_group_and_vectors_do_not_decay(kind: str, tiny_backbone: AlibiGPTForCausalLM) -> None:
-    optimisers = Optimisers(tiny_backbone.named_parameters(), OptimSection(optimiser=kind, weight_decay=0.1))
-    groups = [group for part in optimisers.parts for group in part.param_groups]
-    weights = [weight for group in groups for weight in group["params"]]
+    optimiser = build_optimiser(tiny_backbone.named_parameters(), OptimSection(optimiser=kind, weight_decay=0.1))
+    weights = [weight for group in optimiser.param_groups for weight in group["params"]]
     assert sorted(map(id, weights)) == sorted(map(id, tiny_backbone.parameters()))
-    for group in groups:
+    for group in optimiser.param_groups:
         assert {weight.ndim >= 2 for weight in group["params"]} == {group["weight_decay"] > 0}
 
 
 def test_muon_takes_the_matrices_of_the_layers_and_no_embedding(tiny_backbone: AlibiGPTForCausalLM) -> None:
-    _, muon = Optimisers(tiny_backbone.named_parameters(), OptimSection(optimiser="muon")).parts
-    taken = {id(weight) for group in muon.param_groups for weight in group["params"]}
+    groups = build_optimiser(tiny_backbone.named_parameters(), OptimSection(optimiser="muon")).param_groups
+    taken = {id(weight) for group in groups if group["muon"] for weight in group["params"]}
     names = [name for name, weight in tiny_backbone.named_parameters() if id(weight) in taken]
     assert len(names) == 4 * 6
     assert all(".h." in name for name in names)
 
 
-def test_gates_have_a_rate_of_their_own_that_follows_the_schedule() -> None:
+def test_a_step_is_that_of_torchs_own_two_optimisers() -> None:
+    def weights() -> dict[str, torch.nn.Parameter]:
+        torch.manual_seed(0)
+        shapes = {"layers.0.w": (6, 4), "embedding": (8, 4), "norm": (4,)}
+        return {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+
+    mine, theirs = weights(), weights()
+    optim = OptimSection(optimiser="muon", lr=1e-2, muon_lr=2e-2, weight_decay=0.1)
+    one = build_optimiser(mine.items(), optim)
+    muon = torch.optim.Muon([theirs["layers.0.w"]], lr=2e-2, weight_decay=0.1)
+    rest = [{"params": [theirs["embedding"]], "weight_decay": 0.1}, {"params": [theirs["norm"]], "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(rest, lr=1e-2, betas=optim.betas, eps=optim.eps)
+    for _ in range(3):
+        for some in (mine, theirs):
+            for number, weight in enumerate(some.values()):
+                weight.grad = torch.full_like(weight, 0.1 * (number + 1)) + weight.detach()
+        for optimiser in (one, muon, adam):
+            optimiser.step()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_gates_have_a_rate_of_their_own() -> None:
     gate, weight = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(2, 2))
     named = [("sidenet.memory_gate", gate), ("sidenet.layers.0.w", weight)]
-    optimisers = Optimisers(named, OptimSection(lr=1e-3, gate_lr=1e-2))
-    optimisers.set_share(0.5)
-    rates = {id(p): group["lr"] for group in optimisers.parts[0].param_groups for p in group["params"]}
-    assert (rates[id(gate)], rates[id(weight)]) == (5e-3, 5e-4)
+    groups = build_optimiser(named, OptimSection(lr=1e-3, gate_lr=1e-2)).param_groups
+    assert [(group["lr"], group["params"]) for group in groups] == [(1e-3, [weight]), (1e-2, [gate])]

@@ -30,7 +30,7 @@ def problems(**sections: Any) -> list[str]:
 def test_every_recipe_of_the_repository_is_valid_and_has_a_header(path: Path) -> None:
     Recipe.load(path)
     header = path.read_text(encoding="utf-8").split("task =")[0]
-    assert all(word in header for word in ("# trains ", "# hardware ", "longmem train recipes/"))
+    assert all(word in header for word in ("# trains ", "# hardware ", "longmem train "))
 
 
 def test_defaults_are_the_papers_adaptation() -> None:
@@ -66,8 +66,8 @@ def test_a_value_out_of_its_choices_lists_them() -> None:
     assert problems(optim={"steps": 1, "schedule": "square"}) == [
         "optim.schedule ('square') should be 'polynomial', 'cosine', 'wsd' or 'constant'"
     ]
-    assert problems(sidenet={"memory_layer": "best"}) == [
-        "sidenet.memory_layer ('best') should be an integer, unable to parse string as an integer, or should be 'auto'"
+    assert problems(sidenet={"memory_layers": "best"}) == [
+        "sidenet.memory_layers ('best') should be a tuple, or should be 'auto'"
     ]
     assert problems(data={"paths": [1]}) == ["data.paths (1) should be a string"]
     assert problems(task="prune") == ["task ('prune') should be 'pretrain' or 'adapt'"]
@@ -122,3 +122,23 @@ def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("task = \n")
     with pytest.raises(ConfigError, match=r"broken\.toml: not TOML"):
         Recipe.load(tmp_path / "broken.toml")
+
+
+def test_settings_of_earlier_versions_are_taken_or_named_with_what_replaced_them() -> None:
+    adapt = {"task": "adapt", "backbone": {"path": "x"}}
+    assert parsed(**adapt, sidenet={"memory_layer": 3}).sidenet.memory_layers == (3,)
+    assert parsed(**adapt, sidenet={"memory_layers": [1, 3]}).sidenet.memory_layers == (1, 3)
+    assert parsed(**adapt, sidenet={"memory_layer": "auto"}).sidenet.memory_layers == "auto"
+    [line] = problems(optim={"steps": 1, "segments": 4})
+    assert line.startswith("optim.segments is no setting any more; take optim.accumulate instead: memory is written")
+
+
+def test_a_recipe_of_the_package_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe.load("tiny-cpu")
+    assert recipe.run.name == "tiny-cpu"
+    assert all(Path(path).is_dir() for path in recipe.data.paths), "it trains on the package's own source"
+    with pytest.raises(
+        ConfigError, match=r"tiny-gpu: cannot read the recipe \(.*\); name a file, or one of .*tiny-cpu"
+    ):
+        Recipe.load("tiny-gpu")

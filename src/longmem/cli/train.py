@@ -50,7 +50,7 @@ def command(
         return
     from transformers.utils.logging import disable_progress_bar
 
-    from longmem.training.loop import train
+    from longmem.training.run import train
 
     disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")

@@ -230,7 +230,8 @@ def mirror_of(module: nn.Module) -> nn.Module:
     def reflect(part: nn.Module) -> nn.Module:
         if id(part) in made:
             return made[id(part)]
-        twin = made[id(part)] = type(part).__new__(type(part))
+        # not the class's own `__new__`: FSDP2's makes another class
+        twin = made[id(part)] = object.__new__(type(part))
         twin.__dict__.update(part.__dict__)
         for name, value in part.__dict__.items():
             if "_hooks" in name and isinstance(value, OrderedDict | dict):
@@ -262,7 +263,7 @@ class _Given(nn.Module):
 def _with_decoder(model: nn.Module, path: str, decoder: nn.Module) -> nn.Module:
     """``model`` with another decoder at the path; everything else is its own."""
     name, _, rest = path.partition(".")
-    changed = type(model).__new__(type(model))
+    changed = object.__new__(type(model))
     changed.__dict__.update(model.__dict__)
     changed.__dict__.pop("forward", None)  # accelerate's, bound to the model with the other decoder
     child = _with_decoder(model._modules[name], rest, decoder) if rest else decoder  # type: ignore[arg-type]

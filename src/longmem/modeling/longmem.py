@@ -34,6 +34,7 @@ class LongMem(MemoryLM):
     """
 
     config_class = LongMemConfig
+    saved_below = "sidenet."
     base_model_prefix = "longmem"
     supports_gradient_checkpointing = True
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
@@ -71,6 +72,8 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
 
     config_class: type[MemoryConfig] = MemoryConfig
     frozen: ClassVar[bool] = True
+    saved_below: ClassVar[str] = "backbone.model."
+    """The first part of the names of weights, which the files of a checkpoint leave away."""
     memory_gate: Tensor
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -251,6 +254,12 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
     def trainable_parameter_names(self) -> list[str]:
         """Names of all that training may change."""
         return [name for name, p in self.named_parameters() if p.requires_grad]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Also takes the names in the files of a checkpoint, as ``transformers.Trainer`` hands them over."""
+        known = self.state_dict().keys()
+        named = {name if name in known else f"{self.saved_below}{name}": value for name, value in state_dict.items()}
+        return super().load_state_dict(named, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return cast(nn.Module, self.backbone.model.get_input_embeddings())

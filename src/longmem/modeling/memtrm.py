@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -28,6 +28,7 @@ from longmem.modeling.fingerprint import fingerprint_of
 from longmem.modeling.loading import Loading, check_arguments, first_line, resolve_folder
 from longmem.modeling.memory_lm import check_saving
 from longmem.modeling.placement import check_trainable
+from longmem.modeling.weights import write_trainer_index
 
 WEIGHTS = "memory_gate.safetensors"
 BACKBONE = "backbone"
@@ -137,6 +138,11 @@ class MemTRM(AugmentedLM):
         shutil.rmtree(folder / BACKBONE, ignore_errors=True)
         partial.replace(folder / BACKBONE)
         save_file({"memory_gate": gate.to("cpu").contiguous()}, folder / WEIGHTS)
+        weight_map = {"memory_gate": WEIGHTS}
+        for file in sorted((folder / BACKBONE).glob("*.safetensors")):
+            with safe_open(file, "pt") as tensors:
+                weight_map |= {f"backbone.model.{name}": f"{BACKBONE}/{file.name}" for name in list(tensors.keys())}
+        write_trainer_index(folder, weight_map)
         self.config.backbone_fingerprint = fingerprint_of(language_model, weights)
         own = self.config
         self.config = copy.deepcopy(own)  # the checkpoint's backbone is its own copy, wherever this model's came from

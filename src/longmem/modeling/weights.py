@@ -16,6 +16,8 @@ INDEX = f"{WEIGHTS}.index.json"
 SHARD_SIZE = "5GB"
 """Files larger than that are hard to move; the hub's own limit."""
 _PATTERN = "sidenet{suffix}.safetensors"
+TRAINER_INDEX = "model.safetensors.index.json"
+"""Where ``transformers.Trainer`` looks for what it can resume from."""
 
 
 def write_weights(
@@ -48,7 +50,14 @@ def write_weights(
         partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         _to_disk(partial)
         partial.replace(folder / INDEX)
+    write_trainer_index(folder, {f"sidenet.{name}": file for name, file in plan.tensor_to_filename.items()})
     _to_disk(folder)
+
+
+def write_trainer_index(folder: Path, weight_map: Mapping[str, str]) -> None:
+    """Say which file has which weight of the model, so that a plain ``transformers.Trainer`` can resume."""
+    index = {"metadata": {}, "weight_map": dict(weight_map)}
+    (folder / TRAINER_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

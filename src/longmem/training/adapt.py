@@ -1,384 +1,278 @@
-"""``task = "adapt"``: memory-augmented adaptation (paper, section 3.3).
+"""Memory-augmented adaptation (paper, section 3.3): ``LongMemTrainer``.
 
-What is trained is a SideNet over a frozen backbone, or with ``method = "memtrm"`` the backbone itself. Rows are
-different texts and move on segment by segment; the bank holds each row's own past. A segment is read with what the bank
-held before, and written only after ``backward``.
+What is trained is a SideNet over a frozen backbone, or the backbone itself (``MemTRM``). Rows are different texts and
+move on segment by segment; the bank holds each row's own past. A segment is read with what the bank held before, and
+written only after ``backward``: recomputation must find the memory that ``forward`` read.
 """
 
 from __future__ import annotations
 
-import copy
-import math
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import TrainingArguments
 
+from longmem.data.steps import as_corpus
 from longmem.data.stream import SegmentBatch, SegmentStream
 from longmem.data.tokens import TokenCorpus
 from longmem.data.windows import IGNORE
-from longmem.errors import CheckpointError, ConfigError
+from longmem.errors import ConfigError
 from longmem.memory import MemoryBank
 from longmem.modeling.longmem import LongMem
 from longmem.modeling.memtrm import MemTRM
-from longmem.modeling.placement import quantization
-from longmem.training.recipe import Recipe, SideNetSection
-from longmem.training.sharding import assign
-from longmem.training.tasks import Scores, StepScores, runs_bf16, set_dropout, storage_dtype, token_losses
+from longmem.progress import Progress
+from longmem.training.trainer import Scores, StreamTrainer, token_losses
 from longmem.types import AttentionKV
 
+Documents = TokenCorpus | Iterable[Mapping[str, Any]]
 
-class Adaptation:
-    """See ``Task``. Only the SideNet and its memory gates are trained; of a ``MemTRM``, everything.
+
+class LongMemTrainer(StreamTrainer):
+    """``transformers.Trainer`` for a ``LongMem`` or a ``MemTRM``.
+
+    Rows are different texts, ``per_device_train_batch_size`` of them in each process, and a row stays with its process.
+    ``gradient_accumulation_steps`` is that many consecutive segments of every row.
 
     Args:
-        recipe: with ``task = "adapt"``.
-        tokenizer: the backbone's.
-        train: corpus whose documents the rows read.
-        valid: corpus of [eval]; may be None.
-        device: where model and bank are.
-        rank: number of this process.
-        world: number of processes.
-        divided: the model stays on the CPU, until FSDP2 divides it.
+        model: best with ``side_dtype=torch.float32``.
+        args: as ever; without ``max_steps``, an epoch reads as many tokens as the documents have.
+        train_dataset: a ``TokenCorpus``, or records with ``input_ids``, a whole document each.
+        eval_dataset: the same, or a dict of such; every evaluation begins with an empty memory.
+        window: T, tokens of a segment.
+        memory: False trains the control, the same model without memory.
+        memory_size: M, tokens that each row remembers; None is the model's.
+        memory_dtype: of what is remembered; None is the backbone's.
+        shared: one memory for all rows, as in the released code.
+        boundary: whether a row's memory is kept when its next text begins.
+        piece_tokens: longer documents are dealt out in pieces of so many tokens; 0 keeps them whole.
+        eval_tokens: of each evaluation; None reads every document to its end.
+        compare: evaluations also measure the backbone alone, and the last one the model with memory switched off.
+        quiet: no progress on stderr.
+        **trainer: further arguments of ``StreamTrainer`` and ``Trainer``.
+
+    Raises:
+        ConfigError: arguments that would tear texts out of their order; all of them are listed.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
-        tokenizer: PreTrainedTokenizerBase,
-        train: TokenCorpus,
-        valid: TokenCorpus | None,
-        device: torch.device,
-        rank: int = 0,
-        world: int = 1,
+        model: Any,
+        args: TrainingArguments | None = None,
         *,
-        divided: bool = False,
+        train_dataset: Documents,
+        eval_dataset: Documents | dict[str, Documents] | None = None,
+        window: int = 1024,
+        memory: bool = True,
+        memory_size: int | None = None,
+        memory_dtype: torch.dtype | None = None,
+        shared: bool = False,
+        boundary: Literal["keep", "reset"] = "keep",
+        piece_tokens: int = 0,
+        eval_tokens: int | None = None,
+        compare: bool = False,
+        quiet: bool = False,
+        **trainer: Any,
     ) -> None:
-        if recipe.backbone.device_map is not None and world > 1:
-            raise ConfigError(
-                f"backbone.device_map ({recipe.backbone.device_map!r}) spreads one process over all devices, and there "
-                f"are {world} processes; start one, or leave it away"
+        if not isinstance(model, LongMem | MemTRM):
+            name = type(model).__name__
+            raise ConfigError(f"model ({name}) must be a LongMem or a MemTRM; make one with LongMem.from_backbone(...)")
+        args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
+        corpus, rows = as_corpus(train_dataset), args.per_device_train_batch_size
+        if args.max_steps <= 0:
+            tokens = args.num_train_epochs * corpus.num_tokens
+            args.max_steps = max(
+                1, round(tokens / (rows * window * args.world_size * args.gradient_accumulation_steps))
             )
-        self.recipe, self.tokenizer, self.valid, self.device = recipe, tokenizer, valid, device
-        self.longmem = build_adapted(recipe, device, resident=not divided)
-        self.model: nn.Module = self.longmem
-        _check_vocabulary(self.longmem, tokenizer, recipe)
-        data, optim = recipe.data, recipe.optim
-        self.pad_id = tokenizer.pad_token_id or 0
-        self.stream = SegmentStream(
-            train,
-            data.window,
-            optim.rows,
-            recipe.run.seed,
-            piece_tokens=data.piece_tokens,
-            rank=rank,
-            world=world,
+        # without memory the gate takes no part, and DDP would wait for it
+        model.memory_gate.requires_grad_(memory)
+        tokenizer = trainer.get("tokenizer") or trainer.get("processing_class")
+        self.pad_id = getattr(tokenizer, "pad_token_id", None) or 0
+        stream = SegmentStream(
+            corpus,
+            window,
+            rows,
+            args.seed if args.data_seed is None else args.data_seed,
+            piece_tokens=piece_tokens,
+            rank=args.process_index,
+            world=args.world_size,
             pad_id=self.pad_id,
         )
-        self.rank, self.world = rank, world
-        self.bank = self._training_bank() if recipe.sidenet.memory else None
-        self.tokens_per_batch = optim.rows * optim.segments * data.window
-        self._unwritten: tuple[AttentionKV, SegmentBatch] | None = None
+        about = {"window": window, "piece_tokens": piece_tokens, "boundary": boundary, "memory": memory}
+        trainer["same"] = trainer.get("same") or about
+        super().__init__(model, args, stream=stream, eval_dataset=_corpora(eval_dataset), **trainer)
+        self.window, self.boundary, self.reads_memory, self.quiet = window, boundary, memory, quiet
+        self.eval_tokens, self.compare = eval_tokens, compare
+        self.backbone_losses: dict[str, float] = {}
+        self._bank_settings = {
+            "capacity_tokens": memory_size or model.config.memory_size,
+            "dtype": memory_dtype or model.backbone.model.dtype,
+            "shared": shared,
+        }
+        self.bank = self.new_bank(rows) if memory else None
+        self._unwritten: AttentionKV | None = None
         self._share: Tensor | None = None
-        self._backbone_loss: float | None = None
 
-    def describe(self) -> str:
-        model, corpus = self.longmem, self.stream.corpus
-        count = sum(weight.numel() for weight in model.trainable_parameters())
-        memory = f"memory of layer {model.memory_layer}" if self.bank is not None else "no memory (control)"
-        what = "training a MemTRM" if isinstance(model, MemTRM) else "adapting a SideNet"
-        return (
-            f"{what} of {count:,} parameters, {memory}, on {corpus.num_tokens:,} tokens of {len(corpus):,} "
-            f"documents, {len(self.stream.pieces):,} texts"
-        )
+    @property
+    def longmem(self) -> LongMem | MemTRM:
+        """The model without wrappers."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        return model  # type: ignore[no-any-return]
 
-    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        wanted = set(self.longmem.trainable_parameter_names())
-        return ((name, weight) for name, weight in self.longmem.named_parameters() if name in wanted)
-
-    def loss(self, model: nn.Module, scores: StepScores) -> Tensor:
-        if isinstance(self.longmem, MemTRM) and self.valid is not None and self._backbone_loss is None:
-            self._backbone_loss = self._loss_at_start()
-        batches = [self.stream.next() for _ in range(self.recipe.optim.segments)]
-        if self.bank is not None:
-            turn_over(self.bank, batches[0], self.recipe.sidenet.boundary)
-        ids, mask, targets = (_to(part, self.device) for part in _joined(batches))
-        assert targets is not None
-        out = model(input_ids=ids, attention_mask=mask, memory=self.bank, use_cache=False)
-        losses = token_losses(out.logits, targets)
-        scores.text.add(losses, targets != IGNORE)
-        self._unwritten = (out.kv, batches[-1])
-        self._share = None if out.share is None else out.share.detach()
-        # the mean over the targets of all processes, whose average gradient is taken; of several segments, the mean of
-        # each one's mean: what they would give one after the other
-        means = [part.sum() * (self.world / batch.targets_in_all) for part, batch in _pairs(losses, batches)]
-        return torch.stack(means).mean()
-
-    def after_backward(self) -> None:
-        """Write the segment: recomputation in ``backward`` must find the memory that ``forward`` read."""
-        if self.bank is not None and self._unwritten is not None:
-            remember(self.bank, *self._unwritten)
-        self._unwritten = None
-
-    def status(self) -> dict[str, Any]:
-        """Passes over the corpus, memory fill, and the share that each head gave to memory in the newest segment."""
-        status: dict[str, Any] = {"epoch": round(self.stream.epoch, 4)}
-        if self.bank is not None:
-            status["memory_fill"] = float(self.bank.tokens.float().mean()) / self.bank.capacity_tokens
-            status["memory_tokens"] = self.bank.tokens.tolist()
-            shares = self.longmem.memory_share if self._share is None else self._share.float().mean(dim=(0, 2))
-            status["share"] = [round(share, 4) for share in shares.tolist()]
-        return status
-
-    @torch.no_grad()
-    def evaluate(self, autocast: AbstractContextManager[Any], final: bool) -> dict[str, Any]:
-        """Losses over consecutive segments of the validation text, with a bank of its own.
-
-        Returns:
-            ``loss`` as trained, ``loss_backbone`` of the backbone alone on the same segments (as training found it),
-            and at the end of a run with memory ``loss_memory_off``. The protocol is the paper's, which takes the
-            context before each segment from the backbone; ``longmem eval perplexity`` also measures the other one.
-        """
-        if self.valid is None:
-            return {}
-        self.longmem.train(False)
-        result = {"loss": self._validate(autocast, memory=self.bank is not None)}
-        if self._backbone_loss is None:
-            self._backbone_loss = self._validate(autocast, memory=False, backbone=True)
-        result["loss_backbone"] = self._backbone_loss
-        if final and self.bank is not None:
-            result["loss_memory_off"] = self._validate(autocast, memory=False)
-        self.longmem.train()
-        return result
-
-    def state_dict(self) -> dict[str, Any]:
-        bank = None if self.bank is None else self.bank.state_dict()
-        return {"stream": self.stream.state_dict(), "bank": bank, "backbone_loss": self._backbone_loss}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stream.load_state_dict(state["stream"])
-        if self.bank is not None:
-            self.bank.load_state_dict(state["bank"])
-        self._backbone_loss = state["backbone_loss"]
-
-    def dealt(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Every row goes on with its own text and memory, whichever process now has it."""
-        rows, total = self.recipe.optim.rows, len(states[0]["stream"]["piece"])
-        if rows * self.world != total:
-            wanted = f"set optim.rows = {total // self.world}" if total % self.world == 0 else f"start {len(states)}"
-            raise CheckpointError(
-                f"the checkpoint has {total} rows in {len(states)} processes, this run {rows} in each of {self.world}; "
-                f"{wanted}, every row has a memory of its own"
-            )
-        if self.bank is not None:
-            raise CheckpointError(f"memory is not dealt to other processes; start {len(states)}, as many as wrote it")
-        return dict(states[0])
-
-    def weights(self) -> dict[str, Tensor]:
-        return dict(self.trained())
-
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        assign(self.trained(), weights)
-
-    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """What was trained, and the tokenizer.
-
-        A backbone that is a folder is named relative to ``folder``, so that both can move.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        config = self.longmem.config
-        name = "start_name_or_path" if isinstance(self.longmem, MemTRM) else "backbone_name_or_path"
-        named = getattr(config, name)
-        if named is not None and Path(named).is_dir():
-            self.longmem.config = copy.deepcopy(config)
-            setattr(self.longmem.config, name, os.path.relpath(named, folder))
-        try:
-            self.longmem.save_pretrained(folder, state_dict=weights)
-        finally:
-            self.longmem.config = config
-        self.tokenizer.save_pretrained(str(folder))
-
-    @torch.no_grad()
-    def _loss_at_start(self) -> float:
-        """Of the backbone, before it is trained itself; read without memory a MemTRM is that backbone."""
-        self.longmem.train(False)
-        loss = self._validate(nullcontext(), memory=False)
-        self.longmem.train()
-        return loss
-
-    def _training_bank(self) -> MemoryBank:
-        if self.recipe.optim.segments != 1:
-            raise ConfigError(f"optim.segments ({self.recipe.optim.segments}) must be 1: memory is written every step")
-        return self._new_bank(self.recipe.optim.rows)
-
-    def _new_bank(self, rows: int) -> MemoryBank:
-        return MemoryBank.for_model(self.longmem, rows, self.recipe.sidenet.memory_size, **self._bank_settings())
-
-    def _bank_settings(self) -> dict[str, Any]:
-        side = self.recipe.sidenet
-        on_gpu_bf16 = runs_bf16(self.recipe.optim.precision, self.device) and self.device.type != "cpu"
-        dtype = storage_dtype(side.memory_dtype) or (torch.bfloat16 if on_gpu_bf16 else torch.float32)
-        settings: dict[str, Any] = {"dtype": dtype, "device": self.device, "shared": side.shared}
-        if self.recipe.backbone.device_map is not None:
-            del settings["device"]  # where the layer is that searches it
+    def new_bank(self, rows: int, **settings: Any) -> MemoryBank:
+        """An empty one."""
+        settings = {**self._bank_settings, **settings}
         if isinstance(self.longmem, MemTRM):
             settings["fingerprint"] = None  # its weights change, and what older ones wrote is read all the same
-        return settings
+        return MemoryBank.for_model(self.longmem, rows, settings.pop("capacity_tokens"), **settings)
 
-    def _validate(self, autocast: AbstractContextManager[Any], memory: bool, backbone: bool = False) -> float:
-        assert self.valid is not None
-        settings, window = self.recipe.eval, self.recipe.data.window
+    # a step: read, backward, write
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean cross entropy, in nats, over the targets of all processes."""
+        batch: SegmentBatch = inputs
+        if self.bank is not None:
+            turn_over(self.bank, batch, self.boundary)
+        out, targets = self.read(model, batch, self.bank)
+        losses = token_losses(out.logits, targets)
+        self.scores.add(losses, targets != IGNORE)
+        self._unwritten = out.kv
+        self._share = None if out.share is None else out.share.detach()
+        # DDP takes the mean of the processes' gradients
+        loss = losses.sum() * (self.args.world_size / batch.targets_in_all)
+        return (loss, out) if return_outputs else loss
+
+    def after_backward(self, batch: Any) -> None:
+        """Write the segment."""
+        if self.bank is not None and self._unwritten is not None:
+            self.bank.add(self._unwritten, documents=batch.documents, offsets=batch.offsets)
+        self._unwritten = None
+
+    def read(self, model: nn.Module, batch: SegmentBatch, memory: MemoryBank | None) -> tuple[Any, Tensor]:
+        """The model's output over a segment, and the targets."""
+        device = self.args.device
+        mask = None if batch.mask is None else batch.mask.to(device, non_blocking=True)
+        ids, targets = (part.to(device, non_blocking=True) for part in (batch.ids, batch.targets))
+        given = {} if memory is None else {"memory": memory}
+        return model(input_ids=ids, attention_mask=mask, use_cache=False, **given), targets
+
+    def status(self) -> dict[str, Any]:
+        """How full memory is, and the share that each head gave it in the newest segment."""
+        if self.bank is None:
+            return {}
+        shares = self.longmem.memory_share if self._share is None else self._share.float().mean(dim=(0, 2))
+        return {
+            "memory_fill": float(self.bank.tokens.float().mean()) / self.bank.capacity_tokens,
+            "memory_tokens": self.bank.tokens.tolist(),
+            "share": [round(share, 4) for share in shares.tolist()],
+        }
+
+    # evaluation
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Losses over consecutive segments of each document, from its beginning, with a bank of its own.
+
+        The protocol is the paper's, which takes the context before a segment from memory alone; ``longmem eval
+        perplexity`` measures the other one too.
+
+        Returns:
+            ``eval_loss``; where they are to be compared ``eval_loss_backbone`` of the backbone alone (a MemTRM's as
+            it was before training), and at the end of a run ``eval_loss_memory_off``.
+        """
+        chosen: Any = self.eval_dataset if eval_dataset is None else _corpora(eval_dataset)
+        metrics: dict[str, float] = {}
+        self.longmem.train(False)
+        for name, corpus in chosen.items() if isinstance(chosen, dict) else [("", chosen)]:
+            prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
+            metrics[f"{prefix}loss"] = self.validate(corpus, memory=self.reads_memory)
+            if not self.compare:
+                continue
+            if name not in self.backbone_losses:
+                self.backbone_losses[name] = self.validate(corpus, memory=False, backbone=True)
+            metrics[f"{prefix}loss_backbone"] = self.backbone_losses[name]
+            if self.reads_memory and self.control.should_training_stop:
+                metrics[f"{prefix}loss_memory_off"] = self.validate(corpus, memory=False)
+        return self.told(metrics)
+
+    def validate(self, corpus: TokenCorpus, memory: bool, backbone: bool = False) -> float:
+        """Mean loss in nats over the text."""
         # documents stay whole: each is read from its beginning with all its past
-        together = min(settings.rows, len(self.valid))
-        rank, world = (self.rank, self.world) if together % self.world == 0 else (0, 1)
+        together = min(self.args.per_device_eval_batch_size, len(corpus))
+        rank, world = (
+            (self.args.process_index, self.args.world_size) if together % self.args.world_size == 0 else (0, 1)
+        )
         rows = together // world
-        stream = SegmentStream(self.valid, window, rows, None, rank=rank, world=world, pad_id=self.pad_id)
-        bank = self._new_bank(rows) if memory else None
+        stream = SegmentStream(corpus, self.window, rows, None, rank=rank, world=world, pad_id=self.pad_id)
+        bank = self.new_bank(rows) if memory else None
         model = self.longmem.backbone.model if backbone else self.longmem
-        reads = {} if backbone else {"memory": bank}
-        scores = Scores()
-        steps = max(1, min(settings.tokens, self.valid.num_tokens) // (together * window))
-        for _ in range(steps):
-            batch = stream.next()
-            if bank is not None:
-                turn_over(bank, batch, self.recipe.sidenet.boundary)
-            ids, mask, targets = (_to(part, self.device) for part in (batch.ids, batch.mask, batch.targets))
-            assert targets is not None
-            with autocast:
-                out = model(input_ids=ids, attention_mask=mask, use_cache=False, **reads)
-            scores.add(token_losses(out.logits, targets), targets != IGNORE)
-            if bank is not None:
-                remember(bank, out.kv, batch)
-        if world > 1:
-            scores.gather(self.device)
-        return scores.mean
+        scores, tokens = Scores(), min(self.eval_tokens or corpus.num_tokens, corpus.num_tokens)
+        steps = max(1, tokens // (together * self.window))
+        what = "validating the backbone" if backbone else "validating" if memory else "validating without memory"
+        quiet = self.quiet or not self.is_world_process_zero()
+        with Progress(what, steps * together * self.window, "tokens", quiet=quiet) as progress:
+            for _ in range(steps):
+                batch = stream.next()
+                if bank is not None:
+                    turn_over(bank, batch, self.boundary)
+                with self.accelerator.autocast():
+                    out, targets = self.read(model, batch, bank)
+                scores.add(token_losses(out.logits, targets), targets != IGNORE)
+                if bank is not None:
+                    bank.add(out.kv, documents=batch.documents, offsets=batch.offsets)
+                progress.advance(together * self.window)
+        return (scores.gather(self.args.device) if world > 1 else scores).mean
+
+    # checkpoints
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``StreamTrainer``; a MemTRM is measured once before it changes."""
+        if self.compare and isinstance(self.longmem, MemTRM) and not self.backbone_losses:
+            valid: Any = self.eval_dataset
+            self.longmem.train(False)
+            with torch.no_grad():
+                self.backbone_losses[""] = self.validate(valid, memory=False)
+        return super().train(*args, **kwargs)
+
+    def own_state(self) -> dict[str, Any]:
+        bank = None if self.bank is None else self.bank.state_dict()
+        return super().own_state() | {"bank": bank, "backbone_losses": self.backbone_losses}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        super().load_own_state(state)
+        if self.bank is not None:
+            self.bank.load_state_dict(state["bank"])
+        self.backbone_losses = dict(state["backbone_losses"])
+
+    def save_weights(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """A backbone that is a folder is named relative to the checkpoint's, so that both can move."""
+        super().save_weights(folder, weights)
+        final = folder.parents[1] / folder.name if self.writing else folder
+        file = folder / "config.json"
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        for name in ("backbone_name_or_path", "start_name_or_path"):
+            named = settings.get(name)
+            if named and os.path.isabs(named) and os.path.isdir(named):
+                settings[name] = os.path.relpath(named, final)
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def turn_over(bank: MemoryBank, batch: SegmentBatch, boundary: str) -> None:
     """Before a segment is read: rows that begin another text end the last one, and forget it where ``reset``."""
-    if not bool(batch.starts.any()):
-        return
-    rows = batch.starts.nonzero().flatten()
-    bank.end_document(rows)
-    if boundary == "reset":
-        bank.reset(rows)
+    if bool(batch.starts.any()):
+        rows = batch.starts.nonzero().flatten()
+        bank.end_document(rows)
+        if boundary == "reset":
+            bank.reset(rows)
 
 
-def remember(bank: MemoryBank, kv: AttentionKV, batch: SegmentBatch) -> None:
-    """After a segment was read, and after ``backward``: write it, with where it stood."""
-    bank.add(kv, documents=batch.documents, offsets=batch.offsets)
-
-
-def build_adapted(recipe: Recipe, device: torch.device, *, resident: bool = True) -> LongMem | MemTRM:
-    """What the recipe trains, its weights in float32; ``resident``: on ``device``, else on the CPU."""
-    model = _build_memtrm(recipe) if recipe.method == "memtrm" else _build_longmem(recipe, device)
-    optim = recipe.optim
-    set_dropout(model.backbone.model if isinstance(model, MemTRM) else model.sidenet, optim.dropout)
-    if optim.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    # what is quantised or spread has been put in its place
-    if resident and recipe.backbone.quantised is None and recipe.backbone.device_map is None:
-        model.to(device)  # type: ignore[arg-type]
-    return model
-
-
-def _build_longmem(recipe: Recipe, device: torch.device) -> LongMem:
-    side, named = recipe.sidenet, recipe.backbone
-    assert named.path is not None
-    halved = torch.bfloat16 if runs_bf16(recipe.optim.precision, device) and device.type != "cpu" else torch.float32
-    settings: dict[str, Any] = {} if side.final_state is None else {"final_state": side.final_state}
-    loading: dict[str, Any] = {} if named.device_map is None else {"device_map": named.device_map}
-    if named.quantised is not None:
-        loading = {"device_map": {"": device}, **loading, "quantization_config": quantization(named.quantised, halved)}
-    if side.start is not None:
-        return _go_on(side, named.path, named.revision, halved if named.dtype is None else storage_dtype(named.dtype))
-    model = LongMem.from_backbone(
-        named.path,
-        memory_layer=side.memory_layer,
-        revision=named.revision,
-        dtype=halved if named.dtype is None else storage_dtype(named.dtype),
-        backbone_kwargs=loading,
-        side_dtype=torch.float32,
-        stride=side.stride,
-        init=side.init,
-        fusion=side.fusion,
-        chunk_size=side.chunk_size,
-        num_retrieved=side.num_retrieved,
-        memory_size=side.memory_size,
-        **settings,
-    )
-    nn.init.constant_(model.sidenet.memory_gate, math.log(side.gate / (1 - side.gate)))
-    return model
-
-
-def _go_on(side: SideNetSection, backbone: str, revision: str | None, dtype: torch.dtype | None) -> LongMem:
-    """A SideNet that was trained before; how much it retrieves, and from how much, may be another number."""
-    assert side.start is not None
-    model = LongMem.from_pretrained(side.start, backbone=backbone, dtype=dtype, side_dtype=torch.float32)
-    fixed: dict[str, Any] = {"stride": side.stride, "fusion": side.fusion}
-    if side.memory_layer is not None:
-        fixed["memory_layer"] = side.memory_layer
-    other = [
-        f"sidenet.{name} ({value!r}) is {getattr(model.config, name)!r} in sidenet.start ({side.start}); set it so"
-        for name, value in fixed.items()
-        if value != getattr(model.config, name)
-    ]
-    if other:
-        raise ConfigError(other)
-    for name in ("chunk_size", "num_retrieved", "memory_size"):
-        setattr(model.config, name, getattr(side, name))
-    if revision is not None:
-        model.config.backbone_revision = revision
-    model.config.backbone_name_or_path = backbone
-    return model
-
-
-def _build_memtrm(recipe: Recipe) -> MemTRM:
-    """With all that the recipe says of memory; what it says of a SideNet means nothing here."""
-    side, named = recipe.sidenet, recipe.backbone
-    assert named.path is not None
-    return MemTRM.from_backbone(
-        named.path,
-        memory_layer=side.memory_layer,
-        revision=named.revision,
-        dtype=torch.float32 if named.dtype is None else storage_dtype(named.dtype),
-        fusion=side.fusion,
-        gate=side.gate,
-        chunk_size=side.chunk_size,
-        num_retrieved=side.num_retrieved,
-        memory_size=side.memory_size,
-    )
-
-
-def _check_vocabulary(model: LongMem | MemTRM, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    known = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-    if len(tokenizer) > known:
-        raise ConfigError(
-            f"data.tokenizer has {len(tokenizer)} tokens, backbone.path ({recipe.backbone.path}) embeds {known}; "
-            "use the tokenizer that the backbone was trained with"
-        )
-
-
-def _joined(batches: list[SegmentBatch]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Ids, mask and targets of n segments of B rows as n*B rows, the first segment of every row first."""
-    if len(batches) == 1:
-        return batches[0].ids, batches[0].mask, batches[0].targets
-    mask = None
-    if any(batch.mask is not None for batch in batches):
-        real = [torch.ones_like(b.ids, dtype=torch.bool) if b.mask is None else b.mask for b in batches]
-        mask = torch.cat(real)
-    return torch.cat([batch.ids for batch in batches]), mask, torch.cat([batch.targets for batch in batches])
-
-
-def _pairs(losses: Tensor, batches: list[SegmentBatch]) -> Iterator[tuple[Tensor, SegmentBatch]]:
-    """The losses (n*B, T) of each of the n batches."""
-    return zip(losses.chunk(len(batches)), batches, strict=True)
-
-
-def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, non_blocking=True)
+def _corpora(documents: Any) -> Any:
+    if isinstance(documents, dict):
+        return {name: as_corpus(each) for name, each in documents.items()}
+    return [] if documents is None else as_corpus(documents)

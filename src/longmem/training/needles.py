@@ -9,7 +9,7 @@ B questions · T tokens of a question with its answer · S tokens per chunk
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,10 @@ from longmem.data.windows import IGNORE
 from longmem.memory import MemoryBank
 from longmem.memory.encoded import EncodedText, TextMemory
 from longmem.memory.joined import best_of
-from longmem.training.adapt import Adaptation
-from longmem.training.tasks import StepScores, token_losses
+from longmem.progress import Progress
+from longmem.training.adapt import LongMemTrainer
+from longmem.training.recipe import NeedlesSection
+from longmem.training.trainer import token_losses
 from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory
 
 RUN = 16  # segments of text that are taken from one place of the corpus
@@ -45,61 +47,69 @@ class _Asked:
     kv: tuple[Tensor, Tensor]
 
 
-class NeedleAdaptation(Adaptation):
-    """See ``Task``. At a share of the steps, ``[needles]`` of the recipe, questions take the place of text rows.
+@dataclass(frozen=True)
+class Questions:
+    """A batch of them, and what they are asked of."""
+
+    ids: Tensor
+    targets: Tensor
+    memory: _Hidden
+
+
+class NeedleTrainer(LongMemTrainer):
+    """A ``LongMemTrainer`` that asks questions, ``[needles]`` of a recipe, at a share of its batches.
 
     What memory holds does not depend on who reads it, so real text is encoded once, before training. For each question
     memory is a run of that text, the same for all questions of a step, and its own facts, each in two short segments of
     other text, at a random place and so now and then cut in two. Memory grows in the course of the run. Everything is
-    a function of the seed and of how many steps have been taken.
+    a function of the seed and of how many batches have been taken.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, needles: NeedlesSection, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        needles, window = self.recipe.needles, self.recipe.data.window
-        # on average: questions have no fixed length
-        asked, text = 2 * needles.rows * needles.context, self.tokens_per_batch
-        self.tokens_per_batch = round(needles.share * asked + (1 - needles.share) * text)
-        self._steps = 0
-        random = np.random.default_rng([self.recipe.run.seed, _TEXT])
-        self._text = EncodedText(self.longmem, _places(self.stream.corpus.ids, needles.text_tokens, window, random))
+        self.needles, self.corpus, self.seed = needles, self.stream.corpus, self.args.seed
+        self._taken = 0
         self._asked: deque[tuple[int, _Asked]] = deque()
+        random = np.random.default_rng([self.seed, _TEXT])
+        ids = _places(self.corpus.ids, needles.text_tokens, self.window, random)
+        quiet = self.quiet or not self.is_world_process_zero()
+        with Progress("encoding what facts are hidden in", len(ids), "segments", quiet=quiet) as progress:
+            self._text = EncodedText(self.longmem, ids, lambda done: progress.advance())
 
-    def describe(self) -> str:
-        needles = self.recipe.needles
-        return (
-            f"{super().describe()}; {needles.share:.0%} of the steps ask {needles.rows} times for "
-            f"{', '.join(needles.kinds)} among {self._text.lengths.shape[1] * self._text.chunk_size:,} tokens"
-        )
-
-    def loss(self, model: nn.Module, scores: StepScores) -> Tensor:
-        needles = self.recipe.needles
-        number, self._steps = self._steps, self._steps + 1
-        random = np.random.default_rng([self.recipe.run.seed, _STEP, number, self.rank])
-        if random.random() >= needles.share:
-            return super().loss(model, scores)
+    def next_batch(self) -> Any:
+        """Questions, or segments of text as ever."""
+        number, self._taken = self._taken, self._taken + 1
+        random = np.random.default_rng([self.seed, _STEP, number, self.args.process_index])
+        if random.random() >= self.needles.share:
+            return super().next_batch()
         asked = self._questions(number)
-        ids, targets = _rows(asked, self.pad_id)
-        memory = _Hidden(self._background(number, random), self._facts(asked))
-        out = model(input_ids=ids.to(self.device), memory=memory, use_cache=False)
-        targets = targets.to(self.device)
-        losses = token_losses(out.logits, targets)
-        scores.practice.add(losses, targets != IGNORE)
+        return Questions(*_rows(asked, self.pad_id), _Hidden(self._background(number, random), self._facts(asked)))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean cross entropy, in nats, over the tokens of the answers."""
+        if not isinstance(inputs, Questions):
+            return super().compute_loss(model, inputs, return_outputs)
+        targets = inputs.targets.to(self.args.device)
+        out = model(input_ids=inputs.ids.to(self.args.device), memory=inputs.memory, use_cache=False)
+        losses, counted = token_losses(out.logits, targets), targets != IGNORE
+        self.practice.add(losses, counted)
         self._share = None if out.share is None else out.share.detach()
-        return losses.sum() / (targets != IGNORE).sum()
+        loss = losses.sum() / counted.sum()
+        return (loss, out) if return_outputs else loss
 
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"steps": self._steps}
+    def own_state(self) -> dict[str, Any]:
+        return super().own_state() | {"taken": self._taken}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._steps = int(state["steps"])
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        super().load_own_state(state)
+        self._taken = int(state["taken"])
         self._asked.clear()
 
     def _background(self, number: int, random: np.random.Generator) -> TextMemory:
         """A run of the text: its length grows from the least to the most, and now and then is shorter."""
-        needles, segments = self.recipe.needles, len(self._text.ids)
-        window = self.recipe.data.window
+        needles, segments, window = self.needles, len(self._text.ids), self.window
         done = min(1.0, number / needles.grows) if needles.grows else 1.0
         least, most = needles.least_tokens, needles.most_tokens
         tokens = least * (most / least) ** (done * (1.0 if random.random() < 0.7 else random.random()))
@@ -108,7 +118,7 @@ class NeedleAdaptation(Adaptation):
 
     def _questions(self, number: int) -> list[_Asked]:
         """Each question is asked in ``repeats`` steps, one after the other, so that its facts are encoded once."""
-        needles = self.recipe.needles
+        needles = self.needles
         fresh = max(1, needles.rows // needles.repeats)
         first = number * fresh
         while self._asked and self._asked[0][0] < first:
@@ -122,15 +132,15 @@ class NeedleAdaptation(Adaptation):
 
     def _draw(self, number: int) -> tuple[Tensor, Tensor, int]:
         """Segments (n, context) with the facts in them, the question with its answer, and the answer's length."""
-        needles = self.recipe.needles
-        random = np.random.default_rng([self.recipe.run.seed, _FACTS, number, self.rank])
+        needles = self.needles
+        random = np.random.default_rng([self.seed, _FACTS, number, self.args.process_index])
         facts = draw_facts(needles.kinds[int(random.integers(len(needles.kinds)))], random)
         parts = []
         for sentence in (*facts.asked, *facts.others):
             tokens = self._tokens(sentence)
             size = max(2, -(-len(tokens) // needles.context)) * needles.context
-            start = int(random.integers(self.stream.corpus.num_tokens - size))
-            text = self.stream.corpus.ids[start : start + size].astype(np.int64)
+            start = int(random.integers(self.corpus.num_tokens - size))
+            text = self.corpus.ids[start : start + size].astype(np.int64)
             place = int(random.integers(size - len(tokens) + 1))
             text[place : place + len(tokens)] = tokens
             parts.append(text.reshape(-1, needles.context))
@@ -143,13 +153,13 @@ class NeedleAdaptation(Adaptation):
 
         One question at a time: other batch sizes round differently, and a resumed run encodes more at once.
         """
-        kv = self.longmem.encode(segments.to(self.device))
+        kv = self.longmem.encode(segments.to(self.args.device))
         return kv.keys.transpose(0, 1).flatten(1, 2), kv.values.transpose(0, 1).flatten(1, 2)
 
     def _facts(self, asked: Sequence[_Asked]) -> MemoryBank:
         """A row for each question."""
         longest = max(one.kv[0].shape[1] for one in asked)
-        bank = MemoryBank.for_model(self.longmem, len(asked), longest, **self._bank_settings() | {"shared": False})
+        bank = self.new_bank(len(asked), capacity_tokens=longest, shared=False)
         keys, values = (
             torch.stack([nn.functional.pad(one.kv[i], (0, 0, 0, longest - one.kv[i].shape[1])) for one in asked])
             for i in (0, 1)
@@ -159,7 +169,8 @@ class NeedleAdaptation(Adaptation):
         return bank
 
     def _tokens(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        tokenizer: Any = self.tokenizer
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
 
@@ -172,11 +183,11 @@ class _Hidden:
 
     @property
     def chunk_size(self) -> int:
-        return self.text.chunk_size
+        return int(self.text.chunk_size)
 
-    def search(self, queries: Tensor, num_chunks: int, rows: Tensor | None = None) -> RetrievedMemory:
-        """The best of both."""
-        parts = [self.text.search(queries, num_chunks), self.facts.search(queries, num_chunks, rows)]
+    def search(self, queries: Tensor, num_chunks: int, rows: Tensor | None = None, **which: Any) -> RetrievedMemory:
+        """The best of both; ``which`` names the layer."""
+        parts = [self.text.search(queries, num_chunks, **which), self.facts.search(queries, num_chunks, rows, **which)]
         return best_of(parts, num_chunks)
 
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:

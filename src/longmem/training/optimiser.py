@@ -1,17 +1,15 @@
-"""Learning-rate schedule and optimisers of a recipe."""
+"""Optimiser and learning-rate schedule of a recipe."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from longmem.training.muon import Muon
 from longmem.training.recipe import OptimSection
-from longmem.training.sharding import load_whole_state, undivided, whole_state
 
 
 def lr_share(optim: OptimSection, done: float) -> float:
@@ -28,61 +26,53 @@ def lr_share(optim: OptimSection, done: float) -> float:
     return float(left**optim.power)
 
 
-class Optimisers:
-    """AdamW, or Muon and AdamW side by side, driven as one.
+class AdamWAndMuon(torch.optim.AdamW):
+    """AdamW, and Muon (Jordan et al. 2024) for the groups that say ``muon``, as one optimiser with one state."""
 
-    Matrices of the layers go to Muon where it is asked for; embeddings, head, norms, biases and memory gates always go
-    to AdamW. Weight decay applies to matrices only.
-    """
+    def __init__(self, groups: list[dict[str, Any]], optim: OptimSection) -> None:
+        super().__init__(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        self._momentum = optim.muon_momentum
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], optim: OptimSection) -> None:
-        trained = [(name, weight) for name, weight in named if weight.requires_grad]
-        gates = [weight for name, weight in trained if "memory_gate" in name]
-        vectors = [weight for name, weight in trained if weight.ndim < 2 and "memory_gate" not in name]
-        matrices = [(name, weight) for name, weight in trained if weight.ndim >= 2 and "memory_gate" not in name]
-        hidden = [weight for name, weight in matrices if optim.optimiser == "muon" and _inside_layers(name, weight)]
-        rest = [weight for name, weight in matrices if not (optim.optimiser == "muon" and _inside_layers(name, weight))]
-        groups: list[dict[str, Any]] = [
-            {"params": rest, "lr": optim.lr, "weight_decay": optim.weight_decay},
-            {"params": vectors, "lr": optim.lr, "weight_decay": 0.0},
-            {"params": gates, "lr": optim.gate_lr or optim.lr, "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        self.weights = [weight for _, weight in trained]
-        self.parts: list[torch.optim.Optimizer] = []
-        if groups:
-            self.parts.append(torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps))
-        if hidden:
-            self.parts.append(
-                Muon(hidden, lr=optim.muon_lr, weight_decay=optim.weight_decay, momentum=optim.muon_momentum)
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        everything = self.param_groups
+        try:
+            self.param_groups = [group for group in everything if not group["muon"]]
+            super().step()
+            for group in everything:
+                if group["muon"]:
+                    self._muon(group)
+        finally:
+            self.param_groups = everything
+
+    def _muon(self, group: dict[str, Any]) -> None:
+        muon = torch.optim.Muon(
+            group["params"], lr=group["lr"], weight_decay=group["weight_decay"], momentum=self._momentum
+        )
+        for weight in group["params"]:
+            # AdamW looks for a step in every state that it loads
+            self.state[weight].setdefault("step", torch.zeros(()))
+            muon.state[weight] = self.state[weight]  # the same dict: what it remembers is kept here
+        muon.step()
+
+
+def build_optimiser(named: Iterable[tuple[str, nn.Parameter]], optim: OptimSection) -> torch.optim.Optimizer:
+    """Matrices inside the layers go to Muon where it is asked for, all else to AdamW. Only matrices decay."""
+    trained = [(name, weight) for name, weight in named if weight.requires_grad]
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    for name, weight in trained:
+        gate, matrix = "memory_gate" in name, weight.ndim >= 2
+        # a name with a number in it is of a layer, and no embedding or head
+        muon = optim.optimiser == "muon" and weight.ndim == 2 and not gate and any(p.isdigit() for p in name.split("."))
+        rate = optim.muon_lr if muon else optim.gate_lr or optim.lr if gate else optim.lr
+        groups.setdefault((muon, rate, optim.weight_decay if matrix and not gate else 0.0), []).append(weight)
+    return AdamWAndMuon(
+        [
+            {"params": weights, "muon": muon, "lr": rate, "weight_decay": decay}
+            # the first group's rate is the one that is logged
+            for (muon, rate, decay), weights in sorted(
+                groups.items(), key=lambda group: group[0][:2] != (False, optim.lr)
             )
-        self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
-
-    def set_share(self, share: float) -> None:
-        """Set every rate to this share of its peak."""
-        for part, peaks in zip(self.parts, self._peaks, strict=True):
-            for group, peak in zip(part.param_groups, peaks, strict=True):
-                group["lr"] = peak * share
-
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()
-            part.zero_grad(set_to_none=True)
-
-    def clip(self, largest: float) -> Tensor:
-        """Gradient norm before clipping, (); ``largest`` 0 only measures."""
-        norm = nn.utils.clip_grad_norm_(self.weights, largest if largest > 0 else math.inf)
-        return undivided(norm)
-
-    def state_dict(self, keep: bool = True) -> list[dict[str, Any]]:
-        """States with undivided tensors; all processes call this, only those that ``keep`` get them."""
-        return [whole_state(part, keep) for part in self.parts]
-
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        for part, state in zip(self.parts, states, strict=True):
-            load_whole_state(part, state)
-
-
-def _inside_layers(name: str, weight: nn.Parameter) -> bool:
-    """Whether a weight is a matrix of a layer: its name has a layer number, and it is no embedding or head."""
-    return weight.ndim == 2 and any(part.isdigit() for part in name.split("."))
+        ],
+        optim,
+    )

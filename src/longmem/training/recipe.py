@@ -5,23 +5,24 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from longmem.data.facts import KINDS
 from longmem.data.text import TEXT_SUFFIXES, TextSource, WaysOut
 from longmem.errors import ConfigError
+from longmem.training.recipe_problems import contradictions, lines, override, without
 
 Share = typing.Annotated[float, Field(ge=0, le=1)]
 Count = typing.Annotated[int, Field(ge=1)]
 CountOrZero = typing.Annotated[int, Field(ge=0)]
 Positive = typing.Annotated[float, Field(gt=0)]
+
+PACKAGE = Path(__file__).parents[1]
 
 
 class Section(BaseModel):
@@ -119,8 +120,9 @@ class BackboneSection(Section):
 class SideNetSection(Section):
     """Adaptation: the SideNet and its memory. With ``method = "memtrm"`` what is said of memory holds all the same."""
 
-    memory_layer: CountOrZero | Literal["auto"] | None = None
-    """Backbone layer that is remembered, 0-based; None: three quarters of the depth."""
+    memory_layers: tuple[CountOrZero, ...] | Literal["auto"] | None = None
+    """Backbone layers that are remembered, 0-based; None: the one at three quarters of the depth; auto: measured.
+    ``memory_layer = 3`` means ``memory_layers = [3]``."""
     start: str | None = None
     """SideNet checkpoint to go on from, over the same backbone; layers, fusion and gates are then its own."""
     stride: Count = 2
@@ -148,12 +150,26 @@ class SideNetSection(Section):
     memory_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of stored keys and values; None: bfloat16 where a GPU computes in it, else float32."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_layer(cls, settings: Any) -> Any:
+        """``memory_layer``, and a number for ``memory_layers``, are lists of one."""
+        if not isinstance(settings, dict):
+            return settings
+        settings = dict(settings)
+        if "memory_layer" in settings:
+            settings["memory_layers"] = settings.pop("memory_layer")
+        if isinstance(settings.get("memory_layers"), int):
+            settings["memory_layers"] = [settings["memory_layers"]]
+        return settings
+
 
 class OptimSection(Section):
     """Optimiser, schedule, budget, precision."""
 
     optimiser: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the 2-D weights inside the layers, AdamW for the rest; see ``muon.py``."""
+    """muon: ``torch.optim.Muon`` for the 2-D weights inside the layers, AdamW for the rest. It multiplies in bfloat16,
+    which CPUs without such instructions emulate slowly."""
     lr: Positive = 2e-4
     """Peak learning rate of what AdamW trains."""
     muon_lr: Positive = 0.02
@@ -186,11 +202,8 @@ class OptimSection(Section):
     """Stop cleanly after so long, over all resumed parts of the run."""
     rows: Count = 8
     """Rows per process and forward pass."""
-    segments: Count = 1
-    """Adaptation: consecutive segments of each row per forward pass, each reading what lay before it: fewer rows, and
-    so fewer memories, fill a device. Trains what as many ``accumulate``d passes do, within rounding."""
     accumulate: Count = 1
-    """Forward passes per optimiser step."""
+    """Forward passes per optimiser step; adaptation: of consecutive segments, memory is written after each."""
     clip: typing.Annotated[float, Field(ge=0)] = 1.0
     """Largest gradient norm; 0 does not clip."""
     dropout: typing.Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -209,7 +222,7 @@ class OptimSection(Section):
 
 
 class NeedlesSection(Section):
-    """Adaptation to facts hidden in memory, see ``NeedleAdaptation``. Not in the paper."""
+    """Adaptation to facts hidden in memory, see ``NeedleTrainer``. Not in the paper."""
 
     share: Share = 0.0
     """Share of the steps that ask for hidden facts; the others read text as ever. 0: none."""
@@ -258,6 +271,10 @@ class EvalSection(Section):
     """Tokens of validation text that are read."""
     rows: Count = 8
     """Documents read side by side."""
+    best: bool = False
+    """Finish with the weights of the lowest validation loss, not with the last ones."""
+    patience: CountOrZero = 0
+    """End the run after so many evaluations without a new lowest loss; 0 never does."""
     copy_score: bool = True
     """Pre-training: also measure how well the model copies from its context."""
 
@@ -287,19 +304,22 @@ class Recipe(Section):
         """Read a recipe file.
 
         Args:
-            path: TOML.
+            path: TOML; or the name of a recipe that comes with the package, ``tiny-cpu``.
             overrides: ``section.name=value`` each, value in TOML or a bare word.
 
         Raises:
             ConfigError: the file is missing or no TOML, or settings are wrong; lists every one.
         """
         try:
-            settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            text = _find(path).read_text(encoding="utf-8")
+            settings = tomllib.loads(text.replace("{longmem}", PACKAGE.as_posix()))
         except OSError as error:
-            raise ConfigError(f"{path}: cannot read the recipe ({error.strerror}); see recipes/ for some") from error
+            raise ConfigError(
+                f"{path}: cannot read the recipe ({error.strerror}); name a file, or one of {', '.join(_shipped())}"
+            ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not TOML ({error})") from error
-        problems = [problem for text in overrides if (problem := _override(settings, text))]
+        problems = [problem for text in overrides if (problem := override(settings, text))]
         return cls.parse(settings, problems)
 
     @classmethod
@@ -313,21 +333,17 @@ class Recipe(Section):
         try:
             recipe = cls.model_validate(settings)
         except ValidationError as error:
-            found += _lines(error)
+            found += lines(error, cls)
             try:
                 # the rules between settings are read with the wrong ones at their defaults, to report all at once
-                recipe = cls.model_validate(_without(settings, [details["loc"] for details in error.errors()]))
+                recipe = cls.model_validate(without(settings, [details["loc"] for details in error.errors()]))
             except ValidationError:
                 raise ConfigError(found) from error
         named = {line.split(" ")[0] for line in found}
-        found += [line for line in recipe.problems() if line.split(" ")[0] not in named]
+        found += [line for line in contradictions(recipe) if line.split(" ")[0] not in named]
         if found:
             raise ConfigError(found)
         return recipe
-
-    def problems(self) -> list[str]:
-        """Every broken rule between settings, one line each."""
-        return _contradictions(self)
 
     @property
     def out_dir(self) -> Path:
@@ -367,173 +383,11 @@ _WAYS_OUT = WaysOut(
 )
 
 
-def _contradictions(recipe: Recipe) -> list[str]:
-    data, model, side, optim = recipe.data, recipe.model, recipe.sidenet, recipe.optim
-    found = []
-    if not data.paths:
-        found.append("data.paths is empty; name files, folders, .jsonl, .tar.xz or hub:NAME to train on")
-    if data.valid and data.held_out:
-        found.append("data.held_out and data.valid are both set; keep one of them")
-    if recipe.task == "adapt":
-        if recipe.backbone.path is None:
-            found.append("backbone.path is missing; name a folder or hub id of a causal language model")
-        for name in ("num_retrieved", "memory_size"):
-            value, chunk = getattr(side, name), side.chunk_size
-            if value % chunk:
-                below = value - value % chunk
-                tries = f"{below} or {below + chunk}" if below else f"{chunk}"
-                rule = f"must be a multiple of sidenet.chunk_size ({chunk})"
-                found.append(f"sidenet.{name} ({value}) {rule}; try {tries}")
-        if recipe.method == "memtrm":
-            found += [
-                f"backbone.{name} ({value!r}) is for a frozen backbone, and method = 'memtrm' trains it; leave it away"
-                for name, value in (
-                    ("quantised", recipe.backbone.quantised),
-                    ("device_map", recipe.backbone.device_map),
-                )
-                if value is not None
-            ]
-        if optim.parallel == "fsdp":
-            found += [
-                f"backbone.{name} ({value!r}) and optim.parallel = 'fsdp' both divide the backbone; keep one of them"
-                for name, value in (
-                    ("quantised", recipe.backbone.quantised),
-                    ("device_map", recipe.backbone.device_map),
-                )
-                if value is not None
-            ]
-        found += _needle_problems(recipe)
-        if side.start is not None and recipe.method == "memtrm":
-            found.append(f"sidenet.start ({side.start!r}) is a SideNet, and method = 'memtrm' has none; leave it away")
-        if side.shared and side.boundary == "reset":
-            found.append(
-                "sidenet.boundary is 'reset' with sidenet.shared; their rows end at different times, use 'keep'"
-            )
-    if recipe.task == "pretrain" and model.init is None and model.hidden_size % model.heads:
-        found.append(
-            f"model.hidden_size ({model.hidden_size}) must be a multiple of model.heads ({model.heads}); "
-            f"try {model.hidden_size // model.heads * model.heads + model.heads}"
-        )
-    if optim.steps is None and optim.tokens is None and optim.max_minutes is None:
-        found.append("optim.steps, optim.tokens and optim.max_minutes are all missing; set one as the budget")
-    if optim.steps is not None and optim.tokens is not None:
-        found.append(f"optim.steps ({optim.steps}) and optim.tokens ({optim.tokens}) are both set; keep one of them")
-    if optim.schedule_by == "time" and optim.max_minutes is None:
-        found.append("optim.schedule_by is 'time' but optim.max_minutes is missing; set it")
-    only_time = optim.max_minutes is not None and optim.steps is None and optim.tokens is None
-    if optim.schedule_by == "tokens" and only_time:
-        found.append("optim.schedule_by is 'tokens' without optim.tokens or optim.steps; set one, or use 'time'")
-    if recipe.task == "pretrain" and recipe.method != "longmem":
-        found.append(f"method ({recipe.method!r}) is for task = 'adapt'; pre-training has no memory")
-    if recipe.task == "pretrain" and optim.segments > 1:
-        found.append(f"optim.segments ({optim.segments}) is for task = 'adapt'; windows of pre-training have no order")
-    if recipe.task == "adapt" and optim.compile:
-        found.append("optim.compile is for task = 'pretrain'; adaptation hooks into its backbone, set it to false")
-    if optim.warmup + (optim.decay_fraction if optim.schedule == "wsd" else 0) > 1:
-        found.append(f"optim.warmup ({optim.warmup}) and optim.decay_fraction ({optim.decay_fraction}) exceed the run")
-    return found
+def _find(path: str | Path) -> Path:
+    """The file itself, or the recipe of this name in the package; the wheel has them beside the code."""
+    return Path(path) if Path(path).exists() else _shipped().get(Path(path).name, Path(path))
 
 
-def _needle_problems(recipe: Recipe) -> list[str]:
-    """Of [needles], where it is used."""
-    needles, window, chunk = recipe.needles, recipe.data.window, recipe.sidenet.chunk_size
-    if not needles.share:
-        return []
-    found = [
-        f"needles.kinds ({kind!r}) must be among {', '.join(KINDS)}" for kind in needles.kinds if kind not in KINDS
-    ]
-    if not needles.kinds:
-        found.append(f"needles.kinds is empty; name some of {', '.join(KINDS)}")
-    if needles.least_tokens > needles.most_tokens:
-        found.append(
-            f"needles.least_tokens ({needles.least_tokens}) must not exceed most_tokens ({needles.most_tokens})"
-        )
-    found += [
-        f"{name} ({value}) must be a multiple of sidenet.chunk_size ({chunk}) where needles.share is set"
-        for name, value in (("data.window", window), ("needles.context", needles.context))
-        if value % chunk
-    ]
-    if not recipe.sidenet.memory:
-        found.append("needles.share needs memory; set sidenet.memory to true or needles.share to 0")
-    if recipe.method == "memtrm":
-        found.append("needles.share is for a frozen backbone, whose memory stays valid; method = 'memtrm' trains it")
-    if recipe.optim.parallel == "fsdp":
-        found.append("needles.share and optim.parallel = 'fsdp' do not go together yet; use 'ddp'")
-    return found
-
-
-def _override(settings: dict[str, Any], text: str) -> str | None:
-    """Set one value; returns the problem if it cannot be."""
-    name, equals, value = text.partition("=")
-    *tables, key = name.strip().split(".")
-    if not equals or not key:
-        return f"--set {text} is not section.name=value; write e.g. --set optim.lr=1e-3"
-    table = settings
-    for part in tables:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            return f"--set {text}: {part} is a value, not a section"
-    try:
-        table[key] = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        table[key] = value.strip()
-    return None
-
-
-def _lines(error: ValidationError) -> list[str]:
-    """Pydantic's problems in the words of the recipe, one line for each setting."""
-    rules: dict[str, list[str]] = {}
-    starts: dict[str, str] = {}
-    for details in error.errors():
-        # what follows section and name is a place inside a list, or which one of several allowed types was tried
-        places = [str(place) for place in details["loc"][:2]]
-        name = ".".join(places)
-        if details["type"] == "extra_forbidden":
-            near = _nearest(places)
-            starts[name], rule = f"{name} is no setting; ", f"did you mean {near}?" if near else "remove it"
-        elif details["type"] == "missing":
-            starts[name], rule = f"{name} is missing; ", "set task = 'pretrain' or 'adapt'"
-        else:
-            starts.setdefault(name, f"{name} ({details['input']!r}) ")
-            rule = (
-                details["msg"]
-                .replace("Input should", "should")
-                .replace(" valid integer", "n integer")
-                .replace(" valid ", " ")
-            )
-        rules.setdefault(name, []).append(rule)
-    return [starts[name] + ", or ".join(rule for rule in found) for name, found in rules.items()]
-
-
-def _nearest(places: list[str]) -> str | None:
-    """The known setting most like an unknown one: in its own section first, then in any."""
-    known = {f"{section}.{name}" for section, names in _known().items() for name in names}
-    everything = sorted(known | set(_known()) | {"task", "method"})
-    name = ".".join(places)
-    section = places[0] if len(places) > 1 else ""
-    inside = difflib.get_close_matches(places[-1], _known().get(section, []), n=1, cutoff=0.6)
-    if inside:
-        return f"{section}.{inside[0]}"
-    elsewhere = [setting for setting in everything if setting.split(".")[-1] == places[-1]]
-    return next(iter(elsewhere or difflib.get_close_matches(name, everything, n=1, cutoff=0.6)), None)
-
-
-def _known() -> dict[str, list[str]]:
-    sections = {}
-    for name, field in Recipe.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            sections[name] = list(field.annotation.model_fields)
-    return sections
-
-
-def _without(settings: dict[str, Any], places: list[tuple[int | str, ...]]) -> dict[str, Any]:
-    """A copy of the settings that lacks the named ones (``task`` falls back to ``pretrain``)."""
-    copy: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
-    for place in places:
-        section = copy.get(str(place[0]))
-        if len(place) > 1 and isinstance(section, dict):
-            section.pop(str(place[1]), None)
-        else:
-            copy.pop(str(place[0]), None)
-    copy.setdefault("task", "pretrain")
-    return copy
+def _shipped() -> dict[str, Path]:
+    folders = (PACKAGE / "recipes", PACKAGE.parents[1] / "recipes")
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.toml"))}

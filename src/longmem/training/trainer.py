@@ -1,427 +1,412 @@
-"""``LongMemTrainer``: memory-augmented adaptation for those who live in ``transformers.Trainer``.
+"""``StreamTrainer``: transformers.Trainer whose batches come one after the other, from a place that is saved.
 
-What Trainer does stays as it is: optimiser, schedule, precision, logging, callbacks, checkpoints, DDP. Added are texts
-read in order, one row each, a bank that every segment reads before and writes after ``backward``, and that bank in
-every checkpoint, one file for each process.
+Trainer's own are the loop, accumulation, precision, DDP, callbacks, logging and the choice of the best model. Changed
+are the order of the data, the optimiser of recipes, FSDP2 layer by layer, and checkpoints: complete or absent, with
+the place in the text.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, reduce
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler
-from transformers import Trainer, TrainingArguments, default_data_collator
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
-from longmem.data.steps import SegmentSteps, as_corpus
-from longmem.data.tokens import TokenCorpus
 from longmem.data.windows import IGNORE
 from longmem.errors import CheckpointError, ConfigError
-from longmem.memory import MemoryBank
-from longmem.modeling.longmem import LongMem
-from longmem.modeling.weights import INDEX, WEIGHTS, missing_weights, read_weights
-from longmem.training.tasks import Scores, token_losses
-from longmem.types import AttentionKV
-
-log = logging.getLogger(__name__)
-
-Documents = TokenCorpus | Iterable[Mapping[str, Any]]
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+from longmem.training.checkpoint import list_checkpoints, publish, saved_weights, verify, way_out
+from longmem.training.optimiser import build_optimiser, lr_share
+from longmem.training.recipe import OptimSection
+from longmem.training.sharding import assign, let_go, load_optimiser_part, optimiser_part, shard, undivided, whole
 
 
 @dataclass
-class _Arrival:
-    """Where the rows of a batch stand in their texts."""
+class Scores:
+    """Sums of losses (nats) and of the tokens they are over; kept on the device, so that adding never waits."""
 
-    texts: list[str]
-    offsets: list[int]
-    starts: Tensor
-    mask: Tensor
+    loss: Tensor | float = 0.0
+    count: Tensor | float = 0.0
+
+    def add(self, losses: Tensor, counted: Tensor) -> None:
+        """Add the losses (B, T) at the tokens ``counted`` (B, T) bool."""
+        self.loss = self.loss + (losses.detach() * counted).sum()
+        self.count = self.count + counted.sum()
+
+    def gather(self, device: torch.device) -> Scores:
+        """The sums of all processes."""
+        mine = torch.tensor([float(self.loss), float(self.count)], dtype=torch.float64)
+        loss, count = reduce(mine.to(device), reduction="sum").tolist()
+        return Scores(loss, count)
+
+    @property
+    def mean(self) -> float:
+        """Nats per token; NaN over no token."""
+        return float(self.loss) / float(self.count) if float(self.count) else float("nan")
 
 
-class LongMemTrainer(Trainer):
-    """``transformers.Trainer`` for a ``LongMem``.
-
-    Rows are different texts, ``per_device_train_batch_size`` of them in each process, and move on segment by segment;
-    only the SideNet is trained. The loss is the mean over all targets of the optimiser step, over all processes. An
-    epoch reads as many tokens as the documents have. For FSDP2, or several segments a step, use ``longmem train``.
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy per token.
 
     Args:
-        model: a ``LongMem``, best with ``side_dtype=torch.float32``.
-        args: as ever; ``gradient_accumulation_steps`` is that many consecutive segments of every row.
-        train_dataset: a ``TokenCorpus``, or records with ``input_ids``, a whole document each.
-        eval_dataset: the same, or a dict of such; every evaluation begins with an empty memory.
-        window: T, tokens of a segment.
-        memory: False trains the control, a SideNet without memory.
-        memory_size: M, tokens that each row remembers; None is the model's.
-        memory_dtype: of what is remembered; None is the backbone's.
-        boundary: whether a row's memory is kept when its next text begins.
-        piece_tokens: longer documents are dealt out in pieces of so many tokens; 0 keeps them whole.
+        logits: (B, T, V), any float type; scored in float32.
+        targets: (B, T) long, -100 where nothing is scored.
+
+    Returns:
+        (B, T) float32, 0 where nothing is scored.
+    """
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORE)
+    return losses.view_as(targets)
+
+
+class Clock:
+    """Wall time of a run over all its parts; every process reads the main one's.
+
+    Args:
+        minutes: that the run may take; None is no limit.
+    """
+
+    def __init__(self, minutes: float | None = None) -> None:
+        self.minutes, self.seconds, self._since = minutes, 0.0, time.monotonic()
+
+    def start(self) -> None:
+        """Go on from ``seconds`` now."""
+        self._since = time.monotonic()
+
+    def tick(self) -> None:
+        """Read the time, in all processes at once."""
+        now = time.monotonic()
+        self.seconds, self._since = agreed(self.seconds + now - self._since), now
+
+    def done(self) -> float:
+        """Share of the minutes that are over."""
+        return self.seconds / 60 / self.minutes if self.minutes else 0.0
+
+
+def agreed(value: Any) -> Any:
+    """The main process's value in all processes."""
+    return value if PartialState().num_processes == 1 else broadcast_object_list([value])[0]
+
+
+class StreamTrainer(Trainer):
+    """See the module.
+
+    A subclass gives ``self.stream`` (``next``, ``epoch``, ``state_dict``, ``load_state_dict``), ``compute_loss`` and
+    ``evaluate``. Another training (distillation, search supervision) is another ``compute_loss``.
+
+    Args:
+        model: whose parameters with ``requires_grad`` are trained.
+        args: as ever; ``max_steps`` must be set.
+        stream: of batches.
+        optim: optimiser and schedule of a recipe; None takes those of ``args``.
+        clock: of the run; a checkpoint keeps its ``seconds``.
+        same: what a checkpoint must agree with to be resumed from, by name.
+        tokenizer: saved with the model.
+        divided: FSDP2, see ``sharding``.
+        placed: the model's parts are where they belong.
         **trainer: further arguments of ``Trainer``.
 
     Raises:
         ConfigError: arguments that would tear texts out of their order; all of them are listed.
     """
 
+    stream: Any
+
     def __init__(
         self,
-        model: LongMem,
-        args: TrainingArguments | None = None,
+        model: nn.Module,
+        args: TrainingArguments,
         *,
-        train_dataset: Documents | None = None,
-        eval_dataset: Documents | dict[str, Documents] | None = None,
-        window: int = 1024,
-        memory: bool = True,
-        memory_size: int | None = None,
-        memory_dtype: torch.dtype | None = None,
-        boundary: Literal["keep", "reset"] = "keep",
-        piece_tokens: int = 0,
+        stream: Any,
+        optim: OptimSection | None = None,
+        clock: Clock | None = None,
+        same: Mapping[str, Any] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        divided: bool = False,
+        placed: bool = False,
         **trainer: Any,
     ) -> None:
-        args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
-        problems = _problems(model, args, trainer)
-        if problems:
+        if problems := _problems(args, trainer):
             raise ConfigError(problems)
-        self.window, self.boundary, self.piece_tokens = window, boundary, piece_tokens
-        self.memory_size = model.config.memory_size if memory_size is None else memory_size
-        self.memory_dtype = memory_dtype or model.backbone.model.dtype
-        self.reads_memory = memory
-        self.bank: MemoryBank | None = None
-        self._steps: SegmentSteps | None = None
-        self._kv: AttentionKV | None = None
-        self._share: Tensor | None = None
-        self._scored = Scores()
-        # columns are ours, and none of them may go
-        args.remove_unused_columns = False
-        # without memory the gate takes no part, and DDP would wait for it
-        model.sidenet.memory_gate.requires_grad_(memory)
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=None if train_dataset is None else as_corpus(train_dataset),
-            eval_dataset=_corpora(eval_dataset),
-            data_collator=trainer.pop("data_collator", default_data_collator),
-            **trainer,
-        )
-        # `compute_loss` divides by the targets of the whole step itself
-        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
-        self._loss_shifts_labels = False
+        # the place in the text is ours to restore, and so is what happens between processes
+        args.ignore_data_skip, args.use_cache, args.logging_nan_inf_filter = True, True, False
+        args.ddp_find_unused_parameters = args.ddp_broadcast_buffers = False
+        if divided:
+            shard(model, torch.bfloat16 if args.bf16 else None)
+        self._placed = divided or placed
+        # without a dataset Trainer takes evaluation for a mistake
+        trainer.setdefault("eval_dataset", [])
+        super().__init__(model=model, args=args, **trainer)
+        # says that the model has its place and reduces its gradients itself
+        self.is_distributed_loading_by_transformers = divided
+        self.stream, self.optim, self.tokenizer, self.divided = stream, optim, tokenizer, divided
+        self.same = {"processes": args.world_size, "rows": args.per_device_train_batch_size, **(same or {})}
+        self.clock = clock or Clock()
+        self.scores, self.practice = Scores(), Scores()
+        self.writing: Path | None = None
 
-    # texts
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self._placed:
+            super()._move_model_to_device(model, device)
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Segments in order; a fresh, empty bank goes with them."""
-        corpus: Any = self.train_dataset
-        if corpus is None:
-            raise ConfigError("training needs train_dataset; give tokenised documents")
-        rows = self._train_batch_size
-        self.bank = self._new_bank(rows) if self.reads_memory else None
-        self._scored = Scores()
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        loader = self._loader(corpus, rows, seed)
-        self._steps = cast(SegmentSteps, loader.dataset)
-        return loader
+    # batches, in order
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Documents from their beginnings, in their order."""
-        mine: Any = self.eval_dataset
-        named = mine[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-        chosen = mine if named is None else named
-        if chosen is None:
-            raise ConfigError("evaluation needs eval_dataset; give tokenised documents")
-        corpus = as_corpus(chosen)
-        # a row more than there are documents would cut one of them in two
-        rows = max(1, min(self.args.per_device_eval_batch_size, len(corpus) // self.args.world_size))
-        return self._loader(corpus, rows, None)
+    def next_batch(self) -> Any:
+        """What ``compute_loss`` gets."""
+        return self.stream.next()
 
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """As for evaluation."""
-        return self.get_eval_dataloader(test_dataset)
+    def get_train_dataloader(self) -> Any:
+        """The stream, which has no end; as long as the run for whoever asks."""
+        return _Batches(self)
 
-    def _loader(self, corpus: TokenCorpus, rows: int, seed: int | None) -> DataLoader[Any]:
-        tokenizer = self.processing_class
-        steps = SegmentSteps(
-            corpus,
-            self.window,
-            rows * self.args.world_size,
-            seed,
-            piece_tokens=self.piece_tokens if seed is not None else 0,
-            pad_id=getattr(tokenizer, "pad_token_id", None) or 0,
-        )
-        loader: DataLoader[Any] = DataLoader(
-            steps,
-            batch_size=rows,
-            sampler=SequentialSampler(steps),
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            drop_last=True,
-        )
-        # batch number t*W + rank goes to this process: its rows are the same at every step
-        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
-        return prepared
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The batches of a step. They say themselves how many targets they have."""
+        return [next(epoch_iterator) for _ in range(num_batches)], None
 
-    # a step: read, backward, write
+    # a step
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One segment of every row; it is written once gradients are there."""
-        inputs, arrival = self._arrived(inputs)
-        _turn_over(self.bank, arrival, self.boundary)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._remember(arrival)
-        return loss
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward over one batch; ``after_backward`` may write memory."""
+        model.train()
+        loss: Any = self.compute_loss(model, inputs)
+        loss = loss / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        self.after_backward(inputs)
+        return loss.detach()  # type: ignore[no-any-return]
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Mean cross entropy, in nats, over the targets of the whole optimiser step."""
-        inputs = dict(inputs)
-        targets = inputs.pop("labels")
-        out = model(**inputs, memory=self.bank, use_cache=False)
-        self._kv = out.kv
-        self._share = None if out.share is None else out.share.detach()
-        losses, counted = token_losses(out.logits, targets), targets != IGNORE
-        self._scored.add(losses, counted)
-        if num_items_in_batch is None:
-            loss = losses.sum() / counted.sum().clamp(min=1)
-        else:
-            loss = losses.sum() / torch.as_tensor(num_items_in_batch).to(losses.device).clamp(min=1)
-            if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes  # DDP takes the mean of the processes' gradients
-        return (loss, out) if return_outputs else loss
+    def after_backward(self, batch: Any) -> None:
+        """Nothing."""
 
-    # evaluation
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: it would walk over all modules in every step."""
+        return 0
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """With a bank of its own; the loss is the mean over all targets, exactly."""
-        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        loader: Any = kwargs.get("dataloader", args[0] if args else None)
-        rows = loader.dataset.rows // self.args.world_size
-        with self._aside(self._new_bank(rows) if self.reads_memory else None, loader.dataset):
-            output: Any = super().evaluation_loop(*args, **kwargs)
-            sums = torch.stack([torch.as_tensor(each, dtype=torch.float64) for each in vars(self._scored).values()])
-            loss, count = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
-        output.metrics[f"{prefix}_loss"] = loss / count if count else float("nan")
-        return output
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that change, by name; nothing else of the model ever does."""
+        model = self.accelerator.unwrap_model(self.model)
+        return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> Any:
-        """One segment of every row of the evaluation; logits are the only prediction."""
-        inputs, arrival = self._arrived(inputs)
-        _turn_over(self.bank, arrival, self.boundary)
-        every = ("past_key_values", "kv", "retrieved", "share", "explanation", "side_hidden", *(ignore_keys or ()))
-        found = super().prediction_step(model, inputs, prediction_loss_only, list(every))
-        self._remember(arrival)
-        return found
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """That of the recipe."""
+        if self.optim is None:
+            return super().create_optimizer(model)
+        if self.optimizer is None:
+            self.optimizer = build_optimiser(self.trained(), self.optim)
+        return self.optimizer
 
-    @contextmanager
-    def _aside(self, bank: MemoryBank | None, steps: SegmentSteps | None) -> Iterator[None]:
-        """While open, another bank is read and written, for other texts."""
-        before = self.bank, self._steps, self._scored, self._share
-        self.bank, self._steps, self._scored = bank, steps, Scores()
-        try:
-            yield
-        finally:
-            self.bank, self._steps, self._scored, self._share = before
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """That of the recipe: the rate in the middle of each step's slice of the run, so that no step has rate 0."""
+        if self.optim is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            optim, self._created_lr_scheduler = self.optim, True
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                self.create_optimizer(), lambda step: lr_share(optim, self._done(step))
+            )
+        return self.lr_scheduler
+
+    def _done(self, step: int) -> float:
+        assert self.optim is not None
+        return self.clock.done() if self.optim.schedule_by == "time" else (step + 0.5) / self.args.max_steps
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return undivided(super()._get_grad_norm(model, grad_norm))  # type: ignore[no-untyped-call]
+
+    def _defer_fsdp_gradient_reduction(self) -> Any:
+        # divided gradients are added up reduced: a whole one for every layer may not fit
+        return nullcontext()
 
     # what is said
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds how full memory is, and the smallest and largest share that a head gives to it."""
-        if "loss" in logs and self.bank is not None:
-            logs["memory_fill"] = float(self.bank.tokens.float().mean()) / self.bank.capacity_tokens
-            if self._share is not None:
-                shares = self._share.float().mean(dim=(0, 2))
-                logs |= {"share_min": round(float(shares.min()), 4), "share_max": round(float(shares.max()), 4)}
+        """The loss is the mean over all targets since the last line; that of practice is told apart."""
+        if "loss" in logs:
+            text, practice = (each.gather(self.args.device) for each in (self.scores, self.practice))
+            self.scores, self.practice = Scores(), Scores()
+            # a run that does nothing but practise has no other loss
+            logs["loss"] = text.mean if text.count else practice.mean
+            if practice.count:
+                logs["practice_loss"] = practice.mean
+            if isinstance(logs.get("grad_norm"), Tensor):
+                logs["grad_norm"] = float(logs["grad_norm"])
+            logs |= self.status()
+        self.state.epoch = round(self.stream.epoch, 4)
         super().log(logs, *args, **kwargs)
+
+    def status(self) -> dict[str, Any]:
+        """Further numbers of a log record."""
+        return {}
+
+    def told(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Metrics of an evaluation, after everyone who listens has heard them."""
+        model: Any = self.model
+        let_go(model)
+        model.train()
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     # checkpoints
 
+    def own_state(self) -> dict[str, Any]:
+        """Of this process, beside what Trainer saves."""
+        return {"stream": self.stream.state_dict(), "same": self.same, "seconds": self.clock.seconds}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        self.stream.load_state_dict(state["stream"])
+        self.clock.seconds = state["seconds"]
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As ever; ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole.
+        """As ever; ``True`` takes the newest checkpoint.
 
         Raises:
-            CheckpointError: the checkpoint is not whole, or of another number of rows or processes.
+            CheckpointError: there is none, it is damaged, or of another run.
         """
         if resume_from_checkpoint is True:
-            whole = _whole_checkpoints(Path(str(self.args.output_dir)))
-            if not whole:
-                raise CheckpointError(f"{self.args.output_dir}: no whole checkpoint; train without resuming")
-            resume_from_checkpoint = str(whole[-1])
+            found = list_checkpoints(Path(str(self.args.output_dir)))
+            if not found:
+                raise CheckpointError(f"{self.args.output_dir}: no checkpoint; train without resuming")
+            resume_from_checkpoint = str(found[-1])
         if resume_from_checkpoint:
-            _check_whole(Path(str(resume_from_checkpoint)), self.args.world_size)
+            verify(Path(str(resume_from_checkpoint)))
+            self._own = self._read_own(Path(str(resume_from_checkpoint)))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.writing or self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Written under another name, made durable and renamed: a crash leaves the one before or the one after."""
+        run, main = Path(str(self.args.output_dir)), self.args.should_save
+        final = run / f"checkpoint-{self.state.global_step}"
+        self.writing = run / ".writing"
+        if main:
+            shutil.rmtree(self.writing, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.state.best_global_step:
+                self.state.best_model_checkpoint = str(run / f"checkpoint-{self.state.best_global_step}")
+            if main:
+                self.state.save_to_json(str(self.writing / final.name / "trainer_state.json"))
+                publish(self.writing / final.name, final)
+                rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
+                shutil.rmtree(self.writing, ignore_errors=True)
+        finally:
+            self.writing = None
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        weights = whole(self.trained(), keep=self.args.should_save)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.save_weights(folder, weights)
+            tokenizer = self.tokenizer or self.processing_class
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(folder))
+
+    def save_weights(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """The model, with these undivided weights."""
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=weights)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        rank, world = self.args.process_index, self.args.world_size
-        final = Path(output_dir) / _bank_file(rank, world)
-        partial = final.with_suffix(".partial")
-        state = {"step": self.state.global_step, "rows": self._train_batch_size, "settings": self._settings()}
-        torch.save({**state, "bank": None if self.bank is None else self.bank.state_dict()}, partial)
-        os.replace(partial, final)
+        part = self.own_state() | ({"optimiser": optimiser_part(self.create_optimizer())} if self.divided else {})
+        torch.save(part, Path(output_dir) / self._own_file())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.divided and self.args.should_save:  # every process writes its own part
+            (Path(output_dir) / "optimizer.pt").unlink()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        path = Path(checkpoint) / _bank_file(self.args.process_index, self.args.world_size)
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError) as problem:
-            raise CheckpointError(f"{path}: cannot be read ({problem}); {_way_out(path.parent)}") from problem
-        now = {"rows": self._train_batch_size, **self._settings()}
-        before = {"rows": state["rows"], **state["settings"]}
-        changed = [f"{name} was {before.get(name)}, is {value}" for name, value in now.items() if before[name] != value]
-        if changed:
-            raise CheckpointError(f"{checkpoint}: of another run: {'; '.join(changed)}; undo that, or train anew")
-        if self.bank is not None:
-            self.bank.load_state_dict(state["bank"])
+        if self.divided:
+            load_optimiser_part(self.create_optimizer(), self._own["optimiser"])
+            scheduler: Any = self.lr_scheduler
+            scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        self.load_own_state(self._own)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._load_sidenet(Path(resume_from_checkpoint))
+        folder = Path(resume_from_checkpoint)
+        try:
+            assign(self.trained(), saved_weights(folder))
+        except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as problem:
+            reason = str(problem).splitlines()[0]
+            raise CheckpointError(f"{folder}: weights of another model ({reason}); {way_out(folder)}") from problem
 
     def _load_best_model(self) -> None:
-        self._load_sidenet(Path(str(self.state.best_model_checkpoint)))
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
-    def _load_sidenet(self, folder: Path) -> None:
-        model: Any = self.accelerator.unwrap_model(self.model)
-        try:
-            tensors = read_weights(folder)
-        except (OSError, SafetensorError, ValueError) as problem:
-            raise CheckpointError(f"{folder / WEIGHTS}: cannot be read ({problem}); {_way_out(folder)}") from problem
-        try:
-            model.sidenet.load_state_dict(tensors)
-        except RuntimeError as problem:
+    def _read_own(self, folder: Path) -> dict[str, Any]:
+        file = folder / self._own_file()
+        if not file.is_file():
+            written = len(list(folder.glob("rank-*-of-*.pt")))
             raise CheckpointError(
-                f"{folder / WEIGHTS}: of another SideNet ({str(problem).splitlines()[0]}); resume with the model that "
-                "training began with"
-            ) from problem
+                f"{folder}: written by {written} processes, there are {self.args.world_size}; start as many, each "
+                "keeps the memory of its rows"
+            )
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        before = state["same"]
+        changed = [
+            f"{name} was {before.get(name)!r}, is {value!r}" for name, value in self.same.items()
+            if before.get(name) != value
+        ]  # fmt: skip
+        if changed:
+            raise CheckpointError(f"{folder}: of another run: {'; '.join(changed)}; undo that, or train anew")
+        return state
 
-    def _settings(self) -> dict[str, Any]:
-        """What the state of a bank and the place in the texts depend on."""
-        corpus: Any = self.train_dataset
-        return {
-            "processes": self.args.world_size,
-            "window": self.window,
-            "piece_tokens": self.piece_tokens,
-            "boundary": self.boundary,
-            "memory": self.reads_memory,
-            "texts": None if corpus is None else corpus.fingerprint,
-        }
-
-    # small helpers
-
-    def _new_bank(self, rows: int) -> MemoryBank:
-        model: Any = self.accelerator.unwrap_model(self.model)
-        return MemoryBank.for_model(model, rows, self.memory_size, dtype=self.memory_dtype, device=self.args.device)
-
-    def _arrived(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], _Arrival]:
-        """The model's inputs, and apart from them where they stand."""
-        rest = dict(inputs)
-        texts, offsets, starts = (rest.pop(name) for name in ("text", "offset", "starts"))
-        assert self._steps is not None
-        names = [self._steps.name(number) for number in texts.tolist()]
-        return rest, _Arrival(names, offsets.tolist(), starts.cpu(), rest["attention_mask"].bool())
-
-    def _remember(self, arrival: _Arrival) -> None:
-        kv, self._kv = self._kv, None
-        if self.bank is not None and kv is not None:
-            written = AttentionKV(kv.keys, kv.values, arrival.mask)
-            self.bank.add(written, documents=arrival.texts, offsets=arrival.offsets)
+    def _own_file(self) -> str:
+        return f"rank-{self.args.process_index}-of-{self.args.world_size}.pt"
 
 
-def _turn_over(bank: MemoryBank | None, arrival: _Arrival, boundary: str) -> None:
-    if bank is None or not bool(arrival.starts.any()):
-        return
-    rows = arrival.starts.nonzero().flatten()
-    bank.end_document(rows)
-    if boundary == "reset":
-        bank.reset(rows)
+class _Batches:
+    """The batches of a trainer for Trainer's loop."""
+
+    def __init__(self, trainer: StreamTrainer) -> None:
+        self._trainer = trainer
+
+    def __len__(self) -> int:
+        return self._trainer.args.max_steps * self._trainer.args.gradient_accumulation_steps
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield self._trainer.next_batch()
 
 
-def _problems(model: Any, args: TrainingArguments, trainer: Mapping[str, Any]) -> list[str]:
-    """What would tear rows out of their order, or that this Trainer does not know, one line each."""
+def _problems(args: TrainingArguments, trainer: Mapping[str, Any]) -> list[str]:
+    """What would tear rows out of their order, or is not done here, one line each."""
     found = []
-    if not isinstance(model, LongMem):
-        found.append(f"model ({type(model).__name__}) must be a LongMem; make one with LongMem.from_backbone(...)")
+    if args.max_steps <= 0:
+        found.append("max_steps is not set; a stream of texts has no end by itself")
     if args.n_gpu > 1:
         found.append(
             f"one process sees {args.n_gpu} GPUs and would copy the model to each in every step; start a process for "
             "each: accelerate launch, or torchrun"
         )
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        found.append("fsdp is for `longmem train` (optim.parallel = 'fsdp'); this Trainer takes DDP")
+        found.append("args.fsdp gives all layers one dtype; use `longmem train` with optim.parallel = 'fsdp'")
     if args.deepspeed:
-        found.append("deepspeed knows nothing of a model inside of another; this Trainer takes DDP")
+        found.append("deepspeed knows nothing of a model inside of another; use DDP, or `longmem train` for FSDP2")
     if args.auto_find_batch_size:
         found.append("auto_find_batch_size would change the rows, and so whose memory is whose; set it to False")
-    config = args.accelerator_config
-    for name in ("split_batches", "dispatch_batches"):
-        if getattr(config, name, None):
-            found.append(f"accelerator_config.{name} deals rows out to other processes at every step; leave it off")
-    for name in ("model_init", "compute_loss_func"):
+    for name in ("model_init", "compute_loss_func", "compute_metrics", "data_collator"):
         if trainer.get(name) is not None:
-            found.append(f"{name} is not taken here; pass the model itself, and override compute_loss")
+            found.append(f"{name} is not taken here; override compute_loss or evaluate")
     return found
-
-
-def _corpora(documents: Any) -> Any:
-    if documents is None:
-        return None
-    if isinstance(documents, dict):
-        return {name: as_corpus(each) for name, each in documents.items()}
-    return as_corpus(documents)
-
-
-def _bank_file(rank: int, world: int) -> str:
-    return f"memory-{rank}-of-{world}.pt"
-
-
-def _whole_checkpoints(folder: Path) -> list[Path]:
-    """Oldest first."""
-    paths = [
-        (int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(paths) if not _missing(path)]
-
-
-def _missing(folder: Path) -> list[str]:
-    """What a checkpoint lacks to be resumed from."""
-    banks = list(folder.glob("memory-*-of-*.pt"))
-    world = int(banks[0].stem.rpartition("-")[2]) if banks else 1
-    wanted = ["config.json", "trainer_state.json", "optimizer.pt", "scheduler.pt"]
-    wanted += [_bank_file(rank, world) for rank in range(world)]
-    try:
-        weights = missing_weights(folder)
-    except ValueError:
-        weights = [INDEX]
-    return weights + [name for name in wanted if not (folder / name).is_file()]
-
-
-def _check_whole(folder: Path, world: int) -> None:
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint; train without resuming")
-    missing = _missing(folder)
-    if missing:
-        raise CheckpointError(f"{folder}: not whole, {', '.join(missing)} missing; {_way_out(folder)}")
-    written = len(list(folder.glob("memory-*-of-*.pt")))
-    if written != world:
-        raise CheckpointError(
-            f"{folder}: written by {written} processes, there are {world}; start as many (each keeps its rows' memory)"
-        )
-
-
-def _way_out(folder: Path) -> str:
-    others = [path for path in _whole_checkpoints(folder.parent) if path.name != folder.name]
-    return f"resume from {others[-1].name}" if others else "train without resuming"

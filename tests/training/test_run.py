@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from longmem import AlibiGPTForCausalLM, LongMem
+from longmem import AlibiGPTForCausalLM, LongMem, MemTRM
 from longmem.errors import BackboneError, ConfigError, DataError
-from longmem.training.adapt import Adaptation
-from longmem.training.loop import train
+from longmem.memory import MemoryBank
+from longmem.training.adapt import LongMemTrainer
 from longmem.training.recipe import Recipe
+from longmem.training.run import train
 
 Make = Callable[..., Recipe]
 Records = Callable[..., list[dict[str, Any]]]
@@ -43,75 +46,54 @@ def test_adaptation_learns_and_its_final_folder_names_the_backbone(adapt: Make, 
     assert result.model_dir is not None
     model = LongMem.from_pretrained(result.model_dir)
     assert model.memory_layer == 1
-    assert not Path(str(model.config.backbone_name_or_path)).is_absolute()
+    named = json.loads((result.model_dir / "config.json").read_text())["backbone_name_or_path"]
+    assert named == "../../backbone", "so that both can move"
     assert len(AutoTokenizer.from_pretrained(result.model_dir)) == 260
 
 
-def test_adaptation_changes_no_byte_of_the_backbone(adapt: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks: list[Adaptation] = []
-    made = Adaptation.__init__
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list[LongMemTrainer]:
+    """The trainers that runs make."""
+    found: list[LongMemTrainer] = []
+    made = LongMemTrainer.__init__
 
-    def remember(self: Adaptation, *arguments: Any, **settings: Any) -> None:
+    def remember(self: LongMemTrainer, *arguments: Any, **settings: Any) -> None:
         made(self, *arguments, **settings)
-        tasks.append(self)
-        before.update({name: weight.clone() for name, weight in self.longmem.state_dict().items()})
+        self.before = {name: weight.clone() for name, weight in self.longmem.state_dict().items()}
+        found.append(self)
 
-    before: dict[str, torch.Tensor] = {}
-    monkeypatch.setattr(Adaptation, "__init__", remember)
+    monkeypatch.setattr(LongMemTrainer, "__init__", remember)
+    return found
+
+
+def test_adaptation_changes_no_byte_of_the_backbone(adapt: Make, trainers: list[Any]) -> None:
     train(adapt(), quiet=True)
-    after = tasks[0].longmem.state_dict()
+    before, after = trainers[0].before, trainers[0].longmem.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == set(tasks[0].longmem.trainable_parameter_names())
+    assert changed == set(trainers[0].longmem.trainable_parameter_names())
 
 
 def test_memory_is_written_after_backward_and_never_before(adapt: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    loss, after, backward = Adaptation.loss, Adaptation.after_backward, torch.Tensor.backward
-
-    def traced(self: Adaptation, *arguments: Any) -> torch.Tensor:
-        assert self.bank is not None
-        version = self.bank.version
-        value = loss(self, *arguments)
-        events.append("forward" if self.bank.version == version else "forward wrote")
-        return value
-
-    def traced_backward(self: torch.Tensor, *arguments: Any, **settings: Any) -> None:
-        events.append("backward")
-        backward(self, *arguments, **settings)
-
-    def traced_after(self: Adaptation) -> None:
-        assert self.bank is not None
-        version = self.bank.version
-        after(self)
-        events.append("write" if self.bank.version > version else "nothing")
-
-    # documents that outlast the run, so that no row turns over inside `loss`
-    monkeypatch.setattr(Adaptation, "loss", traced)
-    monkeypatch.setattr(Adaptation, "after_backward", traced_after)
-    monkeypatch.setattr(torch.Tensor, "backward", traced_backward)
-    monkeypatch.setattr("longmem.training.adapt.turn_over", lambda *_: None)
-    train(adapt(optim={"steps": 2, "accumulate": 2}), quiet=True)
-    assert events == ["forward", "backward", "write"] * 4
+    add, backward = MemoryBank.add, torch.Tensor.backward
+    monkeypatch.setattr(MemoryBank, "add", lambda *a, **k: (events.append("write"), add(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: (events.append("backward"), backward(*a, **k)))
+    train(adapt(optim={"steps": 2, "accumulate": 2}, data={"held_out": []}), quiet=True)
+    assert events == ["backward", "write"] * 4
 
 
 def test_a_row_that_resets_reads_nothing_of_its_last_document(adapt: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = LongMemTrainer.read
     found: dict[str, list[bool]] = {"keep": [], "reset": []}
     for boundary, seen in found.items():
-        loss = Adaptation.loss
 
-        def traced(
-            self: Adaptation, model: Any, scores: Any, seen: list[bool] = seen, loss: Any = loss
-        ) -> torch.Tensor:
-            after = loss(self, model, scores)
-            assert self._unwritten is not None
-            assert self.bank is not None
-            starts = self._unwritten[1].starts
-            seen += (self.bank.tokens[starts] > 0).tolist()
-            return after
+        def traced(self: LongMemTrainer, model: Any, batch: Any, memory: Any, seen: Any = seen) -> Any:
+            seen += (memory.tokens[batch.starts] > 0).tolist()
+            return read(self, model, batch, memory)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(Adaptation, "loss", traced)
-            train(adapt(boundary, sidenet={"boundary": boundary}, optim={"steps": 40, "accumulate": 1}), quiet=True)
+        monkeypatch.setattr(LongMemTrainer, "read", traced)
+        changes = {"steps": 40, "accumulate": 1}
+        train(adapt(boundary, sidenet={"boundary": boundary}, optim=changes, data={"held_out": []}), quiet=True)
     assert found["keep"][:2] == [False, False]
     assert len(found["keep"]) > 2
     assert all(found["keep"][2:])
@@ -258,6 +240,61 @@ def test_a_memory_layer_out_of_range_is_refused(adapt: Make) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(pretrain: Make) -> None:
     with pytest.raises(ConfigError, match=r"the loss is nan at step .*; lower optim.lr"):
         train(pretrain(optim={"lr": 1e30, "clip": 0.0, "warmup": 0.0, "steps": 20}), quiet=True)
+
+
+def test_a_memtrm_learns_with_memory_older_than_its_weights(adapt: Make, trainers: list[Any], tmp_path: Path) -> None:
+    backbone = tmp_path / "backbone"
+    files = {file.name: file.read_bytes() for file in backbone.iterdir()}
+    optim = {"steps": 40, "accumulate": 1, "dropout": 0.0, "rows": 4}
+    frozen = train(adapt("frozen", optim=optim), quiet=True)
+    result = train(adapt("coupled", method="memtrm", optim=optim), quiet=True)
+    assert sum(result.losses[-5:]) / 5 < sum(result.losses[:5]) / 5 - 0.1
+    assert {file.name: file.read_bytes() for file in backbone.iterdir()} == files
+    assert result.evaluation["loss"] < result.evaluation["loss_backbone"]
+    # that of the backbone is taken before it is trained, and is that of the frozen one beside it
+    assert result.evaluation["loss_backbone"] == pytest.approx(frozen.evaluation["loss_backbone"], abs=1e-6)
+    assert result.evaluation["loss_memory_off"] != result.evaluation["loss"]
+    before, after = trainers[-1].before, trainers[-1].longmem.state_dict()
+    assert not any(torch.equal(before[name], after[name]) for name in trainers[-1].longmem.trainable_parameter_names())
+    assert trainers[-1].bank.fingerprint is None
+    assert result.model_dir is not None
+    model = MemTRM.from_pretrained(result.model_dir)
+    assert model.memory_layers == (1,)
+    assert model.config.start_fingerprint != model.fingerprint
+    named = json.loads((result.model_dir / "config.json").read_text())["start_name_or_path"]
+    assert (result.model_dir / named).resolve() == backbone.resolve(), "so that both can move"
+    assert isinstance(AutoModelForCausalLM.from_pretrained(result.model_dir / "backbone"), AlibiGPTForCausalLM)
+
+
+def test_a_run_over_a_spread_backbone_is_the_same_run(adapt: Make) -> None:
+    plain, spread = (
+        train(adapt(name, backbone=b), quiet=True) for name, b in (("a", {}), ("b", {"device_map": "auto"}))
+    )
+    assert plain.losses == spread.losses
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="pip install bitsandbytes")
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_run_over_a_quantised_backbone_saves_a_sidenet_that_loads(bits: str, adapt: Make) -> None:
+    result = train(adapt(backbone={"quantised": bits}, optim={"steps": 6, "dropout": 0.0}), quiet=True)
+    assert result.losses[-1] < result.losses[0]
+    loaded = LongMem.from_pretrained(str(result.model_dir), backbone_kwargs={"device_map": {"": "cpu"}})
+    assert loaded.config.backbone_config.quantization_config is not None
+
+
+def test_validation_and_training_tell_their_progress_without_a_terminal(
+    adapt: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longmem.progress.EVERY", {True: 0.0, False: 0.0})
+    train(adapt(optim={"steps": 4}, log={"every": 4}))
+    said = capsys.readouterr().err
+    for line in (
+        "adapt run: 2 of 4 steps (50 %), ",
+        "validating: 128 of 128 tokens (100 %), ",
+        "validating the backbone: 128 of ",
+        "validating without memory: 128 of ",
+    ):
+        assert line in said
 
 
 def test_tensorboard_is_written_where_it_is_asked_for(pretrain: Make) -> None:

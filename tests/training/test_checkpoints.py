@@ -1,0 +1,226 @@
+"""Law 15: a resumed run is the run that was never interrupted; checkpoints are complete or absent."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from longmem import LongMem
+from longmem.errors import CheckpointError
+from longmem.memory import MemoryBank
+from longmem.training.checkpoint import list_checkpoints, publish, verify
+from longmem.training.recipe import Recipe
+from longmem.training.run import train
+from longmem.training.trainer import StreamTrainer
+
+Make = Callable[..., Recipe]
+Records = Callable[..., list[dict[str, Any]]]
+ASK = {
+    "share": 0.7, "rows": 4, "repeats": 2, "context": 48, "text_tokens": 512, "least_tokens": 32, "most_tokens": 256,
+    "grows": 4,
+}  # fmt: skip
+
+
+def history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if not k.startswith(("seconds", "tokens_per"))} for record in records]
+
+
+def weights(recipe: Recipe) -> dict[str, torch.Tensor]:
+    return load_file(next((recipe.out_dir / "final").rglob("*.safetensors")))
+
+
+def crash_after(recipe: Recipe, step: int) -> None:
+    """What a power cut leaves of a finished run: the checkpoints up to this step."""
+    shutil.rmtree(recipe.out_dir / "final")
+    for path in list_checkpoints(recipe.out_dir / "checkpoints"):
+        if int(path.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [
+        ("pretrain", {"optim": {"optimiser": "muon"}}),
+        ("adapt", {"optim": {"optimiser": "muon"}, "sidenet": {"boundary": "reset"}}),
+        ("adapt", {"method": "memtrm"}),
+        ("adapt", {"sidenet": {"memory": False}}),
+        ("adapt", {"sidenet": {"memory_layers": [1, 2]}}),
+        ("adapt", {"needles": ASK}),
+    ],
+    ids=["pretrain", "sidenet", "memtrm", "control", "two layers", "needles"],
+)
+def test_a_resumed_run_has_the_losses_and_weights_of_an_uninterrupted_one(
+    task: str, changes: dict[str, Any], request: pytest.FixtureRequest, records: Records
+) -> None:
+    make: Make = request.getfixturevalue(task)
+    optim = {"steps": 10, **changes.get("optim", {})}
+    whole, cut = (make(name, **{**changes, "optim": optim}) for name in ("whole", "cut"))
+    train(whole, quiet=True)
+    train(cut, quiet=True)
+    crash_after(cut, 4)
+    torch.manual_seed(12345)
+    result = train(cut, resume=True, quiet=True)
+    assert len(result.losses) == 6
+    for kind in ("train", "eval"):
+        assert history(records(cut.out_dir, kind)) == history(records(whole.out_dir, kind))
+    expected, found = weights(whole), weights(cut)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_without_its_bank_a_resumed_run_would_differ(
+    adapt: Make, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = adapt("cut")
+    train(recipe, quiet=True)
+    before = [record["loss"] for record in records(recipe.out_dir, "train")]
+    crash_after(recipe, 4)
+    monkeypatch.setattr(MemoryBank, "load_state_dict", lambda self, state: None)
+    train(recipe, resume=True, quiet=True)
+    assert [record["loss"] for record in records(recipe.out_dir, "train")] != before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_and_the_run_goes_on_as_if_nothing_had_been(
+    number: signal.Signals,
+    adapt: Make,
+    records: Records,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole, stopped = adapt("whole"), adapt("stopped")
+    train(whole, quiet=True)
+    batch = StreamTrainer.next_batch
+
+    def interrupted(self: Any) -> Any:
+        if self.state.global_step == 2:
+            signal.raise_signal(number)
+        return batch(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamTrainer, "next_batch", interrupted)
+        patch.setattr(signal, "getsignal", signal.getsignal)
+        # the second micro-batch of the step raises it again: by then it is only counted once
+        patch.setattr("longmem.training.run._Signals._restore", lambda self: None)
+        result = train(stopped)
+    assert (result.step, result.model_dir) == (3, None)
+    assert not (stopped.out_dir / "final").exists()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("stopped by a signal: 3 steps, 192 tokens")
+    assert last.endswith("checkpoint saved, go on with --resume")
+    assert train(stopped, resume=True, quiet=True).model_dir is not None
+    assert history(records(stopped.out_dir, "train")) == history(records(whole.out_dir, "train"))
+
+
+def test_resuming_without_a_checkpoint_begins_anew(pretrain: Make) -> None:
+    assert train(pretrain(optim={"steps": 2}), resume=True, quiet=True).step == 2
+
+
+def test_a_finished_run_can_be_given_a_larger_budget_or_none(pretrain: Make) -> None:
+    train(pretrain(optim={"steps": 4}), quiet=True)
+    assert train(pretrain(optim={"steps": 4}), resume=True, quiet=True).losses == []
+    result = train(pretrain(optim={"steps": 6}), resume=True, quiet=True)
+    assert (result.step, len(result.losses)) == (6, 2)
+
+
+def test_a_run_with_other_data_model_or_method_is_not_resumed(pretrain: Make, adapt: Make) -> None:
+    train(pretrain(), quiet=True)
+    with pytest.raises(CheckpointError) as raised:
+        train(pretrain(data={"window": 8}, model={"layers": 3}), resume=True, quiet=True)
+    line = str(raised.value)
+    assert "checkpoint-8: of another run: data.window was 16, is 8; model.layers was 2, is 3; undo that" in line
+    train(adapt("side"), quiet=True)
+    with pytest.raises(CheckpointError, match="method was 'longmem', is 'memtrm'"):
+        train(adapt("side", method="memtrm"), resume=True, quiet=True)
+    with pytest.raises(CheckpointError, match="rows was 2, is 3"):
+        train(adapt("side", optim={"rows": 3}), resume=True, quiet=True)
+
+
+def test_checkpoints_of_an_earlier_version_are_refused(pretrain: Make) -> None:
+    recipe = pretrain()
+    (recipe.out_dir / "checkpoints" / "step-00000004").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"of an earlier version \(tag house-before\)"):
+        train(recipe, resume=True, quiet=True)
+
+
+def test_only_the_newest_checkpoints_are_kept_and_each_is_a_model(adapt: Make) -> None:
+    recipe = adapt(optim={"steps": 9}, checkpoint={"every": 2, "keep_last": 2})
+    train(recipe, quiet=True)
+    found = list_checkpoints(recipe.out_dir / "checkpoints")
+    assert [path.name for path in found] == ["checkpoint-8", "checkpoint-9"]
+    assert {path.name for path in (recipe.out_dir / "checkpoints").iterdir()} == {path.name for path in found}
+    assert LongMem.from_pretrained(found[0]).memory_layers == (1,)
+
+
+def test_the_best_weights_are_kept_and_patience_ends_the_run(adapt: Make) -> None:
+    optim = {"steps": 60, "lr": 0.3, "schedule": "constant", "clip": 0.0, "accumulate": 1}
+    every = {"every": 2, "keep_last": 1}
+    recipe = adapt(optim=optim, eval={"every": 2, "best": True, "patience": 3}, checkpoint=every)
+    result = train(recipe, quiet=True)
+    assert result.step < 60
+    losses = [float(record["loss"]) for record in _records(recipe) if record["kind"] == "eval"]
+    best = 2 * (losses.index(min(losses)) + 1)
+    assert best < result.step
+    kept = weights(recipe)
+    of_best = load_file(recipe.out_dir / "checkpoints" / f"checkpoint-{best}" / "sidenet.safetensors")
+    assert all(torch.equal(kept[name], of_best[name]) for name in kept)
+
+
+def _records(recipe: Recipe) -> list[dict[str, Any]]:
+    import json
+
+    return [json.loads(line) for line in (recipe.out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """Two checkpoints; the path of the second."""
+    for step in (1, 2):
+        written = tmp_path / ".writing"
+        written.mkdir()
+        (written / "model.safetensors").write_bytes(bytes(range(200)))
+        publish(written, tmp_path / f"checkpoint-{step}")
+    return tmp_path / "checkpoint-2"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "complete.json"])
+def test_a_checkpoint_cut_in_half_is_named_with_the_way_out(saved: Path, name: str) -> None:
+    verify(saved)
+    file = saved / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(CheckpointError) as raised:
+        verify(saved)
+    line = str(raised.value)
+    assert "\n" not in line
+    assert name in line
+    assert line.endswith("delete checkpoint-2 to resume from checkpoint-1")
+
+
+def test_a_checkpoint_whose_bytes_changed_is_refused(saved: Path) -> None:
+    file = saved / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match="its bytes have changed since it was written"):
+        verify(saved)
+
+
+def test_a_crash_while_writing_leaves_the_checkpoint_before(adapt: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = adapt(checkpoint={"every": 3})
+    save = torch.save
+
+    def full(state: Any, file: Any, *rest: Any, **more: Any) -> None:
+        if "checkpoint-6" in str(file) and "rank" in str(file):
+            raise OSError("No space left on device")
+        save(state, file, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            train(recipe, quiet=True)
+    assert [path.name for path in list_checkpoints(recipe.out_dir / "checkpoints")] == ["checkpoint-3"]
+    assert train(recipe, resume=True, quiet=True).step == 8
