@@ -41,7 +41,7 @@ bench: $(READY) ## speed and memory of a training step, ratios in one run; JSON 
 	$(BIN)/python -m benchmarks.bench $(BENCH_ARGS)
 
 docs: $(READY) ## write the reference pages and result tables of docs/
-	$(BIN)/python docs/make_api.py
+	$(BIN)/python docs/make_pages.py
 	$(BIN)/python docs/make_families.py
 
 clean: ## remove caches; keeps .venv and runs/

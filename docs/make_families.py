@@ -25,7 +25,7 @@ def main() -> None:
 def table() -> str:
     """What every tested configuration can do, tried out on a tiny model of it."""
     sys.path.insert(0, str(ROOT))
-    from tests.family_table import FAMILIES, H, L, make_backbone
+    from tests.family_table import FAMILIES, H, make_backbone
 
     from longmem.modeling.families import Family
 
@@ -37,10 +37,11 @@ def table() -> str:
         backbone = make_backbone(name)
         family = Family.of(backbone)
         allowed = family.memory_layers()
-        layers = "all" if len(allowed) == L else "those with full attention" if allowed else "none"
+        layers = "all" if len(allowed) == len(family.layers) else "those with full attention"
         fusion = _what_works(backbone, "fusion", ("gate", "softmax"))
         init = _what_works(backbone, "init", ("copy", "zero"))
-        lines.append(f"| {name} | `{model_type}` | {H}, {family.kv_heads()} | {layers} | {fusion} | {init} |")
+        heads = f"{H}, {family.kv_heads(allowed[-1])}"
+        lines.append(f"| {name} | `{model_type}` | {heads} | {layers} | {fusion} | {init} |")
     return "\n".join(lines) + "\n"
 
 

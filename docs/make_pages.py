@@ -1,6 +1,6 @@
-"""Write the reference pages from the source: docs/cli.md, docs/recipe.md; tables of results and of sizes.
+"""Write what the documentation takes from the source: docs/recipe.md, docs/results.md, and tables on other pages.
 
-``python docs/make_api.py`` writes; ``--check`` writes nothing and fails where a page is not what the source says.
+``python docs/make_pages.py`` writes; ``--check`` writes nothing and fails where a page is not what the source says.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import click
 from result_tables import results_report, text_of, with_results
 
-from longmem.cli.main import COMMANDS, cli
 from longmem.evaluation.pages import Table
 from longmem.store.sizes import size_table
 
@@ -25,10 +23,7 @@ SIZES = re.compile(r"<!-- sizes -->\n.*?<!-- /sizes -->\n", re.DOTALL)
 
 
 def main() -> None:
-    pages = {
-        ROOT / "docs" / "cli.md": command_line(),
-        ROOT / "docs" / "recipe.md": recipe(),
-    }
+    pages = {ROOT / "docs" / "recipe.md": recipe()}
     for path in (ROOT / "README.md", ROOT / "docs" / "experiments.md", ROOT / "models" / "small" / "README.md"):
         pages[path] = with_results(path.read_text(encoding="utf-8"))
     operations = ROOT / "docs" / "operations.md"
@@ -43,18 +38,6 @@ def main() -> None:
     for path in stale:
         path.write_text(pages[path], encoding="utf-8")
         print(f"wrote {path.relative_to(ROOT)}")
-
-
-def command_line() -> str:
-    """Every command's own help page."""
-    parts = [f"{NOTE}# Command line\n", _help(cli, "longmem")]
-    for name in COMMANDS:
-        command = cli.get_command(click.Context(cli), name)
-        assert command is not None
-        parts.append(_help(command, f"longmem {name}"))
-        if isinstance(command, click.Group):
-            parts += [_help(inner, f"longmem {name} {verb}") for verb, inner in sorted(command.commands.items())]
-    return "\n".join(parts)
 
 
 def recipe() -> str:
@@ -94,11 +77,6 @@ def with_sizes(page: str) -> str:
     return SIZES.sub(
         lambda _: f"<!-- sizes -->\n{text_of([Table(heads, rows)]).strip()}\n\n{made}\n<!-- /sizes -->\n", page
     )
-
-
-def _help(command: click.Command, name: str) -> str:
-    context = click.Context(command, info_name=name, terminal_width=100, max_content_width=100)
-    return f"## {name}\n\n```\n{command.get_help(context)}\n```\n"
 
 
 def _fields(node: ast.ClassDef) -> Iterator[tuple[ast.AnnAssign, str]]:
