@@ -100,7 +100,7 @@ HELP = dict(commands(cli, "longmem"))
 def test_the_help_of_every_command_has_examples_that_are_understood(name: str) -> None:
     command = HELP[name]
     said = f"{command.help}\n{command.epilog or ''}"
-    examples = re.findall(rf"(?m)^ *(?:Example: )?{name} (.+)$", said)
+    examples = re.findall(rf"(?m)^ *(?:Example: (?:.*\| )?)?{name} (.+)$", said)
     assert examples, f"{name} --help has no example"
     for example in examples:
         parse([*name.split()[1:], *shlex.split(example.partition(" > ")[0], comments=True)])
