@@ -84,7 +84,8 @@ def main() -> None:
             taken[name] = json.loads(process.stdout.readline())
         return taken
 
-    record: dict[str, Any] = {"surroundings": surroundings(torch.device("cpu")), "tokens": {}}
+    command = f"python -m benchmarks.memory_speed OTHER/src --tokens {given.tokens} --rounds {given.rounds}"
+    record: dict[str, Any] = {"command": command, "surroundings": surroundings(torch.device("cpu")), "tokens": {}}
     for tokens in given.tokens.split(","):
         one_round(tokens)  # fills the banks and warms up
         rounds = [one_round("") for _ in range(given.rounds)]

@@ -282,7 +282,7 @@ class FaissIndex:
         ConfigError: faiss is not installed.
     """
 
-    def __init__(self, *, least: int = 32768, few: int = 8, share: float = 0.1) -> None:
+    def __init__(self, *, least: int = 32768, few: int = 8, share: float = 0.2) -> None:
         try:
             import faiss
         except ImportError as error:
