@@ -16,7 +16,7 @@ from longmem.store.arrays import StoredChunks, append
 from longmem.store.records import DocumentInfo, NewDocument, Progress, Receipt, Report, Status
 from longmem.store.room import Room, check_names, composed
 from longmem.store.tokens import Ids, Tokens, cut, joined, tokens_of
-from longmem.store.workers import team_of
+from longmem.store.workers import Team
 
 COMMIT_BYTES = 64 << 20
 COMMIT_SECONDS = 30.0
@@ -72,7 +72,7 @@ class Adder:
 
     Args:
         progress: told after every batch.
-        workers: who encodes, see ``workers.team_of``.
+        workers: who encodes, see ``workers.Team``.
 
     Raises:
         StoreError: workers that mean nothing, or a store opened to read.
@@ -81,7 +81,7 @@ class Adder:
     def __init__(self, room: Room, progress: Report | None = None, workers: int | str = 1) -> None:
         room.writing()
         self._room, self._progress = room, progress
-        self._team = team_of(workers, room.encoder_needed, room.encoding)
+        self._team = Team(workers, room.encoder_needed, room.encoding)
         self._pinned: set[int] = set()
         self._coming: set[bytes] = set()  # pieces that are being encoded
         self._done = 0

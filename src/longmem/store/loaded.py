@@ -7,9 +7,11 @@ S tokens per chunk · D head_dim · Q queries per key/value head · R retrieved 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from longmem.memory.index import Index
@@ -60,8 +62,11 @@ class RowKeys:
             if len(known) and before is not None:
                 target[:, known] = before[1].keys[0][:, torch.from_numpy(old[part][known]).to(device)]
             if len(new):
-                read = torch.from_numpy(runs.arrays.keys[records[part][new]])
-                target[:, new] = read.to(device, dtype).transpose(0, 1)
+                read = torch.from_numpy(_records(runs.arrays.keys, records[part][new])).to(device, dtype)
+                if len(known):
+                    target[:, new] = read.transpose(0, 1)
+                else:
+                    target.copy_(read.transpose(0, 1))
         same = int((np.append(old, -2) != np.arange(len(old) + 1)).argmax())  # leading slots that are what they were
         if before is None or same < len(before[1].numbers):
             for index in indexes:
@@ -155,7 +160,7 @@ class Held:
                 if self.scales is not None and before[1].scales is not None:
                     self.scales[known + begin] = before[1].scales[part[known]]
             if len(new):
-                read = torch.from_numpy(runs.arrays.kv[records[new + begin]])
+                read = torch.from_numpy(_records(runs.arrays.kv, records[new + begin]))
                 self.kv[new + begin] = (read.view(torch.bfloat16) if layout.dtype == "bfloat16" else read).to(held)
                 if self.scales is not None and runs.arrays.scales is not None:
                     self.scales[new + begin] = torch.from_numpy(runs.arrays.scales[records[new + begin]]).to(held)
@@ -186,6 +191,16 @@ class Held:
     def wipe(self, begin: int, end: int) -> None:
         """Overwrite the chunks from ``begin`` to ``end`` with zeros."""
         self.kv[begin:end] = 0
+
+
+def _records(array: NDArray[Any], records: Numbers) -> NDArray[Any]:
+    """Some records: a view where they are one after the other, else a copy."""
+    first, last = int(records[0]), int(records[-1])
+    return (
+        array[first : last + 1]
+        if last - first == len(records) - 1 and (np.diff(records) == 1).all()
+        else array[records]
+    )
 
 
 def take_mapped(runs: Runs, chunks: Numbers, heads: Numbers, device: torch.device) -> Tensor:

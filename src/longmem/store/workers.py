@@ -1,8 +1,7 @@
 """Who encodes: this process, several on this machine (``ProcessPoolExecutor``), or actors of a Ray cluster.
 
 A worker is given the backbone as ``save_pretrained`` writes it, so that it has the writer's weights wherever they came
-from; that they are the same is checked by the fingerprint. Batches come back in order: the store does not depend on
-who encoded what.
+from; the fingerprint is compared. Batches come back in order: the store does not depend on who encoded what.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,61 +27,144 @@ from longmem.store.records import Layout
 from longmem.store.tokens import Ids
 
 Batch = TypeVar("Batch")
-GO_ON = "what has a receipt is stored; add again to go on from there"
-
-
-class Started(NamedTuple):
-    """Workers that are ready: ``submit`` begins a batch and returns what waits for its chunks."""
-
-    submit: Callable[[list[Ids]], Callable[[], list[StoredChunks]]]
-    ahead: int  # batches that may be under way while one is awaited
-    close: Callable[[], None]
+Submit = Callable[[list[Ids]], "Future[list[StoredChunks]]"]
 
 
 class Team:
-    """Encodes batches of pieces in order; starts when there is something to encode."""
+    """Encodes batches of pieces in order; starts when there is something to encode.
 
-    def __init__(self, start: Callable[[], Started]) -> None:
-        self._start = start
-        self._started: Started | None = None
+    Args:
+        workers: processes on this machine, ``ray``, or ``ray:N`` for so many actors of a Ray cluster.
+        encoder: gives that of this process.
+        guard: held while this process encodes.
+
+    Raises:
+        StoreError: it means nothing; when started, a model that other processes cannot have, or Ray is not installed.
+    """
+
+    def __init__(self, workers: int | str, encoder: Callable[[], Encoder], guard: threading.Lock) -> None:
+        self._workers, self._encoder, self._guard = workers, encoder, guard
+        if not ((isinstance(workers, int) and workers > 0) or re.fullmatch(r"ray(:[1-9]\d*)?", str(workers))):
+            raise StoreError(f"workers ({workers!r}) must be a number from 1 on, 'ray' or 'ray:N'")
+        self._submit: Submit | None = None
+        self._ahead = 0
+        self._open = ExitStack()
 
     def encode(
         self, batches: Iterator[Batch], pieces: Callable[[Batch], list[Ids]]
     ) -> Iterator[tuple[Batch, list[StoredChunks]]]:
-        """Every batch with the chunks of its pieces."""
-        under_way: deque[tuple[Batch, Callable[[], list[StoredChunks]]]] = deque()
+        """Every batch with the chunks of its pieces.
+
+        Raises:
+            StoreError: a worker failed, or was killed.
+        """
+        under_way: deque[tuple[Batch, Future[list[StoredChunks]] | None]] = deque()
         for batch in batches:
             ids = pieces(batch)
-            if ids and self._started is None:
-                self._started = self._start()
-            under_way.append((batch, self._started.submit(ids) if self._started and ids else list))
-            while len(under_way) > (self._started.ahead if self._started else 0):
-                first, wait = under_way.popleft()
-                yield first, wait()
-        for batch, wait in under_way:
-            yield batch, wait()
+            under_way.append((batch, self._begin(ids) if ids else None))
+            while len(under_way) > self._ahead:
+                yield _awaited(*under_way.popleft())
+        while under_way:
+            yield _awaited(*under_way.popleft())
 
     def close(self) -> None:
         """End the workers."""
-        if self._started is not None:
-            self._started.close()
+        self._open.close()
+
+    def _begin(self, ids: list[Ids]) -> Future[list[StoredChunks]]:
+        if self._submit is None:
+            several = self._ray if isinstance(self._workers, str) else self._processes
+            self._submit = (self._here if self._workers == 1 else several)(self._encoder())
+        try:
+            return self._submit(ids)
+        except BrokenExecutor as error:
+            raise StoreError(_lost(error)) from error
+
+    def _here(self, encoder: Encoder) -> Submit:
+        def submit(ids: list[Ids]) -> Future[list[StoredChunks]]:
+            done: Future[list[StoredChunks]] = Future()
+            with self._guard:
+                done.set_result(encoder.encode(ids))
+            return done
+
+        return submit
+
+    def _processes(self, encoder: Encoder) -> Submit:
+        workers = int(self._workers)
+        folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="longmem-"))
+        recipe = _Recipe.of(encoder, folder, max(1, torch.get_num_threads() // workers))
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _be_worker, (recipe,))
+        self._open.callback(pool.shutdown, cancel_futures=True)
+        self._ahead = 2 * workers
+        return lambda ids: pool.submit(_encode, ids)
+
+    def _ray(self, encoder: Encoder) -> Submit:
+        try:
+            import ray
+        except ImportError as error:
+            raise StoreError("workers='ray' needs the ray extra: pip install 'longmem-lm[ray]'") from error
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False)
+            self._open.callback(ray.shutdown)
+        count = int(str(self._workers)[4:] or ray.cluster_resources().get("CPU", 1))
+        with tempfile.TemporaryDirectory(prefix="longmem-") as folder:
+            recipe = _Recipe.of(encoder, folder, 1)
+            files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+        kept = ray.put(replace(recipe, files=files))
+        gpus = 1 if recipe.device == "cuda" else 0  # Ray shows each actor its own GPU as number 0
+        kind = ray.remote(_Worker).options(num_cpus=1, num_gpus=gpus, max_restarts=3, max_task_retries=3)
+        actors = deque(kind.remote(kept, 0) for _ in range(count))
+        self._open.callback(lambda: [ray.kill(actor) for actor in actors])
+        self._ahead = 2 * count
+
+        def submit(ids: list[Ids]) -> Future[list[StoredChunks]]:
+            actors.rotate(-1)
+            found: Future[list[StoredChunks]] = actors[0].encode.remote(ids).future()
+            return found
+
+        return submit
+
+
+def _awaited(batch: Batch, future: Future[list[StoredChunks]] | None) -> tuple[Batch, list[StoredChunks]]:
+    try:
+        return batch, [] if future is None else future.result()
+    except LongMemError:
+        raise
+    except Exception as error:
+        raise StoreError(_lost(error)) from error
+
+
+def _lost(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [""])[-1]
+    go_on = "what has a receipt is stored; add again to go on from there"
+    return f"a worker failed or was killed ({type(error).__name__}: {line:.200}); {go_on}"
 
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What a worker needs to make an encoder like the writer's; ``files`` holds the backbone, or ``folder`` does."""
+    """What a worker needs to make an encoder like the writer's; the backbone is in ``files``, else in ``folder``."""
 
     layout: Layout
     batch_tokens: int
-    dtype: str
+    dtype: torch.dtype
     attention: str | None
     device: str
     threads: int
-    folder: str = ""
+    folder: str
     files: dict[str, bytes] | None = None
 
+    @classmethod
+    def of(cls, encoder: Encoder, folder: str, threads: int) -> _Recipe:
+        model: Any = encoder.model
+        backbone: Any = getattr(getattr(model, "backbone", None), "model", None)
+        if not hasattr(backbone, "save_pretrained"):
+            raise StoreError(f"a {type(model).__name__} cannot be given to other processes; use workers=1")
+        backbone.save_pretrained(folder)
+        attention = getattr(backbone.config, "_attn_implementation", None)
+        layout, device = encoder.layout, str(model.device.type)
+        return cls(layout, encoder.batch_tokens, backbone.dtype, attention, device, threads, folder)
+
     def encoder(self, number: int) -> Encoder:
-        """Load the backbone; GPUs are taken in turn."""
         from longmem.modeling.loading import load_backbone
         from longmem.modeling.training_free import TrainingFree
 
@@ -90,13 +172,11 @@ class _Recipe:
             with tempfile.TemporaryDirectory(prefix="longmem-") as folder:
                 for name, data in self.files.items():
                     (Path(folder) / name).write_bytes(data)
-                return _Recipe(**{**vars(self), "folder": folder, "files": None}).encoder(number)
+                return replace(self, folder=folder, files=None).encoder(number)
         torch.set_num_threads(self.threads)
         settings = {} if self.attention is None else {"attn_implementation": self.attention}
-        loaded = load_backbone(self.folder, None, getattr(torch, self.dtype), **settings)
-        layers = self.layout.memory_layers
-        which: dict[str, Any] = {"memory_layer": layers[0]} if len(layers) == 1 else {"memory_layers": layers}
-        model: Any = TrainingFree.from_backbone(loaded, **which)
+        loaded = load_backbone(self.folder, None, self.dtype, **settings)
+        model: Any = TrainingFree.from_backbone(loaded, memory_layers=self.layout.memory_layers)
         model.train(False)
         if self.device == "cuda":
             model.to(torch.device("cuda", number % torch.cuda.device_count()))
@@ -116,143 +196,18 @@ class _Worker:
         self._encoder: Encoder | None = None
 
     def encode(self, pieces: list[Ids]) -> list[StoredChunks]:
-        try:
-            self._encoder = self._encoder or self._recipe.encoder(self._number)
-            return self._encoder.encode(pieces)
-        except LongMemError:
-            raise
-        except Exception as error:
-            line = (str(error).splitlines() or [""])[0]
-            raise StoreError(f"a worker failed ({type(error).__name__}: {line}); {GO_ON}") from None
+        self._encoder = self._encoder or self._recipe.encoder(self._number)
+        return self._encoder.encode(pieces)
 
 
 _worker: _Worker | None = None
 
 
-def _begin(recipe: _Recipe, counter: Any) -> None:
+def _be_worker(recipe: _Recipe) -> None:
     global _worker
-    with counter.get_lock():
-        counter.value += 1
-        _worker = _Worker(recipe, counter.value - 1)
+    _worker = _Worker(recipe, multiprocessing.current_process()._identity[0])
 
 
 def _encode(pieces: list[Ids]) -> list[StoredChunks]:
     assert _worker is not None
     return _worker.encode(pieces)
-
-
-def team_of(workers: int | str, encoder: Callable[[], Encoder], guard: threading.Lock) -> Team:
-    """The team that ``workers`` means.
-
-    Args:
-        workers: processes on this machine, ``ray``, or ``ray:N`` for so many actors of a Ray cluster.
-        encoder: gives that of this process.
-        guard: held while this process encodes.
-
-    Raises:
-        StoreError: it means nothing; when started, a model that other processes cannot have, or Ray is not installed.
-    """
-    if isinstance(workers, int) and workers > 0:
-        return Team(lambda: _here(encoder(), guard) if workers == 1 else _processes(workers, encoder()))
-    if isinstance(workers, str) and re.fullmatch(r"ray(:[1-9]\d*)?", workers):
-        return Team(lambda: _ray(int(workers[4:] or 0), encoder()))
-    raise StoreError(f"workers ({workers!r}) must be a number from 1 on, 'ray' or 'ray:N'")
-
-
-def _here(encoder: Encoder, guard: threading.Lock) -> Started:
-    def submit(pieces: list[Ids]) -> Callable[[], list[StoredChunks]]:
-        with guard:
-            made = encoder.encode(pieces)
-        return lambda: made
-
-    return Started(submit, 0, lambda: None)
-
-
-def _recipe(encoder: Encoder, workers: int, folder: str) -> _Recipe:
-    model: Any = encoder.model
-    backbone: Any = getattr(getattr(model, "backbone", None), "model", None)
-    if not hasattr(backbone, "save_pretrained"):
-        raise StoreError(f"a {type(model).__name__} cannot be given to other processes; use workers=1")
-    backbone.save_pretrained(folder)
-    return _Recipe(
-        encoder.layout,
-        encoder.batch_tokens,
-        str(backbone.dtype).removeprefix("torch."),
-        getattr(backbone.config, "_attn_implementation", None),
-        str(model.device.type),
-        max(1, torch.get_num_threads() // workers),
-        folder,
-    )
-
-
-def _processes(workers: int, encoder: Encoder) -> Started:
-    folder = tempfile.TemporaryDirectory(prefix="longmem-")
-    try:
-        recipe = _recipe(encoder, workers, folder.name)
-    except BaseException:
-        folder.cleanup()
-        raise
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _begin, (recipe, context.Value("i", 0)))
-
-    def submit(pieces: list[Ids]) -> Callable[[], list[StoredChunks]]:
-        try:
-            future = pool.submit(_encode, pieces)
-        except BrokenProcessPool as error:
-            raise StoreError(f"a worker ended abruptly; {GO_ON}") from error
-
-        def wait() -> list[StoredChunks]:
-            try:
-                return future.result()
-            except BrokenProcessPool as error:
-                raise StoreError(f"a worker ended abruptly; {GO_ON}") from error
-
-        return wait
-
-    def close() -> None:
-        pool.shutdown(cancel_futures=True)
-        folder.cleanup()
-
-    return Started(submit, 2 * workers, close)
-
-
-def _ray(count: int, encoder: Encoder) -> Started:
-    try:
-        import ray
-    except ImportError as error:
-        raise StoreError("workers='ray' needs the ray extra: pip install 'longmem-lm[ray]'") from error
-    started = not ray.is_initialized()
-    if started:
-        ray.init(log_to_driver=False)
-    count = count or int(ray.cluster_resources().get("CPU", 1))
-    with tempfile.TemporaryDirectory(prefix="longmem-") as folder:
-        recipe = _recipe(encoder, 1, folder)
-        files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
-    kept = ray.put(_Recipe(**{**vars(recipe), "files": files, "threads": 1}))
-    needs = {"num_cpus": 1, "num_gpus": 1 if recipe.device == "cuda" else 0, "max_restarts": 3, "max_task_retries": 3}
-    # Ray shows each actor its own GPU as number 0
-    actors = deque(ray.remote(_Worker).options(**needs).remote(kept, 0) for _ in range(count))
-
-    def submit(pieces: list[Ids]) -> Callable[[], list[StoredChunks]]:
-        actors.rotate(-1)
-        found = actors[0].encode.remote(pieces)
-
-        def wait() -> list[StoredChunks]:
-            try:
-                return list(ray.get(found))
-            except ray.exceptions.RayTaskError as error:
-                raise (
-                    error.cause if isinstance(error.cause, LongMemError) else StoreError(f"{error}; {GO_ON}")
-                ) from None
-            except ray.exceptions.RayError as error:
-                raise StoreError(f"a worker of Ray was lost ({type(error).__name__}); {GO_ON}") from error
-
-        return wait
-
-    def close() -> None:
-        for actor in actors:
-            ray.kill(actor)
-        if started:
-            ray.shutdown()
-
-    return Started(submit, 2 * count, close)
