@@ -3,8 +3,8 @@
 Usage: python -m benchmarks.store --against ../before/src [--sizes 65536,1000000] [--open 10000000] [--rounds 15]
 
 Each version runs in a process of its own over a store of its own with the same drawn keys and values; what they are
-does not matter to exact search and to bytes. Rounds alternate, so that a busy machine slows both alike. Seconds are those of
-the processor (``process_time``), in which other processes are not counted; opening is also taken by the clock.
+does not matter to exact search and to bytes. Rounds alternate, so that a busy machine slows both alike. Seconds are
+those of the processor (``process_time``), in which other processes are not counted; opening is also taken by the clock.
 """
 
 from __future__ import annotations
