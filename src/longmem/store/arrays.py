@@ -180,7 +180,8 @@ def _mapped(path: Path, count: int, size: int) -> NDArray[np.uint8]:
             length = os.fstat(stream.fileno()).st_size
             if length < count * size:
                 raise StoreDamaged(f"{path}: {length} bytes where {count * size} were written; {REPAIR}")
-            return np.frombuffer(mmap.mmap(stream.fileno(), count * size, access=mmap.ACCESS_COPY), np.uint8)
+            # a private, writable map of more than the machine's memory would be refused
+            return np.frombuffer(mmap.mmap(stream.fileno(), count * size, access=mmap.ACCESS_READ), np.uint8)
     except StoreError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise GenerationGone(f"{path}: this data file is missing; {REPAIR}") from error

@@ -88,7 +88,9 @@ class Catalog:
                     raise StoreFull(f"{each}: may not be written; allow writing there, or open with mode='read'")
         elif not os.access(self.path.parent, os.W_OK):
             log = self.path.with_name(f"{CATALOG}-wal")
-            if not log.exists():  # SQLite could not make the files that it wants beside a write-ahead log
+            if not (
+                log.exists() and log.stat().st_size
+            ):  # SQLite could not make the files that it wants beside a write-ahead log
                 how, self._watched = "mode=ro&immutable=1", self._state()
         with sqlite_errors(self.path):
             db = sqlite3.connect(

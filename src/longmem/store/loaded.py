@@ -194,13 +194,10 @@ class Held:
 
 
 def _records(array: NDArray[Any], records: Numbers) -> NDArray[Any]:
-    """Some records: a view where they are one after the other, else a copy."""
+    """A copy of some records; those that are one after the other are read in one go."""
     first, last = int(records[0]), int(records[-1])
-    return (
-        array[first : last + 1]
-        if last - first == len(records) - 1 and (np.diff(records) == 1).all()
-        else array[records]
-    )
+    follow = last - first == len(records) - 1 and bool((np.diff(records) == 1).all())
+    return array[first : last + 1].copy() if follow else array[records]
 
 
 def take_mapped(runs: Runs, chunks: Numbers, heads: Numbers, device: torch.device) -> Tensor:
