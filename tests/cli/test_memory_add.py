@@ -228,9 +228,23 @@ def test_lines_without_a_name_are_called_by_file_and_line(memory: Memory) -> Non
 
 
 def test_another_models_tokenizer_is_refused_wherever_text_is_read(
-    memory: Memory, filled: Path, tmp_path: Path, made_text: Callable[..., str]
+    memory: Memory,
+    models: Path,
+    filled: Path,
+    tmp_path: Path,
+    made_text: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from longmem.data.tokenizer import train_tokenizer
+    from longmem import LongMem, MemoryStore
+    from longmem.cli.main import main
+    from longmem.data.tokenizer import load_tokenizer, train_tokenizer
+    from longmem.errors import DataError
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main([*map(str, arguments)])
+        return capsys.readouterr().err.splitlines()[-1]
 
     train_tokenizer([made_text(500)], 300).save_pretrained(str(tmp_path / "wrong"))
     for arguments in (["add", "notes"], ["append", "notes"], ["search", "the old map", "-n", "ada"]):
@@ -238,7 +252,14 @@ def test_another_models_tokenizer_is_refused_wherever_text_is_read(
             "wrong: a tokenizer of 300 tokens, the model knows 260: it is another model's; name the right one with "
             "--tokenizer"
         )
-    assert filled.is_dir()
+    model: Any = LongMem.from_pretrained(models / "side" / "final")
+    with pytest.raises(DataError, match="the model knows 260: it is another model's; open the store with the model's"):
+        MemoryStore.open(filled, model=model, tokenizer=load_tokenizer(tmp_path / "wrong"))
+    for command in ("layers", "calibrate"):
+        assert run(command, models / "backbone", "--data", "notes", "--tokenizer", "wrong", "--out", "out") == (
+            "error: wrong: a tokenizer of 300 tokens, the model knows 260: it is another model's; name the right one "
+            "with --tokenizer"
+        )
 
 
 @pytest.mark.usefixtures("model")

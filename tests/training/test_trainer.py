@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from longmem import LongMem, MemTRM
-from longmem.data.steps import as_corpus
 from longmem.data.stream import SegmentStream
+from longmem.data.tokens import as_corpus
 from longmem.errors import CheckpointError, ConfigError, DataError
 from longmem.memory import MemoryBank
 from longmem.training import LongMemTrainer

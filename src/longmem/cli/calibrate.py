@@ -57,7 +57,7 @@ def command(
     from transformers.utils import logging
 
     from longmem.config import TrainingFreeConfig
-    from longmem.data import load_tokenizer
+    from longmem.data import check_tokenizer, load_tokenizer
     from longmem.evaluation.effect import measure_effect
     from longmem.evaluation.loading import checked_device
     from longmem.evaluation.results import RunHeader, command_line, write_json
@@ -79,6 +79,7 @@ def command(
     loaded = None if dtype == "auto" else getattr(torch, dtype)
     sizes: dict[str, Any] = {"chunk_size": chunk_size, "num_retrieved": num_retrieved}
     made = TrainingFree.from_backbone(model, dtype=loaded, fusion="token", **sizes)
+    check_tokenizer(reader, made)
     torch.nn.Module.to(made, checked_device(device))
     if layers == "auto":
         text = [ids for some in check.values() for ids in some[:1]]

@@ -69,11 +69,11 @@ def command(
     dtype = None if shared["dtype"] == "auto" else getattr(torch, shared["dtype"])
     backbone, beside = load_backbone(model, device=checked_device(shared["device"]), dtype=dtype)
     if effect:
-        texts = _text(data, tokenizer or beside, rows, 2 * EFFECT_WINDOW + 1, given=True) if data else None
+        texts = _text(backbone, data, tokenizer or beside, rows, 2 * EFFECT_WINDOW + 1, given=True) if data else None
         return _effect(backbone, texts, tokenizer or beside, model, shared)
     report = measure_layers(
         backbone,
-        _text(data, tokenizer or beside, rows, max(distances), given=bool(data or tokenizer)),
+        _text(backbone, data, tokenizer or beside, rows, max(distances), given=bool(data or tokenizer)),
         distances=distances,
         rows=rows,
         name=model,
@@ -95,7 +95,11 @@ def _effect(backbone: Any, texts: Tensor | None, tokenizer: str, name: str, shar
 
     settings = {key: shared[key] for key in ("chunk_size", "num_retrieved", "seed")}
     report = measure_effect(
-        backbone, [] if texts is None else list(texts), load_tokenizer(tokenizer), window=EFFECT_WINDOW, **settings
+        backbone,
+        [] if texts is None else list(texts),
+        load_tokenizer(tokenizer, backbone),
+        window=EFFECT_WINDOW,
+        **settings,
     )
     samples = {"texts": 0 if texts is None else len(texts)}
     header = RunHeader("effect", command_line(), settings, {"backbone": name}, samples, [shared["seed"]])
@@ -114,14 +118,16 @@ def _effect(backbone: Any, texts: Tensor | None, tokenizer: str, name: str, shar
     click.echo(f"\nread memory at {', '.join(map(str, report.best))}")
 
 
-def _text(data: tuple[str, ...], tokenizer: str, rows: int, length: int, *, given: bool) -> Tensor | None:
+def _text(
+    backbone: Any, data: tuple[str, ...], tokenizer: str, rows: int, length: int, *, given: bool
+) -> Tensor | None:
     """Rows of text; without ``--data`` and without a tokenizer, none."""
     from longmem.data import load_tokenizer, read_documents
     from longmem.errors import DataError
     from longmem.evaluation.layers import standard_text, text_rows
 
     try:
-        reader = load_tokenizer(tokenizer)
+        reader = load_tokenizer(tokenizer, backbone)
     except DataError:
         if given:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -95,44 +96,21 @@ class SegmentStream:
                 "give more text, fewer optim.rows or a smaller window"
             )
         self._order: tuple[int, NDArray[np.int64]] | None = None
-        self._rewind()
-
-    def _rewind(self) -> None:
-        self.step = self.taken = 0
+        self.taken = 0
         # of every row of every process: which piece, and how far
         self._piece = [self._take() for _ in range(self.rows * self.world)]
         self._done = [0] * len(self._piece)
 
     def next(self) -> SegmentBatch:
-        """The rows' segments; afterwards every row stands at its next one."""
-        batch = self.here()
-        self._advance()
-        return batch
-
-    def here(self) -> SegmentBatch:
-        """What ``next`` would give, without moving on."""
-        lanes = range(self.rank * self.rows, (self.rank + 1) * self.rows)
-        return self._batch(list(lanes))
-
-    def row(self, lane: int) -> tuple[SegmentBatch, int]:
-        """The current segment of one row of all processes', counted through, and the number of its text."""
-        return self._batch([lane]), self._piece[lane]
-
-    def seek(self, step: int) -> None:
-        """Stand where ``step`` calls of ``next`` lead to from the beginning; only positions are gone through."""
-        if step < self.step:
-            self._rewind()
-        while self.step < step:
-            self._advance()
-
-    def _advance(self) -> None:
+        """The rows' segments; afterwards every row is at its next one."""
+        batch = self._batch(range(self.rank * self.rows, (self.rank + 1) * self.rows))
         for lane in range(len(self._piece)):
             self._done[lane] += self.window
             piece = self.pieces[self._piece[lane]]
             # the last token has no next token: it alone makes no segment
             if self._done[lane] >= piece.last - piece.first - 1:
                 self._piece[lane], self._done[lane] = self._take(), 0
-        self.step += 1
+        return batch
 
     @property
     def epoch(self) -> float:
@@ -141,7 +119,6 @@ class SegmentStream:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "step": self.step,
             "taken": self.taken,
             "piece": list(self._piece),
             "done": list(self._done),
@@ -165,10 +142,10 @@ class SegmentStream:
                 f"the saved position has {len(state['piece'])} rows, this run has {len(self._piece)}; "
                 "keep optim.rows times the number of processes as it was"
             )
-        self.taken, self.step = int(state["taken"]), int(state.get("step", 0))
+        self.taken = int(state["taken"])
         self._piece, self._done = list(state["piece"]), list(state["done"])
 
-    def _batch(self, lanes: list[int]) -> SegmentBatch:
+    def _batch(self, lanes: Sequence[int]) -> SegmentBatch:
         window = self.window
         ids = np.full((len(lanes), window), self.pad_id, dtype=np.int64)
         targets = np.full((len(lanes), window), IGNORE, dtype=np.int64)

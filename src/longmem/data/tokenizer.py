@@ -38,13 +38,16 @@ def load_tokenizer(path: str | Path, model: Any = None) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def check_tokenizer(tokenizer: Any, model: Any, name: str | None = None) -> None:
+def check_tokenizer(
+    tokenizer: Any, model: Any, name: str | None = None, way_out: str = "name the right one with --tokenizer"
+) -> None:
     """Refuse a tokenizer whose ids the model has no embeddings for.
 
     Args:
         tokenizer: of transformers.
         model: any with ``get_input_embeddings()``.
         name: of the tokenizer in the message; None is the path that it was loaded from.
+        way_out: what the message proposes.
 
     Raises:
         DataError: it is another model's.
@@ -53,8 +56,8 @@ def check_tokenizer(tokenizer: Any, model: Any, name: str | None = None) -> None
     # without tokens added later: some checkpoints bring one or two that occur in no text and have no embedding
     if tokenizer.vocab_size > known:
         raise DataError(
-            f"{name or tokenizer.name_or_path}: a tokenizer of {tokenizer.vocab_size:,} tokens, the model knows "
-            f"{known:,}: it is another model's; name the right one with --tokenizer"
+            f"{name or tokenizer.name_or_path or 'this'}: a tokenizer of {tokenizer.vocab_size:,} tokens, the model "
+            f"knows {known:,}: it is another model's; {way_out}"
         )
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,36 @@ def tokenize(source: TextSource, tokenizer: PreTrainedTokenizerBase, cache_dir: 
         return corpus
     corpus.save(folder)
     return TokenCorpus.load(folder)
+
+
+def as_corpus(documents: TokenCorpus | Iterable[Mapping[str, Any]]) -> TokenCorpus:
+    """Tokenised documents as one corpus.
+
+    Args:
+        documents: a corpus as it is; or records (of a ``datasets.Dataset``, a list) with ``input_ids``, each a whole
+            document, and perhaps a ``name`` or ``id``.
+
+    Raises:
+        DataError: a record has no ``input_ids``, or none has any.
+    """
+    if isinstance(documents, TokenCorpus):
+        return documents
+    parts, names = [], []
+    for number, record in enumerate(documents):
+        if "input_ids" not in record:
+            raise DataError(
+                f"record {number} has no input_ids (it has {', '.join(map(str, record)) or 'nothing'}); tokenise each "
+                "document as a whole, without cutting it to the window"
+            )
+        parts.append(np.asarray(record["input_ids"], dtype=np.uint32))
+        names.append(str(record.get("name", record.get("id", number))))
+    if not sum(map(len, parts)):
+        raise DataError("no record has any token in input_ids; give documents to train on")
+    ids = np.concatenate(parts)
+    bounds = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+    unknown = np.zeros(len(parts), dtype=np.int64)
+    fingerprint = hashlib.sha256(ids.tobytes() + bounds.tobytes()).hexdigest()[:16]
+    return TokenCorpus(ids, bounds, tuple(names), unknown, unknown, fingerprint)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

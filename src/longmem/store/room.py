@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from longmem.data.tokenizer import check_tokenizer, load_tokenizer
 from longmem.errors import DataError, StoreDamaged, StoreError
 from longmem.store.arrays import Arrays, GenerationGone, paths_of
 from longmem.store.catalog import CATALOG, Catalog
@@ -80,8 +81,6 @@ class Room:
         if self.tokenizer is None and self.encoder is not None:
             name = backbone_of(self.encoder.model)
             if name:
-                from longmem.data.tokenizer import load_tokenizer
-
                 self.tokenizer = load_tokenizer(name)
         return self.tokenizer
 
@@ -174,6 +173,8 @@ def open_room(
                 )
         if model is not None:
             _check_model(folder, catalog.layout, model)
+            if tokenizer is not None and hasattr(tokenizer, "vocab_size") and hasattr(model, "get_input_embeddings"):
+                check_tokenizer(tokenizer, model, way_out="open the store with the model's own")
         encoder = None if model is None else Encoder(model, catalog.layout, batch_tokens)
         room = Room(folder, catalog, lock, encoder, tokenizer)
         if lock is not None:

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from longmem.data.steps import as_corpus
 from longmem.data.stream import SegmentBatch, SegmentStream
-from longmem.data.tokens import TokenCorpus
+from longmem.data.tokens import TokenCorpus, as_corpus
 from longmem.data.windows import IGNORE
 from longmem.errors import ConfigError
 from longmem.memory import MemoryBank

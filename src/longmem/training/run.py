@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from longmem.data.text import read_documents
-from longmem.data.tokenizer import load_tokenizer, train_tokenizer
+from longmem.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from longmem.data.tokens import TokenCorpus, tokenize
 from longmem.data.windows import WindowSampler
 from longmem.errors import CheckpointError, ConfigError
@@ -139,6 +139,7 @@ def build_trainer(
             f"are {state.num_processes} processes; start one, or leave it away"
         )
     model: Any = build_model(recipe, tokenizer, state.device)
+    check_tokenizer(tokenizer, model, way_out="leave data.tokenizer out, or name the backbone's")
     args = arguments(recipe, state.device)
     data, optim, side = recipe.data, recipe.optim, recipe.sidenet
     now = recipe.model_dump(mode="json")
