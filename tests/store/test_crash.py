@@ -49,7 +49,7 @@ def import_(store: MemoryStore) -> None:
 
 
 OPERATIONS: dict[str, Act] = {
-    "add": lambda store: store.add_document("alice", words(7, 700), name="new", time=9.0),
+    "add": lambda store: store.add_document("alice", words(7, 300), name="new", time=9.0),
     "add many": lambda store: list(
         store.add_documents("alice", [NewDocument(f"n{n}", words(n, 90), time=9.0) for n in range(3)])
     ),
