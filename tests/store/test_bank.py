@@ -719,3 +719,33 @@ def test_each_of_two_layers_is_searched_alone(tmp_path: Path, model: LongMem, ke
             bank.search(asked, 5, layer=2)
         with pytest.raises(StoreError, match=r"layers 1, 3\), this model is .*layer"):
             MemoryStore.open(tmp_path / "two", model=model, mode="read")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3", "alibi_gpt"])
+def test_a_model_of_two_layers_reads_a_store_as_it_reads_a_memory_bank(tmp_path: Path, name: str) -> None:
+    model = make_model(name, memory_layers=(1, 3))
+    with make_store(tmp_path / "memory", model) as store, make_store(tmp_path / "int8", model, dtype="int8") as small:
+        fill(store)
+        fill(small)
+        bank, twin = store.bank("alice"), memory_bank(store, model, DOCUMENTS)
+        assert store.layout.memory_layers == bank.memory_layers == (1, 3)
+        asked = queries(bank, heads=2 * bank.heads_kv)
+        for layer in range(2):
+            same(bank.search(asked, 5, layer=layer), twin.search(asked, 5, layer=layer))
+            found = small.bank("alice").search(asked, 5, layer=layer)
+            assert torch.equal(found.chunks, bank.search(asked, 5, layer=layer).chunks)
+        assert not torch.equal(bank.search(asked, 5).chunks, bank.search(asked, 5, layer=1).chunks)
+        prompt = ids(12, seed=50)[None]
+        assert torch.equal(model(prompt, memory=bank).logits, model(prompt, memory=twin).logits)
+        settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        text = model.generate(prompt, memory=bank, **settings)
+        assert torch.equal(text, model.generate(prompt, memory=twin, **settings))
+        session = bank.session()
+        session.add(model.encode(prompt), ids=prompt)
+        twin.add(model.encode(prompt), documents=["said"])
+        for layer in range(2):
+            torch.testing.assert_close(
+                session.search(asked, 5, layer=layer).scores, twin.search(asked, 5, layer=layer).scores
+            )
+        session.commit("said")
+        assert "said" in found_names(bank)
