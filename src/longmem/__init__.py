@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from longmem.store.store import MemoryStore
     from longmem.types import AttentionKV, RetrievedMemory
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AlibiGPTConfig",
