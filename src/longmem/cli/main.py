@@ -60,7 +60,7 @@ def cli() -> None:
 
     \b
     longmem demo                                    a trained pair remembers two packages, in about a minute
-    longmem train recipes/tiny-cpu.toml             train from a recipe
+    longmem train tiny-cpu                          train from a recipe
     longmem eval perplexity --model runs/x --data book.txt
     """
 

@@ -16,8 +16,8 @@ import click
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run, if there is one.")
 @click.option("--overwrite", is_flag=True, help="Remove an earlier run of the same name first.")
 @click.option("--check", is_flag=True, help="Read the recipe, report every problem, train nothing.")
-@click.option("--estimate", metavar="HARDWARE", help="Print memory and hours on a machine, e.g. h100-80gb.")
-@click.option("--quiet", is_flag=True, help="No lines and no progress bar on stderr.")
+@click.option("--estimate", metavar="HARDWARE", help="Print memory, hours and cost on a machine, e.g. h100-80gb.")
+@click.option("--quiet", is_flag=True, help="No lines on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     recipe: Path,
@@ -29,13 +29,13 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Train what RECIPE (a TOML file) describes: a backbone from scratch, or a SideNet over a frozen one.
+    """Train what RECIPE describes: a TOML file, or the name of one that comes with the package.
 
     \b
-    longmem train recipes/tiny-cpu.toml
-    longmem train recipes/gpt2-small.toml --set run.seed=2 --set optim.rows=4
-    longmem train recipes/gpt2-small.toml --resume
-    longmem train recipes/gpt2-small.toml --estimate a100-80gb
+    longmem train tiny-cpu
+    longmem train gpt2-small --set run.seed=2 --set optim.rows=4
+    longmem train gpt2-small --resume
+    longmem train gpt2-small --estimate a100-80gb
     """
     from longmem.training.recipe import Recipe
 

@@ -349,7 +349,9 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
             self.generation_config.save_pretrained(folder)
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
-        config.backbone_sketch = sketch_of(self.backbone.model)
+        # of weights that are divided among processes it was taken before, see `training.sharding`
+        if not any(hasattr(weight, "full_tensor") for weight in self.backbone.model.parameters()):
+            config.backbone_sketch = sketch_of(self.backbone.model)
         name = config.backbone_name_or_path
         if name is not None and os.path.isdir(name):
             config.backbone_name_or_path = os.path.abspath(name)

@@ -117,10 +117,9 @@ class LongMemTrainer(StreamTrainer):
         self._share: Tensor | None = None
 
     @property
-    def longmem(self) -> LongMem | MemTRM:
-        """The model without wrappers."""
-        model: Any = self.accelerator.unwrap_model(self.model)
-        return model  # type: ignore[no-any-return]
+    def longmem(self) -> Any:
+        """The ``LongMem`` or ``MemTRM`` without wrappers."""
+        return self.accelerator.unwrap_model(self.model)
 
     def new_bank(self, rows: int, **settings: Any) -> MemoryBank:
         """An empty one."""
@@ -211,6 +210,8 @@ class LongMemTrainer(StreamTrainer):
         stream = SegmentStream(corpus, self.window, rows, None, rank=rank, world=world, pad_id=self.pad_id)
         bank = self.new_bank(rows) if memory else None
         model = self.longmem.backbone.model if backbone else self.longmem
+        if backbone and self.divided:
+            self.longmem.unshard()  # embeddings and head are the root's, which does not run here
         scores, tokens = Scores(), min(self.eval_tokens or corpus.num_tokens, corpus.num_tokens)
         steps = max(1, tokens // (together * self.window))
         what = "validating the backbone" if backbone else "validating" if memory else "validating without memory"

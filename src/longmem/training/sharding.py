@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from longmem.errors import ConfigError
 from longmem.modeling.families import Family
+from longmem.modeling.fingerprint import sketch_of
 
 
 def wants_sharding(parallel: str) -> bool:
@@ -70,19 +71,18 @@ def shard(model: nn.Module, compute_dtype: torch.dtype | None = None) -> None:
         for layer in Family.of(root).layers:
             fully_shard(layer, **trained)
     else:
-        family = Family.of(root.backbone.model)
-        for layer in family.layers:
+        # one process alone saves the model, and could not gather what the others hold
+        root.config.backbone_sketch = sketch_of(root.backbone.model)
+        for layer in Family.of(root.backbone.model).layers:
             fully_shard(layer, **layerwise)
         for layer in side.layers:
             fully_shard(layer, **trained)
         # the gate is read again where a layer is recomputed, the final norm after the SideNet's forward
         fully_shard(side, **whole, reshard_after_forward=False)
-        # decoder and head are called one after the other; tied embeddings stay gathered for the head
-        fully_shard(family.decoder, **whole, reshard_after_forward=False)
-        fully_shard(root.backbone.model, **layerwise)
         # a run that ends early would leave later units waiting for their turn
         root.backbone.stops_early = False
         root.backbone.rebuild()
+    # with what is left: embeddings and head, which may be tied, gathered for the whole of a step
     fully_shard(root, **whole)
 
 
@@ -126,29 +126,30 @@ def undivided(tensor: Tensor) -> Tensor:
     return gathered
 
 
-def optimiser_part(optimiser: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+def optimiser_part(optimiser: torch.optim.Optimizer) -> dict[str, Any]:
     """This process's part of an optimiser's state."""
-    state = optimiser.state_dict()["state"]
-    return {
-        index: {n: v.to_local() if hasattr(v, "to_local") else v for n, v in s.items()} for index, s in state.items()
+    whole_state = optimiser.state_dict()
+    local = {
+        index: {name: value.to_local() if hasattr(value, "to_local") else value for name, value in each.items()}
+        for index, each in whole_state["state"].items()
     }
+    return {**whole_state, "state": local}
 
 
-def load_optimiser_part(optimiser: torch.optim.Optimizer, part: Mapping[int, Mapping[str, Tensor]]) -> None:
+def load_optimiser_part(optimiser: torch.optim.Optimizer, part: Mapping[str, Any]) -> None:
     """The inverse of ``optimiser_part``, in as many processes."""
     from torch.distributed.tensor import DTensor
 
     parameters: list[Any] = [parameter for group in optimiser.param_groups for parameter in group["params"]]
 
-    def divided(value: Tensor, like: Any) -> Tensor:
-        if value.ndim == 0 or not isinstance(like, DTensor):
+    def divided(value: Any, like: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0 or not isinstance(like, DTensor):
             return value
-        return DTensor.from_local(
-            value.to(like.to_local().device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
-        )
+        value = value.to(like.to_local().device)
+        return DTensor.from_local(value, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
-    state = {i: {name: divided(value, parameters[i]) for name, value in each.items()} for i, each in part.items()}
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    state = {i: {n: divided(v, parameters[i]) for n, v in each.items()} for i, each in part["state"].items()}
+    optimiser.load_state_dict({**part, "state": state})
 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:
