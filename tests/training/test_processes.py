@@ -30,6 +30,7 @@ ROWS = 4
 # the backbone's matrix products in bf16 round differently for another number of rows
 FP32, BF16 = 2e-5, 2e-2
 COMMON = {"steps": 3, "dropout": 0.0, "accumulate": 2}
+SLOW = pytest.mark.slow
 RECOMPUTE = {"gradient_checkpointing": True}
 
 
@@ -80,9 +81,14 @@ def furthest(mine: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]]) -> 
     return max(found)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+QUICK = ("ddp", "ddp-memtrm", "fsdp-llama", "fsdp-gpt2-softmax")
+
+
+@pytest.mark.parametrize(
+    ("processes", "quick"), [(2, True), pytest.param(2, False, marks=SLOW), pytest.param(4, False, marks=SLOW)]
+)
 def test_processes_compute_the_gradients_of_one(
-    processes: int, adapt: Make, pretrain: Make, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    processes: int, quick: bool, adapt: Make, pretrain: Make, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     def family(name: str) -> str:
         folder = tmp_path / name
@@ -97,6 +103,8 @@ def test_processes_compute_the_gradients_of_one(
     together.mkdir()
     expected, tolerance = {}, {}
     for name, (make, changes, close) in cases(adapt, pretrain, family).items():
+        if quick != (name in QUICK) and processes == 2:
+            continue
         for rows, run in ((ROWS, f"one-{name}"), (ROWS // processes, name)):
             # texts that end in the middle of a segment: rows have unequally many targets
             settings = {"data": {"piece_tokens": 40}, "eval": {"every": 0}, **changes}
@@ -111,7 +119,8 @@ def test_processes_compute_the_gradients_of_one(
     assert {name: share for name, share in far.items() if share > tolerance[name]} == {}, far
 
 
-@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_each_process_keeps_and_resumes_its_own_memory(
     parallel: str, adapt: Make, tmp_path: Path, records: Records
 ) -> None:
