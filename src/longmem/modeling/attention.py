@@ -83,10 +83,10 @@ def chunk_parts(
 
 @dataclass(frozen=True)
 class _Gather:
-    """Reads the chunks of one query list from storage, seen as a table of chunks.
+    """Reads the chunks that a list of queries found. Storage is seen as a table with one line per chunk and head.
 
     Attributes:
-        table: (rows * slots * Hkv, 2*S*D), one chunk of one head per line: keys, then values.
+        table: (rows * slots * n*Hkv, 2*S*D), a line per row, slot and head: the chunk's keys, then its values.
         lines: (Q, R) long, the line of each retrieved chunk.
         real: (Q, R, S) bool, or None where every retrieved token is real.
         shape: of a gathered chunk, (R, 2, S, D).
@@ -101,16 +101,19 @@ class _Gather:
     def of(cls, retrieved: RetrievedMemory) -> _Gather:
         _, heads, _, chunks = retrieved.chunk_ids.shape
         _, slots, heads_kv, _, size, dim = retrieved.storage.shape
-        own = heads_kv if retrieved.layer_heads is None else retrieved.layer_heads
-        head = retrieved.first_head + torch.arange(heads, device=retrieved.chunk_ids.device) // (heads // own)
-        first = retrieved.rows.view(-1, 1, 1, 1) * (slots * heads_kv) + head.view(1, -1, 1, 1)
+        layer_heads = heads_kv if retrieved.layer_heads is None else retrieved.layer_heads
+        # query heads in groups share a key/value head; storage has those of the other memory layers too
+        group = heads // layer_heads
+        kv_head = retrieved.first_head + torch.arange(heads, device=retrieved.chunk_ids.device) // group
+        # the line of (row, slot, head) is (row * slots + slot) * heads_kv + head; this is that of slot 0
+        slot_0 = retrieved.rows.view(-1, 1, 1, 1) * (slots * heads_kv) + kv_head.view(1, -1, 1, 1)
         sizes = retrieved.lengths[retrieved.rows.view(-1, 1, 1, 1), retrieved.chunk_ids]
         sizes = sizes.masked_fill_(~retrieved.chunk_mask, 0).view(-1, chunks, 1)
         # the usual case, a memory of full chunks, needs no mask at all
         full = bool((sizes == size).all())
         return cls(
             table=retrieved.storage.view(-1, 2 * size * dim),
-            lines=(first + retrieved.chunk_ids * heads_kv).view(-1, chunks),
+            lines=(slot_0 + retrieved.chunk_ids * heads_kv).view(-1, chunks),
             real=None if full else torch.arange(size, device=sizes.device) < sizes,
             shape=(chunks, 2, size, dim),
         )
@@ -136,8 +139,9 @@ class _Gather:
 
 
 class _MemoryAttention(torch.autograd.Function):
-    # Keys and values of a chunk are read together. Products are taken with both and the half that means nothing is
-    # left out: cheaper than taking the halves apart. Row vector times matrix is by far the faster order in ``bmm``.
+    # The keys and values of a chunk are read together, and every product is taken with both: ``products[..., 0, :]``
+    # are with the keys, ``products[..., 1, :]`` with the values. Half of each is left out. That is cheaper than
+    # separating keys from values first. Row vector times matrix is by far the faster order in ``bmm``.
 
     @staticmethod
     def forward(
@@ -180,11 +184,12 @@ class _MemoryAttention(torch.autograd.Function):
         with torch.autocast(flat.device.type, enabled=False):
             for block in gather.blocks():
                 pairs = gather.read(block, dtype)
+                # the query meets the keys, the gradient of its output meets the values
                 asked = torch.stack((flat[block].to(dtype), grad_out[block]), dim=1)
                 products = torch.bmm(asked, pairs.transpose(1, 2)).view(-1, 2, *gather.shape[:3])
                 scores = gather.scores(products[:, 0, :, 0], block, scaling, softcap)
                 slope = _softmax(scores, lse[block]) * (products[:, 1, :, 1] + offset[block, None, None])
-                if softcap is not None:
+                if softcap is not None:  # the slope of tanh; clamped since scores are -inf at what is not there
                     slope = slope * (1 - (scores.clamp(min=-softcap) / softcap) ** 2)
                 slopes = torch.zeros_like(products[:, 0])
                 slopes[:, :, 0] = slope * scaling

@@ -63,8 +63,8 @@ class AugmentedLM(MemoryLM):
         """Let the attention of a memory layer, in the backbone's mirror, read memory."""
         place = self.memory_layers.index(layer)
         gate = functools.partial(self.reader_gate, place)
-        project = functools.partial(_found_before, layer)
-        MemoryReader(attention, self.backbone.family, layer, place, self.config.fusion, gate, project)
+        probe = functools.partial(_found_before, layer)
+        MemoryReader(attention, self.backbone.family, layer, place, self.config.fusion, gate, probe)
 
 
 def _found_before(layer: int, call: Call) -> QKV:

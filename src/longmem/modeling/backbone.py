@@ -37,7 +37,8 @@ class BackboneRun:
     Attributes:
         inputs: ``inputs[i]`` is the input of layer i, (B, T, C): H_LLM(i) of the paper; ``inputs[L]`` is the last
             layer's output, before the final norm.
-        calls: the arguments of every layer's call: mask, rotary tables, ALiBi, cache.
+        calls: the arguments of every layer's call: mask, rotary tables, ALiBi, cache. SideNet layers are called with
+            the same.
         qkv: position-free projections of each memory layer.
         output: what the decoder gave: ``last_hidden_state`` (B, T, C) after the final norm, the cache, and the
             hidden states and attentions that were asked for.
@@ -49,9 +50,10 @@ class BackboneRun:
     calls: dict[int, Call] = field(default_factory=dict)
     qkv: dict[int, QKV] = field(default_factory=dict)
     output: BaseModelOutputWithPast | None = None
-    reading: Any = None
+    reading: Any = None  # a Reading; its module imports this one
     stop_after: int | None = None
-    _tokens: list[Any] = field(default_factory=list, repr=False)
+    # what ``_CURRENT.set`` returned, once for each ``with`` that has not ended
+    _entered: list[Any] = field(default_factory=list, repr=False)
 
     def kv(self, mask: Tensor | None) -> AttentionKV:
         """The memory layers' keys and values, (B, n*Hkv, T, D) each, without gradient."""
@@ -62,13 +64,13 @@ class BackboneRun:
         return AttentionKV(keys.detach(), values.detach(), mask)
 
     def __enter__(self) -> BackboneRun:
-        self._tokens.append(_CURRENT.set(self))
+        self._entered.append(_CURRENT.set(self))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _CURRENT.reset(self._tokens.pop())
+        _CURRENT.reset(self._entered.pop())
 
 
 def current_run() -> BackboneRun | None:
@@ -101,6 +103,7 @@ class Backbone(nn.Module):
         self.model = model.requires_grad_(not frozen).train(model.training and not frozen)
         # False where a forward must not end half way: FSDP2 would leave layers gathered
         self.stops_early = True
+        # called with each memory layer's attention in a new mirror: the baselines put their MemoryReader there
         self.attach: Callable[[nn.Module, int], None] | None = None
 
     @property
@@ -134,7 +137,7 @@ class Backbone(nn.Module):
         """Run the decoder, without the head, on (B, T) ids.
 
         Args:
-            reading: what attention layers that read memory do in this call.
+            reading: the ``Reading`` of this call: what to search, and where to keep what is found.
             **options: further arguments of the backbone's own forward: attention_mask, position_ids,
                 past_key_values, use_cache, output_hidden_states, ... Those with the value None are left out where
                 the family does not know them.
@@ -148,7 +151,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> BackboneRun:
-        """Position-free q, k, v of the memory layers for ids (B, T); no layer behind the last of them runs."""
+        """Position-free q, k, v of the memory layers for ids (B, T); no layer above the last of them runs."""
         run = BackboneRun(stop_after=self.memory_layers[-1] if self.stops_early else None)
         decoder = find(self.mirror, self.family.decoder_path)
         options = self._accepted(decoder, {"attention_mask": attention_mask, "use_cache": False, **options})
@@ -160,21 +163,28 @@ class Backbone(nn.Module):
         return run
 
     def head(self, hidden: Tensor, run: BackboneRun, **options: Any) -> CausalLMOutputWithPast:
-        """The backbone's own way from final states to its output: head, caps, scales, loss, and what was asked for.
+        """The backbone's own way from final states to its output: head, caps, scales, loss.
+
+        The whole model runs once more, with a decoder that computes nothing and returns ``hidden``.
 
         Args:
-            hidden: (B, T, C), taken in the place of the run's own last state.
-            run: which gave the rest of the output: cache, hidden states, attentions.
+            hidden: (B, T, C), in place of the run's own last state.
+            run: gives the rest of the output: cache, hidden states, attentions.
             **options: ``labels``, ``logits_to_keep`` and what else the loss takes.
         """
         assert run.output is not None
         output = type(run.output)(**{**run.output, "last_hidden_state": hidden})
-        model = _with_decoder(self.mirror, self.family.decoder_path, _Given(output))
-        given = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        return cast(CausalLMOutputWithPast, model(input_ids=given, **self._accepted(model, options)))
+        model = _with_decoder(self.mirror, self.family.decoder_path, _FinishedDecoder(output))
+        unread = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        return cast(CausalLMOutputWithPast, model(input_ids=unread, **self._accepted(model, options)))
 
     def finish(self, hidden: Tensor, norm: nn.Module | None) -> Tensor:
-        """From states before the final norm to states that the head takes, through ``norm`` in the backbone's place."""
+        """The states that the head takes, from states before the final norm.
+
+        Args:
+            hidden: (B, T, C).
+            norm: takes the place of the backbone's final norm; None where the family has none.
+        """
         if norm is not None:
             weight = next(norm.parameters())
             hidden = norm(hidden.to(weight.device, weight.dtype)).to(hidden)
@@ -214,7 +224,11 @@ class Backbone(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "mirror"}
 
     def _accepted(self, module: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-        """The options without those that are None and that the module's forward does not have by name."""
+        """The options that the module's forward takes.
+
+        A parameter of that name takes any value. ``**kwargs`` takes the others, except None, ``position_ids`` and
+        ``use_cache``.
+        """
         known = _parameters_of(type(module))  # type: ignore[arg-type]
         return {
             name: value
@@ -224,7 +238,7 @@ class Backbone(nn.Module):
 
 
 def mirror_of(module: nn.Module) -> nn.Module:
-    """The same modules once more over the same weights: hooks, modes and settings of the mirror are its own."""
+    """Twins of a module and its parts over the same weights; a hook or attribute set on a twin is its own."""
     made: dict[int, nn.Module] = {}
 
     def reflect(part: nn.Module) -> nn.Module:
@@ -249,8 +263,8 @@ def mirror_of(module: nn.Module) -> nn.Module:
     return reflect(module)
 
 
-class _Given(nn.Module):
-    """A decoder that has already run."""
+class _FinishedDecoder(nn.Module):
+    """A decoder that has already run: it returns its output whatever it is called with."""
 
     def __init__(self, output: BaseModelOutputWithPast) -> None:
         super().__init__()
@@ -273,7 +287,7 @@ def _with_decoder(model: nn.Module, path: str, decoder: nn.Module) -> nn.Module:
 
 def _before_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     run = current_run()
-    if run is not None and run.stop_after is None:
+    if run is not None and run.stop_after is None:  # a run that stops early is for keys and values alone
         run.calls[index] = Call.record(module, args, kwargs)
         run.inputs[index] = run.calls[index].arguments["hidden_states"]
 

@@ -50,10 +50,10 @@ class Family:
     """The named parts of one backbone.
 
     Attributes:
-        decoder_path: of the decoder in the model; it takes token ids and gives states after the final norm.
-        decoder: that module.
+        decoder_path: where the decoder is in the model. It takes token ids and gives states after the final norm.
+        decoder: the module at that path.
         layers: its layers.
-        final_norm: None where the layers norm what they give (OPT-350m).
+        final_norm: None where each layer norms its own output (OPT-350m).
         tail: what the decoder applies after its norm (OPT-350m's projection), or None.
         config: of the text model.
     """
@@ -132,7 +132,7 @@ class Family:
 
     @property
     def pre_norm(self) -> bool:
-        """False where a layer norms its sum, and so is never the identity (OPT-350m)."""
+        """False where a layer norms after its residual sum (OPT-350m); zeroed outputs do not make that the identity."""
         return bool(getattr(self.config, "do_layer_norm_before", True))
 
     def layer_types(self) -> list[str]:
@@ -144,9 +144,9 @@ class Family:
         return side_layout(self.config, stride)
 
     def memory_layers(self) -> list[int]:
-        """Layers whose keys and values are worth keeping: full attention, and keys of their own.
+        """The layers that may be remembered: those with full attention and keys of their own.
 
-        A backbone that slides its window in every layer (Mistral) keeps all its layers.
+        Where no layer has full attention (Mistral), those with a sliding window.
         """
         types = self.layer_types()
         own = [i for i, layer in enumerate(self.layers) if attention_of(layer) is not None]

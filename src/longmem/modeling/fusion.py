@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Fused(NamedTuple):
-    """The mixed heads (B, H, T, D) and the share (B, H, T) each token gave to memory."""
+    """The mixed heads (B, H, T, D), and the share (B, H, T) of each that comes from memory."""
 
     out: Tensor
     share: Tensor
@@ -28,7 +28,7 @@ def fuse(local_out: Tensor, memory_out: Tensor, found: Tensor, memory_gate: Tens
         memory_gate: logit (H,); its sigmoid is the share given to memory, as in the released code.
 
     Returns:
-        (B, H, T, D), bit for bit ``local_out`` wherever nothing was found.
+        the mixed heads, bit for bit ``local_out`` wherever nothing was found, and the shares, 0 there.
     """
     share = torch.sigmoid(memory_gate.float()).view(1, -1, 1).expand(found.shape)
     return mix(local_out, memory_out, found, share)
@@ -39,10 +39,12 @@ def fuse_softmax(
 ) -> Fused:
     """One softmax over local and retrieved tokens together, with a bias per head on the memory scores.
 
-    Two softmaxes with log-sum-exps a and b are one softmax when mixed with share sigmoid(b - a); so every token chooses
-    its share by how well its query matches (as FoT/LongLLaMA attend to local and memory keys at once).
+    Let a and b be the log-sum-exps of the local and the memory scores. One softmax over both is the local output and
+    the memory output mixed with share sigmoid(b - a). So the share of a token depends on how well its query matches.
+    FoT/LongLLaMA also attend to local and memory keys at once.
 
     Args:
+        local_out, memory_out, found: as in ``fuse``.
         local_lse: (B, H, T), log of the local softmax's denominator.
         memory_lse: (B, H, T), the same over memory; -inf where nothing was found.
         memory_gate: (H,), added to the memory scores.
@@ -53,6 +55,7 @@ def fuse_softmax(
 
 
 def mix(local_out: Tensor, memory_out: Tensor, found: Tensor, share: Tensor) -> Fused:
+    """Local and memory outputs mixed by ``share`` (B, H, T), which counts only where something was found."""
     share = torch.where(found, share, 0.0)
     weight = share.unsqueeze(-1).to(local_out.dtype)
     mixed = (1 - weight) * local_out + weight * memory_out.to(local_out.dtype)

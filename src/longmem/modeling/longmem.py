@@ -27,7 +27,7 @@ class LongMem(MemoryLM):
         config: its ``memory_layers`` may be None (the paper's three quarters of the depth).
         backbone: the frozen model; it is used as it is and never changed.
         side_dtype: dtype of the SideNet; None is the backbone's.
-        fingerprint: by which the backbone goes where that is known; None computes it.
+        fingerprint: the backbone's, where it is known already; None computes it.
 
     Raises:
         BackboneError: if the backbone or a memory layer cannot be used.
@@ -53,7 +53,9 @@ class LongMem(MemoryLM):
     def read(self, run: BackboneRun, side_hidden: list[Tensor] | None = None) -> Tensor:
         """States (B, T, C) for the head: the SideNet's, after its own final norm."""
         final = self.sidenet(self.backbone, run, side_hidden)
-        return self.backbone.finish(final.to(run.inputs[self.backbone.num_layers]), self.sidenet.final_norm)
+        last = run.inputs[self.backbone.num_layers]
+        # the head expects the dtype and device of the backbone's last layer; the SideNet may have others
+        return self.backbone.finish(final.to(last), self.sidenet.final_norm)
 
     @property
     def memory_gate(self) -> Tensor:  # type: ignore[override]
@@ -62,7 +64,7 @@ class LongMem(MemoryLM):
 
     @property
     def augmented_layers(self) -> tuple[int, ...]:
-        """The 0-based SideNet layer that reads each remembered layer."""
+        """For each memory layer, the 0-based SideNet layer that searches its keys."""
         return self.sidenet.augmented_layers
 
     @property
@@ -142,7 +144,7 @@ class LongMem(MemoryLM):
         config: LongMemConfig | None = None,
         **kwargs: Any,
     ) -> LongMem:
-        """Load a SideNet and, really, the backbone that it names.
+        """Load a SideNet, and the backbone that it names.
 
         Args:
             pretrained_model_name_or_path: folder written by ``save_pretrained``, or a hub id.
@@ -153,7 +155,7 @@ class LongMem(MemoryLM):
             side_dtype: of the SideNet; None is the backbone's.
             backbone_kwargs: more arguments for the backbone's ``AutoModelForCausalLM.from_pretrained``.
             config: in place of the one in the folder.
-            **kwargs: such arguments by themselves: ``device_map``, ``attn_implementation``, ...
+            **kwargs: the same arguments, one by one: ``device_map``, ``attn_implementation``, ...
 
         Raises:
             CheckpointError: if the checkpoint is incomplete or damaged, or belongs to another backbone.

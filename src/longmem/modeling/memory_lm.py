@@ -40,11 +40,11 @@ class LongMemOutput(CausalLMOutputWithPast):
     """The backbone's output with what memory needs.
 
     Attributes:
-        kv: position-free keys and values of the remembered layers, (B, n*Hkv, T, D); write them with
+        kv: position-free keys and values of the n memory layers, (B, n*Hkv, T, D); write them with
             ``bank.add(out.kv)``.
-        reads: what each remembered layer's reader found and gave; None without memory.
-        retrieved: what the first of them found.
-        share: (B, H, T), the share of each token and head of the first given to memory.
+        reads: for each memory layer, what was found in it and the share that memory got; None without memory.
+        retrieved: what was found in the first memory layer.
+        share: (B, H, T), the share that memory got of each head's output, at the first memory layer.
         explanation: what each token and head read, with ``explain=True``.
         side_hidden: SideNet input and layer outputs, (B, T, C) each, with ``output_side_hidden=True``.
     """
@@ -63,7 +63,7 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
     Args:
         config: its ``memory_layers`` may be None (the paper's three quarters of the depth).
         backbone: the model that runs.
-        fingerprint: by which the backbone goes where that is known; None computes it.
+        fingerprint: the backbone's, where it is known already; None computes it.
 
     Raises:
         BackboneError: if the backbone or a memory layer cannot be used.
@@ -72,8 +72,9 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
 
     config_class: type[MemoryConfig] = MemoryConfig
     frozen: ClassVar[bool] = True
+    """Whether the backbone is kept from training; False in ``MemTRM``."""
     saved_below: ClassVar[str] = "backbone.model."
-    """The first part of the names of weights, which the files of a checkpoint leave away."""
+    """The prefix of the names of weights in ``state_dict``; the files of a checkpoint leave it out."""
     memory_gate: Tensor
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -128,12 +129,13 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
             memory: what to search, or None. It is only read; write ``out.kv`` after ``backward``.
             memory_rows: (B,) the bank row of every batch row; None is row b for batch row b.
             output_side_hidden: also return the SideNet's states.
-            explain: also return which chunks every token and head read, and how much of each. A list takes them too,
-                one ``Explanation`` per call: the way to have them from ``generate(..., explain=readings)``, where the
-                last position of call i chose the i-th new token.
+            explain: also return which chunks every token and head read, and how much of each. If it is a list, each
+                call also appends its ``Explanation`` to it. So ``generate(..., explain=readings)`` fills ``readings``:
+                the last position of call i chose the i-th new token.
             position_ids: (B, T), for backbones that take them; others need none.
             logits_to_keep: positions from the end that get logits, or which ones; 0 is all.
-            num_items_in_batch: labels in all parts of an accumulated batch; the loss is then their sum over this.
+            num_items_in_batch: the number of labels in all parts of an accumulated batch. The loss is then the sum of
+                this call's cross entropies, divided by it.
             **options: go to the backbone (past_key_values, use_cache, output_hidden_states, ...).
 
         Raises:
@@ -145,8 +147,8 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
         )
         side_hidden: list[Tensor] | None = [] if output_side_hidden else None
         hidden = self.read(run, side_hidden)
-        counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-        out = self.backbone.head(hidden, run, labels=labels, logits_to_keep=logits_to_keep, **counted)
+        divisor = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        out = self.backbone.head(hidden, run, labels=labels, logits_to_keep=logits_to_keep, **divisor)
 
         reads = None if reading is None else tuple(read for _, read in sorted(reading.reads.items()))
         explanation = reading.explanation() if reading is not None and reading.explain else None
@@ -167,26 +169,27 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
         )
 
     def read(self, run: BackboneRun, side_hidden: list[Tensor] | None = None) -> Tensor:
-        """States (B, T, C) for the head, from a run of the backbone; memory is read as ``run.reading`` says.
+        """The states (B, T, C) that the head takes, from a run of the backbone.
 
-        The baselines read memory inside of the backbone, so its own last state is theirs.
+        ``LongMem`` reads memory here, as ``run.reading`` says. The baselines have read it inside the run, so they take
+        the run's own last state.
         """
         assert run.output is not None
         return cast(Tensor, run.output.last_hidden_state)
 
     def kept(self, run: BackboneRun, input_ids: Tensor | None, attention_mask: Tensor | None) -> AttentionKV:
-        """What a run leaves in memory: a function of its text alone, whatever it has read."""
+        """The keys and values to write after a run. They depend on its text alone, not on what it read."""
         return run.kv(padding_of(attention_mask, input_ids))
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> AttentionKV:
-        """What a segment (B, T) leaves in memory: runs the backbone up to its last memory layer and no further."""
+        """The keys and values of a segment (B, T). The backbone runs up to its last memory layer and no further."""
         return self.backbone.encode(input_ids, attention_mask).kv(padding_of(attention_mask, input_ids))
 
     # -- what it is made of ------------------------------------------------------------------------------------------
 
     @property
     def fingerprint(self) -> str:
-        """Of the backbone; a bank or SideNet of another one is refused."""
+        """The backbone's; a bank or SideNet with another one is refused."""
         return cast(str, self.config.backbone_fingerprint)
 
     def accepts(self, fingerprint: str) -> bool:
@@ -240,11 +243,11 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
 
     @property
     def memory_share(self) -> Tensor:
-        """(n*H,): the sigmoid of the gate. With ``fusion="gate"`` the share every token that finds something gives."""
+        """(n*H,): the sigmoid of the gate; with ``fusion="gate"`` memory's share for tokens that find something."""
         return shares_of(self.memory_gate)
 
     def gate_of(self, place: int) -> Tensor:
-        """(H,) gate logits of one remembered layer, by its place."""
+        """(H,) gate logits of one memory layer; ``place`` is its index in ``memory_layers``."""
         return gate_slice(self.memory_gate, place, self.num_heads)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -326,7 +329,7 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
         backbone: str | Path | PreTrainedModel | nn.Module | None,
         loading: Loading,
     ) -> tuple[Path, MemoryConfig, PreTrainedModel, str]:
-        """The folder of a checkpoint, its config, its backbone, and the fingerprint by which that goes.
+        """The folder of a checkpoint, its config, its backbone and the backbone's fingerprint.
 
         Raises:
             CheckpointError: if there is no config, or it belongs to another backbone.
@@ -361,8 +364,8 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
 def padding_of(attention_mask: Tensor | None, input_ids: Tensor | None) -> Tensor | None:
     """(B, T) bool, False at the pads among the T tokens of a call; None where all are real.
 
-    A static cache brings masks (B, 1, T, slots) that say what each token sees; what is written comes from calls
-    without a cache.
+    With a static cache, generation passes masks (B, 1, T, slots), which say what each token sees. They give None: what
+    is written to memory comes from calls without a cache.
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or input_ids is None:
         return None

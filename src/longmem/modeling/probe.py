@@ -46,7 +46,7 @@ class Call:
 
     @classmethod
     def record(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Bind the call to the signature of the module's own forward (HF wraps it)."""
+        """Bind the call to the signature of the module's own forward, below the decorators of transformers."""
         signature = inspect.signature(inspect.unwrap(type(module).forward))
         bound = signature.bind(module, *args, **kwargs).arguments
         bound.pop("self")
@@ -56,11 +56,11 @@ class Call:
         return cls(dict(bound))
 
     def replace(self, **changes: Any) -> Call:
-        """The same call with other values for the arguments it has."""
+        """The same call with changed values; changes to arguments that it does not have are ignored."""
         return Call({**self.arguments, **{k: v for k, v in changes.items() if k in self.arguments}})
 
     def cast(self, dtype: torch.dtype, device: torch.device | None = None) -> Call:
-        """The same call with floating tensors in ``dtype`` and all tensors on ``device``, None being where they are."""
+        """The same call with floating tensors in ``dtype``, and all tensors on ``device`` if one is given."""
         return Call({name: _cast(value, dtype, device) for name, value in self.arguments.items()})
 
 
@@ -69,7 +69,8 @@ def _cast(value: Any, dtype: torch.dtype, device: torch.device | None) -> Any:
         return value.to(device, dtype) if value.is_floating_point() else value.to(device)
     if isinstance(value, tuple):
         return tuple(_cast(item, dtype, device) for item in value)
-    if isinstance(value, UserDict):  # keys that layers share (Gemma 4); what a copied layer puts there is its own
+    # the keys and values that layers share (Gemma 4): a copied layer writes into this copy, not into the backbone's
+    if isinstance(value, UserDict):
         return {name: _cast(item, dtype, device) for name, item in value.items()}
     return value
 
@@ -83,7 +84,7 @@ class PositionFreeProbe:
 
     Args:
         attention: the module.
-        rope_scale: what its rotary tables are multiplied by (yarn); part of the score, so it stays.
+        rope_scale: factor on its rotary tables (yarn). It scales the scores too, so the projections keep it.
     """
 
     def __init__(self, attention: nn.Module, rope_scale: float = 1.0) -> None:
@@ -105,10 +106,12 @@ class PositionFreeProbe:
         if self._adapter is not None:
             return self._adapter(self._module, call.arguments["hidden_states"])
         arguments = dict(call.arguments)
+        # the second call must not write to the cache, and ends before a mask is needed
         for name in ("attention_mask", "past_key_values", "layer_past"):
             if name in arguments:
                 arguments[name] = None
         if arguments.get("position_embeddings") is not None:
+            # cos 1 and sin 0 rotate by nothing
             cos, sin = arguments["position_embeddings"]
             arguments["position_embeddings"] = (torch.full_like(cos, self._rope_scale), torch.zeros_like(sin))
         if arguments.get("shared_kv_states") is not None:  # a layer may put its keys there for later ones (Gemma 4)
@@ -143,7 +146,9 @@ AttentionInterface.register(_RECORDER, _record)
 def scaling_of(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> float:
     """The factor on query-key products in a call of the attention interface."""
     scaling = kwargs.get("scaling")
-    return float(getattr(module, "scaling", None) or query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if scaling is None:
+        scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
+    return float(scaling)
 
 
 def _alibi_gpt(attention: Any, hidden: Tensor) -> QKV:

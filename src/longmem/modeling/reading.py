@@ -1,4 +1,7 @@
-"""Memory attention inside an attention layer: search before it, fuse before its output projection.
+"""Memory attention inside an attention layer: search before it runs, fuse before its output projection.
+
+The order in one layer: ``MemoryReader._before_attention`` searches and attends to what was found, the layer's own local
+attention runs, ``fuse_pending`` mixes both.
 
 B rows · H heads · T tokens · D head_dim · R chunks per token and head
 """
@@ -34,9 +37,9 @@ class LayerRead:
     """What one layer read from memory in one call.
 
     Attributes:
-        layer: the remembered backbone layer whose keys were searched.
-        retrieved: what its queries found.
-        share: (B, H, T), the share of every token and head given to memory.
+        layer: the memory layer whose keys were searched.
+        retrieved: what was found.
+        share: (B, H, T), the share of each head's output that memory got.
         parts: (B, H, T, R), how each head's attention over memory was divided among the chunks; only to explain.
     """
 
@@ -54,8 +57,8 @@ class Reading:
         memory: what is searched.
         rows: (B,) the memory's row of every batch row; None is row b for batch row b.
         num_chunks: R.
-        explain: whether the parts of every chunk are wanted.
-        reads: what each layer read, by its place among the remembered layers.
+        explain: whether ``LayerRead.parts`` are wanted.
+        reads: what each layer read, by the place of its memory layer among the memory layers.
     """
 
     memory: Memory
@@ -63,6 +66,7 @@ class Reading:
     num_chunks: int
     explain: bool = False
     reads: dict[int, LayerRead] = field(default_factory=dict)
+    # of the layer that is running: set before its attention, taken when its local heads are there
     _pending: tuple[MemoryReader, QKV, MemoryAttentionOutput] | None = None
 
     @classmethod
@@ -118,11 +122,11 @@ class MemoryReader:
     Args:
         attention: a SideNet's own, or that of the backbone's mirror.
         family: of the backbone.
-        layer: the remembered backbone layer that is searched.
-        place: its place among the remembered layers.
+        layer: the memory layer that is searched.
+        place: its place among the memory layers.
         fusion: how local and memory attention are mixed.
         gate: returns the logits (H,) of this layer's heads; with fusion "token" the ``TokenGate`` itself.
-        project: gives the position-free projections of a call of ``attention``.
+        probe: returns the position-free projections of a call of ``attention``.
 
     Raises:
         BackboneError: if the fusion needs the local scores and the module does not give them.
@@ -136,14 +140,15 @@ class MemoryReader:
         place: int,
         fusion: Fusion,
         gate: Callable[[], Tensor | TokenGate],
-        project: Callable[[Call], QKV],
+        probe: Callable[[Call], QKV],
     ) -> None:
         self.layer, self.place, self.fusion = layer, place, fusion
-        self.gate, self.project = gate, project
+        self.gate, self.probe = gate, probe
         self.num_heads = int(family.config.num_attention_heads)
         name = type(attention).__name__
+        # classes with an adapter do not use the attention interface; AlibiGPT, this package's own, has both
         if name not in ADAPTERS or name == "AlibiGPTAttention":
-            _through_interface(attention)
+            _fuse_in_interface(attention)
         elif fusion != "gate":
             raise BackboneError(
                 f'fusion "{fusion}" needs the local scores, which {name} does not give; use fusion "gate"'
@@ -156,18 +161,18 @@ class MemoryReader:
         if run is None or run.reading is None:
             return
         reading: Reading = run.reading
-        qkv = self.project(Call.record(module, args, kwargs))
-        # a memory of one layer need not know the argument
+        qkv = self.probe(Call.record(module, args, kwargs))
+        # the first layer is the default of ``search``, so a memory of one layer need not have the argument
         which = {"layer": self.place} if self.place else {}
         retrieved = reading.memory.search(qkv.queries.detach(), reading.num_chunks, reading.rows, **which)
-        found = memory_attention(qkv.queries, retrieved, scaling=qkv.scaling, softcap=qkv.softcap)
+        from_memory = memory_attention(qkv.queries, retrieved, scaling=qkv.scaling, softcap=qkv.softcap)
         read = reading.reads[self.place] = LayerRead(self.layer, retrieved)
         if reading.explain:
-            read.parts = chunk_parts(qkv.queries, retrieved, found.lse, scaling=qkv.scaling, softcap=qkv.softcap)
-        reading._pending = (self, qkv, found)
+            read.parts = chunk_parts(qkv.queries, retrieved, from_memory.lse, scaling=qkv.scaling, softcap=qkv.softcap)
+        reading._pending = (self, qkv, from_memory)
 
     def _before_output(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
-        """For families that do not use the attention interface."""
+        """Fuse in families that do not use the attention interface; in the others nothing is pending any more."""
         run = current_run()
         if run is None or run.reading is None or run.reading._pending is None:
             return None
@@ -177,35 +182,35 @@ class MemoryReader:
 
 
 def fuse_pending(run: BackboneRun, local_out: Tensor, lse: Callable[[], Tensor] | None) -> Tensor:
-    """Mix what the layer that is running has found in memory into its local heads (B, H, T, D).
+    """Mix what the running layer found in memory into its local heads (B, H, T, D).
 
     Args:
         lse: computes the log-sum-exp (B, H, T) of the local scores; None where the family does not give them.
     """
     reading: Reading = run.reading
     assert reading._pending is not None
-    reader, qkv, memory = reading._pending
+    reader, qkv, from_memory = reading._pending
     reading._pending = None
     fused: Fused
     gate = reader.gate()
     if reader.fusion == "gate":
-        fused = fuse(local_out, memory.out, memory.found, cast(Tensor, gate))
+        fused = fuse(local_out, from_memory.out, from_memory.found, cast(Tensor, gate))
     else:
         assert lse is not None
         if isinstance(gate, TokenGate):
-            fused = gate(qkv.queries, local_out, lse(), memory.out, memory.lse, memory.found)
+            fused = gate(qkv.queries, local_out, lse(), from_memory.out, from_memory.lse, from_memory.found)
         else:
-            fused = fuse_softmax(local_out, lse(), memory.out, memory.lse, memory.found, gate)
+            fused = fuse_softmax(local_out, lse(), from_memory.out, from_memory.lse, from_memory.found, gate)
     reading.reads[reader.place].share = fused.share.detach()
     return fused.out
 
 
-def _through_interface(attention: Any) -> None:
-    """Let a module's local attention be followed by fusion; it keeps the implementation that its model has."""
+def _fuse_in_interface(attention: Any) -> None:
+    """Make a module call ``_attend_and_fuse`` as its attention implementation."""
     original = attention.config
     attention.config = copy.deepcopy(original)
     attention.config._attn_implementation = _FUSED
-    # a plain attribute, not a submodule or parameter: the config that says which implementation the model wants
+    # names the implementation that attends locally, see ``_attend_and_fuse``
     attention.__dict__["_longmem_config"] = original
 
 
@@ -213,6 +218,7 @@ def _attend_and_fuse(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own attention; then, in a call that reads memory, fusion."""
+    # every family has an eager attention of its own, which is not registered by name
     eager = sys.modules[type(module).__module__].eager_attention_forward
     wanted = module.__dict__["_longmem_config"]._attn_implementation
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(wanted, eager)
@@ -222,6 +228,7 @@ def _attend_and_fuse(
         return cast(Tensor, out), weights
     scaling = scaling_of(module, query, kwargs)
     lse = functools.partial(local_lse, query, key, attention_mask, scaling=scaling, softcap=kwargs.get("softcap"))
+    # the interface gives (B, T, H, D)
     return fuse_pending(run, out.transpose(1, 2), lse).transpose(1, 2), weights
 
 
@@ -230,11 +237,11 @@ AttentionInterface.register(_FUSED, _attend_and_fuse)
 
 
 def gate_slice(gate: Tensor, place: int, heads: int) -> Tensor:
-    """(H,) logits of one remembered layer in the gate of all, (n*H,)."""
+    """(H,) logits of the memory layer at ``place``, from the (n*H,) of all memory layers."""
     return gate[place * heads : (place + 1) * heads]
 
 
 @torch.no_grad()
 def shares_of(gate: Tensor) -> Tensor:
-    """(n*H,): the sigmoid of the gate. With ``fusion="gate"`` the share that every token that finds something gives."""
+    """(n*H,): the sigmoid of the gate; with ``fusion="gate"`` it is memory's share for tokens that find something."""
     return torch.sigmoid(gate.detach().float())

@@ -28,12 +28,13 @@ class SideNet(nn.Module):
         config: ``memory_layers`` must be resolved.
 
     Attributes:
-        sources: the backbone layer of each SideNet layer.
-        augmented_layers: the SideNet layer that reads each remembered layer.
-        memory_gate: (n*H,) a logit per head of each remembered layer.
+        sources: the backbone layer that each SideNet layer is copied from.
+        bounds: SideNet layer i stands beside the backbone layers from bounds[i] up to, not including, bounds[i+1].
+        augmented_layers: for each memory layer, the SideNet layer that searches its keys.
+        memory_gate: (n*H,) a logit per head of each augmented layer.
 
     Raises:
-        ConfigError: if the stride leaves no layer, or one layer would have to read two remembered ones.
+        ConfigError: if the stride leaves no layer, or one layer would have to read two memory layers.
     """
 
     def __init__(self, backbone: Backbone, config: LongMemConfig) -> None:
@@ -50,7 +51,7 @@ class SideNet(nn.Module):
         check_quantisation(backbone.model)
         # layers run where their sources do; what passes from one to the next has to follow
         self.spread = is_spread([*family.layers, *([] if family.final_norm is None else [family.final_norm])])
-        self.augmented_layers = tuple(self._reader_of(layer) for layer in backbone.memory_layers)
+        self.augmented_layers = tuple(self._augmented_beside(layer) for layer in backbone.memory_layers)
         if len(set(self.augmented_layers)) < len(self.augmented_layers):
             raise ConfigError(
                 f"memory_layers {list(backbone.memory_layers)} would be read by SideNet layers "
@@ -68,13 +69,13 @@ class SideNet(nn.Module):
         override(self, config.side_activation, config.side_norm_eps)
         self.requires_grad_(True)
         heads = int(family.config.num_attention_heads)
-        place = place_of(self.layers[self.augmented_layers[0]])
-        self.memory_gate = nn.Parameter(torch.zeros(len(self.augmented_layers) * heads, device=place))
-        for number, (remembered, index) in enumerate(zip(backbone.memory_layers, self.augmented_layers, strict=True)):
+        device = place_of(self.layers[self.augmented_layers[0]])
+        self.memory_gate = nn.Parameter(torch.zeros(len(self.augmented_layers) * heads, device=device))
+        for place, (memory_layer, index) in enumerate(zip(backbone.memory_layers, self.augmented_layers, strict=True)):
             attention = family.attention(self.layers[index])
-            gate = functools.partial(self._gate, number, heads)
+            gate = functools.partial(self._gate, place, heads)
             probe = family.probe(self.sources[index], attention)
-            MemoryReader(attention, family, remembered, number, config.fusion, gate, probe)
+            MemoryReader(attention, family, memory_layer, place, config.fusion, gate, probe)
         self.gradient_checkpointing = False
 
     def forward(self, backbone: Backbone, run: BackboneRun, side_hidden: list[Tensor] | None = None) -> Tensor:
@@ -82,21 +83,22 @@ class SideNet(nn.Module):
 
         Args:
             run: the backbone's forward: inputs and calls of its layers, and how memory is read.
-            side_hidden: takes the input and the output of each layer, (B, T, C), if given.
+            side_hidden: a list to which the SideNet's input and each layer's output, (B, T, C), are appended.
         """
         dtype = self.memory_gate.dtype
         states = [run.inputs[bound] for bound in self.bounds]
-        if self.final_state == "normed":
+        if self.final_state == "normed":  # as in the released code
             states[-1] = backbone.normed(states[-1])
         hidden = states[0].to(dtype)
         if side_hidden is not None:
             side_hidden.append(hidden)
         for index, (layer, source) in enumerate(zip(self.layers, self.sources, strict=True)):
-            place = next(layer.parameters()).device if self.spread else None
-            call = run.calls[source].cast(dtype, place)
+            device = next(layer.parameters()).device if self.spread else None
+            # a copied layer gets the mask, positions and cache that its source got; only the hidden states differ
+            call = run.calls[source].cast(dtype, device)
             ensure_cache(call, backbone.num_layers, self.sources)
-            hidden = hidden.to(place)
-            cross_residual = states[index + 1].to(place, dtype) - states[index].to(place, dtype)
+            hidden = hidden.to(device)
+            cross_residual = states[index + 1].to(device, dtype) - states[index].to(device, dtype)
             hidden = self._layer(layer, call, hidden, run) + cross_residual
             if side_hidden is not None:
                 side_hidden.append(hidden)
@@ -104,20 +106,20 @@ class SideNet(nn.Module):
 
     def _layer(self, layer: nn.Module, call: Call, hidden: Tensor, run: BackboneRun) -> Tensor:
         def replay(hidden: Tensor) -> Tensor:
-            with run:  # the layer's attention finds here what to read
+            with run:  # the MemoryReader asks for the current run; backward recomputes long after forward left it
                 output = layer(**call.replace(hidden_states=hidden).arguments)
             return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
         if self.gradient_checkpointing and self.training:
-            # the recomputation searches again: the bank must not be written before backward
+            # the recomputation searches again, so memory must not be written before backward
             return cast(Tensor, checkpoint(replay, hidden, use_reentrant=False))
         return replay(hidden)
 
     def _gate(self, place: int, heads: int) -> Tensor:
         return gate_slice(self.memory_gate, place, heads)
 
-    def _reader_of(self, memory_layer: int) -> int:
-        """The SideNet layer that spans a backbone layer."""
+    def _augmented_beside(self, memory_layer: int) -> int:
+        """The SideNet layer that stands beside a backbone layer, see ``bounds``."""
         return max(i for i, bound in enumerate(self.bounds[:-1]) if bound <= memory_layer)
 
 
@@ -144,8 +146,9 @@ def override(sidenet: SideNet, activation: str | None, norm_eps: float | None) -
 def ensure_cache(call: Call, num_layers: int, sources: list[int]) -> None:
     """Append a place for every SideNet layer to a cache that was built for the backbone alone."""
     cache = next((value for value in call.arguments.values() if isinstance(value, Cache)), None)
-    if cache is None or cache.layer_class_to_replicate is not None:
+    if cache is None or cache.layer_class_to_replicate is not None:  # such a cache grows by itself
         return
+    # SideNet layers that have their place from an earlier call are left out
     for source in sources[max(0, len(cache.layers) - num_layers) :]:
         like = cache.layers[source]
         window = getattr(like, "sliding_window", None)
