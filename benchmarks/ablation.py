@@ -1,6 +1,6 @@
 """What each setting is worth: perplexity with one of them changed at a time, against the default, paired by document.
 
-Usage: python -m benchmarks.ablation --model runs/sidenet --data latex/test.tar.xz --of chunk_size=1,2,8 --of rows \\
+Usage: python -m benchmarks.ablation --model runs/sidenet --data latex/test.tar.xz --of chunk_size=1,2 --of gate_share \\
     --also memory_layer:1=runs/layer1 --out results/ablate-latex
 
 Settings that only say how memory is made and searched are changed on one trained SideNet (``--of``; without it, all of
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import json
 import math
 import sys
@@ -33,20 +32,18 @@ from longmem.evaluation.bootstrap import Bootstrap
 from longmem.evaluation.documents import TokenizedDocument, tokenize_documents
 from longmem.evaluation.loading import checkpoint_folder, load_comparison, load_tokenizer
 from longmem.evaluation.pages import plain
-from longmem.evaluation.perplexity import PerplexitySettings, known, measure, record_key
-from longmem.evaluation.records import Ledger
-from longmem.evaluation.results import RunHeader, as_json, to_json, write_json
-from longmem.evaluation.scores import Record, scores
+from longmem.evaluation.perplexity import PerplexitySettings, measure
+from longmem.evaluation.results import Ledger, RunHeader, as_json, to_json, write_json
+from longmem.evaluation.scores import scores
 from longmem.evaluation.systems import BACKBONE, MEMORY_OFF, Comparison, System
 from longmem.evaluation.tables import tables_of
 from longmem.types import AttentionKV
 
-DEFAULT, SHARED = "default", "rows=shared"
+DEFAULT = "default"
 AXES = {
     "chunk_size": "chunk size (tokens)",
     "num_retrieved": "retrieved tokens per query (K)",
     "memory_size": "memory size (tokens)",
-    "rows": "memory of the rows of a batch",
     "memory_dtype": "number format of keys and values",
     "gate_share": "share given to memory, forced",
 }
@@ -74,14 +71,13 @@ def around(model: LongMem, size: int) -> dict[str, list[Any]]:
         "chunk_size": [n for n in (1, 2, 4, 8, 16) if found % n == 0 and size % n == 0],
         "num_retrieved": [n * chunk for n in (1, 4, 8, 16, 32, 64)],
         "memory_size": [max(chunk, size // part // chunk * chunk) for part in (64, 16, 8, 4, 2, 1)],
-        "rows": ["separate", "shared"],
         "memory_dtype": list(DTYPES),
         "gate_share": [] if model.config.fusion == "softmax" else [0.0, 0.1, 0.25, 0.5, 0.75, 1.0],
     }
 
 
 def chosen(named: Sequence[str], model: LongMem, size: int) -> dict[str, list[Any]]:
-    """``chunk_size=1,2`` and ``rows``: values by axis.
+    """``chunk_size=1,2`` and ``gate_share``: values by axis.
 
     Raises:
         ConfigError: lists every value that breaks a rule.
@@ -94,7 +90,7 @@ def chosen(named: Sequence[str], model: LongMem, size: int) -> dict[str, list[An
         if axis not in AXES:
             problems.append(f"--of ({axis}) must be one of {', '.join(AXES)}")
             continue
-        kind: Any = float if axis == "gate_share" else str if axis in ("rows", "memory_dtype") else int
+        kind: Any = float if axis == "gate_share" else str if axis == "memory_dtype" else int
         found[axis] = [kind(value) for value in values.split(",")] if values else known_values[axis]
         own = {"memory_size": size}.get(axis, getattr(config, axis, None))
         if own is not None:
@@ -104,7 +100,6 @@ def chosen(named: Sequence[str], model: LongMem, size: int) -> dict[str, list[An
         "chunk_size": (lambda n: config.num_retrieved % n == 0 == size % n, f"divide K and the memory size ({size})"),
         "num_retrieved": (lambda n: n > 0 == n % config.chunk_size, many),
         "memory_size": (lambda n: n > 0 == n % config.chunk_size, many),
-        "rows": (lambda word: word in ("separate", "shared"), "be separate or shared"),
         "memory_dtype": (lambda word: word in DTYPES, f"be one of {', '.join(DTYPES)}"),
         "gate_share": (lambda share: 0 <= share <= 1 and config.fusion != "softmax", "be from 0 to 1, of a gate"),
     }
@@ -149,75 +144,42 @@ class Int8Bank(MemoryBank):
         return torch.cat(parts, dim=2).to(states)
 
 
-class SharedBank(MemoryBank):
-    """One memory for all rows, never emptied between documents: rows find each other's text, and that read before.
-
-    It is what the released code has by mistake; here to see what the mistake costs.
-    """
-
-    def reset(self, rows: Tensor | None = None) -> None:
-        """A row that turns to its next document only ends the one before."""
-        if rows is None:
-            super().reset()
-        else:
-            self.end_document(rows)
-
-
 class Plan:
     """Systems that differ from the default in one setting, all on one pass of the backbone."""
 
-    def __init__(self, model: LongMem, size: int, rows: int, documents: Sequence[TokenizedDocument]) -> None:
-        self.model, self.size, self.base = model, size, Comparison.of_longmem(model, [size])
-        backbone, off, on = self.base.systems
-        self.first = [backbone, off, replace(on, name=DEFAULT)]
+    def __init__(self, model: LongMem, size: int) -> None:
+        self.model, self.size, base = model, size, Comparison.of_longmem(model, [size])
+        backbone, off, on = base.systems
+        self.base, self.first = base, [backbone, off, replace(on, name=DEFAULT)]
         self.planned = [Planned(self.first[2], "", "")]
-        chunk = model.config.chunk_size
-        most = -(-sum(len(document.ids) for document in documents) // chunk) * chunk
-        # as many tokens in all as separate rows have, and never more than there are
-        self.shared_tokens = min(size * min(rows, len(documents)), most)
-        self.beside = hashlib.sha256("".join(sorted(d.digest for d in documents)).encode()).hexdigest()[:16] + str(rows)
         self.kinds: dict[int, tuple[type[MemoryBank], dict[str, Any]]] = {}
 
     def add(self, axis: str, value: Any) -> None:
         """One value of one axis; the default's own needs no system of its own."""
         said = f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
         dtype = str(self.model.dtype).removeprefix("torch.")
-        own = {"memory_size": self.size, "rows": "separate", "memory_dtype": dtype, "gate_share": None}
+        own = {"memory_size": self.size, "memory_dtype": dtype, "gate_share": None}
         if value == own.get(axis, getattr(self.model.config, axis, None)):
             self.planned.append(replace(self.planned[0], axis=axis, value=said))
             return
         settings = {axis: value} if axis in ("chunk_size", "num_retrieved", "gate_share") else {}
         model, size = varied(self.model, **settings), value if axis == "memory_size" else self.size
-        extra: dict[str, Any] = settings | ({"memory_dtype": value} if axis == "memory_dtype" else {})
         if axis == "memory_dtype":
-            self.kinds[id(model)] = (
-                (Int8Bank, {}) if value == "int8" else (MemoryBank, {"dtype": getattr(torch, value)})
-            )
-        elif axis == "rows":
-            extra, self.kinds[id(model)] = (
-                {"shared": self.shared_tokens, "beside": self.beside},
-                (SharedBank, {"shared": True}),
-            )
-        identity = self.first[2].identity | {"memory": size} | extra
+            exact = (MemoryBank, {"dtype": getattr(torch, value, None)})
+            self.kinds[id(model)] = (Int8Bank, {}) if value == "int8" else exact
+        identity = self.first[2].identity | {"memory": size, axis: value}
         system = System(f"{axis}={value}", f"{AXES[axis]}: {said}", identity, model, memory_size=size)
         self.planned.append(Planned(system, axis, said))
 
     def make_memory(self, model: Any, rows: int, capacity_tokens: int) -> MemoryBank:
         kind, settings = self.kinds.get(id(model), (MemoryBank, {}))
-        if kind is SharedBank:
-            capacity_tokens = self.shared_tokens
         bank: MemoryBank = kind.for_model(model, rows, capacity_tokens, **settings)
         return bank
 
-    def comparisons(self) -> list[Comparison]:
-        """All on one pass; what shares rows by itself, since its numbers depend on the rows beside it."""
-        systems = [one.system for one in self.planned if one.system.name != DEFAULT]
-        alone = [system for system in systems if system.name == SHARED]
-        together = (*self.first, *(system for system in systems if system not in alone))
-        return [
-            replace(self.base, systems=some, make_memory=self.make_memory)
-            for some in (together, *((system,) for system in alone))
-        ]
+    def comparison(self) -> Comparison:
+        """All on one pass."""
+        systems = (*self.first, *(one.system for one in self.planned if one.system.name != DEFAULT))
+        return replace(self.base, systems=systems, make_memory=self.make_memory)
 
 
 def trained(named: Sequence[str], model: LongMem, size: int) -> list[Planned]:
@@ -256,21 +218,21 @@ def ablate(
 ) -> dict[str, Any]:
     """Measure every value of every axis on every document: the JSON of ``ablate.json``."""
     began, size = time.monotonic(), memory_size or model.config.memory_size
-    axes, plan, ledger = chosen(of, model, size), Plan(model, size, settings.rows, documents), Ledger(records)
+    axes, plan, ledger = chosen(of, model, size), Plan(model, size), Ledger(records)
     for axis, values in axes.items():
         for value in values:
             plan.add(axis, value)
     others = trained(also, model, size)
     planned = [*plan.planned, *others]
-    comparisons = plan.comparisons()
+    comparisons = [plan.comparison()]
     # each by itself: another memory layer has keys and values of its own
-    comparisons += [replace(Comparison.of_longmem(one.system.side, [size]), systems=(one.system,)) for one in others]  # type: ignore[arg-type]
+    comparisons += [replace(Comparison.of_longmem(one.system.reader, [size]), systems=(one.system,)) for one in others]  # type: ignore[arg-type]
     pairs = {one.system.name: one.against for one in planned} | {BACKBONE: DEFAULT, MEMORY_OFF: DEFAULT}
     scored: dict[str, dict[str, Any]] = {name: {} for name in pairs}
     for protocol in settings.protocols:
-        table: dict[str, list[Record]] = {}
+        table: dict[str, list[dict[str, Any]]] = {}
         for comparison in comparisons:
-            table |= _measured(comparison, documents, settings, protocol, ledger, device)
+            table |= measure(comparison, documents, settings, protocol, ledger, device=device)
         found = scores("all", documents, table, list(pairs.items()), settings.bootstrap, settings.block)
         perplexities = {one["system"]: one["perplexity"] for one in found["systems"]}
         for gap in as_json(found["differences"]):
@@ -297,25 +259,6 @@ def ablate(
         "axes": [_axis(name, planned, scored) for name in dict.fromkeys(one.axis for one in planned if one.axis)],
         "left_out": {axis: "no value of it fits the others" for axis, values in axes.items() if not values},
     }
-
-
-def _measured(
-    comparison: Comparison,
-    documents: Sequence[TokenizedDocument],
-    settings: PerplexitySettings,
-    protocol: str,
-    ledger: Ledger,
-    device: str,
-) -> dict[str, list[Record]]:
-    """As ``measure``; with shared rows all documents or none."""
-    system = comparison.systems[0]
-    key = record_key(system, settings, protocol)
-    if system.name != SHARED or all(known(ledger, key, document) for document in documents):
-        return measure(comparison, documents, settings, protocol, ledger, device=device)
-    found = measure(comparison, documents, settings, protocol, Ledger(None), device=device)
-    for document, record in zip(documents, found[SHARED], strict=True):
-        ledger.append(key, document.digest, document=document.id, protocol=protocol, system=SHARED, **asdict(record))
-    return found
 
 
 def _axis(name: str, planned: Sequence[Planned], scored: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ measure_long latex "$latex/test.tar.xz"
 [ -e data/chapterbreak/chapterbreak_ctx_8192.json ] || python recipes/data/chapterbreak.py "$books/test.tar.xz" --out data/chapterbreak
 longmem eval chapterbreak "${models[@]}" --training-free 0.4 --data data/chapterbreak/chapterbreak_ctx_8192.json --out runs/results/chapterbreak
 longmem eval icl "${models[@]}" --training-free 0.1 --memory-sizes 64k --data "$shared/icl" --out runs/results/icl
-needle=(--model runs/needle --systems backbone,memory_1 --cache runs/needle-cache)
+needle=(--model runs/needle --systems backbone,memory_1)
 longmem eval needle "${needle[@]}" --data "$python/test.jsonl" --lengths 4k,16k,64k,1m --out runs/results/needle
 longmem eval needle "${needle[@]}" --data "$books/test.tar.xz" --lengths 64k,1m --out runs/results/needle-books
 [ -e data/conversations.json ] || python recipes/data/conversations.py --out data/conversations.json --seed 0

@@ -55,7 +55,7 @@ def alone(model: LongMem, some: list[TokenizedDocument], size: int = 64) -> floa
     return float(next(score["perplexity"] for score in scores if score["system"] == f"memory_{size}"))
 
 
-def test_each_value_scores_as_a_model_made_with_it() -> None:
+def test_each_value_scores_as_a_model_made_with_it(tmp_path: Path) -> None:
     some, model = documents(4, 2), longmem()
     of = ["chunk_size=2", "num_retrieved=4", "memory_size=16", "memory_dtype=float32,int8", "gate_share=0,0.3"]
     result = ablate(model, some, SETTINGS, of)
@@ -70,6 +70,11 @@ def test_each_value_scores_as_a_model_made_with_it() -> None:
     with torch.no_grad():
         forced.sidenet.memory_gate.fill_(torch.logit(torch.tensor(0.3)))
     assert score(result, "gate_share", "0.3") == pytest.approx(alone(forced, some))
+    records = tmp_path / "records.jsonl"
+    ablate(model, some, SETTINGS, ["chunk_size=2"], records=records)
+    lines = records.read_text()
+    ablate(model, some, SETTINGS, ["chunk_size=2"], records=records)
+    assert records.read_text() == lines, "nothing is measured again"
     off = result["without"]["memory_off"]["sliding"]
     assert score(result, "gate_share", "0") == pytest.approx(off["perplexity"])
     assert off["percent"] == pytest.approx(100 * (off["perplexity"] / default - 1))
@@ -77,21 +82,6 @@ def test_each_value_scores_as_a_model_made_with_it() -> None:
     assert len(marked) == len(of) and all(value["scores"]["sliding"]["percent"] == 0 for value in marked)
     assert torch.equal(varied(model, gate_share=1.0).sidenet.memory_gate.sigmoid(), torch.ones(4))
     assert not torch.equal(model.sidenet.memory_gate.sigmoid(), torch.ones(4))
-
-
-def test_shared_rows_find_their_neighbours_and_are_measured_together_again(tmp_path: Path) -> None:
-    model, records = longmem(), tmp_path / "records.jsonl"
-    lonely = ablate(model, documents(4), SETTINGS, ["rows"])
-    assert score(lonely, "rows", "shared") == pytest.approx(score(lonely, "rows", "separate"))
-    several = ablate(model, documents(4, 3, 2), SETTINGS, ["rows"], records=records)
-    assert score(several, "rows", "shared") != pytest.approx(score(several, "rows", "separate"), rel=1e-6)
-    lines = [line for line in records.read_text().splitlines() if line]
-    assert ablate(model, documents(4, 3, 2), SETTINGS, ["rows"], records=records)["axes"] == several["axes"]
-    assert [line for line in records.read_text().splitlines() if line] == lines  # nothing was measured again
-    lost = next(line for line in lines if json.loads(line)["system"] == "rows=shared")
-    records.write_text("\n".join(line for line in lines if line != lost))
-    assert ablate(model, documents(4, 3, 2), SETTINGS, ["rows"], records=records)["axes"] == several["axes"]
-    assert len([line for line in records.read_text().splitlines() if line]) == len(lines) - 1 + 3
 
 
 def test_values_that_break_a_rule_are_all_named() -> None:

@@ -38,13 +38,6 @@ def test_a_file_where_a_folder_should_be_is_named(
     assert (tmp_path / "taken").read_text() == "mine"
 
 
-def test_the_folder_that_keeps_what_needles_lie_in_is_looked_at_too(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "taken").touch()
-    assert error_of(capsys, "eval", "needle", "--cache", tmp_path / "taken").startswith(f"--cache ({tmp_path}/taken): ")
-
-
 def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "out/records.jsonl")

@@ -135,13 +135,6 @@ def test_continuations_are_those_of_each_prompt_alone(model: LongMem, memory: in
         assert answer == Answer((), tuple(ids))
 
 
-def test_a_prompt_may_be_scored_and_continued(model: LongMem) -> None:
-    prompt = Prompt((text(4, 1),), (text(2, 2),), 3)
-    scored, said = (Prompt(prompt.contexts, prompt.options), Prompt(prompt.contexts, (), 3))
-    both, one, other = asked(asker(model, memory=64), prompt, scored, said)
-    assert both == Answer(one.scored, other.said)
-
-
 def test_a_memory_that_is_empty_after_reading_is_an_error(model: LongMem, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Asker, "add", lambda *given: None)  # as the released script's memory can be
     with pytest.raises(ConfigError, match=r"^it: its memory holds nothing after reading 37 tokens"):

@@ -21,7 +21,6 @@ def test_interval_of_identical_models_contains_zero() -> None:
     interval = Bootstrap().relative_difference(nll, nll.copy(), tokens, "documents")
     assert interval is not None
     assert interval.low <= 0 <= interval.high
-    assert not interval.excludes_zero()
 
 
 def test_constant_gain_is_found_exactly_because_units_are_paired() -> None:
@@ -29,7 +28,6 @@ def test_constant_gain_is_found_exactly_because_units_are_paired() -> None:
     interval = Bootstrap().relative_difference(nll - 0.1 * tokens, nll, tokens, "documents")
     assert interval is not None
     assert (interval.low, interval.high) == pytest.approx((100 * math.expm1(-0.1),) * 2)
-    assert interval.excludes_zero()
     alone = Bootstrap().perplexity(nll, tokens, "documents")
     assert alone is not None
     assert alone.high > 1.05 * alone.low
@@ -54,13 +52,6 @@ def test_interval_covers_the_truth_as_often_as_it_says() -> None:
     assert 0.88 < hits / trials < 0.99
 
 
-def test_same_seed_gives_the_same_interval_and_another_seed_another() -> None:
-    nll, tokens = sample()
-    first, again, other = (Bootstrap(seed=s).perplexity(nll, tokens, "documents") for s in (1, 1, 2))
-    assert first == again
-    assert first != other
-
-
 def test_one_unit_has_no_interval() -> None:
     assert Bootstrap().perplexity(np.array([3.0]), np.array([1.0]), "documents") is None
 
@@ -77,12 +68,3 @@ def test_groups_widen_an_interval_and_groups_of_one_unit_do_not_change_it() -> N
     assert (grouped.count, grouped.groups) == (12, 2)
     assert grouped.low == pytest.approx(math.exp(2), rel=0.02) and grouped.high == pytest.approx(math.exp(3), rel=0.02)
     assert grouped.low < alone.low < alone.high < grouped.high
-
-
-def test_one_group_is_its_units() -> None:
-    nll, tokens = sample()
-    one = Bootstrap().perplexity(nll, tokens, "documents", ["a"] * len(nll))
-    alone = Bootstrap().perplexity(nll, tokens, "documents")
-    assert one is not None and alone is not None
-    assert (one.low, one.high) == pytest.approx((alone.low, alone.high), rel=0.02)
-    assert one.groups == 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from longmem import LongMem, MemoryBank
 from longmem.cli import main as frame
@@ -226,20 +226,6 @@ def test_the_command_runs_tasks_of_a_folder_on_every_system(
     assert result["header"]["samples"] == dict.fromkeys(TASKS, 4)
     status, out, _ = run(capsys, *chosen, "--limit", 1)
     assert status == 0 and "names_rolling" in out and "SideNet, memory off" in out
-
-
-@needs_harness
-def test_a_causal_lm_by_itself_is_measured_alone(
-    sidenet_dir: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    chosen = ("--tasks", "names_rolling", "--include", folder, "--window", 32, "--limit", 2, "--json")
-    status, out, _ = run(capsys, "--model", sidenet_dir.parent / "backbone", *chosen)
-    assert status == 0
-    alone = json.loads(out)["tasks"]["names_rolling"]["byte_perplexity"]
-    status, out, _ = run(capsys, "--model", sidenet_dir, *chosen)
-    assert alone["backbone"] == json.loads(out)["tasks"]["names_rolling"]["byte_perplexity"]["backbone"]
-    assert AutoModelForCausalLM.from_pretrained(sidenet_dir.parent / "backbone") is not None
 
 
 @needs_harness

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -88,27 +87,12 @@ def cumulative(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor]
     return [table[input_ids].cumsum(dim=1)[:, -keep:] / 4], None
 
 
-@pytest.mark.parametrize("stride", [8, 4, 3])
-def test_uniform_model_has_perplexity_of_its_vocabulary(stride: int) -> None:
-    found = run(Subject(uniform), [torch.arange(n) % V for n in (30, 2, 9)], window=8, stride=stride, rows=2)
-    assert [len(found[i]) for i in range(3)] == [29, 1, 8]
-    for nll in found.values():
-        np.testing.assert_allclose(nll, math.log(V), rtol=1e-6)
-
-
 @pytest.mark.parametrize("stride", [8, 5, 1])
 def test_every_token_is_scored_once_by_the_token_before_it(stride: int) -> None:
     ids = torch.randint(V, (50,), generator=torch.Generator().manual_seed(1))
     table = torch.randn(V, V, generator=torch.Generator().manual_seed(0)).log_softmax(dim=1)
     found = run(Subject(bigram), [ids], window=8, stride=stride, rows=1)
     np.testing.assert_allclose(found[0], -table[ids[:-1], ids[1:]].numpy(), rtol=1e-5)
-
-
-def test_protocols_agree_where_the_document_fits_in_a_window() -> None:
-    ids = torch.randint(V, (9,), generator=torch.Generator().manual_seed(1))
-    segments = run(Subject(cumulative), [ids], window=8, stride=8, rows=1)
-    sliding = run(Subject(cumulative), [ids], window=8, stride=4, rows=1)
-    np.testing.assert_array_equal(segments[0], sliding[0])
 
 
 def test_sliding_window_by_hand() -> None:
@@ -155,26 +139,6 @@ def test_keys_are_those_of_the_window_in_which_a_token_was_scored() -> None:
     assert bank.held[0] == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def test_a_row_is_reset_and_given_to_the_next_document() -> None:
-    documents = some_documents(20, 18, 12, 6)
-    bank = RecordingBank(2)
-    seen: list[tuple[list[list[int]], list[int]]] = []
-    found = run(Subject(id_forward(seen), [bank]), documents, window=4, stride=4, rows=2)
-    assert sorted(found) == [0, 1, 2, 3]
-    assert {row for _, rows in seen for row in rows} == {0, 1}
-    assert max(len(rows) for _, rows in seen) == 2
-
-
-@pytest.mark.parametrize("stride", [8, 4])
-def test_rows_of_a_batch_score_as_alone(stride: int) -> None:
-    generator = torch.Generator().manual_seed(3)
-    documents = [torch.randint(V, (n,), generator=generator) for n in (33, 5, 18, 50, 9, 26)]
-    together = run(Subject(cumulative), documents, window=8, stride=stride, rows=3)
-    for i, document in enumerate(documents):
-        alone = run(Subject(cumulative), [document], window=8, stride=stride, rows=1)
-        np.testing.assert_allclose(together[i], alone[0], rtol=1e-5)
-
-
 def test_only_the_logits_of_new_tokens_are_asked_for() -> None:
     kept: list[int] = []
 
@@ -213,7 +177,3 @@ def test_after_the_first_window_every_token_sees_window_minus_stride_to_window_t
 def test_segments_and_a_half_overlapping_window_by_hand() -> None:
     assert list(windows(10, 4, 4)) == [Window(0, 0, 4), Window(4, 4, 8), Window(8, 8, 10)]
     assert list(windows(7, 4, 2)) == [Window(0, 0, 4), Window(2, 4, 6), Window(4, 6, 7)]
-
-
-def test_a_document_that_fits_is_one_window_in_both_protocols() -> None:
-    assert list(windows(4, 4, 4)) == list(windows(4, 4, 2)) == [Window(0, 0, 4)]

@@ -12,7 +12,6 @@ import click
 
 from longmem.cli.counts import token_counts
 from longmem.cli.evaluating import Command, load, machine_options, model_options, run_options, save_and_show
-from longmem.cli.outputs import folder_option
 from longmem.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -116,8 +115,7 @@ def _needle(own: Given, shared: Given) -> Build:
 
 
 def _dialogue(own: Given, shared: Given) -> Build:
-    from longmem.evaluation.tasks.dialogue import DialogueTask, bleu
-    from longmem.evaluation.tasks.dialogue_data import read_dialogues
+    from longmem.evaluation.tasks.dialogue import DialogueTask, bleu, read_dialogues
 
     bleu("", "")  # an extra that is missing shows at once
     files = [read_dialogues(path) for path in own.pop("data")]
@@ -208,8 +206,6 @@ TASKS = {
             _option("--depths", default="5", callback=_depths, help="Where the fact is, in % of the text, e.g. "
                     "0,25,50; one number: so many, evenly spaced."),
             _option("--trials", default=40, least=1, help="For each kind, length and depth."),
-            folder_option("--cache", help="Keep here what the text leaves in memory, for other runs over the same "
-                          "backbone."),
             _SEED,
         ),
     ),
@@ -278,7 +274,7 @@ def _run(task: Task, askers: list[Asker], config: Given, given: Given) -> None:
     """Ask all systems, write the result and its pictures, and print it."""
     from longmem.evaluation.bootstrap import Bootstrap
     from longmem.evaluation.results import command_line
-    from longmem.evaluation.runner import run_task
+    from longmem.evaluation.task import run_task
 
     result = run_task(
         task,

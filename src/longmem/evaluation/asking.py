@@ -8,7 +8,6 @@ B sequences of one batch · T window tokens · V vocabulary
 from __future__ import annotations
 
 import hashlib
-import inspect
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError
-from longmem.evaluation.systems import BACKBONE, Comparison
+from longmem.evaluation.systems import BACKBONE, Comparison, last_logits
 from longmem.memory import MemoryBank
 from longmem.types import AttentionKV, Memory
 
@@ -271,7 +270,7 @@ class Asker:
         """Of each option: its log-probability, whether it is the first choice, and the first choice itself."""
         ids, _ = padded([sequence.inputs for sequence in batch], self.device)
         first = min(sequence.first for sequence in batch)
-        logits = self.logits(ids, ids.shape[1] - first, reads([sequence.part for sequence in batch]))
+        logits = last_logits(self.model, ids, ids.shape[1] - first, **reads([sequence.part for sequence in batch]))
         for sequence, row in zip(batch, logits, strict=True):
             scored = row[sequence.first - first : len(sequence.inputs) - first].float().log_softmax(-1)
             best = scored.argmax(-1)
@@ -281,14 +280,6 @@ class Asker:
                 logprob = scored[: len(option)].gather(1, option[:, None]).double().sum().item()
                 found[number] = (logprob, bool((best[: len(option)] == option).all()), int(best[0]))
             yield sequence, found
-
-    @torch.no_grad()
-    def logits(self, ids: Tensor, keep: int, reads: dict[str, Any]) -> Tensor:
-        """The last ``keep`` positions, (B, keep, V); a model that does not know ``logits_to_keep`` gives all."""
-        known = "logits_to_keep" in inspect.signature(type(self.model).forward).parameters
-        some = {"logits_to_keep": keep} if known else {}
-        logits: Tensor = self.model(input_ids=ids, use_cache=False, **some, **reads).logits
-        return logits[:, -keep:]
 
     @torch.no_grad()
     def _continue(self, batch: Sequence[_Part], reads: Reads) -> Iterator[Tokens]:

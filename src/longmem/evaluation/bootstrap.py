@@ -40,9 +40,6 @@ class Interval:
     seed: int
     groups: int | None = None
 
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
 
 @dataclass(frozen=True)
 class Bootstrap:

@@ -21,6 +21,7 @@ from torch import Tensor
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Asker, Prompt, Tokens, padded
 from longmem.evaluation.results import RunHeader
+from longmem.evaluation.systems import last_logits
 from longmem.evaluation.task import Json
 from longmem.progress import track
 
@@ -107,7 +108,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # it is not there where types are c
                         bank.end_document(torch.tensor([row]))
             reads = {} if bank is None else {"memory": bank, "memory_rows": torch.tensor(list(some))}
             ids, _ = padded([[*context, *after[:-1]] for context, after in some.values()], self.device)
-            logits = self.asker.logits(ids, ids.shape[1], reads)
+            logits = last_logits(self.model, ids, ids.shape[1], **reads)
             for (row, (context, after)), of_row in zip(some.items(), logits, strict=True):
                 logprobs = of_row[len(context) - 1 :][: len(after)].float().log_softmax(-1)
                 targets = torch.tensor(after, device=of_row.device)

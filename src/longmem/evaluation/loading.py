@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from longmem.data.tokenizer import load_tokenizer as load_tokenizer
 from longmem.errors import CheckpointError, ConfigError
 from longmem.evaluation.systems import Comparison
 from longmem.modeling.gguf import gguf_folder, is_gguf
@@ -75,7 +76,12 @@ def load_comparison(
         memtrm = where
     if kind == "training_free":
         training_free = (where, *training_free)
-    _check_options(kind, where, backbone, control, memory_sizes if not (memtrm or training_free) else None)
+    own = control or (memory_sizes and not (memtrm or training_free))
+    if (kind != "longmem" and own) or (kind not in KINDS and backbone):
+        raise ConfigError(
+            f"--control, --memory-sizes and --backbone are of a LongMem checkpoint; {where} is a "
+            f"{KINDS.get(kind, 'causal language model')} by itself"
+        )
     # everything is loaded as it was saved, because a backbone is known by its weights; then it is converted
     models: list[Any] = []
     main = settings = None
@@ -97,7 +103,7 @@ def load_comparison(
     settings = settings or (None if trained is None else trained.config)
     free = [_load_training_free(gate, bare, settings) for gate in training_free]
     known = frozenset((fingerprint_of(bare), legacy_fingerprint(bare)) if trained or free else ())
-    for each in (*models, *([] if trained is None else [trained]), *free):
+    for each in filter(None, (*models, trained, *free)):
         torch.nn.Module.to(each, device=device, dtype=dtype)
     if main is None:
         comparison = Comparison.of_backbone(bare)
@@ -137,20 +143,6 @@ def checked_device(device: str) -> str:
 def has_memory(path: str) -> bool:
     """Whether a checkpoint, run folder or hub id is a model that reads memory, not a causal LM by itself."""
     return model_type(checkpoint_folder(path)) in KINDS
-
-
-def load_tokenizer(path: str, model: Any = None) -> Any:
-    """The tokenizer of a folder or hub id.
-
-    Args:
-        model: whose ids it must make.
-
-    Raises:
-        DataError: there is none, or it knows more tokens than the model.
-    """
-    from longmem.data.tokenizer import load_tokenizer as load
-
-    return load(path, model)
 
 
 def checkpoint_folder(path: str) -> str:
@@ -197,18 +189,6 @@ def model_type(where: str) -> str:
     if not isinstance(settings, dict):
         raise CheckpointError(f"{file}: no object at its top; the checkpoint is damaged, write it again")
     return str(settings.get("model_type", ""))
-
-
-def _check_options(
-    kind: str, where: str, backbone: str | None, control: str | None, memory_sizes: Sequence[int] | None
-) -> None:
-    """Refuse options that would do nothing beside a model of this kind."""
-    given = [("--control", control), ("--memory-sizes", memory_sizes)] if kind != "longmem" else []
-    given += [("--backbone", backbone)] if kind not in KINDS else []
-    what = f"{where} is a {KINDS.get(kind, 'causal language model')} by itself"
-    problems = [f"{option} needs a LongMem checkpoint; {what}" for option, value in given if value]
-    if problems:
-        raise ConfigError(problems)
 
 
 def backbone_of(where: str) -> tuple[str, str | None]:
@@ -260,9 +240,7 @@ def _sizes(sizes: Sequence[int] | None, config: Any) -> list[int]:
     """Sorted, without 0, which is the system with memory switched off."""
     chosen, chunk = sorted(set(sizes if sizes is not None else [config.memory_size])), config.chunk_size
     problems = [
-        f"memory size ({size}) must not be below 0, which is memory switched off; try {chunk}"
-        if size < 0
-        else f"memory size ({size}) must be a multiple of chunk_size ({chunk}); try "
+        f"memory size ({size}) must be a multiple of chunk_size ({chunk}), 0 is memory switched off; try "
         f"{max(chunk, round(size / chunk) * chunk)}"
         for size in chosen
         if size < 0 or size % chunk

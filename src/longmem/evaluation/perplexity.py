@@ -19,9 +19,8 @@ from typing import Any
 from longmem.errors import ConfigError
 from longmem.evaluation.bootstrap import Bootstrap
 from longmem.evaluation.documents import TokenizedDocument
-from longmem.evaluation.records import Ledger
-from longmem.evaluation.results import RunHeader, as_json
-from longmem.evaluation.scores import BLOCK, Json, Record, protocol_scores
+from longmem.evaluation.results import Ledger, RunHeader, as_json
+from longmem.evaluation.scores import BLOCK, Json, protocol_scores, record
 from longmem.evaluation.streaming import stream_nll
 from longmem.evaluation.systems import Comparison, System
 from longmem.progress import Progress
@@ -54,22 +53,11 @@ class PerplexitySettings:
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} ({value}) must be at least {least}"
-            for name, value, least in (
-                ("window", self.window, 2),
-                ("rows", self.rows, 1),
-                ("block", self.block, 1),
-                ("bootstrap resamples", self.bootstrap.resamples, 1),
-            )
-            if value < least
-        ]
+        problems = [f"rows ({self.rows}) must be at least 1"] if self.rows < 1 else []
         if self.stride is not None and not 1 <= self.stride <= self.window:
             problems.append(
                 f"stride ({self.stride}) must be between 1 and the window ({self.window}); try {self.window // 2}"
             )
-        if not 0 < self.bootstrap.level < 1:
-            problems.append(f"bootstrap level ({self.bootstrap.level}) must be between 0 and 1; try 0.95")
         unknown = [name for name in self.protocols if name not in PROTOCOLS]
         if unknown or not self.protocols:
             problems.append(f"protocols ({', '.join(unknown) or 'none'}) must be among {', '.join(PROTOCOLS)}")
@@ -126,7 +114,7 @@ def perplexity(
             "bytes": sum(document.bytes for document in documents),
         },
         seeds=[settings.bootstrap.seed],
-        seconds=round(sum(r.seconds for table in tables.values() for some in table.values() for r in some), 1),
+        seconds=round(sum(r["seconds"] for table in tables.values() for some in table.values() for r in some), 1),
     )
     how, (window, block) = (comparison.pairs, settings.bootstrap), (settings.window, settings.block)
     result: Json = {
@@ -140,7 +128,7 @@ def perplexity(
             {name: getattr(document, name) for name in ("id", "group", "project", "words", "bytes", "digest")}
             | {
                 "tokens": document.scored,
-                "nll": {p: {name: some[i].nll for name, some in table.items()} for p, table in tables.items()},
+                "nll": {p: {name: some[i]["nll"] for name, some in table.items()} for p, table in tables.items()},
             }
             for i, document in enumerate(documents)
         ],
@@ -158,7 +146,7 @@ def measure(
     *,
     device: str = "cpu",
     quiet: bool = False,
-) -> dict[str, list[Record]]:
+) -> dict[str, list[Json]]:
     """Every system under one protocol: a record for each document, taken from the ledger where it is there.
 
     Documents that lack the same systems are streamed together, and those systems run together where they can.
@@ -167,7 +155,7 @@ def measure(
     most = min(settings.rows, len(documents))
     jobs: dict[tuple[str, ...], list[TokenizedDocument]] = {}
     for document in documents:
-        missing = [name for name, key in keys.items() if known(ledger, key, document) is None]
+        missing = [name for name, key in keys.items() if ledger.get(key, document.digest) is None]
         for run in comparison.passes(missing, most, settings.window):
             jobs.setdefault(run, []).append(document)
     total = sum(len(names) * document.scored for names, some in jobs.items() for document in some)
@@ -189,19 +177,8 @@ def measure(
                 each, began = (now - began) / len(names), now
                 for name, of_system in zip(names, nll, strict=True):
                     about = {"document": some[i].id, "protocol": protocol, "system": name}
-                    record = Record.of(of_system, settings.block, each)
-                    ledger.append(keys[name], some[i].digest, **about, **asdict(record))
-    found = {name: [known(ledger, key, document) for document in documents] for name, key in keys.items()}
-    return {name: [record for record in records if record is not None] for name, records in found.items()}
-
-
-def known(ledger: Ledger, key: str, document: TokenizedDocument) -> Record | None:
-    """What the ledger has of a document under ``record_key``."""
-    found = ledger.get(key, document.digest)
-    try:
-        return None if found is None else Record(**{name: found[name] for name in Record.__dataclass_fields__})
-    except KeyError:  # of another version
-        return None
+                    ledger.append(keys[name], some[i].digest, **about, **record(of_system, settings.block, each))
+    return {name: [ledger.records[key, document.digest] for document in documents] for name, key in keys.items()}
 
 
 def record_key(system: System, settings: PerplexitySettings, protocol: str) -> str:

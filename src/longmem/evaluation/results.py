@@ -86,3 +86,34 @@ def to_json(record: Any) -> str:
 def write_json(path: Path, record: Any) -> None:
     """Complete or absent."""
     write_whole(path, [to_json(record), "\n"])
+
+
+class Ledger:
+    """JSON objects, one a line, found by ``key`` (what numbers depend on besides the text) and ``digest`` (the text).
+
+    Args:
+        path: of the file; None keeps them in memory only.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.records: dict[tuple[str, str], dict[str, Any]] = {}
+        if path is not None and path.exists():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    record = json.loads(line)
+                    self.records[record["key"], record["digest"]] = record
+                except (ValueError, KeyError, TypeError):
+                    continue  # empty, cut short, or of another version
+
+    def get(self, key: str, digest: str) -> dict[str, Any] | None:
+        return self.records.get((key, digest))
+
+    def append(self, key: str, digest: str, **fields: Any) -> None:
+        """Replaces what was there."""
+        record = self.records[key, digest] = {"key": key, "digest": digest, **fields}
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                # the line break in front keeps a line that an interruption cut short from spoiling this one
+                file.write(f"\n{json.dumps(record)}\n")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,33 +33,22 @@ LENGTH_BUCKETS: tuple[tuple[str, float, float], ...] = (
 """The paper's PG-22 buckets (tokens of a document), and what lies outside them."""
 
 
-@dataclass(frozen=True)
-class Record:
-    """One document, one system, one protocol: negative log-likelihood in nats.
+def record(nll: Floats, block: int, seconds: float = 0.0) -> Json:
+    """One document, one system, one protocol, from the negative log-likelihoods (n - 1,) of tokens 1 ... n-1 in nats.
 
-    ``blocks`` and ``positions`` are ``nll`` by ``block_bins`` and ``position_bins``. ``seconds`` is this system's share
-    of the time from the document before to this one.
+    ``blocks`` and ``positions`` are their sums by ``block_bins`` and ``position_bins``. ``seconds`` is this system's
+    share of the time from the document before to this one.
     """
-
-    tokens: int
-    nll: float
-    blocks: list[float]
-    positions: list[float]
-    seconds: float = 0.0
-
-    @classmethod
-    def of(cls, nll: Floats, block: int, seconds: float = 0.0) -> Record:
-        """Sums of the negative log-likelihoods (n - 1,) of tokens 1 ... n-1."""
-        return cls(
-            tokens=len(nll),
-            nll=float(nll.sum()),
-            blocks=np.bincount(block_bins(len(nll), block), weights=nll).tolist(),
-            positions=np.bincount(position_bins(len(nll)), weights=nll).tolist(),
-            seconds=round(seconds, 4),
-        )
+    return {
+        "tokens": len(nll),
+        "nll": float(nll.sum()),
+        "blocks": np.bincount(block_bins(len(nll), block), weights=nll).tolist(),
+        "positions": np.bincount(position_bins(len(nll)), weights=nll).tolist(),
+        "seconds": round(seconds, 4),
+    }
 
 
-Table = Mapping[str, Sequence[Record]]
+Table = Mapping[str, Sequence[Json]]
 """System name -> one record for each document, in the documents' order; the backbone's comes first."""
 
 
@@ -117,8 +105,8 @@ def scores(
     tokens = np.array([document.scored for document in documents], dtype=float)
     words, size = sum(d.words for d in documents), sum(d.bytes for d in documents)
     projects = [document.project or document.id for document in documents]
-    nll = {system: np.array([record.nll for record in records]) for system, records in table.items()}
-    blocks = {system: np.concatenate([record.blocks for record in records]) for system, records in table.items()}
+    nll = {system: np.array([record["nll"] for record in records]) for system, records in table.items()}
+    blocks = {system: np.concatenate([record["blocks"] for record in records]) for system, records in table.items()}
     block_tokens = np.concatenate([np.bincount(block_bins(d.scored, block)) for d in documents]).astype(float)
     several = len(block_tokens) > len(documents)  # else the second interval would be the first one again
     interval, of_blocks = bootstrap.relative_difference, f"blocks of {block} tokens"
@@ -161,7 +149,7 @@ def _positions(documents: Sequence[TokenizedDocument], table: Table) -> Iterator
     for index in range(max(map(len, counts))):
         reached = [i for i, count in enumerate(counts) if index < len(count)]
         tokens = sum(int(counts[i][index]) for i in reached)
-        sums = {name: sum(records[i].positions[index] for i in reached) for name, records in table.items()}
+        sums = {name: sum(records[i]["positions"][index] for i in reached) for name, records in table.items()}
         low, high = bin_edges(index)
         yield {
             "low": low,

@@ -6,6 +6,7 @@ B rows · T window tokens · C width · V vocabulary
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,6 @@ from longmem.modeling.reading import Reading
 from longmem.types import AttentionKV
 
 if TYPE_CHECKING:
-    from longmem.modeling.augmented import AugmentedLM
     from longmem.modeling.longmem import LongMem
     from longmem.modeling.memtrm import MemTRM
     from longmem.modeling.training_free import TrainingFree
@@ -43,23 +43,21 @@ class System:
             ``memtrm_<tokens>``, ``training_free_<share>_<tokens>``.
         label: its name for people.
         identity: what its numbers depend on, hashed into the key of its records.
-        side: the LongMem whose SideNet runs.
-        own: a model that reads memory in its own layers, and so runs by itself; without it and ``side`` the system is
-            the backbone alone.
+        reader: the LongMem whose SideNet runs, or a model that reads memory in its own layers; None is the backbone
+            alone.
         memory_size: tokens of memory a row holds; None is no memory.
     """
 
     name: str
     label: str
     identity: dict[str, Any]
-    side: LongMem | None = None
-    own: AugmentedLM | None = None
+    reader: Any = None
     memory_size: int | None = None
 
     @property
-    def reader(self) -> LongMem | AugmentedLM | None:
-        """The model whose memory this is."""
-        return self.side if self.own is None else self.own
+    def apart(self) -> bool:
+        """Whether it reads memory in its own layers, and so cannot share a pass of the backbone."""
+        return self.reader is not None and not hasattr(self.reader, "sidenet")
 
 
 def sized(name: str) -> tuple[str, int] | None:
@@ -113,14 +111,6 @@ def compared(names: Sequence[str]) -> list[tuple[str, str]]:
     ]
 
 
-MakeMemory = Callable[["LongMem | AugmentedLM", int, int], MemoryBank]
-"""``(model, rows, capacity in tokens)``."""
-
-
-def _make_bank(model: LongMem | AugmentedLM, rows: int, capacity_tokens: int) -> MemoryBank:
-    return MemoryBank.for_model(model, rows=rows, capacity_tokens=capacity_tokens)
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Systems over one backbone; the first of them is the backbone alone, the baseline of all differences.
@@ -131,7 +121,7 @@ class Comparison:
     model: PreTrainedModel
     systems: tuple[System, ...]
     main: LongMem | None = None
-    make_memory: MakeMemory = _make_bank
+    make_memory: Callable[..., MemoryBank] = MemoryBank.for_model
     fingerprints: frozenset[str] = frozenset()
 
     @classmethod
@@ -146,7 +136,6 @@ class Comparison:
         memory_sizes: Sequence[int],
         *,
         control: LongMem | None = None,
-        make_memory: MakeMemory = _make_bank,
     ) -> Comparison:
         """Backbone alone, memory switched off, a control SideNet, and memory at each size.
 
@@ -169,7 +158,7 @@ class Comparison:
             System(f"{LONGMEM}_{size}", f"LongMem, {size:,} tokens", mine | {"memory": size}, model, memory_size=size)
             for size in memory_sizes
         ]
-        return cls(model.backbone.model, tuple(systems), model, make_memory)
+        return cls(model.backbone.model, tuple(systems), model)
 
     def with_memtrm(self, model: MemTRM, memory_sizes: Sequence[int]) -> Comparison:
         """And a Memorizing Transformer that was trained from this backbone, without memory and at each size.
@@ -199,13 +188,11 @@ class Comparison:
         share = "calibrated" if model.config.fusion == "token" else f"{float(model.memory_share.mean()):.4g}"
         return self._with_own(f"{TRAINING_FREE}_{share}", f"training-free {share}", model, memory_sizes, off=False)
 
-    def _with_own(self, kind: str, label: str, model: AugmentedLM, sizes: Sequence[int], *, off: bool) -> Comparison:
+    def _with_own(self, kind: str, label: str, model: Any, sizes: Sequence[int], *, off: bool) -> Comparison:
         identity = _identity(model)
-        more = [System(f"{kind}_off", f"{label}, memory off", identity, own=model)] if off else []
+        more = [System(f"{kind}_off", f"{label}, memory off", identity, model)] if off else []
         more += [
-            System(
-                f"{kind}_{size}", f"{label}, {size:,} tokens", identity | {"memory": size}, own=model, memory_size=size
-            )
+            System(f"{kind}_{size}", f"{label}, {size:,} tokens", identity | {"memory": size}, model, size)
             for size in sizes
         ]
         if {system.name for system in self.systems} & {system.name for system in more}:
@@ -236,7 +223,7 @@ class Comparison:
 
     def passes(self, names: Sequence[str], rows: int, window: int) -> list[tuple[str, ...]]:
         """The named systems in tuples that run together: on one pass of the backbone, with no more logits than fit."""
-        apart = {system.name for system in self.systems if system.own is not None}
+        apart = {system.name for system in self.systems if system.apart}
         shared = [name for name in names if name not in apart]
         vocabulary = int(self.model.config.get_text_config().vocab_size)
         most = max(1, LOGITS_BYTES // (4 * rows * window * vocabulary))
@@ -257,15 +244,15 @@ class Comparison:
                 capacity = min(system.memory_size, -(-longest // chunk) * chunk)
                 memories[system.name] = self.make_memory(system.reader, rows, capacity)
         (first, *more) = systems
-        if first.own is not None:
+        if first.apart:
             assert not more, "a model that reads memory itself runs by itself"
-            return Subject(_alone(first.own, memories.get(first.name)), list(memories.values()))
+            return Subject(_alone(first.reader, memories.get(first.name)), list(memories.values()))
         if self.main is None:
-            return Subject(lambda input_ids, rows, keep: ([_logits(self.model, input_ids, keep)], None))
+            return Subject(lambda input_ids, rows, keep: ([last_logits(self.model, input_ids, keep)], None))
         return Subject(_together(self.main, systems, memories), list(memories.values()))
 
 
-def _alone(model: AugmentedLM, memory: MemoryBank | None) -> Forward:
+def _alone(model: Any, memory: MemoryBank | None) -> Forward:
     def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], AttentionKV | None]:
         out = model(input_ids, memory=memory, memory_rows=rows, use_cache=False, logits_to_keep=keep)
         return [out.logits[:, -keep:]], out.kv
@@ -284,30 +271,30 @@ def _together(main: LongMem, systems: Sequence[System], memories: dict[str, Any]
         assert run.output is not None
         states: list[Any] = []
         for system in systems:
-            if system.side is None:
+            if system.reader is None:
                 states.append(run.output.last_hidden_state)
                 continue
-            run.reading = Reading.of(system.side, memories.get(system.name), rows, explain=False)
-            states.append(system.side.read(run))
+            run.reading = Reading.of(system.reader, memories.get(system.name), rows, explain=False)
+            states.append(system.reader.read(run))
         logits: Any = backbone.head(torch.cat(states), run, logits_to_keep=keep).logits
         return torch.split(logits[:, -keep:], batch), run.kv(None)
 
     return forward
 
 
-def _logits(model: PreTrainedModel, input_ids: Tensor, keep: int) -> Tensor:
-    """(B, keep, V); a model that does not know ``logits_to_keep`` ignores it or is asked without."""
-    known = "logits_to_keep" in type(model).forward.__annotations__
+def last_logits(model: Any, input_ids: Tensor, keep: int, **reads: Any) -> Tensor:
+    """Of the last ``keep`` positions, (B, keep, V); a model that does not know ``logits_to_keep`` gives all."""
+    known = "logits_to_keep" in inspect.signature(type(model).forward).parameters
     some = {"logits_to_keep": keep} if known else {}
-    logits: Tensor = model(input_ids=input_ids, use_cache=False, **some).logits
+    logits: Tensor = model(input_ids=input_ids, use_cache=False, **some, **reads).logits
     return logits[:, -keep:]
 
 
 def _parameters(system: System, backbone: PreTrainedModel) -> dict[str, int]:
     """In all, and of what was trained over a frozen backbone."""
     counts = {"parameters": sum(p.numel() for p in (system.reader or backbone).parameters())}
-    if system.side is not None:
-        counts["trained_parameters"] = sum(p.numel() for p in system.side.trainable_parameters())
+    if system.reader is not None and not system.apart:
+        counts["trained_parameters"] = sum(p.numel() for p in system.reader.trainable_parameters())
     return counts
 
 

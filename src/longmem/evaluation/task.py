@@ -1,22 +1,30 @@
-"""What a task is: examples, what each system is asked about them, and the metrics of its answers."""
+"""A task: examples, what each system is asked about them, the metrics of its answers; and its run over all systems."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from longmem.errors import ConfigError
+from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt
-from longmem.evaluation.bootstrap import Bootstrap
+from longmem.evaluation.bootstrap import Bootstrap, Floats
+from longmem.evaluation.results import Ledger, RunHeader
+from longmem.evaluation.systems import compared
+from longmem.progress import Progress
 
 Json = dict[str, Any]
+ALL = "all"
+RECORDS_VERSION = 2  # part of every record's key; raised when a record's meaning changes
+TOGETHER = 64  # prompts that are laid out and asked at one time, at least where their memory is the same
 
 
 @dataclass(frozen=True)
@@ -167,3 +175,170 @@ def digest_of(*parts: Any) -> str:
     """Hash of what JSON can say."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_task(
+    task: Task,
+    askers: Sequence[Asker],
+    *,
+    records: Path | None = None,
+    bootstrap: Bootstrap | None = None,
+    command: str = "",
+    config: Json | None = None,
+    quiet: bool = False,
+) -> Json:
+    """Ask every system every example.
+
+    Args:
+        task: see ``Task``.
+        askers: the systems, see ``asking.askers``.
+        records: JSONL file of measured answers; what it already holds is not asked again. What systems say in their
+            own words is added to ``answers.jsonl`` next to it, for people to read.
+        bootstrap: resamples, level and seed of intervals.
+        command: as typed, kept in the result.
+        config: what else the result should say about its making.
+        quiet: show no progress.
+
+    Returns:
+        the JSON of the result file: ``header``, ``systems`` (name -> label), ``metrics``, ``groups`` (see
+        ``group_scores``; ``all`` first), ``examples`` with their ``values`` (system -> metric), ``extra``.
+
+    Raises:
+        DataError: the task has no examples.
+    """
+    bootstrap = bootstrap or Bootstrap()
+    examples = task.examples()
+    if not examples:
+        raise DataError(f"{task.name} has no examples under these settings; give it more text, or wider limits")
+    ledger = Ledger(records)
+    values: list[Json] = [{} for _ in examples]
+    seconds: dict[tuple[str, str], float] = {}
+    for asker in askers:
+        with Progress(f"{task.name}, {asker.label}", len(examples), "examples", quiet=quiet) as progress:
+            for number, names in _answers(task, asker, examples, ledger):
+                record = ledger.get(*names)
+                assert record is not None
+                values[number][asker.name], seconds[names] = record["values"], record["seconds"]
+                progress.advance()
+    groups = {ALL: list(range(len(examples)))}
+    for number, example in enumerate(examples):
+        groups.setdefault(example.group, []).append(number)
+    if len(groups) == 2:
+        del groups[ALL]  # there is one group only
+    header = RunHeader(
+        task=task.name,
+        command=command,
+        config=task.settings() | {"bootstrap": asdict(bootstrap)} | (config or {}),
+        models={asker.name: asker.identity | {"window": asker.window} for asker in askers},
+        samples={"examples": len(examples), "units": len({example.unit for example in examples})},
+        seeds=list(task.seeds),
+        seconds=round(sum(seconds.values()), 1),
+    )
+    result: Json = {
+        "header": asdict(header),
+        "systems": {asker.name: asker.label for asker in askers},
+        "metrics": [asdict(metric) for metric in task.metrics],
+        "groups": [
+            group_scores(name, [examples[n] for n in some], [values[n] for n in some], task.metrics, bootstrap)
+            for name, some in groups.items()
+        ],
+        "examples": [
+            {"id": example.id, "group": example.group, "unit": example.unit, "values": found}
+            for example, found in zip(examples, values, strict=True)
+        ],
+    }
+    task.summarise(result, examples, askers, bootstrap)
+    return result
+
+
+def group_scores(
+    name: str,
+    examples: Sequence[Example],
+    values: Sequence[Json],
+    metrics: Sequence[Metric],
+    bootstrap: Bootstrap,
+    *,
+    weights: Sequence[float] | None = None,
+    drawn: str = "",
+) -> Json:
+    """Means, differences and intervals over E examples in U units.
+
+    Args:
+        name: of the group.
+        examples: of the group.
+        values: of each example, system -> metric -> value.
+        metrics: to average.
+        bootstrap: of intervals, which draws units.
+        weights: of each example in the mean; None weights all alike.
+        drawn: what a unit is, for the result file; empty is "examples", or "units" where a unit has several.
+
+    Returns:
+        ``group``, ``examples``, ``units``, ``scores`` (system, metric, value, interval) and ``differences`` (the same
+        with ``against``), paired by example.
+    """
+    units = {unit: at for at, unit in enumerate(dict.fromkeys(example.unit for example in examples))}
+    where, systems = np.array([units[example.unit] for example in examples]), list(values[0])
+    weight = np.ones(len(examples)) if weights is None else np.asarray(weights, dtype=float)
+    said = drawn or ("examples" if all(example.unit == example.id for example in examples) else "units")
+
+    def summed(column: Sequence[float]) -> Floats:
+        return np.bincount(where, weights=weight * np.asarray(column), minlength=len(units)).astype(np.float64)
+
+    def mean(sums: Floats) -> Json:
+        interval = bootstrap.mean(sums, count, said)
+        return {"value": float(sums.sum() / count.sum()), "interval": None if interval is None else asdict(interval)}
+
+    count = summed([1.0] * len(examples))
+    total = {(s, m.name): summed([value[s][m.name] for value in values]) for m in metrics for s in systems}
+    return {
+        "group": name,
+        "examples": len(examples),
+        "units": len(units),
+        "scores": [{"system": s, "metric": m} | mean(sums) for (s, m), sums in total.items()],
+        "differences": [
+            {"system": s, "against": a, "metric": m.name} | mean(total[s, m.name] - total[a, m.name])
+            for m in metrics
+            for s, a in compared(systems)
+        ],
+    }
+
+
+def _answers(
+    task: Task, asker: Asker, examples: Sequence[Example], ledger: Ledger
+) -> Iterator[tuple[int, tuple[str, str]]]:
+    """(number of an example, names of its record), in the order in which they are done; what is equal is asked once."""
+    for batch in _batches(task, asker, examples):
+        named: dict[tuple[str, str], list[int]] = {}
+        for number, prompt in batch.items():
+            seen, remembers = asker.seen(prompt)
+            # a system whose memory stays empty answers as the same model without memory
+            system = asker.identity if remembers else asker.identity | {"memory": None}
+            key = digest_of(RECORDS_VERSION, task.name, asker.window, system)
+            named.setdefault((key, digest_of(seen, task.gold(examples[number]))), []).append(number)
+        waiting = [names for names in named if ledger.get(*names) is None]
+        yield from ((number, names) for names in named if names not in waiting for number in named[names])
+        began = time.monotonic()
+        for at, answer in asker.ask([batch[named[names][0]] for names in waiting]):
+            names, now = waiting[at], time.monotonic()
+            example, prompt = examples[named[names][0]], batch[named[names][0]]
+            about: dict[str, Any] = {"example": example.id, "system": asker.name, "seconds": round(now - began, 4)}
+            ledger.append(*names, **about, values=task.measure(example, prompt, answer))
+            began = now
+            if prompt.new_tokens and ledger.path is not None:
+                said = asker.tokenizer.decode(answer.said, skip_special_tokens=True)
+                line = {"system": asker.name, "example": example.id} | task.gold(example) | {"said": said}
+                with ledger.path.with_name("answers.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            yield from ((number, names) for number in named[names])
+
+
+def _batches(task: Task, asker: Asker, examples: Sequence[Example]) -> Iterator[dict[int, Prompt]]:
+    batch: dict[int, Prompt] = {}
+    last: Any = ()
+    for number, example in enumerate(examples):
+        prompt = task.prompt(example, asker)
+        if len(batch) >= TOGETHER and (prompt.memory == () or prompt.memory != last):
+            yield batch
+            batch = {}
+        batch[number], last = prompt, prompt.memory
+    yield batch

@@ -10,8 +10,7 @@ import pytest
 
 from longmem.errors import DataError
 from longmem.evaluation.asking import Answer, Asker, Scored
-from longmem.evaluation.tasks.dialogue import NOTHING, DialogueTask, bleu, word_scores
-from longmem.evaluation.tasks.dialogue_data import read_dialogues
+from longmem.evaluation.tasks.dialogue import NOTHING, DialogueTask, bleu, read_dialogues, word_scores
 
 SAMPLE = {
     "sample_id": "conv-1",
@@ -91,11 +90,6 @@ def test_msc_is_read_with_earlier_sessions_and_every_turn_as_a_reply(msc: Path) 
         ("session 3", "", "Speaker 1:", "How is the dog?"),
         ("session 3", "Speaker 1: How is the dog?\n", "Speaker 2:", "Fine."),
     ]
-
-
-def test_an_msc_file_of_one_line_is_no_locomo_sample(tmp_path: Path) -> None:
-    (tmp_path / "one.txt").write_text(json.dumps(MSC))
-    assert read_dialogues(tmp_path / "one.txt").kind == "msc"
 
 
 def test_only_a_line_end_parts_conversations_of_msc(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from longmem import AlibiGPTForCausalLM, LongMem
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Scored, askers
 from longmem.evaluation.bootstrap import Bootstrap
-from longmem.evaluation.runner import run_task
 from longmem.evaluation.systems import Comparison
+from longmem.evaluation.task import run_task
 from longmem.evaluation.tasks.icl import IclTask, calibrated, starts_label
 from longmem.evaluation.tasks.icl_data import KINDS, IclSet, Labelled
 

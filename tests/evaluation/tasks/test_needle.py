@@ -161,26 +161,6 @@ def test_what_is_hidden_is_in_memory_as_if_the_whole_text_were_read(
     assert dict(asker.ask(prompts[:2])) == dict(asker.ask(prompts[:2]))
 
 
-def test_what_a_text_left_in_memory_is_kept_for_other_runs_of_the_same_backbone(
-    model: LongMem, haystack: Haystack, byte_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (asker,) = (a for a in askers(Comparison.of_longmem(model, [512]), byte_tokenizer, window=64) if a.reads_memory)
-
-    def ask(haystack: Haystack) -> list[Answer]:
-        task = _task(haystack, byte_tokenizer, cache=tmp_path / "cache")
-        found = dict(asker.ask([task.prompt(example, asker) for example in task.examples()]))
-        return [found[number] for number in range(len(found))]
-
-    first = ask(haystack)
-    (file,) = (tmp_path / "cache").iterdir()
-    whole, made = file.read_bytes(), file.stat().st_mtime_ns
-    assert ask(haystack) == first and file.stat().st_mtime_ns == made
-    file.write_bytes(whole[:100])  # a damaged file is not read, and made again
-    assert ask(haystack) == first and file.read_bytes() == whole
-    ask(Haystack(haystack.ids[1:], haystack.source))  # other text is another file
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-
-
 # answers
 
 

@@ -13,7 +13,7 @@ import pytest
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt
 from longmem.evaluation.bootstrap import Bootstrap
-from longmem.evaluation.runner import run_task
+from longmem.evaluation.task import run_task
 from longmem.evaluation.tasks.squad import (
     SquadFile,
     SquadQuestion,

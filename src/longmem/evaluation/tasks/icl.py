@@ -15,8 +15,7 @@ import numpy as np
 
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
 from longmem.evaluation.bootstrap import Bootstrap
-from longmem.evaluation.runner import group_scores
-from longmem.evaluation.task import Example, Json, Metric, Task, different, drawn, leaves, means_by
+from longmem.evaluation.task import Example, Json, Metric, Task, different, drawn, group_scores, leaves, means_by
 from longmem.evaluation.tasks.icl_data import IclSet
 from longmem.evaluation.tasks.shots import LaidOut, Shots, draw, encode_after, shots_seen, start_tokens
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from longmem.data.facts import KINDS, OPTIONS, Facts, draw_facts
 from longmem.data.python_source import STDLIB, TEST, packages
@@ -23,12 +20,9 @@ from longmem.data.text import TextSource, read_documents
 from longmem.errors import DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
 from longmem.evaluation.task import Example, Json, Metric, Task, different, digest_of
-from longmem.files import whole
 from longmem.memory.encoded import EncodedText
 from longmem.progress import Progress
 from longmem.types import Memory
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -135,7 +129,6 @@ class NeedleTask(Task):
         depths: where the fact is hidden, in % of the text.
         trials: for each kind, length and depth; each draws its facts, its text and its places.
         seed: of facts, places and texts.
-        cache: folder that keeps what the text leaves in memory, for other runs over the same backbone.
 
     Raises:
         ConfigError: lists every setting that breaks a rule.
@@ -156,7 +149,6 @@ class NeedleTask(Task):
         depths: Sequence[float] = (0, 25, 50, 75, 100),
         trials: int = 40,
         seed: int = 0,
-        cache: Path | None = None,
     ) -> None:
         window = haystack.window
         problems = [f"kind ({kind!r}) must be one of {', '.join(KINDS)}" for kind in kinds if kind not in KINDS]
@@ -169,7 +161,7 @@ class NeedleTask(Task):
         if not kinds or len(set(kinds)) < len(kinds):
             problems.append(f"kinds ({','.join(kinds) or 'none'}) must be one or more, all different")
         different(problems, lengths=lengths, depths=depths)
-        self.haystack, self.tokenizer, self.cache = haystack, tokenizer, cache
+        self.haystack, self.tokenizer = haystack, tokenizer
         self.kinds, self.lengths, self.depths, self.trials = list(kinds), list(lengths), list(depths), trials
         self.seeds = (seed,)
         self._digest = haystack.digest
@@ -246,20 +238,12 @@ class NeedleTask(Task):
         return {"exact": 100.0 * scored.greedy[0], "choice": 100.0 * (scored.best == 0)}
 
     def encoded(self, model: Any) -> EncodedText:
-        """The text as this model encodes it; kept until another model asks, and in the cache."""
+        """The text as this model encodes it; kept until another model asks."""
         if self._encoded is None or self._encoded.model is not model:
             self._encoded = None  # not two of them at a time
             ids = torch.from_numpy(self.haystack.ids)
-            shape = (self.haystack.window, model.config.chunk_size, model.memory_layers, str(model.dtype))
-            key = digest_of(self._digest, model.fingerprint, *shape)
-            file = None if self.cache is None else self.cache / f"text-{key}.safetensors"
-            kept = _kept(file)
             with Progress("reading the text into memory", len(ids), "segments") as progress:
-                self._encoded = EncodedText(model, ids, lambda done: progress.advance(), kept)
-            if file is not None and kept is None:
-                state = {name: tensor.contiguous() for name, tensor in self._encoded.state_dict().items()}
-                with whole(file) as part:
-                    save_file(state, part)
+                self._encoded = EncodedText(model, ids, lambda done: progress.advance())
         return self._encoded
 
 
@@ -280,16 +264,6 @@ class _Hidden:
         count, changed = trial.length // haystack.window, trial.changed(haystack)
         with self.task.encoded(asker.model).holding(trial.first, count, changed, asker.memory_size) as memory:
             yield memory
-
-
-def _kept(file: Path | None) -> dict[str, torch.Tensor] | None:
-    if file is None or not file.exists():
-        return None
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        log.warning("%s: damaged (%s); the text is read again", file, error)
-        return None
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:
