@@ -1,6 +1,6 @@
 """What each setting is worth: perplexity with one of them changed at a time, against the default, paired by document.
 
-Usage: python -m benchmarks.ablation --model runs/sidenet --data latex/test.tar.xz --of chunk_size=1,2 --of gate_share \\
+Usage: python -m benchmarks.ablation --model runs/sidenet --data latex.tar.xz --of chunk_size=1,2 --of gate_share \\
     --also memory_layer:1=runs/layer1 --out results/ablate-latex
 
 Settings that only say how memory is made and searched are changed on one trained SideNet (``--of``; without it, all of

@@ -13,7 +13,7 @@ import pytest
 from longmem import ConfigError, DataError
 from longmem.cli.main import main
 from longmem.evaluation import paper
-from longmem.evaluation.pages import Heading, Picture, Table, Text, markdown, page, plain
+from longmem.evaluation.pages import Picture, Table, plain
 from longmem.evaluation.plots import pictures_of, plot_all
 from longmem.evaluation.report import build_report, write_report
 from longmem.evaluation.results import write_json
@@ -195,16 +195,6 @@ def test_text_of_a_result_is_never_markup(tmp_path: Path) -> None:
     assert "<img src=x" not in report.html() and "&lt;img src=x" in report.html()
     assert not re.findall(r'(src|href)="(?!data:)', report.html())
     assert "<img src=x" not in report.markdown("p") and "a \\| b" in report.markdown("p")
-
-
-def test_pages_are_made_of_few_blocks() -> None:
-    blocks = [Heading(1, "A page"), Text("With `code` and **weight**."), Table(["a", "b"], [["x|y", "1"]], "said")]
-    assert markdown(blocks, "p") == (
-        "# A page\n\nWith `code` and **weight**.\n\nsaid\n\n| a | b |\n| --- | ---: |\n| x\\|y | 1 |\n"
-    )
-    html = page("A page", blocks)
-    assert "<code>code</code> and <strong>weight</strong>" in html
-    assert "<td>x|y</td>" in html and '<td style="text-align:right">1</td>' in html
 
 
 def test_a_table_wider_than_the_terminal_is_written_row_by_row_and_never_cut() -> None:

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
+import sysconfig
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from longmem.data.python_source import STDLIB, TEST, packages
 from longmem.data.tokenizer import first_text
 from longmem.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
 PROJECT_SEPARATOR = "__"
-
-
-class Text(Protocol):
-    """What is needed of a ``longmem.data`` document."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def text(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class TokenizedDocument:
 
 
 def tokenize_documents(
-    documents: Iterable[Text],
+    documents: Iterable[Any],
     tokenizer: Any,
     *,
     max_tokens: int | None = None,
@@ -79,7 +73,7 @@ def tokenize_documents(
     if group_separator == "":
         raise ConfigError("the sign that ends a group's name must not be empty; try --group-by-prefix __")
     kept, seen = [], 0
-    prefix = _prefix(tokenizer)
+    prefix = start_tokens(tokenizer)
     for document in documents:
         seen += 1
         ids, starts, ends = _encode(tokenizer, document.text, max_tokens)
@@ -113,10 +107,16 @@ def group_of(name: str, separator: str) -> str:
     return (name if "/" in separator else name.rsplit("/", 1)[-1]).split(separator)[0]
 
 
-def _prefix(tokenizer: Any) -> list[int]:
-    """The start token, where the tokenizer puts one before a text by itself."""
+def start_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """The start token, where the tokenizer itself puts one before a text (Llama's does, GPT-2's does not)."""
     ids = tokenizer("")["input_ids"]
-    return list(ids[:1]) if ids and ids[0] == tokenizer.bos_token_id else []
+    return (int(ids[0]),) if ids and ids[0] == tokenizer.bos_token_id else ()
+
+
+def standard_library() -> Iterator[str]:
+    """Packages of this Python's own standard library, as text; first those that are held out from training."""
+    named = dict(packages(Path(sysconfig.get_paths()["stdlib"])))
+    yield from (named[name] for name in sorted(named, key=lambda name: name not in TEST[STDLIB]))
 
 
 def _encode(tokenizer: Any, text: str, most: int | None) -> tuple[list[int], list[int], list[int]]:

@@ -6,9 +6,7 @@ of the current one, in repeated text and in repeated random tokens. See ``longme
 
 from __future__ import annotations
 
-import sysconfig
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,8 +31,6 @@ Json = dict[str, Any]
 
 DISTANCES = (128, 256, 512, 1024)
 MOST_PIECES = 4  # of a row, for distances shorter than it
-STANDARD_TEXT = ("argparse.py", "difflib.py", "doctest.py", "inspect.py", "subprocess.py", "typing.py")
-"""Standard library sources that stand in for ``--data``: text that every machine has."""
 
 
 @torch.no_grad()
@@ -80,7 +76,7 @@ def measure_layers(
         BackboneError: a model that cannot be remembered.
     """
     family = Family.of(model)
-    segment = segment or min(window_of(family.config), 1024)
+    segment = segment or min(getattr(family.config, "max_position_embeddings", None) or 1024, 1024)
     _check(distances, segment, chunk_size, num_retrieved)
     special = [token for token in (model.config.bos_token_id, model.config.eos_token_id) if isinstance(token, int)]
     drawn = random_tokens(family.config.vocab_size, rows, max(distances), seed=seed, special=special)
@@ -151,14 +147,6 @@ def conclusion(result: Json) -> str:
     return f"remember layer {result['recommended']} (the paper's rule gives {result['default']})"
 
 
-def window_of(config: Any) -> int:
-    """Tokens a backbone reads at once; 1,024 where its config sets no limit."""
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(getattr(config, name, None), int):
-            return int(getattr(config, name))
-    return 1024
-
-
 def _check(distances: Sequence[int], segment: int, chunk_size: int, num_retrieved: int) -> None:
     found = []
     if chunk_size < 1 or num_retrieved < 1 or num_retrieved % max(1, chunk_size):
@@ -210,9 +198,3 @@ def text_rows(documents: Sequence[str], tokenizer: Any, rows: int, length: int) 
         start = (len(ids) - length) * (2 * turn + 1) // (2 * turns)
         chosen.append(ids[start : start + length])
     return torch.tensor(chosen)
-
-
-def standard_text() -> list[str]:
-    """Sources of this Python's own standard library."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    return [(folder / name).read_text(encoding="utf-8") for name in STANDARD_TEXT if (folder / name).is_file()]

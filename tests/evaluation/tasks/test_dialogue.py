@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from longmem.errors import DataError
 from longmem.evaluation.asking import Answer, Asker, Scored
 from longmem.evaluation.tasks.dialogue import NOTHING, DialogueTask, bleu, read_dialogues, word_scores
 
@@ -117,28 +116,6 @@ def test_files_and_conversations_of_one_name_are_told_apart(tmp_path: Path, byte
     # the sessions of one conversation of MSC are drawn together, whatever their files
     assert [example.unit for example in task.examples()[:3]] == ["valid_3"] * 3
     assert len({example.unit for example in task.examples()[3:]}) == 6
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ('[{"a": 1}]', "sample '0' is not as LoCoMo's are \\(KeyError: 'conversation'"),
-        ('{"a": 1}\n{"b": 2}', "line 1: no conversation of MSC"),
-        ("words", "line 1: no conversation of MSC"),
-        ("3", "neither a list of LoCoMo samples nor lines of MSC"),
-        ("[]", "no questions in it"),
-        (json.dumps([SAMPLE | {"qa": [{"question": "?", "category": 6}]}]), "sample 'conv-1' is not as LoCoMo's are"),
-        (json.dumps([SAMPLE | {"qa": [{"question": "?", "category": 1}]}]), "sample 'conv-1' is not as LoCoMo's are"),
-        (json.dumps([SAMPLE | {"qa": [{"question": "?", "category": 1, "answer": None}]}]), "its answer is null"),
-        (json.dumps(MSC | {"dialog": [{"text": None}]}), "line 1: .* the text of a turn is a NoneType"),
-    ],
-)
-def test_other_files_are_refused_by_what_is_wrong(tmp_path: Path, content: str, said: str) -> None:
-    (tmp_path / "x").write_text(content)
-    with pytest.raises(DataError, match=said):
-        read_dialogues(tmp_path / "x")
-    with pytest.raises(DataError, match="not readable"):
-        read_dialogues(tmp_path / "no")
 
 
 def f1(said: str, answer: str, category: int | None) -> float:

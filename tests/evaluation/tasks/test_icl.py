@@ -7,14 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
 
-from longmem import AlibiGPTForCausalLM, LongMem
 from longmem.errors import ConfigError, DataError
-from longmem.evaluation.asking import Answer, Asker, Prompt, Scored, askers
-from longmem.evaluation.bootstrap import Bootstrap
-from longmem.evaluation.systems import Comparison
-from longmem.evaluation.task import run_task
+from longmem.evaluation.asking import Answer, Asker, Prompt, Scored
 from longmem.evaluation.tasks.icl import IclTask, calibrated, starts_label
 from longmem.evaluation.tasks.icl_data import KINDS, IclSet, Labelled
 
@@ -111,38 +106,3 @@ def test_who_sees_which_demonstrations(byte_tokenizer: Any) -> None:
     assert plain.contexts[0] == (*shots.local[0], *shots.local[1], *of_one.prompts["sst2"].queries[example.item.text])
     assert whole.contexts[0] == everything + plain.contexts[0]
     assert len(plain.contexts) == 1 + 3
-
-
-def test_the_result_has_averages_seeds_and_how_many_demonstrations_fitted(
-    tiny_backbone: AlibiGPTForCausalLM, byte_tokenizer: Any
-) -> None:
-    torch.manual_seed(1)
-    model = LongMem.from_backbone(tiny_backbone, chunk_size=4, num_retrieved=16, memory_size=2048).eval()
-    of_two = task(byte_tokenizer, "sst2", "sst5")
-    found = askers(Comparison.of_longmem(model, [512]), byte_tokenizer, window=WINDOW, rows=16)
-    result = run_task(of_two, found, bootstrap=Bootstrap(resamples=50))
-    groups = {group["group"]: group for group in result["groups"]}
-
-    def score(group: str, system: str, metric: str) -> float:
-        scores = {(s["system"], s["metric"]): s["value"] for s in groups[group]["scores"]}
-        return float(scores[system, metric])
-
-    assert list(groups)[:2] == ["all", "sst2, 1 + 0"] and list(groups)[-1] == "average, 8 + 12"
-    assert groups["sst2, 1 + 0"]["examples"] == 6 and groups["sst2, 1 + 0"]["units"] == 3
-    for name in result["systems"]:
-        for metric in result["metrics"]:
-            each = [score(f"{data}, 8 + 12", name, metric["name"]) for data in ("sst2", "sst5")]
-            over = score("average, 8 + 12", name, metric["name"])
-            assert over == pytest.approx(sum(each) / 2)
-            spread = result["extra"]["per_seed"]["average, 8 + 12"][name][metric["name"]]
-            assert spread["mean"] == pytest.approx(over, abs=1e-2) and len(spread["values"]) == 2
-            assert spread["std"] == pytest.approx(abs(spread["values"][0] - spread["values"][1]) / 2, abs=1e-2)
-    # a demonstration has 46 to 48 bytes: ten or eleven of twelve fit a memory of 512
-    shots = result["extra"]["shots"]["sst2, 8 + 12"]
-    assert shots["backbone"]["window"] == shots["memory_512"]["window"] < 8
-    assert shots["backbone"]["memory"] == 0 and 10 <= shots["memory_512"]["memory"] <= 11
-    notes = list(of_two.notes(result))
-    assert f"sst2: {shots['backbone']['window']:g} of 8 demonstrations fit the window" in notes[0]
-    assert any("of 12 demonstrations for memory are held, on average (memory_512)" in note for note in notes)
-    assert result["extra"]["sets"]["sst5"]["chance"] == 20
-    assert len(result["examples"]) * 2 == len(of_two.examples())

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Asker
+from longmem.evaluation.documents import start_tokens
 from longmem.evaluation.task import Example
-from longmem.evaluation.tasks.shots import Shots, draw, encode_after, fitting, shots_seen, start_tokens
+from longmem.evaluation.tasks.shots import Shots, draw, encode_after, fitting, shots_seen
 
 
 def asker(window: int, *, whole: bool = False, memory: int | None = None) -> Asker:

@@ -16,8 +16,9 @@ from typing import Any
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
+from longmem.evaluation.documents import start_tokens
 from longmem.evaluation.task import Example, Json, Metric, Task, different, drawn, numbered
-from longmem.evaluation.tasks.shots import encode_after, start_tokens
+from longmem.evaluation.tasks.shots import encode_after
 
 BETWEEN = "\n\n"  # between a prefix and a suffix, the same for all suffixes
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
+from longmem.evaluation.documents import start_tokens
 from longmem.evaluation.task import Example, Json, Metric, Task, drawn, numbered
-from longmem.evaluation.tasks.shots import encode_after, start_tokens
+from longmem.evaluation.tasks.shots import encode_after
 from longmem.evaluation.tasks.squad import f1_score
 
 ASKED = "Question: {} Short answer:"

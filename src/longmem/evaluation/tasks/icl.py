@@ -15,9 +15,10 @@ import numpy as np
 
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
 from longmem.evaluation.bootstrap import Bootstrap
+from longmem.evaluation.documents import start_tokens
 from longmem.evaluation.task import Example, Json, Metric, Task, different, drawn, group_scores, leaves, means_by
 from longmem.evaluation.tasks.icl_data import IclSet
-from longmem.evaluation.tasks.shots import LaidOut, Shots, draw, encode_after, shots_seen, start_tokens
+from longmem.evaluation.tasks.shots import LaidOut, Shots, draw, encode_after, shots_seen
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # of Zhao et al.; their label probabilities are averaged
 

@@ -7,7 +7,6 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from longmem.data.facts import KINDS, OPTIONS, Facts, draw_facts
-from longmem.data.python_source import STDLIB, TEST, packages
 from longmem.data.text import TextSource, read_documents
 from longmem.errors import DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
+from longmem.evaluation.documents import standard_library
 from longmem.evaluation.task import Example, Json, Metric, Task, different, digest_of
 from longmem.memory.encoded import EncodedText
 from longmem.progress import Progress
@@ -56,7 +55,7 @@ def read_haystack(paths: Sequence[str], tokenizer: Any, tokens: int, window: int
     """
     wanted = -(-tokens // window) * window
     found: list[int] = []
-    texts = (document.text for document in read_documents(TextSource(tuple(paths)))) if paths else _standard_library()
+    texts = (document.text for document in read_documents(TextSource(tuple(paths)))) if paths else standard_library()
     for text in texts:
         found += _tokens(tokenizer, text)
         if len(found) >= wanted:
@@ -68,12 +67,6 @@ def read_haystack(paths: Sequence[str], tokenizer: Any, tokens: int, window: int
         )
     source = tuple(paths) or (f"Python {sysconfig.get_python_version()} standard library",)
     return Haystack(np.array(found[:wanted], dtype=np.int64).reshape(-1, window), source)
-
-
-def _standard_library() -> Iterator[str]:
-    """Its packages, first those that are held out from training."""
-    named = dict(packages(Path(sysconfig.get_paths()["stdlib"])))
-    yield from (named[name] for name in sorted(named, key=lambda name: name not in TEST[STDLIB]))
 
 
 @dataclass(frozen=True)

@@ -123,12 +123,6 @@ def draw(name: str, seed: int, size: int, local: int, memory: int) -> tuple[list
     return order[:local][::-1], order[size - memory :]
 
 
-def start_tokens(tokenizer: Any) -> Tokens:
-    """The start token, where the tokenizer itself puts one before a text (Llama's does, GPT-2's does not)."""
-    ids = tokenizer("")["input_ids"]
-    return (int(ids[0]),) if ids and ids[0] == tokenizer.bos_token_id else ()
-
-
 def encode_after(tokenizer: Any, before: str, texts: Sequence[str]) -> list[Tokens]:
     """Token ids of texts, without special ones, as they are after another text.
 

@@ -17,8 +17,9 @@ from typing import Any
 from longmem.errors import DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
 from longmem.evaluation.bootstrap import Bootstrap
+from longmem.evaluation.documents import start_tokens
 from longmem.evaluation.task import Example, Json, Metric, Task, different, drawn, means_by
-from longmem.evaluation.tasks.shots import LaidOut, Shots, draw, encode_after, shots_seen, start_tokens
+from longmem.evaluation.tasks.shots import LaidOut, Shots, draw, encode_after, shots_seen
 
 TEMPLATE = "Context: {passage}\nQuestion: {question}\nAnswer: {answer}\n\n"
 PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -1,0 +1,55 @@
+"""Files of the tasks that are of another form: one line that says what is wrong, and where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longmem.errors import DataError
+from longmem.evaluation.tasks.chapterbreak import read_chapterbreak
+from longmem.evaluation.tasks.dialogue import read_dialogues
+from longmem.evaluation.tasks.squad import read_squad
+
+TALK: dict[str, Any] = {"sample_id": "conv-1", "conversation": {}, "qa": []}
+PAST = {"previous_dialogs": [], "dialog": [{"text": None}]}
+SQUAD = '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "question": "q", "answers": %s}]}]}]}'
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "said"),
+    [
+        (read_chapterbreak, "{", "the file is not of ChapterBreak's form.*JSONDecodeError"),
+        (read_chapterbreak, "[]", "the file is not of ChapterBreak's form"),
+        (
+            read_chapterbreak,
+            '{"pg19": {"7": [{"pos": "b", "negs": []}]}}',
+            "work 7, example 1 is not .*KeyError: 'ctx'",
+        ),
+        (read_chapterbreak, '{"pg19": {"7": [{"ctx": "a", "pos": " ", "negs": ["c"]}]}}', "none of them empty"),
+        (read_chapterbreak, "{}", "no examples in it"),
+        (read_squad, "{", r"the file is not of SQuAD v1.1's form \(JSONDecodeError"),
+        (read_squad, '{"data": []}', "no question in it"),
+        (read_squad, '{"data": [{"title": "a"}]}', r"data\[0\] is not .*KeyError: 'paragraphs'"),
+        (read_squad, SQUAD % "[]", r"data\[0\].paragraphs\[0\].qas\[0\].*no answer; SQuAD v1.1 has one or more"),
+        (read_squad, SQUAD % '["a"]', r"data\[0\].paragraphs\[0\].qas\[0\] is not"),
+        (read_dialogues, '[{"a": 1}]', "sample '0' is not as LoCoMo's are \\(KeyError: 'conversation'"),
+        (read_dialogues, "words", "line 1: no conversation of MSC"),
+        (read_dialogues, "3", "neither a list of LoCoMo samples nor lines of MSC"),
+        (read_dialogues, "[]", "no questions in it"),
+        (read_dialogues, json.dumps([TALK | {"qa": [{"question": "?", "category": 6}]}]), "sample 'conv-1' is not"),
+        (read_dialogues, json.dumps([TALK | {"qa": [{"question": "?", "category": 1, "answer": None}]}]), "is null"),
+        (read_dialogues, json.dumps(PAST), "line 1: .* the text of a turn is a NoneType"),
+    ],
+)
+def test_other_files_are_refused_by_what_is_wrong(
+    read: Callable[[Path], Any], content: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(DataError, match=rf"x\.json.*{said}"):
+        read(tmp_path / "x.json")
+    with pytest.raises(DataError, match=r"no\.json: "):
+        read(tmp_path / "no.json")
