@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -125,8 +124,7 @@ def _text(
     """Rows of text; without ``--data`` and without a tokenizer, none."""
     from longmem.data import load_tokenizer, read_documents
     from longmem.errors import DataError
-    from longmem.evaluation.documents import standard_library
-    from longmem.evaluation.layers import text_rows
+    from longmem.evaluation.layers import standard_text, text_rows
 
     try:
         reader = load_tokenizer(tokenizer, backbone)
@@ -135,5 +133,5 @@ def _text(
             raise
         click.echo(f"{tokenizer}: no tokenizer, measuring random tokens only; --tokenizer names one", err=True)
         return None
-    own = (document.text for document in read_documents(list(data)))
-    return text_rows(list(own if data else islice(standard_library(), 4)), reader, rows, length)
+    documents = [document.text for document in read_documents(list(data))] if data else standard_text()
+    return text_rows(documents, reader, rows, length)

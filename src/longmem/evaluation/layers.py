@@ -6,7 +6,9 @@ of the current one, in repeated text and in repeated random tokens. See ``longme
 
 from __future__ import annotations
 
+import sysconfig
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,8 @@ Json = dict[str, Any]
 
 DISTANCES = (128, 256, 512, 1024)
 MOST_PIECES = 4  # of a row, for distances shorter than it
+STANDARD_TEXT = ("argparse.py", "difflib.py", "doctest.py", "inspect.py", "subprocess.py", "typing.py")
+"""Standard library sources that stand in for ``--data``: text that every machine has."""
 
 
 @torch.no_grad()
@@ -198,3 +202,9 @@ def text_rows(documents: Sequence[str], tokenizer: Any, rows: int, length: int) 
         start = (len(ids) - length) * (2 * turn + 1) // (2 * turns)
         chosen.append(ids[start : start + length])
     return torch.tensor(chosen)
+
+
+def standard_text() -> list[str]:
+    """Sources of this Python's own standard library."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    return [(folder / name).read_text(encoding="utf-8") for name in STANDARD_TEXT if (folder / name).is_file()]
