@@ -46,7 +46,8 @@ def command(
     A request reads the memory that its field memory_id or its header X-Memory-Id names, and none without. The page at
     / shows memories and has a chat; /docs lists every call.
     """
-    if missing := [each for each in ("fastapi", "uvicorn", "prometheus_client") if not importlib.util.find_spec(each)]:
+    needed = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
+    if missing := [each for each in needed if importlib.util.find_spec(each) is None]:
         raise ConfigError(f"the server needs {', '.join(missing)}; pip install 'longmem-lm[server]'")
     from longmem.server.keys import Keys
     from longmem.server.keys import new_key as make_key

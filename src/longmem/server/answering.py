@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from longmem.chat import Message, chat_prompt, stop_words
-from longmem.generation.page import without_memory
+from longmem.errors import StoreError
+from longmem.generation.page import reading_at, without_memory
 from longmem.generation.window import WindowPolicy
 from longmem.server.engine import Engine, Job, Sampling, Token
 from longmem.server.memories import Memories
@@ -65,19 +68,22 @@ class Answering:
         stop: Sequence[str] = (),
         explain: bool = False,
         chat: bool = True,
-    ) -> AsyncIterator[tuple[str, list[Token], Answer]]:
+    ) -> AsyncGenerator[tuple[str, list[Token], Answer], None]:
         """Pieces of the answer with their tokens, and the answer so far; the last piece ends it."""
         answer = Answer(prompt_tokens=len(ids))
-        bank = None
-        if memory is not None:
-            bank = await self.engine.call(lambda: self.memories.bank(owner, memory))
+        banks: list[Any] = []  # the newest last: a row that gave way comes back to what is remembered then
+
+        def opened() -> Any:
+            bank = self.memories.bank(owner, str(memory))
             answer.memory_tokens = 0 if bank is None else int(bank.tokens.sum())
-        readings: list[Any] | None = [] if explain and bank is not None else None
-        job = Job(ids, bank, sampling, self.stop_ids, explain=readings)
+            banks[:] = [bank]
+            return bank
+
+        readings = _Readings() if explain and memory is not None else None
+        job = Job(ids, None if memory is None else opened, sampling, self.stop_ids, explain=readings)
         words = [*stop, *(stop_words(self.tokenizer) if chat else ())]
         text, fresh = _Text(self.tokenizer, words), list[Token]()
-        tokens = self.engine.generate(job)
-        try:
+        async with aclosing(self.engine.generate(job)) as tokens:
             async for token in tokens:
                 answer.tokens.append(token)
                 fresh.append(token)
@@ -88,11 +94,10 @@ class Answering:
                     fresh = []
                 if text.stopped:
                     break
-        finally:
-            await tokens.aclose()  # type: ignore[attr-defined]
         answer.finish = "length" if len(answer.tokens) >= sampling.max_tokens and not text.stopped else "stop"
         if readings:
-            answer.read = await self.engine.call(lambda: self._read(ids, answer.tokens, readings, bank))
+            read = partial(self._read, ids, answer.tokens, readings, banks[-1])
+            answer.read = await self.engine.call(read, follows=True)
         piece = text.rest()
         answer.text += piece
         yield piece, fresh, answer
@@ -107,10 +112,17 @@ class Answering:
             {
                 "token": self.tokenizer.decode([token.id]),
                 "gain": token.logprob - alone,
-                "chunks": [_chunk(reading, bank) for reading in explanation.token(-1, top=3)],
+                "chunks": [_chunk(chunk, bank) for chunk in reading.chunks[:3]],
             }
-            for token, alone, explanation in zip(tokens, without, readings, strict=False)
+            for token, alone, reading in zip(tokens, without, readings, strict=False)
         ]
+
+
+class _Readings(list[Any]):
+    """Given to ``generate(..., explain=)``: keeps of every step only what chose the new token."""
+
+    def append(self, explanation: Any) -> None:
+        super().append(reading_at(explanation, -1))
 
 
 class _Text:
@@ -119,41 +131,44 @@ class _Text:
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
         self._tokenizer, self._stop = tokenizer, [word for word in stop if word]
         self._ids: list[int] = []
-        self._given = 0
+        self._known = self._read = 0  # tokens from which is decoded, and up to which the text is known
+        self._text, self._given = "", 0
         self.stopped = False
 
     def take(self, token: int) -> str:
+        """What can be told after one more token."""
         self._ids.append(token)
-        text = self._decoded()
+        self._decode(final=False)
         for word in self._stop:
-            at = text.find(word, max(0, self._given - len(word)))
+            at = self._text.find(word, max(0, self._given - len(word)))
             if at >= 0:
-                self.stopped = True
-                text = text[:at]
-        end = len(text)
+                self.stopped, self._text = True, self._text[:at]
+        end = len(self._text)
         if not self.stopped:
-            end = len(text.rstrip("\ufffd"))
-            for word in self._stop:
-                for size in range(min(len(word) - 1, end), 0, -1):
-                    if text.endswith(word[:size]):
-                        end = min(end, len(text) - size)
-                        break
-        return self._give(text, end)
+            half = (size for word in self._stop for size in range(1, len(word)) if self._text.endswith(word[:size]))
+            end -= max(half, default=0)
+        return self._give(end)
 
     def rest(self) -> str:
         """What was waiting, at the end."""
-        if self.stopped:
-            return ""
-        text = self._decoded()
-        return self._give(text, len(text))
+        if not self.stopped:
+            self._decode(final=True)
+        return self._give(len(self._text))
 
-    def _give(self, text: str, end: int) -> str:
-        piece = text[self._given : end]
+    def _give(self, end: int) -> str:
+        piece = self._text[self._given : end]
         self._given = max(self._given, end)
         return piece
 
-    def _decoded(self) -> str:
-        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+    def _decode(self, final: bool) -> None:
+        """Add whole characters to the text; decoding from some tokens back keeps the spaces between words."""
+        before, now = self._decoded(self._known, self._read), self._decoded(self._known, len(self._ids))
+        if final or not now.endswith("\ufffd"):
+            self._text += now[len(before) :]
+            self._known, self._read = self._read, len(self._ids)
+
+    def _decoded(self, begin: int, end: int) -> str:
+        return str(self._tokenizer.decode(self._ids[begin:end], skip_special_tokens=True))
 
 
 def _chunk(reading: Any, bank: Any) -> dict[str, Any]:
@@ -168,6 +183,7 @@ def _chunk(reading: Any, bank: Any) -> dict[str, Any]:
         "layers": {str(layer): share for layer, share in reading.layers.items()},
     }
     if origin.namespace is not None:  # else it is of this conversation, what has left the window
-        passage = bank.passage(origin)
-        found.update(before=passage.before, text=passage.text, after=passage.after)
+        with suppress(StoreError):  # forgotten since
+            passage = bank.passage(origin)
+            found.update(before=passage.before, text=passage.text, after=passage.after)
     return found

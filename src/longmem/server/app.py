@@ -5,12 +5,13 @@ Handlers are thin. The model and all writes run in the engine's one thread; noth
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Header, Request
+from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -18,30 +19,25 @@ from starlette.exceptions import HTTPException
 
 from longmem import __version__
 from longmem.errors import LongMemError
+from longmem.generation.reading import positions
 from longmem.server import openai_api as shapes
 from longmem.server.answering import Answering
 from longmem.server.engine import Busy, Engine
 from longmem.server.keys import NAME, Keys
+from longmem.server.limits import Limits
 from longmem.server.memories import RESPONSES, Memories
 from longmem.server.refusals import Refused, error, said_of
-from longmem.server.schemas import (
-    ChatRequest,
-    CompletionRequest,
-    NewMemory,
-    NewText,
-    ResponsesRequest,
-    SearchRequest,
-)
+from longmem.server.routes import known_document, memory_routes, own_memory
+from longmem.server.schemas import RESPONSE, ChatRequest, CompletionRequest, ResponsesRequest
 
+T = TypeVar("T")
 PAGE = Path(__file__).parent / "page.html"
 MOST_BYTES = 8 << 20
-SECURITY = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "X-Frame-Options": "DENY",
-    "Content-Security-Policy": "default-src 'self'; img-src data:; "
-    "style-src 'unsafe-inline'; script-src 'unsafe-inline'",
-}
+ANSWER_TOKENS = (256, 1024)
+"""What is left of the window, but at least and at most these: of an answer that asks for no number."""
+COMPLETION_TOKENS = 16  # as in the OpenAI API
+MemoryHeader = Annotated[str | None, Header(alias="X-Memory-Id", pattern=f"^{NAME.pattern}$")]
+ResponseId = Annotated[str, PathParameter(pattern=RESPONSE)]
 
 
 def create_app(
@@ -87,18 +83,7 @@ def create_app(
         store.close()
 
     app = FastAPI(title="LongMem", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
-
-    @app.middleware("http")
-    async def limits(request: Request, follow: Callable[[Request], Awaitable[Response]]) -> Response:
-        length = request.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > most_bytes or "transfer-encoding" in request.headers:
-            answer: Response = error(413, f"the body must say its length, and be of at most {most_bytes:,} bytes")
-        else:
-            answer = await follow(request)
-        route = getattr(request.scope.get("route"), "path", "other")
-        requests.labels(route, answer.status_code).inc()
-        answer.headers.update(SECURITY if not request.url.path.startswith("/docs") else {})
-        return answer
+    app.add_middleware(Limits, most_bytes=most_bytes, anybody=not allowed.hashes, requests=requests)
 
     @app.exception_handler(Refused)
     async def refused(_: Request, problem: Refused) -> Response:
@@ -112,7 +97,9 @@ def create_app(
 
     @app.exception_handler(HTTPException)
     async def unknown(_: Request, problem: HTTPException) -> Response:
-        return error(problem.status_code, str(problem.detail))
+        answer = error(problem.status_code, str(problem.detail))
+        answer.headers.update(problem.headers or {})
+        return answer
 
     @app.exception_handler(Exception)
     @app.exception_handler(LongMemError)
@@ -129,11 +116,6 @@ def create_app(
 
     Owner = Annotated[str, Depends(owner)]
 
-    def own_memory(memory: str, owner: str) -> str:
-        if NAME.fullmatch(memory) is None or not memories.exists(owner, memory):
-            raise Refused(404, f"you have no memory {memory!r}; make it with POST /v1/memories", code="not_found")
-        return memory
-
     async def asked_memory(body: Any, header: str | None, owner: str) -> str | None:
         """The memory that a request names; without a name it has none, never a shared one."""
         named: str | None = body.memory_id or header
@@ -141,86 +123,93 @@ def create_app(
             if body.remember:
                 raise Refused(400, "remember needs memory_id: what is kept must have a place", param="memory_id")
             return None
-        return await asyncio.to_thread(own_memory, named, owner)
+        return await asyncio.to_thread(own_memory, memories, owner, named)
 
-    async def sse(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    async def sse(events: AsyncGenerator[str, None]) -> AsyncIterator[str]:
         try:
-            async with asyncio.timeout(seconds):
+            async with aclosing(events), asyncio.timeout(seconds):
                 async for event in events:
                     yield event
         except Exception as problem:
             status, message = said_of(problem)
             yield shapes.event({"error": {"message": message, "type": "server_error", "code": status}})
 
-    async def answer_to(body: Any, render: shapes.Rendering, streamed: AsyncIterator[Any]) -> Response:
+    async def answer_to(
+        body: Any, request: Request, render: shapes.Rendering, pieces: AsyncGenerator[Any, None]
+    ) -> Response:
         """Either all at once, or as server-sent events; the first piece is waited for, so that errors have a status."""
         started = time.monotonic()
-        try:
-            ahead = await asyncio.wait_for(anext(streamed), seconds)
-        except StopAsyncIteration:
-            ahead = None
-        first.observe(time.monotonic() - started)
 
-        async def all_pieces() -> AsyncIterator[Any]:
-            if ahead is not None:
-                yield ahead
-            async for piece in streamed:
-                yield piece
+        async def ahead() -> list[Any]:
+            found = [piece async for piece in _first(pieces)]
+            first.observe(time.monotonic() - started)
+            return found
 
-        if body.stream:
-            return StreamingResponse(sse(render.events(all_pieces())), media_type="text/event-stream")
-        async with asyncio.timeout(seconds):
-            async for piece in all_pieces():
+        async def rest(begun: list[Any]) -> AsyncIterator[Any]:
+            async with aclosing(pieces):
+                for piece in begun:
+                    yield piece
+                async for piece in pieces:
+                    yield piece
+
+        async def whole() -> Response:
+            async for piece in rest(await ahead()):
                 render.take(*piece)
-        return JSONResponse(render.whole())
+            return JSONResponse(render.whole())
 
-    async def several(n: int, make: Callable[[int], AsyncIterator[Any]], after: Callable[[], Awaitable[None]]) -> Any:
+        async with asyncio.timeout(seconds):
+            if not body.stream:
+                return await while_there(request, whole())
+            begun = await while_there(request, ahead())
+        return StreamingResponse(sse(render.events(rest(begun))), media_type="text/event-stream")
+
+    async def several(n: int, make: Callable[[int], Any], after: Callable[[], Awaitable[None]]) -> Any:
         """The pieces of n answers as they come, each with its number; ``after`` runs when all have ended."""
-        if n == 1:
-            async for piece, tokens, answer in make(0):
-                produced.inc(len(tokens))
-                yield 0, piece, tokens, answer
-        else:
-            results: asyncio.Queue[Any] = asyncio.Queue()
+        results: asyncio.Queue[Any] = asyncio.Queue()
 
-            async def run(index: int) -> None:
-                try:
-                    async for piece, tokens, answer in make(index):
-                        produced.inc(len(tokens))
-                        await results.put((index, piece, list(tokens), answer))
-                    await results.put(None)
-                except Exception as problem:
-                    await results.put(problem)
-
-            tasks = [asyncio.create_task(run(index)) for index in range(n)]
+        async def run(index: int) -> None:
             try:
-                left = n
-                while left:
-                    result = await results.get()
-                    if isinstance(result, Exception):
-                        raise result
-                    if result is None:
-                        left -= 1
-                    else:
-                        yield result
-            finally:
-                for task in tasks:
-                    task.cancel()
+                async with aclosing(make(index)) as pieces:
+                    async for piece, tokens, answer in pieces:
+                        produced.inc(len(tokens))
+                        results.put_nowait((index, piece, tokens, answer))
+                results.put_nowait(None)
+            except Exception as problem:
+                results.put_nowait(problem)
+
+        tasks = [asyncio.create_task(run(index)) for index in range(n)]
+        try:
+            left = n
+            while left:
+                result = await results.get()
+                if isinstance(result, Exception):
+                    raise result
+                if result is None:
+                    left -= 1
+                else:
+                    yield result
+        finally:
+            for task in tasks:
+                task.cancel()
         await after()
 
     async def remember(body: Any, owner: str, memory: str, messages: list[dict[str, str]], render: Any) -> None:
         said = [*messages[-1:], {"role": "assistant", "content": render.text()}]
-        count = await engine.call(lambda: memories.remember(owner, memory, said))
+        count = await engine.call(lambda: memories.remember(owner, memory, said), follows=True)
         render.written = count
         written.inc(count)
 
     async def nothing() -> None:
         return None
 
+    def room(ids: list[int]) -> int:
+        """Tokens of an answer that asks for no number: what is left of the window, within bounds."""
+        return max(ANSWER_TOKENS[0], min(ANSWER_TOKENS[1], (positions(model) or 0) - len(ids)))
+
     # -- answers -----------------------------------------------------------------------------------------------------
 
     @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest, who: Owner, x_memory_id: Annotated[str | None, Header()] = None) -> Response:
+    async def chat(body: ChatRequest, who: Owner, request: Request, x_memory_id: MemoryHeader = None) -> Response:
         """Answer a conversation, reading the memory that ``memory_id`` or ``X-Memory-Id`` names."""
         memory = await asked_memory(body, x_memory_id, who)
         messages = [message.plain for message in body.messages]
@@ -234,16 +223,16 @@ def create_app(
             async def after() -> None:
                 await remember(body, who, kept, messages, render)
 
-        def make(index: int) -> AsyncIterator[Any]:
-            settings = shapes.sampling(body, body.max_completion_tokens or body.max_tokens, index)
+        def make(index: int) -> Any:
+            settings = shapes.sampling(body, body.max_completion_tokens or body.max_tokens or room(ids), index)
             stop = shapes.stops(body.stop)
             return answering.stream(ids, settings, owner=who, memory=memory, stop=stop, explain=body.explain)
 
-        return await answer_to(body, render, several(body.n, make, after))
+        return await answer_to(body, request, render, several(body.n, make, after))
 
     @app.post("/v1/completions")
     async def complete(
-        body: CompletionRequest, who: Owner, x_memory_id: Annotated[str | None, Header()] = None
+        body: CompletionRequest, who: Owner, request: Request, x_memory_id: MemoryHeader = None
     ) -> Response:
         """Continue one prompt or several, reading the memory that ``memory_id`` or ``X-Memory-Id`` names."""
         memory = await asked_memory(body, x_memory_id, who)
@@ -262,25 +251,26 @@ def create_app(
             async def after() -> None:
                 await remember(body, who, kept, [{"role": "user", "content": prompts[0]}], render)
 
-        def make(index: int) -> AsyncIterator[Any]:
-            settings = shapes.sampling(body, body.max_tokens, index)
+        def make(index: int) -> Any:
+            settings = shapes.sampling(body, body.max_tokens or COMPLETION_TOKENS, index)
             return answering.stream(
                 encoded[index // body.n], settings, owner=who, memory=memory, stop=shapes.stops(body.stop),
                 explain=body.explain, chat=False,
             )  # fmt: skip
 
-        return await answer_to(body, render, several(body.n * len(prompts), make, after))
+        return await answer_to(body, request, render, several(body.n * len(prompts), make, after))
 
     @app.post("/v1/responses")
     async def respond(
-        body: ResponsesRequest, who: Owner, x_memory_id: Annotated[str | None, Header()] = None
+        body: ResponsesRequest, who: Owner, request: Request, x_memory_id: MemoryHeader = None
     ) -> Response:
         """Answer, going on from ``previous_response_id``; what is said is a document of the memory."""
         memory = await asked_memory(body, x_memory_id, who)
         place = memory or RESPONSES
         before: list[dict[str, str]] = []
         if body.previous_response_id is not None:
-            before = await asyncio.to_thread(_said_before, memories, who, place, body.previous_response_id)
+            earlier = await asyncio.to_thread(stored_response, who, place, body.previous_response_id)
+            before = list(earlier.metadata["messages"])
         given = (
             [{"role": "user", "content": body.input}] if isinstance(body.input, str) else [m.plain for m in body.input]
         )
@@ -297,16 +287,39 @@ def create_app(
                 text = "".join(
                     f"{each['role']}: {' '.join(each['content'].split())}\n" for each in messages[len(before) :]
                 )
-                about = {"messages": messages, "response": render.id}
-                receipt = await engine.call(lambda: memories.add(who, place, render.id, text, metadata=about))
+                about = {"messages": messages, "response": render.whole()}
+                receipt = await engine.call(
+                    lambda: memories.add(who, place, render.id, text, metadata=about), follows=True
+                )
                 render.written = receipt.tokens
                 written.inc(receipt.tokens)
 
-        def make(_: int) -> AsyncIterator[Any]:
-            settings = shapes.sampling(body, body.max_output_tokens, 0)
+        def make(_: int) -> Any:
+            settings = shapes.sampling(body, body.max_output_tokens or room(ids), 0)
             return answering.stream(ids, settings, owner=who, memory=memory, explain=body.explain)
 
-        return await answer_to(body, render, several(1, make, after))
+        return await answer_to(body, request, render, several(1, make, after))
+
+    def stored_response(who: str, place: str, response: str) -> Any:
+        try:
+            return known_document(memories, who, place, response)
+        except Refused:
+            said = f"you have no response {response!r} here; one that named a memory is in that memory"
+            raise Refused(404, said, param="previous_response_id", code="not_found") from None
+
+    @app.get("/v1/responses/{response}")
+    async def show_response(response: ResponseId, who: Owner, x_memory_id: MemoryHeader = None) -> Any:
+        """A stored response; of one that named a memory, with its ``X-Memory-Id``."""
+        found = await asyncio.to_thread(stored_response, who, x_memory_id or RESPONSES, response)
+        return found.metadata["response"]
+
+    @app.delete("/v1/responses/{response}")
+    async def forget_response(response: ResponseId, who: Owner, x_memory_id: MemoryHeader = None) -> Any:
+        """Forget a stored response."""
+        place = x_memory_id or RESPONSES
+        await asyncio.to_thread(stored_response, who, place, response)
+        await engine.call(lambda: memories.forget(who, place, response))
+        return {"id": response, "object": "response", "deleted": True}
 
     @app.get("/v1/models")
     async def models(who: Owner) -> Any:
@@ -320,79 +333,11 @@ def create_app(
             raise Refused(404, f"there is no model {model_id[:100]!r} here; this is {name}", code="model_not_found")
         return shapes.model_card(name)
 
-    # -- memories ----------------------------------------------------------------------------------------------------
-
-    @app.get("/v1/memories")
-    async def list_memories(who: Owner) -> Any:
-        """Your memories with their sizes."""
-        return {"object": "list", "data": await asyncio.to_thread(memories.listed, who)}
-
-    @app.post("/v1/memories", status_code=201)
-    async def create_memory(body: NewMemory, who: Owner) -> Any:
-        """Make an empty memory of your own."""
-        if not await asyncio.to_thread(memories.create, who, body.id):
-            raise Refused(409, f"you have a memory {body.id!r} already", param="id", code="exists")
-        return await asyncio.to_thread(memories.shown, who, body.id)
-
-    @app.get("/v1/memories/{memory}")
-    async def show_memory(memory: str, who: Owner) -> Any:
-        """A memory and its documents."""
-        own_memory(memory, who)
-        documents = await asyncio.to_thread(memories.documents, who, memory)
-        shown = await asyncio.to_thread(memories.shown, who, memory)
-        return {**shown, "data": [shapes.document_card(info) for info in documents]}
-
-    @app.delete("/v1/memories/{memory}")
-    async def forget_memory(memory: str, who: Owner) -> Any:
-        """Forget all of a memory."""
-        own_memory(memory, who)
-        count = await engine.call(lambda: memories.forget(who, memory))
-        return {"id": memory, "object": "memory", "deleted": True, "documents": count}
-
-    @app.post("/v1/memories/{memory}/documents", status_code=201)
-    async def add_document(memory: str, body: NewText, who: Owner) -> Any:
-        """Add a text; when this is answered it is on the disk."""
-        own_memory(memory, who)
-        more: dict[str, Any] = {"append": body.append}
-        if body.replace:
-            more["replace"] = True
-        if body.metadata is not None:
-            more["metadata"] = body.metadata
-        receipt = await engine.call(lambda: memories.add(who, memory, body.name, body.text, **more))
-        written.inc(receipt.tokens)
-        return {"object": "document", "name": receipt.name, "status": receipt.status, "tokens": receipt.tokens}
-
-    @app.get("/v1/memories/{memory}/documents/{document:path}")
-    async def show_document(memory: str, document: str, who: Owner) -> Any:
-        """A document with its text."""
-        own_memory(memory, who)
-        info = _known(await asyncio.to_thread(memories.documents, who, memory), document)
-        return {**shapes.document_card(info), "text": await asyncio.to_thread(memories.text, who, memory, info.name)}
-
-    @app.delete("/v1/memories/{memory}/documents/{document:path}")
-    async def forget_document(memory: str, document: str, who: Owner) -> Any:
-        """Forget a document: no search and no answer finds it any more."""
-        own_memory(memory, who)
-        info = _known(await asyncio.to_thread(memories.documents, who, memory), document)
-        await engine.call(lambda: memories.forget(who, memory, info.name))
-        return {"name": info.name, "object": "document", "deleted": True}
-
-    @app.post("/v1/memories/{memory}/search")
-    async def search(memory: str, body: SearchRequest, who: Owner) -> Any:
-        """Passages that share words with a query, best first."""
-        own_memory(memory, who)
-        found = await asyncio.to_thread(memories.search, who, memory, body.query, body.top)
-        return {"object": "list", "data": [vars(passage) for passage in found]}
-
-    @app.get("/v1/memories/{memory}/export")
-    async def export(memory: str, who: Owner) -> Response:
-        """All documents with their texts, as JSON lines that ``longmem memory add`` reads."""
-        own_memory(memory, who)
-        lines = await asyncio.to_thread(_exported, memories, who, memory)
-        return PlainTextResponse(lines, media_type="application/x-ndjson")
-
     # -- the server --------------------------------------------------------------------------------------------------
 
+    app.include_router(memory_routes(memories, engine, owner, written))
+
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Any:
         """Whether it answers."""
@@ -403,6 +348,7 @@ def create_app(
         """Counters in Prometheus' format."""
         return PlainTextResponse(generate_latest(registry).decode())
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return FileResponse(PAGE, media_type="text/html")
@@ -417,22 +363,30 @@ def _check_length(model: Any, ids: list[int]) -> None:
         raise Refused(400, f"the prompt has {len(ids):,} tokens, {most:,} are the most; add the text to a memory")
 
 
-def _known(documents: list[Any], name: str) -> Any:
-    for info in documents:
-        if info.name == name:
-            return info
-    raise Refused(404, f"this memory has no document {name[:100]!r}", code="not_found")
+async def _first(pieces: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """The first piece, if there is one."""
+    with suppress(StopAsyncIteration):
+        yield await anext(pieces)
 
 
-def _said_before(memories: Memories, owner: str, place: str, response: str) -> list[dict[str, str]]:
-    for info in memories.documents(owner, place):
-        if info.name == response:
-            return list(info.metadata["messages"])
-    raise Refused(404, f"you have no response {response!r} here", param="previous_response_id", code="not_found")
+async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Do something for a client; when it leaves first, the work is cancelled.
 
+    Raises:
+        Refused: it has left; nobody reads this.
+    """
 
-def _exported(memories: Memories, owner: str, memory: str) -> str:
-    return "".join(
-        shapes.line({"id": info.name, "text": memories.text(owner, memory, info.name), "metadata": info.metadata})
-        for info in memories.documents(owner, memory)
-    )
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.create_task(work), asyncio.create_task(left())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Refused(499, "the client has left")
+        return task.result()
+    finally:
+        for each in (task, watch):
+            each.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)

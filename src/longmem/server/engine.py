@@ -1,14 +1,16 @@
 """One model worker: a bounded queue, small batches of rows with a memory each, and streams that never block.
 
-All work that runs the model, generating and encoding alike, goes through one thread, in the order it came.
+All work that runs the model, generating and encoding alike, goes through one thread.
 """
 
 from __future__ import annotations
 
 import asyncio
-import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,6 +23,10 @@ from longmem.types import Memory
 T = TypeVar("T")
 COLDEST = 1e-3
 """Temperature below which the likeliest token is taken: dividing by less overflows."""
+
+
+SLICE = 256
+"""Tokens after which a batch is put together anew, also where nobody waits: bounds what a long answer may reserve."""
 
 
 class Busy(Exception):
@@ -67,31 +73,65 @@ class Job:
 
     Attributes:
         ids: the prompt.
-        memory: what it reads, or None.
+        memory: opens what it reads, in the worker; None reads nothing.
         sampling: how tokens are chosen.
         stop_ids: tokens that end it.
         explain: takes what each step read, one ``Explanation`` a step, if given; such a job runs alone.
+        made: new tokens so far.
     """
 
     ids: list[int]
-    memory: Memory | None
+    memory: Callable[[], Memory | None] | None
     sampling: Sampling
     stop_ids: frozenset[int]
     explain: list[Any] | None = None
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     results: asyncio.Queue[Token | BaseException | None] = field(default_factory=asyncio.Queue)
+    made: list[int] = field(default_factory=list)
     cancelled: bool = False
+    ended: bool = False
 
-    def push(self, result: Token | BaseException | None) -> None:
-        """Hand a result to the event loop; one that has closed meanwhile wants none."""
+    def __post_init__(self) -> None:
+        self._random = _generator(self.sampling.seed)
+
+    def push(self, result: Token) -> None:
+        """Hand a token to the event loop."""
+        self._tell(result)
+
+    def end(self, problem: BaseException | None = None) -> None:
+        """No more tokens come."""
+        if not self.ended:
+            self.ended = True
+            self._tell(problem)
+
+    def draw(self, logprobs: Tensor) -> int:
+        """Take the next token from log probabilities (V,), and hand it over; the row may end with it."""
+        token = _draw(logprobs, self.sampling, self._random)
+        self.made.append(token)
+        if token in self.stop_ids:
+            self.end()
+            return token
+        top = logprobs.topk(self.sampling.logprobs) if self.sampling.logprobs else None
+        likely = () if top is None else tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        self.push(Token(token, float(logprobs[token]), likely))
+        if len(self.made) >= self.sampling.max_tokens:
+            self.end()
+        return token
+
+    def _tell(self, result: Token | BaseException | None) -> None:
         try:
             self.loop.call_soon_threadsafe(self.results.put_nowait, result)
-        except RuntimeError:
+        except RuntimeError:  # the loop has closed meanwhile and wants none
             self.cancelled = True
 
 
 class Engine:
-    """The worker thread and its queue.
+    """The worker thread and its two queues.
+
+    Rows run together in batches. A batch gives way when others wait and it has decoded for some multiple of the time
+    that its prompts took; what it has not finished goes on behind those, from its own text, with the same draws. So
+    nobody waits for another's long answer, and the prompts that are read again cost a bounded share of the time.
+    Calls (writes, explanations) run between two steps, one at a time.
 
     Args:
         model: that generates; in eval mode.
@@ -101,24 +141,25 @@ class Engine:
 
     def __init__(self, model: Any, *, most_waiting: int = 256, rows: int = 16) -> None:
         self.model, self.rows, self.most_waiting = model, rows, most_waiting
-        self._queue: queue.Queue[Job | Callable[[], None] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._work, name="longmem-engine", daemon=True)
+        self._jobs: deque[Job] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._change = threading.Condition()
         self._closing = False
+        self._thread = threading.Thread(target=self._work, name="longmem-engine", daemon=True)
         self._thread.start()
 
     @property
     def waiting(self) -> int:
-        """Jobs and calls in the queue."""
-        return self._queue.qsize()
+        """Jobs and calls that have not begun, or have given way."""
+        return len(self._jobs) + len(self._calls)
 
-    async def generate(self, job: Job) -> AsyncIterator[Token]:
+    async def generate(self, job: Job) -> AsyncGenerator[Token, None]:
         """The tokens of a job as they come; leaving the iteration cancels it.
 
         Raises:
             Busy: the queue is full, or the engine is closing.
         """
-        self._admit()
-        self._queue.put(job)
+        self._put(self._jobs, job)
         try:
             while (result := await job.results.get()) is not None:
                 if isinstance(result, BaseException):
@@ -127,141 +168,158 @@ class Engine:
         finally:
             job.cancelled = True
 
-    async def call(self, work: Callable[[], T]) -> T:
-        """Run something in the worker thread, between two batches.
+    async def call(self, work: Callable[[], T], *, follows: bool = False) -> T:
+        """Run something in the worker thread, between two steps. Once accepted it is done, also if the caller leaves.
+
+        Args:
+            work: what to run.
+            follows: it ends a request that was accepted, and is not refused for a full queue.
 
         Raises:
             Busy: the queue is full, or the engine is closing.
         """
-        self._admit()
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
 
-        def settle(set_it: Callable[[Any], None], value: Any) -> None:
+        def settle(result: T | None, problem: BaseException | None) -> None:
             if not done.cancelled():
-                set_it(value)
+                done.set_result(result) if problem is None else done.set_exception(problem)  # type: ignore[arg-type]
 
         def run() -> None:
+            result, problem = None, None
             try:
                 result = work()
-            except BaseException as problem:
-                loop.call_soon_threadsafe(settle, done.set_exception, problem)
-            else:
-                loop.call_soon_threadsafe(settle, done.set_result, result)
+            except BaseException as raised:
+                problem = raised
+            with suppress(RuntimeError):  # the loop has closed meanwhile
+                loop.call_soon_threadsafe(settle, result, problem)
 
-        self._queue.put(run)
-        # what has been accepted is done even if the client leaves
+        self._put(self._calls, run, follows)
         return await asyncio.shield(done)
 
     def close(self) -> None:
         """Finish what was accepted, then stop."""
-        self._closing = True
-        self._queue.put(None)
+        with self._change:
+            self._closing = True
+            self._change.notify()
         self._thread.join()
 
-    def _admit(self) -> None:
-        if self._closing or self.waiting >= self.most_waiting:
-            raise Busy
-
-    def _work(self) -> None:
-        held: Job | Callable[[], None] | None = None
-        while True:
-            first = self._queue.get() if held is None else held
-            held = None
-            if first is None:
-                return
-            if not isinstance(first, Job):
-                first()
-                continue
-            batch = [first]
-            while len(batch) < self.rows and first.explain is None:
-                try:
-                    following = self._queue.get_nowait()
-                except queue.Empty:
-                    break
-                if not isinstance(following, Job) or following.explain is not None:
-                    held = following  # comes next, in its order
-                    if following is None:
-                        self._closing = True
-                    break
-                batch.append(following)
-            self._run([job for job in batch if not job.cancelled])
-            if held is None and self._closing and self._queue.empty():
-                return
+    def _put(self, where: deque[Any], what: Any, follows: bool = False) -> None:
+        with self._change:  # what is put before closing is seen by the worker, what comes later is refused
+            if self._closing or (self.waiting >= self.most_waiting and not follows):
+                raise Busy
+            where.append(what)
+            self._change.notify()
 
     @torch.inference_mode()
-    def _run(self, jobs: list[Job]) -> None:
+    def _work(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._calls or self._jobs or self._closing)
+                if not self._calls and not self._jobs:
+                    return
+            self.between()
+            if batch := self._batch():
+                self._run(batch)
+
+    def between(self) -> None:
+        """Run the call that has waited longest, if there is one."""
+        if self._calls:
+            self._calls.popleft()()
+
+    def _batch(self) -> list[Job]:
+        """The rows that run next, in the order they came; those that were left are passed over."""
+        batch: list[Job] = []
+        with self._change:
+            while self._jobs and len(batch) < self.rows:
+                if batch and (batch[0].explain is not None or self._jobs[0].explain is not None):
+                    break
+                job = self._jobs.popleft()
+                if not job.cancelled:
+                    batch.append(job)
+        return batch
+
+    def _run(self, batch: list[Job]) -> None:
+        jobs, memories = list[Job](), list[Memory | None]()
+        for job in batch:
+            try:
+                memories.append(None if job.memory is None else job.memory())
+                jobs.append(job)
+            except BaseException as problem:
+                job.end(problem)
         if not jobs:
             return
         try:
-            longest = max(len(job.ids) for job in jobs)
-            device = self.model.device
-            ids = torch.zeros(len(jobs), longest, dtype=torch.long, device=device)
-            mask = torch.zeros_like(ids)
-            for row, job in enumerate(jobs):
-                ids[row, longest - len(job.ids) :] = torch.tensor(job.ids, device=device)
-                mask[row, longest - len(job.ids) :] = 1
-            memories = [job.memory for job in jobs]
-            steps = _Steps(jobs)
-            explained = {} if jobs[0].explain is None else {"explain": jobs[0].explain}
-            self.model.generate(
-                ids,
-                attention_mask=mask,
-                memory=memories if any(memory is not None for memory in memories) else None,
-                max_new_tokens=max(job.sampling.max_tokens for job in jobs),
-                do_sample=False,
-                num_beams=1,
-                eos_token_id=None,
-                pad_token_id=0,
-                logits_processor=[steps],
-                stopping_criteria=[_Ends(steps)],
-                **explained,
-            )
+            self._generate(jobs, memories)
         except BaseException as problem:
             for job in jobs:
-                job.push(problem)
-        else:
-            for job in jobs:
-                job.push(None)
+                job.end(problem)
+        with self._change:
+            self._jobs.extend(job for job in jobs if not job.ended and not job.cancelled)
+
+    def _generate(self, jobs: list[Job], memories: list[Memory | None]) -> None:
+        texts = [[*job.ids, *job.made] for job in jobs]
+        longest, device = max(map(len, texts)), self.model.device
+        ids = torch.zeros(len(jobs), longest, dtype=torch.long, device=device)
+        mask = torch.zeros_like(ids)
+        for row, text in enumerate(texts):
+            ids[row, longest - len(text) :] = torch.tensor(text, device=device)
+            mask[row, longest - len(text) :] = 1
+        steps = _Steps(self, jobs)
+        explained = {} if jobs[0].explain is None else {"explain": jobs[0].explain}
+        self.model.generate(
+            ids,
+            attention_mask=mask,
+            memory=memories if any(memory is not None for memory in memories) else None,
+            max_new_tokens=min(SLICE, max(job.sampling.max_tokens - len(job.made) for job in jobs)),
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=None,
+            pad_token_id=0,
+            logits_processor=[steps],
+            stopping_criteria=[_Ends(steps)],
+            **explained,
+        )
+
+    def gives_way(self, reading: float, decoding: float, active: int) -> bool:
+        """Whether a batch has run long enough for those that wait.
+
+        Args:
+            reading: seconds that its prompts took.
+            decoding: seconds since.
+            active: rows that go on; where there is room beside them, those that wait may come earlier.
+        """
+        return bool(self._jobs) and decoding >= reading * (1 if active < self.rows else 3)
 
 
 class _Steps(LogitsProcessor):
     """Chooses each row's token by its own settings, and hands it over; greedy search then takes just these."""
 
-    def __init__(self, jobs: list[Job]) -> None:
-        self.jobs = jobs
-        self.given = [0] * len(jobs)
-        self.ended = [False] * len(jobs)
-        self.random = [_generator(job.sampling.seed) for job in jobs]
+    def __init__(self, engine: Engine, jobs: list[Job]) -> None:
+        self.engine, self.jobs = engine, jobs
+        self.began, self.read = time.monotonic(), 0.0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.read = self.read or time.monotonic()
         logprobs = scores.float().log_softmax(-1)
         chosen = torch.full_like(scores, -torch.inf)
         for row, job in enumerate(self.jobs):
-            if self.ended[row] or job.cancelled:
-                self.ended[row] = True
-                chosen[row, 0] = 0.0
-                continue
-            token = _draw(logprobs[row], job.sampling, self.random[row])
-            chosen[row, token] = 0.0
-            self.given[row] += 1
-            if token in job.stop_ids:
-                self.ended[row] = True
-                continue
-            top = logprobs[row].topk(job.sampling.logprobs) if job.sampling.logprobs else None
-            likely = () if top is None else tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-            job.push(Token(token, float(logprobs[row, token]), likely))
-            self.ended[row] = self.given[row] >= job.sampling.max_tokens
+            chosen[row, 0 if job.ended or job.cancelled else job.draw(logprobs[row])] = 0.0
         return chosen
 
 
 class _Ends(StoppingCriteria):
+    """Ends rows that have ended or were left, and all of them when others wait."""
+
     def __init__(self, steps: _Steps) -> None:
         self.steps = steps
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        # a client that has left, or has seen its stop words, ends its row
-        ended = [done or job.cancelled for done, job in zip(self.steps.ended, self.steps.jobs, strict=True)]
+        steps = self.steps
+        steps.engine.between()
+        ended = [job.ended or job.cancelled for job in steps.jobs]
+        if steps.engine.gives_way(steps.read - steps.began, time.monotonic() - steps.read, ended.count(False)):
+            ended = [True] * len(ended)
         return torch.tensor(ended, device=input_ids.device)
 
 

@@ -30,10 +30,12 @@ class Keys:
         """The keys in a file of lines ``name hash``; None is no keys.
 
         Raises:
-            ConfigError: a line that is none.
+            ConfigError: no file, no key, or a line that is none.
         """
         if file is None:
             return cls({})
+        if not file.is_file():
+            raise ConfigError(f"{file}: there is no such file; make it with longmem serve --keys {file} --new-key NAME")
         found: dict[str, str] = {}
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             name, _, digest = line.strip().partition(" ")

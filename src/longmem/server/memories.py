@@ -99,6 +99,7 @@ class Memories:
             self._open.pop(namespace, None)
             return None
         bank = self._open.pop(namespace, None) or self.store.bank(namespace)
+        bank.refresh()  # what was added since
         self._open[namespace] = bank
         while len(self._open) > 1 and sum(each.nbytes for each in self._open.values()) > self.budget:
             self._open.popitem(last=False)
@@ -107,6 +108,7 @@ class Memories:
     def add(self, owner: str, memory: str, name: str, text: str, **settings: Any) -> Any:
         """Add a document, or append to one (``append=True``); durable when this returns."""
         namespace = f"{owner}/{memory}"
+        settings = {key: value for key, value in settings.items() if value}
         if settings.pop("append", False) and name in {info.name for info in self.documents(owner, memory)}:
             return self.store.append(namespace, text, name=name)
         return self.store.add_document(namespace, text, name=name, **settings)
@@ -117,11 +119,10 @@ class Memories:
 
     def forget(self, owner: str, memory: str, document: str | None = None) -> int:
         """Forget a document, or the whole memory; returns how many documents are gone."""
-        namespace, known = f"{owner}/{memory}", self.documents(owner, memory)
-        if document is not None:
-            known = [info for info in known if info.name == document]
-        for info in known:
-            self.store.forget(namespace, name=info.name)
+        namespace = f"{owner}/{memory}"
+        known = [info.name for info in self.documents(owner, memory) if document in (None, info.name)]
+        if known:
+            self.store.forget(namespace, **({"everything": True} if document is None else {"name": document}))
         with self._lock:
             if document is None:
                 self._created.pop(namespace, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from longmem.server.answering import Answer
@@ -66,7 +66,7 @@ class Rendering:
         """The answer at once."""
         raise NotImplementedError
 
-    def events(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
+    def events(self, pieces: AsyncIterator[Piece]) -> AsyncGenerator[str, None]:
         """The answer piece by piece."""
         raise NotImplementedError
 
@@ -95,7 +95,7 @@ class Chat(Rendering):
         ]
         return {**self.head("chat.completion"), "choices": choices, "usage": self.usage(), **self.read()}
 
-    async def events(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
+    async def events(self, pieces: AsyncIterator[Piece]) -> AsyncGenerator[str, None]:
         head, begun = self.head("chat.completion.chunk"), set[int]()
         async for index, piece, tokens, answer in pieces:
             self.take(index, piece, tokens, answer)
@@ -146,7 +146,7 @@ class Completion(Rendering):
         ]
         return {**self.head("text_completion"), "choices": choices, "usage": self.usage(), **self.read()}
 
-    async def events(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
+    async def events(self, pieces: AsyncIterator[Piece]) -> AsyncGenerator[str, None]:
         head, begun = self.head("text_completion"), set[int]()
         async for index, piece, tokens, answer in pieces:
             self.take(index, piece, tokens, answer)
@@ -186,7 +186,7 @@ class Response(Rendering):
     def whole(self) -> dict[str, Any]:
         return self._shape("completed" if self._finish() == "stop" else "incomplete", self._message("completed"))
 
-    async def events(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
+    async def events(self, pieces: AsyncIterator[Piece]) -> AsyncGenerator[str, None]:
         count = 0
 
         def told(kind: str, **fields: Any) -> str:
@@ -256,6 +256,8 @@ class Response(Rendering):
         }
 
 
+KEPT = ("messages", "response")
+"""Metadata of stored responses, which no list of documents shows."""
 DONE = "data: [DONE]\n\n"
 
 
@@ -269,12 +271,12 @@ def line(data: dict[str, Any]) -> str:
     return json.dumps(data, ensure_ascii=False) + "\n"
 
 
-def sampling(body: Any, most: int | None, index: int) -> Sampling:
+def sampling(body: Any, most: int, index: int) -> Sampling:
     """The settings of the index-th answer to a request: each has draws of its own."""
     asked = getattr(body, "logprobs", None)
     likely = asked if isinstance(asked, int) and not isinstance(asked, bool) else getattr(body, "top_logprobs", None)
     seed = None if body.seed is None else body.seed + index
-    return Sampling(most or 256, body.temperature, body.top_p, seed, likely)
+    return Sampling(most, body.temperature, body.top_p, seed, likely)
 
 
 def stops(stop: str | list[str] | None) -> list[str]:
@@ -296,5 +298,5 @@ def document_card(info: Any) -> dict[str, Any]:
         "chunks": info.chunks,
         "added": info.added,
         "revision": info.revision,
-        "metadata": {key: value for key, value in info.metadata.items() if key != "messages"},
+        "metadata": {key: value for key, value in info.metadata.items() if key not in KEPT},
     }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from longmem.server.keys import NAME
 
 MemoryId = Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$")]
+RESPONSE = r"^resp_[0-9a-f]{32}$"
 Text = Annotated[str, StringConstraints(max_length=2_000_000)]
 
 
@@ -67,6 +68,12 @@ class ChatRequest(Request):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     stream_options: StreamOptions | None = None
 
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
 
 class CompletionRequest(Request):
     """``POST /v1/completions``."""
@@ -86,7 +93,7 @@ class ResponsesRequest(Request):
     input: Text | list[ChatMessage]
     instructions: Text | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=100_000)
-    previous_response_id: Annotated[str, StringConstraints(pattern=r"^resp_[0-9a-f]{32}$")] | None = None
+    previous_response_id: Annotated[str, StringConstraints(pattern=RESPONSE)] | None = None
     store: bool = True
 
 

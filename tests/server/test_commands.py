@@ -1,0 +1,104 @@
+"""``longmem chat`` as a script of lines, and what ``longmem serve`` refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem
+from longmem.cli import main as frame
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def pair(byte_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home: Path = tmp_path_factory.mktemp("pair")
+    torch.manual_seed(0)
+    config = AlibiGPTConfig(
+        vocab_size=len(byte_tokenizer), hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    AlibiGPTForCausalLM(config).save_pretrained(home / "backbone")
+    byte_tokenizer.save_pretrained(home / "backbone")
+    LongMem.from_backbone(home / "backbone", chunk_size=4, num_retrieved=16).save_pretrained(home / "side")
+    return home / "side"
+
+
+@pytest.fixture
+def longmem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """``longmem("chat", ..., lines=[...])`` in an empty folder: status, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object, lines: tuple[str, ...] = ()) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            frame.main(list(map(str, arguments)))
+        shown = capsys.readouterr()
+        return int(stop.value.code or 0), shown.out, shown.err
+
+    return call
+
+
+def test_chat_remembers_across_two_runs_and_forgets(longmem: Run, pair: Path, tmp_path: Path) -> None:
+    note = tmp_path / "note.txt"
+    note.write_text("The cellar door is green.")
+    talk = ("chat", pair, "-n", "ann", "-m", "3")
+    status, _, told = longmem(
+        *talk, lines=("My sister keeps three bees.", f"/remember {note}", "/forget nothing", "/why", "/quit", "never")
+    )
+    assert status == 0 and "namespace ann: 0 documents" in told and "error: " in told
+    status, out, told = longmem(*talk, lines=("How many bees has my sister?", "/why", "/memories"))
+    assert status == 0 and "namespace ann: 2 documents" in told
+    assert "sister keeps three bees" in out and "note.txt  25 tokens" in out
+    kept = [line.split()[0] for line in out.splitlines() if line.startswith("chat-")]
+    assert len(kept) == 2 and "never" not in out
+    forgetting = [f"/forget {name}" for name in (*kept, "note.txt")]
+    status, out, told = longmem(*talk, "--no-keep", lines=(*forgetting, "Any bees?", "/why", "/memories", "/help"))
+    assert out.count("forgot ") == 3 and "the last answer read no memory" in out and "/remember FILE" in out
+    assert "namespace ann: 0 documents" in longmem(*talk)[2]
+
+
+def test_chat_keeps_nothing_if_told_so_and_namespaces_are_apart(longmem: Run, pair: Path) -> None:
+    longmem("chat", pair, "-n", "ann", "-m", "2", "--no-keep", lines=("A secret.",))
+    longmem("chat", pair, "-n", "bob", "-m", "2", lines=("Plums.",))
+    _, out, told = longmem("chat", pair, "-n", "ann", "-m", "2", lines=("Plums?", "/why"))
+    assert "namespace ann: 0 documents" in told and "the last answer read no memory" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--host", "0.0.0.0"), "there are no keys; make one with"),
+        (("--host", "::"), "can be reached by others"),
+        (("--keys", "bad"), "bad:1: a line is a name and a hash"),
+        (("--keys", "none"), "none: no key in it"),
+        (("--keys", "missing"), "missing: there is no such file"),
+        (("--new-key", "ann"), "name it with --keys"),
+        (("--keys", "bad2", "--new-key", "../x"), "is no name for a key"),
+        (("--keys", "good", "--new-key", "ann"), "has a key named ann"),
+    ],
+)
+def test_serve_refuses(longmem: Run, tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+    pytest.importorskip("fastapi")
+    (tmp_path / "bad").write_text("ann 1234\n")
+    (tmp_path / "none").write_text("# nobody\n")
+    (tmp_path / "good").write_text(f"ann {'0' * 64}\n")
+    status, _, told = longmem("serve", *options)
+    assert status == 1 and said in told and told.count("error: ") == 1 and "Traceback" not in told
+
+
+def test_serve_names_what_is_missing(longmem: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = importlib.util.find_spec
+    absent = {"uvicorn": None}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: absent[name] if name in absent else there(name))
+    status, _, told = longmem("serve")
+    assert status == 1 and "the server needs uvicorn; pip install 'longmem-lm[server]'" in told

@@ -1,0 +1,133 @@
+"""The worker: every accepted call ends, nobody waits for another's long answer, and giving way changes no text."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+from longmem.server import engine as engines
+from longmem.server.engine import Busy, Engine, Job, Sampling
+
+
+@pytest.fixture
+def engine(tiny: Any) -> Iterator[Engine]:
+    made = Engine(tiny, rows=4)
+    yield made
+    made.close()
+
+
+def job(tokens: int, *, seed: int = 0, memory: Any = None) -> Job:
+    return Job([40 + seed, 50, 60], memory, Sampling(tokens, seed=seed), frozenset())
+
+
+async def read(engine: Engine, given: Job) -> list[int]:
+    return [token.id async for token in engine.generate(given)]
+
+
+def failing() -> Any:
+    raise OSError("gone")
+
+
+def test_rows_that_give_way_to_others_answer_as_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        alone = [await read(engine, job(30, seed=seed)) for seed in range(10)]
+        monkeypatch.setattr(engines, "SLICE", 7)
+        monkeypatch.setattr(Engine, "gives_way", lambda self, *_: bool(self._jobs))
+        together = await asyncio.gather(*(read(engine, job(30, seed=seed)) for seed in range(10)))
+        assert together == alone
+
+    asyncio.run(run())
+
+
+def test_a_short_answer_and_a_call_do_not_wait_for_a_long_answer(engine: Engine) -> None:
+    async def run() -> None:
+        long = job(50_000)
+        reading = asyncio.create_task(read(engine, long))
+        while not long.made:
+            await asyncio.sleep(0.01)
+        assert len(await asyncio.wait_for(read(engine, job(3, seed=1)), 30)) == 3
+        assert await asyncio.wait_for(engine.call(lambda: 5), 30) == 5
+        assert not long.ended
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        assert await asyncio.wait_for(read(engine, job(2, seed=2)), 30)
+
+    asyncio.run(run())
+
+
+def test_one_that_fails_ends_alone(engine: Engine) -> None:
+    async def run() -> None:
+        some = [read(engine, job(9, seed=seed, memory=failing if seed == 1 else None)) for seed in range(4)]
+        found = await asyncio.gather(*some, return_exceptions=True)
+        assert [type(each) for each in found] == [list, OSError, list, list]
+        with pytest.raises(OSError, match="gone"):
+            await engine.call(failing)
+
+    asyncio.run(run())
+
+
+def test_a_model_that_fails_ends_its_batch_and_goes_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        with monkeypatch.context() as broken:
+            broken.setattr(type(engine.model), "generate", lambda *_, **__: 1 / 0)
+            found = await asyncio.gather(*(read(engine, job(3)) for _ in range(6)), return_exceptions=True)
+            assert all(isinstance(each, ZeroDivisionError) for each in found)
+        assert len(await read(engine, job(3))) == 3
+
+    asyncio.run(run())
+
+
+def test_every_accepted_call_ends_also_when_the_engine_closes(tiny: Any) -> None:
+    draw = random.Random(0)
+
+    async def one(engine: Engine, number: int) -> Any:
+        await asyncio.sleep(draw.random() * 0.4)
+        kind = draw.choice(["job", "leaves", "call", "fails"])
+        if kind == "call":
+            return await engine.call(lambda: number)
+        if kind == "leaves":
+            tokens = engine.generate(job(500, seed=number % 50))
+            await anext(tokens)
+            await tokens.aclose()
+            return None
+        return await read(engine, job(draw.randrange(1, 40), memory=failing if kind == "fails" else None))
+
+    async def run() -> None:
+        for _ in range(3):
+            engine = Engine(tiny, rows=4, most_waiting=40)
+            closing = threading.Timer(0.2, engine.close)
+            closing.start()
+            calls = [one(engine, number) for number in range(80)]
+            found = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
+            closing.join()
+            assert not engine._thread.is_alive() and not engine.waiting
+            assert {type(each) for each in found} <= {int, list, type(None), OSError, Busy}
+            assert any(isinstance(each, list) for each in found) and any(isinstance(each, Busy) for each in found)
+
+    asyncio.run(run())
+
+
+def test_a_full_queue_refuses_but_not_what_ends_an_accepted_request(tiny: Any) -> None:
+    async def run() -> None:
+        engine = Engine(tiny, rows=1, most_waiting=2)
+        begun, free = threading.Event(), threading.Event()
+        held = asyncio.create_task(engine.call(lambda: begun.set() or free.wait(30)))
+        await asyncio.to_thread(begun.wait, 30)
+        waiting = [asyncio.create_task(read(engine, job(1))) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        with pytest.raises(Busy):
+            await engine.call(time.time)
+        last = asyncio.create_task(engine.call(lambda: 1, follows=True))
+        await asyncio.sleep(0.01)
+        free.set()
+        assert await last == 1 and await held and len(await asyncio.gather(*waiting)) == 2
+        engine.close()
+
+    asyncio.run(run())
