@@ -520,7 +520,7 @@ def test_settings_that_break_rules_are_reported_together() -> None:
         TrainingFreeConfig(num_retrieved=50, chunk_size=4, fusion="sum", gate=1.5)  # type: ignore[arg-type]
     assert problem.value.problems == [
         "num_retrieved (50) must be a multiple of chunk_size (4); try 48 or 52",
-        "fusion ('sum') must be one of gate, softmax",
+        "fusion ('sum') must be one of gate, softmax, token",
         "gate (1.5) must be between 0 (memory unread) and 1 (nothing but memory)",
     ]
     with pytest.raises(ConfigError, match=r"gate \(0\) must be above 0 and below 1"):

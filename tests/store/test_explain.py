@@ -9,6 +9,7 @@ from tests.parity.released import ReleasedBank
 from torch import Tensor
 
 from longmem import LongMem, MemoryBank
+from longmem.modeling.probe import Call
 from longmem.types import RetrievedMemory
 
 SETTINGS = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
@@ -53,14 +54,12 @@ def test_shares_are_gate_times_attention_mass(name: str, fusion: str) -> None:
     listener = Listener(filled(model))
     with torch.no_grad():
         out = model(ids(), memory=listener, explain=True)
-    found, probe = out.retrieved, model.sidenet.reader._probe
-    seen = {}
-
-    def keep(call: object) -> object:
-        seen["qkv"] = probe(call)
-        return seen["qkv"]
-
-    model.sidenet.reader._probe = keep
+    found, family, side = out.retrieved, model.backbone.family, model.sidenet
+    attention = family.attention(side.layers[model.augmented_layer])
+    probe, seen = family.probe(side.sources[model.augmented_layer], attention), {}
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(qkv=probe(Call.record(module, args, kwargs))), with_kwargs=True
+    )
     with torch.no_grad():
         model(ids(), memory=listener)
     scaling, softcap = seen["qkv"].scaling, seen["qkv"].softcap
