@@ -131,9 +131,7 @@ class Version:
 
     def end(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()
 
 
 def main(arguments: list[str] | None = None) -> None:
