@@ -177,7 +177,40 @@ def kept_back_table(result: dict[str, Any]) -> Table:
     return Table(heads, rows)
 
 
+def effect_table(result: dict[str, Any]) -> Table:
+    """Of reading memory at one layer, and at sets of layers, without training."""
+    effect = result["effect"]
+    rows = [("none", effect["alone"]), ("none, everything in the window", effect["context"])]
+    rows += [(", ".join(map(str, found["layers"])), found) for found in effect["single"]]
+    for found in effect["sets"]:
+        bias = f", bias {found['bias']:+g}" if found["bias"] else ""
+        rows.append((f"{', '.join(map(str, found['layers'])) or 'none'}{bias} ({found['questions']} questions)", found))
+    texts = list(effect["alone"]["text"])
+    cells = [
+        [name, f"{found['facts']:.2f}", *(f"{found['text'][t]:.3f}" if found["text"] else "-" for t in texts)]
+        for name, found in rows
+    ]
+    return Table(["layers that read", "facts, log probability", *(f"{t}, nats" for t in texts)], cells)
+
+
+def calibrated_table(result: dict[str, Any]) -> Table:
+    """Perplexity of a calibrated reader and of longer windows, % against the backbone's own window."""
+    text = result["calibrated"]["text"]
+    kinds = list(next(iter(text.values())))
+    rows = []
+    for system, found in text.items():
+        cells = []
+        for kind in kinds:
+            of_kind = found[kind]
+            change = f" ({100 * of_kind['change']:+.1f} % [{100 * of_kind['low']:+.1f}, {100 * of_kind['high']:+.1f}])"
+            cells.append(f"{of_kind['ppl']:.2f}{change if of_kind['change'] else ''}, {of_kind['blocks']} windows")
+        rows.append([system, *cells])
+    return Table(["perplexity", *kinds], rows)
+
+
 BENCHES: dict[str, Callable[[dict[str, Any]], Table]] = {
+    "calibrated": calibrated_table,
+    "effect": effect_table,
     "kept_back": kept_back_table,
     "stale": stale_table,
     "trainings": training_table,
