@@ -9,7 +9,6 @@ import pytest
 import torch
 from tests.family_table import V, make_backbone
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from longmem import LongMem, LongMemConfig, MemoryBank, MemoryStore, MemTRM, SessionMemory, TrainingFree
 from longmem.errors import BackboneError, ConfigError, MemoryBankError
@@ -130,11 +129,9 @@ def test_save_and_load_give_the_same_logits(model: Any, tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
-def test_a_stores_bank_is_a_memory_bank(
-    model: Any, dtype: str, tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_stores_bank_is_a_memory_bank(model: Any, dtype: str, tmp_path: Path) -> None:
     tokens = ids(1, 40, seed=2)
-    with MemoryStore.open(tmp_path, model=model, tokenizer=byte_tokenizer, segment_tokens=16, dtype=dtype) as store:
+    with MemoryStore.open(tmp_path, model=model, segment_tokens=16, dtype=dtype) as store:
         store.add_document("ada", ids=tokens[0].tolist(), name="a")
         kept = store.bank("ada")
         bank = MemoryBank.for_model(model, rows=1, capacity_tokens=64)

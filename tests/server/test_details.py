@@ -144,7 +144,7 @@ def test_a_failure_in_a_stream_is_an_event_and_ends_the_others(live: Any, monkey
 def test_a_request_that_takes_too_long_is_given_up(start: Any, tmp_path: Path) -> None:
     with start(tmp_path, seconds=0.5) as live:
         headers = {"Authorization": f"Bearer {live.keys['ann']}"}
-        body = {"messages": HELLO, "max_tokens": 50_000}
+        body = {"messages": HELLO, "max_tokens": 50_000, "temperature": 0}
         answer = httpx.post(live.url + "/v1/chat/completions", json=body, headers=headers, timeout=60)
         assert answer.status_code == 504
         streamed = httpx.post(
@@ -156,7 +156,7 @@ def test_a_request_that_takes_too_long_is_given_up(start: Any, tmp_path: Path) -
 
 def test_a_client_that_leaves_before_its_first_token_frees_its_row(start: Any, tmp_path: Path) -> None:
     with start(tmp_path, rows=1) as live:
-        content = json.dumps({"messages": HELLO, "max_tokens": 50_000}).encode()
+        content = json.dumps({"messages": HELLO, "max_tokens": 50_000, "temperature": 0}).encode()
         head = (
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {live.keys['ann']}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
