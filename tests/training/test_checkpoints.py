@@ -125,8 +125,11 @@ def test_resuming_without_a_checkpoint_begins_anew(pretrain: Make) -> None:
 def test_a_finished_run_can_be_given_a_larger_budget_or_none(pretrain: Make) -> None:
     train(pretrain(optim={"steps": 4}), quiet=True)
     assert train(pretrain(optim={"steps": 4}), resume=True, quiet=True).losses == []
-    result = train(pretrain(optim={"steps": 6}), resume=True, quiet=True)
-    assert (result.step, len(result.losses)) == (6, 2)
+    longer = pretrain(optim={"steps": 9}, checkpoint={"every": 3, "keep_last": 9}, log={"every": 5})
+    result = train(longer, resume=True, quiet=True)
+    assert (result.step, len(result.losses)) == (9, 2)
+    names = [path.name for path in list_checkpoints(longer.out_dir / "checkpoints")]
+    assert names == ["checkpoint-4", "checkpoint-6", "checkpoint-9"], "what a resumed run is told is what it does"
 
 
 def test_a_run_with_other_data_model_or_method_is_not_resumed(pretrain: Make, adapt: Make) -> None:

@@ -354,6 +354,12 @@ class StreamTrainer(Trainer):
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
+    def _init_training_state(self, max_steps: int, *args: Any) -> Any:
+        # how often to log, measure and save is what the arguments say now, not what they said before
+        found = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        return found
+
     def _read_own(self, folder: Path) -> dict[str, Any]:
         file = folder / self._own_file()
         if not file.is_file():
