@@ -2,13 +2,14 @@
 
 Usage: python -m benchmarks.training_speed BEFORE AFTER [--out results/training-speed.json]
 
-BEFORE and AFTER are checkouts of the project. A step is what passes between two steps of AdamW, which every recipe takes
-once a step. The ratio is that of the medians over all steps and turns; above 1, AFTER is faster.
+BEFORE and AFTER are checkouts of the project. A step is what passes between two steps of AdamW, which every recipe
+takes once a step. The ratio is that of the medians over all steps and turns; above 1, AFTER is faster.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -55,7 +56,7 @@ def step_seconds(tree: Path, recipe: str, steps: int, settings: list[str]) -> li
         environment = os.environ | {"PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1"}
         subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.DEVNULL, check=True)
         marks = json.loads(Path(folder, "marks").read_text())
-    return [after - before for before, after in zip(marks[3:], marks[4:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(marks[3:])]
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
