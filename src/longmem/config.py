@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from longmem.errors import ConfigError
 
-Init = Literal["copy", "zero"]
+Init = Literal["copy", "zero", "delta"]
+Trained = Literal["all", "attention"]
 FinalState = Literal["pre_norm", "normed"]
 Fusion = Literal["gate", "softmax", "token"]
 
@@ -35,7 +36,7 @@ class MemoryConfig(PreTrainedConfig):
         memory_size: M, tokens a bank row holds by default (paper: 65,536).
         fusion: ``gate`` (paper): one share per head; ``softmax``: one softmax over local and memory scores with a
             bias per head, so that each token chooses its own share; ``token``: a trained choice of every token, see
-            ``TokenGate`` (``TrainingFree`` only).
+            ``TokenGate`` (not for ``MemTRM``).
 
     Raises:
         ConfigError: lists every setting that breaks a rule.
@@ -127,8 +128,12 @@ class LongMemConfig(MemoryConfig):
 
     Args:
         stride: SideNet layer i is copied from backbone layer ``stride*i + 1`` (paper: 2); see ``side_layout``.
-        init: ``copy`` (paper) or ``zero``: copied layers whose two output projections start at zero, so that
-            the model starts exactly at its backbone's perplexity.
+        init: ``copy`` (paper); ``zero``: copied layers whose two output projections start at zero; ``delta``: layers
+            are copied from the first memory layer up, and each adds its difference from its source, so what it
+            reads goes on through the layers above as in the backbone. The last two start at the backbone's perplexity;
+            ``delta`` at stride 1 is a ``TrainingFree`` that can be trained.
+        trained: ``all``, or ``attention``: the feed-forward of a copied layer is the backbone's own, which is neither
+            trained nor saved.
         final_state: which state ends the last cross-network residual. ``pre_norm``: the last layer's output, as the
             paper writes it; ``normed``: after the final norm, as the released code computes it.
         side_activation: activation of the SideNet's FFN where it differs from the backbone's (released code: ``gelu``).
@@ -140,11 +145,13 @@ class LongMemConfig(MemoryConfig):
     """
 
     model_type = "longmem"
+    token_gates = True
 
     def __init__(
         self,
         stride: int = 2,
         init: Init = "copy",
+        trained: Trained = "all",
         final_state: FinalState = "pre_norm",
         side_activation: str | None = None,
         side_norm_eps: float | None = None,
@@ -152,6 +159,7 @@ class LongMemConfig(MemoryConfig):
     ) -> None:
         self.stride = stride
         self.init = init
+        self.trained = trained
         self.final_state = final_state
         self.side_activation = side_activation
         self.side_norm_eps = side_norm_eps
@@ -161,7 +169,10 @@ class LongMemConfig(MemoryConfig):
         """Every broken rule, one line each."""
         found = [f"stride ({self.stride}) must be at least 1"] if self.stride < 1 else []
         found += super().problems()
-        for name, allowed in (("init", ("copy", "zero")), ("final_state", ("pre_norm", "normed"))):
+        if self.init == "zero" and self.trained == "attention":
+            found.append('init ("zero") needs a feed-forward of its own; use trained "all", or init "delta"')
+        choices = {"init": Init, "trained": Trained, "final_state": FinalState}
+        for name, allowed in ((name, get_args(choice)) for name, choice in choices.items()):
             if getattr(self, name) not in allowed:
                 found.append(f"{name} ({getattr(self, name)!r}) must be one of {', '.join(allowed)}")
         return found
@@ -174,7 +185,7 @@ class LongMemConfig(MemoryConfig):
         if self.backbone_config is None:
             return self
         config = self.backbone_config.get_text_config(decoder=True)
-        sources = side_layout(config, self.stride).sources
+        sources = side_layout(config, self.stride, self.memory_layers or () if self.init == "delta" else ()).sources
         view = copy.deepcopy(config)
         if getattr(config, "num_kv_shared_layers", 0):
             view.num_kv_shared_layers = 0  # counted from the end, where the SideNet's layers now are
@@ -270,22 +281,28 @@ class SideLayout(NamedTuple):
     Attributes:
         sources: the backbone layer that SideNet layer i is copied from.
         bounds: SideNet layer i adds H[bounds[i+1]] - H[bounds[i]], so the residuals telescope from the embeddings (0)
-            to the last layer's output (L).
+            to the last layer's output (L). With ``delta`` they begin at the first memory layer.
     """
 
     sources: list[int]
     bounds: list[int]
 
 
-def side_layout(config: PreTrainedConfig, stride: int) -> SideLayout:
+def side_layout(config: PreTrainedConfig, stride: int, delta: Sequence[int] = ()) -> SideLayout:
     """The paper's layout (section 3.2): layer i from ``stride*i + 1``, with the residual over ``stride`` layers.
 
-    In a hybrid some layers have no attention, so they could not be asked what they remember: there the SideNet is made
-    of the layers with full attention, at most one for every ``stride`` layers.
+    With ``delta``, the memory layers, it is these and every ``stride``-th layer from the first of them. In a hybrid
+    some layers have no attention, so they could not be asked what they remember: there it is made of the layers
+    with full attention, at most one for every ``stride`` layers.
     """
     types = layer_types(config)
+    hybrid = not set(types) <= {*_ATTENTION, "reuse"}
+    if delta:
+        copied = {layer for layer in range(delta[0], len(types), stride) if not hybrid or types[layer] in _ATTENTION}
+        sources = sorted({*delta, *copied})
+        return SideLayout(sources, [*sources, len(types)])
     count, most = len(types), len(types) // stride
-    if set(types) <= {*_ATTENTION, "reuse"}:
+    if not hybrid:
         return SideLayout(
             [stride * i + min(1, stride - 1) for i in range(most)], [*(stride * i for i in range(most)), count]
         )

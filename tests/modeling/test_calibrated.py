@@ -10,7 +10,7 @@ from tests.family_table import V, make_backbone
 from torch import Tensor
 
 from longmem import MemoryBank, TrainingFree
-from longmem.config import LongMemConfig
+from longmem.config import MemTRMConfig
 from longmem.errors import CheckpointError, ConfigError
 from longmem.modeling.training_free import GATES
 
@@ -88,6 +88,6 @@ def test_saved_and_loaded_it_gives_the_same_logits(tmp_path: Path) -> None:
         TrainingFree.from_pretrained(tmp_path / "reader")
 
 
-def test_a_sidenet_has_no_such_gates() -> None:
-    with pytest.raises(ConfigError, match=r'fusion \("token"\) is not for LongMemConfig'):
-        LongMemConfig(fusion="token")
+def test_a_memorizing_transformer_has_no_such_gates() -> None:
+    with pytest.raises(ConfigError, match=r'fusion \("token"\) is not for MemTRMConfig'):
+        MemTRMConfig(fusion="token")

@@ -6,6 +6,7 @@ output projection, and a way to its queries, keys and values before any rotary e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -139,9 +140,19 @@ class Family:
         """The kind of every layer, see ``config.layer_types``."""
         return layer_types(self.config)
 
-    def side_layout(self, stride: int) -> SideLayout:
+    def side_layout(self, stride: int, delta: Sequence[int] = ()) -> SideLayout:
         """Which layers a SideNet copies, see ``config.side_layout``."""
-        return side_layout(self.config, stride)
+        return side_layout(self.config, stride, delta)
+
+    def share_feed_forward(self, copied: nn.Module, source: nn.Module) -> None:
+        """Let a copy of a layer use its source's own modules for all but attention and norms.
+
+        They are no part of the copy: neither its parameters nor its ``state_dict`` have them.
+        """
+        for name, child in list(copied.named_children()):
+            if child is not attention_of(copied) and any(parameter.ndim > 1 for parameter in child.parameters()):
+                delattr(copied, name)
+                copied.__dict__[name] = getattr(source, name)
 
     def memory_layers(self) -> list[int]:
         """The layers that may be remembered: those with full attention and keys of their own.

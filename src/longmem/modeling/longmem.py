@@ -173,11 +173,7 @@ class LongMem(MemoryLM):
                 f"it needs config.json and {WEIGHTS} as written by save_pretrained"
             ) from problem
         _, made, model_of, fingerprint = cls._load(folder, config, backbone, loading)
-        # the copied layers are overwritten at once, so how they were initialised does not matter here
-        init, made.init = made.init, "copy"
-        assert isinstance(made, LongMemConfig)
-        model = cls(made, model_of, side_dtype=side_dtype, fingerprint=fingerprint)
-        model.config.init = made.init = init
+        model = cls(cast(LongMemConfig, made), model_of, side_dtype=side_dtype, fingerprint=fingerprint)
         missing, unexpected = model.sidenet.load_state_dict(tensors, strict=False)
         if missing or unexpected:
             raise CheckpointError(

@@ -114,8 +114,8 @@ class NaiveLongMem:
         for index, layer in enumerate(side.layers):
             reads = self.memory if index == self.model.augmented_layer else None
             last = index == len(side.layers) - 1
-            end = ends[-1] if last else ends[side.stride * (index + 1)]
-            hidden = self._block(layer, hidden, reads) + (end - states[side.stride * index])
+            end = ends[-1] if last else ends[self.model.config.stride * (index + 1)]
+            hidden = self._block(layer, hidden, reads) + (end - states[self.model.config.stride * index])
         logits: Tensor = backbone.lm_head(side.final_norm(hidden))
         assert cached is not None
         for head, (keys, values) in enumerate(zip(*cached, strict=True)):

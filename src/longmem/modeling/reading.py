@@ -41,12 +41,14 @@ class LayerRead:
         retrieved: what was found.
         share: (B, H, T), the share of each head's output that memory got.
         parts: (B, H, T, R), how each head's attention over memory was divided among the chunks; only to explain.
+        queries: (B, H, T, D), position-free, what was searched with; a loss on the search itself starts from them.
     """
 
     layer: int
     retrieved: RetrievedMemory
     share: Tensor | None = None
     parts: Tensor | None = None
+    queries: Tensor | None = None
 
 
 @dataclass
@@ -166,7 +168,7 @@ class MemoryReader:
         which = {"layer": self.place} if self.place else {}
         retrieved = reading.memory.search(qkv.queries.detach(), reading.num_chunks, reading.rows, **which)
         from_memory = memory_attention(qkv.queries, retrieved, scaling=qkv.scaling, softcap=qkv.softcap)
-        read = reading.reads[self.place] = LayerRead(self.layer, retrieved)
+        read = reading.reads[self.place] = LayerRead(self.layer, retrieved, queries=qkv.queries)
         if reading.explain:
             read.parts = chunk_parts(qkv.queries, retrieved, from_memory.lse, scaling=qkv.scaling, softcap=qkv.softcap)
         reading._pending = (self, qkv, from_memory)

@@ -15,6 +15,7 @@ from longmem.config import LongMemConfig
 from longmem.errors import ConfigError
 from longmem.modeling.backbone import Backbone, BackboneRun
 from longmem.modeling.families import attention_of
+from longmem.modeling.gates import TokenGate
 from longmem.modeling.placement import check_quantisation, copy_module, is_spread, place_of
 from longmem.modeling.probe import Call
 from longmem.modeling.reading import MemoryReader, gate_slice
@@ -31,7 +32,8 @@ class SideNet(nn.Module):
         sources: the backbone layer that each SideNet layer is copied from.
         bounds: SideNet layer i stands beside the backbone layers from bounds[i] up to, not including, bounds[i+1].
         augmented_layers: for each memory layer, the SideNet layer that searches its keys.
-        memory_gate: (n*H,) a logit per head of each augmented layer.
+        memory_gate: (n*H,) a logit per head of each augmented layer; where each token chooses, ``gates`` do instead.
+        gates: with fusion "token" a ``TokenGate`` for each augmented layer, else None.
 
     Raises:
         ConfigError: if the stride leaves no layer, or one layer would have to read two memory layers.
@@ -40,9 +42,9 @@ class SideNet(nn.Module):
     def __init__(self, backbone: Backbone, config: LongMemConfig) -> None:
         super().__init__()
         family = backbone.family
-        self.stride = config.stride
+        self.delta = config.init == "delta"
         self.final_state = config.final_state
-        self.sources, self.bounds = family.side_layout(config.stride)
+        self.sources, self.bounds = family.side_layout(config.stride, backbone.memory_layers if self.delta else ())
         if not self.sources:
             raise ConfigError(
                 f"stride ({config.stride}) must not be larger than the backbone's {backbone.num_layers} layers; "
@@ -66,11 +68,21 @@ class SideNet(nn.Module):
         if config.init == "zero":
             for layer in self.layers:
                 family.zero_outputs(layer)
+        if config.trained == "attention":
+            for layer, source in zip(self.layers, self.sources, strict=True):
+                family.share_feed_forward(layer, family.layers[source])
         override(self, config.side_activation, config.side_norm_eps)
         self.requires_grad_(True)
         heads = int(family.config.num_attention_heads)
         device = place_of(self.layers[self.augmented_layers[0]])
-        self.memory_gate = nn.Parameter(torch.zeros(len(self.augmented_layers) * heads, device=device))
+        logits = torch.zeros(len(self.augmented_layers) * heads, device=device)
+        self.gates: nn.ModuleList | None = None
+        if config.fusion == "token":
+            self.register_buffer("memory_gate", logits, persistent=False)
+            places = [place_of(self.layers[index]) for index in self.augmented_layers]
+            self.gates = nn.ModuleList(TokenGate(heads, backbone.head_dim).to(place) for place in places)
+        else:
+            self.memory_gate = nn.Parameter(logits)
         for place, (memory_layer, index) in enumerate(zip(backbone.memory_layers, self.augmented_layers, strict=True)):
             attention = family.attention(self.layers[index])
             gate = functools.partial(self._gate, place, heads)
@@ -97,9 +109,12 @@ class SideNet(nn.Module):
             # a copied layer gets the mask, positions and cache that its source got; only the hidden states differ
             call = run.calls[source].cast(dtype, device)
             ensure_cache(call, backbone.num_layers, self.sources)
-            hidden = hidden.to(device)
-            cross_residual = states[index + 1].to(device, dtype) - states[index].to(device, dtype)
-            hidden = self._layer(layer, call, hidden, run) + cross_residual
+            hidden = self._layer(layer, call, hidden.to(device), run)
+            # delta: the layer stands for its source, so the backbone's part is that of the layers in between
+            first = source + 1 if self.delta else self.bounds[index]
+            if first != self.bounds[index + 1]:
+                before = run.inputs[first] if self.delta else states[index]
+                hidden = hidden + (states[index + 1].to(device, dtype) - before.to(device, dtype))
             if side_hidden is not None:
                 side_hidden.append(hidden)
         return hidden
@@ -115,8 +130,8 @@ class SideNet(nn.Module):
             return cast(Tensor, checkpoint(replay, hidden, use_reentrant=False))
         return replay(hidden)
 
-    def _gate(self, place: int, heads: int) -> Tensor:
-        return gate_slice(self.memory_gate, place, heads)
+    def _gate(self, place: int, heads: int) -> Tensor | TokenGate:
+        return gate_slice(self.memory_gate, place, heads) if self.gates is None else cast(TokenGate, self.gates[place])
 
     def _augmented_beside(self, memory_layer: int) -> int:
         """The SideNet layer that stands beside a backbone layer, see ``bounds``."""

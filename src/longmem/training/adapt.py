@@ -88,7 +88,9 @@ class LongMemTrainer(StreamTrainer):
                 1, round(tokens / (rows * window * args.world_size * args.gradient_accumulation_steps))
             )
         # without memory the gate takes no part, and DDP would wait for it
-        model.memory_gate.requires_grad_(memory)
+        for name, weight in model.named_parameters():
+            if "memory_gate" in name or ".gates." in name:
+                weight.requires_grad_(memory)
         tokenizer = trainer.get("tokenizer") or trainer.get("processing_class")
         self.pad_id = getattr(tokenizer, "pad_token_id", None) or 0
         stream = SegmentStream(

@@ -148,10 +148,13 @@ def _longmem(recipe: Recipe, device: torch.device) -> LongMem:
         backbone_kwargs=loading,
         stride=side.stride,
         init=side.init,
+        trained=side.trained,
         **_memory(recipe),
         **settings,
     )
-    nn.init.constant_(model.sidenet.memory_gate, math.log(side.gate / (1 - side.gate)))
+    biases = [gate.bias for gate in model.sidenet.gates] if model.sidenet.gates else [model.sidenet.memory_gate]
+    for bias in biases:
+        nn.init.constant_(bias, math.log(side.gate / (1 - side.gate)))  # type: ignore[arg-type]
     return model
 
 

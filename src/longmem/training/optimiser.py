@@ -61,7 +61,7 @@ def build_optimiser(named: Iterable[tuple[str, nn.Parameter]], optim: OptimSecti
     trained = [(name, weight) for name, weight in named if weight.requires_grad]
     groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, weight in trained:
-        gate, matrix = "memory_gate" in name, weight.ndim >= 2
+        gate, matrix = "memory_gate" in name or ".gates." in name, weight.ndim >= 2
         # a name with a number in it is of a layer, and no embedding or head
         muon = optim.optimiser == "muon" and weight.ndim == 2 and not gate and any(p.isdigit() for p in name.split("."))
         rate = optim.muon_lr if muon else optim.gate_lr or optim.lr if gate else optim.lr

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from longmem.config import Fusion, Init, Trained
 from longmem.data.text import TEXT_SUFFIXES, TextSource, WaysOut
 from longmem.errors import ConfigError
 from longmem.training.recipe_problems import contradictions, lines, override, without
@@ -127,10 +128,13 @@ class SideNetSection(Section):
     """SideNet checkpoint to go on from, over the same backbone; layers, fusion and gates are then its own."""
     stride: Count = 2
     """Backbone layers for each SideNet layer; MemTRM has none, as it has no init and no final_state."""
-    init: Literal["copy", "zero"] = "copy"
-    """copy: of the backbone's layers (paper); zero: the same, starting at exactly the backbone's perplexity."""
-    fusion: Literal["gate", "softmax"] = "gate"
-    """gate: one share per head (paper); softmax: every token chooses its own."""
+    init: Init = "copy"
+    """copy: of the backbone's layers (paper); zero: the same, starting at exactly the backbone's perplexity; delta:
+    layers from the first memory layer up, each adding its difference from its source, starting there too."""
+    trained: Trained = "all"
+    """attention: copied layers use the backbone's own feed-forward, which is neither trained nor saved."""
+    fusion: Fusion = "gate"
+    """gate: one share per head (paper); softmax: every token chooses its own; token: by a trained ``TokenGate``."""
     gate: typing.Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of its output that a head takes from memory when training begins; the paper's is half."""
     final_state: Literal["pre_norm", "normed"] | None = None

@@ -1,0 +1,329 @@
+"""Pieces of text that can only be predicted well with a memory: the training data of models/smollm2-135m-longmem.
+
+A piece is eight segments of one document. In some, things are told in the early segments and asked for in later ones:
+made-up facts of a conversation, hidden codes, small stories with questions, and what stands after a quoted line. Each
+asked token has a weight, and a link to the tokens that hold its answer.
+
+    python recipes/smollm2/pieces.py --tokenizer DIR --books DIR --latex DIR --python FILE --babi DIR --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import AutoTokenizer
+
+from longmem.data.facts import KINDS, draw_facts
+from longmem.data.told import ToldFact, asked_ids, told_session
+from longmem.data.told import _chat as chat  # the same words that calibration uses
+
+WINDOW, SEGMENTS = 1024, 8
+PIECE = WINDOW * SEGMENTS
+TEXT, DULL, ANSWER = 4, 1, 16
+"""Weights, in quarters: of text, of what surrounds an answer, of an answer's tokens."""
+
+
+@dataclass
+class Asked:
+    """Token ids of a question and its answer; ``links`` are (place of an answer's token, place of the told token)."""
+
+    ids: list[int]
+    links: list[tuple[int, int, int]] = field(default_factory=list)  # (place, group's part, place in that part)
+    answers: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass
+class Group:
+    """What is told, in parts that may lie apart, and what can be asked once the last of them was told."""
+
+    parts: list[list[int]]
+    asked: list[Asked]
+
+
+class Maker:
+    """Draws pieces from documents.
+
+    Args:
+        tokenizer: of the backbone.
+        documents: token ids by kind.
+        stories: of bAbI, by task: lists of (sentences, question, answer).
+        words: that stand for values of facts beside their own.
+        seed: decides everything.
+        held_out: facts of kinds and values that training never sees.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        documents: dict[str, list[NDArray[np.uint16]]],
+        stories: list[tuple[list[str], str, str, list[int]]],
+        words: Sequence[str],
+        seed: int,
+        *,
+        held_out: bool = False,
+    ) -> None:
+        self.tokenizer, self.documents, self.stories, self.words = tokenizer, documents, stories, words
+        self.draw, self.random, self.held_out = random.Random(seed), np.random.default_rng(seed), held_out
+
+    def text(self, kind: str) -> NDArray[np.uint16]:
+        """Consecutive tokens of a document, one more than a piece."""
+        long = [each for each in self.documents[kind] if len(each) > PIECE + 1]
+        document = self.draw.choices(long, weights=[len(each) for each in long])[0]
+        start = self.draw.randrange(len(document) - PIECE)
+        return document[start : start + PIECE + 1]
+
+    def plain(self, kind: str) -> tuple[NDArray[np.uint16], NDArray[np.uint8], list[tuple[int, int]]]:
+        """A piece of text as it is."""
+        return self.text(kind), np.full(PIECE, TEXT, np.uint8), []
+
+    def asking(self, kind: str) -> tuple[NDArray[np.uint16], NDArray[np.uint8], list[tuple[int, int]]]:
+        """A piece in which things are told and asked for."""
+        text = self.text(kind).astype(np.int64).tolist()
+        groups = [make() for make in self.draw.sample((self.told, self.told, self.hidden, self.hidden, self.story), 3)]
+        first = self.draw.randrange(1, SEGMENTS)
+        asking = sorted({first, SEGMENTS - 1})
+        inserts: dict[int, list[tuple[int, int]]] = {segment: [] for segment in range(SEGMENTS)}
+        told_at: list[int] = []
+        for number, group in enumerate(groups):
+            last = self.draw.choice(asking)
+            homes = sorted(self.draw.choices([s for s in range(last) if s not in asking] or [0], k=len(group.parts)))
+            told_at.append(homes[-1])
+            for part, home in enumerate(homes):
+                inserts[home].append((number, part))
+        ids: list[int] = []
+        weights: list[int] = []
+        links: list[tuple[int, int]] = []
+        places: dict[tuple[int, int], int] = {}
+        for segment in range(SEGMENTS):
+            if segment in asking:
+                self._ask(segment, groups, told_at, places, text, ids, weights, links)
+                continue
+            room = WINDOW - sum(len(groups[g].parts[p]) for g, p in inserts[segment])
+            cuts = sorted(self.draw.randrange(max(1, room)) for _ in inserts[segment])
+            taken, at = text[segment * WINDOW :], 0
+            for (number, part), cut in zip(inserts[segment], cuts, strict=True):
+                if len(ids) + cut - at + len(groups[number].parts[part]) > (segment + 1) * WINDOW:
+                    continue  # what was not told whole is not asked for
+                ids += taken[at:cut]
+                weights += [TEXT // 2] * max(0, cut - at)
+                at = max(at, cut)
+                places[number, part] = len(ids)
+                ids += groups[number].parts[part]
+                weights += [DULL] * len(groups[number].parts[part])
+            missing = (segment + 1) * WINDOW - len(ids)
+            ids += taken[at : at + missing]
+            weights += [TEXT // 2] * missing
+        ids.append(text[-1])
+        # a weight belongs to the token that is predicted, which is one further on
+        shifted = [*weights[1:], 0]
+        return np.array(ids, np.uint16), np.array(shifted, np.uint8), [(t - 1, s) for t, s in links]
+
+    def _ask(
+        self,
+        segment: int,
+        groups: list[Group],
+        told_at: list[int],
+        places: dict[tuple[int, int], int],
+        text: list[int],
+        ids: list[int],
+        weights: list[int],
+        links: list[tuple[int, int]],
+    ) -> None:
+        ready = [
+            g
+            for g in range(len(groups))
+            if told_at[g] < segment and all((g, p) in places for p in range(len(groups[g].parts)))
+        ]
+        questions = [(g, asked) for g in ready for asked in groups[g].asked]
+        quotes = [(-1, self.quote(ids, segment)) for _ in range(3)]
+        self.draw.shuffle(questions)
+        end = (segment + 1) * WINDOW
+        for group, asked in self.draw.sample(questions + quotes, len(questions) + len(quotes)):
+            filler = self.draw.choice((0, 0, 8, 40))
+            if len(ids) + filler + len(asked.ids) > end:
+                continue
+            start = len(text) - self.draw.randrange(100, 2 * WINDOW)
+            ids += text[start : start + filler]
+            weights += [DULL] * (len(ids) - len(weights))
+            here = len(ids)
+            ids += asked.ids
+            weights += [DULL] * len(asked.ids)
+            for first, last in asked.answers:
+                weights[here + first : here + last] = [ANSWER] * (last - first)
+            for place, part, offset in asked.links:
+                links.append((here + place, offset if group < 0 else places[group, part] + offset))
+        missing = end - len(ids)
+        ids += text[end - missing : end]
+        weights += [TEXT // 2] * missing
+
+    # what can be told
+
+    def told(self) -> Group:
+        """A conversation, and others that ask about it."""
+        session = told_session(self.draw, self.draw.randrange(3, 11), held_out=self.held_out)
+        facts = [self._other_value(fact) for fact in session.facts]
+        renamed = {old.said: new.said for old, new in zip(session.facts, facts, strict=True)}
+        messages = []
+        for message in session.messages:
+            content = message["content"]
+            for old, new in renamed.items():
+                content = content.replace(old, new)
+            messages.append({**message, "content": content})
+        told = self._ids(chat(self.tokenizer, messages, answer=False))[: WINDOW - 8]
+        asked = []
+        left = list(facts)
+        self.draw.shuffle(left)
+        while left:
+            some = [left.pop() for _ in range(min(len(left), self.draw.choice((1, 1, 2, 4))))]
+            conversation = asked_ids(some, self.tokenizer)
+            one = Asked(conversation.ids, answers=conversation.values)
+            for first, last in conversation.values:
+                at = _find(told, conversation.ids[first:last])
+                if at is not None:
+                    one.links += [(first + n, 0, at + n) for n in range(last - first)]
+            asked.append(one)
+        return Group([told], asked)
+
+    def _other_value(self, fact: ToldFact) -> ToldFact:
+        """The fact with another word in place of its value, half of the time: what is told need not make sense."""
+        kind = self.draw.random()
+        if self.held_out or kind < 0.4:
+            return fact
+        value = self.draw.choice(self.words) if kind < 0.85 else str(self.draw.randrange(10, 10000))
+        return ToldFact(fact.said.replace(fact.value, value), fact.asked, fact.before, value, fact.after)
+
+    def hidden(self) -> Group:
+        """Codes of things."""
+        facts = draw_facts(self.draw.choice(list(KINDS)), self.random)
+        parts = [self._ids(sentence) for sentence in (*facts.asked, *facts.others)]
+        question, answer = self._ids(facts.question), self._ids(facts.answer)
+        one = Asked(question + answer + self._ids(".\n"), answers=[(len(question), len(question) + len(answer))])
+        code = self._ids(facts.answer.rsplit(" ", 1)[1])
+        for part in range(len(facts.asked)):
+            at = _find(parts[part], code)
+            if at is not None:
+                first = len(question) + len(answer) - len(code)
+                one.links += [(first + n, part, at + n) for n in range(len(code))]
+        return Group(parts, [one])
+
+    def story(self) -> Group:
+        """A story of bAbI, its sentences apart, and its question."""
+        sentences, question, answer, evidence = self.draw.choice(self.stories)
+        parts = [self._ids(f"\n{sentence}\n") for sentence in sentences]
+        asked, said = self._ids(f"\nQuestion: {question}\nAnswer:"), self._ids(f" {answer}")
+        one = Asked(asked + said + self._ids("\n"), answers=[(len(asked), len(asked) + len(said))])
+        for part in evidence:
+            at = _find(parts[part], said)
+            if at is not None:
+                one.links.append((len(asked), part, at))
+        return Group(parts, [one])
+
+    def quote(self, ids: list[int], segment: int) -> Asked:
+        """What stands after some words of an earlier segment."""
+        known, told = self.draw.randrange(8, 17), self.draw.randrange(8, 25)
+        start = self.draw.randrange(segment * WINDOW - known - told)
+        words = self.tokenizer.decode(ids[start : start + known])
+        prompt = chat(self.tokenizer, [{"role": "user", "content": f'What comes after "{words}"?'}], answer=True)
+        asked = self._ids(prompt)
+        answer = ids[start + known : start + known + told]
+        one = Asked(asked + answer + self._ids("<|im_end|>\n"), answers=[(len(asked), len(asked) + told)])
+        one.links = [(len(asked) + n, 0, start + known + n) for n in range(told)]
+        return one
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _find(ids: list[int], wanted: list[int]) -> int | None:
+    """Where ``wanted`` begins in ``ids``, its first token with or without a space before it."""
+    for tail in (wanted, wanted[1:]):
+        for at in range(len(ids) - len(tail) + 1) if tail else ():
+            if ids[at : at + len(tail)] == tail:
+                return max(0, at - (len(wanted) - len(tail)))
+    return None
+
+
+def stories(folder: Path, pattern: str, most: int) -> Iterator[tuple[list[str], str, str, list[int]]]:
+    """bAbI: sentences before a question, the question, its answer, and which sentences hold it."""
+    for file in sorted(folder.rglob(pattern)):
+        sentences: list[str] = []
+        numbers: list[int] = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            number, _, rest = line.partition(" ")
+            if number == "1":
+                sentences, numbers = [], []
+            if "\t" in rest:
+                question, answer, support = rest.split("\t")
+                if len(sentences) <= most:
+                    evidence = [numbers.index(int(n)) for n in support.split()]
+                    yield list(sentences), question.strip(), answer, evidence
+            else:
+                sentences.append(rest.strip())
+                numbers.append(int(number))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("tokenizer", "books", "latex", "python", "babi", "out", "split"):
+        parser.add_argument(f"--{name}", required=name != "split", default="train")
+    parser.add_argument("--plain", default="books=600,latex=500,python=500")
+    parser.add_argument("--asking", default="books=450,latex=225,python=225")
+    parser.add_argument("--tokens", type=int, default=12_000_000, help="of each kind of document, at most")
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
+    documents: dict[str, list[NDArray[np.uint16]]] = {}
+    for kind in ("books", "latex", "python"):
+        texts = list(_texts(Path(getattr(given, kind))))
+        random.Random(given.seed).shuffle(texts)
+        documents[kind], total = [], 0
+        for text in texts:
+            ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.uint16)
+            documents[kind].append(ids)
+            total += len(ids)
+            if total > given.tokens:
+                break
+        print(kind, len(documents[kind]), "documents", total, "tokens", flush=True)
+        if kind == "books":
+            names = re.findall(r"(?<=[a-z,;] )[A-Z][a-z]{3,11}\b", " ".join(texts)[:20_000_000])
+            common = re.findall(r"\b(?:a|the) ([a-z]{3,11})\b", " ".join(texts)[:4_000_000])
+            words = sorted(set(names))[::2] + sorted(set(common))[::3]
+    told = list(stories(Path(given.babi), f"qa[1-5]_*_{given.split}.txt", 30))
+    print(len(words), "words", len(told), "stories", flush=True)
+    maker = Maker(tokenizer, documents, told, words, given.seed, held_out=given.split != "train")
+    ids, weights, links, kinds = [], [], [], []
+    for asking, counts in ((False, given.plain), (True, given.asking)):
+        for kind, count in (each.split("=") for each in counts.split(",")):
+            for _ in range(int(count)):
+                piece = (maker.asking if asking else maker.plain)(kind)
+                links += [(len(ids), *link) for link in piece[2]]
+                ids.append(piece[0])
+                weights.append(piece[1])
+                kinds.append("asking" if asking else kind)
+    out = Path(given.out)
+    out.mkdir(parents=True, exist_ok=True)
+    np.save(out / "ids.npy", np.stack(ids))
+    np.save(out / "weights.npy", np.stack(weights))
+    np.save(out / "links.npy", np.array(links, np.int32))
+    (out / "kinds.json").write_text(json.dumps(kinds))
+    print(len(ids), "pieces", len(links), "links", flush=True)
+
+
+def _texts(path: Path) -> Iterator[str]:
+    if path.suffix == ".jsonl":
+        yield from (json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines())
+    else:
+        yield from (file.read_text(encoding="utf-8") for file in sorted(path.rglob("*.t*x*")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""Train models/smollm2-135m-longmem: a SideNet over SmolLM2-135M that reads several layers and learns from the context.
+
+The teacher is the same frozen backbone with a whole piece in its window; the student has one segment, and the rest in
+memory. The loss is cross entropy and the divergence from the teacher, and where the place of an answer is known, a
+loss on the search itself. See ``pieces.py`` for the data.
+
+    python recipes/smollm2/train.py --backbone DIR --pieces DIR --valid DIR --out DIR --minutes 60
+    the control:  ... --control
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from longmem import LongMem, MemoryBank
+from longmem.modeling.loading import load_backbone
+
+WINDOW, SEGMENTS = 1024, 8
+PIECE = WINDOW * SEGMENTS
+TEXT = 4
+
+
+class Pieces:
+    """Pieces on the device, and what the teacher says of them.
+
+    Args:
+        folder: written by ``pieces.py``.
+        device: of all tensors.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.ids = torch.from_numpy(np.load(folder / "ids.npy").astype(np.int32)).to(device)
+        self.weights = torch.from_numpy(np.load(folder / "weights.npy")).to(device)
+        links = torch.from_numpy(np.load(folder / "links.npy").astype(np.int64)).to(device)
+        self.links = links[links[:, 0].argsort(stable=True)]
+        self.first = torch.searchsorted(self.links[:, 0].contiguous(), torch.arange(len(self.ids) + 1, device=device))
+        self.kinds: list[str] = json.loads((folder / "kinds.json").read_text())
+        self.top: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @torch.no_grad()
+    def ask(self, teacher: nn.Module, keep: int, rows: int) -> Tensor:
+        """Keep the teacher's ``keep`` best tokens of every place; returns nats (N, PIECE) of the true ones."""
+        shape = (len(self), PIECE, keep)
+        self.top = torch.empty(shape, dtype=torch.int32, device=self.ids.device)
+        self.share = torch.empty(shape, dtype=torch.bfloat16, device=self.ids.device)
+        nats = torch.empty(shape[:2], device=self.ids.device)
+        for first in range(0, len(self), rows):
+            some = slice(first, first + rows)
+            ids = self.ids[some].long()
+            hidden = teacher.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+            for at in range(0, PIECE, WINDOW):
+                part = slice(at, at + WINDOW)
+                logits = teacher.lm_head(hidden[:, part]).float()
+                best = logits.topk(keep, dim=-1)
+                self.top[some, part], self.share[some, part] = best.indices.int(), best.values.softmax(-1).bfloat16()
+                true = ids[:, 1:][:, part].unsqueeze(-1)
+                nats[some, part] = logits.logsumexp(-1) - logits.gather(-1, true).squeeze(-1)
+        return nats
+
+
+class Reader:
+    """A model with a memory for the pieces that it reads side by side, segment by segment.
+
+    Args:
+        model: that is trained.
+        rows: pieces at once.
+        memory: tokens that a row remembers; more than a piece has, so earlier pieces stand beside this one. 0: none.
+    """
+
+    def __init__(self, model: LongMem, rows: int, memory: int) -> None:
+        self.model, self.bank, self.begun = model, None, 0
+        if memory:
+            self.bank = MemoryBank.for_model(model, rows=rows, capacity_tokens=memory)
+
+    def segment(self, pieces: Pieces, some: Tensor, number: int, given: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Read a segment of some pieces.
+
+        Returns:
+            the loss, nats (B, T) of the true tokens, the loss of the search, and the output whose ``kv`` is to be
+            written by ``write`` after backward.
+        """
+        if number == 0 and self.bank is not None:
+            self.begun = self.bank._slots.written[0]
+        part = slice(number * WINDOW, (number + 1) * WINDOW)
+        ids = pieces.ids[some, number * WINDOW : (number + 1) * WINDOW + 1].long()
+        weight = pieces.weights[some, part].float()
+        memory = {} if self.bank is None else {"memory": self.bank}
+        out = self.model(input_ids=ids[:, :-1], use_cache=False, **memory)
+        logits = out.logits.float()
+        lse, true = logits.logsumexp(-1), logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
+        loss = lse - true
+        if pieces.top is not None and given.teacher:
+            told = logits.gather(-1, pieces.top[some, part].long()) * pieces.share[some, part].float()
+            loss = torch.where(weight <= TEXT, loss + given.teacher * (true - told.sum(-1)), loss)
+        search = logits.new_zeros(())
+        if self.bank is not None and given.search and number:
+            search = self._search_loss(pieces, some, number, out.reads, given.links)
+        return (loss * weight).sum() / weight.sum().clamp_min(1), (lse - true).detach(), search, out
+
+    def write(self, out: Any, some: Tensor, number: int) -> None:
+        """Remember what was read."""
+        if self.bank is not None:
+            documents = [f"{piece}" for piece in some.tolist()]
+            self.bank.add(out.kv, documents=documents, offsets=[number * WINDOW] * len(documents))
+
+    def _search_loss(self, pieces: Pieces, some: Tensor, number: int, reads: Any, most: int) -> Tensor:
+        """Mean over asked tokens of -log of the probability that some head gives the chunk that was told."""
+        assert self.bank is not None
+        links = torch.cat(
+            [
+                torch.nn.functional.pad(
+                    pieces.links[pieces.first[piece] : pieces.first[piece + 1], 1:], (1, 0), value=row
+                )
+                for row, piece in enumerate(some.tolist())
+            ]
+        )
+        links = links[(links[:, 1] // WINDOW == number) & (links[:, 2] < number * WINDOW)]
+        if not len(links):
+            return torch.zeros((), device=links.device)
+        row, place, source = links[torch.randperm(len(links), device=links.device)[:most]].unbind(1)
+        size, heads = self.bank.chunk_size, self.bank.heads_kv
+        chunk = (self.begun + source // size) % (self.bank.capacity_tokens // size)
+        live = int(self.bank.chunks[0])
+        found = []
+        for layer, read in enumerate(reads):
+            queries = read.queries[row, :, place % WINDOW].float().unflatten(1, (heads, -1))  # (n, Hkv, G, D)
+            keys = self.bank._slots.keys[:, layer * heads : (layer + 1) * heads, :live].float()[row]
+            scores = torch.einsum("nhgd,nhcd->nhgc", queries, keys) * queries.shape[-1] ** -0.5
+            right = scores.gather(-1, chunk.view(-1, 1, 1, 1).expand(*scores.shape[:3], 1)).squeeze(-1)
+            found.append((right - scores.logsumexp(-1)).flatten(1))
+        return -torch.cat(found, dim=1).logsumexp(1).mean()
+
+
+@torch.no_grad()
+def validate(model: LongMem, pieces: Pieces, rows: int, memory: int, given: Any) -> dict[str, float]:
+    """Nats per token of each kind of text, from the second segment on, and of answers."""
+    nats = torch.zeros(len(pieces), PIECE, device=pieces.ids.device)
+    model.train(False)
+    for first in range(0, len(pieces), rows):
+        some = torch.arange(first, min(first + rows, len(pieces)), device=nats.device)
+        reader = Reader(model, len(some), memory)
+        for number in range(SEGMENTS):
+            _, found, _, out = reader.segment(pieces, some, number, argparse.Namespace(teacher=0, search=0))
+            nats[some, number * WINDOW : (number + 1) * WINDOW] = found
+            reader.write(out, some, number)
+    model.train(True)
+    return by_kind(pieces, nats)
+
+
+def by_kind(pieces: Pieces, nats: Tensor) -> dict[str, float]:
+    """Means of nats (N, PIECE)."""
+    found = {}
+    later = torch.arange(PIECE, device=nats.device) >= WINDOW
+    for kind in sorted(set(pieces.kinds)):
+        mine = torch.tensor([each == kind for each in pieces.kinds], device=nats.device)
+        counted = (pieces.weights > TEXT if kind == "asking" else pieces.weights == TEXT) & later & mine[:, None]
+        found[kind] = round(float(nats[counted].mean()), 4)
+    return found
+
+
+def optimiser(model: LongMem, rate: float) -> torch.optim.Optimizer:
+    """Adam; the numbers of the gates have far to go, and their vectors less so."""
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    rates = [(20 * rate if w.ndim == 1 else 5 * rate) if ".gates." in name else rate for name, w in named]
+    groups = [{"params": [w], "lr": r, "top": r} for (_, w), r in zip(named, rates, strict=True)]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=named[0][1].is_cuda)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("backbone", "pieces", "valid", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="a SideNet to go on from")
+    parser.add_argument("--layers", default="18,20,23")
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--steps", type=int, default=10**9)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--memory", type=int, default=2 * PIECE)
+    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--teacher", type=float, default=0.5, help="weight of the divergence from the teacher")
+    parser.add_argument("--search", type=float, default=0.2, help="weight of the loss on the search")
+    parser.add_argument("--links", type=int, default=256)
+    parser.add_argument("--looks", type=int, default=4, help="validations, spread over the time")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--control", action="store_true")
+    given = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.manual_seed(given.seed)
+    given.out.mkdir(parents=True, exist_ok=True)
+    log = (given.out / "log.jsonl").open("a")
+
+    def say(**what: Any) -> None:
+        print(json.dumps(what), file=log, flush=True)
+        print(json.dumps(what), flush=True)
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    backbone = load_backbone(str(given.backbone), None, dtype).to(device)
+    layers = tuple(map(int, given.layers.split(",")))
+    if given.start:
+        model = LongMem.from_pretrained(given.start, backbone=backbone, side_dtype=torch.float32)
+    else:
+        model = LongMem.from_backbone(
+            backbone, memory_layers=layers, init="delta", trained="attention", stride=1, fusion="token",
+            side_dtype=torch.float32,
+        )  # fmt: skip
+        assert model.sidenet.gates is not None
+        for gate in model.sidenet.gates:
+            nn.init.constant_(gate.bias, -1.0)
+    model.to(device)
+    pieces, valid = Pieces(given.pieces, device), Pieces(given.valid, device)
+    memory = 0 if given.control else given.memory
+    began = time.monotonic()
+    if given.teacher:
+        pieces.ask(backbone, 32, max(1, given.rows // 4))
+    say(teacher=by_kind(valid, valid.ask(backbone, 1, max(1, given.rows // 4))), seconds=time.monotonic() - began)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        say(
+            backbone=validate(model, valid, given.rows, 0, given),
+            start=validate(model, valid, given.rows, memory, given),
+        )
+    optimizer = optimiser(model, given.rate)
+    model.train(True)
+    reader = Reader(model, given.rows, memory)
+    draw, order = torch.Generator().manual_seed(given.seed), []
+    step, looks, began = 0, 0, time.monotonic()
+    seen = torch.zeros(3, device=device)
+    while True:
+        part = max((time.monotonic() - began) / (60 * given.minutes), step / given.steps)
+        if part * given.looks >= looks + 1:
+            looks += 1
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                say(step=step, tokens=step * given.rows * WINDOW, part=round(part, 3),
+                    train=[round(x, 4) for x in (seen / max(1, step)).tolist()],
+                    valid=validate(model, valid, given.rows, memory, given))  # fmt: skip
+        if part >= 1:
+            break
+        if len(order) < given.rows:
+            order += torch.randperm(len(pieces), generator=draw).tolist()
+        some = torch.tensor([order.pop() for _ in range(given.rows)], device=device)
+        for number in range(SEGMENTS):
+            part = min(1.0, max((time.monotonic() - began) / (60 * given.minutes), step / given.steps))
+            factor = min(1.0, (step + 1) / 40) * (0.05 + 0.475 * (1 + math.cos(math.pi * part)))
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group["top"]
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss, _, search, out = reader.segment(pieces, some, number, given)
+            (loss + given.search * search).backward()
+            norm = nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            reader.write(out, some, number)
+            seen += torch.stack([loss.detach(), search.detach(), norm])
+            step += 1
+            if step % 40 == 0:
+                say(
+                    step=step,
+                    seconds=round(time.monotonic() - began, 1),
+                    loss=round(loss.item(), 4),
+                    search=round(search.item(), 4),
+                )
+    model.sidenet.to(torch.bfloat16)
+    model.save_pretrained(given.out / "final", max_shard_size="14MB")
+
+
+if __name__ == "__main__":
+    main()
