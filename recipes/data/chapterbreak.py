@@ -24,8 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from longmem.data.packed import ARCHIVES, COMPRESSED
-from longmem.data.text import TEXT_SUFFIXES, Document, expand, read_documents
+from longmem.data.text import ARCHIVES, COMPRESSED, TEXT_SUFFIXES, Document, expand, read_documents
 from longmem.errors import ConfigError, DataError, LongMemError
 from longmem.files import write_whole
 

@@ -74,11 +74,7 @@ class FairseqCheckpoint:
         return bool(self.side)
 
     def setting(self, *names: str, default: Any = None) -> Any:
-        """The first of the settings that is there and is not None.
-
-        Raises:
-            CheckpointError: none is, and no default is given.
-        """
+        """The first of the settings that is there and is not None."""
         for name in names:
             if self.settings.get(name) is not None:
                 return self.settings[name]
@@ -227,11 +223,7 @@ def backbone_config(checkpoint: FairseqCheckpoint) -> AlibiGPTConfig:
 
 
 def longmem_config(checkpoint: FairseqCheckpoint, backbone: AlibiGPTConfig) -> LongMemConfig:
-    """The released SideNet's shape, activation, norms and memory layer.
-
-    Raises:
-        CheckpointError: the settings contradict the tensors.
-    """
+    """The released SideNet's shape, activation, norms and memory layer."""
     setting, path = checkpoint.setting, checkpoint.path
     memory_layer, stride = int(setting("retrieval_layer_index")), int(setting("layer_reduction_factor"))
     side_layers = _count(checkpoint.side, r"^layers\.(\d+)\.")

@@ -28,9 +28,6 @@ def tokenizer_from_fairseq(folder: str | Path, rows: int, window: int | None = N
         folder: holds ``encoder.json``, ``vocab.bpe`` and ``dict.txt``.
         rows: of the model's embeddings (51,200 in the released ones); the dictionary must have as many.
         window: tokens that the model attends to, ``model_max_length``.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or the dictionary is that of another model.
     """
     folder = Path(folder)
     encoder, merges, symbols = _encoder(folder), _merges(folder), _symbols(folder)

@@ -65,9 +65,6 @@ def draw_facts(kind: str, random: np.random.Generator) -> Facts:
         kind: ``passkey``: one pass key; ``pair``: one thing and its code; ``multi``: several things, one asked for;
             ``twohop``: who keeps a thing, and that person's code, hidden apart, with others of both kinds.
         random: what decides everything.
-
-    Raises:
-        ConfigError: there is no such kind.
     """
     if kind not in KINDS:
         raise ConfigError(f"kind ({kind!r}) must be one of {', '.join(KINDS)}")
@@ -81,14 +78,14 @@ def _passkey(random: np.random.Generator) -> Facts:
 
 def _pair(random: np.random.Generator) -> Facts:
     thing, codes = _things(random, 1)[0], _codes(random, OPTIONS)
-    return Facts("pair", (_code_of(thing, codes[0]),), (), _asks_code_of(thing), _options(codes))
+    return Facts("pair", (_code_of(thing, codes[0]),), (), f"\nThe code of the {thing} is", _options(codes))
 
 
 def _multi(random: np.random.Generator) -> Facts:
     """The wrong options are the codes of the other things."""
     things, codes = _things(random, 1 + DISTRACTORS), _codes(random, 1 + DISTRACTORS)
     first, *more = (_code_of(thing, code) for thing, code in zip(things, codes, strict=True))
-    return Facts("multi", (first,), tuple(more), _asks_code_of(things[0]), _options(codes))
+    return Facts("multi", (first,), tuple(more), f"\nThe code of the {things[0]} is", _options(codes))
 
 
 def _twohop(random: np.random.Generator) -> Facts:
@@ -104,19 +101,12 @@ def _twohop(random: np.random.Generator) -> Facts:
 
 
 KINDS: dict[str, Callable[[np.random.Generator], Facts]] = {
-    "passkey": _passkey,
-    "pair": _pair,
-    "multi": _multi,
-    "twohop": _twohop,
-}
+    "passkey": _passkey, "pair": _pair, "multi": _multi, "twohop": _twohop,
+}  # fmt: skip
 
 
 def _code_of(thing: str, code: str) -> str:
     return _said(f"The code of the {thing} is {code}.", 2)
-
-
-def _asks_code_of(thing: str) -> str:
-    return f"\nThe code of the {thing} is"
 
 
 def _said(sentence: str, times: int) -> str:

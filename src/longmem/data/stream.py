@@ -60,16 +60,11 @@ class SegmentStream:
     Args:
         corpus: the documents.
         window: T, tokens of a segment.
-        rows: B, rows of this process.
+        rows: B, rows of this process, the ``rank``-th of ``world`` (W).
         seed: order of the documents; None keeps theirs.
         piece_tokens: longer documents are dealt out in consecutive pieces of so many tokens, each a text of its own;
             0 keeps documents whole. With fewer texts than rows, documents are cut until every row has one.
-        rank: number of this process.
-        world: W, number of processes.
         pad_id: fills ``ids`` behind the end of a document.
-
-    Raises:
-        DataError: too little text for so many rows.
     """
 
     def __init__(
@@ -127,11 +122,7 @@ class SegmentStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved position.
-
-        Raises:
-            CheckpointError: the position is one in another corpus, or of another number of rows.
-        """
+        """Go on from a saved position."""
         if state["corpus"] != self.corpus.fingerprint or state["pieces"] != len(self.pieces):
             raise CheckpointError(
                 f"the saved position is in other text ({state['pieces']} texts, this corpus has {len(self.pieces)}); "

@@ -1,14 +1,23 @@
-"""Readers: files, folders, JSON lines, archives, compressed files and hub data sets, all as ``Document``s."""
+"""Readers: files, folders, JSON lines, archives, compressed files and hub data sets, all as ``Document``s.
+
+Archives and compressed files are read through, without unpacking to disk, also inside of one another.
+"""
 
 from __future__ import annotations
 
+import bz2
 import glob
+import gzip
 import hashlib
 import json
 import logging
+import lzma
 import re
+import tarfile
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -16,13 +25,18 @@ from itertools import groupby, islice
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
-from longmem.data.packed import ARCHIVES, COMPRESSED, FOREIGN, decompressed, read_members, unpacked
 from longmem.errors import DataError
 
 log = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py")
+COMPRESSED: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+ARCHIVES = (".tar", ".tgz", ".txz", ".tbz2", ".zip")  # and compressed ones, as .tar.xz
+FOREIGN = (".zst", ".7z", ".rar", ".lz4", ".br")  # packed in ways that Python's library does not read
 HUB = "hub:"
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_DAMAGE = (
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, NotImplementedError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,26 +65,13 @@ class Document:
 
 @dataclass(frozen=True)
 class WaysOut:
-    """What errors propose, in the words of the command or file that named the text.
-
-    The defaults suit commands and functions without a setting for it.
-
-    Attributes:
-        missing: nothing is at a path.
-        undecodable: a file is not UTF-8.
-        line: a line of JSON lines cannot be read.
-        suffixes: a folder or archive holds no text.
-        field: a record has no text in the text field.
-    """
+    """What errors propose, in the words of the command or file that named the text."""
 
     missing: str = "check the path"
     undecodable: str = "convert it, or name other files"
     line: str = "mend the line"
     suffixes: str = "name other files by themselves"
     field: str = "rename the field that has it to 'text'"
-
-
-WITHOUT_SETTINGS = WaysOut()
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,6 @@ class TextSource:
             order of their paths, into one document.
         undecodable: what happens to a file or line that is not UTF-8: ``skip`` leaves it out with a warning, and with
             it any line that is no JSON or has no text; ``replace`` puts U+FFFD in place of what cannot be decoded.
-        ways_out: what errors propose.
     """
 
     paths: tuple[str, ...]
@@ -99,7 +99,7 @@ class TextSource:
     field: str = "text"
     group: Literal["file", "folder"] = "file"
     undecodable: Literal["error", "skip", "replace"] = "error"
-    ways_out: WaysOut = WITHOUT_SETTINGS
+    ways_out: WaysOut = WaysOut()
 
     def wants(self, name: str) -> bool:
         """Whether the patterns let this document id through."""
@@ -144,12 +144,8 @@ def read_stream(stream: BinaryIO, name: str, *, lines: bool = False, **settings:
     Args:
         name: of the document; JSON lines without an ``id`` are ``name:line``.
         settings: fields of ``TextSource``.
-
-    Raises:
-        DataError: nothing comes, or it is not UTF-8, or not JSON.
     """
-    source = TextSource((), **settings)  # type: ignore[arg-type]
-    count = 0
+    source, count = TextSource((), **settings), 0  # type: ignore[arg-type]
     for document in _read_lines(stream, name, name, source) if lines else _read_text(stream, name, name, source):
         count += 1
         yield document
@@ -157,12 +153,8 @@ def read_stream(stream: BinaryIO, name: str, *, lines: bool = False, **settings:
         raise DataError(f"{name}: no text came; pipe in something that is not white space only")
 
 
-def expand(paths: Sequence[str], ways_out: WaysOut = WITHOUT_SETTINGS) -> list[str]:
-    """Whole paths, patterns replaced by what they match; every path exists.
-
-    Raises:
-        DataError: nothing is there; lists all such paths and ends with ``ways_out``.
-    """
+def expand(paths: Sequence[str], ways_out: WaysOut = WaysOut()) -> list[str]:
+    """Whole paths, patterns replaced by what they match; every path exists."""
     found: list[str] = []
     missing: list[str] = []
     for path in paths:
@@ -171,15 +163,14 @@ def expand(paths: Sequence[str], ways_out: WaysOut = WITHOUT_SETTINGS) -> list[s
         if path.startswith(HUB):
             found.append(path)
         # an empty name, of a variable that was never set, would be the current folder
-        elif path and (there := [form for form in forms if Path(form).exists()]):
-            found.append(str(Path(there[0]).absolute()))
+        elif path and (there := next((form for form in forms if Path(form).exists()), None)):
+            found.append(str(Path(there).absolute()))
         elif path and (matches := sorted(glob.glob(path, recursive=True))):
             found.extend(str(Path(match).absolute()) for match in matches)
         else:
-            missing.append(path)
+            missing.append(path or "''")
     if missing:
-        names = ", ".join(path or "''" for path in missing)
-        raise DataError(f"{names}: no such file or folder (looked from {Path.cwd()}); {ways_out.missing}")
+        raise DataError(f"{', '.join(missing)}: no such file or folder (looked from {Path.cwd()}); {ways_out.missing}")
     return found
 
 
@@ -194,15 +185,14 @@ def _read_all(paths: list[str], source: TextSource) -> Iterator[Document]:
         # a pattern that matches nothing in one path is no fault as long as another path has a match
         if not count and not source.include:
             raise DataError(_nothing_in(path, source))
-    if not unmatched:
-        return
     patterns = ", ".join(sorted(unmatched))
-    if unmatched < set(source.include):
+    if unmatched and unmatched < set(source.include):
         log.warning("no document matches %s", patterns)
-        return
-    names = [document.id for document in islice(_read_all(paths, replace(source, include=())), 6)]
-    there = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    raise DataError(f"{', '.join(source.paths)}: no document matches {patterns}; there are {there}; check the pattern")
+    elif unmatched:
+        there = ", ".join(document.id for document in islice(_read_all(paths, replace(source, include=())), 5))
+        raise DataError(
+            f"{', '.join(source.paths)}: no document matches {patterns}; there are {there}; check the pattern"
+        )
 
 
 def _read_path(path: str, source: TextSource) -> Iterator[Document]:
@@ -213,26 +203,21 @@ def _read_path(path: str, source: TextSource) -> Iterator[Document]:
         # a file that is named itself is read whatever its name
         if str(file) == path or _is_text(name, str(file), source):
             with file.open("rb") as stream:
-                yield from _read(stream, name, str(file), source)
+                yield from _read(stream, name, _whole(str(file)), source)
 
 
 def _read(stream: BinaryIO, name: str, where: str, source: TextSource, kind: str | None = None) -> Iterator[Document]:
     """What a stream holds; ``kind`` is its name in small letters, without the suffixes that are unpacked already."""
-    if kind is None and _SURROGATE.search(name):  # Python's spelling of bytes in a name that are not UTF-8
-        return (yield from _read_misnamed(stream, name, where, source))
     kind = name.lower() if kind is None else kind
     suffix = PurePosixPath(kind).suffix
-    if suffix in ARCHIVES or unpacked(kind).endswith(".tar"):  # tarfile decompresses by itself
-        yield from read_members(
-            stream,
-            where,
-            zipped=suffix == ".zip",
-            wanted=lambda inner, place: _is_text(inner, place, source),
-            read=lambda opened, inner, place: _read(opened, inner, place, source),
-        )
+    if suffix in ARCHIVES or _unpacked(kind).endswith(".tar"):  # tarfile decompresses by itself
+        with _undamaged(where, f"{'zip' if suffix == '.zip' else 'tar'} archive"):
+            for content, member in _zip_members(stream, where) if suffix == ".zip" else _tar_members(stream):
+                if _is_text(member, f"{where}:{member}", source):
+                    yield from _read(content, _whole(member), f"{where}:{_whole(member)}", source)
     elif suffix in COMPRESSED:
-        with decompressed(stream, suffix, where) as opened:
-            yield from _read(opened, name, where, source, kind.removesuffix(suffix))
+        with _undamaged(where, f"{suffix} file"), COMPRESSED[suffix](stream) as content:
+            yield from _read(content, name, where, source, kind.removesuffix(suffix))
     elif suffix in FOREIGN:
         raise DataError(f"{where}: {suffix} files are not read; unpack it first")
     elif suffix == ".jsonl":
@@ -241,34 +226,55 @@ def _read(stream: BinaryIO, name: str, where: str, source: TextSource, kind: str
         yield from _read_text(stream, name, where, source)
 
 
-def _read_misnamed(stream: BinaryIO, name: str, where: str, source: TextSource) -> Iterator[Document]:
-    if any(_matches(_whole(name), pattern) for pattern in source.exclude):
-        return
-    with _skipping(source):
-        if source.undecodable != "replace":
-            raise _Unreadable(_whole(where), "its name is not UTF-8", source.ways_out.undecodable)
-        yield from _read(stream, _whole(name), where, source)
+def _tar_members(stream: BinaryIO) -> Iterator[tuple[Any, str]]:
+    with tarfile.open(fileobj=stream) as archive:
+        for member in archive:
+            if member.isfile():
+                yield archive.extractfile(member), member.name
+        # a header that damage made unreadable looks like the end: the checksum behind it does not
+        while archive.fileobj is not None and archive.fileobj.read(1 << 20):
+            pass
+
+
+def _zip_members(stream: BinaryIO, where: str) -> Iterator[tuple[Any, str]]:
+    with zipfile.ZipFile(stream) as archive:
+        for member in archive.infolist():
+            if member.flag_bits & 1:
+                raise DataError(f"{where}:{member.filename}: locked by a password; unpack it first")
+            if not member.is_dir():
+                yield archive.open(member), member.filename
+
+
+@contextmanager
+def _undamaged(where: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except _DAMAGE as error:
+        reason = str(error).split("\n")[0].rstrip(":")
+        raise DataError(f"{where}: not a readable {what} ({reason}); fetch or pack it again") from error
 
 
 def _whole(text: str) -> str:
-    """A text in which U+FFFD is in place of every half of a surrogate pair."""
+    """A text with U+FFFD for surrogates: halves of a pair, and Python's spelling of bytes that are not UTF-8."""
     return _SURROGATE.sub("\ufffd", text)
+
+
+def _unpacked(name: str) -> str:
+    """A name without the suffixes of compression."""
+    while (suffix := PurePosixPath(name).suffix) in COMPRESSED:
+        name = name.removesuffix(suffix)
+    return name
 
 
 def _is_text(name: str, where: str, source: TextSource) -> bool:
     """Whether a file of a folder or archive is read, by its name; warns of packed files that may hold text."""
     if _is_hidden(PurePosixPath(name)):
         return False
-    suffixes = ("", ".jsonl", *ARCHIVES, *map(str.lower, source.suffixes))
-    kind = PurePosixPath(unpacked(name.lower()))
-    packed = kind.name != PurePosixPath(name).name.lower()
-    if kind.suffix in suffixes and (kind.suffix or packed):
-        if kind.suffix:
-            return True
-        log.warning("%s: left out; its name does not tell what is packed in it; unpack it", where)
-    elif kind.suffix in FOREIGN and PurePosixPath(kind.stem).suffix in suffixes:
-        log.warning("%s: left out; %s files are not read; unpack it", where, kind.suffix)
-    return False
+    kind = _unpacked(name.lower())
+    suffix = PurePosixPath(kind).suffix
+    if suffix in FOREIGN or (not suffix and kind != name.lower()):
+        log.warning("%s: left out; it may hold text, but cannot be looked into; unpack it", _whole(where))
+    return bool(suffix) and suffix in (".jsonl", *ARCHIVES, *map(str.lower, source.suffixes))
 
 
 class _Unreadable(DataError):
@@ -295,7 +301,7 @@ def _read_text(stream: BinaryIO, name: str, where: str, source: TextSource) -> I
         text = _decoded(stream.read(), where, source)
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
     if text.strip():
-        yield Document(name, text, _whole(where))
+        yield Document(_whole(name), text, where)
 
 
 def _read_lines(stream: BinaryIO, name: str, path: str, source: TextSource) -> Iterator[Document]:
@@ -304,7 +310,7 @@ def _read_lines(stream: BinaryIO, name: str, path: str, source: TextSource) -> I
         with _skipping(source):
             if line.strip():
                 record = _parsed(line, f"{path}:{number}", source)
-                document = _record(record, f"{name}:{number}", path, number, source)
+                document = _record(record, f"{_whole(name)}:{number}", path, number, source)
         if document is not None:
             yield document
 
@@ -325,42 +331,29 @@ def _parsed(line: bytes, where: str, source: TextSource) -> Any:
         fault = f"not JSON ({getattr(error, 'msg', error)}); every line must be one JSON object"
         raise _Unreadable(where, fault, source.ways_out.line) from error
     # JSON can spell half of a pair, which no text can hold: "\ud83d" where an emoji was cut in two
-    return _mended(record, where, source) if "\\ud" in text.lower() else record
-
-
-def _mended(value: Any, where: str, source: TextSource) -> Any:
-    """The same for all strings of a JSON value, or _Unreadable."""
-    if isinstance(value, dict):
-        return {_mended(key, where, source): _mended(inner, where, source) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_mended(inner, where, source) for inner in value]
-    half = _SURROGATE.search(value) if isinstance(value, str) else None
-    if half is None:
-        return value
-    if source.undecodable != "replace":
-        fault = f"not UTF-8 text (half of a character, \\u{ord(half[0]):04x}, at offset {half.start()})"
-        raise _Unreadable(where, fault, source.ways_out.undecodable)
-    return _whole(value)
+    if "\\ud" not in text.lower() or not (half := _SURROGATE.search(flat := json.dumps(record, ensure_ascii=False))):
+        return record
+    if source.undecodable == "replace":
+        return json.loads(_whole(flat))
+    fault = f"not UTF-8 text (half of a character, \\u{ord(half[0]):04x})"
+    raise _Unreadable(where, fault, source.ways_out.undecodable)
 
 
 def _record(record: object, name: str, path: str, line: int | None, source: TextSource) -> Document | None:
     where = path if line is None else f"{path}:{line}"
     if not isinstance(record, dict):
         raise _Unreadable(where, f"{_kind(record)}, not an object with a text field", source.ways_out.line)
-    text = record.get(source.field)
+    text, given = record.get(source.field), record.get("id")
     if not isinstance(text, str):
         fault = f"the field {source.field!r} holds {_kind(text)}, not text"
         fault = fault if source.field in record else f"no text field {source.field!r}"
         raise _Unreadable(where, f"{fault} (it has: {', '.join(record) or 'nothing'})", source.ways_out.field)
-    given = record.get("id")
     if isinstance(given, dict | list):
         raise _Unreadable(where, f"the field 'id' holds {_kind(given)}, not a name", source.ways_out.line)
     name = name if given is None or not str(given).strip() else str(given)
     if not source.wants(name) or not text.strip():
         return None
-    return Document(
-        name, text, _whole(path), {key: value for key, value in record.items() if key != source.field}, line
-    )
+    return Document(name, text, path, {key: value for key, value in record.items() if key != source.field}, line)
 
 
 def _kind(value: object) -> str:
@@ -420,7 +413,7 @@ def _matches(name: str, pattern: str) -> bool:
 def _nothing_in(path: str, source: TextSource) -> str:
     if source.exclude or source.undecodable == "skip":
         return f"{path}: no text is left after what is excluded or skipped; name more files"
-    kind = "folder" if Path(path).is_dir() else "archive" if unpacked(path.lower()).endswith(ARCHIVES) else None
+    kind = "folder" if Path(path).is_dir() else "archive" if _unpacked(path.lower()).endswith(ARCHIVES) else None
     if kind is None:
         return f"{path}: no text, the file is empty or holds white space only; name one with text in it"
     kinds = f"{', '.join(source.suffixes)}, .jsonl, .tar and .zip, also compressed"

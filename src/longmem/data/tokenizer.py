@@ -19,15 +19,7 @@ _MARGIN = 256  # characters, more than any token has
 
 
 def load_tokenizer(path: str | Path, model: Any = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or at a hub id.
-
-    Args:
-        path: of either.
-        model: the model whose ids it must make, see ``check_tokenizer``.
-
-    Raises:
-        DataError: there is none, or it is another model's.
-    """
+    """The tokenizer in a folder or at a hub id; with ``model``, one whose ids it must make."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
@@ -44,13 +36,8 @@ def check_tokenizer(
     """Refuse a tokenizer whose ids the model has no embeddings for.
 
     Args:
-        tokenizer: of transformers.
-        model: any with ``get_input_embeddings()``.
         name: of the tokenizer in the message; None is the path that it was loaded from.
         way_out: what the message proposes.
-
-    Raises:
-        DataError: it is another model's.
     """
     known = int(model.get_input_embeddings().weight.shape[0])
     # without tokens added later: some checkpoints bring one or two that occur in no text and have no embedding
@@ -62,16 +49,7 @@ def check_tokenizer(
 
 
 def check_ids(ids: Iterable[int], model: Any, what: str) -> None:
-    """Refuse token ids that the model has no embeddings for.
-
-    Args:
-        ids: of a text.
-        model: any with ``get_input_embeddings()``.
-        what: the text in the message, "the prompt".
-
-    Raises:
-        DataError: one is too large, or below 0.
-    """
+    """Refuse token ids of ``what`` ("the prompt") that the model has no embeddings for."""
     known = int(model.get_input_embeddings().weight.shape[0])
     wrong = next((each for each in ids if not 0 <= each < known), None)
     if wrong is not None:
@@ -109,10 +87,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_bytes: int = 64_0
         texts: what to learn the merges from, in order.
         vocab_size: V, the 256 bytes and the three special tokens included.
         max_bytes: stop reading after about so many bytes; more changes the merges little and takes longer.
-
-    Raises:
-        ConfigError: a vocabulary too small for bytes.
-        DataError: no text.
     """
     if vocab_size < MIN_VOCABULARY:
         raise ConfigError(f"data.vocab_size ({vocab_size}) must be at least {MIN_VOCABULARY}: 256 bytes and 3 specials")

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,33 +62,22 @@ class TokenCorpus:
         cls, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, fingerprint: str = ""
     ) -> TokenCorpus:
         """Tokenise in RAM; ``tokenize`` is the same with a cache on disk."""
-        parts: list[NDArray[Any]] = []
-        names: list[str] = []
-        sizes: list[tuple[int, int]] = []
-        for document, ids in _encode(documents, tokenizer):
-            parts.append(ids)
-            names.append(document.id)
-            sizes.append((len(document.text.encode()), len(document.text.split())))
-        if not parts:
+        rows = [
+            (ids, document.id, len(document.text.encode()), len(document.text.split()))
+            for document, ids in _encode(documents, tokenizer)
+        ]
+        if not rows:
             raise DataError("no document with text; check data.paths, data.include and data.exclude")
-        bounds = np.concatenate([[0], np.cumsum([len(ids) for ids in parts])]).astype(np.int64)
-        num_bytes, num_words = np.array(sizes, dtype=np.int64).T
-        return cls(np.concatenate(parts), bounds, tuple(names), num_bytes, num_words, fingerprint)
+        parts, names, num_bytes, num_words = zip(*rows, strict=True)
+        return cls(np.concatenate(parts), _bounds(parts), names, np.array(num_bytes), np.array(num_words), fingerprint)
 
     def save(self, folder: Path) -> None:
         """Write into a folder that is complete or absent."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".tokens-", dir=folder.parent))
         self.ids.tofile(temporary / "tokens.bin")
-        index = {
-            "format": FORMAT,
-            "dtype": self.ids.dtype.name,
-            "fingerprint": self.fingerprint,
-            "bounds": self.bounds.tolist(),
-            "names": self.names,
-            "num_bytes": self.num_bytes.tolist(),
-            "num_words": self.num_words.tolist(),
-        }
+        index = {"format": FORMAT, "dtype": self.ids.dtype.name, "fingerprint": self.fingerprint, "names": self.names}
+        index |= {name: getattr(self, name).tolist() for name in ("bounds", "num_bytes", "num_words")}
         (temporary / "index.json").write_text(json.dumps(index))
         try:
             os.replace(temporary, folder)
@@ -138,9 +127,6 @@ def as_corpus(documents: TokenCorpus | Iterable[Mapping[str, Any]]) -> TokenCorp
     Args:
         documents: a corpus as it is; or records (of a ``datasets.Dataset``, a list) with ``input_ids``, each a whole
             document, and perhaps a ``name`` or ``id``.
-
-    Raises:
-        DataError: a record has no ``input_ids``, or none has any.
     """
     if isinstance(documents, TokenCorpus):
         return documents
@@ -155,11 +141,14 @@ def as_corpus(documents: TokenCorpus | Iterable[Mapping[str, Any]]) -> TokenCorp
         names.append(str(record.get("name", record.get("id", number))))
     if not sum(map(len, parts)):
         raise DataError("no record has any token in input_ids; give documents to train on")
-    ids = np.concatenate(parts)
-    bounds = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+    ids, bounds = np.concatenate(parts), _bounds(parts)
     unknown = np.zeros(len(parts), dtype=np.int64)
     fingerprint = hashlib.sha256(ids.tobytes() + bounds.tobytes()).hexdigest()[:16]
     return TokenCorpus(ids, bounds, tuple(names), unknown, unknown, fingerprint)
+
+
+def _bounds(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
+    return np.cumsum([0, *map(len, parts)], dtype=np.int64)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -175,28 +164,20 @@ def _encode(
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     prefix = _prefix(tokenizer)
     suffix = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encode = _encoder(tokenizer)
     for batch in _batches(documents):
-        for document, ids in zip(batch, encode([document.text for document in batch]), strict=True):
+        for document, ids in zip(batch, _ids(tokenizer, [document.text for document in batch]), strict=True):
             yield document, np.array([*prefix, *ids, *suffix], dtype=dtype)
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], Iterator[list[int]]]:
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Whole batches at once on all cores, without offsets, which take longer and are not needed here."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-
-    def fast(texts: list[str]) -> Iterator[list[int]]:
-        assert backend is not None
-        return (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
-
-    def slow(texts: list[str]) -> Iterator[list[int]]:
-        return iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-
     if backend is None:
+        slow: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return slow
     backend.no_truncation()
     backend.no_padding()
-    return fast
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

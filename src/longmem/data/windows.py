@@ -48,12 +48,7 @@ class WindowSampler:
     Args:
         corpus: tokens to cut windows from; a window may span documents.
         window: T.
-        rows: B, of this process.
-        seed: of order and practice.
-        repeat_fraction: share of practice rows, 0 to 1.
-        repeat_random: share of random-token rows among them, 0 to 1.
-        rank: number of this process.
-        world: number of processes.
+        rows: B, of this process, the ``rank``-th of ``world``.
         special_ids: ids below this are never drawn as random tokens.
         vocab_size: V, the upper end of random tokens.
     """
@@ -110,23 +105,20 @@ class WindowSampler:
         self.position = int(state["position"])
 
     def _row(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.bool_], np.bool_]:
-        tokens = self._window(number)
-        hidden = np.zeros(len(tokens), dtype=bool)
-        random = np.random.default_rng([self.seed, _PRACTICE, number])
-        practice = random.random() < self.repeat_fraction
-        if practice:
-            self._repeat(tokens, hidden, random)
-        return tokens, hidden, np.bool_(practice)
-
-    def _window(self, number: int) -> NDArray[np.int64]:
-        """(T + 1,) tokens."""
+        """(T + 1,) tokens, which of them cannot be predicted, and whether the row is practice."""
         epoch, index = divmod(number, self.per_pass)
         if self._order is None or self._order[0] != epoch:
             random = np.random.default_rng([self.seed, _ORDER, epoch])
             self._order = (epoch, int(random.integers(self.window)), random.permutation(self.per_pass))
         _, phase, order = self._order
         start = phase + int(order[index]) * self.window
-        return self.corpus.ids[start : start + self.window + 1].astype(np.int64)
+        tokens = self.corpus.ids[start : start + self.window + 1].astype(np.int64)
+        hidden = np.zeros(len(tokens), dtype=bool)
+        random = np.random.default_rng([self.seed, _PRACTICE, number])
+        practice = random.random() < self.repeat_fraction
+        if practice:
+            self._repeat(tokens, hidden, random)
+        return tokens, hidden, np.bool_(practice)
 
     def _repeat(self, tokens: NDArray[np.int64], hidden: NDArray[np.bool_], random: np.random.Generator) -> None:
         """Write a second occurrence of a passage into ``tokens`` and mark in ``hidden`` what cannot be predicted."""

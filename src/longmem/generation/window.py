@@ -38,11 +38,7 @@ class WindowPolicy:
 
     @classmethod
     def of(cls, settings: Any, model: Any, memory: Memory | None) -> WindowPolicy | None:
-        """The policy for a model and its memory; None where nothing limits the text.
-
-        Raises:
-            ConfigError: lists every setting that breaks a rule.
-        """
+        """The policy for a model and its memory; None where nothing limits the text."""
         chunk = model.config.chunk_size if memory is None else memory.chunk_size
         limit = positions(model)
         window = getattr(settings, "window", None)
@@ -227,10 +223,6 @@ def open_window(
         input_ids: (B, T) prompts.
         attention_mask: (B, T) or None.
         settings: the generation config, lengths filled in.
-
-    Raises:
-        ConfigError: if the settings of the window contradict each other.
-        MemoryBankError: if two sequences would be written to one row of the caller's session.
     """
     policy = WindowPolicy.of(settings, model, memory)
     longest = settings.max_length - 1  # the last token is not read

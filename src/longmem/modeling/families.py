@@ -68,11 +68,7 @@ class Family:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Family:
-        """Find the parts of ``model``.
-
-        Raises:
-            BackboneError: if the layers, their attention or its output projection go by names not known here.
-        """
+        """Find the parts of ``model``."""
         config = model.config.get_text_config(decoder=True)
         path = next((p for p in _LAYERS if isinstance(find(model, p), nn.ModuleList)), None)
         if config.is_encoder_decoder or path is None:
@@ -183,11 +179,7 @@ class Family:
         return self.config.per_layer_config[layer]
 
     def check_memory_layers(self, layers: tuple[int, ...]) -> None:
-        """Refuse layers that cannot be remembered, or not together, and say which can.
-
-        Raises:
-            BackboneError: names the layer.
-        """
+        """Refuse layers that cannot be remembered, or not together, and say which can."""
         allowed = self.memory_layers()
         for layer in layers:
             if layer in allowed:

@@ -48,9 +48,6 @@ def gguf_folder(file: str | Path, *, quiet: bool = False) -> Path:
 
     Returns:
         a folder with config.json, model.safetensors and the tokenizer, in float32, for ``from_pretrained``.
-
-    Raises:
-        BackboneError: there is no such file, the ``gguf`` package is missing, or transformers cannot read the file.
     """
     path = Path(file).expanduser().resolve()
     if not path.is_file():

@@ -84,12 +84,7 @@ class Loading:
         return {name: value for name, value in self.kwargs.items() if name in _FINDING}
 
     def backbone(self, backbone: str | Path | nn.Module) -> tuple[PreTrainedModel, str | None]:
-        """The model itself, loaded or as given, and a name by which it will be found from anywhere.
-
-        Raises:
-            BackboneError: if it cannot be loaded, or is no causal language model of transformers.
-            ConfigError: if it is loaded already, and arguments say how to load it.
-        """
+        """The model itself, loaded or as given, and a name by which it will be found from anywhere."""
         if isinstance(backbone, nn.Module):
             if self.kwargs:
                 raise ConfigError(
@@ -161,22 +156,14 @@ def _recognised(model: PreTrainedModel, config: MemoryConfig, folder: Path, give
 
 
 def check_arguments(method: str, rest: dict[str, Any]) -> None:
-    """Refuse arguments that would do nothing.
-
-    Raises:
-        ConfigError: names them, and the nearest that there are.
-    """
+    """Refuse arguments that would do nothing."""
     known = ("backbone", "revision", "dtype", "side_dtype", "backbone_kwargs", "config", *_FINDING, *_LOADED)
     if rest:
         raise ConfigError([f"{method} has no argument {name}{nearest(name, known)}" for name in rest])
 
 
 def _checked(model: nn.Module) -> PreTrainedModel:
-    """The model, if it is one of transformers.
-
-    Raises:
-        BackboneError: it is something around one, or something else.
-    """
+    """The model, if it is one of transformers."""
     if isinstance(model, PreTrainedModel):
         return model
     if hasattr(model, "merge_and_unload"):
@@ -223,9 +210,6 @@ def load_backbone(
         dtype: None is as stored.
         quantised: ``quantization_config`` of the backbone that a SideNet was trained over, to load this one alike.
         **kwargs: go on to transformers; its own ``quantization_config`` comes first.
-
-    Raises:
-        BackboneError: if it cannot be loaded.
     """
     if dtype is not None:
         kwargs["dtype"] = dtype
@@ -245,23 +229,14 @@ def load_backbone(
 
 
 def load_config(kind: type[Config], folder: Path) -> Config:
-    """The config in a checkpoint folder; transformers would take one that is missing for one without settings.
-
-    Raises:
-        OSError: there is none.
-        ValueError: it cannot be read.
-    """
+    """The config in a checkpoint folder; transformers would take one that is missing for one without settings."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no config.json in {folder}")
     return kind.from_pretrained(folder)
 
 
 def named_backbone(named: str | None, folder: Path) -> str:
-    """Where a checkpoint in ``folder`` says its backbone is; a path may be relative to the folder.
-
-    Raises:
-        BackboneError: it does not say.
-    """
+    """Where a checkpoint in ``folder`` says its backbone is; a path may be relative to the folder."""
     if named is None:
         raise BackboneError(f"{folder} names no backbone; pass backbone=PATH or a loaded model")
     if not Path(named).is_absolute() and (folder / named).is_dir():

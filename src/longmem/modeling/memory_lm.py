@@ -329,12 +329,7 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
         backbone: str | Path | PreTrainedModel | nn.Module | None,
         loading: Loading,
     ) -> tuple[Path, MemoryConfig, PreTrainedModel, str]:
-        """The folder of a checkpoint, its config, its backbone and the backbone's fingerprint.
-
-        Raises:
-            CheckpointError: if there is no config, or it belongs to another backbone.
-            BackboneError: if the backbone cannot be loaded.
-        """
+        """The folder of a checkpoint, its config, its backbone and the backbone's fingerprint."""
         folder = resolve_folder(str(name), loading.revision)
         try:
             made = load_config(cls.config_class, folder) if config is None else config
@@ -376,11 +371,7 @@ _SAVING = ("is_main_process", "safe_serialization", "max_shard_size", "state_dic
 
 
 def check_saving(given: dict[str, Any]) -> None:
-    """Refuse arguments of ``save_pretrained`` that would do nothing.
-
-    Raises:
-        ConfigError: names them.
-    """
+    """Refuse arguments of ``save_pretrained`` that would do nothing."""
     if unknown := [name for name in given if name not in _SAVING or (name == "safe_serialization" and not given[name])]:
         raise ConfigError(
             f"save_pretrained does not take {', '.join(unknown)}; it writes safetensors into a folder, which "

@@ -84,11 +84,7 @@ class MemTRM(AugmentedLM):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        """Recompute every layer in backward but those that read memory.
-
-        Raises:
-            ConfigError: if the backbone cannot, or not layer by layer.
-        """
+        """Recompute every layer in backward but those that read memory."""
         model, layers = self.backbone.model, self.backbone.family.layers
         apart = all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
         if not model.supports_gradient_checkpointing or not apart:

@@ -44,11 +44,7 @@ def quantization(bits: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def check_bitsandbytes(method: str = "bitsandbytes") -> None:
-    """Refuse to quantise where bitsandbytes is asked for and not there.
-
-    Raises:
-        BackboneError: it is not installed.
-    """
+    """Refuse to quantise where bitsandbytes is asked for and not there."""
     if method.endswith("bitsandbytes") and not is_bitsandbytes_available():
         raise BackboneError(
             "the backbone is to be quantised by bitsandbytes, which is not installed; "
@@ -57,12 +53,7 @@ def check_bitsandbytes(method: str = "bitsandbytes") -> None:
 
 
 def check_quantisation(model: PreTrainedModel) -> None:
-    """Refuse a backbone whose weights cannot be copied.
-
-    Raises:
-        BackboneError: some are packed, and not by bitsandbytes. Layers of floats, such as transformers makes of a GGUF
-            file, are none of those, whatever the config says.
-    """
+    """Refuse a backbone whose weights cannot be copied."""
     method = getattr(model, "quantization_method", None)
     name = str(getattr(method, "value", method))
     if method is not None and name != "bitsandbytes" and _is_packed(model):
@@ -73,11 +64,7 @@ def check_quantisation(model: PreTrainedModel) -> None:
 
 
 def check_trainable(model: PreTrainedModel) -> None:
-    """Refuse a backbone that cannot be trained itself.
-
-    Raises:
-        BackboneError: it is quantised, or its weights are kept elsewhere.
-    """
+    """Refuse a backbone that cannot be trained itself."""
     method = getattr(model, "quantization_method", None)
     if method is not None and _is_packed(model):
         raise BackboneError(

@@ -98,11 +98,7 @@ class PositionFreeProbe:
             self._module.config._attn_implementation = _RECORDER  # type: ignore[union-attr]
 
     def __call__(self, call: Call) -> QKV:
-        """The projections for recorded arguments of the module's forward.
-
-        Raises:
-            BackboneError: if the module neither goes through the attention interface nor has an adapter.
-        """
+        """The projections for recorded arguments of the module's forward."""
         if self._adapter is not None:
             return self._adapter(self._module, call.arguments["hidden_states"])
         arguments = dict(call.arguments)

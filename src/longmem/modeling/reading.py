@@ -73,11 +73,7 @@ class Reading:
 
     @classmethod
     def of(cls, model: Any, memory: Memory | None, rows: Tensor | None, explain: bool) -> Reading | None:
-        """How a call of ``model`` reads ``memory``; None where there is none.
-
-        Raises:
-            MemoryBankError: if the memory was written by another backbone or other layers, or its chunks are too long.
-        """
+        """How a call of ``model`` reads ``memory``; None where there is none."""
         if memory is None:
             return None
         theirs = getattr(memory, "fingerprint", None)
@@ -129,9 +125,6 @@ class MemoryReader:
         fusion: how local and memory attention are mixed.
         gate: returns the logits (H,) of this layer's heads; with fusion "token" the ``TokenGate`` itself.
         probe: returns the position-free projections of a call of ``attention``.
-
-    Raises:
-        BackboneError: if the fusion needs the local scores and the module does not give them.
     """
 
     def __init__(

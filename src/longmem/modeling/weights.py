@@ -61,13 +61,7 @@ def write_trainer_index(folder: Path, weight_map: Mapping[str, str]) -> None:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors in a folder, whether in one file or several.
-
-    Raises:
-        OSError: a file is missing.
-        SafetensorError: a file is damaged.
-        ValueError: the index is damaged, or a file does not hold what the index says.
-    """
+    """All tensors in a folder, whether in one file or several."""
     if not (folder / INDEX).is_file():
         return load_file(folder / WEIGHTS)
     tensors: dict[str, Tensor] = {}

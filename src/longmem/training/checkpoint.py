@@ -39,11 +39,7 @@ def publish(written: Path, final: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Read a checkpoint through.
-
-    Raises:
-        CheckpointError: it is not there, not whole, or its bytes have changed.
-    """
+    """Read a checkpoint through."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint; train without resuming")
     try:

@@ -122,10 +122,6 @@ def estimate(recipe: Recipe, machine: str, backbone: PreTrainedConfig | None = N
         recipe: with a budget in steps or tokens.
         machine: a name in ``HARDWARE``.
         backbone: its config, in place of the one at ``backbone.path``.
-
-    Raises:
-        ConfigError: unknown hardware, no budget, or a backbone without config.json.
-        BackboneError: a family that is not supported.
     """
     if machine not in HARDWARE:
         raise ConfigError(f"hardware ({machine!r}) is not known; try one of {', '.join(HARDWARE)}")

@@ -22,11 +22,7 @@ from longmem.training.recipe import Recipe
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
-    """The model, its trained weights in float32, where it was loaded.
-
-    Raises:
-        BackboneError, ConfigError: settings that do not fit the backbone.
-    """
+    """The model, its trained weights in float32, where it was loaded."""
     model: Any
     if recipe.task == "pretrain":
         model = trained = _causal(recipe, tokenizer)

@@ -23,11 +23,7 @@ from longmem.modeling.fingerprint import sketch_of
 
 
 def wants_sharding(parallel: str) -> bool:
-    """Whether to divide the model: the recipe says so, or says ``auto`` and the launch file does.
-
-    Raises:
-        ConfigError: it was launched for DeepSpeed, Megatron or FSDP1.
-    """
+    """Whether to divide the model: the recipe says so, or says ``auto`` and the launch file does."""
     launched, version = _is_set("ACCELERATE_USE_FSDP"), os.environ.get("FSDP_VERSION", "1")
     for name in ("DEEPSPEED", "MEGATRON_LM"):
         if _is_set(f"ACCELERATE_USE_{name}"):
