@@ -15,7 +15,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,30 +44,43 @@ class Pieces:
         self.links = links[links[:, 0].argsort(stable=True)]
         self.first = torch.searchsorted(self.links[:, 0].contiguous(), torch.arange(len(self.ids) + 1, device=device))
         self.kinds: list[str] = json.loads((folder / "kinds.json").read_text())
-        self.top: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
+
+class Teacher(NamedTuple):
+    """What the backbone with a whole piece in its window expects, for some pieces.
+
+    Attributes:
+        top: (B, PIECE, keep) its best tokens.
+        share: (B, PIECE, keep) their probabilities among themselves.
+        nats: (B, PIECE) of the true tokens.
+    """
+
+    top: Tensor
+    share: Tensor
+    nats: Tensor
+
+    @classmethod
     @torch.no_grad()
-    def ask(self, teacher: nn.Module, keep: int, rows: int) -> Tensor:
-        """Keep the teacher's ``keep`` best tokens of every place; returns nats (N, PIECE) of the true ones."""
-        shape = (len(self), PIECE, keep)
-        self.top = torch.empty(shape, dtype=torch.int32, device=self.ids.device)
-        self.share = torch.empty(shape, dtype=torch.bfloat16, device=self.ids.device)
-        nats = torch.empty(shape[:2], device=self.ids.device)
-        for first in range(0, len(self), rows):
-            some = slice(first, first + rows)
-            ids = self.ids[some].long()
-            hidden = teacher.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-            for at in range(0, PIECE, WINDOW):
-                part = slice(at, at + WINDOW)
-                logits = teacher.lm_head(hidden[:, part]).float()
+    def of(cls, backbone: Any, ids: Tensor, keep: int, at_once: int = 8) -> Teacher:
+        """Ask it about pieces (B, PIECE + 1), ``at_once`` at a time."""
+        found = []
+        for some in ids.long().split(at_once):
+            hidden = backbone.model(input_ids=some[:, :-1], use_cache=False).last_hidden_state
+            for place, true in zip(hidden.split(WINDOW, 1), some[:, 1:, None].split(WINDOW, 1), strict=True):
+                logits = backbone.lm_head(place).float()
                 best = logits.topk(keep, dim=-1)
-                self.top[some, part], self.share[some, part] = best.indices.int(), best.values.softmax(-1).bfloat16()
-                true = ids[:, 1:][:, part].unsqueeze(-1)
-                nats[some, part] = logits.logsumexp(-1) - logits.gather(-1, true).squeeze(-1)
-        return nats
+                nats = logits.logsumexp(-1) - logits.gather(-1, true).squeeze(-1)
+                found.append((best.indices, best.values.softmax(-1), nats))
+        rows = [found[at : at + SEGMENTS] for at in range(0, len(found), SEGMENTS)]
+        return cls(
+            *(
+                torch.cat([torch.cat(part, 1) for part in parts])
+                for parts in zip(*(zip(*r, strict=True) for r in rows), strict=True)
+            )
+        )
 
 
 class Reader:
@@ -84,7 +97,9 @@ class Reader:
         if memory:
             self.bank = MemoryBank.for_model(model, rows=rows, capacity_tokens=memory)
 
-    def segment(self, pieces: Pieces, some: Tensor, number: int, given: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
+    def segment(
+        self, pieces: Pieces, some: Tensor, number: int, teacher: Teacher | None, given: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Read a segment of some pieces.
 
         Returns:
@@ -101,9 +116,9 @@ class Reader:
         logits = out.logits.float()
         lse, true = logits.logsumexp(-1), logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
         loss = lse - true
-        if pieces.top is not None and given.teacher:
-            told = logits.gather(-1, pieces.top[some, part].long()) * pieces.share[some, part].float()
-            loss = torch.where(weight <= TEXT, loss + given.teacher * (true - told.sum(-1)), loss)
+        if teacher is not None:
+            told = (logits.gather(-1, teacher.top[:, part]) * teacher.share[:, part]).sum(-1)
+            loss = torch.where(weight <= TEXT, loss + given.teacher * (true - told), loss)
         search = logits.new_zeros(())
         if self.bank is not None and given.search and number:
             search = self._search_loss(pieces, some, number, out.reads, given.links)
@@ -152,7 +167,7 @@ def validate(model: LongMem, pieces: Pieces, rows: int, memory: int, given: Any)
         some = torch.arange(first, min(first + rows, len(pieces)), device=nats.device)
         reader = Reader(model, len(some), memory)
         for number in range(SEGMENTS):
-            _, found, _, out = reader.segment(pieces, some, number, argparse.Namespace(teacher=0, search=0))
+            _, found, _, out = reader.segment(pieces, some, number, None, argparse.Namespace(search=0))
             nats[some, number * WINDOW : (number + 1) * WINDOW] = found
             reader.write(out, some, number)
     model.train(True)
@@ -223,9 +238,8 @@ def main() -> None:
     pieces, valid = Pieces(given.pieces, device), Pieces(given.valid, device)
     memory = 0 if given.control else given.memory
     began = time.monotonic()
-    if given.teacher:
-        pieces.ask(backbone, 32, max(1, given.rows // 4))
-    say(teacher=by_kind(valid, valid.ask(backbone, 1, max(1, given.rows // 4))), seconds=time.monotonic() - began)
+    nats = torch.cat([Teacher.of(backbone, ids, 1).nats for ids in valid.ids.split(8)])
+    say(teacher=by_kind(valid, nats), seconds=round(time.monotonic() - began, 1))
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         say(
             backbone=validate(model, valid, given.rows, 0, given),
@@ -250,13 +264,14 @@ def main() -> None:
         if len(order) < given.rows:
             order += torch.randperm(len(pieces), generator=draw).tolist()
         some = torch.tensor([order.pop() for _ in range(given.rows)], device=device)
+        teacher = Teacher.of(backbone, pieces.ids[some], 32) if given.teacher else None
         for number in range(SEGMENTS):
             part = min(1.0, max((time.monotonic() - began) / (60 * given.minutes), step / given.steps))
             factor = min(1.0, (step + 1) / 40) * (0.05 + 0.475 * (1 + math.cos(math.pi * part)))
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["top"]
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss, _, search, out = reader.segment(pieces, some, number, given)
+                loss, _, search, out = reader.segment(pieces, some, number, teacher, given)
             (loss + given.search * search).backward()
             norm = nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], 1.0)
             optimizer.step()
