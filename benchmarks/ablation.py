@@ -32,9 +32,8 @@ from longmem.evaluation.bootstrap import Bootstrap
 from longmem.evaluation.documents import TokenizedDocument, tokenize_documents
 from longmem.evaluation.loading import checkpoint_folder, load_comparison, load_tokenizer
 from longmem.evaluation.pages import plain
-from longmem.evaluation.perplexity import PerplexitySettings, measure
+from longmem.evaluation.perplexity import PerplexitySettings, measure, scores
 from longmem.evaluation.results import Ledger, RunHeader, as_json, to_json, write_json
-from longmem.evaluation.scores import scores
 from longmem.evaluation.systems import BACKBONE, MEMORY_OFF, Comparison, System
 from longmem.evaluation.tables import tables_of
 from longmem.types import AttentionKV
@@ -233,7 +232,7 @@ def ablate(
         table: dict[str, list[dict[str, Any]]] = {}
         for comparison in comparisons:
             table |= measure(comparison, documents, settings, protocol, ledger, device=device)
-        found = scores("all", documents, table, list(pairs.items()), settings.bootstrap, settings.block)
+        found = scores("all", documents, table, list(pairs.items()), settings)
         perplexities = {one["system"]: one["perplexity"] for one in found["systems"]}
         for gap in as_json(found["differences"]):
             kept = {name: gap[name] for name in ("percent", "documents", "blocks")}

@@ -56,9 +56,9 @@ def everything(*sizes: int) -> tuple[Comparison, dict[str, Any]]:
     """All kinds of systems over one backbone, and their models by kind of memory."""
     side, trained = longmem(), memtrm()
     free = TrainingFree.from_backbone(side.backbone.model, gate=0.3, **SHAPE)
-    comparison = Comparison.of_longmem(side, sizes, control=longmem(5)).with_memtrm(trained, sizes)
+    comparison = Comparison.of_longmem(side, sizes, control=longmem(5)).beside(trained, sizes)
     models = {"memory": side, "memtrm": trained, "training_free_0.3": free}
-    return comparison.with_training_free(free, sizes), models
+    return comparison.beside(free, sizes), models
 
 
 def documents(*repeats: int) -> list[TokenizedDocument]:

@@ -24,7 +24,7 @@ from tests.evaluation.pairs import (
 from tests.family_table import make_backbone
 from torch import Tensor
 
-from longmem import CheckpointError, ConfigError, LongMem, MemoryBank, TrainingFree
+from longmem import CheckpointError, LongMem, MemoryBank, TrainingFree
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.systems import Comparison, sized
 from longmem.progress import Progress
@@ -120,7 +120,7 @@ def test_a_shut_gate_is_the_backbone() -> None:
     several = documents(4, 2)
     comparison = Comparison.of_backbone(backbone())
     free = TrainingFree.from_backbone(comparison.model, gate=0, **SHAPE)
-    found = perplexity(comparison.with_training_free(free, [64]), several, SETTINGS)
+    found = perplexity(comparison.beside(free, [64]), several, SETTINGS)
     for protocol in found["protocols"]:
         np.testing.assert_allclose(
             nll_of(found, "training_free_0_64", protocol), nll_of(found, "backbone", protocol), rtol=1e-6
@@ -164,7 +164,7 @@ def test_records_of_other_settings_or_weights_are_not_reused(tmp_path: Path) -> 
     def scored_anew(model: LongMem, sizes: Sequence[int], settings: PerplexitySettings, own: Any = None) -> set[str]:
         before = len(path.read_text().splitlines())
         comparison = Comparison.of_longmem(model, sizes)
-        perplexity(comparison if own is None else comparison.with_memtrm(own, [8]), several, settings, records=path)
+        perplexity(comparison if own is None else comparison.beside(own, [8]), several, settings, records=path)
         return {json.loads(line)["system"] for line in path.read_text().splitlines()[before:] if line}
 
     assert scored_anew(longmem(1), [64], SETTINGS) == set()
@@ -198,20 +198,12 @@ def test_models_of_another_backbone_are_refused_by_name() -> None:
     other = LongMem.from_backbone(backbone(seed=7), **SHAPE)
     with pytest.raises(CheckpointError, match=r"control's backbone \(\w+\) is not the model's"):
         Comparison.of_longmem(longmem(), [64], control=other)
-    with pytest.raises(CheckpointError, match=r"trained from backbone \w+ \(\w*\), the others stand on \w+; compare"):
-        comparison.with_memtrm(memtrm(start=7), [64])
-    with pytest.raises(CheckpointError, match=r"backbone is \w+, the others stand on \w+; compare models of one"):
-        comparison.with_training_free(TrainingFree.from_backbone(backbone(7), **SHAPE), [64])
-
-
-def test_all_broken_settings_are_reported_together() -> None:
-    with pytest.raises(ConfigError) as caught:
-        PerplexitySettings(window=16, stride=17, protocols=("segments", "rolling"), rows=0)
-    assert caught.value.problems == [
-        "rows (0) must be at least 1",
-        "stride (17) must be between 1 and the window (16); try 8",
-        "protocols (rolling) must be among segments, sliding",
-    ]
+    with pytest.raises(CheckpointError, match=r"MemTRM was made from backbone \w+, the others stand on \w+; compare"):
+        comparison.beside(memtrm(start=7), [64])
+    with pytest.raises(
+        CheckpointError, match=r"free 0.5 was made from backbone \w+, the others stand on \w+; compare models of one"
+    ):
+        comparison.beside(TrainingFree.from_backbone(backbone(7), **SHAPE), [64])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,16 @@ import torch
 
 from longmem.evaluation.bootstrap import Bootstrap
 from longmem.evaluation.documents import TokenizedDocument
-from longmem.evaluation.results import Ledger, as_json
-from longmem.evaluation.scores import bin_edges, block_bins, position_bins, protocol_scores, record, scores
+from longmem.evaluation.perplexity import (
+    PerplexitySettings,
+    bin_edges,
+    block_bins,
+    position_bins,
+    protocol_scores,
+    record,
+    scores,
+)
+from longmem.evaluation.results import Ledger, RunHeader, as_json, write_json
 
 
 def document(name: str, tokens: int, group: str = "") -> TokenizedDocument:
@@ -30,8 +39,12 @@ DOCUMENTS = [document("a__1", 400, "a"), document("a__2", 6000, "a"), document("
 TABLE = {"backbone": records(DOCUMENTS, 10.0), "memory_64": records(DOCUMENTS, 9.0)}
 
 
+def settings(block: int = 100) -> PerplexitySettings:
+    return PerplexitySettings(window=64, block=block, bootstrap=Bootstrap(resamples=50))
+
+
 def score(pairs: list[tuple[str, str]], block: int = 100) -> Any:
-    return as_json(scores("all", DOCUMENTS, TABLE, pairs, Bootstrap(resamples=50), block))
+    return as_json(scores("all", DOCUMENTS, TABLE, pairs, settings(block)))
 
 
 def test_word_perplexity_and_bits_per_byte_come_from_the_same_sum() -> None:
@@ -54,7 +67,7 @@ def test_difference_has_an_interval_over_documents_of_projects_and_one_over_bloc
 
 
 def test_groups_and_the_papers_length_buckets_are_apart() -> None:
-    found = protocol_scores("segments", 64, 64, DOCUMENTS, TABLE, [], Bootstrap(resamples=50), 100)
+    found = protocol_scores("segments", settings(), DOCUMENTS, TABLE, [])
     assert [(g["name"], g["documents"], g["tokens"]) for g in found["groups"]] == [("a", 2, 6400), ("b", 1, 20_000)]
     assert [(b["name"], b["documents"]) for b in found["by_length"]] == [("<5k", 1), ("5k-10k", 1), ("10k-100k", 1)]
 
@@ -96,3 +109,16 @@ def test_a_line_cut_by_an_interruption_loses_only_itself(tmp_path: Path) -> None
     assert again.get("key", "b") is None
     again.append("key", "b", nll=1.5)
     assert Ledger(path).get("key", "b") == ledger.get("key", "b")
+
+
+def test_a_result_says_how_it_was_made_and_is_complete_or_as_it_was(tmp_path: Path) -> None:
+    path, header = tmp_path / "deep" / "result.json", RunHeader("perplexity", "longmem eval", {"w": 8}, {}, {}, [0])
+    write_json(path, {"header": header, "a": [math.nan, 1.5], "b": math.inf})
+    found = json.loads(path.read_text())
+    assert (found["a"], found["b"], found["header"]["seeds"]) == ([None, 1.5], None, [0])
+    assert {"python", "longmem", "torch", "transformers", "numpy"} <= set(found["header"]["versions"])
+    assert found["header"]["machine"]["cpus"] >= 1 and found["header"]["created"]
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == found
+    assert [file.name for file in path.parent.iterdir()] == ["result.json"]

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,6 @@ def tokenize_documents(
 
     Args:
         documents: records with ``id`` and ``text``.
-        tokenizer: a transformers tokenizer.
         max_tokens: keep this many tokens of each document; words and bytes are those of the kept part.
         group_separator: a document's group is its file name up to this string (all of it where it does not occur).
             The group is its project too. None: no groups; the project is the name up to ``__``.
@@ -74,27 +73,27 @@ def tokenize_documents(
         raise ConfigError("the sign that ends a group's name must not be empty; try --group-by-prefix __")
     kept, seen = [], 0
     prefix = start_tokens(tokenizer)
+    first = 0 if prefix else 1
     for document in documents:
         seen += 1
         ids, starts, ends = _encode(tokenizer, document.text, max_tokens)
-        first = 0 if prefix else 1
         if len(ids) <= first:
             log.warning("%s: skipped, %d tokens leave nothing to predict", document.id, len(ids))
             continue
-        text = document.text[starts[first] : ends[-1]]
-        ids = [*prefix, *ids]
-        known = TokenizedDocument(
-            id=document.id,
-            ids=torch.tensor(ids, dtype=torch.long),
-            words=len(text.split()),
-            bytes=len(text.encode("utf-8", errors="surrogatepass")),
-            digest=hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()[:32],
-            project=group_of(document.id, PROJECT_SEPARATOR) if PROJECT_SEPARATOR in document.id else document.id,
+        text, ids = document.text[starts[first] : ends[-1]], [*prefix, *ids]
+        group = None if group_separator is None else group_of(document.id, group_separator)
+        project = group_of(document.id, PROJECT_SEPARATOR) if PROJECT_SEPARATOR in document.id else document.id
+        kept.append(
+            TokenizedDocument(
+                id=document.id,
+                ids=torch.tensor(ids, dtype=torch.long),
+                words=len(text.split()),
+                bytes=len(text.encode("utf-8", errors="surrogatepass")),
+                digest=hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()[:32],
+                group=group,
+                project=project if group is None else group,
+            )
         )
-        if group_separator is not None:
-            group = group_of(document.id, group_separator)
-            known = replace(known, group=group, project=group)
-        kept.append(known)
     if not kept:
         raise DataError(
             f"no text to measure: {seen} documents read, none has two tokens; check --data, --include and --max-tokens"

@@ -50,18 +50,16 @@ def load_comparison(
     Args:
         path: folder of a LongMem, a MemTRM, training-free settings or a causal LM, a run folder that has one in
             ``final/``, or a hub id.
-        backbone: where the backbone is, if not where the checkpoint says.
         control: a SideNet checkpoint trained equally long without memory, over the same backbone.
         memtrm: a MemTRM checkpoint whose training started from the same backbone.
         training_free: for each training-free model the share of its heads that memory gets, or the folder of its
             settings; by share, it remembers and retrieves as the LongMem (or else the MemTRM) beside it does.
         memory_sizes: tokens; None is the size in the model's config. 0, memory switched off, is always measured.
         tokenizer: folder or hub id, if not beside the model or its backbone.
-        device: where the models go; ``auto`` is a GPU where there is one.
         dtype: of the weights; None is as saved.
 
     Raises:
-        ConfigError: settings that do not go together; lists all. Or a device that is not here.
+        ConfigError: settings that do not go together, or a device that is not here.
         CheckpointError, BackboneError: a model that is missing, damaged or made for another backbone.
     """
     from longmem.modeling.fingerprint import fingerprint_of, legacy_fingerprint
@@ -69,8 +67,7 @@ def load_comparison(
     from longmem.modeling.longmem import LongMem
     from longmem.modeling.memtrm import MemTRM
 
-    device = checked_device(device)
-    where = checkpoint_folder(path)
+    device, where = checked_device(device), checkpoint_folder(path)
     kind = model_type(where)
     if kind == "memtrm" and memtrm is None:
         memtrm = where
@@ -83,38 +80,31 @@ def load_comparison(
             f"{KINDS.get(kind, 'causal language model')} by itself"
         )
     # everything is loaded as it was saved, because a backbone is known by its weights; then it is converted
-    models: list[Any] = []
-    main = settings = None
+    main = beside = trained = None
     if kind == "longmem":
         main = LongMem.from_pretrained(where, backbone=backbone)
-        bare, settings, named = main.backbone.model, main.config, main.config.backbone_name_or_path
-        models.append(main)
+        bare, named = main.backbone.model, main.config.backbone_name_or_path
         if control is not None:
             said = "not a LongMem checkpoint; --control takes a SideNet trained without memory"
-            models.append(LongMem.from_pretrained(_checked(control, "longmem", said), backbone=bare))
+            beside = LongMem.from_pretrained(_checked(control, "longmem", said), backbone=bare)
     else:
         named, revision = (backbone, None) if backbone else backbone_of(where)
         bare = load_backbone(named, revision, None).eval()
-        models.append(bare)
-    trained = None
     if memtrm is not None:
         said = "not a MemTRM checkpoint; --memtrm takes one trained with method = 'memtrm'"
         trained = MemTRM.from_pretrained(_checked(memtrm, "memtrm", said))
-    settings = settings or (None if trained is None else trained.config)
-    free = [_load_training_free(gate, bare, settings) for gate in training_free]
-    known = frozenset((fingerprint_of(bare), legacy_fingerprint(bare)) if trained or free else ())
-    for each in filter(None, (*models, trained, *free)):
+    settings = main.config if main else trained.config if trained else None
+    others = [*filter(None, [trained]), *(_load_training_free(gate, bare, settings) for gate in training_free)]
+    known = frozenset((fingerprint_of(bare), legacy_fingerprint(bare)) if others else ())
+    for each in filter(None, (main or bare, beside, *others)):
         torch.nn.Module.to(each, device=device, dtype=dtype)
     if main is None:
         comparison = Comparison.of_backbone(bare)
     else:
-        sizes = _sizes(memory_sizes, main.config)
-        comparison = Comparison.of_longmem(main, sizes, control=models[1] if control else None)
+        comparison = Comparison.of_longmem(main, _sizes(memory_sizes, main.config), control=beside)
     comparison = replace(comparison, fingerprints=known)
-    if trained is not None:
-        comparison = comparison.with_memtrm(trained, _sizes(memory_sizes, trained.config))
-    for each in free:
-        comparison = comparison.with_training_free(each, _sizes(memory_sizes, each.config))
+    for other in others:
+        comparison = comparison.beside(other, _sizes(memory_sizes, other.config))
     config: Any = comparison.model.config
     return Loaded(
         comparison=comparison,
@@ -176,18 +166,16 @@ def model_type(where: str) -> str:
 
     file = Path(where) / "config.json"
     try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        settings = PreTrainedConfig.get_config_dict(where)[0] if found is None else dict(found)
+    except (OSError, ValueError, TypeError) as error:
         if file.is_file():
-            settings = json.loads(file.read_text(encoding="utf-8"))
-        else:
-            settings = PreTrainedConfig.get_config_dict(where)[0]
-    except (OSError, ValueError) as error:
-        if file.is_file():
-            raise CheckpointError(f"{file}: not JSON ({error}); the checkpoint is damaged, write it again") from error
+            raise CheckpointError(
+                f"{file}: no JSON object ({error}); the checkpoint is damaged, write it again"
+            ) from error
         raise CheckpointError(
             f"{where}: neither a folder nor a hub id that can be reached ({str(error).splitlines()[0]})"
         ) from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{file}: no object at its top; the checkpoint is damaged, write it again")
     return str(settings.get("model_type", ""))
 
 

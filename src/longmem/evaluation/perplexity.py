@@ -4,69 +4,72 @@ Every document is streamed from its beginning and memory is empty when it starts
 cuts it into consecutive windows; memory holds all earlier ones. It flatters every memory, because the backbone loses
 the context just before each segment. ``sliding`` moves the window by ``stride``, as a user of the backbone would; only
 tokens that have left the window are in memory. ``streaming.stream_nll`` says exactly when keys and values are written.
+
+All perplexities are of the pooled tokens, exp(sum nll / sum tokens): long documents count by their length.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from longmem.errors import ConfigError
-from longmem.evaluation.bootstrap import Bootstrap
+from longmem.evaluation.bootstrap import Bootstrap, Floats, percent
 from longmem.evaluation.documents import TokenizedDocument
-from longmem.evaluation.results import Ledger, RunHeader, as_json
-from longmem.evaluation.scores import BLOCK, Json, protocol_scores, record
+from longmem.evaluation.results import Json, Ledger, RunHeader, as_json
 from longmem.evaluation.streaming import stream_nll
 from longmem.evaluation.systems import Comparison, System
 from longmem.progress import Progress
 
-PROTOCOLS = ("segments", "sliding")
 RECORDS_VERSION = 1  # part of every record's key; raised when a record's meaning changes
+BLOCK = 4096  # tokens of a block, the unit of the second bootstrap
+FIRST_BIN = 128  # tokens before the second position bin; each further one is twice as wide
+LENGTHS = (0, 5_000, 10_000, 100_000, 500_000, 1_000_000, math.inf)
+LENGTH_NAMES = ("<5k", "5k-10k", "10k-100k", "100k-500k", "500k-1M", ">1M")
+"""The paper's PG-22 buckets (tokens of a document), and what is outside them."""
+
+Table = Mapping[str, Sequence[Json]]
+"""System name -> one record for each document, in the documents' order; the backbone's comes first."""
 
 
 @dataclass(frozen=True)
 class PerplexitySettings:
     """How documents are streamed and intervals drawn.
 
-    Args:
+    Attributes:
         window: tokens the model sees at once.
         stride: how far the sliding window moves; None is half the window.
-        protocols: which protocols to run.
         rows: documents in one batch.
         block: tokens of a block for the block bootstrap.
-        bootstrap: resamples, level and seed.
 
     Raises:
-        ConfigError: lists every setting that breaks a rule.
+        ConfigError: the stride is longer than the window.
     """
 
     window: int
     stride: int | None = None
-    protocols: tuple[str, ...] = PROTOCOLS
+    protocols: tuple[str, ...] = ("segments", "sliding")
     rows: int = 8
     block: int = BLOCK
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
 
     def __post_init__(self) -> None:
-        problems = [f"rows ({self.rows}) must be at least 1"] if self.rows < 1 else []
         if self.stride is not None and not 1 <= self.stride <= self.window:
-            problems.append(
+            raise ConfigError(
                 f"stride ({self.stride}) must be between 1 and the window ({self.window}); try {self.window // 2}"
             )
-        unknown = [name for name in self.protocols if name not in PROTOCOLS]
-        if unknown or not self.protocols:
-            problems.append(f"protocols ({', '.join(unknown) or 'none'}) must be among {', '.join(PROTOCOLS)}")
-        if problems:
-            raise ConfigError(problems)
 
     def stride_of(self, protocol: str) -> int:
         """Segments are a window that moves by its whole width."""
-        return self.window if protocol == "segments" else (self.stride or self.window // 2)
+        return {"segments": self.window, "sliding": self.stride or self.window // 2}[protocol]
 
 
 def perplexity(
@@ -77,20 +80,15 @@ def perplexity(
     device: str = "cpu",
     records: Path | None = None,
     command: str = "",
-    config: dict[str, Any] | None = None,
+    config: Json | None = None,
     quiet: bool = False,
 ) -> Json:
     """Measure every system on every document under every protocol.
 
     Args:
-        comparison: the systems, see ``Comparison.of_longmem`` and ``Comparison.of_backbone``.
-        documents: from ``tokenize_documents``.
-        settings: window, stride, protocols, rows, bootstrap.
-        device: where the models are.
         records: JSONL file of finished documents; what it already holds is not measured again.
         command: as typed, kept in the result.
         config: what else the result should say about its making (paths, dtype).
-        quiet: report no progress.
 
     Returns:
         the JSON of the result file: ``header``, ``systems`` (name -> label), ``protocols`` (see ``protocol_scores``),
@@ -106,35 +104,29 @@ def perplexity(
         command=command,
         config=asdict(settings) | (config or {}),
         models=comparison.described(),
-        samples={
-            "documents": len(documents),
-            "projects": len({document.project or document.id for document in documents}),
-            "tokens": sum(document.scored for document in documents),
-            "words": sum(document.words for document in documents),
-            "bytes": sum(document.bytes for document in documents),
-        },
+        samples={"documents": len(documents), **_counts(documents)},
         seeds=[settings.bootstrap.seed],
         seconds=round(sum(r["seconds"] for table in tables.values() for some in table.values() for r in some), 1),
     )
-    how, (window, block) = (comparison.pairs, settings.bootstrap), (settings.window, settings.block)
-    result: Json = {
-        "header": header,
-        "systems": {system.name: system.label for system in comparison.systems},
-        "protocols": {
-            protocol: protocol_scores(protocol, window, settings.stride_of(protocol), documents, table, *how, block)
-            for protocol, table in tables.items()
-        },
-        "documents": [
-            {name: getattr(document, name) for name in ("id", "group", "project", "words", "bytes", "digest")}
-            | {
-                "tokens": document.scored,
-                "nll": {p: {name: some[i]["nll"] for name, some in table.items()} for p, table in tables.items()},
-            }
-            for i, document in enumerate(documents)
-        ],
-    }
-    plain: Json = as_json(result)
-    return plain
+    result: Json = as_json(
+        {
+            "header": header,
+            "systems": {system.name: system.label for system in comparison.systems},
+            "protocols": {
+                protocol: protocol_scores(protocol, settings, documents, table, comparison.pairs)
+                for protocol, table in tables.items()
+            },
+            "documents": [
+                {name: getattr(document, name) for name in ("id", "group", "project", "words", "bytes", "digest")}
+                | {
+                    "tokens": document.scored,
+                    "nll": {p: {name: some[i]["nll"] for name, some in table.items()} for p, table in tables.items()},
+                }
+                for i, document in enumerate(documents)
+            ],
+        }
+    )
+    return result
 
 
 def measure(
@@ -151,7 +143,9 @@ def measure(
 
     Documents that lack the same systems are streamed together, and those systems run together where they can.
     """
-    keys = {system.name: record_key(system, settings, protocol) for system in comparison.systems}
+    stride = settings.stride_of(protocol)
+    about = {"version": RECORDS_VERSION, "protocol": protocol, "window": settings.window, "stride": stride}
+    keys = {s.name: _key(s, about | {"block": settings.block}) for s in comparison.systems}
     most = min(settings.rows, len(documents))
     jobs: dict[tuple[str, ...], list[TokenizedDocument]] = {}
     for document in documents:
@@ -167,7 +161,7 @@ def measure(
                 comparison.prepare(systems, rows, max(document.scored for document in some)),
                 [document.ids for document in some],
                 window=settings.window,
-                stride=settings.stride_of(protocol),
+                stride=stride,
                 rows=rows,
                 names=[document.id for document in some],
                 device=device,
@@ -176,20 +170,166 @@ def measure(
                 now = time.monotonic()
                 each, began = (now - began) / len(names), now
                 for name, of_system in zip(names, nll, strict=True):
-                    about = {"document": some[i].id, "protocol": protocol, "system": name}
-                    ledger.append(keys[name], some[i].digest, **about, **record(of_system, settings.block, each))
+                    said = {"document": some[i].id, "protocol": protocol, "system": name}
+                    ledger.append(keys[name], some[i].digest, **said, **record(of_system, settings.block, each))
     return {name: [ledger.records[key, document.digest] for document in documents] for name, key in keys.items()}
 
 
-def record_key(system: System, settings: PerplexitySettings, protocol: str) -> str:
+def _key(system: System, about: Json) -> str:
     """Hash of everything that a document's numbers depend on besides its ids."""
-    parts = {
-        "version": RECORDS_VERSION,
-        "system": system.name,
-        "identity": system.identity,
+    parts = about | {"system": system.name, "identity": system.identity}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def record(nll: Floats, block: int, seconds: float = 0.0) -> Json:
+    """One document, one system, one protocol, from the negative log-likelihoods (n - 1,) of tokens 1 ... n-1 in nats.
+
+    ``blocks`` and ``positions`` are their sums by ``block_bins`` and ``position_bins``. ``seconds`` is this system's
+    share of the time from the document before to this one.
+    """
+    return {
+        "tokens": len(nll),
+        "nll": float(nll.sum()),
+        "blocks": np.bincount(block_bins(len(nll), block), weights=nll).tolist(),
+        "positions": np.bincount(position_bins(len(nll)), weights=nll).tolist(),
+        "seconds": round(seconds, 4),
+    }
+
+
+def protocol_scores(
+    protocol: str,
+    settings: PerplexitySettings,
+    documents: Sequence[TokenizedDocument],
+    table: Table,
+    pairs: Sequence[tuple[str, str]],
+) -> Json:
+    """``scores`` of ``all`` documents, of each group of them (``groups``), and of each length (``by_length``)."""
+
+    def part(name: str, which: Sequence[int]) -> Json:
+        some = {system: [records[i] for i in which] for system, records in table.items()}
+        return scores(name, [documents[i] for i in which], some, pairs, settings)
+
+    groups: dict[str, list[int]] = {}
+    lengths: dict[str, list[int]] = {name: [] for name in LENGTH_NAMES}
+    for i, document in enumerate(documents):
+        lengths[LENGTH_NAMES[int(np.searchsorted(LENGTHS, len(document.ids), "right")) - 1]].append(i)
+        if document.group is not None:
+            groups.setdefault(document.group, []).append(i)
+    return {
         "protocol": protocol,
         "window": settings.window,
         "stride": settings.stride_of(protocol),
-        "block": settings.block,
+        "all": part("all", range(len(documents))),
+        "groups": [part(name, groups[name]) for name in sorted(groups)],
+        "by_length": [part(name, which) for name, which in lengths.items() if which],
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def scores(
+    name: str,
+    documents: Sequence[TokenizedDocument],
+    table: Table,
+    pairs: Sequence[tuple[str, str]],
+    settings: PerplexitySettings,
+) -> Json:
+    """Everything about one set of documents.
+
+    Returns:
+        ``systems``: perplexities, and the interval of the token perplexity. ``differences``, one for each (system,
+        against) of ``pairs``: token perplexity of ``system`` relative to that of ``against`` in ``percent``, below zero
+        is better; the interval over ``documents`` says how sure that is for new documents and draws projects, then
+        documents; that over ``blocks`` of all documents is narrower, for more of this text, and None where no document
+        has more than one. ``by_position``: tokens with ``low`` to ``high - 1`` tokens before them.
+    """
+    counts, interval, block = _counts(documents), settings.bootstrap.interval, settings.block
+    tokens = np.array([document.scored for document in documents], dtype=float)
+    projects = [document.project or document.id for document in documents]
+    nll = {system: np.array([record["nll"] for record in records]) for system, records in table.items()}
+    blocks = {system: np.concatenate([record["blocks"] for record in records]) for system, records in table.items()}
+    block_tokens = np.concatenate([np.bincount(block_bins(d.scored, block)) for d in documents]).astype(float)
+    several = len(block_tokens) > len(documents)  # else the second interval would be the first one again
+
+    def ratio(total: float, count: int) -> float:
+        return total / count if count else math.nan
+
+    return {
+        "name": name,
+        "documents": len(documents),
+        **counts,
+        "systems": [
+            {
+                "system": system,
+                "perplexity": _exp(values.sum() / tokens.sum()),
+                "word_perplexity": _exp(ratio(values.sum(), counts["words"])),
+                "bits_per_byte": float(ratio(values.sum(), counts["bytes"]) / math.log(2)),
+                "nll": float(values.sum()),
+                "interval": interval(values, tokens, "documents", projects, np.exp),
+            }
+            for system, values in nll.items()
+        ],
+        "differences": [
+            {
+                "system": system,
+                "against": against,
+                "percent": float(percent((nll[system] - nll[against]).sum() / tokens.sum())),
+                "documents": interval(nll[system] - nll[against], tokens, "documents", projects, percent),
+                "blocks": interval(
+                    blocks[system] - blocks[against], block_tokens, f"blocks of {block} tokens", of=percent
+                )
+                if several
+                else None,
+            }
+            for system, against in pairs
+        ],
+        "by_position": list(_positions(documents, table)),
+    }
+
+
+def _counts(documents: Sequence[TokenizedDocument]) -> dict[str, int]:
+    return {
+        "projects": len({document.project or document.id for document in documents}),
+        "tokens": sum(document.scored for document in documents),
+        "words": sum(document.words for document in documents),
+        "bytes": sum(document.bytes for document in documents),
+    }
+
+
+def _positions(documents: Sequence[TokenizedDocument], table: Table) -> Iterator[Json]:
+    """Perplexity, and % relative to the first system's, in every position bin that any document reaches."""
+    counts = [np.bincount(position_bins(document.scored)) for document in documents]
+    for index in range(max(map(len, counts))):
+        reached = [i for i, count in enumerate(counts) if index < len(count)]
+        tokens = sum(int(counts[i][index]) for i in reached)
+        sums = {name: sum(records[i]["positions"][index] for i in reached) for name, records in table.items()}
+        low, high = bin_edges(index)
+        baseline = next(iter(sums.values()))
+        yield {
+            "low": low,
+            "high": high,
+            "documents": len(reached),
+            "tokens": tokens,
+            "perplexity": {name: _exp(value / tokens) for name, value in sums.items()},
+            "percent": {name: float(percent((value - baseline) / tokens)) for name, value in sums.items()},
+        }
+
+
+def block_bins(scored: int, block: int) -> NDArray[np.int64]:
+    """Block of each scored token: ``block`` tokens each, a short rest joined to the block before it."""
+    last = max(scored // block - 1, 0) if scored % block < block / 2 else scored // block
+    return np.minimum(np.arange(scored) // block, last)
+
+
+def position_bins(scored: int) -> NDArray[np.int64]:
+    """Bin of each scored token by the number of tokens before it: 1-127, 128-255, 256-511, ..."""
+    before = np.arange(1, scored + 1)
+    return np.floor(np.log2(np.maximum(before / FIRST_BIN, 0.5)) + 1).astype(np.int64)  # type: ignore[no-any-return]
+
+
+def bin_edges(index: int) -> tuple[int, int]:
+    """Tokens before a token of this position bin: from the first number, below the second."""
+    return (0 if index == 0 else FIRST_BIN << (index - 1)), FIRST_BIN << index
+
+
+def _exp(value: float) -> float:
+    """exp, infinite where it overflows (word perplexities of text without spaces)."""
+    return math.exp(value) if not value >= 700 else math.inf

@@ -17,21 +17,16 @@ from typing import Any
 from longmem import __version__
 from longmem.files import write_whole
 
-PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
+Json = dict[str, Any]
 
 
 def versions() -> dict[str, str]:
     """Versions of Python, of this package and of what its numbers depend on."""
-    found = {"python": platform.python_version(), "longmem": __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}
+    return {"python": platform.python_version(), "longmem": __version__} | found
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Json:
     import torch
 
     return {
@@ -51,13 +46,13 @@ class RunHeader:
 
     task: str
     command: str
-    config: dict[str, Any]
-    models: dict[str, Any]
+    config: Json
+    models: Json
     samples: dict[str, int]
     seeds: list[int]
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: dict[str, str] = field(default_factory=versions)
-    machine: dict[str, Any] = field(default_factory=machine)
+    machine: Json = field(default_factory=machine)
     seconds: float = 0.0
 
 
@@ -91,13 +86,12 @@ def write_json(path: Path, record: Any) -> None:
 class Ledger:
     """JSON objects, one a line, found by ``key`` (what numbers depend on besides the text) and ``digest`` (the text).
 
-    Args:
-        path: of the file; None keeps them in memory only.
+    They are kept in memory only where ``path`` is None.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.records: dict[tuple[str, str], dict[str, Any]] = {}
+        self.records: dict[tuple[str, str], Json] = {}
         if path is not None and path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
@@ -106,7 +100,7 @@ class Ledger:
                 except (ValueError, KeyError, TypeError):
                     continue  # empty, cut short, or of another version
 
-    def get(self, key: str, digest: str) -> dict[str, Any] | None:
+    def get(self, key: str, digest: str) -> Json | None:
         return self.records.get((key, digest))
 
     def append(self, key: str, digest: str, **fields: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +20,12 @@ from longmem.types import AttentionKV
 
 CE_BLOCK = 512  # tokens whose (tokens, V) float32 logits exist at one time
 
-
 Forward = Callable[[Tensor, Tensor, int], tuple[Sequence[Tensor], AttentionKV | None]]
 """``forward(input_ids (B, T), rows (B,), keep)`` gives, for each of Q systems, the logits of the last ``keep``
 positions, (B, keep, V), and the memory layer's keys and values of all T, or None where there is no memory."""
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """Input positions ``[start, end)`` of a document; those from ``scored_from`` are scored, by the token after each.
 
     Everything before ``start`` has left the window: it is what memory may hold.
@@ -52,12 +50,8 @@ def windows(length: int, window: int, stride: int) -> Iterator[Window]:
         start, scored = start + stride, end
 
 
-@dataclass(frozen=True)
-class Subject:
-    """Systems that run together on the same windows, and the memories they read, all written alike.
-
-    ``memories`` have ``add`` and ``reset`` of a ``MemoryBank``.
-    """
+class Subject(NamedTuple):
+    """Systems that run together on the same windows, and the memory banks they read, all written alike."""
 
     forward: Forward
     memories: Sequence[Any] = ()
@@ -67,8 +61,7 @@ class Subject:
 class _Lane:
     """One row of the batch: a document part way through.
 
-    ``held`` are keys and values (2, Hkv, t, D) of the tokens from ``first`` on that are still inside the window. Each
-    token's are those of the window in which it was scored; they are written when the window has moved past the token.
+    ``held`` are keys and values (2, Hkv, t, D) of the tokens from ``first`` on that are still inside the window.
     """
 
     row: int
@@ -79,20 +72,6 @@ class _Lane:
     nll: list[NDArray[np.float64]] = field(default_factory=list)  # one (Q, t) for each window
     held: Tensor | None = None
     first: int = 0
-
-    def advance(self) -> bool:
-        following = next(self.plan, None)
-        self.window = following or self.window
-        return following is not None
-
-    def left_window(self) -> tuple[int, Tensor] | None:
-        """Take what lies before the window's start: first token, keys and values (2, Hkv, t, D)."""
-        first, count = self.first, self.window.start - self.first
-        if self.held is None or count == 0:
-            return None
-        gone, self.held = self.held[:, :, :count], self.held[:, :, count:].clone()
-        self.first = self.window.start
-        return first, gone
 
 
 @torch.inference_mode()
@@ -118,13 +97,8 @@ def stream_nll(
     written when it has left. With ``stride == window`` this is: score a segment, then memorize it.
 
     Args:
-        subject: the systems, and their memories of at least ``rows`` rows each.
         documents: token ids, each (n,) with n >= 2.
-        window: tokens the model sees at once.
-        stride: how far the window moves; ``window`` itself for non-overlapping segments.
-        rows: documents in one batch.
-        names: document names for the memory's provenance.
-        device: where the model is.
+        names: of documents, for the memory's provenance.
         progress: advanced by the tokens that each forward pass scores, each counted once for every system.
 
     Yields:
@@ -144,8 +118,11 @@ def stream_nll(
         _score(subject, lanes)
         if progress is not None:
             progress.advance(sum(lane.nll[-1].size for lane in lanes))
-        finished = [lane for lane in lanes if not lane.advance()]
-        for lane in finished:
+        for lane in list(lanes):
+            following = next(lane.plan, None)
+            if following is not None:
+                lane.window = following
+                continue
             lanes.remove(lane)
             free.append(lane.row)
             yield lane.document, np.concatenate(lane.nll, axis=1)
@@ -153,34 +130,35 @@ def stream_nll(
 
 def _memorize(subject: Subject, lanes: Sequence[_Lane], names: Sequence[str] | None) -> None:
     """Write what has left each row's window; rows that move by the same number of tokens in one call."""
-    groups: dict[int, list[tuple[_Lane, int, Tensor]]] = {}
+    groups: dict[int, list[_Lane]] = {}
     for lane in lanes:
-        gone = lane.left_window()
-        if gone is not None:
-            groups.setdefault(gone[1].shape[2], []).append((lane, *gone))
-    for group in groups.values():
-        keys, values = torch.stack([kv for *_, kv in group], dim=1)
+        if lane.held is not None and lane.window.start > lane.first:
+            groups.setdefault(lane.window.start - lane.first, []).append(lane)
+    for count, group in groups.items():
+        keys, values = torch.stack([lane.held[:, :, :count] for lane in group if lane.held is not None], dim=1)
         for memory in subject.memories:
             memory.add(
                 AttentionKV(keys, values),
-                rows=torch.tensor([lane.row for lane, *_ in group]),
-                documents=[names[lane.document] if names else str(lane.document) for lane, *_ in group],
-                offsets=[first for _, first, _ in group],
+                rows=torch.tensor([lane.row for lane in group]),
+                documents=[names[lane.document] if names else str(lane.document) for lane in group],
+                offsets=[lane.first for lane in group],
             )
+        for lane in group:
+            assert lane.held is not None
+            lane.held, lane.first = lane.held[:, :, count:].clone(), lane.window.start
 
 
 def _score(subject: Subject, lanes: Sequence[_Lane]) -> None:
-    spans = [lane.window for lane in lanes]
-    width = max(span.end - span.start for span in spans)
+    width = max(lane.window.end - lane.window.start for lane in lanes)
     input_ids = lanes[0].ids.new_zeros(len(lanes), width)
-    for b, (lane, span) in enumerate(zip(lanes, spans, strict=True)):
-        input_ids[b, : span.end - span.start] = lane.ids[span.start : span.end]
-    keep = width - min(span.scored_from - span.start for span in spans)
-    logits, kv = subject.forward(input_ids, torch.tensor([lane.row for lane in lanes]), keep)
-    skipped = width - keep
-    for b, (lane, span) in enumerate(zip(lanes, spans, strict=True)):
-        first, last = span.scored_from - span.start, span.end - span.start
-        targets = lane.ids[span.scored_from + 1 : span.end + 1]
+    for b, lane in enumerate(lanes):
+        start, _, end = lane.window
+        input_ids[b, : end - start] = lane.ids[start:end]
+    skipped = min(lane.window.scored_from - lane.window.start for lane in lanes)
+    logits, kv = subject.forward(input_ids, torch.tensor([lane.row for lane in lanes]), width - skipped)
+    for b, lane in enumerate(lanes):
+        start, scored_from, end = lane.window
+        first, last, targets = scored_from - start, end - start, lane.ids[scored_from + 1 : end + 1]
         nll = torch.stack([token_nll(each[b, first - skipped : last - skipped], targets) for each in logits])
         lane.nll.append(nll.double().cpu().numpy())
         if subject.memories and kv is not None:
@@ -190,9 +168,6 @@ def _score(subject: Subject, lanes: Sequence[_Lane]) -> None:
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """-log p of each target in nats: logits (T, V), targets (T,) -> (T,) float32, a block at a time."""
-    parts = []
-    for at in range(0, len(targets), CE_BLOCK):
-        block = logits[at : at + CE_BLOCK].float()
-        chosen = block.gather(1, targets[at : at + CE_BLOCK, None]).squeeze(1)
-        parts.append(block.logsumexp(dim=1) - chosen)
-    return torch.cat(parts)
+    pairs = zip(logits.split(CE_BLOCK), targets[:, None].split(CE_BLOCK), strict=True)
+    blocks = ((part.float(), wanted) for part, wanted in pairs)
+    return torch.cat([part.logsumexp(1) - part.gather(1, wanted)[:, 0] for part, wanted in blocks])

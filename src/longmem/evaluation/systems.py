@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,9 +68,8 @@ def sized(name: str) -> tuple[str, int] | None:
 
 def largest(names: Iterable[str]) -> list[str]:
     """The systems without those memories of which there is a larger one of the same kind."""
-    names, most = list(names), dict[str, int]()
-    for kind, size in filter(None, map(sized, names)):
-        most[kind] = max(most.get(kind, 0), size)
+    names = list(names)
+    most = dict(sorted(filter(None, map(sized, names))))
     return [name for name in names if (memory := sized(name)) is None or most[memory[0]] == memory[1]]
 
 
@@ -94,21 +93,10 @@ def compared(names: Sequence[str]) -> list[tuple[str, str]]:
     """
     pairs = [(name, BACKBONE) for name in names if name != BACKBONE and BACKBONE in names]
     sizes = {name: found for name in names if (found := sized(name)) is not None}
-    off = {LONGMEM: (MEMORY_OFF, CONTROL), MEMTRM: (MEMTRM_OFF,)}
-    pairs += [
-        (name, other)
-        for kind, others in off.items()
-        for other in others
-        if other in names
-        for name, (mine, _) in sizes.items()
-        if mine == kind
-    ]
-    return pairs + [
-        (name, other)
-        for other, (kind, size) in sizes.items()
-        for name, mine in sizes.items()
-        if kind != LONGMEM and mine == (LONGMEM, size)
-    ]
+    for kind, other in ((LONGMEM, MEMORY_OFF), (LONGMEM, CONTROL), (MEMTRM, MEMTRM_OFF)):
+        pairs += [(name, other) for name, (mine, _) in sizes.items() if mine == kind and other in names]
+    same = {other: f"{LONGMEM}_{size}" for other, (kind, size) in sizes.items() if kind != LONGMEM}
+    return pairs + [(name, other) for other, name in same.items() if name in names]
 
 
 @dataclass(frozen=True)
@@ -122,7 +110,7 @@ class Comparison:
     systems: tuple[System, ...]
     main: LongMem | None = None
     make_memory: Callable[..., MemoryBank] = MemoryBank.for_model
-    fingerprints: frozenset[str] = frozenset()
+    fingerprints: frozenset[str] = field(default_factory=frozenset)
 
     @classmethod
     def of_backbone(cls, model: PreTrainedModel) -> Comparison:
@@ -130,13 +118,7 @@ class Comparison:
         return cls(model, (System(BACKBONE, "backbone alone", {"backbone": digest(model.state_dict().items())}),))
 
     @classmethod
-    def of_longmem(
-        cls,
-        model: LongMem,
-        memory_sizes: Sequence[int],
-        *,
-        control: LongMem | None = None,
-    ) -> Comparison:
+    def of_longmem(cls, model: LongMem, memory_sizes: Sequence[int], *, control: LongMem | None = None) -> Comparison:
         """Backbone alone, memory switched off, a control SideNet, and memory at each size.
 
         Raises:
@@ -154,47 +136,35 @@ class Comparison:
         ]
         if control is not None:
             systems.append(System(CONTROL, "SideNet trained without memory", _identity(control), control))
-        systems += [
-            System(f"{LONGMEM}_{size}", f"LongMem, {size:,} tokens", mine | {"memory": size}, model, memory_size=size)
-            for size in memory_sizes
-        ]
-        return cls(model.backbone.model, tuple(systems), model)
+        return cls(
+            model.backbone.model, (*systems, *_with_memory(LONGMEM, "LongMem", mine, model, memory_sizes)), model
+        )
 
-    def with_memtrm(self, model: MemTRM, memory_sizes: Sequence[int]) -> Comparison:
-        """And a Memorizing Transformer that was trained from this backbone, without memory and at each size.
+    def beside(self, model: MemTRM | TrainingFree, memory_sizes: Sequence[int]) -> Comparison:
+        """And a model that reads memory in its own layers, at each size.
 
-        Raises:
-            CheckpointError: its training started from another backbone.
-        """
-        start = model.config.start_fingerprint
-        if not self._of_backbone(str(start)):
-            raise CheckpointError(
-                f"this MemTRM was trained from backbone {start} ({model.config.start_name_or_path}), the others "
-                f"stand on {self.fingerprint}; compare models of one backbone"
-            )
-        return self._with_own(MEMTRM, "MemTRM", model, memory_sizes, off=True)
-
-    def with_training_free(self, model: TrainingFree, memory_sizes: Sequence[int]) -> Comparison:
-        """And training-free memory attention on this backbone, at each size; without memory it is the backbone.
+        A Memorizing Transformer was trained from this backbone, and is measured without memory too; training-free
+        attention without memory is the backbone.
 
         Raises:
-            CheckpointError: it stands on another backbone.
+            CheckpointError: it is of another backbone.
+            ConfigError: there is one of this kind already.
         """
-        if not self._of_backbone(model.fingerprint):
+        config: Any = model.config
+        identity, more = _identity(model), list[System]()
+        if model.frozen:
+            start, share = model.fingerprint, f"{float(model.memory_share.mean()):.4g}"
+            share = "calibrated" if config.fusion == "token" else share
+            kind, label = f"{TRAINING_FREE}_{share}", f"training-free {share}"
+        else:
+            start, kind, label = str(config.start_fingerprint), MEMTRM, "MemTRM"
+            more = [System(MEMTRM_OFF, "MemTRM, memory off", identity, model)]
+        mine = self.fingerprint
+        if start not in self.fingerprints | {mine, fingerprint_of(self.model), legacy_fingerprint(self.model)}:
             raise CheckpointError(
-                f"the training-free model's backbone is {model.fingerprint}, the others stand on {self.fingerprint}; "
-                "compare models of one backbone"
+                f"{label} was made from backbone {start}, the others stand on {mine}; compare models of one backbone"
             )
-        share = "calibrated" if model.config.fusion == "token" else f"{float(model.memory_share.mean()):.4g}"
-        return self._with_own(f"{TRAINING_FREE}_{share}", f"training-free {share}", model, memory_sizes, off=False)
-
-    def _with_own(self, kind: str, label: str, model: Any, sizes: Sequence[int], *, off: bool) -> Comparison:
-        identity = _identity(model)
-        more = [System(f"{kind}_off", f"{label}, memory off", identity, model)] if off else []
-        more += [
-            System(f"{kind}_{size}", f"{label}, {size:,} tokens", identity | {"memory": size}, model, size)
-            for size in sizes
-        ]
+        more += _with_memory(kind, label, identity, model, memory_sizes)
         if {system.name for system in self.systems} & {system.name for system in more}:
             raise ConfigError(f"{label} is compared twice; leave one of them away")
         return replace(self, systems=(*self.systems, *more))
@@ -204,14 +174,6 @@ class Comparison:
         """Of the common backbone."""
         return self.main.fingerprint if self.main is not None else fingerprint_of(self.model)
 
-    def _of_backbone(self, fingerprint: str) -> bool:
-        """Whether this names the common backbone, also in the form of earlier versions."""
-        if fingerprint in self.fingerprints:
-            return True
-        if self.main is not None:
-            return self.main.accepts(fingerprint)
-        return fingerprint in (fingerprint_of(self.model), legacy_fingerprint(self.model))
-
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """The differences reported, see ``compared``."""
@@ -219,7 +181,13 @@ class Comparison:
 
     def described(self) -> dict[str, dict[str, Any]]:
         """Every system's identity and number of parameters, for the header of a result."""
-        return {system.name: system.identity | _parameters(system, self.model) for system in self.systems}
+        found = {}
+        for system in self.systems:
+            reader: Any = system.reader or self.model
+            found[system.name] = system.identity | {"parameters": sum(p.numel() for p in reader.parameters())}
+            if system.reader is not None and not system.apart:
+                found[system.name]["trained_parameters"] = sum(p.numel() for p in reader.trainable_parameters())
+        return found
 
     def passes(self, names: Sequence[str], rows: int, window: int) -> list[tuple[str, ...]]:
         """The named systems in tuples that run together: on one pass of the backbone, with no more logits than fit."""
@@ -231,11 +199,7 @@ class Comparison:
         return runs + [(name,) for name in names if name in apart]
 
     def prepare(self, systems: Sequence[System], rows: int, longest: int) -> Subject:
-        """Some systems with fresh, empty memories, to run together on documents of at most ``longest`` tokens.
-
-        Args:
-            systems: one of the tuples of ``passes``.
-        """
+        """One of the tuples of ``passes`` with fresh, empty memories, for documents of at most ``longest`` tokens."""
         memories: dict[str, MemoryBank] = {}
         for system in systems:
             if system.reader is not None and system.memory_size is not None:
@@ -243,13 +207,19 @@ class Comparison:
                 # a bank larger than the longest document is never filled: do not reserve it
                 capacity = min(system.memory_size, -(-longest // chunk) * chunk)
                 memories[system.name] = self.make_memory(system.reader, rows, capacity)
-        (first, *more) = systems
+        banks, first = list(memories.values()), systems[0]
         if first.apart:
-            assert not more, "a model that reads memory itself runs by itself"
-            return Subject(_alone(first.reader, memories.get(first.name)), list(memories.values()))
+            return Subject(_alone(first.reader, memories.get(first.name)), banks)
         if self.main is None:
             return Subject(lambda input_ids, rows, keep: ([last_logits(self.model, input_ids, keep)], None))
-        return Subject(_together(self.main, systems, memories), list(memories.values()))
+        return Subject(_together(self.main, systems, memories), banks)
+
+
+def _with_memory(kind: str, label: str, identity: dict[str, Any], model: Any, sizes: Sequence[int]) -> list[System]:
+    return [
+        System(f"{kind}_{size}", f"{label}, {size:,} tokens", identity | {"memory": size}, model, size)
+        for size in sizes
+    ]
 
 
 def _alone(model: Any, memory: MemoryBank | None) -> Forward:
@@ -288,14 +258,6 @@ def last_logits(model: Any, input_ids: Tensor, keep: int, **reads: Any) -> Tenso
     some = {"logits_to_keep": keep} if known else {}
     logits: Tensor = model(input_ids=input_ids, use_cache=False, **some, **reads).logits
     return logits[:, -keep:]
-
-
-def _parameters(system: System, backbone: PreTrainedModel) -> dict[str, int]:
-    """In all, and of what was trained over a frozen backbone."""
-    counts = {"parameters": sum(p.numel() for p in (system.reader or backbone).parameters())}
-    if system.reader is not None and not system.apart:
-        counts["trained_parameters"] = sum(p.numel() for p in system.reader.trainable_parameters())
-    return counts
 
 
 def _identity(model: Any) -> dict[str, Any]:

@@ -285,8 +285,7 @@ def group_scores(
         return np.bincount(where, weights=weight * np.asarray(column), minlength=len(units)).astype(np.float64)
 
     def mean(sums: Floats) -> Json:
-        interval = bootstrap.mean(sums, count, said)
-        return {"value": float(sums.sum() / count.sum()), "interval": None if interval is None else asdict(interval)}
+        return {"value": float(sums.sum() / count.sum()), "interval": bootstrap.interval(sums, count, said)}
 
     count = summed([1.0] * len(examples))
     total = {(s, m.name): summed([value[s][m.name] for value in values]) for m in metrics for s in systems}
