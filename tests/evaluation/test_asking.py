@@ -135,18 +135,11 @@ def test_continuations_are_those_of_each_prompt_alone(model: LongMem, memory: in
         assert answer == Answer((), tuple(ids))
 
 
-def test_a_memory_that_is_empty_after_reading_is_an_error(model: LongMem, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Asker, "add", lambda *given: None)  # as the released script's memory can be
-    with pytest.raises(ConfigError, match=r"^it: its memory holds nothing after reading 37 tokens"):
-        asked(asker(model, memory=64), PROMPTS[3])
-
-
 @pytest.mark.parametrize(
     ("prompt", "line"),
     [
         (Prompt((text(5),), ((),)), "every option must have 1 to 16 tokens"),
         (Prompt((text(5),), (text(WINDOW + 1),)), "every option must have 1 to 16 tokens .* not 17"),
-        (Prompt(((),), (text(2),)), "a prompt has no context"),
         (Prompt((text(5),), new_tokens=WINDOW), r"new tokens \(16\) must be fewer than the window \(16\)"),
     ],
 )

@@ -11,7 +11,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -57,14 +57,11 @@ class Prompt:
     memory: Tokens | LongText = ()
 
 
-@dataclass(frozen=True)
-class Scored:
+class Scored(NamedTuple):
     """The options of a prompt after one context.
 
-    Attributes:
-        logprobs: of each option in nats, summed over its tokens.
-        greedy: whether each token of the option is the model's first choice.
-        next_token: the model's first choice right after the context.
+    ``logprobs`` of each option in nats, summed over its tokens; ``greedy``: whether each token of the option is the
+    model's first choice; ``next_token``: the model's first choice right after the context.
     """
 
     logprobs: tuple[float, ...]
@@ -77,8 +74,7 @@ class Scored:
         return max(range(len(self.logprobs)), key=self.logprobs.__getitem__)
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """``scored``: one for each context of the prompt; ``said``: the tokens generated, up to the end of text."""
 
     scored: tuple[Scored, ...] = ()
@@ -94,12 +90,10 @@ class Asker:
         label: its name for people.
         identity: what its answers depend on.
         model: a model with memory, or any causal language model.
-        tokenizer: of all systems.
         window: T; also the length of the segments in which text is read into memory.
         rows: B.
         memory_size: tokens that it remembers; None is no memory.
         whole: ``memory`` of a prompt is put in front of its context, as far as the window goes.
-        device: where the model is.
     """
 
     name: str
@@ -124,21 +118,22 @@ class Asker:
             (number of the prompt, answer), in the order in which they are done.
 
         Raises:
-            ConfigError: a context or an option is empty, or leaves no room in the window for the other.
+            ConfigError: an option is empty, or leaves no room in the window for a context.
         """
         places: dict[_Part, list[tuple[int, int]]] = {}
+        found: list[list[Any]] = []
         for number, prompt in enumerate(prompts):
-            for place, part in enumerate(self._parts(prompt)):
+            parts = list(self._parts(prompt))
+            found.append([None] * len(parts))
+            for place, part in enumerate(parts):
                 places.setdefault(part, []).append((number, place))
-        missing = [len(prompt.contexts) * bool(prompt.options) + bool(prompt.new_tokens) for prompt in prompts]
-        found: list[dict[int, Any]] = [{} for _ in prompts]
         for part, result in self._answers(list(places)):
             for number, place in places[part]:
                 found[number][place] = result
-                if len(found[number]) == missing[number]:
-                    ordered = [found[number][at] for at in range(missing[number])]
-                    scored = tuple(each for each in ordered if isinstance(each, Scored))
-                    yield number, Answer(scored, ordered[-1] if prompts[number].new_tokens else ())
+                if None not in found[number]:
+                    generated = bool(prompts[number].new_tokens)
+                    scored = tuple(found[number][:-1] if generated else found[number])
+                    yield number, Answer(scored, found[number][-1] if generated else ())
 
     def seen(self, prompt: Prompt) -> tuple[str, bool]:
         """Hash of all that the system sees, so that prompts which differ only beyond its window and memory have one;
@@ -170,8 +165,6 @@ class Asker:
             yield self._part(prompt, prompt.contexts[0], prompt.new_tokens, (), prompt.new_tokens)
 
     def _part(self, prompt: Prompt, context: Tokens, room: int, options: tuple[Tokens, ...], new: int) -> _Part:
-        if not context:
-            raise ConfigError("a prompt has no context; give it at least one token, such as a line end")
         memory = prompt.memory
         if not isinstance(memory, tuple):
             return _Part(memory if self.reads_memory else (), context[room - self.window :], options, new)
@@ -219,23 +212,15 @@ class Asker:
 
     @torch.no_grad()
     def read(self, texts: Sequence[Tokens]) -> MemoryBank | None:
-        """A bank with a row for each text; None where there is nothing to read, or the system has no memory.
-
-        Raises:
-            ConfigError: a text left nothing in memory, so that a result with memory would be one without.
-        """
+        """A bank with a row for each text; None where there is nothing to read, or the system has no memory."""
         bank = self.bank(len(texts), max(map(len, texts)))
-        if bank is None:
+        if bank is None or self.memory_size is None:
             return None
-        starts = [self._first_kept(len(text)) for text in texts]
+        # segments that memory would have evicted by the end are not read: they do not change what is in it
+        step = 0 if self.window % self.model.config.chunk_size else self.window
+        starts = [max(0, len(text) - self.memory_size) // self.window * step for text in texts]
         self.add(bank, {row: text[start:] for row, (text, start) in enumerate(zip(texts, starts, strict=True))})
         bank.end_document(torch.arange(len(texts)))
-        for text, held in zip(texts, bank.tokens.tolist(), strict=True):
-            if text and not held:
-                raise ConfigError(
-                    f"{self.name}: its memory holds nothing after reading {len(text):,} tokens, so that a result with "
-                    "memory would be one without; give it a larger --memory-sizes"
-                )
         return bank
 
     def bank(self, rows: int, longest: int) -> MemoryBank | None:
@@ -253,13 +238,6 @@ class Asker:
             ids, real = padded(list(parts.values()), self.device)
             kv = self.model.encode(ids, real.long())
             bank.add(AttentionKV(kv.keys, kv.values, real), rows=torch.tensor(list(parts)))
-
-    def _first_kept(self, length: int) -> int:
-        """Segments that memory would have evicted by the end are not read: they do not change what is in it."""
-        assert self.memory_size is not None
-        if self.window % self.model.config.chunk_size:
-            return 0
-        return max(0, (length - self.memory_size) // self.window * self.window)
 
     # running
 
@@ -309,26 +287,25 @@ def askers(
     full_context: int | None = None,
     device: torch.device | str = "cpu",
 ) -> list[Asker]:
-    """Every system of a comparison, and the backbone with a window so long that it needs no memory.
-
-    Args:
-        comparison: see ``load_comparison``.
-        tokenizer: of all systems.
-        window: tokens that each sees at once.
-        rows: sequences of one batch.
-        full_context: window of the full-context backbone; None leaves it out.
-        device: where the models are.
+    """Every system of a comparison, and with ``full_context`` the backbone with a window that needs no memory.
 
     Raises:
         ConfigError: the backbone has no positions for so long a window, or it is no longer than ``window``.
     """
-    found = []
-    for system in comparison.systems:
-        model = comparison.model if system.reader is None else system.reader
-        size = system.memory_size
-        found.append(
-            Asker(system.name, system.label, system.identity, model, tokenizer, window, rows, size, device=device)
+    found = [
+        Asker(
+            system.name,
+            system.label,
+            system.identity,
+            system.reader or comparison.model,
+            tokenizer,
+            window,
+            rows,
+            system.memory_size,
+            device=device,
         )
+        for system in comparison.systems
+    ]
     if full_context is not None:
         config: Any = comparison.model.config
         positions: Any = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -340,11 +317,16 @@ def askers(
                 + "; change --full-context or leave it away"
             )
         backbone = next(asker for asker in found if asker.name == BACKBONE)
-        name, label = f"full_{full_context}", f"backbone, full context of {full_context:,}"
-        identity = backbone.identity | {"window": full_context}
-        fewer = max(1, rows * window // full_context)  # as many tokens in a batch as the others have
         found.append(
-            Asker(name, label, identity, backbone.model, tokenizer, full_context, fewer, whole=True, device=device)
+            replace(
+                backbone,
+                name=f"full_{full_context}",
+                label=f"backbone, full context of {full_context:,}",
+                identity=backbone.identity | {"window": full_context},
+                window=full_context,
+                rows=max(1, rows * window // full_context),  # as many tokens in a batch as the others have
+                whole=True,
+            )
         )
     return found
 

@@ -8,27 +8,27 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from itertools import chain, count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt
 from longmem.evaluation.bootstrap import Bootstrap, Floats
+from longmem.evaluation.results import Json as Json
 from longmem.evaluation.results import Ledger, RunHeader
 from longmem.evaluation.systems import compared
 from longmem.progress import Progress
 
-Json = dict[str, Any]
 ALL = "all"
 RECORDS_VERSION = 2  # part of every record's key; raised when a record's meaning changes
 TOGETHER = 64  # prompts that are laid out and asked at one time, at least where their memory is the same
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """One thing asked of every system.
 
     Attributes:
@@ -42,19 +42,17 @@ class Example:
     id: str
     group: str
     unit: str
-    item: Any = field(repr=False)
+    item: Any
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Metric:
+class Metric(NamedTuple):
     """A number of every example, averaged over them.
 
     Attributes:
         name: its key in results.
         label: its name for people.
         unit: ``%`` (an example is 0 to 100), ``nats``, or empty.
-        better: which way.
         chance: what guessing gives, where that is known.
     """
 
@@ -66,13 +64,7 @@ class Metric:
 
 
 class Task(ABC):
-    """An evaluation: ``run_task`` asks every system every example and averages ``measure``.
-
-    Attributes:
-        name: of the result file.
-        metrics: what every example is measured by.
-        seeds: of the choice of examples.
-    """
+    """An evaluation: ``run_task`` asks every system every example and averages ``measure``."""
 
     name: str
     metrics: Sequence[Metric]
@@ -112,14 +104,7 @@ class Task(ABC):
 def means_by(
     examples: Sequence[Example], values: Sequence[Json], part: Callable[[Example], Any], digits: int = 3
 ) -> Json:
-    """group -> system -> metric -> part (a seed, an article) -> mean over examples.
-
-    Args:
-        examples: whose means are wanted.
-        values: of each example, system -> metric -> value.
-        part: of an example.
-        digits: that are kept.
-    """
+    """group -> system -> metric -> part (a seed, an article) -> mean over examples; ``values`` are system -> metric."""
     found: Json = {}
     for example, of_systems in zip(examples, values, strict=True):
         for system, of_metrics in of_systems.items():
@@ -159,15 +144,10 @@ def different(problems: Sequence[str] = (), /, **lists: Sequence[float]) -> None
 
 def numbered(names: Sequence[str]) -> list[str]:
     """Equal names told apart: ``test.txt``, ``test.txt (2)``."""
-    taken: dict[str, int] = {}
-    found = []
+    found: list[str] = []
     for name in names:
-        shown = name
-        while shown in taken:
-            taken[name] += 1
-            shown = f"{name} ({taken[name]})"
-        taken[shown] = 1
-        found.append(shown)
+        more = (f"{name} ({number})" for number in count(2))
+        found.append(next(shown for shown in chain([name], more) if shown not in found))
     return found
 
 
@@ -190,14 +170,10 @@ def run_task(
     """Ask every system every example.
 
     Args:
-        task: see ``Task``.
-        askers: the systems, see ``asking.askers``.
         records: JSONL file of measured answers; what it already holds is not asked again. What systems say in their
             own words is added to ``answers.jsonl`` next to it, for people to read.
-        bootstrap: resamples, level and seed of intervals.
         command: as typed, kept in the result.
         config: what else the result should say about its making.
-        quiet: show no progress.
 
     Returns:
         the JSON of the result file: ``header``, ``systems`` (name -> label), ``metrics``, ``groups`` (see
@@ -237,7 +213,7 @@ def run_task(
     result: Json = {
         "header": asdict(header),
         "systems": {asker.name: asker.label for asker in askers},
-        "metrics": [asdict(metric) for metric in task.metrics],
+        "metrics": [metric._asdict() for metric in task.metrics],
         "groups": [
             group_scores(name, [examples[n] for n in some], [values[n] for n in some], task.metrics, bootstrap)
             for name, some in groups.items()
@@ -261,14 +237,10 @@ def group_scores(
     weights: Sequence[float] | None = None,
     drawn: str = "",
 ) -> Json:
-    """Means, differences and intervals over E examples in U units.
+    """Means, differences and intervals over examples, of which units are drawn.
 
     Args:
-        name: of the group.
-        examples: of the group.
         values: of each example, system -> metric -> value.
-        metrics: to average.
-        bootstrap: of intervals, which draws units.
         weights: of each example in the mean; None weights all alike.
         drawn: what a unit is, for the result file; empty is "examples", or "units" where a unit has several.
 
@@ -285,9 +257,9 @@ def group_scores(
         return np.bincount(where, weights=weight * np.asarray(column), minlength=len(units)).astype(np.float64)
 
     def mean(sums: Floats) -> Json:
-        return {"value": float(sums.sum() / count.sum()), "interval": bootstrap.interval(sums, count, said)}
+        return {"value": float(sums.sum() / weighed.sum()), "interval": bootstrap.interval(sums, weighed, said)}
 
-    count = summed([1.0] * len(examples))
+    weighed = summed([1.0] * len(examples))
     total = {(s, m.name): summed([value[s][m.name] for value in values]) for m in metrics for s in systems}
     return {
         "group": name,

@@ -13,7 +13,7 @@ from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Asker
 from longmem.evaluation.documents import start_tokens
 from longmem.evaluation.task import Example
-from longmem.evaluation.tasks.shots import Shots, draw, encode_after, fitting, shots_seen
+from longmem.evaluation.tasks.shots import LaidOut, Shots, ShotsTask, draw, encode_after, fitting
 
 
 def asker(window: int, *, whole: bool = False, memory: int | None = None) -> Asker:
@@ -69,9 +69,22 @@ def test_room_is_reserved_for_another_question() -> None:
 
 def test_what_each_system_sees_is_counted() -> None:
     askers = [replace(asker(12, memory=size), name=str(size)) for size in (4, 6, 8, None)]
-    found = shots_seen([Example("e", "g", "u", None)], askers, lambda e, a: (SHOTS, SHOTS.lay_out(a, (7, 8), after=2)))
-    assert {name: seen["memory"] for name, seen in found["g"].items()} == {"4": 2, "6": 2, "8": 3, "None": 0}
-    assert {seen["window"] for seen in found["g"].values()} == {3} and found["g"]["4"]["cut"] == 0
+
+    class OfOne(ShotsTask):
+        settings = examples = prompt = measure = None  # type: ignore[assignment]
+
+        def laid_out(self, example: Example, asker: Asker) -> tuple[Shots, LaidOut]:
+            return SHOTS, SHOTS.lay_out(asker, (7, 8), after=2)
+
+    task = OfOne()  # type: ignore[abstract]
+    found = task.shots_seen([Example("e", "sst2, 4 + 3", "u", None)], askers)
+    seen = found["sst2, 4 + 3"]
+    assert {name: each["memory"] for name, each in seen.items()} == {"4": 2, "6": 2, "8": 3, "None": 0}
+    assert {each["window"] for each in seen.values()} == {3} and seen["4"]["cut"] == 0
+    assert list(task.notes({"extra": {"shots": found}})) == [
+        "sst2, 4 + 3: 3 of 4 demonstrations fit the window, on average (4, 6, 8, None)",
+        "sst2, 4 + 3: 2 of 3 are in memory, on average (4, 6)",
+    ]
     assert fitting([], 5) == 0
 
 

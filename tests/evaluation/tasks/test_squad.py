@@ -70,7 +70,7 @@ def test_a_question_is_shown_with_its_answer_or_without(read: tuple[SquadFile, S
     told = "Context: The Ada d00 came to the hill.\nQuestion: Where is d00?\nAnswer:"
     assert shown(question, answered=True) == f"{told} the hill\n\n"
     assert shown(question, answered=False) == told
-    telling = dataclasses.replace(question, answers=("Answer: {hill}",))
+    telling = question._replace(answers=("Answer: {hill}",))
     assert shown(telling, answered=True) == f"{told} Answer: {{hill}}\n\n"
     assert shown(telling, answered=False) == told
 

@@ -12,28 +12,21 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
 from longmem.evaluation.documents import start_tokens
-from longmem.evaluation.task import Example, Json, Metric, Task, different, drawn, numbered
+from longmem.evaluation.results import Json
+from longmem.evaluation.task import Example, Metric, Task, different, drawn, numbered
 from longmem.evaluation.tasks.shots import encode_after
 
 BETWEEN = "\n\n"  # between a prefix and a suffix, the same for all suffixes
 
 
-@dataclass(frozen=True)
-class Item:
-    """One chapter boundary.
-
-    Attributes:
-        split: ``pg19``, ``ao3``, or the name that a self-made file gives its books.
-        work: the work's id.
-        number: among the examples of its work.
-        context: the text before the boundary.
-        options: six beginnings of chapters; the first is the true one.
-    """
+class Item(NamedTuple):
+    """A chapter boundary: its split, its work and its number there, the text before it, and beginnings of chapters, the
+    first of which is the true one."""
 
     split: str
     work: str
@@ -87,7 +80,7 @@ def files_for(files: Sequence[ChapterBreakFile], prefix: int) -> list[ChapterBre
     """Those whose prefixes are long enough, the shortest of them, all of a length together; and those that do not say.
 
     Raises:
-        ConfigError: none is long enough, or two of those taken have the same work.
+        ConfigError: none is long enough.
     """
     lengths = {file.prefix for file in files if file.prefix is not None}
     shortest = min((length for length in lengths if length >= prefix), default=None)
@@ -97,15 +90,6 @@ def files_for(files: Sequence[ChapterBreakFile], prefix: int) -> list[ChapterBre
             f"--prefix {prefix} is longer than the prefixes of the files ({max(lengths)} tokens, by their names); "
             "give a file with longer ones, or a smaller --prefix"
         )
-    works: dict[tuple[str, str], ChapterBreakFile] = {}
-    for file in found:
-        for item in file.items:
-            other = works.setdefault((item.split, item.work), file)
-            if other is not file:
-                raise ConfigError(
-                    f"{other.name} and {file.name} are both taken for a prefix and have the same work ({item.split}, "
-                    f"{item.work}); give one of them, or one with another name of the split"
-                )
     return found
 
 
@@ -114,14 +98,12 @@ class ChapterBreakTask(Task):
 
     Args:
         files: from ``read_chapterbreak``; for a prefix those are taken whose own are just long enough.
-        tokenizer: of all systems.
         prefixes: tokens before the boundary, the nearest ones.
         suffix_tokens: of a suffix, the first ones.
         limit: examples of each split, drawn with ``seed``, the same for every prefix; None is all.
-        seed: of that draw.
 
     Raises:
-        ConfigError: no file has prefixes so long, or a setting breaks a rule.
+        ConfigError: no file has prefixes so long.
     """
 
     name = "chapterbreak"

@@ -9,10 +9,9 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
@@ -33,8 +32,7 @@ MULTI_HOP, TEMPORAL, OPEN_DOMAIN, ADVERSARIAL = 1, 2, 3, 5
 WITH_DATE = " Use DATE of CONVERSATION to answer with an approximate date."  # the words of LoCoMo's own evaluation
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """What is asked after the sessions.
 
     Attributes:
@@ -54,8 +52,7 @@ class Question:
     category: int | None = None
 
 
-@dataclass(frozen=True)
-class Conversation:
+class Conversation(NamedTuple):
     """Sessions, oldest first, each a text with its date and a line for each turn, and what is asked about them.
 
     ``of`` names the conversation where other files have other parts of it: MSC's sessions.
@@ -67,8 +64,7 @@ class Conversation:
     of: str | None = None
 
 
-@dataclass(frozen=True)
-class DialogueFile:
+class DialogueFile(NamedTuple):
     """A file; ``kind`` is ``locomo`` or ``msc``, whose files are all called alike and are named with their folder."""
 
     name: str
@@ -182,8 +178,7 @@ def _speakers(dialog: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
         yield str(turn.get("id") or f"Speaker {at % 2 + 1}"), " ".join(_text(turn).split())
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """A question about a conversation; ``offered``: the two answers that an adversarial one offers."""
 
     conversation: Conversation
@@ -214,7 +209,6 @@ class DialogueTask(Task):
 
     Args:
         files: from ``read_dialogues``.
-        tokenizer: of all systems.
         recent: tokens of the newest session that are in the window in front of what is asked, for every system.
         new_tokens: of an answer; it also ends at a line end.
         answer_tokens: of a reference whose likelihood is measured, the first ones.
@@ -242,7 +236,7 @@ class DialogueTask(Task):
         seed: int = 0,
     ) -> None:
         names = numbered([file.name for file in files])
-        self.files = [replace(file, name=name) for file, name in zip(files, names, strict=True)]
+        self.files = [file._replace(name=name) for file, name in zip(files, names, strict=True)]
         self.tokenizer, self.seeds = tokenizer, (seed,)
         self.recent, self.new_tokens, self.answer_tokens = recent, new_tokens, answer_tokens
         self.limits = {"conversations": conversations, "questions": questions}

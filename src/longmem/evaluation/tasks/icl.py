@@ -7,7 +7,7 @@ without contextual calibration (Zhao et al. 2021, "Calibrate Before Use").
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -16,20 +16,16 @@ import numpy as np
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
 from longmem.evaluation.bootstrap import Bootstrap
 from longmem.evaluation.documents import start_tokens
-from longmem.evaluation.task import Example, Json, Metric, Task, different, drawn, group_scores, leaves, means_by
+from longmem.evaluation.results import Json
+from longmem.evaluation.task import Example, Metric, different, drawn, group_scores, leaves, means_by
 from longmem.evaluation.tasks.icl_data import IclSet
-from longmem.evaluation.tasks.shots import LaidOut, Shots, draw, encode_after, shots_seen
+from longmem.evaluation.tasks.shots import LaidOut, Shots, ShotsTask, draw, encode_after
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # of Zhao et al.; their label probabilities are averaged
 
 
 class Prompts:
-    """One set as tokens: `` Review: {text} Sentiment: {label}.``, each with the space that parts it from the last.
-
-    Args:
-        data: the set.
-        tokenizer: of all systems.
-    """
+    """One set as tokens: `` Review: {text} Sentiment: {label}.``, each with the space that parts it from the last."""
 
     def __init__(self, data: IclSet, tokenizer: Any) -> None:
         self.data, self.tokenizer = data, tokenizer
@@ -78,7 +74,7 @@ class Shown(NamedTuple):
         return f"{self.local} + {self.memory}"
 
 
-class IclTask(Task):
+class IclTask(ShotsTask):
     """In-context learning over some sets. Groups are a set and its demonstrations, units are texts.
 
     Every system gets the same demonstrations. Those of memory are never among those of the window, and none is a test
@@ -87,7 +83,6 @@ class IclTask(Task):
 
     Args:
         sets: from ``read_icl``.
-        tokenizer: of all systems.
         local_shots: numbers of demonstrations in the window.
         memory_shots: numbers of demonstrations in memory.
         seeds: draws of demonstrations, numbered from 1.
@@ -149,7 +144,7 @@ class IclTask(Task):
     def prompt(self, example: Example, asker: Asker) -> Prompt:
         """The question, and every content-free text in its place."""
         prompts = self.prompts[example.item.dataset]
-        shots, laid = self._laid_out(example, asker)
+        shots, laid = self.laid_out(example, asker)
         contexts = tuple(laid.before + query for query in (laid.query, *prompts.content_free))
         return Prompt(contexts, prompts.options, memory=shots.remembered(asker))
 
@@ -174,7 +169,7 @@ class IclTask(Task):
         """With ``average, 20 + 2000`` groups, in which every set has the same weight; examples averaged over seeds.
 
         ``extra`` has ``per_seed`` (group -> system -> metric -> values by seed, their mean and population standard
-        deviation), ``shots`` (see ``shots_seen``) and ``sets`` (chance and largest class in %).
+        deviation), ``shots`` (see ``ShotsTask.shots_seen``) and ``sets`` (chance and largest class in %).
         """
         values = [one["values"] for one in result["examples"]]
         per_seed = means_by(examples, values, lambda example: example.seed, digits=9)
@@ -198,26 +193,11 @@ class IclTask(Task):
         sets = {name: prompts.data for name, prompts in self.prompts.items()}
         result["extra"] = {
             "per_seed": spread,
-            "shots": shots_seen(examples, askers, self._laid_out),
+            "shots": self.shots_seen(examples, askers),
             "sets": {name: {"chance": one.chance, "majority": round(one.majority, 2)} for name, one in sets.items()},
         }
 
-    def notes(self, result: Json) -> Iterator[str]:
-        """How many demonstrations each system had before it, where not all of them fit."""
-        who: dict[str, dict[str, None]] = {}
-        for group, systems in result["extra"]["shots"].items():
-            dataset, _, shots = group.rpartition(", ")
-            local, memory = (int(number) for number in shots.split(" + "))
-            for name, seen in systems.items():
-                if seen["window"] < local:
-                    line = f"{dataset}: {seen['window']:g} of {local} demonstrations fit the window"
-                    who.setdefault(line, {})[name] = None
-                if 0 < seen["memory"] < memory:
-                    line = f"{dataset}: {seen['memory']:g} of {memory:,} demonstrations for memory are held"
-                    who.setdefault(line, {})[name] = None
-        return (f"{line}, on average ({', '.join(names)})" for line, names in who.items())
-
-    def _laid_out(self, example: Example, asker: Asker) -> tuple[Shots, LaidOut]:
+    def laid_out(self, example: Example, asker: Asker) -> tuple[Shots, LaidOut]:
         prompts, item = self.prompts[example.item.dataset], example.item
         shots = prompts.shots(example.seed, item.local, item.memory)
         return shots, prompts.lay_out(asker, shots, item.text)
@@ -233,10 +213,6 @@ def calibrated(logprobs: Sequence[float], content_free: Sequence[Sequence[float]
 
     Zhao et al. 2021, equation 1 with W = diag(p)^-1 and b = 0, where p is the mean, over content-free texts, of the
     label probabilities, which sum to 1 for each text. The result is not normalised.
-
-    Args:
-        logprobs: of each label, nats.
-        content_free: the same for each content-free text.
     """
     rows = np.array(content_free)
     weights = np.exp(rows - rows.max(axis=1, keepdims=True))

@@ -30,16 +30,10 @@ class Labelled(NamedTuple):
 
 @dataclass(frozen=True)
 class IclSet:
-    """A set as it is used.
+    """A set as it is used: names of classes in label order, texts to show and texts to ask, neither empty.
 
-    Attributes:
-        name: in results.
-        labels: the names of its classes in label order.
-        train: what demonstrations are drawn from: not empty, no text twice, none that is tested.
-        test: what is asked: not empty.
-        source: the files read, their hash, and how many texts were left out, for the result file.
-        head: the template's word before a text.
-        tail: the template's word before a label.
+    No text of ``train`` is there twice or tested. ``source``: the files read, their hash, and how many texts were left
+    out. ``head`` and ``tail``: the template's words before a text and before a label.
     """
 
     name: str
@@ -148,14 +142,14 @@ def _rows(path: Path, content: str) -> Iterator[tuple[int, str, list[str]]]:
             yield from ((reader.line_num, "label,text", row) for row in reader if row)
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: not CSV ({error}); a line is label,text") from error
-    elif lines[0].casefold() == HEADER:
-        for number, line in enumerate(lines[1:], 2):
-            if line:
-                yield number, "text<TAB>label", line.rsplit("\t", 1)[::-1]
-    else:
-        for number, line in enumerate(lines, 1):
-            if line:
-                yield number, "label<space>text", line.split(" ", 1)
+        return
+    header = lines[0].casefold() == HEADER
+    for number, line in enumerate(lines, 1):
+        if line and not (header and number == 1):
+            form = (
+                ("text<TAB>label", line.rsplit("\t", 1)[::-1]) if header else ("label<space>text", line.split(" ", 1))
+            )
+            yield number, *form
 
 
 def _read_set(name: str, kind: Kind, folder: Path, split: Split) -> IclSet:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,13 +42,7 @@ class Haystack:
 
 
 def read_haystack(paths: Sequence[str], tokenizer: Any, tokens: int, window: int) -> Haystack:
-    """At least so many tokens of text, cut into segments.
-
-    Args:
-        paths: see ``TextSource``; empty takes the source of Python's standard library.
-        tokenizer: of the models.
-        tokens: how many are needed.
-        window: T.
+    """At least so many tokens of text, cut into segments of ``window``; without paths Python's standard library.
 
     Raises:
         DataError: the text is too short.
@@ -115,8 +109,6 @@ class NeedleTask(Task):
     window. A system without memory has the end of the text in front of the question, as much as fits its window.
 
     Args:
-        haystack: the text.
-        tokenizer: of all systems.
         kinds: of facts, see ``longmem.data.facts.KINDS``.
         lengths: tokens of text, each a multiple of the haystack's segments.
         depths: where the fact is hidden, in % of the text.
@@ -251,12 +243,10 @@ class _Hidden:
         self.task, self.trial = task, trial
         self.digest = digest_of(task._digest, trial.length, trial.first, trial.hidden)
 
-    @contextmanager
-    def open(self, asker: Asker) -> Iterator[Memory]:
+    def open(self, asker: Asker) -> AbstractContextManager[Memory]:
         trial, haystack = self.trial, self.task.haystack
         count, changed = trial.length // haystack.window, trial.changed(haystack)
-        with self.task.encoded(asker.model).holding(trial.first, count, changed, asker.memory_size) as memory:
-            yield memory
+        return self.task.encoded(asker.model).holding(trial.first, count, changed, asker.memory_size)
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:

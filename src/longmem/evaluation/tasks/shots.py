@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -12,18 +12,13 @@ import numpy as np
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Asker, Tokens
-from longmem.evaluation.task import Example, Json, leaves
+from longmem.evaluation.results import Json
+from longmem.evaluation.task import Example, Task, leaves
 
 
-@dataclass(frozen=True)
-class Shots:
-    """Demonstrations of one draw, all as token ids.
-
-    Attributes:
-        start: the start token, where the tokenizer puts one before a text; else empty.
-        local: for the window, the last one nearest to the question.
-        memory: for memory, the last one newest.
-    """
+class Shots(NamedTuple):
+    """Demonstrations of one draw as token ids: ``local`` ones for the window, the last nearest to the question, and
+    those for ``memory``, the last newest; ``start`` is the tokenizer's start token, or empty."""
 
     start: Tokens
     local: tuple[Tokens, ...]
@@ -69,22 +64,43 @@ class LaidOut(NamedTuple):
     cut: int
 
 
-def shots_seen(
-    examples: Sequence[Example], askers: Sequence[Asker], lay_out: Callable[[Example, Asker], tuple[Shots, LaidOut]]
-) -> Json:
-    """group -> system -> mean numbers of demonstrations in its ``window``, and in its ``memory`` or, of those for
-    memory, in a full-context window; ``cut``: mean tokens of the question that did not fit."""
-    found: Json = {}
-    for example in examples:
-        for asker in askers:
-            shots, laid = lay_out(example, asker)
-            held = 0 if asker.memory_size is None else fitting(shots.memory, asker.memory_size)
-            seen = (laid.local, laid.memory + held, laid.cut)
-            found.setdefault(example.group, {}).setdefault(asker.name, []).append(seen)
-    means: Json = leaves(
-        found, lambda seen: dict(zip(("window", "memory", "cut"), np.mean(seen, axis=0).round(2).tolist(), strict=True))
-    )
-    return means
+class ShotsTask(Task):
+    """A task whose questions come after demonstrations; the last part of a group's name says how many: ``4 + 200``."""
+
+    @abstractmethod
+    def laid_out(self, example: Example, asker: Asker) -> tuple[Shots, LaidOut]:
+        """The demonstrations of an example, and what of them is in the window."""
+
+    def shots_seen(self, examples: Sequence[Example], askers: Sequence[Asker]) -> Json:
+        """group -> system -> mean numbers of demonstrations in its ``window``, and in its ``memory`` or, of those for
+        memory, in a full-context window; ``cut``: mean tokens of the question that did not fit."""
+        found: Json = {}
+        for example in examples:
+            for asker in askers:
+                shots, laid = self.laid_out(example, asker)
+                held = 0 if asker.memory_size is None else fitting(shots.memory, asker.memory_size)
+                seen = (laid.local, laid.memory + held, laid.cut)
+                found.setdefault(example.group, {}).setdefault(asker.name, []).append(seen)
+        means: Json = leaves(
+            found,
+            lambda seen: dict(zip(("window", "memory", "cut"), np.mean(seen, axis=0).round(2).tolist(), strict=True)),
+        )
+        return means
+
+    def notes(self, result: Json) -> Iterator[str]:
+        """What of demonstrations and questions did not fit, where something did not."""
+        who: dict[str, list[str]] = {}
+        for group, systems in result["extra"]["shots"].items():
+            local, memory = (int(number) for number in group.rpartition(", ")[2].split(" + "))
+            for name, seen in systems.items():
+                for said, short in (
+                    (f"{seen['window']:g} of {local} demonstrations fit the window", seen["window"] < local),
+                    (f"{seen['memory']:g} of {memory:,} are in memory", 0 < seen["memory"] < memory),
+                    (f"{seen['cut']:g} tokens of the question are cut", seen["cut"] > 0),
+                ):
+                    if short:
+                        who.setdefault(f"{group}: {said}", []).append(name)
+        return (f"{line}, on average ({', '.join(names)})" for line, names in who.items())
 
 
 def fitting(texts: Sequence[Tokens], room: int) -> int:
@@ -99,16 +115,9 @@ def fitting(texts: Sequence[Tokens], room: int) -> int:
 
 
 def draw(name: str, seed: int, size: int, local: int, memory: int) -> tuple[list[int], list[int]]:
-    """Numbers of the demonstrations for window and memory, in the order in which they are shown.
+    """Numbers of the demonstrations for window and memory out of ``size``, in the order in which they are shown.
 
     More demonstrations contain fewer ones: 20 are 16 others and the 4, which are nearest to the question.
-
-    Args:
-        name: of what is drawn from, part of the seed.
-        seed: of the draw.
-        size: how many there are to draw from.
-        local: for the window.
-        memory: for memory, none of them among ``local``.
 
     Raises:
         DataError: there are not so many.

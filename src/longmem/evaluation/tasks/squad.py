@@ -8,26 +8,25 @@ import random
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longmem.errors import DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
 from longmem.evaluation.bootstrap import Bootstrap
 from longmem.evaluation.documents import start_tokens
-from longmem.evaluation.task import Example, Json, Metric, Task, different, drawn, means_by
-from longmem.evaluation.tasks.shots import LaidOut, Shots, draw, encode_after, shots_seen
+from longmem.evaluation.results import Json
+from longmem.evaluation.task import Example, Metric, different, drawn, means_by
+from longmem.evaluation.tasks.shots import LaidOut, Shots, ShotsTask, draw, encode_after
 
 TEMPLATE = "Context: {passage}\nQuestion: {question}\nAnswer: {answer}\n\n"
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
-@dataclass(frozen=True)
-class SquadQuestion:
+class SquadQuestion(NamedTuple):
     """A question, the passage it is about, and every answer that counts (a short span of the passage)."""
 
     id: str
@@ -37,8 +36,7 @@ class SquadQuestion:
     answers: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class SquadFile:
+class SquadFile(NamedTuple):
     """The questions of a file in its order, and its hash."""
 
     name: str
@@ -62,14 +60,8 @@ def read_squad(path: str | Path) -> SquadFile:
                 for q, asked in enumerate(paragraph["qas"]):
                     place = f"data[{a}].paragraphs[{p}].qas[{q}]"
                     # a template of lines needs texts of one line
-                    passage, question, *answers = (
-                        " ".join(text.split())
-                        for text in (
-                            paragraph["context"],
-                            asked["question"],
-                            *(one["text"] for one in asked["answers"]),
-                        )
-                    )
+                    texts = (paragraph["context"], asked["question"], *(one["text"] for one in asked["answers"]))
+                    passage, question, *answers = (" ".join(text.split()) for text in texts)
                     if not answers:
                         raise ValueError("no answer; SQuAD v1.1 has one or more for every question, v2.0 not")
                     if asked["id"] in found:
@@ -86,7 +78,7 @@ def read_squad(path: str | Path) -> SquadFile:
     return SquadFile(file.name, hashlib.sha256(content).hexdigest()[:16], tuple(found.values()))
 
 
-class SquadTask(Task):
+class SquadTask(ShotsTask):
     """SQuAD after demonstrations. Groups are numbers of demonstrations, units are articles.
 
     A demonstration is one question of a passage with its first answer; no passage is shown twice or asked about.
@@ -94,12 +86,8 @@ class SquadTask(Task):
     Args:
         train: what demonstrations are drawn from.
         asked: whose questions are asked, ``dev-v1.1.json``.
-        tokenizer: of all systems.
-        local_shots: demonstrations in the window.
-        memory_shots: numbers of demonstrations in memory, each reported apart.
         seeds: draws of demonstrations, numbered from 1.
         limit: questions, drawn once over all articles; None is all.
-        max_answer_tokens: an answer that has no line end by then is cut.
 
     Raises:
         DataError: no passage of ``train`` is left that is not asked about.
@@ -156,7 +144,7 @@ class SquadTask(Task):
         ]
 
     def prompt(self, example: Example, asker: Asker) -> Prompt:
-        shots, laid = self._laid_out(example, asker)
+        shots, laid = self.laid_out(example, asker)
         context, new = laid.before + laid.query, self.max_answer_tokens
         return Prompt((context,), new_tokens=new, memory=shots.remembered(asker))
 
@@ -172,26 +160,15 @@ class SquadTask(Task):
     def summarise(
         self, result: Json, examples: Sequence[Example], askers: Sequence[Asker], bootstrap: Bootstrap
     ) -> None:
-        """``extra`` has means ``per_seed`` and ``by_article``, and ``shots`` (see ``shots_seen``)."""
+        """``extra`` has means ``per_seed`` and ``by_article``, and ``shots`` (see ``ShotsTask.shots_seen``)."""
         values = [one["values"] for one in result["examples"]]
         result["extra"] = {
             "per_seed": means_by(examples, values, lambda example: example.seed),
             "by_article": means_by(examples, values, lambda example: example.unit),
-            "shots": shots_seen(examples, askers, self._laid_out),
+            "shots": self.shots_seen(examples, askers),
         }
 
-    def notes(self, result: Json) -> Iterator[str]:
-        """What of demonstrations and passages did not fit, where something did not."""
-        for group, systems in result["extra"]["shots"].items():
-            local, memory = (int(number) for number in group.split(" + "))
-            for name, seen in systems.items():
-                parts = [f"{seen['window']:g} of {local} demonstrations fit the window"] * (seen["window"] < local)
-                parts += [f"{seen['memory']:g} of {memory} are in memory"] * (0 < seen["memory"] < memory)
-                parts += [f"{seen['cut']:g} tokens of the passage are cut"] * (seen["cut"] > 0)
-                if parts:
-                    yield f"{group}, {name}: {', '.join(parts)} (means)"
-
-    def _laid_out(self, example: Example, asker: Asker) -> tuple[Shots, LaidOut]:
+    def laid_out(self, example: Example, asker: Asker) -> tuple[Shots, LaidOut]:
         shots = self.shots(example.seed, int(example.group.partition(" + ")[2]))
         return shots, shots.lay_out(asker, self._queries[example.item], self.max_answer_tokens)
 
@@ -228,8 +205,7 @@ def normalise_answer(text: str) -> str:
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1.0 if the prediction is one of the answers after ``normalise_answer``, else 0.0."""
-    found = normalise_answer(prediction)
-    return float(any(found == normalise_answer(answer) for answer in answers))
+    return float(normalise_answer(prediction) in map(normalise_answer, answers))
 
 
 def f1_score(prediction: str, answers: Sequence[str]) -> float:
@@ -237,9 +213,8 @@ def f1_score(prediction: str, answers: Sequence[str]) -> float:
 
     Words count as often as they occur in both. Where they share no word F1 is 0, also if both are empty.
     """
-    return max(_f1(normalise_answer(prediction).split(), normalise_answer(answer).split()) for answer in answers)
-
-
-def _f1(predicted: list[str], true: list[str]) -> float:
-    shared = (Counter(predicted) & Counter(true)).total()
-    return 2 * shared / (len(predicted) + len(true)) if shared else 0.0
+    best, found = 0.0, normalise_answer(prediction).split()
+    for true in (normalise_answer(answer).split() for answer in answers):
+        shared = (Counter(found) & Counter(true)).total()
+        best = max(best, 2 * shared / (len(found) + len(true))) if shared else best
+    return best
