@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
-from longmem.modeling.fusion import fuse_softmax
+from longmem.modeling.fusion import fuse_softmax, local_lse
 from longmem.modeling.gates import TokenGate
 
 B, H, T, D = 2, 3, 5, 4
@@ -56,3 +57,25 @@ def test_a_closed_gate_starts_near_the_backbone_and_is_small() -> None:
     gate = TokenGate(H, D, bias=-8.0)
     assert gate(*inputs).share.max() < 1e-3
     assert sum(p.numel() for p in gate.parameters()) == 3 * H + 3 * H * D
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("masked", ["causal", "boolean", "additive"])
+@pytest.mark.parametrize("length", [1, 5, 9])
+def test_the_log_sum_exp_of_local_scores_and_its_gradients(length: int, masked: str, softcap: float | None) -> None:
+    generator = torch.Generator().manual_seed(5)
+    queries = torch.randn(2, 6, length, 8, generator=generator, requires_grad=True)
+    keys = torch.randn(2, 2, 9, 8, generator=generator, requires_grad=True)
+    weights = torch.randn(2, 6, length, generator=generator)
+    seen = torch.ones(length, 9, dtype=torch.bool).tril(9 - length).repeat(2, 1, 1, 1)
+    if masked != "causal":
+        seen[1, :, :, :2] = seen[1, :, :, :2] & (length > 8)  # pads on the left
+    additive = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    found = local_lse(queries, keys, {"causal": None, "boolean": seen, "additive": additive}[masked], scaling=0.3,
+                      softcap=softcap)  # fmt: skip
+    scores = 0.3 * queries @ keys.repeat_interleave(3, dim=1).mT
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    expected = (scores + additive).logsumexp(-1)
+    torch.testing.assert_close(found, expected)
+    ours, theirs = (torch.autograd.grad((each * weights).sum(), (queries, keys)) for each in (found, expected))
+    torch.testing.assert_close(ours, theirs)

@@ -5,7 +5,7 @@ B rows · H heads · T tokens · D head_dim
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -74,14 +74,48 @@ def local_lse(
         mask: additive or boolean (True = visible), broadcast to (B, H, T, T_keys); None is causal.
     """
     keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+    length, past = queries.shape[2], keys.shape[2] - queries.shape[2]
+    if mask is None and length > 1 and past:
+        mask = torch.ones(length, keys.shape[2], dtype=torch.bool, device=queries.device).tril(past)
+    lowest = torch.finfo(queries.dtype).min
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=queries.dtype, device=queries.device).masked_fill_(~mask, lowest)
+    if mask is not None:
+        mask = mask[..., : keys.shape[2]]
+    device = queries.device.type
+    if softcap is None and (device == "cpu" or (device == "cuda" and mask is None)):
+        return _fused_lse(queries, keys, mask, length > 1 and mask is None, scaling)
     scores = torch.matmul(queries, keys.transpose(-1, -2)).float() * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        past = keys.shape[2] - queries.shape[2]
-        mask = torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool, device=queries.device).tril(past)
-    if mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if mask is None and length > 1:
+        mask = torch.full((length, length), lowest, device=queries.device).triu(1)
+    return (scores if mask is None else scores + mask.float()).logsumexp(dim=-1)
+
+
+def _fused_lse(queries: Tensor, keys: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> Tensor:
+    """The same from torch's fused attention, which keeps no scores; its own gradient leaves the log-sum-exp out.
+
+    With the keys as values, attention gives out = P K, which is the gradient of the log-sum-exp to the queries; and
+    what a gradient q of out gives to the values, P^T q, is its gradient to the keys.
+    """
+    device = queries.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        queries, keys = queries.to(dtype), keys.to(dtype)
+        mask = None if mask is None else mask.to(dtype)
+    fixed = queries.detach()
+    if device == "cuda":
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            fixed, keys.detach(), keys, None, True, 0.0, causal, scale=scaling
+        )
+        lse = lse[..., : queries.shape[2]]
     else:
-        scores = scores + mask.float()[..., : keys.shape[2]]
-    return scores.logsumexp(dim=-1)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            fixed, keys.detach(), keys, 0.0, causal, attn_mask=mask, scale=scaling
+        )
+    if not (torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad)):
+        return cast(Tensor, lse)
+    # zero, with the gradients that the log-sum-exp has
+    slope = (queries * out.detach()).sum(-1) + (fixed * out).sum(-1) - 2 * (fixed * out.detach()).sum(-1)
+    return cast(Tensor, lse.detach() + scaling * slope.float())
