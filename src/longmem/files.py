@@ -32,3 +32,12 @@ def write_whole(path: Path, pieces: Iterable[str]) -> None:
     """Write text so that the file is complete, or as it was before."""
     with whole(path) as part, part.open("w", encoding="utf-8") as file:
         file.writelines(pieces)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until the bytes of a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

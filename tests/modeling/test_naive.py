@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.modeling.naive import NaiveLongMem
 
 from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemoryBank
-from longmem.modeling.naive import NaiveLongMem
 
 
 @settings(max_examples=12, deadline=None)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -54,7 +53,6 @@ class FairseqCheckpoint:
     """A released checkpoint, taken apart.
 
     Attributes:
-        path: where it was read.
         settings: the ``model`` part of its ``cfg`` or ``args``, as plain values.
         backbone: the backbone's tensors under our names; empty where the file holds a SideNet alone.
         side: the SideNet's tensors under our names, without the ``sidenet.`` in front; empty for a backbone.
@@ -85,18 +83,12 @@ class FairseqCheckpoint:
 
 def side_name(name: str) -> str | None:
     """Our name, behind ``sidenet.``, of a released SideNet tensor; None for any other."""
-    for pattern, ours in _SIDE_NAMES:
-        if pattern.match(name):
-            return pattern.sub(ours, name)
-    return None
+    return next((pattern.sub(ours, name) for pattern, ours in _SIDE_NAMES if pattern.match(name)), None)
 
 
 def backbone_name(name: str) -> str | None:
     """Our name of a released backbone tensor; None for any other."""
-    for prefix in BACKBONE_PREFIXES:
-        if name.startswith(prefix):
-            return name.removeprefix(prefix)
-    return None
+    return next((name.removeprefix(prefix) for prefix in BACKBONE_PREFIXES if name.startswith(prefix)), None)
 
 
 def read_fairseq(path: str | Path, settings: str | Path | None = None) -> FairseqCheckpoint:
@@ -153,33 +145,21 @@ def _why_not(path: Path, error: Exception) -> str:
     if "TorchScript" in text:
         return f"{path}: is a TorchScript program, not a checkpoint; give the file that torch.save wrote"
     reason, kind = text.partition("error: ")[2] or text, "a checkpoint"
-    if isinstance(error, SafetensorError) or path.suffix == ".safetensors":
+    with path.open("rb") as file:
+        begin = file.read(4)
+    if path.suffix == ".safetensors":
         kind = "safetensors"
-    elif not path.stat().st_size:
+    elif not begin:
         reason = "the file is empty"
-    elif _is_cut_off(path):
+    elif begin == b"PK\x03\x04" and not zipfile.is_zipfile(path):
         reason = f"the file ends before its table of contents, after {path.stat().st_size:,} bytes: it was cut off"
     return f"{path}: cannot be read as {kind} ({reason.splitlines()[0][:200]}); copy it again"
-
-
-def _is_cut_off(path: Path) -> bool:
-    """Whether a zip file lacks its table of contents, which is at its end."""
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(path)
 
 
 def backbone_from_fairseq(
     checkpoint: FairseqCheckpoint | str | Path, dtype: torch.dtype | None = None
 ) -> AlibiGPTForCausalLM:
-    """The backbone in a released backbone or LongMem checkpoint.
-
-    Args:
-        checkpoint: what ``read_fairseq`` returned, or a path.
-        dtype: of the weights; None keeps the file's.
-
-    Raises:
-        CheckpointError: tensors are missing or have the wrong shape.
-    """
+    """The backbone in a released backbone or LongMem checkpoint, with weights of ``dtype``, or of the file's."""
     if not isinstance(checkpoint, FairseqCheckpoint):
         checkpoint = read_fairseq(checkpoint)
     config = backbone_config(checkpoint)
@@ -279,11 +259,8 @@ def _json_settings(path: Path, settings: str | Path | None) -> dict[str, Any]:
                 f"{path}: a state dict says nothing of heads and memory; name the JSON with --settings"
             )
         settings = max(beside, key=lambda found: len(found.stem))
-    settings = Path(settings)
     try:
-        known = json.loads(settings.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{settings}: no such file; give the JSON with the checkpoint's settings") from error
+        known = json.loads(Path(settings).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{settings}: cannot be read as JSON ({error})") from error
     known = known.get("config", known) if isinstance(known, dict) else None

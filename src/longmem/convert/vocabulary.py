@@ -59,29 +59,22 @@ def tokenizer_from_fairseq(folder: str | Path, rows: int, window: int | None = N
 
 
 def _encoder(folder: Path) -> dict[str, int]:
-    text = _text(folder / "encoder.json")
     try:
-        read = json.loads(text)
-        return {str(token): int(number) for token, number in read.items()}
+        return {str(token): int(number) for token, number in json.loads(_text(folder / "encoder.json")).items()}
     except (ValueError, TypeError, AttributeError) as problem:
         raise CheckpointError(f"{folder / 'encoder.json'}: is no table of tokens and ids ({problem})") from problem
 
 
 def _merges(folder: Path) -> list[tuple[str, str]]:
-    pairs = []
-    for number, line in enumerate(_text(folder / "vocab.bpe").split("\n"), start=1):
-        parts = line.split()
-        if not parts or line.startswith("#version"):
-            continue
-        if len(parts) != 2:
-            raise CheckpointError(f"{folder / 'vocab.bpe'}: line {number} is not a pair of symbols")
-        pairs.append((parts[0], parts[1]))
-    return pairs
+    lines = enumerate(_text(folder / "vocab.bpe").split("\n"), start=1)
+    pairs = {number: line.split() for number, line in lines if line.strip() and not line.startswith("#version")}
+    if odd := [number for number, pair in pairs.items() if len(pair) != 2]:
+        raise CheckpointError(f"{folder / 'vocab.bpe'}: line {odd[0]} is not a pair of symbols")
+    return [(first, second) for first, second in pairs.values()]
 
 
 def _symbols(folder: Path) -> list[str]:
-    lines = _text(folder / "dict.txt").split("\n")
-    return [line.rsplit(" ", 1)[0] for line in lines if line]
+    return [line.rsplit(" ", 1)[0] for line in _text(folder / "dict.txt").split("\n") if line]
 
 
 def _text(path: Path) -> str:

@@ -26,25 +26,19 @@ from longmem.modeling.longmem import LongMem
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written.
-
-    Attributes:
-        kind: ``backbone`` or ``longmem``.
-        out: folder to open: with ``AutoModelForCausalLM`` for a backbone, with ``LongMem`` else.
-        backbone: folder of the backbone; the same as ``out`` for a backbone.
-        parameters: all of the model's, counted once.
-        trained: those of the SideNet; 0 for a backbone.
-        dtype: of the weights.
-        ignored: tensors of the file that mean nothing to us.
-    """
+    """What was written."""
 
     kind: str
+    """``backbone`` or ``longmem``."""
     out: str
     backbone: str
+    """Its folder; the same as ``out`` for a backbone."""
     parameters: int
     trained: int
+    """Those of the SideNet; 0 for a backbone."""
     dtype: str
     ignored: list[str]
+    """Tensors of the file that mean nothing to us."""
 
 
 def convert(
@@ -93,14 +87,11 @@ def convert(
     if tokenizer is not None:
         for folder in {out} if beside else {out, place}:
             tokenizer.save_pretrained(str(folder))
-    parameters = {
-        id(each): each.numel() for model in (base, longmem) if model is not None for each in model.parameters()
-    }
     return Converted(
         kind="backbone" if longmem is None else "longmem",
         out=str(out),
         backbone=str(place),
-        parameters=sum(parameters.values()),
+        parameters=sum(each.numel() for each in (longmem or base).parameters()),
         trained=sum(value.numel() for value in read.side.values()),
         dtype=str(next(base.parameters()).dtype).removeprefix("torch."),
         ignored=read.ignored,
@@ -112,16 +103,7 @@ def longmem_from_fairseq(
     backbone: PreTrainedModel | None = None,
     dtype: torch.dtype | None = None,
 ) -> LongMem:
-    """The LongMem in a released checkpoint, ready to use.
-
-    Args:
-        checkpoint: what ``read_fairseq`` returned, or a path.
-        backbone: None takes the one in the checkpoint.
-        dtype: of the weights; None keeps the file's.
-
-    Raises:
-        CheckpointError: tensors are missing or have the wrong shape, or the settings contradict them.
-    """
+    """The LongMem in a released checkpoint, over a given backbone or the one in the checkpoint."""
     if not isinstance(checkpoint, FairseqCheckpoint):
         checkpoint = read_fairseq(checkpoint)
     if not checkpoint.is_longmem:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -27,17 +28,14 @@ MOST_CHUNKS = 6
 
 
 class Reading(NamedTuple):
-    """What one position read.
-
-    Attributes:
-        share: part of the attention output that came from memory, the mean over layers and heads.
-        layers: the same for each remembered layer.
-        chunks: ``ChunkReading`` of the chunks with the largest shares.
-    """
+    """What one position read."""
 
     share: float
+    """Part of the attention output that came from memory, the mean over layers and heads."""
     layers: dict[int, float]
+    """The same for each remembered layer."""
     chunks: list[Any]
+    """``ChunkReading`` of the chunks with the largest shares."""
 
 
 def reading_at(explanation: Any, position: int) -> Reading:
@@ -56,13 +54,7 @@ class _Readings(list[Any]):
 
 
 def generate_explained(model: Any, ids: Tensor, memory: Any, **settings: Any) -> tuple[Tensor, list[float], list[Any]]:
-    """``model.generate`` for one prompt (1, T), with what memory did to every new token.
-
-    Args:
-        model: a model of ours.
-        ids: (1, T) the prompt.
-        memory: what it reads; a session.
-        **settings: of ``generate``.
+    """``model.generate`` for one prompt ``ids`` (1, T), with what memory (a session) did to every new token.
 
     Returns:
         the whole text (T,), the gain in nats of every new token, and its ``Reading``. The gain is the log probability
@@ -103,17 +95,7 @@ def without_memory(model: Any, ids: Tensor, first: int, policy: WindowPolicy | N
 
 @dataclass(frozen=True)
 class FoundChunk:
-    """A chunk that a token read.
-
-    Attributes:
-        document: its name; None where it was given none.
-        start_token: its place in the document.
-        share: part of the attention output that came from it, the mean over layers and heads.
-        layers: the same for each remembered layer whose heads found it.
-        before: text before it.
-        text: its own.
-        after: text after it.
-    """
+    """A chunk that a token read: its place, its shares as in ``Reading``, its text and the text around it."""
 
     document: str | None
     start_token: int
@@ -126,20 +108,12 @@ class FoundChunk:
 
 @dataclass(frozen=True)
 class ReadToken:
-    """A token, and what was read to choose it.
-
-    Attributes:
-        token: its id.
-        text: what it adds to the text.
-        gain: nats by which memory made it likelier; below 0, less likely.
-        share: part of the attention output that came from memory, the mean over layers and heads.
-        layers: the same for each remembered layer.
-        found: the chunks with the largest shares.
-    """
+    """A token, what it adds to the text, and what was read to choose it (see ``Reading``)."""
 
     token: int
     text: str
     gain: float
+    """Nats by which memory made it likelier; below 0, less likely."""
     share: float
     layers: dict[int, float]
     found: list[FoundChunk]
@@ -148,10 +122,8 @@ class ReadToken:
 class Passages:
     """The text of chunks.
 
-    Args:
-        tokenizer: of transformers.
-        ids_of: the token ids (t,) of the document that a chunk is from; None where they are not known. May raise
-            StoreError.
+    ``ids_of`` gives the token ids (t,) of the document that a chunk is from; None where they are not known. It may
+    raise StoreError.
     """
 
     def __init__(self, tokenizer: Any, ids_of: Callable[[ChunkOrigin], Any]) -> None:
@@ -166,10 +138,9 @@ class Passages:
         return FoundChunk(origin.document, origin.start_token, chunk.share, chunk.layers, *self._known[origin])
 
     def _spelled(self, origin: ChunkOrigin) -> tuple[str, str, str]:
-        try:
+        ids = None
+        with suppress(StoreError):  # forgotten since it was read
             ids = self._ids_of(origin)
-        except StoreError:  # forgotten since it was read
-            ids = None
         if ids is None:
             return "", "", ""
         first, last = origin.start_token, origin.start_token + origin.length
@@ -201,20 +172,10 @@ def read_tokens(
 def page(model: str, memory: str, prompt: str, tokens: Sequence[ReadToken], notes: Sequence[str] = ()) -> str:
     """One HTML file without outside parts; every text is put in as text.
 
-    Args:
-        model: its name.
-        memory: what it read, in words.
-        prompt: the text before the tokens.
-        tokens: those that are shaded.
-        notes: further lines above the text.
+    Names of model and memory and ``notes`` stand above the text, which is the prompt and the shaded tokens.
     """
-    data = {
-        "model": model,
-        "memory": memory,
-        "prompt": prompt,
-        "notes": list(notes),
-        "tokens": [asdict(token) for token in tokens],
-    }
+    data: dict[str, Any] = {"model": model, "memory": memory, "prompt": prompt, "notes": list(notes)}
+    data["tokens"] = [asdict(token) for token in tokens]
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":  # no text may end the element that holds it
         text = text.replace(sign, f"\\u{ord(sign):04x}")

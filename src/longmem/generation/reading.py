@@ -72,23 +72,13 @@ def read(
     overlap: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> int:
-    """Read a whole text into a session, segment by segment.
+    """Read a whole text (t,) into a row of a session, segment by segment; returns how many tokens were written.
 
     Args:
-        model: a model of ours.
-        session: a ``SessionMemory``, or one over a store.
-        ids: (t,) the text's token ids.
         document: name of the text in provenances.
-        row: row of the session.
         segment: tokens encoded together; None is the backbone's window, at most 1024.
         overlap: tokens before each segment that the segment may attend to.
         progress: called with the number of tokens read so far.
-
-    Returns:
-        how many tokens were written.
-
-    Raises:
-        ConfigError: if segment and overlap together exceed the backbone's positions.
     """
     segment = _segment(model, segment, overlap)
     session.end_document(torch.tensor([row]))
@@ -103,21 +93,11 @@ def read(
 def remember(
     model: Any, session: Session, ids: Tensor, *, row: int = 0, segment: int | None = None, overlap: int = 0
 ) -> int:
-    """Write the part of a text to its session that ``generate`` has left in the local window.
+    """Write the part of a text to its session that ``generate`` has left in the local window; returns how many tokens.
 
     Afterwards the session holds the whole text, so a session over a store can be committed. ``generate`` may go on
-    with the text; its window then begins after what is written.
-
-    Args:
-        model: a model of ours.
-        session: the session that ``generate`` was given.
-        ids: (t,) the token ids of the whole text, including the part that is in the session already.
-        row: row of the session.
-        segment: tokens encoded together, see ``read``.
-        overlap: tokens before each segment that the segment may attend to.
-
-    Returns:
-        how many tokens were written.
+    with the text; its window then begins after what is written. ``ids`` (t,) are of the whole text, including the part
+    that is in the session already.
     """
     known, only = session.followed(row), torch.tensor([row])
     if not torch.equal(known, ids[: len(known)].cpu()):

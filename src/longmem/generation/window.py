@@ -41,19 +41,14 @@ class WindowPolicy:
         """The policy for a model and its memory; None where nothing limits the text."""
         chunk = model.config.chunk_size if memory is None else memory.chunk_size
         limit = positions(model)
-        window = getattr(settings, "window", None)
-        if window is None:
-            window = limit
+        named = ("window", "window_move", "window_overlap", "session_tokens")
+        window, move, overlap, capacity = (getattr(settings, name, None) for name in named)
+        window = limit if window is None else window
         if window is None:
             return None
-        move = getattr(settings, "window_move", None)
-        if move is None:
-            move = max(chunk, window // 2 // chunk * chunk)
-        overlap = getattr(settings, "window_overlap", 0)
-        capacity = getattr(settings, "session_tokens", None)
-        if capacity is None:
-            capacity = model.config.memory_size // chunk * chunk
-        policy = cls(int(window), int(move), int(overlap), int(capacity))
+        move = max(chunk, window // 2 // chunk * chunk) if move is None else move
+        capacity = model.config.memory_size // chunk * chunk if capacity is None else capacity
+        policy = cls(int(window), int(move), int(overlap or 0), int(capacity))
         if problems := policy._problems(chunk, limit):
             raise ConfigError(problems)
         return policy
@@ -78,9 +73,8 @@ class WindowPolicy:
             found.append(f"window_overlap ({overlap}) must lie in 0..{left}: the window less the {move} that move")
         if capacity < chunk or capacity % chunk:
             tries = max(chunk, capacity // chunk * chunk)
-            found.append(
-                f"session_tokens ({capacity}) must be a multiple of the memory's chunk size ({chunk}); try {tries}"
-            )
+            rule = f"must be a multiple of the memory's chunk size ({chunk}); try {tries}"
+            found.append(f"session_tokens ({capacity}) {rule}")
         return found
 
 
@@ -108,10 +102,8 @@ class LocalWindow:
     a row of a batch is that row alone, and generating in two calls is generating in one.
 
     Args:
-        model: its ``encode`` makes keys and values.
-        session: is written.
+        session: is written, with what the model's ``encode`` makes.
         rows: the session's row of every batch row.
-        policy: how long the window is, and how much moves.
         input_ids: (B, T), the prompts, left-padded.
         attention_mask: (B, T), or None.
     """
@@ -217,11 +209,9 @@ def open_window(
     """The window of a ``generate`` about to start; None where the whole text fits and no session follows it.
 
     Args:
-        model: the model that generates.
-        memory: what it reads; a session is written, too.
+        memory: what the model reads; a session is written, too.
         memory_rows: (B,) the memory's row of every batch row.
         input_ids: (B, T) prompts.
-        attention_mask: (B, T) or None.
         settings: the generation config, lengths filled in.
     """
     policy = WindowPolicy.of(settings, model, memory)

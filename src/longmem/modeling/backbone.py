@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from types import MethodType, TracebackType
+from types import TracebackType
 from typing import Any, cast
 
 import torch
@@ -23,7 +22,7 @@ from transformers.utils.output_capturing import CompileableContextVar
 
 from longmem.modeling.families import Family, find
 from longmem.modeling.fingerprint import fingerprint_of
-from longmem.modeling.placement import place_of
+from longmem.modeling.placement import mirror_of, place_of
 from longmem.modeling.probe import QKV, Call
 from longmem.types import AttentionKV
 
@@ -235,32 +234,6 @@ class Backbone(nn.Module):
             for name, value in options.items()
             if name in known or (value is not None and "kwargs" in known and name not in ("position_ids", "use_cache"))
         }
-
-
-def mirror_of(module: nn.Module) -> nn.Module:
-    """Twins of a module and its parts over the same weights; a hook or attribute set on a twin is its own."""
-    made: dict[int, nn.Module] = {}
-
-    def reflect(part: nn.Module) -> nn.Module:
-        if id(part) in made:
-            return made[id(part)]
-        # not the class's own `__new__`: FSDP2's makes another class
-        twin = made[id(part)] = object.__new__(type(part))
-        twin.__dict__.update(part.__dict__)
-        for name, value in part.__dict__.items():
-            if "_hooks" in name and isinstance(value, OrderedDict | dict):
-                twin.__dict__[name] = type(value)(value)
-        # accelerate replaces `forward` by one that is bound to the module it moves
-        if isinstance(part.__dict__.get("forward"), functools.partial):
-            twin.__dict__["forward"] = functools.partial(part.__dict__["forward"].func, twin)
-        if isinstance(part.__dict__.get("_old_forward"), MethodType):
-            twin.__dict__["_old_forward"] = MethodType(part.__dict__["_old_forward"].__func__, twin)
-        twin.__dict__["_modules"] = {
-            name: None if child is None else reflect(child) for name, child in part._modules.items()
-        }
-        return twin
-
-    return reflect(module)
 
 
 class _FinishedDecoder(nn.Module):

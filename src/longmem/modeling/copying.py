@@ -56,54 +56,6 @@ class HeadRanks:
         return 1 - best.log().mean().item() / math.log(blind)
 
 
-@dataclass(frozen=True)
-class CopyScore:
-    """How well a model copies text it has just read.
-
-    Attributes:
-        first_loss: nats per token on the first pass.
-        second_loss: nats per token on the second pass of the same text, within the same window.
-        distance: tokens between the two.
-        rank: for each layer, the median rank of the right key in its best head.
-        recall: for each layer, the recall of its best head, see ``HeadRanks``.
-    """
-
-    first_loss: float
-    second_loss: float
-    distance: int
-    rank: dict[int, float]
-    recall: dict[int, float]
-
-    @property
-    def gain(self) -> float:
-        """Nats saved by having read the text before."""
-        return self.first_loss - self.second_loss
-
-    @property
-    def best_layer(self) -> int:
-        """The layer with the lowest rank."""
-        return min(self.rank, key=lambda layer: self.rank[layer])
-
-
-def copy_score(model: PreTrainedModel, token_ids: Tensor, layers: Sequence[int] | None = None) -> CopyScore:
-    """Copy loss and retrieval ranks on some text; seconds on a small model, so that it can be logged during training.
-
-    Args:
-        model: any causal language model that ``Backbone`` takes.
-        token_ids: (B, n) text; twice n must fit the model's window. 4 x 128 is plenty.
-        layers: layers to rank; None takes all that have keys.
-    """
-    first, second = copy_loss(model, token_ids)
-    found = retrieval_by_layer(model, token_ids, segment=token_ids.shape[1], layers=layers)
-    return CopyScore(
-        first_loss=first,
-        second_loss=second,
-        distance=token_ids.shape[1],
-        rank={layer: heads.rank.min().item() for layer, heads in found.items()},
-        recall={layer: heads.recall.max().item() for layer, heads in found.items()},
-    )
-
-
 def copy_loss(model: PreTrainedModel, token_ids: Tensor) -> tuple[float, float]:
     """Mean loss, in nats, of the first and the second pass of text (B, n) that is read twice in one window.
 
@@ -133,15 +85,10 @@ def retrieval_by_layer(
     second pass is cut half a segment later, so that no query has the context of its key.
 
     Args:
-        model: any causal language model that ``Backbone`` takes.
         token_ids: (B, n) text; n is the distance over which it repeats. Tokens beyond whole segments are left out.
         segment: tokens encoded at once; at most the model's window.
-        chunk_size: S.
         num_chunks: R, chunks that a query may retrieve.
         layers: layers to measure; None takes all that have keys.
-
-    Returns:
-        For each layer, its ``HeadRanks``.
     """
     segment = min(segment, token_ids.shape[1])
     length = token_ids.shape[1] // segment * segment
@@ -170,8 +117,10 @@ def retrieval_by_layer(
 
 def layer_scores(measured: Sequence[Mapping[int, HeadRanks]]) -> dict[int, float]:
     """For each layer, its mean score over several measurements."""
-    layers = measured[0].keys() if measured else ()
-    return {layer: sum(heads[layer].score for heads in measured) / len(measured) for layer in layers}
+    return {
+        layer: sum(heads[layer].score for heads in measured) / len(measured)
+        for layer in (measured[0] if measured else ())
+    }
 
 
 def recommend_memory_layer(
@@ -186,12 +135,8 @@ def recommend_memory_layer(
     """The layer to remember, by measurement on repeated random tokens and, where given, on repeated text.
 
     Args:
-        model: any causal language model that ``Backbone`` takes.
         token_ids: (B, n) text of the model's kind; a few rows of 256 tokens or more.
         stride: of the SideNet; only layers that it copies are considered, because their queries search their own keys.
-        chunk_size: S.
-        num_chunks: R.
-        seed: of the random tokens.
 
     Returns:
         A layer, or None where no layer stands out from chance: the model does not copy yet.
@@ -228,14 +173,9 @@ def random_tokens(vocab_size: int, rows: int, length: int, *, seed: int = 0, spe
     """(rows, length) token ids drawn at random, none twice in a row of the result while the vocabulary lasts."""
     generator = torch.Generator().manual_seed(seed)
     ordinary = torch.tensor([token for token in range(vocab_size) if token not in set(special)])
-    draws = []
-    for _ in range(rows):
-        parts = [
-            ordinary[torch.randperm(len(ordinary), generator=generator)]
-            for _ in range(math.ceil(length / len(ordinary)))
-        ]
-        draws.append(torch.cat(parts)[:length])
-    return torch.stack(draws)
+    times = range(math.ceil(length / len(ordinary)))
+    draws = [[ordinary[torch.randperm(len(ordinary), generator=generator)] for _ in times] for _ in range(rows)]
+    return torch.stack([torch.cat(parts)[:length] for parts in draws])
 
 
 def _ranks(queries: Tensor, keys: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:

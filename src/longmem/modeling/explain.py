@@ -64,9 +64,7 @@ class Explanation:
     def of(cls, memory: Memory, reads: Sequence[tuple[int, RetrievedMemory, Tensor]]) -> Explanation:
         """Look up what was found, now: the memory may be written, or forget, a moment later.
 
-        Args:
-            memory: what was searched.
-            reads: for each remembered layer its number, what it found, and the shares (B, H, T, R).
+        ``reads``: for each remembered layer its number, what it found, and the shares (B, H, T, R).
         """
         first = reads[0][1]
         rows = first.rows if first.memory_rows is None else first.memory_rows
@@ -87,18 +85,14 @@ class Explanation:
     def token(self, position: int, row: int = 0, *, top: int | None = None) -> list[ChunkReading]:
         """What one token read, all its heads together, largest share first.
 
-        Args:
-            position: of the token in the input; negative from its end. In ``generate`` the last position of a call
-                is the one that chose the next token.
-            row: the batch row.
-            top: how many chunks at most.
+        ``position`` is of the token in the input; in ``generate`` the last one of a call chose the next token.
         """
         return self.over([position], row, top=top)
 
     def over(
         self, positions: Iterable[int] | None = None, row: int = 0, *, top: int | None = None
     ) -> list[ChunkReading]:
-        """What several tokens read together, largest share first; None: every token of the row."""
+        """What several tokens of a batch row read together, at most ``top`` chunks; None: every token of the row."""
         length = self.chunks.shape[2]
         at = torch.tensor(list(range(length) if positions is None else positions), dtype=torch.long)
         chunks, shares, scores = (each[row][:, at].flatten(1) for each in (self.chunks, self.shares, self.scores))

@@ -22,28 +22,16 @@ __all__ = ["QKV", "Call", "Family", "PositionFreeProbe", "attention_of", "find"]
 
 # where the decoder's layers and the final norm are, in the order tried
 _LAYERS = (
-    "model.layers",
-    "transformer.h",
-    "gpt_neox.layers",
-    "model.decoder.layers",
-    "transformer.blocks",
+    "model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers", "transformer.blocks",
     "model.language_model.layers",
-)
+)  # fmt: skip
 _FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "norm_f", "final_layernorm", "embedding_norm")
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 _ATTENTION_OUTPUT = ("o_proj", "out_proj", "c_proj", "dense")
 _FFN_OUTPUT = (
-    "mlp.down_proj",
-    "mlp.c_proj",
-    "mlp.dense_4h_to_h",
-    "mlp.fc_out",
-    "mlp.fc2",
-    "mlp.experts.down_proj",
-    "ffn.down_proj",
-    "fc2",
-    "feed_forward.w2",
-    "shared_mlp.output_linear",
-)
+    "mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "mlp.fc2", "mlp.experts.down_proj",
+    "ffn.down_proj", "fc2", "feed_forward.w2", "shared_mlp.output_linear",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

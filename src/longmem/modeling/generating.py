@@ -45,14 +45,13 @@ class MemoryGenerationMixin(GenerationMixin):
         memory_rows: Tensor | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Continue the prompts (B, T), reading memory.
+        """Continue the prompts (B, T), reading memory; all arguments of ``GenerationMixin.generate`` hold.
 
         The caller's memory is never written, unless it is a session. Text that leaves the local window (see
         ``LongMemGenerationConfig``) goes to a session over it, which is dropped when this call ends; pass a
         ``SessionMemory`` to keep it, and to go on with the same text later.
 
         Args:
-            inputs: as in ``GenerationMixin.generate``, whose further arguments all hold.
             memory: what every row of the batch searches, or a list of memories, one (or None) for each prompt.
             memory_rows: (B,) the memory's row of every prompt; None is row b for prompt b, or the one row there is.
                 Beams and ``num_return_sequences`` read what their prompt reads.
@@ -136,18 +135,12 @@ class MemoryGenerationMixin(GenerationMixin):
         """transformers' loop, with a window and the session it writes to among the model's arguments if need be."""
         window = None
         if not _known_without_ids(kwargs):
-            window = open_window(
-                self,
-                kwargs.get("memory"),
-                kwargs.get("memory_rows"),
-                input_ids,
-                kwargs.get("attention_mask"),
-                generation_config,
-            )
+            memory, rows, mask = (kwargs.get(name) for name in ("memory", "memory_rows", "attention_mask"))
+            window = open_window(self, memory, rows, input_ids, mask, generation_config)
         if window is not None:
             generation_config.prefill_chunk_size = None  # the window is read at once; what is before it never is
-            rows = torch.tensor(window.rows)
-            kwargs |= {"memory": window.session, "memory_rows": rows, "local_window": window, "position_ids": None}
+            kwargs |= {"memory": window.session, "memory_rows": torch.tensor(window.rows)}
+            kwargs |= {"local_window": window, "position_ids": None}
             stopping_criteria = window.watched(stopping_criteria)
         return super()._sample(  # type: ignore[misc]
             input_ids,  # type: ignore[arg-type]

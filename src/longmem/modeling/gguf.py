@@ -30,29 +30,20 @@ def is_gguf(name: str | Path) -> bool:
 
 def cache_folder() -> Path:
     """Where converted models are kept: ``LONGMEM_CACHE``, else ``longmem`` in the user's cache folder."""
-    named = os.environ.get("LONGMEM_CACHE")
-    if named:
-        return Path(named)
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "longmem"
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LONGMEM_CACHE") or Path(home) / "longmem")
 
 
 def gguf_folder(file: str | Path, *, quiet: bool = False) -> Path:
     """The folder of safetensors made from a GGUF file; the first call makes it, later calls only hash the file.
 
-    The folder is complete or absent, also where two processes convert the same file.
-
-    Args:
-        file: the ``.gguf`` file.
-        quiet: report no progress.
-
-    Returns:
-        a folder with config.json, model.safetensors and the tokenizer, in float32, for ``from_pretrained``.
+    It has config.json, model.safetensors in float32 and the tokenizer, for ``from_pretrained``. It is complete or
+    absent, also where two processes convert the same file.
     """
     path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise BackboneError(f"{file} is not a file; give the path of a .gguf file")
-    folder = cache_folder() / "gguf" / f"{path.stem}-{sha256_of(path, quiet=quiet)[:16]}"
+    folder = cache_folder() / "gguf" / f"{path.stem}-{_sha256_of(path, quiet)[:16]}"
     if folder.is_dir():
         return folder
     if importlib.util.find_spec("gguf") is None:
@@ -65,16 +56,14 @@ def gguf_folder(file: str | Path, *, quiet: bool = False) -> Path:
         try:
             part.rename(folder)
         except OSError:
-            # another process was first; its folder is the same
-            if not folder.is_dir():
+            if not folder.is_dir():  # else another process was first; its folder is the same
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
-def sha256_of(path: Path, *, quiet: bool = False) -> str:
-    """SHA-256 of a file in hexadecimal."""
+def _sha256_of(path: Path, quiet: bool) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file, Progress("checking", path.stat().st_size, "bytes", quiet=quiet) as progress:
         while block := file.read(_READ):

@@ -106,28 +106,20 @@ class Loading:
         Args:
             config: of the checkpoint; its name of the backbone becomes one that holds from anywhere.
             given: a path or model that the user wants in place of the one named.
-
-        Raises:
-            BackboneError: if it cannot be loaded.
-            CheckpointError: if it is another backbone.
         """
-        name: str | None
         if isinstance(given, nn.Module):
-            model, name = self.backbone(given)
-        else:
-            name = _absolute(named_backbone(config.backbone_name_or_path, folder) if given is None else str(given))
-            kwargs = {**(config.backbone_kwargs if given is None else {}), **self.kwargs}
-            quantised = getattr(config.backbone_config, "quantization_config", None)
-            # the fingerprint is that of the weights as they are stored; they are rounded afterwards where that can be
-            late = None if self.kwargs.get("device_map") is not None or quantised is not None else self.dtype
-            early = self.dtype if late is None else None
-            revision = config.backbone_revision if given is None else None
-            model = load_backbone(name, revision, early, quantised=quantised, **kwargs)
-            config.backbone_name_or_path = name
-            if late is not None:
-                fingerprint = _recognised(model, config, folder, given is not None)
-                return nn.Module.to(model, late), fingerprint
-        return model, _recognised(model, config, folder, given is not None)
+            model = self.backbone(given)[0]
+            return model, _recognised(model, config, folder, True)
+        name = _absolute(named_backbone(config.backbone_name_or_path, folder) if given is None else str(given))
+        kwargs = {**(config.backbone_kwargs if given is None else {}), **self.kwargs}
+        quantised = getattr(config.backbone_config, "quantization_config", None)
+        # the fingerprint is that of the weights as they are stored; they are rounded afterwards where that can be
+        early = self.dtype if self.kwargs.get("device_map") is not None or quantised is not None else None
+        revision = config.backbone_revision if given is None else None
+        model = load_backbone(name, revision, early, quantised=quantised, **kwargs)
+        config.backbone_name_or_path = name
+        fingerprint = _recognised(model, config, folder, given is not None)
+        return model if early is self.dtype else nn.Module.to(model, self.dtype), fingerprint
 
 
 def _recognised(model: PreTrainedModel, config: MemoryConfig, folder: Path, given: bool) -> str:
@@ -195,21 +187,12 @@ def default_memory_layer(model: PreTrainedModel, stride: int) -> int:
 
 
 def load_backbone(
-    name: str,
-    revision: str | None,
-    dtype: torch.dtype | None,
-    *,
-    quantised: Any = None,
-    **kwargs: Any,
+    name: str, revision: str | None, dtype: torch.dtype | None, *, quantised: Any = None, **kwargs: Any
 ) -> PreTrainedModel:
     """``AutoModelForCausalLM.from_pretrained`` with one clear line where it fails; threads load one after the other.
 
-    Args:
-        name: folder, ``.gguf`` file or hub id.
-        revision: of a hub id.
-        dtype: None is as stored.
-        quantised: ``quantization_config`` of the backbone that a SideNet was trained over, to load this one alike.
-        **kwargs: go on to transformers; its own ``quantization_config`` comes first.
+    ``quantised`` is the ``quantization_config`` of the backbone that a SideNet was trained over, to load this one
+    alike; one among ``kwargs`` comes first.
     """
     if dtype is not None:
         kwargs["dtype"] = dtype

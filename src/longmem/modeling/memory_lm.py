@@ -24,13 +24,7 @@ from longmem.modeling.copying import recommend_memory_layer
 from longmem.modeling.explain import Explanation
 from longmem.modeling.fingerprint import legacy_fingerprint, sketch_of
 from longmem.modeling.generating import MemoryGenerationMixin
-from longmem.modeling.loading import (
-    Loading,
-    default_memory_layer,
-    first_line,
-    load_config,
-    resolve_folder,
-)
+from longmem.modeling.loading import Loading, default_memory_layer, first_line, load_config, resolve_folder
 from longmem.modeling.reading import LayerRead, Reading, gate_slice, shares_of
 from longmem.types import AttentionKV, Memory, RetrievedMemory
 
@@ -341,12 +335,12 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
         model, fingerprint = loading.backbone_of(made, folder, backbone)
         return folder, made, model, fingerprint
 
-    def _save_config(self, folder: Path) -> None:
+    def _save_config(self, folder: Path, **changed: Any) -> None:
         """Write config.json, which names the backbone, and generation_config.json."""
         if self.generation_config is not None:
             self.generation_config.save_pretrained(folder)
         config = copy.deepcopy(self.config)
-        config.architectures = [type(self).__name__]
+        config.update({"architectures": [type(self).__name__], **changed})
         # of weights that are divided among processes it was taken before, see `training.sharding`
         if not any(hasattr(weight, "full_tensor") for weight in self.backbone.model.parameters()):
             config.backbone_sketch = sketch_of(self.backbone.model)

@@ -8,7 +8,6 @@ queries and keys as the family computes them, without the normalisation of the o
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,12 +109,7 @@ class MemTRM(AugmentedLM):
         """Write all that was trained: ``backbone/``, a causal LM that loads by itself, and memory_gate.safetensors.
 
         config.json, which makes the folder a checkpoint, comes last and names the fingerprint of those weights.
-
-        Args:
-            save_directory: the folder.
-            state_dict: weights to write in place of the model's own, by their names in it: those gathered from the
-                processes among which they are divided.
-            **kwargs: ``max_shard_size`` is the backbone's; others are for other models.
+        Arguments are those of ``LongMem.save_pretrained``.
         """
         check_saving(kwargs)
         folder = Path(save_directory)
@@ -140,12 +134,8 @@ class MemTRM(AugmentedLM):
                 weight_map |= {f"backbone.model.{name}": f"{BACKBONE}/{file.name}" for name in list(tensors.keys())}
         write_trainer_index(folder, weight_map)
         self.config.backbone_fingerprint = fingerprint_of(language_model, weights)
-        own = self.config
-        self.config = copy.deepcopy(own)  # the checkpoint's backbone is its own copy, wherever this model's came from
-        self.config.backbone_name_or_path, self.config.backbone_revision = BACKBONE, None
-        self.config.backbone_kwargs = {}
-        self._save_config(folder)
-        self.config = own
+        # the checkpoint's backbone is its own copy, wherever this model's came from
+        self._save_config(folder, backbone_name_or_path=BACKBONE, backbone_revision=None, backbone_kwargs={})
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -158,17 +148,7 @@ class MemTRM(AugmentedLM):
         config: MemTRMConfig | None = None,
         **kwargs: Any,
     ) -> MemTRM:
-        """Load what ``save_pretrained`` wrote, in eval mode.
-
-        Args:
-            pretrained_model_name_or_path: its folder, or a hub id.
-            dtype: of the weights; None is as saved.
-            **kwargs: arguments of ``AutoModelForCausalLM.from_pretrained``.
-
-        Raises:
-            CheckpointError: if the checkpoint is incomplete or damaged.
-            ConfigError: if an argument is not known.
-        """
+        """Load what ``save_pretrained`` wrote, in eval mode; arguments and errors are those of ``LongMem``."""
         loading, rest = Loading.split(kwargs, revision=revision, dtype=dtype, backbone_kwargs=backbone_kwargs)
         check_arguments("from_pretrained", rest)
         folder = resolve_folder(str(pretrained_model_name_or_path), revision)

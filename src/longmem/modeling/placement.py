@@ -8,9 +8,11 @@ ordinary module in a trainable dtype, on the device where its source layer runs.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -106,20 +108,41 @@ def is_spread(modules: Iterable[nn.Module]) -> bool:
     return len({place_of(module) for module in modules}) > 1
 
 
+def mirror_of(module: nn.Module) -> nn.Module:
+    """Twins of a module and its parts over the same weights; a hook or attribute set on a twin is its own."""
+    made: dict[int, nn.Module] = {}
+
+    def reflect(part: nn.Module) -> nn.Module:
+        if id(part) in made:
+            return made[id(part)]
+        # not the class's own `__new__`: FSDP2's makes another class
+        twin = made[id(part)] = object.__new__(type(part))
+        twin.__dict__.update(part.__dict__)
+        for name, value in part.__dict__.items():
+            if "_hooks" in name and isinstance(value, OrderedDict | dict):
+                twin.__dict__[name] = type(value)(value)
+        # accelerate replaces `forward` by one that is bound to the module it moves
+        if isinstance(part.__dict__.get("forward"), functools.partial):
+            twin.__dict__["forward"] = functools.partial(part.__dict__["forward"].func, twin)
+        if isinstance(part.__dict__.get("_old_forward"), MethodType):
+            twin.__dict__["_old_forward"] = MethodType(part.__dict__["_old_forward"].__func__, twin)
+        twin.__dict__["_modules"] = {
+            name: None if child is None else reflect(child) for name, child in part._modules.items()
+        }
+        return twin
+
+    return reflect(module)
+
+
 def copy_module(module: nn.Module) -> nn.Module:
     """A deep copy with real, floating weights, on the device where the module runs; hooks stay behind."""
     with _present(module.modules()):
-        saved = [(part, {name: part.__dict__.get(name) for name in (*_HOOKS, *_MOVED)}) for part in module.modules()]
-        try:
-            for part, _ in saved:
-                part.__dict__.update({name: OrderedDict() for name in _HOOKS})
-                for name in _MOVED:
-                    part.__dict__.pop(name, None)
-            copied = copy.deepcopy(module)
-        finally:
-            for part, attributes in saved:
-                part.__dict__.update({name: value for name, value in attributes.items() if value is not None})
-    real: nn.Module = _dequantised(copied)
+        mirror = mirror_of(module)
+        for part in mirror.modules():
+            part.__dict__.update({name: OrderedDict() for name in _HOOKS})
+            for name in _MOVED:
+                part.__dict__.pop(name, None)
+        real: nn.Module = _dequantised(copy.deepcopy(mirror))
     return real.to(place_of(module))
 
 

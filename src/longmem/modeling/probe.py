@@ -148,10 +148,7 @@ def scaling_of(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> floa
 
 
 def _alibi_gpt(attention: Any, hidden: Tensor) -> QKV:
-    queries, keys, values = (
-        attention.split_heads(projection(hidden))
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
+    queries, keys, values = attention.project(hidden)
     return QKV(queries, keys, values, attention.scaling)
 
 

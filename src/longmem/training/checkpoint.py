@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from longmem.errors import CheckpointError
+from longmem.files import to_disk
 
 MANIFEST = "complete.json"
 
@@ -32,10 +33,10 @@ def publish(written: Path, final: Path) -> None:
     manifest = {str(path.relative_to(written)): [path.stat().st_size, _hash(path)] for path in files}
     (written / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in [*files, written / MANIFEST, written]:
-        _sync(path)
+        to_disk(path)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(written, final)
-    _sync(final.parent)
+    to_disk(final.parent)
 
 
 def verify(folder: Path) -> None:
@@ -76,11 +77,3 @@ def way_out(folder: Path) -> str:
 def _hash(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

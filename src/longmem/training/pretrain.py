@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from longmem.data.tokens import TokenCorpus
 from longmem.data.windows import IGNORE, WindowBatch, WindowSampler
-from longmem.modeling.copying import copy_loss, copy_score, random_tokens
+from longmem.modeling.copying import copy_loss, random_tokens, retrieval_by_layer
 from longmem.progress import Progress
 from longmem.training.trainer import Scores, StreamTrainer, token_losses
 
@@ -123,11 +123,8 @@ def copy_scores(
     starts = np.random.default_rng(0).integers(0, max(1, corpus.num_tokens - length), passages)
     text = torch.from_numpy(np.stack([corpus.ids[s : s + length].astype(np.int64) for s in starts]))
     noise = random_tokens(len(tokenizer), passages, length, special=tokenizer.all_special_ids)
-    scores = copy_score(model, text.to(model.device))
-    first, second = copy_loss(model, noise.to(model.device))
-    return {
-        "copy_gain": scores.gain,
-        "copy_gain_random": first - second,
-        "copy_rank": scores.rank[scores.best_layer],
-        "copy_layer": scores.best_layer,
-    }
+    gains = [first - second for first, second in (copy_loss(model, each.to(model.device)) for each in (text, noise))]
+    heads = retrieval_by_layer(model, text.to(model.device), segment=length)
+    rank = {layer: found.rank.min().item() for layer, found in heads.items()}
+    best = min(rank, key=lambda layer: rank[layer])
+    return {"copy_gain": gains[0], "copy_gain_random": gains[1], "copy_rank": rank[best], "copy_layer": best}

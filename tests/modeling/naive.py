@@ -137,6 +137,5 @@ class NaiveLongMem:
         return out
 
     def _heads(self, attention: Any, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        queries, keys, values = (attention.split_heads(projection(normed)[None])[0] for projection in projections)
+        queries, keys, values = (heads[0] for heads in attention.project(normed[None]))
         return queries, keys, values
