@@ -26,13 +26,12 @@ SHOWN = (
     "icl",
     "needle/needle.json",
     "needle-books",
-    "dialogue",
     "ablate-python",
     "efficiency",
 )
 """What of results/ is on docs/results.md."""
-MOST = 2
-"""Tables of one result on docs/results.md; docs/experiments.md has the others."""
+MOST = {"ablate": 2}
+"""Tables of one result on docs/results.md, by kind; else one, and of a task docs/experiments.md has the last."""
 INTRO = (
     "Made by `make docs` from the JSON files in `results/`, which hold settings, seeds, versions, machine and every "
     "number. `longmem report results --out runs/report` shows all of them. What was tried on the way is in "
@@ -57,18 +56,17 @@ def with_results(page: str) -> str:
 
 
 def result_table(result: dict[str, Any], where: str) -> str:
-    """The main tables of a result, or of a task those that docs/results.md leaves out; its file and its command."""
+    """The main table of a result, or of a task the last that docs/results.md leaves out; and its file."""
     tables, kind = tables_of(result), kind_of(result)
     if kind == "bench":
         tables = [made(result) for field, made in BENCHES.items() if field in result] or tables
     elif kind == "task" and result["header"]["task"] != "needle":
-        tables = [table for table in tables[MOST:] if table.caption]
+        tables = [table for table in tables if table.caption][-1:]
     else:
         tables = tables[-1:] if kind == "layers" else tables[:1]
     around = result.get("surroundings")
     machine = f"{around['machine']}, {around['threads']} thread(s), {around['date']}. " if around else ""
-    command = result.get("header", result)["command"]
-    made = f", made by\n`{command}`" if command else f": {result['reported']}."
+    made = "." if result.get("header", result)["command"] else f": {result['reported']}."
     return f"{text_of(tables)}\n{machine}`{where}`{made}\n\n"
 
 

@@ -152,9 +152,9 @@ def test_what_is_no_result_is_named_in_one_line_and_the_rest_is_shown(
     assert not done.value.code
     assert captured.out.split() == [str(tmp_path / "out" / f"report.{kind}") for kind in ("md", "html")]
     lines = [line.removeprefix(f"not shown: {results}/") for line in captured.err.splitlines()]
-    assert [line.split(":")[0] for line in lines] == ["cut.json", "other.json", "broken/perplexity.json"]
-    assert "not JSON" in lines[0] and "without header" in lines[1]
-    assert lines[2].endswith("a damaged perplexity result ('samples' is missing); measure it again")
+    assert [line.split(":")[0] for line in lines] == ["broken/perplexity.json", "cut.json", "other.json"]
+    assert "not JSON" in lines[1] and "without header" in lines[2]
+    assert lines[0].endswith("a damaged result ('samples' is missing); measure it again")
     for wrong, said in ((results / "cut.json", "cut.json: not JSON"), (results / "nowhere", "no such file or folder")):
         with pytest.raises(SystemExit) as done:
             main(["report", str(wrong), "--out", str(tmp_path / "other")])

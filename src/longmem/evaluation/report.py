@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from longmem.errors import DataError
 from longmem.evaluation.pages import Block, Heading, Picture, Table, Text, markdown, page
 from longmem.evaluation.paper import SETTING, beside
 from longmem.evaluation.plots import pictures_of
+from longmem.evaluation.results import Json
 from longmem.evaluation.tables import kind_of, tables_of
 from longmem.files import write_whole
 
@@ -34,17 +34,13 @@ TITLES = {
 OTHER_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "run.json")
 """Files of checkpoints and runs, which may be in the same folders as results."""
 
-DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration, RuntimeError)
-"""What reading a result raises where it is not what its kind is; ``StopIteration`` in a generator is a RuntimeError."""
 
-
-@dataclass(frozen=True)
-class ResultFile:
+class ResultFile(NamedTuple):
     """A result as it is in its file; ``kind`` is a key of ``TITLES``."""
 
     path: str
     kind: str
-    data: dict[str, Any]
+    data: Json
 
     @property
     def name(self) -> str:
@@ -55,8 +51,7 @@ class ResultFile:
         return "/".join(parts[:-1] if len(parts) > 1 and parts[-1] == self.kind else parts[-2:])
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """A page that is not written yet; ``problems`` has a line for every file that is not in it."""
 
     title: str
@@ -89,44 +84,47 @@ def build_report(
     title: str = "Results",
     intro: Sequence[str] = (),
     base: Path | None = None,
-    most_tables: int | None = None,
+    most_tables: Mapping[str, int] | None = None,
 ) -> Report:
-    """Read results and lay them out.
+    """Read results, files and folders that are searched to their ends, and lay them out.
 
     Args:
-        paths: files, and folders that are searched to their ends.
-        title: of the page.
-        intro: paragraphs below it.
+        intro: paragraphs below the title.
         base: paths below it are shown as seen from there.
-        most_tables: of each result; None is all.
+        most_tables: of each result by its kind, else one; None is all.
 
     Raises:
         DataError: a path is not there, or none of the files is a result.
     """
-    files, problems = _read_all(paths, base)
-    blocks, shown = list[Block](), list[ResultFile]()
-    for kind, some in groupby(files, key=lambda file: file.kind):
-        group = list[Block]()
-        for file in some:
-            try:
-                section = list(_section(file, most_tables))
-                markdown(section, "")  # finds cells that are no text
-                for block in section:
-                    assert not isinstance(block, Picture) or block.svg
-            except DAMAGED as error:
-                what = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
-                problems.append(f"{file.path}: a damaged {kind} result ({what}); measure it again")
-            else:
-                group += section
-                shown.append(file)
-        blocks += [Heading(2, TITLES[kind]), *group] if group else []
-    if not shown:
+    found, problems = list[tuple[ResultFile, list[Block]]](), list[str]()
+    for file in _files(paths):
+        inside = base is not None and file.resolve().is_relative_to(base.resolve())
+        shown = (file.resolve().relative_to(base.resolve()) if base and inside else file).as_posix()
+        try:
+            result = _read(file, shown)
+            section = list(_section(result, None if most_tables is None else most_tables.get(result.kind, 1)))
+            markdown(section, "")  # finds cells that are no text
+            for block in section:
+                assert not isinstance(block, Picture) or block.svg
+        except (DataError, OSError) as problem:
+            problems.append(f"{shown}: {problem}")
+        except Exception as error:  # a result that lacks what its kind has raises anything
+            what = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+            problems.append(f"{shown}: a damaged result ({what}); measure it again")
+        else:
+            found.append((result, section))
+    if not found:
         raise DataError("; ".join(problems) or f"no result files in {', '.join(map(str, paths))}")
-    if any(beside(file.data, file.name) for file in shown):
+    order, blocks = list(TITLES), list[Block]()
+    found.sort(key=lambda pair: (order.index(pair[0].kind), pair[0].path))
+    for kind, some in groupby(found, key=lambda pair: pair[0].kind):
+        blocks += [Heading(2, TITLES[kind]), *(block for _, section in some for block in section)]
+    if any(beside(result.data, result.name) for result, _ in found):
         blocks.insert(0, Text(SETTING))
     if problems:
         blocks += [Heading(2, "Not shown"), *map(Text, problems)]
-    return Report(title, [Heading(1, title), *map(Text, intro), *blocks], shown, problems)
+    files = [result for result, _ in found]
+    return Report(title, [Heading(1, title), *map(Text, intro), *blocks], files, problems)
 
 
 def write_report(report: Report, out: Path) -> list[Path]:
@@ -137,23 +135,13 @@ def write_report(report: Report, out: Path) -> list[Path]:
     return [out / "report.md", out / "report.html", *pictures]
 
 
-def _read_all(paths: Sequence[str | Path], base: Path | None) -> tuple[list[ResultFile], list[str]]:
-    """All results, ordered by kind, and a line for every file that is none."""
-    found, problems = list[ResultFile](), list[str]()
+def _files(paths: Sequence[str | Path]) -> Iterator[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise DataError(f"{path}: no such file or folder; name result files (JSON) or folders of them")
-        for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
-            if path.is_dir() and (file.name in OTHER_FILES or file.name.endswith(".index.json")):
-                continue
-            inside = base is not None and file.resolve().is_relative_to(base.resolve())
-            shown = (file.resolve().relative_to(base.resolve()) if base and inside else file).as_posix()
-            try:
-                found.append(_read(file, shown))
-            except (DataError, OSError) as problem:
-                problems.append(f"{shown}: {problem}")
-    order = list(TITLES)
-    return sorted(found, key=lambda file: (order.index(file.kind), file.path)), problems
+        inside = sorted(path.rglob("*.json")) if path.is_dir() else []
+        yield from (f for f in inside if f.name not in OTHER_FILES and not f.name.endswith(".index.json"))
+        yield from () if path.is_dir() else (path,)
 
 
 def _read(file: Path, shown: str) -> ResultFile:
@@ -173,7 +161,6 @@ def _read(file: Path, shown: str) -> ResultFile:
 
 
 def _section(file: ResultFile, most_tables: int | None) -> Iterator[Block]:
-    """Everything about one file; a file that lacks what its kind has raises a plain Python error."""
     yield Heading(3, file.name)
     yield from tables_of(file.data)[:most_tables]
     for name, why in file.data.get("skipped", {}).items():
