@@ -10,14 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longmem.store.recall import Recall, RecalledPassage
+from longmem.store.recall import NOTES_TOKENS, Recall, RecalledPassage
 
 Message = dict[str, str]
 """``role`` (``system``, ``user`` or ``assistant``) and ``content``."""
-
-NOTES = "Notes from earlier conversations and documents:"
-NOTES_TOKENS = 400
-"""Tokens that recalled passages may take of the window."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +48,12 @@ def chat_prompt(
         budget: tokens that they may take together.
         without: documents whose passages are not wanted, such as this very conversation.
     """
-    found: list[RecalledPassage] = []
+    notes, found = "", list[RecalledPassage]()
     if recall is not None and messages:
-        left = budget
-        for passage in recall.search(messages[-1]["content"], passages, without=without):
-            left -= len(tokenizer(passage.text, add_special_tokens=False)["input_ids"]) + 2
-            if left < 0:
-                break
-            found.append(passage)
+        query = messages[-1]["content"]
+        notes, found = recall.notes(query, tokenizer, passages, budget=budget, without=without)
     said = [dict(message) for message in messages]
-    if found:
-        notes = "\n".join([NOTES, *(f"- {passage.text}" for passage in found)])
+    if notes:
         if said[0]["role"] == "system":
             said[0]["content"] += "\n\n" + notes
         else:

@@ -1,11 +1,11 @@
-"""``longmem eval chapterbreak``, ``icl``, ``squad``, ``needle``, ``dialogue``: one table of commands and their options.
+"""The tasks of ``longmem eval``, ``chapterbreak`` to ``babi``: one table of commands and their options.
 
 ``longmem eval harness`` runs other people's tasks on the same systems. Imports of torch wait until a command runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -75,6 +75,13 @@ def _option(
 
 
 _names, _numbers = _list(str, "a,b"), _list(int, "0,200")
+
+
+def _recalled(default: int) -> Callable[[Command], Command]:
+    return _option("--recall", default=default, least=0, help="Passages found by text search, for further systems "
+                   "that have them in their window (+recall); 0: no such systems.")  # fmt: skip
+
+
 _SEED = _option("--seed", help="Of all that is drawn.", default=0, least=0)
 
 
@@ -103,24 +110,49 @@ def _squad(own: Given, shared: Given) -> Build:
 
 
 def _needle(own: Given, shared: Given) -> Build:
-    from longmem.evaluation.loading import has_memory
     from longmem.evaluation.tasks.needle import NeedleTask, read_haystack
 
     if not own["lengths"]:
         raise ConfigError("--lengths (none) must name at least one length; try 4k,16k,64k")
     data, longest = own.pop("data"), max(own["lengths"])
-    if has_memory(shared["model"]) or shared["memtrm"] or shared["training_free"]:
-        shared["memory_sizes"] = shared["memory_sizes"] or [longest]
+    _remember(shared, longest)
     return lambda tokenizer, window: NeedleTask(read_haystack(data, tokenizer, longest, window), tokenizer, **own)
 
 
 def _dialogue(own: Given, shared: Given) -> Build:
     from longmem.evaluation.tasks.dialogue import DialogueTask, bleu, read_dialogues
 
-    bleu("", "")  # an extra that is missing shows at once
+    if own["with_bleu"]:
+        bleu("", "")  # an extra that is missing shows at once
     files = [read_dialogues(path) for path in own.pop("data")]
     given = {name: value for name, value in own.items() if value is not None}
     return lambda tokenizer, window: DialogueTask(files, tokenizer, **DialogueTask.sizes(window) | given)
+
+
+def _facts(own: Given, shared: Given) -> Build:
+    from longmem.evaluation.tasks.facts import TELLING, FactsTask
+    from longmem.evaluation.tasks.needle import read_haystack
+
+    data, longest = own.pop("data"), max(own["between"], default=0)
+    _remember(shared, longest + TELLING)
+    return lambda tokenizer, window: FactsTask(read_haystack(data, tokenizer, longest, 1024), tokenizer, **own)
+
+
+def _babi(own: Given, shared: Given) -> Build:
+    from longmem.evaluation.tasks.babi import BabiTask, read_babi
+    from longmem.evaluation.tasks.needle import read_haystack
+
+    sets, text, longest = read_babi(own.pop("data"), own.pop("tasks")), own.pop("text"), max(own["lengths"], default=0)
+    _remember(shared, longest)
+    return lambda tokenizer, window: BabiTask(read_haystack(text, tokenizer, longest, window), sets, tokenizer, **own)
+
+
+def _remember(shared: Given, tokens: int) -> None:
+    """Memory of so many tokens, where there is any and its size was not given."""
+    from longmem.evaluation.loading import has_memory
+
+    if has_memory(shared["model"]) or shared["memtrm"] or shared["training_free"]:
+        shared["memory_sizes"] = shared["memory_sizes"] or [tokens]
 
 
 TASKS = {
@@ -144,7 +176,7 @@ TASKS = {
         ),
     ),
     "icl": TaskCommand(
-        """In-context learning: sentiment and subjectivity of short texts, after labelled examples.
+        """In-context learning: sentiment, subjectivity or intent of short texts, after labelled examples.
 
         Every seed draws demonstrations, the same for every system: some for the window, nearest to the question, and
         others that only memory holds. An answer is right if the first token begins the label, as the released script
@@ -154,8 +186,10 @@ TASKS = {
         "--data data/icl --datasets sst2,subj --limit 20 --out results/icl",
         _icl,
         (
-            _option("--data", required=True, help="Folder with folders SST-2, mr, subj, sst-5, mpqa; see the docs."),
-            _option("--datasets", default="sst2,mr,subj,sst5,mpqa", callback=_names, help="Which sets, by comma."),
+            _option("--data", required=True, help="Folder with folders SST-2, mr, subj, sst-5, mpqa, icl_banking77, "
+                    "icl_clinc150; see the docs."),
+            _option("--datasets", default="sst2,mr,subj,sst5,mpqa", callback=_names, help="Which sets, by comma; also "
+                    "banking77, clinc150."),
             _option("--split", default="released", type=click.Choice(("released", "dev", "test")), help="What is "
                     "asked; released: dev of SST-2 and SST-5, test of the others, as the released script has it."),
             _option("--local-shots", default="4,20", callback=_numbers, help="Demonstrations in the window, by comma."),
@@ -226,6 +260,47 @@ TASKS = {
             _option("--new-tokens", least=1, help="Of an answer, at most; default: 50, or a quarter of the window."),
             _option("--conversations", least=1, help="The first so many of each file; default: all."),
             _option("--questions", least=1, help="Of each conversation, drawn with a seed; default: all."),
+            _option("--bleu/--no-bleu", "with_bleu", default=True, help="Measure BLEU-4, which needs sacrebleu."),
+            _recalled(0),
+            _SEED,
+        ),
+    ),
+    "facts": TaskCommand(
+        """Facts told in one conversation and asked for in another, with other text between.
+
+        Kinds and values of facts are those held out from calibration. A system with memory reads the conversation and
+        the text; compared are the backbone that knows nothing, the backbone with the conversation in its window, and
+        systems with passages in their window that text search finds (+recall). Measured are the value's likelihood,
+        its first token, and whether a greedy answer names it.
+        """,
+        "--between 1k,16k,128k --out results/facts",
+        _facts,
+        (
+            _option("--data", multiple=True, help="Text between, see needle. Default: Python's standard library."),
+            _option("--between", default="1k,16k,128k", callback=token_counts, help="Tokens between, by comma."),
+            _option("--sessions", default=10, least=1, help="Conversations that tell facts."),
+            _option("--facts", default=10, least=1, help="Told in each conversation."),
+            _option("--new-tokens", default=24, least=1, help="Of an answer, at most."),
+            _recalled(5),
+            _SEED,
+        ),
+    ),
+    "babi": TaskCommand(
+        """bAbI questions whose facts are hidden in the text of books, as in BABILong.
+
+        A system with memory reads the whole text into it; one without has the end of the text in its window. Measured
+        are the likeliest of all answers of the task, and the greedy answer by BABILong's rule.
+        """,
+        "--data data/babi --text data/books/test.tar.xz --lengths 4k,64k --out results/babi",
+        _babi,
+        (
+            _option("--data", required=True, help="Folder or archive of bAbI's English tasks."),
+            _option("--text", multiple=True, required=True, help="Text that hides the facts; may be repeated."),
+            _option("--tasks", default="1,2,3,4,5", callback=_numbers, help="Numbers of tasks, by comma."),
+            _option("--lengths", default="1k,4k,16k,64k", callback=token_counts, help="Tokens of text, by comma."),
+            _option("--trials", default=50, least=1, help="Questions for each task and length."),
+            _option("--shots", default=2, least=0, help="Short stories with answers before the question."),
+            _recalled(0),
             _SEED,
         ),
     ),
@@ -239,7 +314,8 @@ def _command(name: str, task: TaskCommand) -> click.Command:
             own["limit"] = None
         build = task.build(own, given)
         askers, tokenizer, config = _open(given)
-        _run(build(tokenizer, askers[0].window), askers, config, given)
+        made = build(tokenizer, askers[0].window)
+        _run(made, made.systems(askers), config, given)
 
     full = _option("--full-context", least=2, help="Also the backbone with a window of so many tokens, which holds "
                    "what the others have in memory.")  # fmt: skip
@@ -270,7 +346,7 @@ def _open(given: Given) -> tuple[list[Asker], Any, Given]:
     return [asker for asker in found if asker.name in names], tokenizer, config
 
 
-def _run(task: Task, askers: list[Asker], config: Given, given: Given) -> None:
+def _run(task: Task, askers: Sequence[Asker], config: Given, given: Given) -> None:
     """Ask all systems, write the result and its pictures, and print it."""
     from longmem.evaluation.bootstrap import Bootstrap
     from longmem.evaluation.results import command_line

@@ -76,20 +76,26 @@ def told_ids(session: Session, tokenizer: Any) -> list[int]:
     return _ids(tokenizer, _chat(tokenizer, session.messages, answer=False))
 
 
-def asked_ids(facts: Sequence[ToldFact], tokenizer: Any) -> AskedIds:
-    """A later conversation that asks for the given facts, one question after the other, with their answers."""
-    messages: list[Message] = []
+def question_ids(fact: ToldFact, tokenizer: Any, before: Sequence[Message] = ()) -> list[int]:
+    """A conversation, after these messages, up to where the fact is to be answered."""
+    messages = [*before, {"role": "user", "content": fact.asked}]
+    return _ids(tokenizer, _chat(tokenizer, messages, answer=True))
+
+
+def asked_ids(facts: Sequence[ToldFact], tokenizer: Any, before: Sequence[Message] = ()) -> AskedIds:
+    """A conversation, after these messages, that asks for the given facts one after the other, with their answers."""
+    messages = list(before)
     ids: list[int] = []
     values = []
     done = ""
     for fact in facts:
         messages.append({"role": "user", "content": fact.asked})
         prompt = _chat(tokenizer, messages, answer=True)
-        before = prompt[len(done) :] + fact.before
+        lead = prompt[len(done) :] + fact.before
         value = fact.value
-        if before.endswith(" ") and not value[0].isdigit():
-            before, value = before[:-1], " " + value  # the space belongs to the word's token
-        ids += _ids(tokenizer, before)
+        if lead.endswith(" ") and not value[0].isdigit():
+            lead, value = lead[:-1], " " + value  # the space belongs to the word's token
+        ids += _ids(tokenizer, lead)
         first = len(ids)
         ids += _ids(tokenizer, value)
         values.append((first, len(ids)))

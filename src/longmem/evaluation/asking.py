@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError
-from longmem.evaluation.systems import BACKBONE, Comparison, last_logits
+from longmem.evaluation.systems import BACKBONE, CONTROL, MEMORY_OFF, Comparison, last_logits
 from longmem.memory import MemoryBank
 from longmem.types import AttentionKV, Memory
 
@@ -94,6 +94,7 @@ class Asker:
         rows: B.
         memory_size: tokens that it remembers; None is no memory.
         whole: ``memory`` of a prompt is put in front of its context, as far as the window goes.
+        recall: passages that text search finds are put into the window, at most so many.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Asker:
     rows: int = 8
     memory_size: int | None = None
     whole: bool = False
+    recall: int = 0
     device: torch.device | str = "cpu"
 
     @property
@@ -329,6 +331,16 @@ def askers(
             )
         )
     return found
+
+
+def rereading(askers: Sequence[Asker], passages: int) -> list[Asker]:
+    """These systems, and each once more with so many recalled passages in its window; 0 adds none."""
+    more = [
+        replace(asker, name=f"{asker.name}+recall", label=f"{asker.label}, {passages} passages", recall=passages)
+        for asker in askers
+        if passages and not asker.whole and asker.name not in (MEMORY_OFF, CONTROL)
+    ]
+    return [*askers, *more]
 
 
 class _Part(NamedTuple):

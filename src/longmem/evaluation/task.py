@@ -70,6 +70,10 @@ class Task(ABC):
     metrics: Sequence[Metric]
     seeds: Sequence[int] = (0,)
 
+    def systems(self, askers: Sequence[Asker]) -> Sequence[Asker]:
+        """The systems that are asked, made from those of the comparison."""
+        return askers
+
     @abstractmethod
     def settings(self) -> Json:
         """All that the examples depend on, for the result file."""

@@ -12,8 +12,11 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+NOTES = "Notes from earlier conversations and documents:"
+NOTES_TOKENS = 400
+"""Tokens that recalled passages may take of the window."""
 PASSAGE_WORDS = 60
 """Words of a passage: a turn or a paragraph that is shorter stays whole, longer ones are cut at sentences."""
 
@@ -93,6 +96,35 @@ class Recall:
             found = (RecalledPassage(*row) for row in rows if row[0] not in unwanted)
             return [passage for passage, _ in zip(found, range(top), strict=False)]
 
+    def notes(
+        self,
+        query: str,
+        tokenizer: Any,
+        top: int = 5,
+        *,
+        budget: int = NOTES_TOKENS,
+        without: Iterable[str] = (),
+    ) -> tuple[str, list[RecalledPassage]]:
+        """The best passages, as many as have at most ``budget`` tokens together, as lines below ``NOTES``.
+
+        Args:
+            query: see ``search``.
+            tokenizer: counts the tokens.
+            top: how many at most.
+            budget: tokens of all passages.
+            without: names of documents that are not wanted.
+
+        Returns:
+            the text, empty where nothing was found, and the passages.
+        """
+        found = []
+        for passage in self.search(query, top, without=without):
+            budget -= len(tokenizer(passage.text, add_special_tokens=False)["input_ids"]) + 2
+            if budget < 0:
+                break
+            found.append(passage)
+        return "\n".join([NOTES, *(f"- {passage.text}" for passage in found)]) if found else "", found
+
     def _refresh(self) -> None:
         now = {info.name: _version(info) for info in self._store.documents(self._namespace)}
         for name in [name for name, version in self._known.items() if now.get(name) != version]:
@@ -103,6 +135,24 @@ class Recall:
             rows = ((passage, name, start) for start, passage in passages(text, self._words))
             self._index.executemany("INSERT INTO passage (text, document, start) VALUES (?, ?, ?)", rows)
             self._known[name] = now[name]
+
+
+class _Text(NamedTuple):
+    name: str
+    added: float = 0.0
+
+
+@dataclass(frozen=True)
+class PlainTexts:
+    """Texts by their names, to be searched without a store; the dict may grow."""
+
+    texts: dict[str, str]
+
+    def documents(self, namespace: str) -> list[_Text]:
+        return [_Text(name) for name in self.texts]
+
+    def text(self, namespace: str, name: str) -> str:
+        return self.texts[name]
 
 
 def passages(text: str, words: int = PASSAGE_WORDS) -> list[tuple[int, str]]:

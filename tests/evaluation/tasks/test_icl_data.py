@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -129,3 +131,21 @@ def test_the_official_files_have_as_many_examples_as_their_page_says(shared_dir:
         source = data.source
         assert len(data.train) + int(str(source["train_left_out"])) == train
         assert len(data.test) + int(str(source["test_left_out"])) == test
+
+
+def test_intents_are_read_from_csv_and_from_json(tmp_path: Path) -> None:
+    banking, clinc = tmp_path / "icl_banking77", tmp_path / "icl_clinc150"
+    for folder in (banking, clinc):
+        folder.mkdir()
+    (banking / "train.csv").write_text('text,category\n"Where, oh\nwhere?",card_lost\nHow?,pin\nWhy?,pin\n')
+    (banking / "test.csv").write_text("text,category\nWhy?,pin\nLost!,card_lost\n")
+    parts = {"train": [["a b", "x_y"], ["c", "z"]], "test": [["d", "z"], ["e", "oos"]]}
+    (clinc / "data_full.json.gz").write_bytes(gzip.compress(json.dumps(parts).encode()))
+    first, second = read_icl(tmp_path, ["banking77", "clinc150"])
+    assert first.labels == ("card lost", "pin")
+    assert first.train == (Labelled("Where, oh where?", 0), Labelled("How?", 1))  # what is tested is not shown
+    assert first.test == (Labelled("Why?", 1), Labelled("Lost!", 0))
+    assert (second.labels, second.test) == (("x y", "z"), (Labelled("d", 1),))
+    (clinc / "data_full.json.gz").write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"clinc150 cannot be read"):
+        read_icl(tmp_path, ["clinc150"])

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longmem.errors import ConfigError, DataError
-from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
+from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, rereading
 from longmem.evaluation.documents import start_tokens
 from longmem.evaluation.task import Example, Json, Metric, Task, drawn, numbered
 from longmem.evaluation.tasks.shots import encode_after
 from longmem.evaluation.tasks.squad import f1_score
+from longmem.store.recall import PlainTexts, Recall
 
 ASKED = "Question: {} Short answer:"
 # the words of LoCoMo's own evaluation
@@ -215,14 +216,12 @@ class DialogueTask(Task):
         conversations: of each file, the first ones; None is all.
         questions: of each conversation, drawn with ``seed``; None is all.
         seed: of that draw, and of the order in which adversarial questions offer their answers.
+        with_bleu: measure BLEU-4 too, which needs sacrebleu.
+        recall: passages of the sessions for the systems ``+recall``, which have them in front of the newest tokens; 0
+            leaves those systems out.
     """
 
     name = "dialogue"
-    metrics = (
-        Metric("f1", "F1 of words", "%"),
-        Metric("bleu", "BLEU-4", "%"),
-        Metric("answer_nats", "reference answer, per token", "nats", "lower"),
-    )
 
     def __init__(
         self,
@@ -234,6 +233,8 @@ class DialogueTask(Task):
         conversations: int | None = None,
         questions: int | None = None,
         seed: int = 0,
+        recall: int = 0,
+        with_bleu: bool = True,
     ) -> None:
         names = numbered([file.name for file in files])
         self.files = [file._replace(name=name) for file, name in zip(files, names, strict=True)]
@@ -241,7 +242,16 @@ class DialogueTask(Task):
         self.recent, self.new_tokens, self.answer_tokens = recent, new_tokens, answer_tokens
         self.limits = {"conversations": conversations, "questions": questions}
         self.start = start_tokens(tokenizer)
-        self._known: tuple[Conversation, Tokens, Tokens] | None = None
+        self.recall, self.with_bleu = recall, with_bleu
+        self.metrics = (
+            Metric("f1", "F1 of words", "%"),
+            *([Metric("bleu", "BLEU-4", "%")] if with_bleu else []),
+            Metric("answer_nats", "reference answer, per token", "nats", "lower"),
+        )
+        self._known: tuple[Conversation, Tokens, Tokens, Recall] | None = None
+
+    def systems(self, askers: Sequence[Asker]) -> list[Asker]:
+        return rereading(askers, self.recall)
 
     @staticmethod
     def sizes(window: int) -> dict[str, int]:
@@ -260,9 +270,12 @@ class DialogueTask(Task):
             "answer_tokens": self.answer_tokens,
             **self.limits,
             "seed": self.seeds[0],
+            **({"recall": self.recall} if self.recall else {}),
             "prompt": ASKED,
             "adversarial": OFFERED,
-            "bleu": f"case:mixed|eff:yes|tok:13a|smooth:exp|version:{metadata.version('sacrebleu')}",
+            "bleu": f"case:mixed|eff:yes|tok:13a|smooth:exp|version:{metadata.version('sacrebleu')}"
+            if self.with_bleu
+            else None,
         }
 
     def examples(self) -> list[Example]:
@@ -286,7 +299,10 @@ class DialogueTask(Task):
     def prompt(self, example: Example, asker: Asker) -> Prompt:
         """To score the reference answer, and to have one generated."""
         asked = example.item
-        memory, recent = self._sessions(asked.conversation)
+        memory, recent, search = self._sessions(asked.conversation)
+        if asker.recall:
+            notes, _ = search.notes(asked.question.text, self.tokenizer, asker.recall)
+            recent = (*encode_after(self.tokenizer, "\n", [f"{notes}\n\n"])[0], *recent) if notes else recent
         (words,) = encode_after(self.tokenizer, "\n", [asked.question.before + asked.words])
         (answer,) = encode_after(self.tokenizer, "x:", [f" {asked.expected}"])
         context = (*(() if memory else self.start), *recent, *words)
@@ -306,20 +322,29 @@ class DialogueTask(Task):
         text = self.tokenizer.decode(answer.said, skip_special_tokens=True)
         # an answer ends with the first line that has something on it
         said = next((line.strip() for line in text.splitlines() if line.strip()), "")
-        words = word_scores(said, question.answer, question.category, example.item.offered)
+        words = word_scores(said, question.answer, question.category, example.item.offered, self.with_bleu)
         return {**words, "answer_nats": -scored.logprobs[0] / len(prompt.options[0])}
 
-    def _sessions(self, conversation: Conversation) -> tuple[Tokens, Tokens]:
-        """The sessions' tokens: those that only memory holds, and the newest ones, which are in the window."""
+    def _sessions(self, conversation: Conversation) -> tuple[Tokens, Tokens, Recall]:
+        """The sessions' tokens: those that only memory holds, and the newest ones, which are in the window; and the
+        search over all of them."""
         if self._known is None or self._known[0] is not conversation:
             parts = encode_after(self.tokenizer, "\n", list(conversation.sessions))
             tokens = tuple(token for part in parts for token in part)
             cut = max(0, len(tokens) - self.recent)
-            self._known = (conversation, (*self.start, *tokens[:cut]) if cut else (), tokens[cut:])
+            texts = {str(number): text for number, text in enumerate(conversation.sessions)}
+            search = Recall(PlainTexts(texts), "")
+            self._known = (conversation, (*self.start, *tokens[:cut]) if cut else (), tokens[cut:], search)
         return self._known[1:]
 
 
-def word_scores(said: str, answer: str, category: int | None, offered: dict[str, str] | None) -> dict[str, float]:
+def word_scores(
+    said: str,
+    answer: str,
+    category: int | None,
+    offered: dict[str, str] | None,
+    with_bleu: bool = True,
+) -> dict[str, float]:
     """``f1`` and ``bleu`` of an answer in %; of an adversarial question ``f1`` is 100 if it was refused, else 0.
 
     A multi-hop answer is a list by commas: F1 is the mean over its parts of the best part of what was said. LoCoMo's
@@ -330,14 +355,14 @@ def word_scores(said: str, answer: str, category: int | None, offered: dict[str,
         plain = said.strip().lower()
         chosen = offered["a" if plain in ("a", "(a)") else "b"] if len(plain) in (1, 3) else plain
         refused = any(words in chosen.lower() for words in REFUSALS)
-        return {"f1": 100.0 * refused, "bleu": bleu(chosen, NOTHING)}
+        return {"f1": 100.0 * refused} | ({"bleu": bleu(chosen, NOTHING)} if with_bleu else {})
     expected = reference(answer, category)
     if category == MULTI_HOP:
         parts, truths = (text.split(",") for text in (said, answer))
         f1 = 100 * sum(max(f1_score(part, [truth]) for part in parts) for truth in truths) / len(truths)
     else:
         f1 = 100 * f1_score(said, [expected])
-    return {"f1": f1, "bleu": bleu(said, expected)}
+    return {"f1": f1} | ({"bleu": bleu(said, expected)} if with_bleu else {})
 
 
 def reference(answer: str, category: int | None) -> str:

@@ -22,6 +22,7 @@ from longmem.evaluation.tasks.icl_data import IclSet
 from longmem.evaluation.tasks.shots import LaidOut, Shots, ShotsTask, draw, encode_after
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # of Zhao et al.; their label probabilities are averaged
+MOST_CALIBRATED = 20  # classes; with more of them each content-free text would cost as much as the question
 
 
 class Prompts:
@@ -30,7 +31,7 @@ class Prompts:
     def __init__(self, data: IclSet, tokenizer: Any) -> None:
         self.data, self.tokenizer = data, tokenizer
         self.options = tuple(encode_after(tokenizer, data.tail, [f" {label}" for label in data.labels]))
-        self.content_free = self._queries(CONTENT_FREE)
+        self.content_free = self._queries(CONTENT_FREE if len(data.labels) <= MOST_CALIBRATED else ())
         self.shots = lru_cache(maxsize=None)(self._draw)
 
     @cached_property
@@ -47,7 +48,7 @@ class Prompts:
     def lay_out(self, asker: Asker, shots: Shots, text: int) -> LaidOut:
         """A test text with the demonstrations that fit; each content-free text fits in its place."""
         after = max(map(len, self.options)) - 1  # the last token of a label is no input
-        return shots.lay_out(asker, self.queries[text], after, max(map(len, self.content_free)))
+        return shots.lay_out(asker, self.queries[text], after, max(map(len, self.content_free), default=0))
 
     def _draw(self, seed: int, local: int, memory: int) -> Shots:
         near, far = draw(self.data.name, seed, len(self.data.train), local, memory)
@@ -93,7 +94,7 @@ class IclTask(ShotsTask):
     metrics = (
         Metric("first_token", "accuracy, first token is a prefix of the label", "%"),
         Metric("likelihood", "accuracy by label likelihood", "%"),
-        Metric("calibrated", "accuracy by calibrated label likelihood", "%"),
+        Metric("calibrated", "accuracy by calibrated label likelihood", "%"),  # uncalibrated where classes are many
     )
 
     def __init__(
@@ -213,7 +214,13 @@ def calibrated(logprobs: Sequence[float], content_free: Sequence[Sequence[float]
 
     Zhao et al. 2021, equation 1 with W = diag(p)^-1 and b = 0, where p is the mean, over content-free texts, of the
     label probabilities, which sum to 1 for each text. The result is not normalised.
+
+    Args:
+        logprobs: of each label, nats.
+        content_free: the same for each content-free text; without any nothing is corrected.
     """
+    if not content_free:
+        return list(logprobs)
     rows = np.array(content_free)
     weights = np.exp(rows - rows.max(axis=1, keepdims=True))
     prior = (weights / weights.sum(axis=1, keepdims=True)).mean(axis=0)

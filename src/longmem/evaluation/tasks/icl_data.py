@@ -1,4 +1,4 @@
-"""The five short-text sets of the paper's in-context learning, in every form their files come in.
+"""The five short-text sets of the paper's in-context learning, in every form their files come in; two many-shot sets.
 
 Files are those of ``data/icl/original`` in the released code. A file that begins with ``sentence<TAB>label`` has such
 lines, a ``.csv`` has ``label,text`` with normal quoting and no header, every other one ``label<space>text``.
@@ -7,7 +7,10 @@ lines, a ``.csv`` has ``label,text`` with normal quoting and no header, every ot
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
+import io
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +58,14 @@ class IclSet:
         return 100 * max(Counter(example.label for example in self.test).values()) / len(self.test)
 
 
+class Intents(NamedTuple):
+    """Of a set of requests with an intent each: its folder, and the files of train and test (one file may be both)."""
+
+    folder: str
+    train: str
+    test: str
+
+
 class Kind(NamedTuple):
     """Of a set: its folder, classes, the files of each split (the first that is there counts), template words."""
 
@@ -81,13 +92,19 @@ KINDS = {
     "mpqa": Kind("mpqa", all="mpqa.all"),
 }
 
+INTENTS = {
+    "banking77": Intents("icl_banking77", "train.csv", "test.csv"),
+    "clinc150": Intents("icl_clinc150", "data_full.json.gz", "data_full.json.gz"),
+}
+"""Sets with so many classes that their demonstrations fit no window."""
+
 
 def read_icl(folder: str | Path, names: Sequence[str] = tuple(KINDS), split: Split = "released") -> list[IclSet]:
     """Read sets from a folder with one subfolder each (``SST-2``, ``mr``, ``subj``, ``sst-5``, ``mpqa``).
 
     Args:
         folder: the names of subfolders may differ in case and hyphens.
-        names: keys of ``KINDS``, in the order in which they are wanted.
+        names: keys of ``KINDS`` or ``INTENTS``, in the order in which they are wanted.
         split: what is asked: ``released`` as the released script has it (the dev files of SST-2 and SST-5, the test
             files of the others; test where there is no dev file), ``dev`` or ``test``.
 
@@ -97,14 +114,19 @@ def read_icl(folder: str | Path, names: Sequence[str] = tuple(KINDS), split: Spl
     """
     if split not in get_args(Split):
         raise ConfigError(f"split ({split}) must be one of {', '.join(get_args(Split))}")
-    if not names or len(set(names)) < len(names) or not set(names) <= KINDS.keys():
-        raise ConfigError(f"datasets ({','.join(names)}) must name each of {', '.join(KINDS)} at most once, and one")
+    if not names or len(set(names)) < len(names) or not set(names) <= KINDS.keys() | INTENTS.keys():
+        known = ", ".join([*KINDS, *INTENTS])
+        raise ConfigError(f"datasets ({','.join(names)}) must name each of {known} at most once, and one")
     root = Path(folder)
     if not root.is_dir():
-        raise DataError(
-            f"{root}: no such folder; name the one that holds {', '.join(KINDS[name].folder for name in names)}"
-        )
-    return [_read_set(name, KINDS[name], _subfolder(root, KINDS[name].folder), split) for name in names]
+        wanted = ", ".join((KINDS | INTENTS)[name].folder for name in names)
+        raise DataError(f"{root}: no such folder; name the one that holds {wanted}")
+    return [
+        _read_intents(name, INTENTS[name], _subfolder(root, INTENTS[name].folder))
+        if name in INTENTS
+        else _read_set(name, KINDS[name], _subfolder(root, KINDS[name].folder), split)
+        for name in names
+    ]
 
 
 def read_labelled(path: Path, classes: int) -> list[Labelled]:
@@ -167,6 +189,18 @@ def _read_set(name: str, kind: Kind, folder: Path, split: Split) -> IclSet:
         wanted = [" or ".join(kind.train), " or ".join(tested) or "a dev file, which this set has not"]
         also = f" (or {kind.all})" if kind.all and split != "dev" else ""
         raise DataError(f"{folder}: {name} needs {' and '.join(wanted)}{also}; it has {_contents(folder)}")
+    return _as_set(name, kind.labels, train, test, files, kind.words)
+
+
+def _as_set(
+    name: str,
+    labels: tuple[str, ...],
+    train: Sequence[Labelled],
+    test: Sequence[Labelled],
+    files: Sequence[Path],
+    words: tuple[str, str],
+) -> IclSet:
+    folder = files[0].parent
     taken = {example.text for example in test}
     asked = tuple(example for example in test if example.text)
     first = {example.text: example for example in reversed(train) if example.text and example.text not in taken}
@@ -181,7 +215,28 @@ def _read_set(name: str, kind: Kind, folder: Path, split: Split) -> IclSet:
         "test": len(asked),
         "test_left_out": len(test) - len(asked),  # empty
     }
-    return IclSet(name, kind.labels, usable, asked, source, *kind.words)
+    return IclSet(name, labels, usable, asked, source, *words)
+
+
+def _read_intents(name: str, kind: Intents, folder: Path) -> IclSet:
+    """Texts whose classes are names, read from ``text,category`` lines or from JSON lists ``train`` and ``test``."""
+    files = [folder / file for file in dict.fromkeys((kind.train, kind.test))]
+    try:
+        if len(files) == 1:
+            content = json.loads(gzip.decompress(files[0].read_bytes()))
+            parts = [content["train"], content["test"]]
+        else:
+            parts = [list(csv.reader(io.StringIO(file.read_text("utf-8-sig"))))[1:] for file in files]
+        named = [[(" ".join(text.split()), label.replace("_", " ")) for text, label in part] for part in parts]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise DataError(
+            f"{folder}: {name} cannot be read ({type(error).__name__}: {error}); it needs "
+            f"{' and '.join(file.name for file in files)} as published"
+        ) from error
+    labels = tuple(sorted({label for _, label in named[0]}))
+    number = {label: at for at, label in enumerate(labels)}
+    train, test = ([Labelled(text, number[label]) for text, label in part if label in number] for part in named)
+    return _as_set(name, labels, train, test, files, ("Request:", "Intent:"))
 
 
 def _divided(examples: Sequence[Labelled]) -> tuple[list[Labelled], list[Labelled]]:

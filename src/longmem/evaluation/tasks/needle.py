@@ -120,7 +120,7 @@ class NeedleTask(Task):
     """
 
     name = "needle"
-    metrics = (
+    metrics: Sequence[Metric] = (
         Metric("exact", "exact answer", "%", chance=0.0),
         Metric("choice", f"true answer likeliest of {OPTIONS}", "%", chance=100 / OPTIONS),
     )

@@ -137,6 +137,8 @@ def encode_after(tokenizer: Any, before: str, texts: Sequence[str]) -> list[Toke
 
     Some tokenizers put a space sign before every beginning, which is none where a text goes on.
     """
+    if not texts:
+        return []
     ahead: list[int] = tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"]
     joined = tokenizer([before + text for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
     if all(ids[: len(ahead)] == ahead for ids in joined):
