@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longmem.store import MemoryStore
-from longmem.store.arrays import StoredChunks
+from longmem.store.disk import StoredChunks
 from longmem.store.encode import Encoder
 from longmem.store.room import until_found
 from longmem.store.runs import Selection, read_runs

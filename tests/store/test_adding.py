@@ -14,8 +14,8 @@ from tests.store.small import MODEL, NumberModel, chunks_of, expected_chunks, op
 
 from longmem.errors import StoreError
 from longmem.store import MemoryStore, NewDocument, Progress, adding
+from longmem.store.encode import Tokens, cut, joined_tokens
 from longmem.store.records import Stats
-from longmem.store.tokens import Tokens, cut, joined
 
 PIECE = 16 * 8
 """Tokens of a whole content in a small store."""
@@ -330,6 +330,6 @@ def test_pieces_cut_and_joined_are_the_whole() -> None:
     for size in range(1, len(tokens) + 2):
         pieces = list(cut(tokens, size))
         assert "".join(piece.text or "" for piece in pieces) == text
-        again = joined(pieces)
+        again = joined_tokens(pieces)
         assert again.digest() == tokens.digest() and again.starts is not None
         assert again.starts.tolist() == starts.tolist()

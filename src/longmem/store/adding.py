@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from longmem.errors import StoreDamaged, StoreError
-from longmem.store.arrays import StoredChunks, append
+from longmem.store.disk import StoredChunks, append
+from longmem.store.encode import Ids, Tokens, cut, joined_tokens, tokens_of
 from longmem.store.records import DocumentInfo, NewDocument, Progress, Receipt, Report, Status
 from longmem.store.room import Room, check_names, composed
-from longmem.store.tokens import Ids, Tokens, cut, joined, tokens_of
 from longmem.store.workers import Team
 
 COMMIT_BYTES = 64 << 20
@@ -136,7 +136,7 @@ class Adder:
                 kept = _Append(len(parts) - 1, parts[-2].tokens if len(parts) > 1 else 0, document.revision)
             self._pinned.update(part.piece for part in parts)
         plan = _Document(namespace, replace(new, text=None, ids=None), "", document.tokens + len(more), b"", kept)
-        return plan, joined([tail, more]) if whole < parts[-1].tokens else more
+        return plan, joined_tokens([tail, more]) if whole < parts[-1].tokens else more
 
     def _tokens(self, new: NewDocument, *, begin: bool) -> Tokens:
         tokenizer = None if new.text is None else self._room.find_tokenizer()

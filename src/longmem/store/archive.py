@@ -27,14 +27,12 @@ from safetensors.torch import load, save
 
 from longmem.errors import StoreError
 from longmem.store.adding import COMMIT_BYTES, in_namespace, insert_document, insert_parts, insert_piece, metadata_text
-from longmem.store.arrays import Arrays, StoredChunks, append
 from longmem.store.catalog import Catalog, Part
-from longmem.store.disk import failpoint, file_errors, sync_folder
-from longmem.store.encode import accepts
+from longmem.store.disk import Arrays, StoredChunks, append, failpoint, file_errors, sync_folder
+from longmem.store.encode import Tokens, accepts, joined_tokens
 from longmem.store.records import DTYPES, DocumentInfo, Layout, NewDocument, Progress, Receipt, Report, Status
 from longmem.store.room import Room, check_names, composed, until_found
 from longmem.store.runs import Selection
-from longmem.store.tokens import Tokens, joined
 
 FORMATS = {"longmem-export-2": "pieces", "longmem-export-1": "contents"}
 """Formats that are read, and their folder of members; the first one is written."""
@@ -300,7 +298,7 @@ def _status(room: Room, archive: Archive, namespace: str, document: _Document) -
     theirs = (document.source, document.metadata, document.added, document.expires, document.tokens)
     if (have.source, have.metadata, have.added, have.expires, have.tokens) == theirs:
         runs = [archive.piece(digest, archive.layout)[0].slice(0, tokens) for digest, tokens in document.pieces]
-        if joined(runs).digest() == room.catalog.whole(have).digest():
+        if joined_tokens(runs).digest() == room.catalog.whole(have).digest():
             return "unchanged"
     raise StoreError(
         f"namespace {namespace!r} has another document {document.name!r}; forget it first, or import into another "

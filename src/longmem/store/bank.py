@@ -10,7 +10,7 @@ import copy
 import threading
 import time as clock
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -26,15 +26,6 @@ from longmem.store.runs import Runs, Selection, read_runs
 from longmem.types import ChunkOrigin, RetrievedMemory
 
 Keep = Literal["map", "memory", "device"]
-
-
-class ReadsStore(Protocol):
-    """What a bank needs of its store; ``MemoryStore`` has it."""
-
-    room: Room
-
-    @property
-    def tokenizer(self) -> Any: ...
 
 
 class StoreBank:
@@ -72,7 +63,7 @@ class StoreBank:
 
     def __init__(
         self,
-        store: ReadsStore,
+        store: Any,
         namespaces: Sequence[str],
         *,
         documents: Sequence[str] | None = None,
@@ -86,8 +77,8 @@ class StoreBank:
         key_dtype: torch.dtype = torch.float32,
     ) -> None:
         _check(namespaces, documents, max_tokens, keep)
-        self.store: Any = store
-        self._room = store.room
+        self.store = store
+        self._room: Room = store.room
         self.namespaces = [composed(name) for name in namespaces]
         self.rows = len(self.namespaces)
         self.selection = Selection(documents, where, after, before, max_tokens)
@@ -259,16 +250,10 @@ class StoreBank:
 
     def _load(self, before: Runs | None) -> None:
         """Read keys, and values if they are to be held; ``before``: what those that are loaded are of."""
-        had, runs = self._keys, self._runs
+        runs = self._runs
+        had: Sequence[Any] = [None] * self.rows if before is None else [(before, each) for each in self._keys or []]
         self._keys = [
-            RowKeys(
-                runs,
-                row,
-                indexes,
-                self.device,
-                self.key_dtype,
-                None if before is None or had is None else (before, had[row]),
-            )
+            RowKeys(runs, row, indexes, self.device, self.key_dtype, had[row])
             for row, indexes in enumerate(self._indexes)
         ]
         if self.keep != "map":

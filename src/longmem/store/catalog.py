@@ -19,9 +19,8 @@ from urllib.parse import quote
 
 from longmem.errors import LongMemError, StoreDamaged, StoreError, StoreFull
 from longmem.store.disk import failpoint
+from longmem.store.encode import Tokens, joined_tokens
 from longmem.store.records import FORMAT, DocumentInfo, Layout
-from longmem.store.tokens import Tokens
-from longmem.store.tokens import joined as joined_tokens
 
 CATALOG = "catalog.sqlite"
 BUSY_SECONDS = 20.0

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from longmem.memory.index import Index
-from longmem.store.arrays import Numbers
+from longmem.store.disk import Numbers
 from longmem.store.records import DTYPES
 from longmem.store.runs import Runs
 
@@ -54,19 +53,8 @@ class RowKeys:
         if before is not None:  # slots that these chunks have in the old keys
             had = runs.numbers_in(before[0])[self.numbers]
             old = np.where(had < 0, -1, np.searchsorted(before[1].numbers, had))
-        records = runs.records(self.numbers)
-        for begin in range(0, len(old), AT_ONCE):
-            part = slice(begin, begin + AT_ONCE)
-            known, new = np.flatnonzero(old[part] >= 0), np.flatnonzero(old[part] < 0)
-            target = self.keys[0, :, part]
-            if len(known) and before is not None:
-                target[:, known] = before[1].keys[0][:, torch.from_numpy(old[part][known]).to(device)]
-            if len(new):
-                read = torch.from_numpy(_records(runs.arrays.keys, records[part][new])).to(device, dtype)
-                if len(known):
-                    target[:, new] = read.transpose(0, 1)
-                else:
-                    target.copy_(read.transpose(0, 1))
+        had_keys = None if before is None else before[1].keys[0].transpose(0, 1)
+        _fill(self.keys[0].transpose(0, 1), old, had_keys, runs.arrays.keys, runs.records(self.numbers))
         same = int((np.append(old, -2) != np.arange(len(old) + 1)).argmax())  # leading slots that are what they were
         if before is None or same < len(before[1].numbers):
             for index in indexes:
@@ -152,18 +140,9 @@ class Held:
         self.sources = torch.from_numpy(np.append(runs.in_rows(every), -1)).to(device)
         old = np.full(runs.num_chunks, -1) if before is None else runs.numbers_in(before[0])
         records = runs.records(every)
-        for begin in range(0, len(old), AT_ONCE):
-            part = old[begin : begin + AT_ONCE]
-            known, new = np.flatnonzero(part >= 0), np.flatnonzero(part < 0)
-            if len(known) and before is not None:
-                self.kv[known + begin] = before[1].kv[part[known]]
-                if self.scales is not None and before[1].scales is not None:
-                    self.scales[known + begin] = before[1].scales[part[known]]
-            if len(new):
-                read = torch.from_numpy(_records(runs.arrays.kv, records[new + begin]))
-                self.kv[new + begin] = (read.view(torch.bfloat16) if layout.dtype == "bfloat16" else read).to(held)
-                if self.scales is not None and runs.arrays.scales is not None:
-                    self.scales[new + begin] = torch.from_numpy(runs.arrays.scales[records[new + begin]]).to(held)
+        _fill(self.kv, old, None if before is None else before[1].kv, runs.arrays.kv, records)
+        if self.scales is not None:
+            _fill(self.scales, old, None if before is None else before[1].scales, runs.arrays.scales, records)
 
     @property
     def ready(self) -> bool:
@@ -193,11 +172,24 @@ class Held:
         self.kv[begin:end] = 0
 
 
-def _records(array: NDArray[Any], records: Numbers) -> NDArray[Any]:
-    """A copy of some records; those that are one after the other are read in one go."""
-    first, last = int(records[0]), int(records[-1])
-    follow = last - first == len(records) - 1 and bool((np.diff(records) == 1).all())
-    return array[first : last + 1].copy() if follow else array[records]
+def _fill(target: Tensor, old: Numbers, before: Tensor | None, stored: Any, records: Numbers) -> None:
+    """Fill the lines of ``target``: from the lines ``old`` of ``before``, or where these are -1 from the data files."""
+    for begin in range(0, len(old), AT_ONCE):
+        part = old[begin : begin + AT_ONCE]
+        into = target[begin : begin + len(part)]
+        known, new = np.flatnonzero(part >= 0), np.flatnonzero(part < 0)
+        if len(known) and before is not None:
+            into[torch.from_numpy(known).to(into.device)] = before[torch.from_numpy(part[known]).to(before.device)]
+        if len(new):
+            wanted = records[begin + new]
+            follow = bool((np.diff(wanted) == 1).all())  # read in one go
+            lines = stored[wanted[0] : wanted[-1] + 1].copy() if follow else stored[wanted]
+            read = torch.from_numpy(lines)
+            read = (read.view(torch.bfloat16) if read.dtype == torch.int16 else read).to(into.device, into.dtype)
+            if len(known):
+                into[torch.from_numpy(new).to(into.device)] = read
+            else:
+                into.copy_(read)
 
 
 def take_mapped(runs: Runs, chunks: Numbers, heads: Numbers, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,30 +13,10 @@ from torch import Tensor
 from longmem.errors import MemoryBankError, StoreError
 from longmem.memory.bank import MemoryBank
 from longmem.memory.session import SessionMemory
-from longmem.store.passages import Passage, Searched, SearchHit, search_text
+from longmem.store.encode import Tokens
+from longmem.store.passages import Passage, SearchHit, search_text
 from longmem.store.records import Receipt
-from longmem.store.tokens import Tokens
 from longmem.types import AttentionKV, ChunkOrigin
-
-
-class Documents(Searched, Protocol):
-    """The documents underneath; ``StoreBank`` is it."""
-
-    store: Any
-    namespaces: list[str]
-    rows: int
-    heads_kv: int
-    head_dim: int
-    device: torch.device
-    fingerprint: str
-    memory_layers: tuple[int, ...]
-
-    @property
-    def version(self) -> int: ...
-
-    def refresh(self) -> bool:
-        """Take up the documents that there are now."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -69,7 +49,7 @@ class SessionBank(SessionMemory):
         ConfigError: a capacity that is no multiple of the chunk size.
     """
 
-    def __init__(self, base: Documents, *, capacity_tokens: int = 65536, rows: int | None = None) -> None:
+    def __init__(self, base: Any, *, capacity_tokens: int = 65536, rows: int | None = None) -> None:
         bank = MemoryBank(
             base.rows if rows is None else rows,
             capacity_tokens,
@@ -93,7 +73,8 @@ class SessionBank(SessionMemory):
     @property
     def version(self) -> int:
         """Another one whenever the session or the documents underneath hold something else."""
-        return self.bank.version + self.documents.version
+        found: int = self.bank.version + self.documents.version
+        return found
 
     # writing
 
@@ -165,7 +146,7 @@ class SessionBank(SessionMemory):
             what = f"{unknown} tokens were added without their ids" if unknown else "nothing was added"
             raise StoreError(f"row {row} of the session cannot be committed: {what}; pass ids= to add")
         ids = torch.cat([each.ids for each in said if each.ids is not None])
-        namespace = self.documents.namespaces[int(self.base_rows[row])]
+        namespace: str = self.documents.namespaces[int(self.base_rows[row])]
         receipt: Receipt
         if append:
             receipt = self.store.append(namespace, name=name, ids=ids)
@@ -192,7 +173,8 @@ class SessionBank(SessionMemory):
             StoreError: it is not there any more, or the session was not given its token ids.
         """
         if origin.document_id is not None:
-            return self.documents.passage(origin, around)
+            found: Passage = self.documents.passage(origin, around)
+            return found
         line = _line_of(self._said[row], origin)
         if line is None:
             raise StoreError(f"token {origin.start_token} of row {row} has no text in this session; pass ids= to add")

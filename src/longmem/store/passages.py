@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from longmem.errors import StoreError
+from longmem.store.encode import Tokens, tokens_of
 from longmem.store.room import Room
-from longmem.store.tokens import Tokens, tokens_of
 from longmem.types import ChunkOrigin, Memory
 
 
@@ -30,29 +30,13 @@ class Passage:
 
 @dataclass(frozen=True)
 class SearchHit:
-    """A chunk that the heads found for a query text.
+    """A chunk that the heads found for a query text."""
 
-    Attributes:
-        origin: its document, offset, length and time.
-        passage: its text, with some more on either side.
-        share: part of the heads' output that came from it, the mean over the query's tokens and heads.
-        score: largest inner product of a query with its mean key.
-        heads: for every head that found it, its part (the mean over the query's tokens), largest first.
-    """
-
-    origin: ChunkOrigin
-    passage: Passage
-    share: float
-    score: float
-    heads: dict[int, float]
-
-
-class Searched(Memory, Protocol):
-    """A memory on a store."""
-
-    def passage(self, origin: ChunkOrigin, around: int = 12, *, row: int = 0) -> Passage:
-        """The text of a chunk of a row."""
-        ...
+    origin: ChunkOrigin  # its document, offset, length and time
+    passage: Passage  # its text, with some more on either side
+    share: float  # part of the heads' output that came from it, the mean over the query's tokens and heads
+    score: float  # largest inner product of a query with its mean key
+    heads: dict[int, float]  # for every head that found it, its part (the mean over the tokens), largest first
 
 
 def read_passage(room: Room, origin: ChunkOrigin, around: int) -> Passage:
@@ -83,10 +67,12 @@ def read_passage(room: Room, origin: ChunkOrigin, around: int) -> Passage:
     return Passage(*("".join(each.spelled(tokenizer) for each in run) for run in parts))
 
 
-def search_text(bank: Searched, query: str, room: Room, *, top: int, row: int, around: int) -> list[SearchHit]:
+def search_text(bank: Any, query: str, room: Room, *, top: int, row: int, around: int) -> list[SearchHit]:
     """Which chunks of a row the model's heads find for a text, the largest share first.
 
-    A query longer than a segment is read segment by segment.
+    Args:
+        bank: a ``StoreBank`` or ``SessionBank``.
+        query: read segment by segment where it is longer than one.
 
     Raises:
         StoreError: the store has no model or tokenizer, or the text is empty.
@@ -121,20 +107,12 @@ def search_text(bank: Searched, query: str, room: Room, *, top: int, row: int, a
 
 @torch.no_grad()
 def _readings(model: Any, segment: Tensor, bank: Memory, row: int) -> list[Any]:
-    training = model.training
-    if training:
-        model.train(False)
+    training, rows = model.training, torch.tensor([row])
+    model.train(False)
     try:
-        out = model(
-            segment[None].to(model.device),
-            memory=bank,
-            memory_rows=torch.tensor([row]),
-            explain=True,
-            logits_to_keep=1,
-            use_cache=False,
-        )
+        given = segment[None].to(model.device)
+        out = model(given, memory=bank, memory_rows=rows, explain=True, logits_to_keep=1, use_cache=False)
     finally:
-        if training:
-            model.train(True)
+        model.train(training)
     found: list[Any] = out.explanation.over()
     return found

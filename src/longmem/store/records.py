@@ -22,39 +22,24 @@ DTYPES: dict[str, torch.dtype] = {
     "int8": torch.int8,
 }
 FORMAT = 2
-PIECE_SEGMENTS = 16
-"""Segments of one piece, at most: the unit of deduplication, of check sums and of resuming after an interruption."""
+PIECE_SEGMENTS = 16  # of one piece, at most: the unit of deduplication, of check sums and of resuming an add
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What is fixed when a store is made; equal token ids in equal layouts leave equal tensors.
+    """What is fixed when a store is made; equal token ids in equal layouts leave equal tensors."""
 
-    Attributes:
-        store_id: 16 random hex digits.
-        fingerprint: of the backbone whose keys and values are kept.
-        backbone: its name.
-        memory_layers: the remembered layers, 0-based, ascending.
-        heads_kv: Hkv.
-        head_dim: D.
-        chunk_size: S.
-        segment_tokens: T, tokens that the backbone sees together; a multiple of S.
-        dtype: of the stored keys and values.
-        created: seconds since the epoch.
-        format: of the files, 2.
-    """
-
-    store_id: str
-    fingerprint: str
-    backbone: str
-    memory_layers: tuple[int, ...]
-    heads_kv: int
-    head_dim: int
-    chunk_size: int
-    segment_tokens: int
-    dtype: Dtype
-    created: float
-    format: int = FORMAT
+    store_id: str  # 16 random hex digits
+    fingerprint: str  # of the backbone whose keys and values are kept
+    backbone: str  # its name
+    memory_layers: tuple[int, ...]  # the remembered layers, 0-based, ascending
+    heads_kv: int  # Hkv
+    head_dim: int  # D
+    chunk_size: int  # S
+    segment_tokens: int  # T, tokens that the backbone sees together; a multiple of S
+    dtype: Dtype  # of the stored keys and values
+    created: float  # seconds since the epoch
+    format: int = FORMAT  # of the files
 
     @property
     def layers(self) -> int:
@@ -110,53 +95,32 @@ class Layout:
 
 @dataclass(frozen=True)
 class NewDocument:
-    """A document to add: either ``text`` or ``ids``.
+    """A document to add: either ``text`` or ``ids``."""
 
-    Attributes:
-        name: unique in its namespace.
-        text: what to remember.
-        ids: token ids to remember as they are, where there is no text.
-        source: where it came from.
-        metadata: a JSON object.
-        time: when it was said, seconds since the epoch; None is now. Documents are in the order of their times.
-        expires: seconds since the epoch from which on it is not found any more.
-        replace: whether it may take the place of another text of this name.
-    """
-
-    name: str
+    name: str  # unique in its namespace
     text: str | None = None
-    ids: Sequence[int] | NDArray[Any] | torch.Tensor | None = None
-    source: str | None = None
-    metadata: Mapping[str, Any] | None = None
-    time: float | None = None
-    expires: float | None = None
-    replace: bool = False
+    ids: Sequence[int] | NDArray[Any] | torch.Tensor | None = None  # to remember as they are, where there is no text
+    source: str | None = None  # where it came from
+    metadata: Mapping[str, Any] | None = None  # a JSON object
+    time: float | None = None  # seconds since the epoch, None is now; documents are in the order of their times
+    expires: float | None = None  # seconds since the epoch from which on it is not found any more
+    replace: bool = False  # whether it may take the place of another text of this name
 
 
 @dataclass(frozen=True)
 class DocumentInfo:
-    """A document of a namespace.
+    """A document of a namespace."""
 
-    Attributes:
-        id: its number in the store, never given again.
-        name: composed (Unicode NFC), as namespaces are.
-        added: its time, seconds since the epoch.
-        expires: seconds since the epoch from which on it is not found any more, or None.
-        tokens: in it.
-        chunks: in it.
-        revision: 1, and one more at every append and replacement.
-    """
-
-    id: int
+    id: int  # its number in the store, never given again
     namespace: str
-    name: str
+    name: str  # composed (Unicode NFC), as namespaces are
     source: str | None
     metadata: dict[str, Any]
-    added: float
-    expires: float | None
+    added: float  # its time, seconds since the epoch
+    expires: float | None  # seconds since the epoch from which on it is not found any more
     tokens: int
     chunks: int
-    revision: int
+    revision: int  # 1, and one more at every append and replacement
 
     def expired(self, now: float) -> bool:
         """Whether it is not found any more."""
@@ -165,42 +129,26 @@ class DocumentInfo:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What became of a document.
-
-    Attributes:
-        status: ``added``, ``replaced``, ``appended``, ``updated`` (same text, other expiry) or ``unchanged``.
-        tokens: in the document now.
-        chunks: in the document now.
-        reused_tokens: those whose text this namespace had already; other namespaces do not count.
-        revision: of the document now.
-    """
+    """What became of a document."""
 
     namespace: str
     name: str
-    status: Status
-    tokens: int
+    status: Status  # ``updated``: the same text with another expiry
+    tokens: int  # in the document now
     chunks: int
-    reused_tokens: int
+    reused_tokens: int  # those whose text this namespace had already; other namespaces do not count
     revision: int
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a long piece of work is.
+    """How far a long piece of work is."""
 
-    Attributes:
-        step: what is done: ``encode``, ``check``, ``rewrite``, ``copy``.
-        done: so far, in ``unit``.
-        total: in all, or None where it is not known (a stream).
-        unit: ``tokens``, ``bytes`` or ``pieces``.
-        name: the document or file at hand.
-    """
-
-    step: str
-    done: int
-    total: int | None
-    unit: str
-    name: str
+    step: str  # ``encode``, ``check``, ``rewrite`` or ``copy``
+    done: int  # so far, in ``unit``
+    total: int | None  # None where it is not known (a stream)
+    unit: str  # ``tokens``, ``bytes`` or ``pieces``
+    name: str  # the document or file at hand
 
 
 Report = Callable[[Progress], None]
@@ -209,17 +157,11 @@ Report = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class ForgetReport:
-    """What was forgotten: names and token counts.
-
-    Attributes:
-        namespace: of the documents.
-        time: when, seconds since the epoch.
-        documents: names and token counts.
-    """
+    """What was forgotten."""
 
     namespace: str
-    time: float
-    documents: list[tuple[str, int]]
+    time: float  # when, seconds since the epoch
+    documents: list[tuple[str, int]]  # names and token counts
 
     @property
     def tokens(self) -> int:
@@ -229,57 +171,34 @@ class ForgetReport:
 
 @dataclass(frozen=True)
 class CompactReport:
-    """What compacting did.
+    """What compacting did."""
 
-    Attributes:
-        documents: expired ones that were removed.
-        tokens: of pieces that no document used, removed.
-        bytes_before, bytes_after: of data files and catalog.
-        emptied: whether the write-ahead log could be emptied; a reader in a long snapshot keeps it, and with it bytes
-            of forgotten text, until the next compact or close.
-    """
-
-    documents: int
-    tokens: int
-    bytes_before: int
+    documents: int  # expired ones that were removed
+    tokens: int  # of pieces that no document used, removed
+    bytes_before: int  # of data files and catalog
     bytes_after: int
-    emptied: bool
+    emptied: bool  # the write-ahead log; a reader in a long snapshot keeps it, and bytes of forgotten text in it
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it should be.
+    """Something that is not as it should be."""
 
-    Attributes:
-        kind: ``catalog``, ``file``, ``piece`` (its keys and values), ``text`` (its token ids or text) or ``document``.
-        where: file, and place in it.
-        what: is wrong, and the way out.
-        repaired: whether it is right again.
-    """
-
-    kind: str
-    where: str
-    what: str
+    kind: str  # ``catalog``, ``file``, ``piece`` (keys and values), ``text`` (token ids or text) or ``document``
+    where: str  # file, and place in it
+    what: str  # is wrong, and the way out
     repaired: bool = False
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What verifying found.
+    """What verifying found."""
 
-    Attributes:
-        problems: all of them; none means that every byte in use is what was written.
-        bytes: read.
-        documents: checked.
-        rebuilt_tokens: encoded again by the repair.
-        same_bits: whether all that was encoded again has the bits it had; None where nothing was.
-    """
-
-    problems: list[Problem] = field(default_factory=list)
-    bytes: int = 0
-    documents: int = 0
-    rebuilt_tokens: int = 0
-    same_bits: bool | None = None
+    problems: list[Problem] = field(default_factory=list)  # none: every byte in use is what was written
+    bytes: int = 0  # read
+    documents: int = 0  # checked
+    rebuilt_tokens: int = 0  # encoded again by the repair
+    same_bits: bool | None = None  # whether all that was encoded again has the bits it had; None where nothing was
 
     @property
     def clean(self) -> bool:
@@ -289,23 +208,14 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class Stats:
-    """How much there is; for one namespace as if it shared nothing with others.
+    """How much there is; for one namespace as if it shared nothing with others."""
 
-    Attributes:
-        namespaces: how many; 1 for one.
-        documents, tokens, chunks: that can be found now.
-        expired: documents past their time, still on disk.
-        stored_bytes: of the chunks of these documents in data files.
-        file_bytes, catalog_bytes: on disk; None for one namespace.
-        dead_tokens: on disk until the next compact; None for one namespace.
-    """
-
-    namespaces: int
-    documents: int
+    namespaces: int  # 1 for one
+    documents: int  # that can be found now, as are tokens and chunks
     tokens: int
     chunks: int
-    expired: int
-    stored_bytes: int
-    file_bytes: int | None = None
+    expired: int  # documents past their time, still on disk
+    stored_bytes: int  # of the chunks of these documents in data files
+    file_bytes: int | None = None  # on disk, as is the catalog; None for one namespace
     catalog_bytes: int | None = None
-    dead_tokens: int | None = None
+    dead_tokens: int | None = None  # on disk until the next compact; None for one namespace

@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 from longmem.data.tokenizer import check_tokenizer, load_tokenizer
 from longmem.errors import DataError, StoreDamaged, StoreError
-from longmem.store.arrays import Arrays, GenerationGone, paths_of
 from longmem.store.catalog import CATALOG, Catalog
-from longmem.store.disk import LOCK, WriterLock, failpoint, file_errors, sync_folder
+from longmem.store.disk import LOCK, Arrays, GenerationGone, WriterLock, failpoint, file_errors, paths_of, sync_folder
 from longmem.store.encode import LONGEST_SEGMENT, Encoder, Encodes, accepts, layers_of, window_of
 from longmem.store.records import DTYPES, Dtype, Layout, NewDocument
 

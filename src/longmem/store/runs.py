@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longmem.errors import StoreError
-from longmem.store.arrays import Arrays, Numbers
 from longmem.store.catalog import matches
+from longmem.store.disk import Arrays, Numbers
 from longmem.store.records import DocumentInfo
 from longmem.store.room import Room, composed
 from longmem.types import ChunkOrigin
@@ -33,21 +33,13 @@ WHERE namespace = ? AND (expires IS NULL OR expires > ?) ORDER BY added, documen
 
 @dataclass(frozen=True)
 class Selection:
-    """Which documents of a namespace; all conditions hold together.
+    """Which documents of a namespace; all conditions hold together."""
 
-    Attributes:
-        documents: their names; None is all.
-        where: metadata that they have: every key with an equal value.
-        after: added at this time (seconds since the epoch) or later.
-        before: added before this time.
-        max_tokens: only the newest so many tokens, in whole chunks.
-    """
-
-    documents: Sequence[str] | None = None
-    where: Mapping[str, Any] | None = None
-    after: float | None = None
-    before: float | None = None
-    max_tokens: int | None = None
+    documents: Sequence[str] | None = None  # their names; None is all
+    where: Mapping[str, Any] | None = None  # metadata that they have: every key with an equal value
+    after: float | None = None  # added at this time (seconds since the epoch) or later
+    before: float | None = None  # added before this time
+    max_tokens: int | None = None  # only the newest so many tokens, in whole chunks
 
     def of(self, namespace: str, documents: list[DocumentInfo]) -> list[DocumentInfo]:
         """Those that are meant; ``max_tokens`` is not looked at.
@@ -64,46 +56,28 @@ class Selection:
                     f"namespace {namespace!r} has no document {missing[0]!r}; `longmem memory list` shows its names"
                 )
             found = [each for each in found if each.name in names]
-        after, before = (
-            -math.inf if self.after is None else self.after,
-            math.inf if self.before is None else self.before,
-        )
+        after = -math.inf if self.after is None else self.after
+        before = math.inf if self.before is None else self.before
         return [each for each in found if after <= each.added < before and matches(each, self.where)]
 
 
 @dataclass(frozen=True)
 class Runs:
-    """The chunks of all rows of a bank at one moment.
+    """The chunks of all rows of a bank at one moment."""
 
-    Attributes:
-        namespaces: of the rows.
-        documents: of all rows, one row after the other.
-        arrays: the data files.
-        bases: (rows + 1,) global number of each row's first chunk; the last is N, the number of all chunks.
-        begins: (P + 1,) global number of each run's first chunk, and N.
-        row: (P,) the bank row of the run.
-        document: (P,) index into ``documents``.
-        piece: (P,) the piece that the run is a part of.
-        skipped: (P,) chunks of the piece before the run's first.
-        first: (P,) record of the run's first chunk in the data files.
-        first_token: (P,) offset of the run's first token in its document.
-        tokens: (P,) real tokens of the run; only its last chunk may be short.
-        left: (P,) chunks of the run that can still be found, its first ones.
-    """
-
-    namespaces: list[str]
-    documents: list[DocumentInfo]
-    arrays: Arrays
-    bases: Numbers
-    begins: Numbers
-    row: Numbers
-    document: Numbers
-    piece: Numbers
-    skipped: Numbers
-    first: Numbers
-    first_token: Numbers
-    tokens: Numbers
-    left: Numbers
+    namespaces: list[str]  # of the rows
+    documents: list[DocumentInfo]  # of all rows, one row after the other
+    arrays: Arrays  # the data files
+    bases: Numbers  # (rows + 1,) global number of each row's first chunk; the last is N, the number of all chunks
+    begins: Numbers  # (P + 1,) global number of each run's first chunk, and N
+    row: Numbers  # (P,) the bank row of the run
+    document: Numbers  # (P,) index into ``documents``
+    piece: Numbers  # (P,) the piece that the run is a part of
+    skipped: Numbers  # (P,) chunks of the piece before the run's first
+    first: Numbers  # (P,) record of the run's first chunk in the data files
+    first_token: Numbers  # (P,) offset of the run's first token in its document
+    tokens: Numbers  # (P,) real tokens of the run; only its last chunk may be short
+    left: Numbers  # (P,) chunks of the run that can still be found, its first ones
 
     @property
     def num_chunks(self) -> int:
@@ -142,16 +116,10 @@ class Runs:
 
     def numbers_in(self, before: Runs) -> Numbers:
         """(N,) the global number that each chunk had, -1 where it is new."""
+        columns = (before.row, before.piece, before.skipped, before.left, before.begins[:-1])
         had = {
             (row, piece): (skipped, skipped + left, begin)
-            for row, piece, skipped, left, begin in zip(
-                before.row.tolist(),
-                before.piece.tolist(),
-                before.skipped.tolist(),
-                before.left.tolist(),
-                before.begins[:-1].tolist(),
-                strict=True,
-            )
+            for row, piece, skipped, left, begin in zip(*(each.tolist() for each in columns), strict=True)
         }
         old = np.full(len(self.piece), -1)
         for run, count in enumerate(self.counts.tolist()):
@@ -229,7 +197,7 @@ def read_runs(room: Room, namespaces: Sequence[str], selection: Selection) -> Ru
             number = {each.id: len(documents) + at for at, each in enumerate(wanted)}
             documents += wanted
             runs = [
-                [row, number[document], piece, 0, first, first_token, tokens]
+                [row, number[document], piece, 0, first, first_token, tokens]  # in the order of the fields of Runs
                 for document, piece, first_token, tokens, first in db.execute(_QUERY, (namespace, clock.time()))
                 if document in number
             ]
@@ -241,21 +209,9 @@ def read_runs(room: Room, namespaces: Sequence[str], selection: Selection) -> Ru
     counts = -(-table[:, 6] // size)
     rows = np.arange(len(namespaces) + 1)
     begins = np.concatenate([[0], np.cumsum(counts)])
-    return Runs(
-        namespaces=list(namespaces),
-        documents=documents,
-        arrays=arrays,
-        bases=begins[np.searchsorted(table[:, 0], rows)],
-        begins=begins,
-        row=table[:, 0],
-        document=table[:, 1],
-        piece=table[:, 2],
-        skipped=table[:, 3],
-        first=table[:, 4],
-        first_token=table[:, 5],
-        tokens=table[:, 6],
-        left=counts,
-    )
+    bases = begins[np.searchsorted(table[:, 0], rows)]
+    columns: list[Numbers] = [*table.T, counts]
+    return Runs(list(namespaces), documents, arrays, bases, begins, *columns)
 
 
 def _newest(runs: list[list[int]], max_tokens: int, size: int) -> list[list[int]]:

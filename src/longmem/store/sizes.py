@@ -9,29 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longmem.errors import StoreError
-from longmem.store.records import DTYPES, Dtype, Layout
+from longmem.store.records import Dtype, Layout
 
-TOKENS = (65_536, 1_000_000, 10_000_000)
-"""The paper's memory, a shelf of books, a library."""
-CHARACTERS_PER_TOKEN = 4.0
-"""Of English prose, with the vocabularies of today's models."""
+TOKENS = (65_536, 1_000_000, 10_000_000)  # the paper's memory, a shelf of books, a library
+CHARACTERS_PER_TOKEN = 4.0  # of English prose, with the vocabularies of today's models
 
 
 @dataclass(frozen=True)
 class BackboneShape:
-    """What of a backbone decides the size of its memory.
-
-    Attributes:
-        name: of the model.
-        layers: of its decoder; memory keeps one of them.
-        heads_kv: Hkv of the layer that is kept.
-        head_dim: D.
-    """
+    """What of a backbone decides the size of its memory."""
 
     name: str
-    layers: int
-    heads_kv: int
-    head_dim: int
+    layers: int  # of its decoder; memory keeps one of them
+    heads_kv: int  # Hkv of the layer that is kept
+    head_dim: int  # D
 
 
 BACKBONES: tuple[BackboneShape, ...] = (
@@ -53,35 +44,24 @@ BACKBONES: tuple[BackboneShape, ...] = (
     BackboneShape("Gemma-2-2B", 26, 4, 256),
     BackboneShape("Gemma-2-9B", 42, 8, 256),
     BackboneShape("Phi-3-mini (3.8B)", 32, 32, 96),
-)
-"""As their published configurations have it."""
+)  # as their published configurations have it
 
 
 @dataclass(frozen=True)
 class MemorySize:
-    """The size of one backbone's memory in one number format; bytes per token but for the methods.
+    """Bytes per token of one backbone's memory in one number format.
 
-    The short chunk at the end of a document takes the room of a whole one; a data file's header is left out.
-
-    Attributes:
-        backbone: whose keys and values are kept.
-        chunk_size: S.
-        dtype: of the stored keys and values.
-        keys_values: in the data files; read only for the chunks that a search finds.
-        chunk_keys: mean keys of the chunks, float32; what a search reads, and what an open bank holds.
-        small: the chunks' lengths and, with int8, their scales.
-        catalog: an estimate: token ids, where each token begins, the text, and the hashes of the chunks.
-        cache: for comparison, the backbone's ordinary cache of all layers in 16 bits.
+    The short chunk at the end of a document takes the room of a whole one.
     """
 
     backbone: BackboneShape
-    chunk_size: int
-    dtype: Dtype
-    keys_values: float
-    chunk_keys: float
-    small: float
-    catalog: float
-    cache: float
+    chunk_size: int  # S
+    dtype: Dtype  # of the stored keys and values
+    keys_values: float  # in the data files; read only for the chunks that a search finds
+    chunk_keys: float  # mean keys of the chunks, float32: what a search reads, and what an open bank holds
+    small: float  # with int8, the scales
+    catalog: float  # an estimate: token ids, where each token begins, and the text
+    cache: float  # for comparison, the backbone's ordinary cache of all layers in 16 bits
 
     @property
     def disk(self) -> float:
@@ -92,84 +72,43 @@ class MemorySize:
         """On disk for so many tokens."""
         return round(self.disk * tokens)
 
-    def bank_bytes(self, tokens: int) -> int:
-        """Chunk keys in the memory of the searching device, float32."""
-        return round(self.chunk_keys * tokens)
 
-    def cache_bytes(self, tokens: int) -> int:
-        """What an ordinary cache of so many tokens takes."""
-        return round(self.cache * tokens)
-
-
-def memory_size(
-    backbone: BackboneShape,
-    *,
-    dtype: Dtype = "float16",
-    chunk_size: int = 4,
-    characters: float = CHARACTERS_PER_TOKEN,
-) -> MemorySize:
+def memory_size(backbone: BackboneShape, *, dtype: Dtype = "float16", chunk_size: int = 4) -> MemorySize:
     """Bytes that a token of this backbone takes.
 
-    Args:
-        chunk_size: S.
-        characters: bytes of UTF-8 text per token.
-
     Raises:
-        StoreError: a number that is not at least 1, or an unknown dtype.
+        StoreError: a number that is not at least 1.
     """
-    numbers = {
-        "heads_kv": backbone.heads_kv,
-        "head_dim": backbone.head_dim,
-        "layers": backbone.layers,
-        "chunk_size": chunk_size,
-    }
+    heads, dim = backbone.heads_kv, backbone.head_dim
+    numbers = {"heads_kv": heads, "head_dim": dim, "layers": backbone.layers, "chunk_size": chunk_size}
     for name, number in numbers.items():
         if number < 1:
             raise StoreError(f"{name} ({number}) must be at least 1")
-    if dtype not in DTYPES:
-        raise StoreError(f"dtype ({dtype}) must be one of {', '.join(DTYPES)}")
-    layout = Layout(
-        store_id="",
-        fingerprint="",
-        backbone=backbone.name,
-        memory_layers=(0,),
-        heads_kv=backbone.heads_kv,
-        head_dim=backbone.head_dim,
-        chunk_size=chunk_size,
-        segment_tokens=chunk_size,
-        dtype=dtype,
-        created=0.0,
-    )
-    keys = 4 * backbone.heads_kv * backbone.head_dim
+    layout = Layout("", "", backbone.name, (0,), heads, dim, chunk_size, chunk_size, dtype, created=0.0)
+    keys = 4 * heads * dim
     return MemorySize(
-        backbone=backbone,
-        chunk_size=chunk_size,
-        dtype=dtype,
+        backbone,
+        chunk_size,
+        dtype,
         keys_values=layout.record_bytes / chunk_size,
         chunk_keys=keys / chunk_size,
         small=(layout.key_bytes - keys) / chunk_size,
-        catalog=4 + 4 + characters,
-        cache=backbone.layers * 2 * 2.0 * backbone.heads_kv * backbone.head_dim,
+        catalog=4 + 4 + CHARACTERS_PER_TOKEN,
+        cache=backbone.layers * 2 * 2.0 * heads * dim,
     )
 
 
 def size_table(
     backbones: Sequence[BackboneShape] = BACKBONES, *, chunk_size: int = 4, tokens: Sequence[int] = TOKENS
 ) -> tuple[list[str], list[list[str]]]:
-    """The sizes in words: column heads, and a row for every backbone; on disk in fp16 and in int8.
-
-    Raises:
-        StoreError: see ``memory_size``.
-    """
+    """The sizes in words: column heads, and a row for every backbone; on disk in fp16 and in int8."""
     heads = ["backbone", "KV heads", "fp16/token", "int8/token", "chunk keys/token", "full cache/token"]
     heads += [f"{short_count(count)} tokens" for count in tokens]
     rows = []
     for backbone in backbones:
-        half = memory_size(backbone, chunk_size=chunk_size)
-        small = memory_size(backbone, chunk_size=chunk_size, dtype="int8")
+        half, small = (memory_size(backbone, chunk_size=chunk_size, dtype=dtype) for dtype in ("float16", "int8"))
         row = [backbone.name, f"{backbone.heads_kv} x {backbone.head_dim}"]
-        row += [in_bytes(half.keys_values), in_bytes(small.keys_values)]
-        row += [in_bytes(half.chunk_keys), in_bytes(half.cache)]
+        row += [in_bytes(each) for each in (half.keys_values, small.keys_values, half.chunk_keys, half.cache)]
         row += [f"{in_bytes(half.disk_bytes(n))} / {in_bytes(small.disk_bytes(n))}" for n in tokens]
         rows.append(row)
     return heads, rows

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longmem.errors import StoreDamaged, StoreError
-from longmem.store.arrays import REPAIR, Arrays, GenerationGone, StoredChunks, append, paths_of
 from longmem.store.catalog import CATALOG, Catalog, matches
-from longmem.store.disk import failpoint
+from longmem.store.disk import REPAIR, Arrays, GenerationGone, StoredChunks, append, failpoint, paths_of
 from longmem.store.records import CompactReport, ForgetReport, Problem, Progress, Report, VerifyReport
 from longmem.store.room import Room, composed, until_found
 

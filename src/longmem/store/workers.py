@@ -21,10 +21,9 @@ from typing import Any, TypeVar
 import torch
 
 from longmem.errors import LongMemError, StoreError
-from longmem.store.arrays import StoredChunks
-from longmem.store.encode import Encoder, accepts
+from longmem.store.disk import StoredChunks
+from longmem.store.encode import Encoder, Ids, accepts
 from longmem.store.records import Layout
-from longmem.store.tokens import Ids
 
 Batch = TypeVar("Batch")
 Submit = Callable[[list[Ids]], "Future[list[StoredChunks]]"]
