@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from longmem.errors import StoreDamaged, StoreError
+from longmem.store.catalog import insert
 from longmem.store.disk import StoredChunks, append
 from longmem.store.encode import Ids, Tokens, cut, joined_tokens, tokens_of
 from longmem.store.records import DocumentInfo, NewDocument, Progress, Receipt, Report, Status
@@ -26,44 +27,33 @@ BATCH_DOCUMENTS = 1024
 
 @dataclass(frozen=True)
 class _Append:
-    """What an append leaves of the document: its first ``pieces``, of the last of them ``last_tokens``.
+    """What an append leaves of the document."""
 
-    ``revision``: of the document that this was planned on.
-    """
-
-    pieces: int
-    last_tokens: int
-    revision: int
+    pieces: int  # the first ones
+    last_tokens: int  # of the last of them
+    revision: int  # of the document that this was planned on
 
 
 @dataclass
 class _Document:
-    """A document on its way.
-
-    Attributes:
-        new: as given, without text and ids.
-        metadata: as JSON.
-        tokens: in it when it is written.
-        digest: of the whole; unused by an append.
-        pieces: its new pieces, digest and tokens.
-    """
+    """A document on its way."""
 
     namespace: str
-    new: NewDocument
-    metadata: str
-    tokens: int
-    digest: bytes
+    new: NewDocument  # as given, without text and ids
+    metadata: str  # JSON
+    tokens: int  # in it when it is written
+    digest: bytes  # of the whole; unused by an append
     append: _Append | None = None
-    pieces: list[tuple[bytes, int]] = field(default_factory=list)
+    pieces: list[tuple[bytes, int]] = field(default_factory=list)  # its new ones, digest and tokens
 
 
 @dataclass
 class _Batch:
-    """Pieces to encode, and the documents that are complete with them; ``tokens`` counts known pieces too."""
+    """Pieces to encode, and the documents that are complete with them."""
 
     pieces: dict[bytes, Tokens] = field(default_factory=dict)
     documents: list[_Document] = field(default_factory=list)
-    tokens: int = 0
+    tokens: int = 0  # those of known pieces, too
     name: str = ""
 
 
@@ -208,11 +198,8 @@ class Adder:
         ]
         with self._room.guard:
             # another thread may have been sooner
-            fresh = [each for each in made if self._known(each[0]) is None]
-            receipts = self._write(fresh, documents) if fresh or not self._all_there(documents) else None
+            receipts = self._write([each for each in made if self._known(each[0]) is None], documents)
         self._coming.difference_update(digest for digest, _, _ in made)
-        if receipts is None:
-            return [self._unchanged(document) for document in documents]
         return receipts
 
     def _write(self, fresh: list[tuple[bytes, Tokens, StoredChunks]], documents: list[_Document]) -> list[Receipt]:
@@ -226,7 +213,8 @@ class Adder:
             for digest, tokens, run in fresh:
                 added.append(insert_piece(db, digest, tokens, first, len(run), run.crc()))
                 first += len(run)
-            db.execute("UPDATE meta SET value = ? WHERE key = 'records'", (first,))
+            if fresh:
+                db.execute("UPDATE meta SET value = ? WHERE key = 'records'", (first,))
             receipts = [self._insert(db, document) for document in documents]
         self._pinned.update(added)
         return receipts
@@ -264,23 +252,13 @@ class Adder:
             return False
         return document.new.time in (None, old.added) and self._room.catalog.whole(old).digest() == document.digest
 
-    def _all_there(self, documents: list[_Document]) -> bool:
-        """Whether nothing has to be written."""
-        with self._room.catalog.read():
-            return all(self._status(document)[0] == "unchanged" for document in documents)
-
-    def _unchanged(self, document: _Document) -> Receipt:
-        old = self._room.catalog.live(document.namespace, document.new.name)
-        return Receipt(old.namespace, old.name, "unchanged", old.tokens, old.chunks, old.tokens, old.revision)
-
     def _insert(self, db: sqlite3.Connection, document: _Document) -> Receipt:
         status, old = self._status(document)
-        if status == "unchanged":
-            return self._unchanged(document)
         new, chunks = document.new, self._room.layout.chunks(document.tokens)
-        if status == "updated":
+        if status in ("unchanged", "updated"):
             assert old is not None
-            db.execute("UPDATE document SET expires = ? WHERE id = ?", (new.expires, old.id))
+            if status == "updated":
+                db.execute("UPDATE document SET expires = ? WHERE id = ?", (new.expires, old.id))
             return Receipt(old.namespace, old.name, status, old.tokens, old.chunks, old.tokens, old.revision)
         pieces = [(self._piece(document, digest), tokens) for digest, tokens in document.pieces]
         ordinal, first_token = 0, 0
@@ -323,23 +301,17 @@ def _cut_back(db: sqlite3.Connection, document: int, kept: _Append) -> tuple[int
 
 def insert_piece(db: sqlite3.Connection, digest: bytes, tokens: Tokens, first: int, count: int, crc: int) -> int:
     """A piece whose ``count`` chunks are the records from ``first`` on; its number."""
-    row = (digest, len(tokens), first, count, crc, *tokens.columns())
-    columns = "digest, tokens, first, count, crc, token_ids, text, starts"
-    found = db.execute(f"INSERT INTO piece ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row).lastrowid
-    assert found is not None
-    return found
+    columns = tokens.columns()
+    return insert(db, "piece", digest=digest, tokens=len(tokens), first=first, count=count, crc=crc, **columns)
 
 
 def insert_document(
     db: sqlite3.Connection, namespace: str, new: NewDocument, metadata: str, added: float, tokens: int, revision: int
 ) -> int:
     """A document without parts; its number."""
+    about = {"namespace": namespace, "name": new.name, "source": new.source, "metadata": metadata, "added": added}
     expires = None if new.expires is None else float(new.expires)
-    row = (namespace, new.name, new.source, metadata, added, expires, tokens, revision)
-    columns = "namespace, name, source, metadata, added, expires, tokens, revision"
-    found = db.execute(f"INSERT INTO document ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row).lastrowid
-    assert found is not None
-    return found
+    return insert(db, "document", **about, expires=expires, tokens=tokens, revision=revision)
 
 
 def insert_parts(
@@ -367,7 +339,6 @@ def metadata_text(metadata: Mapping[str, Any] | None, name: str) -> str:
         text = json.dumps(dict(metadata or {}), sort_keys=True, ensure_ascii=False, allow_nan=False)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise StoreError(
-            f"metadata of {name!r} must be a JSON object ({error}); use strings, numbers, lists"
-        ) from error
+        message = f"metadata of {name!r} must be a JSON object ({error}); use strings, numbers, lists"
+        raise StoreError(message) from error
     return text

@@ -42,6 +42,14 @@ CREATE INDEX part_piece ON part (piece);
 _FIELDS = "id, namespace, name, source, metadata, added, expires, tokens, revision"
 
 
+def insert(db: sqlite3.Connection, table: str, **row: Any) -> int:
+    """A row more; its number."""
+    places = ", ".join("?" * len(row))
+    found = db.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({places})", tuple(row.values())).lastrowid
+    assert found is not None
+    return found
+
+
 class Part(NamedTuple):
     """The first ``tokens`` tokens of a piece as the tokens from ``first_token`` on of a document."""
 
@@ -66,7 +74,7 @@ class Catalog:
     def __init__(self, path: Path, *, writable: bool, new: Layout | None = None) -> None:
         self.path, self.writable = path, writable
         self._guard = threading.RLock()
-        self._changes = 0
+        self._connections = 0
         self._closed = False
         self._watched: tuple[object, ...] | None = None  # where SQLite cannot tell us that a writer came
         self._db = self._connect(new is not None)
@@ -87,18 +95,12 @@ class Catalog:
                     raise StoreFull(f"{each}: may not be written; allow writing there, or open with mode='read'")
         elif not os.access(self.path.parent, os.W_OK):
             log = self.path.with_name(f"{CATALOG}-wal")
-            if not (
-                log.exists() and log.stat().st_size
-            ):  # SQLite could not make the files that it wants beside a write-ahead log
+            if not (log.exists() and log.stat().st_size):
+                # SQLite could not make the files that it wants beside a write-ahead log
                 how, self._watched = "mode=ro&immutable=1", self._state()
         with sqlite_errors(self.path):
-            db = sqlite3.connect(
-                f"file:{quote(str(self.path))}?{how}",
-                uri=True,
-                isolation_level=None,
-                timeout=BUSY_SECONDS,
-                check_same_thread=False,
-            )
+            where = f"file:{quote(str(self.path))}?{how}"
+            db = sqlite3.connect(where, BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True)
             try:
                 db.execute("PRAGMA trusted_schema = OFF")
                 db.execute("PRAGMA mmap_size = 0")  # a cut file is then an error, not a signal
@@ -183,8 +185,6 @@ class Catalog:
             except BaseException:
                 self._db.rollback()
                 raise
-            finally:
-                self._changes += 1
             failpoint("commit.done")
 
     @contextmanager
@@ -204,8 +204,9 @@ class Catalog:
                 self._db.close()
                 self._watched = None
                 self._db = self._connect()
-                self._changes += 1
-            return self._changes, self._db.execute("PRAGMA data_version").fetchone()[0]
+                self._connections += 1
+            others = self._db.execute("PRAGMA data_version").fetchone()[0]  # commits of other connections
+            return self._connections, self._db.total_changes, others
 
     def _state(self) -> tuple[object, ...]:
         """Size and time of the files, for a folder in which SQLite may not watch a writer."""
@@ -240,31 +241,28 @@ class Catalog:
 
     def meta(self, key: str) -> Any:
         """``layout`` (JSON), ``generation`` of the data files, or ``records``: chunks in them."""
-        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        row = self.row("SELECT value FROM meta WHERE key = ?", key)
         if row is None:
             raise StoreDamaged(f"{self.path}: {key} is missing; restore a backup")
         return row[0]
 
     def row(self, query: str, *given: Any) -> Any:
-        """The only row of a query."""
+        """The first row of a query, None if there is none."""
         with self.read() as db:
             return db.execute(query, given).fetchone()
 
     def documents(self, namespace: str | None = None, *, expired: bool = False) -> list[DocumentInfo]:
         """Documents of a namespace, or of all, by time and number; ``expired``: also those past their time."""
-        where = "" if namespace is None else "WHERE namespace = ?"
+        where, given = ("", ()) if namespace is None else ("WHERE namespace = ?", (namespace,))
         with self.read() as db:
-            given = () if namespace is None else (namespace,)
-            rows = db.execute(f"SELECT {_FIELDS} FROM document {where} ORDER BY added, id", given).fetchall()
+            rows = db.execute(f"SELECT {_FIELDS} FROM document {where} ORDER BY added, id", given)
+            found = [self._info(row) for row in rows]
         now = time.time()
-        return [self._info(row) for row in rows if expired or row[6] is None or row[6] > now]
+        return [each for each in found if expired or not each.expired(now)]
 
     def find(self, namespace: str, name: str) -> DocumentInfo | None:
         """The document of this name, expired or not."""
-        with self.read() as db:
-            row = db.execute(
-                f"SELECT {_FIELDS} FROM document WHERE namespace = ? AND name = ?", (namespace, name)
-            ).fetchone()
+        row = self.row(f"SELECT {_FIELDS} FROM document WHERE namespace = ? AND name = ?", namespace, name)
         return None if row is None else self._info(row)
 
     def live(self, namespace: str, name: str) -> DocumentInfo:
@@ -297,8 +295,7 @@ class Catalog:
 
     def tokens(self, piece: int) -> Tokens:
         """Token ids and text of a piece."""
-        with self.read() as db:
-            row = db.execute("SELECT token_ids, text, starts FROM piece WHERE id = ?", (piece,)).fetchone()
+        row = self.row("SELECT token_ids, text, starts FROM piece WHERE id = ?", piece)
         if row is None:
             raise StoreDamaged(f"{self.path}: piece {piece} is missing; run `longmem memory verify`")
         return Tokens.from_columns(*row)
@@ -310,15 +307,12 @@ class Catalog:
 
     def piece_of(self, digest: bytes) -> int | None:
         """The number of the piece with this digest, if it is there."""
-        with self.read() as db:
-            row = db.execute("SELECT id FROM piece WHERE digest = ?", (digest,)).fetchone()
+        row = self.row("SELECT id FROM piece WHERE digest = ?", digest)
         return None if row is None else int(row[0])
 
     def dead_tokens(self) -> int:
         """Tokens of pieces that no document uses."""
-        with self.read() as db:
-            row = db.execute("SELECT total(tokens) FROM piece WHERE id NOT IN (SELECT piece FROM part)").fetchone()
-        return int(row[0])
+        return int(self.row("SELECT total(tokens) FROM piece WHERE id NOT IN (SELECT piece FROM part)")[0])
 
 
 def matches(document: DocumentInfo, where: Mapping[str, Any] | None) -> bool:

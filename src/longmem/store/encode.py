@@ -60,10 +60,10 @@ class Tokens:
             digest.update(b"t" + self.text.encode())
         return digest.digest()
 
-    def columns(self) -> tuple[bytes, str | None, bytes | None]:
+    def columns(self) -> dict[str, bytes | str | None]:
         """As the catalog keeps them."""
         starts = None if self.starts is None else self.starts.astype("<u4").tobytes()
-        return self.ids.astype("<u4").tobytes(), self.text, starts
+        return {"token_ids": self.ids.astype("<u4").tobytes(), "text": self.text, "starts": starts}
 
     @classmethod
     def from_columns(cls, ids: bytes, text: str | None, starts: bytes | None) -> Tokens:

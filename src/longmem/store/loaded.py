@@ -181,15 +181,18 @@ def _fill(target: Tensor, old: Numbers, before: Tensor | None, stored: Any, reco
         if len(known) and before is not None:
             into[torch.from_numpy(known).to(into.device)] = before[torch.from_numpy(part[known]).to(before.device)]
         if len(new):
-            wanted = records[begin + new]
-            follow = bool((np.diff(wanted) == 1).all())  # read in one go
-            lines = stored[wanted[0] : wanted[-1] + 1].copy() if follow else stored[wanted]
-            read = torch.from_numpy(lines)
+            read = torch.from_numpy(_records(stored, records[begin + new]))
             read = (read.view(torch.bfloat16) if read.dtype == torch.int16 else read).to(into.device, into.dtype)
             if len(known):
                 into[torch.from_numpy(new).to(into.device)] = read
             else:
                 into.copy_(read)
+
+
+def _records(array: Any, records: Numbers) -> Any:
+    """A copy of some records; those that are one after the other are read in one go."""
+    follow = bool((np.diff(records) == 1).all())
+    return array[records[0] : records[-1] + 1].copy() if follow else array[records]
 
 
 def take_mapped(runs: Runs, chunks: Numbers, heads: Numbers, device: torch.device) -> Tensor:

@@ -10,62 +10,34 @@ from __future__ import annotations
 import re
 import sqlite3
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 NOTES = "Notes from earlier conversations and documents:"
-NOTES_TOKENS = 400
-"""Tokens that recalled passages may take of the window."""
-PASSAGE_WORDS = 60
-"""Words of a passage: a turn or a paragraph that is shorter stays whole, longer ones are cut at sentences."""
-
-
-class Named(Protocol):
-    """A document of a store, as ``MemoryStore.documents`` lists it."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def added(self) -> float: ...
-
-
-class Texts(Protocol):
-    """What is searched: a ``MemoryStore``."""
-
-    def documents(self, namespace: str) -> Sequence[Named]: ...
-
-    def text(self, namespace: str, name: str) -> str: ...
+NOTES_TOKENS = 400  # of the window, that recalled passages may take
+PASSAGE_WORDS = 60  # a turn or a paragraph that is shorter stays whole, longer ones are cut at sentences
 
 
 @dataclass(frozen=True)
 class RecalledPassage:
-    """A passage that was found.
+    """A passage that was found."""
 
-    Attributes:
-        document: its document's name.
-        start: offset of its first character in the document's text.
-        text: the passage.
-        score: BM25, larger is better.
-    """
-
-    document: str
-    start: int
+    document: str  # its document's name
+    start: int  # offset of its first character in the document's text
     text: str
-    score: float
+    score: float  # BM25, larger is better
 
 
 class Recall:
     """Text search over a namespace; documents that are added, changed or forgotten are noticed at every search.
 
     Args:
-        store: whose documents are searched.
-        namespace: of them.
+        store: a ``MemoryStore``, or what has its ``documents`` and ``text``.
         words: of a passage, at most.
     """
 
-    def __init__(self, store: Texts, namespace: str, *, words: int = PASSAGE_WORDS) -> None:
+    def __init__(self, store: Any, namespace: str, *, words: int = PASSAGE_WORDS) -> None:
         self._store, self._namespace, self._words = store, namespace, words
         self._lock = threading.Lock()
         self._known: dict[str, Any] = {}
@@ -97,25 +69,12 @@ class Recall:
             return [passage for passage, _ in zip(found, range(top), strict=False)]
 
     def notes(
-        self,
-        query: str,
-        tokenizer: Any,
-        top: int = 5,
-        *,
-        budget: int = NOTES_TOKENS,
-        without: Iterable[str] = (),
+        self, query: str, tokenizer: Any, top: int = 5, *, budget: int = NOTES_TOKENS, without: Iterable[str] = ()
     ) -> tuple[str, list[RecalledPassage]]:
-        """The best passages, as many as have at most ``budget`` tokens together, as lines below ``NOTES``.
-
-        Args:
-            query: see ``search``.
-            tokenizer: counts the tokens.
-            top: how many at most.
-            budget: tokens of all passages.
-            without: names of documents that are not wanted.
+        """The best passages, as many as have at most ``budget`` tokens together; see ``search``.
 
         Returns:
-            the text, empty where nothing was found, and the passages.
+            the passages as lines below ``NOTES``, an empty text where nothing was found; and the passages.
         """
         found = []
         for passage in self.search(query, top, without=without):
@@ -126,8 +85,8 @@ class Recall:
         return "\n".join([NOTES, *(f"- {passage.text}" for passage in found)]) if found else "", found
 
     def _refresh(self) -> None:
-        now = {info.name: _version(info) for info in self._store.documents(self._namespace)}
-        for name in [name for name, version in self._known.items() if now.get(name) != version]:
+        now = {info.name: info for info in self._store.documents(self._namespace)}
+        for name in [name for name, info in self._known.items() if now.get(name) != info]:
             self._index.execute("DELETE FROM passage WHERE document = ?", (name,))
             del self._known[name]
         for name in now.keys() - self._known.keys():
@@ -170,8 +129,3 @@ def passages(text: str, words: int = PASSAGE_WORDS) -> list[tuple[int, str]]:
                 count += size
         found.append((start, text[start : line.end()].strip()))
     return [(start, passage) for start, passage in found if passage]
-
-
-def _version(info: Any) -> Any:
-    """What changes when a document does."""
-    return tuple(getattr(info, field, None) for field in ("id", "revision", "added", "tokens"))

@@ -123,23 +123,19 @@ def until_found(read: Any) -> Any:
 
 
 def open_room(
-    path: str | Path,
-    *,
+    folder: Path,
     model: Encodes | None,
     tokenizer: Any,
     mode: Mode,
     create: bool,
-    dtype: Dtype | None,
-    chunk_size: int | None,
-    segment_tokens: int | None,
     batch_tokens: int | None,
+    given: dict[str, Any],
 ) -> Room:
-    """See ``MemoryStore.open``."""
-    folder = Path(path).absolute()  # now: the process may change its directory
+    """See ``MemoryStore.open``; ``given`` are settings of its layout."""
     if mode not in ("write", "read"):
         raise StoreError(f"mode ({mode!r}) must be 'write' or 'read'")
-    if dtype is not None and dtype not in DTYPES:
-        raise StoreError(f"dtype ({dtype!r}) must be one of {', '.join(DTYPES)}")
+    if given["dtype"] not in (None, *DTYPES):
+        raise StoreError(f"dtype ({given['dtype']!r}) must be one of {', '.join(DTYPES)}")
     if batch_tokens is not None and batch_tokens < 1:
         raise StoreError(f"batch_tokens ({batch_tokens}) must be at least 1")
     there = (folder / CATALOG).exists()
@@ -151,7 +147,7 @@ def open_room(
             )
     # refused before anything is made; a catalog without tables is that of a maker that was killed
     made = there and not (mode == "write" and _unfinished(folder))
-    new = None if made else _new_layout(folder, model, dtype, chunk_size, segment_tokens)
+    new = None if made else _new_layout(folder, model, **given)
     lock, catalog = None, None
     try:
         if mode == "write":
@@ -163,7 +159,6 @@ def open_room(
         if new is not None:
             sync_folder(folder)
             sync_folder(folder.parent)
-        given = {"dtype": dtype, "chunk_size": chunk_size, "segment_tokens": segment_tokens}
         for name, value in given.items():
             if value is not None and value != getattr(catalog.layout, name):
                 raise StoreError(

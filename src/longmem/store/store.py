@@ -5,6 +5,7 @@ Gone with format 1: ``check=`` of ``open``, ``absent=`` and ``absent_text=`` of 
 
 from __future__ import annotations
 
+import math
 import time as clock
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -96,19 +97,8 @@ class MemoryStore:
             StoreError: there is none, it belongs to another backbone or has other settings, or another version wrote
                 it.
         """
-        return cls(
-            open_room(
-                path,
-                model=model,
-                tokenizer=tokenizer,
-                mode=mode,
-                create=create,
-                dtype=dtype,
-                chunk_size=chunk_size,
-                segment_tokens=segment_tokens,
-                batch_tokens=batch_tokens,
-            )
-        )
+        given = {"dtype": dtype, "chunk_size": chunk_size, "segment_tokens": segment_tokens}
+        return cls(open_room(Path(path).absolute(), model, tokenizer, mode, create, batch_tokens, given))
 
     def close(self) -> None:
         """Close it and its banks; others may write then."""
@@ -253,9 +243,14 @@ class MemoryStore:
         Raises:
             StoreError: no condition, or no document of that name.
         """
-        return forget(
-            self.room, namespace, name=name, where=where, older_than=older_than, before=before, everything=everything
-        )
+        if name is None and not where and older_than is None and before is None and not everything:
+            raise StoreError(
+                "forget needs to know what: name=, where=, older_than=, before=, or everything=True; "
+                "nothing was forgotten"
+            )
+        if older_than is not None:
+            before = min(clock.time() - older_than, math.inf if before is None else before)
+        return forget(self.room, namespace, name, where, before)
 
     def compact(self, *, progress: Report | None = None) -> CompactReport:
         """Remove from the disk what was forgotten or has expired. Needs room for what stays once more, for a while.
@@ -344,9 +339,7 @@ class MemoryStore:
         with self.room.catalog.read():
             tokens = self.room.catalog.whole(self.document(namespace, name))
         if tokens.text is None and self.tokenizer is None:
-            raise StoreError(
-                f"document {name!r} was added as token ids; open the store with tokenizer= to see its text"
-            )
+            raise StoreError(f"document {name!r} was added as token ids; open the store with tokenizer= to see text")
         return tokens.spelled(self.tokenizer)
 
     def token_ids(self, namespace: str, name: str) -> NDArray[Any]:

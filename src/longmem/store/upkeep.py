@@ -25,25 +25,11 @@ COPY_BYTES = 64 << 20
 
 
 def forget(
-    room: Room,
-    namespace: str,
-    *,
-    name: str | None,
-    where: Mapping[str, Any] | None,
-    older_than: float | None,
-    before: float | None,
-    everything: bool,
+    room: Room, namespace: str, name: str | None, where: Mapping[str, Any] | None, before: float | None
 ) -> ForgetReport:
     """See ``MemoryStore.forget``."""
-    if not (name is not None or where or older_than is not None or before is not None or everything):
-        raise StoreError(
-            "forget needs to know what: name=, where=, older_than=, before=, or everything=True; nothing was forgotten"
-        )
     room.writing()
     namespace, name = composed(namespace), None if name is None else composed(name)
-    now = clock.time()
-    if older_than is not None:
-        before = now - older_than if before is None else min(before, now - older_than)
     with room.guard, room.catalog.write() as db:
         found = [
             each
@@ -56,7 +42,7 @@ def forget(
                 "`longmem memory list` shows its names"
             )
         db.executemany("DELETE FROM document WHERE id = ?", [(each.id,) for each in found])
-    return ForgetReport(namespace, now, [(each.name, each.tokens) for each in found])
+    return ForgetReport(namespace, clock.time(), [(each.name, each.tokens) for each in found])
 
 
 def compact(room: Room, progress: Report | None) -> CompactReport:
@@ -117,16 +103,15 @@ def _copy(room: Room, generation: int, living: list[_Row], progress: Report | No
     held: list[StoredChunks] = []
     done, total, size = 0, sum(row.chunks for row in living), room.layout.chunk_bytes
     for number, row in enumerate(living, 1):
-        held.append(arrays.chunks(row.first, row.chunks))
+        held.append(_run(arrays, row))
         if held[-1].crc() != row.crc:
             raise StoreDamaged(f"{_place(room, row)}: these bytes are not what was written; {REPAIR}")
         if number == len(living) or sum(map(len, held)) * size >= COPY_BYTES:
             append(room.folder, room.layout, generation + 1, done, held)
             done, held = done + sum(map(len, held)), []
             if progress is not None:
-                progress(
-                    Progress("rewrite", done * size, total * size, "bytes", paths_of(room.folder, generation)[0].name)
-                )
+                name = paths_of(room.folder, generation)[0].name
+                progress(Progress("rewrite", done * size, total * size, "bytes", name))
     return done
 
 
@@ -199,12 +184,13 @@ def _check_piece(room: Room, catalog: Catalog, arrays: Arrays | None, row: _Row,
     if catalog.tokens(row.id).digest() != row.digest:
         what = "its token ids or text are not what was written; restore a backup, or forget its documents"
         found.pieces.append((row, Problem("text", f"{CATALOG}, piece {row.id}", what)))
-    elif (
-        arrays is None or row.first + row.chunks > arrays.count or arrays.chunks(row.first, row.chunks).crc() != row.crc
-    ):
-        found.pieces.append(
-            (row, Problem("piece", _place(room, row), f"these bytes are not what was written; {REPAIR}"))
-        )
+    elif arrays is None or row.first + row.chunks > arrays.count or _run(arrays, row).crc() != row.crc:
+        what = f"these bytes are not what was written; {REPAIR}"
+        found.pieces.append((row, Problem("piece", _place(room, row), what)))
+
+
+def _run(arrays: Arrays, row: _Row) -> StoredChunks:
+    return arrays.chunks(row.first, row.chunks)
 
 
 def _check_documents(catalog: Catalog, pieces: dict[int, _Row], found: _Found) -> None:
