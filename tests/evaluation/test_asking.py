@@ -104,15 +104,6 @@ def test_a_full_context_has_memory_in_front_of_the_context(model: LongMem) -> No
     assert found.scored[0].logprobs[0] == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_first_choice_after_the_context_is_known(model: LongMem) -> None:
-    context = text(10)
-    with torch.no_grad():
-        best = int(model(torch.tensor([context])).logits[0, -1].argmax())
-    (found,) = asked(asker(model, memory=None), Prompt((context,), ((best,), ((best + 1) % V, 5))))
-    assert found.scored[0].next_token == best
-    assert found.scored[0].greedy == (True, False)
-
-
 def test_only_what_memory_can_hold_is_read(model: LongMem) -> None:
     memory, context, option = text(100, 3), text(6, 4), text(1, 5)
     (found,) = asked(asker(model, memory=24), Prompt((context,), (option,), memory=memory))

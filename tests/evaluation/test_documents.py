@@ -7,7 +7,7 @@ import pytest
 from longmem.data.text import Document
 from longmem.data.tokenizer import train_tokenizer
 from longmem.errors import DataError
-from longmem.evaluation.documents import group_of, tokenize_documents
+from longmem.evaluation.documents import tokenize_documents
 
 TEXT = "Häuser am Fluss, und Fluss am Haus. " * 8
 TOKENIZER = train_tokenizer([TEXT], 300)
@@ -20,21 +20,6 @@ def test_words_and_bytes_are_those_of_the_scored_tokens() -> None:
     assert found.bytes == len(scored.encode())
     assert found.words == len(scored.split())
     assert TOKENIZER.decode(found.ids) == TEXT
-
-
-def test_equal_text_has_an_equal_digest_and_a_cut_one_another() -> None:
-    digests = [
-        tokenize_documents([Document("a", text, "")], TOKENIZER, max_tokens=cut)[0].digest
-        for text, cut in ((TEXT, None), (TEXT, None), (TEXT, 20), (TEXT + "x", None))
-    ]
-    assert digests[0] == digests[1]
-    assert len(set(digests)) == 3
-
-
-def test_group_is_the_file_name_up_to_the_separator() -> None:
-    assert group_of("test/clowder__02-sets.tex", "__") == "clowder"
-    assert group_of("json/encoder.py", "/") == "json"
-    assert group_of("plain.txt", "__") == "plain.txt"
 
 
 def test_nothing_to_measure_is_one_clear_line() -> None:

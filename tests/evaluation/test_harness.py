@@ -21,42 +21,29 @@ from longmem.evaluation.asking import Asker
 WITHOUT = importlib.util.find_spec("lm_eval") is None
 needs_harness = pytest.mark.skipif(WITHOUT, reason="lm-evaluation-harness is not installed: pip install lm-eval")
 
-TASKS = {
-    "names_choice": """
-task: names_choice
+TASK = """
+task: {name}
 dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-output_type: multiple_choice
+dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
+{rest}
+"""
+TASKS = {
+    "names_choice": """output_type: multiple_choice
 doc_to_text: "{{text}}"
 doc_to_choice: ["key", "map", "old stones"]
 doc_to_target: label
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-metadata: {version: 1}
-""",
-    "names_rolling": """
-task: names_rolling
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-output_type: loglikelihood_rolling
-test_split: test
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]""",
+    "names_rolling": """output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{text}}"
 metric_list: [{metric: byte_perplexity}]
-metadata: {version: 2}
-""",
-    "names_generate": """
-task: names_generate
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-output_type: generate_until
-test_split: test
+metadata: {version: 2}""",
+    "names_generate": """output_type: generate_until
 doc_to_text: "{{text}}"
 doc_to_target: "{{answer}}"
 generation_kwargs: {until: ["."], max_gen_toks: 4, do_sample: false}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-metadata: {version: 1}
-""",
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]""",
 }
 
 
@@ -89,7 +76,7 @@ def folder(tmp_path: Path, made_text: Callable[..., str]) -> Path:
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     for name, text in TASKS.items():
-        (tasks / f"{name}.yaml").write_text(text.replace("DATA", json.dumps(str(data))))
+        (tasks / f"{name}.yaml").write_text(TASK.format(name=name, data=json.dumps(str(data)), rest=text))
     return tasks
 
 
@@ -229,24 +216,17 @@ def test_the_command_runs_tasks_of_a_folder_on_every_system(
 
 
 @needs_harness
-def test_tasks_that_are_not_known_are_named(
-    sidenet_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tasks = ("--tasks", "names_choice,nothing_like_it", "--include", folder)
-    status, _, err = run(capsys, "--model", sidenet_dir, *tasks)
-    assert status == 1
-    assert "tasks (nothing_like_it) is not known to lm-evaluation-harness nor in" in err
-
-
-@needs_harness
-def test_data_that_cannot_be_read_is_one_line(
+def test_what_cannot_be_run_is_one_line(
     sidenet_dir: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "data.jsonl").unlink()
-    status, _, err = run(capsys, "--model", sidenet_dir, "--tasks", "names_choice", "--include", folder)
-    assert status == 1
-    assert "error: the data of names_choice cannot be read" in err.splitlines()[-1]
+    for tasks, said in (
+        ("names_choice,nothing_like_it", "tasks (nothing_like_it) is not known to lm-evaluation-harness nor in"),
+        ("names_choice", "error: the data of names_choice cannot be read"),
+    ):
+        status, _, err = run(capsys, "--model", sidenet_dir, "--tasks", tasks, "--include", folder)
+        assert status == 1 and said in err.splitlines()[-1]
 
 
 def test_without_the_extra_one_line_says_so(

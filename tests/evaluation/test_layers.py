@@ -79,12 +79,6 @@ def test_the_command_prints_a_table_and_writes_json_and_heat_map(
     assert written["header"]["config"]["distances"] == [96, 128]
 
 
-def test_own_text_is_read_from_data(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "book.txt").write_text("It was a dark and stormy night. " * 50)
-    assert run(folder, "--distances", "96", "--rows", 1, "--data", tmp_path / "book.txt", "--json") == 0
-    assert {ranks["source"] for ranks in json.loads(capsys.readouterr().out)["ranks"]} == {"text", "random"}
-
-
 def test_without_a_tokenizer_random_tokens_are_measured(
     tiny_backbone: AlibiGPTForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,12 +99,6 @@ def test_the_backbone_of_a_longmem_is_measured(folder: Path, tmp_path: Path) -> 
 def test_too_little_text_says_how_much_is_needed(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match=r"--data has 5 tokens, 128 are needed; give more text, or smaller --distances"):
         text_rows(["short"], byte_tokenizer, 2, 128)
-
-
-def test_rows_of_text_come_from_different_places(byte_tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = text_rows(["".join(f"{number:04d}" for number in range(500)), "x" * 90], byte_tokenizer, 3, 64)
-    assert rows.shape == (3, 64)
-    assert len({tuple(row) for row in rows.tolist()}) == 3
 
 
 def test_settings_that_contradict_each_other_are_told_together(tiny_backbone: AlibiGPTForCausalLM) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,48 +82,6 @@ def test_rows_of_a_batch_score_as_alone(fusion: str) -> None:
             for system in together["systems"]:
                 (expected,) = nll_of(alone, system, protocol)
                 assert nll_of(together, system, protocol)[i] == pytest.approx(expected, rel=1e-5), (system, protocol)
-
-
-def test_memory_never_holds_a_token_that_is_still_in_the_window() -> None:
-    """Seen from inside: at every search, each row holds exactly the chunks that lie before its window."""
-    model, several = longmem(), documents(3, 2, 1)
-    looks: list[tuple[int, int]] = []
-
-    class WatchedBank(MemoryBank):
-        def search(self, queries: Tensor, num_chunks: int, rows: Tensor | None = None) -> Any:
-            assert rows is not None
-            for row in rows.tolist():
-                assert self.tokens[row] == seen[row] - seen[row] % 2
-                looks.append((row, seen[row]))
-            return super().search(queries, num_chunks, rows)
-
-        def add(self, kv: Any, **where: Any) -> None:
-            super().add(kv, **where)
-            for row, offset in zip(where["rows"].tolist(), where["offsets"], strict=True):
-                assert offset == seen[row]
-                seen[row] += kv.keys.shape[2]
-                assert seen[row] % 8 == 0, "the window moves by its stride, and memory with it"
-
-        def reset(self, rows: Tensor | None = None) -> None:
-            super().reset(rows)
-            for row in range(2) if rows is None else rows.tolist():
-                seen[row] = 0
-
-    seen = [0, 0]
-    comparison = replace(Comparison.of_longmem(model, [512]), make_memory=WatchedBank.for_model)
-    perplexity(comparison, several, PerplexitySettings(window=16, rows=2, protocols=("sliding",)))
-    assert max(held for _, held in looks) >= 40
-
-
-def test_a_shut_gate_is_the_backbone() -> None:
-    several = documents(4, 2)
-    comparison = Comparison.of_backbone(backbone())
-    free = TrainingFree.from_backbone(comparison.model, gate=0, **SHAPE)
-    found = perplexity(comparison.beside(free, [64]), several, SETTINGS)
-    for protocol in found["protocols"]:
-        np.testing.assert_allclose(
-            nll_of(found, "training_free_0_64", protocol), nll_of(found, "backbone", protocol), rtol=1e-6
-        )
 
 
 def test_systems_may_run_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

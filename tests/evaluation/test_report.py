@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from longmem import ConfigError, DataError
 from longmem.cli.main import main
 from longmem.evaluation import paper
 from longmem.evaluation.pages import Picture, Table, plain
-from longmem.evaluation.plots import pictures_of, plot_all
 from longmem.evaluation.report import build_report, write_report
 from longmem.evaluation.results import write_json
 from longmem.evaluation.systems import chosen, largest
@@ -164,26 +161,23 @@ def test_what_is_no_result_is_named_in_one_line_and_the_rest_is_shown(
         build_report([results / "model"])
 
 
-def _damaged() -> Iterator[Any]:
-    for field, value in (("samples", ["documents"]), ("samples", {"documents": "many"}), ("seconds", "long")):
-        yield pytest.param(
-            perplexity_result() | {"header": header("perplexity", **{field: value})}, id=f"{field} {value}"
-        )
-    yield pytest.param(perplexity_result() | {"systems": SYSTEMS | {"memory_off": ["no text"]}}, id="label")
+def _damaged() -> list[dict[str, Any]]:
     undrawable = perplexity_result()
     for part in undrawable["protocols"]["sliding"]["all"]["by_position"]:
         del part["percent"]
-    yield pytest.param(undrawable, id="picture")
+    wrong = ({"samples": ["documents"]}, {"samples": {"documents": "many"}}, {"seconds": "long"})
+    found = [perplexity_result() | {"header": header("perplexity", **fields)} for fields in wrong]
+    return [*found, perplexity_result() | {"systems": SYSTEMS | {"memory_off": ["no text"]}}, undrawable]
 
 
-@pytest.mark.parametrize("damaged", [*_damaged()])
-def test_a_damaged_result_is_named_and_the_rest_is_shown(tmp_path: Path, damaged: dict[str, Any]) -> None:
+def test_damaged_results_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     write_json(tmp_path / "good" / "perplexity.json", perplexity_result())
-    write_json(tmp_path / "bad" / "perplexity.json", damaged)
+    for number, damaged in enumerate(_damaged()):
+        write_json(tmp_path / f"bad{number}" / "perplexity.json", damaged)
     (tmp_path / "deep.json").write_text("[" * 100_000)
     report = build_report([tmp_path])
     assert [Path(file.path).parent.name for file in report.files] == ["good"]
-    assert sorted(line.split(": ", 1)[1][:9] for line in report.problems) == ["a damaged", "not JSON "]
+    assert [line.split(": ", 1)[1][:9] for line in report.problems] == ["a damaged"] * 5 + ["not JSON "]
 
 
 def test_text_of_a_result_is_never_markup(tmp_path: Path) -> None:
@@ -223,20 +217,6 @@ def test_what_intervals_say_stands_beside_them() -> None:
     assert caveat(300, 20) == "Intervals draw projects, then their documents."
     (main_table, *_) = tables_of(perplexity_result())
     assert "3 documents of 2 projects" in main_table.caption and caveat(3, 2) in main_table.caption
-
-
-def test_pictures_of_every_kind_are_written_for_an_out_folder(results: Path, tmp_path: Path) -> None:
-    found = {}
-    for path in ("books/perplexity", "chapters/chapterbreak", "needle/needle", "harness/harness"):
-        result = json.loads((results / f"{path}.json").read_text())
-        found[path] = [file.name for file in plot_all(result, tmp_path / path)]
-        assert [picture.name for picture in pictures_of(result)] == [name.removesuffix(".png") for name in found[path]]
-    assert found == {
-        "books/perplexity": ["perplexity-by-position.png", "perplexity-by-memory-size.png"],
-        "chapters/chapterbreak": ["chapterbreak.png"],
-        "needle/needle": ["needle-exact.png"],
-        "harness/harness": [],
-    }
 
 
 def test_systems_are_chosen_by_the_beginnings_of_their_names() -> None:

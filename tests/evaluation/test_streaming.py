@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longmem.evaluation.streaming import Forward, Subject, Window, stream_nll, token_nll, windows
+from longmem.evaluation.streaming import Subject, stream_nll, windows
 from longmem.types import AttentionKV
 
 V = 64
@@ -23,56 +24,27 @@ class RecordingBank:
     def __init__(self, rows: int) -> None:
         self.held: list[list[int]] = [[] for _ in range(rows)]
         self.documents: list[str | None] = [None] * rows
-        self.writes = 0
 
-    def add(
-        self,
-        kv: AttentionKV,
-        *,
-        rows: Tensor | None = None,
-        documents: Sequence[str | None] | None = None,
-        offsets: Sequence[int] | None = None,
-    ) -> None:
-        assert rows is not None
-        assert documents is not None
-        assert offsets is not None
-        assert kv.mask is None
+    def add(self, kv: AttentionKV, *, rows: Tensor, documents: Sequence[str], offsets: Sequence[int]) -> None:
         for b, row in enumerate(rows.tolist()):
             assert offsets[b] == len(self.held[row]), "memory is written in order, without gaps"
-            assert self.documents[row] in (None, documents[b])
+            assert self.documents[row] in (None, documents[b]) and torch.equal(kv.keys[b], kv.values[b])
             self.documents[row] = documents[b]
-            assert torch.equal(kv.keys[b], kv.values[b])
             self.held[row] += kv.keys[b, 0, :, 0].int().tolist()
-            self.writes += kv.keys.shape[2]
 
-    def reset(self, rows: Tensor | None = None) -> None:
-        assert rows is not None
+    def reset(self, rows: Tensor) -> None:
         for row in rows.tolist():
             self.held[row], self.documents[row] = [], None
 
 
-def id_forward(seen: list[tuple[list[list[int]], list[int]]]) -> Forward:
+def id_forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], AttentionKV]:
     """Uniform logits; the keys of a token are its id."""
-
-    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], AttentionKV]:
-        seen.append((input_ids.tolist(), rows.tolist()))
-        keys = input_ids.float()[:, None, :, None].expand(-1, 2, -1, 3)
-        return [torch.zeros(*input_ids.shape, 5000)[:, -keep:]], AttentionKV(keys, keys)
-
-    return forward
-
-
-def some_documents(*lengths: int) -> list[Tensor]:
-    """Ids that count up, so that the order of what is written can be read off; no id is 0, the padding."""
-    return [torch.arange(1, n + 1) + 1000 * d for d, n in enumerate(lengths)]
+    keys = input_ids.float()[:, None, :, None].expand(-1, 2, -1, 3)
+    return [torch.zeros(*input_ids.shape, 5000)[:, -keep:]], AttentionKV(keys, keys)
 
 
 def run(subject: Subject, documents: Sequence[Tensor], window: int, stride: int, rows: int) -> dict[int, np.ndarray]:
     return {i: nll[0] for i, nll in stream_nll(subject, documents, window=window, stride=stride, rows=rows)}
-
-
-def uniform(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], None]:
-    return [torch.full((*input_ids.shape, V), 3.5)[:, -keep:]], None
 
 
 def bigram(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], None]:
@@ -108,72 +80,41 @@ def test_sliding_window_by_hand() -> None:
 @pytest.mark.parametrize(("window", "stride"), [(8, 8), (8, 4), (8, 3), (6, 5)])
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_memory_holds_exactly_what_has_left_the_window(window: int, stride: int, rows: int) -> None:
-    documents = some_documents(40, 23, 7, 9, 31)
-    bank, checked = RecordingBank(rows), 0
-    inner = id_forward([])
+    # ids count up, so that the order of what is written can be read off; no id is 0, the padding
+    documents = [torch.arange(1, n + 1) + 1000 * d for d, n in enumerate((40, 23, 7, 9, 31))]
+    bank, checked = RecordingBank(rows), list[int]()
 
-    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], AttentionKV | None]:
-        nonlocal checked
+    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], AttentionKV]:
         for ids, row in zip(input_ids.tolist(), rows.tolist(), strict=True):
             document = documents[ids[0] // 1000].tolist()
             assert bank.held[row] == document[: document.index(ids[0])]
-            checked += 1
-        return inner(input_ids, rows, keep)
+            checked.append(row)
+        return id_forward(input_ids, rows, keep)
 
-    assert len(run(Subject(forward, [bank]), documents, window, stride, rows)) == len(documents)
-    assert checked > len(documents)
+    assert len(run(Subject(forward, [bank]), documents, window, stride, rows)) == len(documents) < len(checked)
 
 
-def test_keys_are_those_of_the_window_in_which_a_token_was_scored() -> None:
-    bank = RecordingBank(1)
-    passes = 0
+def test_keys_are_those_of_the_window_in_which_a_token_was_scored_and_only_new_logits_are_asked_for() -> None:
+    bank, kept = RecordingBank(1), list[int]()
 
     def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], AttentionKV]:
-        nonlocal passes
-        keys = torch.full((1, 1, input_ids.shape[1], 1), float(passes))
-        passes += 1
+        keys = torch.full((1, 1, input_ids.shape[1], 1), float(len(kept)))
+        kept.append(keep)
         return [torch.zeros(*input_ids.shape, V)[:, -keep:]], AttentionKV(keys, keys)
 
     run(Subject(forward, [bank]), [torch.arange(14) % V], window=4, stride=2, rows=1)
     # inputs 0..12; window 0 scores four, each further one two; the last window [10, 13) still holds 10, 11, 12
     assert bank.held[0] == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3]
-
-
-def test_only_the_logits_of_new_tokens_are_asked_for() -> None:
-    kept: list[int] = []
-
-    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], None]:
-        kept.append(keep)
-        return uniform(input_ids, rows, keep)
-
-    run(Subject(forward), [torch.arange(14) % V], window=4, stride=2, rows=1)
     assert kept == [4, 2, 2, 2, 2, 1]
 
 
-def test_nll_in_blocks_equals_cross_entropy() -> None:
-    logits = torch.randn(1100, 11, generator=torch.Generator().manual_seed(0))
-    targets = torch.arange(1100) % 11
-    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    torch.testing.assert_close(token_nll(logits, targets), expected)
-
-
 @given(st.integers(1, 300), st.integers(2, 40), st.data())
-def test_every_position_is_scored_exactly_once(length: int, window: int, data: st.DataObject) -> None:
-    stride = data.draw(st.integers(1, window))
-    scored = [i for w in windows(length, window, stride) for i in range(w.scored_from, w.end)]
-    assert scored == list(range(length))
-
-
-@given(st.integers(1, 300), st.integers(2, 40), st.data())
-def test_after_the_first_window_every_token_sees_window_minus_stride_to_window_tokens(
+def test_every_position_is_scored_once_and_sees_window_minus_stride_to_window_tokens(
     length: int, window: int, data: st.DataObject
 ) -> None:
-    stride = data.draw(st.integers(1, window))
-    for w in list(windows(length, window, stride))[1:]:
-        for position in range(w.scored_from, w.end):
-            assert window - stride < position - w.start + 1 <= window
-
-
-def test_segments_and_a_half_overlapping_window_by_hand() -> None:
-    assert list(windows(10, 4, 4)) == [Window(0, 0, 4), Window(4, 4, 8), Window(8, 8, 10)]
-    assert list(windows(7, 4, 2)) == [Window(0, 0, 4), Window(2, 4, 6), Window(4, 6, 7)]
+    plan = list(windows(length, window, data.draw(st.integers(1, window), label="stride")))
+    assert [i for w in plan for i in range(w.scored_from, w.end)] == list(range(length))
+    for w, following in pairwise(plan):
+        stride = following.start - w.start
+        for position in range(following.scored_from, following.end):
+            assert window - stride < position - following.start + 1 <= window

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from longmem.errors import ConfigError, DataError
+from longmem.errors import ConfigError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Scored
 from longmem.evaluation.bootstrap import Bootstrap
 from longmem.evaluation.results import to_json
@@ -108,14 +108,6 @@ def test_what_is_equal_is_asked_once_also_under_another_name() -> None:
     # nothing of these prompts goes to memory: the answers are those of the same model without it
     assert found[0].asked == [("backbone", 1), ("backbone", 0), ("memory_off", 1), ("memory_off", 0)]
     assert result["examples"][0]["values"]["memory_8"] == result["examples"][1]["values"]["memory_off"]
-
-
-def test_a_task_without_examples_says_so() -> None:
-    class Empty(OfFour):
-        where = ()
-
-    with pytest.raises(DataError, match="of-four has no examples"):
-        run_task(Empty(), systems("backbone"))
 
 
 def test_draws_names_and_lists() -> None:

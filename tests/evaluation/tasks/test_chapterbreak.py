@@ -58,14 +58,6 @@ def test_accuracy_of_scores_worked_by_hand(write: Write, byte_tokenizer: Any) ->
         assert found == {"accuracy": summed, "accuracy_per_token": each, "gold_nats": 1.0}
 
 
-def test_files_of_the_official_form_are_read(write: Write) -> None:
-    file = read_chapterbreak(write())
-    assert (file.name, file.prefix, len(file.items)) == ("chapterbreak_ctx_64.json", 64, 8)
-    first = file.items[0]
-    assert (first.split, first.work, first.number, len(first.options)) == ("pg19", "pg190", 0, 6)
-    assert first.options[:2] == ("The 0th day.", "Then a came.")
-
-
 def test_for_a_prefix_the_shortest_file_that_is_long_enough_is_taken(write: Write) -> None:
     files = [read_chapterbreak(write(f"chapterbreak_ctx_{n}.json")) for n in (128, 64, 512)]
     assert [file.prefix for length in (10, 64, 65, 512) for file in files_for(files, length)] == [64, 64, 128, 512]
@@ -83,13 +75,3 @@ def test_prefixes_lose_their_left_end_and_suffixes_their_right(write: Write, byt
         assert byte_tokenizer.decode(prompt.contexts[0]) == text[-prefix:]
         decoded = [byte_tokenizer.decode(option) for option in prompt.options]
         assert decoded == [f"The {item.number}th da", *(f"Then {k} cam" for k in "abcde")]
-
-
-def test_groups_are_splits_and_prefixes_and_a_limit_draws_the_same_for_each(write: Write, byte_tokenizer: Any) -> None:
-    made = task(byte_tokenizer, write("any.json", works=6), prefixes=(20, 1024), limit=5)
-    drawn: dict[str, list[str]] = {}
-    for example in made.examples():
-        drawn.setdefault(example.group, []).append(example.id.partition(",")[0])
-    assert list(drawn) == ["pg19, 20", "ao3, 20", "pg19, 1k", "ao3, 1k"]
-    assert drawn["pg19, 20"] == drawn["pg19, 1k"] and {len(found) for found in drawn.values()} == {5}
-    assert [metric.chance for metric in made.metrics] == [pytest.approx(100 / 6), pytest.approx(100 / 6), None]

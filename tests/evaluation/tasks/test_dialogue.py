@@ -99,25 +99,6 @@ def test_only_a_line_end_parts_conversations_of_msc(tmp_path: Path) -> None:
     assert [conversation.questions[0].answer for conversation in file.conversations] == ["one two three"] * 2
 
 
-def test_files_and_conversations_of_one_name_are_told_apart(tmp_path: Path, byte_tokenizer: Any) -> None:
-    later = {"dialog": [{"text": "Once more."}]}
-    for number, more in ((3, {}), (4, later)):
-        (tmp_path / f"session_{number}").mkdir()
-        past = MSC["previous_dialogs"] + [later] * (number - 3)
-        content = json.dumps(MSC | more | {"previous_dialogs": past})
-        (tmp_path / f"session_{number}" / "test.txt").write_text(content + "\n")
-    nameless = {name: value for name, value in SAMPLE.items() if name != "sample_id"}
-    (tmp_path / "made.json").write_text(json.dumps([nameless, SAMPLE, SAMPLE]))
-    paths = [tmp_path / "session_3/test.txt", tmp_path / "session_4/test.txt", *[tmp_path / "made.json"] * 2]
-    task = DialogueTask([read_dialogues(path) for path in paths], byte_tokenizer)
-    names = [example.id for example in task.examples()]
-    assert len(set(names)) == len(names) == 2 + 1 + 2 * 9
-    assert list(task.settings()["files"]) == ["session_3/test.txt", "session_4/test.txt", "made.json", "made.json (2)"]
-    # the sessions of one conversation of MSC are drawn together, whatever their files
-    assert [example.unit for example in task.examples()[:3]] == ["valid_3"] * 3
-    assert len({example.unit for example in task.examples()[3:]}) == 6
-
-
 def f1(said: str, answer: str, category: int | None) -> float:
     return word_scores(said, answer, category, None)["f1"]
 
@@ -190,25 +171,3 @@ def test_an_answer_ends_at_its_line(locomo: Path, byte_tokenizer: Any) -> None:
     scored = Scored((-12.0,), (False,), 0)
     found = task.measure(example, task.prompt(example, asker), Answer((scored,), said))
     assert found["f1"] == 100 and found["answer_nats"] == 12.0 / len(" a dog")
-
-
-def test_adversarial_questions_offer_both_answers_in_an_order_of_the_seed(locomo: Path, byte_tokenizer: Any) -> None:
-    file, seen = read_dialogues(locomo), set()
-    for seed in range(12):
-        asked = DialogueTask([file], byte_tokenizer, seed=seed).examples()[2].item
-        assert asked.offered is not None
-        seen.add((asked.expected, asked.words))
-    question, either = "Question: What did Bo get?", "Select the correct answer by writing (a) or (b). Short answer:"
-    assert seen == {
-        ("(a)", f"{question} (a) {NOTHING} (b) a dog. {either}"),
-        ("(b)", f"{question} (a) a dog (b) {NOTHING}. {either}"),
-    }
-
-
-def test_a_reply_comes_after_the_session_so_far(msc: Path, byte_tokenizer: Any) -> None:
-    task = DialogueTask([read_dialogues(msc)], byte_tokenizer, recent=0)
-    example = task.examples()[1]
-    prompt = task.prompt(example, Asker("it", "it", {}, None, byte_tokenizer, 64))
-    assert byte_tokenizer.decode(prompt.memory) == "".join(example.item.conversation.sessions)
-    assert byte_tokenizer.decode(prompt.contexts[0]) == "Speaker 1: How is the dog?\nSpeaker 2:"
-    assert byte_tokenizer.decode(prompt.options[0]) == " Fine."

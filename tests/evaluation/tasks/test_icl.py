@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from longmem.errors import ConfigError, DataError
-from longmem.evaluation.asking import Answer, Asker, Prompt, Scored
+from longmem.evaluation.asking import Answer, Prompt, Scored
 from longmem.evaluation.tasks.icl import IclTask, calibrated, starts_label
 from longmem.evaluation.tasks.icl_data import KINDS, IclSet, Labelled
 
@@ -91,18 +91,3 @@ def test_demonstrations_of_memory_are_neither_those_of_the_window_nor_tested(byt
         task(byte_tokenizer, "sst2", local_shots=(4,), memory_shots=(2000,)).examples()
     with pytest.raises(ConfigError, match=r"local_shots \(4,4\).*memory_shots \(-1\)"):
         task(byte_tokenizer, "sst2", local_shots=(4, 4), memory_shots=(-1,))
-
-
-def test_who_sees_which_demonstrations(byte_tokenizer: Any) -> None:
-    of_one = task(byte_tokenizer, "sst2", local_shots=(2,), memory_shots=(12,), seeds=1)
-    example, shots = of_one.examples()[0], of_one.prompts["sst2"].shots(1, 2, 12)
-    everything = tuple(token for text in shots.memory for token in text)
-    plain, remembers, whole = (
-        of_one.prompt(example, Asker("it", "it", {}, None, None, window, memory_size=size, whole=whole))
-        for window, size, whole in ((WINDOW, None, False), (WINDOW, 512, False), (1024, None, True))
-    )
-    assert (plain.memory, remembers.memory, whole.memory) == ((), everything, ())
-    assert plain.contexts == remembers.contexts
-    assert plain.contexts[0] == (*shots.local[0], *shots.local[1], *of_one.prompts["sst2"].queries[example.item.text])
-    assert whole.contexts[0] == everything + plain.contexts[0]
-    assert len(plain.contexts) == 1 + 3

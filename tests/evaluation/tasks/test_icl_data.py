@@ -64,12 +64,6 @@ def test_a_wrong_line_is_named(name: str, lines: list[str], message: str, tmp_pa
         read_labelled(write(tmp_path, name, lines), 2)
 
 
-def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
-    (tmp_path / "mr.all").write_bytes(b"0 caf\xe9\n")
-    with pytest.raises(DataError, match=r"mr.all: not UTF-8 \(byte 5\)"):
-        read_labelled(tmp_path / "mr.all", 2)
-
-
 def test_the_released_split_is_dev_where_there_is_one(tmp_path: Path) -> None:
     for number, name in enumerate(("train.tsv", "dev.tsv")):
         write(tmp_path / "SST-2", name, tabbed([(f"text {number}", 1)]))
