@@ -101,7 +101,7 @@ class BabiTask(NeedleTask):
         sets: from ``read_babi``.
         tokenizer: of all systems.
         lengths: tokens of text, each a multiple of the haystack's segments.
-        trials: questions of each task, the same at every length.
+        trials: questions of each task, the same at every length that they fit.
         shots: stories of the training file, with their answers, in the window before the question.
         recall: passages for the systems ``+recall``; 0 leaves them out.
         seed: of questions, places and texts.
@@ -157,11 +157,14 @@ class BabiTask(NeedleTask):
 
     def _hidden(self, task: BabiSet, length: int, number: int) -> Hidden:
         pick = random.Random(f"{self.seeds[0]} {task.number} {number}")
-        story = pick.choice(task.test)
-        sentences = encode_after(self.tokenizer, ".", [f" {fact}" for fact in story.facts])
-        needed = sum(map(len, sentences))
-        if needed > length:
-            raise DataError(f"a story of {needed} tokens does not fit a text of {length}; use longer --lengths")
+        for _ in range(100):  # in a short text a long story leaves no room for the book
+            story = pick.choice(task.test)
+            sentences = encode_after(self.tokenizer, ".", [f" {fact}" for fact in story.facts])
+            needed = sum(map(len, sentences))
+            if needed <= length // 2:
+                break
+        else:
+            raise DataError(f"stories of qa{task.number} do not fit a text of {length} tokens; use longer --lengths")
         count = length // self.haystack.window
         first = pick.randrange(len(self.haystack.ids) - count + 1)
         # places among the words that stay: so no two facts meet, and all keep their order
