@@ -218,7 +218,8 @@ class Maker:
     def story(self) -> Group:
         """A story of bAbI, its sentences apart, and its question."""
         sentences, question, answer, evidence = self.draw.choice(self.stories)
-        parts = [self._ids(f"\n{sentence}\n") for sentence in sentences]
+        around = self.draw.choice(("\n{}\n", " {}", " {}"))  # a line of its own, or among the sentences of the text
+        parts = [self._ids(around.format(sentence)) for sentence in sentences]
         asked, said = self._ids(f"\nQuestion: {question}\nAnswer:"), self._ids(f" {answer}")
         one = Asked(asked + said + self._ids("\n"), answers=[(len(asked), len(asked) + len(said))])
         for part in evidence:

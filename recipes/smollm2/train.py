@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longmem import LongMem, MemoryBank
+from longmem import LongMem, MemoryBank, TrainingFree
 from longmem.modeling.loading import load_backbone
 
 WINDOW, SEGMENTS = 1024, 8
@@ -193,6 +193,19 @@ def optimiser(model: LongMem, rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=named[0][1].is_cuda)
 
 
+def save(model: LongMem, backbone: Any, out: Path, gates: bool) -> None:
+    """The SideNet in bfloat16; or its gates as a ``TrainingFree``."""
+    if not gates:
+        weights = {
+            name: weight.bfloat16() for name, weight in model.state_dict().items() if name.startswith("sidenet.")
+        }
+        return model.save_pretrained(out, state_dict=weights, max_shard_size="14MB")
+    calibrated = TrainingFree.from_backbone(backbone, memory_layers=model.memory_layers, fusion="token")
+    assert calibrated.gates is not None and model.sidenet.gates is not None
+    calibrated.gates.load_state_dict(model.sidenet.gates.state_dict())
+    calibrated.save_pretrained(out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("backbone", "pieces", "valid", "out"):
@@ -209,7 +222,8 @@ def main() -> None:
     parser.add_argument("--links", type=int, default=256)
     parser.add_argument("--looks", type=int, default=4, help="validations, spread over the time")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--control", action="store_true")
+    parser.add_argument("--control", action="store_true", help="the same model without memory")
+    parser.add_argument("--gates", action="store_true", help="train the gates alone: models/smollm2-135m-calibrated")
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -234,6 +248,9 @@ def main() -> None:
         assert model.sidenet.gates is not None
         for gate in model.sidenet.gates:
             nn.init.constant_(gate.bias, -1.0)
+    if given.gates:
+        model.sidenet.requires_grad_(False)
+        model.sidenet.gates.requires_grad_(True)
     model.to(device)
     pieces, valid = Pieces(given.pieces, device), Pieces(given.valid, device)
     memory = 0 if given.control else given.memory
@@ -259,6 +276,7 @@ def main() -> None:
                 say(step=step, tokens=step * given.rows * WINDOW, part=round(part, 3),
                     train=[round(x, 4) for x in (seen / max(1, step)).tolist()],
                     valid=validate(model, valid, given.rows, memory, given))  # fmt: skip
+            save(model, backbone, given.out / "final", given.gates)
         if part >= 1:
             break
         if len(order) < given.rows:
@@ -286,8 +304,6 @@ def main() -> None:
                     loss=round(loss.item(), 4),
                     search=round(search.item(), 4),
                 )
-    model.sidenet.to(torch.bfloat16)
-    model.save_pretrained(given.out / "final", max_shard_size="14MB")
 
 
 if __name__ == "__main__":
