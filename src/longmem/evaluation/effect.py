@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,10 +33,9 @@ MOST_LAYERS = 4
 class Effect:
     """One way of reading.
 
-    Attributes:
-        layers: that read memory; none is the backbone alone.
-        facts: mean log probability of the tokens of the values asked for, nats; None without a tokenizer.
-        text: mean nats per token of the windows of text; None without text.
+    ``layers`` that read memory (none is the backbone alone); ``facts``: mean log probability of the tokens of the
+    values asked for, nats, None without a tokenizer; ``text``: mean nats per token of the windows of text, None without
+    text.
     """
 
     layers: tuple[int, ...]
@@ -79,8 +78,7 @@ class EffectReport:
         return asdict(self) | {"recovered": {str(e.layers): self.recovered(e) for e in [*self.single, *self.sets]}}
 
 
-@dataclass(frozen=True)
-class _Case:
+class _Case(NamedTuple):
     """Ids with scored places (the next token counts), behind what was read before."""
 
     ids: Tensor
@@ -107,17 +105,11 @@ def measure_effect(
     """Measure layers one by one, then sets: the best layer, and the one that adds most to it, and so on.
 
     Args:
-        model: any causal language model that ``Backbone`` takes.
         texts: token ids (n,) of documents; the last ``window`` tokens are predicted, the rest is in memory.
         tokenizer: for the facts; None measures text alone.
         layers: candidates; None is every layer that can be remembered.
         most: layers in a set.
         sessions: conversations that tell eight facts each.
-        window: of text.
-        num_retrieved: K.
-        chunk_size: S.
-        seed: of the facts.
-        quiet: report no progress.
 
     Raises:
         ConfigError: there is neither text nor a tokenizer.
@@ -130,7 +122,7 @@ def measure_effect(
     cases = [work.case(ids[-window - 1 :], range(window // 2, window), ids[: -window - 1]) for ids in texts]
     if tokenizer is not None:
         cases += _fact_cases(work, tokenizer, sessions, seed)
-    report = EffectReport(work.effect(cases, ()), work.in_context(cases))
+    report = EffectReport(work.effect(cases, ()), work.effect(cases, (), in_context=True))
     total = len(candidates) * most - most * (most - 1) // 2
     with Progress("measuring layers", total, "sets", quiet=quiet) as progress:
         best: tuple[int, ...] = ()
@@ -175,41 +167,31 @@ class _Work:
         return _Case(ids, torch.tensor(list(scored)), before, self._encoded[1], fact)
 
     @torch.no_grad()
-    def effect(self, cases: Sequence[_Case], layers: tuple[int, ...]) -> Effect:
+    def effect(self, cases: Sequence[_Case], layers: tuple[int, ...], in_context: bool = False) -> Effect:
+        """Of reading at these layers; ``in_context``: of everything in the window, what memory could be worth at
+        most."""
         reader = self._reader(layers) if layers else None
-        return self._mean(layers, cases, [self._loss(case, reader, layers) for case in cases])
-
-    @torch.no_grad()
-    def in_context(self, cases: Sequence[_Case]) -> Effect:
-        """Everything in the window: what memory could be worth at most."""
-        losses = []
+        losses: dict[bool, list[float]] = {True: [], False: []}
         for case in cases:
-            ids = torch.cat([case.before, case.ids]).to(self.all.device)
-            scored = case.scored.to(ids.device) + len(case.before)
-            logits = self.model(ids[None, :-1], use_cache=False).logits[0, scored]
-            losses.append(float(functional.cross_entropy(logits.float(), ids[scored + 1])))
-        return self._mean((), cases, losses)
+            ids = (torch.cat([case.before, case.ids]) if in_context else case.ids).to(self.all.device)
+            scored = case.scored.to(ids.device) + (len(case.before) if in_context else 0)
+            logits = self._logits(ids[None, :-1], scored, reader, case, layers)
+            losses[case.fact].append(float(functional.cross_entropy(logits.float(), ids[scored + 1])))
+        facts, text = (sum(some) / len(some) if some else None for some in (losses[True], losses[False]))
+        return Effect(layers, None if facts is None else -facts, text)
 
-    def _reader(self, layers: tuple[int, ...]) -> TrainingFree:
-        config = TrainingFreeConfig(memory_layers=layers, fusion="softmax", gate=0.5, **self.settings)
-        known = None if layers == self.candidates else self.all.fingerprint  # hashing all weights takes seconds
-        return TrainingFree(config, self.model, fingerprint=known)
-
-    def _loss(self, case: _Case, reader: TrainingFree | None, layers: tuple[int, ...]) -> float:
-        ids, bank = case.ids.to(self.all.device), None
+    def _logits(self, ids: Tensor, scored: Tensor, reader: TrainingFree | None, case: _Case, layers: Any) -> Tensor:
+        bank = None
         if reader is not None:
             size = reader.config.chunk_size
             bank = MemoryBank.for_model(reader, rows=1, capacity_tokens=-(-case.kv.keys.shape[2] // size) * size)
             places = [self.candidates.index(layer) for layer in layers]
             heads = [head for place in places for head in range(place * self.heads, (place + 1) * self.heads)]
             bank.add(AttentionKV(case.kv.keys[:, heads], case.kv.values[:, heads]))
-        scored = case.scored.to(ids.device)
-        run = self.all if reader is None else reader
-        logits = run(ids[None, :-1], memory=bank, logits_to_keep=scored, use_cache=False).logits[0]
-        return float(functional.cross_entropy(logits.float(), ids[scored + 1]))
+        logits: Tensor = (reader or self.all)(ids, memory=bank, logits_to_keep=scored, use_cache=False).logits[0]
+        return logits
 
-    @staticmethod
-    def _mean(layers: tuple[int, ...], cases: Sequence[_Case], losses: Sequence[float]) -> Effect:
-        facts = [loss for case, loss in zip(cases, losses, strict=True) if case.fact]
-        text = [loss for case, loss in zip(cases, losses, strict=True) if not case.fact]
-        return Effect(layers, -sum(facts) / len(facts) if facts else None, sum(text) / len(text) if text else None)
+    def _reader(self, layers: tuple[int, ...]) -> TrainingFree:
+        config = TrainingFreeConfig(memory_layers=layers, fusion="softmax", gate=0.5, **self.settings)
+        known = None if layers == self.candidates else self.all.fingerprint  # hashing all weights takes seconds
+        return TrainingFree(config, self.model, fingerprint=known)

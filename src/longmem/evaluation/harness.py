@@ -20,9 +20,8 @@ from torch import Tensor
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Asker, Prompt, Tokens, padded
-from longmem.evaluation.results import RunHeader
+from longmem.evaluation.results import Json, RunHeader
 from longmem.evaluation.systems import last_logits
-from longmem.evaluation.task import Json
 from longmem.progress import track
 
 
@@ -31,9 +30,6 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # it is not there where types are c
 
     In the window is what the stock class would keep; what it would cut off in front of that is read, in segments of a
     window each, into a memory that belongs to this request alone. A system without memory loses it.
-
-    Args:
-        asker: the system.
     """
 
     def __init__(self, asker: Asker) -> None:
@@ -57,10 +53,8 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # it is not there where types are c
         return min(256, int(self.max_length) // 2)
 
     def get_model_info(self) -> dict[str, Any]:
-        """The model is no hub id."""
-        return {"model_num_parameters": sum(p.numel() for p in self.model.parameters())}
-
-    # log-likelihoods
+        """Nothing of the hub: the model is no hub id."""
+        return {}
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
@@ -156,13 +150,10 @@ def harness(
     """Run tasks of lm-evaluation-harness on every system.
 
     Args:
-        askers: the systems, see ``asking.askers``.
-        tasks: names as the harness knows them, or of ``include``.
         num_fewshot: examples before each question; None is the task's own. With memory they need not fit the window.
         limit: take the first so many documents of each task.
         include: folders with further tasks (YAML).
         resamples: of the bootstrap behind some standard errors.
-        seed: of the choice of examples.
         command: as typed, kept in the result.
         config: what else the result should say about its making.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.loading import backbone_of, checkpoint_folder
-from longmem.evaluation.results import RunHeader, as_json
+from longmem.evaluation.results import Json, RunHeader, as_json
 from longmem.modeling import loading
 from longmem.modeling.copying import (
     allowed_memory_layers,
@@ -28,8 +28,6 @@ from longmem.modeling.copying import (
 )
 from longmem.modeling.families import Family
 from longmem.progress import track
-
-Json = dict[str, Any]
 
 DISTANCES = (128, 256, 512, 1024)
 MOST_PIECES = 4  # of a row, for distances shorter than it
@@ -60,10 +58,7 @@ def measure_layers(
         distances: tokens between the two occurrences.
         segment: tokens encoded at once; None is the model's window, at most 1,024.
         rows: of random tokens.
-        chunk_size: S.
-        num_retrieved: K.
         stride: of the SideNet that will copy the layer.
-        seed: of the random tokens.
         name: of the model, for the record.
         command: as typed, for the record.
 
@@ -81,7 +76,17 @@ def measure_layers(
     """
     family = Family.of(model)
     segment = segment or min(getattr(family.config, "max_position_embeddings", None) or 1024, 1024)
-    _check(distances, segment, chunk_size, num_retrieved)
+    problems = [f"segment ({segment}) must be at least 2"] if segment < 2 else []
+    if chunk_size < 1 or num_retrieved < 1 or num_retrieved % max(1, chunk_size):
+        said = f"must be a multiple of chunk_size ({chunk_size}); try 64 and 4"
+        problems.append(f"num_retrieved ({num_retrieved}) {said}")
+    elif not distances or min(distances) <= num_retrieved:
+        problems.append(
+            f"distances ({', '.join(map(str, distances))}) must all exceed num_retrieved ({num_retrieved}): a query "
+            "may not retrieve everything there is"
+        )
+    if problems:
+        raise ConfigError(problems)
     special = [token for token in (model.config.bos_token_id, model.config.eos_token_id) if isinstance(token, int)]
     drawn = random_tokens(family.config.vocab_size, rows, max(distances), seed=seed, special=special)
     sources = {"random": drawn} if text is None else {"text": text, "random": drawn}
@@ -126,19 +131,20 @@ def measure_layers(
         samples={source: len(tokens) for source, tokens in sources.items()},
         seeds=[seed],
     )
-    result: Json = {
-        "header": header,
-        "num_layers": len(family.layers),
-        "memory_layers": family.memory_layers(),
-        "allowed": allowed,
-        "scores": scores,
-        "recommended": best_memory_layer(scores, allowed),
-        "default": loading.default_memory_layer(model, stride),
-        "ranks": ranks,
-        "copying": copying,
-    }
-    plain: Json = as_json(result)
-    return plain
+    result: Json = as_json(
+        {
+            "header": header,
+            "num_layers": len(family.layers),
+            "memory_layers": family.memory_layers(),
+            "allowed": allowed,
+            "scores": scores,
+            "recommended": best_memory_layer(scores, allowed),
+            "default": loading.default_memory_layer(model, stride),
+            "ranks": ranks,
+            "copying": copying,
+        }
+    )
+    return result
 
 
 def conclusion(result: Json) -> str:
@@ -151,31 +157,8 @@ def conclusion(result: Json) -> str:
     return f"remember layer {result['recommended']} (the paper's rule gives {result['default']})"
 
 
-def _check(distances: Sequence[int], segment: int, chunk_size: int, num_retrieved: int) -> None:
-    found = []
-    if chunk_size < 1 or num_retrieved < 1 or num_retrieved % max(1, chunk_size):
-        found.append(f"num_retrieved ({num_retrieved}) must be a multiple of chunk_size ({chunk_size}); try 64 and 4")
-    elif not distances or min(distances) <= num_retrieved:
-        found.append(
-            f"distances ({', '.join(map(str, distances))}) must all exceed num_retrieved ({num_retrieved}): a query "
-            "may not retrieve everything there is"
-        )
-    if segment < 2:
-        found.append(f"segment ({segment}) must be at least 2")
-    if found:
-        raise ConfigError(found)
-
-
 def load_backbone(path: str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, str]:
-    """A causal language model, or the backbone that a checkpoint names; and where its tokenizer should be.
-
-    Args:
-        path: folder, run folder or hub id.
-        dtype: of the weights; None is as saved.
-
-    Raises:
-        CheckpointError, BackboneError: there is no such model, or it cannot be loaded.
-    """
+    """A causal language model, or the backbone that a checkpoint names; and where its tokenizer should be."""
     where, revision = backbone_of(checkpoint_folder(path))
     model: Any = loading.load_backbone(where, revision, dtype)
     return model.to(device).eval(), where

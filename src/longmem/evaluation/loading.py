@@ -199,11 +199,7 @@ def backbone_of(where: str) -> tuple[str, str | None]:
 
 
 def _checked(path: str, kind: str, otherwise: str) -> str:
-    """The folder of a model of this kind.
-
-    Raises:
-        CheckpointError: there is none there.
-    """
+    """The folder of a model of this kind; else a CheckpointError."""
     where = checkpoint_folder(path)
     if model_type(where) != kind:
         raise CheckpointError(f"{where}: {otherwise}")

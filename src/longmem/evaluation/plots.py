@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longmem.evaluation.pages import Picture
+from longmem.evaluation.results import Json
 from longmem.evaluation.systems import BACKBONE, CONTROL, LONGMEM, MEMORY_OFF, MEMTRM, MEMTRM_OFF, largest, sized
-from longmem.evaluation.tables import Json, kind_of, protocol_title
+from longmem.evaluation.tables import kind_of, protocol_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,12 +42,7 @@ NEEDLE = re.compile(r"(.+), ([\d,]+) tokens, depth ([\d.]+) %")
 
 
 def pictures_of(result: Json, name: str = "") -> Iterator[Picture]:
-    """All pictures of a result.
-
-    Args:
-        result: a JSON object; what has no pictures gives none.
-        name: beginning of their file names.
-    """
+    """All pictures of a result; ``name`` begins the names of their files."""
 
     def picture(what: str, alt: str, draw: Callable[..., Figure], *given: Any) -> Picture:
         return Picture(re.sub(r"[^\w.-]+", "-", f"{name}{what}"), alt, partial(draw, result, *given))
@@ -70,12 +65,11 @@ def pictures_of(result: Json, name: str = "") -> Iterator[Picture]:
             yield picture(task, f"{metric['label']} of every system", groups_figure, metric)
 
 
-def plot_all(result: Any, folder: Path) -> list[Path]:
+def plot_all(result: Json, folder: Path) -> list[Path]:
     """Write every picture of a result as PNG, on white; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    plain = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
     written = []
-    for picture in pictures_of(plain):
+    for picture in pictures_of(result):
         written.append(folder / f"{picture.name}.png")
         picture.draw().savefig(written[-1], dpi=150)
     return written

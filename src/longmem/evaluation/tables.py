@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from longmem.evaluation.pages import Table
+from longmem.evaluation.results import Json as Json
 from longmem.evaluation.systems import BACKBONE, largest
-
-Json = dict[str, Any]
 
 KINDS: dict[str, tuple[str, ...]] = {
     "ablate": ("axes", "protocols"),
@@ -55,46 +54,42 @@ def perplexity_tables(result: Json) -> Iterator[Table]:
     systems, protocols = result["systems"], result["protocols"]
     heads = [protocol_title(scores) for scores in protocols.values()]
     every = [scores["all"] for scores in protocols.values()]
-    rows = [
-        [
-            label,
-            *(f"{_score(scores, name)['perplexity']:.3f}{_against(scores, name, bracket=True)}" for scores in every),
-        ]
-        for name, label in systems.items()
-    ]
+    of = [_by_system(scores["systems"]) for scores in every]
+
+    def main(at: int, name: str) -> str:
+        said = gap(difference(every[at], name, BACKBONE))
+        return f"{of[at][name]['perplexity']:.3f}" + (f" ({said})" if said else "")
+
+    rows = [[label, *(main(at, name) for at in range(len(every)))] for name, label in systems.items()]
     yield Table(["system", *heads], rows, f"Perplexity per token of {_counted(result)}")
     wanted = dict.fromkeys((d["system"], d["against"]) for scores in every for d in scores["differences"])
     rows = [
-        [f"{systems[name]}, against {systems[other]}", *(_against(scores, name, other) for scores in every)]
+        [f"{systems[name]}, against {systems[other]}", *(gap(difference(scores, name, other)) for scores in every)]
         for name, other in wanted
         if other != BACKBONE
     ]
     if rows:
         yield Table(["% of perplexity", *heads], rows)
-    blocks = [
-        [systems[name], *(gap(difference(scores, name, BACKBONE), "blocks") for scores in every)]
-        for name in systems
-        if any((difference(scores, name, BACKBONE) or {}).get("blocks") for scores in every)
+    gaps = {name: [difference(scores, name, BACKBONE) for scores in every] for name in systems}
+    rows = [
+        [systems[name], *(gap(each, "blocks") for each in some)]
+        for name, some in gaps.items()
+        if any((each or {}).get("blocks") for each in some)
     ]
-    if blocks:
-        yield Table(
-            ["% against the backbone", *heads],
-            blocks,
-            "Intervals over blocks of tokens instead of documents: narrower, for more of this text.",
-        )
-    units = [
-        [label, *(f"{_units(_score(scores, name))}" for scores in every)]
-        for name, label in systems.items()
-        if "word_perplexity" in _score(every[0], name)
-    ]
-    if units:
-        yield Table(["per word; bits per byte", *heads], units)
+    if rows:
+        caption = "Intervals over blocks of tokens instead of documents: narrower, for more of this text."
+        yield Table(["% against the backbone", *heads], rows, caption)
+    rows = [[label, *(_units(each[name]) for each in of)] for name, label in systems.items()]
+    yield Table(["per word; bits per byte", *heads], rows)
     for field, what in (("groups", "group"), ("by_length", "tokens of the document")):
         for scores in protocols.values():
             if 1 < len(scores[field]) <= MOST_PARTS:
-                yield _parts_table(result, scores, field, what)
+                yield _parts_table(systems, scores, field, what)
     for scores in protocols.values():
-        yield _position_table(result, scores)
+        parts = scores["all"]["by_position"]
+        rows = [[systems[n], *(f"{part['perplexity'][n]:.2f}" for part in parts)] for n in largest(systems)]
+        caption = f"Perplexity by position, the number of tokens before: {protocol_title(scores)}."
+        yield Table(["system", *(f"{part['low']:,}+" for part in parts)], rows, caption)
 
 
 def protocol_title(scores: Json) -> str:
@@ -107,20 +102,18 @@ def protocol_title(scores: Json) -> str:
 def _counted(result: Json) -> str:
     """How many documents and projects there are, and what the intervals draw."""
     samples = result["header"]["samples"]
-    documents, projects = samples["documents"], samples.get("projects")
-    of = "" if projects in (None, documents) else f" of {projects} project{'s' * (projects != 1)}"
+    documents, projects = samples["documents"], samples["projects"]
+    of = "" if projects == documents else f" of {projects} project{'s' * (projects != 1)}"
     said = f"{documents} document{'s' * (documents != 1)}{of}, {samples['tokens']:,} tokens"
     if documents == 1:
-        over = ", [95 % interval] over blocks of its tokens"
         blocks = any(d["blocks"] for p in result["protocols"].values() for d in p["all"]["differences"])
-        return f"{said}; % against the backbone, below 0 is better{over if blocks else ''}."
+        over = ", [95 % interval] over blocks of its tokens" if blocks else ""
+        return f"{said}; % against the backbone, below 0 is better{over}."
     return f"{said}; % against the backbone, below 0 is better, [95 % interval]. {caveat(documents, projects)}"
 
 
-def caveat(documents: int, projects: int | None) -> str:
+def caveat(documents: int, projects: int) -> str:
     """What an interval over documents of so many projects says, and what not."""
-    if projects is None:
-        return "Intervals draw documents as if each were of another project."
     if projects == documents:
         return "Intervals draw documents, no two of one project."
     if projects == 1:
@@ -129,60 +122,42 @@ def caveat(documents: int, projects: int | None) -> str:
     return f"Intervals draw projects, then their documents.{few}"
 
 
-def _parts_table(result: Json, scores: Json, field: str, what: str) -> Table:
+def _parts_table(systems: Json, scores: Json, field: str, what: str) -> Table:
     """The backbone's perplexity in each group or bucket of lengths, and % against it."""
-    systems, parts = result["systems"], scores[field]
-    rows = [[systems[BACKBONE], *(f"{_score(part, BACKBONE)['perplexity']:.3f}" for part in parts)]]
+    parts = scores[field]
+    rows = [[systems[BACKBONE], *(f"{_by_system(p['systems'])[BACKBONE]['perplexity']:.3f}" for p in parts)]]
     rows += [
-        [f"{systems[name]}, %", *(_against(part, name) for part in parts)]
-        for name in largest(systems)
+        [f"{systems[name]}, %", *(gap(difference(part, name, BACKBONE)) for part in parts)]
+        for name in systems
         if name != BACKBONE
     ]
     heads = ["system", *(f"{part['name']} ({part['documents']})" for part in parts)]
     return Table(heads, rows, f"By {what} (documents): {protocol_title(scores)}.")
 
 
-def _position_table(result: Json, scores: Json) -> Table:
-    parts = scores["all"]["by_position"]
-    rows = [
-        [result["systems"][name], *(f"{part['perplexity'][name]:.2f}" for part in parts)]
-        for name in largest(result["systems"])
-    ]
-    heads = ["system", *(f"{part['low']:,}+" for part in parts)]
-    return Table(heads, rows, f"Perplexity by position, the number of tokens before: {protocol_title(scores)}.")
-
-
-def _score(scores: Json, system: str) -> Json:
-    found: Json = next(score for score in scores["systems"] if score["system"] == system)
-    return found
+def _by_system(scores: Sequence[Json]) -> dict[str, Json]:
+    return {score["system"]: score for score in scores}
 
 
 def _units(score: Json) -> str:
-    words = score["word_perplexity"]
+    words, bits = score["word_perplexity"], score["bits_per_byte"]
     shown = "-" if words is None else f"{words:,.2f}" if words < 1e6 else f"{words:.3g}"
-    return f"{shown}; {score['bits_per_byte']:.4f}" if score["bits_per_byte"] is not None else f"{shown}; -"
+    return f"{shown}; {'-' if bits is None else format(bits, '.4f')}"
 
 
 def difference(scores: Json, system: str, against: str) -> Json | None:
     return next((d for d in scores["differences"] if (d["system"], d["against"]) == (system, against)), None)
 
 
-def _against(scores: Json, system: str, against: str = BACKBONE, *, bracket: bool = False) -> str:
-    said = gap(difference(scores, system, against))
-    return f" ({said})" if bracket and said else said
-
-
 def gap(difference: Json | None, interval: str = "documents", digits: int = 2) -> str:
     """``-9.50 [-11.23, -7.89]``; without documents to draw the interval is over blocks."""
     if difference is None:
         return ""
-    return _signed(difference["percent"], difference[interval] or difference["blocks"], digits)
+    return _ranged(difference["percent"], difference[interval] or difference["blocks"], f"+.{digits}f")
 
 
-def _signed(value: float, edges: Json | None, digits: int = 2) -> str:
-    return f"{value:+.{digits}f}" + (
-        "" if edges is None else f" [{edges['low']:+.{digits}f}, {edges['high']:+.{digits}f}]"
-    )
+def _ranged(value: float, edges: Json | None, form: str) -> str:
+    return format(value, form) + (f" [{edges['low']:{form}}, {edges['high']:{form}}]" if edges else "")
 
 
 # tasks
@@ -199,19 +174,20 @@ def task_tables(result: Json) -> Iterator[Table]:
         return
     groups = [group for group in groups if group["group"].startswith("average")] or groups
     for metric in result["metrics"]:
-        digits = 2 if metric["unit"] == "nats" else 1
-        scores = [_of_group(group, metric["name"]) for group in groups]
-        rows = [
-            [f"{group['group']} ({group['examples']:,})", *(_mean(some.get(name), digits) for name in systems)]
-            for group, some in zip(groups[:MOST_ROWS], scores, strict=False)
-        ]
+        form = ".2f" if metric["unit"] == "nats" else ".1f"
+        rows = []
+        for group in groups[:MOST_ROWS]:
+            some = _by_system([score for score in group["scores"] if score["metric"] == metric["name"]])
+            cells = (some[n] if n in some and some[n]["value"] is not None else None for n in systems)
+            said = ("-" if one is None else _ranged(one["value"], one["interval"], form) for one in cells)
+            rows.append([f"{group['group']} ({group['examples']:,})", *said])
         chance = "" if metric["chance"] is None else f", chance {metric['chance']:.3g}"
         unit = f" in {metric['unit']}" if metric["unit"] else ""
         caption = f"**{metric['label']}**{unit}, {metric['better']} is better{chance}; [95 % interval]."
         yield Table([result["header"]["task"], *systems.values()], rows, caption)
     first, everything, shown = result["metrics"][0], result["groups"][0], largest(systems)
     rows = [
-        [f"{systems[d['system']]}, against {systems[d['against']]}", _signed(d["value"], d["interval"])]
+        [f"{systems[d['system']]}, against {systems[d['against']]}", _ranged(d["value"], d["interval"], "+.2f")]
         for d in everything["differences"]
         if d["metric"] == first["name"] and d["system"] in shown and d["value"] is not None
     ]
@@ -236,18 +212,6 @@ def needle_table(result: Json, metric: Json) -> Table:
             cells.append(f"{sum(answers) / asked:.1f} % ({right:.0f} of {asked}; worst depth {worst:.0f} %)")
         rows.append([what, *cells])
     return Table([metric["label"], *result["systems"].values()], rows)
-
-
-def _of_group(group: Json, metric: str) -> dict[str, Json]:
-    return {score["system"]: score for score in group["scores"] if score["metric"] == metric}
-
-
-def _mean(score: Json | None, digits: int) -> str:
-    if score is None or score["value"] is None:
-        return "-"
-    edges = score["interval"]
-    said = f" [{edges['low']:.{digits}f}, {edges['high']:.{digits}f}]" if edges else ""
-    return f"{score['value']:.{digits}f}{said}"
 
 
 def harness_tables(result: Json) -> Iterator[Table]:
@@ -304,16 +268,20 @@ def efficiency_tables(result: Json) -> Iterator[Table]:
 def layer_tables(result: Json) -> Iterator[Table]:
     """What each layer finds, and the loss of tokens that are read for the first and for the second time."""
     far = {ranks["source"]: ranks for ranks in sorted(result["ranks"], key=lambda ranks: ranks["distance"])}
-    remarks = {"recommended": "recommended", "default": "paper's rule"}
     rows = []
     for layer, score in result["scores"].items():
-        said = [words for name, words in remarks.items() if result[name] == int(layer)]
-        if int(layer) not in result["memory_layers"]:
-            said.append("cannot be remembered")
-        elif int(layer) not in result["allowed"]:
-            said.append("not copied by the SideNet")
-        found = [cell for ranks in far.values() for cell in _found(ranks, layer)]
-        rows.append([str(layer), *found, f"{score:.3f}", ", ".join(said)])
+        remarks = {
+            "recommended": result["recommended"] == int(layer),
+            "paper's rule": result["default"] == int(layer),
+            "cannot be remembered": int(layer) not in result["memory_layers"],
+            "not copied by the SideNet": int(layer) in result["memory_layers"] and int(layer) not in result["allowed"],
+        }
+        found = list[str]()
+        for ranks in far.values():
+            rank, recall = sorted(ranks["rank"][layer]), ranks["recall"][layer]
+            found.append(f"{rank[0]:.1f} ({rank[len(rank) // 2]:.0f})")
+            found.append(f"{max(recall):.2f} ({sum(recall) / len(recall):.2f})")
+        rows.append([str(layer), *found, f"{score:.3f}", ", ".join(said for said, true in remarks.items() if true)])
     heads = [
         head
         for source, ranks in far.items()
@@ -322,21 +290,15 @@ def layer_tables(result: Json) -> Iterator[Table]:
     caption = "How well keys find what followed an earlier occurrence: best head (all heads)."
     yield Table(["layer", *heads, "score", ""], rows, caption)
     if result["copying"]:
-        turns = ("first", "second")
         rows = [
-            [f"{each['source']}, {each['distance']} tokens apart", *(f"{each[f'{t}_loss']:.2f}" for t in turns)]
-            for each in result["copying"]
+            [
+                f"{one['source']}, {one['distance']} tokens apart",
+                f"{one['first_loss']:.2f}",
+                f"{one['second_loss']:.2f}",
+            ]
+            for one in result["copying"]
         ]
-        yield Table(["nats per token", *(f"{turn} time" for turn in turns)], rows)
-
-
-def _found(ranks: Json, layer: str) -> tuple[str, str]:
-    """Least and middle rank, largest and mean recall."""
-    rank, recall = sorted(ranks["rank"][layer]), ranks["recall"][layer]
-    return (
-        f"{rank[0]:.1f} ({rank[len(rank) // 2]:.0f})",
-        f"{max(recall):.2f} ({sum(recall) / len(recall):.2f})",
-    )
+        yield Table(["nats per token", "first time", "second time"], rows)
 
 
 def bench_tables(result: Json) -> Iterator[Table]:
