@@ -6,9 +6,11 @@ K = R*S retrieved tokens · Q = B*H*T queries in one list · n queries of one bl
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from longmem.types import RetrievedMemory
 
 # gathered keys and values held at once: what stays in a CPU's cache, or keeps a GPU busy
 _BLOCK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
+_KERNELS_RUN_ON = "cuda"  # a test that interprets the fused kernels sets "cpu"
 
 
 class MemoryAttentionOutput(NamedTuple):
@@ -42,7 +45,8 @@ def memory_attention(
     """Softmax attention of every query over its own retrieved tokens, without any position term.
 
     Chunks are gathered for a block of queries at a time, in forward and again in backward, so the copies per query
-    (B, H, T, K, D) never exist as a whole. Only the queries get a gradient: the memory is not trained.
+    (B, H, T, K, D) never exist as a whole. On a GPU with triton, fused kernels read the storage with no copies at all.
+    Only the queries get a gradient: the memory is not trained.
 
     Args:
         queries: (B, H, T, D).
@@ -147,7 +151,13 @@ class _MemoryAttention(torch.autograd.Function):
     def forward(
         ctx: Any, queries: Tensor, retrieved: RetrievedMemory, scaling: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
-        gather = _Gather.of(retrieved)
+        ctx.retrieved, ctx.scaling, ctx.softcap = retrieved, scaling, softcap
+        ctx.kernels = kernels = _kernels(queries, retrieved.storage)
+        if kernels is not None:
+            out, lse = kernels.forward(queries, retrieved, scaling, softcap)
+            ctx.save_for_backward(queries, out, lse)
+            return out, lse
+        gather = ctx.gather = _Gather.of(retrieved)
         dtype = torch.promote_types(torch.promote_types(queries.dtype, retrieved.storage.dtype), torch.float32)
         flat = queries.reshape(-1, queries.shape[-1])
         out = torch.empty_like(flat)
@@ -162,7 +172,6 @@ class _MemoryAttention(torch.autograd.Function):
             out[block] = torch.bmm(shares.flatten(1)[:, None], pairs).squeeze(1).to(out.dtype)
         out, lse = out.view(queries.shape), lse.view(queries.shape[:3])
         ctx.save_for_backward(queries, out, lse)
-        ctx.retrieved, ctx.gather, ctx.scaling, ctx.softcap = retrieved, gather, scaling, softcap
         return out, lse
 
     @staticmethod
@@ -175,6 +184,9 @@ class _MemoryAttention(torch.autograd.Function):
                 f"{retrieved.live_version()}); call bank.add after backward"
             )
         queries, out, lse = ctx.saved_tensors
+        if ctx.kernels is not None:
+            tensors = (queries, out, lse, grad_out, grad_lse)
+            return ctx.kernels.backward(tensors, retrieved, ctx.scaling, ctx.softcap), None, None, None
         gather, scaling, softcap, dtype = ctx.gather, ctx.scaling, ctx.softcap, lse.dtype
         flat, lse = queries.reshape(-1, queries.shape[-1]), lse.flatten()
         grad_out, grad_lse = grad_out.reshape(flat.shape).to(dtype), grad_lse.flatten().to(dtype)
@@ -195,6 +207,21 @@ class _MemoryAttention(torch.autograd.Function):
                 slopes[:, :, 0] = slope * scaling
                 grad[block] = torch.bmm(slopes.flatten(1)[:, None], pairs).squeeze(1).to(grad.dtype)
         return grad.view(queries.shape), None, None, None
+
+
+def _kernels(queries: Tensor, storage: Tensor) -> ModuleType | None:
+    """The fused kernels, where they can be used."""
+    kernels = _installed_kernels() if queries.device.type == _KERNELS_RUN_ON else None
+    return kernels if kernels is not None and kernels.serves(queries, storage) else None
+
+
+@functools.cache
+def _installed_kernels() -> ModuleType | None:
+    try:
+        from longmem.modeling import memory_attention_triton
+    except ImportError:  # torch brings triton in its builds for Linux with CUDA only
+        return None
+    return memory_attention_triton
 
 
 def _softmax(scores: Tensor, lse: Tensor) -> Tensor:
