@@ -96,6 +96,7 @@ def timings(backbone: Any, device: torch.device, repeats: int) -> dict[str, Any]
     reader = TrainingFree.from_backbone(backbone, **settings)
     sidenet = LongMem.from_backbone(backbone, init="delta", stride=1, trained="attention", **settings)
     ids = torch.randint(3, 40000, (8, 1024), device=device)
+    first = torch.zeros(1, dtype=torch.long)
     found: dict[str, Any] = {}
     with torch.no_grad():
         for tokens in (8192, 65536):
@@ -109,7 +110,9 @@ def timings(backbone: Any, device: torch.device, repeats: int) -> dict[str, Any]
                 "sidenet": lambda bank=bank: sidenet(ids, memory=bank, use_cache=False).logits,
                 "encode": lambda: reader.encode(ids),
                 "backbone_token": lambda: backbone(ids[:1, :1], use_cache=False).logits,
-                "calibrated_token": lambda bank=bank: reader(ids[:1, :1], memory=bank, use_cache=False).logits,
+                "calibrated_token": lambda bank=bank: (
+                    reader(ids[:1, :1], memory=bank, memory_rows=first, use_cache=False).logits
+                ),
             }
             taken = interleaved(runs, repeats, warmup=2)
             found[str(tokens)] = {
@@ -133,6 +136,43 @@ def timings(backbone: Any, device: torch.device, repeats: int) -> dict[str, Any]
     return found
 
 
+def kernels(device: torch.device, repeats: int) -> dict[str, Any]:
+    """Fused kernels of memory attention against plain torch: largest differences, and milliseconds of both."""
+    from longmem.modeling import memory_attention_triton as fused
+    from longmem.modeling.attention import memory_attention
+    from longmem.types import AttentionKV
+
+    found: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(3)
+        bank = MemoryBank(8, 16384, 3, 64, dtype=dtype, device=device)
+        bank.add(AttentionKV(*(torch.randn(8, 3, 16381, 64, device=device, dtype=dtype) for _ in range(2))))
+        bank.end_document()
+        queries = torch.randn(8, 9, 1024, 64, device=device, dtype=dtype, requires_grad=True)
+        retrieved = bank.search(queries, 16)
+        weights = torch.randn(8, 9, 1024, 64, device=device, dtype=dtype)
+
+        def both() -> tuple[torch.Tensor, ...]:
+            read = memory_attention(queries, retrieved, scaling=0.125)  # noqa: B023
+            (grad,) = torch.autograd.grad((read.out * weights).sum() + read.lse.sum(), queries)  # noqa: B023
+            return read.out.float(), read.lse, grad.float()
+
+        def switched(on: bool) -> Any:
+            fused.ENABLED = on
+            return both()
+
+        pairs = zip(switched(True), switched(False), strict=True)
+        taken = interleaved(
+            {"fused": lambda: switched(True) and None, "plain": lambda: switched(False) and None}, repeats
+        )
+        found[str(dtype)] = {
+            "differences of output, log-sum-exp, gradient": [float((a - b).abs().max()) for a, b in pairs],
+            **{f"{name}, ms": 1e3 * spread([r["total"] for r in some])["median"] for name, some in taken.items()},
+        }
+    fused.ENABLED = True
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="backbone folder; default: a random one of SmolLM2-135M's shape")
@@ -146,6 +186,8 @@ def main() -> None:
     for kind in KINDS:
         report["correct"][kind] = same(kind, device)
         print(kind, report["correct"][kind], flush=True)
+    report["kernels"] = kernels(device, given.repeats)
+    print(json.dumps(report["kernels"], indent=1), flush=True)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if given.model:
         backbone = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype)
