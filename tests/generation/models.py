@@ -9,7 +9,7 @@ from tests.family_table import V, make_backbone
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from longmem import LongMem, MemoryBank
+from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
 
 SETTINGS = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
 
@@ -28,6 +28,14 @@ def longmem(name: str | PreTrainedModel) -> LongMem:
         model.sidenet.memory_gate.normal_()
         projection.weight.mul_(5.0)  # type: ignore[operator, union-attr]
     return model
+
+
+def reader(kind: Any, name: str) -> Any:
+    """A model of any kind, over a backbone of the family table."""
+    return longmem(name) if kind is LongMem else kind.from_backbone(make_backbone(name), **SETTINGS).eval()
+
+
+KINDS = [LongMem, MemTRM, TrainingFree]
 
 
 def bank_of(model: Any, rows: int = 1, tokens: int = 20, seed: int = 7, capacity: int = 64) -> MemoryBank:

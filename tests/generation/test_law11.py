@@ -1,4 +1,4 @@
-"""Law 11 over the whole family table, with empty, partial and full banks.
+"""Law 11 over the whole family table and every kind of model, with empty, partial and full banks.
 
 Cached decoding = full forward; left-padded = unpadded; a row of a batch = that row alone; beams cached = uncached;
 asking twice gives the same answer twice.
@@ -6,12 +6,14 @@ asking twice gives the same answer twice.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.family_table import FAMILIES
-from tests.generation.models import ids, longmem
+from tests.generation.models import KINDS, ids, reader
 
-from longmem import LongMem, MemoryBank
+from longmem import MemoryBank
 
 FILLS = (0, 10, 80)  # tokens each row of the bank was given: it is empty, partly filled, and has lost its oldest
 PADS = (3, 0, 2)
@@ -21,12 +23,17 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token
 
 
 @pytest.fixture(params=list(FAMILIES), scope="module")
-def model(request: pytest.FixtureRequest) -> LongMem:
-    return longmem(request.param)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def model(request: pytest.FixtureRequest, family: str) -> Any:
+    return reader(request.param, family)
 
 
 @pytest.fixture(scope="module")
-def bank(model: LongMem) -> MemoryBank:
+def bank(model: Any) -> MemoryBank:
     made = MemoryBank.for_model(model, rows=3, capacity_tokens=64)
     for row, tokens in enumerate(FILLS):
         if tokens:
@@ -36,7 +43,7 @@ def bank(model: LongMem) -> MemoryBank:
 
 
 @torch.no_grad()
-def test_logits_do_not_depend_on_cache_padding_neighbours_or_asking_twice(model: LongMem, bank: MemoryBank) -> None:
+def test_logits_do_not_depend_on_cache_padding_neighbours_or_asking_twice(model: Any, bank: MemoryBank) -> None:
     prompt = ids(3, LENGTH)
     whole = model(prompt, memory=bank).logits
     assert torch.equal(model(prompt, memory=bank).logits, whole)
@@ -58,7 +65,7 @@ def test_logits_do_not_depend_on_cache_padding_neighbours_or_asking_twice(model:
     torch.testing.assert_close(out.logits[:, 3:], whole, atol=1e-5, rtol=0)
 
 
-def test_generation_does_not_depend_on_cache_padding_or_neighbours(model: LongMem, bank: MemoryBank) -> None:
+def test_generation_does_not_depend_on_cache_padding_or_neighbours(model: Any, bank: MemoryBank) -> None:
     """Prompts of unequal lengths; what is padded in the batch is not padded alone."""
     prompt, mask = ids(3, LENGTH), torch.ones(3, LENGTH, dtype=torch.long)
     for row, pads in enumerate(PADS):
@@ -70,6 +77,6 @@ def test_generation_does_not_depend_on_cache_padding_or_neighbours(model: LongMe
         assert torch.equal(alone[0], together[row, pads:])
 
 
-def test_beams_with_memory_are_beams_without_cache(model: LongMem, bank: MemoryBank) -> None:
+def test_beams_with_memory_are_beams_without_cache(model: Any, bank: MemoryBank) -> None:
     settings = {**GREEDY, "num_beams": 2, "num_return_sequences": 2, "memory": bank}
     assert torch.equal(model.generate(ids(3, 6), **settings), model.generate(ids(3, 6), use_cache=False, **settings))

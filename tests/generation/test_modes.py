@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 from threading import Thread
-from typing import Any
 
 import pytest
 import torch
-from tests.family_table import FAMILIES, RECURRENT, make_backbone
-from tests.generation.models import SETTINGS, bank_of, ids, longmem
+from tests.family_table import FAMILIES, RECURRENT
+from tests.generation.models import bank_of, ids, longmem
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
@@ -21,7 +20,7 @@ from transformers import (
     pipeline,
 )
 
-from longmem import AlibiGPTForCausalLM, LongMem, MemoryBank, MemoryBankError, MemTRM, TrainingFree
+from longmem import AlibiGPTForCausalLM, LongMem, MemoryBank, MemoryBankError
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 STATIC_FAILS_WITHOUT_US = ("falcon-alibi",)  # the bare backbone fails as well
@@ -43,14 +42,6 @@ def test_static_caches_assistants_and_prompt_lookup(name: str) -> None:
     assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=2, **settings), plain)
     if name not in STATIC_FAILS_WITHOUT_US:
         assert torch.equal(model.generate(prompt, cache_implementation="static", **settings), plain)
-
-
-@pytest.mark.parametrize("kind", [MemTRM, TrainingFree])
-def test_the_baselines_generate_with_memory_too(kind: Any) -> None:
-    model = kind.from_backbone(make_backbone("llama"), **SETTINGS).eval()
-    settings = {**GREEDY, "memory": bank_of(model), "max_new_tokens": 20, "window": 12}
-    cached = model.generate(ids(1, 20), **settings)
-    assert torch.equal(cached, model.generate(ids(1, 20), use_cache=False, **settings))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])

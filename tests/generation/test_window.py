@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.family_table import FAMILIES
-from tests.generation.models import bank_of, ids, longmem
+from tests.generation.models import KINDS, bank_of, ids, longmem, reader
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
@@ -30,7 +30,7 @@ def llama() -> LongMem:
 
 @torch.no_grad()
 def reference(
-    model: LongMem, prompt: Tensor, new: int, window: int, move: int, overlap: int = 0, bank: MemoryBank | None = None
+    model: Any, prompt: Tensor, new: int, window: int, move: int, overlap: int = 0, bank: MemoryBank | None = None
 ) -> list[int]:
     """One row, greedy: every step a forward over the window alone, in a memory that holds all that has left it.
 
@@ -47,10 +47,11 @@ def reference(
     return text
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", list(FAMILIES))
-def test_generating_beyond_the_window_equals_the_same_steps_without_any_cache(name: str) -> None:
+def test_generating_beyond_the_window_equals_the_same_steps_without_any_cache(name: str, kind: Any) -> None:
     """The prompt is read into memory in two pieces, two more move while 14 tokens are generated."""
-    model = longmem(name)
+    model = reader(kind, name)
     bank = bank_of(model)
     got = model.generate(ids(1, 20), memory=bank, max_new_tokens=14, window_overlap=2, **WINDOW, **GREEDY)
     assert got[0].tolist() == reference(model, ids(1, 20)[0], 14, 12, 6, overlap=2)

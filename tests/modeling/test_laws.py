@@ -1,4 +1,7 @@
-"""Laws 1, 2, 3, 4, 9, 10 and 13 of the design over the whole family table, and 7 for the model itself."""
+"""Laws 1, 2, 3, 4, 9, 10 and 13 of the design over the whole family table, and 7 for the model itself.
+
+``reader`` is every kind of model: a LongMem, and the baselines whose own layer reads memory.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from tests.family_table import FAMILIES, V, make_backbone
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from longmem import LongMem, MemoryBank
+from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
 from longmem.modeling.families import Call, Family
 
 SETTINGS = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
@@ -23,7 +26,7 @@ def ids(rows: int = 2, length: int = 12, seed: int = 0) -> Tensor:
     return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def filled(model: LongMem, segments: Tensor) -> MemoryBank:
+def filled(model: Any, segments: Tensor) -> MemoryBank:
     bank = MemoryBank.for_model(model, rows=segments.shape[0], capacity_tokens=64)
     bank.add(model.encode(segments))
     return bank
@@ -50,13 +53,21 @@ def model(backbone: PreTrainedModel) -> LongMem:
     return made
 
 
+@pytest.fixture(params=[LongMem, MemTRM, TrainingFree], scope="module")
+def reader(request: pytest.FixtureRequest, backbone: PreTrainedModel, model: LongMem) -> Any:
+    if request.param is LongMem:
+        return model
+    return request.param.from_backbone(backbone, gate=[0.2, 0.35, 0.5, 0.65], **SETTINGS).eval()
+
+
 def test_the_table_has_at_least_24_configurations() -> None:
     assert len(FAMILIES) >= 24
 
 
-def test_wrapping_leaves_the_backbone_as_it_was(backbone: PreTrainedModel, model: LongMem) -> None:
+@torch.no_grad()
+def test_wrapping_leaves_the_backbone_as_it_was(backbone: PreTrainedModel, reader: Any) -> None:
     fresh = copy.deepcopy(backbone.state_dict())
-    model(ids(), memory=filled(model, ids(seed=1)))
+    reader(ids(), memory=filled(reader, ids(seed=1)))
     assert all(torch.equal(fresh[name], tensor) for name, tensor in backbone.state_dict().items())
     twin = make_backbone_like(backbone)
     assert torch.equal(backbone(ids()).logits, twin(ids()).logits)
@@ -68,40 +79,48 @@ def make_backbone_like(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-def test_empty_bank_equals_no_bank_bit_for_bit(model: LongMem) -> None:
-    empty = MemoryBank.for_model(model, rows=2, capacity_tokens=64)
-    assert torch.equal(model(ids(), memory=empty).logits, model(ids()).logits)
+@torch.no_grad()
+def test_empty_bank_equals_no_bank_bit_for_bit(reader: Any) -> None:
+    empty = MemoryBank.for_model(reader, rows=2, capacity_tokens=64)
+    assert torch.equal(reader(ids(), memory=empty).logits, reader(ids()).logits)
+    if not isinstance(reader, LongMem):
+        assert torch.equal(reader(ids()).logits, reader.backbone.model(ids()).logits)
 
 
-def test_a_filled_bank_changes_the_answer_and_a_second_call_repeats_it(model: LongMem) -> None:
-    bank = filled(model, ids(seed=1))
-    first = model(ids(), memory=bank)
-    assert torch.equal(first.logits, model(ids(), memory=bank).logits)
-    assert (first.logits - model(ids()).logits).abs().max() > 1e-3
-    assert first.share is not None and first.share.shape == (2, model.num_heads, 12)
+@torch.no_grad()
+def test_a_filled_bank_changes_the_answer_and_a_second_call_repeats_it(reader: Any) -> None:
+    bank = filled(reader, ids(seed=1))
+    first = reader(ids(), memory=bank)
+    assert torch.equal(first.logits, reader(ids(), memory=bank).logits)
+    assert (first.logits - reader(ids()).logits).abs().max() > (1e-3 if isinstance(reader, LongMem) else 1e-4)
+    assert first.share is not None and first.share.shape == (2, reader.num_heads, 12)
+    torch.testing.assert_close(first.share[1, :, 5], reader.memory_share)
 
 
-def test_no_token_sees_its_future(model: LongMem) -> None:
-    bank = filled(model, ids(seed=1))
+@torch.no_grad()
+def test_no_token_sees_its_future(reader: Any) -> None:
+    bank = filled(reader, ids(seed=1))
     changed = ids()
     changed[:, 7] = (changed[:, 7] + 1) % V
-    before, after = model(ids(), memory=bank).logits, model(changed, memory=bank).logits
+    before, after = reader(ids(), memory=bank).logits, reader(changed, memory=bank).logits
     torch.testing.assert_close(before[:, :7], after[:, :7], atol=1e-6, rtol=0)
     assert (before[:, 7:] - after[:, 7:]).abs().max() > 1e-4
 
 
-def test_a_row_is_what_it_is_alone(model: LongMem) -> None:
-    bank = filled(model, ids(seed=1))
-    both = model(ids(), memory=bank).logits
+@torch.no_grad()
+def test_a_row_is_what_it_is_alone(reader: Any) -> None:
+    bank = filled(reader, ids(seed=1))
+    both = reader(ids(), memory=bank).logits
     for row in range(2):
-        alone = model(ids()[row : row + 1], memory=bank, memory_rows=torch.tensor([row])).logits
+        alone = reader(ids()[row : row + 1], memory=bank, memory_rows=torch.tensor([row])).logits
         torch.testing.assert_close(both[row : row + 1], alone, atol=2e-6, rtol=0)
 
 
-def test_a_row_without_memory_is_untouched_by_its_neighbour(model: LongMem) -> None:
-    bank = filled(model, ids(seed=1))
+@torch.no_grad()
+def test_a_row_without_memory_is_untouched_by_its_neighbour(reader: Any) -> None:
+    bank = filled(reader, ids(seed=1))
     bank.reset(torch.tensor([0]))
-    torch.testing.assert_close(model(ids(), memory=bank).logits[0], model(ids()).logits[0], atol=2e-6, rtol=0)
+    torch.testing.assert_close(reader(ids(), memory=bank).logits[0], reader(ids()).logits[0], atol=2e-6, rtol=0)
 
 
 def test_identity_sidenet_gives_the_backbones_logits(backbone: PreTrainedModel) -> None:
@@ -125,25 +144,33 @@ def test_copied_layer_replayed_is_the_backbones_layer(model: LongMem) -> None:
     assert len(model.sidenet.sources) == 2
 
 
-def test_kept_keys_are_those_of_the_backbone_without_position(model: LongMem) -> None:
-    """Position-free: the same token run gives the same keys wherever the rotation would have put it."""
-    out = model(ids())
-    encoded = model.encode(ids())
-    assert out.kv is not None
-    assert torch.equal(out.kv.keys, encoded.keys) and torch.equal(out.kv.values, encoded.values)
-    assert encoded.keys.shape == (2, model.memory_heads, 12, model.memory_head_dim)
+@torch.no_grad()
+def test_kept_keys_are_those_of_the_backbone_without_position(reader: Any) -> None:
+    """Position-free, and independent of what was read: a segment can be encoded alone, and early."""
+    encoded = reader.encode(ids())
+    for memory in (None, filled(reader, ids(seed=1))):
+        kv = reader(ids(), memory=memory).kv
+        assert torch.equal(kv.keys, encoded.keys) and torch.equal(kv.values, encoded.values)
+    assert encoded.keys.shape == (2, reader.memory_heads, 12, reader.memory_head_dim)
     assert not encoded.keys.requires_grad
 
 
-def test_retrieving_everything_with_an_open_gate_is_dense_position_free_attention(backbone: PreTrainedModel) -> None:
-    model = LongMem.from_backbone(backbone, chunk_size=2, num_retrieved=64, memory_size=64).eval()
-    with torch.no_grad():
-        model.sidenet.memory_gate.fill_(60.0)
+@pytest.mark.parametrize("kind", [LongMem, MemTRM, TrainingFree])
+@torch.no_grad()
+def test_retrieving_everything_with_an_open_gate_is_dense_position_free_attention(
+    kind: Any, backbone: PreTrainedModel
+) -> None:
+    model = kind.from_backbone(backbone, chunk_size=2, num_retrieved=64, memory_size=64).eval()
+    model.memory_gate.fill_(60.0)
     bank = filled(model, ids(seed=1))
     seen: dict[str, Any] = {}
     family = Family.of(backbone)
-    attention = family.attention(model.sidenet.layers[model.augmented_layer])
-    probe = family.probe(model.sidenet.sources[model.augmented_layer], attention)
+    if kind is LongMem:
+        source, layer = model.sidenet.sources[model.augmented_layer], model.sidenet.layers[model.augmented_layer]
+    else:
+        source, layer = model.memory_layer, Family.of(model.backbone.mirror).layers[model.memory_layer]
+    attention = family.attention(layer)
+    probe = family.probe(source, attention if kind is LongMem else None)
     handles = [
         attention.register_forward_pre_hook(
             lambda module, args, kwargs: seen.update(call=Call.record(module, args, kwargs)), with_kwargs=True
@@ -185,14 +212,24 @@ def test_a_training_step_changes_the_sidenet_and_nothing_else(backbone: PreTrain
     assert all(p.grad is None for p in backbone.parameters())
 
 
-def test_save_and_load_give_the_same_logits(backbone: PreTrainedModel, model: LongMem, tmp_path: Path) -> None:
+@torch.no_grad()
+def test_save_and_load_give_the_same_logits(backbone: PreTrainedModel, reader: Any, tmp_path: Path) -> None:
     backbone.save_pretrained(tmp_path / "backbone")
-    model.save_pretrained(tmp_path / "side")
-    loaded = LongMem.from_pretrained(tmp_path / "side", backbone=tmp_path / "backbone")
-    bank = filled(model, ids(seed=1))
-    assert torch.equal(loaded(ids(), memory=bank).logits, model(ids(), memory=bank).logits)
-    side = sum(f.stat().st_size for f in (tmp_path / "side").glob("*.safetensors"))
-    assert side < 4.2 * sum(p.numel() for p in model.trainable_parameters()) + 8192
+    reader.save_pretrained(tmp_path / "model")
+    bank, given = filled(reader, ids(seed=1)), {"backbone": tmp_path / "backbone"}
+    expected = reader(ids(), memory=bank).logits
+    loaded = type(reader).from_pretrained(tmp_path / "model", **({} if isinstance(reader, MemTRM) else given))
+    assert torch.equal(loaded(ids(), memory=bank).logits, expected)
+    size = sum(f.stat().st_size for f in (tmp_path / "model").glob("*.safetensors"))
+    if isinstance(reader, LongMem):
+        assert size < 4.2 * sum(p.numel() for p in reader.trainable_parameters()) + 8192
+    elif isinstance(reader, TrainingFree):
+        assert size == 0
+    else:
+        by_name = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        assert isinstance(by_name, MemTRM) and torch.equal(by_name(ids(), memory=bank).logits, expected)
+        alone = AutoModelForCausalLM.from_pretrained(tmp_path / "model" / "backbone").eval()
+        assert torch.equal(alone(ids()).logits, reader(ids()).logits)
 
 
 @pytest.mark.parametrize("name", SOFTMAX)

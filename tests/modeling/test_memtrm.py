@@ -5,7 +5,6 @@ The laws of LongMem, over the whole family table, as far as they have a SideNet'
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.family_table import FAMILIES, V, make_backbone
-from tests.modeling.test_laws import output_gate
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from longmem import (
     AlibiGPTConfig,
@@ -29,9 +27,7 @@ from longmem import (
     TrainingFreeConfig,
 )
 from longmem.errors import BackboneError, CheckpointError, ConfigError, LongMemError, MemoryBankError, StoreError
-from longmem.memory.session import SessionMemory
 from longmem.modeling.augmented import AugmentedLM
-from longmem.modeling.families import Call, Family
 from longmem.store import MemoryStore
 
 SETTINGS: dict[str, Any] = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
@@ -67,108 +63,11 @@ def model(request: pytest.FixtureRequest, backbone: PreTrainedModel) -> Augmente
 
 
 @torch.no_grad()
-def test_empty_bank_equals_the_plain_backbone_bit_for_bit(model: AugmentedLM, backbone: PreTrainedModel) -> None:
-    empty = MemoryBank.for_model(model, rows=2, capacity_tokens=64)
-    plain = backbone(ids()).logits
-    assert torch.equal(model(ids(), memory=empty).logits, plain)
-    assert torch.equal(model(ids()).logits, plain)
-
-
-@torch.no_grad()
-def test_wrapping_leaves_the_backbone_as_it_was(model: AugmentedLM, backbone: PreTrainedModel) -> None:
-    fresh = copy.deepcopy(backbone.state_dict())
-    model(ids(), memory=filled(model, ids(seed=1)))
-    assert all(torch.equal(fresh[name], tensor) for name, tensor in backbone.state_dict().items())
-    twin: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(backbone.config)).eval()
-    twin.load_state_dict(backbone.state_dict())
-    assert torch.equal(backbone(ids()).logits, twin(ids()).logits)
-
-
-@torch.no_grad()
-def test_a_filled_bank_changes_the_answer_and_a_second_call_repeats_it(model: AugmentedLM) -> None:
-    bank = filled(model, ids(seed=1))
-    first = model(ids(), memory=bank)
-    assert torch.equal(first.logits, model(ids(), memory=bank).logits)
-    assert (first.logits - model(ids()).logits).abs().max() > 1e-4
-    assert first.share is not None and first.share.shape == (2, model.num_heads, 12)
-    torch.testing.assert_close(first.share[1, :, 5], torch.tensor(gates()))
-    torch.testing.assert_close(model.memory_share, torch.tensor(gates()))
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("made", [MemTRM, TrainingFree])
 def test_gate_shut_is_the_plain_backbone(made: type[AugmentedLM], backbone: PreTrainedModel) -> None:
     model = made.from_backbone(backbone, **SETTINGS).eval()
     model.memory_gate.fill_(-torch.inf)
     assert torch.equal(model(ids(), memory=filled(model, ids(seed=1))).logits, backbone(ids()).logits)
-
-
-@torch.no_grad()
-def test_no_token_sees_its_future(model: AugmentedLM) -> None:
-    bank = filled(model, ids(seed=1))
-    changed = ids()
-    changed[:, 7] = (changed[:, 7] + 1) % V
-    before, after = model(ids(), memory=bank).logits, model(changed, memory=bank).logits
-    torch.testing.assert_close(before[:, :7], after[:, :7], atol=1e-6, rtol=0)
-    assert (before[:, 7:] - after[:, 7:]).abs().max() > 1e-4
-
-
-@torch.no_grad()
-def test_a_row_is_what_it_is_alone(model: AugmentedLM) -> None:
-    bank = filled(model, ids(seed=1))
-    both = model(ids(), memory=bank).logits
-    for row in range(2):
-        alone = model(ids()[row : row + 1], memory=bank, memory_rows=torch.tensor([row])).logits
-        torch.testing.assert_close(both[row : row + 1], alone, atol=2e-6, rtol=0)
-
-
-@torch.no_grad()
-def test_a_row_without_memory_is_untouched_by_its_neighbour(model: AugmentedLM) -> None:
-    bank = filled(model, ids(seed=1))
-    bank.reset(torch.tensor([0]))
-    torch.testing.assert_close(model(ids(), memory=bank).logits[0], model(ids()).logits[0], atol=2e-6, rtol=0)
-
-
-@torch.no_grad()
-def test_what_is_remembered_does_not_depend_on_what_was_read(model: AugmentedLM) -> None:
-    """Layers up to the memory layer never see memory, so a segment can be encoded alone, and early."""
-    encoded = model.encode(ids())
-    for memory in (None, filled(model, ids(seed=1))):
-        kv = model(ids(), memory=memory).kv
-        assert kv is not None
-        assert torch.equal(kv.keys, encoded.keys) and torch.equal(kv.values, encoded.values)
-    assert encoded.keys.shape == (2, model.memory_heads, 12, model.memory_head_dim)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("made", [MemTRM, TrainingFree])
-def test_retrieving_everything_with_an_open_gate_is_dense_position_free_attention(
-    made: type[AugmentedLM], backbone: PreTrainedModel
-) -> None:
-    model = made.from_backbone(backbone, chunk_size=2, num_retrieved=64, memory_size=64).eval()
-    model.memory_gate.fill_(60.0)
-    bank = filled(model, ids(seed=1))
-    family = Family.of(model.backbone.mirror)
-    attention = family.attention(family.layers[model.memory_layer])
-    probe, seen = Family.of(backbone).probe(model.memory_layer), dict[str, Any]()
-    handles = [
-        attention.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.update(call=Call.record(module, args, kwargs)), with_kwargs=True
-        ),
-        family.output_projection(attention).register_forward_pre_hook(lambda module, args: seen.update(fused=args[0])),
-    ]
-    model(ids(), memory=bank)
-    for handle in handles:
-        handle.remove()
-    fused = seen["fused"]
-    kv, qkv = model.encode(ids(seed=1)), probe(seen["call"])
-    group = model.num_heads // kv.keys.shape[1]
-    keys, values = (part.repeat_interleave(group, 1) for part in (kv.keys, kv.values))
-    scores = qkv.queries @ keys.transpose(-1, -2) * qkv.scaling
-    if qkv.softcap is not None:
-        scores = qkv.softcap * torch.tanh(scores / qkv.softcap)
-    dense = (scores.softmax(-1) @ values).transpose(1, 2).flatten(2) * output_gate(attention, seen["call"])
-    torch.testing.assert_close(fused, dense, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
@@ -248,59 +147,6 @@ def test_keys_of_a_memtrm_go_stale_and_those_of_a_longmem_do_not() -> None:
 
 
 @torch.no_grad()
-def test_logits_do_not_depend_on_cache_or_padding(model: AugmentedLM) -> None:
-    bank, prompt = three_rows(model), ids(3, 8)
-    whole = model(prompt, memory=bank).logits
-    first = model(prompt[:, :5], memory=bank, use_cache=True)
-    steps, cache = [first.logits], first.past_key_values
-    for token in prompt[:, 5:].split(1, dim=1):
-        steps.append(model(token, memory=bank, past_key_values=cache, use_cache=True).logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=0)
-    mask = torch.cat((torch.zeros(3, 3), torch.ones(3, 8)), dim=1).long()
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    padded = torch.cat((torch.zeros(3, 3, dtype=torch.long), prompt), dim=1)
-    out = model(padded, attention_mask=mask, position_ids=positions, memory=bank)
-    torch.testing.assert_close(out.logits[:, 3:], whole, atol=1e-5, rtol=0)
-
-
-def three_rows(model: AugmentedLM) -> MemoryBank:
-    bank = MemoryBank.for_model(model, rows=3, capacity_tokens=64)
-    for row, tokens in enumerate(FILLS):
-        if tokens:
-            bank.add(model.encode(ids(1, tokens, seed=row)), rows=ROWS[row : row + 1])
-    assert bank.tokens.tolist() == [0, 10, 64]
-    return bank
-
-
-def test_cached_generation_equals_uncached_and_padded_equals_alone(model: AugmentedLM) -> None:
-    bank, prompt = three_rows(model), ids(3, 8)
-    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    mask = torch.ones(3, 8, dtype=torch.long)
-    for row, pads in enumerate((3, 0, 2)):
-        prompt[row, :pads], mask[row, :pads] = 0, 0
-    together = model.generate(prompt, attention_mask=mask, memory=bank, **settings)
-    assert torch.equal(together, model.generate(prompt, attention_mask=mask, memory=bank, use_cache=False, **settings))
-    for row, pads in enumerate((3, 0, 2)):
-        alone = model.generate(prompt[row : row + 1, pads:], memory=bank, memory_rows=ROWS[row : row + 1], **settings)
-        assert torch.equal(alone[0], together[row, pads:])
-    beams, plain = (model.generate(ids(3, 8), memory=bank, num_beams=2, use_cache=c, **settings) for c in (True, False))
-    assert torch.equal(beams, plain)
-
-
-def test_text_that_leaves_the_window_moves_to_memory(model: AugmentedLM) -> None:
-    """Prompt and continuation longer than the window; with a cache, without, and in two calls over one session."""
-    bank, prompt = filled(model, ids(1, seed=1)), ids(1, 20)
-    settings: dict[str, Any] = {"window": 16, "window_move": 8, "do_sample": False, "pad_token_id": 0}
-    settings |= {"max_new_tokens": 12, "eos_token_id": None}
-    whole = model.generate(prompt, memory=bank, **settings)
-    assert torch.equal(whole, model.generate(prompt, memory=bank, use_cache=False, **settings))
-    session = SessionMemory.for_model(model, base=bank, rows=1, capacity_tokens=64)
-    assert torch.equal(whole, model.generate(prompt, memory=session, **settings))
-    assert session.bank.tokens.item() >= 16
-    assert bank.tokens.item() == 12, "the caller's memory is only read"
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("name", SOFTMAX)
 @pytest.mark.parametrize("made", [MemTRM, TrainingFree])
 def test_one_softmax_with_a_closed_gate_is_the_plain_backbone(made: type[AugmentedLM], name: str) -> None:
@@ -362,35 +208,6 @@ def test_a_store_of_theirs_is_a_bank_and_a_training_free_model_reads_that_of_a_l
             assert (found - reader(query).logits).abs().max() > 1e-6
     with pytest.raises(StoreError, match=coupled.fingerprint):
         MemoryStore.open(tmp_path / "side", model=coupled, tokenizer=byte_tokenizer, mode="read")
-
-
-@torch.no_grad()
-def test_readings_are_explained(model: AugmentedLM) -> None:
-    bank = filled(model, ids(seed=1))
-    explanation = model(ids(), memory=bank, explain=True).explanation
-    assert explanation is not None
-    torch.testing.assert_close(explanation.share[0, :, 3], torch.tensor(gates()))
-    (best, *_) = explanation.token(-1)
-    assert best.origin.length == 2
-
-
-@torch.no_grad()
-def test_save_and_load_give_the_same_logits(model: AugmentedLM, backbone: PreTrainedModel, tmp_path: Path) -> None:
-    backbone.save_pretrained(tmp_path / "backbone")
-    model.save_pretrained(tmp_path / "model")
-    given: dict[str, Any] = {} if isinstance(model, MemTRM) else {"backbone": tmp_path / "backbone"}
-    bank = filled(model, ids(seed=1))
-    expected = model(ids(), memory=bank).logits
-    loaded = type(model).from_pretrained(tmp_path / "model", **given)
-    assert torch.equal(loaded(ids(), memory=bank).logits, expected)
-    if isinstance(model, MemTRM):
-        by_name = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-        assert isinstance(by_name, MemTRM)
-        assert torch.equal(by_name(ids(), memory=bank).logits, expected)
-        alone = AutoModelForCausalLM.from_pretrained(tmp_path / "model" / "backbone").eval()
-        assert torch.equal(alone(ids()).logits, model(ids()).logits)
-    else:
-        assert {file.suffix for file in (tmp_path / "model").iterdir()} == {".json"}
 
 
 def line(problem: pytest.ExceptionInfo[LongMemError]) -> str:
