@@ -5,17 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tests.family_table import V, make_backbone
-from torch import Tensor, nn
+from tests.family_table import SETTINGS, ids, make_backbone
+from torch import nn
 from transformers import PreTrainedModel
 
 from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
-
-SETTINGS = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
-
-
-def ids(rows: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def longmem(name: str | PreTrainedModel) -> LongMem:

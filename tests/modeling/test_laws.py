@@ -11,25 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.family_table import FAMILIES, V, make_backbone
+from tests.family_table import FAMILIES, SETTINGS, V, filled, ids, make_backbone
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
 from longmem.modeling.families import Call, Family
 
-SETTINGS = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
 SOFTMAX = [name for name in FAMILIES if not name.startswith(("bloom", "mpt", "falcon", "gptj"))]
-
-
-def ids(rows: int = 2, length: int = 12, seed: int = 0) -> Tensor:
-    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def filled(model: Any, segments: Tensor) -> MemoryBank:
-    bank = MemoryBank.for_model(model, rows=segments.shape[0], capacity_tokens=64)
-    bank.add(model.encode(segments))
-    return bank
 
 
 class Identity(nn.Module):

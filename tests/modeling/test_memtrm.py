@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.family_table import FAMILIES, V, make_backbone
+from tests.family_table import FAMILIES, SETTINGS, filled, ids, make_backbone
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -30,21 +30,10 @@ from longmem.errors import BackboneError, CheckpointError, ConfigError, LongMemE
 from longmem.modeling.augmented import AugmentedLM
 from longmem.store import MemoryStore
 
-SETTINGS: dict[str, Any] = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
 SOFTMAX = [name for name in FAMILIES if not name.startswith(("bloom", "mpt", "falcon", "gptj"))]
 NOT_RECOMPUTED = ("alibi_gpt",)
 ROWS = torch.arange(3)
 FILLS = (0, 10, 80)  # tokens that each row of a bank was given: it is empty, partly filled, has lost its oldest
-
-
-def ids(rows: int = 2, length: int = 12, seed: int = 0) -> Tensor:
-    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def filled(model: Any, segments: Tensor) -> MemoryBank:
-    bank = MemoryBank.for_model(model, rows=segments.shape[0], capacity_tokens=64)
-    bank.add(model.encode(segments))
-    return bank
 
 
 def gates(heads: int = 4) -> list[float]:

@@ -7,20 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.family_table import V, make_backbone
-from torch import Tensor
+from tests.family_table import SETTINGS, V, filled, ids, make_backbone
 
 from longmem import LongMem, LongMemConfig, MemoryBank, MemoryStore, MemTRM, SessionMemory, TrainingFree
 from longmem.errors import BackboneError, ConfigError, MemoryBankError
 
 FAMILIES = {"llama": (1, 3), "gpt2": (1, 3), "gemma2": (1, 3), "qwen3": (1, 3), "alibi_gpt": (1, 3), "lfm2": (2, 5)}
 KINDS = [LongMem, MemTRM, TrainingFree]
-SETTINGS: dict[str, Any] = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-
-
-def ids(rows: int = 2, length: int = 12, seed: int = 0) -> Tensor:
-    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(params=list(FAMILIES), scope="module")
@@ -35,12 +29,6 @@ def model(request: pytest.FixtureRequest, family: str) -> Any:
     with torch.no_grad():
         made.memory_gate.normal_()
     return made
-
-
-def filled(model: Any, segments: Tensor, **settings: Any) -> MemoryBank:
-    bank = MemoryBank.for_model(model, rows=segments.shape[0], capacity_tokens=64, **settings)
-    bank.add(model.encode(segments), documents=["a"] * len(segments))
-    return bank
 
 
 @torch.no_grad()

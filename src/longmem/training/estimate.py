@@ -9,7 +9,7 @@ What no shape tells is an assumption: ``RESERVE``, and the share of its peak tha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -27,17 +27,10 @@ REACHED = 0.4
 """Share of the peak that training reaches; 0.35 to 0.5 is usual for models of this size."""
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """One machine.
+class Hardware(NamedTuple):
+    """Of each of a machine's devices: GiB of memory, dense peaks in TFLOP/s, bandwidth of memory in TB/s.
 
-    Attributes:
-        memory: GiB of a device.
-        half: dense peak of a device in half precision, TFLOP/s.
-        single: the same in float32.
-        bandwidth: of a device's memory, TB/s.
-        devices: how many.
-        bf16: whether it multiplies in bf16, so that a recipe's ``precision = "auto"`` takes it.
+    ``bf16``: whether it multiplies in bf16, so that a recipe's ``precision = "auto"`` takes it.
     """
 
     memory: int
@@ -64,29 +57,24 @@ TF32. The CPU: two cores that finish 32 float32 operations per clock of 3 GHz.""
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run needs on a machine.
-
-    Attributes:
-        machine: its name.
-        parameters: of the backbone.
-        trained: parameters that training changes.
-        tokens: of the whole run.
-        bytes: of every part that is alive at the peak, per device.
-        flops: per token, of every part.
-        seconds: per token and device.
-    """
+    """What a run needs on a machine."""
 
     machine: str
     parameters: int
+    """Of the backbone."""
     trained: int
+    """Parameters that training changes."""
     tokens: int
+    """Of the whole run."""
     bytes: dict[str, float]
+    """Of every part that is alive at the peak, per device."""
     flops: dict[str, float]
+    """Per token, of every part."""
     seconds: float
+    """Per token and device."""
 
     @property
     def gib(self) -> float:
-        """Per device."""
         return sum(self.bytes.values()) / GIB
 
     @property
@@ -114,14 +102,9 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, machine: str, backbone: PreTrainedConfig | None = None) -> Estimate:
-    """Memory and hours of a recipe.
+    """Memory and hours of a recipe on a machine of ``HARDWARE``; ``backbone`` is in place of ``backbone.path``.
 
     FSDP2 is counted as weights, gradients and moments divided among the devices; what moves between them is not.
-
-    Args:
-        recipe: with a budget in steps or tokens.
-        machine: a name in ``HARDWARE``.
-        backbone: its config, in place of the one at ``backbone.path``.
     """
     if machine not in HARDWARE:
         raise ConfigError(f"hardware ({machine!r}) is not known; try one of {', '.join(HARDWARE)}")

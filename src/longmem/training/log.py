@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -19,13 +20,7 @@ from longmem.training.trainer import Clock
 class RunLog(TrainerCallback):
     """Writes ``metrics.jsonl`` and stderr; a process that is not the main one stays silent.
 
-    Args:
-        recipe: of the run.
-        tokens_per_step: of all rows and processes.
-        resume: keep the records of the steps before.
-        main: whether this is the main process.
-        quiet: no lines.
-        clock: of the run.
+    ``tokens_per_step`` is of all rows and processes; ``resume`` keeps the records of the steps before.
     """
 
     def __init__(
@@ -39,16 +34,14 @@ class RunLog(TrainerCallback):
         self._progress = Progress(f"{recipe.task} {recipe.run.name}", unit="steps", quiet=quiet or not main)
         self._since = (0, 0.0)
 
+        self.say = self._progress.say
+
     def __enter__(self) -> Self:
         self._progress.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._progress.__exit__(*error)
-
-    def say(self, line: str) -> None:
-        """One line for people, on stderr."""
-        self._progress.say(line)
 
     def took(self) -> str:
         return shown(self.clock.seconds)
@@ -114,15 +107,10 @@ class RunLog(TrainerCallback):
             shares = record["share"]
             extra += [f"memory {record['memory_fill']:.0%}", f"share {min(shares):.2f} to {max(shares):.2f}"]
         parts = (
-            f"step {step:,}{total}",
-            f"loss {record['loss']:.3f}",
-            f"ppl {record['perplexity']:.2f}",
-            *extra,
-            f"lr {record['lr']:.2e}",
-            f"grad {record['grad_norm']:.2f}",
-            f"{record['tokens_per_second']:,.0f} tok/s",
+            f"step {step:,}{total}", f"loss {record['loss']:.3f}", f"ppl {record['perplexity']:.2f}", *extra,
+            f"lr {record['lr']:.2e}", f"grad {record['grad_norm']:.2f}", f"{record['tokens_per_second']:,.0f} tok/s",
             f"{shown(left)} left",
-        )
+        )  # fmt: skip
         return " · ".join(parts)
 
     def _record(self, record: dict[str, Any]) -> None:
@@ -134,11 +122,9 @@ class RunLog(TrainerCallback):
 def _kept_lines(path: Path, step: int) -> list[str]:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
-        try:
+        with suppress(ValueError, KeyError):  # a line that a crash cut in half
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError):  # a line that a crash cut in half
-            continue
     return kept
 
 

@@ -50,13 +50,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torc
 
 
 def backbone_shape(recipe: Recipe, vocab_size: int | None = None, **settings: Any) -> AlibiGPTConfig:
-    """Configuration of the backbone that ``[model]`` describes.
-
-    Args:
-        recipe: ``data.window`` says how many positions it has.
-        vocab_size: of the tokenizer, where the recipe does not name one; None is the size that it asks for.
-        **settings: further ones of ``AlibiGPTConfig``.
-    """
+    """Configuration of the backbone that ``[model]`` describes; ``vocab_size`` is that of the tokenizer."""
     shape = recipe.model
     return AlibiGPTConfig(
         vocab_size=shape.vocab_size or vocab_size or recipe.data.vocab_size,

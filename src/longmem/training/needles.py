@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from longmem.data.facts import draw_facts
 from longmem.data.windows import IGNORE
@@ -32,23 +33,15 @@ RUN = 16  # segments of text that are taken from one place of the corpus
 _TEXT, _STEP, _FACTS = 11, 12, 13  # what random numbers are drawn for
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A question, and what the text around its facts leaves in memory.
-
-    Attributes:
-        ids: (t,) question and answer.
-        answer: tokens of the answer.
-        kv: keys and values of its facts' segments, (Hkv, tokens, D) each.
-    """
+class _Asked(NamedTuple):
+    """A question with its answer, (t,); tokens of the answer; keys and values of its facts, (Hkv, tokens, D) each."""
 
     ids: Tensor
     answer: int
     kv: tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Questions:
+class Questions(NamedTuple):
     """A batch of them, and what they are asked of."""
 
     ids: Tensor
@@ -158,14 +151,12 @@ class NeedleTrainer(LongMemTrainer):
 
     def _facts(self, asked: Sequence[_Asked]) -> MemoryBank:
         """A row for each question."""
-        longest = max(one.kv[0].shape[1] for one in asked)
+        parts = [pad_sequence([one.kv[i].transpose(0, 1) for one in asked], batch_first=True) for i in (0, 1)]
+        keys, values = (part.transpose(1, 2) for part in parts)
+        lengths = torch.tensor([[one.kv[0].shape[1]] for one in asked], device=keys.device)
+        longest = keys.shape[2]
         bank = self.new_bank(len(asked), capacity_tokens=longest, shared=False)
-        keys, values = (
-            torch.stack([nn.functional.pad(one.kv[i], (0, 0, 0, longest - one.kv[i].shape[1])) for one in asked])
-            for i in (0, 1)
-        )
-        lengths = torch.tensor([one.kv[0].shape[1] for one in asked], device=keys.device)
-        bank.add(AttentionKV(keys, values, torch.arange(longest, device=keys.device) < lengths[:, None]))
+        bank.add(AttentionKV(keys, values, torch.arange(longest, device=keys.device) < lengths))
         return bank
 
     def _tokens(self, text: str) -> list[int]:

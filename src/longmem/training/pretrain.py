@@ -20,18 +20,10 @@ from longmem.training.trainer import Scores, StreamTrainer, token_losses
 
 
 class Pretrainer(StreamTrainer):
-    """Trains every weight.
+    """Trains every weight of a causal language model.
 
-    Args:
-        model: a causal language model.
-        args: ``per_device_train_batch_size`` is rows.
-        sampler: of the windows.
-        tokenizer: decides the vocabulary.
-        valid: validation text; may be None.
-        eval_tokens: of it that are read.
-        copy: evaluations also measure how well the model copies from its context.
-        quiet: no progress on stderr.
-        **trainer: further arguments of ``StreamTrainer``.
+    Evaluations read ``eval_tokens`` of ``valid``, and with ``copy`` also measure how well the model copies from its
+    context.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -39,27 +40,21 @@ SAME_TO_RESUME = ("data", "model", "backbone", "sidenet", "needles")
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to.
-
-    Attributes:
-        out_dir: the run's folder.
-        model_dir: the finished model; None if the run was stopped before its end.
-        step: optimiser steps done.
-        tokens: tokens trained on.
-        seconds: wall time, over all resumed parts.
-        losses: training loss of each log step of this part, text only.
-        evaluation: the last evaluation.
-        main: whether this is the main process, which speaks for all.
-    """
+    """What a run came to."""
 
     out_dir: Path
     model_dir: Path | None
+    """The finished model; None if the run was stopped before its end."""
     step: int
     tokens: int
     seconds: float
+    """Wall time, over all resumed parts."""
     losses: list[float]
+    """Of each log step of this part, on text only."""
     evaluation: dict[str, Any]
+    """The last one."""
     main: bool = True
+    """Whether this is the main process, which speaks for all."""
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> TrainResult:
@@ -113,15 +108,9 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
         told.say(f"finished: {took}; model in {model_dir}" if finished else
                  f"stopped by a signal: {took}; checkpoint saved, go on with --resume")  # fmt: skip
     return TrainResult(
-        recipe.out_dir,
-        model_dir,
-        step,
-        step * steps,
-        clock.seconds,
-        told.losses,
-        told.evaluation,
+        recipe.out_dir, model_dir, step, step * steps, clock.seconds, told.losses, told.evaluation,
         state.is_main_process,
-    )
+    )  # fmt: skip
 
 
 def build_trainer(
@@ -142,13 +131,9 @@ def build_trainer(
     check_tokenizer(tokenizer, model, way_out="leave data.tokenizer out, or name the backbone's")
     args = arguments(recipe, state.device)
     data, optim, side = recipe.data, recipe.optim, recipe.sidenet
-    now = recipe.model_dump(mode="json")
-    same = {"task": recipe.task, "method": recipe.method} | {
-        f"{section}.{name}": value
-        for section in SAME_TO_RESUME
-        for name, value in now[section].items()
-        if name != "cache_dir"
-    }
+    now = recipe.model_dump(mode="json", exclude={"data": {"cache_dir"}})
+    same = {f"{section}.{name}": value for section in SAME_TO_RESUME for name, value in now[section].items()}
+    same |= {"task": recipe.task, "method": recipe.method}
     common: dict[str, Any] = {
         "optim": optim,
         "clock": clock,
@@ -162,17 +147,10 @@ def build_trainer(
     }
     if recipe.task == "pretrain":
         sampler = WindowSampler(
-            texts,
-            data.window,
-            optim.rows,
-            recipe.run.seed,
-            repeat_fraction=data.repeat_fraction,
-            repeat_random=data.repeat_random,
-            rank=state.process_index,
-            world=state.num_processes,
-            special_ids=3 if data.tokenizer is None else 0,
-            vocab_size=len(tokenizer),
-        )
+            texts, data.window, optim.rows, recipe.run.seed, repeat_fraction=data.repeat_fraction,
+            repeat_random=data.repeat_random, rank=state.process_index, world=state.num_processes,
+            special_ids=3 if data.tokenizer is None else 0, vocab_size=len(tokenizer),
+        )  # fmt: skip
         trainer: Any = Pretrainer(model, args, sampler=sampler, valid=valid, copy=recipe.eval.copy_score, **common)
     else:
         halved = args.bf16 and state.device.type != "cpu"
@@ -193,19 +171,20 @@ def build_trainer(
             compare=True,
             **common,
         )
-    # of needles on average: questions have no fixed length
-    needles, text = recipe.needles, optim.rows * data.window
-    trainer.tokens_per_batch = round(needles.share * 2 * needles.rows * needles.context + (1 - needles.share) * text)
+    trainer.tokens_per_batch = round(_tokens_per_batch(recipe))
     return trainer
+
+
+def _tokens_per_batch(recipe: Recipe) -> float:
+    """Of needles on average: questions have no fixed length."""
+    needles, text = recipe.needles, recipe.optim.rows * recipe.data.window
+    return needles.share * 2 * needles.rows * needles.context + (1 - needles.share) * text
 
 
 def arguments(recipe: Recipe, device: torch.device) -> TrainingArguments:
     """What Trainer is told."""
     optim, evaluation, saving = recipe.optim, recipe.eval, recipe.checkpoint
-    step = optim.rows * optim.accumulate * recipe.data.window * PartialState().num_processes
-    if recipe.needles.share:
-        asked = 2 * recipe.needles.rows * recipe.needles.context * optim.accumulate * PartialState().num_processes
-        step = round(recipe.needles.share * asked + (1 - recipe.needles.share) * step)
+    step = round(_tokens_per_batch(recipe) * optim.accumulate * PartialState().num_processes)
     # a run by the clock has no number of steps
     steps = optim.steps or (-(-optim.tokens // step) if optim.tokens else 10**9)
     if recipe.log.tensorboard:
@@ -266,24 +245,22 @@ class _Signals:
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
+        with suppress(ValueError):  # not the main thread: signals are someone else's
+            for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._on_signal)
-            except ValueError:  # not the main thread: signals are someone else's
-                break
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.caught = True
         self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.caught = True
+        self._restore()
 
 
 def _about(trainer: StreamTrainer, recipe: Recipe) -> str:

@@ -93,12 +93,8 @@ def let_go(model: nn.Module) -> None:
 
 def whole(tensors: Iterable[tuple[str, Tensor]], keep: bool = True) -> dict[str, Tensor]:
     """The tensors undivided and on the CPU. All processes call this; those that do not ``keep`` get an empty dict."""
-    found = {}
-    for name, tensor in tensors:
-        gathered = undivided(tensor.detach())
-        if keep:
-            found[name] = gathered.cpu()
-    return found
+    gathered = ((name, undivided(tensor.detach())) for name, tensor in tensors)
+    return {name: tensor.cpu() for name, tensor in gathered if keep}
 
 
 @torch.no_grad()

@@ -58,25 +58,13 @@ class Scores:
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy per token.
-
-    Args:
-        logits: (B, T, V), any float type; scored in float32.
-        targets: (B, T) long, -100 where nothing is scored.
-
-    Returns:
-        (B, T) float32, 0 where nothing is scored.
-    """
+    """Cross entropy (B, T) in float32 of logits (B, T, V); 0 where targets (B, T) are -100."""
     losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORE)
     return losses.view_as(targets)
 
 
 class Clock:
-    """Wall time of a run over all its parts; every process reads the main one's.
-
-    Args:
-        minutes: that the run may take; None is no limit.
-    """
+    """Wall time of a run over all its parts, which may be limited; every process reads the main one's."""
 
     def __init__(self, minutes: float | None = None) -> None:
         self.minutes, self.seconds, self._since = minutes, 0.0, time.monotonic()
@@ -109,7 +97,6 @@ class StreamTrainer(Trainer):
     Args:
         model: whose parameters with ``requires_grad`` are trained.
         args: as ever; ``max_steps`` must be set.
-        stream: of batches.
         optim: optimiser and schedule of a recipe; None takes those of ``args``.
         clock: of the run; a checkpoint keeps its ``seconds``.
         same: what a checkpoint must agree with to be resumed from, by name.
