@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -25,8 +25,6 @@ from longmem.types import AttentionKV, Memory
 LINEAR_POSITIONS = ("alibi_gpt", "bloom", "mpt")  # ALiBi has no last position
 
 Tokens = tuple[int, ...]
-Reads = Callable[[Sequence["_Part"]], dict[str, Any]]
-"""Keyword arguments by which a model reads the memory of these parts."""
 
 
 class LongText(Protocol):
@@ -182,7 +180,7 @@ class Asker:
             groups.setdefault(part.before, []).append(part)
         for text in [before for before in groups if not isinstance(before, tuple)]:
             with text.open(self) as memory:
-                yield from self._pack(groups.pop(text), _reader(memory, {text: 0}))
+                yield from self._pack(groups.pop(text), memory, {text: 0})
         # nothing to remember first, then by length: rows of about the same length are read together
         waiting = sorted(groups, key=len)
         while waiting:
@@ -193,22 +191,37 @@ class Asker:
                 load += sum(max(1, len(part.options)) for part in groups[chosen[-1]])
             rows = {before: row for row, before in enumerate(chosen)}
             together = [part for before in chosen for part in groups[before]]
-            yield from self._pack(together, _reader(self.read(chosen), rows))
+            yield from self._pack(together, self.read(chosen), rows)
 
-    def _pack(self, parts: Sequence[_Part], reads: Reads) -> Iterator[tuple[_Part, Any]]:
+    @torch.no_grad()
+    def _pack(self, parts: Sequence[_Part], memory: Memory | None, row: dict[Any, int]) -> Iterator[tuple[_Part, Any]]:
+        """Parts whose memories are rows of one: score the options of each, or continue it."""
+
+        def reads(some: Iterable[_Part]) -> dict[str, Any]:
+            rows = torch.tensor([row[part.before] for part in some])
+            return {} if memory is None else {"memory": memory, "memory_rows": rows}
+
         sequences = sorted((s for part in parts for s in _sequences(part)), key=lambda s: -len(s.inputs))
         scores: dict[int, dict[int, tuple[float, bool, int]]] = {}
         for at in range(0, len(sequences), self.rows):
-            for sequence, found in self._forward(sequences[at : at + self.rows], reads):
-                mine = scores.setdefault(id(sequence.part), {})  # hashing a part reads all of its text
-                mine.update(found)
-                if len(mine) == len(sequence.part.options):
-                    logprobs, greedy, first = zip(*(mine[n] for n in range(len(mine))), strict=True)
-                    yield sequence.part, Scored(logprobs, greedy, first[0])
+            batch = sequences[at : at + self.rows]
+            ids, _ = padded([sequence.inputs for sequence in batch], self.device)
+            first = min(len(sequence.part.local) for sequence in batch) - 1  # its logits score the first token
+            logits = last_logits(self.model, ids, ids.shape[1] - first, **reads(s.part for s in batch))
+            for (part, inputs, options), of_row in zip(batch, logits, strict=True):
+                scored = of_row[len(part.local) - 1 - first : len(inputs) - first].float().log_softmax(-1)
+                best, mine = scored.argmax(-1), scores.setdefault(id(part), {})  # hashing a part reads all of its text
+                for number in options:
+                    option = torch.tensor(part.options[number], device=scored.device)
+                    logprob = scored[: len(option)].gather(1, option[:, None]).double().sum().item()
+                    mine[number] = (logprob, bool((best[: len(option)] == option).all()), int(best[0]))
+                if len(mine) == len(part.options):
+                    logprobs, greedy, choice = zip(*(mine[n] for n in range(len(mine))), strict=True)
+                    yield part, Scored(logprobs, greedy, choice[0])
         continued = sorted((part for part in parts if part.new), key=lambda part: -len(part.local))
         for at in range(0, len(continued), self.rows):
-            batch = continued[at : at + self.rows]
-            yield from zip(batch, self._continue(batch, reads), strict=True)
+            some = continued[at : at + self.rows]
+            yield from zip(some, self._continue(some, reads(some)), strict=True)
 
     # reading
 
@@ -241,28 +254,8 @@ class Asker:
             kv = self.model.encode(ids, real.long())
             bank.add(AttentionKV(kv.keys, kv.values, real), rows=torch.tensor(list(parts)))
 
-    # running
-
     @torch.no_grad()
-    def _forward(
-        self, batch: Sequence[_Sequence], reads: Reads
-    ) -> Iterator[tuple[_Sequence, dict[int, tuple[float, bool, int]]]]:
-        """Of each option: its log-probability, whether it is the first choice, and the first choice itself."""
-        ids, _ = padded([sequence.inputs for sequence in batch], self.device)
-        first = min(sequence.first for sequence in batch)
-        logits = last_logits(self.model, ids, ids.shape[1] - first, **reads([sequence.part for sequence in batch]))
-        for sequence, row in zip(batch, logits, strict=True):
-            scored = row[sequence.first - first : len(sequence.inputs) - first].float().log_softmax(-1)
-            best = scored.argmax(-1)
-            found = {}
-            for number in sequence.options:
-                option = torch.tensor(sequence.part.options[number], device=scored.device)
-                logprob = scored[: len(option)].gather(1, option[:, None]).double().sum().item()
-                found[number] = (logprob, bool((best[: len(option)] == option).all()), int(best[0]))
-            yield sequence, found
-
-    @torch.no_grad()
-    def _continue(self, batch: Sequence[_Part], reads: Reads) -> Iterator[Tokens]:
+    def _continue(self, batch: Sequence[_Part], reads: dict[str, Any]) -> Iterator[Tokens]:
         # padded on the left, so that every continuation begins at one position
         flipped, real = padded([part.local[::-1] for part in batch], self.device)
         end = self.tokenizer.eos_token_id
@@ -274,7 +267,7 @@ class Asker:
             num_beams=1,
             eos_token_id=end,
             pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
-            **reads(batch),
+            **reads,
         )
         for part, ids in zip(batch, generated[:, flipped.shape[1] :].tolist(), strict=True):
             yield tuple((ids[: ids.index(end) + 1] if end in ids else ids)[: part.new])
@@ -359,11 +352,6 @@ class _Sequence(NamedTuple):
     inputs: Tokens
     options: list[int]
 
-    @property
-    def first(self) -> int:
-        """The position whose logits score the first token of every option."""
-        return len(self.part.local) - 1
-
 
 def _sequences(part: _Part) -> list[_Sequence]:
     """A causal model answers all options whose inputs are beginnings of one another in one pass."""
@@ -376,12 +364,6 @@ def _sequences(part: _Part) -> list[_Sequence]:
         else:
             longer.options.append(number)
     return found
-
-
-def _reader(memory: Memory | None, row_of: dict[Any, int]) -> Reads:
-    if memory is None:
-        return lambda parts: {}
-    return lambda parts: {"memory": memory, "memory_rows": torch.tensor([row_of[part.before] for part in parts])}
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:

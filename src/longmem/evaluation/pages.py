@@ -10,32 +10,29 @@ import html
 import io
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True)
-class Heading:
+class Heading(NamedTuple):
     """Level 1 is the page's title."""
 
     level: int
     text: str
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """A paragraph."""
 
     text: str
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Cells as text; the first column names the rows, numbers in the others are aligned to the right."""
 
     heads: Sequence[str]
@@ -78,9 +75,7 @@ def _markdown(block: Block, pictures: str) -> str:
             return _escaped(text)
         case Table(heads, rows, caption):
             lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-            table = "\n".join(
-                "| " + " | ".join(_escaped(cell, in_table=True) for cell in line) + " |" for line in lines
-            )
+            table = "\n".join(f"| {' | '.join(_escaped(cell, in_table=True) for cell in line)} |" for line in lines)
             return f"{_escaped(caption)}\n\n{table}" if caption else table
         case Picture(name, alt):
             return f"![{_escaped(alt)}]({pictures}/{name}.svg)"
@@ -111,23 +106,19 @@ def plain(table: Table, width: int) -> str:
     Nothing is ever cut.
     """
     caption = textwrap.fill(re.sub(r"[`*]{1,2}", "", table.caption), width)
-    columns = list(zip(table.heads, *table.rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
+    lines = [caption] if caption else []
+    widths = [max(map(len, column)) for column in zip(table.heads, *table.rows, strict=True)]
     if sum(widths) + 2 * (len(widths) - 1) <= width:
-        lines = list(_aligned([table.heads, ["-" * size for size in widths], *table.rows], widths))
-    else:
-        lines = [] if caption else [f"{table.heads[0]}:"]
-        for first, *cells in table.rows:
-            named = [(head, cell) for head, cell in zip(table.heads[1:], cells, strict=True) if cell]
-            longest = max((len(head) for head, _ in named), default=0)
-            lines += [first, *(f"  {head.ljust(longest)}  {cell}" for head, cell in named)]
-    return "\n".join([*([caption] if caption else []), *lines])
-
-
-def _aligned(lines: Sequence[Sequence[str]], widths: Sequence[int]) -> Iterator[str]:
-    for first, *more in lines:
-        cells = [first.ljust(widths[0]), *(cell.rjust(size) for cell, size in zip(more, widths[1:], strict=True))]
-        yield "  ".join(cells).rstrip()
+        for first, *more in (table.heads, ["-" * size for size in widths], *table.rows):
+            aligned = (cell.rjust(size) for cell, size in zip(more, widths[1:], strict=True))
+            lines.append("  ".join([first.ljust(widths[0]), *aligned]).rstrip())
+        return "\n".join(lines)
+    lines = lines or [f"{table.heads[0]}:"]
+    for first, *cells in table.rows:
+        named = [(head, cell) for head, cell in zip(table.heads[1:], cells, strict=True) if cell]
+        longest = max((len(head) for head, _ in named), default=0)
+        lines += [first, *(f"  {head.ljust(longest)}  {cell}" for head, cell in named)]
+    return "\n".join(lines)
 
 
 _PAGE = """<!doctype html>

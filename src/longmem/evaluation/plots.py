@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 INK = "#848b93"
 BLUE, ORANGE, GREEN, RED, PINK, GREY = "#2f8bd0", "#d98b00", "#14a077", "#e0602a", "#c272a4", "#98a0a7"
 
-Look = tuple[str, str, str]
-"""Colour, marker, dashes."""
-LOOKS: dict[str, Look] = {
+LOOKS = {
     BACKBONE: (INK, "o", "-"),
     MEMORY_OFF: (ORANGE, "s", "--"),
     CONTROL: (GREEN, "^", "-."),
@@ -36,6 +34,7 @@ LOOKS: dict[str, Look] = {
     "training_free": (PINK, ">", "-."),
     "full": (GREY, "P", ":"),
 }
+"""Colour, marker and dashes of a system or a kind of memory."""
 FEWEST_TOKENS = 1000  # a position bin with fewer is noise and is not drawn
 MOST_GROUPS = 8  # more groups beside each other are not read
 NEEDLE = re.compile(r"(.+), ([\d,]+) tokens, depth ([\d.]+) %")
@@ -55,14 +54,13 @@ def pictures_of(result: Json, name: str = "") -> Iterator[Picture]:
     elif kind == "layers":
         yield picture("layers", "what the heads of each layer find", layers_figure)
     elif kind == "task":
-        task = result["header"]["task"]
+        task, metrics = result["header"]["task"], result["metrics"]
         if any(NEEDLE.fullmatch(group["group"]) for group in result["groups"]):
-            for metric in result["metrics"]:
+            for metric in metrics:
                 alt = f"{metric['label']} by depth and length"
                 yield picture(f"{task}-{metric['name']}", alt, needle_figure, metric)
         else:
-            metric = result["metrics"][0]
-            yield picture(task, f"{metric['label']} of every system", groups_figure, metric)
+            yield picture(task, f"{metrics[0]['label']} of every system", groups_figure, metrics[0])
 
 
 def plot_all(result: Json, folder: Path) -> list[Path]:
@@ -217,8 +215,7 @@ def panels(columns: int, *, rows: int = 1, width: float = 4.6, height: float = 3
 
 def look(name: str) -> dict[str, Any]:
     """Arguments of ``Axes.plot`` for a system or a kind of memory."""
-    kind = name if (memory := sized(name)) is None else memory[0]
-    kind = "training_free" if kind.startswith("training_free") else kind
+    kind = "training_free" if name.startswith("training_free") else (sized(name) or (name,))[0]
     colour, marker, dashes = LOOKS.get(kind, LOOKS["full"])
     return {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 5, "linewidth": 1.6}
 
@@ -227,8 +224,8 @@ def legend(figure: Figure) -> Figure:
     """One legend below for all axes, each label once."""
     found: dict[str, Any] = {}
     for axis in figure.axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
+        handles, labels = axis.get_legend_handles_labels()
+        found |= {label: one for label, one in zip(labels, handles, strict=True) if label not in found}
     figure.legend(found.values(), found, loc="outside lower center", ncols=3, frameon=False, labelcolor=INK)
     return figure
 
@@ -236,9 +233,10 @@ def legend(figure: Figure) -> Figure:
 def tokens_axis(axis: Axes, label: str, at: Sequence[float]) -> None:
     """Powers of two along the bottom, with a tick at every value measured, or at some of many."""
     shown = sorted(set(at))
+    shown = shown[:: -(-len(shown) // 9) or 1]
     axis.set_xscale("log", base=2)
     axis.set_xlabel(label)
-    axis.set_xticks(shown[:: -(-len(shown) // 9) or 1], [short(x) for x in shown[:: -(-len(shown) // 9) or 1]])
+    axis.set_xticks(shown, [short(tokens) for tokens in shown])
     axis.xaxis.minorticks_off()
 
 

@@ -196,9 +196,7 @@ def run_task(
     for asker in askers:
         with Progress(f"{task.name}, {asker.label}", len(examples), "examples", quiet=quiet) as progress:
             for number, names in _answers(task, asker, examples, ledger):
-                record = ledger.get(*names)
-                assert record is not None
-                values[number][asker.name], seconds[names] = record["values"], record["seconds"]
+                values[number][asker.name], seconds[names] = (ledger.records[names][n] for n in ("values", "seconds"))
                 progress.advance()
     groups = {ALL: list(range(len(examples)))}
     for number, example in enumerate(examples):
@@ -290,7 +288,7 @@ def _answers(
             system = asker.identity if remembers else asker.identity | {"memory": None}
             key = digest_of(RECORDS_VERSION, task.name, asker.window, system)
             named.setdefault((key, digest_of(seen, task.gold(examples[number]))), []).append(number)
-        waiting = [names for names in named if ledger.get(*names) is None]
+        waiting = [names for names in named if names not in ledger.records]
         yield from ((number, names) for names in named if names not in waiting for number in named[names])
         began = time.monotonic()
         for at, answer in asker.ask([batch[named[names][0]] for names in waiting]):
