@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from longmem import MemoryStore
+import longmem.demo
+from longmem import MemoryStore, TrainingFree
+from longmem.chat import Reply
 from longmem.cli.main import main
-from longmem.demo import MEMORY_SIZES, NAMESPACE, NEW, PROMPT, find_texts, run_demo
-from longmem.errors import DataError
+from longmem.default_model import DefaultModel
+from longmem.demo import FACTS, MEMORY_SIZES, NAMESPACE, NEW, PROMPT, TALK, find_texts, run_demo
+from longmem.errors import BackboneError, DataError
 
 
 @pytest.fixture
@@ -45,6 +50,76 @@ def test_beginnings_are_kept_measured_and_continued(
     assert found["perplexity"]["header"]["task"] == "perplexity"
 
 
+@pytest.fixture
+def default(demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, byte_tokenizer: Any) -> DefaultModel:
+    """In place of the default model: a random backbone with a chat template, and gates of every token."""
+    backbone = tmp_path / "default" / "backbone"
+    shutil.copytree(demo_folder / "models" / "small" / "backbone", backbone)
+    byte_tokenizer.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>"
+    try:
+        byte_tokenizer.save_pretrained(backbone)
+    finally:
+        byte_tokenizer.chat_template = None
+    sizes = {"chunk_size": 4, "num_retrieved": 8}
+    TrainingFree.from_backbone(backbone, fusion="token", **sizes).save_pretrained(tmp_path / "default" / "gates")
+    found = DefaultModel(tmp_path / "default" / "gates", backbone)
+    monkeypatch.setattr(longmem.demo, "default_model", lambda say: found)
+    return found
+
+
+def test_facts_are_told_asked_for_and_forgotten(
+    default: DefaultModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def reply(model: Any, tokenizer: Any, messages: Any, *, bank: Any = None, recall: Any = None, **how: Any) -> Reply:
+        """A model that says again what it has recalled."""
+        question = messages[-1]["content"]
+        asked.append((question, bank is not None))
+        found = tuple(recall.search(question, 2)) if recall is not None else ()
+        return Reply(" ".join(each.text for each in found) or "nothing", found, ())
+
+    monkeypatch.setattr(longmem.demo, "reply", reply)
+    made = run_demo(tmp_path / "out", ["json"], max_tokens=600, say=lambda line: None)
+    assert set(made.perplexity["systems"]) == {"backbone", f"training_free_calibrated_{MEMORY_SIZES[-1]}"}
+    assert len(made.asked) == FACTS and len(asked) == 2 * FACTS + 1
+    assert all(each.without == "nothing" for each in made.asked)
+    first = next(each for each in made.asked if each.named)
+    assert first.document in first.recalled and first.value in first.told
+    assert made.forgotten is not None and made.forgotten.question == first.question
+    assert not made.forgotten.named and first.document not in made.forgotten.recalled
+    with MemoryStore.open(made.store, mode="read", create=False) as store:
+        assert first.document not in [each.name for each in store.documents(TALK)]
+
+    # with the model itself, on the command line
+    monkeypatch.undo()
+    monkeypatch.setattr(longmem.demo, "default_model", lambda say: default)
+    monkeypatch.setattr(longmem.demo, "FACTS", 2)
+    monkeypatch.setattr(longmem.demo, "REAL_TOKENS", 600)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["demo", "--out", str(tmp_path / "out")])
+    out = capsys.readouterr().out
+    assert "2 facts were told" in out and "of 2 with memory, 0 without" in out and "read            passages of" in out
+
+
+def test_without_the_registry_the_small_pair_takes_its_place(
+    side: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(say: Any) -> DefaultModel:
+        raise BackboneError("it cannot be fetched (no network)")
+
+    monkeypatch.setattr(longmem.demo, "default_model", missing)
+    monkeypatch.setattr(longmem.demo, "shipped", lambda name: side)
+    said: list[str] = []
+    made = run_demo(tmp_path / "out", ["json"], max_tokens=400, say=said.append)
+    assert said[0].startswith("it cannot be fetched (no network); going on with the pair of 5 million parameters")
+    assert made.model == str(side) and made.asked == [] and made.forgotten is None
+    monkeypatch.setattr(longmem.demo, "shipped", lambda name: None)
+    with pytest.raises(DataError, match="the small pair is in models/small of the source tree"):
+        run_demo(tmp_path / "nowhere", ["json"])
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_texts_are_found_by_name_and_told_apart(tmp_path: Path) -> None:
     (text,) = find_texts(["json"])
     assert text.id == "json" and text.text.startswith("# file: json/__init__.py")
@@ -55,17 +130,12 @@ def test_texts_are_found_by_name_and_told_apart(tmp_path: Path) -> None:
     assert [(each.id, each.text) for each in found] == [("x.txt", "a"), ("x.txt (2)", "b")]
 
 
-def test_what_cannot_be_shown_is_one_line_and_nothing_is_written(
-    side: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_shown_is_one_line_and_nothing_is_written(side: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("a few words")
     with pytest.raises(DataError, match=rf"short.txt: 11 tokens are too few .* it needs {2 * PROMPT + NEW}"):
         run_demo(tmp_path / "out", [str(tmp_path / "short.txt")], model=side)
-    with pytest.raises(DataError, match="backbone is no LongMem; name the folder of a SideNet with --model"):
+    with pytest.raises(DataError, match="backbone reads no memory; name the folder of a LongMem with --model"):
         run_demo(tmp_path / "out", ["json"], model=side.parent / "backbone")
     with pytest.raises(DataError, match="no_such_thing: neither a file nor a package of this Python"):
         run_demo(tmp_path / "out", ["no_such_thing"], model=side)
-    monkeypatch.setattr("longmem.demo.__file__", str(tmp_path / "site-packages" / "longmem" / "demo.py"))
-    with pytest.raises(DataError, match="no model here: the trained pair is in models/small of the source tree"):
-        run_demo(tmp_path / "out", ["json"])
     assert not (tmp_path / "out").exists()

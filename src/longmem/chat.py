@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from longmem.generation.page import Readings
 from longmem.store.recall import NOTES_TOKENS, Recall, RecalledPassage
 
 Message = dict[str, str]
@@ -59,6 +62,61 @@ def chat_prompt(
         else:
             said.insert(0, {"role": "system", "content": notes})
     return Prompt(_ids(tokenizer, said), tuple(found))
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer.
+
+    Attributes:
+        text: what is said.
+        recalled: passages that were put into the window.
+        read: the chunks that heads read with the largest share of an output, largest first.
+    """
+
+    text: str
+    recalled: tuple[RecalledPassage, ...]
+    read: tuple[Any, ...]
+
+
+@torch.no_grad()
+def reply(
+    model: Any,
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    bank: Any = None,
+    recall: Recall | None = None,
+    passages: int = 5,
+    without: Sequence[str] = (),
+    **settings: Any,
+) -> Reply:
+    """Answer the last message.
+
+    Args:
+        model: a model of ours.
+        tokenizer: of it.
+        messages: oldest first.
+        bank: what the heads read; None is no memory.
+        recall, passages, without: see ``chat_prompt``.
+        **settings: of ``generate``.
+    """
+    prompt = chat_prompt(tokenizer, messages, recall=recall, passages=passages, without=without)
+    ids = torch.tensor([prompt.ids], device=model.device)
+    ends, readings = stop_words(tokenizer), Readings()
+    more = {"stop_strings": ends, "tokenizer": tokenizer} if ends else {}
+    more |= {"memory": bank, "explain": readings} if bank is not None else {}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    out = model.generate(ids, pad_token_id=pad, **settings, **more)
+    said = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    for end in ends:
+        said = said.removesuffix(end)
+    best: dict[tuple[Any, int], Any] = {}
+    for chunk in (chunk for reading in readings for chunk in reading.chunks):
+        at = (chunk.origin.document, chunk.origin.start_token)
+        if at not in best or best[at].share < chunk.share:
+            best[at] = chunk
+    return Reply(said.strip(), prompt.recalled, tuple(sorted(best.values(), key=lambda chunk: -chunk.share)))
 
 
 def _ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:

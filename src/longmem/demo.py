@@ -1,33 +1,73 @@
-"""``longmem demo``: a trained pair remembers texts that it has never seen, and everything is measured on them."""
+"""``longmem demo``: a model remembers texts and a conversation that it has never seen, and all is measured on them."""
 
 from __future__ import annotations
 
+import random
 import sysconfig
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from longmem.chat import Reply, keep, reply
 from longmem.data.python_source import package_text
 from longmem.data.text import read_documents
-from longmem.errors import DataError
+from longmem.data.told import told_session
+from longmem.default_model import default_model, shipped
+from longmem.errors import BackboneError, DataError
 from longmem.evaluation.documents import tokenize_documents
 from longmem.evaluation.loading import has_memory, load_comparison, load_tokenizer
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.results import write_json
 from longmem.evaluation.task import numbered
 from longmem.generation.page import Passages, ReadToken, log_probabilities, page, read_tokens, reading_at
+from longmem.progress import Progress
 from longmem.store import MemoryStore
+from longmem.store.recall import Recall
 
 DEFAULT_TEXTS = ("http", "email")
-"""Packages of the standard library; the shipped pair has not been trained on them."""
-NAMESPACE = "demo"
+"""Packages of the standard library; the small pair has not been trained on them."""
+NAMESPACE, TALK = "demo", "demo-talk"
 MAX_TOKENS = 8_192
 MEMORY_SIZES = (1024, 8_192)
+REAL_TOKENS = 3_072
+"""Of one text, with the default model: what two cores measure in a minute."""
 PROMPT, NEW = 96, 64
 """Tokens of the prompt, and of its continuation."""
+FACTS = 10
+"""Told and asked for, of kinds and with values that no model here was trained on, and drawn, not chosen."""
+ANSWER: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A fact that was told in an earlier conversation, and what came of asking for it.
+
+    Attributes:
+        told: what was said, in the document ``document``.
+        question: asked in another conversation.
+        value: that the answer has to name.
+        without: the answer without memory.
+        answer: the answer with it.
+        document: the name of the earlier conversation.
+        recalled: the documents whose passages were read once more.
+        heads: documents that the heads read most in, with the largest share of an output.
+    """
+
+    told: str
+    question: str
+    value: str
+    document: str
+    without: str
+    answer: str
+    recalled: list[str]
+    heads: dict[str, float]
+
+    @property
+    def named(self) -> bool:
+        return self.value.lower() in self.answer.lower()
 
 
 @dataclass(frozen=True)
@@ -35,6 +75,7 @@ class Demo:
     """What the demo made.
 
     Attributes:
+        model: what remembered.
         store: folder of the memory store, for further use.
         tokens: in the store.
         perplexity: with and without memory, also in ``perplexity.json``.
@@ -45,8 +86,11 @@ class Demo:
         without: the same with memory off.
         read: for each token of ``real``, what memory did to it and what was read.
         page: the HTML file that shows ``read``.
+        asked: facts told in one conversation and asked for in another; none where the model has no chat template.
+        forgotten: the first of them that was named, asked for again after its conversation was forgotten.
     """
 
+    model: str
     store: Path
     tokens: int
     perplexity: dict[str, Any]
@@ -57,6 +101,8 @@ class Demo:
     without: str
     read: list[ReadToken]
     page: Path
+    asked: list[Asked] = field(default_factory=list)
+    forgotten: Asked | None = None
 
 
 @dataclass(frozen=True)
@@ -66,19 +112,24 @@ class _Text:
     rest: str = ""
 
 
-def shipped_model() -> Path:
-    """The pair that comes with the source tree.
+def demo_model(say: Callable[[str], object]) -> tuple[str, str | None]:
+    """The checkpoint and its backbone; where the default model cannot be had, the small pair, which is in its own.
 
     Raises:
-        DataError: this is an installation without it.
+        DataError: that is not here either.
     """
-    folder = Path(__file__).parents[2] / "models" / "small" / "sidenet"
-    if not (folder / "config.json").exists():
-        raise DataError(
-            "no model here: the trained pair is in models/small of the source tree, not in the installed package; run "
-            "the demo there, or name the folder or hub id of a LongMem with --model"
-        )
-    return folder
+    try:
+        found = default_model(say)
+        return str(found.checkpoint), str(found.backbone)
+    except BackboneError as problem:
+        small = shipped("small/sidenet")
+        if small is None:
+            raise DataError(
+                f"{problem}; the small pair is in models/small of the source tree, not in the installed package: run "
+                "the demo there, or name the folder or hub id of a LongMem with --model"
+            ) from problem
+        say(f"{problem}; going on with the pair of 5 million parameters, which holds no conversation")
+        return str(small), None
 
 
 def find_texts(names: Sequence[str]) -> list[_Text]:
@@ -104,56 +155,120 @@ def find_texts(names: Sequence[str]) -> list[_Text]:
 
 def run_demo(
     out: Path,
-    texts: Sequence[str] = DEFAULT_TEXTS,
+    texts: Sequence[str] = (),
     *,
     model: str | Path | None = None,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
+    seed: int = 0,
     say: Callable[[str], object] = print,
 ) -> Demo:
-    """Remember the beginnings of texts, measure on them, and continue the first of them.
+    """Remember the beginnings of texts and a conversation, measure, continue the first text, and ask for what was told.
 
     Args:
         out: folder for the store, the texts, ``perplexity.json`` and ``memory.html``.
-        texts: see ``find_texts``.
-        model: folder or hub id of a LongMem; None is the shipped one.
-        max_tokens: of each text that are remembered and measured.
+        texts: see ``find_texts``; none are ``DEFAULT_TEXTS``, of the default model the first of them.
+        model: folder or hub id of a model that reads memory; None is the default one, or the small pair.
+        max_tokens: of each text that are remembered and measured; None is ``REAL_TOKENS`` of the default model, or
+            else ``MAX_TOKENS``.
+        seed: draws the facts.
         say: called with one line for each step.
 
     Raises:
         LongMemError: a text or the model is missing, or a text is too short.
     """
-    named, path = find_texts(texts), str(model or shipped_model())
-    loaded = load_comparison(path, memory_sizes=MEMORY_SIZES if has_memory(path) else None)
-    longmem: Any = loaded.comparison.main
-    if longmem is None:
-        raise DataError(f"{loaded.model} is no LongMem; name the folder of a SideNet with --model")
+    named = find_texts(texts or DEFAULT_TEXTS)
+    path, backbone = demo_model(say) if model is None else (str(model), None)
+    large = backbone is not None  # a hundred times as large as the small pair: it reads less in as much time
+    if large and not texts:
+        named = named[:1]
+    most = max_tokens or (REAL_TOKENS if large else MAX_TOKENS)
+    sizes = MEMORY_SIZES[-1:] if large else MEMORY_SIZES
+    loaded = load_comparison(path, backbone=backbone, memory_sizes=sizes if has_memory(path) else None)
+    systems = loaded.comparison.systems
+    reader: Any = next((each.reader for each in reversed(systems) if each.reader is not None), None)
+    if reader is None:
+        raise DataError(f"{loaded.model} reads no memory; name the folder of a LongMem with --model")
     tokenizer, window = load_tokenizer(loaded.tokenizer, loaded.comparison.model), loaded.default_window()
-    kept = [_beginning(text, tokenizer, max_tokens) for text in named]
+    kept = [_beginning(text, tokenizer, most) for text in named]
+    asked: list[Asked] = []
+    forgotten = None
     # the memories of another model are kept in another store
-    place = out / f"memory-{longmem.fingerprint[:8]}"
-    with MemoryStore.open(place, model=longmem, tokenizer=tokenizer) as store:
+    place = out / f"memory-{reader.fingerprint[:8]}"
+    with MemoryStore.open(place, model=reader, tokenizer=tokenizer) as store:
         for text in kept:
             file = out / "text" / text.id
             file.parent.mkdir(parents=True, exist_ok=True)
             (file if file.suffix else file.with_suffix(".txt")).write_text(text.text + text.rest, encoding="utf-8")
             receipt = store.add_document(NAMESPACE, text.text, name=text.id, replace=True)
             say(f"{text.id}: {receipt.tokens:,} tokens remembered in {place}")
-        prompt, real, made, read = _continued(longmem, tokenizer, store, kept[0])
-        tokens = store.stats().tokens
+        prompt, real, made, read = _continued(reader, tokenizer, store, kept[0])
+        tokens = store.stats(NAMESPACE).tokens
+        if getattr(tokenizer, "chat_template", None):
+            asked, forgotten = _conversation(reader, tokenizer, store, seed)
     documents = tokenize_documents(kept, tokenizer)
     say(f"measuring {sum(document.scored for document in documents):,} tokens with every system")
     result = perplexity(
         loaded.comparison,
         documents,
-        PerplexitySettings(window=window),
+        # segments would take the text before each of them from the backbone, and flatter the memory
+        PerplexitySettings(window=window, protocols=("sliding",)),
         command="longmem demo",
-        config={"model": loaded.model, "texts": list(texts), "max_tokens": max_tokens},
+        config={"model": loaded.model, "texts": [text.id for text in kept], "max_tokens": most},
     )
     write_json(out / "perplexity.json", result)
     note = f"The tokens are those that follow the prompt in {kept[0].id}; the text before the prompt is in memory."
     html = page(loaded.model, f"memory: {tokens:,} tokens of {', '.join(t.id for t in kept)}", prompt, read, [note])
     (out / "memory.html").write_text(html, encoding="utf-8")
-    return Demo(place, tokens, result, kept[0].id, prompt, real, made[0], made[1], read, out / "memory.html")
+    return Demo(
+        model=loaded.model,
+        store=place,
+        tokens=tokens,
+        perplexity=result,
+        document=kept[0].id,
+        prompt=prompt,
+        real=real,
+        with_memory=made[0],
+        without=made[1],
+        read=read,
+        page=out / "memory.html",
+        asked=asked,
+        forgotten=forgotten,
+    )
+
+
+def _conversation(model: Any, tokenizer: Any, store: MemoryStore, seed: int) -> tuple[list[Asked], Asked | None]:
+    """Tell facts, each in a conversation of its own; ask for them in others; forget one, and ask for it once more."""
+    session = told_session(random.Random(seed), FACTS, held_out=True)
+    names = [f"talk-{number}" for number in range(1, FACTS + 1)]
+    turns = [list(session.messages[at : at + 2]) for at in range(0, 2 * FACTS, 2)]
+    if TALK in store.namespaces():  # of an earlier run
+        store.forget(TALK, everything=True)
+    for name, said in zip(names, turns, strict=True):
+        keep(store, TALK, name, said)
+    recall, asked = Recall(store, TALK), list[Asked]()
+
+    def ask(question: str, *, memory: bool = True) -> Reply:
+        reads: dict[str, Any] = {"bank": store.bank(TALK), "recall": recall} if memory else {}
+        return reply(model, tokenizer, [{"role": "user", "content": question}], **reads, **ANSWER)
+
+    def outcome(number: int, without: str) -> Asked:
+        fact, said = session.facts[number], ask(session.facts[number].asked)
+        heads: dict[str, float] = {}
+        for chunk in said.read:
+            heads.setdefault(str(chunk.origin.document), chunk.share)
+        recalled = list(dict.fromkeys(each.document for each in said.recalled))
+        told = turns[number][0]["content"]
+        return Asked(told, fact.asked, fact.value, names[number], without, said.text, recalled, heads)
+
+    with Progress("asking", FACTS, "facts") as progress:
+        for number, fact in enumerate(session.facts):
+            asked.append(outcome(number, ask(fact.asked, memory=False).text))
+            progress.advance()
+    first = next((number for number, each in enumerate(asked) if each.named), None)
+    if first is None:
+        return asked, None
+    store.forget(TALK, name=names[first])
+    return asked, outcome(first, asked[first].without)
 
 
 def _beginning(document: _Text, tokenizer: Any, most: int) -> _Text:

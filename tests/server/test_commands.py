@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem
+from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, TrainingFree
 from longmem.cli import main as frame
+from longmem.errors import BackboneError
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -46,6 +47,37 @@ def longmem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         return int(stop.value.code or 0), shown.out, shown.err
 
     return call
+
+
+def test_without_a_model_chat_takes_the_default_one_again_and_says_where_it_cannot_be_had(
+    longmem: Run, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import longmem.default_model as module
+
+    backbone = pair.parent / "backbone"
+    model = TrainingFree.from_backbone(backbone, fusion="token", chunk_size=4, num_retrieved=8)
+    model.save_pretrained(tmp_path / "gates")
+    asked = []
+
+    def default(say: Any) -> module.DefaultModel:
+        asked.append(True)
+        return module.DefaultModel(tmp_path / "gates", backbone)
+
+    monkeypatch.setattr(module, "default_model", default)
+    monkeypatch.setattr(module, "default_fingerprint", lambda: model.fingerprint)
+    for _ in range(2):  # the second time in the store that the first one made
+        status, _, told = longmem("chat", "-m", "2", lines=("Hello.",))
+        assert status == 0, told
+    assert len(asked) == 2
+
+    def missing(say: Any) -> module.DefaultModel:
+        raise BackboneError("the default model cannot be fetched (no network); name another one")
+
+    monkeypatch.setattr(module, "default_model", missing)
+    for command in (("chat", "--memory", "new"), ("serve", "--store", "new")):
+        status, _, told = longmem(*command)
+        assert status == 1 and told == "error: the default model cannot be fetched (no network); name another one\n"
+    assert not (tmp_path / "new").exists()
 
 
 def test_chat_remembers_across_two_runs_and_forgets(longmem: Run, pair: Path, tmp_path: Path) -> None:

