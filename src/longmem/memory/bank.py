@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longmem.errors import ConfigError, MemoryBankError
 from longmem.memory.chunking import joined, refuse_unfit, split
-from longmem.memory.index import Index, make_index, search_chunks
+from longmem.memory.index import Index, make_index, rows_of, search_chunks
 from longmem.memory.slots import Slots
 from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory
 
@@ -110,7 +110,7 @@ class MemoryBank:
             settings["fingerprint"] = model.fingerprint
         settings = {
             "chunk_size": model.config.chunk_size,
-            "memory_layers": memory_layers_of(model),
+            "memory_layers": model.memory_layers,
             "device": getattr(model, "memory_device", model.device),
             "dtype": model.dtype,
             **settings,
@@ -163,7 +163,7 @@ class MemoryBank:
         Raises:
             MemoryBankError: queries, rows or layer do not fit the bank.
         """
-        read = [self._storage_row(row) for row in self._rows_of(rows, queries.shape[0], "queries")]
+        read = [self._storage_row(row) for row in rows_of(rows, queries.shape[0], self.rows, "queries")]
         return search_chunks(
             self._indexes[layer if 0 <= layer < self.layers else 0],
             queries,
@@ -179,7 +179,7 @@ class MemoryBank:
 
     def provenance(self, row: int, slot: int) -> ChunkOrigin:
         """Where the chunk in this slot of a row came from."""
-        stored = self._storage_row(self._rows_of([row], 1, "rows")[0])
+        stored = self._storage_row(rows_of([row], 1, self.rows, "rows")[0])
         live = self._slots.live(stored)
         if not 0 <= slot < live:
             raise MemoryBankError(f"slot ({slot}) of row {row} holds no chunk; slots in use: {live}, counted from 0")
@@ -213,7 +213,7 @@ class MemoryBank:
                 nothing was written.
         """
         pair = joined(kv, self.layers * self.heads_kv, self.head_dim)
-        lanes = self._rows_of(rows, pair.shape[0], "keys")
+        lanes = rows_of(rows, pair.shape[0], self.rows, "keys")
         for name, given in (("documents", documents), ("offsets", offsets)):
             if given is not None and len(given) != len(lanes):
                 raise MemoryBankError(f"{name} ({len(given)} entries) must have one per row written ({len(lanes)})")
@@ -235,7 +235,7 @@ class MemoryBank:
     @torch.no_grad()
     def end_document(self, rows: Tensor | None = None) -> None:
         """Close the waiting tail of these rows (default: all) as a short chunk; what comes next is a new document."""
-        lanes = self._rows_of(rows, None, "rows")
+        lanes = rows_of(rows, None, self.rows, "rows")
         self._close_tail(lanes, clock.time())
         for lane in lanes:
             self._lanes[lane] = _Lane()
@@ -243,7 +243,7 @@ class MemoryBank:
 
     def reset(self, rows: Tensor | None = None) -> None:
         """Empty these rows (default: all)."""
-        lanes = self._rows_of(rows, None, "rows")
+        lanes = rows_of(rows, None, self.rows, "rows")
         if self.shared and len(lanes) != self.rows:
             raise MemoryBankError(f"rows ({lanes}) of a shared bank cannot be reset alone; call reset() for all")
         self._clear(sorted({self._storage_row(lane) for lane in lanes}))
@@ -391,20 +391,6 @@ class MemoryBank:
     def _storage_row(self, row: int) -> int:
         return 0 if self.shared else row
 
-    def _rows_of(self, rows: Tensor | Sequence[int] | None, batch: int | None, what: str) -> list[int]:
-        """Bank rows as plain numbers; by default all, in order."""
-        if rows is None:
-            if batch is not None and batch != self.rows:
-                raise MemoryBankError(f"{what} have {batch} rows, the bank has {self.rows}; pass rows= to say which")
-            return list(range(self.rows))
-        chosen = [int(row) for row in (rows.tolist() if isinstance(rows, Tensor) else rows)]
-        if batch is not None and len(chosen) != batch:
-            raise MemoryBankError(f"rows ({len(chosen)} entries) must have one per row of the {what} ({batch})")
-        outside = [row for row in chosen if not 0 <= row < self.rows]
-        if outside:
-            raise MemoryBankError(f"rows ({outside[0]}) must lie in 0..{self.rows - 1}, the rows of this bank")
-        return chosen
-
     def _settings(self) -> dict[str, Any]:
         names = ("fingerprint", "memory_layers", "rows", "capacity_tokens", "heads_kv", "head_dim", "chunk_size")
         return {
@@ -414,15 +400,6 @@ class MemoryBank:
             "shared": self.shared,
             "boundary": self.boundary,
         }
-
-
-def memory_layers_of(model: Any) -> tuple[int, ...] | None:
-    """The layers that a model remembers; None where it does not say."""
-    layers = getattr(model, "memory_layers", None)
-    if layers is not None:
-        return tuple(layers)
-    layer = getattr(model, "memory_layer", None)
-    return None if layer is None else (layer,)
 
 
 def _problems(

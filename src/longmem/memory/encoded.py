@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError, MemoryBankError
-from longmem.memory.bank import memory_layers_of
 from longmem.memory.chunking import joined, mean_keys, refuse_unfit, split
 from longmem.memory.index import ExactIndex, search_chunks
 from longmem.types import ChunkOrigin, RetrievedMemory
@@ -53,13 +52,13 @@ class EncodedText:
             )
         self.model, self.ids, self.chunk_size = model, ids, size
         self.per_segment = ids.shape[1] // size
-        self.memory_layers = memory_layers_of(model)
+        self.memory_layers: tuple[int, ...] = model.memory_layers
         device, count = model.memory_device, len(ids) * self.per_segment
         self.lengths = torch.full((1, count), size, dtype=torch.long, device=device)
         if encoded is not None:
             self.storage, self.keys = (encoded[name].to(device) for name in ("storage", "keys"))
             return
-        heads, dim = len(self.memory_layers or (0,)) * model.memory_heads, model.memory_head_dim
+        heads, dim = len(self.memory_layers) * model.memory_heads, model.memory_head_dim
         self.storage = torch.empty(1, count, heads, 2, size, dim, dtype=model.dtype, device=device)
         self.keys = torch.empty(1, heads, count, dim, dtype=torch.float32, device=device)
         for number, segment in enumerate(ids):

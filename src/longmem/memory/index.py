@@ -99,29 +99,16 @@ def search_chunks(
     Raises:
         MemoryBankError: the queries do not fit the keys, or there is no such layer.
     """
-    keys = chunks.keys
+    keys, device = chunks.keys, chunks.keys.device
     layers, dim = keys.shape[1] // heads_kv, keys.shape[3]
-    if not 0 <= layer < layers:
-        raise MemoryBankError(f"layer ({layer}) must lie in 0..{layers - 1}, the remembered layers of this bank")
-    if queries.dim() != 4 or queries.shape[3] != dim:
-        raise MemoryBankError(
-            f"queries {tuple(queries.shape)} must be (B, H, T, {dim}), with the head_dim of this bank"
-        )
+    refuse_queries(queries, num_chunks, layer, layers=layers, heads_kv=heads_kv, head_dim=dim, device=device)
     batch, heads, length, _ = queries.shape
-    if heads % heads_kv:
-        raise MemoryBankError(
-            f"queries have {heads} heads, which must be a multiple of the bank's {heads_kv} key/value heads"
-        )
-    if num_chunks < 1:
-        raise MemoryBankError(f"num_chunks ({num_chunks}) must be at least 1")
-    if queries.device.type != keys.device.type:
-        raise MemoryBankError(f"queries are on {queries.device}, the bank on {keys.device}; move one of them")
     first = layer * heads_kv
     version = live_version()
     grouped = queries.detach().reshape(batch, heads_kv, -1, dim)
     with torch.autocast(queries.device.type, enabled=False):
         scores, slots = index.search(grouped, keys[:, first : first + heads_kv], rows, live, num_chunks)
-    shape, device = (batch, heads, length, num_chunks), scores.device
+    shape = (batch, heads, length, num_chunks)
     exists = torch.arange(num_chunks, device=device) < torch.tensor(live, device=device)[:, None]
     exists = exists[:, None, None, :].expand(shape)
     return RetrievedMemory(
@@ -136,6 +123,49 @@ def search_chunks(
         first_head=first,
         layer_heads=heads_kv if layers > 1 else None,
     )
+
+
+def refuse_queries(
+    queries: Tensor, num: int, layer: int, *, layers: int, heads_kv: int, head_dim: int, device: torch.device
+) -> None:
+    """Refuse a search that does not fit the memory.
+
+    Raises:
+        MemoryBankError: says why.
+    """
+    if not 0 <= layer < layers:
+        raise MemoryBankError(f"layer ({layer}) must lie in 0..{layers - 1}, the remembered layers of this bank")
+    if queries.dim() != 4 or queries.shape[3] != head_dim:
+        raise MemoryBankError(
+            f"queries {tuple(queries.shape)} must be (B, H, T, {head_dim}), with the head_dim of this bank"
+        )
+    if queries.shape[1] % heads_kv:
+        raise MemoryBankError(
+            f"queries have {queries.shape[1]} heads, which must be a multiple of the bank's {heads_kv} key/value heads"
+        )
+    if num < 1:
+        raise MemoryBankError(f"num_chunks ({num}) must be at least 1")
+    if queries.device.type != device.type:
+        raise MemoryBankError(f"queries are on {queries.device}, the bank on {device}; move one of them")
+
+
+def rows_of(rows: Tensor | Sequence[int] | None, batch: int | None, count: int, what: str) -> list[int]:
+    """Rows of a memory of ``count`` as plain numbers, one for each of ``batch``; by default all, in order.
+
+    Raises:
+        MemoryBankError: they do not fit; ``what`` came with them.
+    """
+    if rows is None:
+        if batch is not None and batch != count:
+            raise MemoryBankError(f"{what} have {batch} rows, the bank has {count}; pass rows= to say which")
+        return list(range(count))
+    chosen = [int(row) for row in (rows.tolist() if isinstance(rows, Tensor) else rows)]
+    if batch is not None and len(chosen) != batch:
+        raise MemoryBankError(f"rows ({len(chosen)} entries) must have one per row of the {what} ({batch})")
+    outside = [row for row in chosen if not 0 <= row < count]
+    if outside:
+        raise MemoryBankError(f"rows ({outside[0]}) must lie in 0..{count - 1}, the rows of this bank")
+    return chosen
 
 
 class Chunks(Protocol):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from longmem.errors import MemoryBankError
+from longmem.memory.index import rows_of
 from longmem.types import AttentionKV, ChunkOrigin, Memory, RetrievedMemory
 
 
@@ -45,11 +46,7 @@ class JoinedMemory:
         self, queries: Tensor, num_chunks: int, rows: Tensor | None = None, *, layer: int = 0
     ) -> RetrievedMemory:
         """See ``Memory.search``; ``rows`` (B,) are places in the list."""
-        if rows is None and queries.shape[0] != self.rows:
-            raise MemoryBankError(
-                f"queries have {queries.shape[0]} rows, the list {self.rows}; pass rows= to say which"
-            )
-        places = list(range(self.rows)) if rows is None else [int(row) for row in rows.tolist()]
+        places = rows_of(rows, queries.shape[0], self.rows, "queries")
         lines: dict[int, list[int]] = {}
         for line, place in enumerate(places):
             lines.setdefault(id(self.banks[place]), []).append(line)
@@ -89,7 +86,7 @@ class JoinedMemory:
         ids: Sequence[Tensor] | None = None,
     ) -> None:
         """Each row to its session, see ``SessionMemory.add``."""
-        places = list(range(self.rows)) if rows is None else [int(row) for row in rows.tolist()]
+        places = rows_of(rows, None, self.rows, "keys")
         for line, place in enumerate(places):
             one = slice(line, line + 1)
             self._session(place).add(
@@ -102,7 +99,7 @@ class JoinedMemory:
 
     def end_document(self, rows: Tensor | None = None) -> None:
         """What comes next in these rows (default: all) is another document."""
-        for place in range(self.rows) if rows is None else rows.tolist():
+        for place in rows_of(rows, None, self.rows, "rows"):
             self._session(place).end_document(torch.zeros(1, dtype=torch.long))
 
     def followed(self, row: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longmem.errors import MemoryBankError
 from longmem.memory.bank import MemoryBank
+from longmem.memory.index import rows_of
 from longmem.memory.joined import best_of
 from longmem.types import AttentionKV, ChunkOrigin, Memory, RetrievedMemory
 
@@ -86,7 +87,7 @@ class SessionMemory:
         self, queries: Tensor, num_chunks: int, rows: Tensor | None = None, *, layer: int = 0
     ) -> RetrievedMemory:
         """The best chunks of both for every query (B, H, T, D); ``rows`` (B,) are rows of the session."""
-        chosen = self._rows_of(rows, queries.shape[0]).cpu()
+        chosen = torch.tensor(rows_of(rows, queries.shape[0], self.rows, "queries"))
         if self.base is None:
             return self.bank.search(queries, num_chunks, chosen, layer=layer)
         which = {"layer": layer} if layer else {}  # a memory of one layer need not know the argument
@@ -128,7 +129,7 @@ class SessionMemory:
     def end_document(self, rows: Tensor | None = None) -> None:
         """What comes next in these rows (default: all) is another document."""
         self.bank.end_document(rows)
-        for row in self._rows_of(rows, None).tolist():
+        for row in rows_of(rows, None, self.rows, "rows"):
             self._followed[row] = []
 
     def drop(self) -> None:
@@ -146,13 +147,6 @@ class SessionMemory:
     def follow(self, row: int, ids: Tensor) -> None:
         """Note that ids (t,) of the row's text have been written."""
         self._followed[row].append(ids.to("cpu", torch.int32, copy=True))
-
-    def _rows_of(self, rows: Tensor | None, batch: int | None) -> Tensor:
-        if rows is not None:
-            return rows
-        if batch not in (None, self.rows):
-            raise MemoryBankError(f"queries have {batch} rows, the session has {self.rows}; pass rows= to say which")
-        return torch.arange(self.rows)
 
 
 def _shared(name: str, base: Memory | None, bank: MemoryBank) -> Any:

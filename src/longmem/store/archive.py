@@ -160,11 +160,6 @@ class _Document:
 class Archive:
     """An export, open to read; its members are read by name and nothing is unpacked.
 
-    Attributes:
-        namespace: that was exported.
-        layout: of its store.
-        documents: in it.
-
     Raises:
         StoreError: it is damaged, or none.
     """
@@ -203,9 +198,8 @@ class Archive:
                 raise ValueError("its bytes have changed")
             return _piece(load(data), digest, layout)
         except _BAD as error:
-            raise StoreError(
-                f"{self._path}: {name} is damaged ({error}); nothing was imported: export again"
-            ) from error
+            message = f"{self._path}: {name} is damaged ({error}); nothing was imported: export again"
+            raise StoreError(message) from error
 
     def _read(self, name: str) -> bytes:
         stream = self._tar.extractfile(self._members[name])

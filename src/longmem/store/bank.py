@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 import time as clock
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError, MemoryBankError, StoreError
-from longmem.memory.index import Index, make_index
+from longmem.memory.index import Index, make_index, refuse_queries, rows_of
 from longmem.store.loaded import Held, RowKeys, take_mapped
 from longmem.store.overlay import SessionBank
 from longmem.store.passages import Passage, SearchHit, read_passage, search_text
@@ -41,15 +41,11 @@ class StoreBank:
     Args:
         store: an open ``MemoryStore``; closing it closes the bank.
         namespaces: of the rows.
-        documents: names; None is all.
-        where: metadata that the documents have, every key with an equal value.
-        after: only documents of this time (seconds since the epoch) or later.
-        before: only documents from before this time.
-        max_tokens: only the newest tokens of every row, in whole chunks.
         device: where to search.
         keep: where keys and values are: ``map`` on disk, in the memory map; ``memory`` of the host; ``device``.
         index: how keys are searched: a name (see ``memory.INDEXES``) or an index that was never used.
         key_dtype: of the chunk keys on the device.
+        **selection: ``documents``, ``where``, ``after``, ``before``, ``max_tokens``, see ``Selection``.
 
     Attributes:
         memory_layers: whose keys and values it holds; ``search`` takes the place of one of them as ``layer``.
@@ -66,22 +62,18 @@ class StoreBank:
         store: Any,
         namespaces: Sequence[str],
         *,
-        documents: Sequence[str] | None = None,
-        where: Mapping[str, Any] | None = None,
-        after: float | None = None,
-        before: float | None = None,
-        max_tokens: int | None = None,
         device: torch.device | str = "cpu",
         keep: Keep = "map",
         index: str | Index = "exact",
         key_dtype: torch.dtype = torch.float32,
+        **selection: Any,
     ) -> None:
-        _check(namespaces, documents, max_tokens, keep)
+        self.selection = Selection(**selection)
+        _check(namespaces, self.selection, keep)
         self.store = store
         self._room: Room = store.room
         self.namespaces = [composed(name) for name in namespaces]
         self.rows = len(self.namespaces)
-        self.selection = Selection(documents, where, after, before, max_tokens)
         self.device = torch.device(device)
         self.keep = keep
         self.key_dtype = key_dtype
@@ -328,39 +320,21 @@ class StoreBank:
 
     def _rows_of(self, rows: Tensor | None, queries: Tensor, num_chunks: int, layer: int) -> list[int]:
         """Bank rows as plain numbers, of queries that fit."""
-        if queries.dim() != 4 or queries.shape[3] != self.head_dim or queries.shape[1] % self.heads_kv:
-            raise MemoryBankError(
-                f"queries {tuple(queries.shape)} must be (B, H, T, {self.head_dim}), H a multiple of the bank's "
-                f"{self.heads_kv} key/value heads"
-            )
-        if num_chunks < 1:
-            raise MemoryBankError(f"num_chunks ({num_chunks}) must be at least 1")
-        if not 0 <= layer < self.layers:
-            raise MemoryBankError(f"layer ({layer}) must lie in 0..{self.layers - 1}, places in {self.memory_layers}")
-        if queries.device.type != self.device.type:
-            raise MemoryBankError(f"queries are on {queries.device}, the bank on {self.device}; open it with device=")
-        batch = queries.shape[0]
-        if rows is None:
-            if self.rows not in (1, batch):
-                raise MemoryBankError(f"queries have {batch} rows, the bank {self.rows}; pass rows= to say which")
-            return [0] * batch if self.rows == 1 else list(range(batch))
-        chosen = [int(row) for row in rows.tolist()]
-        if len(chosen) != batch:
-            raise MemoryBankError(f"rows ({len(chosen)} entries) must have one per row of the queries ({batch})")
-        outside = [row for row in chosen if not 0 <= row < self.rows]
-        if outside:
-            raise MemoryBankError(f"rows ({outside[0]}) must lie in 0..{self.rows - 1}, the rows of this bank")
-        return chosen
+        sizes = {"layers": self.layers, "heads_kv": self.heads_kv, "head_dim": self.head_dim, "device": self.device}
+        refuse_queries(queries, num_chunks, layer, **sizes)
+        if rows is None and self.rows == 1:
+            return [0] * queries.shape[0]
+        return rows_of(rows, queries.shape[0], self.rows, "queries")
 
 
-def _check(namespaces: Sequence[str], documents: object, max_tokens: int | None, keep: str) -> None:
-    problems = []
+def _check(namespaces: Sequence[str], selection: Selection, keep: str) -> None:
+    problems, documents, tokens = [], selection.documents, selection.max_tokens
     if not namespaces or isinstance(namespaces, str):
         problems.append(f"namespaces ({namespaces!r}) must be a list with at least one name")
     if isinstance(documents, str):
         problems.append(f"documents ({documents!r}) must be a list of names; write [{documents!r}]")
-    if max_tokens is not None and max_tokens < 1:
-        problems.append(f"max_tokens ({max_tokens}) must be at least 1")
+    if tokens is not None and tokens < 1:
+        problems.append(f"max_tokens ({tokens}) must be at least 1")
     if keep not in ("map", "memory", "device"):
         problems.append(f"keep ({keep!r}) must be one of map, memory, device")
     if problems:

@@ -178,6 +178,9 @@ class Encodes(Protocol):
     config: Any
 
     @property
+    def memory_layers(self) -> tuple[int, ...]: ...
+
+    @property
     def fingerprint(self) -> str: ...
 
     @property
@@ -285,12 +288,6 @@ class Encoder:
         lengths = torch.full((count,), size)
         lengths[-1] = tokens - (count - 1) * size
         return pack(chunks, lengths, self.layout.dtype)
-
-
-def layers_of(model: Any) -> tuple[int, ...]:
-    """The layers whose keys and values a model remembers."""
-    layers = getattr(model, "memory_layers", None)
-    return (int(model.memory_layer),) if layers is None else tuple(int(layer) for layer in layers)
 
 
 def accepts(model: Any, fingerprint: str) -> bool:

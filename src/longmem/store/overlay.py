@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longmem.errors import MemoryBankError, StoreError
 from longmem.memory.bank import MemoryBank
+from longmem.memory.index import rows_of
 from longmem.memory.session import SessionMemory
 from longmem.store.encode import Tokens
 from longmem.store.passages import Passage, SearchHit, search_text
@@ -94,7 +95,7 @@ class SessionBank(SessionMemory):
             ids: the token ids of them: (B, T) as the model was given them, or one tensor of real tokens for each row
                 written. Without them the session cannot be committed.
         """
-        lanes = self._lanes(rows, kv.keys.shape[0])
+        lanes = rows_of(rows, kv.keys.shape[0], self.rows, "keys")
         counts = [kv.keys.shape[2]] * len(lanes) if kv.mask is None else kv.mask.sum(1).tolist()
         given = None if ids is None else _real_ids(ids, kv.mask, counts)
         super().add(kv, rows=rows, documents=documents, offsets=offsets, time=time)
@@ -110,7 +111,7 @@ class SessionBank(SessionMemory):
     def end_document(self, rows: Tensor | None = None) -> None:
         """What comes next in these rows (default: all) is another document."""
         super().end_document(rows)
-        for row in self._lanes(rows, None):
+        for row in rows_of(rows, None, self.rows, "rows"):
             self._open[row] = False
 
     def commit(
@@ -119,11 +120,7 @@ class SessionBank(SessionMemory):
         *,
         row: int = 0,
         append: bool = False,
-        source: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        time: float | None = None,
-        expires: float | None = None,
-        replace: bool = False,
+        **about: Any,
     ) -> Receipt:
         """Write all that was added to a row as a document of its namespace, and empty the row.
 
@@ -134,7 +131,7 @@ class SessionBank(SessionMemory):
         Args:
             name: of the document.
             append: to the document of this name, instead of as a new one.
-            source, metadata, time, expires, replace: see ``MemoryStore.add_document``.
+            about: ``source``, ``metadata``, ``time``, ``expires``, ``replace``, see ``MemoryStore.add_document``.
 
         Raises:
             StoreError: there is nothing to commit, token ids are missing, or the store cannot take it; the session is
@@ -151,7 +148,6 @@ class SessionBank(SessionMemory):
         if append:
             receipt = self.store.append(namespace, name=name, ids=ids)
         else:
-            about = {"source": source, "metadata": metadata, "time": time, "expires": expires, "replace": replace}
             receipt = self.store.add_document(namespace, name=name, ids=ids, **about)
         self.drop(torch.tensor([row]))
         self.documents.refresh()
@@ -159,7 +155,7 @@ class SessionBank(SessionMemory):
 
     def drop(self, rows: Tensor | None = None) -> None:
         """Forget what was added to these rows (default: all); the documents underneath are as they were."""
-        chosen = self._lanes(rows, None)
+        chosen = rows_of(rows, None, self.rows, "rows")
         self.bank.reset(torch.tensor(chosen))
         for row in chosen:
             self._followed[row], self._said[row], self._open[row] = [], [], False
@@ -186,9 +182,6 @@ class SessionBank(SessionMemory):
     def search_text(self, query: str, *, top: int = 10, row: int = 0, around: int = 12) -> list[SearchHit]:
         """Which chunks the model's heads find for a text, see ``StoreBank.search_text``."""
         return search_text(self, query, self.store.room, top=top, row=row, around=around)
-
-    def _lanes(self, rows: Tensor | None, batch: int | None) -> list[int]:
-        return [int(row) for row in self._rows_of(rows, batch).tolist()]
 
 
 def _line_of(said: list[_Said], origin: ChunkOrigin) -> tuple[int, Tensor] | None:

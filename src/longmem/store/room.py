@@ -15,7 +15,7 @@ from longmem.data.tokenizer import check_tokenizer, load_tokenizer
 from longmem.errors import DataError, StoreDamaged, StoreError
 from longmem.store.catalog import CATALOG, Catalog
 from longmem.store.disk import LOCK, Arrays, GenerationGone, WriterLock, failpoint, file_errors, paths_of, sync_folder
-from longmem.store.encode import LONGEST_SEGMENT, Encoder, Encodes, accepts, layers_of, window_of
+from longmem.store.encode import LONGEST_SEGMENT, Encoder, Encodes, accepts, window_of
 from longmem.store.records import DTYPES, Dtype, Layout, NewDocument
 
 Mode = Literal["write", "read"]
@@ -224,7 +224,7 @@ def _new_layout(
         os.urandom(8).hex(),
         model.fingerprint,
         _name(model),
-        layers_of(model),
+        model.memory_layers,
         model.memory_heads,
         model.memory_head_dim,
         size,
@@ -236,12 +236,12 @@ def _new_layout(
 
 def _check_model(folder: Path, layout: Layout, model: Encodes) -> None:
     """Raises StoreError where the model's backbone or layers are others than the store's; names both."""
-    theirs = (layout.memory_layers, layout.heads_kv, layout.head_dim)
-    if accepts(model, layout.fingerprint) and theirs == (layers_of(model), model.memory_heads, model.memory_head_dim):
+    sizes = (model.memory_layers, model.memory_heads, model.memory_head_dim)
+    if accepts(model, layout.fingerprint) and sizes == (layout.memory_layers, layout.heads_kv, layout.head_dim):
         return
     raise StoreError(
         f"{folder}: written by backbone {layout.backbone} ({layout.fingerprint}, {_layers(layout.memory_layers)}), "
-        f"this model is {_name(model)} ({model.fingerprint}, {_layers(layers_of(model))}); keys of one mean nothing "
+        f"this model is {_name(model)} ({model.fingerprint}, {_layers(model.memory_layers)}); keys of one mean nothing "
         "to the other: use the store's own backbone, or make another store"
     )
 

@@ -1,7 +1,4 @@
-"""``MemoryStore``: memory that lasts. Names, arguments and results of all methods are final.
-
-Gone with format 1: ``check=`` of ``open``, ``absent=`` and ``absent_text=`` of ``verify``, workers under torchrun.
-"""
+"""``MemoryStore``: memory that lasts."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import math
 import time as clock
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,9 +108,7 @@ class MemoryStore:
     def __enter__(self) -> MemoryStore:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
