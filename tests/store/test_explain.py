@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.family_table import V, make_backbone
+from tests.family_table import V
 from tests.parity.released import ReleasedBank
+from tests.store.banks import make_model as make
 from torch import Tensor
 
 from longmem import LongMem, MemoryBank
 from longmem.modeling.probe import Call
 from longmem.types import RetrievedMemory
 
-SETTINGS = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
-
 
 def ids(rows: int = 2, length: int = 12, seed: int = 0) -> Tensor:
     return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def make(name: str = "llama", **settings: object) -> LongMem:
-    torch.manual_seed(1)
-    model = LongMem.from_backbone(make_backbone(name), **{**SETTINGS, **settings}).eval()
-    with torch.no_grad():
-        model.sidenet.memory_gate.normal_()
-    return model
 
 
 def filled(model: LongMem, rows: int = 2, length: int = 15, **settings: object) -> MemoryBank:
@@ -73,24 +64,36 @@ def test_shares_are_gate_times_attention_mass(name: str, fusion: str) -> None:
     assert torch.equal(out.explanation.scores, found.scores)
 
 
-def test_explaining_changes_no_logit() -> None:
-    model = make()
-    bank = filled(model)
-    assert torch.equal(model(ids(), memory=bank, explain=True).logits, model(ids(), memory=bank).logits)
-    assert model(ids(), memory=bank).explanation is None
-
-
 def test_every_chunk_found_is_led_back_to_its_document_and_offset() -> None:
     model = make()
     bank = filled(model)
-    explanation = model(ids(), memory=bank, explain=True).explanation
+    out = model(ids(), memory=bank, explain=True)
+    assert torch.equal(out.logits, model(ids(), memory=bank).logits)
+    assert model(ids(), memory=bank).explanation is None
     for row in range(2):
-        for reading in explanation.over(row=row):
+        one = model(ids(1), memory=bank, memory_rows=torch.tensor([row]), explain=True).explanation
+        assert {reading.row for reading in one.over()} == {row}
+        for reading in [*out.explanation.over(row=row), *one.over()]:
             assert reading.row == row
             assert reading.origin == bank.provenance(row, reading.chunk)
             assert reading.origin.document == f"letter {row}"
             assert reading.origin.start_token == 2 * reading.chunk
             assert reading.origin.length == (1 if reading.chunk == 7 else 2)
+    before = out.explanation.token(0)
+    bank.reset()
+    assert out.explanation.token(0) == before  # it outlives the memory
+    empty = model(ids(), memory=bank, explain=True).explanation
+    assert empty.token(4) == [] and (empty.shares == 0).all() and (empty.chunks == -1).all()
+    assert model(ids(), explain=True).explanation is None
+
+
+def test_readings_work_while_recomputing_in_training() -> None:
+    model = make()
+    model.gradient_checkpointing_enable()
+    model.train()
+    out = model(ids(), memory=filled(model), labels=ids(), explain=True)
+    out.loss.backward()
+    torch.testing.assert_close(out.explanation.share, out.share)
 
 
 def test_readings_of_a_token_sum_to_its_share_and_name_the_heads() -> None:
@@ -122,33 +125,6 @@ def test_readings_over_tokens_are_means_of_the_readings_of_each() -> None:
     assert together == pytest.approx(apart)
 
 
-def test_nothing_found_is_nothing_read() -> None:
-    model = make()
-    empty = MemoryBank.for_model(model, rows=2, capacity_tokens=64)
-    explanation = model(ids(), memory=empty, explain=True).explanation
-    assert explanation.token(4) == []
-    assert (explanation.shares == 0).all()
-    assert (explanation.chunks == -1).all()
-    assert model(ids(), explain=True).explanation is None
-
-
-def test_an_explanation_outlives_the_memory_it_was_read_from() -> None:
-    model = make()
-    bank = filled(model)
-    out = model(ids(), memory=bank, explain=True)
-    before = out.explanation.token(0)
-    bank.reset()
-    assert out.explanation.token(0) == before
-
-
-def test_rows_are_those_of_the_memory() -> None:
-    model = make()
-    bank = filled(model)
-    explanation = model(ids(1), memory=bank, memory_rows=torch.tensor([1]), explain=True).explanation
-    assert {reading.origin.document for reading in explanation.over()} == {"letter 1"}
-    assert {reading.row for reading in explanation.over()} == {1}
-
-
 def test_generate_collects_one_explanation_per_call() -> None:
     model = make()
     bank, readings = filled(model, rows=1), []
@@ -170,12 +146,3 @@ def test_what_released_eviction_reads_of_nothing_has_no_chunk() -> None:
     assert sorted(reading.chunk for reading in readings) == [0, 1, 2]
     # zeros take part there: they get some of the share and name no document
     assert sum(reading.share for reading in readings) < float(explanation.share[0].mean())
-
-
-def test_readings_work_while_recomputing_in_training() -> None:
-    model = make()
-    model.gradient_checkpointing_enable()
-    model.train()
-    out = model(ids(), memory=filled(model), labels=ids(), explain=True)
-    out.loss.backward()
-    torch.testing.assert_close(out.explanation.share, out.share)

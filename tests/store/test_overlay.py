@@ -50,11 +50,6 @@ def test_a_session_finds_the_best_of_both_exactly(store: MemoryStore, model: Lon
     torch.testing.assert_close(model(prompt, memory=session).logits, model(prompt, memory=both).logits)
 
 
-def test_an_unwritten_session_is_the_bank_underneath_bit_for_bit(store: MemoryStore, model: LongMem) -> None:
-    bank, prompt = store.bank("alice"), ids(12, seed=3)[None]
-    assert torch.equal(model(prompt, memory=bank.session()).logits, model(prompt, memory=bank).logits)
-
-
 def test_what_is_said_stays_in_its_session_until_commit(store: MemoryStore, model: LongMem) -> None:
     bank = store.bank("alice")
     session, other = bank.session(), bank.session()
@@ -88,31 +83,30 @@ def test_a_committed_session_is_the_document_added_as_a_whole(store: MemoryStore
     assert torch.equal(ours.scores, theirs.scores)
 
 
-def test_a_session_can_be_appended_to_a_document(store: MemoryStore, model: LongMem) -> None:
-    session = store.bank("alice").session()
-    say(session, model, ids(4, seed=20))
-    assert session.commit("letter", append=True).status == "appended"
-    assert store.document("alice", "letter").tokens == 25
-    assert session.documents.tokens.tolist() == [25]
+def test_a_full_session_forgets_the_oldest_and_commits_all_also_to_a_document(
+    store: MemoryStore, model: LongMem
+) -> None:
+    session = store.bank("alice").session(capacity_tokens=8, rows=3)
+    for part in ids(24, seed=20).split(8):
+        say(session, model, part, rows=torch.tensor([1]))
+    assert session.tokens.tolist() == [0, 8, 0]
+    counts = session.search(queries(session.documents, rows=3), 99).chunk_mask.sum(-1)[:, 0, 0]
+    assert counts.tolist() == [11, 15, 11]  # each of three conversations reads the one bank underneath
+    assert session.commit("letter", row=1, append=True).status == "appended"
+    assert store.document("alice", "letter").tokens == 45
+    assert session.documents.tokens.tolist() == [45]
 
 
-def test_a_dropped_session_leaves_nothing(store: MemoryStore, model: LongMem) -> None:
+def test_an_unwritten_or_dropped_session_is_the_bank_underneath_bit_for_bit(store: MemoryStore, model: LongMem) -> None:
     bank, prompt = store.bank("alice"), ids(12, seed=3)[None]
-    session = bank.session()
+    session, plain = bank.session(), model(prompt, memory=bank).logits
+    assert torch.equal(model(prompt, memory=session).logits, plain)
     say(session, model, ids(8, seed=20))
-    assert not torch.equal(model(prompt, memory=session).logits, model(prompt, memory=bank).logits)
+    assert not torch.equal(model(prompt, memory=session).logits, plain)
     session.drop()
-    assert torch.equal(model(prompt, memory=session).logits, model(prompt, memory=bank).logits)
+    assert torch.equal(model(prompt, memory=session).logits, plain)
     with pytest.raises(StoreError, match="nothing was added"):
         session.commit("empty")
-
-
-def test_a_full_session_forgets_the_oldest_and_commits_all(store: MemoryStore, model: LongMem) -> None:
-    session = store.bank("alice").session(capacity_tokens=8)
-    for part in ids(24, seed=20).split(8):
-        say(session, model, part)
-    assert session.tokens.tolist() == [8]
-    assert session.commit("long").tokens == 24
 
 
 def test_rows_of_a_session_do_not_see_each_other(store: MemoryStore, model: LongMem) -> None:
@@ -133,13 +127,6 @@ def test_rows_of_a_session_do_not_see_each_other(store: MemoryStore, model: Long
     assert [document.name for document in store.documents("bob")] == ["diary", "said"]
     assert [document.name for document in store.documents("alice")] == ["letter"]
     assert session.tokens.tolist() == [8, 0]
-
-
-def test_several_conversations_share_one_bank(store: MemoryStore, model: LongMem) -> None:
-    session = store.bank("alice").session(rows=3)
-    say(session, model, ids(8, seed=20), rows=torch.tensor([1]))
-    counts = session.search(queries(session.documents, rows=3), 99).chunk_mask.sum(-1)[:, 0, 0]
-    assert counts.tolist() == [11, 15, 11]
 
 
 def test_what_is_forgotten_underneath_is_gone_from_a_running_session(store: MemoryStore, model: LongMem) -> None:
