@@ -7,11 +7,11 @@ from __future__ import annotations
 import json
 import sqlite3
 import time as clock
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from longmem.errors import StoreDamaged, StoreError
+from longmem.errors import StoreError
 from longmem.store.catalog import insert
 from longmem.store.disk import StoredChunks, append
 from longmem.store.encode import Ids, Tokens, cut, joined_tokens, tokens_of
@@ -23,6 +23,7 @@ COMMIT_BYTES = 64 << 20
 COMMIT_SECONDS = 30.0
 """An interruption costs at most the encoding of about so long."""
 BATCH_DOCUMENTS = 1024
+Pieces = Sequence[tuple[int | None, int]]  # number in the catalog, and how many of its tokens
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Adder:
         return plan, joined_tokens([tail, more]) if whole < parts[-1].tokens else more
 
     def _tokens(self, new: NewDocument, *, begin: bool) -> Tokens:
-        tokenizer = None if new.text is None else self._room.find_tokenizer()
+        tokenizer = None if new.text is None else self._room.find_tokenizer(needed=True)
         tokens = tokens_of(new.name, new.text, new.ids, tokenizer, begin=begin)
         if self._room.encoder is not None:
             self._room.encoder.check_ids(new.name, tokens.ids)
@@ -260,28 +261,18 @@ class Adder:
             if status == "updated":
                 db.execute("UPDATE document SET expires = ? WHERE id = ?", (new.expires, old.id))
             return Receipt(old.namespace, old.name, status, old.tokens, old.chunks, old.tokens, old.revision)
-        pieces = [(self._piece(document, digest), tokens) for digest, tokens in document.pieces]
-        ordinal, first_token = 0, 0
+        pieces = [(self._room.catalog.piece_of(digest), tokens) for digest, tokens in document.pieces]
         if document.append is not None:
             assert old is not None
-            number, revision, reused = old.id, old.revision + 1, old.tokens
-            ordinal, first_token = _cut_back(db, old.id, document.append)
+            revision, reused = old.revision + 1, old.tokens
+            insert_parts(db, old.id, pieces, *_cut_back(db, old.id, document.append))
             db.execute("UPDATE document SET tokens = ?, revision = ? WHERE id = ?", (document.tokens, revision, old.id))
         else:
-            reused = sum(tokens for piece, tokens in pieces if in_namespace(db, document.namespace, piece))
-            if old is not None:
-                db.execute("DELETE FROM document WHERE id = ?", (old.id,))
             revision = 1 if old is None or status == "added" else old.revision + 1
-            added = clock.time() if new.time is None else float(new.time)
-            number = insert_document(db, document.namespace, new, document.metadata, added, document.tokens, revision)
-        insert_parts(db, number, pieces, ordinal, first_token)
+            new = replace(new, time=clock.time() if new.time is None else new.time)
+            given = (document.namespace, new, document.metadata, document.tokens, revision)
+            reused = insert_document(db, *given, pieces)
         return Receipt(document.namespace, new.name, status, document.tokens, chunks, reused, revision)
-
-    def _piece(self, document: _Document, digest: bytes) -> int:
-        piece = self._room.catalog.piece_of(digest)
-        if piece is None:
-            raise StoreDamaged(f"a piece of document {document.new.name!r} vanished; run `longmem memory verify`")
-        return piece
 
 
 def _ids_of(batch: _Batch) -> list[Ids]:
@@ -306,27 +297,35 @@ def insert_piece(db: sqlite3.Connection, digest: bytes, tokens: Tokens, first: i
 
 
 def insert_document(
-    db: sqlite3.Connection, namespace: str, new: NewDocument, metadata: str, added: float, tokens: int, revision: int
+    db: sqlite3.Connection,
+    namespace: str,
+    new: NewDocument,
+    metadata: str,
+    tokens: int,
+    revision: int,
+    pieces: Pieces,
 ) -> int:
-    """A document without parts; its number."""
-    about = {"namespace": namespace, "name": new.name, "source": new.source, "metadata": metadata, "added": added}
-    expires = None if new.expires is None else float(new.expires)
-    return insert(db, "document", **about, expires=expires, tokens=tokens, revision=revision)
+    """A document in the place of what has its name; how many of its tokens the namespace had already."""
+    query = "SELECT 1 FROM part JOIN document ON document.id = part.document WHERE piece = ? AND namespace = ? LIMIT 1"
+    reused = sum(count for piece, count in pieces if db.execute(query, (piece, namespace)).fetchone())
+    db.execute("DELETE FROM document WHERE namespace = ? AND name = ?", (namespace, new.name))
+    about = {"namespace": namespace, "name": new.name, "source": new.source, "metadata": metadata}
+    times = {"added": new.time, "expires": new.expires}  # the columns make floats of them
+    insert_parts(db, insert(db, "document", **about, **times, tokens=tokens, revision=revision), pieces)
+    return reused
 
 
 def insert_parts(
-    db: sqlite3.Connection, document: int, pieces: list[tuple[int, int]], ordinal: int = 0, first_token: int = 0
+    db: sqlite3.Connection,
+    document: int,
+    pieces: Pieces,
+    ordinal: int = 0,
+    first_token: int = 0,
 ) -> None:
-    """Parts of a document: number of the piece, and how many of its tokens."""
+    """Parts of a document."""
     for piece, tokens in pieces:
         db.execute("INSERT INTO part VALUES (?, ?, ?, ?, ?)", (document, ordinal, piece, first_token, tokens))
         ordinal, first_token = ordinal + 1, first_token + tokens
-
-
-def in_namespace(db: sqlite3.Connection, namespace: str, piece: int) -> bool:
-    """Whether a document of the namespace has this piece."""
-    query = "SELECT 1 FROM part JOIN document ON document.id = part.document WHERE piece = ? AND namespace = ? LIMIT 1"
-    return db.execute(query, (piece, namespace)).fetchone() is not None
 
 
 def metadata_text(metadata: Mapping[str, Any] | None, name: str) -> str:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from longmem.errors import StoreError
-from longmem.store.adding import COMMIT_BYTES, in_namespace, insert_document, insert_parts, insert_piece, metadata_text
+from longmem.store.adding import COMMIT_BYTES, insert_document, insert_piece, metadata_text
 from longmem.store.catalog import Catalog, Part
 from longmem.store.disk import Arrays, StoredChunks, append, failpoint, file_errors, sync_folder
 from longmem.store.encode import Tokens, accepts, joined_tokens
@@ -310,16 +310,9 @@ def _insert(db: sqlite3.Connection, room: Room, archive: Archive, namespace: str
             if row is None or not 0 < tokens <= row[1]:
                 raise StoreError(f"document {document.name!r} of the archive is incomplete; nothing was imported")
             if tokens % layout.segment_tokens and not (tokens == row[1] and place == len(document.pieces)):
-                raise StoreError(
-                    f"document {document.name!r} of the archive is cut inside a segment; nothing was imported"
-                )
+                raise StoreError(f"document {document.name!r} of the archive is cut in a segment; nothing was imported")
             pieces.append((row[0], tokens))
-        reused = sum(tokens for piece, tokens in pieces if in_namespace(db, namespace, piece))
-        db.execute("DELETE FROM document WHERE namespace = ? AND name = ?", (namespace, document.name))  # expired
-        new = NewDocument(document.name, source=document.source, expires=document.expires)
+        new = NewDocument(document.name, source=document.source, time=document.added, expires=document.expires)
         metadata = metadata_text(document.metadata, document.name)
-        number = insert_document(
-            db, namespace, new, metadata, float(document.added), document.tokens, document.revision
-        )
-        insert_parts(db, number, pieces)
+        reused = insert_document(db, namespace, new, metadata, document.tokens, document.revision, pieces)
     return Receipt(namespace, document.name, status, document.tokens, chunks, reused, document.revision)

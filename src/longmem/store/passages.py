@@ -45,7 +45,7 @@ def read_passage(room: Room, origin: ChunkOrigin, around: int) -> Passage:
     Raises:
         StoreError: the document was forgotten, replaced or has expired, or is no document of this store.
     """
-    tokenizer, catalog = room.tokenizer_or_none(), room.catalog
+    tokenizer, catalog = room.find_tokenizer(), room.catalog
     with catalog.read():
         document = None if origin.namespace is None else catalog.find(origin.namespace, origin.document or "")
         if document is None or document.id != origin.document_id:
@@ -79,7 +79,7 @@ def search_text(bank: Any, query: str, room: Room, *, top: int, row: int, around
     """
     if room.encoder is None:
         raise StoreError("searching for a text needs the model: MemoryStore.open(path, model=...)")
-    tokens = tokens_of("the query", query, None, room.find_tokenizer(), begin=True)
+    tokens = tokens_of("the query", query, None, room.find_tokenizer(needed=True), begin=True)
     ids = torch.from_numpy(tokens.ids.astype(np.int64))
     shares: dict[int, float] = defaultdict(float)
     scores: dict[int, float] = {}

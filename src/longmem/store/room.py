@@ -75,20 +75,20 @@ class Room:
             )
         return self.encoder
 
-    def find_tokenizer(self) -> Any:
-        """The tokenizer given, or that of the model's backbone; None where there is neither."""
-        if self.tokenizer is None and self.encoder is not None:
-            name = backbone_of(self.encoder.model)
-            if name:
-                self.tokenizer = load_tokenizer(name)
-        return self.tokenizer
+    def find_tokenizer(self, *, needed: bool = False) -> Any:
+        """The tokenizer given, or that of the model's backbone; None where there is neither, or it cannot be loaded.
 
-    def tokenizer_or_none(self) -> Any:
-        """See ``find_tokenizer``; None also where it cannot be loaded."""
-        try:
-            return self.find_tokenizer()
-        except DataError:
-            return None
+        Raises:
+            DataError: it cannot be loaded and is ``needed``.
+        """
+        name = backbone_of(self.encoder.model) if self.tokenizer is None and self.encoder is not None else None
+        if name:
+            try:
+                self.tokenizer = load_tokenizer(name)
+            except DataError:
+                if needed:
+                    raise
+        return self.tokenizer
 
     def sweep(self) -> None:
         """Remove data files that the catalog does not name: of a ``compact`` that was interrupted."""
@@ -279,9 +279,10 @@ def check_names(namespace: str, new: NewDocument) -> None:
     """
     wrong = []
     for what, value in (("namespace", namespace), ("name", new.name)):
-        if not isinstance(value, str) or not 0 < len(value) <= 1000 or not _printable(value):
+        # control characters would break lines and terminals; a surrogate is no Unicode
+        if not isinstance(value, str) or not 0 < len(value) <= 1000 or _holds(value, "Cc", "Cs", "Zl", "Zp"):
             wrong.append(f"{what} ({value!r:.60}) must be 1 to 1000 characters, none of them for control")
-    if new.source is not None and not (isinstance(new.source, str) and _encodable(new.source)):
+    if new.source is not None and (not isinstance(new.source, str) or _holds(new.source, "Cs")):
         wrong.append(f"source ({new.source!r:.60}) must be a text")
     for what, moment in (("time", new.time), ("expires", new.expires)):
         if moment is not None and not (isinstance(moment, int | float) and math.isfinite(moment)):
@@ -290,11 +291,6 @@ def check_names(namespace: str, new: NewDocument) -> None:
         raise StoreError("; ".join(wrong))
 
 
-def _encodable(value: str) -> bool:
-    """Nothing that is no Unicode."""
-    return all(unicodedata.category(character) != "Cs" for character in value)
-
-
-def _printable(value: str) -> bool:
-    """No control characters, which would break lines and terminals, and nothing that is no Unicode."""
-    return all(unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp") for character in value)
+def _holds(value: str, *kinds: str) -> bool:
+    """Whether a character is of one of these categories of Unicode."""
+    return any(unicodedata.category(character) in kinds for character in value)

@@ -129,7 +129,7 @@ class MemoryStore:
     @property
     def tokenizer(self) -> Any:
         """The tokenizer given, or that of the model's backbone; None where there is none."""
-        return self.room.tokenizer_or_none()
+        return self.room.find_tokenizer()
 
     @property
     def writable(self) -> bool:

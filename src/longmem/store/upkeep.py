@@ -119,25 +119,21 @@ def verify(room: Room, *, repair: bool, progress: Report | None) -> VerifyReport
     """See ``MemoryStore.verify``."""
     if repair:
         room.writing()
-    report = until_found(lambda: _check(room, progress))
-    bad = [row for row, problem in report.pieces if problem.kind == "piece"]
-    problems = [*report.problems, *(problem for _, problem in report.pieces)]
-    tokens, same = 0, None
-    if repair and bad:
-        same = True
-        for row in bad:
-            same &= _repair(room, row)
-            tokens += row.tokens
+    found: _Found = until_found(lambda: _check(room, progress))
+    problems, tokens, same = found.problems, 0, None
+    if repair and found.bad:
+        same = False not in [_repair(room, row) for row in found.bad]
+        tokens = sum(row.tokens for row in found.bad)
         problems = [replace(each, repaired=each.kind in ("piece", "file")) for each in problems]
-    return VerifyReport(problems, report.bytes, report.documents, tokens, same)
+    return VerifyReport(problems, found.bytes, found.documents, tokens, same)
 
 
 @dataclass
 class _Found:
-    """What a check found; ``pieces`` with the problem of each."""
+    """What a check found; ``bad``: pieces to be encoded again."""
 
     problems: list[Problem] = field(default_factory=list)
-    pieces: list[tuple[_Row, Problem]] = field(default_factory=list)
+    bad: list[_Row] = field(default_factory=list)
     bytes: int = 0
     documents: int = 0
 
@@ -183,10 +179,11 @@ def _arrays(room: Room, catalog: Catalog, found: _Found) -> Arrays | None:
 def _check_piece(room: Room, catalog: Catalog, arrays: Arrays | None, row: _Row, found: _Found) -> None:
     if catalog.tokens(row.id).digest() != row.digest:
         what = "its token ids or text are not what was written; restore a backup, or forget its documents"
-        found.pieces.append((row, Problem("text", f"{CATALOG}, piece {row.id}", what)))
+        found.problems.append(Problem("text", f"{CATALOG}, piece {row.id}", what))
     elif arrays is None or row.first + row.chunks > arrays.count or _run(arrays, row).crc() != row.crc:
         what = f"these bytes are not what was written; {REPAIR}"
-        found.pieces.append((row, Problem("piece", _place(room, row), what)))
+        found.problems.append(Problem("piece", _place(room, row), what))
+        found.bad.append(row)
 
 
 def _run(arrays: Arrays, row: _Row) -> StoredChunks:
