@@ -7,7 +7,7 @@ import torch
 from tests.family_table import V, make_backbone
 
 from longmem.data.tokenizer import train_tokenizer
-from longmem.evaluation.effect import Effect, EffectReport, measure_effect
+from longmem.evaluation.effect import measure_effect
 
 
 def _texts() -> list[torch.Tensor]:
@@ -42,13 +42,6 @@ def test_facts_are_measured_where_there_is_a_tokenizer() -> None:
     tokenizer = train_tokenizer(["My dog is called Comet."] * 20, 280)
     report = measure_effect(model, (), tokenizer, layers=[1], most=1, sessions=1, quiet=True)
     assert report.alone.text is None and report.single[0].facts != report.alone.facts
-
-
-def test_the_share_recovered_is_of_what_the_context_gains() -> None:
-    report = EffectReport(Effect((), -6.0, 3.0), Effect((), -2.0, 2.5))
-    assert report.recovered(Effect((1,), -5.0, 3.5)) == pytest.approx(0.25)
-    text = EffectReport(Effect((), None, 3.0), Effect((), None, 2.5))
-    assert text.recovered(Effect((1,), None, 2.75)) == pytest.approx(0.5)
 
 
 def test_sets_grow_by_the_layer_that_adds_most() -> None:

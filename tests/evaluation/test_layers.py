@@ -10,10 +10,10 @@ import torch
 from tests.family_table import FAMILIES, make_backbone
 from transformers import PreTrainedTokenizerFast
 
-from longmem import AlibiGPTForCausalLM, LongMem
+from longmem import AlibiGPTForCausalLM
 from longmem.cli.main import main
 from longmem.errors import ConfigError, DataError
-from longmem.evaluation.layers import conclusion, load_backbone, measure_layers, text_rows
+from longmem.evaluation.layers import conclusion, measure_layers, text_rows
 from longmem.evaluation.plots import plot_all
 from longmem.modeling.copying import random_tokens
 
@@ -79,23 +79,6 @@ def test_the_command_prints_a_table_and_writes_json_and_heat_map(
     assert written["header"]["config"]["distances"] == [96, 128]
 
 
-def test_without_a_tokenizer_random_tokens_are_measured(
-    tiny_backbone: AlibiGPTForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tiny_backbone.save_pretrained(tmp_path)
-    assert run(tmp_path, "--distances", "96", "--rows", 1, "--json") == 0
-    printed = capsys.readouterr()
-    assert "measuring random tokens only; --tokenizer names one" in printed.err
-    assert {ranks["source"] for ranks in json.loads(printed.out)["ranks"]} == {"random"}
-
-
-def test_the_backbone_of_a_longmem_is_measured(folder: Path, tmp_path: Path) -> None:
-    LongMem.from_backbone(folder).save_pretrained(tmp_path / "side")
-    backbone, tokenizer = load_backbone(str(tmp_path / "side"))
-    assert isinstance(backbone, AlibiGPTForCausalLM)
-    assert tokenizer == str(folder)
-
-
 def test_too_little_text_says_how_much_is_needed(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match=r"--data has 5 tokens, 128 are needed; give more text, or smaller --distances"):
         text_rows(["short"], byte_tokenizer, 2, 128)
@@ -117,3 +100,13 @@ def test_the_heat_map_marks_the_recommended_layer(tiny_backbone: AlibiGPTForCaus
     assert path.name == "layers.png" and path.read_bytes().startswith(PNG)
     assert conclusion(marked) == "remember layer 3 (the paper's rule gives 3)"
     assert torch.is_grad_enabled()
+
+
+def test_without_a_tokenizer_random_tokens_are_measured(
+    tiny_backbone: AlibiGPTForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_backbone.save_pretrained(tmp_path)
+    assert run(tmp_path, "--distances", "96", "--rows", 1, "--json") == 0
+    printed = capsys.readouterr()
+    assert "measuring random tokens only; --tokenizer names one" in printed.err
+    assert {ranks["source"] for ranks in json.loads(printed.out)["ranks"]} == {"random"}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from longmem.evaluation.asking import Answer, Asker, Scored
-from longmem.evaluation.tasks.dialogue import NOTHING, DialogueTask, bleu, read_dialogues, word_scores
+from longmem.evaluation.tasks.dialogue import NOTHING, DialogueTask, read_dialogues, word_scores
 
 SAMPLE = {
     "sample_id": "conv-1",
@@ -114,22 +114,6 @@ def test_f1_of_words_worked_by_hand() -> None:
     # an open-domain answer ends before its reason
     assert f1("No", "No; she cannot eat nuts", 3) == 100
     assert f1("No", "No; she cannot eat nuts", 4) == pytest.approx(100 * 2 / 6)
-
-
-def test_bleu_is_sacrebleus(locomo: Path, byte_tokenizer: Any) -> None:
-    pytest.importorskip("sacrebleu")
-    from sacrebleu.metrics.bleu import BLEU
-
-    metric = BLEU(effective_order=True)
-    metric.sentence_score("a", ["a"])
-    signature = DialogueTask([read_dialogues(locomo)], byte_tokenizer).settings()["bleu"]
-    assert str(metric.get_signature()) == f"nrefs:1|{signature}"
-    # 5/6 of the words, 3/5 of the pairs, 2/4, 1/3; equal lengths: (1/12) ** (1/4)
-    assert bleu("the cat sat on the mat", "the cat sat on a mat") == pytest.approx(100 * (1 / 12) ** 0.25)
-    assert bleu("Pepper", "Pepper") == pytest.approx(100)  # orders that cannot occur do not count
-    # 2 of 2 words, 1 of 1 pair, but 2 words where 4 were to come: exp(1 - 4 / 2)
-    assert bleu("the cat", "the cat sat down") == pytest.approx(100 * 2.718281828 ** (1 - 2))
-    assert bleu("", "the cat") == 0
 
 
 @pytest.mark.parametrize(

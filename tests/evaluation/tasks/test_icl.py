@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Prompt, Scored
 from longmem.evaluation.tasks.icl import IclTask, calibrated, starts_label
 from longmem.evaluation.tasks.icl_data import KINDS, IclSet, Labelled
@@ -62,32 +60,3 @@ def test_an_answer_is_judged_in_three_ways(byte_tokenizer: Any) -> None:
     prompt = Prompt(((1,),))
     assert of_one.measure(negative, prompt, answer) == {"first_token": 0, "likelihood": 100, "calibrated": 0}
     assert of_one.measure(positive, prompt, answer) == {"first_token": 100, "likelihood": 0, "calibrated": 100}
-
-
-def test_templates_are_the_papers(byte_tokenizer: Any) -> None:
-    def text(ids: Sequence[int]) -> str:
-        return str(byte_tokenizer.decode(ids))
-
-    of_two = task(byte_tokenizer, "sst5", "subj")
-    sst5, subj = of_two.prompts["sst5"], of_two.prompts["subj"]
-    assert text(sst5.queries[0]) == " Review: old film sst5 0 Sentiment:"
-    assert text(sst5.demonstrations[0]) == " Review: old film sst5 10 Sentiment: terrible."
-    assert [text(option) for option in sst5.options] == [" terrible", " bad", " okay", " good", " great"]
-    assert text(subj.demonstrations[1]) == " Input: new film subj 11 Type: objective."
-    assert [text(query) for query in subj.content_free] == [f" Input: {x} Type:" for x in ("N/A", "[MASK]", "")]
-
-
-def test_demonstrations_of_memory_are_neither_those_of_the_window_nor_tested(byte_tokenizer: Any) -> None:
-    of_two = task(byte_tokenizer, "sst2", "sst5")
-    for prompts in of_two.prompts.values():
-        for seed in of_two.seeds:
-            shots = prompts.shots(seed, 8, 12)
-            shown = [*shots.local, *shots.memory]
-            assert len(set(shown)) == 20
-            assert not {text[:-4] for text in shown} & {query[:-4] for query in prompts.queries}
-        assert prompts.shots(1, 8, 12).local != prompts.shots(2, 8, 12).local
-        assert prompts.shots(1, 8, 12).local[-1:] == prompts.shots(1, 1, 12).local
-    with pytest.raises(DataError, match=r"sst2: 4 demonstrations .* there are 30; ask for fewer"):
-        task(byte_tokenizer, "sst2", local_shots=(4,), memory_shots=(2000,)).examples()
-    with pytest.raises(ConfigError, match=r"local_shots \(4,4\).*memory_shots \(-1\)"):
-        task(byte_tokenizer, "sst2", local_shots=(4, 4), memory_shots=(-1,))

@@ -91,12 +91,6 @@ def test_the_default_text_is_the_source_of_the_standard_library(byte_tokenizer: 
     assert byte_tokenizer.decode(found.ids[0]).startswith("# file: email")
 
 
-def test_too_little_text_is_refused(byte_tokenizer: Any, tmp_path: Path) -> None:
-    (tmp_path / "short.txt").write_text("a few words")
-    with pytest.raises(DataError, match="11 tokens of text, the longest of --lengths needs 1,024"):
-        read_haystack([str(tmp_path / "short.txt")], byte_tokenizer, 1024, WINDOW)
-
-
 def test_settings_that_break_rules_are_reported_together(haystack: Haystack, byte_tokenizer: Any) -> None:
     with pytest.raises(ConfigError) as error:
         _task(haystack, byte_tokenizer, kinds=["riddle"], lengths=[100], depths=[120])

@@ -62,11 +62,6 @@ def test_a_question_longer_than_the_window_loses_its_beginning() -> None:
         SHOTS.lay_out(asker(2), (5,), after=1)
 
 
-def test_room_is_reserved_for_another_question() -> None:
-    assert SHOTS.lay_out(asker(10), (7,), after=0).local == 3
-    assert SHOTS.lay_out(asker(10), (7,), after=0, least=3).local == 2
-
-
 def test_what_each_system_sees_is_counted() -> None:
     askers = [replace(asker(12, memory=size), name=str(size)) for size in (4, 6, 8, None)]
 

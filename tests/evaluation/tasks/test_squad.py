@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from longmem.errors import ConfigError, DataError
-from longmem.evaluation.asking import Answer, Asker, Prompt
-from longmem.evaluation.bootstrap import Bootstrap
-from longmem.evaluation.task import run_task
 from longmem.evaluation.tasks.squad import (
     SquadFile,
     SquadTask,
@@ -82,36 +77,6 @@ def test_demonstrations_show_no_passage_twice_and_none_that_is_asked(
         task(read, byte_tokenizer, memory_shots=[200]).shots(1, 200)
     with pytest.raises(ConfigError, match=r"memory_shots \(none\)"):
         task(read, byte_tokenizer, memory_shots=())
-
-
-@dataclasses.dataclass(frozen=True)
-class Scripted(Asker):
-    """A system that says ``the hill`` and then goes on, whatever it is asked."""
-
-    prompts: list[Prompt] = dataclasses.field(default_factory=list)
-
-    def ask(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
-        for number, prompt in reversed(list(enumerate(prompts))):
-            self.prompts.append(prompt)
-            yield number, Answer((), tuple(self.tokenizer(" the hill\nQuestion: Who")["input_ids"]))
-
-
-def test_known_answers_give_known_scores_by_article(read: tuple[SquadFile, SquadFile], byte_tokenizer: Any) -> None:
-    asker = Scripted("backbone", "backbone", {}, None, byte_tokenizer, 240)
-    result = run_task(task(read, byte_tokenizer), [asker], bootstrap=Bootstrap(resamples=20))
-    # half of the questions ask where; "Ada d00" and "the hill" share no word
-    assert [(group["group"], group["examples"], group["units"]) for group in result["groups"]] == [
-        ("all", 16, 2),
-        ("1 + 0", 8, 2),
-        ("1 + 4", 8, 2),
-    ]
-    assert {score["value"] for group in result["groups"] for score in group["scores"]} == {50}
-    assert result["extra"]["by_article"]["1 + 4"]["backbone"]["f1"] == {"Article_0": 50, "Article_1": 50}
-    assert result["extra"]["per_seed"]["1 + 0"]["backbone"]["exact_match"] == {"1": 50, "2": 50}
-    assert result["extra"]["shots"]["1 + 4"]["backbone"] == {"window": 1, "memory": 0, "cut": 0}
-    assert len(asker.prompts) == 2 * 4  # seeds, questions: demonstrations in memory change nothing for it
-    asked = str(byte_tokenizer.decode(asker.prompts[-1].contexts[0]))
-    assert asked.count("Context:") == 2 and asked.endswith("\nQuestion: Who came?\nAnswer:")
 
 
 @pytest.mark.parametrize(
