@@ -58,7 +58,7 @@ def command(
 
     from longmem.config import TrainingFreeConfig
     from longmem.data import check_tokenizer, load_tokenizer
-    from longmem.evaluation.effect import measure_effect
+    from longmem.evaluation.layers import measure_effect
     from longmem.evaluation.loading import checked_device
     from longmem.evaluation.results import RunHeader, command_line, write_json
     from longmem.modeling.gguf import gguf_folder, is_gguf

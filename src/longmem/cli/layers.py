@@ -90,7 +90,7 @@ def _effect(backbone: Any, texts: Tensor | None, tokenizer: str, name: str, shar
     from dataclasses import asdict
 
     from longmem.data import load_tokenizer
-    from longmem.evaluation.effect import measure_effect
+    from longmem.evaluation.layers import measure_effect
     from longmem.evaluation.results import RunHeader, command_line, to_json, write_json
 
     settings = {key: shared[key] for key in ("chunk_size", "num_retrieved", "seed")}
