@@ -79,19 +79,6 @@ def results_report() -> Report:
     return build_report([ROOT / "results" / name for name in SHOWN], intro=[INTRO], base=ROOT, most_tables=MOST)
 
 
-def stale_table(result: dict[str, Any]) -> Table:
-    """Of ``benchmarks.staleness``: a line for each text."""
-    rows = []
-    for name, text in result["stale"].items():
-        cells = [f"{text['off']['perplexity']:.2f}"]
-        for way in ("fresh", "stale"):
-            found = text[way]
-            edges = f" [{found['interval'][0]:+.1f}, {found['interval'][1]:+.1f}]" if found["interval"] else ""
-            cells.append(f"{found['perplexity']:.2f} ({found['percent_against_off']:+.1f} %{edges})")
-        rows.append([f"{name}, {text['documents']} documents", *cells])
-    return Table(["MemTRM, by segments", "memory off", "its own memory", "written before it was trained"], rows)
-
-
 def training_table(result: dict[str, Any]) -> Table:
     """Of ``benchmarks.training``: a line for each run."""
     rows = []
@@ -210,7 +197,6 @@ BENCHES: dict[str, Callable[[dict[str, Any]], Table]] = {
     "calibrated": calibrated_table,
     "effect": effect_table,
     "kept_back": kept_back_table,
-    "stale": stale_table,
     "trainings": training_table,
 }
 """Tables of benchmarks, by the field that a result of the kind has."""

@@ -236,6 +236,11 @@ class Asker:
         starts = [max(0, len(text) - self.memory_size) // self.window * step for text in texts]
         self.add(bank, {row: text[start:] for row, (text, start) in enumerate(zip(texts, starts, strict=True))})
         bank.end_document(torch.arange(len(texts)))
+        if any(text and not held for text, held in zip(texts, bank.tokens.tolist(), strict=True)):
+            raise ConfigError(
+                f"{self.name}: its memory holds nothing after reading, so that a result with memory would be one "
+                "without; give it a larger --memory-sizes"
+            )
         return bank
 
     def bank(self, rows: int, longest: int) -> MemoryBank | None:
