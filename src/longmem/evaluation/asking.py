@@ -166,6 +166,8 @@ class Asker:
 
     def _part(self, prompt: Prompt, context: Tokens, room: int, options: tuple[Tokens, ...], new: int) -> _Part:
         memory = prompt.memory
+        if not context:
+            raise ConfigError("a prompt has no context; give it at least one token, such as a line end")
         if not isinstance(memory, tuple):
             return _Part(memory if self.reads_memory else (), context[room - self.window :], options, new)
         text = (*memory, *context) if self.whole else context

@@ -8,6 +8,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain, count
 from pathlib import Path
@@ -159,6 +160,23 @@ def digest_of(*parts: Any) -> str:
     """Hash of what JSON can say."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def of_form(path: Path, form: str, way_out: str) -> Iterator[list[str]]:
+    """Say of a file that is not of its form in one line what is wrong; the last item of the list says where.
+
+    Raises:
+        DataError: the file cannot be read, or reading it failed.
+    """
+    where = ["the file"]
+    try:
+        yield where
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); {way_out}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: {where[-1]} is not of {form} ({said}); {way_out}") from error
 
 
 def run_task(

@@ -36,13 +36,13 @@ SQUAD = '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "questio
         (read_squad, '{"data": [{"title": "a"}]}', r"data\[0\] is not .*KeyError: 'paragraphs'"),
         (read_squad, SQUAD % "[]", r"data\[0\].paragraphs\[0\].qas\[0\].*no answer; SQuAD v1.1 has one or more"),
         (read_squad, SQUAD % '["a"]', r"data\[0\].paragraphs\[0\].qas\[0\] is not"),
-        (read_dialogues, '[{"a": 1}]', "sample '0' is not as LoCoMo's are \\(KeyError: 'conversation'"),
-        (read_dialogues, "words", "line 1: no conversation of MSC"),
-        (read_dialogues, "3", "neither a list of LoCoMo samples nor lines of MSC"),
+        (read_dialogues, '[{"a": 1}]', "sample 0 is not of LoCoMo's form.*KeyError: 'conversation'"),
+        (read_dialogues, "words", "line 1 is not of MSC's form"),
+        (read_dialogues, "3", "sample 0 is not of LoCoMo's form"),
         (read_dialogues, "[]", "no questions in it"),
-        (read_dialogues, json.dumps([TALK | {"qa": [{"question": "?", "category": 6}]}]), "sample 'conv-1' is not"),
+        (read_dialogues, json.dumps([TALK | {"qa": [{"question": "?", "category": 6}]}]), "sample 0 is not"),
         (read_dialogues, json.dumps([TALK | {"qa": [{"question": "?", "category": 1, "answer": None}]}]), "is null"),
-        (read_dialogues, json.dumps(PAST), "line 1: .* the text of a turn is a NoneType"),
+        (read_dialogues, json.dumps(PAST), "line 1 .* the text of a turn is a NoneType"),
     ],
 )
 def test_other_files_are_refused_by_what_is_wrong(

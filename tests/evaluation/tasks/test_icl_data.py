@@ -141,5 +141,5 @@ def test_intents_are_read_from_csv_and_from_json(tmp_path: Path) -> None:
     assert first.test == (Labelled("Why?", 1), Labelled("Lost!", 0))
     assert (second.labels, second.test) == (("x y", "z"), (Labelled("d", 1),))
     (clinc / "data_full.json.gz").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"clinc150 cannot be read"):
+    with pytest.raises(DataError, match=r"icl_clinc150: cannot be read"):
         read_icl(tmp_path, ["clinc150"])

@@ -18,7 +18,7 @@ from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
 from longmem.evaluation.documents import start_tokens
 from longmem.evaluation.results import Json
-from longmem.evaluation.task import Example, Metric, Task, different, drawn, numbered
+from longmem.evaluation.task import Example, Metric, Task, different, drawn, numbered, of_form
 from longmem.evaluation.tasks.shots import encode_after
 
 BETWEEN = "\n\n"  # between a prefix and a suffix, the same for all suffixes
@@ -51,25 +51,18 @@ def read_chapterbreak(path: str | Path) -> ChapterBreakFile:
     Raises:
         DataError: no such file, or something in it is not of that form; says what and where.
     """
-    path, where = Path(path), "the file"
-    try:
+    path, items = Path(path), []
+    form = 'ChapterBreak\'s form, {split: {work: [{"ctx", "pos", "negs"}, ...]}}'
+    with of_form(path, form, "name a chapterbreak_ctx_<N>.json file, or make it again") as where:
         raw = path.read_bytes()
-        items = []
         for split, works in json.loads(raw).items():
             for work, examples in works.items():
                 for number, one in enumerate(examples):
-                    where = f"{split}, work {work}, example {number + 1}"
+                    where.append(f"{split}, work {work}, example {number + 1}")
                     texts = (one["ctx"], one["pos"], *one["negs"])
                     if len(texts) < 3 or not all(isinstance(text, str) and text.strip() for text in texts):
                         raise ValueError("ctx, pos and negs must be texts, none of them empty")
                     items.append(Item(split, work, number, texts[0], texts[1:]))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; name a chapterbreak_ctx_<N>.json file") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f'{path}: {where} is not of ChapterBreak\'s form, {{split: {{work: [{{"ctx", "pos", "negs"}}, ...]}}}} '
-            f"({type(error).__name__}: {error}); fetch or make the file again"
-        ) from error
     if not items:
         raise DataError(f"{path}: no examples in it; fetch or make the file again")
     length = re.search(r"_ctx_(\d+)\.json$", path.name)

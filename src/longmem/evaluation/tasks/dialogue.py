@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, rereading
 from longmem.evaluation.documents import start_tokens
-from longmem.evaluation.task import Example, Json, Metric, Task, drawn, numbered
+from longmem.evaluation.task import Example, Json, Metric, Task, drawn, numbered, of_form
 from longmem.evaluation.tasks.shots import encode_after
 from longmem.evaluation.tasks.squad import f1_score
 from longmem.store.recall import PlainTexts, Recall
@@ -30,6 +30,12 @@ REFUSALS = ("no information available", "not mentioned")
 
 CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
 MULTI_HOP, TEMPORAL, OPEN_DOMAIN, ADVERSARIAL = 1, 2, 3, 5
+LOCOMO = (
+    "LoCoMo's form: conversation and qa, turns with speaker and text, questions with question, category (1 to 5) and "
+    "answer (category 5: adversarial_answer)"
+)
+MSC = "MSC's form: lines with dialog and previous_dialogs, and a text in every turn"
+WAY_OUT = "name a locomo10.json or an MSC session_N/test.txt"
 WITH_DATE = " Use DATE of CONVERSATION to answer with an approximate date."  # the words of LoCoMo's own evaluation
 
 
@@ -80,51 +86,42 @@ def read_dialogues(path: str | Path) -> DialogueFile:
     Raises:
         DataError: no such file, or something in it is not of either form; says what and where.
     """
-    path = Path(path)
-    try:
+    path, found = Path(path), list[Conversation]()
+    with of_form(path, "UTF-8", WAY_OUT):
         raw = path.read_bytes()
         text = raw.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable ({error}); name a locomo10.json or an MSC session_N/test.txt") from error
     try:
         content = json.loads(text)
     except ValueError:  # more than one JSON object: lines
         content = None
-    if content is None or (isinstance(content, dict) and "previous_dialogs" in content):
-        # only \n ends a line: people's texts hold other signs that str.splitlines would take for one
-        lines = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        kind, found = "msc", [_msc(path, where, line) for where, line in lines]
-    elif isinstance(content, list | dict):
-        samples = content if isinstance(content, list) else [content]
-        kind, found = "locomo", [_locomo(path, number, sample) for number, sample in enumerate(samples)]
-    else:
-        raise DataError(f"{path}: neither a list of LoCoMo samples nor lines of MSC; see the docs of dialogue")
+    msc = content is None or (isinstance(content, dict) and "previous_dialogs" in content)
+    with of_form(path, MSC if msc else LOCOMO, WAY_OUT) as where:
+        if msc:
+            # only \n ends a line: people's texts hold other signs that str.splitlines would take for one
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    where.append(f"line {number}")
+                    found.append(_msc(number, json.loads(line)))
+        else:
+            for number, sample in enumerate(content if isinstance(content, list) else [content]):
+                where.append(f"sample {number}")
+                found.append(_locomo(number, sample))
     found = [conversation for conversation in found if conversation.questions]
     if not found:
-        raise DataError(f"{path}: no questions in it; name a locomo10.json or an MSC session_N/test.txt")
-    name = f"{path.absolute().parent.name}/{path.name}" if kind == "msc" else path.name
-    return DialogueFile(name, kind, hashlib.sha256(raw).hexdigest(), found)
+        raise DataError(f"{path}: no questions in it; {WAY_OUT}")
+    name = f"{path.absolute().parent.name}/{path.name}" if msc else path.name
+    return DialogueFile(name, "msc" if msc else "locomo", hashlib.sha256(raw).hexdigest(), found)
 
 
-def _locomo(path: Path, number: int, sample: Any) -> Conversation:
-    name = str(number)
-    try:
-        name, spoken = str(sample.get("sample_id", number)), sample["conversation"]
-        numbers = sorted(
-            int(at) for key in spoken if key.startswith("session_") and (at := key.removeprefix("session_")).isdecimal()
-        )
-        sessions = []
-        for at in numbers:
-            if turns := [_turn(turn) for turn in spoken[f"session_{at}"]]:
-                heading = f"DATE: {spoken.get(f'session_{at}_date_time', 'unknown')}"
-                sessions.append("\n".join([heading, "CONVERSATION:", *turns]) + "\n\n")
-        return Conversation(name, tuple(sessions), tuple(_question(at, qa) for at, qa in enumerate(sample["qa"])))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{path}: sample {name!r} is not as LoCoMo's are ({type(error).__name__}: {error}); it needs conversation "
-            "and qa, turns need speaker and text, questions need question, category (1 to 5) and answer (category 5: "
-            "adversarial_answer)"
-        ) from error
+def _locomo(number: int, sample: dict[str, Any]) -> Conversation:
+    spoken, sessions = sample["conversation"], []
+    numbers = (key.removeprefix("session_") for key in spoken if key.startswith("session_"))
+    for at in sorted(int(number) for number in numbers if number.isdecimal()):
+        if turns := [_turn(turn) for turn in spoken[f"session_{at}"]]:
+            heading = f"DATE: {spoken.get(f'session_{at}_date_time', 'unknown')}"
+            sessions.append("\n".join([heading, "CONVERSATION:", *turns]) + "\n\n")
+    questions = tuple(_question(at, qa) for at, qa in enumerate(sample["qa"]))
+    return Conversation(str(sample.get("sample_id", number)), tuple(sessions), questions)
 
 
 def _turn(turn: dict[str, Any]) -> str:
@@ -149,28 +146,19 @@ def _question(number: int, qa: dict[str, Any]) -> Question:
     return Question(str(number), CATEGORIES[category], "", text, str(qa[named]).strip(), category)
 
 
-def _msc(path: Path, where: str, line: str) -> Conversation:
+def _msc(number: int, record: dict[str, Any]) -> Conversation:
     """Earlier sessions, with the time that passed after each; every turn of the last one is a reply to those before."""
-    try:
-        record = json.loads(line)
-        sessions = []
-        for past in record["previous_dialogs"]:
-            spoken = "".join(f"{speaker}: {text}\n" for speaker, text in _speakers(past["dialog"]))
-            gap = f"({past['time_num']} {past['time_unit']} later)\n" if past.get("time_num") else ""
-            sessions.append(f"{spoken}{gap}\n")
-        questions, before = [], ""
-        for at, (speaker, text) in enumerate(_speakers(record["dialog"])):
-            if text:
-                questions.append(Question(str(at), f"session {len(sessions) + 1}", before, f"{speaker}:", text))
-            before += f"{speaker}: {text}\n"
-        of = (record.get("metadata") or {}).get("initial_data_id")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path}, {where}: no conversation of MSC ({type(error).__name__}: {error}); a line has dialog and "
-            "previous_dialogs, and every turn a text"
-        ) from error
-    name = f"{of or 'line'}:{where.removeprefix('line ')}"
-    return Conversation(name, tuple(sessions), tuple(questions), None if of is None else str(of))
+    sessions, questions, before = [], [], ""
+    for past in record["previous_dialogs"]:
+        spoken = "".join(f"{speaker}: {text}\n" for speaker, text in _speakers(past["dialog"]))
+        gap = f"({past['time_num']} {past['time_unit']} later)\n" if past.get("time_num") else ""
+        sessions.append(f"{spoken}{gap}\n")
+    for at, (speaker, text) in enumerate(_speakers(record["dialog"])):
+        if text:
+            questions.append(Question(str(at), f"session {len(sessions) + 1}", before, f"{speaker}:", text))
+        before += f"{speaker}: {text}\n"
+    of = (record.get("metadata") or {}).get("initial_data_id")
+    return Conversation(f"{of or 'line'}:{number}", tuple(sessions), tuple(questions), None if of is None else str(of))
 
 
 def _speakers(dialog: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:

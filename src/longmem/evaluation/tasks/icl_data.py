@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from longmem.errors import ConfigError, DataError
+from longmem.evaluation.task import of_form
 
 Split = Literal["released", "dev", "test"]
 HEADER = "sentence\tlabel"
@@ -135,12 +136,8 @@ def read_labelled(path: Path, classes: int) -> list[Labelled]:
     Raises:
         DataError: not UTF-8, a line without label or with one that is not 0 ... ``classes - 1``.
     """
-    try:
+    with of_form(path, "UTF-8", "save it as UTF-8"):
         content = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
     found = []
     for number, form, fields in _rows(path, content):
         label = fields[0].strip() if len(fields) == 2 else ""
@@ -221,18 +218,14 @@ def _as_set(
 def _read_intents(name: str, kind: Intents, folder: Path) -> IclSet:
     """Texts whose classes are names, read from ``text,category`` lines or from JSON lists ``train`` and ``test``."""
     files = [folder / file for file in dict.fromkeys((kind.train, kind.test))]
-    try:
+    form = f"what is published, {' and '.join(file.name for file in files)}"
+    with of_form(folder, form, f"fetch the files of {name} again"):
         if len(files) == 1:
             content = json.loads(gzip.decompress(files[0].read_bytes()))
             parts = [content["train"], content["test"]]
         else:
             parts = [list(csv.reader(io.StringIO(file.read_text("utf-8-sig"))))[1:] for file in files]
         named = [[(" ".join(text.split()), label.replace("_", " ")) for text, label in part] for part in parts]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        raise DataError(
-            f"{folder}: {name} cannot be read ({type(error).__name__}: {error}); it needs "
-            f"{' and '.join(file.name for file in files)} as published"
-        ) from error
     labels = tuple(sorted({label for _, label in named[0]}))
     number = {label: at for at, label in enumerate(labels)}
     train, test = ([Labelled(text, number[label]) for text, label in part if label in number] for part in named)

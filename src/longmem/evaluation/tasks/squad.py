@@ -18,7 +18,7 @@ from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
 from longmem.evaluation.bootstrap import Bootstrap
 from longmem.evaluation.documents import start_tokens
 from longmem.evaluation.results import Json
-from longmem.evaluation.task import Example, Metric, different, drawn, means_by
+from longmem.evaluation.task import Example, Metric, different, drawn, means_by, of_form
 from longmem.evaluation.tasks.shots import LaidOut, Shots, ShotsTask, draw, encode_after
 
 TEMPLATE = "Context: {passage}\nQuestion: {question}\nAnswer: {answer}\n\n"
@@ -50,15 +50,14 @@ def read_squad(path: str | Path) -> SquadFile:
     Raises:
         DataError: no such file, not JSON, or not of that form; names the file and the place in it.
     """
-    file, place = Path(path), "the file"
-    found: dict[str, SquadQuestion] = {}
-    try:
+    file, found = Path(path), dict[str, SquadQuestion]()
+    with of_form(file, "SQuAD v1.1's form", "name a SQuAD v1.1 JSON file") as where:
         content = file.read_bytes()
         for a, article in enumerate(json.loads(content)["data"]):
-            place = f"data[{a}]"
+            where.append(f"data[{a}]")
             for p, paragraph in enumerate(article["paragraphs"]):
                 for q, asked in enumerate(paragraph["qas"]):
-                    place = f"data[{a}].paragraphs[{p}].qas[{q}]"
+                    where.append(f"data[{a}].paragraphs[{p}].qas[{q}]")
                     # a template of lines needs texts of one line
                     texts = (paragraph["context"], asked["question"], *(one["text"] for one in asked["answers"]))
                     passage, question, *answers = (" ".join(text.split()) for text in texts)
@@ -68,11 +67,6 @@ def read_squad(path: str | Path) -> SquadFile:
                         raise ValueError(f"two questions have the id {asked['id']!r}")
                     title = str(article.get("title", a))
                     found[asked["id"]] = SquadQuestion(asked["id"], title, passage, question, tuple(answers))
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); name a SQuAD v1.1 JSON file") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        said = f"{type(error).__name__}: {error}"
-        raise DataError(f"{file}: {place} is not of SQuAD v1.1's form ({said}); name a SQuAD v1.1 JSON file") from error
     if not found:
         raise DataError(f"{file}: no question in it; name a SQuAD v1.1 JSON file")
     return SquadFile(file.name, hashlib.sha256(content).hexdigest()[:16], tuple(found.values()))
