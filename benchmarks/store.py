@@ -106,7 +106,7 @@ def serve(folder: Path) -> None:
 
 
 def _take(bank: Any) -> Callable[..., Any]:
-    from longmem.store.loaded import take_mapped
+    from longmem.store.runs import take_mapped
 
     return lambda chunks, heads: take_mapped(bank._runs, chunks, heads, bank.device)
 

@@ -9,8 +9,7 @@ import torch
 
 from longmem.errors import ConfigError, MemoryBankError
 from longmem.memory import MemoryBank
-from longmem.memory.joined import JoinedMemory
-from longmem.memory.session import SessionMemory
+from longmem.memory.session import JoinedMemory, SessionMemory
 from longmem.types import AttentionKV
 
 

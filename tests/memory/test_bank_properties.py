@@ -191,17 +191,6 @@ def test_a_loaded_bank_goes_on_as_the_saved_one(history, after, slots, size):
 
 
 @settings(max_examples=30, deadline=None)
-@given(lengths=some.lists(some.integers(1, 9), min_size=1, max_size=8), slots=some.integers(1, 6))
-def test_eviction_keeps_the_newest_chunks_in_number(lengths, slots):
-    bank, total = MemoryBank(1, slots, HEADS, DIM, 1), 0
-    for length in lengths:
-        bank.add(AttentionKV(torch.randn(1, HEADS, length, DIM), torch.randn(1, HEADS, length, DIM)))
-        total += length
-    numbers = sorted(bank.provenance(0, slot).number for slot in range(int(bank.chunks[0])))
-    assert numbers == list(range(max(0, total - slots), total))
-
-
-@settings(max_examples=30, deadline=None)
 @given(history=histories(2), size=some.integers(1, 3))
 def test_every_chunk_names_the_tokens_it_holds(history, size):
     """Provenance points back into the text: the token at document, offset is the one stored."""

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from longmem import MemoryBankError
 from longmem.memory.bank import MemoryBank
-from longmem.memory.joined import JoinedMemory, best_of
-from longmem.memory.session import OVERLAY, SessionMemory
+from longmem.memory.session import OVERLAY, JoinedMemory, SessionMemory, best_of
 from longmem.types import AttentionKV, RetrievedMemory
 
 HKV, D, S = 2, 8, 2
@@ -91,7 +90,7 @@ def test_rows_of_a_session_over_one_row_all_read_it() -> None:
         SessionMemory(bank(2, 4), bank(3, 0))
     with pytest.raises(MemoryBankError, match="chunk_size"):
         SessionMemory(base, MemoryBank(3, 64, HKV, D, 4))
-    with pytest.raises(MemoryBankError, match="fingerprint of the memory is a"):
+    with pytest.raises(MemoryBankError, match="fingerprint differs among memories"):
         SessionMemory(bank(1, 4, fingerprint="a"), bank(1, 0, fingerprint="b"))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from longmem import LongMem, MemoryBank
 from longmem.errors import ConfigError, MemoryBankError, StoreError
 from longmem.memory.index import ExactIndex
-from longmem.store import loaded
+from longmem.store import runs
 from longmem.store.store import MemoryStore
 from longmem.types import AttentionKV, RetrievedMemory
 
@@ -339,13 +339,13 @@ def test_refresh_reads_only_what_is_new(store: MemoryStore, keep: str, monkeypat
     store.forget("alice", name="letter 0")
     bank.search(queries(bank), 1)
     store.add_document("alice", ids=ids(9, seed=31), name="new")
-    monkeypatch.setattr(loaded, "AT_ONCE", 7)
+    monkeypatch.setattr(runs, "AT_ONCE", 7)
     bank.refresh()
     fresh = store.bank("alice", keep=keep)
     same(bank.search(queries(bank), 100), fresh.search(queries(bank), 100))
     # what had been read stays: it is not read again
-    read, plain = list[int](), loaded._records
-    monkeypatch.setattr(loaded, "_records", lambda *given: (read.append(len(given[1])), plain(*given))[1])
+    read, plain = list[int](), runs._records
+    monkeypatch.setattr(runs, "_records", lambda *given: (read.append(len(given[1])), plain(*given))[1])
     store.add_document("alice", ids=ids(9, seed=32), name="newer")
     assert bank.refresh()
     assert sum(read) == (5 if keep == "map" else 10)
@@ -574,7 +574,7 @@ def test_threads_share_a_bank_while_documents_are_forgotten(store: MemoryStore, 
 
 
 def test_a_memory_bank_and_a_store_bank_serve_one_batch(store: MemoryStore, model: LongMem) -> None:
-    from longmem.memory.joined import JoinedMemory
+    from longmem.memory.session import JoinedMemory
 
     twin = memory_bank(store, model, DOCUMENTS[:2])
     both: MemoryBank | JoinedMemory = JoinedMemory([store.bank("alice"), twin])

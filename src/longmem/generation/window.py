@@ -15,8 +15,7 @@ from transformers import Cache, StoppingCriteriaList
 
 from longmem.errors import ConfigError, MemoryBankError
 from longmem.generation.reading import THIS_TEXT, cut, positions, write
-from longmem.memory.joined import JoinedMemory
-from longmem.memory.session import SessionMemory
+from longmem.memory.session import JoinedMemory, SessionMemory
 from longmem.types import Memory
 
 

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from longmem.errors import ConfigError, MemoryBankError, StoreError
 from longmem.memory.index import Index, make_index, refuse_queries, rows_of
-from longmem.store.loaded import Held, RowKeys, take_mapped
 from longmem.store.overlay import SessionBank
 from longmem.store.passages import Passage, SearchHit, read_passage, search_text
 from longmem.store.room import Room, composed, until_found
-from longmem.store.runs import Runs, Selection, read_runs
+from longmem.store.runs import Held, RowKeys, Runs, Selection, read_runs, take_mapped
 from longmem.types import ChunkOrigin, RetrievedMemory
 
 Keep = Literal["map", "memory", "device"]

@@ -22,7 +22,7 @@ from longmem.data.facts import draw_facts
 from longmem.data.windows import IGNORE
 from longmem.memory import MemoryBank
 from longmem.memory.encoded import EncodedText, TextMemory
-from longmem.memory.joined import best_of
+from longmem.memory.session import best_of
 from longmem.progress import Progress
 from longmem.training.adapt import LongMemTrainer
 from longmem.training.recipe import NeedlesSection
