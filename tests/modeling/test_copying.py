@@ -52,7 +52,7 @@ def test_a_longer_distance_is_encoded_in_segments(tiny_backbone: AlibiGPTForCaus
     assert torch.isfinite(whole[0].keys).all()
 
 
-def _layer_one_copies(model: object, input_ids: Tensor, layers: object = None) -> dict[int, QKV]:
+def _layer_one_copies(model: object, input_ids: Tensor) -> dict[int, QKV]:
     """Layer 1: a key is the token before it, a query the token itself; other layers: noise."""
     generator = torch.Generator().manual_seed(int(input_ids.sum()))
     before = F.pad(input_ids, (1, 0))[:, :-1]
@@ -110,7 +110,7 @@ def test_copy_loss_is_the_loss_of_each_pass(tiny_backbone: AlibiGPTForCausalLM) 
 def test_the_score_of_a_model_in_training_leaves_it_in_training(tiny_backbone: AlibiGPTForCausalLM) -> None:
     tiny_backbone.train()
     weights = {name: value.clone() for name, value in tiny_backbone.state_dict().items()}
-    assert retrieval_by_layer(tiny_backbone, random_tokens(VOCAB, 2, 16), segment=16, layers=[1, 3]).keys() == {1, 3}
+    retrieval_by_layer(tiny_backbone, random_tokens(VOCAB, 2, 16), segment=16)
     copy_loss(tiny_backbone, random_tokens(VOCAB, 2, 16))
     assert tiny_backbone.training
     assert all(torch.equal(value, weights[name]) for name, value in tiny_backbone.state_dict().items())

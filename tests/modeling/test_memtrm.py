@@ -249,8 +249,8 @@ def test_a_trained_memtrm_keeps_where_it_started_from(tmp_path: Path) -> None:
         loaded.save_pretrained(tmp_path / "model")
 
 
-@pytest.mark.parametrize("made", [MemTRM, TrainingFree])
-def test_banks_of_another_backbone_or_layer_are_refused_by_name(made: type[AugmentedLM]) -> None:
+@pytest.mark.parametrize("made", [LongMem, MemTRM, TrainingFree])
+def test_banks_of_another_backbone_or_layer_are_refused_by_name(made: Any) -> None:
     model, other = (made.from_backbone(make_backbone("llama", seed=seed), **SETTINGS) for seed in (0, 1))
     with pytest.raises(MemoryBankError) as problem:
         model(ids(), memory=filled(other, ids()))

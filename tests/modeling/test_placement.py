@@ -40,12 +40,13 @@ def filled(model: LongMem | TrainingFree) -> MemoryBank:
 # kept elsewhere until they are needed
 
 
+@pytest.mark.parametrize("kind", [LongMem, TrainingFree])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "alibi_gpt", "gemma2", "bloom", "falcon-alibi"])
-def test_an_offloaded_backbone_gives_the_same_model(family: str) -> None:
-    plain = LongMem.from_backbone(make_backbone(family), **SETTINGS).eval()
+def test_an_offloaded_backbone_gives_the_same_model(family: str, kind: Any) -> None:
+    plain = kind.from_backbone(make_backbone(family), **SETTINGS).eval()
     backbone = make_backbone(family)
     cpu_offload(backbone, execution_device=CPU)
-    model = LongMem.from_backbone(backbone, **SETTINGS).eval()
+    model = kind.from_backbone(backbone, **SETTINGS).eval()
     assert all(parameter.is_meta for parameter in backbone.parameters())
     assert (model.device, model.memory_device) == (CPU, CPU)
     assert not any(parameter.is_meta for parameter in model.trainable_parameters())
@@ -105,10 +106,13 @@ def test_one_softmax_over_spread_layers(monkeypatch: pytest.MonkeyPatch) -> None
     assert model(ids(), memory=filled(model)).logits.device.type == "meta"
 
 
-def test_memory_is_searched_where_the_reading_layer_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = spread("llama", monkeypatch, memory_layer=3)
-    assert model.memory_device.type == "meta"
-    assert MemoryBank.for_model(model, rows=2).device.type == "meta"
+@pytest.mark.parametrize("kind", [LongMem, TrainingFree])
+@pytest.mark.parametrize(("layer", "place"), [(1, "cpu"), (3, "meta")])
+def test_memory_is_searched_where_the_reading_layer_is(
+    kind: Any, layer: int, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = kind.from_backbone(spread("llama", monkeypatch).backbone.model, memory_layer=layer)
+    assert model.memory_device.type == MemoryBank.for_model(model, rows=2).device.type == place
 
 
 # quantised
@@ -168,14 +172,18 @@ def test_a_sidenet_is_trained_over_a_quantised_backbone(bits: str, saved: Path) 
 
 
 @needs_bitsandbytes
-def test_a_sidenet_is_loaded_over_the_backbone_quantised_as_it_was(bits: str, saved: Path, tmp_path: Path) -> None:
-    config = quantization(bits, torch.float32)
-    loading = {"quantization_config": config, "device_map": {"": "cpu"}}
-    model = LongMem.from_backbone(saved, backbone_kwargs=loading, side_dtype=torch.float32, **SETTINGS).eval()
-    model.save_pretrained(tmp_path / "side")
-    loaded = LongMem.from_pretrained(tmp_path / "side", backbone_kwargs={"device_map": {"": "cpu"}})
+@pytest.mark.parametrize("kind", [LongMem, TrainingFree])
+def test_a_model_is_loaded_over_the_backbone_quantised_as_it_was(
+    bits: str, kind: Any, saved: Path, tmp_path: Path
+) -> None:
+    loading = {"quantization_config": quantization(bits, torch.float32), "device_map": {"": "cpu"}}
+    model = kind.from_backbone(saved, backbone_kwargs=loading, **SETTINGS).eval()
+    model.save_pretrained(tmp_path / "model")
+    loaded = kind.from_pretrained(tmp_path / "model", backbone_kwargs={"device_map": {"": "cpu"}})
     assert loaded.fingerprint == model.fingerprint != LongMem.from_backbone(saved, **SETTINGS).fingerprint
-    assert torch.equal(loaded(ids(), memory=filled(loaded)).logits, model(ids(), memory=filled(model)).logits)
+    found = model(ids(), memory=filled(model)).logits
+    assert torch.equal(loaded(ids(), memory=filled(loaded)).logits, found)
+    assert not torch.equal(model(ids()).logits, found)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
@@ -209,37 +217,6 @@ def test_what_others_have_quantised_is_refused() -> None:
     pack(backbone)
     with pytest.raises(BackboneError, match="quantised by gptq, whose layers cannot be copied"):
         check_quantisation(backbone)
-
-
-# the baselines whose own layer reads memory
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "alibi_gpt", "gemma2", "bloom", "falcon-alibi"])
-def test_training_free_over_an_offloaded_backbone_is_the_same_model(family: str) -> None:
-    plain = TrainingFree.from_backbone(make_backbone(family), **SETTINGS)
-    backbone = make_backbone(family)
-    cpu_offload(backbone, execution_device=CPU)
-    model = TrainingFree.from_backbone(backbone, **SETTINGS)
-    assert (model.device, model.memory_device, model.fingerprint) == (CPU, CPU, plain.fingerprint)
-    assert torch.equal(model(ids(), memory=filled(model)).logits, plain(ids(), memory=filled(plain)).logits)
-
-
-def test_training_free_searches_where_the_memory_layer_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for layer, place in ((1, "cpu"), (3, "meta")):
-        model = TrainingFree.from_backbone(spread("llama", monkeypatch).backbone.model, memory_layer=layer)
-        assert model.memory_device.type == MemoryBank.for_model(model).device.type == place
-
-
-@needs_bitsandbytes
-def test_training_free_reads_over_a_quantised_backbone(bits: str, saved: Path, tmp_path: Path) -> None:
-    loading = {"quantization_config": quantization(bits, torch.float32), "device_map": {"": "cpu"}}
-    model = TrainingFree.from_backbone(saved, backbone_kwargs=loading, **SETTINGS)
-    model.save_pretrained(tmp_path / "free")
-    loaded = TrainingFree.from_pretrained(tmp_path / "free", backbone_kwargs={"device_map": {"": "cpu"}})
-    assert loaded.fingerprint == model.fingerprint
-    found = model(ids(), memory=filled(model)).logits
-    assert torch.equal(loaded(ids(), memory=filled(loaded)).logits, found)
-    assert not torch.equal(model(ids()).logits, found)
 
 
 def test_a_memtrm_refuses_a_backbone_that_it_cannot_train() -> None:

@@ -16,6 +16,11 @@ from longmem.training.recipe import Recipe
 
 Settings = dict[str, dict[str, Any]]
 
+OPTIM = {"steps": 8, "rows": 2, "lr": 1e-2, "dropout": 0.1, "precision": "fp32"}
+OFTEN = {
+    "eval": {"every": 4, "tokens": 128, "rows": 2}, "checkpoint": {"every": 4, "keep_last": 5}, "log": {"every": 1},
+}  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -45,25 +50,22 @@ def backbone_dir(tmp_path: Path, tiny_backbone: AlibiGPTForCausalLM, byte_tokeni
 
 
 @pytest.fixture
-def pretrain(tmp_path: Path, text_dir: Path) -> Callable[..., Recipe]:
+def data(tmp_path: Path, text_dir: Path) -> dict[str, Any]:
+    paths = {"paths": [str(text_dir)], "held_out": ["held.txt"], "cache_dir": str(tmp_path / "cache")}
+    return {**paths, "window": 16}
+
+
+@pytest.fixture
+def pretrain(tmp_path: Path, data: dict[str, Any]) -> Callable[..., Recipe]:
     """``pretrain("name", optim={"steps": 3})``: a pre-training recipe."""
 
     def make(name: str = "run", **changes: dict[str, Any]) -> Recipe:
         settings: Settings = {
             "run": {"name": name, "out_dir": str(tmp_path / name)},
-            "data": {
-                "paths": [str(text_dir)],
-                "held_out": ["held.txt"],
-                "vocab_size": 280,
-                "window": 16,
-                "repeat_fraction": 0.3,
-                "cache_dir": str(tmp_path / "cache"),
-            },
+            "data": {**data, "vocab_size": 280, "repeat_fraction": 0.3},
             "model": {"hidden_size": 16, "layers": 2, "heads": 2},
-            "optim": {"steps": 8, "rows": 2, "lr": 1e-2, "dropout": 0.1, "precision": "fp32"},
-            "eval": {"every": 4, "tokens": 128, "rows": 2},
-            "checkpoint": {"every": 4, "keep_last": 5},
-            "log": {"every": 1},
+            "optim": OPTIM,
+            **OFTEN,
         }
         return Recipe.parse({"task": "pretrain", **merged(settings, changes)})
 
@@ -71,24 +73,17 @@ def pretrain(tmp_path: Path, text_dir: Path) -> Callable[..., Recipe]:
 
 
 @pytest.fixture
-def adapt(tmp_path: Path, text_dir: Path, backbone_dir: Path) -> Callable[..., Recipe]:
+def adapt(tmp_path: Path, data: dict[str, Any], backbone_dir: Path) -> Callable[..., Recipe]:
     """``adapt("name", sidenet={"memory": False})``: an adaptation recipe over the tiny backbone."""
 
     def make(name: str = "run", method: str = "longmem", **changes: dict[str, Any]) -> Recipe:
         settings: Settings = {
             "run": {"name": name, "out_dir": str(tmp_path / name)},
-            "data": {
-                "paths": [str(text_dir)],
-                "held_out": ["held.txt"],
-                "window": 16,
-                "cache_dir": str(tmp_path / "cache"),
-            },
+            "data": data,
             "backbone": {"path": str(backbone_dir)},
             "sidenet": {"memory_layers": [1], "num_retrieved": 8, "memory_size": 64},
-            "optim": {"steps": 8, "rows": 2, "accumulate": 2, "lr": 1e-2, "dropout": 0.1, "precision": "fp32"},
-            "eval": {"every": 4, "tokens": 128, "rows": 2},
-            "checkpoint": {"every": 4, "keep_last": 5},
-            "log": {"every": 1},
+            "optim": {**OPTIM, "accumulate": 2},
+            **OFTEN,
         }
         return Recipe.parse({"task": "adapt", "method": method, **merged(settings, changes)})
 

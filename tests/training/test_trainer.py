@@ -29,19 +29,10 @@ def documents(text_dir: Path, byte_tokenizer: PreTrainedTokenizerFast) -> Docume
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     settings = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 2,
-        "max_steps": 6,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "data_seed": 1,
-    }
+        "output_dir": str(folder), "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_steps": 6,
+        "learning_rate": 1e-2, "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no",
+        "report_to": [], "use_cpu": True, "disable_tqdm": True, "data_seed": 1,
+    }  # fmt: skip
     return TrainingArguments(**{**settings, **changes})
 
 
@@ -172,22 +163,6 @@ def test_evaluation_reads_documents_with_a_memory_of_its_own(
         count += int((batch.targets != -100).sum())
     assert found["eval_a_loss"] == pytest.approx(total / count, rel=1e-5)
     assert found["eval_b_loss"] > 0
-
-
-def test_the_control_has_no_memory_and_its_gate_stays(documents: Documents, backbone_dir: Path, tmp_path: Path) -> None:
-    trainer = made(tmp_path / "run", documents, backbone_dir, memory=False)
-    trainer.train()
-    assert trainer.bank is None
-    assert not trainer.model.sidenet.memory_gate.any()
-
-
-def test_bf16_is_trainers_own(documents: Documents, backbone_dir: Path, tmp_path: Path) -> None:
-    trainer = made(tmp_path / "run", documents, backbone_dir, bf16=True, max_steps=2)
-    trainer.train()
-    plain = made(tmp_path / "plain", documents, backbone_dir, max_steps=2)
-    plain.train()
-    assert losses(trainer) != losses(plain)
-    assert losses(trainer) == pytest.approx(losses(plain), rel=0.05)
 
 
 def test_a_trained_sidenet_loads_by_itself(documents: Documents, backbone_dir: Path, tmp_path: Path) -> None:

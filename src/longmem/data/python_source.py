@@ -32,12 +32,7 @@ def packages(library: Path) -> Iterator[tuple[str, str]]:
 
 
 def package_text(top: Path, library: Path) -> str:
-    """The text of one package: its files in the order of their paths, each after a line that names it.
-
-    Args:
-        top: a folder or a module; the text is empty where it has no source.
-        library: the folder that paths are relative to.
-    """
+    """The text of a package or module: its files in the order of their paths, each after a line that names it."""
     files = sorted(top.rglob("*.py")) if top.is_dir() else [top] if top.suffix == ".py" else []
     parts = []
     for file in files:
@@ -47,11 +42,3 @@ def package_text(top: Path, library: Path) -> str:
             text = file.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
             parts.append(f"{FILE_LINE}{path.as_posix()}\n{text}\n")
     return "".join(parts)
-
-
-def file_at(text: str, position: int) -> str:
-    """The file that a position of a package's text is in."""
-    start = text.rfind(FILE_LINE, 0, position + len(FILE_LINE))
-    while start > 0 and text[start - 1] != "\n":
-        start = text.rfind(FILE_LINE, 0, start)
-    return text[start + len(FILE_LINE) : text.index("\n", start)] if start >= 0 else ""

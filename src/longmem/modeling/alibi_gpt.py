@@ -30,13 +30,7 @@ class AlibiGPTConfig(PreTrainedConfig):
     """Shape of an ``AlibiGPT``; the defaults are the paper's 407M GPT-2* (section 4.1).
 
     Args:
-        vocab_size: V.
-        hidden_size: C.
-        num_hidden_layers: L.
-        num_attention_heads: H; must divide ``hidden_size``.
         intermediate_size: width of the feed-forward; None is four times ``hidden_size``.
-        layer_norm_epsilon: of every norm.
-        activation: name of the feed-forward's activation.
         max_position_embeddings: the window the model is trained on, in tokens. ALiBi itself sets no limit.
         dropout: on the outputs of attention and feed-forward, in training only.
         initializer_range: standard deviation of fresh weights; output projections are scaled down by sqrt(2L).
@@ -104,12 +98,12 @@ def alibi_mask(
     """
     distance = (positions[:, :, None] - key_positions[:, None, :]).to(slopes.dtype)
     bias = -slopes.view(1, -1, 1, 1) * distance[:, None]
-    index = torch.arange(positions.shape[1], device=positions.device)[:, None] + first_query
-    hidden = torch.arange(key_positions.shape[1], device=positions.device)[None, :] > index
+    query = torch.arange(positions.shape[1], device=positions.device)[:, None] + first_query
+    key = torch.arange(key_positions.shape[1], device=positions.device)
+    hidden = key > query
     if key_mask is not None:
         # a pad still sees itself, so that its (unused) row of the softmax stays finite
-        own = torch.arange(key_positions.shape[1], device=positions.device)[None, :] == index
-        hidden = hidden | (~key_mask[:, None, None, :] & ~own)
+        hidden = hidden | (~key_mask[:, None, None, :] & (key != query))
     return bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, cast
@@ -88,9 +88,6 @@ class Backbone(nn.Module):
         model: any ``AutoModelForCausalLM``; its parameters are frozen here and it is kept in eval mode.
         memory_layers: 0-based layers whose keys and values are remembered, ascending.
         frozen: False: all its parameters are trained, with its dropout (``MemTRM``).
-
-    Raises:
-        BackboneError: if the architecture is not supported, or a layer cannot be remembered.
     """
 
     def __init__(self, model: PreTrainedModel, memory_layers: tuple[int, ...], *, frozen: bool = True) -> None:
@@ -178,12 +175,7 @@ class Backbone(nn.Module):
         return cast(CausalLMOutputWithPast, model(input_ids=unread, **self._accepted(model, options)))
 
     def finish(self, hidden: Tensor, norm: nn.Module | None) -> Tensor:
-        """The states that the head takes, from states before the final norm.
-
-        Args:
-            hidden: (B, T, C).
-            norm: takes the place of the backbone's final norm; None where the family has none.
-        """
+        """The states (B, T, C) that the head takes, from those before the final norm, whose place ``norm`` takes."""
         if norm is not None:
             weight = next(norm.parameters())
             hidden = norm(hidden.to(weight.device, weight.dtype)).to(hidden)
@@ -290,24 +282,15 @@ def _last_name(family: Family) -> str:
     return next(name for name, child in family.decoder._modules.items() if child is family.layers)
 
 
-def position_free_qkv(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    layers: Iterable[int] | None = None,
-) -> dict[int, QKV]:
-    """Position-free q (B, H, T, D), k, v (B, Hkv, T, D) of the given layers of any backbone; None: all that have keys.
-
-    Raises:
-        BackboneError: if the architecture is not supported.
-    """
+def position_free_qkv(model: PreTrainedModel, input_ids: Tensor) -> dict[int, QKV]:
+    """Position-free q (B, H, T, D), k, v (B, Hkv, T, D) of every layer of any backbone that has keys."""
     family = Family.of(model)
     mirror = mirror_of(model)
     run = BackboneRun()
-    for index in family.memory_layers() if layers is None else layers:
+    for index in family.memory_layers():
         attention = family.attention(find(mirror, family.decoder_path + "." + _last_name(family))[index])
         hook = functools.partial(_before_memory_attention, index, family.probe(index, attention))
         attention.register_forward_pre_hook(hook, with_kwargs=True)
     with run, torch.no_grad():
-        find(mirror, family.decoder_path)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        find(mirror, family.decoder_path)(input_ids=input_ids, use_cache=False)
     return run.qkv

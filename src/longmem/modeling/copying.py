@@ -76,7 +76,6 @@ def retrieval_by_layer(
     segment: int,
     chunk_size: int = CHUNK_SIZE,
     num_chunks: int = NUM_CHUNKS,
-    layers: Sequence[int] | None = None,
 ) -> dict[int, HeadRanks]:
     """Rank and recall of the right key for every head of every layer.
 
@@ -88,7 +87,6 @@ def retrieval_by_layer(
         token_ids: (B, n) text; n is the distance over which it repeats. Tokens beyond whole segments are left out.
         segment: tokens encoded at once; at most the model's window.
         num_chunks: R, chunks that a query may retrieve.
-        layers: layers to measure; None takes all that have keys.
     """
     segment = min(segment, token_ids.shape[1])
     length = token_ids.shape[1] // segment * segment
@@ -96,8 +94,8 @@ def retrieval_by_layer(
     chunk_ranks: dict[int, list[Tensor]] = {}
     with _evaluating(model):
         for row in token_ids[:, :length]:  # row by row: all layers' keys are held at once
-            first = position_free_qkv(model, row.view(-1, segment), layers=layers)
-            second = position_free_qkv(model, row.roll(-(segment // 2)).view(-1, segment), layers=layers)
+            first = position_free_qkv(model, row.view(-1, segment))
+            second = position_free_qkv(model, row.roll(-(segment // 2)).view(-1, segment))
             for layer in first:
                 queries = _joined(second[layer].queries).roll(segment // 2, dims=1)
                 by_token, by_chunk = _ranks(queries, _joined(first[layer].keys), chunk_size)
@@ -124,36 +122,17 @@ def layer_scores(measured: Sequence[Mapping[int, HeadRanks]]) -> dict[int, float
 
 
 def recommend_memory_layer(
-    model: PreTrainedModel,
-    token_ids: Tensor | None = None,
-    *,
-    stride: int = 2,
-    chunk_size: int = CHUNK_SIZE,
-    num_chunks: int = NUM_CHUNKS,
-    seed: int = 0,
+    model: PreTrainedModel, *, stride: int = 2, chunk_size: int = CHUNK_SIZE, num_chunks: int = NUM_CHUNKS
 ) -> int | None:
-    """The layer to remember, by measurement on repeated random tokens and, where given, on repeated text.
+    """The layer to remember, by measurement on repeated random tokens; None where the model does not copy yet.
 
-    Args:
-        token_ids: (B, n) text of the model's kind; a few rows of 256 tokens or more.
-        stride: of the SideNet; only layers that it copies are considered, because their queries search their own keys.
-
-    Returns:
-        A layer, or None where no layer stands out from chance: the model does not copy yet.
+    Only layers that a SideNet of this stride copies are considered, because their queries search their own keys.
     """
     family = Family.of(model)
     window = int(getattr(family.config, "max_position_embeddings", None) or 1024)
-    length = 512 if token_ids is None else token_ids.shape[1]
-    device = next(model.parameters()).device
-    drawn = random_tokens(family.config.vocab_size, 2, length, seed=seed).to(device)
-    measured = [
-        retrieval_by_layer(
-            model, tokens.to(device), segment=min(window, 512), chunk_size=chunk_size, num_chunks=num_chunks
-        )
-        for tokens in (drawn, token_ids)
-        if tokens is not None
-    ]
-    return best_memory_layer(layer_scores(measured), allowed_memory_layers(family, stride))
+    drawn = random_tokens(family.config.vocab_size, 2, 512).to(next(model.parameters()).device)
+    heads = retrieval_by_layer(model, drawn, segment=min(window, 512), chunk_size=chunk_size, num_chunks=num_chunks)
+    return best_memory_layer(layer_scores([heads]), allowed_memory_layers(family, stride))
 
 
 def allowed_memory_layers(family: Family, stride: int) -> list[int]:
@@ -179,15 +158,9 @@ def random_tokens(vocab_size: int, rows: int, length: int, *, seed: int = 0, spe
 
 
 def _ranks(queries: Tensor, keys: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Ranks of the next token's key and chunk.
+    """Ranks (H, n-1) of the next token's key and (H, n') of its chunk, from queries (H, n, D) and keys (Hkv, n, D).
 
-    Args:
-        queries: (H, n, D).
-        keys: (Hkv, n, D).
-        chunk_size: S; a last, short chunk is left out, and so are the queries that look for it.
-
-    Returns:
-        (H, n-1) rank of the right key, (H, n') rank of the right chunk; equal scores share their mean rank.
+    Equal scores share their mean rank. A last, short chunk is left out, and so are the queries that look for it.
     """
     heads, length, _ = queries.shape
     whole = length // chunk_size * chunk_size

@@ -28,11 +28,7 @@ def fingerprint_of(model: PreTrainedModel, weights: Mapping[str, Tensor] | None 
     """16 hex digits of a SHA-256 over the architecture and a sample of every weight.
 
     Two backbones with equal fingerprints give equal keys and values. Settings on which these do not depend (token ids,
-    dropout, initialisation, fields of the user's own) do not count.
-
-    Args:
-        model: any causal language model.
-        weights: of the same names as its parameters, in their place.
+    dropout, initialisation, fields of the user's own) do not count. ``weights`` are in place of its parameters.
     """
     return _digest(_architecture(model.config), model, weights)
 

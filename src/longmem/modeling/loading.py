@@ -44,13 +44,7 @@ _LOADED = (
 
 @dataclass
 class Loading:
-    """How a backbone is to be loaded.
-
-    Attributes:
-        revision: of a hub id.
-        dtype: None is as stored.
-        kwargs: further arguments of ``AutoModelForCausalLM.from_pretrained``.
-    """
+    """How a backbone is to be loaded: the arguments of ``AutoModelForCausalLM.from_pretrained``."""
 
     revision: str | None = None
     dtype: torch.dtype | None = None
@@ -101,11 +95,9 @@ class Loading:
     def backbone_of(
         self, config: MemoryConfig, folder: Path, given: str | Path | nn.Module | None
     ) -> tuple[PreTrainedModel, str]:
-        """The backbone of a checkpoint in ``folder``, and the fingerprint by which it goes there.
+        """The backbone of a checkpoint in ``folder``, or the one ``given``, and the fingerprint by which it goes there.
 
-        Args:
-            config: of the checkpoint; its name of the backbone becomes one that holds from anywhere.
-            given: a path or model that the user wants in place of the one named.
+        The config's name of the backbone becomes one that holds from anywhere.
         """
         if isinstance(given, nn.Module):
             model = self.backbone(given)[0]

@@ -29,20 +29,14 @@ _QUANTISED = ("Linear4bit", "Linear8bitLt")
 
 
 def quantization(bits: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """How to load a frozen backbone in ``4bit`` (NF4, doubly quantised) or ``8bit`` (LLM.int8).
-
-    Raises:
-        BackboneError: bitsandbytes is not installed.
-    """
+    """How to load a frozen backbone in ``4bit`` (NF4, doubly quantised) or ``8bit`` (LLM.int8)."""
     check_bitsandbytes()
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-    )
+    )  # fmt: skip
 
 
 def check_bitsandbytes(method: str = "bitsandbytes") -> None:

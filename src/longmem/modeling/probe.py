@@ -82,9 +82,7 @@ class PositionFreeProbe:
     attention function that ends the call; so partial and interleaved rotation, query-key norms, fused projections and
     yarn's scale come out exactly. The others have an adapter that stops before the rotation.
 
-    Args:
-        attention: the module.
-        rope_scale: factor on its rotary tables (yarn). It scales the scores too, so the projections keep it.
+    ``rope_scale`` is a factor on its rotary tables (yarn). It scales the scores too, so the projections keep it.
     """
 
     def __init__(self, attention: nn.Module, rope_scale: float = 1.0) -> None:

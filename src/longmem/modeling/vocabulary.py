@@ -21,13 +21,7 @@ def same_vocabulary(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) 
 def change_vocabulary(
     model: PreTrainedModel, old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """Resize embedding and head to a new tokenizer, in place, and fill them from the old rows.
-
-    Args:
-        model: V old rows of embedding and head; other rows of a padded vocabulary are dropped.
-        old: the tokenizer that the model was trained with.
-        new: the tokenizer that it is to have.
-    """
+    """Resize embedding and head to a new tokenizer, in place, and fill them from the old rows."""
     pieces = spelled(old, new)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, nn.Embedding)

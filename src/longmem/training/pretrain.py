@@ -102,9 +102,7 @@ class Pretrainer(StreamTrainer):
             yield batch[:, :-1], batch[:, 1:]
 
 
-def copy_scores(
-    model: PreTrainedModel, tokenizer: Any, corpus: TokenCorpus, window: int, passages: int = 4
-) -> dict[str, float]:
+def copy_scores(model: PreTrainedModel, tokenizer: Any, corpus: TokenCorpus, window: int) -> dict[str, float]:
     """How well a model copies, and whether its keys are worth remembering yet: passages of half a window, read twice.
 
     Returns:
@@ -112,9 +110,9 @@ def copy_scores(
         ``copy_rank``: median rank of the right key over text, best head of the best layer; ``copy_layer``: that layer.
     """
     length = max(2, window // 2)
-    starts = np.random.default_rng(0).integers(0, max(1, corpus.num_tokens - length), passages)
+    starts = np.random.default_rng(0).integers(0, max(1, corpus.num_tokens - length), 4)
     text = torch.from_numpy(np.stack([corpus.ids[s : s + length].astype(np.int64) for s in starts]))
-    noise = random_tokens(len(tokenizer), passages, length, special=tokenizer.all_special_ids)
+    noise = random_tokens(len(tokenizer), 4, length, special=tokenizer.all_special_ids)
     gains = [first - second for first, second in (copy_loss(model, each.to(model.device)) for each in (text, noise))]
     heads = retrieval_by_layer(model, text.to(model.device), segment=length)
     rank = {layer: found.rank.min().item() for layer, found in heads.items()}

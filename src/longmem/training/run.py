@@ -61,11 +61,9 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
     """Run a recipe to its end, or to SIGINT or SIGTERM.
 
     Args:
-        recipe: see ``Recipe.load``.
         resume: go on from the newest checkpoint in the run's folder, if there is one; losses are then those of a run
             that was never interrupted (except with a budget in minutes, which no two machines spend alike).
         overwrite: remove an earlier run in the folder.
-        quiet: say nothing on stderr.
 
     Raises:
         LongMemError: settings, text, backbone or checkpoint are at fault.

@@ -40,14 +40,8 @@ def wants_sharding(parallel: str) -> bool:
 def shard(model: nn.Module, compute_dtype: torch.dtype | None = None) -> None:
     """Divide a ``LongMem``, or a causal language model that is trained itself, among the processes, in place.
 
-    Build the optimiser afterwards: every parameter is another object then.
-
-    Args:
-        model: on the CPU, equal in all processes.
-        compute_dtype: what trained layers are gathered in; None is their own.
-
-    Raises:
-        ConfigError: the processes hold different weights.
+    Build the optimiser afterwards: every parameter is another object then. The model is on the CPU, equal in all
+    processes. Trained layers are gathered in ``compute_dtype``; None is their own.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
