@@ -265,6 +265,11 @@ class TrainingFreeConfig(AugmentedConfig):
         # a config without an ``__init__`` of its own would be given one that knows no settings
         super().__init__(**kwargs)
 
+    @property
+    def closed(self) -> bool:
+        """Whether no head ever takes anything from memory: the model is its backbone."""
+        return self.fusion != "token" and not any(self.gates)
+
 
 FUSIONS = ("gate", "softmax", "token")
 _SIZES = ("chunk_size", "num_retrieved", "memory_size")

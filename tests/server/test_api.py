@@ -80,6 +80,15 @@ def test_responses_go_on_from_one_another_also_streamed(live: Any) -> None:
         live.client("bob").responses.create(input="x", previous_response_id=first.id, **settings)
 
 
+def test_the_documentation_has_every_call(live: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
+    names = {"{memory}": "ID", "{document}": "NAME", "{response}": "ID", "{model_id}": "NAME"}
+    for path in httpx.get(live.url + "/openapi.json").json()["paths"]:
+        for given, told in names.items():
+            path = path.replace(given, told)
+        assert f"{path}`" in page, path
+
+
 def test_models_and_errors(live: Any) -> None:
     client = live.client()
     assert [model.id for model in client.models.list()] == ["tiny"] == [client.models.retrieve("tiny").id]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +107,17 @@ def test_chat_keeps_nothing_if_told_so_and_namespaces_are_apart(longmem: Run, pa
     assert "namespace ann: 0 documents" in told and "the last answer read no memory" in out
 
 
+def test_a_model_without_trained_gates_gets_passages_alone(longmem: Run, pair: Path, tmp_path: Path) -> None:
+    note = tmp_path / "note.txt"
+    note.write_text("The cellar door is green.")
+    plain = ("chat", pair.parent / "backbone", "-m", "3")
+    _, out, told = longmem(*plain, lines=(f"/remember {note}", "Is the cellar door green?", "/why"))
+    assert "has no trained gates, so memory reaches it as passages" in told and "longmem calibrate" in told
+    assert "passage  note.txt: The cellar door is green." in out and "heads" not in out
+    _, out, told = longmem("chat", pair, "-m", "3", lines=("Is the cellar door green?", "/why"))
+    assert "no trained gates" not in told and "heads    note.txt" in out
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -126,6 +138,14 @@ def test_serve_refuses(longmem: Run, tmp_path: Path, options: tuple[str, ...], s
     (tmp_path / "good").write_text(f"ann {'0' * 64}\n")
     status, _, told = longmem("serve", *options)
     assert status == 1 and said in told and told.count("error: ") == 1 and "Traceback" not in told
+
+
+def test_serve_says_at_once_that_a_port_is_taken(longmem: Run) -> None:
+    pytest.importorskip("fastapi")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, _, told = longmem("serve", "--model", "no-such-model", "--port", port)
+    assert status == 1 and f"cannot listen at 127.0.0.1:{port} (" in told and "choose another --port" in told
 
 
 def test_serve_names_what_is_missing(longmem: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import socket
@@ -13,8 +14,11 @@ import httpx
 import pytest
 
 pytest.importorskip("fastapi")
+from prometheus_client import CollectorRegistry, Counter
+
 from longmem.server.answering import _Text
 from longmem.server.engine import Engine
+from longmem.server.limits import Limits
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 
@@ -166,6 +170,29 @@ def test_a_client_that_leaves_before_its_first_token_frees_its_row(start: Any, t
                 client.sendall(head.encode() + content)
                 time.sleep(0.1)
         idle(live)
+
+
+def test_what_a_stopping_server_gives_up_is_told_to_come_again() -> None:
+    async def run() -> list[Any]:
+        async def slow(*_: Any) -> None:
+            await asyncio.sleep(60)
+
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        requests = Counter("requests", "", ["path", "status"], registry=CollectorRegistry())
+        limits = Limits(slow, most_bytes=1, anybody=False, requests=requests)
+        scope = {"type": "http", "path": "/", "method": "GET", "headers": []}
+        task = asyncio.create_task(limits(scope, None, send))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        task.cancel()
+        await task
+        return sent
+
+    start, body = asyncio.run(run())
+    assert start["status"] == 503 and (b"retry-after", b"2") in start["headers"] and b"is stopping" in body["body"]
 
 
 def idle(live: Any) -> None:

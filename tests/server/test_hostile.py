@@ -63,8 +63,9 @@ def test_fields_of_any_kind(client: Any, path: str, changed: dict[str, Any]) -> 
     checked(answer) if "text/event-stream" not in answer.headers.get("content-type", "") else None
 
 
-def test_bytes_and_paths_of_any_kind(client: Any, live: Any) -> None:
-    drawn = random.Random(0)
+@pytest.mark.parametrize("count", [250, pytest.param(2000, marks=pytest.mark.slow)])
+def test_bytes_and_paths_of_any_kind(count: int, client: Any) -> None:
+    drawn = random.Random(count)
     paths = [
         *GOOD,
         "/v1/memories/fuzz",
@@ -74,7 +75,7 @@ def test_bytes_and_paths_of_any_kind(client: Any, live: Any) -> None:
         "/x",
     ]
     tricks = ["..%2f..%2fetc%2fpasswd", "%00", "a" * 300, "%ff", "<script>", "~responses", ".", "bob%2fsecret", "é"]
-    for turn in range(250):
+    for turn in range(count):
         path = drawn.choice(paths)
         if turn % 3 == 0:
             path = path.replace("fuzz", drawn.choice(tricks)).replace("/x", "/" + drawn.choice(tricks))
@@ -87,6 +88,39 @@ def test_bytes_and_paths_of_any_kind(client: Any, live: Any) -> None:
         assert answer.status_code < 500, (method, path, answer.text)
         if answer.status_code >= 400:
             assert not [leak for leak in LEAKS if leak in answer.text], (path, answer.text)
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("/v1/memories/fuzz/documents", r'{"name": "s", "text": "Hello.", "metadata": {"a": "\ud800"}}'),
+        ("/v1/memories/fuzz/documents", r'{"name": "\ud800", "text": "Hello."}'),
+        ("/v1/memories/fuzz/documents", r'{"name": "t", "text": "Hello \udfff."}'),
+        ("/v1/memories/fuzz/documents", '{"name": "n", "text": "Hello.", "metadata": {"a": NaN, "b": 1e999}}'),
+        ("/v1/memories/fuzz/documents", '{"name": "i", "text": "Hello.", "metadata": {"a": 1' + "0" * 400 + "}}"),
+        ("/v1/memories/fuzz/documents", r'{"name": "z\u0000\n", "text": "\u0000 \u0001"}'),
+        ("/v1/memories/fuzz/documents", '{"name": "d", "text": "x", "metadata": ' + '{"a":' * 900 + "1" + "}" * 901),
+        ("/v1/memories/fuzz/documents", '{"name": "resp_' + "0" * 32 + '", "text": "x", "metadata": {"messages": 1}}'),
+        ("/v1/responses", '{"input": "Hi", "memory_id": "fuzz", "previous_response_id": "resp_' + "0" * 32 + '"}'),
+        ("/v1/chat/completions", r'{"messages": [{"role": "user", "content": "\ud800"}], "max_tokens": 1}'),
+        (
+            "/v1/chat/completions",
+            '{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "temperature": NaN}',
+        ),
+        (
+            "/v1/chat/completions",
+            '{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "stop": "\u0000"}',
+        ),
+        ("/v1/chat/completions", "[" * 200_000),
+        ("/v1/completions", r'{"prompt": "\u0000\ufffe\ufeff", "max_tokens": 1, "echo": true}'),
+        ("/v1/memories/fuzz/search", r'{"query": "\" OR NEAR( * \u0000"}'),
+        ("/v1/memories/fuzz/search", r'{"query": "\ud800"}'),
+    ],
+)
+def test_what_json_can_say_and_texts_cannot(client: Any, path: str, content: str) -> None:
+    checked(client.post(path, content=content.encode(), headers={"content-type": "application/json"}))
+    for shown in ("/v1/memories/fuzz", "/v1/memories/fuzz/export", "/v1/memories"):
+        assert client.get(shown).status_code == 200
 
 
 def test_the_whole_schema(live: Any) -> None:

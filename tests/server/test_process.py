@@ -5,33 +5,38 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 
 pytest.importorskip("fastapi")
+from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem
 from longmem.server.keys import new_key
+
+SECRET = re.compile(r"zq\d{3}q")
 
 
 class Process:
     """``longmem serve`` over a store; ``begin`` and ``stop`` as often as one likes."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    def __init__(self, folder: Path, model: Path, owners: int) -> None:
         self.folder, self.model = folder, model
-        self.keys = [new_key(folder / "keys", name) for name in ("ann", "bob")]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self.keys = [new_key(folder / "keys", f"c{number}") for number in range(owners)]
+        self.url = f"http://127.0.0.1:{free_port()}"
         self.http = httpx.Client(base_url=self.url, timeout=90)  # one: each makes its own certificates' context
         self.process: Any = None
 
@@ -53,127 +58,169 @@ class Process:
 
     def stop(self, how: int) -> int:
         self.process.send_signal(how)
-        return int(self.process.wait(timeout=90))
+        return int(self.process.wait(timeout=150))
 
-    def call(self, key: int, method: str, path: str, body: Any = None) -> httpx.Response:
-        return self.http.request(method, path, json=body, headers={"Authorization": f"Bearer {self.keys[key]}"})
+    def call(self, key: int, method: str, path: str, body: Any = None, **headers: str) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {self.keys[key]}", **headers}
+        return self.http.request(method, path, json=body, headers=headers)
+
+    def close(self) -> None:
+        self.http.close()
+        if self.process is not None and self.process.poll() is None:
+            self.stop(signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tiny: Any, byte_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home: Path = tmp_path_factory.mktemp("pair")
-    tiny.backbone.model.save_pretrained(home / "backbone")
-    byte_tokenizer.save_pretrained(home / "backbone")
-    from longmem import LongMem
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
+
+def tiny_pair(home: Path, tokenizer: Any) -> Path:
+    """The folder of a random SideNet over a random backbone."""
+    torch.manual_seed(0)
+    config = AlibiGPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    AlibiGPTForCausalLM(config).save_pretrained(home / "backbone")
+    tokenizer.save_pretrained(home / "backbone")
     LongMem.from_backbone(home / "backbone", chunk_size=4, num_retrieved=16).save_pretrained(home / "side")
     return home / "side"
 
 
 @pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterator[Process]:
-    made = Process(tmp_path_factory.mktemp("process"), checkpoint)
+def process(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) -> Iterator[Process]:
+    made = Process(tmp_path_factory.mktemp("process"), tiny_pair(tmp_path_factory.mktemp("pair"), byte_tokenizer), 50)
     made.begin()
     yield made
-    made.http.close()
-    if made.process.poll() is None:
-        made.stop(signal.SIGKILL)
+    made.close()
 
 
 class Client:
-    """One user with one memory, who keeps a ledger of what was acknowledged."""
+    """A user with a memory, which every user calls ``notes``, and a ledger of what was acknowledged."""
 
-    def __init__(self, server: Process, number: int) -> None:
-        self.server, self.number, self.key = server, number, number % 2
+    place = "/v1/memories/notes"
+
+    def __init__(self, server: Process, number: int, count: int) -> None:
+        self.server, self.number, self.count = server, number, count
         self.draw = random.Random(number)
-        self.memory, self.secret = f"m{number // 2}", f"zq{number:03}q"
+        self.secret = f"zq{number:03}q"
         self.there: dict[str, str] = {}
         self.gone: set[str] = set()
-        self.unsure: set[str] = set()
-        self.turns = 0
+        self.said: list[str] = []
+        self.responses: dict[str, str] = {}
+        self.done: Counter[str] = Counter()
 
     def ask(self, method: str, path: str, body: Any = None) -> httpx.Response | None:
         """The answer, in which nobody else's secret may be; None where the server was not there, or was busy."""
         try:
-            answer = self.server.call(self.key, method, path, body)
+            answer = self.server.call(self.number, method, path, body)
         except httpx.TransportError:
+            self.done["no answer"] += 1
             time.sleep(1)
             return None
-        shown = answer.text.replace(self.secret, "")
-        assert "zq" not in shown or not [n for n in range(50) if f"zq{n:03}q" in shown], (
-            self.number,
-            path,
-            answer.text,
-        )
-        assert answer.status_code in (200, 201, 429), (self.number, method, path, answer.text)
-        return None if answer.status_code == 429 else answer
+        assert set(SECRET.findall(answer.text)) <= {self.secret}, (self.number, path, answer.text)
+        assert answer.status_code in (200, 201, 429, 503), (self.number, method, path, answer.text)
+        return answer if answer.status_code < 400 else None
 
     def make(self) -> None:
-        while not any(each["id"] == self.memory for each in self.listed()):
-            try:
-                self.server.call(self.key, "POST", "/v1/memories", {"id": self.memory})
-            except httpx.TransportError:
-                time.sleep(1)
+        while self.listed() != ["notes"]:
+            with suppress(httpx.TransportError):
+                self.server.call(self.number, "POST", "/v1/memories", {"id": "notes"})
 
-    def listed(self) -> list[Any]:
+    def listed(self) -> list[str]:
         answer = self.ask("GET", "/v1/memories")
-        return [] if answer is None else answer.json()["data"]
+        return [] if answer is None else [each["id"] for each in answer.json()["data"]]
 
     def turn(self) -> None:
-        self.turns += 1
-        place = f"/v1/memories/{self.memory}"
-        kind = self.draw.choice(["add", "add", "forget", "search", "chat", "show", "export"])
-        if kind == "add":
-            name = f"d{self.turns}"
-            text = f"{self.secret} number {self.turns} is kept. " * self.draw.randrange(1, 4)
-            self.unsure.add(name)
-            if self.ask("POST", f"{place}/documents", {"name": name, "text": text}) is not None:
-                self.there[name] = text
-                self.unsure.discard(name)
-        elif kind == "forget" and self.there:
-            name = self.draw.choice(sorted(self.there))
-            del self.there[name]
-            self.unsure.add(name)
-            if self.ask("DELETE", f"{place}/documents/{name}") is not None:
-                self.gone.add(name)
-                self.unsure.discard(name)
-        elif kind == "search":
-            answer = self.ask("POST", f"{place}/search", {"query": "zq number kept " + self.secret, "top": 50})
-            if answer is not None:
-                found = {each["document"] for each in answer.json()["data"]}
-                assert not found & self.gone
-                assert found or not self.there
-        elif kind == "chat":
-            said = [{"role": "user", "content": "which number is kept?"}]
-            body = {"messages": said, "max_tokens": 6, "memory_id": self.memory, "explain": True}
-            answer = self.ask("POST", "/v1/chat/completions", body)
-            if answer is not None:
-                read = answer.json()["memory"]
-                names = {each["document"] for each in read["passages"]}
-                names |= {chunk["document"] for token in read["tokens"][0] for chunk in token["chunks"]}
-                assert not names & self.gone
-        else:
-            self.check(self.ask("GET", f"{place}/export") if kind == "export" else None)
+        kind = self.draw.choice(["add", "add", "forget", "search", "chat", "tell", "respond", "pry", "check"])
+        if kind != "forget" or self.there:
+            getattr(self, kind)()
+            self.done[kind] += 1
 
-    def check(self, answer: httpx.Response | None) -> None:
-        """What was acknowledged is there with its text, what was forgotten is not."""
+    def add(self) -> None:
+        name = f"d{self.count}-{self.done['add']}"
+        text = f"{self.secret} number {self.done['add']} is kept. " * self.draw.randrange(1, 4)
+        if self.ask("POST", f"{self.place}/documents", {"name": name, "text": text}) is not None:
+            self.there[name] = text
+
+    def forget(self) -> None:
+        name = self.draw.choice(sorted(self.there))
+        del self.there[name]
+        if self.ask("DELETE", f"{self.place}/documents/{name}") is not None:
+            self.gone.add(name)
+
+    def search(self) -> None:
+        answer = self.ask("POST", f"{self.place}/search", {"query": "zq number kept " + self.secret, "top": 50})
         if answer is not None:
-            found = {each["id"]: each["text"] for each in map(json.loads, answer.text.splitlines())}
-            assert {**found, **self.there} == found, (self.number, set(self.there) - set(found))
-            assert not set(found) & self.gone
+            found = {each["document"] for each in answer.json()["data"]}
+            assert not found & self.gone
+            assert found or not self.there
+
+    def chat(self) -> None:
+        said = [{"role": "user", "content": "which number is kept?"}]
+        answer = self.ask(
+            "POST",
+            "/v1/chat/completions",
+            {"messages": said, "max_tokens": 6, "memory_id": "notes", "explain": True},
+        )
+        if answer is not None:
+            read = answer.json()["memory"]
+            names = {each["document"] for each in read["passages"]}
+            names |= {chunk["document"] for token in read["tokens"][0] for chunk in token["chunks"]}
+            assert not names & self.gone
+
+    def tell(self) -> None:
+        text = f"{self.secret} says {self.done['tell']}."
+        said = [{"role": "user", "content": text}]
+        body = {"messages": said, "max_tokens": 2, "memory_id": "notes", "remember": True}
+        if self.ask("POST", "/v1/chat/completions", body) is not None:
+            self.said.append(text)
+
+    def respond(self) -> None:
+        answer = self.ask("POST", "/v1/responses", {"input": f"{self.secret} asks", "max_output_tokens": 2})
+        if answer is not None:
+            self.responses[answer.json()["id"]] = answer.json()["output"][0]["content"][0]["text"]
+
+    def pry(self) -> None:
+        """What names another user's things is refused, and the refusal tells nothing of them."""
+        other = f"c{self.draw.choice([n for n in range(self.count) if n != self.number])}"
+        said = {"messages": [{"role": "user", "content": "?"}], "max_tokens": 2}
+        call = self.draw.choice([
+            ("GET", f"/v1/memories/{other}%2Fnotes", None, {}),
+            ("GET", f"/v1/memories/..%2F{other}%2Fnotes/export", None, {}),
+            ("GET", f"{self.place}/documents/..%2F..%2F{other}%2Fnotes%2Fd1", None, {}),
+            ("DELETE", f"/v1/memories/{other}%2Fnotes", None, {}),
+            ("POST", f"/v1/memories/{other}%2Fnotes/search", {"query": "zq number kept"}, {}),
+            ("POST", "/v1/chat/completions", {**said, "memory_id": f"{other}/notes"}, {}),
+            ("POST", "/v1/chat/completions", said, {"X-Memory-Id": f"../{other}/notes"}),
+        ])  # fmt: skip
+        with suppress(httpx.TransportError):
+            answer = self.server.call(self.number, *call[:3], **call[3])
+            assert answer.status_code in (400, 404, 429, 503) and not SECRET.search(answer.text), (call, answer.text)
+
+    def check(self) -> int:
+        """What was acknowledged is there with its text, what was forgotten is not; how many things were compared."""
+        if self.responses:
+            name, text = self.draw.choice(sorted(self.responses.items()))
+            shown = self.ask("GET", f"/v1/responses/{name}")
+            assert shown is None or shown.json()["output"][0]["content"][0]["text"] == text
+        answer = self.ask("GET", f"{self.place}/export")
+        if answer is None:
+            return 0
+        found = {each["id"]: each["text"] for each in map(json.loads, answer.text.splitlines())}
+        assert {**found, **self.there} == found, (self.number, set(self.there) - set(found))
+        assert not set(found) & self.gone
+        everything = "".join(found.values())
+        assert not [text for text in self.said if text not in everything]
+        return len(self.there) + len(self.gone) + len(self.said)
 
 
-@pytest.mark.parametrize(
-    ("clients", "seconds", "ends"),
-    [
-        pytest.param(8, 3, (signal.SIGKILL, signal.SIGTERM), id="few"),
-        pytest.param(50, 45, (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL), id="many", marks=pytest.mark.slow),
-    ],
-)
-def test_nothing_acknowledged_is_lost_and_nothing_of_others_is_shown(
-    process: Process, clients: int, seconds: float, ends: tuple[int, ...]
-) -> None:
-    users, over = [Client(process, number) for number in range(clients)], threading.Event()
+def many_users(process: Process, clients: int, seconds: float, ends: Sequence[int]) -> dict[str, Any]:
+    """Users do what they do for some seconds, before, between and after ends of the server; counts of what was done."""
+    users, over = [Client(process, number, clients) for number in range(clients)], threading.Event()
+    began = time.monotonic()
 
     def live(user: Client) -> None:
         user.make()
@@ -192,10 +239,37 @@ def test_nothing_acknowledged_is_lost_and_nothing_of_others_is_shown(
             over.set()
         for each in running:
             each.result()
-    for user in users:
-        user.check(user.ask("GET", f"/v1/memories/{user.memory}/export"))
-        assert {each["id"] for each in user.listed()} == {f"m{n}" for n in range((clients + 1 - user.key) // 2)}
-    assert sum(len(user.there) for user in users) >= clients / 2 and any(user.gone for user in users)
+    took = time.monotonic() - began
+    assert all(user.listed() == ["notes"] for user in users)
+    return {
+        "clients": clients,
+        "seconds": round(took, 1),
+        "ends_of_the_server": [signal.Signals(how).name for how in ends],
+        "done": dict(sum((user.done for user in users), Counter())),
+        "acknowledged": {
+            "documents": sum(len(user.there) for user in users),
+            "forgotten": sum(len(user.gone) for user in users),
+            "conversations": sum(len(user.said) for user in users),
+            "responses": sum(len(user.responses) for user in users),
+        },
+        "compared_at_the_end": sum(user.check() for user in users),
+    }
+
+
+@pytest.mark.parametrize(
+    ("clients", "seconds", "ends"),
+    [
+        pytest.param(8, 3, (signal.SIGKILL, signal.SIGTERM), id="few"),
+        pytest.param(50, 45, (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL), id="many", marks=pytest.mark.slow),
+    ],
+)
+def test_nothing_acknowledged_is_lost_and_nothing_of_others_is_shown(
+    process: Process, clients: int, seconds: float, ends: tuple[int, ...]
+) -> None:
+    found = many_users(process, clients, seconds, ends)
+    known = found["acknowledged"]
+    assert found["compared_at_the_end"] == sum(known.values()) - known["responses"]
+    assert known["documents"] >= clients / 2 and known["forgotten"] and known["conversations"]
 
 
 def test_what_was_accepted_before_sigterm_is_done_and_answered(process: Process, made_text: Callable[..., str]) -> None:

@@ -65,7 +65,7 @@ def command(
     from longmem.chat import conversation_name
     from longmem.store.store import MemoryStore
 
-    loaded = load_model(model, layout_of(folder, writing=True), device, default=True)
+    loaded = load_model(model, layout_of(folder, writing=True), device, default=True, closed=True)
     words = load_tokenizer(tokenizer, loaded)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
@@ -99,6 +99,7 @@ class _Talk:
         self.name, self.kept, self.passages, self.settings = name, kept, recall, settings
         self.messages: list[dict[str, str]] = []
         self.recall = Recall(store, namespace)
+        self.reads = not getattr(model.config, "closed", False)
         self.why: list[str] = []
 
     def documents(self) -> list[Any]:
@@ -117,7 +118,7 @@ class _Talk:
             self.model,
             self.words,
             self.messages,
-            bank=self.store.bank(self.namespace) if earlier else None,
+            bank=self.store.bank(self.namespace) if earlier and self.reads else None,
             recall=self.recall if self.passages and earlier else None,
             passages=self.passages,
             without=[self.name],

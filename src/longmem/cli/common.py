@@ -216,6 +216,7 @@ def load_model(
     gguf_file: str | None = None,
     dtype: str = "auto",
     default: bool = False,
+    closed: bool = False,
 ) -> Loaded:
     """The model of a store.
 
@@ -230,6 +231,7 @@ def load_model(
         gguf_file: the same for a GGUF file.
         dtype: of the weights; ``auto`` is as saved.
         default: without a name, a new store or one of its backbone gets the default model, which may be fetched.
+        closed: the heads of a causal language model by itself take nothing from memory; a line says so.
 
     Raises:
         StoreError: no model is named, or the one that the store names cannot be loaded.
@@ -270,6 +272,10 @@ def load_model(
             # what a store names is looked for on this machine only: --model is there to ask for a download
             here = {} if name is not None or Path(folder).is_dir() else {"local_files_only": True}
             layers = None if layout is None else layout.memory_layers
+            if closed:
+                how["gate"] = 0.0
+                say(f"{folder} has no trained gates, so memory reaches it as passages in its window, not by its heads; "
+                    "longmem calibrate trains some")  # fmt: skip
             model = TrainingFree.from_backbone(folder, memory_layers=layers, backbone_kwargs={**here, **within}, **how)
     except (CheckpointError, BackboneError) as error:
         if name is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
+import socket
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -63,18 +65,27 @@ def command(
             f"--host {host} can be reached by others, and there are no keys; make one with "
             "longmem serve --keys FILE --new-key NAME, and serve with --keys FILE"
         )
+    try:  # before the model is loaded: that takes a while
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen at {host}:{port} ({error.strerror}); choose another --port or --host"
+        ) from error
     import uvicorn
 
     from longmem.server.app import create_app
     from longmem.store.store import MemoryStore
 
-    loaded = load_model(model, layout_of(folder, writing=True), device, default=True)
-    words = load_tokenizer(tokenizer, loaded)
-    store = MemoryStore.open(folder, model=loaded.model, tokenizer=words)
-    listed = name or Path(model or loaded.model.config.backbone_name_or_path or "longmem").stem
-    app = create_app(loaded.model, words, store, keys=allowed, name=listed, most_waiting=queue, rows=rows)
-    say(f"{listed} at http://{host}:{port}, memories in {folder}; Ctrl-C ends it when what was accepted is done")
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)
+    with listener, suppress(KeyboardInterrupt):
+        loaded = load_model(model, layout_of(folder, writing=True), device, default=True, closed=True)
+        words = load_tokenizer(tokenizer, loaded)
+        store = MemoryStore.open(folder, model=loaded.model, tokenizer=words)
+        listed = name or Path(model or loaded.model.config.backbone_name_or_path or "longmem").stem
+        app = create_app(loaded.model, words, store, keys=allowed, name=listed, most_waiting=queue, rows=rows)
+        place = f"[{host}]" if ":" in host else host
+        place += f":{listener.getsockname()[1]}"
+        say(f"{listed} at http://{place}, memories in {folder}; Ctrl-C ends it when what was accepted is done")
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=100)).run(sockets=[listener])
 
 
 def _loopback(host: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from longmem.chat import Message, chat_prompt, stop_words
 from longmem.errors import StoreError
-from longmem.generation.page import reading_at, without_memory
+from longmem.generation.page import Readings, without_memory
 from longmem.generation.window import WindowPolicy
 from longmem.server.engine import Engine, Job, Sampling, Token
 from longmem.server.memories import Memories
@@ -45,6 +45,7 @@ class Answering:
 
     def __init__(self, engine: Engine, tokenizer: Any, memories: Memories) -> None:
         self.engine, self.tokenizer, self.memories = engine, tokenizer, memories
+        self.heads_read = not getattr(engine.model.config, "closed", False)
         ends = engine.model.generation_config.eos_token_id
         found = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
         self.stop_ids = frozenset(int(token) for token in found if token is not None)
@@ -77,9 +78,9 @@ class Answering:
             bank = self.memories.bank(owner, str(memory))
             answer.memory_tokens = 0 if bank is None else int(bank.tokens.sum())
             banks[:] = [bank]
-            return bank
+            return bank if self.heads_read else None
 
-        readings = _Readings() if explain and memory is not None else None
+        readings = Readings() if explain and memory is not None and self.heads_read else None
         job = Job(ids, None if memory is None else opened, sampling, self.stop_ids, explain=readings)
         words = [*stop, *(stop_words(self.tokenizer) if chat else ())]
         text, fresh = _Text(self.tokenizer, words), list[Token]()
@@ -116,13 +117,6 @@ class Answering:
             }
             for token, alone, reading in zip(tokens, without, readings, strict=False)
         ]
-
-
-class _Readings(list[Any]):
-    """Given to ``generate(..., explain=)``: keeps of every step only what chose the new token."""
-
-    def append(self, explanation: Any) -> None:
-        super().append(reading_at(explanation, -1))
 
 
 class _Text:

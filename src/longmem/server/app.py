@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.exceptions import HTTPException
 
 from longmem import __version__
+from longmem.chat import transcript
 from longmem.errors import LongMemError
 from longmem.generation.reading import positions
 from longmem.server import openai_api as shapes
@@ -284,10 +285,8 @@ def create_app(
         async def after() -> None:
             if body.store:
                 messages = [*before, *given, {"role": "assistant", "content": render.text()}]
-                text = "".join(
-                    f"{each['role']}: {' '.join(each['content'].split())}\n" for each in messages[len(before) :]
-                )
                 about = {"messages": messages, "response": render.whole()}
+                text = transcript(messages[len(before) :])
                 receipt = await engine.call(
                     lambda: memories.add(who, place, render.id, text, metadata=about), follows=True
                 )

@@ -23,8 +23,8 @@ from longmem.types import Memory
 T = TypeVar("T")
 COLDEST = 1e-3
 """Temperature below which the likeliest token is taken: dividing by less overflows."""
-
-
+GATHER = 0.003
+"""Seconds in which one more request may come before a batch begins: requests that come together run together."""
 SLICE = 256
 """Tokens after which a batch is put together anew, also where nobody waits: bounds what a long answer may reserve."""
 
@@ -78,6 +78,7 @@ class Job:
         stop_ids: tokens that end it.
         explain: takes what each step read, one ``Explanation`` a step, if given; such a job runs alone.
         made: new tokens so far.
+        fresh: what the event loop has not been given yet.
     """
 
     ids: list[int]
@@ -88,21 +89,18 @@ class Job:
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     results: asyncio.Queue[Token | BaseException | None] = field(default_factory=asyncio.Queue)
     made: list[int] = field(default_factory=list)
+    fresh: list[Token | BaseException | None] = field(default_factory=list)
     cancelled: bool = False
     ended: bool = False
 
     def __post_init__(self) -> None:
         self._random = _generator(self.sampling.seed)
 
-    def push(self, result: Token) -> None:
-        """Hand a token to the event loop."""
-        self._tell(result)
-
     def end(self, problem: BaseException | None = None) -> None:
         """No more tokens come."""
         if not self.ended:
             self.ended = True
-            self._tell(problem)
+            self.fresh.append(problem)
 
     def draw(self, logprobs: Tensor) -> int:
         """Take the next token from log probabilities (V,), and hand it over; the row may end with it."""
@@ -113,16 +111,28 @@ class Job:
             return token
         top = logprobs.topk(self.sampling.logprobs) if self.sampling.logprobs else None
         likely = () if top is None else tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        self.push(Token(token, float(logprobs[token]), likely))
+        self.fresh.append(Token(token, float(logprobs[token]), likely))
         if len(self.made) >= self.sampling.max_tokens:
             self.end()
         return token
 
-    def _tell(self, result: Token | BaseException | None) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self.results.put_nowait, result)
-        except RuntimeError:  # the loop has closed meanwhile and wants none
-            self.cancelled = True
+
+def hand_over(jobs: list[Job]) -> None:
+    """Give the event loop what is new of all rows at once: waking it for each token costs more than the token."""
+    told = [(job.results, result) for job in jobs for result in job.fresh]
+    for job in jobs:
+        job.fresh = []
+
+    def put() -> None:
+        for results, result in told:
+            results.put_nowait(result)
+
+    try:
+        if told:
+            jobs[0].loop.call_soon_threadsafe(put)
+    except RuntimeError:  # the loop has closed meanwhile and wants none
+        for job in jobs:
+            job.cancelled = True
 
 
 class Engine:
@@ -218,6 +228,8 @@ class Engine:
                 self._change.wait_for(lambda: self._calls or self._jobs or self._closing)
                 if not self._calls and not self._jobs:
                     return
+                while not self._calls and 0 < len(self._jobs) < self.rows and self._change.wait(GATHER):
+                    pass
             self.between()
             if batch := self._batch():
                 self._run(batch)
@@ -247,13 +259,13 @@ class Engine:
                 jobs.append(job)
             except BaseException as problem:
                 job.end(problem)
-        if not jobs:
-            return
         try:
-            self._generate(jobs, memories)
+            if jobs:
+                self._generate(jobs, memories)
         except BaseException as problem:
             for job in jobs:
                 job.end(problem)
+        hand_over(batch)
         with self._change:
             self._jobs.extend(job for job in jobs if not job.ended and not job.cancelled)
 
@@ -305,6 +317,7 @@ class _Steps(LogitsProcessor):
         chosen = torch.full_like(scores, -torch.inf)
         for row, job in enumerate(self.jobs):
             chosen[row, 0 if job.ended or job.cancelled else job.draw(logprobs[row])] = 0.0
+        hand_over(self.jobs)
         return chosen
 
 
@@ -336,9 +349,11 @@ def _draw(logprobs: Tensor, sampling: Sampling, random: torch.Generator) -> int:
     """The next token of one row from log probabilities (V,)."""
     if sampling.temperature < COLDEST:
         return int(logprobs.argmax())
-    probabilities, order = (logprobs / sampling.temperature).softmax(-1).sort(descending=True)
-    # the smallest set that holds top_p: the token that crosses it belongs to it, and the likeliest always does
-    beyond = probabilities.cumsum(0) - probabilities >= sampling.top_p
-    beyond[0] = False
-    probabilities[beyond] = 0.0
-    return int(order[torch.multinomial(probabilities.cpu(), 1, generator=random)])
+    probabilities = (logprobs / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
+        likeliest, order = probabilities.sort(descending=True)
+        # the smallest set that holds top_p: the token that crosses it belongs to it, and the likeliest always does
+        beyond = likeliest.cumsum(0) - likeliest >= sampling.top_p
+        beyond[0] = False
+        probabilities[order[beyond]] = 0.0
+    return int(torch.multinomial(probabilities.cpu(), 1, generator=random))

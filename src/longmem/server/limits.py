@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from prometheus_client import Counter
@@ -39,8 +40,12 @@ class Limits:
             await self.app(scope, receive, send)
             return
 
+        begun = False
+
         async def answer(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 route = getattr(scope.get("route"), "path", "other")
                 self.requests.labels(route, message["status"]).inc()
                 if not scope["path"].startswith("/docs"):
@@ -58,8 +63,13 @@ class Limits:
         elif self.anybody and _name(headers.get("host", "")) not in LOOPBACK:
             refusal = error(403, "without keys this server answers to localhost alone; make keys to serve other names")
         else:
-            await self.app(scope, receive, answer)
-            return
+            try:
+                await self.app(scope, receive, answer)
+                return
+            except asyncio.CancelledError:  # the server ends, and has waited long enough for this
+                if begun:
+                    raise
+            refusal = error(503, "the server is stopping; try again in a moment")
         await refusal(scope, receive, answer)
 
 

@@ -76,9 +76,9 @@ class Memories:
         """The text of a document."""
         return str(self.store.text(f"{owner}/{memory}", document))
 
-    def search(self, owner: str, memory: str, query: str, top: int, without: tuple[str, ...] = ()) -> list[Any]:
+    def search(self, owner: str, memory: str, query: str, top: int) -> list[Any]:
         """Passages that share words with a query, best first."""
-        return self.recall(owner, memory).search(query, top, without=without) if self.exists(owner, memory) else []
+        return self.recall(owner, memory).search(query, top)
 
     def recall(self, owner: str, memory: str) -> Recall:
         """The text search of a memory."""
@@ -113,9 +113,9 @@ class Memories:
             return self.store.append(namespace, text, name=name)
         return self.store.add_document(namespace, text, name=name, **settings)
 
-    def remember(self, owner: str, memory: str, messages: list[Message], name: str | None = None) -> int:
-        """Keep messages as lines of a conversation's document; returns the tokens written."""
-        return keep(self.store, f"{owner}/{memory}", name or conversation_name(), messages)
+    def remember(self, owner: str, memory: str, messages: list[Message]) -> int:
+        """Keep messages as lines of a document; returns the tokens written."""
+        return keep(self.store, f"{owner}/{memory}", conversation_name(), messages)
 
     def forget(self, owner: str, memory: str, document: str | None = None) -> int:
         """Forget a document, or the whole memory; returns how many documents are gone."""

@@ -6,6 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from longmem.server.answering import Answer
@@ -44,7 +45,8 @@ class Rendering:
 
     def usage(self) -> dict[str, Any]:
         """Counts of all answers together."""
-        prompt = max((answer.prompt_tokens for answer in self.answers.values()), default=0)
+        n = getattr(self.body, "n", 1)  # answers to one prompt, which is read once
+        prompt = sum(answer.prompt_tokens for index, answer in self.answers.items() if index % n == 0)
         made = sum(len(answer.tokens) for answer in self.answers.values())
         read = max((answer.memory_tokens for answer in self.answers.values()), default=0)
         return {
@@ -170,7 +172,7 @@ class Completion(Rendering):
             "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [{self.tokenizer.decode([n]): value for n, value in token.top} for token in tokens],
-            "text_offset": [sum(map(len, texts[:at])) for at in range(len(texts))],
+            "text_offset": list(accumulate(map(len, texts), initial=0))[:-1],
         }
 
 

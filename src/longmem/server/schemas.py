@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from longmem.server.keys import NAME
 
 MemoryId = Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$")]
 RESPONSE = r"^resp_[0-9a-f]{32}$"
+MOST_DEPTH = 20
+"""Levels of a document's metadata."""
 Text = Annotated[str, StringConstraints(max_length=2_000_000)]
 
 
-class Request(BaseModel):
-    """Of all that generates: how tokens are chosen, and which memory is read."""
+class Body(BaseModel):
+    """Of every request."""
 
     model_config = ConfigDict(extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _can_be_said_again(cls, body: Any) -> Any:
+        """JSON can hold half a character and, for Python, NaN: no text and no answer can."""
+        try:
+            if isinstance(body, dict):
+                json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, RecursionError):
+            raise ValueError("it holds half a character (\\ud800 to \\udfff) or NaN, or nests too deep") from None
+        return body
+
+
+class Request(Body):
+    """Of all that generates: how tokens are chosen, and which memory is read."""
 
     model: str | None = None
     stream: bool = False
@@ -47,12 +67,12 @@ class ChatMessage(BaseModel):
     """A message; ``developer`` is another word for ``system``."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part] = ""
+    content: Text | list[Part] | None = None
 
     @property
     def plain(self) -> dict[str, str]:
         """The message as ``longmem.chat`` has it."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
@@ -97,13 +117,13 @@ class ResponsesRequest(Request):
     store: bool = True
 
 
-class NewMemory(BaseModel):
+class NewMemory(Body):
     """``POST /v1/memories``."""
 
     id: MemoryId
 
 
-class NewText(BaseModel):
+class NewText(Body):
     """``POST /v1/memories/{id}/documents``."""
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -112,8 +132,29 @@ class NewText(BaseModel):
     replace: bool = False
     metadata: dict[str, Any] | None = None
 
+    @field_validator("name")
+    @classmethod
+    def _not_a_response(cls, name: str) -> str:
+        if re.fullmatch(RESPONSE, name):
+            raise ValueError("names of this form are those of stored responses; choose another")
+        return name
 
-class SearchRequest(BaseModel):
+    @field_validator("metadata")
+    @classmethod
+    def _shallow(cls, metadata: dict[str, Any] | None) -> dict[str, Any] | None:
+        level: list[Any] = [metadata]
+        for _ in range(MOST_DEPTH):
+            level = [child for each in level for child in _children(each)]
+        if level:
+            raise ValueError(f"it nests deeper than {MOST_DEPTH} levels")
+        return metadata
+
+
+def _children(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+class SearchRequest(Body):
     """``POST /v1/memories/{id}/search``."""
 
     query: Annotated[str, StringConstraints(min_length=1, max_length=4000)]
