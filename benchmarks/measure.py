@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,6 +77,28 @@ def peak_bytes(run: Run, *, warm: bool = True) -> int:
         held += each.nbytes()
         peak = max(peak, held)
     return peak
+
+
+class Version:
+    """A version of the library in a process of its own, which answers each line of JSON with one."""
+
+    def __init__(self, source: Path, module: str, *arguments: str) -> None:
+        paths = os.pathsep.join([str(source.resolve()), str(Path(__file__).parents[1])])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments], env={**os.environ, "PYTHONPATH": paths},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def __call__(self, command: str, **given: Any) -> dict[str, float]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps([command, given]) + "\n")
+        self._process.stdin.flush()
+        answer: dict[str, float] = json.loads(self._process.stdout.readline())
+        return answer
+
+    def end(self) -> None:
+        """End the process."""
+        self._process.communicate()
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:

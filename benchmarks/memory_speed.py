@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,7 +24,7 @@ SHAPES = {"token": (1, 1), "segment": (4, 256)}
 
 
 def answer() -> None:
-    """One version's process: a line with a number of tokens fills a bank, an empty one asks for a round."""
+    """One version's process: ``fill`` makes a bank of so many tokens, and every command is a round."""
     from longmem.memory import MemoryBank
     from longmem.modeling.attention import memory_attention
     from longmem.types import AttentionKV
@@ -37,9 +35,10 @@ def answer() -> None:
     queries = {name: torch.randn(rows, HEADS, length, DIM, generator=draw) for name, (rows, length) in SHAPES.items()}
     segment = AttentionKV(*(torch.randn(1, HEADS, 4096, DIM, generator=draw) for _ in range(2)))
     for line in sys.stdin:
-        if line.strip():
-            bank = MemoryBank(1, int(line), HEADS, DIM, SIZE)
-            for _ in range(int(line) // 4096 + 1):
+        command, given = json.loads(line)
+        if command == "fill":
+            bank = MemoryBank(1, given["tokens"], HEADS, DIM, SIZE)
+            for _ in range(given["tokens"] // 4096 + 1):
                 bank.add(segment)
         seconds: dict[str, float] = {}
         for name, asked in queries.items():
@@ -57,38 +56,22 @@ def answer() -> None:
 
 
 def main() -> None:
-    from benchmarks.measure import spread, surroundings
+    from benchmarks.measure import Version, spread, surroundings
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("other")
+    parser.add_argument("other", type=Path)
     parser.add_argument("--tokens", default="65536,1048576")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("results/memory-speed.json"))
     given = parser.parse_args()
-    own = Path(__file__).parents[1]
-    processes = {
-        name: subprocess.Popen(
-            [sys.executable, "-c", "from benchmarks.memory_speed import answer; answer()"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=own,
-            env={**os.environ, "PYTHONPATH": f"{Path(source).resolve()}:{own}", "OMP_NUM_THREADS": "1"},
-        )
-        for name, source in (("before", given.other), ("now", own / "src"))
-    }  # fmt: skip
-
-    def one_round(line: str) -> dict[str, Any]:
-        taken = {}
-        for name, process in processes.items():
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(f"{line}\n")
-            process.stdin.flush()
-            taken[name] = json.loads(process.stdout.readline())
-        return taken
-
+    sources = {"before": given.other, "now": Path(__file__).parents[1] / "src"}
+    versions = {name: Version(source, "benchmarks.memory_speed", "--serve") for name, source in sources.items()}
     command = f"python -m benchmarks.memory_speed OTHER/src --tokens {given.tokens} --rounds {given.rounds}"
     record: dict[str, Any] = {"command": command, "surroundings": surroundings(torch.device("cpu")), "tokens": {}}
     for tokens in given.tokens.split(","):
-        one_round(tokens)  # fills the banks and warms up
-        rounds = [one_round("") for _ in range(given.rounds)]
+        for version in versions.values():
+            version("fill", tokens=int(tokens))
+        rounds = [{name: version("round") for name, version in versions.items()} for _ in range(given.rounds)]
         now, before = ([each[name] for each in rounds] for name in ("now", "before"))
         record["tokens"][tokens] = {
             part: {
@@ -105,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    answer() if "--serve" in sys.argv else main()

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.measure import spread, surroundings
+from benchmarks.measure import Version, spread, surroundings
 
 SEGMENT, DOCUMENT, NUM_CHUNKS = 256, 16_384, 16
 
@@ -111,29 +109,6 @@ def _take(bank: Any) -> Callable[..., Any]:
     return lambda chunks, heads: take_mapped(bank._runs, chunks, heads, bank.device)
 
 
-class Version:
-    """A process that serves one version."""
-
-    def __init__(self, source: Path, folder: Path) -> None:
-        folder.mkdir()
-        paths = os.pathsep.join([str(source), str(Path(__file__).parents[1])])
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.store", "--serve", str(folder)],
-            env={**os.environ, "PYTHONPATH": paths}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def __call__(self, command: str, **given: Any) -> dict[str, float]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps([command, given]) + "\n")
-        self._process.stdin.flush()
-        answer: dict[str, float] = json.loads(self._process.stdout.readline())
-        return answer
-
-    def end(self) -> None:
-        """End the process."""
-        self._process.communicate()
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -152,7 +127,10 @@ def main(arguments: list[str] | None = None) -> None:
         "surroundings": surroundings(torch.device("cpu")),
     }
     with tempfile.TemporaryDirectory() as folder:
-        versions = {name: Version(source.absolute(), Path(folder) / name) for name, source in sources.items()}
+        versions = {}
+        for name, source in sources.items():
+            (Path(folder) / name).mkdir()
+            versions[name] = Version(source, "benchmarks.store", "--serve", str(Path(folder) / name))
         for tokens in [int(size) for size in given.sizes.split(",")]:
             result[f"{tokens}"] = measure(versions, f"{tokens}", tokens, given.rounds, heads=4, dim=64)
             report(tokens, result[f"{tokens}"])
