@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from longmem.modeling.training_free import TrainingFree
     from longmem.store.bank import StoreBank
     from longmem.store.overlay import SessionBank
+    from longmem.store.recall import Recall
     from longmem.store.store import MemoryStore
     from longmem.types import AttentionKV, RetrievedMemory
 
@@ -56,6 +57,7 @@ __all__ = [
     "MemoryBank",
     "MemoryBankError",
     "MemoryStore",
+    "Recall",
     "RetrievedMemory",
     "SessionBank",
     "SessionMemory",
@@ -81,6 +83,7 @@ _HOMES = {
     "MemTRMConfig": "longmem.config",
     "MemoryBank": "longmem.memory.bank",
     "MemoryStore": "longmem.store.store",
+    "Recall": "longmem.store.recall",
     "RetrievedMemory": "longmem.types",
     "SessionBank": "longmem.store.overlay",
     "SessionMemory": "longmem.memory.session",

@@ -91,6 +91,24 @@ def test_it_reads_the_documents_of_a_store_and_texts_of_its_own(
         assert each["before"] + each["text"] + each["after"] in texts[each["document"]]
 
 
+def test_passages_of_the_store_are_read_once_more_and_not_kept(
+    generate: Callable[..., Done], filled: Path, memory: Memory
+) -> None:
+    there = (filled.parent / "notes" / "one.txt").read_text().splitlines()[0].split(". ")[0]
+    asked = (there, "-m", 4, "--memory", filled, "-n", "ada", "--json", "--ignore-end")
+    plain, done = generate(*asked), generate(*asked, "--recall", 2, "--keep", "talk")
+    assert done.status == 0, done.err
+    (first, *_) = found = done.json["memory"]["recalled"]
+    assert plain.json["memory"]["recalled"] == [] and 1 <= len(found) <= 2
+    assert first["document"] == "one.txt" and there.split()[0] in first["text"]
+    assert f"recalled one.txt: {first['text'][:20]}" in done.err
+    assert done.json["prompt_tokens"] > plain.json["prompt_tokens"] and done.json["prompt"] == there
+    kept = memory("show", "talk", "-n", "ada", "--json").json
+    assert kept["tokens"] == plain.json["prompt_tokens"] + 4
+    assert generate(*asked, "--recall", 2, "--recall-tokens", 3).json["memory"]["recalled"] == []
+    assert "--recall needs a store; name it with --memory" in generate(there, "--recall", 2).err
+
+
 def test_what_was_read_is_shown_as_a_table_and_as_a_page(generate: Callable[..., Done], tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text("</script><b>not markup</b> " * 2)
     done = generate(

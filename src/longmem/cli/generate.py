@@ -32,10 +32,12 @@ from longmem.errors import DataError, StoreError
 if TYPE_CHECKING:
     from longmem.generation.page import ReadToken
     from longmem.memory.session import SessionMemory
+    from longmem.store.recall import RecalledPassage
     from longmem.types import ChunkOrigin
 
 ENDLESS = 1 << 40  # tokens; nobody waits for the last
 SHOWN_CHUNKS = 2
+QUERY_WORDS = 60
 
 
 @click.command(
@@ -47,6 +49,14 @@ SHOWN_CHUNKS = 2
 @click.option("--file", "file", type=FOLDER, help="Take the prompt from a file.")
 @click.option("--memory", "store", type=FOLDER, help="Read the documents of this store.")
 @options("namespace")
+@click.option(
+    "--recall",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Passages of the store that share words with the prompt and are read once more, before it.",
+)
+@click.option("--recall-tokens", type=TokenCount(), default=400, show_default=True, help="That they may take together.")
 @click.option("--read", "texts", multiple=True, metavar="FILE", help="Read a text into memory first; repeatable.")
 @click.option("--keep", metavar="NAME", help="Keep prompt and answer in the store as a document of this name.")
 @click.option("--max-new-tokens", "-m", type=click.IntRange(min=1), default=200, show_default=True)
@@ -77,8 +87,9 @@ def command(model: str, prompt: str | None, explain: bool, page: Path | None, as
     beams, endless, explained = (options["num_beams"] or 1) > 1, options["endless"], explain or page is not None
     if explained and (beams or endless):
         raise click.UsageError("--explain and --page follow one text to its end; leave out --beams and --endless")
-    if options["keep"] is not None and options["store"] is None:
-        raise click.UsageError("--keep needs a store to keep it in; name it with --memory")
+    if options["store"] is None and (options["keep"] is not None or options["recall"]):
+        needs = "--keep needs a store to keep it in" if options["keep"] is not None else "--recall needs a store"
+        raise click.UsageError(f"{needs}; name it with --memory")
     answer = _generate(
         model, _prompt(prompt, options["file"]), options, stream=not as_json and not beams, read=explained
     )
@@ -116,6 +127,7 @@ def _generate(name: str, prompt: str, asked: dict[str, Any], *, stream: bool, re
     from longmem.generation import THIS_TEXT
     from longmem.generation import read as read_into
     from longmem.generation.page import Passages, generate_explained, read_tokens
+    from longmem.store.recall import Recall
     from longmem.store.store import MemoryStore
 
     namespace, keep = asked["namespace"], asked["keep"]
@@ -133,7 +145,20 @@ def _generate(name: str, prompt: str, asked: dict[str, Any], *, stream: bool, re
         model, tokenizer = loaded.model, load_tokenizer(asked["tokenizer"], loaded)
         if tokenizer is None:
             raise DataError(f"{name}: no tokenizer beside the model or its backbone; name one with --tokenizer")
-        ids = torch.tensor([_ids(tokenizer, model, prompt, "the prompt")])
+        found: list[RecalledPassage] = []
+        notes = ""
+        if asked["recall"]:
+            # the end of the prompt is what goes on; a long one would ask for everything
+            query = " ".join(prompt.split()[-QUERY_WORDS:])
+            top, budget = asked["recall"], asked["recall_tokens"]
+            # with the tokenizer: documents that were kept as token ids have no text without it
+            readable = open_things.enter_context(open_store(asked["store"], tokenizer=tokenizer))
+            notes, found = Recall(readable, namespace).notes(query, tokenizer, top, budget=budget)
+            for passage in found:
+                say(f"recalled {passage.document}: {one_line(passage.text)}")
+        before = _ids(tokenizer, model, f"{notes}\n\n", "the notes") if notes else []
+        own = _ids(tokenizer, model, prompt, "the prompt", special=not notes)
+        ids = torch.tensor([before + own])
         texts = {each: torch.tensor(_ids(tokenizer, model, text, each)) for each, text in _texts(asked["texts"])}
         bank = None if store is None else store.bank(namespace, device=model.device)
         settings = _settings(asked, tokenizer)
@@ -143,7 +168,7 @@ def _generate(name: str, prompt: str, asked: dict[str, Any], *, stream: bool, re
             read_into(model, session, text, document=each)
             say(f"read {counted(len(text), 'token')} of {each}")
         torch.manual_seed(asked["seed"])
-        before, start, writer = ids[0].tolist(), time.perf_counter(), None
+        noted, before, start, writer = len(before), ids[0].tolist(), time.perf_counter(), None
         if asked["num_beams"] in (None, 1):
             writer = settings["streamer"] = _Writer(tokenizer, before, shown=stream)
         gains: list[float] = []
@@ -182,11 +207,12 @@ def _generate(name: str, prompt: str, asked: dict[str, Any], *, stream: bool, re
                 "read": {each: len(text) for each, text in texts.items()},
                 "session_tokens": int(session.tokens[0]),
                 "kept": keep,
+                "recalled": found,
             },
         }
     if keep is not None:  # only now: nobody else could write while the text was generated
         with MemoryStore.open(asked["store"], model=model, tokenizer=tokenizer, create=False) as writing:
-            receipt = writing.add_document(namespace, None, name=keep, ids=whole)
+            receipt = writing.add_document(namespace, None, name=keep, ids=whole[noted:])
         say(f"kept {counted(receipt.tokens, 'token')} as {keep}")
     said = tokenizer.decode(new, skip_special_tokens=True) if writer is None else "".join(writer.said)
     return _Answer(prompt, said, "memory: " + (", ".join(parts) or "what has left the window"), tokens, record)
@@ -246,11 +272,11 @@ def _texts(paths: tuple[str, ...]) -> list[tuple[str, str]]:
     return found
 
 
-def _ids(tokenizer: Any, model: Any, text: str, what: str) -> list[int]:
+def _ids(tokenizer: Any, model: Any, text: str, what: str, *, special: bool = True) -> list[int]:
     """The token ids of a text to be continued: what the tokenizer puts after a text (``</s>``) is left out."""
     from longmem.data.tokenizer import check_ids
 
-    whole: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    whole: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     plain: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     starts = range(len(whole) - len(plain) + 1)
     before = next((start for start in starts if whole[start : start + len(plain)] == plain), None)
