@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from longmem import default_model as module
-from longmem.default_model import FILE, GATES, default_fingerprint, default_model, shipped
+from longmem.default_model import FILE, READERS, default_checkpoint, default_model, shipped
 from longmem.errors import BackboneError
 
 CONTENT = b"GGUF, let us say"
@@ -74,19 +77,34 @@ def test_another_file_is_refused_and_not_kept(cache: Path, monkeypatch: pytest.M
     assert not list(cache.glob("*"))
 
 
-def test_gates_are_found_in_the_tree_and_in_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shipped(GATES) == Path(__file__).parents[1] / "models" / GATES
-    assert default_fingerprint() == "45349d9b53945f85"
+def test_the_sidenet_is_found_in_the_tree_and_the_gates_in_the_wheel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, gates = Path(__file__).parents[1] / "models", READERS[-1]
+    assert [shipped(name) for name in READERS] == [models / name for name in READERS]
+    assert default_checkpoint() == models / READERS[0]
     package = tmp_path / "site-packages" / "longmem"
     monkeypatch.setattr(module, "_HERE", package)
-    assert shipped(GATES) is None and default_fingerprint() is None
-    with pytest.raises(BackboneError, match=r"its gates .* are not here"):
+    assert shipped(gates) is None and default_checkpoint() is None
+    with pytest.raises(BackboneError, match=r"models/\S+ is not here; install the package again"):
         default_model(lambda line: None)
-    (package / "models" / GATES).mkdir(parents=True)
-    (package / "models" / GATES / "config.json").write_text("{}")
-    assert shipped(GATES) == package / "models" / GATES
+    shutil.copytree(models / gates, package / "models" / gates)
+    assert default_checkpoint() == package / "models" / gates
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_store_gets_what_reads_its_layers(name: str) -> None:
+    config = json.loads((Path(__file__).parents[1] / "models" / name / "config.json").read_text(encoding="utf-8"))
+
+    def layout(fingerprint: str, layers: list[int]) -> Any:
+        return SimpleNamespace(fingerprint=fingerprint, memory_layers=tuple(layers))
+
+    found = default_checkpoint(layout(config["backbone_fingerprint"], config["memory_layers"]))
+    assert found is not None and found.name == name
+    assert default_checkpoint(layout(config["backbone_fingerprint"], [1])) is None
+    assert default_checkpoint(layout("another", config["memory_layers"])) is None
 
 
 def test_the_wheel_takes_the_gates_along() -> None:
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'"models/{GATES}" = "longmem/models/{GATES}"' in text
+    assert f'"models/{READERS[-1]}" = "longmem/models/{READERS[-1]}"' in text

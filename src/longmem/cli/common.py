@@ -240,15 +240,15 @@ def load_model(
     import torch
     from transformers.utils import logging
 
-    from longmem.default_model import default_fingerprint, default_model
+    from longmem.default_model import default_checkpoint, default_model
     from longmem.evaluation.loading import checked_device, checkpoint_folder, model_type
     from longmem.modeling.longmem import LongMem
     from longmem.modeling.memtrm import MemTRM
     from longmem.modeling.training_free import TrainingFree
 
     logging.disable_progress_bar()
-    if default and name is None and (layout is None or layout.fingerprint == default_fingerprint()):
-        chosen = default_model(say)
+    if default and name is None and (layout is None or default_checkpoint(layout)):
+        chosen = default_model(say, layout)
         name, backbone = str(chosen.checkpoint), str(chosen.backbone)
     if name is None and layout is None:
         raise StoreError("a new store needs the model whose memory it is to hold; name it with --model")
