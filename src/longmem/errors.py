@@ -61,3 +61,8 @@ class StoreDamaged(StoreError):
 
 class StoreFull(StoreError):
     """The store cannot be written: no space, a quota, a size limit, or a read-only folder. It is as it was before."""
+
+
+def first_line(problem: BaseException) -> str:
+    """What a message of ours quotes of another library's error."""
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0]

@@ -90,10 +90,7 @@ def test_json_lines_give_one_document_a_line_named_by_their_id(tmp_path: Path) -
     path = tmp_path / "texts.jsonl"
     path.write_text('{"id": "x", "body": "first"}\n\n{"body": "second"}\n')
     found = list(read_documents([path], field="body"))
-    assert found == [
-        Document("x", "first", str(path), line=1),
-        Document("texts.jsonl:3", "second", str(path), line=3),
-    ]
+    assert found == [Document("x", "first", str(path), line=1), Document("texts.jsonl:3", "second", str(path), line=3)]
     assert found[1].place == f"{path}:3"
 
 

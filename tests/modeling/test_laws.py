@@ -221,14 +221,16 @@ def test_save_and_load_give_the_same_logits(backbone: PreTrainedModel, reader: A
         assert torch.equal(alone(ids()).logits, reader(ids()).logits)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", SOFTMAX)
-def test_one_softmax_with_a_closed_gate_ignores_memory(name: str) -> None:
-    model = LongMem.from_backbone(make_backbone(name), fusion="softmax", **SETTINGS).eval()
+@pytest.mark.parametrize("kind", [LongMem, MemTRM, TrainingFree])
+def test_one_softmax_with_a_closed_gate_ignores_memory(name: str, kind: Any) -> None:
+    model = kind.from_backbone(make_backbone(name), fusion="softmax", **SETTINGS).eval()
     bank = filled(model, ids(seed=1))
-    plain = model(ids()).logits
-    assert (model(ids(), memory=bank).logits - plain).abs().max() > 1e-3
-    with torch.no_grad():
-        model.sidenet.memory_gate.fill_(-200.0)
+    plain, read = model(ids()).logits, model(ids(), memory=bank)
+    assert (read.logits - plain).abs().max() > (1e-3 if kind is LongMem else 1e-4)
+    assert read.share.std() > 1e-4, "every token chooses its own share"
+    model.memory_gate.fill_(-200.0)
     torch.testing.assert_close(model(ids(), memory=bank).logits, plain, atol=1e-6, rtol=0)
 
 

@@ -43,11 +43,7 @@ OUT_OF_RANGE = "is out of range, the backbone has 4 layers counted from 0; these
     [
         ("llama", {"memory_layer": -1}, f"memory_layer -1 {OUT_OF_RANGE}"),
         ("llama", {"memory_layer": 4}, f"memory_layer 4 {OUT_OF_RANGE}"),
-        (
-            "gemma2",
-            {"memory_layer": 2},
-            "sliding_attention layer, or has no keys of its own; these would do: 1, 3",
-        ),
+        ("gemma2", {"memory_layer": 2}, "sliding_attention layer, or has no keys of its own; these would do: 1, 3"),
         ("opt-post-norm", {"init": "zero"}, 'use init "copy"'),
         ("bloom", {"fusion": "softmax"}, 'use fusion "gate"'),
         ("llama", {"stride": 9}, "stride (9) must not be larger than the backbone's 4 layers; try 2"),

@@ -29,10 +29,7 @@ from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
 BACKBONE_PREFIXES = ("decoder.pretrained_model.decoder.model.", "decoder.model.")
 """Prefixes of the backbone's tensors inside a LongMem file, and in a file of the backbone alone."""
 
-SHARED = {
-    "decoder.embed_tokens.weight": "transformer.wte.weight",
-    "decoder.output_projection.weight": "lm_head.weight",
-}
+SHARED = {"decoder.embed_tokens.weight": "transformer.wte.weight", "decoder.output_projection.weight": "lm_head.weight"}
 """Tensors that LongMem shares with its backbone; the released format stores them twice."""
 
 SIDE_NORM_EPS = 1e-5

@@ -25,7 +25,7 @@ from itertools import groupby, islice
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
-from longmem.errors import DataError
+from longmem.errors import DataError, first_line
 
 log = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py")
@@ -371,8 +371,8 @@ def _read_hub(path: str, source: TextSource) -> Iterator[Document]:
     try:
         records = load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # the hub has no common base of errors
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path}: the hub data set cannot be loaded ({reason}); write hub:NAME:CONFIG:SPLIT") from error
+        reason = f"cannot be loaded ({first_line(error)})"
+        raise DataError(f"{path}: the hub data set {reason}; write hub:NAME:CONFIG:SPLIT") from error
     for number, record in enumerate(records):
         document = None
         with _skipping(source):

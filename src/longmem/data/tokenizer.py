@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from longmem.errors import ConfigError, DataError
+from longmem.errors import ConfigError, DataError, first_line
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 MIN_VOCABULARY = 256 + 3
@@ -23,8 +23,9 @@ def load_tokenizer(path: str | Path, model: Any = None) -> PreTrainedTokenizerBa
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: no tokenizer ({reason}); name a folder with tokenizer.json, or a hub id") from error
+        raise DataError(
+            f"{path}: no tokenizer ({first_line(error)}); name a folder with tokenizer.json, or a hub id"
+        ) from error
     if model is not None:
         check_tokenizer(tokenizer, model, str(path))
     return tokenizer

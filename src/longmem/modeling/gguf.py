@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from longmem.errors import BackboneError
+from longmem.errors import BackboneError, first_line
 from longmem.progress import Progress
 
 _READ = 1 << 24  # bytes hashed at a time
@@ -80,10 +80,9 @@ def _convert(path: Path, folder: Path, quiet: bool) -> None:
             progress.advance(note=f"{path.name}: tokenizer")
             loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         except Exception as problem:  # a file cut short, or of an unknown kind, fails in many ways in there
-            reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
             raise BackboneError(
-                f"{path} cannot be read as a GGUF model ({reason}); give a causal language model of an architecture "
-                "that transformers converts from GGUF"
+                f"{path} cannot be read as a GGUF model ({first_line(problem)}); give a causal language model of an "
+                "architecture that transformers converts from GGUF"
             ) from problem
         progress.advance(note=f"{path.name}: weights")
         fields = {name: value for name, value in loaded.config.to_dict().items() if name != "quantization_config"}

@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 import longmem.modeling.alibi_gpt  # noqa: F401  the paper's own backbone, which transformers' Auto classes must know
 from longmem.config import MemoryConfig, nearest
-from longmem.errors import BackboneError, CheckpointError, ConfigError
+from longmem.errors import BackboneError, CheckpointError, ConfigError, first_line
 from longmem.modeling.families import Family
 from longmem.modeling.fingerprint import fingerprint_of, legacy_fingerprint, same_weights, sketch_of
 from longmem.modeling.gguf import gguf_folder, is_gguf
@@ -232,7 +232,3 @@ def resolve_folder(name: str, revision: str | None) -> Path:
         raise CheckpointError(
             f"{name} is neither a folder nor a hub id that can be reached ({first_line(problem)})"
         ) from problem
-
-
-def first_line(problem: BaseException) -> str:
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0]

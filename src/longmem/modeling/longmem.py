@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from longmem.config import LongMemConfig
-from longmem.errors import CheckpointError
+from longmem.errors import CheckpointError, first_line
 from longmem.modeling.backbone import BackboneRun
-from longmem.modeling.loading import Loading, check_arguments, first_line, resolve_folder
+from longmem.modeling.loading import Loading, check_arguments, resolve_folder
 from longmem.modeling.memory_lm import MemoryLM, check_saving
 from longmem.modeling.sidenet import SideNet
 from longmem.modeling.weights import SHARD_SIZE, WEIGHTS, read_weights, write_weights

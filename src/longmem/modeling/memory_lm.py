@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longmem.config import LongMemConfig, LongMemGenerationConfig, MemoryConfig
-from longmem.errors import BackboneError, CheckpointError, ConfigError
+from longmem.errors import BackboneError, CheckpointError, ConfigError, first_line
 from longmem.modeling.backbone import Backbone, BackboneRun
 from longmem.modeling.copying import recommend_memory_layer
 from longmem.modeling.explain import Explanation
 from longmem.modeling.fingerprint import legacy_fingerprint, sketch_of
 from longmem.modeling.generating import MemoryGenerationMixin
-from longmem.modeling.loading import Loading, default_memory_layer, first_line, load_config, resolve_folder
+from longmem.modeling.loading import Loading, default_memory_layer, load_config, resolve_folder
 from longmem.modeling.reading import LayerRead, Reading, gate_slice, shares_of
 from longmem.types import AttentionKV, Memory, RetrievedMemory
 

@@ -21,10 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longmem.config import MemTRMConfig
-from longmem.errors import BackboneError, CheckpointError, ConfigError
+from longmem.errors import BackboneError, CheckpointError, ConfigError, first_line
 from longmem.modeling.augmented import AugmentedLM
 from longmem.modeling.fingerprint import fingerprint_of
-from longmem.modeling.loading import Loading, check_arguments, first_line, resolve_folder
+from longmem.modeling.loading import Loading, check_arguments, resolve_folder
 from longmem.modeling.memory_lm import check_saving
 from longmem.modeling.placement import check_trainable
 from longmem.modeling.weights import write_trainer_index

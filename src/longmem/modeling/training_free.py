@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from longmem.config import TrainingFreeConfig
-from longmem.errors import CheckpointError
+from longmem.errors import CheckpointError, first_line
 from longmem.modeling.augmented import AugmentedLM
 from longmem.modeling.gates import TokenGate
-from longmem.modeling.loading import Loading, check_arguments, first_line
+from longmem.modeling.loading import Loading, check_arguments
 from longmem.modeling.memory_lm import check_saving
 from longmem.modeling.placement import place_of
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from longmem.config import side_layout
-from longmem.errors import ConfigError
+from longmem.errors import ConfigError, first_line
 from longmem.modeling.families import Family
 from longmem.training.models import backbone_shape
 from longmem.training.recipe import Recipe
@@ -177,8 +177,7 @@ def _config(recipe: Recipe) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, revision=recipe.backbone.revision or "main")
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path}: cannot be read ({reason}); an estimate needs its config.json") from error
+        raise ConfigError(f"{path}: cannot be read ({first_line(error)}); an estimate needs its config.json") from error
     return config
 
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from longmem.data.windows import IGNORE
-from longmem.errors import CheckpointError, ConfigError
+from longmem.errors import CheckpointError, ConfigError, first_line
 from longmem.training.checkpoint import list_checkpoints, publish, saved_weights, verify, way_out
 from longmem.training.optimiser import build_optimiser, lr_share
 from longmem.training.recipe import OptimSection
@@ -335,8 +335,9 @@ class StreamTrainer(Trainer):
         try:
             assign(self.trained(), saved_weights(folder))
         except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as problem:
-            reason = str(problem).splitlines()[0]
-            raise CheckpointError(f"{folder}: weights of another model ({reason}); {way_out(folder)}") from problem
+            raise CheckpointError(
+                f"{folder}: weights of another model ({first_line(problem)}); {way_out(folder)}"
+            ) from problem
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
