@@ -6,13 +6,13 @@ t tokens of a piece
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError
+from longmem.memory.session import JoinedMemory, SessionMemory
 from longmem.types import AttentionKV
 
 TOKENS_AT_ONCE = 8192  # encoded together: enough to keep a device busy, little beside what a forward pass holds
@@ -22,43 +22,17 @@ THIS_TEXT = "(this text)"
 """The document name of a text's own earlier part."""
 
 
-class Session(Protocol):
-    """What is needed of a session: ``SessionMemory``, one over a store, or ``JoinedMemory`` of sessions."""
-
-    rows: int
-
-    def add(
-        self,
-        kv: AttentionKV,
-        *,
-        rows: Tensor | None = None,
-        documents: Sequence[str | None] | None = None,
-        offsets: Sequence[int] | None = None,
-        ids: Sequence[Tensor] | None = None,
-    ) -> None: ...
-
-    def end_document(self, rows: Tensor | None = None) -> None: ...
-
-    def followed(self, row: int) -> Tensor: ...
-
-    def follow(self, row: int, ids: Tensor) -> None: ...
+Session = SessionMemory | JoinedMemory
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Tokens that are encoded and written together.
-
-    Attributes:
-        row: row of the session.
-        ids: (t,) context first, then the tokens to write.
-        context: how many of them are only context.
-        offset: place in the text of the first token to write.
-    """
+class Piece(NamedTuple):
+    """Tokens (t,) that are encoded together and, but for the first ``context``, written to a row of a session."""
 
     row: int
     ids: Tensor
     context: int
     offset: int
+    """Place in the text of the first token to write."""
 
 
 def read(

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, StoppingCriteriaList
 
 from longmem.errors import ConfigError, MemoryBankError
-from longmem.generation.reading import THIS_TEXT, cut, positions, write
+from longmem.generation.reading import THIS_TEXT, Session, cut, positions, write
 from longmem.memory.session import JoinedMemory, SessionMemory
 from longmem.types import Memory
 
@@ -110,7 +110,7 @@ class LocalWindow:
     def __init__(
         self,
         model: Any,
-        session: SessionMemory | JoinedMemory,
+        session: Session,
         rows: Sequence[int],
         policy: WindowPolicy,
         input_ids: Tensor,
@@ -238,7 +238,7 @@ def as_memory(memory: Memory | Sequence[Memory | None] | None) -> Memory | None:
     return JoinedMemory(memory) if isinstance(memory, Sequence) else memory
 
 
-def _session(memory: Memory | None) -> SessionMemory | JoinedMemory | None:
+def _session(memory: Memory | None) -> Session | None:
     """The memory if text may be written to it: a session, or a list of nothing but sessions."""
     if isinstance(memory, SessionMemory) or (isinstance(memory, JoinedMemory) and memory.writable):
         return memory

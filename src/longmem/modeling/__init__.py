@@ -8,5 +8,6 @@
 
 ``augmented``, ``memtrm`` and ``training_free`` are the baselines: the backbone's own layers read memory. ``families``,
 ``probe`` and ``placement`` know how architectures name their parts, compute keys without positions, and keep weights.
-``loading``, ``weights``, ``fingerprint`` and ``gguf`` are about files. The method in loops: ``tests/modeling/naive.py``.
+``loading``, ``weights``, ``fingerprint`` and ``gguf`` are about files. The same method in loops is in the tests,
+``tests/modeling/naive.py``.
 """
