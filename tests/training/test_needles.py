@@ -16,6 +16,7 @@ from longmem import LongMem
 from longmem.data.windows import IGNORE
 from longmem.errors import ConfigError
 from longmem.memory import MemoryBank
+from longmem.memory.session import SessionMemory
 from longmem.training import needles
 from longmem.training.needles import NeedleTrainer
 from longmem.training.recipe import Recipe
@@ -48,18 +49,18 @@ def test_memory_of_a_question_is_the_common_text_and_its_own_facts_and_no_others
     """Every row finds what a bank of its own finds that was given both."""
     task = _task(adapt(needles=ASK | {"kinds": ["passkey", "multi"]}))
     seen: list[tuple[Any, torch.Tensor, Any]] = []
-    search = needles._Hidden.search
+    search = SessionMemory.search
 
     def watch(memory: Any, queries: torch.Tensor, num: int, rows: Any = None, **which: Any) -> Any:
         found = search(memory, queries, num, rows, **which)
         seen.append((memory, queries, found))
         return found
 
-    monkeypatch.setattr(needles._Hidden, "search", watch)
+    monkeypatch.setattr(SessionMemory, "search", watch)
     loss = task.compute_loss(task.model, task.next_batch())
     assert math.isfinite(float(loss.detach()))
     memory, queries, found = seen[0]
-    text = memory.text
+    text = memory.base
     for row in range(4):
         asked = task._asked[row][1]
         alone = MemoryBank.for_model(task.longmem, 1, 4096)

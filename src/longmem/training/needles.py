@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,12 +21,12 @@ from longmem.data.facts import draw_facts
 from longmem.data.windows import IGNORE
 from longmem.memory import MemoryBank
 from longmem.memory.encoded import EncodedText, TextMemory
-from longmem.memory.session import best_of
+from longmem.memory.session import SessionMemory
 from longmem.progress import Progress
 from longmem.training.adapt import LongMemTrainer
 from longmem.training.recipe import NeedlesSection
 from longmem.training.trainer import token_losses
-from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory
+from longmem.types import AttentionKV
 
 RUN = 16  # segments of text that are taken from one place of the corpus
 _TEXT, _STEP, _FACTS = 11, 12, 13  # what random numbers are drawn for
@@ -46,7 +45,7 @@ class Questions(NamedTuple):
 
     ids: Tensor
     targets: Tensor
-    memory: _Hidden
+    memory: SessionMemory
 
 
 class NeedleTrainer(LongMemTrainer):
@@ -76,7 +75,9 @@ class NeedleTrainer(LongMemTrainer):
         if random.random() >= self.needles.share:
             return super().next_batch()
         asked = self._questions(number)
-        return Questions(*_rows(asked, self.pad_id), _Hidden(self._background(number, random), self._facts(asked)))
+        return Questions(
+            *_rows(asked, self.pad_id), SessionMemory(self._background(number, random), self._facts(asked))
+        )
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -163,27 +164,6 @@ class NeedleTrainer(LongMemTrainer):
         tokenizer: Any = self.tokenizer
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
-
-
-@dataclass(frozen=True)
-class _Hidden:
-    """See ``Memory``: text that all rows read, and each row's own facts."""
-
-    text: TextMemory
-    facts: MemoryBank
-
-    @property
-    def chunk_size(self) -> int:
-        return int(self.text.chunk_size)
-
-    def search(self, queries: Tensor, num_chunks: int, rows: Tensor | None = None, **which: Any) -> RetrievedMemory:
-        """The best of both; ``which`` names the layer."""
-        parts = [self.text.search(queries, num_chunks, **which), self.facts.search(queries, num_chunks, rows, **which)]
-        return best_of(parts, num_chunks)
-
-    def provenance(self, row: int, chunk: int) -> ChunkOrigin:
-        """Of the text; training asks for none."""
-        return self.text.provenance(0, chunk)
 
 
 def _rows(asked: Sequence[_Asked], pad_id: int) -> tuple[Tensor, Tensor]:
