@@ -37,11 +37,8 @@ def refuse_unfit(
     """Refuse numbers that memory cannot hold: one of them would make every later answer NaN.
 
     Args:
-        pair: keys and values (B, Hkv, 2, T, D).
+        pair: keys and values (B, Hkv, 2, T, D), to be stored as ``dtype``, their means as ``key_dtype``.
         mask: (B, T) bool, True at real tokens; padding may hold anything.
-        dtype: that keys and values are stored in.
-        key_dtype: that mean keys are stored in.
-        chunk_size: S keys are added up in float32 for their mean.
 
     Raises:
         MemoryBankError: names the row and the largest number.
@@ -50,9 +47,10 @@ def refuse_unfit(
         pair = pair.masked_fill(~mask.to(pair.device, torch.bool)[:, None, None, :, None], 0.0)
     if not pair.numel():
         return
-    limits = [torch.finfo(dtype).max, torch.finfo(key_dtype).max, torch.finfo(torch.float32).max / chunk_size]
+    most = torch.finfo(torch.float32).max / chunk_size  # S keys are added up in float32 for their mean
+    limit = min(torch.finfo(dtype).max, torch.finfo(key_dtype).max, most)
     low, high = torch.aminmax(pair)
-    if -low.item() <= min(limits) and high.item() <= min(limits):  # NaN is below no limit
+    if -low.item() <= limit and high.item() <= limit:  # NaN is below no limit
         return
     largest = pair.abs().amax(dim=(1, 3, 4)).double().cpu()  # (B, 2)
     for which, name in enumerate(("keys", "values")):
@@ -68,7 +66,7 @@ def refuse_unfit(
                         f"{name} of row {row} reach {number:.3g}, more than {kind} holds "
                         f"({torch.finfo(kind).max:.3g}); make the bank with dtype=torch.bfloat16 or torch.float32"
                     )
-            if not which and number > limits[2]:
+            if not which and number > most:
                 raise MemoryBankError(
                     f"keys of row {row} reach {number:.3g}, more than torch.float32 holds when {chunk_size} are added; "
                     "look for the overflow in the model"

@@ -82,17 +82,13 @@ def search_chunks(
     null: int,
     live_version: Callable[[], int] = lambda: 0,
 ) -> RetrievedMemory:
-    """The best chunks for every query head, from the heads of one remembered layer.
+    """The best chunks for every query head (B, H, T, D), from the heads of one remembered layer.
 
     Args:
         index: of this layer.
-        queries: (B, H, T, D); H a multiple of ``heads_kv``.
-        num_chunks: R.
-        chunks: what is searched, with the heads of all remembered layers.
         rows: (B) rows of ``chunks`` to read.
         live: (B) chunks in use in these rows.
-        layer: place of the layer among the remembered ones.
-        heads_kv: Hkv of one layer.
+        layer: its place among the remembered ones, each of ``heads_kv`` heads.
         null: slot that stands for "nothing found".
         live_version: see ``RetrievedMemory``.
 
@@ -169,17 +165,11 @@ def rows_of(rows: Tensor | Sequence[int] | None, batch: int | None, count: int, 
 
 
 class Chunks(Protocol):
-    """Chunks of several rows: what ``search_chunks`` reads.
+    """Chunks of several rows: what ``search_chunks`` reads."""
 
-    Attributes:
-        storage: (rows, slots, n*Hkv, 2, S, D), keys and values.
-        keys: (rows, n*Hkv, slots, D), mean key of each chunk.
-        lengths: (rows, slots) real tokens in each chunk.
-    """
-
-    storage: Tensor
-    keys: Tensor
-    lengths: Tensor
+    storage: Tensor  # (rows, slots, n*Hkv, 2, S, D), keys and values
+    keys: Tensor  # (rows, n*Hkv, slots, D), mean key of each chunk
+    lengths: Tensor  # (rows, slots) real tokens in each chunk
 
 
 class ExactIndex:
@@ -299,9 +289,9 @@ class FaissIndex:
     """Reads a part of the keys when few queries come: an inverted file of 8-bit codes (IVF-SQ8) for each head.
 
     What the file finds is ranked anew by exact scores, so scores are exact and only recall is not. Searches of many
-    queries and of rows with few keys are exact, because one matrix product is faster there. The file of a row is built
-    at the first search that wants it. Keys written later are searched exactly; once they are an eighth of the row, the
-    file is built anew. Needs the ``faiss`` extra; searches on the CPU.
+    queries, or of a row with few keys, are exact, because one matrix product is faster there. The file of a row is
+    built at the first search that wants it. Keys written later are searched exactly; once they are an eighth of the
+    row, the file is built anew. Needs the ``faiss`` extra; searches on the CPU.
 
     Args:
         least: keys in a row below which it is searched exactly.
@@ -330,16 +320,12 @@ class FaissIndex:
         self, queries: Tensor, keys: Tensor, rows: Sequence[int], live: Sequence[int], num: int
     ) -> tuple[Tensor, Tensor]:
         """See ``Index.search``."""
-        if queries.shape[2] > self.few or max(live, default=0) < max(self.least, 16 * num):
+        if queries.shape[2] > self.few or min(live, default=0) < max(self.least, 16 * num):
             return self._exact.search(queries, keys, rows, live, num)
         shape = (*queries.shape[:3], num)
         scores = torch.zeros(shape, device=queries.device)
         slots = torch.zeros(shape, dtype=torch.long, device=queries.device)
         for line, (row, used) in enumerate(zip(rows, live, strict=True)):
-            if used < max(self.least, 16 * num):
-                found = self._exact.search(queries[line : line + 1], keys, [row], [used], num)
-                scores[line], slots[line] = found[0][0], found[1][0]
-                continue
             files = self._files(row, keys[row, :, :used])
             for head, asked in enumerate(queries[line].float()):
                 scores[line, head], slots[line, head] = files.search(asked, keys[row, head, :used], head, num)

@@ -82,15 +82,9 @@ class Adder:
         """Add documents; a receipt comes when its document is durable. See ``MemoryStore.add_documents``."""
         return self._run(self._plan(composed(namespace), new) for new in documents)
 
-    def add_one(self, namespace: str, new: NewDocument) -> Receipt:
-        """Add a document, with the number of its tokens as the total of the progress."""
-        plan = self._plan(composed(namespace), new)
-        self._total = plan[0].tokens
-        return list(self._run(iter([plan])))[-1]
-
-    def append(self, namespace: str, new: NewDocument) -> Receipt:
-        """Add to a document; see ``MemoryStore.append``."""
-        plan = self._plan_append(composed(namespace), new)
+    def add_one(self, namespace: str, new: NewDocument, *, append: bool = False) -> Receipt:
+        """Add a document or, with ``append``, to one; the number of tokens to read is the total of the progress."""
+        plan = (self._plan_append if append else self._plan)(composed(namespace), new)
         self._total = len(plan[1])
         return list(self._run(iter([plan])))[-1]
 

@@ -220,33 +220,13 @@ def pack(chunks: Tensor, lengths: Tensor, dtype: Dtype) -> StoredChunks:
             "make the store with dtype='bfloat16', which has the range of float32"
         )
     keys = mean_keys(chunks, lengths).contiguous().numpy()
-    if dtype == "int8":
-        integers, scales = quantise(chunks)
+    if dtype == "int8":  # integers in -127..127, and a scale for each chunk, head, and key or value
+        most = chunks.abs().amax(dim=(3, 4))
+        scales = torch.where(most > 0, most / 127.0, torch.ones_like(most))
+        integers = torch.round(chunks / scales[..., None, None]).clamp_(-127, 127).to(torch.int8)
         return StoredChunks(integers.contiguous().numpy(), keys, scales.contiguous().numpy())
     rounded = chunks.to(DTYPES[dtype])
     return StoredChunks((rounded.view(torch.int16) if dtype == "bfloat16" else rounded).contiguous().numpy(), keys)
-
-
-def quantise(chunks: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers in -127..127 (n, H, 2, S, D), and a scale for each chunk, head, and key or value (n, H, 2)."""
-    largest = chunks.abs().amax(dim=(3, 4))
-    scales = torch.where(largest > 0, largest / 127.0, torch.ones_like(largest))
-    integers = torch.round(chunks / scales[..., None, None]).clamp_(-127, 127).to(torch.int8)
-    return integers, scales
-
-
-def unpack(kv: NDArray[Any], scales: NDArray[np.float32] | None, stored: Dtype, wanted: torch.dtype | None) -> Tensor:
-    """Keys and values (..., 2, S, D) to compute with, given their scales (..., 2) with int8.
-
-    ``wanted`` None is the stored type, float16 for int8.
-    """
-    tensor = torch.from_numpy(kv)
-    if stored == "int8":
-        assert scales is not None
-        return (tensor.to(torch.float32) * torch.from_numpy(scales)[..., None, None]).to(wanted or torch.float16)
-    if stored == "bfloat16":
-        tensor = tensor.view(torch.bfloat16)
-    return tensor if wanted is None else tensor.to(wanted)
 
 
 class Arrays:
@@ -274,18 +254,19 @@ class Arrays:
         run = slice(first, first + count)
         return StoredChunks(self.kv[run], self.keys[run], None if self.scales is None else self.scales[run])
 
-    def gather(self, chunks: Numbers, heads: Numbers, dtype: torch.dtype | None = None) -> Tensor:
+    def gather(self, chunks: Numbers, heads: Numbers, dtype: torch.dtype) -> Tensor:
         """Single heads of chunks, a copy (p, 2, S, D) on the CPU; only their bytes are read from disk.
 
         Args:
             chunks: (p,) records.
             heads: (p,) the head wanted of each.
-            dtype: to compute in; None is the stored one, float16 for int8.
+            dtype: to compute in.
         """
-        lines = chunks * self.layout.heads + heads
-        kv = self.kv.reshape(-1, *self.kv.shape[2:])[lines]
-        scales = None if self.scales is None else self.scales[chunks, heads]
-        return unpack(kv, scales, self.layout.dtype, dtype)
+        kv = torch.from_numpy(self.kv.reshape(-1, *self.kv.shape[2:])[chunks * self.layout.heads + heads])
+        if self.scales is not None:
+            scales = torch.from_numpy(self.scales[chunks, heads])
+            return (kv.to(torch.float32) * scales[..., None, None]).to(dtype)
+        return (kv.view(torch.bfloat16) if self.layout.dtype == "bfloat16" else kv).to(dtype)
 
 
 def paths_of(folder: Path, generation: int) -> tuple[Path, Path]:

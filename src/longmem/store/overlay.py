@@ -20,14 +20,14 @@ from longmem.store.records import Receipt
 from longmem.types import AttentionKV, ChunkOrigin
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Said:
-    """A stretch of a row's tokens: its document, its offset there, and the token ids where they were given."""
+    """An unbroken line of a row's tokens."""
 
     document: str | None
-    offset: int
+    offset: int  # in its document
     tokens: int
-    ids: Tensor | None
+    ids: list[Tensor] | None  # one after the other; None where they were not given
 
     @property
     def end(self) -> int:
@@ -105,7 +105,13 @@ class SessionBank(SessionMemory):
             offset = last.end if last is not None and name == last.document else 0
             if offsets is not None:
                 offset = offsets[place]
-            self._said[row].append(_Said(name, offset, counts[place], None if given is None else given[place]))
+            follows = last is not None and (last.document, last.end) == (name, offset)
+            if last is None or not follows or (last.ids is None) != (given is None):
+                last = _Said(name, offset, 0, None if given is None else [])
+                self._said[row].append(last)
+            last.tokens += counts[place]
+            if last.ids is not None and given is not None:
+                last.ids.append(given[place])
             self._open[row] = True
 
     def end_document(self, rows: Tensor | None = None) -> None:
@@ -142,7 +148,7 @@ class SessionBank(SessionMemory):
         if not said or unknown:
             what = f"{unknown} tokens were added without their ids" if unknown else "nothing was added"
             raise StoreError(f"row {row} of the session cannot be committed: {what}; pass ids= to add")
-        ids = torch.cat([each.ids for each in said if each.ids is not None])
+        ids = torch.cat([part for each in said for part in each.ids or []])
         namespace: str = self.documents.namespaces[int(self.base_rows[row])]
         receipt: Receipt
         if append:
@@ -171,10 +177,13 @@ class SessionBank(SessionMemory):
         if origin.document_id is not None:
             found: Passage = self.documents.passage(origin, around)
             return found
-        line = _line_of(self._said[row], origin)
-        if line is None:
+        end = origin.start_token + origin.length
+        for line in reversed(self._said[row]):
+            if line.ids and line.document == origin.document and line.offset <= origin.start_token and end <= line.end:
+                first, ids = origin.start_token - line.offset, torch.cat(line.ids)
+                break
+        else:
             raise StoreError(f"token {origin.start_token} of row {row} has no text in this session; pass ids= to add")
-        first, ids = origin.start_token - line[0], line[1]
         last = first + origin.length
         parts = (ids[max(0, first - around) : first], ids[first:last], ids[last : last + around])
         return Passage(*(Tokens(part.numpy().astype(np.uint32)).spelled(self.store.tokenizer) for part in parts))
@@ -182,24 +191,6 @@ class SessionBank(SessionMemory):
     def search_text(self, query: str, *, top: int = 10, row: int = 0, around: int = 12) -> list[SearchHit]:
         """Which chunks the model's heads find for a text, see ``StoreBank.search_text``."""
         return search_text(self, query, self.store.room, top=top, row=row, around=around)
-
-
-def _line_of(said: list[_Said], origin: ChunkOrigin) -> tuple[int, Tensor] | None:
-    """The newest unbroken line of token ids that holds a chunk, and its offset; None where ids were not given."""
-    lines: list[list[_Said]] = []
-    for each in said:
-        last = lines[-1][-1] if lines else None
-        follows = last is not None and last.document == each.document and last.end == each.offset
-        if follows and last is not None and each.ids is not None and last.ids is not None:
-            lines[-1].append(each)
-        else:
-            lines.append([each])
-    for line in reversed(lines):
-        ids = [each.ids for each in line if each.ids is not None]
-        inside = line[0].offset <= origin.start_token and origin.start_token + origin.length <= line[-1].end
-        if ids and inside and line[0].document == origin.document:
-            return line[0].offset, torch.cat(ids)
-    return None
 
 
 def _real_ids(ids: Sequence[Tensor] | Tensor, mask: Tensor | None, counts: list[int]) -> list[Tensor]:

@@ -81,28 +81,22 @@ def search_text(bank: Any, query: str, room: Room, *, top: int, row: int, around
         raise StoreError("searching for a text needs the model: MemoryStore.open(path, model=...)")
     tokens = tokens_of("the query", query, None, room.find_tokenizer(needed=True), begin=True)
     ids = torch.from_numpy(tokens.ids.astype(np.int64))
-    shares: dict[int, float] = defaultdict(float)
-    scores: dict[int, float] = {}
-    heads: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
-    origins: dict[int, ChunkOrigin] = {}
+    found: dict[int, list[tuple[float, Any]]] = defaultdict(list)
     for segment in ids.split(room.layout.segment_tokens):
-        part = len(segment) / len(ids)
         for reading in _readings(room.encoder.model, segment, bank, row):
-            shares[reading.chunk] += part * reading.share
-            scores[reading.chunk] = max(reading.score, scores.get(reading.chunk, reading.score))
-            origins[reading.chunk] = reading.origin
+            found[reading.chunk].append((len(segment) / len(ids), reading))
+    shares = {chunk: sum(part * each.share for part, each in found[chunk]) for chunk in found}
+    hits = []
+    for chunk in sorted(found, key=lambda chunk: -shares[chunk])[:top]:
+        heads: dict[int, float] = defaultdict(float)
+        for part, reading in found[chunk]:
             for head, share in reading.heads.items():
-                heads[reading.chunk][head] += part * share
-    return [
-        SearchHit(
-            origins[chunk],
-            bank.passage(origins[chunk], around, row=row),
-            shares[chunk],
-            scores[chunk],
-            dict(sorted(heads[chunk].items(), key=lambda pair: -pair[1])),
-        )
-        for chunk in sorted(shares, key=lambda chunk: -shares[chunk])[:top]
-    ]
+                heads[head] += part * share
+        origin, score = found[chunk][0][1].origin, max(each.score for _, each in found[chunk])
+        ordered = dict(sorted(heads.items(), key=lambda pair: -pair[1]))
+        passage = bank.passage(origin, around, row=row)
+        hits.append(SearchHit(origin, passage, shares[chunk], score, ordered))
+    return hits
 
 
 @torch.no_grad()

@@ -209,7 +209,7 @@ class MemoryStore:
         Raises:
             StoreError: there is no such document, or text and ids do not fit together.
         """
-        return Adder(self.room, progress).append(namespace, NewDocument(name, text, ids))
+        return Adder(self.room, progress).add_one(namespace, NewDocument(name, text, ids), append=True)
 
     # forgetting
 
