@@ -1,47 +1,15 @@
-"""What the values of options mean, and what is printed."""
+"""What is printed."""
 
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 import longmem.progress
-from longmem.cli.common import ShownProgress, duration, expiry, moment, one_line, print_columns, print_json
+from longmem.cli.common import ShownProgress, one_line, print_columns, print_json
 from longmem.store.records import Progress
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("45s", 45), ("10m", 600), ("12h", 43200), ("30d", 2592000), ("1.5w", 907200), ("1Y", 31536000), (" 2d ", 172800)],
-)
-def test_durations(text: str, seconds: float) -> None:
-    assert duration(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "d", "30", "-1d", "3 months", "2026-01-31"])
-def test_what_is_no_duration(text: str) -> None:
-    with pytest.raises(ValueError):
-        duration(text)
-
-
-def test_moments_are_dates_or_seconds_since_the_epoch() -> None:
-    assert moment("2026-01-31T12:00:00+00:00") == datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
-    assert moment("2026-01-31") == datetime(2026, 1, 31).timestamp()  # local time
-    assert moment("20260131") == moment("2026-01-31")
-    assert moment("1700000000") == moment(1700000000) == 1700000000.0
-    assert moment("17.5") == 17.5
-    for wrong in ("yesterday", "12", True, None):
-        with pytest.raises(ValueError):
-            moment(wrong)
-
-
-def test_an_expiry_is_ahead_or_a_moment() -> None:
-    assert expiry("2d", now=1000.0) == 1000.0 + 172800
-    assert expiry("2026-01-31", now=1000.0) == moment("2026-01-31")
-    assert expiry(5, now=1000.0) == 5.0
 
 
 def test_columns_are_aligned_and_nothing_is_cut(capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,18 +60,18 @@ def test_without_a_model_chat_takes_the_default_one_again_and_says_where_it_cann
     model.save_pretrained(tmp_path / "gates")
     asked = []
 
-    def default(say: Any) -> module.DefaultModel:
+    def default(say: Any, layout: Any) -> module.DefaultModel:
         asked.append(True)
         return module.DefaultModel(tmp_path / "gates", backbone)
 
     monkeypatch.setattr(module, "default_model", default)
-    monkeypatch.setattr(module, "default_fingerprint", lambda: model.fingerprint)
+    monkeypatch.setattr(module, "default_checkpoint", lambda layout: tmp_path / "gates")
     for _ in range(2):  # the second time in the store that the first one made
         status, _, told = longmem("chat", "-m", "2", lines=("Hello.",))
         assert status == 0, told
     assert len(asked) == 2
 
-    def missing(say: Any) -> module.DefaultModel:
+    def missing(say: Any, layout: Any) -> module.DefaultModel:
         raise BackboneError("the default model cannot be fetched (no network); name another one")
 
     monkeypatch.setattr(module, "default_model", missing)

@@ -9,8 +9,7 @@ from typing import Any, cast
 
 import click
 
-from longmem.cli.evaluating import machine_options
-from longmem.cli.outputs import folder_option
+from longmem.cli.options import folder_option, options
 from longmem.errors import ConfigError
 
 HELD = 8  # without --valid every eighth text is validated on
@@ -22,31 +21,18 @@ HELD = 8  # without --valid every eighth text is validated on
 @click.option(
     "--valid", multiple=True, metavar="[KIND=]PATH", help="Text to validate on; default: an eighth of --data."
 )
-@click.option("--layers", default="auto", show_default=True, help="Layers that read memory, as 18,20,23.")
-@click.option("--tokenizer", help="Folder or hub id; default: the model's.")
-@click.option("--updates", type=click.IntRange(min=1), default=400, show_default=True)
-@click.option("--passages", type=click.IntRange(min=1), default=24, show_default=True, help="Of each kind of text.")
-@click.option("--window", type=click.IntRange(min=8), default=1024, show_default=True, help="Tokens seen at once.")
-@click.option("--memory", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens remembered.")
-@click.option("--facts", type=click.FloatRange(min=0), default=0.2, show_default=True, help="Weight of asked facts.")
-@click.option("--chunk-size", type=click.IntRange(min=1), default=4, show_default=True)
-@click.option("--num-retrieved", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@machine_options
+@click.option("--layers", default="auto", help="Layers that read memory, as 18,20,23.")
+@options("tokenizer")
+@click.option("--updates", type=click.IntRange(min=1), default=400)
+@click.option("--passages", type=click.IntRange(min=1), default=24, help="Of each kind of text.")
+@click.option("--window", type=click.IntRange(min=8), default=1024, help="Tokens seen at once.")
+@click.option("--memory", type=click.IntRange(min=1), default=4096, help="Tokens remembered.")
+@click.option("--facts", type=click.FloatRange(min=0), default=0.2, help="Weight of asked facts.")
+@click.option("--chunk-size", type=click.IntRange(min=1), default=4)
+@click.option("--num-retrieved", type=click.IntRange(min=1), default=64)
+@options("seed", "device", "dtype")
 @folder_option("--out", required=True, help="Folder for config.json, gates.safetensors and calibration.json.")
-def command(
-    model: str,
-    data: tuple[str, ...],
-    valid: tuple[str, ...],
-    layers: str,
-    tokenizer: str | None,
-    out: Path,
-    chunk_size: int,
-    num_retrieved: int,
-    device: str,
-    dtype: str,
-    **chosen: Any,
-) -> None:
+def command(model: str, data: tuple[str, ...], valid: tuple[str, ...], layers: str, out: Path, **chosen: Any) -> None:
     """Let MODEL, any causal language model, read memory at some of its own layers.
 
     Only gates are trained, a few kilobytes: every token learns how much of each head to give to memory. On validation
@@ -66,6 +52,8 @@ def command(
     from longmem.training.calibrate import CalibrationSettings, calibrate, passages_of
 
     logging.disable_progress_bar()
+    sizes = {name: chosen.pop(name) for name in ("chunk_size", "num_retrieved")}
+    tokenizer, device, dtype = (chosen.pop(name) for name in ("tokenizer", "device", "dtype"))
     settings = CalibrationSettings(**chosen)
     # a .gguf file holds its tokenizer too
     reader = load_tokenizer(tokenizer or (gguf_folder(model) if is_gguf(model) else model))
@@ -77,7 +65,6 @@ def command(
     check = {kind: passages_of(some, reader, settings, 4) for kind, some in held.items()}
 
     loaded = None if dtype == "auto" else getattr(torch, dtype)
-    sizes: dict[str, Any] = {"chunk_size": chunk_size, "num_retrieved": num_retrieved}
     made = TrainingFree.from_backbone(model, dtype=loaded, fusion="token", **sizes)
     check_tokenizer(reader, made)
     torch.nn.Module.to(made, checked_device(device))

@@ -8,18 +8,8 @@ from typing import Any
 
 import click
 
-from longmem.cli.common import (
-    FOLDER,
-    checked,
-    counted,
-    layout_of,
-    load_model,
-    load_tokenizer,
-    one_line,
-    options,
-    read_text,
-    say,
-)
+from longmem.cli.common import counted, layout_of, load_model, load_tokenizer, one_line, read_text, say
+from longmem.cli.options import FOLDER, checked, options
 from longmem.errors import LongMemError
 
 HELP = """/remember FILE  read a text into memory     /memories  what is remembered
@@ -32,27 +22,15 @@ HELP = """/remember FILE  read a text into memory     /memories  what is remembe
     epilog="Example: longmem chat models/small/sidenet --memory memory -n ann",
 )
 @click.argument("model", required=False)
-@click.option("--memory", "folder", type=FOLDER, default="memory", show_default=True, help="The store.")
+@click.option("--memory", "folder", type=FOLDER, default="memory", help="The store.")
 @options("namespace", "tokenizer", "device")
 @click.option("--no-keep", is_flag=True, help="Do not keep what is said.")
-@click.option("--recall", type=click.IntRange(min=0), default=5, show_default=True, help="Passages read once more.")
+@click.option("--recall", type=click.IntRange(min=0), default=5, help="Passages read once more.")
 @click.option("--system", help="What the model is told first.")
-@click.option("--max-new-tokens", "-m", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-def command(
-    model: str | None,
-    folder: Path,
-    namespace: str,
-    tokenizer: str | None,
-    device: str,
-    no_keep: bool,
-    recall: int,
-    system: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-) -> None:
+@click.option("--max-new-tokens", "-m", type=click.IntRange(min=1), default=256)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0)
+@options("seed")
+def command(model: str | None, folder: Path, namespace: str, temperature: float, **given: Any) -> None:
     """Talk with MODEL; by default what the store was made with, in a new one SmolLM2-135M-Instruct, fetched once.
 
     It answers line by line, from the conversation, from memory, and from passages that share words with the question.
@@ -65,15 +43,16 @@ def command(
     from longmem.chat import conversation_name
     from longmem.store.store import MemoryStore
 
-    loaded = load_model(model, layout_of(folder, writing=True), device, default=True, closed=True)
-    words = load_tokenizer(tokenizer, loaded)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    loaded = load_model(model, layout_of(folder, writing=True), given["device"], default=True, closed=True)
+    words = load_tokenizer(given["tokenizer"], loaded)
+    settings: dict[str, Any] = {"max_new_tokens": given["max_new_tokens"], "do_sample": temperature > 0}
     if temperature > 0:
-        torch.manual_seed(seed)
+        torch.manual_seed(given["seed"])
         settings["temperature"] = temperature
     with MemoryStore.open(folder, model=loaded.model, tokenizer=words) as store:
-        talk = _Talk(loaded.model, words, store, namespace, conversation_name(), not no_keep, recall, settings)
-        if system:
+        kept = None if given["no_keep"] else conversation_name()
+        talk = _Talk(loaded.model, words, store, namespace, kept, given["recall"], settings)
+        if system := given["system"]:
             talk.messages.append({"role": "system", "content": system})
         say(f"memory {folder}, namespace {namespace}: {counted(len(talk.documents()), 'document')}; /help, /quit")
         while (line := _line()) is not None:
@@ -88,15 +67,15 @@ def command(
 
 
 class _Talk:
-    """A conversation: its messages, and the document that keeps them."""
+    """A conversation: its messages, and the document ``name`` that keeps them; None keeps nothing."""
 
     def __init__(
-        self, model: Any, words: Any, store: Any, namespace: str, name: str, kept: bool, recall: int, settings: Any
+        self, model: Any, words: Any, store: Any, namespace: str, name: str | None, recall: int, settings: Any
     ) -> None:
         from longmem.store.recall import Recall
 
         self.model, self.words, self.store, self.namespace = model, words, store, namespace
-        self.name, self.kept, self.passages, self.settings = name, kept, recall, settings
+        self.name, self.passages, self.settings = name, recall, settings
         self.messages: list[dict[str, str]] = []
         self.recall = Recall(store, namespace)
         self.reads = not getattr(model.config, "closed", False)
@@ -121,7 +100,7 @@ class _Talk:
             bank=self.store.bank(self.namespace) if earlier and self.reads else None,
             recall=self.recall if self.passages and earlier else None,
             passages=self.passages,
-            without=[self.name],
+            without=[self.name] if self.name else [],
             streamer=TextStreamer(self.words, skip_prompt=True, skip_special_tokens=True),
             **self.settings,
         )
@@ -131,7 +110,7 @@ class _Talk:
             f"heads    {each.origin.document} from token {each.origin.start_token}: {each.share:.1%} of the output"
             for each in said.read[:3]
         ]
-        if self.kept:
+        if self.name is not None:
             keep(self.store, self.namespace, self.name, self.messages[-2:])
 
     def do(self, verb: str, rest: str = "") -> bool:

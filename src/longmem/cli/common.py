@@ -1,18 +1,15 @@
-"""What commands on memory share: options and their values, opening stores and models, printing."""
+"""What commands share: opening stores and models, reading texts, printing."""
 
 from __future__ import annotations
 
 import json
-import math
-import re
-import time as clock
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,140 +20,6 @@ if TYPE_CHECKING:
     from longmem.store.records import Layout
     from longmem.store.records import Progress as StoreProgress
     from longmem.store.store import MemoryStore
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400, "y": 365 * 86_400}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdwy])")
-_SECONDS = re.compile(r"\d{9,}(\.\d+)?|\d+\.\d+")
-
-# values of options
-
-
-def duration(text: str) -> float:
-    """Seconds of ``30d``, ``12h``, ``1.5y``; ValueError for anything else."""
-    match = _DURATION.fullmatch(text.strip().lower())
-    if match is None:
-        raise ValueError(text)
-    return float(match[1]) * _UNITS[match[2]]
-
-
-def moment(value: object) -> float:
-    """Seconds since the epoch of a date, a date and time (local unless it says otherwise), or such seconds.
-
-    Raises:
-        ValueError: it is none of them.
-    """
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise ValueError(f"{value} is no moment")
-        return float(value)
-    text = str(value).strip()
-    return float(text) if _SECONDS.fullmatch(text) else datetime.fromisoformat(text).timestamp()
-
-
-def expiry(value: object, now: float | None = None) -> float:
-    """A moment, or a duration from ``now`` on; ValueError if it is neither."""
-    if isinstance(value, str) and _DURATION.fullmatch(value.strip().lower()):
-        return (clock.time() if now is None else now) + duration(value)
-    return moment(value)
-
-
-class _Parsed(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
-    """A value that one of the functions above reads."""
-
-    def __init__(self, name: str, read: Callable[[str], float], example: str) -> None:
-        self.name, self._read, self._example = name, read, example
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            return value if isinstance(value, float) else self._read(str(value))
-        except (ValueError, OverflowError):
-            self.fail(f"{value!r} is no {self.name.lower()}; try {self._example}", param, ctx)
-
-
-MOMENT = _Parsed("DATE", moment, "2026-01-31 or 2026-01-31T18:30")
-DURATION = _Parsed("DURATION", duration, "30d, 12h or 1.5y")
-EXPIRY = _Parsed("WHEN", expiry, "30d, 12h or 2026-01-31")
-
-
-def key_values(context: click.Context, parameter: click.Parameter, values: Iterable[str]) -> dict[str, Any] | None:
-    """``--metadata author=Ada --metadata year=1843 --metadata '{"draft": true}'`` as one object; None without any.
-
-    Values are JSON where they can be, else text.
-    """
-    found: dict[str, Any] = {}
-    for value in values:
-        checked(value, f"{parameter.opts[0]} ({value!r})")
-        key, sign, text = value.partition("=")
-        try:
-            if value.lstrip().startswith("{"):
-                found.update(json.loads(value))
-                continue
-        except ValueError as error:
-            raise click.BadParameter(f"{value!r} is not JSON ({error})") from None
-        if not sign or not key:
-            raise click.BadParameter(f"{value!r} is neither KEY=VALUE nor a JSON object; try author=Ada")
-        try:
-            found[key] = json.loads(text)
-        except ValueError:
-            found[key] = text
-    return found or None
-
-
-# options
-
-FOLDER = click.Path(path_type=Path)
-_OPTIONS: dict[str, Any] = {
-    "store": click.option(
-        "--store", "path", type=FOLDER, default=Path("memory"), show_default=True, envvar="LONGMEM_STORE",
-        help="Folder of the store; also LONGMEM_STORE.",
-    ),
-    "namespace": click.option(
-        "--namespace", "-n", default="default", show_default=True, envvar="LONGMEM_NAMESPACE",
-        help="Whose documents; also LONGMEM_NAMESPACE.",
-    ),
-    "any_namespace": click.option(
-        "--namespace", "-n", envvar="LONGMEM_NAMESPACE",
-        help="Of this namespace only; also LONGMEM_NAMESPACE. Default: of all.",
-    ),
-    "where": click.option(
-        "--where", multiple=True, metavar="KEY=VALUE", callback=key_values,
-        help="Only documents with this metadata; repeatable, all must hold. VALUE is JSON, or else text.",
-    ),
-    "older_than": click.option("--older-than", type=DURATION, help="Only documents at least so old: 30d, 12h."),
-    "before": click.option("--before", type=MOMENT, help="Only documents from before this date."),
-    "model": click.option(
-        "--model", envvar="LONGMEM_MODEL",
-        help="LongMem checkpoint, run folder, or a causal LM by itself; also LONGMEM_MODEL. Default: the backbone that "
-        "the store was made with.",
-    ),
-    "backbone": click.option("--backbone", help="Where the backbone is, if not where the checkpoint says."),
-    "revision": click.option("--revision", help="Of a hub id."),
-    "subfolder": click.option("--subfolder", help="Where in its folder or hub id the backbone is."),
-    "gguf_file": click.option("--gguf-file", help="Name of the GGUF file in the backbone's folder or hub id."),
-    "dtype": click.option(
-        "--dtype", type=click.Choice(("auto", "float32", "bfloat16", "float16")), default="auto", show_default=True,
-        help="Of the weights; auto: as saved.",
-    ),
-    "device": click.option(
-        "--device", default="auto", show_default=True, help="cpu, cuda, ...; auto takes a GPU if there is one."
-    ),
-    "tokenizer": click.option("--tokenizer", help="Folder or hub id; default: that of the model's backbone."),
-    "json": click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
-}  # fmt: skip
-
-
-def options(*names: str) -> Callable[[Command], Command]:
-    """The options of these names, in this order; ``any_namespace`` is ``namespace`` where none means all."""
-
-    def decorate(function: Command) -> Command:
-        for name in reversed(names):
-            function = _OPTIONS[name](function)
-        return function
-
-    return decorate
-
 
 # stores and models
 
@@ -321,20 +184,6 @@ def read_text(path: str | Path) -> str:
         raise DataError(f"{named}: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{named}: not UTF-8 text (byte {error.start}); convert it") from error
-
-
-def checked(text: str, what: str) -> str:
-    """The same text; Python hands on bytes of the command line that are not UTF-8 as what no text can hold.
-
-    Raises:
-        DataError: it has such bytes.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        byte = f"byte 0x{ord(text[error.start]) & 0xFF:02x} at offset {error.start}"
-        raise DataError(f"{what} is not UTF-8 text ({byte}); convert it") from error
-    return text
 
 
 # printing: data on stdout, all else on stderr

@@ -10,7 +10,7 @@ import click
 
 from longmem.cli.common import one_line, print_json, say
 from longmem.cli.evaluating import show
-from longmem.cli.outputs import folder_option
+from longmem.cli.options import folder_option, options
 
 if TYPE_CHECKING:
     from longmem.demo import Asked, Demo
@@ -21,11 +21,10 @@ EXAMPLES = 4
 @click.command(name="demo", epilog="Example: longmem demo sqlite3 my-book.txt --out runs/demo")
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
 @click.option("--model", help="Folder or hub id of a LongMem; default: SmolLM2-135M-Instruct with calibrated gates.")
-@folder_option("--out", default=Path("runs/demo"), show_default=True, help="Where all of it goes.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Draws the facts that are told.")
-@click.option("--json", "as_json", is_flag=True, help="Print numbers and files as JSON.")
+@folder_option("--out", default=Path("runs/demo"), help="Where all of it goes.")
+@options("seed", "json")
 def command(texts: tuple[str, ...], model: str | None, out: Path, seed: int, as_json: bool) -> None:
-    """Let a model remember texts and conversations, and show what that changes.
+    """Let a small model remember texts and what it was told.
 
     A TEXT is a file, a folder, an archive, or the name of a Python package (json, sqlite3, rich); by default
     packages of the standard library. Their beginnings go into a memory store. Then: perplexity with and without memory,

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from longmem.cli.counts import TokenCount
-from longmem.cli.evaluating import load, machine_options, model_options, run_options, save_and_show
+from longmem.cli.evaluating import MODEL, RUN, load, save_and_show
+from longmem.cli.options import options, token_count
 from longmem.cli.tasks import COMMANDS
 
 
@@ -23,22 +23,21 @@ for _task in COMMANDS:
 
 def _protocols(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in value.split(",") if name.strip())
-    known = ("segments", "sliding")
-    if not names or set(names) - set(known):
+    if not names or set(names) - {"segments", "sliding"}:
         raise click.BadParameter(f"{value!r} must name segments, sliding, or both by comma")
     return names
 
 
 @command.command(
     epilog="Example: longmem eval perplexity --model models/small/sidenet --data latex/test.tar.xz "
-    "--memory-sizes 1k,8k,64k --group-by-prefix __ --out runs/latex",
+    "--memory-sizes 1k,8k,64k --group-by-prefix __ --out runs/latex"
 )
-@model_options
+@MODEL
 @click.option("--data", required=True, multiple=True, help="File, folder, .jsonl or archive; may be repeated.")
 @click.option("--include", multiple=True, help="Pattern of the document ids to take; may be repeated.")
 @click.option("--num-documents", type=click.IntRange(min=1), help="Take the first so many documents.")
-@click.option("--max-tokens", type=TokenCount(2), help="Take the first so many tokens of each document.")
-@click.option("--protocol", callback=_protocols, default="segments,sliding", show_default=True, help="Which, by comma.")
+@click.option("--max-tokens", type=token_count(2), help="Take the first so many tokens of each document.")
+@click.option("--protocol", callback=_protocols, default="segments,sliding", help="Which, by comma.")
 @click.option("--stride", type=click.IntRange(min=1), help="How far the sliding window moves; default: half of it.")
 @click.option(
     "--group-by-prefix",
@@ -46,20 +45,9 @@ def _protocols(context: click.Context, parameter: click.Parameter, value: str) -
     help="Report documents apart by their file name up to this string. Without it they are projects up to __, of which "
     "intervals draw.",
 )
-@machine_options
-@run_options
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the bootstrap.")
-def perplexity(
-    data: tuple[str, ...],
-    include: tuple[str, ...],
-    num_documents: int | None,
-    max_tokens: int | None,
-    protocol: tuple[str, ...],
-    stride: int | None,
-    separator: str | None,
-    seed: int,
-    **shared: Any,
-) -> None:
+@RUN
+@options("seed")
+def perplexity(data: tuple[str, ...], max_tokens: int | None, **shared: Any) -> None:
     """Perplexity with and without memory, segment by segment and under a sliding window.
 
     Every document is streamed from its beginning with an empty memory. Compared on the same tokens: the backbone
@@ -74,33 +62,31 @@ def perplexity(
     from longmem.evaluation.documents import tokenize_documents
     from longmem.evaluation.results import command_line
 
-    texts = list(
-        islice(read_documents(TextSource(data, include=include)), num_documents)
-    )  # before the model: wrong paths show at once
+    # before the model: wrong paths show at once
+    texts = list(islice(read_documents(TextSource(data, include=shared["include"])), shared["num_documents"]))
     loaded, tokenizer, device = load(shared)
     settings = evaluation.PerplexitySettings(
         window=shared["window"] or loaded.default_window(),
-        stride=stride,
-        protocols=protocol,
+        stride=shared["stride"],
+        protocols=shared["protocol"],
         rows=shared["rows"],
-        bootstrap=Bootstrap(resamples=shared["resamples"], seed=seed),
+        bootstrap=Bootstrap(resamples=shared["resamples"], seed=shared["seed"]),
     )
     out = shared["out"]
     result = evaluation.perplexity(
         loaded.comparison,
-        tokenize_documents(texts, tokenizer, max_tokens=max_tokens, group_separator=separator),
+        tokenize_documents(texts, tokenizer, max_tokens=max_tokens, group_separator=shared["separator"]),
         settings,
         device=device,
         records=None if out is None else out / "records.jsonl",
         command=command_line(),
-        config={name: shared[name] for name in ("control", "memtrm", "dtype")}
+        config={name: shared[name] for name in ("control", "memtrm", "dtype", "num_documents")}
         | {
             "model": loaded.model,
             "training_free": list(shared["training_free"]),
             "tokenizer": loaded.tokenizer,
             "data": list(data),
-            "include": list(include),
-            "num_documents": num_documents,
+            "include": list(shared["include"]),
             "max_tokens": max_tokens,
             "device": device,
         },

@@ -12,21 +12,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from longmem.cli.common import (
-    FOLDER,
     check_namespace,
-    checked,
     counted,
     load_model,
     load_tokenizer,
     one_line,
     open_store,
-    options,
     print_columns,
     print_json,
     read_text,
     say,
 )
-from longmem.cli.counts import TokenCount
+from longmem.cli.options import FOLDER, checked, options, token_count
 from longmem.errors import DataError, StoreError
 
 if TYPE_CHECKING:
@@ -56,10 +53,10 @@ QUERY_WORDS = 60
     show_default=True,
     help="Passages of the store that share words with the prompt and are read once more, before it.",
 )
-@click.option("--recall-tokens", type=TokenCount(), default=400, show_default=True, help="That they may take together.")
+@click.option("--recall-tokens", type=token_count(), default=400, help="That they may take together.")
 @click.option("--read", "texts", multiple=True, metavar="FILE", help="Read a text into memory first; repeatable.")
 @click.option("--keep", metavar="NAME", help="Keep prompt and answer in the store as a document of this name.")
-@click.option("--max-new-tokens", "-m", type=click.IntRange(min=1), default=200, show_default=True)
+@click.option("--max-new-tokens", "-m", type=click.IntRange(min=1), default=200)
 @click.option("--endless", is_flag=True, help="Go on until the model ends the text, or you do (Ctrl-C).")
 @click.option("--ignore-end", is_flag=True, help="Do not stop at the end-of-text token.")
 @click.option("--temperature", type=click.FloatRange(min=0), help="Sample; 0, the default, takes the likeliest token.")
@@ -67,12 +64,12 @@ QUERY_WORDS = 60
 @click.option("--top-k", type=click.IntRange(min=1), help="Sample from so many tokens.")
 @click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), help="Above 1: repeat less.")
 @click.option("--beams", "num_beams", type=click.IntRange(min=1), help="Beams; not streamed, must fit the window.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of sampling.")
+@options("seed")
 @click.option("--window", type=int, help="Tokens attended to directly; default: what the backbone was made for.")
 @click.option("--window-move", type=int, help="Oldest tokens that move to memory when it is full; default: half.")
 @click.option("--window-overlap", type=int, help="Tokens before them that their keys may see; default: none.")
 @click.option(
-    "--session-tokens", type=TokenCount(), help="Most tokens of this session in memory; default: the model's."
+    "--session-tokens", type=token_count(), help="Most tokens of this session in memory; default: the model's."
 )
 @options("backbone", "revision", "subfolder", "gguf_file", "dtype", "tokenizer", "device")
 @click.option("--explain", is_flag=True, help="Show as a table what memory did to each token, and what was read.")

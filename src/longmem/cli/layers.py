@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from longmem.cli.evaluating import machine_options, save_and_show
-from longmem.cli.outputs import folder_option
+from longmem.cli.evaluating import save_and_show
+from longmem.cli.options import folder_option, options, token_counts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,35 +16,30 @@ EFFECT_WINDOW = 512
 """Tokens of text that are predicted behind as many in memory."""
 
 
-def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of token counts; try 128,256,512") from None
-
-
 @click.command(epilog="Example: longmem layers models/small/backbone --data latex/valid.tar.xz --out runs/layers")
 @click.argument("model")
 @click.option("--data", multiple=True, help="Text: file, folder, .jsonl or archive; default: Python's own sources.")
-@click.option("--tokenizer", help="Folder or hub id; default: the model's.")
+@options("tokenizer")
 @click.option(
-    "--distances", callback=_numbers, default="128,256,512,1024", show_default=True, help="Tokens between occurrences."
+    "--distances",
+    callback=token_counts,
+    default="128,256,512,1024",
+    help="Tokens between occurrences.",
 )
 @click.option("--segment", type=int, help="Tokens encoded at once; default: the model's window, at most 1024.")
-@click.option("--rows", type=click.IntRange(min=1), default=4, show_default=True, help="Passages per source.")
-@click.option("--stride", type=click.IntRange(min=1), default=2, show_default=True, help="Of the SideNet to be.")
-@click.option("--chunk-size", type=int, default=4, show_default=True)
-@click.option("--num-retrieved", type=int, default=64, show_default=True, help="Tokens that a query may retrieve.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--rows", type=click.IntRange(min=1), default=4, help="Passages per source.")
+@click.option("--stride", type=click.IntRange(min=1), default=2, help="Of the SideNet to be.")
+@click.option("--chunk-size", type=int, default=4)
+@click.option("--num-retrieved", type=int, default=64, help="Tokens that a query may retrieve.")
+@options("seed")
 @click.option("--effect", is_flag=True, help="Measure what reading memory is worth, at each layer and at sets of four.")
-@machine_options
-@click.option("--json", "as_json", is_flag=True, help="Print every number as JSON.")
+@options("device", "dtype", "json")
 @folder_option("--out", help="Folder for layers.json and the heat map layers.png.")
 def command(
     model: str,
     data: tuple[str, ...],
     tokenizer: str | None,
-    distances: tuple[int, ...],
+    distances: list[int],
     rows: int,
     effect: bool,
     **shared: Any,
@@ -74,7 +69,7 @@ def command(
     report = measure_layers(
         backbone,
         _text(backbone, data, tokenizer or beside, rows, max(distances), given=bool(data or tokenizer)),
-        distances=distances,
+        distances=tuple(distances),
         rows=rows,
         name=model,
         command=command_line(),

@@ -30,7 +30,7 @@ COMMANDS = {
     "serve": Entry("longmem.cli.serve", "Serve a model and its memories over HTTP."),
     "memory": Entry("longmem.cli.memory", "Keep texts that a model remembers: add, search, forget, check."),
     "convert": Entry("longmem.cli.convert", "Load checkpoints of the released code."),
-    "demo": Entry("longmem.cli.demo", "Let a model remember texts and conversations, and show what that changes."),
+    "demo": Entry("longmem.cli.demo", "Let a small model remember texts and what it was told."),
 }
 
 
@@ -53,7 +53,7 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, entry.summary) for name, entry in COMMANDS.items()])
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="longmem")
 def cli() -> None:
     """Give any frozen causal language model a long-term memory.

@@ -10,11 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from longmem.cli.common import (
-    FOLDER,
-    MOMENT,
     ShownProgress,
     check_namespace,
-    checked,
     counted,
     date,
     layout_of,
@@ -22,14 +19,13 @@ from longmem.cli.common import (
     load_tokenizer,
     one_line,
     open_store,
-    options,
     print_columns,
     print_json,
     read_text,
     say,
 )
-from longmem.cli.counts import TokenCount
 from longmem.cli.memory_add import STDIN, add, append, print_receipt
+from longmem.cli.options import FOLDER, MOMENT, checked, options, token_count
 from longmem.errors import DataError, StoreError
 
 if TYPE_CHECKING:
@@ -131,14 +127,14 @@ def show(path: Path, namespace: str, name: str, with_text: bool, tokenizer: str 
 @command.command(epilog='Example: longmem memory search "where is the key" --model models/small/sidenet --top 5')
 @click.argument("text")
 @options("store", "namespace", "model", "backbone", "device", "tokenizer")
-@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Chunks to show.")
-@click.option("--around", type=click.IntRange(min=0), default=12, show_default=True, help="Tokens shown on each side.")
+@click.option("--top", type=click.IntRange(min=1), default=10, help="Chunks to show.")
+@click.option("--around", type=click.IntRange(min=0), default=12, help="Tokens shown on each side.")
 @click.option("--document", "documents", multiple=True, help="Only in this document; repeatable.")
 @options("where")
 @click.option("--after", type=MOMENT, help="Only documents of this date or later.")
 @options("before")
-@click.option("--max-tokens", type=TokenCount(), help="Only the newest so many tokens.")
-@click.option("--index", default="exact", show_default=True, help="How the keys are searched: exact, or faiss.")
+@click.option("--max-tokens", type=token_count(), help="Only the newest so many tokens.")
+@click.option("--index", default="exact", help="How the keys are searched: exact, or faiss.")
 @options("json")
 def search(
     text: str,
@@ -365,9 +361,9 @@ def _made_to_fit(path: Path, archive: Path, given: dict[str, Any]) -> Any:
 @command.command(epilog="Example: longmem memory size --heads-kv 8 --head-dim 128 --layers 32 --tokens 1M,50M")
 @click.option("--heads-kv", type=int, help="Key/value heads of a backbone that is not in the table.")
 @click.option("--head-dim", type=int, help="Its head dimension.")
-@click.option("--layers", type=int, default=1, show_default=True, help="Its layers, for the comparison with a cache.")
-@click.option("--chunk-size", type=int, default=4, show_default=True, help="Tokens per chunk.")
-@click.option("--tokens", default="65536,1M,10M", show_default=True, help="How many to remember; M is a million.")
+@click.option("--layers", type=int, default=1, help="Its layers, for the comparison with a cache.")
+@click.option("--chunk-size", type=int, default=4, help="Tokens per chunk.")
+@click.option("--tokens", default="65536,1M,10M", help="How many to remember; M is a million.")
 @options("json")
 def size(heads_kv: int | None, head_dim: int | None, layers: int, chunk_size: int, tokens: str, as_json: bool) -> None:
     """Show how many bytes a memory takes, by backbone.

@@ -15,20 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from longmem.cli.common import (
-    EXPIRY,
-    MOMENT,
-    ShownProgress,
-    counted,
-    expiry,
-    key_values,
-    layout_of,
-    load_model,
-    load_tokenizer,
-    moment,
-    options,
-    say,
-)
+from longmem.cli.common import ShownProgress, counted, layout_of, load_model, load_tokenizer, say
+from longmem.cli.options import EXPIRY, MOMENT, expiry, key_values, moment, options
 from longmem.errors import DataError, LongMemError, StoreError
 
 if TYPE_CHECKING:
@@ -42,12 +30,12 @@ STDIN = "-"
 
 _READING: Any = [
     click.option("--jsonl", is_flag=True, help="Standard input is JSON lines, not one text."),
-    click.option("--field", default="text", show_default=True, help="The text in JSON lines."),
+    click.option("--field", default="text", help="The text in JSON lines."),
     click.option("--include", multiple=True, metavar="PATTERN", help="Take only these names; repeatable."),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these names out; repeatable."),
     click.option("--suffix", multiple=True, help="What counts as text in folders; repeatable. Default: .txt ..."),
     click.option(
-        "--undecodable", type=click.Choice(["error", "skip", "replace"]), default="error", show_default=True,
+        "--undecodable", type=click.Choice(["error", "skip", "replace"]), default="error",
         help="What becomes of files and JSON lines that are not UTF-8; skip leaves out any line that cannot be read.",
     ),
     click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens that go through the backbone together."),

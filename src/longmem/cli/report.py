@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from longmem.cli.outputs import folder_option
+from longmem.cli.common import print_json
+from longmem.cli.options import folder_option, options
 
 
 @click.command(name="report", epilog="Example: longmem report results --out runs/report")
 @click.argument("results", nargs=-1, required=True, metavar="RESULTS...")
 @folder_option("--out", required=True, help="Folder for report.md, report.html, pictures/.")
-@click.option("--title", default="Results", show_default=True, help="Of the page.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was written, and what was not shown, as JSON.")
+@click.option("--title", default="Results", help="Of the page.")
+@options("json")
 def command(results: tuple[str, ...], out: Path, title: str, as_json: bool) -> None:
     """Make a Markdown page and one self-contained HTML page of RESULTS, files or folders of them.
 
@@ -30,9 +30,7 @@ def command(results: tuple[str, ...], out: Path, title: str, as_json: bool) -> N
         click.echo(f"not shown: {problem}", err=True)
     if as_json:
         shown = [file.path for file in report.files]
-        click.echo(
-            json.dumps({"written": [str(path) for path in written], "shown": shown, "not_shown": report.problems})
-        )
+        print_json({"written": written, "shown": shown, "not_shown": report.problems})
     else:
         click.echo(out / "report.md")
         click.echo(out / "report.html")

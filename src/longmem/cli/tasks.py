@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from longmem.cli.counts import token_counts
-from longmem.cli.evaluating import Command, load, machine_options, model_options, run_options, save_and_show
+from longmem.cli.evaluating import MODEL, RUN, load, save_and_show
+from longmem.cli.options import Command, by_comma, options, token_counts
 from longmem.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,21 +41,9 @@ class TaskCommand(NamedTuple):
     options: tuple[Callable[[Command], Command], ...]
 
 
-def _list(kind: Callable[[str], Any], example: str) -> Callable[..., list[Any]]:
-    """Callback of options that take several values by comma."""
-
-    def read(context: click.Context, parameter: click.Parameter, value: str) -> list[Any]:
-        try:
-            return [kind(word.strip()) for word in value.split(",") if word.strip()]
-        except ValueError:
-            raise click.BadParameter(f"{value!r} is not a list of numbers; try {example}") from None
-
-    return read
-
-
 def _depths(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
     """``0,50,100``, or one number: so many, evenly spaced."""
-    depths: list[float] = _list(float, "0,50,100 or 11")(context, parameter, value)
+    depths: list[float] = by_comma(float, "numbers; try 0,50,100 or 11")(context, parameter, value)
     if len(depths) != 1:
         return depths
     if not 1 <= depths[0] <= MOST_DEPTHS or depths[0] != int(depths[0]):
@@ -71,10 +59,10 @@ def _option(
 ) -> Callable[[Command], Command]:
     if least is not None:
         more["type"] = click.IntRange(min=least)
-    return click.option(*names, default=default, show_default=default not in (None, ""), help=help, **more)
+    return click.option(*names, default=default, help=help, **more)
 
 
-_names, _numbers = _list(str, "a,b"), _list(int, "0,200")
+_names, _numbers = by_comma(str, "names"), by_comma(int, "numbers; try 0,200")
 
 
 def _recalled(default: int) -> Callable[[Command], Command]:
@@ -82,7 +70,7 @@ def _recalled(default: int) -> Callable[[Command], Command]:
                    "that have them in their window (+recall); 0: no such systems.")  # fmt: skip
 
 
-_SEED = _option("--seed", help="Of all that is drawn.", default=0, least=0)
+_SEED: Callable[[Command], Command] = options("seed")
 
 
 def _chapterbreak(own: Given, shared: Given) -> Build:
@@ -321,7 +309,7 @@ def _command(name: str, task: TaskCommand) -> click.Command:
                    "what the others have in memory.")  # fmt: skip
     some = _option("--systems", default="", callback=_names, help="Ask only systems whose names begin so, by comma, "
                    "e.g. memory,backbone.")  # fmt: skip
-    decorated: Any = model_options(machine_options(full(some(run_options(run)))))
+    decorated: Any = MODEL(full(some(RUN(run))))
     for option in reversed(task.options):
         decorated = option(decorated)
     example = f"Example: longmem eval {name} --model models/small/sidenet {task.example}"
@@ -372,9 +360,8 @@ def _run(task: Task, askers: Sequence[Asker], config: Given, given: Given) -> No
 @_option("--num-fewshot", least=0, help="Examples before each question; default: the task's.")
 @_option("--limit", least=1, help="Take the first so many documents of each task.")
 @_SEED
-@model_options
-@machine_options
-@run_options
+@MODEL
+@RUN
 def harness(tasks: list[str], include: tuple[str, ...], **given: Any) -> None:
     """Tasks of lm-evaluation-harness, on the backbone alone, with memory switched off, and with memory.
 
