@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ class MemoryGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        return cast("dict[str, Any]", prepared)
+        return {**prepared, "keep": False}
 
     def load_generation_config(self, folder: Path) -> None:
         """Take the settings saved in a checkpoint's folder, if it has any."""

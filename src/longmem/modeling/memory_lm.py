@@ -112,6 +112,7 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
         position_ids: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        keep: bool = True,
         **options: Any,
     ) -> LongMemOutput:
         """Predict the next token of every position from its segment and from memory.
@@ -130,6 +131,7 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
             logits_to_keep: positions from the end that get logits, or which ones; 0 is all.
             num_items_in_batch: the number of labels in all parts of an accumulated batch. The loss is then the sum of
                 this call's cross entropies, divided by it.
+            keep: give ``kv``; ``generate`` writes none of it.
             **options: go to the backbone (past_key_values, use_cache, output_hidden_states, ...).
 
         Raises:
@@ -154,7 +156,7 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
-            kv=self.kept(run, input_ids, attention_mask),
+            kv=self.kept(run, input_ids, attention_mask) if keep else None,
             reads=reads,
             retrieved=reads[0].retrieved if reads else None,
             share=reads[0].share if reads else None,
