@@ -1,4 +1,6 @@
-"""The page in headless Chromium. With ``LONGMEM_AXE=axe.min.js`` axe looks for what keeps people out.
+"""The page in headless Chromium; needs chromium, chromedriver and `pip install selenium`.
+
+With ``LONGMEM_AXE=axe.min.js`` axe looks for what keeps people out.
 
 Screenshots of every step are left in pytest's temporary folder, light and dark, wide and narrow.
 """
