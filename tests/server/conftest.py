@@ -58,8 +58,8 @@ def start(tiny: LongMem, byte_tokenizer: PreTrainedTokenizerFast) -> Start:
     """``with start(folder) as live:`` a server over the store in a folder; leaving the block stops it gracefully."""
 
     @contextmanager
-    def running(folder: Path, *, anybody: bool = False, **settings: Any) -> Iterator[Live]:
-        store = MemoryStore.open(folder / "store", model=tiny, tokenizer=byte_tokenizer, dtype="float32")
+    def running(folder: Path, *, anybody: bool = False, model: Any = tiny, **settings: Any) -> Iterator[Live]:
+        store = MemoryStore.open(folder / "store", model=model, tokenizer=byte_tokenizer, dtype="float32")
         file = folder / "keys"
         keys = {name: new_key(folder / f"{name}.key", name) for name in ("ann", "bob") if not file.exists()}
         if keys:
@@ -67,7 +67,7 @@ def start(tiny: LongMem, byte_tokenizer: PreTrainedTokenizerFast) -> Start:
             (folder / "plain").write_text("\n".join(f"{name} {key}" for name, key in keys.items()))
         known = dict(line.split(" ") for line in (folder / "plain").read_text().splitlines())
         allowed = None if anybody else Keys.read(file)
-        app = create_app(tiny, byte_tokenizer, store, keys=allowed, name="tiny", **settings)
+        app = create_app(model, byte_tokenizer, store, keys=allowed, name="tiny", **settings)
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error"))

@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
+from longmem import TrainingFree
+
 openai = pytest.importorskip("openai")
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
@@ -132,6 +134,21 @@ def test_what_was_read_is_told_on_request(live: Any) -> None:
     chunks = [chunk for token in tokens for chunk in token["chunks"]]
     stored = [chunk for chunk in chunks if chunk["document"] == "boat"]
     assert stored and all(chunk["before"] + chunk["text"] + chunk["after"] in told for chunk in stored)
+
+
+def test_heads_without_trained_gates_read_nothing_and_passages_stay(start: Any, tiny: Any, tmp_path: Path) -> None:
+    closed = TrainingFree.from_backbone(tiny.backbone.model, gate=0.0, chunk_size=4, num_retrieved=16)
+    with start(tmp_path, model=closed) as live:
+        name, client = memory(live, "notes", boat="The boat is called Petrel. " * 20), live.client()
+        settings: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 4, "temperature": 0}
+        plain = client.chat.completions.create(**settings, logprobs=True)
+        found = client.chat.completions.create(**settings, logprobs=True, extra_body={"memory_id": name, "recall": 0})
+        assert found.choices == plain.choices
+        question: list[Any] = [{"role": "user", "content": "What is the boat called?"}]
+        told = client.chat.completions.create(
+            **{**settings, "messages": question}, extra_body={"memory_id": name, "explain": True}
+        )
+        assert told.memory["passages"] and told.memory["tokens"] == [[]] and told.usage.memory_tokens_read > 500
 
 
 def test_what_is_said_is_kept_and_forgotten(live: Any) -> None:
