@@ -145,8 +145,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--facts", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--server", metavar="GATES", help="folder of a calibrated reader, to be asked through a server")
-    parser.add_argument("--out", type=Path, default=Path("results/smollm2/remembering.json"))
+    parser.add_argument("--out", type=Path, help="default: results/smollm2/remembering[-server].json")
     given = parser.parse_args(arguments)
+    out = given.out or Path(f"results/smollm2/remembering{'-server' if given.server else ''}.json")
     right, asked = through_server(given) if given.server else directly(given)
     result = {
         "command": " ".join(["python -m benchmarks.remembering", *(sys.argv[1:] if arguments is None else arguments)]),
@@ -155,7 +156,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "right": right,
         "asked": asked,
     }
-    write_json(given.out, result)
+    write_json(out, result)
     print(f"of {len(asked)} facts: " + ", ".join(f"{way} {count}" for way, count in right.items()))
     return result
 
