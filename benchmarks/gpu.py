@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     device = torch.device(given.device)
-    report: dict[str, Any] = {"surroundings": surroundings(device), "correct": {}}
+    report: dict[str, Any] = {
+        "command": "python -m benchmarks.gpu " + " ".join(sys.argv[1:]),
+        "surroundings": surroundings(device),
+        "correct": {},
+    }
     torch.backends.cuda.matmul.allow_tf32 = False
     for kind in KINDS:
         report["correct"][kind] = same(kind, device)

@@ -132,7 +132,7 @@ def groups_table(results: Mapping[str, Json], system: str) -> Table:
 
 def _text_of(where: str) -> str:
     """``results/small-latex/perplexity.json`` is ``latex``."""
-    return where.split("/")[-2].removeprefix("small-")
+    return where.split("/")[-2].removeprefix("small-").removeprefix("smollm2-")
 
 
 def _others(system: str, systems: Mapping[str, str]) -> dict[str, str]:
@@ -142,7 +142,7 @@ def _others(system: str, systems: Mapping[str, str]) -> dict[str, str]:
     named = {
         BACKBONE: "its backbone alone",
         MEMORY_OFF: "itself with memory off",
-        CONTROL: "the SideNet trained equally long without memory",
+        CONTROL: "the SideNet trained without memory",
         f"memtrm_{size}": "MemTRM, trained on as many tokens",
     }
     named |= {name: f"{systems[name].split(',')[0]}, nothing trained" for name in free}
