@@ -1,6 +1,6 @@
 """Facts told in one conversation and asked for in another: how often an answer names the value.
 
-Usage: python -m benchmarks.remembering --model FILE.gguf [--facts 100] [--seed 0] [--server GATES] [--out JSON]
+Usage: python -m benchmarks.remembering --model FILE.gguf [--facts 100] [--seed 0] [--server READER] [--out JSON]
 
 Kinds and values of facts are those held out from calibration. Each conversation tells ten facts and is kept as a
 document of a store, as `longmem chat` keeps it. In a new conversation each fact is asked for, and answered greedily
@@ -9,7 +9,7 @@ document of a store, as `longmem chat` keeps it. In a new conversation each fact
     window     with the whole first conversation in the window
     recall     with five passages of the store that share words with the question
 
-With ``--server`` a running ``longmem serve`` with calibrated gates is told and asked: every fact is told in a request
+With ``--server`` a running ``longmem serve`` is told and asked: every fact is told in a request
 that is remembered, the server is stopped and started again, and the facts are asked for
 
     memory     with the memory of the user who told them
@@ -34,11 +34,11 @@ import torch
 from tests.server.test_process import Process
 
 from benchmarks.measure import surroundings
-from longmem import MemoryStore, TrainingFree
+from longmem import LongMem, MemoryStore, TrainingFree
 from longmem.chat import chat_prompt, keep
 from longmem.data.tokenizer import load_tokenizer
 from longmem.data.told import told_session
-from longmem.evaluation.loading import checkpoint_folder
+from longmem.evaluation.loading import checkpoint_folder, model_type
 from longmem.evaluation.results import write_json
 from longmem.progress import Progress
 from longmem.store.recall import Recall
@@ -93,7 +93,8 @@ def through_server(given: Any) -> Outcome:
     while (left := given.facts - sum(len(user.facts) for user in users)) > 0:
         users.append(told_session(draw, min(10, left), held_out=True))
     with tempfile.TemporaryDirectory() as root, Progress("asking", 3 * given.facts, "requests") as progress:
-        reader = TrainingFree.from_pretrained(given.server, backbone=checkpoint_folder(given.model))
+        kind: Any = LongMem if model_type(given.server) == "longmem" else TrainingFree
+        reader = kind.from_pretrained(given.server, backbone=checkpoint_folder(given.model))
         reader.config.backbone_name_or_path = str(Path(checkpoint_folder(given.model)).absolute())
         reader.save_pretrained(Path(root) / "reader")
         server = Process(Path(root), Path(root) / "reader", 1)
@@ -144,7 +145,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--model", required=True)
     parser.add_argument("--facts", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--server", metavar="GATES", help="folder of a calibrated reader, to be asked through a server")
+    parser.add_argument("--server", metavar="READER", help="folder of a reader, to be asked through a server")
     parser.add_argument("--out", type=Path, help="default: results/smollm2/remembering[-server].json")
     given = parser.parse_args(arguments)
     out = given.out or Path(f"results/smollm2/remembering{'-server' if given.server else ''}.json")
