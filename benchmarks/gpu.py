@@ -167,7 +167,7 @@ def kernels(device: torch.device, repeats: int) -> dict[str, Any]:
             {"fused": lambda: switched(True) and None, "plain": lambda: switched(False) and None}, repeats
         )
         found[str(dtype)] = {
-            "differences of output, log-sum-exp, gradient": [float((a - b).abs().max()) for a, b in pairs],
+            "differences of output, log-sum-exp, gradient": [(a - b).abs().max().item() for a, b in pairs],
             **{f"{name}, ms": 1e3 * spread([r["total"] for r in some])["median"] for name, some in taken.items()},
         }
     fused.ENABLED = True
