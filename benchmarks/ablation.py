@@ -28,14 +28,12 @@ from torch import Tensor, nn
 from longmem import LongMem, MemoryBank
 from longmem.data.text import TextSource, read_documents
 from longmem.errors import CheckpointError, ConfigError
-from longmem.evaluation.bootstrap import Bootstrap
 from longmem.evaluation.documents import TokenizedDocument, tokenize_documents
 from longmem.evaluation.loading import checkpoint_folder, load_comparison, load_tokenizer
-from longmem.evaluation.pages import plain
 from longmem.evaluation.perplexity import PerplexitySettings, measure, scores
-from longmem.evaluation.results import Ledger, RunHeader, as_json, to_json, write_json
+from longmem.evaluation.results import Bootstrap, Ledger, RunHeader, as_json, to_json, write_json
 from longmem.evaluation.systems import BACKBONE, MEMORY_OFF, Comparison, System
-from longmem.evaluation.tables import tables_of
+from longmem.evaluation.tables import plain, tables_of
 from longmem.types import AttentionKV
 
 DEFAULT = "default"

@@ -34,9 +34,8 @@ from transformers.cache_utils import DynamicLayer
 from longmem import LongMem
 from longmem.errors import ConfigError
 from longmem.evaluation.loading import checked_device, load_comparison
-from longmem.evaluation.pages import plain
 from longmem.evaluation.results import RunHeader, to_json, write_json
-from longmem.evaluation.tables import tables_of
+from longmem.evaluation.tables import plain, tables_of
 from longmem.progress import track
 
 LONGMEM, FULL, WINDOWED = "longmem", "full", "windowed"

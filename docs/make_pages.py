@@ -14,7 +14,8 @@ from pathlib import Path
 
 from result_tables import results_report, text_of, with_results
 
-from longmem.evaluation.pages import Table
+from longmem.evaluation.report import markdown
+from longmem.evaluation.tables import Table
 from longmem.store.sizes import size_table
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,7 @@ def main() -> None:
     operations = ROOT / "docs" / "operations.md"
     pages[operations] = with_sizes(operations.read_text(encoding="utf-8"))
     results, pictures = results_report(), ROOT / "docs" / "results"
-    pages[ROOT / "docs" / "results.md"] = results.markdown("results")
+    pages[ROOT / "docs" / "results.md"] = markdown(results.blocks, "results")
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv[1:]:
         sys.exit("".join(f"{path.relative_to(ROOT)} is not up to date; run make docs\n" for path in stale) or 0)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longmem.evaluation.pages import Table, markdown
-from longmem.evaluation.report import Report, build_report
+from longmem.evaluation.report import Report, build_report, markdown
+from longmem.evaluation.results import Json
 from longmem.evaluation.systems import BACKBONE, CONTROL, MEMORY_OFF
-from longmem.evaluation.tables import Json, difference, gap, kind_of, tables_of
+from longmem.evaluation.tables import Table, difference, gap, kind_of, tables_of
 
 ROOT = Path(__file__).parents[1]
 MARKERS = re.compile(r"<!-- (results|gains|groups): ([^>]*?) -->\n.*?<!-- /\1 -->\n", re.DOTALL)

@@ -13,9 +13,9 @@ from benchmarks.ablation import ablate, main, varied
 from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, CheckpointError, ConfigError, LongMem
 from longmem.data.text import Document
 from longmem.data.tokenizer import train_tokenizer
-from longmem.evaluation.bootstrap import Bootstrap
 from longmem.evaluation.documents import TokenizedDocument, tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
+from longmem.evaluation.results import Bootstrap
 from longmem.evaluation.systems import Comparison
 
 TEXT = "Words of a small text, and more words of it; then the same words again. "

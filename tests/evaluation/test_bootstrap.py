@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longmem.evaluation.bootstrap import Bootstrap, percent
+from longmem.evaluation.results import Bootstrap, percent
 
 
 def edges(found: dict[str, Any] | None) -> tuple[float, float]:

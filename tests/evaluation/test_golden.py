@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from longmem.data.text import Document
-from longmem.evaluation.bootstrap import Bootstrap
 from longmem.evaluation.documents import tokenize_documents
 from longmem.evaluation.loading import load_comparison, load_tokenizer
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
+from longmem.evaluation.results import Bootstrap
 
 MODELS = Path(__file__).parents[2] / "models"
 GOLDEN = json.loads((Path(__file__).parent / "perplexity_golden.json").read_text())

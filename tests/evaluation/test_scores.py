@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from longmem.evaluation.bootstrap import Bootstrap
 from longmem.evaluation.documents import TokenizedDocument
 from longmem.evaluation.perplexity import (
     PerplexitySettings,
@@ -22,7 +21,7 @@ from longmem.evaluation.perplexity import (
     record,
     scores,
 )
-from longmem.evaluation.results import Ledger, RunHeader, as_json, write_json
+from longmem.evaluation.results import Bootstrap, Ledger, RunHeader, as_json, write_json
 
 
 def document(name: str, tokens: int, group: str = "") -> TokenizedDocument:

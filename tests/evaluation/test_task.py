@@ -11,8 +11,7 @@ import pytest
 
 from longmem.errors import ConfigError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Scored
-from longmem.evaluation.bootstrap import Bootstrap
-from longmem.evaluation.results import to_json
+from longmem.evaluation.results import Bootstrap, to_json
 from longmem.evaluation.task import Example, Metric, Task, different, drawn, group_scores, numbered, run_task
 
 VALUES = {"backbone": [0.0, 0.0, 100.0, 0.0], "memory_off": [0.0, 100.0, 0.0, 0.0], "memory_8": [100.0] * 4}

@@ -58,9 +58,8 @@ def perplexity(data: tuple[str, ...], max_tokens: int | None, **shared: Any) -> 
     """
     from longmem.data.text import TextSource, read_documents
     from longmem.evaluation import perplexity as evaluation
-    from longmem.evaluation.bootstrap import Bootstrap
     from longmem.evaluation.documents import tokenize_documents
-    from longmem.evaluation.results import command_line
+    from longmem.evaluation.results import Bootstrap, command_line
 
     # before the model: wrong paths show at once
     texts = list(islice(read_documents(TextSource(data, include=shared["include"])), shared["num_documents"]))

@@ -16,7 +16,7 @@ from longmem.cli.options import folder_option, options, together, token_counts
 
 if TYPE_CHECKING:
     from longmem.evaluation.loading import Loaded
-    from longmem.evaluation.pages import Table
+    from longmem.evaluation.tables import Table
 
 MODEL = together(
     click.option("--model", required=True, help="LongMem or MemTRM checkpoint, run folder, or a causal LM."),
@@ -83,7 +83,7 @@ def save_and_show(result: Any, shared: dict[str, Any]) -> None:
 
 def show(tables: Sequence[Table]) -> None:
     """Tables on stdout, as wide as the terminal, or ``COLUMNS``, or 120; wider ones row by row."""
-    from longmem.evaluation.pages import plain
+    from longmem.evaluation.tables import plain
 
     width = shutil.get_terminal_size((120, 24)).columns
     for table in tables:

@@ -336,8 +336,7 @@ def _open(given: Given) -> tuple[list[Asker], Any, Given]:
 
 def _run(task: Task, askers: Sequence[Asker], config: Given, given: Given) -> None:
     """Ask all systems, write the result and its pictures, and print it."""
-    from longmem.evaluation.bootstrap import Bootstrap
-    from longmem.evaluation.results import command_line
+    from longmem.evaluation.results import Bootstrap, command_line
     from longmem.evaluation.task import run_task
 
     result = run_task(

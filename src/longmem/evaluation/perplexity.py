@@ -22,9 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longmem.errors import ConfigError
-from longmem.evaluation.bootstrap import Bootstrap, Floats, percent
 from longmem.evaluation.documents import TokenizedDocument
-from longmem.evaluation.results import Json, Ledger, RunHeader, as_json
+from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, RunHeader, as_json, percent
 from longmem.evaluation.streaming import stream_nll
 from longmem.evaluation.systems import Comparison, System
 from longmem.progress import Progress

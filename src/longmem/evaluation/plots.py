@@ -6,13 +6,14 @@ dashes say the same without colour.
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longmem.evaluation.pages import Picture
 from longmem.evaluation.results import Json
 from longmem.evaluation.systems import BACKBONE, CONTROL, LONGMEM, MEMORY_OFF, MEMTRM, MEMTRM_OFF, largest, sized
 from longmem.evaluation.tables import kind_of, protocol_title
@@ -38,6 +39,25 @@ LOOKS = {
 FEWEST_TOKENS = 1000  # a position bin with fewer is noise and is not drawn
 MOST_GROUPS = 8  # more groups beside each other are not read
 NEEDLE = re.compile(r"(.+), ([\d,]+) tokens, depth ([\d.]+) %")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Drawn in colours that can be read on light and on dark paper; ``name`` is its file's, without a suffix."""
+
+    name: str
+    alt: str
+    draw: Callable[[], Figure] = field(compare=False)
+
+    @cached_property
+    def svg(self) -> str:
+        """On transparent paper."""
+        import matplotlib
+
+        written = io.StringIO()
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
+            self.draw().savefig(written, format="svg", transparent=True, metadata={"Date": None})
+        return written.getvalue()
 
 
 def pictures_of(result: Json, name: str = "") -> Iterator[Picture]:
@@ -75,16 +95,15 @@ def plot_all(result: Json, folder: Path) -> list[Path]:
 
 def position_figure(result: Json) -> Figure:
     """Above: perplexity by position in the document. Below: the same in % of the backbone's, where small gains show."""
-    protocols, shown = result["protocols"], largest(result["systems"])
+    protocols, systems = result["protocols"].values(), result["systems"]
     figure, axes = panels(len(protocols), rows=2)
-    for column, scores in enumerate(protocols.values()):
+    for column, scores in enumerate(protocols):
         every = scores["all"]["by_position"]
         bins = [one for one in every if one["tokens"] >= FEWEST_TOKENS] or every
         middles = [max((one["low"] * one["high"]) ** 0.5, one["high"] / 2) for one in bins]
-        for row, field in enumerate(("perplexity", "percent")):
-            for name in shown:
-                values = [one[field][name] for one in bins]
-                axes[row][column].plot(middles, values, label=result["systems"][name], **look(name))
+        for row, number in enumerate(("perplexity", "percent")):
+            for name in largest(systems):
+                axes[row][column].plot(middles, [one[number][name] for one in bins], label=systems[name], **look(name))
             tokens_axis(axes[row][column], "position in the document (tokens)", [one["high"] for one in bins])
         axes[0][column].set_title(protocol_title(scores))
     axes[0][0].set_ylabel("perplexity per token")
@@ -120,14 +139,15 @@ def memory_figure(result: Json) -> Figure:
 def groups_figure(result: Json, metric: Json) -> Figure:
     """Every system in every group, or in the averages over several where a task has them: mean and interval."""
     averages = [group for group in result["groups"] if group["group"].startswith("average")]
-    groups, names = (averages or result["groups"])[:MOST_GROUPS], list(result["systems"])
-    figure, ((axis,),) = panels(1, width=max(5.6, 0.32 * len(names) * len(groups) + 2.4))
-    for number, name in enumerate(names):
-        style = look(name) | {"linestyle": "none", "label": result["systems"][name]}
+    groups, systems = (averages or result["groups"])[:MOST_GROUPS], result["systems"]
+    figure, ((axis,),) = panels(1, width=max(5.6, 0.32 * len(systems) * len(groups) + 2.4))
+    for number, (name, label) in enumerate(systems.items()):
+        style = look(name) | {"linestyle": "none", "label": label}
         for at, group in enumerate(groups):
-            x = at + (number - (len(names) - 1) / 2) * 0.8 / len(names)
-            wanted = [s for s in group["scores"] if (s["system"], s["metric"]) == (name, metric["name"])]
-            for score in [score for score in wanted if score["value"] is not None]:
+            x = at + (number - (len(systems) - 1) / 2) * 0.8 / len(systems)
+            for score in group["scores"]:
+                if (score["system"], score["metric"]) != (name, metric["name"]) or score["value"] is None:
+                    continue
                 axis.plot([x], [score["value"]], **style)
                 if score["interval"]:
                     axis.vlines(x, score["interval"]["low"], score["interval"]["high"], color=style["color"])

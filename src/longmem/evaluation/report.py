@@ -1,18 +1,25 @@
-"""Result files as one page: tables, pictures, the paper's numbers beside ours, and how each was made."""
+"""Result files as one page: tables, pictures, the paper's numbers beside ours, and how each was made.
+
+A page is a list of blocks, written as Markdown or as HTML. Text is plain but for `code` in backticks and **bold**; text
+from a result file is never markup.
+"""
 
 from __future__ import annotations
 
+import base64
+import html
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 from longmem.errors import DataError
-from longmem.evaluation.pages import Block, Heading, Picture, Table, Text, markdown, page
-from longmem.evaluation.plots import pictures_of
+from longmem.evaluation.plots import Picture, pictures_of
 from longmem.evaluation.results import Json
-from longmem.evaluation.tables import kind_of, tables_of
+from longmem.evaluation.tables import Table, kind_of, tables_of
 from longmem.files import write_whole
 
 TITLES = {
@@ -29,59 +36,19 @@ TITLES = {
     "bench": "Speed and storage",
 }
 """Headings, in the order in which results are shown."""
-
-# What the paper reports, to be shown beside our results: Wang et al., NeurIPS 2023 (arXiv 2306.07174). A number marked
-# (r) was recalled from the paper's tables and checked only by its sums and differences: it shows the shape, and is no
-# pass mark. In perplexities, % is the distance from the paper's own backbone.
-SETTING = (
-    "**The paper's setting.** GPT-2*, 407M parameters, 24 layers, window of 1,024; SideNet of 151M, trained on 26B "
-    "tokens of the Pile; memory of 65,536 tokens, 64 retrieved, chunks of 4. (r): recalled from the paper's tables, "
-    "not checked against them. Models, texts and vocabularies differ from ours: compare distances, not numbers."
-)
-
-BOOKS = Table(
-    ["paper, books (PG-22)", "5k-10k tokens", "10k-100k", "100k-500k", "500k-1M"],
-    [
-        ["GPT-2*", "22.78 (r)", "24.39 (r)", "24.12 (r)", "24.97 (r)"],
-        ["MemTRM", "21.77 (-4.4 %)", "23.56 (-3.4 %)", "23.23 (r, -3.7 %)", "24.16 (r, -3.2 %)"],
-        ["LongMem", "21.29 (-6.5 %)", "23.01 (-5.7 %)", "22.55 (r, -6.5 %)", "23.35 (r, -6.5 %)"],
-    ],
-    "Perplexity by segments of 1,024 tokens, by length of the document.",
-)
-ARXIV = Table(
-    ["paper, arXiv", "perplexity"],
-    [["GPT-2*", "11.05"], ["MemTRM", "10.81 (-2.2 %)"], ["LongMem", "10.05 (-9.0 %)"]],
-    "Perplexity of LaTeX by segments of 1,024 tokens.",
-)
-TASKS = {
-    "chapterbreak": Table(
-        ["paper, ChapterBreak AO3", "4k", "6k", "8k"],
-        [
-            ["GPT-2*", "18.4", "-", "-"],
-            ["MemTRM", "28.3", "-", "-"],
-            ["GPT-3, window of 2k", "28.0", "-", "-"],
-            ["LongMem", "37.7", "39.4 (r)", "40.5"],
-        ],
-        "Suffix identification, accuracy in %; chance 16.7.",
-    ),
-    "icl": Table(
-        ["paper, demonstrations in window + memory", "SST-2", "MR", "Subj", "SST-5", "MPQA", "average"],
-        [
-            ["GPT-2*, 20", "68.2 (r)", "63.4 (r)", "57.6 (r)", "33.6 (r)", "70.8 (r)", "58.7"],
-            ["MemTRM, 20 + 2,000", "65.1 (r)", "65.1 (r)", "58.2 (r)", "31.9 (r)", "72.7 (r)", "58.6"],
-            ["LongMem, 4 + 2,000", "71.8 (r)", "65.1 (r)", "53.8 (r)", "36.0 (r)", "65.4 (r)", "58.4"],
-            ["LongMem, 20 + 2,000", "78.0 (r)", "78.6 (r)", "65.6 (r)", "36.5 (r)", "74.6 (r)", "66.7"],
-        ],
-        "Accuracy in %, mean of six seeds.",
-    ),
-    "squad": Table(
-        ["paper, SQuAD, 3 demonstrations in the window and 200 in memory", "EM", "F1"],
-        [["GPT-2*", "22.28 (r)", "30.78 (r)"], ["LongMem", "26.77 (r)", "35.70 (r)"]],
-    ),
-}
-
 OTHER_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "run.json")
 """Files of checkpoints and runs, which may be in the same folders as results."""
+
+
+class Heading(NamedTuple):
+    """Level 1 is the page's title."""
+
+    level: int
+    text: str
+
+
+Block = Heading | str | Table | Picture
+"""A string is a paragraph."""
 
 
 class ResultFile(NamedTuple):
@@ -108,13 +75,18 @@ class Report(NamedTuple):
     files: list[ResultFile]
     problems: list[str]
 
-    def markdown(self, pictures: str) -> str:
-        """The page; ``pictures`` is the folder of its pictures as seen from it."""
-        return markdown(self.blocks, pictures)
-
     def html(self) -> str:
-        """The same as one file that needs nothing else."""
-        return page(self.title, self.blocks)
+        """One file: pictures within, no scripts, nothing fetched; light or dark as the reader's system."""
+        from markdown_it import MarkdownIt
+
+        text = markdown(self.blocks, "pictures")
+        body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+        for block in self.blocks:
+            if isinstance(block, Picture):
+                data = base64.b64encode(block.svg.encode()).decode("ascii")
+                body = body.replace(f'src="pictures/{block.name}.svg"', f'src="data:image/svg+xml;base64,{data}"')
+        page = (files("longmem.evaluation") / "report.html").read_text(encoding="utf-8")
+        return page.replace("{title}", html.escape(self.title)).replace("{body}", body)
 
     def write_pictures(self, folder: Path) -> list[Path]:
         """SVG files; those of other reports are removed."""
@@ -125,6 +97,31 @@ class Report(NamedTuple):
         for path, svg in pictures.items():
             path.write_text(svg, encoding="utf-8")
         return list(pictures)
+
+
+def markdown(blocks: Sequence[Block], pictures: str) -> str:
+    """The page as Markdown; ``pictures`` is the folder of its pictures, as seen from the page."""
+    return "\n\n".join(_markdown(block, pictures) for block in blocks) + "\n"
+
+
+def _markdown(block: Block, pictures: str) -> str:
+    match block:
+        case Heading(level, text):
+            return f"{'#' * level} {_escaped(text)}"
+        case Table(heads, rows, caption):
+            lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+            table = "\n".join(f"| {' | '.join(_escaped(cell, in_table=True) for cell in line)} |" for line in lines)
+            return f"{_escaped(caption)}\n\n{table}" if caption else table
+        case Picture(name, alt):
+            return f"![{_escaped(alt)}]({pictures}/{name}.svg)"
+    return _escaped(block)
+
+
+def _escaped(text: str, in_table: bool = False) -> str:
+    """Text of a result file is never markup or a link: nothing of a page is fetched."""
+    parts = re.split(r"(`[^`]*`)", text)
+    text = "".join(p if p.startswith("`") else p.replace("<", "&lt;").replace("](", "]\\(") for p in parts)
+    return text.replace("|", "\\|").replace("\n", " ") if in_table else text
 
 
 def build_report(
@@ -168,18 +165,17 @@ def build_report(
     found.sort(key=lambda pair: (order.index(pair[0].kind), pair[0].path))
     for kind, some in groupby(found, key=lambda pair: pair[0].kind):
         blocks += [Heading(2, TITLES[kind]), *(block for _, section in some for block in section)]
-    if any(beside(result.data, result.name) for result, _ in found):
-        blocks.insert(0, Text(SETTING))
+    if any(beside(result) for result, _ in found):
+        blocks.insert(0, paper()["setting"])
     if problems:
-        blocks += [Heading(2, "Not shown"), *map(Text, problems)]
-    files = [result for result, _ in found]
-    return Report(title, [Heading(1, title), *map(Text, intro), *blocks], files, problems)
+        blocks += [Heading(2, "Not shown"), *problems]
+    return Report(title, [Heading(1, title), *intro, *blocks], [result for result, _ in found], problems)
 
 
 def write_report(report: Report, out: Path) -> list[Path]:
     """``report.md`` with its pictures in ``pictures/``, and ``report.html``; returns the files."""
     pictures = report.write_pictures(out / "pictures")
-    write_whole(out / "report.md", [report.markdown("pictures")])
+    write_whole(out / "report.md", [markdown(report.blocks, "pictures")])
     write_whole(out / "report.html", [report.html()])
     return [out / "report.md", out / "report.html", *pictures]
 
@@ -213,10 +209,9 @@ def _section(file: ResultFile, most_tables: int | None) -> Iterator[Block]:
     yield Heading(3, file.name)
     yield from tables_of(file.data)[:most_tables]
     yield from pictures_of(file.data, f"{file.name}-".replace("/", "-"))
-    paper: Table | None = beside(file.data, file.name)
-    if paper is not None:
-        yield paper
-    yield Text(_origin(file))
+    if (table := beside(file)) is not None:
+        yield table
+    yield _origin(file)
 
 
 def _origin(file: ResultFile) -> str:
@@ -238,11 +233,22 @@ def _origin(file: ResultFile) -> str:
     return f"`{file.path}`, made by {made}; {counts}; seeds {seeds}; {cost}; {said}; {header.get('created', '')[:10]}."
 
 
-def beside(result: Json, name: str) -> Table | None:
+def paper() -> Json:
+    """What the paper reports: Wang et al., NeurIPS 2023 (arXiv 2306.07174); ``setting``, and tables by name.
+
+    A number marked (r) was recalled from the paper's tables and checked only by its sums and differences: it shows the
+    shape, and is no pass mark. In perplexities, % is the distance from the paper's own backbone.
+    """
+    found: Json = json.loads((files("longmem.evaluation") / "paper.json").read_text(encoding="utf-8"))
+    return {name: each if name == "setting" else Table(**each) for name, each in found.items()}
+
+
+def beside(file: ResultFile) -> Table | None:
     """The paper's table of the same kind of measurement; the file's name and ``--data`` tell books from LaTeX."""
-    if "protocols" not in result or "axes" in result:
-        return TASKS.get(result.get("header", {}).get("task", ""))
-    said = " ".join(map(str, [*result["header"]["config"].get("data", []), name])).lower()
+    if file.kind != "perplexity":
+        return paper().get(file.kind)
+    said = " ".join(map(str, [*file.data["header"]["config"].get("data", []), file.name])).lower()
     if "latex" in said or "arxiv" in said:
-        return ARXIV
-    return BOOKS if any(word in said for word in ("book", "pg19", "pg22", "gutenberg")) else None
+        return paper()["latex"]  # type: ignore[no-any-return]
+    books = any(word in said for word in ("book", "pg19", "pg22", "gutenberg"))
+    return paper()["books"] if books else None

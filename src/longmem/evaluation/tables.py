@@ -2,48 +2,60 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from longmem.evaluation.pages import Table
-from longmem.evaluation.results import Json as Json
+from longmem.evaluation.results import Json
 from longmem.evaluation.systems import BACKBONE, largest
-
-KINDS: dict[str, tuple[str, ...]] = {
-    "ablate": ("axes", "protocols"),
-    "perplexity": ("protocols", "systems"),
-    "efficiency": ("points", "ratios"),
-    "task": ("metrics", "groups", "systems"),
-    "layers": ("ranks", "recommended"),
-    "harness": ("tasks", "systems"),
-}
-"""Kinds of results by the fields that each has."""
 
 MOST_ROWS = 48  # of a table of groups or of a benchmark's numbers; the file has the rest
 MOST_PARTS = 24  # groups of documents that are shown one by one
 FEW_PROJECTS = 5
 
 
+class Table(NamedTuple):
+    """Cells as text; the first column names the rows, numbers in the others are aligned to the right."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+
+def plain(table: Table, width: int) -> str:
+    """The table as text; one that is wider than ``width`` is written row by row, a line for each cell.
+
+    Nothing is ever cut.
+    """
+    caption = textwrap.fill(re.sub(r"[`*]{1,2}", "", table.caption), width)
+    lines = [caption] if caption else []
+    widths = [max(map(len, column)) for column in zip(table.heads, *table.rows, strict=True)]
+    if sum(widths) + 2 * (len(widths) - 1) <= width:
+        for first, *more in (table.heads, ["-" * size for size in widths], *table.rows):
+            aligned = (cell.rjust(size) for cell, size in zip(more, widths[1:], strict=True))
+            lines.append("  ".join([first.ljust(widths[0]), *aligned]).rstrip())
+        return "\n".join(lines)
+    lines = lines or [f"{table.heads[0]}:"]
+    for first, *cells in table.rows:
+        named = [(head, cell) for head, cell in zip(table.heads[1:], cells, strict=True) if cell]
+        longest = max((len(head) for head, _ in named), default=0)
+        lines += [first, *(f"  {head.ljust(longest)}  {cell}" for head, cell in named)]
+    return "\n".join(lines)
+
+
 def kind_of(result: Json) -> str | None:
     """``bench`` is any measurement of ``benchmarks/``; None is no result."""
     if not isinstance(result.get("header"), dict):
         return "bench" if isinstance(result.get("command"), str) else None
-    return next((kind for kind, fields in KINDS.items() if all(field in result for field in fields)), None)
+    return next((kind for kind, (fields, _) in KINDS.items() if all(field in result for field in fields)), None)
 
 
 def tables_of(result: Json) -> list[Table]:
     """All tables of a result, the main one first."""
-    makers = {
-        "perplexity": perplexity_tables,
-        "task": task_tables,
-        "harness": harness_tables,
-        "ablate": ablation_tables,
-        "efficiency": efficiency_tables,
-        "layers": layer_tables,
-        "bench": bench_tables,
-    }
-    return list(makers[kind_of(result) or "bench"](result))
+    kind = kind_of(result)
+    return list(KINDS[kind][1](result) if kind in KINDS else bench_tables(result))
 
 
 # perplexity
@@ -51,41 +63,38 @@ def tables_of(result: Json) -> list[Table]:
 
 def perplexity_tables(result: Json) -> Iterator[Table]:
     """Systems down, protocols across; then the other differences, other units, groups, lengths and positions."""
-    systems, protocols = result["systems"], result["protocols"]
-    heads = [protocol_title(scores) for scores in protocols.values()]
-    every = [scores["all"] for scores in protocols.values()]
-    of = [_by_system(scores["systems"]) for scores in every]
-
-    def main(at: int, name: str) -> str:
-        said = gap(difference(every[at], name, BACKBONE))
-        return f"{of[at][name]['perplexity']:.3f}" + (f" ({said})" if said else "")
-
-    rows = [[label, *(main(at, name) for at in range(len(every)))] for name, label in systems.items()]
+    systems, protocols = result["systems"], list(result["protocols"].values())
+    heads = [protocol_title(scores) for scores in protocols]
+    every = [scores["all"] for scores in protocols]
+    scored = {name: [_of_system(scores["systems"], name) for scores in every] for name in systems}
+    gaps = {name: [difference(scores, name, BACKBONE) for scores in every] for name in systems}
+    rows = [
+        [label, *(_with_gap(*pair) for pair in zip(scored[name], gaps[name], strict=True))]
+        for name, label in systems.items()
+    ]
     yield Table(["system", *heads], rows, f"Perplexity per token of {_counted(result)}")
-    wanted = dict.fromkeys((d["system"], d["against"]) for scores in every for d in scores["differences"])
+    others = [(d["system"], d["against"]) for d in every[0]["differences"] if d["against"] != BACKBONE]
     rows = [
         [f"{systems[name]}, against {systems[other]}", *(gap(difference(scores, name, other)) for scores in every)]
-        for name, other in wanted
-        if other != BACKBONE
+        for name, other in others
     ]
     if rows:
         yield Table(["% of perplexity", *heads], rows)
-    gaps = {name: [difference(scores, name, BACKBONE) for scores in every] for name in systems}
     rows = [
         [systems[name], *(gap(each, "blocks") for each in some)]
         for name, some in gaps.items()
-        if any((each or {}).get("blocks") for each in some)
+        if any(each and each["blocks"] for each in some)
     ]
     if rows:
         caption = "Intervals over blocks of tokens instead of documents: narrower, for more of this text."
         yield Table(["% against the backbone", *heads], rows, caption)
-    rows = [[label, *(_units(each[name]) for each in of)] for name, label in systems.items()]
+    rows = [[label, *map(_units, scored[name])] for name, label in systems.items()]
     yield Table(["per word; bits per byte", *heads], rows)
     for field, what in (("groups", "group"), ("by_length", "tokens of the document")):
-        for scores in protocols.values():
+        for scores in protocols:
             if 1 < len(scores[field]) <= MOST_PARTS:
                 yield _parts_table(systems, scores, field, what)
-    for scores in protocols.values():
+    for scores in protocols:
         parts = scores["all"]["by_position"]
         rows = [[systems[n], *(f"{part['perplexity'][n]:.2f}" for part in parts)] for n in largest(systems)]
         caption = f"Perplexity by position, the number of tokens before: {protocol_title(scores)}."
@@ -125,24 +134,24 @@ def caveat(documents: int, projects: int) -> str:
 def _parts_table(systems: Json, scores: Json, field: str, what: str) -> Table:
     """The backbone's perplexity in each group or bucket of lengths, and % against it."""
     parts = scores[field]
-    rows = [[systems[BACKBONE], *(f"{_by_system(p['systems'])[BACKBONE]['perplexity']:.3f}" for p in parts)]]
+    rows = [[systems[BACKBONE], *(f"{_of_system(p['systems'], BACKBONE)['perplexity']:.3f}" for p in parts)]]
     rows += [
-        [f"{systems[name]}, %", *(gap(difference(part, name, BACKBONE)) for part in parts)]
-        for name in systems
+        [f"{label}, %", *(gap(difference(part, name, BACKBONE)) for part in parts)]
+        for name, label in systems.items()
         if name != BACKBONE
     ]
     heads = ["system", *(f"{part['name']} ({part['documents']})" for part in parts)]
     return Table(heads, rows, f"By {what} (documents): {protocol_title(scores)}.")
 
 
-def _by_system(scores: Sequence[Json]) -> dict[str, Json]:
-    return {score["system"]: score for score in scores}
-
-
 def _units(score: Json) -> str:
     words, bits = score["word_perplexity"], score["bits_per_byte"]
     shown = "-" if words is None else f"{words:,.2f}" if words < 1e6 else f"{words:.3g}"
     return f"{shown}; {'-' if bits is None else format(bits, '.4f')}"
+
+
+def _of_system(scores: Sequence[Json], system: str) -> Json:
+    return next(score for score in scores if score["system"] == system)
 
 
 def difference(scores: Json, system: str, against: str) -> Json | None:
@@ -153,7 +162,11 @@ def gap(difference: Json | None, interval: str = "documents", digits: int = 2) -
     """``-9.50 [-11.23, -7.89]``; without documents to draw the interval is over blocks."""
     if difference is None:
         return ""
-    return _ranged(difference["percent"], difference[interval] or difference["blocks"], f"+.{digits}f")
+    return _ranged(difference["percent"], difference[interval] or difference.get("blocks"), f"+.{digits}f")
+
+
+def _with_gap(score: Json, difference: Json | None) -> str:
+    return f"{score['perplexity']:.3f}" + (f" ({gap(difference)})" if difference else "")
 
 
 def _ranged(value: float, edges: Json | None, form: str) -> str:
@@ -177,10 +190,10 @@ def task_tables(result: Json) -> Iterator[Table]:
         form = ".2f" if metric["unit"] == "nats" else ".1f"
         rows = []
         for group in groups[:MOST_ROWS]:
-            some = _by_system([score for score in group["scores"] if score["metric"] == metric["name"]])
-            cells = (some[n] if n in some and some[n]["value"] is not None else None for n in systems)
-            said = ("-" if one is None else _ranged(one["value"], one["interval"], form) for one in cells)
-            rows.append([f"{group['group']} ({group['examples']:,})", *said])
+            mine = {score["system"]: score for score in group["scores"] if score["metric"] == metric["name"]}
+            known = {name for name, score in mine.items() if score["value"] is not None}
+            cells = (_ranged(mine[n]["value"], mine[n]["interval"], form) if n in known else "-" for n in systems)
+            rows.append([f"{group['group']} ({group['examples']:,})", *cells])
         chance = "" if metric["chance"] is None else f", chance {metric['chance']:.3g}"
         unit = f" in {metric['unit']}" if metric["unit"] else ""
         caption = f"**{metric['label']}**{unit}, {metric['better']} is better{chance}; [95 % interval]."
@@ -197,21 +210,21 @@ def task_tables(result: Json) -> Iterator[Table]:
 
 def needle_table(result: Json, metric: Json) -> Table:
     """Right answers by length, all depths together and the worst of them."""
-    depths: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for example in result["examples"]:
         what, _, depth = example["group"].partition(", depth ")
         for system, values in example["values"].items():
-            depths[what][system][depth].append(values[metric["name"]])
-    rows = []
-    for what, by_system in depths.items():
-        cells = []
-        for system in result["systems"]:
-            answers = [answer for part in by_system[system].values() for answer in part]
-            worst = min(sum(part) / len(part) for part in by_system[system].values())
-            right, asked = sum(answers) / 100, len(answers)
-            cells.append(f"{sum(answers) / asked:.1f} % ({right:.0f} of {asked}; worst depth {worst:.0f} %)")
-        rows.append([what, *cells])
-    return Table([metric["label"], *result["systems"].values()], rows)
+            found[what][system][depth].append(values[metric["name"]])
+
+    def cell(by_depth: dict[str, list[float]]) -> str:
+        answers = [answer for part in by_depth.values() for answer in part]
+        worst = min(sum(part) / len(part) for part in by_depth.values())
+        right, asked = sum(answers) / 100, len(answers)
+        return f"{sum(answers) / asked:.1f} % ({right:.0f} of {asked}; worst depth {worst:.0f} %)"
+
+    systems = result["systems"]
+    rows = [[what, *(cell(by_system[system]) for system in systems)] for what, by_system in found.items()]
+    return Table([metric["label"], *systems.values()], rows)
 
 
 def harness_tables(result: Json) -> Iterator[Table]:
@@ -240,11 +253,7 @@ def ablation_tables(result: Json) -> Iterator[Table]:
         rows = [
             [
                 value["value"] + (", default" if value["default"] and value["value"] != "default" else ""),
-                *(
-                    f"{score['perplexity']:.3f}"
-                    + ("" if value["default"] else f" ({gap(score | {'blocks': score.get('blocks')})})")
-                    for score in value["scores"].values()
-                ),
+                *(_with_gap(score, None if value["default"] else score) for score in value["scores"].values()),
             ]
             for value in axis["values"]
         ]
@@ -270,11 +279,12 @@ def layer_tables(result: Json) -> Iterator[Table]:
     far = {ranks["source"]: ranks for ranks in sorted(result["ranks"], key=lambda ranks: ranks["distance"])}
     rows = []
     for layer, score in result["scores"].items():
+        remembered, allowed = (int(layer) in result[field] for field in ("memory_layers", "allowed"))
         remarks = {
             "recommended": result["recommended"] == int(layer),
             "paper's rule": result["default"] == int(layer),
-            "cannot be remembered": int(layer) not in result["memory_layers"],
-            "not copied by the SideNet": int(layer) in result["memory_layers"] and int(layer) not in result["allowed"],
+            "cannot be remembered": not remembered,
+            "not copied by the SideNet": remembered and not allowed,
         }
         found = list[str]()
         for ranks in far.values():
@@ -289,15 +299,11 @@ def layer_tables(result: Json) -> Iterator[Table]:
     ]
     caption = "How well keys find what followed an earlier occurrence: best head (all heads)."
     yield Table(["layer", *heads, "score", ""], rows, caption)
-    if result["copying"]:
-        rows = [
-            [
-                f"{one['source']}, {one['distance']} tokens apart",
-                f"{one['first_loss']:.2f}",
-                f"{one['second_loss']:.2f}",
-            ]
-            for one in result["copying"]
-        ]
+    rows = [
+        [f"{one['source']}, {one['distance']} tokens apart", f"{one['first_loss']:.2f}", f"{one['second_loss']:.2f}"]
+        for one in result["copying"]
+    ]
+    if rows:
         yield Table(["nats per token", "first time", "second time"], rows)
 
 
@@ -324,3 +330,14 @@ def _leaves(name: str, value: Any) -> Iterator[list[str]]:
 
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+
+
+KINDS: dict[str, tuple[tuple[str, ...], Any]] = {
+    "ablate": (("axes", "protocols"), ablation_tables),
+    "perplexity": (("protocols", "systems"), perplexity_tables),
+    "efficiency": (("points", "ratios"), efficiency_tables),
+    "task": (("metrics", "groups", "systems"), task_tables),
+    "layers": (("ranks", "recommended"), layer_tables),
+    "harness": (("tasks", "systems"), harness_tables),
+}
+"""Kinds of results: the fields that each has, and what makes its tables."""

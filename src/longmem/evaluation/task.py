@@ -18,9 +18,8 @@ import numpy as np
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt
-from longmem.evaluation.bootstrap import Bootstrap, Floats
+from longmem.evaluation.results import Bootstrap, Floats, Ledger, RunHeader
 from longmem.evaluation.results import Json as Json
-from longmem.evaluation.results import Ledger, RunHeader
 from longmem.evaluation.systems import compared
 from longmem.progress import Progress
 

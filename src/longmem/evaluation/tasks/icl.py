@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
-from longmem.evaluation.bootstrap import Bootstrap
 from longmem.evaluation.documents import start_tokens
-from longmem.evaluation.results import Json
+from longmem.evaluation.results import Bootstrap, Json
 from longmem.evaluation.task import Example, Metric, different, drawn, group_scores, leaves, means_by
 from longmem.evaluation.tasks.icl_data import IclSet
 from longmem.evaluation.tasks.shots import LaidOut, Shots, ShotsTask, draw, encode_after

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 from longmem.errors import DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
-from longmem.evaluation.bootstrap import Bootstrap
 from longmem.evaluation.documents import start_tokens
-from longmem.evaluation.results import Json
+from longmem.evaluation.results import Bootstrap, Json
 from longmem.evaluation.task import Example, Metric, different, drawn, means_by, of_form
 from longmem.evaluation.tasks.shots import LaidOut, Shots, ShotsTask, draw, encode_after
 
