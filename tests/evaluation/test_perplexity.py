@@ -25,7 +25,7 @@ from torch import Tensor
 
 from longmem import CheckpointError, LongMem, MemoryBank, TrainingFree
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
-from longmem.evaluation.systems import Comparison, sized
+from longmem.evaluation.systems import Comparison, compared, sized
 from longmem.progress import Progress
 
 
@@ -136,7 +136,7 @@ def test_records_of_other_settings_or_weights_are_not_reused(tmp_path: Path) -> 
 
 
 def test_differences_are_against_backbone_the_same_without_memory_and_the_others_of_the_same_size() -> None:
-    assert everything(8, 64)[0].pairs[9:] == [
+    assert compared([system.name for system in everything(8, 64)[0].systems])[9:] == [
         ("memory_8", "memory_off"),
         ("memory_64", "memory_off"),
         ("memory_8", "control"),
@@ -167,14 +167,14 @@ def test_models_of_another_backbone_are_refused_by_name() -> None:
 def test_one_backbone_pass_serves_all_systems_in_every_family(family: str) -> None:
     model = LongMem.from_backbone(make_backbone(family), chunk_size=2, num_retrieved=4, memory_size=32).eval()
     comparison = Comparison.of_longmem(model, [32])
-    subject = comparison.prepare(comparison.systems, 2, 100)
+    forward, memories = comparison.prepare([system.name for system in comparison.systems], 2, 100)
     ids = torch.randint(60, (2, 16))
     with torch.no_grad():
         written = model(ids).kv
         bank = MemoryBank.for_model(model, rows=2, capacity_tokens=32)
-        for memory in (bank, *subject.memories):
+        for memory in (bank, *memories):
             memory.add(written)
-        together, kv = subject.forward(ids, torch.tensor([0, 1]), 5)
+        together, kv = forward(ids, torch.tensor([0, 1]), 5)
         alone = [model.backbone.model(ids).logits, model(ids).logits, model(ids, memory=bank).logits]
     assert kv is not None
     torch.testing.assert_close(kv.keys, written.keys)

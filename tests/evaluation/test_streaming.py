@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longmem.evaluation.streaming import Subject, stream_nll, windows
+from longmem.evaluation.systems import stream_nll, windows
 from longmem.types import AttentionKV
 
 V = 64
@@ -43,8 +44,10 @@ def id_forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor]
     return [torch.zeros(*input_ids.shape, 5000)[:, -keep:]], AttentionKV(keys, keys)
 
 
-def run(subject: Subject, documents: Sequence[Tensor], window: int, stride: int, rows: int) -> dict[int, np.ndarray]:
-    return {i: nll[0] for i, nll in stream_nll(subject, documents, window=window, stride=stride, rows=rows)}
+def run(
+    forward: Any, documents: Sequence[Tensor], *banks: Any, window: int, stride: int, rows: int = 1
+) -> dict[int, np.ndarray]:
+    return {i: nll[0] for i, nll in stream_nll(forward, banks, documents, window=window, stride=stride, rows=rows)}
 
 
 def bigram(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], None]:
@@ -63,14 +66,14 @@ def cumulative(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor]
 def test_every_token_is_scored_once_by_the_token_before_it(stride: int) -> None:
     ids = torch.randint(V, (50,), generator=torch.Generator().manual_seed(1))
     table = torch.randn(V, V, generator=torch.Generator().manual_seed(0)).log_softmax(dim=1)
-    found = run(Subject(bigram), [ids], window=8, stride=stride, rows=1)
+    found = run(bigram, [ids], window=8, stride=stride)
     np.testing.assert_allclose(found[0], -table[ids[:-1], ids[1:]].numpy(), rtol=1e-5)
 
 
 def test_sliding_window_by_hand() -> None:
     ids = torch.tensor([5, 1, 4, 2, 3, 7, 6])
     table = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
-    found = run(Subject(cumulative), [ids], window=4, stride=2, rows=1)[0]
+    found = run(cumulative, [ids], window=4, stride=2)[0]
     # targets 1..4 are scored in window [0, 4), targets 5 and 6 in window [2, 6)
     for target, start in zip(range(1, 7), (0, 0, 0, 0, 2, 2), strict=True):
         logits = table[ids[start:target]].sum(dim=0) / 4
@@ -91,7 +94,8 @@ def test_memory_holds_exactly_what_has_left_the_window(window: int, stride: int,
             checked.append(row)
         return id_forward(input_ids, rows, keep)
 
-    assert len(run(Subject(forward, [bank]), documents, window, stride, rows)) == len(documents) < len(checked)
+    found = run(forward, documents, bank, window=window, stride=stride, rows=rows)
+    assert len(found) == len(documents) < len(checked)
 
 
 def test_keys_are_those_of_the_window_in_which_a_token_was_scored_and_only_new_logits_are_asked_for() -> None:
@@ -102,7 +106,7 @@ def test_keys_are_those_of_the_window_in_which_a_token_was_scored_and_only_new_l
         kept.append(keep)
         return [torch.zeros(*input_ids.shape, V)[:, -keep:]], AttentionKV(keys, keys)
 
-    run(Subject(forward, [bank]), [torch.arange(14) % V], window=4, stride=2, rows=1)
+    run(forward, [torch.arange(14) % V], bank, window=4, stride=2)
     # inputs 0..12; window 0 scores four, each further one two; the last window [10, 13) still holds 10, 11, 12
     assert bank.held[0] == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3]
     assert kept == [4, 2, 2, 2, 2, 1]

@@ -3,7 +3,7 @@
 Every document is streamed from its beginning and memory is empty when it starts. ``segments``, the paper's protocol,
 cuts it into consecutive windows; memory holds all earlier ones. It flatters every memory, because the backbone loses
 the context just before each segment. ``sliding`` moves the window by ``stride``, as a user of the backbone would; only
-tokens that have left the window are in memory. ``streaming.stream_nll`` says exactly when keys and values are written.
+tokens that have left the window are in memory. ``systems.stream_nll`` says exactly when keys and values are written.
 
 All perplexities are of the pooled tokens, exp(sum nll / sum tokens): long documents count by their length.
 """
@@ -14,9 +14,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +25,7 @@ from numpy.typing import NDArray
 from longmem.errors import ConfigError
 from longmem.evaluation.documents import TokenizedDocument
 from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, RunHeader, as_json, percent
-from longmem.evaluation.streaming import stream_nll
-from longmem.evaluation.systems import Comparison, System
+from longmem.evaluation.systems import Comparison, compared, stream_nll
 from longmem.progress import Progress
 
 RECORDS_VERSION = 1  # part of every record's key; raised when a record's meaning changes
@@ -107,16 +107,16 @@ def perplexity(
         seeds=[settings.bootstrap.seed],
         seconds=round(sum(r["seconds"] for table in tables.values() for some in table.values() for r in some), 1),
     )
+    systems = {system.name: system.label for system in comparison.systems}
+    pairs = compared(list(systems))
+    about = ("id", "group", "project", "words", "bytes", "digest")
     result: Json = as_json(
         {
             "header": header,
-            "systems": {system.name: system.label for system in comparison.systems},
-            "protocols": {
-                protocol: protocol_scores(protocol, settings, documents, table, comparison.pairs)
-                for protocol, table in tables.items()
-            },
+            "systems": systems,
+            "protocols": {p: protocol_scores(p, settings, documents, table, pairs) for p, table in tables.items()},
             "documents": [
-                {name: getattr(document, name) for name in ("id", "group", "project", "words", "bytes", "digest")}
+                {name: getattr(document, name) for name in about}
                 | {
                     "tokens": document.scored,
                     "nll": {p: {name: some[i]["nll"] for name, some in table.items()} for p, table in tables.items()},
@@ -142,24 +142,28 @@ def measure(
 
     Documents that lack the same systems are streamed together, and those systems run together where they can.
     """
-    stride = settings.stride_of(protocol)
-    about = {"version": RECORDS_VERSION, "protocol": protocol, "window": settings.window, "stride": stride}
-    keys = {s.name: _key(s, about | {"block": settings.block}) for s in comparison.systems}
+    window, stride = settings.window, settings.stride_of(protocol)
+    about = {"version": RECORDS_VERSION, "protocol": protocol, "window": window, "stride": stride}
+    keys = {}
+    for system in comparison.systems:  # hashes of everything that a document's numbers depend on besides its ids
+        parts = about | {"block": settings.block, "system": system.name, "identity": system.identity}
+        keys[system.name] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     most = min(settings.rows, len(documents))
     jobs: dict[tuple[str, ...], list[TokenizedDocument]] = {}
     for document in documents:
         missing = [name for name, key in keys.items() if ledger.get(key, document.digest) is None]
-        for run in comparison.passes(missing, most, settings.window):
+        for run in comparison.passes(missing, most, window):
             jobs.setdefault(run, []).append(document)
     total = sum(len(names) * document.scored for names, some in jobs.items() for document in some)
     with Progress(f"perplexity, {protocol}", total, "tokens, all systems", quiet=quiet) as progress:
         for names, some in jobs.items():
             rows, began = min(settings.rows, len(some)), time.monotonic()
-            systems = [system for system in comparison.systems if system.name in names]
+            forward, memories = comparison.prepare(names, rows, max(document.scored for document in some))
             for i, nll in stream_nll(
-                comparison.prepare(systems, rows, max(document.scored for document in some)),
+                forward,
+                memories,
                 [document.ids for document in some],
-                window=settings.window,
+                window=window,
                 stride=stride,
                 rows=rows,
                 names=[document.id for document in some],
@@ -172,12 +176,6 @@ def measure(
                     said = {"document": some[i].id, "protocol": protocol, "system": name}
                     ledger.append(keys[name], some[i].digest, **said, **record(of_system, settings.block, each))
     return {name: [ledger.records[key, document.digest] for document in documents] for name, key in keys.items()}
-
-
-def _key(system: System, about: Json) -> str:
-    """Hash of everything that a document's numbers depend on besides its ids."""
-    parts = about | {"system": system.name, "identity": system.identity}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def record(nll: Floats, block: int, seconds: float = 0.0) -> Json:
@@ -238,19 +236,17 @@ def scores(
         against) of ``pairs``: token perplexity of ``system`` relative to that of ``against`` in ``percent``, below zero
         is better; the interval over ``documents`` says how sure that is for new documents and draws projects, then
         documents; that over ``blocks`` of all documents is narrower, for more of this text, and None where no document
-        has more than one. ``by_position``: tokens with ``low`` to ``high - 1`` tokens before them.
+        has more than one. ``by_position``: tokens with ``low`` to ``high - 1`` tokens before them; perplexities, and %
+        relative to the first system.
     """
     counts, interval, block = _counts(documents), settings.bootstrap.interval, settings.block
+    words, size = counts["words"] or math.nan, counts["bytes"] or math.nan
     tokens = np.array([document.scored for document in documents], dtype=float)
     projects = [document.project or document.id for document in documents]
     nll = {system: np.array([record["nll"] for record in records]) for system, records in table.items()}
     blocks = {system: np.concatenate([record["blocks"] for record in records]) for system, records in table.items()}
     block_tokens = np.concatenate([np.bincount(block_bins(d.scored, block)) for d in documents]).astype(float)
     several = len(block_tokens) > len(documents)  # else the second interval would be the first one again
-
-    def ratio(total: float, count: int) -> float:
-        return total / count if count else math.nan
-
     return {
         "name": name,
         "documents": len(documents),
@@ -259,8 +255,8 @@ def scores(
             {
                 "system": system,
                 "perplexity": _exp(values.sum() / tokens.sum()),
-                "word_perplexity": _exp(ratio(values.sum(), counts["words"])),
-                "bits_per_byte": float(ratio(values.sum(), counts["bytes"]) / math.log(2)),
+                "word_perplexity": _exp(values.sum() / words),
+                "bits_per_byte": float(values.sum() / size / math.log(2)),
                 "nll": float(values.sum()),
                 "interval": interval(values, tokens, "documents", projects, np.exp),
             }
@@ -280,7 +276,7 @@ def scores(
             }
             for system, against in pairs
         ],
-        "by_position": list(_positions(documents, table)),
+        "by_position": _positions(documents, table),
     }
 
 
@@ -293,23 +289,32 @@ def _counts(documents: Sequence[TokenizedDocument]) -> dict[str, int]:
     }
 
 
-def _positions(documents: Sequence[TokenizedDocument], table: Table) -> Iterator[Json]:
-    """Perplexity, and % relative to the first system's, in every position bin that any document reaches."""
-    counts = [np.bincount(position_bins(document.scored)) for document in documents]
-    for index in range(max(map(len, counts))):
-        reached = [i for i, count in enumerate(counts) if index < len(count)]
-        tokens = sum(int(counts[i][index]) for i in reached)
-        sums = {name: sum(records[i]["positions"][index] for i in reached) for name, records in table.items()}
-        low, high = bin_edges(index)
-        baseline = next(iter(sums.values()))
-        yield {
-            "low": low,
-            "high": high,
-            "documents": len(reached),
-            "tokens": tokens,
-            "perplexity": {name: _exp(value / tokens) for name, value in sums.items()},
-            "percent": {name: float(percent((value - baseline) / tokens)) for name, value in sums.items()},
+def _positions(documents: Sequence[TokenizedDocument], table: Table) -> list[Json]:
+    """Of every position bin that any document reaches."""
+    counts = _stacked([np.bincount(position_bins(document.scored)) for document in documents])
+    sums = {name: _stacked([record["positions"] for record in records]).sum(0) for name, records in table.items()}
+    baseline = next(iter(sums.values()))
+    return [
+        {
+            "low": bin_edges(index)[0],
+            "high": bin_edges(index)[1],
+            "documents": int((counts[:, index] > 0).sum()),
+            "tokens": int(tokens),
+            "perplexity": {name: _exp(values[index] / tokens) for name, values in sums.items()},
+            "percent": {
+                name: float(percent((values[index] - baseline[index]) / tokens)) for name, values in sums.items()
+            },
         }
+        for index, tokens in enumerate(counts.sum(0))
+    ]
+
+
+def _stacked(rows: Sequence[Sequence[float] | NDArray[Any]]) -> Floats:
+    """Rows of several lengths as one array, zeros behind the short ones."""
+    found = np.zeros((len(rows), max(map(len, rows))))
+    for at, row in enumerate(rows):
+        found[at, : len(row)] = row
+    return found
 
 
 def block_bins(scored: int, block: int) -> NDArray[np.int64]:

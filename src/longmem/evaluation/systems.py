@@ -1,6 +1,6 @@
 """The systems that are compared on identical inputs, on one pass of their common backbone where they can share it.
 
-B rows · T window tokens · C width · V vocabulary
+B rows · T window tokens · C width · V vocabulary · Hkv key/value heads · D head_dim · Q systems that run together
 """
 
 from __future__ import annotations
@@ -8,19 +8,22 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from longmem.errors import CheckpointError, ConfigError
-from longmem.evaluation.streaming import Forward, Subject
 from longmem.memory import MemoryBank
 from longmem.modeling.fingerprint import fingerprint_of, legacy_fingerprint
 from longmem.modeling.reading import Reading
+from longmem.progress import Progress
 from longmem.types import AttentionKV
 
 if TYPE_CHECKING:
@@ -32,6 +35,11 @@ BACKBONE, MEMORY_OFF, CONTROL = "backbone", "memory_off", "control"
 LONGMEM, MEMTRM, TRAINING_FREE = "memory", "memtrm", "training_free"
 MEMTRM_OFF = f"{MEMTRM}_off"
 LOGITS_BYTES = 1 << 30  # logits of systems that run together exist at one time
+CE_BLOCK = 512  # tokens whose (tokens, V) float32 logits exist at one time
+
+Forward = Callable[[Tensor, Tensor, int], tuple[Sequence[Tensor], AttentionKV | None]]
+"""``forward(input_ids (B, T), rows (B,), keep)`` gives, for each of Q systems, the logits of the last ``keep``
+positions, (B, keep, V), and the memory layers' keys and values of all T, or None where there is no memory."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ def largest(names: Iterable[str]) -> list[str]:
     return [name for name in names if (memory := sized(name)) is None or most[memory[0]] == memory[1]]
 
 
-def chosen(names: Sequence[str], beginnings: Sequence[str], option: str = "--systems") -> list[str]:
+def chosen(names: Sequence[str], beginnings: Sequence[str]) -> list[str]:
     """The systems whose names begin so.
 
     Raises:
@@ -81,7 +89,7 @@ def chosen(names: Sequence[str], beginnings: Sequence[str], option: str = "--sys
     """
     lost = [start for start in beginnings if not any(name.startswith(start) for name in names)]
     if lost:
-        raise ConfigError(f"{option} ({', '.join(lost)}) begins no system's name; there are {', '.join(names)}")
+        raise ConfigError(f"--systems ({', '.join(lost)}) begins no system's name; there are {', '.join(names)}")
     return [name for name in names if not beginnings or name.startswith(tuple(beginnings))]
 
 
@@ -136,9 +144,8 @@ class Comparison:
         ]
         if control is not None:
             systems.append(System(CONTROL, "SideNet trained without memory", _identity(control), control))
-        return cls(
-            model.backbone.model, (*systems, *_with_memory(LONGMEM, "LongMem", mine, model, memory_sizes)), model
-        )
+        systems += _with_memory(LONGMEM, "LongMem", mine, model, memory_sizes)
+        return cls(model.backbone.model, tuple(systems), model)
 
     def beside(self, model: MemTRM | TrainingFree, memory_sizes: Sequence[int]) -> Comparison:
         """And a model that reads memory in its own layers, at each size.
@@ -153,13 +160,12 @@ class Comparison:
         config: Any = model.config
         identity, more = _identity(model), list[System]()
         if model.frozen:
-            start, share = model.fingerprint, f"{float(model.memory_share.mean()):.4g}"
-            share = "calibrated" if config.fusion == "token" else share
-            kind, label = f"{TRAINING_FREE}_{share}", f"training-free {share}"
+            share = "calibrated" if config.fusion == "token" else f"{float(model.memory_share.mean()):.4g}"
+            start, kind, label = model.fingerprint, f"{TRAINING_FREE}_{share}", f"training-free {share}"
         else:
             start, kind, label = str(config.start_fingerprint), MEMTRM, "MemTRM"
             more = [System(MEMTRM_OFF, "MemTRM, memory off", identity, model)]
-        mine = self.fingerprint
+        mine = fingerprint_of(self.model) if self.main is None else self.main.fingerprint
         if start not in self.fingerprints | {mine, fingerprint_of(self.model), legacy_fingerprint(self.model)}:
             raise CheckpointError(
                 f"{label} was made from backbone {start}, the others stand on {mine}; compare models of one backbone"
@@ -168,16 +174,6 @@ class Comparison:
         if {system.name for system in self.systems} & {system.name for system in more}:
             raise ConfigError(f"{label} is compared twice; leave one of them away")
         return replace(self, systems=(*self.systems, *more))
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the common backbone."""
-        return self.main.fingerprint if self.main is not None else fingerprint_of(self.model)
-
-    @property
-    def pairs(self) -> list[tuple[str, str]]:
-        """The differences reported, see ``compared``."""
-        return compared([system.name for system in self.systems])
 
     def described(self) -> dict[str, dict[str, Any]]:
         """Every system's identity and number of parameters, for the header of a result."""
@@ -198,8 +194,9 @@ class Comparison:
         runs = [tuple(shared[at : at + most]) for at in range(0, len(shared), most)]
         return runs + [(name,) for name in names if name in apart]
 
-    def prepare(self, systems: Sequence[System], rows: int, longest: int) -> Subject:
+    def prepare(self, names: Sequence[str], rows: int, longest: int) -> tuple[Forward, list[MemoryBank]]:
         """One of the tuples of ``passes`` with fresh, empty memories, for documents of at most ``longest`` tokens."""
+        systems = [system for system in self.systems if system.name in names]
         memories: dict[str, MemoryBank] = {}
         for system in systems:
             if system.reader is not None and system.memory_size is not None:
@@ -207,12 +204,33 @@ class Comparison:
                 # a bank larger than the longest document is never filled: do not reserve it
                 capacity = min(system.memory_size, -(-longest // chunk) * chunk)
                 memories[system.name] = self.make_memory(system.reader, rows, capacity)
-        banks, first = list(memories.values()), systems[0]
-        if first.apart:
-            return Subject(_alone(first.reader, memories.get(first.name)), banks)
-        if self.main is None:
-            return Subject(lambda input_ids, rows, keep: ([last_logits(self.model, input_ids, keep)], None))
-        return Subject(_together(self.main, systems, memories), banks)
+        first = systems[0]
+
+        def backbone_alone(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], None]:
+            return [last_logits(self.model, input_ids, keep)], None
+
+        def one_apart(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], AttentionKV | None]:
+            memory = memories.get(first.name)
+            out = first.reader(input_ids, memory=memory, memory_rows=rows, use_cache=False, logits_to_keep=keep)
+            return [out.logits[:, -keep:]], out.kv
+
+        def together(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[Sequence[Tensor], AttentionKV]:
+            """The backbone once; its final part (norm, head, caps) then runs on all systems' states as one batch."""
+            assert self.main is not None
+            run = self.main.backbone.run(input_ids, use_cache=False)
+            assert run.output is not None
+            states: list[Any] = []
+            for system in systems:
+                if system.reader is None:
+                    states.append(run.output.last_hidden_state)
+                    continue
+                run.reading = Reading.of(system.reader, memories.get(system.name), rows, explain=False)
+                states.append(system.reader.read(run))
+            logits: Any = self.main.backbone.head(torch.cat(states), run, logits_to_keep=keep).logits
+            return torch.split(logits[:, -keep:], len(input_ids)), run.kv(None)
+
+        forward: Forward = one_apart if first.apart else together if self.main is not None else backbone_alone
+        return forward, list(memories.values())
 
 
 def _with_memory(kind: str, label: str, identity: dict[str, Any], model: Any, sizes: Sequence[int]) -> list[System]:
@@ -220,36 +238,6 @@ def _with_memory(kind: str, label: str, identity: dict[str, Any], model: Any, si
         System(f"{kind}_{size}", f"{label}, {size:,} tokens", identity | {"memory": size}, model, size)
         for size in sizes
     ]
-
-
-def _alone(model: Any, memory: MemoryBank | None) -> Forward:
-    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], AttentionKV | None]:
-        out = model(input_ids, memory=memory, memory_rows=rows, use_cache=False, logits_to_keep=keep)
-        return [out.logits[:, -keep:]], out.kv
-
-    return forward
-
-
-def _together(main: LongMem, systems: Sequence[System], memories: dict[str, Any]) -> Forward:
-    """Run the backbone once; its final part (norm, head, caps) then runs on the systems' states, one batch after
-    another."""
-    backbone = main.backbone
-
-    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[Sequence[Tensor], AttentionKV]:
-        batch = len(input_ids)
-        run = backbone.run(input_ids, use_cache=False)
-        assert run.output is not None
-        states: list[Any] = []
-        for system in systems:
-            if system.reader is None:
-                states.append(run.output.last_hidden_state)
-                continue
-            run.reading = Reading.of(system.reader, memories.get(system.name), rows, explain=False)
-            states.append(system.reader.read(run))
-        logits: Any = backbone.head(torch.cat(states), run, logits_to_keep=keep).logits
-        return torch.split(logits[:, -keep:], batch), run.kv(None)
-
-    return forward
 
 
 def last_logits(model: Any, input_ids: Tensor, keep: int, **reads: Any) -> Tensor:
@@ -264,10 +252,10 @@ def _identity(model: Any) -> dict[str, Any]:
     """The weights beside the frozen backbone's, and the settings that outputs depend on besides them."""
     names = ("memory_layers", "stride", "chunk_size", "num_retrieved", "final_state", "fusion")
     found: dict[str, Any] = {"backbone": model.fingerprint, "dtype": str(model.dtype).removeprefix("torch.")}
+    trained = zip(model.trainable_parameter_names(), model.trainable_parameters(), strict=True)
     if hasattr(model, "sidenet"):
-        found["side"] = digest(zip(model.trainable_parameter_names(), model.trainable_parameters(), strict=True))
+        found["side"] = digest(trained)
     else:
-        trained = zip(model.trainable_parameter_names(), model.trainable_parameters(), strict=True)
         found["gates"] = digest([("memory_gate", model.memory_gate), *(trained if model.frozen else ())])
         if not model.frozen:
             found["weights"] = digest(model.state_dict().items())
@@ -281,3 +269,130 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+# running documents through systems
+
+
+class Window(NamedTuple):
+    """Input positions ``[start, end)`` of a document; those from ``scored_from`` are scored, by the token after each.
+
+    Everything before ``start`` has left the window: it is what memory may hold.
+    """
+
+    start: int
+    scored_from: int
+    end: int
+
+
+def windows(length: int, window: int, stride: int) -> Iterator[Window]:
+    """Cover ``length`` input positions so that each is scored exactly once.
+
+    The first window scores all it sees. Each later one starts ``stride`` further on and scores its last ``stride``
+    positions, which therefore see ``window - stride`` to ``window`` tokens. ``stride == window`` gives the paper's
+    non-overlapping segments.
+    """
+    start, scored = 0, 0
+    while scored < length:
+        end = min(start + window, length)
+        yield Window(start, scored, end)
+        start, scored = start + stride, end
+
+
+@dataclass(eq=False)
+class _Lane:
+    """One row of the batch: a document part way through."""
+
+    row: int
+    document: int
+    ids: Tensor  # (n,) on the device; inputs are the first n - 1, targets the last n - 1
+    plan: Iterator[Window]
+    window: Window
+    nll: list[NDArray[np.float64]] = field(default_factory=list)  # one (Q, t) for each window
+    held: Tensor | None = None  # keys and values (2, Hkv, t, D) of the window that was scored last
+
+
+@torch.inference_mode()
+def stream_nll(
+    forward: Forward,
+    memories: Sequence[Any],
+    documents: Sequence[Tensor],
+    *,
+    window: int,
+    stride: int,
+    rows: int,
+    names: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """Score every token of every document but its first, which nothing precedes.
+
+    Documents are rows of one batch, the longest first; a finished row is reset and given to the next document, so a row
+    never reads another document. Rows are padded at their ends, where a causal model cannot look.
+
+    What memory holds when window ``[start, end)`` is scored is exactly the tokens before ``start``. The keys and values
+    of a token are computed once, in the window in which the token is scored (so with at least ``window - stride``
+    tokens of context, where the document has them), wait while the token is still in the window, and are written when
+    it has left. With ``stride == window`` this is: score a segment, then memorize it.
+
+    Args:
+        memories: the banks that ``forward`` reads, all written alike.
+        documents: token ids, each (n,) with n >= 2.
+        names: of documents, for the memory's provenance.
+        progress: advanced by the tokens that each forward pass scores, each counted once for every system.
+
+    Yields:
+        document index and its negative log-likelihoods in nats, (Q, n - 1), in the order in which documents finish.
+    """
+    names = names or list(map(str, range(len(documents))))
+    waiting = deque(sorted(range(len(documents)), key=lambda i: -len(documents[i])))
+    free = list(range(rows))[::-1]
+    lanes: list[_Lane] = []
+    while waiting or lanes:
+        while waiting and free:
+            row, document = free.pop(), waiting.popleft()
+            for memory in memories:
+                memory.reset(rows=torch.tensor([row]))
+            plan = windows(len(documents[document]) - 1, window, stride)
+            lanes.append(_Lane(row, document, documents[document].to(device), plan, next(plan)))
+        moved = [(lane, lane.held[:, :, :stride]) for lane in lanes if lane.held is not None]
+        if moved and memories:
+            keys, values = torch.stack([left for _, left in moved], dim=1)
+            for memory in memories:
+                memory.add(
+                    AttentionKV(keys, values),
+                    rows=torch.tensor([lane.row for lane, _ in moved]),
+                    documents=[names[lane.document] for lane, _ in moved],
+                    offsets=[lane.window.start - stride for lane, _ in moved],
+                )
+        width = max(lane.window.end - lane.window.start for lane in lanes)
+        input_ids = lanes[0].ids.new_zeros(len(lanes), width)
+        for b, lane in enumerate(lanes):
+            start, _, end = lane.window
+            input_ids[b, : end - start] = lane.ids[start:end]
+        skipped = min(lane.window.scored_from - lane.window.start for lane in lanes)
+        logits, kv = forward(input_ids, torch.tensor([lane.row for lane in lanes]), width - skipped)
+        for b, lane in enumerate(list(lanes)):
+            start, scored_from, end = lane.window
+            first, last, targets = scored_from - start, end - start, lane.ids[scored_from + 1 : end + 1]
+            nll = torch.stack([token_nll(each[b, first - skipped : last - skipped], targets) for each in logits])
+            lane.nll.append(nll.double().cpu().numpy())
+            if memories and kv is not None:
+                new = torch.stack([kv.keys[b, :, first:last], kv.values[b, :, first:last]])
+                lane.held = new if lane.held is None else torch.cat([lane.held[:, :, stride:], new], dim=2)
+            if progress is not None:
+                progress.advance(nll.numel())
+            following = next(lane.plan, None)
+            if following is None:
+                lanes.remove(lane)
+                free.append(lane.row)
+                yield lane.document, np.concatenate(lane.nll, axis=1)
+            else:
+                lane.window = following
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p of each target in nats: logits (T, V), targets (T,) -> (T,) float32, a block at a time."""
+    pairs = zip(logits.split(CE_BLOCK), targets[:, None].split(CE_BLOCK), strict=True)
+    blocks = ((part.float(), wanted) for part, wanted in pairs)
+    return torch.cat([part.logsumexp(1) - part.gather(1, wanted)[:, 0] for part, wanted in blocks])
