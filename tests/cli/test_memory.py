@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,7 @@ from typing import Any
 import pytest
 from tests.cli.calling import Memory, names
 
-from longmem.store.store import MemoryStore
-
-# -- looking ---------------------------------------------------------------------------------------------------------
+from longmem import LongMem, MemoryStore
 
 
 @pytest.mark.usefixtures("filled")
@@ -28,16 +27,13 @@ def test_list_shows_documents_of_all_or_of_one(memory: Memory) -> None:
     assert memory("list", "--where", "year=1843", "--where", "kind=other", "--json").json == {"documents": []}
     assert memory("list", "--older-than", "1d", "--json").json == {"documents": []}
     assert len(names(memory("list", "--before", "2999-01-01", "--json"))) == 5
-    counts = memory("list", "--namespaces", "--json").json["namespaces"]
-    assert {name: each["documents"] for name, each in counts.items()} == {"ada": 3, "bob": 2}
     assert memory("list", "--namespaces").out.splitlines()[1].split()[:2] == ["ada", "3"]
 
 
 @pytest.mark.usefixtures("filled")
 def test_show_says_what_is_known_and_gives_the_text_back(memory: Memory, notes: Path) -> None:
     shown = memory("show", "one.txt", "-n", "bob").out
-    assert "kind" in shown
-    assert "tokens" in shown
+    assert "kind=note, year=1843" in shown and "tokens" in shown
     text = (notes / "one.txt").read_text()
     assert memory("show", "one.txt", "-n", "bob", "--text").out == text
     found = memory("show", "one.txt", "-n", "bob", "--text", "--json").json
@@ -45,8 +41,6 @@ def test_show_says_what_is_known_and_gives_the_text_back(memory: Memory, notes: 
 
 
 def test_token_ids_are_read_with_a_tokenizer(memory: Memory, models: Path, filled: Path) -> None:
-    from longmem import LongMem
-
     model: Any = LongMem.from_pretrained(models / "side" / "final")
     with MemoryStore.open(filled, model=model) as store:
         store.add_document("ada", ids=[70, 71, 72], name="ids")
@@ -57,23 +51,17 @@ def test_token_ids_are_read_with_a_tokenizer(memory: Memory, models: Path, fille
 @pytest.mark.usefixtures("filled")
 def test_stats_of_the_store_and_of_a_namespace(memory: Memory) -> None:
     whole, bob = memory("stats", "--json").json, memory("stats", "-n", "bob", "--json").json
-    assert (whole["namespaces"], whole["documents"]) == (2, 5)
+    assert (whole["namespaces"], whole["documents"], whole["layout"]["heads_kv"]) == (2, 5, 4)
     assert (bob["documents"], bob["file_bytes"]) == (2, None)
     assert whole["stored_bytes"] > whole["file_bytes"]  # what both have is there once
-    lines = memory("stats").out.splitlines()
-    assert lines[0].split() == ["namespaces", "2"]
-    assert "4 heads of 8, float16, chunks of 4, segments of 32 tokens" in lines[-1]
+    assert memory("stats").out.splitlines()[0].split() == ["namespaces", "2"]
 
 
 @pytest.mark.usefixtures("filled")
 def test_search_shows_chunks_with_share_score_place_text_and_heads(memory: Memory, notes: Path) -> None:
-    done = memory("search", "finds the old map", "-n", "ada", "--top", 3)
-    assert done.status == 0
-    lines = done.out.splitlines()
-    assert len(lines) == 6
-    for words in ("share ", "score ", ", token ", "heads "):
-        assert words in lines[0]
-    assert "[[" in lines[1]
+    lines = memory("search", "finds the old map", "-n", "ada", "--top", 3).out.splitlines()
+    assert lines[2].split() == ["share", "score", "document", "start_token", "time", "passage"]
+    assert len(lines) == 6 and all("[[" in line for line in lines[3:])
     hits = memory("search", "finds the old map", "-n", "ada", "--top", 3, "--around", 4, "--json").json["hits"]
     assert [hit["share"] for hit in hits] == sorted((hit["share"] for hit in hits), reverse=True)
     for hit in hits:
@@ -81,8 +69,7 @@ def test_search_shows_chunks_with_share_score_place_text_and_heads(memory: Memor
         begin = hit["start_token"]  # a token is a byte here
         assert text[begin : begin + hit["length"]] == hit["text"]
         assert text[:begin].endswith(hit["before"])
-        assert text[begin + hit["length"] :].startswith(hit["after"])
-        assert len(hit["after"]) <= 4
+        assert text[begin + hit["length"] :].startswith(hit["after"]) and len(hit["after"]) <= 4
         assert sum(hit["heads"].values()) / 4 == pytest.approx(hit["share"], abs=1e-5)
 
 
@@ -106,43 +93,26 @@ def test_size_prints_the_table_or_a_backbone_of_ones_own(memory: Memory) -> None
     assert memory("size", "--heads-kv", 2).error.startswith("--heads-kv and --head-dim go together")
 
 
-# -- forgetting ------------------------------------------------------------------------------------------------------
-
-
-def test_forget_and_compact_leave_no_byte(memory: Memory, filled: Path, notes: Path) -> None:
+def test_forget_and_compact_leave_no_byte_and_touch_no_other_namespace(
+    memory: Memory, filled: Path, notes: Path
+) -> None:
     done = memory("forget", "-n", "ada", "--name", "two.md")
-    assert done.out.split() == ["forgotten", str(len((notes / "two.md").read_text())), "tokens", "two.md"]
+    assert done.out.splitlines()[-1].split() == ["two.md", str(len((notes / "two.md").read_text()))]
     assert "`longmem memory compact` removes the bytes" in done.err
-    assert memory("compact").out.startswith(f"{len((notes / 'two.md').read_text())} tokens removed")
+    assert memory("compact", "--json").json["tokens"] == len((notes / "two.md").read_text())
     assert names(memory("list", "-n", "ada", "--json")) == ["inner/three.txt", "one.txt"]
     raw = b"".join(path.read_bytes() for path in filled.rglob("*") if path.is_file())
     assert (notes / "two.md").read_bytes()[40:90] not in raw
-    assert memory("verify").out.endswith("all is as it was written\n")
-
-
-@pytest.mark.usefixtures("filled")
-def test_forgetting_in_one_namespace_leaves_the_others(memory: Memory) -> None:
     done = memory("forget", "-n", "bob", "--where", "kind=note", "--json")
-    assert [name for name, _ in done.json["documents"]] == ["inner/three.txt", "one.txt"]
+    assert names(done) == ["inner/three.txt", "one.txt"]
     memory("compact")
-    assert memory("verify").status == 0
-    assert memory("list", "--namespaces", "--json").json["namespaces"].keys() == {"ada"}
+    assert memory("verify").out.splitlines()[-1].split() == ["clean", "True"]
+    assert [each["namespace"] for each in memory("list", "--namespaces", "--json").json["namespaces"]] == ["ada"]
     assert memory("search", "old map", "-n", "ada", "--json").json["hits"]
-
-
-@pytest.mark.usefixtures("filled")
-def test_forget_needs_a_condition(memory: Memory) -> None:
-    assert memory("forget", "-n", "ada").error == (
-        "say what to forget: --name, --where, --older-than, --before, or --everything; nothing was forgotten"
-    )
+    assert "forget needs to know what: name=, where=" in memory("forget", "-n", "ada").error
     assert "no document 'nothing.txt' to forget" in memory("forget", "-n", "ada", "--name", "nothing.txt").error
     done = memory("forget", "-n", "ada", "--older-than", "1d")
-    assert (done.status, done.out) == (0, "")
-    assert "0 documents of 'ada' forgotten" in done.err
-    assert len(names(memory("list", "--json"))) == 5
-
-
-# -- keeping ---------------------------------------------------------------------------------------------------------
+    assert done.status == 0 and "0 documents of 'ada' forgotten" in done.err
 
 
 def test_verify_finds_a_flipped_byte_and_repair_mends_it(
@@ -152,28 +122,24 @@ def test_verify_finds_a_flipped_byte_and_repair_mends_it(
     whole = path.read_bytes()
     path.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
     done = memory("verify")
-    assert done.status == 1
-    assert "1 of 1 problem left" in done.out
+    assert done.status == 1 and "kind" in done.out and path.name in done.out
     assert memory("verify", "--json").json["clean"] is False
     with monkeypatch.context() as patch:
         patch.setenv("LONGMEM_MODEL", "./no/such/folder")
         assert "no such folder" in memory("verify", "--repair").error
-    healed = memory("verify", "--repair")
-    assert healed.status == 0, healed
-    assert "tokens encoded again, with the same bits as before" in healed.out
+    healed = memory("verify", "--repair", "--json")
+    assert healed.status == 0 and healed.json["same_bits"] is True and healed.json["rebuilt_tokens"] > 0
     assert memory("verify", "--json").json["problems"] == []
 
 
 def test_export_and_import_move_documents_with_their_keys_and_values(
-    memory: Memory, filled: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+    memory: Memory, filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = memory("export", "bob.tar", "-n", "bob", "--name", "one.txt")
-    assert done.out.startswith("bob.tar: 1 document, ")
+    assert "one.txt" in memory("export", "bob.tar", "-n", "bob", "--name", "one.txt").out
     assert names(memory("export", "ada.tar", "-n", "ada", "--json")) == ["inner/three.txt", "one.txt", "two.md"]
     monkeypatch.setenv("LONGMEM_STORE", "other")
     assert names(memory("import", "ada.tar", "--json")) == ["inner/three.txt", "one.txt", "two.md"]
-    assert memory("import", "bob.tar", "-n", "carl").out.split()[0] == "added"
-    assert memory("list", "--namespaces", "--json").json["namespaces"].keys() == {"ada", "carl"}
+    assert memory("import", "bob.tar", "-n", "carl").out.splitlines()[1].split()[0] == "added"
     assert memory("verify").status == 0
     ours = memory("search", "old map", "-n", "ada", "--json").json["hits"]
     theirs = memory("search", "old map", "-n", "ada", "--store", filled, "--json").json["hits"]
@@ -193,3 +159,50 @@ def test_everything_prints_one_json_document(memory: Memory, notes: Path) -> Non
         done = memory(*arguments, "--json")
         assert done.status == 0, done
         json.loads(done.out)
+
+
+# what goes wrong is one line: the value, the rule, the way out
+
+
+@pytest.mark.parametrize("verb", ["list", "show x", "search x", "stats", "forget --everything", "compact", "verify",
+                                  "export x.tar"])  # fmt: skip
+@pytest.mark.usefixtures("model")
+def test_a_store_that_is_not_there_is_named(memory: Memory, verb: str) -> None:
+    assert memory(*verb.split()).error.startswith(f"{Path.cwd()}/memory: no memory store here; check the path")
+    assert not Path("memory").exists()
+
+
+@pytest.mark.usefixtures("filled")
+def test_an_unknown_namespace_is_named_with_those_there_are(memory: Memory, notes: Path) -> None:
+    for verb in ("list", "show one.txt", "search x", "stats", "forget --everything"):
+        assert memory(*verb.split(), "-n", "eve").error == (
+            f"{Path.cwd()}/memory: no namespace 'eve'; there are: ada, bob"
+        )
+    assert "holds other files" in memory("add", notes, "--store", notes).error
+    assert "a file, not a store's folder" in memory("list", "--store", notes / "one.txt").error
+
+
+@pytest.mark.usefixtures("notes")
+def test_a_wrong_model_is_named(memory: Memory, models: Path) -> None:
+    assert memory("add", "notes").error == (
+        "a new store needs the model whose memory it is to hold; name it with --model"
+    )
+    assert "no such folder; name a checkpoint folder" in memory("add", "notes", "--model", "./none").error
+    assert not Path("memory").exists()
+    line = memory("add", "notes", "--model", models / "backbone", "--backbone", models / "other").error
+    assert line.endswith("backbone is a causal language model by itself")
+    assert memory("add", "notes", "--model", models / "side", "--backbone", models / "backbone").status == 0
+    for other in ("other", "low"):
+        line = memory("add", "notes", "--model", models / other).error
+        assert "written by backbone" in line and "keys of one mean nothing to the other" in line
+    assert "layer 3), this model is" in memory("search", "x", "--model", models / "low").error
+    assert "try --device cpu" in memory("search", "x", "--model", models / "side", "--device", "cuda:99").error
+
+
+def test_a_second_writer_is_told_who_writes(memory: Memory, filled: Path) -> None:
+    with MemoryStore.open(filled):
+        for arguments in (["add", "notes"], ["forget", "-n", "ada", "--everything"], ["compact"], ["import", "x.tar"]):
+            line = memory(*arguments).error
+            assert f"process {os.getpid()} on " in line and "has been writing since" in line
+        assert len(names(memory("list", "--json"))) == 5  # reading goes on beside it
+        assert memory("verify").status == 0

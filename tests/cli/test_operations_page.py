@@ -45,24 +45,16 @@ def test_a_catalog_alone_is_all_of_the_text(memory: Memory, filled: Path) -> Non
     assert memory("show", "two.md", "-n", "ada", "--text", "--store", "copy").out == Path("notes/two.md").read_text()
     assert memory("verify", "--store", "copy", "--repair").status == 0
     assert memory("verify", "--store", "copy").status == 0
-    hits = [
-        memory("search", "old map", "-n", "ada", "--store", each, "--json").json["hits"] for each in ("copy", filled)
-    ]
-    assert [(hit["text"], hit["share"]) for hit in hits[0]] == [(hit["text"], hit["share"]) for hit in hits[1]]
+    ours, theirs = (memory("search", "map", "-n", "ada", "--store", each, "--json").json for each in ("copy", filled))
+    assert ours == theirs
 
 
 def test_a_read_only_folder_can_be_read(memory: Memory, filled: Path) -> None:
     before = sorted(path.name for path in filled.iterdir())
     filled.chmod(0o555)
     try:
-        for arguments in (
-            ["list"],
-            ["stats"],
-            ["verify"],
-            ["search", "map", "-n", "ada"],
-            ["export", "a.tar", "-n", "ada"],
-        ):
-            assert memory(*arguments).status == 0, arguments
+        for arguments in ("list", "stats", "verify", "search map -n ada", "export a.tar -n ada"):
+            assert memory(*arguments.split()).status == 0, arguments
         if os.geteuid() != 0:  # root may write anywhere
             assert "allow writing there" in memory("forget", "-n", "ada", "--everything").error
             assert sorted(path.name for path in filled.iterdir()) == before

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def refusal(path: Path, **options: Any) -> str:
 
 
 @pytest.mark.parametrize("source", [LONGMEM, STATE_DICT, BACKBONE, NAMESPACE], ids=lambda path: path.stem)
-@pytest.mark.parametrize("left", [0, 3, 1000, 0.5, -20])
+@pytest.mark.parametrize("left", [0, 3, 0.5, -20])
 def test_a_checkpoint_cut_off_anywhere_is_one_line(source: Path, left: float, tmp_path: Path) -> None:
     whole = source.read_bytes()
     cut = tmp_path / source.name
@@ -61,11 +60,6 @@ def test_a_checkpoint_cut_off_anywhere_is_one_line(source: Path, left: float, tm
     message = refusal(cut, **options)
     assert message.startswith(f"{cut}: cannot be read as")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_file_cut_off_says_so(tmp_path: Path) -> None:
-    (tmp_path / "cut.pt").write_bytes(LONGMEM.read_bytes()[:5000])
-    assert "ends before its table of contents, after 5,000 bytes: it was cut off" in refusal(tmp_path / "cut.pt")
 
 
 def test_a_missing_file_is_one_line_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,13 +100,6 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path: Path, zipped: bool, monkeypatc
     assert not (tmp_path / "trap").exists()
 
 
-def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "program.pt", "w") as archive:
-        for name in ("constants.pkl", "data.pkl", "version"):
-            archive.writestr(f"program/{name}", b"3")
-    assert "is a TorchScript program" in refusal(tmp_path / "program.pt")
-
-
 def test_half_weights_stay_half_unless_told_otherwise(tmp_path: Path) -> None:
     assert convert(NAMESPACE, tmp_path / "half").dtype == "float16"
     assert convert(NAMESPACE, tmp_path / "single", dtype=torch.float32).dtype == "float32"
@@ -140,15 +127,13 @@ def test_tensors_that_mean_nothing_are_told(edited: Edited, tmp_path: Path, caps
     with pytest.raises(SystemExit) as stopped:
         main(["convert", str(path), "--out", str(tmp_path / "out"), "--json"])
     assert stopped.value.code == 0
-    printed = capsys.readouterr()
-    assert "ignored 1 unknown tensors: decoder.strange" in printed.err
-    assert json.loads(printed.out)["ignored"] == ["decoder.strange"]
+    assert json.loads(capsys.readouterr().out)["ignored"] == ["decoder.strange"]
 
 
 def drop(*names: str) -> Callable[[dict[str, Any]], None]:
     def change(checkpoint: dict[str, Any]) -> None:
         for name in names:
-            del checkpoint["model"][name]
+            checkpoint["model"] = {key: each for key, each in checkpoint["model"].items() if name not in key}
 
     return change
 
@@ -179,6 +164,7 @@ PREFIX = "decoder.pretrained_model.decoder.model."
             "layers.0.mlp.fc_in.weight has shape (2, 2) where its SideNet needs (128, 32)",
         ),
         (lambda checkpoint: checkpoint.pop("model"), "has no 'model' entry with tensors"),
+        (drop("pretrained_model"), "holds no backbone; name its checkpoint with --backbone"),
         (
             lambda checkpoint: checkpoint.update({"model": {"x": torch.zeros(1)}}),
             "has neither a newgpt backbone nor a LongMem SideNet in it",
@@ -191,16 +177,17 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(
     assert message in refusal(edited(change))
 
 
-def test_a_list_is_no_checkpoint(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pt")
     assert "holds a list where a checkpoint is a dict" in refusal(tmp_path / "list.pt")
-
-
-def test_a_backbone_of_another_kind_is_refused(tmp_path: Path) -> None:
     checkpoint = torch.load(BACKBONE, weights_only=True)
     checkpoint["cfg"]["model"]["newgpt_mode"] = "rotary"
     torch.save(checkpoint, tmp_path / "other.pt")
     assert "newgpt_mode is 'rotary'; only 'alibi'" in refusal(tmp_path / "other.pt")
+    assert "is a backbone itself" in refusal(tmp_path / "other.pt", backbone=LONGMEM)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert "is there already and not empty; choose another --out" in refusal(tmp_path / "list.pt")
 
 
 def test_another_backbone_than_the_one_inside_is_refused(tmp_path: Path) -> None:
@@ -217,25 +204,6 @@ def test_a_backbone_that_is_converted_already_is_named_not_copied(tmp_path: Path
     assert done.backbone == str(tmp_path / "backbone")
     assert not (tmp_path / "out" / "backbone").exists()
     assert LongMem.from_pretrained(tmp_path / "out").config.memory_layer == 2
-
-
-def test_a_sidenet_without_a_backbone_asks_for_it(edited: Edited) -> None:
-    def change(checkpoint: dict[str, Any]) -> None:
-        checkpoint["model"] = {k: v for k, v in checkpoint["model"].items() if "pretrained_model" not in k}
-
-    assert "holds no backbone; name its checkpoint with --backbone" in refusal(edited(change))
-
-
-def test_a_backbone_takes_no_backbone(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is a backbone itself"):
-        convert(BACKBONE, tmp_path / "out", backbone=LONGMEM)
-
-
-def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="is there already and not empty; choose another --out"):
-        convert(BACKBONE, tmp_path / "out")
 
 
 def test_a_state_dict_finds_the_json_beside_it_or_asks(tmp_path: Path) -> None:

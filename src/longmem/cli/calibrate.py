@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import click
 
-from longmem.cli.options import folder_option, options
+from longmem.cli.common import folder_option, options
 from longmem.errors import ConfigError
 
 HELD = 8  # without --valid every eighth text is validated on

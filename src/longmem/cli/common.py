@@ -1,25 +1,221 @@
-"""What commands share: opening stores and models, reading texts, printing."""
+"""What commands share: values and options, stores and models, what is printed. Torch waits until a command runs."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
+import time
 import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from longmem.errors import BackboneError, CheckpointError, DataError, StoreDamaged, StoreError, StoreLocked
+from longmem.errors import BackboneError, CheckpointError, ConfigError, StoreDamaged, StoreError, StoreLocked
 from longmem.progress import Progress
 
 if TYPE_CHECKING:
-    from longmem.store.records import Layout
+    from longmem.store.records import Layout, Report
     from longmem.store.records import Progress as StoreProgress
     from longmem.store.store import MemoryStore
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+FOLDER = click.Path(path_type=Path)
+AT_LEAST_1 = click.IntRange(min=1)
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400, "y": 365 * 86_400}
+_MOMENTS = ("added", "created", "expires", "time")
+_SIZES = {"k": 1 << 10, "m": 1 << 20}
+
+# values of options
+
+
+def duration(text: str) -> float:
+    """Seconds of ``30d``, ``12h``, ``1.5y``; ValueError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdwy])", text.strip().lower())
+    if found is None:
+        raise ValueError(text)
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def moment(value: object) -> float:
+    """Seconds since the epoch of a date, a date and time (local unless it says otherwise), or such seconds.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    text = str(value).strip()
+    return float(text) if re.fullmatch(r"\d{9,}(\.\d+)?|\d+\.\d+", text) else datetime.fromisoformat(text).timestamp()
+
+
+def expiry(value: object) -> float:
+    """A duration from now on, or a moment; ValueError if it is neither."""
+    try:
+        return time.time() + duration(str(value))
+    except ValueError:
+        return moment(value)
+
+
+def tokens(word: str) -> int:
+    """``8192``, or ``8k``: k is 1,024 and m is 1,024k; ValueError for anything else."""
+    word = word.strip().lower()
+    return int(word[:-1]) * _SIZES[word[-1]] if word[-1:] in _SIZES else int(word)
+
+
+def _utf8(text: str) -> str:
+    """The same text; what Python makes of other bytes on the command line cannot be encoded, a ValueError."""
+    text.encode()
+    return text
+
+
+class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """A value that ``read`` makes of a word; what raises ValueError "is ``said``"."""
+
+    def __init__(self, name: str, read: Callable[[str], Any], said: str) -> None:
+        self.name, self._read, self._said = name, read, said
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self._read(value) if isinstance(value, str) else value
+        except (ValueError, OverflowError):
+            self.fail(f"{value!r} is {self._said}", param, ctx)
+
+
+TEXT = Parsed("TEXT", _utf8, "not UTF-8 text; convert it")
+MOMENT = Parsed("DATE", moment, "no date; try 2026-01-31 or 2026-01-31T18:30")
+EXPIRY = Parsed("WHEN", expiry, "no when; try 30d, 12h or 2026-01-31")
+
+
+def token_count(least: int = 1) -> Parsed:
+    """The type of an option that takes one number of tokens."""
+
+    def read(word: str) -> int:
+        if (count := tokens(word)) < least:
+            raise ValueError(word)
+        return count
+
+    return Parsed("tokens", read, f"no token count of at least {least}; try 8192 or 8k")
+
+
+def by_comma(kind: Callable[[str], Any], said: str) -> Callable[..., Any]:
+    """Callback of options that take several values by comma; None stays None."""
+
+    def read(context: click.Context, parameter: click.Parameter, value: str | None) -> list[Any] | None:
+        try:
+            return None if value is None else [kind(word.strip()) for word in value.split(",") if word.strip()]
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not a list of {said}") from None
+
+    return read
+
+
+token_counts = by_comma(tokens, "token counts; try 1024,8k,64k")
+
+
+def _key_values(context: click.Context, parameter: click.Parameter, values: Iterable[str]) -> dict[str, Any] | None:
+    """``author=Ada``, ``year=1843`` and ``{"draft": true}`` as one object; None without any.
+
+    Values are JSON where they can be, else text.
+    """
+    found: dict[str, Any] = {}
+    for value in values:
+        key, sign, text = value.partition("=")
+        try:
+            found |= json.loads(value) if value.lstrip().startswith("{") else {key: json.loads(text)}
+        except ValueError:
+            if not sign or not key or value.lstrip().startswith("{"):
+                raise click.BadParameter(f"{value!r} is neither KEY=VALUE nor a JSON object; try author=Ada") from None
+            found[key] = text
+    return found or None
+
+
+def _writable(context: click.Context, parameter: click.Parameter, folder: Path | None) -> Path | None:
+    """A folder that is there or can be made: looked at before a command works for hours."""
+    if folder is not None:
+        path = folder.absolute()
+        place = next(each for each in (path, *path.parents) if os.path.lexists(each))
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            way_out = "name a folder that can be written in, or a new one"
+            raise ConfigError(f"{parameter.opts[0]} ({folder}): {place} is not such a folder; {way_out}")
+    return folder
+
+
+def folder_option(name: str, **settings: Any) -> Callable[[Command], Command]:
+    """An option that names a folder to write in; ``ConfigError`` where that is not possible."""
+    return click.option(name, type=FOLDER, callback=_writable, **settings)
+
+
+# options
+
+_OPTIONS: dict[str, Any] = {
+    "store": click.option(
+        "--store", "path", type=FOLDER, default=Path("memory"), envvar="LONGMEM_STORE",
+        help="Folder of the store; also LONGMEM_STORE.",
+    ),
+    "namespace": click.option(
+        "--namespace", "-n", default="default", envvar="LONGMEM_NAMESPACE",
+        help="Whose documents; also LONGMEM_NAMESPACE.",
+    ),
+    "any_namespace": click.option(
+        "--namespace", "-n", envvar="LONGMEM_NAMESPACE",
+        help="Of this namespace only; also LONGMEM_NAMESPACE. Default: of all.",
+    ),
+    "metadata": click.option(
+        "--metadata", multiple=True, metavar="KEY=VALUE", type=TEXT, callback=_key_values,
+        help="Or a JSON object; repeatable.",
+    ),
+    "where": click.option(
+        "--where", multiple=True, metavar="KEY=VALUE", type=TEXT, callback=_key_values,
+        help="Only documents with this metadata; repeatable, all must hold. VALUE is JSON, or else text.",
+    ),
+    "older_than": click.option(
+        "--older-than", type=Parsed("DURATION", duration, "no duration; try 30d, 12h or 1.5y"),
+        help="Only documents at least so old: 30d, 12h.",
+    ),
+    "before": click.option("--before", type=MOMENT, help="Only documents from before this date."),
+    "model": click.option(
+        "--model", envvar="LONGMEM_MODEL",
+        help="LongMem checkpoint, run folder, or a causal LM by itself; also LONGMEM_MODEL. Default: the backbone that "
+        "the store was made with.",
+    ),
+    "backbone": click.option("--backbone", help="Where the backbone is, if not where the checkpoint says."),
+    "revision": click.option("--revision", help="Of a hub id."),
+    "subfolder": click.option("--subfolder", help="Where in its folder or hub id the backbone is."),
+    "gguf_file": click.option("--gguf-file", help="Name of the GGUF file in the backbone's folder or hub id."),
+    "dtype": click.option(
+        "--dtype", type=click.Choice(("auto", "float32", "bfloat16", "float16")), default="auto",
+        help="Of the weights; auto: as saved.",
+    ),
+    "device": click.option("--device", default="auto", help="cpu, cuda, ...; auto takes a GPU if there is one."),
+    "tokenizer": click.option("--tokenizer", help="Folder or hub id; default: that of the model's backbone."),
+    "max_new_tokens": click.option("--max-new-tokens", "-m", type=AT_LEAST_1, default=256, help="Of an answer."),
+    "seed": click.option("--seed", type=click.IntRange(min=0), default=0, help="Of all that is drawn."),
+    "json": click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
+}  # fmt: skip
+
+
+def options(*names: str) -> Callable[[Command], Command]:
+    """The options of these names, in this order; ``any_namespace`` is ``namespace`` where none means all."""
+    return together(*(_OPTIONS[name] for name in names))
+
+
+def together(*several: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Options as one decorator, in this order."""
+
+    def decorate(function: Command) -> Command:
+        for option in reversed(several):
+            function = option(function)
+        return function
+
+    return decorate
+
 
 # stores and models
 
@@ -48,11 +244,7 @@ def layout_of(path: Path, *, writing: bool = False) -> Layout | None:
 
 
 def check_namespace(store: MemoryStore, namespace: str) -> None:
-    """Refuse a namespace without documents; names those that there are.
-
-    Raises:
-        StoreError: there are none in it.
-    """
+    """Refuse a namespace without documents with a StoreError; it names those that there are."""
     there = store.namespaces()
     if unicodedata.normalize("NFC", namespace) not in there:
         names = ", ".join(there[:20]) + (", ..." if len(there) > 20 else "")
@@ -60,41 +252,27 @@ def check_namespace(store: MemoryStore, namespace: str) -> None:
         raise StoreError(f"{store.path}: no namespace {namespace!r}; {ways}")
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model, and where its tokenizer is; None where that is not known."""
-
-    model: Any
-    tokenizer: str | None
-
-
 def load_model(
     name: str | None,
     layout: Layout | None,
-    device: str,
-    backbone: str | None = None,
     *,
+    device: str = "auto",
+    backbone: str | None = None,
     revision: str | None = None,
-    subfolder: str | None = None,
-    gguf_file: str | None = None,
     dtype: str = "auto",
-    default: bool = False,
-    closed: bool = False,
-) -> Loaded:
-    """The model of a store.
+    talking: bool = False,
+    **parts: str | None,
+) -> tuple[Any, str | None]:
+    """The model that the options name, for a store of this layout, and where its tokenizer is.
+
+    A causal language model by itself reads memory in the layers that the store remembers, nothing trained. Without a
+    name it is the backbone that the store was made with.
 
     Args:
-        name: a checkpoint, or a causal language model by itself, which then reads memory in the layers that the store
-            remembers, nothing trained; None is the backbone that the store names.
-        layout: of the store; None is a new one.
-        device: ``auto`` takes a GPU where there is one.
-        backbone: where the backbone of a checkpoint is; None is where the checkpoint says.
-        revision: of a hub id.
-        subfolder: where in ``backbone``, or else in ``name``, the backbone is.
-        gguf_file: the same for a GGUF file.
-        dtype: of the weights; ``auto`` is as saved.
-        default: without a name, a new store or one of its backbone gets the default model, which may be fetched.
-        closed: the heads of a causal language model by itself take nothing from memory; a line says so.
+        layout: None is a new store.
+        talking: without a name, a new store or one of its backbone gets the default model, which may be fetched; and
+            heads that nothing was trained for take nothing from memory.
+        **parts: ``subfolder`` and ``gguf_file`` of ``backbone``, or else of ``name``, which then is a backbone.
 
     Raises:
         StoreError: no model is named, or the one that the store names cannot be loaded.
@@ -103,87 +281,63 @@ def load_model(
     import torch
     from transformers.utils import logging
 
+    from longmem import LongMem, MemTRM, TrainingFree
     from longmem.default_model import default_checkpoint, default_model
     from longmem.evaluation.loading import checked_device, checkpoint_folder, model_type
-    from longmem.modeling.longmem import LongMem
-    from longmem.modeling.memtrm import MemTRM
-    from longmem.modeling.training_free import TrainingFree
 
     logging.disable_progress_bar()
-    if default and name is None and (layout is None or default_checkpoint(layout)):
+    if talking and name is None and (layout is None or default_checkpoint(layout)):
         chosen = default_model(say, layout)
         name, backbone = str(chosen.checkpoint), str(chosen.backbone)
     if name is None and layout is None:
         raise StoreError("a new store needs the model whose memory it is to hold; name it with --model")
-    place, folder = checked_device(device), _absolute(name or (layout.backbone if layout else ""))
-    backbone = _absolute(backbone) if backbone else None
+    place, folder = checked_device(device), name or (layout.backbone if layout else "")
     how: dict[str, Any] = {"revision": revision, "dtype": None if dtype == "auto" else getattr(torch, dtype)}
-    within = {key: part for key, part in (("subfolder", subfolder), ("gguf_file", gguf_file)) if part is not None}
-    itself = bool(within) and backbone is None  # then the name is that of a backbone
-    if within and Path(place_of := backbone or folder).is_dir():
-        joined, within = checkpoint_folder(str(Path(place_of, *within.values()))), {}
-        folder, backbone = (joined, None) if itself else (folder, joined)
+    inside: dict[str, Any] = {key: part for key, part in parts.items() if part is not None}
+    bare = name is None or (bool(inside) and backbone is None)
+    if inside and Path(backbone or folder).is_dir():
+        joined, inside = checkpoint_folder(str(Path(backbone or folder, *inside.values()))), {}
+        folder, backbone = (folder, joined) if backbone else (joined, None)
     try:
+        folder = folder if bare else checkpoint_folder(folder)
         kinds: dict[str, Any] = {"longmem": LongMem, "memtrm": MemTRM, "training_free": TrainingFree}
-        kind = "" if name is None or itself else model_type(folder := checkpoint_folder(folder))
-        if kind in kinds:
-            other = {"backbone": backbone} if backbone else {}
-            model: Any = kinds[kind].from_pretrained(folder, backbone_kwargs=within, **how, **other)
+        kind = kinds.get("" if bare else model_type(folder))
+        if kind is not None:
+            model = kind.from_pretrained(folder, backbone=backbone, backbone_kwargs=inside, **how)
         elif backbone is not None:
             raise StoreError(f"--backbone is for a checkpoint of ours; {folder} is a causal language model by itself")
         else:
-            # what a store names is looked for on this machine only: --model is there to ask for a download
-            here = {} if name is not None or Path(folder).is_dir() else {"local_files_only": True}
-            layers = None if layout is None else layout.memory_layers
-            if closed:
+            if name is None and not Path(folder).is_dir():
+                inside["local_files_only"] = True  # --model is there to ask for a download
+            if talking:
                 how["gate"] = 0.0
                 say(f"{folder} has no trained gates, so memory reaches it as passages in its window, not by its heads; "
                     "longmem calibrate trains some")  # fmt: skip
-            model = TrainingFree.from_backbone(folder, memory_layers=layers, backbone_kwargs={**here, **within}, **how)
+            layers = None if layout is None else layout.memory_layers
+            model = TrainingFree.from_backbone(folder, memory_layers=layers, backbone_kwargs=inside, **how)
     except (CheckpointError, BackboneError) as error:
         if name is not None:
             raise
         raise StoreError(f"the store's backbone cannot be loaded: {error}; name the model with --model") from error
-    backbone = backbone or model.config.backbone_name_or_path
-    if backbone and (Path(folder) / backbone).is_dir():
-        # by its whole path: a new store remembers it, and is used from other folders too
-        backbone = model.config.backbone_name_or_path = str((Path(folder) / backbone).resolve())
+    named = model.config.backbone_name_or_path
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-    found = (each for each in (folder, backbone) if each and any((Path(each) / file).is_file() for file in files))
-    return Loaded(model.to(place).eval(), next(found, backbone))
+    found = (each for each in (folder, named) if each and any((Path(each) / file).is_file() for file in files))
+    return model.to(place).eval(), next(found, named)
 
 
-def _absolute(name: str) -> str:
-    return str(Path(name).absolute()) if Path(name).is_dir() else name
+def open_with_model(
+    given: dict[str, Any], mode: str = "write", *, create: bool = False, talking: bool = False, **settings: Any
+) -> MemoryStore:
+    """The store ``path``, with the model and the tokenizer that the other options in ``given`` name."""
+    from longmem.data.tokenizer import load_tokenizer
+    from longmem.store.store import MemoryStore
 
-
-def load_tokenizer(name: str | None, loaded: Loaded | None = None) -> Any:
-    """The tokenizer of that name, or else the model's; None where there is none.
-
-    Raises:
-        DataError: it is another model's, or there is none of that name.
-    """
-    from longmem.data.tokenizer import load_tokenizer as load
-
-    chosen = name or (loaded.tokenizer if loaded else None)
-    return None if chosen is None else load(chosen, None if loaded is None else loaded.model)
-
-
-def read_text(path: str | Path) -> str:
-    """The text of a file, or of standard input for ``-``.
-
-    Raises:
-        DataError: it is not there or not UTF-8.
-    """
-    named = "standard input" if str(path) == "-" else str(path)
-    try:
-        with click.open_file(str(path), "rb") as stream:
-            data: Any = stream.read()
-        return str(data.decode("utf-8"))
-    except OSError as error:
-        raise DataError(f"{named}: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{named}: not UTF-8 text (byte {error.start}); convert it") from error
+    where = {name: given[name] for name in ("device", "backbone") if name in given}
+    layout = layout_of(given["path"], writing=mode == "write")
+    model, beside = load_model(given["model"], layout, talking=talking, **where)
+    if "tokenizer" in given and (words := given["tokenizer"] or beside):
+        settings["tokenizer"] = load_tokenizer(words, model)
+    return MemoryStore.open(given["path"], mode=mode, model=model, create=create, **settings)  # type: ignore[arg-type]
 
 
 # printing: data on stdout, all else on stderr
@@ -203,29 +357,43 @@ def _plain(value: Any) -> Any:
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
-def print_columns(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def show(as_json: bool, value: dict[str, Any], heads: Sequence[str] = ()) -> None:
+    """Print a result as JSON; or its lists of records as tables with these columns, and all else a line for each."""
+    if as_json:
+        print_json(value)
+        return
+    for key, each in value.items():
+        if heads and isinstance(each, list):
+            records = [record if isinstance(record, dict) else _plain(record) for record in each]
+            rows = [[cell(record[head], head) for head in heads] for record in records]
+            for line in columns(heads, rows) if rows else []:
+                click.echo(line)
+        else:
+            click.echo(f"{key:<14}  {cell(each, key)}")
+
+
+def columns(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     """Aligned columns, numbers to the right; a line is never cut."""
-    lines = [[_cell(value) for value in row] for row in rows]
-    right = [bool(lines) and all(_is_number(line[at]) for line in lines) for at in range(len(heads))]
-    widths = [max(len(line[at]) for line in [list(heads), *lines]) for at in range(len(heads))]
-    for line in [list(heads), *lines]:
-        cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
-        click.echo("  ".join(cells).rstrip())
+    lines = [list(heads), *map(list, rows)]
+    for at, column in enumerate(zip(*lines, strict=True)):
+        right = len(lines) > 1 and all(re.fullmatch(r"[\d,.%+-]+", each) for each in column[1:])
+        width = max(map(len, column))
+        for line in lines:
+            line[at] = line[at].rjust(width) if right else line[at].ljust(width)
+    yield from ("  ".join(line).rstrip() for line in lines)
 
 
-def _cell(value: object) -> str:
-    if value is None:
+def cell(value: object, key: str = "") -> str:
+    """A value as text within a line; ``key`` tells moments from other numbers."""
+    if value is None or value == {}:
         return "-"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else one_line(str(value))
-
-
-def _is_number(text: str) -> bool:
-    return text == "-" or text.replace(",", "").replace(".", "").isdigit()
-
-
-def date(seconds: float | None) -> str | None:
-    """A moment in local time."""
-    return None if seconds is None else datetime.fromtimestamp(seconds).isoformat(" ", "seconds")
+    if isinstance(value, float):
+        return datetime.fromtimestamp(value).isoformat(" ", "seconds") if key in _MOMENTS else f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        value = ", ".join(f"{name}={each}" for name, each in value.items())
+    return one_line(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
 
 
 def one_line(text: str) -> str:
@@ -233,32 +401,31 @@ def one_line(text: str) -> str:
     return "".join(sign if sign.isprintable() else "·" for sign in " ".join(text.split()))
 
 
+def visible(text: str) -> str:
+    """A token's text, white space as signs."""
+    return one_line(text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣"))
+
+
 def counted(number: int, what: str) -> str:
     """``1 document``, ``2,000 documents``."""
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
-_WORDS = {"encode": "encoding", "check": "checking", "rewrite": "rewriting", "copy": "copying"}
-
-
 class ShownProgress:
-    """Progress of a store's long work, on stderr: pass it as ``progress``."""
+    """Progress of a store's long work, a line on stderr for every step; called with how far it is."""
 
     def __init__(self) -> None:
         self._step, self._shown = "", Progress("")
 
-    def __enter__(self) -> ShownProgress:
+    def __enter__(self) -> Report:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._shown.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self._shown.__exit__(None, None, None)
 
     def __call__(self, progress: StoreProgress) -> None:
-        """Show how far it is."""
         if progress.step != self._step:
-            self._shown.__exit__(None, None, None)
-            self._step = progress.step
-            self._shown = Progress(_WORDS.get(progress.step, progress.step), progress.total, progress.unit)
+            self.__exit__()
+            words = {"encode": "encoding", "check": "checking", "rewrite": "rewriting", "copy": "copying"}
+            self._step, self._shown = progress.step, Progress(words[progress.step], progress.total, progress.unit)
         self._shown.advance(progress.done - self._shown.done, one_line(progress.name)[-40:])

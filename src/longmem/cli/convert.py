@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from longmem.cli.common import print_json
-from longmem.cli.options import FOLDER, options
-
-DTYPES = ("keep", "float32", "float16", "bfloat16")
+from longmem.cli.common import FOLDER, options, show
 
 
 @click.command(epilog="Example: longmem convert checkpoint_last.pt --vocabulary gpt2_bpe --out models/longmem")
 @click.argument("checkpoint", type=FOLDER)
 @click.option("--out", required=True, type=FOLDER, help="Folder to write; new or empty.")
-@click.option(
-    "--backbone",
-    type=FOLDER,
-    help="The backbone's own checkpoint, or a folder it was converted to. Not needed where CHECKPOINT holds it.",
-)
-@click.option(
-    "--settings",
-    type=FOLDER,
-    help="JSON with heads and memory settings, for a state dict in safetensors. Default: the JSON beside it.",
-)
-@click.option(
-    "--vocabulary",
-    type=FOLDER,
-    help="Folder with the released encoder.json, vocab.bpe and dict.txt: the tokenizer is written too.",
-)
-@click.option("--dtype", type=click.Choice(DTYPES), default="keep", help="Of the weights written.")
-@options("json")
+@click.option("--backbone", type=FOLDER, help="The backbone's own checkpoint, or a folder it was converted to. Not "
+              "needed where CHECKPOINT holds it.")  # fmt: skip
+@click.option("--settings", type=FOLDER, help="JSON with heads and memory settings, for a state dict in safetensors. "
+              "Default: the JSON beside it.")  # fmt: skip
+@click.option("--vocabulary", type=FOLDER, help="Folder with the released encoder.json, vocab.bpe and dict.txt: the "
+              "tokenizer is written too.")  # fmt: skip
+@options("dtype", "json")
 def command(checkpoint: Path, out: Path, dtype: str, as_json: bool, **given: Any) -> None:
     """Convert a checkpoint of the released LongMem code.
 
@@ -43,14 +31,4 @@ def command(checkpoint: Path, out: Path, dtype: str, as_json: bool, **given: Any
 
     from longmem.convert.write import convert
 
-    chosen = None if dtype == "keep" else getattr(torch, dtype)
-    done = convert(checkpoint, out, dtype=chosen, **given)
-    if done.ignored:
-        click.echo(f"ignored {len(done.ignored)} unknown tensors: {', '.join(done.ignored)}", err=True)
-    if as_json:
-        print_json(done)
-        return
-    trained = f", {done.trained:,} of them in the SideNet" if done.trained else ""
-    click.echo(f"{done.out}: {done.kind} of {done.parameters:,} parameters{trained}, {done.dtype}")
-    if done.backbone != done.out:
-        click.echo(f"{done.backbone}: its backbone")
+    show(as_json, asdict(convert(checkpoint, out, dtype=None if dtype == "auto" else getattr(torch, dtype), **given)))

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from longmem.cli.common import options, token_count
 from longmem.cli.evaluating import MODEL, RUN, load, save_and_show
-from longmem.cli.options import options, token_count
 from longmem.cli.tasks import COMMANDS
 
 

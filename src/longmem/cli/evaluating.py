@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from longmem.cli.options import folder_option, options, together, token_counts
+from longmem.cli.common import folder_option, options, together, token_counts
 
 if TYPE_CHECKING:
     from longmem.evaluation.loading import Loaded

@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from longmem.cli.common import (
-    check_namespace,
-    counted,
-    load_model,
-    load_tokenizer,
-    one_line,
-    open_store,
-    print_columns,
-    print_json,
-    read_text,
-    say,
-)
-from longmem.cli.options import FOLDER, checked, options, token_count
+from longmem.cli import common as shared
+from longmem.cli.common import AT_LEAST_1, FOLDER, counted, options, say, token_count
 from longmem.errors import DataError, StoreError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from longmem.generation.page import ReadToken
-    from longmem.memory.session import SessionMemory
     from longmem.store.recall import RecalledPassage
     from longmem.types import ChunkOrigin
 
 ENDLESS = 1 << 40  # tokens; nobody waits for the last
-SHOWN_CHUNKS = 2
 QUERY_WORDS = 60
 
 
@@ -42,28 +30,23 @@ QUERY_WORDS = 60
     epilog='Example: longmem generate models/small/sidenet "def main(" --memory memory --max-new-tokens 100',
 )
 @click.argument("model")
-@click.argument("prompt", required=False)
-@click.option("--file", "file", type=FOLDER, help="Take the prompt from a file.")
+@click.argument("prompt", required=False, type=shared.TEXT)
+@click.option("--file", type=FOLDER, help="Take the prompt from a file.")
 @click.option("--memory", "store", type=FOLDER, help="Read the documents of this store.")
 @options("namespace")
 @click.option(
-    "--recall",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Passages of the store that share words with the prompt and are read once more, before it.",
+    "--recall", type=click.IntRange(min=0), default=0, help="Passages that share words with the prompt, before it."
 )
-@click.option("--recall-tokens", type=token_count(), default=400, help="That they may take together.")
+@click.option("--recall-tokens", type=token_count(), default=400, help="That recalled passages may take together.")
 @click.option("--read", "texts", multiple=True, metavar="FILE", help="Read a text into memory first; repeatable.")
 @click.option("--keep", metavar="NAME", help="Keep prompt and answer in the store as a document of this name.")
-@click.option("--max-new-tokens", "-m", type=click.IntRange(min=1), default=200)
+@options("max_new_tokens")
 @click.option("--endless", is_flag=True, help="Go on until the model ends the text, or you do (Ctrl-C).")
 @click.option("--ignore-end", is_flag=True, help="Do not stop at the end-of-text token.")
 @click.option("--temperature", type=click.FloatRange(min=0), help="Sample; 0, the default, takes the likeliest token.")
 @click.option("--top-p", type=click.FloatRange(min=0, max=1), help="Sample from the likeliest tokens of this much.")
-@click.option("--top-k", type=click.IntRange(min=1), help="Sample from so many tokens.")
+@click.option("--top-k", type=AT_LEAST_1, help="Sample from so many tokens.")
 @click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), help="Above 1: repeat less.")
-@click.option("--beams", "num_beams", type=click.IntRange(min=1), help="Beams; not streamed, must fit the window.")
 @options("seed")
 @click.option("--window", type=int, help="Tokens attended to directly; default: what the backbone was made for.")
 @click.option("--window-move", type=int, help="Oldest tokens that move to memory when it is full; default: half.")
@@ -75,198 +58,155 @@ QUERY_WORDS = 60
 @click.option("--explain", is_flag=True, help="Show as a table what memory did to each token, and what was read.")
 @click.option("--page", type=FOLDER, help="The same as an HTML page, with tokens shaded by what memory did to them.")
 @options("json")
-def command(model: str, prompt: str | None, explain: bool, page: Path | None, as_json: bool, **options: Any) -> None:
+def command(model: str, prompt: str | None, explain: bool, page: Path | None, as_json: bool, **asked: Any) -> None:
     """Continue PROMPT with MODEL: a LongMem, a run folder, or a causal LM by itself.
 
     Without PROMPT (or with -) the prompt is standard input. The continuation is streamed to standard output. The store
     is only read; what has left the window is in memory as long as the command runs, and --keep writes it.
     """
-    beams, endless, explained = (options["num_beams"] or 1) > 1, options["endless"], explain or page is not None
-    if explained and (beams or endless):
-        raise click.UsageError("--explain and --page follow one text to its end; leave out --beams and --endless")
-    if options["store"] is None and (options["keep"] is not None or options["recall"]):
-        needs = "--keep needs a store to keep it in" if options["keep"] is not None else "--recall needs a store"
-        raise click.UsageError(f"{needs}; name it with --memory")
-    answer = _generate(
-        model, _prompt(prompt, options["file"]), options, stream=not as_json and not beams, read=explained
-    )
-    if as_json:
-        print_json(answer.plain())
-    elif beams:
-        click.echo(answer.text)
-    elif explain:
-        _print_table(answer.tokens)
-    if page is not None:
-        from longmem.generation.page import page as made
-
-        page.write_text(made(model, answer.memory, answer.prompt, answer.tokens), encoding="utf-8")
-        say(f"wrote {page}")
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What came of it: ``record`` is the JSON but for the tokens; ``memory`` says what was read, in words."""
-
-    prompt: str
-    text: str
-    memory: str
-    tokens: list[ReadToken]
-    record: dict[str, Any]
-
-    def plain(self) -> dict[str, Any]:
-        return {"prompt": self.prompt, "text": self.text, **self.record, "tokens": self.tokens or None}
-
-
-def _generate(name: str, prompt: str, asked: dict[str, Any], *, stream: bool, read: bool) -> _Answer:
-    """Open the store, load the model, read the texts, generate, and keep the answer where that is asked."""
     import torch
 
-    from longmem.generation import THIS_TEXT
-    from longmem.generation import read as read_into
+    from longmem.generation import THIS_TEXT, read
     from longmem.generation.page import Passages, generate_explained, read_tokens
-    from longmem.store.recall import Recall
-    from longmem.store.store import MemoryStore
+    from longmem.generation.page import page as made_page
+    from longmem.generation.pieces import Pieces
+    from longmem.memory.session import SessionMemory
 
-    namespace, keep = asked["namespace"], asked["keep"]
-    with ExitStack() as open_things:
-        store = None
-        if asked["store"] is not None:  # before the model: wrong names show at once
-            store = open_things.enter_context(open_store(asked["store"]))
-            check_namespace(store, namespace)
-            if keep is not None and any(each.name == keep for each in store.documents(namespace)):
-                raise StoreError(
-                    f"namespace {namespace!r} has a document {keep!r} already; choose another name for --keep"
-                )
-        how = {each: asked[each] for each in ("device", "backbone", "revision", "subfolder", "gguf_file", "dtype")}
-        loaded = load_model(name, None if store is None else store.layout, **how)
-        model, tokenizer = loaded.model, load_tokenizer(asked["tokenizer"], loaded)
-        if tokenizer is None:
-            raise DataError(f"{name}: no tokenizer beside the model or its backbone; name one with --tokenizer")
-        found: list[RecalledPassage] = []
-        notes = ""
-        if asked["recall"]:
-            # the end of the prompt is what goes on; a long one would ask for everything
-            query = " ".join(prompt.split()[-QUERY_WORDS:])
-            top, budget = asked["recall"], asked["recall_tokens"]
-            # with the tokenizer: documents that were kept as token ids have no text without it
-            readable = open_things.enter_context(open_store(asked["store"], tokenizer=tokenizer))
-            notes, found = Recall(readable, namespace).notes(query, tokenizer, top, budget=budget)
-            for passage in found:
-                say(f"recalled {passage.document}: {one_line(passage.text)}")
-        before = _ids(tokenizer, model, f"{notes}\n\n", "the notes") if notes else []
-        own = _ids(tokenizer, model, prompt, "the prompt", special=not notes)
-        ids = torch.tensor([before + own])
-        texts = {each: torch.tensor(_ids(tokenizer, model, text, each)) for each, text in _texts(asked["texts"])}
-        bank = None if store is None else store.bank(namespace, device=model.device)
-        settings = _settings(asked, tokenizer)
-        length = ids.shape[1] + settings["max_new_tokens"] + sum(map(len, texts.values()))
-        session = _session(model, bank, asked["session_tokens"], length)
-        for each, text in texts.items():
-            read_into(model, session, text, document=each)
-            say(f"read {counted(len(text), 'token')} of {each}")
+    folder, namespace, keep = asked["store"], asked["namespace"], asked["keep"]
+    explained = explain or page is not None
+    if explained and asked["endless"]:
+        raise click.UsageError("--explain and --page follow one text to its end; leave out --endless")
+    if folder is None and (keep is not None or asked["recall"]):
+        raise click.UsageError("--keep and --recall need a store; name it with --memory")
+    prompt = _prompt(prompt, asked["file"])
+    lm, tokenizer = _load(model, asked)
+    with nullcontext() if folder is None else shared.open_store(folder, tokenizer=tokenizer) as store:
+        notes, recalled = _recalled(store, prompt, tokenizer, asked)
+        noted = _ids(tokenizer, lm, f"{notes}\n\n", "the notes") if notes else []
+        before = noted + _ids(tokenizer, lm, prompt, "the prompt", special=not notes)
+        texts = _texts(asked["texts"], tokenizer, lm)
+        bank = None if store is None else store.bank(namespace, device=lm.device)
+        settings = _settings(asked, tokenizer, shown=not as_json)
+        # a session holds no more than this text can need; every text may end in a chunk that is not full
+        size = lm.config.chunk_size if bank is None else bank.chunk_size
+        needed = 2 * (len(before) + settings["max_new_tokens"] + sum(map(len, texts.values())))
+        most = asked["session_tokens"] or lm.config.memory_size // size * size
+        session = SessionMemory.for_model(lm, bank, capacity_tokens=min(most, -(-needed // size) * size))
+        for name, text in texts.items():
+            read(lm, session, text, document=name)
+            say(f"read {counted(len(text), 'token')} of {name}")
         torch.manual_seed(asked["seed"])
-        noted, before, start, writer = len(before), ids[0].tolist(), time.perf_counter(), None
-        if asked["num_beams"] in (None, 1):
-            writer = settings["streamer"] = _Writer(tokenizer, before, shown=stream)
+        ids, start = torch.tensor([before], device=lm.device), time.perf_counter()
+        settings["attention_mask"] = torch.ones_like(ids)
         gains: list[float] = []
         readings: list[Any] = []
-        settings |= {"attention_mask": torch.ones_like(ids).to(model.device)}
-        with torch.no_grad():
-            if read:
-                whole, gains, readings = generate_explained(model, ids.to(model.device), session, **settings)
-            else:
-                whole = model.generate(ids.to(model.device), memory=session, **settings)[0]
+        if explained:
+            whole, gains, readings = generate_explained(lm, ids, session, **settings)
+        else:
+            whole = lm.generate(ids, memory=session, **settings)[0]
         seconds, whole = time.perf_counter() - start, whole.cpu()
-        new = whole[ids.shape[1] :].tolist()
+        new = whole[len(before) :].tolist()
 
         def ids_of(origin: ChunkOrigin) -> Any:
-            if origin.namespace is not None:
-                assert store is not None
+            if store is not None and origin.namespace is not None:
                 return store.token_ids(origin.namespace, origin.document or "")
             return {**texts, THIS_TEXT: whole}.get(origin.document or "")
 
-        tokens = read_tokens(new, before, gains, readings, tokenizer, Passages(tokenizer, ids_of)) if read else []
+        passages = Passages(tokenizer, ids_of)
+        tokens = read_tokens(new, before, gains, readings, tokenizer, passages) if explained else None
         held = 0 if bank is None else int(bank.tokens[0])
-        parts = [] if bank is None else [f"{counted(held, 'token')} of the namespace {namespace}"]
-        parts += [f"{counted(len(text), 'token')} of {each}" for each, text in texts.items()]
-        ends = model.generation_config.eos_token_id
-        record = {
-            "model": name,
-            "prompt_tokens": len(before),
-            "new_tokens": len(new),
-            "ids": new,
-            "ended": new[-1] in (ends if isinstance(ends, list) else [ends]),
-            "seconds": seconds,
-            "memory": {
-                "store": asked["store"],
-                "namespace": None if store is None else namespace,
-                "store_tokens": held,
-                "read": {each: len(text) for each, text in texts.items()},
-                "session_tokens": int(session.tokens[0]),
-                "kept": keep,
-                "recalled": found,
-            },
+    if keep is not None:
+        _keep(folder, lm, tokenizer, namespace, keep, whole[len(noted) :])
+    if explain and not as_json:
+        for line in shared.columns(("token", "nats", "memory", "read"), map(_row, tokens or [])):
+            click.echo(line)
+    if page is not None:
+        parts = [] if store is None else [f"{counted(held, 'token')} of the namespace {namespace}"]
+        parts += [f"{counted(len(text), 'token')} of {name}" for name, text in texts.items()]
+        memory = "memory: " + (", ".join(parts) or "what has left the window")
+        page.write_text(made_page(model, memory, prompt, tokens or []), encoding="utf-8")
+        say(f"wrote {page}")
+    if as_json:
+        pieces, ends = Pieces(tokenizer, before), lm.generation_config.eos_token_id
+        record: dict[str, Any] = {
+            "model": model,
+            "prompt": prompt,
+            "text": "".join(map(pieces.push, new)) + pieces.end(),
         }
-    if keep is not None:  # only now: nobody else could write while the text was generated
-        with MemoryStore.open(asked["store"], model=model, tokenizer=tokenizer, create=False) as writing:
-            receipt = writing.add_document(namespace, None, name=keep, ids=whole[noted:])
-        say(f"kept {counted(receipt.tokens, 'token')} as {keep}")
-    said = tokenizer.decode(new, skip_special_tokens=True) if writer is None else "".join(writer.said)
-    return _Answer(prompt, said, "memory: " + (", ".join(parts) or "what has left the window"), tokens, record)
-
-
-class _Writer:
-    """A streamer to standard output that spells tokens as they come."""
-
-    def __init__(self, tokenizer: Any, prompt: list[int], *, shown: bool) -> None:
-        from longmem.generation.pieces import Pieces
-
-        self._pieces, self._shown, self._prompt = Pieces(tokenizer, prompt), shown, True
-        self.said: list[str] = []
-
-    def put(self, value: Any) -> None:
-        if self._prompt:  # generate hands over the prompt first
-            self._prompt = False
-            return
-        for token in value.flatten().tolist():
-            self._say(self._pieces.push(token))
-
-    def end(self) -> None:
-        self._say(self._pieces.end())
-        if self._shown:
-            click.echo()
-
-    def _say(self, text: str) -> None:
-        self.said.append(text)
-        if self._shown and text:
-            click.echo(text, nl=False)
-            sys.stdout.flush()
+        record |= {"prompt_tokens": len(before), "new_tokens": len(new), "ids": new, "seconds": seconds}
+        record |= {"ended": new[-1] in (ends if isinstance(ends, list) else [ends]), "tokens": tokens}
+        record["memory"] = {
+            "store": folder,
+            "namespace": None if store is None else namespace,
+            "store_tokens": held,
+            "read": {name: len(text) for name, text in texts.items()},
+            "session_tokens": int(session.tokens[0]),
+            "kept": keep,
+            "recalled": recalled,
+        }
+        shared.print_json(record)
 
 
 def _prompt(given: str | None, file: Path | None) -> str:
-    """The prompt from its one source.
+    """The prompt from its one source; DataError where that is empty, missing, or not UTF-8."""
+    from longmem.data.text import read_documents, read_stream
 
-    Raises:
-        DataError: it is empty, missing, or no UTF-8 text.
-    """
-    if given not in (None, "-") and file is not None:
+    if given in (None, "-"):
+        return next(read_documents([file]) if file else read_stream(sys.stdin.buffer, "standard input")).text
+    if file is not None:
         raise click.UsageError("the prompt is given twice; leave out PROMPT or --file")
-    text = read_text(file or "-") if given in (None, "-") else checked(str(given), "the prompt")
-    if not text:
+    if not given:
         raise DataError("the prompt is empty; give it as an argument, in --file, or on standard input")
-    return text
+    return given
 
 
-def _texts(paths: tuple[str, ...]) -> list[tuple[str, str]]:
-    """What --read names, each under its own name."""
+def _load(name: str, asked: dict[str, Any]) -> tuple[Any, Any]:
+    """Model and tokenizer; wrong names of the store show before."""
+    from longmem.data.tokenizer import load_tokenizer
+
+    layout, keep = None, asked["keep"]
+    if asked["store"] is not None:
+        with shared.open_store(asked["store"]) as store:
+            shared.check_namespace(store, asked["namespace"])
+            if keep is not None and any(each.name == keep for each in store.documents(asked["namespace"])):
+                raise StoreError(f"namespace {asked['namespace']!r} has a document {keep!r} already; "
+                                 "choose another name for --keep")  # fmt: skip
+            layout = store.layout
+    how = {each: asked[each] for each in ("device", "backbone", "revision", "subfolder", "gguf_file", "dtype")}
+    model, beside = shared.load_model(name, layout, **how)
+    words = asked["tokenizer"] or beside
+    if words is None:
+        raise DataError(f"{name}: no tokenizer beside the model or its backbone; name one with --tokenizer")
+    return model, load_tokenizer(words, model)
+
+
+def _recalled(store: Any, prompt: str, tokenizer: Any, asked: dict[str, Any]) -> tuple[str, list[RecalledPassage]]:
+    """Passages that share words with the prompt, as text and by themselves."""
+    from longmem.store.recall import Recall
+
+    if not asked["recall"]:
+        return "", []
+    # the end of the prompt is what goes on; a long one would ask for everything
+    query = " ".join(prompt.split()[-QUERY_WORDS:])
+    recall = Recall(store, asked["namespace"])
+    notes, found = recall.notes(query, tokenizer, asked["recall"], budget=asked["recall_tokens"])
+    for passage in found:
+        say(f"recalled {passage.document}: {shared.one_line(passage.text)}")
+    return notes, found
+
+
+def _texts(paths: tuple[str, ...], tokenizer: Any, model: Any) -> dict[str, Tensor]:
+    """Token ids of what --read names; of texts that are called the same, all but the first get a number."""
+    import torch
+
     from longmem.data.text import read_documents
+    from longmem.evaluation.task import numbered
 
-    found = [(each.id, each.text) for path in paths for each in read_documents([path])]
-    names = [name for name, _ in found]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise DataError(f"two texts are called {twice}; read them one by one, or rename one")
-    return found
+    documents = list(read_documents(paths))
+    names = numbered([each.id for each in documents])
+    return {
+        name: torch.tensor(_ids(tokenizer, model, each.text, name)) for name, each in zip(names, documents, strict=True)
+    }
 
 
 def _ids(tokenizer: Any, model: Any, text: str, what: str, *, special: bool = True) -> list[int]:
@@ -275,53 +215,44 @@ def _ids(tokenizer: Any, model: Any, text: str, what: str, *, special: bool = Tr
 
     whole: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     plain: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    starts = range(len(whole) - len(plain) + 1)
-    before = next((start for start in starts if whole[start : start + len(plain)] == plain), None)
-    ids = whole if before is None else whole[:before] + plain
-    if not ids:
+    if not plain:
         raise DataError(f"{what} has no tokens")
-    check_ids(ids, model, what)
-    return ids
+    while whole[-1] != plain[-1]:
+        whole.pop()
+    check_ids(whole, model, what)
+    return whole
 
 
-def _session(model: Any, bank: Any, capacity: int | None, length: int) -> SessionMemory:
-    """Over the store's documents or over nothing, as large as this text can need."""
-    from longmem.memory.session import SessionMemory
+def _settings(asked: dict[str, Any], tokenizer: Any, *, shown: bool) -> dict[str, Any]:
+    """The arguments of ``generate``; ``shown`` streams the answer to standard output."""
+    from transformers import TextStreamer
 
-    size = model.config.chunk_size if bank is None else bank.chunk_size
-    most = model.config.memory_size // size * size if capacity is None else capacity
-    # every text may end in a chunk that is not full
-    return SessionMemory.for_model(model, bank, capacity_tokens=min(most, -(-2 * length // size) * size))
-
-
-def _settings(asked: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """The arguments of ``generate``."""
-    sampling = {name: asked[name] for name in ("temperature", "top_p", "top_k") if asked[name] is not None}
-    if not sampling.get("temperature", 1):
-        sampling = {}
-    settings: dict[str, Any] = {
+    sampling = {name: asked[name] for name in ("temperature", "top_p", "top_k")}
+    drawn = asked["temperature"] != 0 and any(value is not None for value in sampling.values())
+    names = ("repetition_penalty", "window", "window_move", "window_overlap", "session_tokens")
+    settings = {name: asked[name] for name in names if asked[name] is not None}
+    settings |= {name: value if drawn else None for name, value in sampling.items() if value is not None or not drawn}
+    settings |= {"eos_token_id": None} if asked["ignore_end"] else {}
+    settings |= {"streamer": TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)} if shown else {}
+    return settings | {
+        "do_sample": drawn,
         "max_new_tokens": ENDLESS if asked["endless"] else asked["max_new_tokens"],
-        "do_sample": bool(sampling),
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **(sampling or {"temperature": None, "top_p": None, "top_k": None}),
     }
-    if asked["ignore_end"]:
-        settings["eos_token_id"] = None
-    names = ("num_beams", "repetition_penalty", "window", "window_move", "window_overlap", "session_tokens")
-    return settings | {name: asked[name] for name in names if asked[name] is not None}
 
 
-def _print_table(tokens: list[ReadToken]) -> None:
-    rows = []
-    for token in tokens:
-        found = [
-            f"{each.share:.1%} {each.document or 'unnamed'}:{each.start_token} [[{_visible(each.text)}]]"
-            for each in token.found[:SHOWN_CHUNKS]
-        ]
-        rows.append((_visible(token.text), f"{token.gain:+.2f}", f"{token.share:.1%}", "  ".join(found)))
-    print_columns(("token", "nats", "memory", "read"), rows)
+def _keep(folder: Path, model: Any, tokenizer: Any, namespace: str, name: str, ids: Tensor) -> None:
+    """Add prompt and answer; only now, because nobody else could write while the text was generated."""
+    from longmem.store.store import MemoryStore
+
+    with MemoryStore.open(folder, model=model, tokenizer=tokenizer, create=False) as store:
+        receipt = store.add_document(namespace, name=name, ids=ids)
+    say(f"kept {counted(receipt.tokens, 'token')} as {name}")
 
 
-def _visible(text: str) -> str:
-    """White space as signs, nothing that a terminal would obey."""
-    return one_line(text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣"))
+def _row(token: ReadToken) -> tuple[str, ...]:
+    found = [
+        f"{each.share:.1%} {each.document or 'unnamed'}:{each.start_token} [[{shared.visible(each.text)}]]"
+        for each in token.found[:2]
+    ]
+    return shared.visible(token.text), f"{token.gain:+.2f}", f"{token.share:.1%}", "  ".join(found)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from longmem.cli.common import folder_option, options, token_counts
 from longmem.cli.evaluating import save_and_show
-from longmem.cli.options import folder_option, options, token_counts
 
 if TYPE_CHECKING:
     from torch import Tensor

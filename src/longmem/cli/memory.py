@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import sys
 import time as clock
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from longmem.cli.common import (
-    ShownProgress,
-    check_namespace,
-    counted,
-    date,
-    layout_of,
-    load_model,
-    load_tokenizer,
-    one_line,
-    open_store,
-    print_columns,
-    print_json,
-    read_text,
-    say,
-)
-from longmem.cli.memory_add import STDIN, add, append, print_receipt
-from longmem.cli.options import FOLDER, MOMENT, checked, options, token_count
-from longmem.errors import DataError, StoreError
+from longmem.cli import common as shared
+from longmem.cli.common import AT_LEAST_1, FOLDER, ShownProgress, check_namespace, counted, options, say, show
+from longmem.errors import DataError, LongMemError, StoreError
 
 if TYPE_CHECKING:
-    from longmem.store.records import VerifyReport
+    from longmem.data.text import Document
+    from longmem.store.records import NewDocument, Receipt, Report
+    from longmem.store.store import MemoryStore
 
-SHOWN_HEADS = 4
+log = logging.getLogger(__name__)
+STDIN = "-"
 
 
 @click.group()
@@ -49,8 +43,161 @@ def command() -> None:
     """
 
 
-for _verb in (add, append):
-    command.add_command(_verb)
+# adding
+
+
+@command.command(
+    epilog="Example: longmem memory add notes/ chat.jsonl --model models/small/sidenet --namespace ada --expires 90d"
+)
+@click.argument("paths", nargs=-1, required=True)
+@options("store", "namespace", "model", "backbone", "device", "tokenizer")
+@click.option("--name", help="Of the document, if it is a single one; needed for a text from standard input.")
+@click.option("--prefix", default="", help="Put before every document's name.")
+@options("metadata")
+@click.option("--time", type=shared.MOMENT, help="When it was said; documents are in this order. Default: now.")
+@click.option("--expires", type=shared.EXPIRY, help="From when on it is not found any more: 30d, 12h, or a date.")
+@click.option("--replace", "way", flag_value="replace", help="Take the place of other texts of the same names.")
+@click.option(
+    "--append", "way", flag_value="append", help="Put texts after those of the same names; new ones are made."
+)
+@click.option("--jsonl", is_flag=True, help="Standard input is JSON lines, not one text.")
+@click.option("--field", default="text", help="The text in JSON lines.")
+@click.option("--keep", multiple=True, metavar="FIELD", help="A field of JSON lines to keep as metadata; repeatable.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Take only these names; repeatable.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these names out; repeatable.")
+@click.option("--suffix", multiple=True, help="What counts as text in folders; repeatable. Default: .txt ...")
+@click.option(
+    "--undecodable", type=click.Choice(["error", "skip", "replace"]), default="error",
+    help="What becomes of files and JSON lines that are not UTF-8; skip leaves out any line that cannot be read.",
+)  # fmt: skip
+@click.option(
+    "--dtype", type=click.Choice(["float16", "bfloat16", "float32", "int8"]),
+    help="Of keys and values, in a new store. Default: float16.",
+)  # fmt: skip
+@click.option("--chunk-size", type=AT_LEAST_1, help="Tokens per chunk, in a new store. Default: the model's.")
+@click.option(
+    "--segment", "segment_tokens", type=AT_LEAST_1, help="Tokens read at once, in a new store. Default: 1024."
+)
+@click.option("--batch-tokens", type=AT_LEAST_1, help="Tokens that go through the backbone together.")
+@click.option("--workers", default="1", metavar="N|ray|ray:N", help="Processes that encode, or actors of Ray.")
+@options("json")
+def add(paths: tuple[str, ...], namespace: str, name: str | None, as_json: bool, **given: Any) -> None:
+    """Remember texts, each as a document.
+
+    PATHS are files, folders (read with all below them), .jsonl files, tar and zip archives, any of these compressed
+    (.gz, .xz, .bz2), patterns, or - for standard input. A file is named by its path within the folder that was given.
+    A line of JSON has its text in "text" and may have "id" (the name), "source", "metadata" (an object), "time" and
+    "expires".
+
+    What is there already is not encoded again. An interrupted call loses nothing that it has reported; the same call
+    again goes on where it stopped. A document is there whole or not at all.
+    """
+    documents = _new_documents(_read(paths, name, given), namespace, name, given)
+    first = list(islice(documents, 1 if name is None else 2))  # before the model: wrong paths show at once
+    if not first:
+        raise DataError("no text was left to add; see --exclude and --undecodable")
+    if len(first) > 1:
+        raise StoreError(f"--name ({name}) is for one text, and more came; leave it out, or add them one by one")
+    settings = {each: given[each] for each in ("dtype", "chunk_size", "segment_tokens", "batch_tokens")}
+    receipts, begun, complete, appending = [], clock.monotonic(), False, given["way"] == "append"
+    with shared.open_with_model(given, create=True, **settings) as store, ShownProgress() as progress:
+        try:
+            for receipt in _added(store, namespace, chain(first, documents), appending, given["workers"], progress):
+                receipts.append(receipt)
+                if not as_json:
+                    click.echo(f"{receipt.status:<9}  {counted(receipt.tokens, 'token'):>16}  {receipt.name}")
+            complete = True
+        except (KeyboardInterrupt, LongMemError):
+            # appended twice would be there twice
+            again = "append the others" if appending else "the same command again goes on from there"
+            say(f"{counted(len(receipts), 'document')} stored whole before this; {again}")
+            raise
+        finally:
+            tokens, known = (sum(getattr(each, of) for each in receipts) for of in ("tokens", "reused_tokens"))
+            sums = {"tokens": tokens, "reused_tokens": known, "complete": complete}
+            if as_json:
+                shared.print_json({"namespace": namespace, "documents": receipts, **sums})
+    kinds = ", ".join(f"{count:,} {status}" for status, count in Counter(each.status for each in receipts).items())
+    rate = tokens / max(1e-9, clock.monotonic() - begun)
+    before = f", {known:,} of them known before" if known else ""
+    say(f"{counted(len(receipts), 'document')} ({kinds}): {counted(tokens, 'token')}{before}; {rate:,.0f} tokens/s")
+
+
+def _added(
+    store: MemoryStore, namespace: str, documents: Iterable[NewDocument], append: bool, workers: str, progress: Report
+) -> Iterator[Receipt]:
+    if not append:
+        number = int(workers) if workers.isdigit() else workers
+        yield from store.add_documents(namespace, documents, workers=number, progress=progress)
+        return
+    for new in documents:
+        if any(info.name == new.name for info in store.documents(namespace)):
+            yield store.append(namespace, new.text, name=new.name, progress=progress)
+        else:
+            yield from store.add_documents(namespace, [new], progress=progress)
+
+
+def _read(paths: tuple[str, ...], name: str | None, given: dict[str, Any]) -> Iterator[Document]:
+    """The texts that the arguments name; what is missing or not UTF-8 is a DataError in the words of the options."""
+    from longmem.data.text import TextSource, WaysOut, read_documents, read_stream
+
+    if paths.count(STDIN) > 1:
+        raise StoreError("- stands for standard input, which can be read once; leave the others out")
+    if STDIN in paths and not given["jsonl"] and name is None:
+        raise StoreError("a text from standard input needs a --name (or --jsonl, if it is JSON lines)")
+    settings = {each: given[each] for each in ("include", "exclude", "field", "undecodable")}
+    if given["suffix"]:
+        settings["suffixes"] = tuple(f".{each.removeprefix('.')}" for each in given["suffix"])
+    settings["ways_out"] = WaysOut(
+        undecodable="convert it, exclude it, or pass --undecodable skip or replace",
+        line="mend the line, or pass --undecodable skip",
+        suffixes="name others with --suffix",
+        field="name it with --field",
+    )
+    if files := tuple(each for each in paths if each != STDIN):
+        yield from read_documents(TextSource(files, **settings))
+    if STDIN in paths:
+        yield from read_stream(sys.stdin.buffer, name or STDIN, lines=given["jsonl"], **settings)
+
+
+def _new_documents(
+    documents: Iterator[Document], namespace: str, name: str | None, given: dict[str, Any]
+) -> Iterator[NewDocument]:
+    """Texts with what the options and their own JSON say of them; the options win.
+
+    A line of JSON that says what cannot be used is a DataError, or left out with ``--undecodable skip``.
+    """
+    from longmem.store.records import NewDocument
+    from longmem.store.room import check_names
+
+    def when(key: str, read: Callable[[object], float]) -> Any:
+        return given[key] if given[key] is not None or record.get(key) is None else read(record[key])
+
+    for document in documents:
+        record = document.record
+        try:
+            kept = {key: record[key] for key in given["keep"] if key in record}
+            new = NewDocument(
+                name=given["prefix"] + (name or document.id),
+                text=document.text,
+                source=str(record.get("source") or document.source),
+                metadata={**dict(record.get("metadata") or {}), **kept, **(given["metadata"] or {})} or None,
+                time=when("time", shared.moment),
+                expires=when("expires", shared.expiry),
+                replace=given["way"] == "replace",
+            )
+            check_names(namespace, new)
+        except (ValueError, TypeError, OverflowError, StoreError) as error:
+            if not record:
+                raise
+            fault = f"{document.place}: {error}"
+            if not isinstance(error, StoreError):
+                fault = f"{document.place}: metadata must be an object, time and expires dates or seconds ({error})"
+            if given["undecodable"] != "skip":
+                raise DataError(f"{fault}; mend the line, or pass --undecodable skip") from error
+            log.warning("%s; skipped", fault)
+        else:
+            yield new
 
 
 # looking
@@ -58,135 +205,83 @@ for _verb in (add, append):
 
 @command.command("list", epilog="Example: longmem memory list --namespace ada --where draft=true")
 @options("store", "any_namespace", "where", "older_than", "before")
-@click.option("--namespaces", "only_namespaces", is_flag=True, help="List the namespaces instead.")
+@click.option("--namespaces", "summary", is_flag=True, help="List the namespaces instead.")
 @options("json")
-def list_(
-    path: Path,
-    namespace: str | None,
-    where: dict[str, Any] | None,
-    older_than: float | None,
-    before: float | None,
-    only_namespaces: bool,
-    as_json: bool,
-) -> None:
+def list_(path: Path, namespace: str | None, where: Any, summary: bool, as_json: bool, **times: float | None) -> None:
     """List documents, oldest first; forget takes the same conditions."""
-    edges = [edge for edge in (before, None if older_than is None else clock.time() - older_than) if edge is not None]
-    with open_store(path) as store:
+    edge = min(times["before"] or math.inf, clock.time() - (times["older_than"] or -math.inf))
+    with shared.open_store(path) as store:
         if namespace is not None:
             check_namespace(store, namespace)
         names = store.namespaces() if namespace is None else [namespace]
-        if only_namespaces:
-            stats = {name: store.stats(name) for name in names}
-            if as_json:
-                print_json({"namespaces": stats})
-            else:
-                rows = [(name, each.documents, each.tokens, each.expired) for name, each in stats.items()]
-                print_columns(("namespace", "documents", "tokens", "expired"), rows)
+        if summary:
+            stats = [{"namespace": name, **asdict(store.stats(name))} for name in names]
+            show(as_json, {"namespaces": stats}, ("namespace", "documents", "tokens", "expired"))
             return
-        found = [
-            info for name in names for info in store.documents(name, where) if info.added < min(edges, default=9e99)
-        ]
-    if as_json:
-        print_json({"documents": found})
-        return
-    print_columns(
-        ("namespace", "name", "tokens", "added", "expires", "metadata"),
-        [
-            (info.namespace, info.name, info.tokens, date(info.added), date(info.expires), _pairs(info.metadata))
-            for info in found
-        ],
-    )
+        found = [info for name in names for info in store.documents(name, where) if info.added < edge]
+    show(as_json, {"documents": found}, ("namespace", "name", "tokens", "added", "expires", "metadata"))
 
 
-def _pairs(metadata: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in metadata.items())
-
-
-@command.command(epilog="Example: longmem memory show notes.txt --text > notes.txt")
+@command.command("show", epilog="Example: longmem memory show notes.txt --text > notes.txt")
 @click.argument("name")
 @options("store", "namespace")
 @click.option("--text", "with_text", is_flag=True, help="Print the text itself.")
 @click.option("--tokenizer", help="Folder or hub id; to read a document that was added as token ids.")
 @options("json")
-def show(path: Path, namespace: str, name: str, with_text: bool, tokenizer: str | None, as_json: bool) -> None:
+def show_(path: Path, namespace: str, name: str, with_text: bool, tokenizer: str | None, as_json: bool) -> None:
     """Show a document: what is known of it, or its text."""
-    with open_store(path, tokenizer=load_tokenizer(tokenizer)) as store:
+    from longmem.data.tokenizer import load_tokenizer
+
+    with shared.open_store(path, tokenizer=load_tokenizer(tokenizer) if tokenizer else None) as store:
         check_namespace(store, namespace)
-        info = store.document(namespace, name)
-        text = store.text(namespace, name) if with_text else None
-    if as_json:
-        print_json(info if text is None else {**asdict(info), "text": text})
-    elif text is not None:
-        click.echo(text, nl=False)
+        known = asdict(store.document(namespace, name))
+        text = {"text": store.text(namespace, name)} if with_text else {}
+    if text and not as_json:
+        click.echo(text["text"], nl=False)
     else:
-        known = {**asdict(info), "added": date(info.added), "expires": date(info.expires)}
-        for key, value in {**known, "metadata": _pairs(info.metadata) or None}.items():
-            click.echo(f"{key:<9}  {'-' if value is None else f'{value:,}' if isinstance(value, int) else value}")
+        show(as_json, {**known, **text})
 
 
 @command.command(epilog='Example: longmem memory search "where is the key" --model models/small/sidenet --top 5')
-@click.argument("text")
+@click.argument("text", type=shared.TEXT)
 @options("store", "namespace", "model", "backbone", "device", "tokenizer")
-@click.option("--top", type=click.IntRange(min=1), default=10, help="Chunks to show.")
+@click.option("--top", type=AT_LEAST_1, default=10, help="Chunks to show.")
 @click.option("--around", type=click.IntRange(min=0), default=12, help="Tokens shown on each side.")
 @click.option("--document", "documents", multiple=True, help="Only in this document; repeatable.")
 @options("where")
-@click.option("--after", type=MOMENT, help="Only documents of this date or later.")
+@click.option("--after", type=shared.MOMENT, help="Only documents of this date or later.")
 @options("before")
-@click.option("--max-tokens", type=token_count(), help="Only the newest so many tokens.")
+@click.option("--max-tokens", type=shared.token_count(), help="Only the newest so many tokens.")
 @click.option("--index", default="exact", help="How the keys are searched: exact, or faiss.")
 @options("json")
-def search(
-    text: str,
-    path: Path,
-    namespace: str,
-    documents: tuple[str, ...],
-    top: int,
-    around: int,
-    as_json: bool,
-    **given: Any,
-) -> None:
+def search(text: str, namespace: str, documents: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Show which chunks the model's heads find for TEXT.
 
     TEXT - is read from standard input. Largest share first: the part of the heads' output that came from the chunk,
     the mean over TEXT's tokens and all heads. The score is the largest inner product of a query with the chunk's mean
     key. The chunk stands in [[ ]].
     """
-    query = read_text(text) if text == STDIN else checked(text, "the text to search for")
+    from longmem.data.text import read_stream
+
+    query = next(read_stream(sys.stdin.buffer, "standard input")).text if text == STDIN else text
     if not query.strip():
         raise DataError("the text to search for is empty; say something")
-    layout = layout_of(path)
-    with open_store(path) as store:  # before the model: wrong names show at once
+    with shared.open_store(given["path"]) as store:  # before the model: wrong names show at once
         check_namespace(store, namespace)
         for document in documents:
             store.document(namespace, document)
-    loaded = load_model(given["model"], layout, given["device"], given["backbone"])
-    with open_store(path, model=loaded.model, tokenizer=load_tokenizer(given["tokenizer"], loaded)) as store:
-        settings = {each: given[each] for each in ("where", "after", "before", "max_tokens", "index")}
-        bank = store.bank(namespace, documents=list(documents) or None, device=loaded.model.device, **settings)
-        hits = bank.search_text(query, top=top, around=around)
-    if as_json:
-        keys = ("document", "document_id", "start_token", "length", "time")
-        found = [
-            {
-                **{key: getattr(hit.origin, key) for key in keys},
-                "share": hit.share,
-                "score": hit.score,
-                "heads": hit.heads,
-                **{key: getattr(hit.passage, key) for key in ("before", "text", "after")},
-            }
-            for hit in hits
-        ]
-        print_json({"query": query, "namespace": namespace, "hits": found})
-        return
-    for number, hit in enumerate(hits, 1):
-        heads = [f"{head} ({part:.1%})" for head, part in hit.heads.items()]
-        more = f" and {len(heads) - SHOWN_HEADS} more" if len(heads) > SHOWN_HEADS else ""
-        click.echo(
-            f"{number:>3}  share {hit.share:.2%}  score {hit.score:.2f}  {hit.origin.document}, token "
-            f"{hit.origin.start_token:,}, {date(hit.origin.time)}; heads {', '.join(heads[:SHOWN_HEADS])}{more}"
-        )
-        click.echo(f"     {one_line(f'{hit.passage.before}[[{hit.passage.text}]]{hit.passage.after}')}")
+    settings = {each: given[each] for each in ("where", "after", "before", "max_tokens", "index")}
+    with shared.open_with_model(given, "read") as store:
+        device = cast(Any, store.model).device
+        bank = store.bank(namespace, documents=list(documents) or None, device=device, **settings)
+        hits = bank.search_text(query, top=given["top"], around=given["around"])
+    found = []
+    for hit in hits:
+        passage = f"{hit.passage.before}[[{hit.passage.text}]]{hit.passage.after}"
+        numbers = {"share": hit.share, "score": hit.score, "heads": hit.heads, "passage": passage}
+        found.append({**asdict(hit.origin), **asdict(hit.passage), **numbers})
+    heads = ("share", "score", "document", "start_token", "time", "passage")
+    show(as_json, {"query": query, "namespace": namespace, "hits": found}, heads)
     if not hits:
         say("nothing was found")
 
@@ -198,20 +293,10 @@ def stats(path: Path, namespace: str | None, as_json: bool) -> None:
 
     In the whole store, or in one namespace.
     """
-    with open_store(path) as store:
-        found, layout = store.stats(namespace), store.layout
-        if namespace is not None and not found.documents and not found.expired:
+    with shared.open_store(path) as store:
+        if namespace is not None:
             check_namespace(store, namespace)
-    if as_json:
-        print_json({**asdict(found), "layout": layout})
-        return
-    for key, value in asdict(found).items():
-        if value is not None:
-            click.echo(f"{key:<14}  {value:>16,}")
-    layers = f"layer{'s' * (len(layout.memory_layers) > 1)} {', '.join(map(str, layout.memory_layers))}"
-    shape = f"{layout.heads_kv} heads of {layout.head_dim}, {layout.dtype}"
-    sizes = f"chunks of {layout.chunk_size}, segments of {layout.segment_tokens} tokens"
-    click.echo(f"{'made for':<14}  {layout.backbone}, {layers}: {shape}, {sizes}")
+        show(as_json, {**asdict(store.stats(namespace)), "layout": asdict(store.layout)})
 
 
 # forgetting and keeping
@@ -230,19 +315,12 @@ def forget(path: Path, namespace: str, as_json: bool, **conditions: Any) -> None
     namespaces are not touched, also where they hold the same text. `longmem memory list` with --where, --older-than or
     --before shows beforehand what these would forget.
     """
-    if not any(value not in (None, False) for value in conditions.values()):
-        raise StoreError(
-            "say what to forget: --name, --where, --older-than, --before, or --everything; nothing was forgotten"
-        )
-    with open_store(path, "write") as store:
+    with shared.open_store(path, "write") as store:
         done = store.forget(namespace, **conditions)
         if not done.documents:
             check_namespace(store, namespace)
-    if as_json:
-        print_json({**asdict(done), "tokens": done.tokens})
-    else:
-        for name, tokens in done.documents:
-            click.echo(f"forgotten  {counted(tokens, 'token'):>16}  {name}")
+    forgotten = [{"name": name, "tokens": tokens} for name, tokens in done.documents]
+    show(as_json, {"namespace": namespace, "tokens": done.tokens, "documents": forgotten}, ("name", "tokens"))
     after = "; `longmem memory compact` removes the bytes" if done.documents else ""
     say(f"{counted(len(done.documents), 'document')} of {namespace!r} forgotten{after}")
 
@@ -254,15 +332,9 @@ def compact(path: Path, as_json: bool) -> None:
 
     In all namespaces. Interrupted, it has done all of it or nothing; call it again.
     """
-    with open_store(path, "write") as store, ShownProgress() as progress:
+    with shared.open_store(path, "write") as store, ShownProgress() as progress:
         done = store.compact(progress=progress)
-    if as_json:
-        print_json(done)
-        return
-    click.echo(
-        f"{counted(done.tokens, 'token')} removed, {counted(done.documents, 'document')} had expired; "
-        f"{done.bytes_before - done.bytes_after:,} bytes freed"
-    )
+    show(as_json, asdict(done))
     if not done.emptied:
         say("a reader still holds bytes of what was forgotten; compact again when it has closed")
 
@@ -271,36 +343,19 @@ def compact(path: Path, as_json: bool) -> None:
 @options("store")
 @click.option("--repair", is_flag=True, help="Encode what is damaged again from its token ids; needs the model.")
 @options("model", "backbone", "device", "json")
-def verify(path: Path, repair: bool, as_json: bool, **given: Any) -> int:
+def verify(repair: bool, as_json: bool, **given: Any) -> int:
     """Compare every byte with what was written.
 
     Prints each problem; the exit status is 1 if one is left. Without --repair nothing is changed.
     """
     with ShownProgress() as progress:
-        with open_store(path) as store:
+        with shared.open_store(given["path"]) as store:
             report = store.verify(progress=progress)
         if repair and not report.clean:
-            loaded = load_model(given["model"], layout_of(path), given["device"], given["backbone"])
-            with open_store(path, "write", model=loaded.model) as store:
+            with shared.open_with_model(given) as store:
                 report = store.verify(repair=True, progress=progress)
-    if as_json:
-        print_json({**asdict(report), "clean": report.clean})
-    else:
-        _print_verified(report)
+    show(as_json, {**asdict(report), "clean": report.clean}, ("kind", "where", "what", "repaired"))
     return 0 if report.clean else 1
-
-
-def _print_verified(report: VerifyReport) -> None:
-    for problem in report.problems:
-        click.echo(f"{'repaired' if problem.repaired else problem.kind}: {problem.where}: {problem.what}")
-    left = sum(not problem.repaired for problem in report.problems)
-    found = (
-        f"{left} of {counted(len(report.problems), 'problem')} left" if report.problems else "all is as it was written"
-    )
-    click.echo(f"{report.bytes:,} bytes, {counted(report.documents, 'document')}: {found}")
-    if report.rebuilt_tokens:
-        same = "with the same bits as before" if report.same_bits else "with other last bits (another machine or torch)"
-        click.echo(f"{counted(report.rebuilt_tokens, 'token')} encoded again, {same}")
 
 
 @command.command(epilog="Example: longmem memory export ada.tar --namespace ada")
@@ -313,14 +368,10 @@ def export(archive: Path, path: Path, namespace: str, names: tuple[str, ...], as
 
     Encoded as they are: another store imports them without the model.
     """
-    with open_store(path) as store, ShownProgress() as progress:
+    with shared.open_store(path) as store, ShownProgress() as progress:
         check_namespace(store, namespace)
-        documents = store.export(namespace, archive, list(names) or None, progress=progress)
-    if as_json:
-        print_json({"archive": archive, "documents": documents})
-        return
-    tokens = sum(info.tokens for info in documents)
-    click.echo(f"{archive}: {counted(len(documents), 'document')}, {counted(tokens, 'token')}")
+        done = store.export(namespace, archive, list(names) or None, progress=progress)
+    show(as_json, {"archive": archive, "documents": done}, ("name", "tokens"))
 
 
 @command.command("import", epilog="Example: longmem memory import ada.tar --namespace ada")
@@ -328,34 +379,25 @@ def export(archive: Path, path: Path, namespace: str, names: tuple[str, ...], as
 @options("store")
 @click.option("--namespace", "-n", help="To put the documents in; default: the one they were exported from.")
 @options("model", "backbone", "device", "json")
-def import_(archive: Path, path: Path, namespace: str | None, as_json: bool, **given: Any) -> None:
+def import_(archive: Path, path: Path, namespace: str | None, as_json: bool, model: str | None, **where: Any) -> None:
     """Add the documents of an archive, all or none.
 
     Their keys and values are taken as they are. The store must be of the same backbone, layers and sizes. Where there
     is none yet, one is made that fits, for which the model is needed. The tensors are believed: import only what comes
     from a store that you trust.
     """
-    fitting = _made_to_fit(path, archive, given) if layout_of(path, writing=True) is None else None
-    with open_store(path, "write", model=fitting) as store, ShownProgress() as progress:
-        receipts = store.import_(archive, namespace, progress=progress)
-    if as_json:
-        print_json({"documents": receipts})
-        return
-    for receipt in receipts:
-        print_receipt(receipt)
-
-
-def _made_to_fit(path: Path, archive: Path, given: dict[str, Any]) -> Any:
-    """Make a store that can take the archive; returns its model."""
     from longmem.store.archive import Archive
     from longmem.store.store import MemoryStore
 
-    with archive.open("rb") as stream:
-        layout = Archive(stream, archive).layout
-    fitting = load_model(given["model"], layout, given["device"], given["backbone"]).model
-    sizes: dict[str, Any] = {name: getattr(layout, name) for name in ("dtype", "chunk_size", "segment_tokens")}
-    MemoryStore.open(path, model=fitting, **sizes).close()
-    return fitting
+    made: Any = {}
+    if shared.layout_of(path, writing=True) is None:
+        with archive.open("rb") as stream:
+            layout = Archive(stream, archive).layout
+        made = {name: getattr(layout, name) for name in ("dtype", "chunk_size", "segment_tokens")}
+        made["model"], _ = shared.load_model(model, layout, **where)
+    with MemoryStore.open(path, create=bool(made), **made) as store, ShownProgress() as progress:
+        receipts = store.import_(archive, namespace, progress=progress)
+    show(as_json, {"documents": receipts}, ("status", "tokens", "name"))
 
 
 @command.command(epilog="Example: longmem memory size --heads-kv 8 --head-dim 128 --layers 32 --tokens 1M,50M")
@@ -363,9 +405,9 @@ def _made_to_fit(path: Path, archive: Path, given: dict[str, Any]) -> Any:
 @click.option("--head-dim", type=int, help="Its head dimension.")
 @click.option("--layers", type=int, default=1, help="Its layers, for the comparison with a cache.")
 @click.option("--chunk-size", type=int, default=4, help="Tokens per chunk.")
-@click.option("--tokens", default="65536,1M,10M", help="How many to remember; M is a million.")
+@click.option("--tokens", "counts", default="65536,1M,10M", help="How many to remember; M is a million.")
 @options("json")
-def size(heads_kv: int | None, head_dim: int | None, layers: int, chunk_size: int, tokens: str, as_json: bool) -> None:
+def size(heads_kv: int | None, head_dim: int | None, layers: int, chunk_size: int, counts: str, as_json: bool) -> None:
     """Show how many bytes a memory takes, by backbone.
 
     By token: keys and values in 16 and in 8 bits; the chunks' mean keys, which an open bank holds (keys and values are
@@ -374,18 +416,19 @@ def size(heads_kv: int | None, head_dim: int | None, layers: int, chunk_size: in
     """
     from longmem.store.sizes import BACKBONES, BackboneShape, memory_size, size_table
 
-    if (heads_kv is None) != (head_dim is None):
-        raise StoreError("--heads-kv and --head-dim go together; give both, or neither for the table")
     backbones = BACKBONES
     if heads_kv is not None and head_dim is not None:
         backbones = (BackboneShape("this one", layers, heads_kv, head_dim),)
+    elif heads_kv is not None or head_dim is not None:
+        raise StoreError("--heads-kv and --head-dim go together; give both, or neither for the table")
     try:
-        counts = [round(float(word.upper().replace("M", "e6"))) for word in tokens.replace("_", "").split(",")]
+        tokens = [round(float(word.upper().replace("M", "e6"))) for word in counts.split(",")]
     except ValueError:
-        raise click.BadParameter(f"{tokens!r} is no list of token counts; try 65536,1M,10M") from None
+        raise click.BadParameter(f"{counts!r} is no list of token counts; try 65536,1M,10M") from None
     if not as_json:
-        print_columns(*size_table(backbones, chunk_size=chunk_size, tokens=counts))
+        for line in shared.columns(*size_table(backbones, chunk_size=chunk_size, tokens=tokens)):
+            click.echo(line)
         return
     sizes = [memory_size(each, chunk_size=chunk_size, dtype=kind) for each in backbones for kind in ("float16", "int8")]
-    disk = [{"disk": each.disk, "disk_bytes": {str(n): each.disk_bytes(n) for n in counts}} for each in sizes]
-    print_json({"sizes": [{**asdict(each), **more} for each, more in zip(sizes, disk, strict=True)]})
+    disk = [{"disk": each.disk, "disk_bytes": {str(n): each.disk_bytes(n) for n in tokens}} for each in sizes]
+    shared.print_json({"sizes": [{**asdict(each), **more} for each, more in zip(sizes, disk, strict=True)]})

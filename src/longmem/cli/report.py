@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from longmem.cli.common import print_json
-from longmem.cli.options import folder_option, options
+from longmem.cli.common import folder_option, options, print_json
 
 
 @click.command(name="report", epilog="Example: longmem report results --out runs/report")

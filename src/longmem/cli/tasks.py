@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from longmem.cli.common import Command, by_comma, options, token_counts
 from longmem.cli.evaluating import MODEL, RUN, load, save_and_show
-from longmem.cli.options import Command, by_comma, options, token_counts
 from longmem.errors import ConfigError
 
 if TYPE_CHECKING:

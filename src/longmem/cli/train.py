@@ -9,8 +9,7 @@ from typing import Any
 
 import click
 
-from longmem.cli.common import print_json
-from longmem.cli.options import FOLDER, options
+from longmem.cli.common import FOLDER, options, print_json
 
 
 @click.command(name="train")

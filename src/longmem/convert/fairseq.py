@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from longmem.config import LongMemConfig
-from longmem.errors import CheckpointError
+from longmem.errors import CheckpointError, first_line
 from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
 
 BACKBONE_PREFIXES = ("decoder.pretrained_model.decoder.model.", "decoder.model.")
@@ -35,14 +34,14 @@ SHARED = {"decoder.embed_tokens.weight": "transformer.wte.weight", "decoder.outp
 SIDE_NORM_EPS = 1e-5
 """Epsilon of the released SideNet's norms; its backbone has 1e-6 and no setting says so."""
 
-_SIDE_NAMES = (
-    (re.compile(r"^decoder\.layers\.(\d+)\.self_attn\.memory_bias$"), r"memory_gate"),
-    (re.compile(r"^decoder\.layers\.(\d+)\.self_attn\.([kvq]|out)_proj\.weight$"), r"layers.\1.attn.\2_proj.weight"),
-    (re.compile(r"^decoder\.layers\.(\d+)\.fc1\.(weight|bias)$"), r"layers.\1.mlp.fc_in.\2"),
-    (re.compile(r"^decoder\.layers\.(\d+)\.fc2\.(weight|bias)$"), r"layers.\1.mlp.fc_out.\2"),
-    (re.compile(r"^decoder\.layers\.(\d+)\.ln_1\.(weight|bias)$"), r"layers.\1.ln_1.\2"),
-    (re.compile(r"^decoder\.layer_norm\.(weight|bias)$"), r"final_norm.\1"),
-)
+_SIDE_NAMES = {
+    r"decoder\.layers\.(\d+)\.self_attn\.memory_bias": r"memory_gate",
+    r"decoder\.layers\.(\d+)\.self_attn\.([kvq]|out)_proj\.weight": r"layers.\1.attn.\2_proj.weight",
+    r"decoder\.layers\.(\d+)\.fc1\.(weight|bias)": r"layers.\1.mlp.fc_in.\2",
+    r"decoder\.layers\.(\d+)\.fc2\.(weight|bias)": r"layers.\1.mlp.fc_out.\2",
+    r"decoder\.layers\.(\d+)\.ln_1\.(weight|bias)": r"layers.\1.ln_1.\2",
+    r"decoder\.layer_norm\.(weight|bias)": r"final_norm.\1",
+}
 
 
 @dataclass(frozen=True)
@@ -64,23 +63,19 @@ class FairseqCheckpoint:
     augmented_layer: int | None
     ignored: list[str] = field(default_factory=list)
 
-    @property
-    def is_longmem(self) -> bool:
-        return bool(self.side)
-
     def setting(self, *names: str, default: Any = None) -> Any:
         """The first of the settings that is there and is not None."""
-        for name in names:
-            if self.settings.get(name) is not None:
-                return self.settings[name]
-        if default is None:
+        found = next((self.settings[name] for name in names if self.settings.get(name) is not None), default)
+        if found is None:
             raise CheckpointError(f"{self.path}: its settings lack {' or '.join(names)}, which the tensors cannot tell")
-        return default
+        return found
 
 
 def side_name(name: str) -> str | None:
     """Our name, behind ``sidenet.``, of a released SideNet tensor; None for any other."""
-    return next((pattern.sub(ours, name) for pattern, ours in _SIDE_NAMES if pattern.match(name)), None)
+    return next(
+        (re.sub(theirs, ours, name) for theirs, ours in _SIDE_NAMES.items() if re.fullmatch(theirs, name)), None
+    )
 
 
 def backbone_name(name: str) -> str | None:
@@ -100,15 +95,12 @@ def read_fairseq(path: str | Path, settings: str | Path | None = None) -> Fairse
         CheckpointError: the file is missing, damaged, or of another kind.
     """
     path = Path(path)
-    loaded = _load(path)
-    if path.suffix == ".safetensors":
-        return _take_apart(path, loaded, _json_settings(path, settings))
-    tensors = loaded.get("model")
+    loaded, bare = _load(path), path.suffix == ".safetensors"
+    tensors = loaded if bare else loaded.get("model")
     if not isinstance(tensors, dict) or not tensors:
-        raise CheckpointError(
-            f"{path}: has no 'model' entry with tensors; it has {', '.join(map(str, loaded)) or 'nothing'}"
-        )
-    known = _settings_of(loaded) if settings is None else _json_settings(path, settings)
+        there = ", ".join(map(str, loaded)) or "nothing"
+        raise CheckpointError(f"{path}: has no 'model' entry with tensors; it has {there}")
+    known = _json_settings(path, settings) if bare or settings is not None else _settings_of(loaded)
     return _take_apart(path, {name: each for name, each in tensors.items() if isinstance(each, Tensor)}, known)
 
 
@@ -124,33 +116,17 @@ def _load(path: Path) -> dict[str, Any]:
     except MemoryError:
         raise
     except Exception as error:  # a damaged file fails in many ways in there
-        raise CheckpointError(_why_not(path, error)) from error
+        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"holds an object of {named[1]}, which is not loaded because it could run code"
+            way_out = "save the checkpoint again with its 'model' and its 'cfg' as a plain dict alone"
+            raise CheckpointError(f"{path}: {reason}; {way_out}") from error
+        # torch then advises to load it without that safety
+        reason = "torch.save has not written it" if "weights_only" in str(error) else first_line(error)[:200]
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason}); copy it again") from error
     if not isinstance(loaded, dict):
-        raise CheckpointError(
-            f"{path}: holds a {type(loaded).__name__} where a checkpoint is a dict with a 'model' entry"
-        )
+        kind = type(loaded).__name__
+        raise CheckpointError(f"{path}: holds a {kind} where a checkpoint is a dict with a 'model' entry")
     return loaded
-
-
-def _why_not(path: Path, error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    if named := re.search(r"GLOBAL ([\w.]+)", text):
-        return (
-            f"{path}: holds an object of {named[1]}, which is not loaded because it could run code; save the "
-            "checkpoint again with its 'model' and its 'cfg' as a plain dict alone"
-        )
-    if "TorchScript" in text:
-        return f"{path}: is a TorchScript program, not a checkpoint; give the file that torch.save wrote"
-    reason, kind = text.partition("error: ")[2] or text, "a checkpoint"
-    with path.open("rb") as file:
-        begin = file.read(4)
-    if path.suffix == ".safetensors":
-        kind = "safetensors"
-    elif not begin:
-        reason = "the file is empty"
-    elif begin == b"PK\x03\x04" and not zipfile.is_zipfile(path):
-        reason = f"the file ends before its table of contents, after {path.stat().st_size:,} bytes: it was cut off"
-    return f"{path}: cannot be read as {kind} ({reason.splitlines()[0][:200]}); copy it again"
 
 
 def backbone_from_fairseq(
@@ -175,8 +151,7 @@ def backbone_config(checkpoint: FairseqCheckpoint) -> AlibiGPTConfig:
     tensors, setting = checkpoint.backbone, checkpoint.setting
     if "transformer.wte.weight" not in tensors:
         raise CheckpointError(f"{checkpoint.path}: holds no backbone; name its checkpoint with --backbone")
-    mode = setting("newgpt_mode", default="alibi")
-    if mode != "alibi":
+    if (mode := setting("newgpt_mode", default="alibi")) != "alibi":
         raise CheckpointError(
             f"{checkpoint.path}: newgpt_mode is {mode!r}; only 'alibi', the paper's backbone, can be converted"
         )
@@ -184,12 +159,11 @@ def backbone_config(checkpoint: FairseqCheckpoint) -> AlibiGPTConfig:
     heads = int(setting("num_attention_heads", "decoder_attention_heads", "num_heads"))
     if heads < 1 or width % heads:
         raise CheckpointError(f"{checkpoint.path}: {heads} heads do not divide the width {width}")
-    layers = _count(tensors, r"^transformer\.h\.(\d+)\.")
     inner = tensors.get("transformer.h.0.mlp.fc_in.bias")
     return AlibiGPTConfig(
         vocab_size=vocab,
         hidden_size=width,
-        num_hidden_layers=layers,
+        num_hidden_layers=_count(tensors, r"transformer\.h\.(\d+)\."),
         num_attention_heads=heads,
         intermediate_size=None if inner is None else inner.shape[0],
         max_position_embeddings=int(setting("tokens_per_sample", "max_target_positions", default=1024)),
@@ -203,7 +177,7 @@ def longmem_config(checkpoint: FairseqCheckpoint, backbone: AlibiGPTConfig) -> L
     """The released SideNet's shape, activation, norms and memory layer."""
     setting, path = checkpoint.setting, checkpoint.path
     memory_layer, stride = int(setting("retrieval_layer_index")), int(setting("layer_reduction_factor"))
-    side_layers = _count(checkpoint.side, r"^layers\.(\d+)\.")
+    side_layers = _count(checkpoint.side, r"layers\.(\d+)\.")
     if stride < 1 or side_layers * stride != backbone.num_hidden_layers:
         raise CheckpointError(
             f"{path}: {side_layers} SideNet layers with layer_reduction_factor {stride} do not fit a backbone of "
@@ -215,14 +189,14 @@ def longmem_config(checkpoint: FairseqCheckpoint, backbone: AlibiGPTConfig) -> L
             f"but the gate is in layer {checkpoint.augmented_layer}"
         )
     chunk_size = int(setting("chunk_size"))
-    memory_size = int(setting("memory_size", default=65536))
     return LongMemConfig(
         backbone_config=backbone,
         memory_layers=(memory_layer,),
         stride=stride,
         chunk_size=chunk_size,
         num_retrieved=int(setting("k")),
-        memory_size=memory_size // chunk_size * chunk_size,  # as many whole chunks as the released code makes room for
+        # as many whole chunks as the released code makes room for
+        memory_size=int(setting("memory_size", default=65536)) // chunk_size * chunk_size,
         final_state="normed",
         side_activation=str(setting("activation_fn", default="gelu")),
         side_norm_eps=SIDE_NORM_EPS,
@@ -230,57 +204,38 @@ def longmem_config(checkpoint: FairseqCheckpoint, backbone: AlibiGPTConfig) -> L
 
 
 def _settings_of(loaded: dict[str, Any]) -> dict[str, Any]:
-    """The ``model`` settings of ``cfg``, over the flat ``args`` of older files."""
+    """The ``model`` settings of ``cfg``, over the flat ``args`` of older files; each may be a namespace or a dict."""
     known: dict[str, Any] = {}
     for source in (loaded.get("args"), loaded.get("cfg")):
         values = _plain(source)
-        if isinstance(values, dict):
-            for layer in (values.get("task"), values if "model" not in values else None, values.get("model")):
-                if isinstance(layer, dict):
-                    known.update({str(key): value for key, value in layer.items() if value is not None})
+        for part in (values.get("task"), values.get("model", values)):
+            known |= {key: value for key, value in _plain(part).items() if value is not None}
     return known
 
 
-def _plain(value: Any) -> Any:
-    """Namespaces as dicts, also inside of dicts."""
-    if isinstance(value, argparse.Namespace):
-        return _plain(vars(value))
-    return {key: _plain(each) for key, each in value.items()} if isinstance(value, dict) else value
+def _plain(value: Any) -> dict[str, Any]:
+    value = vars(value) if isinstance(value, argparse.Namespace) else value
+    return value if isinstance(value, dict) else {}
 
 
 def _json_settings(path: Path, settings: str | Path | None) -> dict[str, Any]:
-    if settings is None:
-        beside = [found for found in path.parent.glob("*.json") if path.name.startswith(found.stem)]
-        if not beside:
-            raise CheckpointError(
-                f"{path}: a state dict says nothing of heads and memory; name the JSON with --settings"
-            )
-        settings = max(beside, key=lambda found: len(found.stem))
+    beside = [found for found in path.parent.glob("*.json") if path.name.startswith(found.stem)]
+    if settings is None and not beside:
+        raise CheckpointError(f"{path}: a state dict says nothing of heads and memory; name the JSON with --settings")
+    settings = settings or max(beside, key=lambda found: len(found.stem))
     try:
         known = json.loads(Path(settings).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{settings}: cannot be read as JSON ({error})") from error
-    known = known.get("config", known) if isinstance(known, dict) else None
-    if not isinstance(known, dict):
-        raise CheckpointError(
-            f"{settings}: holds no settings; an object with num_heads, k, chunk_size and so on is needed"
-        )
-    return known
+        return dict(known.get("config", known))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{settings}: cannot be read as JSON with settings ({error})") from error
 
 
 def _take_apart(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> FairseqCheckpoint:
-    backbone: dict[str, Tensor] = {}
-    side: dict[str, Tensor] = {}
-    ignored, gates = [], []
-    for name, value in tensors.items():
-        if (ours := backbone_name(name)) is not None:
-            backbone[ours] = value
-        elif (ours := side_name(name)) is not None:
-            side[ours] = value
-            if ours == "memory_gate":
-                gates.append(int(name.split(".")[2]))
-        elif name not in SHARED and name != "decoder.version":
-            ignored.append(name)
+    backbone = {ours: value for name, value in tensors.items() if (ours := backbone_name(name)) is not None}
+    side = {ours: value for name, value in tensors.items() if (ours := side_name(name)) is not None}
+    gates = [int(name.split(".")[2]) for name in tensors if side_name(name) == "memory_gate"]
+    known = {*SHARED, "decoder.version"}
+    ignored = [name for name in tensors if name not in known and not backbone_name(name) and not side_name(name)]
     if not backbone and not side:
         raise CheckpointError(f"{path}: has neither a newgpt backbone nor a LongMem SideNet in it")
     for name, ours in SHARED.items():
@@ -292,8 +247,7 @@ def _take_apart(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any]
 
 
 def _count(tensors: dict[str, Tensor], pattern: str) -> int:
-    numbers = [int(found[1]) for name in tensors if (found := re.match(pattern, name))]
-    return max(numbers, default=-1) + 1
+    return max((int(found[1]) for name in tensors if (found := re.match(pattern, name))), default=-1) + 1
 
 
 def check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Any], part: str) -> None:

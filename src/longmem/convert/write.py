@@ -1,14 +1,15 @@
-"""From a released checkpoint to a folder that ``from_pretrained`` opens."""
+"""From a released checkpoint and its vocabulary to a folder that ``from_pretrained`` opens."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from longmem.convert.fairseq import (
     FairseqCheckpoint,
@@ -17,28 +18,26 @@ from longmem.convert.fairseq import (
     longmem_config,
     read_fairseq,
 )
-from longmem.convert.vocabulary import tokenizer_from_fairseq
 from longmem.errors import CheckpointError
 from longmem.modeling.alibi_gpt import AlibiGPTConfig
 from longmem.modeling.loading import load_backbone
 from longmem.modeling.longmem import LongMem
+
+SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+"""Ids 0 to 3 of every fairseq dictionary."""
 
 
 @dataclass(frozen=True)
 class Converted:
     """What was written."""
 
-    kind: str
-    """``backbone`` or ``longmem``."""
+    kind: str  # ``backbone`` or ``longmem``
     out: str
-    backbone: str
-    """Its folder; the same as ``out`` for a backbone."""
+    backbone: str  # its folder; the same as ``out`` for a backbone
     parameters: int
-    trained: int
-    """Those of the SideNet; 0 for a backbone."""
+    trained: int  # those of the SideNet; 0 for a backbone
     dtype: str
-    ignored: list[str]
-    """Tensors of the file that mean nothing to us."""
+    ignored: list[str]  # tensors of the file that mean nothing to us
 
 
 def convert(
@@ -63,29 +62,29 @@ def convert(
     Raises:
         CheckpointError: a file is missing, damaged or foreign, or ``out`` is not empty.
     """
-    out = Path(out)
+    out = place = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: is there already and not empty; choose another --out or remove it")
     read = read_fairseq(checkpoint, settings)
-    if not read.is_longmem and backbone is not None:
+    if not read.side and backbone is not None:
         raise CheckpointError(f"{checkpoint}: is a backbone itself; --backbone belongs to a LongMem checkpoint")
-    longmem, place, beside = None, out, False
-    if read.is_longmem:
-        beside = backbone is not None and Path(backbone).is_dir()
-        place = Path(str(backbone)) if beside else out / "backbone"
-        longmem = longmem_from_fairseq(read, _given_backbone(read, backbone, dtype), dtype)
+    beside = Path(backbone) if backbone is not None and Path(backbone).is_dir() else None
+    longmem = None
+    if read.side:
+        place = beside or out / "backbone"
+        longmem = longmem_from_fairseq(read, None if backbone is None else _given(read, Path(backbone), dtype), dtype)
     base: Any = backbone_from_fairseq(read, dtype) if longmem is None else longmem.backbone.model
     tokenizer = None  # made before anything is written: what does not fit leaves no folder behind
     if vocabulary is not None:
         tokenizer = tokenizer_from_fairseq(vocabulary, base.config.vocab_size, base.config.max_position_embeddings)
-    if not beside:
+    if beside is None:
         base.save_pretrained(place)
     if longmem is not None:
         # a backbone inside is named by its place beside the SideNet: the folder can be moved
-        longmem.config.backbone_name_or_path = str(place.resolve()) if beside else place.name
+        longmem.config.backbone_name_or_path = place.name if beside is None else str(beside.resolve())
         longmem.save_pretrained(out)
     if tokenizer is not None:
-        for folder in {out} if beside else {out, place}:
+        for folder in {out, beside or place} - {beside}:
             tokenizer.save_pretrained(str(folder))
     return Converted(
         kind="backbone" if longmem is None else "longmem",
@@ -99,39 +98,29 @@ def convert(
 
 
 def longmem_from_fairseq(
-    checkpoint: FairseqCheckpoint | str | Path,
-    backbone: PreTrainedModel | None = None,
-    dtype: torch.dtype | None = None,
+    checkpoint: FairseqCheckpoint, backbone: PreTrainedModel | None = None, dtype: torch.dtype | None = None
 ) -> LongMem:
     """The LongMem in a released checkpoint, over a given backbone or the one in the checkpoint."""
-    if not isinstance(checkpoint, FairseqCheckpoint):
-        checkpoint = read_fairseq(checkpoint)
-    if not checkpoint.is_longmem:
-        raise CheckpointError(f"{checkpoint.path}: holds a backbone without a SideNet; a LongMem checkpoint is needed")
     backbone = backbone or backbone_from_fairseq(checkpoint, dtype)
     if not isinstance(backbone.config, AlibiGPTConfig):
         raise CheckpointError(f"{checkpoint.path}: needs an alibi_gpt backbone, not a {backbone.config.model_type}")
     model = LongMem(longmem_config(checkpoint, backbone.config), backbone)
-    own: dict[str, Tensor] = model.sidenet.state_dict()
-    check_tensors(checkpoint.path, checkpoint.side, own, "SideNet")
+    check_tensors(checkpoint.path, checkpoint.side, model.sidenet.state_dict(), "SideNet")
     dtype = dtype or checkpoint.side["final_norm.weight"].dtype
-    model.sidenet.to(dtype)
-    model.sidenet.load_state_dict({name: value.to(dtype) for name, value in checkpoint.side.items()})
+    model.sidenet.to(dtype).load_state_dict({name: value.to(dtype) for name, value in checkpoint.side.items()})
     model.train(False)
     return model
 
 
-def _given_backbone(
-    read: FairseqCheckpoint, backbone: str | Path | None, dtype: torch.dtype | None
-) -> PreTrainedModel | None:
-    if backbone is None:
-        return None
-    path = Path(backbone)
+def _given(read: FairseqCheckpoint, path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The backbone that was named; it must be the one inside, where there is one."""
     given = load_backbone(str(path), None, dtype) if path.is_dir() else backbone_from_fairseq(path, dtype)
     theirs = given.state_dict()
     for name, own in read.backbone.items():
+        other = theirs.get(name, own[:0])
         # the coarser of the two dtypes decides, so that a half copy of the same weights is still the same
-        if name not in theirs or not _equal(own, theirs[name]):
+        coarse = min(own.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+        if not torch.equal(own.to(coarse), other.to(coarse)):
             raise CheckpointError(
                 f"{path}: its {name} differs from the backbone inside {read.path}; "
                 "leave --backbone away to use the one inside"
@@ -139,6 +128,43 @@ def _given_backbone(
     return given
 
 
-def _equal(left: Tensor, right: Tensor) -> bool:
-    coarse = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
-    return left.shape == right.shape and torch.equal(left.to(coarse), right.to(coarse))
+def tokenizer_from_fairseq(folder: str | Path, rows: int, window: int | None = None) -> PreTrainedTokenizerFast:
+    """The released code's vocabulary as a tokenizer of transformers.
+
+    Text goes through GPT-2's byte pairs (``encoder.json``, ``vocab.bpe``), and GPT-2's ids through a fairseq dictionary
+    (``dict.txt``): line n, counted from 0, is id n + 4, behind ``<s>``, ``<pad>``, ``</s>`` and ``<unk>``. Here both
+    steps are one table: the byte pairs carry the dictionary's ids.
+
+    Args:
+        rows: of the model's embeddings (51,200 in the released ones); the dictionary must have as many.
+        window: tokens that the model attends to, ``model_max_length``.
+    """
+    folder = Path(folder)
+    try:
+        encoder, merges, symbols = ((folder / name).read_text(encoding="utf-8") for name in
+                                    ("encoder.json", "vocab.bpe", "dict.txt"))  # fmt: skip
+        spelled = {str(number): token for token, number in json.loads(encoder).items()}
+        pairs: Any = [
+            tuple(line.split()) for line in merges.split("\n") if line.strip() and not line.startswith("#version")
+        ]
+        # what is no id fills the table up to its size
+        names = [spelled.get(symbol, symbol) for line in symbols.split("\n") if (symbol := line.rsplit(" ", 1)[0])]
+        vocabulary = {token: number for number, token in enumerate([*SPECIAL.values(), *names])}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    except Exception as problem:  # missing, no JSON, or a pair that is not in the table: tokenizers raises only this
+        files = "encoder.json, vocab.bpe and dict.txt of the released code"
+        raise CheckpointError(f"{folder}: is not a folder with {files} ({problem})") from problem
+    known = len(vocabulary)
+    if (
+        known != rows
+        or known != len(names) + len(SPECIAL)
+        or not vocabulary.keys() >= set(pre_tokenizers.ByteLevel.alphabet())
+    ):
+        raise CheckpointError(
+            f"{folder / 'dict.txt'}: {len(names):,} lines and {len(SPECIAL)} special tokens make {known:,} ids, the "
+            f"checkpoint has {rows:,}, all 256 bytes among them; give the dictionary it was trained with"
+        )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    settings: dict[str, Any] = {**SPECIAL} if window is None else {**SPECIAL, "model_max_length": window}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **settings)
