@@ -27,10 +27,9 @@ if TYPE_CHECKING:
     from longmem.memory.bank import MemoryBank
     from longmem.memory.session import SessionMemory
     from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
+    from longmem.modeling.baselines import MemTRM, TrainingFree
     from longmem.modeling.explain import Explanation
     from longmem.modeling.longmem import LongMem
-    from longmem.modeling.memtrm import MemTRM
-    from longmem.modeling.training_free import TrainingFree
     from longmem.store.bank import StoreBank
     from longmem.store.overlay import SessionBank
     from longmem.store.recall import Recall
@@ -79,7 +78,7 @@ _HOMES = {
     "LongMem": "longmem.modeling.longmem",
     "LongMemConfig": "longmem.config",
     "LongMemGenerationConfig": "longmem.config",
-    "MemTRM": "longmem.modeling.memtrm",
+    "MemTRM": "longmem.modeling.baselines",
     "MemTRMConfig": "longmem.config",
     "MemoryBank": "longmem.memory.bank",
     "MemoryStore": "longmem.store.store",
@@ -88,10 +87,10 @@ _HOMES = {
     "SessionBank": "longmem.store.overlay",
     "SessionMemory": "longmem.memory.session",
     "StoreBank": "longmem.store.bank",
-    "TrainingFree": "longmem.modeling.training_free",
+    "TrainingFree": "longmem.modeling.baselines",
     "TrainingFreeConfig": "longmem.config",
 }
-_MODELS = tuple(f"longmem.modeling.{name}" for name in ("alibi_gpt", "longmem", "memtrm", "training_free"))
+_MODELS = tuple(f"longmem.modeling.{name}" for name in ("alibi_gpt", "longmem", "baselines"))
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ from longmem.convert.fairseq import (
 )
 from longmem.modeling.alibi_gpt import AlibiGPTForCausalLM
 from longmem.modeling.backbone import Backbone
-from longmem.modeling.sidenet import SideNet
+from longmem.modeling.longmem import SideNet
 
 E, V, F, H = 1024, 51_200, 4096, 16
 SETTINGS = {

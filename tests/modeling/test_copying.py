@@ -20,7 +20,7 @@ from longmem.modeling.copying import (
     recommend_memory_layer,
     retrieval_by_layer,
 )
-from longmem.modeling.families import QKV
+from longmem.modeling.probe import QKV
 
 VOCAB = 260
 

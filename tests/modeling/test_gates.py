@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longmem.modeling.fusion import fuse_softmax, local_lse
-from longmem.modeling.gates import TokenGate
+from longmem.modeling.fusion import TokenGate, fuse_softmax, local_lse
 
 B, H, T, D = 2, 3, 5, 4
 

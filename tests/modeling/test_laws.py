@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
-from longmem.modeling.families import Call, Family
+from longmem.modeling.families import Family
+from longmem.modeling.probe import Call
 
 SOFTMAX = [name for name in FAMILIES if not name.startswith(("bloom", "mpt", "falcon", "gptj"))]
 

@@ -18,7 +18,7 @@ from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
 from longmem.errors import BackboneError
 from longmem.modeling import backbone as backbone_module
 from longmem.modeling.families import Family
-from longmem.modeling.placement import check_quantisation, place_of, quantization
+from longmem.modeling.placement import place_of, quantization
 
 SETTINGS = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64, "memory_layer": 1}
 CPU = torch.device("cpu")
@@ -216,7 +216,7 @@ def test_what_others_have_quantised_is_refused() -> None:
     backbone = make_backbone("llama")
     pack(backbone)
     with pytest.raises(BackboneError, match="quantised by gptq, whose layers cannot be copied"):
-        check_quantisation(backbone)
+        LongMem.from_backbone(backbone, **SETTINGS)
 
 
 def test_a_memtrm_refuses_a_backbone_that_it_cannot_train() -> None:

@@ -47,8 +47,8 @@ def command(model: str, data: tuple[str, ...], valid: tuple[str, ...], layers: s
     from longmem.evaluation.layers import measure_effect
     from longmem.evaluation.loading import checked_device
     from longmem.evaluation.results import RunHeader, command_line, write_json
+    from longmem.modeling.baselines import TrainingFree
     from longmem.modeling.gguf import gguf_folder, is_gguf
-    from longmem.modeling.training_free import TrainingFree
     from longmem.training.calibrate import CalibrationSettings, calibrate, passages_of
 
     logging.disable_progress_bar()

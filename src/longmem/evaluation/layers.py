@@ -30,16 +30,17 @@ from longmem.evaluation.loading import backbone_of, checkpoint_folder
 from longmem.evaluation.results import Json, RunHeader, as_json
 from longmem.memory import MemoryBank
 from longmem.modeling import loading
+from longmem.modeling.baselines import TrainingFree
 from longmem.modeling.copying import (
     allowed_memory_layers,
     best_memory_layer,
     copy_loss,
+    default_memory_layer,
     layer_scores,
     random_tokens,
     retrieval_by_layer,
 )
 from longmem.modeling.families import Family
-from longmem.modeling.training_free import TrainingFree
 from longmem.progress import Progress, track
 from longmem.types import AttentionKV
 
@@ -154,7 +155,7 @@ def measure_layers(
             "allowed": allowed,
             "scores": scores,
             "recommended": best_memory_layer(scores, allowed),
-            "default": loading.default_memory_layer(model, stride),
+            "default": default_memory_layer(model, stride),
             "ranks": ranks,
             "copying": copying,
         }

@@ -62,10 +62,10 @@ def load_comparison(
         ConfigError: settings that do not go together, or a device that is not here.
         CheckpointError, BackboneError: a model that is missing, damaged or made for another backbone.
     """
+    from longmem.modeling.baselines import MemTRM
     from longmem.modeling.fingerprint import fingerprint_of, legacy_fingerprint
     from longmem.modeling.loading import load_backbone
     from longmem.modeling.longmem import LongMem
-    from longmem.modeling.memtrm import MemTRM
 
     device, where = checked_device(device), checkpoint_folder(path)
     kind = model_type(where)
@@ -208,7 +208,7 @@ def _checked(path: str, kind: str, otherwise: str) -> str:
 
 def _load_training_free(gate: str, backbone: Any, settings: Any) -> Any:
     """Over the backbone that is already there, with the settings of the model beside it, or from a folder."""
-    from longmem.modeling.training_free import TrainingFree
+    from longmem.modeling.baselines import TrainingFree
 
     try:
         share = float(gate)

@@ -27,9 +27,8 @@ from longmem.progress import Progress
 from longmem.types import AttentionKV
 
 if TYPE_CHECKING:
+    from longmem.modeling.baselines import MemTRM, TrainingFree
     from longmem.modeling.longmem import LongMem
-    from longmem.modeling.memtrm import MemTRM
-    from longmem.modeling.training_free import TrainingFree
 
 BACKBONE, MEMORY_OFF, CONTROL = "backbone", "memory_off", "control"
 LONGMEM, MEMTRM, TRAINING_FREE = "memory", "memtrm", "training_free"

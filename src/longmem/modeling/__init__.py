@@ -2,12 +2,11 @@
 
 1. ``memory_lm``: ``forward`` in three steps, run the backbone, read memory, apply the head.
 2. ``backbone``: runs the unmodified model and records what its layers were given, and the keys and values to remember.
-3. ``longmem`` and ``sidenet``: copied layers beside the backbone, each given what the backbone's layers changed.
+3. ``longmem``: the SideNet, copied layers beside the backbone, each given what the backbone's layers changed.
 4. ``reading``: one attention layer that searches memory before it runs and mixes in what it found afterwards.
 5. ``attention`` and ``fusion``: attention over the chunks found, and the mix with attention over the segment.
 
-``augmented``, ``memtrm`` and ``training_free`` are the baselines: the backbone's own layers read memory. ``families``,
-``probe`` and ``placement`` know how architectures name their parts, compute keys without positions, and keep weights.
-``loading``, ``weights``, ``fingerprint`` and ``gguf`` are about files. The same method in loops is in the tests,
-``tests/modeling/naive.py``.
+``baselines``: the backbone's own layers read memory. ``families``, ``probe`` and ``placement`` know how architectures
+name their parts, compute keys without positions, and keep weights. ``loading``, ``fingerprint`` and ``gguf`` are about
+files. The same method in loops is in the tests, ``tests/modeling/naive.py``.
 """

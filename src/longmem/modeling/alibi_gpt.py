@@ -78,35 +78,6 @@ def alibi_slopes(heads: int) -> Tensor:
     return torch.tensor(slopes)
 
 
-def alibi_mask(
-    positions: Tensor, key_positions: Tensor, key_mask: Tensor | None, slopes: Tensor, first_query: int
-) -> Tensor:
-    """Causal mask and ALiBi in one additive bias.
-
-    The distance form ``-slope * (i - j)`` equals the released code's ``slope * j`` under the softmax, but stays small
-    near the diagonal, so that half precision keeps it.
-
-    Args:
-        positions: (B or 1, T) positions of the queries.
-        key_positions: (B or 1, T_keys).
-        key_mask: (B, T_keys) bool, False at pads; None where nothing is padded.
-        slopes: (H,).
-        first_query: how many keys come before the first query.
-
-    Returns:
-        (B or 1, H, T, T_keys) float32.
-    """
-    distance = (positions[:, :, None] - key_positions[:, None, :]).to(slopes.dtype)
-    bias = -slopes.view(1, -1, 1, 1) * distance[:, None]
-    query = torch.arange(positions.shape[1], device=positions.device)[:, None] + first_query
-    key = torch.arange(key_positions.shape[1], device=positions.device)
-    hidden = key > query
-    if key_mask is not None:
-        # a pad still sees itself, so that its (unused) row of the softmax stays finite
-        hidden = hidden | (~key_mask[:, None, None, :] & (key != query))
-    return bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
-
-
 def eager_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **_: Any
 ) -> tuple[Tensor, Tensor]:
@@ -132,13 +103,10 @@ class AlibiGPTAttention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=False)
         self.out_proj = nn.Linear(width, width, bias=False)
 
-    def split_heads(self, hidden: Tensor) -> Tensor:
-        """(B, T, C) -> (B, H, T, D)."""
-        return hidden.view(*hidden.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
-
     def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values."""
-        return tuple(self.split_heads(projection(hidden)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        """Queries, keys and values (B, H, T, D) of (B, T, C)."""
+        shape = (*hidden.shape[:-1], self.num_heads, self.head_dim)
+        return tuple(each(hidden).view(shape).transpose(1, 2) for each in (self.q_proj, self.k_proj, self.v_proj))
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor, past_key_values: Cache | None = None) -> Tensor:
         queries, keys, values = self.project(hidden_states)
@@ -242,17 +210,27 @@ class AlibiGPTModel(AlibiGPTPreTrainedModel):
         )
 
     def _mask(self, hidden: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
+        """Causal mask and ALiBi in one additive bias, (B or 1, H, T, T_keys) float32.
+
+        The distance form ``-slope * (i - j)`` equals the released code's ``slope * j`` under the softmax, but stays
+        small near the diagonal, so that half precision keeps it.
+        """
         past = int(cache.get_seq_length()) if cache is not None else 0
-        length = past + hidden.shape[1]
+        length, device = past + hidden.shape[1], hidden.device
         # a static cache hands over all its slots, used or not; the causal rule hides those still to come
         slots = int(cache.get_mask_sizes(hidden.shape[1], 0)[0]) if cache is not None else length
-        key_mask = None
-        positions = torch.arange(slots, device=hidden.device)[None]
+        key = torch.arange(slots, device=device)
+        query = key[past:length, None]
+        positions, unseen = key[None], key > query
         if attention_mask is not None and not bool(attention_mask.all()):
-            key_mask = F.pad(attention_mask.bool(), (0, slots - attention_mask.shape[1]), value=True)
-            positions = (key_mask.long().cumsum(-1) - 1).clamp(min=0)
-        slopes = alibi_slopes(self.config.num_attention_heads).to(hidden.device)
-        return alibi_mask(positions[:, past:length], positions, key_mask, slopes, past)
+            real = F.pad(attention_mask.bool(), (0, slots - attention_mask.shape[1]), value=True)
+            positions = (real.long().cumsum(-1) - 1).clamp(min=0)
+            # a pad still sees itself, so that its (unused) row of the softmax stays finite
+            unseen = unseen | (~real[:, None, None, :] & (key != query))
+        slopes = alibi_slopes(self.config.num_attention_heads).to(device)
+        distance = (positions[:, past:length, None] - positions[:, None, :]).to(slopes.dtype)
+        bias = -slopes.view(1, -1, 1, 1) * distance[:, None]
+        return bias.masked_fill(unseen, torch.finfo(bias.dtype).min)
 
 
 class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, GenerationMixin):

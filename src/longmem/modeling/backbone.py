@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, cast
 
 import torch
@@ -31,7 +31,7 @@ _CURRENT = CompileableContextVar("longmem_run")
 
 @dataclass
 class BackboneRun:
-    """What one forward of the backbone left behind. ``with run:`` makes it the current run of this thread.
+    """What one forward of the backbone left behind.
 
     Attributes:
         inputs: ``inputs[i]`` is the input of layer i, (B, T, C): H_LLM(i) of the paper; ``inputs[L]`` is the last
@@ -51,25 +51,22 @@ class BackboneRun:
     output: BaseModelOutputWithPast | None = None
     reading: Any = None  # a Reading; its module imports this one
     stop_after: int | None = None
-    # what ``_CURRENT.set`` returned, once for each ``with`` that has not ended
-    _entered: list[Any] = field(default_factory=list, repr=False)
 
     def kv(self, mask: Tensor | None) -> AttentionKV:
         """The memory layers' keys and values, (B, n*Hkv, T, D) each, without gradient."""
         layers = [self.qkv[layer] for layer in sorted(self.qkv)]
-        assert layers, "no memory layer has run"
         keys = torch.cat([each.keys for each in layers], dim=1) if len(layers) > 1 else layers[0].keys
         values = torch.cat([each.values for each in layers], dim=1) if len(layers) > 1 else layers[0].values
         return AttentionKV(keys.detach(), values.detach(), mask)
 
-    def __enter__(self) -> BackboneRun:
-        self._entered.append(_CURRENT.set(self))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        _CURRENT.reset(self._entered.pop())
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """While open, hooks that run in this thread write to this run."""
+        before = _CURRENT.set(self)
+        try:
+            yield
+        finally:
+            _CURRENT.reset(before)
 
 
 def current_run() -> BackboneRun | None:
@@ -140,8 +137,8 @@ class Backbone(nn.Module):
         """
         run = BackboneRun(reading=reading)
         decoder = find(self.mirror, self.family.decoder_path)
-        with run:
-            output = decoder(input_ids=input_ids, **self._accepted(decoder, options))
+        with run.active():
+            output = decoder(input_ids=input_ids, **_accepted(decoder, options))
         run.output = BaseModelOutputWithPast(last_hidden_state=output) if isinstance(output, Tensor) else output
         return run
 
@@ -150,12 +147,9 @@ class Backbone(nn.Module):
         """Position-free q, k, v of the memory layers for ids (B, T); no layer above the last of them runs."""
         run = BackboneRun(stop_after=self.memory_layers[-1] if self.stops_early else None)
         decoder = find(self.mirror, self.family.decoder_path)
-        options = self._accepted(decoder, {"attention_mask": attention_mask, "use_cache": False, **options})
-        try:
-            with run:
-                decoder(input_ids=input_ids, **options)
-        except _Stop:
-            pass
+        options = _accepted(decoder, {"attention_mask": attention_mask, "use_cache": False, **options})
+        with suppress(_Stop), run.active():
+            decoder(input_ids=input_ids, **options)
         return run
 
     def head(self, hidden: Tensor, run: BackboneRun, **options: Any) -> CausalLMOutputWithPast:
@@ -172,7 +166,7 @@ class Backbone(nn.Module):
         output = type(run.output)(**{**run.output, "last_hidden_state": hidden})
         model = _with_decoder(self.mirror, self.family.decoder_path, _FinishedDecoder(output))
         unread = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        return cast(CausalLMOutputWithPast, model(input_ids=unread, **self._accepted(model, options)))
+        return cast(CausalLMOutputWithPast, model(input_ids=unread, **_accepted(model, options)))
 
     def finish(self, hidden: Tensor, norm: nn.Module | None) -> Tensor:
         """The states (B, T, C) that the head takes, from those before the final norm, whose place ``norm`` takes."""
@@ -195,16 +189,14 @@ class Backbone(nn.Module):
     def mirror(self) -> nn.Module:
         """The modules that run, made at the first call; copies and pickles make their own."""
         mirror = mirror_of(self.model)
-        layers = find(mirror, self.family.decoder_path + "." + _last_name(self.family))
+        layers = find(mirror, self.family.layers_path)
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(functools.partial(_before_layer, index), with_kwargs=True)
         layers[-1].register_forward_hook(functools.partial(_after_layer, len(layers)))
         for index in self.memory_layers:
-            attention = self.family.attention(layers[index])
-            hook = functools.partial(_before_memory_attention, index, self.family.probe(index, attention))
-            attention.register_forward_pre_hook(hook, with_kwargs=True)
+            _record_projections(self.family, index, layers[index])
             if self.attach is not None:
-                self.attach(attention, index)
+                self.attach(self.family.attention(layers[index]), index)
         return mirror.train(self.model.training)
 
     def rebuild(self) -> None:
@@ -213,19 +205,6 @@ class Backbone(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "mirror"}
-
-    def _accepted(self, module: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-        """The options that the module's forward takes.
-
-        A parameter of that name takes any value. ``**kwargs`` takes the others, except None, ``position_ids`` and
-        ``use_cache``.
-        """
-        known = _parameters_of(type(module))  # type: ignore[arg-type]
-        return {
-            name: value
-            for name, value in options.items()
-            if name in known or (value is not None and "kwargs" in known and name not in ("position_ids", "use_cache"))
-        }
 
 
 class _FinishedDecoder(nn.Module):
@@ -263,6 +242,13 @@ def _after_layer(index: int, module: nn.Module, args: tuple[Any, ...], output: A
         run.inputs[index] = output[0] if isinstance(output, tuple) else output
 
 
+def _record_projections(family: Family, index: int, layer: nn.Module) -> None:
+    """Let a mirror's layer leave its position-free projections in the run."""
+    attention = family.attention(layer)
+    hook = functools.partial(_before_memory_attention, index, family.probe(index, attention))
+    attention.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 def _before_memory_attention(
     index: int, probe: Callable[[Call], QKV], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
@@ -273,24 +259,30 @@ def _before_memory_attention(
             raise _Stop
 
 
+def _accepted(module: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the module's forward takes.
+
+    A parameter of that name takes any value. ``**kwargs`` takes the others, except None, ``position_ids`` and
+    ``use_cache``.
+    """
+    known = _parameters_of(type(module))  # type: ignore[arg-type]
+    return {
+        name: value
+        for name, value in options.items()
+        if name in known or (value is not None and "kwargs" in known and name not in ("position_ids", "use_cache"))
+    }
+
+
 @functools.lru_cache(maxsize=64)
 def _parameters_of(kind: type[nn.Module]) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
-def _last_name(family: Family) -> str:
-    return next(name for name, child in family.decoder._modules.items() if child is family.layers)
-
-
 def position_free_qkv(model: PreTrainedModel, input_ids: Tensor) -> dict[int, QKV]:
     """Position-free q (B, H, T, D), k, v (B, Hkv, T, D) of every layer of any backbone that has keys."""
-    family = Family.of(model)
-    mirror = mirror_of(model)
-    run = BackboneRun()
+    family, mirror, run = Family.of(model), mirror_of(model), BackboneRun()
     for index in family.memory_layers():
-        attention = family.attention(find(mirror, family.decoder_path + "." + _last_name(family))[index])
-        hook = functools.partial(_before_memory_attention, index, family.probe(index, attention))
-        attention.register_forward_pre_hook(hook, with_kwargs=True)
-    with run, torch.no_grad():
+        _record_projections(family, index, find(mirror, family.layers_path)[index])
+    with run.active(), torch.no_grad():
         find(mirror, family.decoder_path)(input_ids=input_ids, use_cache=False)
     return run.qkv

@@ -22,11 +22,8 @@ from transformers import PreTrainedModel
 from longmem.modeling.backbone import position_free_qkv
 from longmem.modeling.families import Family
 
-# the paper retrieves 64 tokens in chunks of 4
-CHUNK_SIZE = 4
-NUM_CHUNKS = 16
-SIGNAL = 0.05
-"""Score below which no layer is told apart from chance; models with random weights stay below 0.04."""
+CHUNK_SIZE, NUM_CHUNKS = 4, 16  # the paper retrieves 64 tokens in chunks of 4
+SIGNAL = 0.05  # score below which no layer is told apart from chance; random weights stay below 0.04
 
 
 @dataclass(frozen=True)
@@ -90,35 +87,43 @@ def retrieval_by_layer(
     """
     segment = min(segment, token_ids.shape[1])
     length = token_ids.shape[1] // segment * segment
-    ranks: dict[int, list[Tensor]] = {}
-    chunk_ranks: dict[int, list[Tensor]] = {}
+    ranks: dict[int, list[tuple[Tensor, Tensor]]] = {}
     with _evaluating(model):
         for row in token_ids[:, :length]:  # row by row: all layers' keys are held at once
             first = position_free_qkv(model, row.view(-1, segment))
             second = position_free_qkv(model, row.roll(-(segment // 2)).view(-1, segment))
             for layer in first:
-                queries = _joined(second[layer].queries).roll(segment // 2, dims=1)
-                by_token, by_chunk = _ranks(queries, _joined(first[layer].keys), chunk_size)
-                ranks.setdefault(layer, []).append(by_token)
-                chunk_ranks.setdefault(layer, []).append(by_chunk)
+                # (segments, H, T, D) -> (H, segments * T, D)
+                queries = second[layer].queries.transpose(0, 1).flatten(1, 2).roll(segment // 2, dims=1)
+                keys = first[layer].keys.transpose(0, 1).flatten(1, 2)
+                ranks.setdefault(layer, []).append(_ranks(queries, keys, chunk_size))
     chance = min(1.0, num_chunks / max(1, length // chunk_size))
-    return {
-        layer: HeadRanks(
-            rank=torch.cat(ranks[layer], dim=1).median(dim=1).values,
-            recall=(torch.cat(chunk_ranks[layer], dim=1) <= num_chunks).float().mean(dim=1),
-            keys=length,
-            chance=chance,
-        )
-        for layer in ranks
-    }
+    found = {}
+    for layer, rows in ranks.items():
+        by_token, by_chunk = (torch.cat(each, dim=1) for each in zip(*rows, strict=True))
+        recall = (by_chunk <= num_chunks).float().mean(dim=1)
+        found[layer] = HeadRanks(by_token.median(dim=1).values, recall, length, chance)
+    return found
 
 
 def layer_scores(measured: Sequence[Mapping[int, HeadRanks]]) -> dict[int, float]:
     """For each layer, its mean score over several measurements."""
-    return {
-        layer: sum(heads[layer].score for heads in measured) / len(measured)
-        for layer in (measured[0] if measured else ())
-    }
+    layers = measured[0] if measured else ()
+    return {layer: sum(heads[layer].score for heads in measured) / len(measured) for layer in layers}
+
+
+def default_memory_layer(model: PreTrainedModel, stride: int) -> int:
+    """The paper's choice, layer 18 of 24 read by SideNet layer 9 of 12, for any depth, counted from 0.
+
+    The nearest layer below that the family allows is taken: in hybrid models one with full attention.
+    """
+    family = Family.of(model)
+    sources = family.side_layout(stride).sources
+    wanted = sources[max(0, int(0.75 * len(sources) + 0.5) - 1)] if sources else 0
+    allowed = family.memory_layers()
+    if wanted in allowed or not allowed:
+        return wanted
+    return min(allowed, key=lambda layer: (layer not in sources, abs(layer - wanted)))
 
 
 def recommend_memory_layer(
@@ -181,11 +186,6 @@ def _rank(scores: Tensor, right: Tensor) -> Tensor:
     wanted = scores.gather(1, right[:, None])
     above, level = (scores > wanted).sum(dim=1), (scores == wanted).sum(dim=1)
     return above.float() + (level + 1) / 2
-
-
-def _joined(states: Tensor) -> Tensor:
-    """(segments, H, T, D) -> (H, segments * T, D)."""
-    return states.transpose(0, 1).flatten(1, 2)
 
 
 @contextlib.contextmanager

@@ -16,9 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from longmem.config import SideLayout, layer_types, side_layout
 from longmem.errors import BackboneError
-from longmem.modeling.probe import QKV, Call, PositionFreeProbe
-
-__all__ = ["QKV", "Call", "Family", "PositionFreeProbe", "attention_of", "find"]
+from longmem.modeling.probe import PositionFreeProbe
 
 # where the decoder's layers and the final norm are, in the order tried
 _LAYERS = (
@@ -39,15 +37,15 @@ class Family:
     """The named parts of one backbone.
 
     Attributes:
-        decoder_path: where the decoder is in the model. It takes token ids and gives states after the final norm.
-        decoder: the module at that path.
+        layers_path: where the decoder's layers are in the model.
+        decoder: takes token ids and gives states after the final norm.
         layers: its layers.
         final_norm: None where each layer norms its own output (OPT-350m).
         tail: what the decoder applies after its norm (OPT-350m's projection), or None.
         config: of the text model.
     """
 
-    decoder_path: str
+    layers_path: str
     decoder: nn.Module
     layers: nn.ModuleList
     final_norm: nn.Module | None
@@ -64,10 +62,9 @@ class Family:
                 f"{type(model).__name__} is not a decoder-only model with its layers at one of {', '.join(_LAYERS)}; "
                 "use a causal language model of one of the families in the documentation"
             )
-        decoder_path = path.rpartition(".")[0]
-        decoder = find(model, decoder_path)
+        decoder = find(model, path.rpartition(".")[0])
         norm = next((m for name in _FINAL_NORM if (m := getattr(decoder, name, None)) is not None), None)
-        family = cls(decoder_path, decoder, find(model, path), norm, getattr(decoder, "project_out", None), config)
+        family = cls(path, decoder, find(model, path), norm, getattr(decoder, "project_out", None), config)
         attentions = [attention for layer in family.layers if (attention := attention_of(layer)) is not None]
         if not attentions:
             raise BackboneError(
@@ -76,6 +73,11 @@ class Family:
             )
         family.output_projection(attentions[0])
         return family
+
+    @property
+    def decoder_path(self) -> str:
+        """Where the decoder is in the model."""
+        return self.layers_path.rpartition(".")[0]
 
     def attention(self, layer: nn.Module) -> nn.Module:
         """The attention module of a layer that has one."""
@@ -105,7 +107,8 @@ class Family:
     def zero_outputs(self, layer: nn.Module) -> None:
         """Make ``layer`` the identity: zero the output projections of its attention and its feed-forward."""
         ffn = next((part for path in _FFN_OUTPUT if (part := find(layer, path)) is not None), None)
-        if ffn is None or not self.pre_norm:
+        # where a layer norms after its residual sum (OPT-350m), zeroed outputs do not make it the identity
+        if ffn is None or not getattr(self.config, "do_layer_norm_before", True):
             raise BackboneError(
                 f'init "zero" needs pre-norm layers with a known feed-forward, and {type(layer).__name__} is not one; '
                 'use init "copy"'
@@ -114,11 +117,6 @@ class Family:
             for part in (self.output_projection(self.attention(layer)), ffn):
                 for parameter in [part] if isinstance(part, nn.Parameter) else part.parameters():
                     parameter.zero_()
-
-    @property
-    def pre_norm(self) -> bool:
-        """False where a layer norms after its residual sum (OPT-350m); zeroed outputs do not make that the identity."""
-        return bool(getattr(self.config, "do_layer_norm_before", True))
 
     def layer_types(self) -> list[str]:
         """The kind of every layer, see ``config.layer_types``."""
@@ -149,8 +147,8 @@ class Family:
         return full or [i for i in own if types[i] == "sliding_attention"]
 
     def kv_heads(self, layer: int) -> int:
-        """Hkv of a layer."""
-        config = self.layer_config(layer)
+        """Hkv of a layer; in Gemma 4 layers differ."""
+        config = self.config.per_layer_config[layer]
         if config.model_type == "falcon":
             # an old-style Falcon shares one key/value head, or has one for each query head
             new, multi = config.new_decoder_architecture, config.multi_query
@@ -159,26 +157,20 @@ class Family:
 
     def head_dim(self, layer: int) -> int:
         """D of a layer."""
-        config = self.layer_config(layer)
+        config = self.config.per_layer_config[layer]
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-    def layer_config(self, layer: int) -> PreTrainedConfig:
-        """The text config as one layer has it; in Gemma 4 head sizes differ between layers."""
-        return self.config.per_layer_config[layer]
 
     def check_memory_layers(self, layers: tuple[int, ...]) -> None:
         """Refuse layers that cannot be remembered, or not together, and say which can."""
         allowed = self.memory_layers()
         for layer in layers:
-            if layer in allowed:
-                continue
-            if not 0 <= layer < len(self.layers):
+            if layer not in allowed:
                 reason = f"is out of range, the backbone has {len(self.layers)} layers counted from 0"
-            else:
-                reason = f"is a {self.layer_types()[layer]} layer, or has no keys of its own"
-            raise BackboneError(
-                f"memory_layer {layer} {reason}; these would do: {', '.join(map(str, allowed)) or 'none'}"
-            )
+                if 0 <= layer < len(self.layers):
+                    reason = f"is a {self.layer_types()[layer]} layer, or has no keys of its own"
+                raise BackboneError(
+                    f"memory_layer {layer} {reason}; these would do: {', '.join(map(str, allowed)) or 'none'}"
+                )
         shapes = {layer: (self.kv_heads(layer), self.head_dim(layer)) for layer in layers}
         if len(set(shapes.values())) > 1:
             raise BackboneError(

@@ -17,11 +17,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from longmem.errors import BackboneError
 from longmem.modeling.placement import real_parameters
 
-_SAMPLES = 64
-_SKETCHED = 8
+_SAMPLES = 64  # values of a weight in a fingerprint
+_SKETCHED = 8  # and in a sketch
+# relative differences, of all weights and of each, up to which they are the same in another precision; weights of 4
+# bits differ by about 0.08
 _CLOSE, _CLOSE_EACH = 0.15, 0.35
-"""Relative differences, of all weights and of each, up to which they are the same in another precision; weights of 4
-bits differ by about 0.08."""
+# fields of a config that say how a model was loaded or is used, not what it computes
+_INCIDENTAL = {
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "return_dict",
+    "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "problem_type", "id2label", "label2id",
+}  # fmt: skip
+_UNUSED = ("dropout", "pdrop", "_token_id", "initializer", "init_std", "quantization", "router_aux", "tie_word")
 
 
 def fingerprint_of(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = None) -> str:
@@ -30,7 +36,11 @@ def fingerprint_of(model: PreTrainedModel, weights: Mapping[str, Tensor] | None 
     Two backbones with equal fingerprints give equal keys and values. Settings on which these do not depend (token ids,
     dropout, initialisation, fields of the user's own) do not count. ``weights`` are in place of its parameters.
     """
-    return _digest(_architecture(model.config), model, weights)
+    text = model.config.get_text_config(decoder=True)
+    known = set(type(text)().to_dict())  # a field of the user's own is none of the architecture's
+    fields = {name: value for name, value in _without_incidental(text.to_dict()).items() if name in known}
+    fields = {name: value for name, value in fields.items() if not any(part in name for part in _UNUSED)}
+    return _digest(fields, model, weights)
 
 
 def legacy_fingerprint(model: PreTrainedModel, config: PreTrainedConfig | None = None) -> str:
@@ -41,9 +51,8 @@ def legacy_fingerprint(model: PreTrainedModel, config: PreTrainedConfig | None =
 
 def sketch_of(model: PreTrainedModel) -> str:
     """A few values of every weight, as text: 16 bytes a weight."""
-    values = [
-        _sample(p, _SKETCHED).to(torch.float16) for _, p in sorted(real_parameters(model), key=lambda pair: pair[0])
-    ]
+    named = sorted(real_parameters(model), key=lambda pair: pair[0])
+    values = [_sample(parameter, _SKETCHED).to(torch.float16) for _, parameter in named]
     padded = [torch.nn.functional.pad(each, (0, _SKETCHED - len(each))) for each in values]
     return base64.b64encode(torch.stack(padded).numpy().tobytes()).decode()
 
@@ -62,9 +71,10 @@ def same_weights(sketch: str, other: str) -> bool:
 
 def _digest(fields: Any, model: PreTrainedModel, weights: Mapping[str, Tensor] | None) -> str:
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-    named = weights.items() if weights else real_parameters(model)
-    for name, parameter in sorted((name, _described(p)) for name, p in named):
-        digest.update(f"{name}{parameter}".encode())
+    # sampled one by one: what is kept elsewhere is there for a moment only
+    named = ((name, _described(p)) for name, p in (weights.items() if weights else real_parameters(model)))
+    for name, described in sorted(named):
+        digest.update(f"{name}{described}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -81,22 +91,6 @@ def _sample(parameter: Tensor, count: int) -> Tensor:
         )
     flat = parameter.detach().flatten()
     return flat[:: max(1, flat.numel() // count)][:count].to("cpu")
-
-
-# fields that say how a model was loaded or is used, not what it computes
-_INCIDENTAL = {
-    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "return_dict",
-    "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "problem_type", "id2label", "label2id",
-}  # fmt: skip
-_UNUSED = ("dropout", "pdrop", "_token_id", "initializer", "init_std", "quantization", "router_aux", "tie_word")
-
-
-def _architecture(config: PreTrainedConfig) -> Any:
-    """The settings of the architecture on which keys and values depend."""
-    text = config.get_text_config(decoder=True)
-    known = set(type(text)().to_dict())  # a field of the user's own is none of the architecture's
-    fields = {name: value for name, value in _without_incidental(text.to_dict()).items() if name in known}
-    return {name: value for name, value in fields.items() if not any(part in name for part in _UNUSED)}
 
 
 def _without_incidental(fields: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Fused(NamedTuple):
@@ -52,6 +52,52 @@ def fuse_softmax(
     difference = torch.where(found, memory_lse.float(), 0.0) - local_lse.float()
     share = torch.sigmoid(difference + memory_gate.float().view(1, -1, 1))
     return mix(local_out, memory_out, found, share)
+
+
+class TokenGate(nn.Module):
+    """Every token decides for itself how much of each head it gives to memory.
+
+    share = sigmoid(bias + memory_lse_weight * m - local_lse_weight * l
+                    + query_vector . q + local_vector . u + memory_vector . v)
+
+    with l and m the log-sum-exps of local and memory scores, q the query without its position, u and v the two outputs.
+    Both weights 1 and all else 0 is one softmax over local and retrieved tokens (``fuse_softmax``). A layer has
+    3H + 3HD numbers.
+
+    Args:
+        heads: H.
+        head_dim: D.
+        bias: where the heads' biases start, (H,) or one for all. 0 is one softmax; at -8 memory is hardly read.
+    """
+
+    def __init__(self, heads: int, head_dim: int, *, bias: Tensor | float = 0.0) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.as_tensor(bias, dtype=torch.float32).expand(heads).clone())
+        self.local_lse_weight = nn.Parameter(torch.ones(heads))
+        self.memory_lse_weight = nn.Parameter(torch.ones(heads))
+        self.query_vector = nn.Parameter(torch.zeros(heads, head_dim))
+        self.local_vector = nn.Parameter(torch.zeros(heads, head_dim))
+        self.memory_vector = nn.Parameter(torch.zeros(heads, head_dim))
+
+    def forward(
+        self,
+        queries: Tensor,
+        local_out: Tensor,
+        local_lse: Tensor,
+        memory_out: Tensor,
+        memory_lse: Tensor,
+        found: Tensor,
+    ) -> Fused:
+        """Mix both outputs: position-free ``queries`` (B, H, T, D), all else as in ``fuse_softmax``."""
+        logit = (
+            self.bias.float().view(-1, 1)
+            + self.memory_lse_weight.float().view(-1, 1) * torch.where(found, memory_lse.float(), 0.0)
+            - self.local_lse_weight.float().view(-1, 1) * local_lse.float()
+            + torch.einsum("bhtd,hd->bht", queries.float(), self.query_vector.float())
+            + torch.einsum("bhtd,hd->bht", local_out.float(), self.local_vector.float())
+            + torch.einsum("bhtd,hd->bht", memory_out.float(), self.memory_vector.float())
+        )
+        return mix(local_out, memory_out, found, torch.sigmoid(logit))
 
 
 def mix(local_out: Tensor, memory_out: Tensor, found: Tensor, share: Tensor) -> Fused:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, GenerationMixin, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from longmem.config import LongMemGenerationConfig
 from longmem.errors import ConfigError, MemoryBankError
@@ -26,8 +24,7 @@ from longmem.types import Memory
 if TYPE_CHECKING:
     from longmem.modeling.backbone import Backbone
 
-OURS = ("memory", "memory_rows", "explain")
-"""Arguments that an assistant model would not know."""
+_OURS = ("memory", "memory_rows", "explain")  # arguments that an assistant model would not know
 
 
 class MemoryGenerationMixin(GenerationMixin):
@@ -67,7 +64,9 @@ class MemoryGenerationMixin(GenerationMixin):
         if memory_rows is not None:
             memory_rows = torch.as_tensor(memory_rows)
         elif searched is not None:
-            memory_rows = _rows_for(searched, _batch(inputs, kwargs))
+            given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            # without a prompt generate begins with one beginning-of-sequence token
+            memory_rows = _rows_for(searched, next((len(each) for each in given if each is not None), 1))
         return super().generate(inputs, *args, memory=searched, memory_rows=memory_rows, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(
@@ -97,11 +96,6 @@ class MemoryGenerationMixin(GenerationMixin):
         )
         return {**prepared, "keep": False}
 
-    def load_generation_config(self, folder: Path) -> None:
-        """Take the settings saved in a checkpoint's folder, if it has any."""
-        if (folder / GENERATION_CONFIG_NAME).is_file():
-            self.generation_config = LongMemGenerationConfig.from_pretrained(folder)
-
     def _prepare_cache_for_generation(
         self,
         generation_config: GenerationConfig,
@@ -113,7 +107,12 @@ class MemoryGenerationMixin(GenerationMixin):
         """No cache need be longer than the window. Here the text's length is known: refuse what cannot outgrow it."""
         policy = WindowPolicy.of(generation_config, self, model_kwargs.get("memory"))
         if policy is not None and max_cache_length > policy.window:
-            if reason := _cannot_move(generation_mode, model_kwargs):
+            reason = None
+            if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+                reason = f"{generation_mode.value.replace('_', ' ')} takes back what it tries"
+            elif known := _known_without_ids(model_kwargs):
+                reason = f"the token ids behind {known} are unknown"
+            if reason is not None:
                 raise ConfigError(
                     f"{reason}, so the text ({max_cache_length} tokens) must fit the window ({policy.window}); ask for "
                     "fewer new tokens, shorten the prompt, or pass input_ids alone and num_beams=1"
@@ -153,17 +152,8 @@ class MemoryGenerationMixin(GenerationMixin):
         self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> Any:
         """An assistant reads no memory: it need not be a model of ours, and only guesses."""
-        known = {name: value for name, value in model_kwargs.items() if name not in OURS}
+        known = {name: value for name, value in model_kwargs.items() if name not in _OURS}
         return super()._get_candidate_generator(*args, model_kwargs=known, **kwargs)  # type: ignore[misc]
-
-
-def _cannot_move(mode: GenerationMode, kwargs: dict[str, Any]) -> str | None:
-    """Why text cannot move to memory while this call runs; None where it can."""
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        return f"{mode.value.replace('_', ' ')} takes back what it tries"
-    if known := _known_without_ids(kwargs):
-        return f"the token ids behind {known} are unknown"
-    return None
 
 
 def _known_without_ids(kwargs: dict[str, Any]) -> str | None:
@@ -182,10 +172,3 @@ def _rows_for(memory: Memory, batch: int) -> Tensor:
             f"the memory has {rows} rows, the batch {batch} prompts; pass memory_rows= to say which row each one reads"
         )
     return torch.zeros(batch, dtype=torch.long) if rows == 1 else torch.arange(batch)
-
-
-def _batch(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
-    for given in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
-        if isinstance(given, Tensor):
-            return int(given.shape[0])
-    return 1  # generate begins with one beginning-of-sequence token

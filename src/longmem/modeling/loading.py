@@ -1,30 +1,35 @@
-"""From names to models and folders, each failure in one line."""
+"""From names to models and folders, and back: each failure in one line."""
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import threading
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 import longmem.modeling.alibi_gpt  # noqa: F401  the paper's own backbone, which transformers' Auto classes must know
-from longmem.config import MemoryConfig, nearest
+from longmem.config import LongMemConfig, LongMemGenerationConfig, MemoryConfig, nearest
 from longmem.errors import BackboneError, CheckpointError, ConfigError, first_line
-from longmem.modeling.families import Family
+from longmem.files import to_disk
+from longmem.modeling.backbone import Backbone
+from longmem.modeling.copying import recommend_memory_layer
 from longmem.modeling.fingerprint import fingerprint_of, legacy_fingerprint, same_weights, sketch_of
 from longmem.modeling.gguf import gguf_folder, is_gguf
-from longmem.modeling.placement import check_bitsandbytes, quantization
-
-Config = TypeVar("Config", bound=PreTrainedConfig)
+from longmem.modeling.placement import check_bitsandbytes
 
 # transformers exchanges methods of its classes while it loads; loads that end in another order than they began would
 # leave the exchange in place, and no model of the process would be initialised or tied any more
@@ -40,6 +45,239 @@ _LOADED = (
     "low_cpu_mem_usage", "max_memory", "offload_buffers", "offload_folder", "proxies", "quantization_config", "token",
     "tp_plan", "trust_remote_code", "use_safetensors",
 )  # fmt: skip
+_IGNORED_IN_SAVING = ("is_main_process", "safe_serialization")
+SHARD_SIZE = "5GB"
+"""Files larger than that are hard to move; the hub's own limit."""
+
+
+class Checkpointed(PreTrainedModel):
+    """The part of ``MemoryLM`` that makes, saves and loads: a checkpoint has what was trained, and names the rest."""
+
+    config_class: type[MemoryConfig] = MemoryConfig
+    weights_file: ClassVar[str] = ""
+    """What a checkpoint keeps ``own_weights`` in."""
+    weights_prefix: ClassVar[str] = ""
+    """What the names of weights in a checkpoint's files lack to be those in ``state_dict``."""
+    backbone: Backbone
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | Path | PreTrainedModel | nn.Module,
+        *,
+        memory_layers: int | str | list[int] | tuple[int, ...] | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        side_dtype: torch.dtype | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Self:
+        """The model over a frozen backbone, which it uses itself and does not copy.
+
+        Args:
+            backbone: hub id, folder, ``.gguf`` file, or an already loaded causal language model (peft's too).
+            memory_layers: 0-based; None is three quarters of the depth; ``"auto"`` measures which layer's keys find
+                what followed an earlier occurrence best. ``memory_layer`` is another name for one layer.
+            revision: hub revision of the backbone.
+            dtype: of the backbone; None keeps that of its checkpoint.
+            side_dtype: of a ``LongMem``'s SideNet; None is the backbone's.
+            backbone_kwargs: more arguments for ``AutoModelForCausalLM.from_pretrained``.
+            **settings: fields of the model's config; and arguments of ``AutoModelForCausalLM.from_pretrained``, such as
+                ``device_map``, ``attn_implementation`` or ``quantization_config``.
+
+        Raises:
+            BackboneError: if the backbone cannot be loaded or used.
+            ConfigError: if settings contradict each other, or there is none of that name.
+        """
+        memory_layers = settings.pop("memory_layer", None) if memory_layers is None else memory_layers
+        loading, own = Loading.split(settings, revision=revision, dtype=dtype, backbone_kwargs=backbone_kwargs)
+        cls.config_class.check_settings(own)
+        model, name = loading.backbone(backbone)
+        made = cls.config_class(
+            backbone_config=model.config,
+            backbone_name_or_path=name,
+            backbone_revision=revision,
+            backbone_kwargs={name: value for name, value in loading.kwargs.items() if name in _FINDING},
+            memory_layers=None if isinstance(memory_layers, str) else memory_layers,
+            **own,
+        )
+        if memory_layers == "auto":
+            stride = getattr(made, "stride", LongMemConfig().stride)
+            best = recommend_memory_layer(
+                model, stride=stride, chunk_size=made.chunk_size, num_chunks=max(1, made.num_chunks)
+            )
+            made.memory_layers = None if best is None else (best,)
+        elif isinstance(memory_layers, str):
+            raise ConfigError(f'memory_layers ({memory_layers!r}) must be layers, or "auto"')
+        return cls(made, model, **({} if side_dtype is None else {"side_dtype": side_dtype}))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        backbone: str | Path | nn.Module | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        side_dtype: torch.dtype | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+        config: MemoryConfig | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a checkpoint, and the backbone that it names; in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: folder written by ``save_pretrained``, or a hub id.
+            backbone: path or model to use in place of the one named. The same weights in another precision are taken
+                with a warning, other weights are refused.
+            revision: of a hub id.
+            dtype: of the backbone.
+            side_dtype: of a ``LongMem``'s SideNet; None is the backbone's.
+            backbone_kwargs: more arguments for the backbone's ``AutoModelForCausalLM.from_pretrained``.
+            config: in place of the one in the folder.
+            **kwargs: the same arguments, one by one: ``device_map``, ``attn_implementation``, ...
+
+        Raises:
+            CheckpointError: if the checkpoint is incomplete or damaged, or belongs to another backbone.
+            BackboneError: if the backbone cannot be loaded.
+            ConfigError: if an argument is not known.
+        """
+        loading, rest = Loading.split(kwargs, revision=revision, dtype=dtype, backbone_kwargs=backbone_kwargs)
+        if rest:
+            known = ("backbone", "revision", "dtype", "side_dtype", "backbone_kwargs", "config", *_FINDING, *_LOADED)
+            raise ConfigError([f"from_pretrained has no argument {name}{nearest(name, known)}" for name in rest])
+        folder = resolve_folder(str(pretrained_model_name_or_path), revision)
+        try:
+            if config is None and not (folder / "config.json").is_file():  # transformers would take the defaults
+                raise FileNotFoundError(f"no config.json in {folder}")
+            settings = cls.config_class.from_pretrained(folder) if config is None else config
+            tensors = _read_weights(folder / cls.weights_file) if cls.has_weights(settings) else {}
+        except (OSError, SafetensorError, ValueError) as problem:
+            raise CheckpointError(
+                f"{folder} is not a complete {cls.__name__} checkpoint ({first_line(problem)}); it needs config.json "
+                f"and {cls.weights_file} as written by save_pretrained"
+            ) from problem
+        base, fingerprint = loading.backbone_of(settings, folder, backbone)
+        model = cls(
+            settings, base, fingerprint=fingerprint, **({} if side_dtype is None else {"side_dtype": side_dtype})
+        )
+        model._take(tensors, folder / cls.weights_file)
+        if (folder / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = LongMemGenerationConfig.from_pretrained(folder)
+        model.train(False)
+        return model
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        max_shard_size: int | str = SHARD_SIZE,
+        **kwargs: Any,
+    ) -> None:
+        """Write what was trained alone, and config.json, which names the backbone and its fingerprint.
+
+        config.json makes the folder a checkpoint: it goes first and comes last, so a save that is cut short, also one
+        over an older checkpoint, is not taken for one.
+
+        Args:
+            save_directory: the folder.
+            state_dict: weights to write in place of the model's own, by their names in it: those gathered from the
+                processes among which they are divided.
+            max_shard_size: bytes of a file, or text such as ``"200MB"``; larger weights are written to several files
+                (sidenet-00001-of-0000N.safetensors) with an index.
+        """
+        if unknown := [name for name in kwargs if name not in _IGNORED_IN_SAVING]:
+            raise ConfigError(
+                f"save_pretrained does not take {', '.join(unknown)}; it writes safetensors into a folder, which "
+                "huggingface_hub.upload_folder publishes"
+            )
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
+        self.write_weights(folder, state_dict or {}, max_shard_size)
+        self._index_for_trainer(folder)
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(folder)
+        self.saved_config().save_pretrained(folder)
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """What a checkpoint has beside its settings, by the names in its file: nothing of a frozen backbone."""
+        raise NotImplementedError
+
+    @classmethod
+    def has_weights(cls, config: MemoryConfig) -> bool:
+        """Whether a checkpoint with these settings has ``weights_file``."""
+        return True
+
+    def write_weights(self, folder: Path, given: Mapping[str, Tensor], max_shard_size: int | str) -> None:
+        """Write what was trained, to the disk; ``given`` is in place of the model's own, by names in ``state_dict``."""
+        own = {n: given.get(n, given.get(f"{self.weights_prefix}{n}", t)) for n, t in self.own_weights().items()}
+        if not own:
+            return
+        stem = Path(self.weights_file).stem
+        save_torch_state_dict(
+            own,
+            folder,
+            filename_pattern=f"{stem}{{suffix}}.safetensors",
+            max_shard_size=max_shard_size,
+            metadata={"backbone_fingerprint": str(self.config.backbone_fingerprint)},
+        )
+        for path in (*folder.glob(f"{stem}*"), folder):
+            to_disk(path)
+
+    def weight_files(self, folder: Path) -> list[Path]:
+        """The files of a checkpoint that ``write_weights`` has written."""
+        return sorted(folder.glob(f"{Path(self.weights_file).stem}*.safetensors"))
+
+    def _index_for_trainer(self, folder: Path) -> None:
+        """Say which file has which weight of the model, so that a plain ``transformers.Trainer`` can resume."""
+        weight_map, own = {}, dict(self.named_parameters(recurse=False))
+        for file in self.weight_files(folder):
+            with safe_open(file, "pt") as tensors:
+                for name in list(tensors.keys()):
+                    weight_map[name if name in own else f"{self.weights_prefix}{name}"] = str(file.relative_to(folder))
+        index = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2, sort_keys=True)
+        (folder / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
+
+    def saved_config(self) -> MemoryConfig:
+        """The settings as a checkpoint has them: the backbone by a name that holds from anywhere, and its sketch."""
+        config = copy.deepcopy(self.config)
+        config.architectures = [type(self).__name__]
+        # of weights that are divided among processes it was taken before, see `training.sharding`
+        if not any(hasattr(weight, "full_tensor") for weight in self.backbone.model.parameters()):
+            config.backbone_sketch = sketch_of(self.backbone.model)
+        name = config.backbone_name_or_path
+        if name is not None and os.path.isdir(name):
+            config.backbone_name_or_path = os.path.abspath(name)
+        return cast(MemoryConfig, config)
+
+    @torch.no_grad()
+    def _take(self, tensors: Mapping[str, Tensor], file: Path) -> None:
+        own = self.own_weights()
+        missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        other = [name for name, tensor in tensors.items() if name in own and own[name].shape != tensor.shape]
+        if missing or unexpected or other:
+            raise CheckpointError(
+                f"{file} does not fit its config: missing {missing[:3]}, unexpected {unexpected[:3]}, of another shape "
+                f"{other[:3]}; the checkpoint is damaged or of another version"
+            )
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Also takes the names in the files of a checkpoint, as ``transformers.Trainer`` hands them over."""
+        known = self.state_dict().keys()
+        named = {name if name in known else f"{self.weights_prefix}{name}": value for name, value in state_dict.items()}
+        return super().load_state_dict(named, *args, **kwargs)
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, of the file or of the several that stand for it (``name-00001-of-0000N``)."""
+    files = [file] if file.is_file() else sorted(file.parent.glob(f"{file.stem}-*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no {file.name} in {file.parent}")
+    return {name: tensor for each in files for name, tensor in load_file(each).items()}
 
 
 @dataclass
@@ -67,30 +305,31 @@ class Loading:
         wanted = asked if dtype is None else dtype
         if isinstance(wanted, str):
             wanted = None if wanted == "auto" else getattr(torch, wanted)
-        for bits in ("8bit", "4bit"):
-            if rest.pop(f"load_in_{bits}", False):
-                kwargs["quantization_config"] = quantization(bits, wanted or torch.bfloat16)
         return cls(revision, wanted, kwargs), rest
-
-    @property
-    def found_by(self) -> dict[str, Any]:
-        """The arguments without which the backbone would not be found again."""
-        return {name: value for name, value in self.kwargs.items() if name in _FINDING}
 
     def backbone(self, backbone: str | Path | nn.Module) -> tuple[PreTrainedModel, str | None]:
         """The model itself, loaded or as given, and a name by which it will be found from anywhere."""
-        if isinstance(backbone, nn.Module):
-            if self.kwargs:
-                raise ConfigError(
-                    f"{', '.join(self.kwargs)}: says how to load a backbone, and the one given is loaded already; "
-                    "give its name, or load it so"
-                )
-            model = _checked(backbone)
-            if self.dtype is not None:
-                nn.Module.to(model, self.dtype)
-            return model, _absolute(model.config._name_or_path) or None
-        name = _absolute(str(backbone))
-        return load_backbone(name, self.revision, self.dtype, **self.kwargs), name
+        if not isinstance(backbone, nn.Module):
+            name = _absolute(str(backbone))
+            return load_backbone(name, self.revision, self.dtype, **self.kwargs), name
+        if self.kwargs:
+            raise ConfigError(
+                f"{', '.join(self.kwargs)}: says how to load a backbone, and the one given is loaded already; "
+                "give its name, or load it so"
+            )
+        if hasattr(backbone, "merge_and_unload"):
+            raise BackboneError(
+                f"a {type(backbone).__name__} wraps its model; give model.merge_and_unload(), or the adapter's folder "
+                "by name"
+            )
+        if not isinstance(backbone, PreTrainedModel):
+            raise BackboneError(
+                f"a {type(backbone).__name__} is no causal language model of transformers; give one, its folder or its "
+                "hub id"
+            )
+        if self.dtype is not None:
+            nn.Module.to(backbone, self.dtype)
+        return backbone, _absolute(backbone.config._name_or_path) or None
 
     def backbone_of(
         self, config: MemoryConfig, folder: Path, given: str | Path | nn.Module | None
@@ -115,6 +354,11 @@ class Loading:
 
 
 def _recognised(model: PreTrainedModel, config: MemoryConfig, folder: Path, given: bool) -> str:
+    """The fingerprint that the checkpoint knows its backbone by.
+
+    Raises:
+        CheckpointError: this is another backbone.
+    """
     expected, own = config.backbone_fingerprint, fingerprint_of(model)
     if expected is None or expected in (own, legacy_fingerprint(model)):
         return expected or own
@@ -139,43 +383,9 @@ def _recognised(model: PreTrainedModel, config: MemoryConfig, folder: Path, give
     )
 
 
-def check_arguments(method: str, rest: dict[str, Any]) -> None:
-    """Refuse arguments that would do nothing."""
-    known = ("backbone", "revision", "dtype", "side_dtype", "backbone_kwargs", "config", *_FINDING, *_LOADED)
-    if rest:
-        raise ConfigError([f"{method} has no argument {name}{nearest(name, known)}" for name in rest])
-
-
-def _checked(model: nn.Module) -> PreTrainedModel:
-    """The model, if it is one of transformers."""
-    if isinstance(model, PreTrainedModel):
-        return model
-    if hasattr(model, "merge_and_unload"):
-        raise BackboneError(
-            f"a {type(model).__name__} wraps its model; give model.merge_and_unload(), or the adapter's folder by name"
-        )
-    raise BackboneError(
-        f"a {type(model).__name__} is no causal language model of transformers; give one, its folder or its hub id"
-    )
-
-
 def _absolute(name: str) -> str:
     """A folder's or file's path from the root, so that it holds wherever the process goes; hub ids stay."""
     return os.path.abspath(name) if os.path.exists(name) else name
-
-
-def default_memory_layer(model: PreTrainedModel, stride: int) -> int:
-    """The paper's choice, layer 18 of 24 read by SideNet layer 9 of 12, for any depth, counted from 0.
-
-    The nearest layer below that the family allows is taken: in hybrid models one with full attention.
-    """
-    family = Family.of(model)
-    sources = family.side_layout(stride).sources
-    wanted = sources[max(0, int(0.75 * len(sources) + 0.5) - 1)] if sources else 0
-    allowed = family.memory_layers()
-    if wanted in allowed or not allowed:
-        return wanted
-    return min(allowed, key=lambda layer: (layer not in sources, abs(layer - wanted)))
 
 
 def load_backbone(
@@ -201,13 +411,6 @@ def load_backbone(
             f"backbone {name!r} could not be loaded ({first_line(problem)}); give a folder with config.json and "
             "weights, or a hub id that can be reached, and with backbone_kwargs what else is needed to find it"
         ) from problem
-
-
-def load_config(kind: type[Config], folder: Path) -> Config:
-    """The config in a checkpoint folder; transformers would take one that is missing for one without settings."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no config.json in {folder}")
-    return kind.from_pretrained(folder)
 
 
 def named_backbone(named: str | None, folder: Path) -> str:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers.activations import ACT2FN
 
 from longmem.config import LongMemConfig
-from longmem.errors import CheckpointError, first_line
-from longmem.modeling.backbone import BackboneRun
-from longmem.modeling.loading import Loading, check_arguments, resolve_folder
-from longmem.modeling.memory_lm import MemoryLM, check_saving
-from longmem.modeling.sidenet import SideNet
-from longmem.modeling.weights import SHARD_SIZE, WEIGHTS, read_weights, write_weights
+from longmem.errors import BackboneError, ConfigError
+from longmem.modeling.backbone import Backbone, BackboneRun
+from longmem.modeling.families import attention_of
+from longmem.modeling.fusion import TokenGate
+from longmem.modeling.memory_lm import MemoryLM
+from longmem.modeling.placement import copy_module, packed_by, place_of
+from longmem.modeling.probe import Call
+from longmem.modeling.reading import MemoryReader
 
 
 class LongMem(MemoryLM):
@@ -34,7 +35,8 @@ class LongMem(MemoryLM):
     """
 
     config_class = LongMemConfig
-    saved_below = "sidenet."
+    weights_file = "sidenet.safetensors"
+    weights_prefix = "sidenet."
     base_model_prefix = "longmem"
     supports_gradient_checkpointing = True
 
@@ -87,102 +89,154 @@ class LongMem(MemoryLM):
     def gradient_checkpointing_disable(self) -> None:
         self.sidenet.gradient_checkpointing = False
 
-    @classmethod
-    def from_backbone(
-        cls, backbone: str | Path | nn.Module, *, side_dtype: torch.dtype | None = None, **settings: Any
-    ) -> LongMem:
-        """A frozen backbone with a fresh SideNet; see ``MemoryLM.from_backbone``.
+    def own_weights(self) -> dict[str, Tensor]:
+        """The SideNet's."""
+        return cast("dict[str, Tensor]", self.sidenet.state_dict())
 
-        Args:
-            side_dtype: of the SideNet; None is the backbone's.
-        """
-        model = super().from_backbone(backbone, **settings)
-        if side_dtype is not None:
-            model.sidenet.to(side_dtype)
-        return model
 
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | Path,
-        *,
-        state_dict: Mapping[str, Tensor] | None = None,
-        max_shard_size: int | str = SHARD_SIZE,
-        **kwargs: Any,
-    ) -> None:
-        """Write the SideNet alone: config.json, which names the backbone and its fingerprint, and sidenet.safetensors.
+class SideNet(nn.Module):
+    """The trained part: copies of some backbone layers, their own final norm and the memory gate (section 3.2).
 
-        config.json makes the folder a checkpoint: it goes first and comes last, so a save that is cut short, also one
-        over an older checkpoint, is not taken for one.
+    Args:
+        backbone: whose layers are copied, see ``config.side_layout``.
+        config: ``memory_layers`` must be resolved.
 
-        Args:
-            save_directory: the folder.
-            state_dict: weights to write in place of the model's own, by their names in it: those gathered from the
-                processes among which they are divided.
-            max_shard_size: bytes of a file, or text such as ``"200MB"``; larger weights are written as
-                sidenet-00001-of-0000N.safetensors with an index, sidenet.safetensors.index.json.
-        """
-        check_saving(kwargs)
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        given = state_dict or {}
-        mine = {name: given.get(f"sidenet.{name}", tensor) for name, tensor in self.sidenet.state_dict().items()}
-        (folder / "config.json").unlink(missing_ok=True)
-        about = {"backbone_fingerprint": self.fingerprint}
-        write_weights(mine, folder, max_shard_size=max_shard_size, metadata=about)
-        self._save_config(folder)
+    Attributes:
+        sources: the backbone layer that each SideNet layer is copied from.
+        bounds: SideNet layer i stands beside the backbone layers from bounds[i] up to, not including, bounds[i+1].
+        augmented_layers: for each memory layer, the SideNet layer that searches its keys.
+        memory_gate: (n*H,) a logit per head of each augmented layer; where each token chooses, ``gates`` do instead.
+        gates: with fusion "token" a ``TokenGate`` for each augmented layer, else None.
 
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        backbone: str | Path | nn.Module | None = None,
-        revision: str | None = None,
-        dtype: torch.dtype | None = None,
-        side_dtype: torch.dtype | None = None,
-        backbone_kwargs: dict[str, Any] | None = None,
-        config: LongMemConfig | None = None,
-        **kwargs: Any,
-    ) -> LongMem:
-        """Load a SideNet, and the backbone that it names.
+    Raises:
+        BackboneError: if the backbone's weights cannot be copied.
+        ConfigError: if the stride leaves no layer, or one layer would have to read two memory layers.
+    """
 
-        Args:
-            pretrained_model_name_or_path: folder written by ``save_pretrained``, or a hub id.
-            backbone: path or model to use in place of the one named. The same weights in another precision are taken
-                with a warning, other weights are refused.
-            revision: of a hub id.
-            dtype: of the backbone.
-            side_dtype: of the SideNet; None is the backbone's.
-            backbone_kwargs: more arguments for the backbone's ``AutoModelForCausalLM.from_pretrained``.
-            config: in place of the one in the folder.
-            **kwargs: the same arguments, one by one: ``device_map``, ``attn_implementation``, ...
-
-        Raises:
-            CheckpointError: if the checkpoint is incomplete or damaged, or belongs to another backbone.
-            BackboneError: if the backbone cannot be loaded.
-            ConfigError: if an argument is not known.
-        """
-        loading, rest = Loading.split(kwargs, revision=revision, dtype=dtype, backbone_kwargs=backbone_kwargs)
-        check_arguments("from_pretrained", rest)
-        folder = resolve_folder(str(pretrained_model_name_or_path), revision)
-        try:
-            tensors = read_weights(folder)
-        except (OSError, SafetensorError, ValueError) as problem:
-            raise CheckpointError(
-                f"{folder} is not a complete LongMem checkpoint ({first_line(problem)}); "
-                f"it needs config.json and {WEIGHTS} as written by save_pretrained"
-            ) from problem
-        _, made, model_of, fingerprint = cls._load(folder, config, backbone, loading)
-        model = cls(cast(LongMemConfig, made), model_of, side_dtype=side_dtype, fingerprint=fingerprint)
-        missing, unexpected = model.sidenet.load_state_dict(tensors, strict=False)
-        if missing or unexpected:
-            raise CheckpointError(
-                f"{folder / WEIGHTS} does not fit its config: missing {missing[:3]}, unexpected {unexpected[:3]}; "
-                "the checkpoint is damaged or of another version"
+    def __init__(self, backbone: Backbone, config: LongMemConfig) -> None:
+        super().__init__()
+        family = backbone.family
+        if (method := packed_by(backbone.model)) not in (None, "bitsandbytes"):
+            raise BackboneError(
+                f"the backbone is quantised by {method}, whose layers cannot be copied into a "
+                "SideNet; load it unquantised, or quantised by bitsandbytes"
             )
-        model.load_generation_config(folder)
-        model.train(False)
-        return model
+        self.delta = config.init == "delta"
+        self.final_state = config.final_state
+        self.sources, self.bounds = family.side_layout(config.stride, backbone.memory_layers if self.delta else ())
+        if not self.sources:
+            raise ConfigError(
+                f"stride ({config.stride}) must not be larger than the backbone's {backbone.num_layers} layers; "
+                f"try {min(2, backbone.num_layers)}"
+            )
+        self.augmented_layers = tuple(
+            max(index for index, bound in enumerate(self.bounds[:-1]) if bound <= layer)
+            for layer in backbone.memory_layers
+        )
+        if len(set(self.augmented_layers)) < len(self.augmented_layers):
+            raise ConfigError(
+                f"memory_layers {list(backbone.memory_layers)} would be read by SideNet layers "
+                f"{list(self.augmented_layers)}, one of them twice; take layers further apart, or a smaller stride "
+                f"than {config.stride}"
+            )
+        self.layers = nn.ModuleList(copy_module(family.layers[source]) for source in self.sources)
+        norm = family.final_norm
+        self.final_norm: nn.Module | None = None if norm is None else copy_module(norm)
+        for index, (layer, source) in enumerate(zip(self.layers, self.sources, strict=True)):
+            attention: Any = attention_of(layer)
+            if hasattr(attention, "layer_idx"):  # its keys go to their own place in the cache
+                attention.layer_idx = backbone.num_layers + index
+            if config.init == "zero":
+                family.zero_outputs(layer)
+            if config.trained == "attention":
+                family.share_feed_forward(layer, family.layers[source])
+        _override(self, config.side_activation, config.side_norm_eps)
+        self.requires_grad_(True)
+        # layers run where their sources do; what passes from one to the next has to follow
+        self.spread = len({place_of(part) for part in (*family.layers, norm) if part is not None}) > 1
+
+        heads, places = int(family.config.num_attention_heads), [self.layers[i] for i in self.augmented_layers]
+        logits = torch.zeros(len(places) * heads, device=place_of(places[0]))
+        self.gates: nn.ModuleList | None = None
+        if config.fusion == "token":
+            self.register_buffer("memory_gate", logits, persistent=False)
+            self.gates = nn.ModuleList(TokenGate(heads, backbone.head_dim).to(place_of(layer)) for layer in places)
+        else:
+            self.memory_gate = nn.Parameter(logits)
+        for place, (memory_layer, index) in enumerate(zip(backbone.memory_layers, self.augmented_layers, strict=True)):
+            attention = family.attention(self.layers[index])
+            probe = family.probe(self.sources[index], attention)
+            MemoryReader(attention, family, memory_layer, place, config.fusion, self.gate_at, probe)
+        self.gradient_checkpointing = False
+
+    def gate_at(self, place: int) -> Tensor | TokenGate:
+        """What decides the shares of one augmented layer."""
+        if self.gates is not None:
+            return cast(TokenGate, self.gates[place])
+        return self.memory_gate.view(len(self.augmented_layers), -1)[place]
+
+    def forward(self, backbone: Backbone, run: BackboneRun, side_hidden: list[Tensor] | None = None) -> Tensor:
+        """The SideNet's state before its final norm, (B, T, C).
+
+        Args:
+            run: the backbone's forward: inputs and calls of its layers, and how memory is read.
+            side_hidden: a list to which the SideNet's input and each layer's output, (B, T, C), are appended.
+        """
+        dtype = self.memory_gate.dtype
+        states = [run.inputs[bound] for bound in self.bounds]
+        if self.final_state == "normed":  # as in the released code
+            states[-1] = backbone.normed(states[-1])
+        hidden = states[0].to(dtype)
+        if side_hidden is not None:
+            side_hidden.append(hidden)
+        for index, (layer, source) in enumerate(zip(self.layers, self.sources, strict=True)):
+            device = next(layer.parameters()).device if self.spread else None
+            # a copied layer gets the mask, positions and cache that its source got; only the hidden states differ
+            call = run.calls[source].cast(dtype, device)
+            _ensure_cache(call, backbone.num_layers, self.sources)
+            hidden = self._layer(layer, call, hidden.to(device), run)
+            # delta: the layer stands for its source, so the backbone's part is that of the layers in between
+            first = source + 1 if self.delta else self.bounds[index]
+            if first != self.bounds[index + 1]:
+                before = run.inputs[first] if self.delta else states[index]
+                hidden = hidden + (states[index + 1].to(device, dtype) - before.to(device, dtype))
+            if side_hidden is not None:
+                side_hidden.append(hidden)
+        return hidden
+
+    def _layer(self, layer: nn.Module, call: Call, hidden: Tensor, run: BackboneRun) -> Tensor:
+        def replay(hidden: Tensor) -> Tensor:
+            with run.active():  # the MemoryReader asks for it; backward recomputes long after forward ended
+                output = layer(**call.replace(hidden_states=hidden).arguments)
+            return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+        if self.gradient_checkpointing and self.training:
+            # the recomputation searches again, so memory must not be written before backward
+            return cast(Tensor, checkpoint(replay, hidden, use_reentrant=False))
+        return replay(hidden)
+
+
+def _override(sidenet: SideNet, activation: str | None, norm_eps: float | None) -> None:
+    """Give the copied layers another activation or norm epsilon, as the released code does."""
+    for module in sidenet.modules():
+        if activation is not None and hasattr(module, "act") and isinstance(module.act, nn.Module):
+            module.act = ACT2FN[activation]
+        if norm_eps is not None:
+            for name in ("eps", "variance_epsilon"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, norm_eps)
+
+
+def _ensure_cache(call: Call, num_layers: int, sources: list[int]) -> None:
+    """Append a place for every SideNet layer to a cache that was built for the backbone alone."""
+    cache = next((value for value in call.arguments.values() if isinstance(value, Cache)), None)
+    if cache is None or cache.layer_class_to_replicate is not None:  # such a cache grows by itself
+        return
+    # SideNet layers that have their place from an earlier call are left out
+    for source in sources[max(0, len(cache.layers) - num_layers) :]:
+        like = cache.layers[source]
+        window = getattr(like, "sliding_window", None)
+        cache.layers.append(type(like)() if window is None else type(like)(sliding_window=window))
 
 
 AutoConfig.register("longmem", LongMemConfig, exist_ok=True)

@@ -6,11 +6,8 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +15,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longmem.config import LongMemConfig, LongMemGenerationConfig, MemoryConfig
-from longmem.errors import BackboneError, CheckpointError, ConfigError, first_line
+from longmem.errors import BackboneError, ConfigError
 from longmem.modeling.backbone import Backbone, BackboneRun
-from longmem.modeling.copying import recommend_memory_layer
+from longmem.modeling.copying import default_memory_layer
 from longmem.modeling.explain import Explanation
-from longmem.modeling.fingerprint import legacy_fingerprint, sketch_of
+from longmem.modeling.fingerprint import legacy_fingerprint
 from longmem.modeling.generating import MemoryGenerationMixin
-from longmem.modeling.loading import Loading, default_memory_layer, load_config, resolve_folder
-from longmem.modeling.reading import LayerRead, Reading, gate_slice, shares_of
+from longmem.modeling.loading import Checkpointed
+from longmem.modeling.reading import LayerRead, Reading
 from longmem.types import AttentionKV, Memory, RetrievedMemory
 
 
@@ -51,7 +48,7 @@ class LongMemOutput(CausalLMOutputWithPast):
     side_hidden: tuple[Tensor, ...] | None = None
 
 
-class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
+class MemoryLM(Checkpointed, MemoryGenerationMixin):
     """A causal language model that reads memory, over a backbone that runs unmodified.
 
     Args:
@@ -67,8 +64,6 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
     config_class: type[MemoryConfig] = MemoryConfig
     frozen: ClassVar[bool] = True
     """Whether the backbone is kept from training; False in ``MemTRM``."""
-    saved_below: ClassVar[str] = "backbone.model."
-    """The prefix of the names of weights in ``state_dict``; the files of a checkpoint leave it out."""
     memory_gate: Tensor
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -175,11 +170,11 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
 
     def kept(self, run: BackboneRun, input_ids: Tensor | None, attention_mask: Tensor | None) -> AttentionKV:
         """The keys and values to write after a run. They depend on its text alone, not on what it read."""
-        return run.kv(padding_of(attention_mask, input_ids))
+        return run.kv(_padding(attention_mask, input_ids))
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> AttentionKV:
         """The keys and values of a segment (B, T). The backbone runs up to its last memory layer and no further."""
-        return self.backbone.encode(input_ids, attention_mask).kv(padding_of(attention_mask, input_ids))
+        return self.backbone.encode(input_ids, attention_mask).kv(_padding(attention_mask, input_ids))
 
     # -- what it is made of ------------------------------------------------------------------------------------------
 
@@ -240,11 +235,7 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
     @property
     def memory_share(self) -> Tensor:
         """(n*H,): the sigmoid of the gate; with ``fusion="gate"`` memory's share for tokens that find something."""
-        return shares_of(self.memory_gate)
-
-    def gate_of(self, place: int) -> Tensor:
-        """(H,) gate logits of one memory layer; ``place`` is its index in ``memory_layers``."""
-        return gate_slice(self.memory_gate, place, self.num_heads)
+        return torch.sigmoid(self.memory_gate.detach().float())
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """All that training may change."""
@@ -254,105 +245,14 @@ class MemoryLM(PreTrainedModel, MemoryGenerationMixin):
         """Names of all that training may change."""
         return [name for name, p in self.named_parameters() if p.requires_grad]
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Also takes the names in the files of a checkpoint, as ``transformers.Trainer`` hands them over."""
-        known = self.state_dict().keys()
-        named = {name if name in known else f"{self.saved_below}{name}": value for name, value in state_dict.items()}
-        return super().load_state_dict(named, *args, **kwargs)
-
     def get_input_embeddings(self) -> nn.Module:
         return cast(nn.Module, self.backbone.model.get_input_embeddings())
 
     def get_output_embeddings(self) -> nn.Module:
         return cast(nn.Module, self.backbone.model.get_output_embeddings())
 
-    # -- making and loading ------------------------------------------------------------------------------------------
 
-    @classmethod
-    def from_backbone(
-        cls,
-        backbone: str | Path | PreTrainedModel | nn.Module,
-        *,
-        memory_layers: int | str | list[int] | tuple[int, ...] | None = None,
-        revision: str | None = None,
-        dtype: torch.dtype | None = None,
-        backbone_kwargs: dict[str, Any] | None = None,
-        **settings: Any,
-    ) -> Self:
-        """The model over a frozen backbone, which it uses itself and does not copy.
-
-        Args:
-            backbone: hub id, folder, ``.gguf`` file, or an already loaded causal language model (peft's too).
-            memory_layers: 0-based; None is three quarters of the depth; ``"auto"`` measures which layer's keys find
-                what followed an earlier occurrence best. ``memory_layer`` is another name for one layer.
-            revision: hub revision of the backbone.
-            dtype: of the backbone; None keeps that of its checkpoint.
-            backbone_kwargs: more arguments for ``AutoModelForCausalLM.from_pretrained``.
-            **settings: fields of the model's config; and arguments of ``AutoModelForCausalLM.from_pretrained``, such as
-                ``device_map``, ``attn_implementation`` or ``quantization_config``.
-
-        Raises:
-            BackboneError: if the backbone cannot be loaded or used.
-            ConfigError: if settings contradict each other, or there is none of that name.
-        """
-        memory_layers = settings.pop("memory_layer", None) if memory_layers is None else memory_layers
-        loading, own = Loading.split(settings, revision=revision, dtype=dtype, backbone_kwargs=backbone_kwargs)
-        cls.config_class.check_settings(own)
-        model, name = loading.backbone(backbone)
-        made = cls.config_class(
-            backbone_config=model.config,
-            backbone_name_or_path=name,
-            backbone_revision=revision,
-            backbone_kwargs=loading.found_by,
-            memory_layers=None if isinstance(memory_layers, str) else memory_layers,
-            **own,
-        )
-        if memory_layers == "auto":
-            stride = getattr(made, "stride", LongMemConfig().stride)
-            best = recommend_memory_layer(
-                model, stride=stride, chunk_size=made.chunk_size, num_chunks=max(1, made.num_chunks)
-            )
-            made.memory_layers = None if best is None else (best,)
-        elif isinstance(memory_layers, str):
-            raise ConfigError(f'memory_layers ({memory_layers!r}) must be layers, or "auto"')
-        return cls(made, model)
-
-    @classmethod
-    def _load(
-        cls,
-        name: str | Path,
-        config: MemoryConfig | None,
-        backbone: str | Path | PreTrainedModel | nn.Module | None,
-        loading: Loading,
-    ) -> tuple[Path, MemoryConfig, PreTrainedModel, str]:
-        """The folder of a checkpoint, its config, its backbone and the backbone's fingerprint."""
-        folder = resolve_folder(str(name), loading.revision)
-        try:
-            made = load_config(cls.config_class, folder) if config is None else config
-        except (OSError, ValueError) as problem:
-            raise CheckpointError(
-                f"{folder} is not a complete {cls.__name__} checkpoint ({first_line(problem)}); "
-                "it needs config.json as written by save_pretrained"
-            ) from problem
-        model, fingerprint = loading.backbone_of(made, folder, backbone)
-        return folder, made, model, fingerprint
-
-    def _save_config(self, folder: Path, **changed: Any) -> None:
-        """Write config.json, which names the backbone, and generation_config.json."""
-        if self.generation_config is not None:
-            self.generation_config.save_pretrained(folder)
-        config = copy.deepcopy(self.config)
-        config.update({"architectures": [type(self).__name__], **changed})
-        # of weights that are divided among processes it was taken before, see `training.sharding`
-        if not any(hasattr(weight, "full_tensor") for weight in self.backbone.model.parameters()):
-            config.backbone_sketch = sketch_of(self.backbone.model)
-        name = config.backbone_name_or_path
-        if name is not None and os.path.isdir(name):
-            config.backbone_name_or_path = os.path.abspath(name)
-        config.save_pretrained(folder)
-
-
-def padding_of(attention_mask: Tensor | None, input_ids: Tensor | None) -> Tensor | None:
+def _padding(attention_mask: Tensor | None, input_ids: Tensor | None) -> Tensor | None:
     """(B, T) bool, False at the pads among the T tokens of a call; None where all are real.
 
     With a static cache, generation passes masks (B, 1, T, slots), which say what each token sees. They give None: what
@@ -361,15 +261,3 @@ def padding_of(attention_mask: Tensor | None, input_ids: Tensor | None) -> Tenso
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or input_ids is None:
         return None
     return attention_mask[:, -input_ids.shape[1] :].bool()
-
-
-_SAVING = ("is_main_process", "safe_serialization", "max_shard_size", "state_dict")
-
-
-def check_saving(given: dict[str, Any]) -> None:
-    """Refuse arguments of ``save_pretrained`` that would do nothing."""
-    if unknown := [name for name in given if name not in _SAVING or (name == "safe_serialization" and not given[name])]:
-        raise ConfigError(
-            f"save_pretrained does not take {', '.join(unknown)}; it writes safetensors into a folder, which "
-            "huggingface_hub.upload_folder publishes"
-        )

@@ -48,41 +48,17 @@ def check_bitsandbytes(method: str = "bitsandbytes") -> None:
         )
 
 
-def check_quantisation(model: PreTrainedModel) -> None:
-    """Refuse a backbone whose weights cannot be copied."""
+def packed_by(model: PreTrainedModel) -> str | None:
+    """What has quantised a model, where it keeps weights in integers: parameters, or buffers of linear layers."""
     method = getattr(model, "quantization_method", None)
-    name = str(getattr(method, "value", method))
-    if method is not None and name != "bitsandbytes" and _is_packed(model):
-        raise BackboneError(
-            f"the backbone is quantised by {name}, whose layers cannot be copied into a "
-            "SideNet; load it unquantised, or quantised by bitsandbytes"
-        )
-
-
-def check_trainable(model: PreTrainedModel) -> None:
-    """Refuse a backbone that cannot be trained itself."""
-    method = getattr(model, "quantization_method", None)
-    if method is not None and _is_packed(model):
-        raise BackboneError(
-            f"MemTRM trains the backbone itself, and this one is quantised by {getattr(method, 'value', method)}; "
-            "load it unquantised"
-        )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise BackboneError(
-            "MemTRM trains the backbone itself, and the weights of this one are kept elsewhere until they are needed; "
-            "load it onto its devices"
-        )
-
-
-def _is_packed(model: nn.Module) -> bool:
-    """Whether weights are kept in integers, as parameters or as buffers of a linear layer."""
-    return any(
+    packed = method is not None and any(
         not tensor.is_floating_point() and tensor.numel() > 1
         for module in model.modules()
         if "linear" in type(module).__name__.lower() or module._parameters
         for tensor in (*module._parameters.values(), *module._buffers.values())
         if tensor is not None
     )
+    return str(getattr(method, "value", method)) if packed else None
 
 
 def place_of(module: nn.Module) -> torch.device:
@@ -95,11 +71,6 @@ def place_of(module: nn.Module) -> torch.device:
             if tensor is not None:
                 return tensor.device
     return torch.device("cpu")
-
-
-def is_spread(modules: Iterable[nn.Module]) -> bool:
-    """Whether these modules run on several devices."""
-    return len({place_of(module) for module in modules}) > 1
 
 
 def mirror_of(module: nn.Module) -> nn.Module:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,11 +22,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from longmem.config import Fusion
 from longmem.errors import BackboneError, MemoryBankError
 from longmem.modeling.attention import MemoryAttentionOutput, chunk_parts, memory_attention
-from longmem.modeling.backbone import BackboneRun, current_run
+from longmem.modeling.backbone import current_run
 from longmem.modeling.explain import Explanation
 from longmem.modeling.families import Family
-from longmem.modeling.fusion import Fused, fuse, fuse_softmax, local_lse
-from longmem.modeling.gates import TokenGate
+from longmem.modeling.fusion import TokenGate, fuse, fuse_softmax, local_lse
 from longmem.modeling.probe import ADAPTERS, QKV, Call, scaling_of
 from longmem.types import Memory, RetrievedMemory
 
@@ -123,8 +121,8 @@ class MemoryReader:
         layer: the memory layer that is searched.
         place: its place among the memory layers.
         fusion: how local and memory attention are mixed.
-        gate: returns the logits (H,) of this layer's heads; with fusion "token" the ``TokenGate`` itself.
-        probe: returns the position-free projections of a call of ``attention``.
+        gate: gives what decides the shares at a place: the logits (H,) of its heads, or a ``TokenGate``.
+        probe: gives the position-free projections of a call of ``attention``.
     """
 
     def __init__(
@@ -134,7 +132,7 @@ class MemoryReader:
         layer: int,
         place: int,
         fusion: Fusion,
-        gate: Callable[[], Tensor | TokenGate],
+        gate: Callable[[int], Tensor | TokenGate],
         probe: Callable[[Call], QKV],
     ) -> None:
         self.layer, self.place, self.fusion = layer, place, fusion
@@ -160,42 +158,46 @@ class MemoryReader:
         # the first layer is the default of ``search``, so a memory of one layer need not have the argument
         which = {"layer": self.place} if self.place else {}
         retrieved = reading.memory.search(qkv.queries.detach(), reading.num_chunks, reading.rows, **which)
-        from_memory = memory_attention(qkv.queries, retrieved, scaling=qkv.scaling, softcap=qkv.softcap)
+        memory = memory_attention(qkv.queries, retrieved, scaling=qkv.scaling, softcap=qkv.softcap)
         read = reading.reads[self.place] = LayerRead(self.layer, retrieved, queries=qkv.queries)
         if reading.explain:
-            read.parts = chunk_parts(qkv.queries, retrieved, from_memory.lse, scaling=qkv.scaling, softcap=qkv.softcap)
-        reading._pending = (self, qkv, from_memory)
+            read.parts = chunk_parts(qkv.queries, retrieved, memory.lse, scaling=qkv.scaling, softcap=qkv.softcap)
+        reading._pending = (self, qkv, memory)
 
     def _before_output(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
         """Fuse in families that do not use the attention interface; in the others nothing is pending any more."""
-        run = current_run()
-        if run is None or run.reading is None or run.reading._pending is None:
+        if (reading := _pending_reading()) is None:
             return None
         local_out = args[0].unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        fused = fuse_pending(run, local_out, None)
+        fused = fuse_pending(reading, local_out, None)
         return (fused.transpose(1, 2).flatten(2), *args[1:])
 
 
-def fuse_pending(run: BackboneRun, local_out: Tensor, lse: Callable[[], Tensor] | None) -> Tensor:
+def _pending_reading() -> Reading | None:
+    """How the current run reads, where a layer has searched and not fused yet."""
+    run = current_run()
+    reading: Reading | None = None if run is None else run.reading
+    return None if reading is None or reading._pending is None else reading
+
+
+def fuse_pending(reading: Reading, local_out: Tensor, lse: Callable[[], Tensor] | None) -> Tensor:
     """Mix what the running layer found in memory into its local heads (B, H, T, D).
 
     Args:
         lse: computes the log-sum-exp (B, H, T) of the local scores; None where the family does not give them.
     """
-    reading: Reading = run.reading
     assert reading._pending is not None
-    reader, qkv, from_memory = reading._pending
+    reader, qkv, memory = reading._pending
     reading._pending = None
-    fused: Fused
-    gate = reader.gate()
+    gate = reader.gate(reader.place)
     if reader.fusion == "gate":
-        fused = fuse(local_out, from_memory.out, from_memory.found, cast(Tensor, gate))
+        fused = fuse(local_out, memory.out, memory.found, cast(Tensor, gate))
     else:
         assert lse is not None
         if isinstance(gate, TokenGate):
-            fused = gate(qkv.queries, local_out, lse(), from_memory.out, from_memory.lse, from_memory.found)
+            fused = gate(qkv.queries, local_out, lse(), memory.out, memory.lse, memory.found)
         else:
-            fused = fuse_softmax(local_out, lse(), from_memory.out, from_memory.lse, from_memory.found, gate)
+            fused = fuse_softmax(local_out, lse(), memory.out, memory.lse, memory.found, gate)
     reading.reads[reader.place].share = fused.share.detach()
     return fused.out
 
@@ -218,25 +220,13 @@ def _attend_and_fuse(
     wanted = module.__dict__["_longmem_config"]._attn_implementation
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(wanted, eager)
     out, weights = attend(module, query, key, value, attention_mask, **kwargs)
-    run = current_run()
-    if run is None or run.reading is None or run.reading._pending is None:
+    if (reading := _pending_reading()) is None:
         return cast(Tensor, out), weights
     scaling = scaling_of(module, query, kwargs)
     lse = functools.partial(local_lse, query, key, attention_mask, scaling=scaling, softcap=kwargs.get("softcap"))
     # the interface gives (B, T, H, D)
-    return fuse_pending(run, out.transpose(1, 2), lse).transpose(1, 2), weights
+    return fuse_pending(reading, out.transpose(1, 2), lse).transpose(1, 2), weights
 
 
 _FUSED = "longmem_fused"
 AttentionInterface.register(_FUSED, _attend_and_fuse)
-
-
-def gate_slice(gate: Tensor, place: int, heads: int) -> Tensor:
-    """(H,) logits of the memory layer at ``place``, from the (n*H,) of all memory layers."""
-    return gate[place * heads : (place + 1) * heads]
-
-
-@torch.no_grad()
-def shares_of(gate: Tensor) -> Tensor:
-    """(n*H,): the sigmoid of the gate; with ``fusion="gate"`` it is memory's share for tokens that find something."""
-    return torch.sigmoid(gate.detach().float())

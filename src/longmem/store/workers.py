@@ -164,8 +164,8 @@ class _Recipe:
         return cls(layout, encoder.batch_tokens, backbone.dtype, attention, device, threads, folder)
 
     def encoder(self, number: int) -> Encoder:
+        from longmem.modeling.baselines import TrainingFree
         from longmem.modeling.loading import load_backbone
-        from longmem.modeling.training_free import TrainingFree
 
         if self.files is not None:
             with tempfile.TemporaryDirectory(prefix="longmem-") as folder:

@@ -22,8 +22,8 @@ from longmem.data.tokens import TokenCorpus, as_corpus
 from longmem.data.windows import IGNORE
 from longmem.errors import ConfigError
 from longmem.memory import MemoryBank
+from longmem.modeling.baselines import MemTRM
 from longmem.modeling.longmem import LongMem
-from longmem.modeling.memtrm import MemTRM
 from longmem.progress import Progress
 from longmem.training.trainer import Scores, StreamTrainer, token_losses
 from longmem.types import AttentionKV

@@ -23,7 +23,7 @@ from torch.nn import functional
 from longmem.data.told import asked_ids, told_ids, told_session
 from longmem.errors import ConfigError, DataError
 from longmem.memory import MemoryBank
-from longmem.modeling.training_free import TrainingFree
+from longmem.modeling.baselines import TrainingFree
 from longmem.progress import Progress
 from longmem.types import AttentionKV
 

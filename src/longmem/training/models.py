@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from longmem.data.tokenizer import load_tokenizer
 from longmem.errors import BackboneError, ConfigError
 from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
+from longmem.modeling.baselines import MemTRM
 from longmem.modeling.loading import load_backbone
 from longmem.modeling.longmem import LongMem
-from longmem.modeling.memtrm import MemTRM
 from longmem.modeling.placement import quantization
 from longmem.modeling.vocabulary import change_vocabulary, same_vocabulary
 from longmem.training.recipe import Recipe

@@ -1,0 +1,251 @@
+"""The baselines without a SideNet: a causal language model some of whose own layers read memory.
+
+The paper's LongMem keeps the model that writes memory apart from the one that reads it. Here they are one and the same:
+a memory layer attends to its segment and to what its position-free queries find, and the layers above go on from there.
+Layers up to the first memory layer never see memory, so with one layer what a segment leaves in memory depends on that
+segment alone. Keys of a later memory layer would depend on what the earlier ones had read: they are encoded apart.
+
+``MemTRM`` trains the whole model with its memory. ``TrainingFree`` trains nothing, or gates alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from longmem.config import AugmentedConfig, MemoryConfig, MemTRMConfig, TrainingFreeConfig
+from longmem.errors import BackboneError, ConfigError
+from longmem.modeling.backbone import BackboneRun, current_run
+from longmem.modeling.fingerprint import fingerprint_of
+from longmem.modeling.fusion import TokenGate
+from longmem.modeling.memory_lm import MemoryLM
+from longmem.modeling.placement import packed_by, place_of
+from longmem.modeling.probe import QKV, Call
+from longmem.modeling.reading import MemoryReader
+from longmem.types import AttentionKV
+
+BACKBONE = "backbone"
+"""The folder of a MemTRM checkpoint with the model that was trained, which loads by itself."""
+
+
+class AugmentedLM(MemoryLM):
+    """The backbone with memory attention at its memory layers; see ``MemTRM`` and ``TrainingFree``."""
+
+    config_class: type[AugmentedConfig] = AugmentedConfig
+    base_model_prefix = "backbone"
+
+    def __init__(
+        self, config: AugmentedConfig, backbone: PreTrainedModel | None = None, *, fingerprint: str | None = None
+    ) -> None:
+        super().__init__(config, backbone, fingerprint=fingerprint)
+        self.backbone.attach = self._attach
+
+    def kept(self, run: BackboneRun, input_ids: Tensor | None, attention_mask: Tensor | None) -> AttentionKV:
+        """What a run leaves in memory: with several layers that read, the text is encoded once more without memory.
+
+        Steps of a cached generation do not pay for that: what they give is not written.
+        """
+        if run.reading is None or len(self.memory_layers) == 1 or input_ids is None:
+            return super().kept(run, input_ids, attention_mask)
+        cache = run.output.get("past_key_values") if run.output is not None else None
+        if cache is not None and cache.get_seq_length() > input_ids.shape[1]:
+            return super().kept(run, input_ids, attention_mask)
+        return self.encode(input_ids, attention_mask)
+
+    def gate_at(self, place: int) -> Tensor | TokenGate:
+        """What decides the shares of one memory layer, by its place: the logits (H,) of its heads."""
+        return self.memory_gate.view(len(self.memory_layers), -1)[place]
+
+    def _gate_logits(self) -> Tensor:
+        """(n*H,) logits of the shares in the config, infinite at 0 and 1."""
+        gates = cast(AugmentedConfig, self.config).gates
+        shares = torch.tensor(gates, dtype=torch.float64).expand(self.num_heads * len(self.memory_layers))
+        return torch.logit(shares).float().to(place_of(self.backbone.family.layers[self.memory_layer]))
+
+    def _attach(self, attention: nn.Module, layer: int) -> None:
+        """Let the attention of a memory layer, in the backbone's mirror, read memory."""
+        place, probe = self.memory_layers.index(layer), functools.partial(_found_before, layer)
+        MemoryReader(attention, self.backbone.family, layer, place, self.config.fusion, self.gate_at, probe)
+
+
+def _found_before(layer: int, call: Call) -> QKV:
+    """The projections that the backbone's own hook, registered earlier, has just computed."""
+    run = current_run()
+    assert run is not None
+    return run.qkv[layer]
+
+
+class MemTRM(AugmentedLM):
+    """A Memorizing Transformer (Wu et al., 2022), the paper's baseline: backbone and gates, trained with their memory.
+
+    Writer and reader are the same changing weights, so keys in memory are older than the queries that search them: they
+    go stale, which LongMem's frozen backbone avoids. Search, memory attention and gate are LongMem's own, so that
+    nothing else differs: chunks of ``chunk_size`` tokens, and queries and keys as the family computes them, without the
+    normalisation of the original.
+
+    While it is trained, a bank holds what older weights wrote, so give that bank no fingerprint
+    (``MemoryBank.for_model(model, fingerprint=None)``). After ``eval()`` the fingerprint is that of the weights as they
+    are then, and banks that were written before it are refused.
+
+    Args:
+        config: its ``gate`` is where the gates start.
+        backbone: what training starts from; it is changed.
+
+    Raises:
+        BackboneError: if the backbone or the memory layer cannot be used, or the backbone cannot be trained because it
+            is quantised or its weights are kept elsewhere.
+    """
+
+    config_class = MemTRMConfig
+    weights_file = "memory_gate.safetensors"
+    weights_prefix = "backbone.model."
+    supports_gradient_checkpointing = True
+    frozen: ClassVar[bool] = False
+
+    def __init__(
+        self, config: MemTRMConfig, backbone: PreTrainedModel | None = None, *, fingerprint: str | None = None
+    ) -> None:
+        if backbone is not None and (method := packed_by(backbone)) is not None:
+            raise BackboneError(
+                f"MemTRM trains the backbone itself, and this one is quantised by {method}; load it unquantised"
+            )
+        if backbone is not None and any(parameter.is_meta for parameter in backbone.parameters()):
+            raise BackboneError(
+                "MemTRM trains the backbone itself, and the weights of this one are kept elsewhere until they are "
+                "needed; load it onto its devices"
+            )
+        super().__init__(config, backbone, fingerprint=fingerprint)
+        self.memory_gate = nn.Parameter(self._gate_logits().to(self.backbone.model.dtype))
+        self._trained_since = False
+        if self.config.start_fingerprint is None:
+            self.config.start_name_or_path = self.config.backbone_name_or_path
+            self.config.start_fingerprint = self.fingerprint
+        self.train(self.backbone.model.training)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights that run; in training mode, as they were when it began."""
+        if self._trained_since and not self.training:
+            self.config.backbone_fingerprint = self.backbone.fingerprint()
+            self._trained_since, self._also_known = False, None
+        return super().fingerprint
+
+    def train(self, mode: bool = True) -> MemTRM:
+        """Puts the whole model in training mode, the backbone and its dropout too."""
+        self._trained_since = mode or self._trained_since
+        super().train(mode)
+        return self
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Recompute every layer in backward but those that read memory."""
+        model, layers = self.backbone.model, self.backbone.family.layers
+        apart = all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
+        if not model.supports_gradient_checkpointing or not apart:
+            raise ConfigError(
+                f"optim.gradient_checkpointing is true, but {type(model).__name__} cannot recompute layer by layer; "
+                "set it to false and take fewer optim.rows with more optim.accumulate"
+            )
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable(gradient_checkpointing_kwargs)
+        # recomputed outside of the forward, they would not find their memory
+        for layer in self.memory_layers:
+            layers[layer].gradient_checkpointing = False  # type: ignore[assignment]
+        self.backbone.rebuild()
+
+    def gradient_checkpointing_disable(self) -> None:
+        model = self.backbone.model
+        self.backbone.rebuild()
+        getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """The gates; the backbone is a model by itself."""
+        return {"memory_gate": self.memory_gate.detach()}
+
+    def write_weights(self, folder: Path, given: Mapping[str, Tensor], max_shard_size: int | str) -> None:
+        """``backbone/``, a causal LM that loads by itself, and the gates."""
+        model = self.backbone.model
+        # tied weights are there once; the other names are given back when they are loaded
+        weights = {n: given.get(f"backbone.model.{n}", p.detach()) for n, p in model.named_parameters()}
+        others = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+        buffers = {n: tensor for n, tensor in model.state_dict().items() if n not in others}
+        shutil.rmtree(folder / BACKBONE, ignore_errors=True)
+        model.save_pretrained(folder / BACKBONE, state_dict={**weights, **buffers}, max_shard_size=max_shard_size)
+        self.config.backbone_fingerprint = fingerprint_of(model, weights)
+        super().write_weights(folder, given, max_shard_size)
+
+    def weight_files(self, folder: Path) -> list[Path]:
+        """The gates' and the backbone's."""
+        return [*super().weight_files(folder), *sorted((folder / BACKBONE).glob("*.safetensors"))]
+
+    def saved_config(self) -> MemoryConfig:
+        """The checkpoint's backbone is its own copy, wherever this model's came from."""
+        config = super().saved_config()
+        config.update({"backbone_name_or_path": BACKBONE, "backbone_revision": None, "backbone_kwargs": {}})
+        return config
+
+
+class TrainingFree(AugmentedLM):
+    """A frozen backbone that reads memory at some of its own layers.
+
+    What a backbone gains from memory before anybody trains anything, its gates given; or after a few thousand numbers
+    were calibrated (``fusion="token"``, see ``longmem.training.calibrate``). It reads the same banks and stores as a
+    LongMem over the same backbone and layers.
+
+    ``TrainingFree.from_backbone(name, gate=0.1)``: 0 is the backbone alone, bit for bit. With ``fusion="token"`` its
+    only trainable parameters are ``gates``, a ``TokenGate`` for each memory layer.
+
+    Args:
+        config: its ``gate`` is the share of every head, or one for each.
+        backbone: it is used as it is and never changed.
+        fingerprint: by which the backbone goes where that is known; None computes it.
+
+    Raises:
+        BackboneError: if the backbone or a memory layer cannot be used.
+    """
+
+    config_class = TrainingFreeConfig
+    weights_file = "gates.safetensors"
+    weights_prefix = "gates."
+
+    def __init__(
+        self, config: TrainingFreeConfig, backbone: PreTrainedModel | None = None, *, fingerprint: str | None = None
+    ) -> None:
+        super().__init__(config, backbone, fingerprint=fingerprint)
+        self.register_buffer("memory_gate", self._gate_logits(), persistent=False)
+        self.gates: nn.ModuleList | None = None
+        if self.config.fusion == "token":
+            layers = [self.backbone.family.layers[layer] for layer in self.memory_layers]
+            biases = self.memory_gate.view(len(layers), -1)
+            self.gates = nn.ModuleList(
+                TokenGate(self.num_heads, self.memory_head_dim, bias=bias).to(place_of(layer))
+                for layer, bias in zip(layers, biases, strict=True)
+            )
+        self.train(False)
+
+    def gate_at(self, place: int) -> Tensor | TokenGate:
+        """What decides the shares of one memory layer: its ``TokenGate``, or the logits (H,) of its heads."""
+        return super().gate_at(place) if self.gates is None else cast(TokenGate, self.gates[place])
+
+    @classmethod
+    def has_weights(cls, config: MemoryConfig) -> bool:
+        """Where tokens choose."""
+        return config.fusion == "token"
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """The gates, where tokens choose."""
+        return {} if self.gates is None else cast("dict[str, Tensor]", self.gates.state_dict())
+
+
+for config, model in ((MemTRMConfig, MemTRM), (TrainingFreeConfig, TrainingFree)):
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)

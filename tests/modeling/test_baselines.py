@@ -1,0 +1,207 @@
+"""The baselines without a SideNet: ``MemTRM``, trained with its memory, and ``TrainingFree``, whose gates are given.
+
+Laws that all models share are in ``test_laws``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.family_table import FAMILIES, SETTINGS, filled, ids, make_backbone
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
+from longmem.errors import ConfigError, MemoryBankError
+
+BOTH = [MemTRM, TrainingFree]
+TWO = {"memory_layers": (1, 3), "chunk_size": 2, "num_retrieved": 8, "fusion": "token"}
+
+
+@pytest.fixture(params=list(FAMILIES), scope="module")
+def backbone(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return make_backbone(request.param)
+
+
+def trained(backbone: PreTrainedModel) -> MemTRM:
+    model = MemTRM.from_backbone(backbone, **SETTINGS).train()
+    with torch.no_grad():
+        for parameter in model.trainable_parameters():
+            parameter += 0.01
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("made", BOTH)
+def test_gate_shut_is_the_plain_backbone(made: Any, backbone: PreTrainedModel) -> None:
+    model = made.from_backbone(backbone, **SETTINGS).eval()
+    model.memory_gate.fill_(-torch.inf)
+    assert torch.equal(model(ids(), memory=filled(model, ids(seed=1))).logits, backbone(ids()).logits)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_gradient_reaches_the_whole_memtrm_and_through_its_queries(name: str) -> None:
+    backbone = make_backbone(name)
+    model = MemTRM.from_backbone(backbone, **SETTINGS).train()
+    assert set(model.trainable_parameter_names()) == {name for name, _ in model.named_parameters()}
+    assert {id(p) for p in backbone.parameters()} | {id(model.memory_gate)} == {id(p) for p in model.parameters()}
+    model(ids(), labels=ids(), memory=filled(model, ids(seed=1))).loss.backward()
+    # layers above see nothing of it: what only they could tell the memory layer's queries is not there without memory
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert model.memory_gate.grad is not None and (model.memory_gate.grad != 0).all()
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    torch.optim.SGD(model.trainable_parameters(), lr=0.1).step()
+    changed = [name for name, tensor in backbone.state_dict().items() if not torch.equal(before[name], tensor)]
+    assert len(changed) > len(before) / 2
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_recomputing_layers_gives_the_same_gradients_or_is_refused(name: str) -> None:
+    model = MemTRM.from_backbone(make_backbone(name), **SETTINGS).train()
+    bank = filled(model, ids(seed=1))
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(ids(), labels=ids(), memory=bank, use_cache=False).loss.backward()
+        return [p.grad.clone() for p in model.trainable_parameters() if p.grad is not None]
+
+    plain = gradients()
+    if name == "alibi_gpt":
+        with pytest.raises(ConfigError, match="cannot recompute layer by layer"):
+            model.gradient_checkpointing_enable()
+        return
+    model.gradient_checkpointing_enable()
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
+    model.gradient_checkpointing_disable()
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_training_free_has_nothing_to_train_and_changes_no_byte(name: str) -> None:
+    backbone = make_backbone(name)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    model = TrainingFree.from_backbone(backbone, gate=0.3, **SETTINGS).train()
+    assert not model.trainable_parameters() and not backbone.training
+    out = model(ids(), labels=ids(), memory=filled(model, ids(seed=1)))
+    assert out.loss.isfinite() and not out.loss.requires_grad
+    model.generate(ids(), memory=filled(model, ids(seed=1)), max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
+
+
+def test_keys_of_a_memtrm_go_stale_and_those_of_a_longmem_do_not() -> None:
+    """What the paper decouples: after one step of training, is what lies in memory what would be written now?"""
+    for made, same in ((LongMem, True), (MemTRM, False)):
+        model: Any = made.from_backbone(make_backbone("llama"), **SETTINGS).train()
+        bank = MemoryBank.for_model(model, rows=2, capacity_tokens=64, fingerprint=None)
+        optimiser = torch.optim.SGD(model.trainable_parameters(), lr=0.1)
+        out = model(ids(), labels=ids(), memory=bank)
+        out.loss.backward()
+        bank.add(out.kv)
+        optimiser.step()
+        stored, fresh = (each.search(torch.ones(2, 4, 1, 8), 6) for each in (bank, filled(model, ids())))
+        assert torch.equal(stored.storage[:, :6], fresh.storage[:, :6]) == same
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("made", BOTH)
+def test_one_backbone_under_several_models_is_read_as_if_each_were_alone(made: Any) -> None:
+    backbone = make_backbone("llama")
+    expected = backbone(ids()).logits
+    model, again = (made.from_backbone(backbone, fusion="softmax", **SETTINGS).eval() for _ in range(2))
+    side = LongMem.from_backbone(backbone, fusion="softmax", **SETTINGS).eval()
+    bank = filled(side, ids(seed=1))  # over one backbone and layer, they read each other's memory
+    read = model(ids(), memory=bank).logits
+    torch.testing.assert_close(again(ids(), memory=filled(again, ids(seed=1))).logits, read, atol=1e-6, rtol=0)
+    assert not torch.equal(side(ids(), memory=bank).logits, side(ids()).logits)
+    assert torch.equal(backbone(ids()).logits, expected)
+
+
+def test_training_gives_a_memtrm_another_fingerprint_and_its_old_banks_are_refused() -> None:
+    model = MemTRM.from_backbone(make_backbone("llama"), **SETTINGS).train()
+    start, bank = model.fingerprint, filled(model, ids())
+    model(ids(), memory=bank)
+    with torch.no_grad():
+        for parameter in model.trainable_parameters():
+            parameter += 0.01
+    model.eval()
+    assert model.config.start_fingerprint == start != model.fingerprint == model.backbone.fingerprint()
+    with pytest.raises(MemoryBankError, match=rf"{start}.*{model.fingerprint}.*write the text again"):
+        model(ids(), memory=bank)
+
+
+def test_a_trained_memtrm_keeps_where_it_started_from(tmp_path: Path) -> None:
+    make_backbone("llama").save_pretrained(tmp_path / "start")
+    start = LongMem.from_backbone(tmp_path / "start").fingerprint
+    model = MemTRM.from_backbone(tmp_path / "start", **SETTINGS).train()
+    with torch.no_grad():
+        model.memory_gate += 1
+        for parameter in model.backbone.parameters():
+            parameter += 0.01
+    model.eval().save_pretrained(tmp_path / "model")
+    for _ in range(2):
+        loaded = MemTRM.from_pretrained(tmp_path / "model")
+        assert (loaded.config.start_name_or_path, loaded.config.start_fingerprint) == (str(tmp_path / "start"), start)
+        assert loaded.fingerprint == model.fingerprint != start
+        torch.testing.assert_close(loaded.memory_share, torch.full((4,), 1.0).sigmoid())
+        # what its memory belongs to is what was trained, and is beside its settings
+        assert loaded.config.backbone_name_or_path == str(tmp_path / "model" / "backbone")
+        free = TrainingFree.from_backbone(tmp_path / "model" / "backbone", **SETTINGS)
+        assert free.fingerprint == loaded.fingerprint
+        loaded.save_pretrained(tmp_path / "model")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("made", BOTH)
+def test_a_bfloat16_backbone_runs(made: Any) -> None:
+    model = made.from_backbone(make_backbone("llama").to(torch.bfloat16), gate=0.5, **SETTINGS).eval()
+    out = model(ids(), memory=filled(model, ids(seed=1)))
+    assert out.logits.dtype == torch.bfloat16 and out.logits.isfinite().all()
+
+
+# TrainingFree with fusion="token": gates that can be trained
+
+
+def disturbed(model: TrainingFree) -> TrainingFree:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.trainable_parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "qwen3", "alibi_gpt"])
+def test_token_gates_start_as_one_softmax(name: str) -> None:
+    models = [
+        TrainingFree.from_backbone(make_backbone(name), **TWO | {"fusion": each}) for each in ("token", "softmax")
+    ]
+    ours, theirs = (model(ids(), memory=filled(model, ids(seed=1))).logits for model in models)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_only_the_token_gates_are_trained_and_every_number_of_them_learns() -> None:
+    model = TrainingFree.from_backbone(make_backbone("llama"), **TWO)
+    before = {name: tensor.clone() for name, tensor in model.backbone.model.state_dict().items()}
+    assert all(name.startswith("gates.") for name in model.trainable_parameter_names())
+    assert sum(p.numel() for p in model.trainable_parameters()) == 2 * (3 * 4 + 3 * 4 * 8)
+    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.1)
+    model(ids(), labels=ids(), memory=filled(model, ids(seed=1))).loss.backward()
+    assert all(p.grad is not None and (p.grad != 0).any() for p in model.trainable_parameters())
+    optimizer.step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.backbone.model.state_dict().items())
+
+
+@torch.no_grad()
+def test_token_gates_read_nothing_from_an_empty_bank_and_are_saved_alone(tmp_path: Path) -> None:
+    make_backbone("llama").save_pretrained(tmp_path / "backbone")
+    model = disturbed(TrainingFree.from_backbone(tmp_path / "backbone", **TWO))
+    bank, empty = filled(model, ids(seed=1)), MemoryBank.for_model(model, rows=2, capacity_tokens=64)
+    expected = model(ids(), memory=bank).logits
+    assert torch.equal(model(ids(), memory=empty).logits, model(ids()).logits)
+    assert not torch.equal(expected, model(ids()).logits)
+    model.save_pretrained(tmp_path / "reader")
+    assert (tmp_path / "reader" / "gates.safetensors").stat().st_size < 4096
+    assert torch.equal(TrainingFree.from_pretrained(tmp_path / "reader")(ids(), memory=bank).logits, expected)
