@@ -22,7 +22,7 @@ from longmem.evaluation.loading import has_memory, load_comparison, load_tokeniz
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.results import write_json
 from longmem.evaluation.task import numbered
-from longmem.generation.page import Passages, ReadToken, log_probabilities, page, read_tokens, reading_at
+from longmem.generation.page import ReadToken, log_probabilities, page, read_tokens, reading_at
 from longmem.progress import track
 from longmem.store import MemoryStore
 from longmem.store.recall import Recall
@@ -251,13 +251,13 @@ def _continued(model: Any, tokenizer: Any, store: MemoryStore, document: str, re
         passes.append(model(ids[:, :-1], memory=memory, explain=memory is not None))
     scores = [log_probabilities(each.logits[0, PROMPT - 1 :], ids[0, PROMPT:]) for each in passes]
     readings = [reading_at(passes[0].explanation, at) for at in range(PROMPT - 1, ids.shape[1] - 1)]
-    passages = Passages(tokenizer, lambda origin: store.token_ids(NAMESPACE, origin.document or ""))
     before, after, gains = prompt[0].tolist(), ids[0, PROMPT:].tolist(), (scores[0] - scores[1]).tolist()
+    read = read_tokens(after, before, gains, readings, tokenizer, lambda _, name: store.token_ids(NAMESPACE, name))
     return {
         "document": document,
         "prompt": tokenizer.decode(before),
         "real": tokenizer.decode(after),
         "with_memory": made[0],
         "without": made[1],
-        "read": read_tokens(after, before, gains, readings, tokenizer, passages),
+        "read": read,
     }

@@ -12,7 +12,7 @@ from tests.generation.models import bank_of, ids, longmem
 from transformers import PreTrainedTokenizerFast
 
 from longmem import LongMem, MemoryBank, SessionMemory
-from longmem.generation.page import Passages, generate_explained, page, read_tokens, reading_at
+from longmem.generation.page import generate_explained, page, read_tokens, reading_at
 from longmem.modeling.explain import Explanation
 from longmem.types import ChunkOrigin
 
@@ -101,11 +101,11 @@ def test_the_page_stands_alone_and_holds_texts_as_text(llama: LongMem, byte_toke
     whole, gains, readings = generate_explained(llama, ids(1, 6), bank, max_new_tokens=3, **GREEDY)
     known = byte_tokenizer(EVIL * 2)["input_ids"]
 
-    def ids_of(origin: ChunkOrigin) -> list[int] | None:
-        return known if origin.document == "before" else None
+    def ids_of(namespace: str | None, document: str) -> list[int] | None:
+        return known if (namespace, document) == (None, "before") else None
 
     spelled = byte_tokenizer("<b>")["input_ids"]
-    tokens = read_tokens(spelled, [], gains, readings, byte_tokenizer, Passages(byte_tokenizer, ids_of))
+    tokens = read_tokens(spelled, [], gains, readings, byte_tokenizer, ids_of)
     assert "".join(token.text for token in tokens) == "<b>"
     assert all(each.before + each.text + each.after in EVIL * 2 for token in tokens for each in token.found)
     html = page(EVIL, EVIL, EVIL, tokens, [EVIL])
@@ -118,5 +118,5 @@ def test_the_page_stands_alone_and_holds_texts_as_text(llama: LongMem, byte_toke
 
 def test_a_document_that_is_gone_has_no_text(llama: LongMem, byte_tokenizer: PreTrainedTokenizerFast) -> None:
     _, gains, readings = generate_explained(llama, ids(1, 6), bank_of(llama), max_new_tokens=1, **GREEDY)
-    (token,) = read_tokens([5], [], gains, readings, byte_tokenizer, Passages(byte_tokenizer, lambda origin: None))
+    (token,) = read_tokens([5], [], gains, readings, byte_tokenizer, lambda *_: None)
     assert token.found and all(each.text == "" for each in token.found)

@@ -20,8 +20,8 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 
 from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemoryStore  # noqa: E402
+from longmem.server.access import new_key, read_keys  # noqa: E402
 from longmem.server.app import create_app  # noqa: E402
-from longmem.server.keys import Keys, new_key  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +66,7 @@ def start(tiny: LongMem, byte_tokenizer: PreTrainedTokenizerFast) -> Start:
             file.write_text("".join((folder / f"{name}.key").read_text() for name in keys))
             (folder / "plain").write_text("\n".join(f"{name} {key}" for name, key in keys.items()))
         known = dict(line.split(" ") for line in (folder / "plain").read_text().splitlines())
-        allowed = None if anybody else Keys.read(file)
+        allowed = None if anybody else read_keys(file)
         app = create_app(model, byte_tokenizer, store, keys=allowed, name="tiny", **settings)
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))

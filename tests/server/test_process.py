@@ -25,7 +25,7 @@ import torch
 
 pytest.importorskip("fastapi")
 from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem
-from longmem.server.keys import new_key
+from longmem.server.access import new_key
 
 SECRET = re.compile(r"zq\d{3}q")
 

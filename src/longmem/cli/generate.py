@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from longmem.generation.page import ReadToken
     from longmem.store.recall import RecalledPassage
-    from longmem.types import ChunkOrigin
 
 ENDLESS = 1 << 40  # tokens; nobody waits for the last
 QUERY_WORDS = 60
@@ -67,9 +66,8 @@ def command(model: str, prompt: str | None, explain: bool, page: Path | None, as
     import torch
 
     from longmem.generation import THIS_TEXT, read
-    from longmem.generation.page import Passages, generate_explained, read_tokens
+    from longmem.generation.page import Pieces, generate_explained, read_tokens
     from longmem.generation.page import page as made_page
-    from longmem.generation.pieces import Pieces
     from longmem.memory.session import SessionMemory
 
     folder, namespace, keep = asked["store"], asked["namespace"], asked["keep"]
@@ -107,13 +105,12 @@ def command(model: str, prompt: str | None, explain: bool, page: Path | None, as
         seconds, whole = time.perf_counter() - start, whole.cpu()
         new = whole[len(before) :].tolist()
 
-        def ids_of(origin: ChunkOrigin) -> Any:
-            if store is not None and origin.namespace is not None:
-                return store.token_ids(origin.namespace, origin.document or "")
-            return {**texts, THIS_TEXT: whole}.get(origin.document or "")
+        def ids_of(space: str | None, document: str) -> Any:
+            if store is not None and space is not None:
+                return store.token_ids(space, document)
+            return {**texts, THIS_TEXT: whole}.get(document)
 
-        passages = Passages(tokenizer, ids_of)
-        tokens = read_tokens(new, before, gains, readings, tokenizer, passages) if explained else None
+        tokens = read_tokens(new, before, gains, readings, tokenizer, ids_of) if explained else None
         held = 0 if bank is None else int(bank.tokens[0])
     if keep is not None:
         _keep(folder, lm, tokenizer, namespace, keep, whole[len(noted) :])

@@ -158,17 +158,17 @@ def serve(host: str, port: int, keys: Path | None, new_key: str | None, **given:
         raise ConfigError(f"the server needs {', '.join(missing)}; pip install 'longmem-lm[server]'")
     import uvicorn
 
+    from longmem.server.access import new_key as make_key
+    from longmem.server.access import read_keys
     from longmem.server.app import create_app
-    from longmem.server.keys import Keys
-    from longmem.server.keys import new_key as make_key
 
     if new_key is not None:
         if keys is None:
             raise ConfigError("--new-key writes into a file; name it with --keys")
         click.echo(make_key(keys, new_key))
         return
-    allowed = Keys.read(keys)
-    if not allowed.hashes and host not in ("127.0.0.1", "::1", "localhost"):
+    allowed = {} if keys is None else read_keys(keys)
+    if not allowed and host not in ("127.0.0.1", "::1", "localhost"):
         raise ConfigError(
             f"--host {host} can be reached by others, and there are no keys; make one with "
             "longmem serve --keys FILE --new-key NAME, and serve with --keys FILE"

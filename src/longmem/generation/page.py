@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 
 from longmem.errors import StoreError
-from longmem.generation.pieces import Pieces
 from longmem.generation.window import WindowPolicy
 from longmem.types import ChunkOrigin
 
@@ -119,37 +119,39 @@ class ReadToken:
     found: list[FoundChunk]
 
 
-class Passages:
-    """The text of chunks.
+class Pieces:
+    """Spells tokens one at a time: what all pieces say together is what decoding at once says.
 
-    ``ids_of`` gives the token ids (t,) of the document that a chunk is from; None where they are not known. It may
-    raise StoreError.
+    A character whose bytes are spread over several tokens comes with the last of them.
+
+    Args:
+        tokenizer: of transformers.
+        before: token ids of the text so far, which is not spelled again.
+        skip_special_tokens: leave out ``</s>`` and its like.
     """
 
-    def __init__(self, tokenizer: Any, ids_of: Callable[[ChunkOrigin], Any]) -> None:
-        self._tokenizer, self._ids_of = tokenizer, ids_of
-        self._known: dict[ChunkOrigin, tuple[str, str, str]] = {}
+    CONTEXT = 6  # tokens before, because some tokenizers spell a token by what stands before it
 
-    def found(self, chunk: Any) -> FoundChunk:
-        """A ``ChunkReading`` with its text."""
-        origin = chunk.origin
-        if origin not in self._known:
-            self._known[origin] = self._spelled(origin)
-        return FoundChunk(origin.document, origin.start_token, chunk.share, chunk.layers, *self._known[origin])
+    def __init__(self, tokenizer: Any, before: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
+        settings = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+        self._decode = partial(tokenizer.decode, **settings)
+        self._said, self._waiting = list(before)[-self.CONTEXT :], list[int]()
 
-    def _spelled(self, origin: ChunkOrigin) -> tuple[str, str, str]:
-        ids = None
-        with suppress(StoreError):  # forgotten since it was read
-            ids = self._ids_of(origin)
-        if ids is None:
-            return "", "", ""
-        first, last = origin.start_token, origin.start_token + origin.length
-        spans = ((max(0, first - AROUND), first), (first, last), (last, last + AROUND))
-        before, text, after = (self._decode(ids[begin:end]) for begin, end in spans)
-        return before, text, after
+    def push(self, token: int) -> str:
+        """What this token adds; empty while a character is not whole."""
+        self._waiting.append(token)
+        return self._added(whole=len(self._waiting) < self.CONTEXT)
 
-    def _decode(self, ids: Any) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    def end(self) -> str:
+        """What still waits, whole or not."""
+        return self._added(whole=False)
+
+    def _added(self, *, whole: bool) -> str:
+        text = str(self._decode([*self._said, *self._waiting]))[len(self._decode(self._said)) :]
+        if whole and text.endswith("\ufffd"):
+            return ""
+        self._said, self._waiting = [*self._said, *self._waiting][-self.CONTEXT :], []
+        return text
 
 
 def read_tokens(
@@ -158,15 +160,46 @@ def read_tokens(
     gains: Sequence[float],
     readings: Sequence[Reading],
     tokenizer: Any,
-    passages: Passages,
+    ids_of: Callable[[str | None, str], Any],
 ) -> list[ReadToken]:
-    """Records of the tokens ``ids`` that follow the text ``before``; memory may have been empty for all of them."""
+    """Records of the tokens ``ids`` that follow the text ``before``; memory may have been empty for all of them.
+
+    ``ids_of`` gives the token ids (t,) of a document of a namespace (None: the memory is no store), None where they are
+    not known; it may raise StoreError.
+    """
+
+    def decode(ids: Any) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    @cache
+    def whole(namespace: str | None, document: str) -> Any:
+        with suppress(StoreError):  # forgotten since it was read
+            return ids_of(namespace, document)
+
+    @cache
+    def spelled(origin: ChunkOrigin) -> tuple[str, str, str]:
+        """The text before a chunk, its own, and that after it."""
+        ids = whole(origin.namespace, origin.document or "")
+        if ids is None:
+            return "", "", ""
+        first, last = origin.start_token, origin.start_token + origin.length
+        return (
+            decode(ids[max(0, first - AROUND) : first]),
+            decode(ids[first:last]),
+            decode(ids[last : last + AROUND]),
+        )
+
     pieces = Pieces(tokenizer, before, skip_special_tokens=False)
-    nothing = [Reading(0.0, {}, [])] * (0 if readings else len(ids))
-    return [
-        ReadToken(token, pieces.push(token), gain, each.share, each.layers, [passages.found(c) for c in each.chunks])
-        for token, gain, each in zip(ids, gains, [*readings, *nothing], strict=True)
-    ]
+    tokens, nothing = [], [Reading(0.0, {}, [])] * (len(ids) - len(readings))
+    for token, gain, each in zip(ids, gains, [*readings, *nothing], strict=True):
+        found = [
+            FoundChunk(
+                chunk.origin.document, chunk.origin.start_token, chunk.share, chunk.layers, *spelled(chunk.origin)
+            )
+            for chunk in each.chunks
+        ]
+        tokens.append(ReadToken(token, pieces.push(token), gain, each.share, each.layers, found))
+    return tokens
 
 
 def page(model: str, memory: str, prompt: str, tokens: Sequence[ReadToken], notes: Sequence[str] = ()) -> str:

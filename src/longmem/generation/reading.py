@@ -1,11 +1,9 @@
-"""Encode text piece by piece and write it to a session.
-
-t tokens of a piece
-"""
+"""Encode text piece by piece and write it to a session."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +18,6 @@ LONGEST_DEFAULT_SEGMENT = 1024  # the paper's window
 
 THIS_TEXT = "(this text)"
 """The document name of a text's own earlier part."""
-
 
 Session = SessionMemory | JoinedMemory
 
@@ -134,12 +131,6 @@ def _segment(model: Any, segment: int | None, overlap: int) -> int:
 
 def _batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
     """Neighbours of equal size and context, up to ``TOKENS_AT_ONCE`` tokens."""
-    batch: list[Piece] = []
-    for piece in pieces:
-        alike = batch and (len(piece.ids), piece.context) == (len(batch[0].ids), batch[0].context)
-        if batch and (not alike or (len(batch) + 1) * len(piece.ids) > TOKENS_AT_ONCE):
+    for (size, _), alike in groupby(pieces, key=lambda piece: (len(piece.ids), piece.context)):
+        while batch := list(islice(alike, max(1, TOKENS_AT_ONCE // size))):
             yield batch
-            batch = []
-        batch.append(piece)
-    if batch:
-        yield batch

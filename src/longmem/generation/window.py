@@ -5,7 +5,7 @@ B rows of the batch · T tokens of the text so far · t tokens that the model se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,40 +58,21 @@ class WindowPolicy:
 
     def _problems(self, chunk: int, limit: int | None) -> list[str]:
         window, move, overlap, capacity = self.window, self.move, self.overlap, self.session_tokens
-        left, found = max(0, window - move), []
+        found, multiple = [], f"must be a multiple of the memory's chunk size ({chunk}); try"
         if window < 2 * chunk:
             found.append(f"window ({window}) must hold two chunks of {chunk} tokens; try {2 * chunk}")
         elif limit is not None and window > limit:
             found.append(f"window ({window}) must not exceed the backbone's {limit} positions; try {limit}")
         if move < 1 or move % chunk:
-            tries = max(chunk, round(move / chunk) * chunk)
-            found.append(f"window_move ({move}) must be a multiple of the memory's chunk size ({chunk}); try {tries}")
+            found.append(f"window_move ({move}) {multiple} {max(chunk, round(move / chunk) * chunk)}")
         elif move >= window:
             found.append(f"window_move ({move}) must leave something in the window ({window}); try {window // 2}")
+        left = max(0, window - move)
         if not 0 <= overlap <= left:
             found.append(f"window_overlap ({overlap}) must lie in 0..{left}: the window less the {move} that move")
         if capacity < chunk or capacity % chunk:
-            tries = max(chunk, capacity // chunk * chunk)
-            rule = f"must be a multiple of the memory's chunk size ({chunk}); try {tries}"
-            found.append(f"session_tokens ({capacity}) {rule}")
+            found.append(f"session_tokens ({capacity}) {multiple} {max(chunk, capacity // chunk * chunk)}")
         return found
-
-
-@dataclass(frozen=True)
-class LocalInputs:
-    """What the model sees next.
-
-    Attributes:
-        input_ids: (B, t).
-        attention_mask: (B, cached + t), 0 at pads; None where there are none.
-        position_ids: (B, t).
-        next_sequence_length: how many of the ids are new to the cache; None is all of them.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    position_ids: Tensor
-    next_sequence_length: int | None
 
 
 class LocalWindow:
@@ -125,30 +106,38 @@ class LocalWindow:
         self._cached = False  # whether the cache holds the window's beginning
         self._move(input_ids)
 
-    def inputs(self, input_ids: Tensor, cache: Cache | None, next_sequence_length: int | None) -> LocalInputs:
-        """What to feed for texts (B, T) that begin with the prompts; moves what no longer fits."""
+    def inputs(
+        self, input_ids: Tensor, cache: Cache | None, next_sequence_length: int | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, int | None]:
+        """What to feed for texts (B, T) that begin with the prompts; moves what no longer fits.
+
+        Returns:
+            the ids (B, t), their attention mask (B, cached + t) or None where nothing is padded, their positions
+            (B, t), and how many of them are new to the cache, None for all.
+        """
         moved = self._move(input_ids)
         lengths = self._lengths(input_ids)
         width = max(lengths)
         pads = torch.tensor([[width - length] for length in lengths], device=input_ids.device)
         place = torch.arange(width, device=input_ids.device)
         mask = (place >= pads).long() if min(lengths) < width else None
+        positions = (place - pads).clamp(min=0)
         if self._cached and not moved and cache is not None and next_sequence_length is not None:
-            new = (place[-next_sequence_length:] - pads).clamp(min=0)
-            return LocalInputs(input_ids, mask, new, next_sequence_length)
+            return input_ids, mask, positions[:, -next_sequence_length:], next_sequence_length
         if cache is not None:
             cache.reset()
         self._cached = True
         local = input_ids.new_zeros(len(lengths), width)
         for line, length in enumerate(lengths):
             local[line, width - length :] = self._text(input_ids, line)[-length:]
-        return LocalInputs(local, mask, (place - pads).clamp(min=0), None)
+        return local, mask, positions, None
 
     def watched(self, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
         """The same criteria, which also tell the window which rows have ended: the pads after an end are no text."""
-        return _Watched(criteria, self._note_ended)
+        return _Watched(criteria, self)
 
-    def _note_ended(self, done: Tensor) -> None:
+    def note_ended(self, done: Tensor) -> None:
+        """Rows (B,) that end now; those that have ended before stay so."""
         self._ended = [before or now for before, now in zip(self._ended, done.tolist(), strict=True)]
 
     def _lengths(self, input_ids: Tensor) -> list[int]:
@@ -187,13 +176,13 @@ class LocalWindow:
 
 
 class _Watched(StoppingCriteriaList):
-    def __init__(self, criteria: StoppingCriteriaList, note: Callable[[Tensor], None]) -> None:
+    def __init__(self, criteria: StoppingCriteriaList, window: LocalWindow) -> None:
         super().__init__(criteria)
-        self._note = note
+        self._window = window
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
         done = super().__call__(input_ids, scores, **kwargs)
-        self._note(done)
+        self._window.note_ended(done)
         return done
 
 
@@ -215,7 +204,7 @@ def open_window(
     """
     policy = WindowPolicy.of(settings, model, memory)
     longest = settings.max_length - 1  # the last token is not read
-    session = _session(memory)
+    session: Any = memory if getattr(memory, "writable", False) else None
     if policy is None or (session is None and longest <= policy.window):
         return None
     rows = list(range(input_ids.shape[0]))
@@ -234,12 +223,5 @@ def open_window(
 
 
 def as_memory(memory: Memory | Sequence[Memory | None] | None) -> Memory | None:
-    """A list of banks, one for every prompt, becomes one memory of as many rows."""
+    """A list of banks, one for every prompt, becomes one memory of as many rows; it is a session if all of them are."""
     return JoinedMemory(memory) if isinstance(memory, Sequence) else memory
-
-
-def _session(memory: Memory | None) -> Session | None:
-    """The memory if text may be written to it: a session, or a list of nothing but sessions."""
-    if isinstance(memory, SessionMemory) or (isinstance(memory, JoinedMemory) and memory.writable):
-        return memory
-    return None

@@ -82,9 +82,9 @@ class MemoryGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """What the backbone makes of the tokens in the window: families differ in masks and positions."""
         if local_window is not None:
-            local = local_window.inputs(input_ids, past_key_values, next_sequence_length)
-            input_ids, next_sequence_length = local.input_ids, local.next_sequence_length
-            attention_mask, kwargs["position_ids"] = local.attention_mask, local.position_ids
+            input_ids, attention_mask, kwargs["position_ids"], next_sequence_length = local_window.inputs(
+                input_ids, past_key_values, next_sequence_length
+            )
         prepared = self.backbone.model.prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

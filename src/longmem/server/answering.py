@@ -3,181 +3,182 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from contextlib import aclosing
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from longmem.chat import Message, chat_prompt, stop_words
-from longmem.errors import StoreError
-from longmem.generation.page import Readings, without_memory
+from longmem.chat import Message, Prompt, chat_prompt, stop_words
+from longmem.generation.page import Pieces, Readings, read_tokens, without_memory
+from longmem.generation.reading import positions
 from longmem.generation.window import WindowPolicy
-from longmem.server.engine import Engine, Job, Sampling, Token
+from longmem.server.access import Refused
+from longmem.server.engine import Engine, Job, Token
 from longmem.server.memories import Memories
+from longmem.server.schemas import ChatRequest
+
+ANSWER_TOKENS = (256, 1024)
+"""What is left of the window, but at least and at most these: of an answer that asks for no number."""
+MOST_WINDOWS = 32
+"""Of a prompt: the window moves what is too long to memory, but one without end would keep the model for itself."""
 
 
-@dataclass
-class Answer:
+@dataclass(eq=False, kw_only=True)
+class Answer(Job):
     """One answer, as it grows.
 
     Attributes:
-        prompt_tokens: that were read.
+        number: among the answers to a request.
+        pieces: spell its tokens.
+        stop: words that end it, and are not part of it.
         text: so far, without what may yet turn out to be a stop word.
         tokens: so far.
         finish: ``stop`` or ``length``, at the end.
+        bank: the memory that is read, as it was opened last.
         read: on request, for each new token: its text, the nats that memory gained or lost it, and the chunks read.
-        memory_tokens: in the memory that could be searched.
     """
 
-    prompt_tokens: int = 0
+    number: int = 0
+    pieces: Pieces
+    stop: Sequence[str] = ()
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     finish: str | None = None
+    bank: Any = None
     read: list[dict[str, Any]] = field(default_factory=list)
-    memory_tokens: int = 0
+    _held: str = ""
+
+    @property
+    def said(self) -> Message:
+        """It as a message."""
+        return {"role": "assistant", "content": self.text}
+
+    def take(self, token: Token | None) -> str:
+        """The text that is certain after one more token; None: no more comes."""
+        if token is None:
+            self._held += self.pieces.end()
+            self.finish = "length" if len(self.tokens) >= self.max_tokens else "stop"
+        else:
+            self.tokens.append(token)
+            self._held += self.pieces.push(token.id)
+        words, end = [word for word in self.stop if word], len(self._held)
+        if found := [at for word in words if (at := self._held.find(word)) >= 0]:
+            end, self.finish, self.left = min(found), "stop", True
+        elif token is not None:  # what may be the beginning of a stop word waits
+            sizes = range(1, end + 1)
+            end -= max((n for n in sizes for word in words if word.startswith(self._held[-n:])), default=0)
+        piece, self._held = self._held[:end], self._held[end:]
+        self.text += piece
+        return piece
 
 
-class Answering:
-    """Makes answers with one engine, tokenizer and store."""
+class Service:
+    """What all requests share. The arguments are those of ``create_app``."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, memories: Memories) -> None:
-        self.engine, self.tokenizer, self.memories = engine, tokenizer, memories
-        self.heads_read = not getattr(engine.model.config, "closed", False)
-        ends = engine.model.generation_config.eos_token_id
+    def __init__(
+        self, model: Any, tokenizer: Any, store: Any, keys: dict[str, str], name: str, seconds: float, **settings: int
+    ) -> None:
+        self.model, self.tokenizer, self.keys, self.name, self.seconds = model, tokenizer, keys, name, seconds
+        self.memories, self.engine = Memories(store), Engine(model, **settings)
+        self.heads_read = not getattr(model.config, "closed", False)
+        ends = model.generation_config.eos_token_id
         found = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
         self.stop_ids = frozenset(int(token) for token in found if token is not None)
 
-    def chat_ids(self, messages: Sequence[Message], owner: str, memory: str | None, passages: int) -> tuple[Any, ...]:
-        """The prompt of a conversation, and the passages of its memory that were put into it."""
-        recall = None if memory is None or not passages else self.memories.recall(owner, memory)
-        prompt = chat_prompt(self.tokenizer, messages, recall=recall, passages=passages)
-        return prompt.ids, [
-            {"document": each.document, "start": each.start, "text": each.text, "score": each.score}
-            for each in prompt.recalled
+        self.registry = own = CollectorRegistry()
+        self.requests = Counter("longmem_requests", "Requests by path and status", ["path", "status"], registry=own)
+        self.produced = Counter("longmem_tokens", "Tokens generated", registry=own)
+        self.written = Counter("longmem_memory_tokens", "Tokens written to memories", registry=own)
+        self.first = Histogram("longmem_first_token_seconds", "Time to the first token", registry=own)
+        queue = Gauge("longmem_queue", "Requests that wait for the model", registry=own)
+        queue.set_function(lambda: self.engine.waiting)
+
+    def prompt(self, messages: Sequence[Message], namespace: str | None, passages: int) -> Prompt:
+        """The prompt of a conversation, with passages of its memory."""
+        recall = self.memories.recall(namespace) if namespace is not None and passages else None
+        return chat_prompt(self.tokenizer, messages, recall=recall, passages=passages)
+
+    def answers(
+        self, ids: list[int], body: Any, most: int | None, namespace: str | None, *, first: int = 0, chat: bool = True
+    ) -> list[Answer]:
+        """As many answers to a prompt as its request asks for, none of them begun.
+
+        Args:
+            most: tokens of each; None is what is left of the window, within ``ANSWER_TOKENS``.
+            first: number of the first of them.
+            chat: the next speaker's name ends an answer.
+
+        Raises:
+            Refused: the prompt is too long.
+        """
+        longest = MOST_WINDOWS * int(getattr(self.model.config, "max_position_embeddings", None) or 4096)
+        if len(ids) > longest:
+            said = f"the prompt has {len(ids):,} tokens, {longest:,} are the most; add the text to a memory"
+            raise Refused(400, said)
+        if most is None:
+            most = max(ANSWER_TOKENS[0], min(ANSWER_TOKENS[1], (positions(self.model) or 0) - len(ids)))
+        top = body.top_logprobs if isinstance(body, ChatRequest) else getattr(body, "logprobs", None)
+        words = [*(getattr(body, "stop", None) or [])[:4], *(stop_words(self.tokenizer) if chat else ())]
+        made = [
+            Answer(
+                number=first + index,
+                ids=ids,
+                max_tokens=most,
+                temperature=body.temperature,
+                top_p=body.top_p,
+                seed=None if body.seed is None else body.seed + first + index,  # each has draws of its own
+                top=top or 0,
+                stop_ids=self.stop_ids,
+                explain=Readings() if body.explain and namespace is not None and self.heads_read else None,
+                pieces=Pieces(self.tokenizer),
+                stop=words,
+            )
+            for index in range(getattr(body, "n", 1))
         ]
+        if namespace is not None:
+            for answer in made:
+                answer.memory = partial(self._opened, answer, namespace)
+        return made
 
-    async def stream(
-        self,
-        ids: list[int],
-        sampling: Sampling,
-        *,
-        owner: str,
-        memory: str | None,
-        stop: Sequence[str] = (),
-        explain: bool = False,
-        chat: bool = True,
-    ) -> AsyncGenerator[tuple[str, list[Token], Answer], None]:
-        """Pieces of the answer with their tokens, and the answer so far; the last piece ends it."""
-        answer = Answer(prompt_tokens=len(ids))
-        banks: list[Any] = []  # the newest last: a row that gave way comes back to what is remembered then
+    def _opened(self, answer: Answer, namespace: str) -> Any:
+        answer.bank = self.memories.bank(namespace)
+        return answer.bank if self.heads_read else None
 
-        def opened() -> Any:
-            bank = self.memories.bank(owner, str(memory))
-            answer.memory_tokens = 0 if bank is None else int(bank.tokens.sum())
-            banks[:] = [bank]
-            return bank if self.heads_read else None
+    async def pieces(self, answers: Sequence[Answer]) -> AsyncGenerator[tuple[Answer, str, list[Token]], None]:
+        """New text of the answers with the tokens that bring it, as they come; the last piece of each ends it."""
+        began, fresh = time.monotonic(), {answer: list[Token]() for answer in answers}
+        async with aclosing(self.engine.generate(answers)) as tokens:
+            async for answer, token in tokens:
+                if began:
+                    self.first.observe(time.monotonic() - began)
+                    began = 0.0
+                piece = answer.take(token)
+                if token is not None:
+                    self.produced.inc()
+                    fresh[answer].append(token)
+                if answer.finish is not None and answer.explain is not None:
+                    answer.read = await self.engine.call(partial(self._read, answer, answer.explain), follows=True)
+                if piece or answer.finish is not None:
+                    yield answer, piece, fresh[answer]
+                    fresh[answer] = []
 
-        readings = Readings() if explain and memory is not None and self.heads_read else None
-        job = Job(ids, None if memory is None else opened, sampling, self.stop_ids, explain=readings)
-        words = [*stop, *(stop_words(self.tokenizer) if chat else ())]
-        text, fresh = _Text(self.tokenizer, words), list[Token]()
-        async with aclosing(self.engine.generate(job)) as tokens:
-            async for token in tokens:
-                answer.tokens.append(token)
-                fresh.append(token)
-                piece = text.take(token.id)
-                if piece:
-                    answer.text += piece
-                    yield piece, fresh, answer
-                    fresh = []
-                if text.stopped:
-                    break
-        answer.finish = "length" if len(answer.tokens) >= sampling.max_tokens and not text.stopped else "stop"
-        if readings:
-            read = partial(self._read, ids, answer.tokens, readings, banks[-1])
-            answer.read = await self.engine.call(read, follows=True)
-        piece = text.rest()
-        answer.text += piece
-        yield piece, fresh, answer
-
-    def _read(self, ids: list[int], tokens: list[Token], readings: list[Any], bank: Any) -> list[dict[str, Any]]:
+    def _read(self, answer: Answer, readings: list[Any]) -> list[dict[str, Any]]:
         """What each new token read, and what that did to it: one more pass, with memory off and the same window."""
-        model = self.engine.model
-        whole = torch.tensor([*ids, *(token.id for token in tokens)])
-        policy = WindowPolicy.of(copy.copy(model.generation_config), model, bank)
-        without = without_memory(model, whole, len(ids), policy).tolist()
+        ids = torch.tensor([*answer.ids, *(token.id for token in answer.tokens)])
+        policy = WindowPolicy.of(copy.copy(self.model.generation_config), self.model, answer.bank)
+        without = without_memory(self.model, ids, len(answer.ids), policy).tolist()
+        gains = [token.logprob - alone for token, alone in zip(answer.tokens, without, strict=True)]
+
+        def ids_of(namespace: str | None, document: str) -> Any:  # what has left the window is in no namespace
+            return None if namespace is None else self.memories.store.token_ids(namespace, document)
+
+        new, readings = ids[len(answer.ids) :].tolist(), readings[: len(gains)]
         return [
-            {
-                "token": self.tokenizer.decode([token.id]),
-                "gain": token.logprob - alone,
-                "chunks": [_chunk(chunk, bank) for chunk in reading.chunks[:3]],
-            }
-            for token, alone, reading in zip(tokens, without, readings, strict=False)
+            {"token": each.text, "gain": each.gain, "chunks": [asdict(chunk) for chunk in each.found[:3]]}
+            for each in read_tokens(new, answer.ids, gains, readings, self.tokenizer, ids_of)
         ]
-
-
-class _Text:
-    """Text of tokens that come one by one; what may be half a character or half a stop word waits."""
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
-        self._tokenizer, self._stop = tokenizer, [word for word in stop if word]
-        self._ids: list[int] = []
-        self._known = self._read = 0  # tokens from which is decoded, and up to which the text is known
-        self._text, self._given = "", 0
-        self.stopped = False
-
-    def take(self, token: int) -> str:
-        """What can be told after one more token."""
-        self._ids.append(token)
-        self._decode(final=False)
-        for word in self._stop:
-            at = self._text.find(word, max(0, self._given - len(word)))
-            if at >= 0:
-                self.stopped, self._text = True, self._text[:at]
-        end = len(self._text)
-        if not self.stopped:
-            half = (size for word in self._stop for size in range(1, len(word)) if self._text.endswith(word[:size]))
-            end -= max(half, default=0)
-        return self._give(end)
-
-    def rest(self) -> str:
-        """What was waiting, at the end."""
-        if not self.stopped:
-            self._decode(final=True)
-        return self._give(len(self._text))
-
-    def _give(self, end: int) -> str:
-        piece = self._text[self._given : end]
-        self._given = max(self._given, end)
-        return piece
-
-    def _decode(self, final: bool) -> None:
-        """Add whole characters to the text; decoding from some tokens back keeps the spaces between words."""
-        before, now = self._decoded(self._known, self._read), self._decoded(self._known, len(self._ids))
-        if final or not now.endswith("\ufffd"):
-            self._text += now[len(before) :]
-            self._known, self._read = self._read, len(self._ids)
-
-    def _decoded(self, begin: int, end: int) -> str:
-        return str(self._tokenizer.decode(self._ids[begin:end], skip_special_tokens=True))
-
-
-def _chunk(reading: Any, bank: Any) -> dict[str, Any]:
-    """A chunk that was read: where it is, how much of the output it made, and the passage around it."""
-    origin = reading.origin
-    found = {
-        "document": origin.document,
-        "start_token": origin.start_token,
-        "length": origin.length,
-        "share": reading.share,
-        "score": reading.score,
-        "layers": {str(layer): share for layer, share in reading.layers.items()},
-    }
-    if origin.namespace is not None:  # else it is of this conversation, what has left the window
-        with suppress(StoreError):  # forgotten since
-            passage = bank.passage(origin)
-            found.update(before=passage.before, text=passage.text, after=passage.after)
-    return found

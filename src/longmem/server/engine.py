@@ -9,18 +9,21 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, StoppingCriteria
+from torch.nn.utils.rnn import pad_sequence
 
+from longmem.server.access import Refused
 from longmem.types import Memory
 
 T = TypeVar("T")
+J = TypeVar("J", bound="Job")
 COLDEST = 1e-3
 """Temperature below which the likeliest token is taken: dividing by less overflows."""
 GATHER = 0.003
@@ -29,110 +32,75 @@ SLICE = 256
 """Tokens after which a batch is put together anew, also where nobody waits: bounds what a long answer may reserve."""
 
 
-class Busy(Exception):
+class Busy(Refused):
     """The queue is full; try again after some seconds."""
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen.
-
-    Attributes:
-        max_tokens: new ones at most.
-        temperature: 0 takes the likeliest.
-        top_p: share of the probability from which is drawn.
-        seed: of this row's own draws; None draws anew each time.
-        logprobs: how many likeliest tokens are told beside each chosen one; None tells none.
-    """
-
-    max_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    logprobs: int | None = None
+    def __init__(self) -> None:
+        super().__init__(429, "the server is busy; try again in a moment")
 
 
-@dataclass(frozen=True)
-class Token:
-    """A chosen token.
-
-    Attributes:
-        id: of it.
-        logprob: its log probability in nats, before temperature.
-        top: the likeliest tokens with theirs, if they were asked for.
-    """
+class Token(NamedTuple):
+    """A chosen token, its log probability in nats before temperature, and the likeliest tokens with theirs."""
 
     id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass
+@dataclass(eq=False, kw_only=True)
 class Job:
-    """A row to generate, and the queue through which its tokens come back: ``Token``, an exception, or None at its end.
+    """A row to generate.
 
     Attributes:
         ids: the prompt.
-        memory: opens what it reads, in the worker; None reads nothing.
-        sampling: how tokens are chosen.
+        memory: opens what it reads, in the worker, each time that the row begins or goes on; None reads nothing.
+        max_tokens: new ones at most.
+        temperature, top_p: how tokens are drawn; temperature 0 takes the likeliest.
+        seed: of this row's own draws; None draws anew each time.
+        top: how many likeliest tokens are told beside each chosen one.
         stop_ids: tokens that end it.
         explain: takes what each step read, one ``Explanation`` a step, if given; such a job runs alone.
         made: new tokens so far.
-        fresh: what the event loop has not been given yet.
+        ended: no more tokens come.
+        left: the reader wants no more of them.
+        results: where the reader takes them.
     """
 
     ids: list[int]
-    memory: Callable[[], Memory | None] | None
-    sampling: Sampling
-    stop_ids: frozenset[int]
+    memory: Callable[[], Memory | None] | None = None
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    top: int = 0
+    stop_ids: frozenset[int] = frozenset()
     explain: list[Any] | None = None
-    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    results: asyncio.Queue[Token | BaseException | None] = field(default_factory=asyncio.Queue)
     made: list[int] = field(default_factory=list)
-    fresh: list[Token | BaseException | None] = field(default_factory=list)
-    cancelled: bool = False
     ended: bool = False
+    left: bool = False
+    results: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
 
     def __post_init__(self) -> None:
-        self._random = _generator(self.sampling.seed)
+        self.random = torch.Generator()
+        self.random.seed() if self.seed is None else self.random.manual_seed(self.seed % 2**63)
 
-    def end(self, problem: BaseException | None = None) -> None:
-        """No more tokens come."""
-        if not self.ended:
-            self.ended = True
-            self.fresh.append(problem)
+    @property
+    def over(self) -> bool:
+        """It needs no more steps."""
+        return self.ended or self.left
 
     def draw(self, logprobs: Tensor) -> int:
-        """Take the next token from log probabilities (V,), and hand it over; the row may end with it."""
-        token = _draw(logprobs, self.sampling, self._random)
-        self.made.append(token)
-        if token in self.stop_ids:
-            self.end()
-            return token
-        top = logprobs.topk(self.sampling.logprobs) if self.sampling.logprobs else None
-        likely = () if top is None else tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        self.fresh.append(Token(token, float(logprobs[token]), likely))
-        if len(self.made) >= self.sampling.max_tokens:
-            self.end()
-        return token
-
-
-def hand_over(jobs: list[Job]) -> None:
-    """Give the event loop what is new of all rows at once: waking it for each token costs more than the token."""
-    told = [(job.results, result) for job in jobs for result in job.fresh]
-    for job in jobs:
-        job.fresh = []
-
-    def put() -> None:
-        for results, result in told:
-            results.put_nowait(result)
-
-    try:
-        if told:
-            jobs[0].loop.call_soon_threadsafe(put)
-    except RuntimeError:  # the loop has closed meanwhile and wants none
-        for job in jobs:
-            job.cancelled = True
+        """The next token from log probabilities (V,)."""
+        if self.temperature < COLDEST:
+            return int(logprobs.argmax())
+        probabilities = (logprobs / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            likeliest, order = probabilities.sort(descending=True)
+            # the smallest set that holds top_p: the token that crosses it belongs to it, and the likeliest always does
+            beyond = likeliest.cumsum(0) - likeliest >= self.top_p
+            beyond[0] = False
+            probabilities[order[beyond]] = 0.0
+        return int(torch.multinomial(probabilities.cpu(), 1, generator=self.random))
 
 
 class Engine:
@@ -145,7 +113,7 @@ class Engine:
 
     Args:
         model: that generates; in eval mode.
-        most_waiting: jobs and calls that may wait; one more is refused.
+        most_waiting: jobs and calls that may wait; a request that comes then is refused.
         rows: that run together at most.
     """
 
@@ -153,6 +121,8 @@ class Engine:
         self.model, self.rows, self.most_waiting = model, rows, most_waiting
         self._jobs: deque[Job] = deque()
         self._calls: deque[Callable[[], None]] = deque()
+        self._news: list[tuple[Job, Token | BaseException | None]] = []  # what readers have not been given yet
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._change = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="longmem-engine", daemon=True)
@@ -163,20 +133,29 @@ class Engine:
         """Jobs and calls that have not begun, or have given way."""
         return len(self._jobs) + len(self._calls)
 
-    async def generate(self, job: Job) -> AsyncGenerator[Token, None]:
-        """The tokens of a job as they come; leaving the iteration cancels it.
+    async def generate(self, jobs: Sequence[J]) -> AsyncGenerator[tuple[J, Token | None], None]:
+        """The tokens of jobs as they come, None at the end of each; leaving the iteration gives them up.
+
+        A job whose ``left`` is set meanwhile counts as ended. The first that fails ends all of them.
 
         Raises:
             Busy: the queue is full, or the engine is closing.
         """
-        self._put(self._jobs, job)
+        self._loop, results = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        for job in jobs:
+            job.results = results
         try:
-            while (result := await job.results.get()) is not None:
+            self._put(self._jobs, jobs)
+            while not all(job.left for job in jobs):
+                job, result = await results.get()
                 if isinstance(result, BaseException):
                     raise result
-                yield result
+                if not job.left:
+                    job.left = result is None
+                    yield job, result
         finally:
-            job.cancelled = True
+            for job in jobs:
+                job.left = True
 
     async def call(self, work: Callable[[], T], *, follows: bool = False) -> T:
         """Run something in the worker thread, between two steps. Once accepted it is done, also if the caller leaves.
@@ -188,24 +167,16 @@ class Engine:
         Raises:
             Busy: the queue is full, or the engine is closing.
         """
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[T] = loop.create_future()
-
-        def settle(result: T | None, problem: BaseException | None) -> None:
-            if not done.cancelled():
-                done.set_result(result) if problem is None else done.set_exception(problem)  # type: ignore[arg-type]
+        done: Future[T] = Future()
 
         def run() -> None:
-            result, problem = None, None
             try:
-                result = work()
-            except BaseException as raised:
-                problem = raised
-            with suppress(RuntimeError):  # the loop has closed meanwhile
-                loop.call_soon_threadsafe(settle, result, problem)
+                done.set_result(work())
+            except BaseException as problem:
+                done.set_exception(problem)
 
-        self._put(self._calls, run, follows)
-        return await asyncio.shield(done)
+        self._put(self._calls, [run], follows)
+        return await asyncio.shield(asyncio.wrap_future(done))
 
     def close(self) -> None:
         """Finish what was accepted, then stop."""
@@ -214,11 +185,11 @@ class Engine:
             self._change.notify()
         self._thread.join()
 
-    def _put(self, where: deque[Any], what: Any, follows: bool = False) -> None:
+    def _put(self, where: deque[Any], what: Sequence[Any], follows: bool = False) -> None:
         with self._change:  # what is put before closing is seen by the worker, what comes later is refused
             if self._closing or (self.waiting >= self.most_waiting and not follows):
                 raise Busy
-            where.append(what)
+            where.extend(what)
             self._change.notify()
 
     @torch.inference_mode()
@@ -230,11 +201,11 @@ class Engine:
                     return
                 while not self._calls and 0 < len(self._jobs) < self.rows and self._change.wait(GATHER):
                     pass
-            self.between()
+            self._between()
             if batch := self._batch():
                 self._run(batch)
 
-    def between(self) -> None:
+    def _between(self) -> None:
         """Run the call that has waited longest, if there is one."""
         if self._calls:
             self._calls.popleft()()
@@ -247,113 +218,103 @@ class Engine:
                 if batch and (batch[0].explain is not None or self._jobs[0].explain is not None):
                     break
                 job = self._jobs.popleft()
-                if not job.cancelled:
+                if not job.left:
                     batch.append(job)
         return batch
 
     def _run(self, batch: list[Job]) -> None:
-        jobs, memories = list[Job](), list[Memory | None]()
+        memories: dict[Job, Memory | None] = {}
         for job in batch:
             try:
-                memories.append(None if job.memory is None else job.memory())
-                jobs.append(job)
+                memories[job] = None if job.memory is None else job.memory()
             except BaseException as problem:
-                job.end(problem)
+                self._end(job, problem)
         try:
-            if jobs:
-                self._generate(jobs, memories)
+            if memories:
+                self._generate(list(memories), list(memories.values()))
         except BaseException as problem:
-            for job in jobs:
-                job.end(problem)
-        hand_over(batch)
+            for job in memories:
+                self._end(job, problem)
+        self._hand_over()
         with self._change:
-            self._jobs.extend(job for job in jobs if not job.ended and not job.cancelled)
+            self._jobs.extend(job for job in memories if not job.over)
 
     def _generate(self, jobs: list[Job], memories: list[Memory | None]) -> None:
-        texts = [[*job.ids, *job.made] for job in jobs]
-        longest, device = max(map(len, texts)), self.model.device
-        ids = torch.zeros(len(jobs), longest, dtype=torch.long, device=device)
-        mask = torch.zeros_like(ids)
-        for row, text in enumerate(texts):
-            ids[row, longest - len(text) :] = torch.tensor(text, device=device)
-            mask[row, longest - len(text) :] = 1
-        steps = _Steps(self, jobs)
-        explained = {} if jobs[0].explain is None else {"explain": jobs[0].explain}
+        device = self.model.device
+        texts = [torch.tensor([*job.ids, *job.made], device=device) for job in jobs]
+        ids, mask = (
+            pad_sequence(each, batch_first=True, padding_side="left")
+            for each in (texts, list(map(torch.ones_like, texts)))
+        )
+        began, read = time.monotonic(), 0.0
+
+        def choose(_: Tensor, scores: Tensor) -> Tensor:
+            """Each row's token by its own settings; greedy search then takes just these."""
+            nonlocal read
+            read = read or time.monotonic()
+            logprobs = scores.float().log_softmax(-1)
+            chosen = torch.full_like(scores, -torch.inf)
+            for row, job in enumerate(jobs):
+                chosen[row, 0 if job.over else self._step(job, logprobs[row])] = 0.0
+            self._hand_over()
+            return chosen
+
+        def ends(*_: Any, **__: Any) -> Tensor:
+            """Rows that have ended or were left; all of them when others wait."""
+            self._between()
+            ended = [job.over for job in jobs]
+            if self.gives_way(read - began, time.monotonic() - read, ended.count(False)):
+                ended = [True] * len(ended)
+            return torch.tensor(ended, device=device)
+
         self.model.generate(
             ids,
             attention_mask=mask,
             memory=memories if any(memory is not None for memory in memories) else None,
-            max_new_tokens=min(SLICE, max(job.sampling.max_tokens - len(job.made) for job in jobs)),
+            max_new_tokens=min(SLICE, max(job.max_tokens - len(job.made) for job in jobs)),
             do_sample=False,
             num_beams=1,
             eos_token_id=None,
             pad_token_id=0,
-            logits_processor=[steps],
-            stopping_criteria=[_Ends(steps)],
-            **explained,
+            logits_processor=[choose],
+            stopping_criteria=[ends],
+            **({} if jobs[0].explain is None else {"explain": jobs[0].explain}),
         )
 
     def gives_way(self, reading: float, decoding: float, active: int) -> bool:
         """Whether a batch has run long enough for those that wait.
 
         Args:
-            reading: seconds that its prompts took.
-            decoding: seconds since.
+            reading, decoding: seconds that its prompts took, and seconds since.
             active: rows that go on; where there is room beside them, those that wait may come earlier.
         """
         return bool(self._jobs) and decoding >= reading * (1 if active < self.rows else 3)
 
+    def _step(self, job: Job, logprobs: Tensor) -> int:
+        """A row's next token; the row may end with it."""
+        token = job.draw(logprobs)
+        job.made.append(token)
+        if token not in job.stop_ids:
+            top = logprobs.topk(job.top)
+            likely = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+            self._news.append((job, Token(token, float(logprobs[token]), likely)))
+        if token in job.stop_ids or len(job.made) >= job.max_tokens:
+            self._end(job)
+        return token
 
-class _Steps(LogitsProcessor):
-    """Chooses each row's token by its own settings, and hands it over; greedy search then takes just these."""
+    def _end(self, job: Job, problem: BaseException | None = None) -> None:
+        if not job.ended:
+            job.ended = True
+            self._news.append((job, problem))
 
-    def __init__(self, engine: Engine, jobs: list[Job]) -> None:
-        self.engine, self.jobs = engine, jobs
-        self.began, self.read = time.monotonic(), 0.0
+    def _hand_over(self) -> None:
+        """Give readers what is new of all rows at once: waking the event loop for each token costs more than it."""
+        news, self._news = self._news, []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.read = self.read or time.monotonic()
-        logprobs = scores.float().log_softmax(-1)
-        chosen = torch.full_like(scores, -torch.inf)
-        for row, job in enumerate(self.jobs):
-            chosen[row, 0 if job.ended or job.cancelled else job.draw(logprobs[row])] = 0.0
-        hand_over(self.jobs)
-        return chosen
+        def put() -> None:
+            for job, result in news:
+                job.results.put_nowait((job, result))
 
-
-class _Ends(StoppingCriteria):
-    """Ends rows that have ended or were left, and all of them when others wait."""
-
-    def __init__(self, steps: _Steps) -> None:
-        self.steps = steps
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        steps = self.steps
-        steps.engine.between()
-        ended = [job.ended or job.cancelled for job in steps.jobs]
-        if steps.engine.gives_way(steps.read - steps.began, time.monotonic() - steps.read, ended.count(False)):
-            ended = [True] * len(ended)
-        return torch.tensor(ended, device=input_ids.device)
-
-
-def _generator(seed: int | None) -> torch.Generator:
-    random = torch.Generator()
-    if seed is None:
-        random.seed()
-    else:
-        random.manual_seed(seed % 2**63)
-    return random
-
-
-def _draw(logprobs: Tensor, sampling: Sampling, random: torch.Generator) -> int:
-    """The next token of one row from log probabilities (V,)."""
-    if sampling.temperature < COLDEST:
-        return int(logprobs.argmax())
-    probabilities = (logprobs / sampling.temperature).softmax(-1)
-    if sampling.top_p < 1:
-        likeliest, order = probabilities.sort(descending=True)
-        # the smallest set that holds top_p: the token that crosses it belongs to it, and the likeliest always does
-        beyond = likeliest.cumsum(0) - likeliest >= sampling.top_p
-        beyond[0] = False
-        probabilities[order[beyond]] = 0.0
-    return int(torch.multinomial(probabilities.cpu(), 1, generator=random))
+        if news and self._loop is not None:
+            with suppress(RuntimeError):  # the loop has closed meanwhile, and wants none
+                self._loop.call_soon_threadsafe(put)

@@ -1,133 +1,140 @@
-"""Memories of the server's users: namespaces of one store, each reachable by its owner alone."""
+"""Memories of the server's users: namespaces ``OWNER/MEMORY`` of one store, each reachable by its owner alone."""
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import time
 from collections import OrderedDict
-from pathlib import Path
+from functools import lru_cache, partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from longmem.chat import Message, conversation_name, keep
+from longmem.data.text import TEXT_SUFFIXES, read_stream
+from longmem.errors import DataError
 from longmem.files import write_whole
+from longmem.server.access import NAME, Refused
 from longmem.store.recall import Recall
 
 REGISTRY = "memories.json"
 RESPONSES = "~responses"
 """Where a user's stored responses are kept that name no memory; no user's memory can be called so."""
+SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")
+OPEN_BYTES = 2 << 30
+"""Of banks that are kept open; those used longest ago are closed beyond it."""
+OPEN_SEARCHES = 64
 
 
 class Memories:
     """The store, and what is open of it.
 
-    Methods that take ``owner`` see that owner's memories and no others.
+    ``namespace`` is that of a memory; ``own`` makes it of an owner and the name that they call the memory by.
 
     Args:
         store: opened with the model and its tokenizer.
-        budget: bytes of open banks; those used longest ago are closed beyond it.
+
+    Attributes:
+        recall: gives the text search of a namespace.
     """
 
-    def __init__(self, store: Any, *, budget: int = 2 << 30) -> None:
-        self.store, self.budget = store, budget
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self.recall = lru_cache(OPEN_SEARCHES)(partial(Recall, store))
         self._open: OrderedDict[str, Any] = OrderedDict()
-        self._recalls: OrderedDict[str, Recall] = OrderedDict()
         self._lock = threading.Lock()
         self._file = Path(store.path) / REGISTRY
         self._created: dict[str, float] = json.loads(self._file.read_text()) if self._file.is_file() else {}
 
-    def exists(self, owner: str, memory: str) -> bool:
-        """Whether the owner has a memory of this id."""
-        return f"{owner}/{memory}" in self._created or f"{owner}/{memory}" in self.store.namespaces()
+    def exists(self, namespace: str) -> bool:
+        """Whether it was made, or holds documents."""
+        return namespace in self._created or namespace in self.store.namespaces()
 
-    def create(self, owner: str, memory: str) -> bool:
-        """Make an empty memory; False: it is there."""
+    def own(self, owner: str, memory: str) -> str:
+        """The namespace of a memory.
+
+        Raises:
+            Refused: the owner has none of this name; whether another has one is not told.
+        """
+        if NAME.fullmatch(memory) is None or not self.exists(f"{owner}/{memory}"):
+            raise Refused(404, f"you have no memory {memory[:100]!r}; make it with POST /v1/memories", code="not_found")
+        return f"{owner}/{memory}"
+
+    def create(self, owner: str, memory: str) -> str:
+        """Make an empty memory; returns its namespace.
+
+        Raises:
+            Refused: it is there.
+        """
+        namespace = f"{owner}/{memory}"
         with self._lock:
-            if self.exists(owner, memory):
-                return False
-            self._created[f"{owner}/{memory}"] = time.time()
+            if self.exists(namespace):
+                raise Refused(409, f"you have a memory {memory!r} already", param="id", code="exists")
+            self._created[namespace] = time.time()
             self._write()
-            return True
+        return namespace
 
     def listed(self, owner: str) -> list[dict[str, Any]]:
         """The owner's memories with their sizes."""
-        names = {*self._created, *self.store.namespaces()}
-        mine = sorted(name.partition("/")[2] for name in names if name.partition("/")[0] == owner)
-        return [self.shown(owner, memory) for memory in mine if memory != RESPONSES]
+        mine = (name for name in {*self._created, *self.store.namespaces()} if name.partition("/")[0] == owner)
+        return [self.shown(namespace) for namespace in sorted(mine) if namespace != f"{owner}/{RESPONSES}"]
 
-    def shown(self, owner: str, memory: str) -> dict[str, Any]:
+    def shown(self, namespace: str) -> dict[str, Any]:
         """A memory with its sizes."""
-        documents = self.documents(owner, memory)
+        documents = self.store.documents(namespace)
         return {
-            "id": memory,
+            "id": namespace.partition("/")[2],
             "object": "memory",
             "documents": len(documents),
             "tokens": sum(info.tokens for info in documents),
             "chunks": sum(info.chunks for info in documents),
-            "created": int(self._created.get(f"{owner}/{memory}", min((d.added for d in documents), default=0))),
+            "created": int(self._created.get(namespace, min((info.added for info in documents), default=0))),
         }
 
-    def documents(self, owner: str, memory: str) -> list[Any]:
-        """The documents of a memory; none where it is empty."""
-        namespace = f"{owner}/{memory}"
-        return list(self.store.documents(namespace)) if namespace in self.store.namespaces() else []
+    def document(self, namespace: str, name: str) -> Any:
+        """A document of a memory.
 
-    def text(self, owner: str, memory: str, document: str) -> str:
-        """The text of a document."""
-        return str(self.store.text(f"{owner}/{memory}", document))
+        Raises:
+            Refused: it has none of this name.
+        """
+        for info in self.store.documents(namespace):
+            if info.name == name:
+                return info
+        raise Refused(404, f"this memory has no document {name[:100]!r}", code="not_found")
 
-    def search(self, owner: str, memory: str, query: str, top: int) -> list[Any]:
-        """Passages that share words with a query, best first."""
-        return self.recall(owner, memory).search(query, top)
+    # what runs the model or writes: called in the engine's thread only
 
-    def recall(self, owner: str, memory: str) -> Recall:
-        """The text search of a memory."""
-        namespace = f"{owner}/{memory}"
-        with self._lock:
-            found = self._recalls.pop(namespace, None) or Recall(_Known(self.store), namespace)
-            self._recalls[namespace] = found
-            while len(self._recalls) > 64:
-                self._recalls.popitem(last=False)
-            return found
-
-    # what runs the model: called in the engine's thread only
-
-    def bank(self, owner: str, memory: str) -> Any:
+    def bank(self, namespace: str) -> Any:
         """What the model searches; None where the memory is empty."""
-        namespace = f"{owner}/{memory}"
+        bank = self._open.pop(namespace, None)
         if namespace not in self.store.namespaces():
-            self._open.pop(namespace, None)
             return None
-        bank = self._open.pop(namespace, None) or self.store.bank(namespace)
+        bank = bank or self.store.bank(namespace)
         bank.refresh()  # what was added since
         self._open[namespace] = bank
-        while len(self._open) > 1 and sum(each.nbytes for each in self._open.values()) > self.budget:
+        while len(self._open) > 1 and sum(each.nbytes for each in self._open.values()) > OPEN_BYTES:
             self._open.popitem(last=False)
         return bank
 
-    def add(self, owner: str, memory: str, name: str, text: str, **settings: Any) -> Any:
-        """Add a document, or append to one (``append=True``); durable when this returns."""
-        namespace = f"{owner}/{memory}"
-        settings = {key: value for key, value in settings.items() if value}
-        if settings.pop("append", False) and name in {info.name for info in self.documents(owner, memory)}:
+    def add(self, namespace: str, name: str, text: str, *, append: bool = False, **settings: Any) -> Any:
+        """Add a document, or append to one; durable when this returns."""
+        if append and any(info.name == name for info in self.store.documents(namespace)):
             return self.store.append(namespace, text, name=name)
         return self.store.add_document(namespace, text, name=name, **settings)
 
-    def remember(self, owner: str, memory: str, messages: list[Message]) -> int:
+    def remember(self, namespace: str, messages: list[Message]) -> int:
         """Keep messages as lines of a document; returns the tokens written."""
-        return keep(self.store, f"{owner}/{memory}", conversation_name(), messages)
+        return keep(self.store, namespace, conversation_name(), messages)
 
-    def forget(self, owner: str, memory: str, document: str | None = None) -> int:
+    def forget(self, namespace: str, document: str | None = None) -> int:
         """Forget a document, or the whole memory; returns how many documents are gone."""
-        namespace = f"{owner}/{memory}"
-        known = [info.name for info in self.documents(owner, memory) if document in (None, info.name)]
+        known = [info.name for info in self.store.documents(namespace) if document in (None, info.name)]
         if known:
             self.store.forget(namespace, **({"everything": True} if document is None else {"name": document}))
         with self._lock:
-            if document is None:
-                self._created.pop(namespace, None)
+            if document is None and self._created.pop(namespace, None) is not None:
                 self._write()
-            self._recalls.pop(namespace, None)
         self._open.pop(namespace, None)
         return len(known)
 
@@ -135,14 +142,19 @@ class Memories:
         write_whole(self._file, [json.dumps(self._created, indent=1, sort_keys=True) + "\n"])
 
 
-class _Known:
-    """The store as ``Recall`` asks it: a namespace without documents is an empty one."""
+def texts_of(filename: str, data: bytes) -> list[tuple[str, str]]:
+    """Names and texts of the documents in a file that a user sent; nothing of its name becomes a path.
 
-    def __init__(self, store: Any) -> None:
-        self._store = store
-
-    def documents(self, namespace: str) -> Any:
-        return self._store.documents(namespace) if namespace in self._store.namespaces() else []
-
-    def text(self, namespace: str, name: str) -> str:
-        return str(self._store.text(namespace, name))
+    Raises:
+        Refused: a kind that is not read, or no text in UTF-8.
+    """
+    name = PurePosixPath(filename.replace("\\", "/")).name[:200]
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise Refused(400, f"files of these kinds are read: {', '.join(SUFFIXES)}", param="file")
+    try:
+        found = list(read_stream(io.BytesIO(data), name, lines=suffix == ".jsonl"))
+    except DataError:
+        said = "the file holds no text in UTF-8, or a line of it is no JSON object with a field text"
+        raise Refused(400, said, param="file") from None
+    return [(name if each.line is None else f"{name}:{each.line}", each.text) for each in found]

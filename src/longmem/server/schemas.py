@@ -4,38 +4,49 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, StringConstraints, field_validator, model_validator
 
-from longmem.server.keys import NAME
+from longmem.server.access import NAME
 
 MemoryId = Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$")]
 RESPONSE = r"^resp_[0-9a-f]{32}$"
-MOST_DEPTH = 20
-"""Levels of a document's metadata."""
+MOST_DEPTH = 24
+"""Levels of a body."""
+MOST_ANSWERS = 64
 Text = Annotated[str, StringConstraints(max_length=2_000_000)]
+NonEmpty = Annotated[Text, StringConstraints(min_length=1)]
+MostTokens = Annotated[int | None, Field(ge=1, le=100_000)]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 class Body(BaseModel):
     """Of every request."""
 
-    model_config = ConfigDict(extra="ignore")
-
     @model_validator(mode="before")
     @classmethod
     def _can_be_said_again(cls, body: Any) -> Any:
-        """JSON can hold half a character and, for Python, NaN: no text and no answer can."""
+        """JSON can hold half a character, for Python NaN, and nest without end: no text and no answer can."""
+        level = [body]
+        for _ in range(MOST_DEPTH):
+            nests = [each for each in level if isinstance(each, dict | list)]
+            level = [child for each in nests for child in (each.values() if isinstance(each, dict) else each)]
         try:
-            if isinstance(body, dict):
+            if level:
+                raise ValueError
+            if isinstance(body, dict):  # else it is refused anyway
                 json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
-        except (ValueError, RecursionError):
-            raise ValueError("it holds half a character (\\ud800 to \\udfff) or NaN, or nests too deep") from None
+        except ValueError:
+            said = f"it holds half a character (\\ud800 to \\udfff) or NaN, or nests deeper than {MOST_DEPTH} levels"
+            raise ValueError(said) from None
         return body
 
 
-class Request(Body):
+class GenerationRequest(Body):
     """Of all that generates: how tokens are chosen, and which memory is read."""
 
     model: str | None = None
@@ -47,7 +58,6 @@ class Request(Body):
     remember: bool = False
     recall: int = Field(5, ge=0, le=50)
     explain: bool = False
-    user: str | None = None
 
 
 class StreamOptions(BaseModel):
@@ -76,17 +86,22 @@ class ChatMessage(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-class ChatRequest(Request):
+class ChoicesRequest(GenerationRequest):
+    """Of what answers with choices; of ``stop`` the first four are used, as in the OpenAI API."""
+
+    max_tokens: MostTokens = None
+    n: int = Field(1, ge=1, le=16)
+    stop: Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=str | list[str])] | None = None
+    stream_options: StreamOptions | None = None
+
+
+class ChatRequest(ChoicesRequest):
     """``POST /v1/chat/completions``."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=2000)
-    max_tokens: int | None = Field(None, ge=1, le=100_000)
-    max_completion_tokens: int | None = Field(None, ge=1, le=100_000)
-    n: int = Field(1, ge=1, le=16)
-    stop: str | list[str] | None = None
+    max_completion_tokens: MostTokens = None
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatRequest:
@@ -95,26 +110,33 @@ class ChatRequest(Request):
         return self
 
 
-class CompletionRequest(Request):
+class CompletionRequest(ChoicesRequest):
     """``POST /v1/completions``."""
 
-    prompt: Text | list[Text]
-    max_tokens: int | None = Field(None, ge=1, le=100_000)
-    n: int = Field(1, ge=1, le=16)
-    stop: str | list[str] | None = None
+    prompt: Annotated[list[NonEmpty], BeforeValidator(_listed, json_schema_input_type=NonEmpty | list[NonEmpty])]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
-    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> CompletionRequest:
+        if not 0 < len(self.prompt) * self.n <= MOST_ANSWERS:
+            raise ValueError(f"prompt must be a text, or 1 to {MOST_ANSWERS} texts in all")
+        return self
 
 
-class ResponsesRequest(Request):
+class ResponsesRequest(GenerationRequest):
     """``POST /v1/responses``."""
 
-    input: Text | list[ChatMessage]
+    input: Text | Annotated[list[ChatMessage], Field(min_length=1)]
     instructions: Text | None = None
-    max_output_tokens: int | None = Field(None, ge=1, le=100_000)
+    max_output_tokens: MostTokens = None
     previous_response_id: Annotated[str, StringConstraints(pattern=RESPONSE)] | None = None
     store: bool = True
+
+    @property
+    def messages(self) -> list[ChatMessage]:
+        """The input as messages."""
+        return [ChatMessage(role="user", content=self.input)] if isinstance(self.input, str) else self.input
 
 
 class NewMemory(Body):
@@ -127,7 +149,7 @@ class NewText(Body):
     """``POST /v1/memories/{id}/documents``."""
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=200)]
-    text: Annotated[str, StringConstraints(min_length=1, max_length=2_000_000)]
+    text: NonEmpty
     append: bool = False
     replace: bool = False
     metadata: dict[str, Any] | None = None
@@ -138,20 +160,6 @@ class NewText(Body):
         if re.fullmatch(RESPONSE, name):
             raise ValueError("names of this form are those of stored responses; choose another")
         return name
-
-    @field_validator("metadata")
-    @classmethod
-    def _shallow(cls, metadata: dict[str, Any] | None) -> dict[str, Any] | None:
-        level: list[Any] = [metadata]
-        for _ in range(MOST_DEPTH):
-            level = [child for each in level for child in _children(each)]
-        if level:
-            raise ValueError(f"it nests deeper than {MOST_DEPTH} levels")
-        return metadata
-
-
-def _children(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 class SearchRequest(Body):
