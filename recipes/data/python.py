@@ -16,7 +16,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from longmem.data.python_source import FILE_LINE, SHORTEST, STDLIB, TEST, package_text, packages
+from longmem.data.text import FILE_LINE, SHORTEST, STDLIB, TEST, package_text, packages
 from longmem.errors import DataError, LongMemError
 from longmem.files import write_whole
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from longmem.data.text import read_documents
-from longmem.data.tokenizer import train_tokenizer
+from longmem.data.tokens import train_tokenizer
 from longmem.errors import LongMemError
 
 

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from longmem.chat import keep, reply
-from longmem.data.python_source import package_text
-from longmem.data.text import Document, read_documents
+from longmem.data.text import Document, package_text, read_documents
 from longmem.data.told import told_session
 from longmem.default_model import default_model, shipped
 from longmem.errors import BackboneError, DataError

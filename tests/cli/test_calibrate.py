@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.family_table import make_backbone
 
 from longmem import TrainingFree
 from longmem.cli.main import main
-from longmem.data.tokenizer import train_tokenizer
+from longmem.data.tokens import train_tokenizer
+from longmem.training import calibrate as calibrating
 
 SIZES = ["--window", "16", "--memory", "32", "--passages", "2", "--updates", "2", "--num-retrieved", "8"]
 
@@ -41,11 +43,20 @@ def _run(arguments: list[str]) -> int:
 
 
 def test_a_reader_is_made_saved_and_loaded(
-    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "reader"
-    arguments = ["calibrate", str(model), "--data", f"rain={text}", "--layers", "1", "--out", str(out), *SIZES]
+    out, windows = tmp_path / "reader", []
+    calibrate = calibrating.calibrate
+
+    def counted(model: Any, texts: Any, valid: Any, *rest: Any) -> Any:
+        windows.append({kind: len(passages) for kind, passages in valid.items()})
+        return calibrate(model, texts, valid, *rest)
+
+    monkeypatch.setattr(calibrating, "calibrate", counted)
+    sizes = [*SIZES, "--validation-windows", "5"]
+    arguments = ["calibrate", str(model), "--data", f"rain={text}", "--layers", "1", "--out", str(out), *sizes]
     assert _run(arguments) == 0
+    assert windows == [{"rain": 5}], "of the two texts that are held out"
     assert TrainingFree.from_pretrained(out).memory_layers == (1,)
     record = json.loads((out / "calibration.json").read_text(encoding="utf-8"))
     assert set(record["alone"]) == {"rain", "facts"} and record["header"]["config"]["memory_layers"] == [1]

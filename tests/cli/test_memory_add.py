@@ -15,7 +15,7 @@ from tests.cli.calling import Memory, names
 from longmem import LongMem, MemoryStore
 from longmem.cli import common
 from longmem.cli.main import main
-from longmem.data.tokenizer import load_tokenizer, train_tokenizer
+from longmem.data.tokens import load_tokenizer, train_tokenizer
 from longmem.errors import DataError
 from longmem.store import adding
 
@@ -180,7 +180,7 @@ def test_bytes_and_halves_can_be_replaced_and_lines_have_names(memory: Memory) -
 
 SAID = {  # content of x.jsonl, or else of x.txt -> what is said
     b"caf\xe9": "x.txt: not UTF-8 text (byte 0xe9 at offset 3); convert it, exclude it, or pass --undecodable skip or",
-    b'{"text":null}': "x.jsonl:1: the field 'text' holds null, not text (it has: text); name it with --field",
+    b'{"text":null}': "x.jsonl:1: no text in the field 'text' (fields: text); rename the field that has it, or pass",
     b'{"text": "good", "time": "yesterday"}': "x.jsonl:1: metadata must be an object, time and expires dates",
 }
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from longmem.data.stream import SegmentStream
+from longmem.data.stream import IGNORE, SegmentStream, WindowSampler
 from longmem.data.tokens import TokenCorpus
-from longmem.data.windows import IGNORE, WindowSampler
 from longmem.errors import CheckpointError, DataError
 
 
@@ -16,8 +15,7 @@ def corpus_of(*lengths: int) -> TokenCorpus:
     """Documents of these lengths; document d's token t is ``1000 * d + t``."""
     ids = np.concatenate([1000 * d + np.arange(length) for d, length in enumerate(lengths)]).astype(np.uint16)
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    counts = np.array(lengths)
-    return TokenCorpus(ids, bounds, tuple(f"doc{d}" for d in range(len(lengths))), counts, counts, "f")
+    return TokenCorpus(ids, bounds, tuple(f"doc{d}" for d in range(len(lengths))), "f")
 
 
 def steps(stream: SegmentStream, count: int) -> list[list[list[int]]]:

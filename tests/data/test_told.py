@@ -7,7 +7,7 @@ import random
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from longmem.data.tokenizer import train_tokenizer
+from longmem.data.tokens import train_tokenizer
 from longmem.data.told import _kinds, _values, asked_ids, told_ids, told_session
 from longmem.errors import ConfigError
 

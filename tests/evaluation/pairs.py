@@ -8,7 +8,7 @@ import torch
 
 from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemTRM, TrainingFree
 from longmem.data.text import Document
-from longmem.data.tokenizer import train_tokenizer
+from longmem.data.tokens import train_tokenizer
 from longmem.evaluation.documents import TokenizedDocument, tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings
 from longmem.evaluation.results import Bootstrap

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from longmem.data.text import Document
-from longmem.data.tokenizer import train_tokenizer
+from longmem.data.tokens import train_tokenizer
 from longmem.errors import DataError
 from longmem.evaluation.documents import tokenize_documents
 

@@ -12,7 +12,7 @@ from tests.evaluation.pairs import SHAPE, TEXT, TOKENIZER, backbone, disturbed
 
 from longmem import LongMem, MemTRM, TrainingFree
 from longmem.cli.main import main
-from longmem.data.tokenizer import train_tokenizer
+from longmem.data.tokens import train_tokenizer
 
 Capture = pytest.CaptureFixture[str]
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from longmem import AlibiGPTForCausalLM
 from longmem.cli.main import main
-from longmem.data.tokenizer import train_tokenizer
+from longmem.data.tokens import train_tokenizer
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.layers import conclusion, measure_effect, measure_layers, text_rows
 from longmem.evaluation.plots import plot_all

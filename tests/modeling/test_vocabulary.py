@@ -9,7 +9,7 @@ import torch
 from tests.family_table import make_backbone
 from transformers import PreTrainedTokenizerFast
 
-from longmem.data.tokenizer import train_tokenizer
+from longmem.data.tokens import train_tokenizer
 from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
 from longmem.modeling.vocabulary import change_vocabulary, same_vocabulary, spelled
 

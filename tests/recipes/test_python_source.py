@@ -10,8 +10,7 @@ import pytest
 from recipes.data.python import documents_of, write_source
 from recipes.data.tokenizer import main
 
-from longmem.data.python_source import FILE_LINE, package_text
-from longmem.data.text import read_documents
+from longmem.data.text import FILE_LINE, package_text, read_documents
 from longmem.errors import DataError
 
 

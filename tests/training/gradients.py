@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from longmem.training import run
+from longmem.training.models import undivided
 from longmem.training.recipe import Recipe
-from longmem.training.sharding import whole
 
 
 class Watch(TrainerCallback):
@@ -30,7 +30,7 @@ class Watch(TrainerCallback):
 
         def seen(model: Any) -> Any:
             grads = [(name, weight.grad) for name, weight in trainer.trained() if weight.grad is not None]
-            self.found.append({name: grad.clone() for name, grad in whole(grads).items()})
+            self.found.append({name: undivided(grad).cpu().clone() for name, grad in grads})
             return clip(model)
 
         trainer._clip_grad_norm = seen

@@ -8,14 +8,12 @@ from tests.family_table import V, make_backbone
 from torch import Tensor
 
 from longmem import MemoryBank, TrainingFree
-from longmem.data.tokenizer import train_tokenizer
+from longmem.data.tokens import train_tokenizer
 from longmem.errors import ConfigError, DataError
 from longmem.training import calibrate as calibrating
 from longmem.training.calibrate import CLOSED, CalibrationSettings, calibrate
 
-SMALL = CalibrationSettings(
-    window=16, memory=32, passages=2, updates=6, scored=8, every=3, sessions=4, learning_rate=0.1
-)
+SMALL = CalibrationSettings(window=16, memory=32, updates=6, scored=8, every=3, sessions=4, learning_rate=0.1)
 
 
 def _texts(seed: int) -> dict[str, list[Tensor]]:
@@ -45,7 +43,7 @@ def test_only_the_gates_change_and_text_never_ends_above_the_backbone() -> None:
 def test_where_nothing_helps_the_gates_are_closed_and_the_model_is_its_backbone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(calibrating, "_text_change", lambda found: 0.1)
+    monkeypatch.setattr(calibrating.Validation, "text_change", 0.1)
     model = _reader()
     done = calibrate(model, _texts(0), _texts(1), settings=SMALL, quiet=True)
     assert done.best is None

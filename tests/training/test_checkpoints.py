@@ -15,10 +15,9 @@ from safetensors.torch import load_file
 from longmem import LongMem
 from longmem.errors import CheckpointError
 from longmem.memory import MemoryBank
-from longmem.training.checkpoint import list_checkpoints, publish, verify
 from longmem.training.recipe import Recipe
 from longmem.training.run import train
-from longmem.training.trainer import StreamTrainer
+from longmem.training.trainer import StreamTrainer, complete, list_checkpoints, verify
 
 Make = Callable[..., Recipe]
 Records = Callable[..., list[dict[str, Any]]]
@@ -99,15 +98,14 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_as_if_nothing_had_been(
     batch = StreamTrainer.next_batch
 
     def interrupted(self: Any) -> Any:
-        if self.state.global_step == 2:
+        if self.state.global_step == 2 and not raised:
+            raised.append(number)
             signal.raise_signal(number)
         return batch(self)
 
+    raised: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(StreamTrainer, "next_batch", interrupted)
-        patch.setattr(signal, "getsignal", signal.getsignal)
-        # the second micro-batch of the step raises it again: by then it is only counted once
-        patch.setattr("longmem.training.run._Signals._restore", lambda self: None)
         result = train(stopped)
     assert (result.step, result.model_dir) == (3, None)
     assert not (stopped.out_dir / "final").exists()
@@ -145,13 +143,6 @@ def test_a_run_with_other_data_model_or_method_is_not_resumed(pretrain: Make, ad
         train(adapt("side", optim={"rows": 3}), resume=True, quiet=True)
 
 
-def test_checkpoints_of_an_earlier_version_are_refused(pretrain: Make) -> None:
-    recipe = pretrain()
-    (recipe.out_dir / "checkpoints" / "step-00000004").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"of an earlier version \(tag house-before\)"):
-        train(recipe, resume=True, quiet=True)
-
-
 def test_only_the_newest_checkpoints_are_kept_and_each_is_a_model(adapt: Make) -> None:
     recipe = adapt(optim={"steps": 9}, checkpoint={"every": 2, "keep_last": 2})
     train(recipe, quiet=True)
@@ -185,10 +176,10 @@ def _records(recipe: Recipe) -> list[dict[str, Any]]:
 def saved(tmp_path: Path) -> Path:
     """Two checkpoints; the path of the second."""
     for step in (1, 2):
-        written = tmp_path / ".writing"
-        written.mkdir()
-        (written / "model.safetensors").write_bytes(bytes(range(200)))
-        publish(written, tmp_path / f"checkpoint-{step}")
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(bytes(range(200)))
+        complete(folder)
     return tmp_path / "checkpoint-2"
 
 
@@ -208,7 +199,7 @@ def test_a_checkpoint_cut_in_half_is_named_with_the_way_out(saved: Path, name: s
 def test_a_checkpoint_whose_bytes_changed_is_refused(saved: Path) -> None:
     file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(CheckpointError, match="its bytes have changed since it was written"):
+    with pytest.raises(CheckpointError, match="is not what was written"):
         verify(saved)
 
 

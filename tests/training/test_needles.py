@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 
 from longmem import LongMem
-from longmem.data.windows import IGNORE
+from longmem.data.stream import IGNORE
 from longmem.errors import ConfigError
 from longmem.memory import MemoryBank
 from longmem.memory.session import SessionMemory
@@ -21,7 +21,6 @@ from longmem.training import needles
 from longmem.training.needles import NeedleTrainer
 from longmem.training.recipe import Recipe
 from longmem.training.run import build_trainer, train
-from longmem.training.trainer import Clock
 
 Make = Callable[..., Recipe]
 Records = Callable[..., list[dict[str, Any]]]
@@ -33,7 +32,7 @@ ASK: dict[str, Any] = {
 
 
 def _task(recipe: Recipe) -> NeedleTrainer:
-    trainer = build_trainer(recipe, PartialState(cpu=True), Clock(), quiet=True)
+    trainer = build_trainer(recipe, PartialState(cpu=True), quiet=True)
     assert isinstance(trainer, NeedleTrainer)
     return trainer
 
@@ -142,9 +141,14 @@ def test_a_sidenet_goes_on_from_another_one(adapt: Make, backbone_dir: Path) -> 
 def test_settings_that_do_not_go_together_are_refused(adapt: Make) -> None:
     with pytest.raises(ConfigError) as error:
         adapt(needles=ASK | {"kinds": ["riddle"], "least_tokens": 512, "context": 50}, sidenet={"memory": False})
-    for rule in ("needles.kinds ('riddle')", "needles.least_tokens (512)", "needles.context (50)", "needs memory"):
+    for rule in (
+        "needles.kinds ('riddle')",
+        "needles.least_tokens (512)",
+        "needles.context (50)",
+        "facts are hidden in memory",
+    ):
         assert rule in str(error.value)
-    with pytest.raises(ConfigError, match=r"sidenet\.start"):
+    with pytest.raises(ConfigError, match=r"sidenet\.start \('z'\) and method"):
         Recipe.parse(
             {
                 "task": "adapt", "method": "memtrm", "data": {"paths": ["x"]}, "backbone": {"path": "y"},

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longmem import AlibiGPTForCausalLM
-from longmem.training.optimiser import build_optimiser, lr_share
+from longmem.training.models import build_optimiser, lr_share
 from longmem.training.recipe import OptimSection
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from longmem.errors import ConfigError
-from longmem.training.checkpoint import list_checkpoints
+from longmem.training.models import wants_sharding
 from longmem.training.recipe import Recipe
-from longmem.training.sharding import wants_sharding
+from longmem.training.trainer import list_checkpoints
 
 Make = Callable[..., Recipe]
 Records = Callable[..., list[dict[str, Any]]]

@@ -88,8 +88,9 @@ def test_a_row_that_resets_reads_nothing_of_its_last_document(adapt: Make, monke
     for boundary, seen in found.items():
 
         def traced(self: LongMemTrainer, model: Any, batch: Any, memory: Any, seen: Any = seen) -> Any:
+            found = read(self, model, batch, memory)
             seen += (memory.tokens[batch.starts] > 0).tolist()
-            return read(self, model, batch, memory)
+            return found
 
         monkeypatch.setattr(LongMemTrainer, "read", traced)
         changes = {"steps": 40, "accumulate": 1}

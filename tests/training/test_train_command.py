@@ -79,7 +79,7 @@ def test_three_mistakes_are_three_clauses_of_one_error(pretrain: Make, tmp_path:
     for clause in (
         "optim.rows (0) should be greater than or equal to 1",
         "data.windw is no setting; did you mean data.window?",
-        "model.hidden_size (16) must be a multiple of model.heads (3); try 18",
+        "model.hidden_size (16) must be a multiple of model.heads (3); try 15 or 18",
     ):
         assert clause in err
 
@@ -122,5 +122,4 @@ def test_a_cut_checkpoint_is_one_line(pretrain: Make, tmp_path: Path, run: Run) 
     file.write_bytes(file.read_bytes()[:100])
     status, _, err = run(path, "--quiet", "--resume")
     assert status == 1
-    assert err.startswith(f"error: {file}: 100 bytes of ")
-    assert err.endswith("it was cut; delete checkpoint-8 to resume from checkpoint-4\n")
+    assert err == f"error: {file}: is not what was written; delete checkpoint-8 to resume from checkpoint-4\n"

@@ -25,6 +25,7 @@ HELD = 8  # without --valid every eighth text is validated on
 @options("tokenizer")
 @click.option("--updates", type=click.IntRange(min=1), default=400)
 @click.option("--passages", type=click.IntRange(min=1), default=24, help="Of each kind of text.")
+@click.option("--validation-windows", type=click.IntRange(min=1), default=16, help="Of each kind of text.")
 @click.option("--window", type=click.IntRange(min=8), default=1024, help="Tokens seen at once.")
 @click.option("--memory", type=click.IntRange(min=1), default=4096, help="Tokens remembered.")
 @click.option("--facts", type=click.FloatRange(min=0), default=0.2, help="Weight of asked facts.")
@@ -53,6 +54,7 @@ def command(model: str, data: tuple[str, ...], valid: tuple[str, ...], layers: s
 
     logging.disable_progress_bar()
     sizes = {name: chosen.pop(name) for name in ("chunk_size", "num_retrieved")}
+    counts = {name: chosen.pop(name) for name in ("passages", "validation_windows")}
     tokenizer, device, dtype = (chosen.pop(name) for name in ("tokenizer", "device", "dtype"))
     settings = CalibrationSettings(**chosen)
     # a .gguf file holds its tokenizer too
@@ -61,8 +63,8 @@ def command(model: str, data: tuple[str, ...], valid: tuple[str, ...], layers: s
     held = _by_kind(valid) if valid else {kind: some[::HELD] for kind, some in texts.items()}
     if not valid:
         texts = {kind: [text for n, text in enumerate(some) if n % HELD] or some for kind, some in texts.items()}
-    train = {kind: passages_of(some, reader, settings, settings.passages) for kind, some in texts.items()}
-    check = {kind: passages_of(some, reader, settings, 4) for kind, some in held.items()}
+    train = {kind: passages_of(some, reader, settings, counts["passages"]) for kind, some in texts.items()}
+    check = {kind: passages_of(some, reader, settings, counts["validation_windows"]) for kind, some in held.items()}
 
     loaded = None if dtype == "auto" else getattr(torch, dtype)
     made = TrainingFree.from_backbone(model, dtype=loaded, fusion="token", **sizes)
@@ -88,7 +90,7 @@ def command(model: str, data: tuple[str, ...], valid: tuple[str, ...], layers: s
     header = RunHeader(
         task="calibrate",
         command=command_line(),
-        config={**chosen, "memory_layers": wanted, "dtype": dtype, **sizes},
+        config={**chosen, **counts, "memory_layers": wanted, "dtype": dtype, **sizes},
         models={"backbone": model, "fingerprint": made.fingerprint},
         samples={kind: len(some) for kind, some in train.items()},
         seeds=[settings.seed],

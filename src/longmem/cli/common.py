@@ -329,7 +329,7 @@ def open_with_model(
     given: dict[str, Any], mode: str = "write", *, create: bool = False, talking: bool = False, **settings: Any
 ) -> MemoryStore:
     """The store ``path``, with the model and the tokenizer that the other options in ``given`` name."""
-    from longmem.data.tokenizer import load_tokenizer
+    from longmem.data.tokens import load_tokenizer
     from longmem.store.store import MemoryStore
 
     where = {name: given[name] for name in ("device", "backbone") if name in given}

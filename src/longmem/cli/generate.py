@@ -159,7 +159,7 @@ def _prompt(given: str | None, file: Path | None) -> str:
 
 def _load(name: str, asked: dict[str, Any]) -> tuple[Any, Any]:
     """Model and tokenizer; wrong names of the store show before."""
-    from longmem.data.tokenizer import load_tokenizer
+    from longmem.data.tokens import load_tokenizer
 
     layout, keep = None, asked["keep"]
     if asked["store"] is not None:
@@ -208,7 +208,7 @@ def _texts(paths: tuple[str, ...], tokenizer: Any, model: Any) -> dict[str, Tens
 
 def _ids(tokenizer: Any, model: Any, text: str, what: str, *, special: bool = True) -> list[int]:
     """The token ids of a text to be continued: what the tokenizer puts after a text (``</s>``) is left out."""
-    from longmem.data.tokenizer import check_ids
+    from longmem.data.tokens import check_ids
 
     whole: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     plain: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

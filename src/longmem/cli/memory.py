@@ -139,7 +139,7 @@ def _added(
 
 def _read(paths: tuple[str, ...], name: str | None, given: dict[str, Any]) -> Iterator[Document]:
     """The texts that the arguments name; what is missing or not UTF-8 is a DataError in the words of the options."""
-    from longmem.data.text import TextSource, WaysOut, read_documents, read_stream
+    from longmem.data.text import TextSource, read_documents, read_stream
 
     if paths.count(STDIN) > 1:
         raise StoreError("- stands for standard input, which can be read once; leave the others out")
@@ -148,12 +148,7 @@ def _read(paths: tuple[str, ...], name: str | None, given: dict[str, Any]) -> It
     settings = {each: given[each] for each in ("include", "exclude", "field", "undecodable")}
     if given["suffix"]:
         settings["suffixes"] = tuple(f".{each.removeprefix('.')}" for each in given["suffix"])
-    settings["ways_out"] = WaysOut(
-        undecodable="convert it, exclude it, or pass --undecodable skip or replace",
-        line="mend the line, or pass --undecodable skip",
-        suffixes="name others with --suffix",
-        field="name it with --field",
-    )
+    settings["option"] = "pass --{} {}"
     if files := tuple(each for each in paths if each != STDIN):
         yield from read_documents(TextSource(files, **settings))
     if STDIN in paths:
@@ -230,7 +225,7 @@ def list_(path: Path, namespace: str | None, where: Any, summary: bool, as_json:
 @options("json")
 def show_(path: Path, namespace: str, name: str, with_text: bool, tokenizer: str | None, as_json: bool) -> None:
     """Show a document: what is known of it, or its text."""
-    from longmem.data.tokenizer import load_tokenizer
+    from longmem.data.tokens import load_tokenizer
 
     with shared.open_store(path, tokenizer=load_tokenizer(tokenizer) if tokenizer else None) as store:
         check_namespace(store, namespace)

@@ -78,26 +78,27 @@ def _passkey(random: np.random.Generator) -> Facts:
 
 def _pair(random: np.random.Generator) -> Facts:
     thing, codes = _things(random, 1)[0], _codes(random, OPTIONS)
-    return Facts("pair", (_code_of(thing, codes[0]),), (), f"\nThe code of the {thing} is", _options(codes))
+    fact = _said(f"The code of the {thing} is {codes[0]}.")
+    return Facts("pair", (fact,), (), f"\nThe code of the {thing} is", _options(codes))
 
 
 def _multi(random: np.random.Generator) -> Facts:
     """The wrong options are the codes of the other things."""
     things, codes = _things(random, 1 + DISTRACTORS), _codes(random, 1 + DISTRACTORS)
-    first, *more = (_code_of(thing, code) for thing, code in zip(things, codes, strict=True))
+    first, *more = (_said(f"The code of the {thing} is {code}.") for thing, code in zip(things, codes, strict=True))
     return Facts("multi", (first,), tuple(more), f"\nThe code of the {things[0]} is", _options(codes))
 
 
 def _twohop(random: np.random.Generator) -> Facts:
     """The answer says both steps: a reader of one layer can write the first down and go on from it."""
     count = 1 + DISTRACTORS
-    things, people, codes = _things(random, count), _pick(random, _PEOPLE, count), _codes(random, count)
-    keeps = [_said(f"The keeper of the {thing} is {who}.", 2) for thing, who in zip(things, people, strict=True)]
-    knows = [_said(f"The code of {who} is {code}.", 2) for who, code in zip(people, codes, strict=True)]
+    things, people = _things(random, count), random.choice(_PEOPLE, count, replace=False).tolist()
+    codes = _codes(random, count)
+    keeps = [_said(f"The keeper of the {thing} is {who}.") for thing, who in zip(things, people, strict=True)]
+    knows = [_said(f"The code of {who} is {code}.") for who, code in zip(people, codes, strict=True)]
     answers = [f" {who}. The code of {who} is {code}" for who, code in zip(people, codes, strict=True)]
-    question = f"\nThe keeper of the {things[0]} is"
     others = tuple(sentence for pair in zip(keeps[1:], knows[1:], strict=True) for sentence in pair)
-    return Facts("twohop", (keeps[0], knows[0]), others, question, tuple(answers))
+    return Facts("twohop", (keeps[0], knows[0]), others, f"\nThe keeper of the {things[0]} is", tuple(answers))
 
 
 KINDS: dict[str, Callable[[np.random.Generator], Facts]] = {
@@ -105,11 +106,7 @@ KINDS: dict[str, Callable[[np.random.Generator], Facts]] = {
 }  # fmt: skip
 
 
-def _code_of(thing: str, code: str) -> str:
-    return _said(f"The code of the {thing} is {code}.", 2)
-
-
-def _said(sentence: str, times: int) -> str:
+def _said(sentence: str, times: int = 2) -> str:
     """A line that says something more than once: what a segment's end cuts in two is still whole elsewhere."""
     return "\n" + " ".join([sentence] * times) + "\n"
 
@@ -127,7 +124,3 @@ def _codes(random: np.random.Generator, count: int) -> list[str]:
 def _things(random: np.random.Generator, count: int) -> list[str]:
     numbers = random.choice(len(_ADJECTIVES) * len(_NOUNS), count, replace=False)
     return [f"{_ADJECTIVES[n // len(_NOUNS)]} {_NOUNS[n % len(_NOUNS)]}" for n in numbers]
-
-
-def _pick(random: np.random.Generator, words: Sequence[str], count: int) -> list[str]:
-    return [words[n] for n in random.choice(len(words), count, replace=False)]

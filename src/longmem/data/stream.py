@@ -1,11 +1,13 @@
-"""``SegmentStream``: rows of different texts, each moving on to the next consecutive segment of its text."""
+"""What rows are fed: ``SegmentStream``, consecutive segments of texts, and ``WindowSampler``, windows in random order.
+
+B rows of this process, W processes · T tokens of a segment or window
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longmem.data.tokens import TokenCorpus
-from longmem.data.windows import IGNORE
 from longmem.errors import CheckpointError, DataError
+
+IGNORE = -100
+_ORDER, _PRACTICE = 1, 2
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,8 @@ class SegmentBatch:
     targets_in_all: int
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A text as rows see it: ``corpus.ids[first:last]``, a document or a part of a long one."""
+class Piece(NamedTuple):
+    """A text as rows see it: ``corpus.ids[first:last]``, a document or, from its token ``offset`` on, a part of it."""
 
     name: str
     offset: int
@@ -79,9 +82,9 @@ class SegmentStream:
         world: int = 1,
         pad_id: int = 0,
     ) -> None:
-        self.corpus, self.window, self.rows, self.seed = corpus, window, rows, seed
-        self.rank, self.world, self.pad_id = rank, world, pad_id
+        self.corpus, self.window, self.rows, self.seed, self.pad_id = corpus, window, rows, seed, pad_id
         total = rows * world
+        self._mine = slice(rank * rows, (rank + 1) * rows)
         self.pieces = _cut(corpus, piece_tokens)
         if len(self.pieces) < total:
             self.pieces = _cut(corpus, max(window, corpus.num_tokens // (2 * total)))
@@ -93,15 +96,15 @@ class SegmentStream:
         self._order: tuple[int, NDArray[np.int64]] | None = None
         self.taken = 0
         # of every row of every process: which piece, and how far
-        self._piece = [self._take() for _ in range(self.rows * self.world)]
-        self._done = [0] * len(self._piece)
+        self._piece = [self._take() for _ in range(total)]
+        self._done = [0] * total
 
     def next(self) -> SegmentBatch:
         """The rows' segments; afterwards every row is at its next one."""
-        batch = self._batch(range(self.rank * self.rows, (self.rank + 1) * self.rows))
-        for lane in range(len(self._piece)):
-            self._done[lane] += self.window
-            piece = self.pieces[self._piece[lane]]
+        lanes = [(self.pieces[piece], done) for piece, done in zip(self._piece, self._done, strict=True)]
+        batch = self._batch(lanes[self._mine], sum(min(self.window, p.last - p.first - d - 1) for p, d in lanes))
+        for lane, (piece, done) in enumerate(lanes):
+            self._done[lane] = done + self.window
             # the last token has no next token: it alone makes no segment
             if self._done[lane] >= piece.last - piece.first - 1:
                 self._piece[lane], self._done[lane] = self._take(), 0
@@ -113,13 +116,8 @@ class SegmentStream:
         return self.taken / len(self.pieces)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "taken": self.taken,
-            "piece": list(self._piece),
-            "done": list(self._done),
-            "corpus": self.corpus.fingerprint,
-            "pieces": len(self.pieces),
-        }
+        where = {"taken": self.taken, "piece": list(self._piece), "done": list(self._done)}
+        return where | {"corpus": self.corpus.fingerprint, "pieces": len(self.pieces)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved position."""
@@ -136,39 +134,33 @@ class SegmentStream:
         self.taken = int(state["taken"])
         self._piece, self._done = list(state["piece"]), list(state["done"])
 
-    def _batch(self, lanes: Sequence[int]) -> SegmentBatch:
-        window = self.window
-        ids = np.full((len(lanes), window), self.pad_id, dtype=np.int64)
-        targets = np.full((len(lanes), window), IGNORE, dtype=np.int64)
-        mask = np.zeros((len(lanes), window), dtype=bool)
-        pieces = [self.pieces[self._piece[lane]] for lane in lanes]
-        for row, (lane, piece) in enumerate(zip(lanes, pieces, strict=True)):
-            start = piece.first + self._done[lane]
-            tokens = self.corpus.ids[start : min(start + window + 1, piece.last)]
-            here = min(len(tokens), window)
+    def _batch(self, lanes: list[tuple[Piece, int]], targets_in_all: int) -> SegmentBatch:
+        shape = (len(lanes), self.window)
+        ids, targets = torch.full(shape, self.pad_id), torch.full(shape, IGNORE)
+        mask = torch.zeros(shape, dtype=torch.bool)
+        for row, (piece, done) in enumerate(lanes):
+            start = piece.first + done
+            end = min(start + self.window + 1, piece.last)
+            tokens = torch.from_numpy(self.corpus.ids[start:end].astype(np.int64))
+            here = min(len(tokens), self.window)
             ids[row, :here] = tokens[:here]
             mask[row, :here] = True
             targets[row, : len(tokens) - 1] = tokens[1:]
         return SegmentBatch(
-            ids=torch.from_numpy(ids),
-            targets=torch.from_numpy(targets),
-            mask=None if mask.all() else torch.from_numpy(mask),
-            documents=tuple(piece.name for piece in pieces),
-            offsets=tuple(piece.offset + self._done[lane] for lane, piece in zip(lanes, pieces, strict=True)),
-            starts=torch.tensor([self._done[lane] == 0 for lane in lanes]),
-            targets_in_all=sum(self._targets(lane) for lane in range(len(self._piece))),
+            ids=ids,
+            targets=targets,
+            mask=None if mask.all() else mask,
+            documents=tuple(piece.name for piece, _ in lanes),
+            offsets=tuple(piece.offset + done for piece, done in lanes),
+            starts=torch.tensor([done == 0 for _, done in lanes]),
+            targets_in_all=targets_in_all,
         )
-
-    def _targets(self, lane: int) -> int:
-        piece = self.pieces[self._piece[lane]]
-        return min(self.window, piece.last - piece.first - self._done[lane] - 1)
 
     def _take(self) -> int:
         """The next text of the queue."""
         epoch, index = divmod(self.taken, len(self.pieces))
         if self._order is None or self._order[0] != epoch:
-            count = len(self.pieces)
-            order = np.arange(count)
+            order = np.arange(len(self.pieces))
             if self.seed is not None:
                 np.random.default_rng([self.seed, epoch]).shuffle(order)
             self._order = (epoch, order)
@@ -176,15 +168,126 @@ class SegmentStream:
         return int(self._order[1][index])
 
 
-def _cut(corpus: TokenCorpus, piece_tokens: int) -> list[_Piece]:
+def _cut(corpus: TokenCorpus, piece_tokens: int) -> list[Piece]:
     pieces = []
-    for document, name in enumerate(corpus.names):
-        first, last = int(corpus.bounds[document]), int(corpus.bounds[document + 1])
-        size = last - first
-        count = 1 if piece_tokens <= 0 else max(1, round(size / piece_tokens))
-        cuts = [first + size * k // count for k in range(count + 1)]
-        for start, end in pairwise(cuts):
+    for name, (first, last) in zip(corpus.names, pairwise(corpus.bounds.tolist()), strict=True):
+        count = 1 if piece_tokens <= 0 else max(1, round((last - first) / piece_tokens))
+        for start, end in pairwise(first + (last - first) * k // count for k in range(count + 1)):
             if end - start >= 2:  # less has nothing to predict
                 label = name if count == 1 else f"{name}@{start - first}"
-                pieces.append(_Piece(label, start - first, start, end))
+                pieces.append(Piece(label, start - first, start, end))
     return pieces
+
+
+@dataclass(frozen=True)
+class WindowBatch:
+    """One batch of pre-training.
+
+    Attributes:
+        ids: (B, T) long.
+        targets: (B, T) long, the next token; -100 where it cannot be known (the start of a repetition).
+        practice: (B,) bool, True at rows of copy practice.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    practice: Tensor
+
+
+class WindowSampler:
+    """Every window once per pass over the corpus, in random order, at a random phase in each pass.
+
+    Row number n is a pure function of the seed and n: nothing but the count has to be saved, and W processes with
+    B rows each see what one process with W*B rows sees.
+
+    **Copy practice** (``repeat_fraction``) replaces a share of the rows. In such a row a passage of the window, of
+    random length and place, occurs a second time further on, possibly after other text. In ``repeat_random`` of
+    these rows all tokens are random, so that only copying helps; there, nothing but the repetition is scored. It is
+    not in the paper: small models trained for minutes do not form the heads that find and continue an earlier
+    occurrence, and without them no key is worth remembering. It is training on a synthetic task; losses of practice
+    rows are reported apart from those of text.
+
+    Args:
+        corpus: tokens to cut windows from; a window may span documents.
+        window: T.
+        rows: B, of this process, the ``rank``-th of ``world``.
+        special_ids: ids below this are never drawn as random tokens.
+        vocab_size: V, the upper end of random tokens.
+    """
+
+    def __init__(
+        self,
+        corpus: TokenCorpus,
+        window: int,
+        rows: int,
+        seed: int = 1,
+        *,
+        repeat_fraction: float = 0.0,
+        repeat_random: float = 0.25,
+        rank: int = 0,
+        world: int = 1,
+        special_ids: int = 0,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.corpus, self.window, self.rows, self.seed = corpus, window, rows, seed
+        self.repeat_fraction, self.repeat_random = repeat_fraction, repeat_random
+        self.rank, self.world, self.special_ids = rank, world, special_ids
+        self.vocab_size = vocab_size or int(np.iinfo(corpus.ids.dtype).max)
+        self.position = 0
+        # one window less than fits, so that every phase has as many
+        self.per_pass = (corpus.num_tokens - 1) // window - 1
+        if self.per_pass < 1:
+            raise DataError(
+                f"the corpus has {corpus.num_tokens} tokens, which is less than two windows of data.window ({window}); "
+                "give more text or a smaller window"
+            )
+        self._order: tuple[int, int, NDArray[np.int64]] | None = None
+
+    def next(self) -> WindowBatch:
+        """The next B rows of this process."""
+        first = self.position + self.rank * self.rows
+        rows = [self._row(number) for number in range(first, first + self.rows)]
+        self.position += self.rows * self.world
+        tokens, hidden, practice = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+        return WindowBatch(tokens[:, :-1], tokens[:, 1:].masked_fill(hidden[:, 1:], IGNORE), practice)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the corpus so far."""
+        return self.position / self.per_pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position, "seed": self.seed, "corpus": self.corpus.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved position."""
+        self.position = int(state["position"])
+
+    def _row(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.bool_], np.bool_]:
+        """(T + 1,) tokens, which of them cannot be predicted, and whether the row is practice."""
+        epoch, index = divmod(number, self.per_pass)
+        if self._order is None or self._order[0] != epoch:
+            random = np.random.default_rng([self.seed, _ORDER, epoch])
+            self._order = (epoch, int(random.integers(self.window)), random.permutation(self.per_pass))
+        _, phase, order = self._order
+        start = phase + int(order[index]) * self.window
+        tokens = self.corpus.ids[start : start + self.window + 1].astype(np.int64)
+        hidden = np.zeros(len(tokens), dtype=bool)
+        random = np.random.default_rng([self.seed, _PRACTICE, number])
+        practice = random.random() < self.repeat_fraction
+        if practice:
+            self._repeat(tokens, hidden, random)
+        return tokens, hidden, np.bool_(practice)
+
+    def _repeat(self, tokens: NDArray[np.int64], hidden: NDArray[np.bool_], random: np.random.Generator) -> None:
+        """Write a second occurrence of a passage into ``tokens`` and mark in ``hidden`` what cannot be predicted."""
+        total = len(tokens)
+        length = int(random.integers(max(2, total // 16), total // 2 + 1))
+        start = int(random.integers(0, total - 2 * length + 1))
+        again = int(random.integers(start + length, total - length + 1))
+        if random.random() < self.repeat_random:
+            tokens[:] = random.integers(self.special_ids, self.vocab_size, total)
+            hidden[:again] = True
+            hidden[again + length :] = True
+        tokens[again : again + length] = tokens[start : start + length]
+        hidden[again : again + length + 1 : length] = True  # where the passage begins again, and what follows it

@@ -34,9 +34,7 @@ ARCHIVES = (".tar", ".tgz", ".txz", ".tbz2", ".zip")  # and compressed ones, as 
 FOREIGN = (".zst", ".7z", ".rar", ".lz4", ".br")  # packed in ways that Python's library does not read
 HUB = "hub:"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_DAMAGE = (
-    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, NotImplementedError,
-)  # fmt: skip
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -64,17 +62,6 @@ class Document:
 
 
 @dataclass(frozen=True)
-class WaysOut:
-    """What errors propose, in the words of the command or file that named the text."""
-
-    missing: str = "check the path"
-    undecodable: str = "convert it, or name other files"
-    line: str = "mend the line"
-    suffixes: str = "name other files by themselves"
-    field: str = "rename the field that has it to 'text'"
-
-
-@dataclass(frozen=True)
 class TextSource:
     """Where documents come from, and which of them are wanted.
 
@@ -90,6 +77,7 @@ class TextSource:
             order of their paths, into one document.
         undecodable: what happens to a file or line that is not UTF-8: ``skip`` leaves it out with a warning, and with
             it any line that is no JSON or has no text; ``replace`` puts U+FFFD in place of what cannot be decoded.
+        option: how errors tell the user to change one of these settings: ``"pass --{} {}"``; empty: they do not.
     """
 
     paths: tuple[str, ...]
@@ -99,7 +87,7 @@ class TextSource:
     field: str = "text"
     group: Literal["file", "folder"] = "file"
     undecodable: Literal["error", "skip", "replace"] = "error"
-    ways_out: WaysOut = WaysOut()
+    option: str = ""
 
     def wants(self, name: str) -> bool:
         """Whether the patterns let this document id through."""
@@ -109,9 +97,9 @@ class TextSource:
     def fingerprint(self) -> str:
         """Hash of every file's bytes and of the settings: equal text gives an equal fingerprint."""
         settings = {**asdict(self), "paths": []}
-        del settings["ways_out"]
+        del settings["option"]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        for path in expand(self.paths, self.ways_out):
+        for path in expand(self.paths):
             if path.startswith(HUB):
                 digest.update(path.encode())
                 continue
@@ -121,7 +109,7 @@ class TextSource:
         return digest.hexdigest()
 
 
-def read_documents(paths: TextSource | Iterable[str | Path], **settings: object) -> Iterator[Document]:
+def read_documents(paths: TextSource | Iterable[str | Path], **settings: Any) -> Iterator[Document]:
     """Every document of a source, in a fixed order.
 
     Args:
@@ -131,21 +119,20 @@ def read_documents(paths: TextSource | Iterable[str | Path], **settings: object)
     Raises:
         DataError: a path is missing, empty, not UTF-8 or holds no text; names the path and the way out.
     """
-    if not isinstance(paths, TextSource):
-        paths = TextSource(tuple(str(path) for path in paths), **settings)  # type: ignore[arg-type]
+    source = paths if isinstance(paths, TextSource) else TextSource(tuple(str(path) for path in paths), **settings)
     # at once: a relative path means the folder of this call, also where the documents are read later
-    documents = _read_all(expand(paths.paths, paths.ways_out), paths)
-    return _grouped(documents) if paths.group == "folder" else documents
+    documents = _read_all(expand(source.paths), source)
+    return _grouped(documents) if source.group == "folder" else documents
 
 
-def read_stream(stream: BinaryIO, name: str, *, lines: bool = False, **settings: object) -> Iterator[Document]:
+def read_stream(stream: BinaryIO, name: str, *, lines: bool = False, **settings: Any) -> Iterator[Document]:
     """What comes through a pipe: one text, or with ``lines`` JSON lines, each a document as soon as it is there.
 
     Args:
         name: of the document; JSON lines without an ``id`` are ``name:line``.
         settings: fields of ``TextSource``.
     """
-    source, count = TextSource((), **settings), 0  # type: ignore[arg-type]
+    source, count = TextSource((), **settings), 0
     for document in _read_lines(stream, name, name, source) if lines else _read_text(stream, name, name, source):
         count += 1
         yield document
@@ -153,46 +140,39 @@ def read_stream(stream: BinaryIO, name: str, *, lines: bool = False, **settings:
         raise DataError(f"{name}: no text came; pipe in something that is not white space only")
 
 
-def expand(paths: Sequence[str], ways_out: WaysOut = WaysOut()) -> list[str]:
+def expand(paths: Sequence[str]) -> list[str]:
     """Whole paths, patterns replaced by what they match; every path exists."""
     found: list[str] = []
     missing: list[str] = []
     for path in paths:
         # some file systems decompose the accents of a name that was typed composed
-        forms = [path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))]
+        forms = {path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)}
         if path.startswith(HUB):
             found.append(path)
         # an empty name, of a variable that was never set, would be the current folder
-        elif path and (there := next((form for form in forms if Path(form).exists()), None)):
-            found.append(str(Path(there).absolute()))
-        elif path and (matches := sorted(glob.glob(path, recursive=True))):
-            found.extend(str(Path(match).absolute()) for match in matches)
+        elif path and (there := [f for f in forms if Path(f).exists()][:1] or sorted(glob.glob(path, recursive=True))):
+            found += [str(Path(each).absolute()) for each in there]
         else:
             missing.append(path or "''")
     if missing:
-        raise DataError(f"{', '.join(missing)}: no such file or folder (looked from {Path.cwd()}); {ways_out.missing}")
+        raise DataError(f"{', '.join(missing)}: no such file or folder (looked from {Path.cwd()}); check the path")
     return found
 
 
 def _read_all(paths: list[str], source: TextSource) -> Iterator[Document]:
-    unmatched = set(source.include)
+    total = 0
     for path in paths:
         count = 0
-        for document in _read_path(path, source):
-            count += 1
-            unmatched -= {pattern for pattern in unmatched if _matches(document.id, pattern)}
+        for count, document in enumerate(_read_path(path, source), 1):  # noqa: B007
             yield document
         # a pattern that matches nothing in one path is no fault as long as another path has a match
         if not count and not source.include:
             raise DataError(_nothing_in(path, source))
-    patterns = ", ".join(sorted(unmatched))
-    if unmatched and unmatched < set(source.include):
-        log.warning("no document matches %s", patterns)
-    elif unmatched:
+        total += count
+    if not total and source.include:
         there = ", ".join(document.id for document in islice(_read_all(paths, replace(source, include=())), 5))
-        raise DataError(
-            f"{', '.join(source.paths)}: no document matches {patterns}; there are {there}; check the pattern"
-        )
+        asked = ", ".join(source.include)
+        raise DataError(f"{', '.join(paths)}: no document matches {asked}; there are {there}; check the pattern")
 
 
 def _read_path(path: str, source: TextSource) -> Iterator[Document]:
@@ -211,8 +191,9 @@ def _read(stream: BinaryIO, name: str, where: str, source: TextSource, kind: str
     kind = name.lower() if kind is None else kind
     suffix = PurePosixPath(kind).suffix
     if suffix in ARCHIVES or _unpacked(kind).endswith(".tar"):  # tarfile decompresses by itself
-        with _undamaged(where, f"{'zip' if suffix == '.zip' else 'tar'} archive"):
-            for content, member in _zip_members(stream, where) if suffix == ".zip" else _tar_members(stream):
+        zipped = suffix == ".zip"
+        with _undamaged(where, f"{'zip' if zipped else 'tar'} archive"):
+            for content, member in _zip_members(stream, where) if zipped else _tar_members(stream):
                 if _is_text(member, f"{where}:{member}", source):
                     yield from _read(content, _whole(member), f"{where}:{_whole(member)}", source)
     elif suffix in COMPRESSED:
@@ -250,8 +231,7 @@ def _undamaged(where: str, what: str) -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
-        reason = str(error).split("\n")[0].rstrip(":")
-        raise DataError(f"{where}: not a readable {what} ({reason}); fetch or pack it again") from error
+        raise DataError(f"{where}: not a readable {what} ({first_line(error)}); fetch or pack it again") from error
 
 
 def _whole(text: str) -> str:
@@ -277,89 +257,79 @@ def _is_text(name: str, where: str, source: TextSource) -> bool:
     return bool(suffix) and suffix in (".jsonl", *ARCHIVES, *map(str.lower, source.suffixes))
 
 
-class _Unreadable(DataError):
-    """A file or line that ``undecodable = "skip"`` leaves out."""
+def _unreadable(source: TextSource, where: str, fault: str, way_out: str, option: str, value: str) -> None:
+    """A file or line that cannot be read: an error, or where ``undecodable`` says so a warning.
 
-    def __init__(self, where: str, fault: str, way_out: str) -> None:
-        super().__init__(f"{where}: {fault}; {way_out}")
-        self.fault = f"{where}: {fault}"
+    ``value`` of the setting ``option`` is another way out.
+    """
+    if source.undecodable != "skip":
+        other = ", or " + source.option.format(option, value) if source.option else ""
+        raise DataError(f"{where}: {fault}; {way_out}{other}")
+    log.warning("%s: %s; skipped", where, fault)
 
 
-@contextmanager
-def _skipping(source: TextSource) -> Iterator[None]:
-    try:
-        yield
-    except _Unreadable as error:
-        if source.undecodable != "skip":
-            raise
-        log.warning("%s; skipped", error.fault)
+def _not_utf8(source: TextSource, where: str, fault: str) -> None:
+    fault = f"not UTF-8 text ({fault})"
+    _unreadable(source, where, fault, "convert it, exclude it", "undecodable", "skip or replace")
 
 
 def _read_text(stream: BinaryIO, name: str, where: str, source: TextSource) -> Iterator[Document]:
-    text = ""
-    with _skipping(source):
-        text = _decoded(stream.read(), where, source)
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
-    if text.strip():
-        yield Document(_whole(name), text, where)
+    text = _decoded(stream.read(), where, source)
+    if text is not None and text.strip():
+        yield Document(_whole(name), text.replace("\r\n", "\n"), where)
 
 
 def _read_lines(stream: BinaryIO, name: str, path: str, source: TextSource) -> Iterator[Document]:
     for number, line in enumerate(stream, 1):
-        document = None
-        with _skipping(source):
-            if line.strip():
-                record = _parsed(line, f"{path}:{number}", source)
-                document = _record(record, f"{_whole(name)}:{number}", path, number, source)
-        if document is not None:
-            yield document
+        text = _decoded(line, f"{path}:{number}", source)
+        if text is not None and text.strip():
+            yield from _read_line(text, f"{_whole(name)}:{number}", path, number, source)
 
 
-def _decoded(data: bytes, where: str, source: TextSource) -> str:
+def _decoded(data: bytes, where: str, source: TextSource) -> str | None:
     try:
-        return data.decode("utf-8", errors="replace" if source.undecodable == "replace" else "strict")
+        text = data.decode("utf-8", errors="replace" if source.undecodable == "replace" else "strict")
     except UnicodeDecodeError as error:
-        fault = f"not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start})"
-        raise _Unreadable(where, fault, source.ways_out.undecodable) from error
+        _not_utf8(source, where, f"byte 0x{data[error.start]:02x} at offset {error.start}")
+        return None
+    return text.removeprefix("\ufeff")
 
 
-def _parsed(line: bytes, where: str, source: TextSource) -> Any:
-    text = _decoded(line, where, source).removeprefix("\ufeff")
+def _read_line(line: str, name: str, path: str, number: int, source: TextSource) -> Iterator[Document]:
+    where = f"{path}:{number}"
     try:
-        record = json.loads(text)
+        record = json.loads(line)
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-        fault = f"not JSON ({getattr(error, 'msg', error)}); every line must be one JSON object"
-        raise _Unreadable(where, fault, source.ways_out.line) from error
+        fault = f"not JSON ({getattr(error, 'msg', error)}), every line must be one JSON object"
+        _unreadable(source, where, fault, "mend the line", "undecodable", "skip")
+        return
     # JSON can spell half of a pair, which no text can hold: "\ud83d" where an emoji was cut in two
-    if "\\ud" not in text.lower() or not (half := _SURROGATE.search(flat := json.dumps(record, ensure_ascii=False))):
-        return record
-    if source.undecodable == "replace":
-        return json.loads(_whole(flat))
-    fault = f"not UTF-8 text (half of a character, \\u{ord(half[0]):04x})"
-    raise _Unreadable(where, fault, source.ways_out.undecodable)
+    if "\\ud" in line.lower() and (half := _SURROGATE.search(flat := json.dumps(record, ensure_ascii=False))):
+        if source.undecodable != "replace":
+            _not_utf8(source, where, f"half of a character, \\u{ord(half[0]):04x}")
+            return
+        record = json.loads(_whole(flat))
+    yield from _read_record(record, name, path, number, source)
 
 
-def _record(record: object, name: str, path: str, line: int | None, source: TextSource) -> Document | None:
+def _read_record(record: Any, name: str, path: str, line: int | None, source: TextSource) -> Iterator[Document]:
     where = path if line is None else f"{path}:{line}"
     if not isinstance(record, dict):
-        raise _Unreadable(where, f"{_kind(record)}, not an object with a text field", source.ways_out.line)
+        fault = f"{record!r:.40} is no object with a text field"
+        _unreadable(source, where, fault, "mend the line", "undecodable", "skip")
+        return
     text, given = record.get(source.field), record.get("id")
     if not isinstance(text, str):
-        fault = f"the field {source.field!r} holds {_kind(text)}, not text"
-        fault = fault if source.field in record else f"no text field {source.field!r}"
-        raise _Unreadable(where, f"{fault} (it has: {', '.join(record) or 'nothing'})", source.ways_out.field)
+        fault = f"no text in the field {source.field!r} (fields: {', '.join(record) or 'none'})"
+        _unreadable(source, where, fault, "rename the field that has it", "field", "NAME")
+        return
     if isinstance(given, dict | list):
-        raise _Unreadable(where, f"the field 'id' holds {_kind(given)}, not a name", source.ways_out.line)
+        fault = f"the field 'id' is no name: {given!r:.40}"
+        _unreadable(source, where, fault, "mend the line", "undecodable", "skip")
+        return
     name = name if given is None or not str(given).strip() else str(given)
-    if not source.wants(name) or not text.strip():
-        return None
-    return Document(name, text, path, {key: value for key, value in record.items() if key != source.field}, line)
-
-
-def _kind(value: object) -> str:
-    """What a JSON value is called in messages."""
-    kinds = {"dict": "an object", "list": "a list", "str": "a string", "int": "a number", "float": "a number"}
-    return kinds.get(type(value).__name__) or json.dumps(value)
+    if source.wants(name) and text.strip():
+        yield Document(name, text, path, {key: value for key, value in record.items() if key != source.field}, line)
 
 
 def _read_hub(path: str, source: TextSource) -> Iterator[Document]:
@@ -374,11 +344,7 @@ def _read_hub(path: str, source: TextSource) -> Iterator[Document]:
         reason = f"cannot be loaded ({first_line(error)})"
         raise DataError(f"{path}: the hub data set {reason}; write hub:NAME:CONFIG:SPLIT") from error
     for number, record in enumerate(records):
-        document = None
-        with _skipping(source):
-            document = _record(record, f"{name}:{number}", path, None, source)
-        if document is not None:
-            yield document
+        yield from _read_record(record, f"{name}:{number}", path, None, source)
 
 
 def _grouped(documents: Iterator[Document]) -> Iterator[Document]:
@@ -417,4 +383,37 @@ def _nothing_in(path: str, source: TextSource) -> str:
     if kind is None:
         return f"{path}: no text, the file is empty or holds white space only; name one with text in it"
     kinds = f"{', '.join(source.suffixes)}, .jsonl, .tar and .zip, also compressed"
-    return f"{path}: no text in this {kind}; looked for {kinds}; {source.ways_out.suffixes}"
+    return f"{path}: no text in this {kind}; looked for {kinds}; name other files one by one"
+
+
+# Python packages: real long text that every machine has. Source refers back to itself over long distances (names,
+# signatures, whole idioms), which is what a memory is for.
+
+STDLIB = "stdlib"
+TEST = {STDLIB: ("email", "http", "logging", "xmlrpc"), "packages": ("click", "networkx", "rich", "jinja2")}
+"""Held out to be measured on, and never trained on."""
+# Tests and other people's packages differ from machine to machine; the rest are tables, not text that refers back.
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "encodings", "pydoc_data"}
+SHORTEST = 2_000
+"""Packages of fewer characters are left out."""
+FILE_LINE = "# file: "
+
+
+def packages(library: Path) -> Iterator[tuple[str, str]]:
+    """Name and text of every package of a folder; a module outside any package is a package of one file."""
+    for top in sorted(library.iterdir()):
+        text = "" if top.name.startswith((".", "_sysconfigdata")) else package_text(top, library)
+        if len(text) >= SHORTEST:
+            yield top.name.removesuffix(".py"), text
+
+
+def package_text(top: Path, library: Path) -> str:
+    """The text of a package or module: its files in the order of their paths, each after a line that names it."""
+    parts = []
+    for file in sorted(top.rglob("*.py")) if top.is_dir() else [top] if top.suffix == ".py" else []:
+        path = file.relative_to(library)
+        if LEFT_OUT.isdisjoint(path.parts):
+            # a few test-like files of the library are not UTF-8 on purpose
+            text = file.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
+            parts.append(f"{FILE_LINE}{path.as_posix()}\n{text}\n")
+    return "".join(parts)

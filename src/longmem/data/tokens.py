@@ -1,4 +1,4 @@
-"""Text tokenised once, kept on disk, read as a memory map."""
+"""Tokenizers, and text tokenised once: kept on disk, read as a memory map."""
 
 from __future__ import annotations
 
@@ -6,24 +6,137 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from longmem.data.text import Document, TextSource, read_documents
-from longmem.errors import DataError
+from longmem.errors import ConfigError, DataError, first_line
 
 log = logging.getLogger(__name__)
 FORMAT = 2
 """Of a cache; another number whenever the same source gives other tokens than before."""
-_BATCH_CHARACTERS = 4_000_000
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+MIN_VOCABULARY = 256 + 3
+_PIECE = 1 << 16
+_MARGIN = 256  # characters, more than any token has
+_TOGETHER = 32  # documents that are tokenised at once, on all cores
+
+# tokenizers
+
+
+def load_tokenizer(path: str | Path, model: Any = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or at a hub id; with ``model``, one whose ids it must make."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: no tokenizer ({first_line(error)}); name a folder with tokenizer.json, or a hub id"
+        ) from error
+    if model is not None:
+        check_tokenizer(tokenizer, model, str(path))
+    return tokenizer
+
+
+def check_tokenizer(
+    tokenizer: Any, model: Any, name: str | None = None, way_out: str = "name the right one with --tokenizer"
+) -> None:
+    """Refuse a tokenizer whose ids the model has no embeddings for.
+
+    Args:
+        name: of the tokenizer in the message; None is the path that it was loaded from.
+        way_out: what the message proposes.
+    """
+    known = _known(model)
+    # without tokens added later: some checkpoints bring one or two that occur in no text and have no embedding
+    if tokenizer.vocab_size > known:
+        raise DataError(
+            f"{name or tokenizer.name_or_path or 'this'}: a tokenizer of {tokenizer.vocab_size:,} tokens, the model "
+            f"knows {known:,}: it is another model's; {way_out}"
+        )
+
+
+def check_ids(ids: Iterable[int], model: Any, what: str) -> None:
+    """Refuse token ids of ``what`` ("the prompt") that the model has no embeddings for."""
+    known = _known(model)
+    wrong = next((each for each in ids if not 0 <= each < known), None)
+    if wrong is not None:
+        raise DataError(
+            f"{what} has the token id {wrong:,}, the model knows {known:,}: the tokenizer is another model's; name the "
+            "right one with --tokenizer"
+        )
+
+
+def _known(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def first_text(text: str, tokenizer: Any, tokens: int) -> str:
+    """A beginning of a text, cut where words end, whose first ``tokens`` tokens are those of the whole text.
+
+    It is found without tokenising the rest: of a book of which 1,000 tokens are wanted, about 8,000 characters.
+    """
+    characters = 8 * tokens + _MARGIN
+    while (space := re.compile(r"\s").search(text, characters)) is not None:
+        # what comes after the cut can change the last word only, and its neighbours where no blank separates words
+        sure = text[: max(0, space.start() - _MARGIN)]
+        if len(tokenizer(sure, add_special_tokens=False, verbose=False)["input_ids"]) >= tokens:
+            return text[: space.start()]
+        characters *= 2
+    return text
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, max_bytes: int = 64_000_000) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with ``<s>``, ``<pad>`` and ``</s>`` as ids 0, 1, 2; every UTF-8 text can be encoded.
+
+    Args:
+        texts: what to learn the merges from, in order.
+        vocab_size: V, the 256 bytes and the three special tokens included.
+        max_bytes: stop reading after about so many bytes; more changes the merges little and takes longer.
+    """
+    if vocab_size < MIN_VOCABULARY:
+        raise ConfigError(f"data.vocab_size ({vocab_size}) must be at least {MIN_VOCABULARY}: 256 bytes and 3 specials")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    pieces = list(_pieces(texts, max_bytes))
+    if not pieces:
+        raise DataError("the tokenizer has no text to learn from; check data.paths")
+    tokenizer.train_from_iterator(pieces, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+
+
+def _pieces(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    """Texts cut into pieces at line ends, so that all cores count merges at once."""
+    seen = 0
+    for text in texts:
+        start = 0
+        while start < len(text):
+            if seen >= max_bytes:
+                return
+            end = text.find("\n", start + _PIECE) + 1 or len(text)
+            yield text[start:end]
+            seen += end - start
+            start = end
+
+
+# tokens
 
 
 @dataclass(frozen=True)
@@ -34,16 +147,12 @@ class TokenCorpus:
         ids: (tokens,) uint16 or uint32, document after document, each ended by the tokenizer's end token.
         bounds: (documents + 1,) int64; document d is ``ids[bounds[d]:bounds[d + 1]]``.
         names: document ids.
-        num_bytes: (documents,) int64, UTF-8 bytes of each text.
-        num_words: (documents,) int64, words between white space.
         fingerprint: of text and tokenizer.
     """
 
     ids: NDArray[np.unsignedinteger[Any]]
     bounds: NDArray[np.int64]
     names: tuple[str, ...]
-    num_bytes: NDArray[np.int64]
-    num_words: NDArray[np.int64]
     fingerprint: str
 
     def __len__(self) -> int:
@@ -58,26 +167,23 @@ class TokenCorpus:
         return self.ids[self.bounds[index] : self.bounds[index + 1]].astype(np.int64)
 
     @classmethod
-    def from_documents(
-        cls, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, fingerprint: str = ""
+    def from_parts(
+        cls, parts: Iterable[tuple[str, NDArray[np.unsignedinteger[Any]]]], nothing: str, fingerprint: str = ""
     ) -> TokenCorpus:
-        """Tokenise in RAM; ``tokenize`` is the same with a cache on disk."""
-        rows = [
-            (ids, document.id, len(document.text.encode()), len(document.text.split()))
-            for document, ids in _encode(documents, tokenizer)
-        ]
-        if not rows:
-            raise DataError("no document with text; check data.paths, data.include and data.exclude")
-        parts, names, num_bytes, num_words = zip(*rows, strict=True)
-        return cls(np.concatenate(parts), _bounds(parts), names, np.array(num_bytes), np.array(num_words), fingerprint)
+        """From names and ids; ``nothing`` is said where there are none. The fingerprint may be that of the ids."""
+        names, some = zip(*found, strict=True) if (found := list(parts)) else ((), ())
+        if not sum(map(len, some)):
+            raise DataError(nothing)
+        ids, bounds = np.concatenate(some), np.cumsum([0, *map(len, some)], dtype=np.int64)
+        content = hashlib.sha256(ids.tobytes() + bounds.tobytes()).hexdigest()[:16]
+        return cls(ids, bounds, names, fingerprint or content)
 
     def save(self, folder: Path) -> None:
         """Write into a folder that is complete or absent."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".tokens-", dir=folder.parent))
-        self.ids.tofile(temporary / "tokens.bin")
-        index = {"format": FORMAT, "dtype": self.ids.dtype.name, "fingerprint": self.fingerprint, "names": self.names}
-        index |= {name: getattr(self, name).tolist() for name in ("bounds", "num_bytes", "num_words")}
+        np.save(temporary / "ids.npy", self.ids)
+        index = {"names": self.names, "bounds": self.bounds.tolist(), "fingerprint": self.fingerprint}
         (temporary / "index.json").write_text(json.dumps(index))
         try:
             os.replace(temporary, folder)
@@ -93,14 +199,10 @@ class TokenCorpus:
         """
         try:
             index = json.loads((folder / "index.json").read_text())
-            bounds = np.array(index["bounds"], dtype=np.int64)
-            ids = np.memmap(folder / "tokens.bin", dtype=index["dtype"], mode="r")
+            ids, bounds = np.load(folder / "ids.npy", mmap_mode="r"), np.array(index["bounds"], dtype=np.int64)
+            return cls(ids, bounds, tuple(index["names"]), index["fingerprint"])
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{folder}: damaged token cache ({error}); delete the folder, it is made again") from error
-        if index["format"] != FORMAT or len(ids) != bounds[-1]:
-            raise DataError(f"{folder}: damaged token cache ({len(ids)} of {bounds[-1]} tokens); delete the folder")
-        num_bytes, num_words = (np.array(index[name], dtype=np.int64) for name in ("num_bytes", "num_words"))
-        return cls(ids, bounds, tuple(index["names"]), num_bytes, num_words, index["fingerprint"])
 
 
 def tokenize(source: TextSource, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> TokenCorpus:
@@ -109,16 +211,32 @@ def tokenize(source: TextSource, tokenizer: PreTrainedTokenizerBase, cache_dir: 
     Raises:
         DataError: see ``read_documents``.
     """
-    fingerprint = hashlib.sha256(f"{FORMAT} {source.fingerprint()} {tokenizer_hash(tokenizer)}".encode()).hexdigest()
-    folder = cache_dir / f"tokens-{fingerprint[:16]}" if cache_dir else None
+    fingerprint = hashlib.sha256(f"{FORMAT} {source.fingerprint()} {_hash(tokenizer)}".encode()).hexdigest()
+    folder = cache_dir / f"ids-{fingerprint[:16]}" if cache_dir else None
     if folder is not None and folder.exists():
         return TokenCorpus.load(folder)
     log.info("tokenising %s", ", ".join(source.paths))
-    corpus = TokenCorpus.from_documents(read_documents(source), tokenizer, fingerprint)
+    nothing = "no document with text; check data.paths, data.include and data.exclude"
+    corpus = TokenCorpus.from_parts(encoded(read_documents(source), tokenizer), nothing, fingerprint)
     if folder is None:
         return corpus
     corpus.save(folder)
     return TokenCorpus.load(folder)
+
+
+def encoded(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[str, NDArray[np.unsignedinteger[Any]]]]:
+    """Name and token ids of each document, with what the tokenizer puts in front of a text, and its end token."""
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    prefix = _prefix(tokenizer)
+    suffix = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    remaining = iter(documents)
+    while some := list(islice(remaining, _TOGETHER)):
+        texts = [document.text for document in some]
+        found = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for document, ids in zip(some, found, strict=True):
+            yield document.id, np.array([*prefix, *ids, *suffix], dtype=dtype)
 
 
 def as_corpus(documents: TokenCorpus | Iterable[Mapping[str, Any]]) -> TokenCorpus:
@@ -130,67 +248,23 @@ def as_corpus(documents: TokenCorpus | Iterable[Mapping[str, Any]]) -> TokenCorp
     """
     if isinstance(documents, TokenCorpus):
         return documents
-    parts, names = [], []
+    parts = []
     for number, record in enumerate(documents):
         if "input_ids" not in record:
             raise DataError(
                 f"record {number} has no input_ids (it has {', '.join(map(str, record)) or 'nothing'}); tokenise each "
                 "document as a whole, without cutting it to the window"
             )
-        parts.append(np.asarray(record["input_ids"], dtype=np.uint32))
-        names.append(str(record.get("name", record.get("id", number))))
-    if not sum(map(len, parts)):
-        raise DataError("no record has any token in input_ids; give documents to train on")
-    ids, bounds = np.concatenate(parts), _bounds(parts)
-    unknown = np.zeros(len(parts), dtype=np.int64)
-    fingerprint = hashlib.sha256(ids.tobytes() + bounds.tobytes()).hexdigest()[:16]
-    return TokenCorpus(ids, bounds, tuple(names), unknown, unknown, fingerprint)
+        name = str(record.get("name", record.get("id", number)))
+        parts.append((name, np.asarray(record["input_ids"], dtype=np.uint32)))
+    return TokenCorpus.from_parts(parts, "no record has any token in input_ids; give documents to train on")
 
 
-def _bounds(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
-    return np.cumsum([0, *map(len, parts)], dtype=np.int64)
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of everything that decides which ids a text gets."""
+def _hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of everything that decides which ids a text gets."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(f"{content} {_prefix(tokenizer)} {tokenizer.eos_token_id}".encode()).hexdigest()
-
-
-def _encode(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[Document, NDArray[np.unsignedinteger[Any]]]]:
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    prefix = _prefix(tokenizer)
-    suffix = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for batch in _batches(documents):
-        for document, ids in zip(batch, _ids(tokenizer, [document.text for document in batch]), strict=True):
-            yield document, np.array([*prefix, *ids, *suffix], dtype=dtype)
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Whole batches at once on all cores, without offsets, which take longer and are not needed here."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        slow: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return slow
-    backend.no_truncation()
-    backend.no_padding()
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:

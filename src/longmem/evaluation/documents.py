@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longmem.data.python_source import STDLIB, TEST, packages
-from longmem.data.tokenizer import first_text
+from longmem.data.text import STDLIB, TEST, packages
+from longmem.data.tokens import first_text
 from longmem.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from longmem.data.tokenizer import load_tokenizer as load_tokenizer
+from longmem.data.tokens import load_tokenizer as load_tokenizer
 from longmem.errors import CheckpointError, ConfigError
 from longmem.evaluation.systems import Comparison
 from longmem.modeling.gguf import gguf_folder, is_gguf

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from longmem.data.tokenizer import check_tokenizer, load_tokenizer
+from longmem.data.tokens import check_tokenizer, load_tokenizer
 from longmem.errors import DataError, StoreDamaged, StoreError
 from longmem.store.catalog import CATALOG, Catalog
 from longmem.store.disk import LOCK, Arrays, GenerationGone, WriterLock, failpoint, file_errors, paths_of, sync_folder

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from longmem.data.stream import SegmentBatch, SegmentStream
+from longmem.data.stream import IGNORE, SegmentBatch, SegmentStream
 from longmem.data.tokens import TokenCorpus, as_corpus
-from longmem.data.windows import IGNORE
 from longmem.errors import ConfigError
 from longmem.memory import MemoryBank
 from longmem.modeling.baselines import MemTRM
@@ -81,33 +80,29 @@ class LongMemTrainer(StreamTrainer):
             name = type(model).__name__
             raise ConfigError(f"model ({name}) must be a LongMem or a MemTRM; make one with LongMem.from_backbone(...)")
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
-        corpus, rows = as_corpus(train_dataset), args.per_device_train_batch_size
+        corpus, rows, world = as_corpus(train_dataset), args.per_device_train_batch_size, args.world_size
         if args.max_steps <= 0:
-            tokens = args.num_train_epochs * corpus.num_tokens
-            args.max_steps = max(
-                1, round(tokens / (rows * window * args.world_size * args.gradient_accumulation_steps))
-            )
+            step = rows * window * world * args.gradient_accumulation_steps
+            args.max_steps = max(1, round(args.num_train_epochs * corpus.num_tokens / step))
         # without memory the gate takes no part, and DDP would wait for it
         for name, weight in model.named_parameters():
             if "memory_gate" in name or ".gates." in name:
                 weight.requires_grad_(memory)
         tokenizer = trainer.get("tokenizer") or trainer.get("processing_class")
         self.pad_id = getattr(tokenizer, "pad_token_id", None) or 0
-        stream = SegmentStream(
-            corpus,
-            window,
-            rows,
-            args.seed if args.data_seed is None else args.data_seed,
-            piece_tokens=piece_tokens,
-            rank=args.process_index,
-            world=args.world_size,
-            pad_id=self.pad_id,
+        seed, place = args.seed if args.data_seed is None else args.data_seed, args.process_index
+        self.window, self.boundary, self.reads_memory = window, boundary, memory
+        trainer["same"] = trainer.get("same") or {
+            "window": window, "piece_tokens": piece_tokens, "boundary": boundary, "memory": memory,
+        }  # fmt: skip
+        super().__init__(
+            model,
+            args,
+            stream=self._stream(corpus, rows, place, world, seed, piece_tokens),
+            eval_dataset=_corpora(eval_dataset),
+            **trainer,
         )
-        about = {"window": window, "piece_tokens": piece_tokens, "boundary": boundary, "memory": memory}
-        trainer["same"] = trainer.get("same") or about
-        super().__init__(model, args, stream=stream, eval_dataset=_corpora(eval_dataset), **trainer)
-        self.window, self.boundary, self.reads_memory, self.quiet = window, boundary, memory, quiet
-        self.eval_tokens, self.compare = eval_tokens, compare
+        self.eval_tokens, self.compare, self.quiet = eval_tokens, compare, quiet or place > 0
         self.backbone_losses: dict[str, float] = {}
         self._bank_settings = {
             "capacity_tokens": memory_size or model.config.memory_size,
@@ -130,6 +125,12 @@ class LongMemTrainer(StreamTrainer):
             settings["fingerprint"] = None  # its weights change, and what older ones wrote is read all the same
         return MemoryBank.for_model(self.longmem, rows, settings.pop("capacity_tokens"), **settings)
 
+    def _stream(
+        self, corpus: TokenCorpus, rows: int, rank: int, world: int, seed: int | None = None, piece_tokens: int = 0
+    ) -> SegmentStream:
+        settings = {"piece_tokens": piece_tokens, "rank": rank, "world": world, "pad_id": self.pad_id}
+        return SegmentStream(corpus, self.window, rows, seed, **settings)
+
     # a step: read, backward, write
 
     def compute_loss(
@@ -137,8 +138,6 @@ class LongMemTrainer(StreamTrainer):
     ) -> Any:
         """Mean cross entropy, in nats, over the targets of all processes."""
         batch: SegmentBatch = inputs
-        if self.bank is not None:
-            turn_over(self.bank, batch, self.boundary)
         out, targets = self.read(model, batch, self.bank)
         losses = token_losses(out.logits, targets)
         self.scores.add(losses, targets != IGNORE)
@@ -155,7 +154,12 @@ class LongMemTrainer(StreamTrainer):
         self._unwritten = None
 
     def read(self, model: nn.Module, batch: SegmentBatch, memory: MemoryBank | None) -> tuple[Any, Tensor]:
-        """The model's output over a segment, and the targets."""
+        """The model's output over a segment, and the targets; rows that begin another text end the last one first."""
+        if memory is not None and bool(batch.starts.any()):
+            rows = batch.starts.nonzero().flatten()
+            memory.end_document(rows)
+            if self.boundary == "reset":
+                memory.reset(rows)
         device = self.args.device
         mask = None if batch.mask is None else batch.mask.to(device, non_blocking=True)
         ids, targets = (part.to(device, non_blocking=True) for part in (batch.ids, batch.targets))
@@ -205,24 +209,20 @@ class LongMemTrainer(StreamTrainer):
         """Mean loss in nats over the text."""
         # documents stay whole: each is read from its beginning with all its past
         together = min(self.args.per_device_eval_batch_size, len(corpus))
-        rank, world = (
-            (self.args.process_index, self.args.world_size) if together % self.args.world_size == 0 else (0, 1)
-        )
-        rows = together // world
-        stream = SegmentStream(corpus, self.window, rows, None, rank=rank, world=world, pad_id=self.pad_id)
-        bank = self.new_bank(rows) if memory else None
+        rank, world = self.args.process_index, self.args.world_size
+        if together % world:
+            rank, world = 0, 1
+        stream = self._stream(corpus, together // world, rank, world)
+        bank = self.new_bank(stream.rows) if memory else None
         model = self.longmem.backbone.model if backbone else self.longmem
         if backbone and self.divided:
             self.longmem.unshard()  # embeddings and head are the root's, which does not run here
         scores, tokens = Scores(), min(self.eval_tokens or corpus.num_tokens, corpus.num_tokens)
         steps = max(1, tokens // (together * self.window))
         what = "validating the backbone" if backbone else "validating" if memory else "validating without memory"
-        quiet = self.quiet or not self.is_world_process_zero()
-        with Progress(what, steps * together * self.window, "tokens", quiet=quiet) as progress:
+        with Progress(what, steps * together * self.window, "tokens", quiet=self.quiet) as progress:
             for _ in range(steps):
                 batch = stream.next()
-                if bank is not None:
-                    turn_over(bank, batch, self.boundary)
                 with self.accelerator.autocast():
                     out, targets = self.read(model, batch, bank)
                 scores.add(token_losses(out.logits, targets), targets != IGNORE)
@@ -255,23 +255,13 @@ class LongMemTrainer(StreamTrainer):
     def save_weights(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """A backbone that is a folder is named relative to the checkpoint's, so that both can move."""
         super().save_weights(folder, weights)
-        final = folder.parents[1] / folder.name if self.writing else folder
         file = folder / "config.json"
         settings = json.loads(file.read_text(encoding="utf-8"))
         for name in ("backbone_name_or_path", "start_name_or_path"):
             named = settings.get(name)
             if named and os.path.isabs(named) and os.path.isdir(named):
-                settings[name] = os.path.relpath(named, final)
+                settings[name] = os.path.relpath(named, folder)
         file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def turn_over(bank: MemoryBank, batch: SegmentBatch, boundary: str) -> None:
-    """Before a segment is read: rows that begin another text end the last one, and forget it where ``reset``."""
-    if bool(batch.starts.any()):
-        rows = batch.starts.nonzero().flatten()
-        bank.end_document(rows)
-        if boundary == "reset":
-            bank.reset(rows)
 
 
 def _corpora(documents: Any) -> Any:

@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,6 @@ class CalibrationSettings:
     Args:
         window: tokens that are predicted at once.
         memory: tokens of a text that memory holds before its last window.
-        passages: of each kind of text, encoded once and used again with other windows and distractors.
         updates: steps of Adam, at most.
         scored: tokens of a window that count, drawn at random among its last three quarters.
         facts: weight of the loss on asked facts, beside 1 for text; 0 leaves them out.
@@ -55,7 +54,6 @@ class CalibrationSettings:
 
     window: int = 1024
     memory: int = 4096
-    passages: int = 24
     updates: int = 400
     scored: int = 384
     facts: float = 0.2
@@ -66,14 +64,17 @@ class CalibrationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"window": 8, "memory": 1, "passages": 1, "updates": 1, "scored": 1, "sessions": 4, "every": 1}
+        least = {"window": 8, "memory": 1, "updates": 1, "scored": 1, "facts": 0, "sessions": 4, "every": 1}
         problems = [f"{n} ({getattr(self, n)}) must be at least {m}" for n, m in least.items() if getattr(self, n) < m]
         if self.memory % self.window:
             problems.append(f"memory ({self.memory}) must be a multiple of window ({self.window})")
-        if self.facts < 0 or self.learning_rate <= 0:
-            problems.append("facts must be at least 0, learning_rate above 0")
         if problems:
             raise ConfigError(problems)
+
+    @property
+    def passage(self) -> int:
+        """Tokens of a passage: memory, a window, and the token after it."""
+        return self.memory + self.window + 1
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,11 @@ class Validation:
     loss: dict[str, float]
     change: dict[str, float]
     objective: float
+
+    @property
+    def text_change(self) -> float:
+        """Over all kinds of text; above 0 is worse than the backbone."""
+        return sum(value for kind, value in self.change.items() if kind != FACTS)
 
 
 @dataclass
@@ -102,16 +108,14 @@ class Calibration:
     best: Validation | None = None
 
 
-@dataclass(frozen=True)
-class _Passage:
-    """Text, its last window at ``[len - window, len)``, and what all before that leaves in memory."""
+class _Passage(NamedTuple):
+    """Text (passage,), and what all before its last window leaves in memory, (1, n*Hkv, memory, D)."""
 
-    ids: Tensor  # (tokens + 1,)
-    kv: AttentionKV  # (1, n*Hkv, tokens, D)
+    ids: Tensor
+    kv: AttentionKV
 
 
-@dataclass(frozen=True)
-class _Example:
+class _Example(NamedTuple):
     """Predict ``ids[p + 1]`` for every p of ``scored`` with parts of memory, each ``(kv, tokens)``."""
 
     kind: str
@@ -129,13 +133,10 @@ def passages_of(texts: Iterable[str], tokenizer: Any, settings: CalibrationSetti
         settings: say how long a passage is, and the seed.
         count: passages, one of each text as long as there are that many.
     """
-    draw = random.Random(f"passages {settings.seed}")
-    wanted = settings.memory + settings.window + 1
+    draw, wanted = random.Random(f"passages {settings.seed}"), settings.passage
     long = [text for text in texts if len(text) >= 2 * wanted]
     made: list[Tensor] = []
     for number, text in enumerate(draw.sample(long, len(long))):
-        if len(made) == count:
-            break
         for _ in range(-(-(count - number) // len(long))):
             at = draw.randrange(max(1, len(text) - 8 * wanted))
             ids = tokenizer(text[at : at + 8 * wanted], add_special_tokens=False, verbose=False)["input_ids"]
@@ -157,45 +158,52 @@ def calibrate(
 
     Args:
         model: with ``fusion="token"``.
-        texts: token ids (n,) of training documents, by kind (books, source code, ...); the kinds take turns.
-        valid: documents to validate on, by the same kinds.
+        texts: token ids (n,) of passages to train on, by kind (books, source code, ...); the kinds take turns.
+        valid: passages to validate on, one window of each, by the same kinds.
         tokenizer: for the facts; None calibrates on text alone.
         settings: see there.
         quiet: report no progress.
 
     Raises:
         ConfigError: the model has no gates to train.
-        DataError: a kind has no document of ``memory + window`` tokens.
+        DataError: a kind has no passage of more than ``memory + window`` tokens.
     """
     settings = settings or CalibrationSettings()
     if model.gates is None:
         raise ConfigError('only fusion "token" has gates to calibrate; make the model with fusion="token"')
-    draw = random.Random(settings.seed)
-    work = _Work(model, settings, draw, quiet)
-    weight = settings.facts if tokenizer is not None else 0.0
-    passages = {kind: work.passages(kind, documents, settings.passages) for kind, documents in texts.items()}
-    held = {kind: work.passages(kind, documents, 4) for kind, documents in valid.items()}
-    checks = [work.window(kind, passage, last=True) for kind, some in held.items() for passage in some]
+    work = _Work(model, settings, quiet)
+    draw, weight = work.draw, settings.facts if tokenizer is not None else 0.0
+    passages = {kind: work.passages(kind, some) for kind, some in texts.items()}
+    checks = [
+        work.window(kind, passage, last=True) for kind, some in valid.items() for passage in work.passages(kind, some)
+    ]
     asked: list[_Example] = []
     if weight:
         asked = work.facts(tokenizer, settings.sessions, "training")
         checks += work.facts(tokenizer, max(4, settings.sessions // 8), "validation")
     done = Calibration(work.validate(checks, memory=False))
-    optimizer = _optimizer(model, settings.learning_rate)
-    kept, since, began = None, 0, time.monotonic()
-    kinds = list(passages)
+    rates = {2: settings.learning_rate, 1: 5 * settings.learning_rate}  # of vectors for each head, of numbers
+    groups = [{"params": [p for p in model.trainable_parameters() if p.ndim == n], "lr": r} for n, r in rates.items()]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    # twenty updates of warm-up, then half a cosine down to a tenth
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda n: min(1.0, (n + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * min(1.0, n / settings.updates)))
+    )
+    kept, since, began, kinds = None, 0, time.monotonic(), list(passages)
     with Progress("calibrating", settings.updates, "updates", quiet=quiet) as progress:
         for update in range(settings.updates + 1):
             if update % settings.every == 0 or update == settings.updates:
-                found = work.looked(done.alone, checks, weight, update, time.monotonic() - began)
+                loss = work.validate(checks)
+                change = {kind: loss[kind] - done.alone[kind] for kind in loss}
+                objective = sum(change[kind] for kind in valid) / len(valid) + weight * change.get(FACTS, 0.0)
+                found = Validation(update, round(time.monotonic() - began, 1), loss, change, objective)
                 done.validations.append(found)
                 since += 1
-                if _text_change(found) <= 0 and (done.best is None or found.objective < done.best.objective):
+                if found.text_change <= 0 and (done.best is None or objective < done.best.objective):
                     kept, since = {n: t.clone() for n, t in model.gates.state_dict().items()}, 0
                     done.best = found
                 if update == settings.updates or since > settings.patience:
                     break
-            _set_rate(optimizer, update / settings.updates, update)
             optimizer.zero_grad()
             kind = kinds[update % len(kinds)]
             other = draw.choice(passages[draw.choice(kinds)]) if draw.random() < 0.3 else None
@@ -204,37 +212,32 @@ def calibrate(
                 filler = draw.choice(passages[draw.choice(kinds)]) if draw.random() < 0.7 else None
                 (weight * work.loss(work.among(draw.choice(asked), filler))).backward()
             optimizer.step()
+            schedule.step()
             progress.advance(note=f"objective {done.validations[-1].objective:+.3f}")
-    if kept is None:
-        with torch.no_grad():
-            for gate in model.gates:
-                gate.bias.fill_(CLOSED)  # type: ignore[operator]
-    else:
+    if kept is not None:
         model.gates.load_state_dict(kept)
+        return done
+    for gate in model.gates:
+        torch.nn.init.constant_(gate.bias, CLOSED)  # type: ignore[arg-type]
     return done
 
 
 class _Work:
     """Examples of one model and their losses."""
 
-    def __init__(self, model: TrainingFree, settings: CalibrationSettings, draw: random.Random, quiet: bool) -> None:
-        self.model, self.settings, self.draw, self.quiet = model, settings, draw, quiet
-        most = 2 * settings.memory + 4096
-        self.bank = MemoryBank.for_model(model, rows=1, capacity_tokens=most)
+    def __init__(self, model: TrainingFree, settings: CalibrationSettings, quiet: bool) -> None:
+        self.model, self.settings, self.quiet, self.draw = model, settings, quiet, random.Random(settings.seed)
+        self.bank = MemoryBank.for_model(model, rows=1, capacity_tokens=2 * settings.memory + 4096)
 
-    def passages(self, kind: str, documents: Sequence[Tensor], count: int) -> list[_Passage]:
-        """Encode ``count`` passages of random documents."""
-        window, length = self.settings.window, self.settings.memory + self.settings.window
-        long = [ids for ids in documents if len(ids) > length]
+    def passages(self, kind: str, some: Sequence[Tensor]) -> list[_Passage]:
+        """Passages, cut to their length and encoded."""
+        window, length = self.settings.window, self.settings.passage
+        long = [ids[:length] for ids in some if len(ids) >= length]
         if not long:
-            raise DataError(f"{kind}: no document has {length + 1} tokens; take longer ones, or a smaller memory")
-        order = self.draw.sample(range(len(long)), len(long))
+            raise DataError(f"{kind}: no document has {length} tokens; take longer ones, or a smaller memory")
         made = []
-        with Progress(f"encoding {kind}", count, "passages", quiet=self.quiet) as progress:
-            for number in range(count):
-                document = long[order[number % len(order)]]
-                start = self.draw.randrange(len(document) - length)
-                ids = document[start : start + length + 1]
+        with Progress(f"encoding {kind}", len(long), "passages", quiet=self.quiet) as progress:
+            for ids in long:
                 parts = [self._encode(ids[at : at + window]) for at in range(0, self.settings.memory, window)]
                 keys, values = (torch.cat([getattr(p, name) for p in parts], dim=2) for name in ("keys", "values"))
                 made.append(_Passage(ids, AttentionKV(keys, values)))
@@ -250,14 +253,13 @@ class _Work:
                 ids = torch.tensor(told_ids(session, tokenizer))
                 asked = asked_ids(draw.sample(session.facts, draw.choice((1, 2, 4))), tokenizer)
                 scored = torch.tensor([at - 1 for first, end in asked.values for at in range(first, end)])
-                told = (self._encode(ids), len(ids))
-                made.append(_Example(FACTS, torch.tensor(asked.ids), scored, [told]))
+                made.append(_Example(FACTS, torch.tensor(asked.ids), scored, [(self._encode(ids), len(ids))]))
                 progress.advance()
         return made
 
     def window(self, kind: str, passage: _Passage, *, last: bool = False) -> _Example:
         """A window of a passage behind all of its text that comes before; the last one, or any."""
-        window, tokens = self.settings.window, passage.kv.keys.shape[2]
+        window, tokens = self.settings.window, self.settings.memory
         before = tokens if last else self.draw.randrange(1, tokens // window + 1) * window
         first = window // 4
         places = sorted(self.draw.sample(range(first, window), min(self.settings.scored, window - first)))
@@ -268,20 +270,17 @@ class _Work:
         """The same, with something else in memory too."""
         if other is None:
             return example
-        length = self.draw.randrange(1, other.kv.keys.shape[2] // 256 + 2) * 256
-        more = (other.kv, min(length, other.kv.keys.shape[2]))
-        return _Example(example.kind, example.ids, example.scored, [*example.memory, more])
+        length = self.draw.randrange(1, self.settings.memory // 256 + 2) * 256
+        return example._replace(memory=[*example.memory, (other.kv, min(length, self.settings.memory))])
 
     def loss(self, example: _Example, *, memory: bool = True) -> Tensor:
         """Mean nats per scored token."""
-        device = self.model.device
-        if memory:
-            self.bank.reset()
-            for number, (kv, tokens) in enumerate(example.memory):
-                part = AttentionKV(kv.keys[:, :, :tokens], kv.values[:, :, :tokens])
-                self.bank.add(part, documents=[str(number)])
-        ids, scored = example.ids.to(device), example.scored.to(device)
-        found = self.model(ids[None, :-1], memory=self.bank if memory else None, logits_to_keep=scored, use_cache=False)
+        self.bank.reset()
+        for number, (kv, tokens) in enumerate(example.memory if memory else []):
+            self.bank.add(AttentionKV(kv.keys[:, :, :tokens], kv.values[:, :, :tokens]), documents=[str(number)])
+        ids, scored = example.ids.to(self.model.device), example.scored.to(self.model.device)
+        # an empty bank is no bank
+        found = self.model(ids[None, :-1], memory=self.bank, logits_to_keep=scored, use_cache=False)
         return functional.cross_entropy(found.logits[0].float(), ids[scored + 1])
 
     @torch.no_grad()
@@ -292,33 +291,6 @@ class _Work:
             losses.setdefault(example.kind, []).append(float(self.loss(example, memory=memory)))
         return {kind: math.fsum(some) / len(some) for kind, some in losses.items()}
 
-    def looked(
-        self, alone: dict[str, float], checks: Sequence[_Example], weight: float, update: int, seconds: float
-    ) -> Validation:
-        loss = self.validate(checks)
-        change = {kind: loss[kind] - alone[kind] for kind in loss}
-        texts = [value for kind, value in change.items() if kind != FACTS]
-        objective = sum(texts) / len(texts) + weight * change.get(FACTS, 0.0)
-        return Validation(update, round(seconds, 1), loss, change, objective)
-
     @torch.no_grad()
     def _encode(self, ids: Tensor) -> AttentionKV:
         return self.model.encode(ids[None].to(self.model.device))
-
-
-def _text_change(found: Validation) -> float:
-    return sum(value for kind, value in found.change.items() if kind != FACTS)
-
-
-def _optimizer(model: TrainingFree, rate: float) -> torch.optim.Optimizer:
-    vectors = [p for p in model.trainable_parameters() if p.ndim > 1]
-    numbers = [p for p in model.trainable_parameters() if p.ndim == 1]
-    groups = [{"params": vectors, "lr": rate, "top": rate}, {"params": numbers, "lr": 5 * rate, "top": 5 * rate}]
-    return torch.optim.Adam(groups, betas=(0.9, 0.99))
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, part: float, update: int) -> None:
-    """Twenty updates of warm-up, then half a cosine down to a tenth."""
-    factor = min(1.0, (update + 1) / 20) * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, part))))
-    for group in optimizer.param_groups:
-        group["lr"] = factor * group["top"]

@@ -57,21 +57,23 @@ TF32. The CPU: two cores that finish 32 float32 operations per clock of 3 GHz.""
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run needs on a machine."""
+    """What a run needs on a machine.
+
+    Attributes:
+        parameters: of the backbone; ``trained`` are those that training changes.
+        tokens: of the whole run.
+        bytes: of every part that is alive at the peak, per device.
+        flops: per token, of every part.
+        seconds: per token and device.
+    """
 
     machine: str
     parameters: int
-    """Of the backbone."""
     trained: int
-    """Parameters that training changes."""
     tokens: int
-    """Of the whole run."""
     bytes: dict[str, float]
-    """Of every part that is alive at the peak, per device."""
     flops: dict[str, float]
-    """Per token, of every part."""
     seconds: float
-    """Per token and device."""
 
     @property
     def gib(self) -> float:
@@ -91,11 +93,12 @@ class Estimate:
         memory = ", ".join(f"{name} {count / GIB:.2f}" for name, count in self.bytes.items() if count)
         work = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in self.flops.items() if count)
         fits = "fits" if self.fits else "DOES NOT FIT"
+        time = f"{self.hours:,.1f} hours" if self.hours >= 1 else f"{self.hours * 60:.1f} minutes"
         return [
             f"parameters  {self.parameters:,} in the backbone, {self.trained:,} trained",
             f"memory      {self.gib:.2f} of {machine.memory} GiB per device, {fits} ({memory})",
             f"work        {sum(self.flops.values()) / 1e9:.2f} GFLOP a token ({work})",
-            f"time        {_hours(self.hours)} on {self.machine} for {self.tokens:,} tokens",
+            f"time        {time} on {self.machine} for {self.tokens:,} tokens",
             f"speed       {machine.devices / self.seconds:,.0f} tokens/s at {REACHED:.0%} of the peak",
             f"cost        {self.hours * machine.devices:,.1f} device-hours",
         ]
@@ -132,17 +135,13 @@ def estimate(recipe: Recipe, machine: str, backbone: PreTrainedConfig | None = N
     trained = sum(layers[i] for i in chosen) + (2 * width + heads if frozen else total - sum(layers))
 
     attention, local = width * dim * 2 * (heads + heads_kv), 4 * window * heads * dim
-    again = 4 if optim.gradient_checkpointing else 3
-    head = 2.0 * vocab * width
-    own = again * (2.0 * sum(active[i] for i in chosen) + len(chosen) * local)
-    reading = 3.0 * 4 * side.num_retrieved * heads * dim + 6 * attention if memory else 0.0
-    search = 2.0 * heads * dim * (memory // side.chunk_size) * (2 if optim.gradient_checkpointing else 1)
+    again = 1 if optim.gradient_checkpointing else 0
     flops = {
         "backbone": 2.0 * (sum(active) + attention) + len(layers) * local if frozen else 0.0,
-        "trained layers": own,
-        "head": (2 if frozen else 3) * head,
-        "search": search,
-        "memory attention": reading,
+        "trained layers": (3 + again) * (2.0 * sum(active[i] for i in chosen) + len(chosen) * local),
+        "head": (2 if frozen else 3) * 2.0 * vocab * width,
+        "search": (1 + again) * 2.0 * heads * dim * (memory // side.chunk_size),
+        "memory attention": 3.0 * 4 * side.num_retrieved * heads * dim + 6 * attention if memory else 0.0,
     }
     # a score of each head and chunk is written and read; keys and values that were found are read twice
     moved = 8 * heads * memory // side.chunk_size + 4 * heads * side.num_retrieved * dim * number if memory else 0
@@ -192,9 +191,3 @@ def _active(layer: torch.nn.Module, text: Any) -> int:
         return _count(layer)
     inside = sum(parameter.numel() for name, parameter in layer.named_parameters() if ".experts." in name)
     return _count(layer) - inside + inside * int(chosen) // int(experts)
-
-
-def _hours(hours: float) -> str:
-    if hours < 1:
-        return f"{hours * 60:.1f} minutes"
-    return f"{hours:.1f} hours" if hours < 100 else f"{hours:,.0f} hours ({hours / 24:,.0f} days)"

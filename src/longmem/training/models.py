@@ -1,24 +1,32 @@
-"""What a recipe trains: a SideNet over a backbone, a MemTRM, or a causal language model."""
+"""What a recipe trains: the model, its division among processes, its optimiser."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longmem.data.tokenizer import load_tokenizer
+from longmem.data.tokens import load_tokenizer
 from longmem.errors import BackboneError, ConfigError
 from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
 from longmem.modeling.baselines import MemTRM
+from longmem.modeling.families import Family
+from longmem.modeling.fingerprint import sketch_of
 from longmem.modeling.loading import load_backbone
 from longmem.modeling.longmem import LongMem
 from longmem.modeling.placement import quantization
 from longmem.modeling.vocabulary import change_vocabulary, same_vocabulary
-from longmem.training.recipe import Recipe
+from longmem.training.recipe import OptimSection, Recipe
+
+# the model
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
@@ -27,7 +35,10 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torc
     if recipe.task == "pretrain":
         model = trained = _causal(recipe, tokenizer)
     elif recipe.method == "memtrm":
-        model = _memtrm(recipe)
+        # what the recipe says of a SideNet means nothing here
+        dtype = named_dtype(recipe.backbone.dtype or "float32")
+        path = str(recipe.backbone.path)
+        model = MemTRM.from_backbone(path, dtype=dtype, gate=recipe.sidenet.gate, **_memory(recipe))
         trained = model.backbone.model
     else:
         model = _longmem(recipe, device)
@@ -88,7 +99,7 @@ def runs_bf16(precision: str, device: torch.device) -> bool:
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" and multiplies
 
 
-def storage_dtype(name: str | None) -> torch.dtype | None:
+def named_dtype(name: str | None) -> torch.dtype | None:
     """``bfloat16`` -> ``torch.bfloat16``; None and ``auto`` stay None."""
     return None if name in (None, "auto") else getattr(torch, str(name))
 
@@ -110,21 +121,14 @@ def _causal(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
 
 
 def _memory(recipe: Recipe) -> dict[str, Any]:
-    side = recipe.sidenet
     names = ("memory_layers", "fusion", "chunk_size", "num_retrieved", "memory_size")
-    return {"revision": recipe.backbone.revision} | {name: getattr(side, name) for name in names}
-
-
-def _memtrm(recipe: Recipe) -> MemTRM:
-    """With all that the recipe says of memory; what it says of a SideNet means nothing here."""
-    dtype = storage_dtype(recipe.backbone.dtype or "float32")
-    return MemTRM.from_backbone(str(recipe.backbone.path), dtype=dtype, gate=recipe.sidenet.gate, **_memory(recipe))
+    return {"revision": recipe.backbone.revision} | {name: getattr(recipe.sidenet, name) for name in names}
 
 
 def _longmem(recipe: Recipe, device: torch.device) -> LongMem:
     side, named = recipe.sidenet, recipe.backbone
     halved = torch.bfloat16 if runs_bf16(recipe.optim.precision, device) and device.type != "cpu" else torch.float32
-    dtype = halved if named.dtype is None else storage_dtype(named.dtype)
+    dtype = halved if named.dtype is None else named_dtype(named.dtype)
     if side.start is not None:
         return _go_on(recipe, dtype)
     loading: dict[str, Any] = {} if named.device_map is None else {"device_map": named.device_map}
@@ -156,9 +160,9 @@ def _go_on(recipe: Recipe, dtype: torch.dtype | None) -> LongMem:
     if side.memory_layers is not None:
         fixed["memory_layers"] = side.memory_layers
     other = [
-        f"sidenet.{name} ({value!r}) is {getattr(model.config, name)!r} in sidenet.start ({side.start}); set it so"
+        f"sidenet.{name} ({value!r}) is {found!r} in sidenet.start ({side.start}); set it so"
         for name, value in fixed.items()
-        if value != getattr(model.config, name)
+        if value != (found := getattr(model.config, name))
     ]
     if other:
         raise ConfigError(other)
@@ -167,3 +171,135 @@ def _go_on(recipe: Recipe, dtype: torch.dtype | None) -> LongMem:
     model.config.backbone_name_or_path = os.path.abspath(backbone) if os.path.isdir(backbone) else backbone
     model.config.backbone_revision = recipe.backbone.revision or model.config.backbone_revision
     return model
+
+
+# its division among processes
+
+
+def wants_sharding(parallel: str) -> bool:
+    """Whether to divide the model: the recipe says so, or says ``auto`` and the launch file does."""
+
+    def launched(name: str) -> bool:
+        return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if launched(name):
+            raise ConfigError(
+                f"launched for {name}; longmem trains with DDP or FSDP2, choose one in `accelerate config`"
+            )
+    if launched("FSDP") and (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise ConfigError(f"launched for FSDP{version}; longmem needs FSDP2: fsdp_version: 2 in the launch file")
+    if launched("FSDP") and parallel == "ddp":
+        raise ConfigError("optim.parallel is 'ddp', but launched for FSDP2; set optim.parallel = 'auto'")
+    return parallel == "fsdp" or (parallel == "auto" and launched("FSDP"))
+
+
+def shard(model: nn.Module, compute_dtype: torch.dtype | None = None) -> None:
+    """FSDP2: divide a ``LongMem``, or a causal language model that is trained itself, among the processes, in place.
+
+    Every backbone layer and every SideNet layer is a unit: gathered when it runs, let go afterwards. Frozen units keep
+    the backbone's dtype and are never reduced. Trained ones keep float32 weights, are gathered in ``compute_dtype``
+    (None is their own), and are reduced in float32. accelerate's own wrapping gives all units one dtype and reduces
+    them all, which is why it is not used.
+
+    Build the optimiser afterwards: every parameter is another object then. The model is equal in all processes.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    state = PartialState()
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)  # reads the launch file's settings
+    mesh = init_device_mesh(state.device.type, (state.num_processes,))
+    whole: dict[str, Any] = {"mesh": mesh, "offload_policy": plugin.cpu_offload}
+    layerwise = {**whole, "reshard_after_forward": bool(plugin.reshard_after_forward)}
+    # inputs keep their dtype: under autocast the residual stream is float32, and so it must reach every layer
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    trained = {**layerwise, "mp_policy": policy}
+    root: Any = model
+    side = getattr(root, "sidenet", None)
+    if side is None:
+        for layer in Family.of(root).layers:
+            fully_shard(layer, **trained)
+    else:
+        # one process alone saves the model, and could not gather what the others hold
+        root.config.backbone_sketch = sketch_of(root.backbone.model)
+        for layer in Family.of(root.backbone.model).layers:
+            fully_shard(layer, **layerwise)
+        for layer in side.layers:
+            fully_shard(layer, **trained)
+        # the gate is read again where a layer is recomputed, the final norm after the SideNet's forward
+        fully_shard(side, **whole, reshard_after_forward=False)
+        # a run that ends early would leave later units waiting for their turn
+        root.backbone.stops_early = False
+        root.backbone.rebuild()
+    # with what is left: embeddings and head, which may be tied, gathered for the whole of a step
+    fully_shard(root, **whole)
+
+
+def undivided(tensor: Any) -> Any:
+    """The whole of a tensor, on the device that it is gathered on; all processes call this."""
+    # where parameters wait on the CPU, they are gathered over the devices all the same
+    divided = isinstance(tensor, DTensor)
+    return tensor.to(tensor.device_mesh.device_type).full_tensor() if divided else tensor
+
+
+# its optimiser
+
+
+def lr_share(optim: OptimSection, done: float) -> float:
+    """Share of the peak rate after ``done`` (0 to 1) of the run; 0 at its end, except for ``constant``."""
+    if done < optim.warmup:
+        return done / optim.warmup
+    left = min(1.0, max(0.0, (1 - done) / max(1 - optim.warmup, 1e-9)))
+    if optim.schedule == "cosine":
+        return 0.5 * (1 - math.cos(math.pi * left))
+    if optim.schedule == "wsd":
+        return 1.0 if optim.decay_fraction == 0 else min(1.0, max(0.0, 1 - done) / optim.decay_fraction)
+    return 1.0 if optim.schedule == "constant" else float(left**optim.power)
+
+
+class AdamWAndMuon(torch.optim.AdamW):
+    """AdamW, and Muon (Jordan et al. 2024) for the groups that say ``muon``, as one optimiser with one state."""
+
+    def __init__(self, groups: list[dict[str, Any]], optim: OptimSection) -> None:
+        super().__init__(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        self._momentum = optim.muon_momentum
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        everything = self.param_groups
+        try:
+            self.param_groups = [group for group in everything if not group["muon"]]
+            super().step()
+        finally:
+            self.param_groups = everything
+        for group in everything:
+            if group["muon"]:
+                self._muon(group)
+
+    def _muon(self, group: dict[str, Any]) -> None:
+        muon = torch.optim.Muon(
+            group["params"], lr=group["lr"], weight_decay=group["weight_decay"], momentum=self._momentum
+        )
+        for weight in group["params"]:
+            # AdamW looks for a step in every state that it loads
+            self.state[weight].setdefault("step", torch.zeros(()))
+            muon.state[weight] = self.state[weight]  # the same dict: what it remembers is kept here
+        muon.step()
+
+
+def build_optimiser(named: Iterable[tuple[str, nn.Parameter]], optim: OptimSection) -> torch.optim.Optimizer:
+    """Matrices inside the layers go to Muon where it is asked for, all else to AdamW. Only matrices decay."""
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    for name, weight in named:
+        gate, matrix = "memory_gate" in name or ".gates." in name, weight.ndim >= 2
+        # a name with a number in it is of a layer, and no embedding or head
+        muon = optim.optimiser == "muon" and weight.ndim == 2 and not gate and any(p.isdigit() for p in name.split("."))
+        rate = optim.muon_lr if muon else optim.gate_lr or optim.lr if gate else optim.lr
+        groups.setdefault((muon, rate, optim.weight_decay if matrix and not gate else 0.0), []).append(weight)
+    # the first group's rate is the one that is logged
+    ordered = sorted(groups.items(), key=lambda group: group[0][:2] != (False, optim.lr))
+    return AdamWAndMuon(
+        [{"params": some, "muon": muon, "lr": rate, "weight_decay": decay} for (muon, rate, decay), some in ordered],
+        optim,
+    )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from longmem.data.facts import draw_facts
-from longmem.data.windows import IGNORE
+from longmem.data.stream import IGNORE
 from longmem.memory import MemoryBank
 from longmem.memory.encoded import EncodedText, TextMemory
 from longmem.memory.session import SessionMemory
@@ -64,8 +64,7 @@ class NeedleTrainer(LongMemTrainer):
         self._asked: deque[tuple[int, _Asked]] = deque()
         random = np.random.default_rng([self.seed, _TEXT])
         ids = _places(self.corpus.ids, needles.text_tokens, self.window, random)
-        quiet = self.quiet or not self.is_world_process_zero()
-        with Progress("encoding what facts are hidden in", len(ids), "segments", quiet=quiet) as progress:
+        with Progress("encoding what facts are hidden in", len(ids), "segments", quiet=self.quiet) as progress:
             self._text = EncodedText(self.longmem, ids, lambda done: progress.advance())
 
     def next_batch(self) -> Any:
@@ -75,9 +74,8 @@ class NeedleTrainer(LongMemTrainer):
         if random.random() >= self.needles.share:
             return super().next_batch()
         asked = self._questions(number)
-        return Questions(
-            *_rows(asked, self.pad_id), SessionMemory(self._background(number, random), self._facts(asked))
-        )
+        memory = SessionMemory(self._background(number, random), self._facts(asked))
+        return Questions(*_rows(asked, self.pad_id), memory)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -118,10 +116,9 @@ class NeedleTrainer(LongMemTrainer):
         while self._asked and self._asked[0][0] < first:
             self._asked.popleft()
         begin = self._asked[-1][0] + 1 if self._asked else first
-        new = [self._draw(at) for at in range(begin, first + needles.rows)]
-        self._asked += [
-            (at, _Asked(ids, answer, self._encode(segments))) for at, (segments, ids, answer) in enumerate(new, begin)
-        ]
+        for at in range(begin, first + needles.rows):
+            segments, ids, answer = self._draw(at)
+            self._asked.append((at, _Asked(ids, answer, self._encode(segments))))
         return [asked for _, asked in self._asked]
 
     def _draw(self, number: int) -> tuple[Tensor, Tensor, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import numpy as np
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
+from longmem.data.stream import IGNORE, WindowBatch, WindowSampler
 from longmem.data.tokens import TokenCorpus
-from longmem.data.windows import IGNORE, WindowBatch, WindowSampler
 from longmem.modeling.copying import copy_loss, random_tokens, retrieval_by_layer
 from longmem.progress import Progress
 from longmem.training.trainer import Scores, StreamTrainer, token_losses
@@ -32,14 +31,13 @@ class Pretrainer(StreamTrainer):
         args: TrainingArguments,
         *,
         sampler: WindowSampler,
-        tokenizer: PreTrainedTokenizerBase,
         valid: TokenCorpus | None,
         eval_tokens: int,
         copy: bool,
         quiet: bool,
         **trainer: Any,
     ) -> None:
-        super().__init__(model, args, stream=sampler, tokenizer=tokenizer, **trainer)
+        super().__init__(model, args, stream=sampler, **trainer)
         self.valid, self.eval_tokens, self.copy, self.quiet = valid, eval_tokens, copy, quiet
 
     def compute_loss(
@@ -67,9 +65,14 @@ class Pretrainer(StreamTrainer):
         model: Any = self.accelerator.unwrap_model(self.model)
         model.train(False)
         if self.valid is not None:
-            scores = Scores()
+            scores, window, rows = Scores(), self.stream.window, self.args.per_device_eval_batch_size
+            fits = max(1, (self.valid.num_tokens - 1) // window)
+            wanted = min(fits, max(1, self.eval_tokens // window))
+            starts = np.unique(np.linspace(0, fits - 1, wanted).astype(np.int64)) * window
             with Progress("validating", self.eval_tokens, "tokens", quiet=self.quiet) as progress:
-                for ids, targets in self._windows(self.valid):
+                for first in range(0, len(starts), rows):
+                    tokens = _passages(self.valid, starts[first : first + rows], window + 1).to(self.args.device)
+                    ids, targets = tokens[:, :-1], tokens[:, 1:]
                     with self.accelerator.autocast():
                         losses = token_losses(model(input_ids=ids, use_cache=False).logits, targets)
                     scores.add(losses, torch.ones_like(targets, dtype=torch.bool))
@@ -90,17 +93,6 @@ class Pretrainer(StreamTrainer):
         shared = model.named_parameters(remove_duplicate=False)
         super().save_weights(folder, model.state_dict() | {n: weights[names[id(weight)]] for n, weight in shared})
 
-    def _windows(self, corpus: TokenCorpus) -> Iterator[tuple[Tensor, Tensor]]:
-        window, rows = self.stream.window, self.args.per_device_eval_batch_size
-        fits = max(1, (corpus.num_tokens - 1) // window)
-        wanted = min(fits, max(1, self.eval_tokens // window))
-        starts = np.unique(np.linspace(0, fits - 1, wanted).astype(np.int64)) * window
-        length = min(window, corpus.num_tokens - 1)
-        for first in range(0, len(starts), rows):
-            tokens = np.stack([corpus.ids[s : s + length + 1].astype(np.int64) for s in starts[first : first + rows]])
-            batch = torch.from_numpy(tokens).to(self.args.device)
-            yield batch[:, :-1], batch[:, 1:]
-
 
 def copy_scores(model: PreTrainedModel, tokenizer: Any, corpus: TokenCorpus, window: int) -> dict[str, float]:
     """How well a model copies, and whether its keys are worth remembering yet: passages of half a window, read twice.
@@ -111,10 +103,15 @@ def copy_scores(model: PreTrainedModel, tokenizer: Any, corpus: TokenCorpus, win
     """
     length = max(2, window // 2)
     starts = np.random.default_rng(0).integers(0, max(1, corpus.num_tokens - length), 4)
-    text = torch.from_numpy(np.stack([corpus.ids[s : s + length].astype(np.int64) for s in starts]))
+    text = _passages(corpus, starts, length)
     noise = random_tokens(len(tokenizer), 4, length, special=tokenizer.all_special_ids)
     gains = [first - second for first, second in (copy_loss(model, each.to(model.device)) for each in (text, noise))]
     heads = retrieval_by_layer(model, text.to(model.device), segment=length)
     rank = {layer: found.rank.min().item() for layer, found in heads.items()}
     best = min(rank, key=lambda layer: rank[layer])
     return {"copy_gain": gains[0], "copy_gain_random": gains[1], "copy_rank": rank[best], "copy_layer": best}
+
+
+def _passages(corpus: TokenCorpus, starts: Any, length: int) -> Tensor:
+    """Token ids (n, length), or less of a shorter corpus."""
+    return torch.from_numpy(np.stack([corpus.ids[start : start + length].astype(np.int64) for start in starts]))

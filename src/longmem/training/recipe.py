@@ -14,9 +14,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from longmem.config import Fusion, Init, Trained
-from longmem.data.text import TEXT_SUFFIXES, TextSource, WaysOut
+from longmem.data.text import TEXT_SUFFIXES, TextSource
 from longmem.errors import ConfigError
-from longmem.training.recipe_problems import contradictions, lines, override, without
+from longmem.training.recipe_problems import broken_rules, lines, override, without
 
 Share = typing.Annotated[float, Field(ge=0, le=1)]
 Count = typing.Annotated[int, Field(ge=1)]
@@ -158,13 +158,10 @@ class SideNetSection(Section):
     @classmethod
     def _one_layer(cls, settings: Any) -> Any:
         """``memory_layer``, and a number for ``memory_layers``, are lists of one."""
-        if not isinstance(settings, dict):
-            return settings
-        settings = dict(settings)
-        if "memory_layer" in settings:
-            settings["memory_layers"] = settings.pop("memory_layer")
-        if isinstance(settings.get("memory_layers"), int):
-            settings["memory_layers"] = [settings["memory_layers"]]
+        if isinstance(settings, dict) and not {"memory_layer", "memory_layers"}.isdisjoint(settings):
+            settings = dict(settings)
+            layers = settings.pop("memory_layer", settings.get("memory_layers"))
+            settings["memory_layers"] = [layers] if isinstance(layers, int) else layers
         return settings
 
 
@@ -230,7 +227,7 @@ class NeedlesSection(Section):
 
     share: Share = 0.0
     """Share of the steps that ask for hidden facts; the others read text as ever. 0: none."""
-    kinds: tuple[str, ...] = ("passkey",)
+    kinds: typing.Annotated[tuple[str, ...], Field(min_length=1)] = ("passkey",)
     """Of facts: passkey, pair, multi, twohop."""
     rows: Count = 32
     """Questions of such a step."""
@@ -314,12 +311,14 @@ class Recipe(Section):
         Raises:
             ConfigError: the file is missing or no TOML, or settings are wrong; lists every one.
         """
+        folders = (PACKAGE / "recipes", PACKAGE.parents[1] / "recipes")  # of the wheel, of the repository
+        shipped = {file.stem: file for folder in folders for file in sorted(folder.glob("*.toml"))}
+        file = Path(path) if Path(path).exists() else shipped.get(Path(path).name, Path(path))
         try:
-            text = _find(path).read_text(encoding="utf-8")
-            settings = tomllib.loads(text.replace("{longmem}", PACKAGE.as_posix()))
+            settings = tomllib.loads(file.read_text(encoding="utf-8").replace("{longmem}", PACKAGE.as_posix()))
         except OSError as error:
             raise ConfigError(
-                f"{path}: cannot read the recipe ({error.strerror}); name a file, or one of {', '.join(_shipped())}"
+                f"{path}: cannot read the recipe ({error.strerror}); name a file, or one of {', '.join(shipped)}"
             ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not TOML ({error})") from error
@@ -340,11 +339,11 @@ class Recipe(Section):
             found += lines(error, cls)
             try:
                 # the rules between settings are read with the wrong ones at their defaults, to report all at once
-                recipe = cls.model_validate(without(settings, [details["loc"] for details in error.errors()]))
+                recipe = cls.model_validate(without(settings, error))
             except ValidationError:
                 raise ConfigError(found) from error
         named = {line.split(" ")[0] for line in found}
-        found += [line for line in contradictions(recipe) if line.split(" ")[0] not in named]
+        found += [line for line in broken_rules(recipe) if line.split(" ")[0] not in named]
         if found:
             raise ConfigError(found)
         return recipe
@@ -365,33 +364,10 @@ class Recipe(Section):
 
     def valid_source(self) -> TextSource | None:
         """The validation text; None if there is none."""
-        if self.data.valid:
-            return self._source(self.data.valid, (), self.data.exclude)
-        if self.data.held_out:
-            return self._source(self.data.paths, self.data.held_out, self.data.exclude)
-        return None
+        paths, include = (self.data.valid, ()) if self.data.valid else (self.data.paths, self.data.held_out)
+        return self._source(paths, include, self.data.exclude) if self.data.valid or include else None
 
     def _source(self, paths: tuple[str, ...], include: tuple[str, ...], exclude: tuple[str, ...]) -> TextSource:
         data = self.data
-        return TextSource(
-            paths, data.suffixes, include, exclude, data.field, data.documents, data.undecodable, _WAYS_OUT
-        )
-
-
-_WAYS_OUT = WaysOut(
-    missing="check the path, or the recipe's data.paths and data.valid",
-    undecodable="convert it, exclude it, or set data.undecodable = 'skip' or 'replace'",
-    line="mend the line, or set data.undecodable = 'skip'",
-    suffixes="set data.suffixes",
-    field="set data.field",
-)
-
-
-def _find(path: str | Path) -> Path:
-    """The file itself, or the recipe of this name in the package; the wheel has them beside the code."""
-    return Path(path) if Path(path).exists() else _shipped().get(Path(path).name, Path(path))
-
-
-def _shipped() -> dict[str, Path]:
-    folders = (PACKAGE / "recipes", PACKAGE.parents[1] / "recipes")
-    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.toml"))}
+        option = "set data.{} = {}"
+        return TextSource(paths, data.suffixes, include, exclude, data.field, data.documents, data.undecodable, option)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import shutil
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -19,23 +21,23 @@ from accelerate.utils import set_seed
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from longmem.data.stream import WindowSampler
 from longmem.data.text import read_documents
-from longmem.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
-from longmem.data.tokens import TokenCorpus, tokenize
-from longmem.data.windows import WindowSampler
-from longmem.errors import CheckpointError, ConfigError
+from longmem.data.tokens import check_tokenizer, load_tokenizer, tokenize, train_tokenizer
+from longmem.errors import ConfigError
+from longmem.progress import Progress
+from longmem.progress import clock as shown
 from longmem.training.adapt import LongMemTrainer
-from longmem.training.checkpoint import list_checkpoints
-from longmem.training.log import RunLog
-from longmem.training.models import build_model, runs_bf16, storage_dtype
+from longmem.training.models import build_model, named_dtype, runs_bf16, wants_sharding
 from longmem.training.needles import NeedleTrainer
 from longmem.training.pretrain import Pretrainer
 from longmem.training.recipe import Recipe
-from longmem.training.sharding import wants_sharding
-from longmem.training.trainer import Clock, StreamTrainer, agreed
+from longmem.training.trainer import StreamTrainer, agreed, list_checkpoints
 
 log = logging.getLogger(__name__)
 SAME_TO_RESUME = ("data", "model", "backbone", "sidenet", "needles")
+ENDLESS = 10**9
+"""Steps of a run by the clock, which has no number of them."""
 
 
 @dataclass(frozen=True)
@@ -71,75 +73,65 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
     if recipe.optim.threads:
         torch.set_num_threads(recipe.optim.threads)
     divided = wants_sharding(recipe.optim.parallel)
-    # the division is ours, see `sharding`
+    # the division is ours, see `shard`; and every process loads its weights
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     state = PartialState(cpu=not torch.accelerator.is_available())
-    checkpoints = recipe.out_dir / "checkpoints"
-    _refuse_old(checkpoints)
-    resume = resume and bool(list_checkpoints(checkpoints))
+    resume = resume and bool(list_checkpoints(recipe.out_dir / "checkpoints"))
     if not resume and state.is_main_process:
-        _clear(recipe, checkpoints, overwrite)
+        _clear(recipe.out_dir, overwrite)
     state.wait_for_everyone()
     set_seed(recipe.run.seed)
-    clock = Clock(recipe.optim.max_minutes)
-    trainer = build_trainer(recipe, state, clock, divided=divided and state.num_processes > 1, quiet=quiet)
-    steps = recipe.optim.accumulate * trainer.tokens_per_batch * state.num_processes
-    with (
-        _Signals() as signals,
-        RunLog(recipe, steps, resume=resume, main=state.is_main_process, quiet=quiet, clock=clock) as told,
-    ):
-        told.say(_about(trainer, recipe))
-        for callback in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
-        for each in (_Ends(recipe, trainer, signals, clock), told):
-            trainer.add_callback(each)
-        if recipe.eval.patience:
-            trainer.add_callback(EarlyStoppingCallback(recipe.eval.patience))
+    trainer = build_trainer(recipe, state, divided=divided and state.num_processes > 1, quiet=quiet)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    if recipe.eval.patience:
+        trainer.add_callback(EarlyStoppingCallback(recipe.eval.patience))
+    silent = quiet or not state.is_main_process
+    progress = Progress(f"{recipe.task} {recipe.run.name}", unit="steps", quiet=silent)
+    with _signals() as caught, progress:
+        progress.say(_about(trainer, recipe))
+        run = _Run(recipe, trainer, progress, caught, resume=resume)
+        trainer.add_callback(run)
         trainer.train(resume_from_checkpoint=resume or None)
-        finished = not signals.stopped
-        model_dir = recipe.out_dir / "final" if finished else None
+        model_dir = None if run.stopped else recipe.out_dir / "final"
         if model_dir is not None:
             trainer.save_model(str(model_dir))
         state.wait_for_everyone()
         step = trainer.state.global_step
-        took = f"{step:,} steps, {step * steps:,} tokens, {told.took()}"
-        told.say(f"finished: {took}; model in {model_dir}" if finished else
-                 f"stopped by a signal: {took}; checkpoint saved, go on with --resume")  # fmt: skip
+        tokens = step * run.tokens_per_step
+        took = f"{step:,} steps, {tokens:,} tokens, {shown(trainer.seconds)}"
+        progress.say(f"finished: {took}; model in {model_dir}" if model_dir else
+                     f"stopped by a signal: {took}; checkpoint saved, go on with --resume")  # fmt: skip
     return TrainResult(
-        recipe.out_dir, model_dir, step, step * steps, clock.seconds, told.losses, told.evaluation,
-        state.is_main_process,
-    )  # fmt: skip
+        recipe.out_dir, model_dir, step, tokens, trainer.seconds, run.losses, run.evaluation, state.is_main_process
+    )
 
 
-def build_trainer(
-    recipe: Recipe, state: PartialState, clock: Clock, *, divided: bool = False, quiet: bool = False
-) -> Any:
+def build_trainer(recipe: Recipe, state: PartialState, *, divided: bool = False, quiet: bool = False) -> Any:
     """Tokenizer, token cache, model and trainer of a recipe; the main process makes what others then read."""
+    data, optim, side, backbone = recipe.data, recipe.optim, recipe.sidenet, recipe.backbone
     with state.main_process_first():
         tokenizer = _tokenizer(recipe, state.is_main_process)
         texts = tokenize(recipe.train_source(), tokenizer, recipe.cache_dir)
         source = recipe.valid_source()
-        valid: TokenCorpus | None = tokenize(source, tokenizer, recipe.cache_dir) if source else None
-    if recipe.backbone.device_map is not None and state.num_processes > 1:
+        valid = tokenize(source, tokenizer, recipe.cache_dir) if source else None
+    if backbone.device_map is not None and state.num_processes > 1:
         raise ConfigError(
-            f"backbone.device_map ({recipe.backbone.device_map!r}) spreads one process over all devices, and there "
-            f"are {state.num_processes} processes; start one, or leave it away"
+            f"backbone.device_map ({backbone.device_map!r}) spreads one process over all devices, and there are "
+            f"{state.num_processes} processes; start one, or leave it away"
         )
     model: Any = build_model(recipe, tokenizer, state.device)
     check_tokenizer(tokenizer, model, way_out="leave data.tokenizer out, or name the backbone's")
-    args = arguments(recipe, state.device)
-    data, optim, side = recipe.data, recipe.optim, recipe.sidenet
+    args = _arguments(recipe, state)
     now = recipe.model_dump(mode="json", exclude={"data": {"cache_dir"}})
     same = {f"{section}.{name}": value for section in SAME_TO_RESUME for name, value in now[section].items()}
-    same |= {"task": recipe.task, "method": recipe.method}
     common: dict[str, Any] = {
         "optim": optim,
-        "clock": clock,
-        "same": same,
+        "same": same | {"task": recipe.task, "method": recipe.method},
         "tokenizer": tokenizer,
         "divided": divided,
         # what is quantised or spread has been put in its place
-        "placed": recipe.backbone.quantised is not None or recipe.backbone.device_map is not None,
+        "placed": backbone.quantised is not None or backbone.device_map is not None,
         "eval_tokens": recipe.eval.tokens,
         "quiet": quiet or not state.is_main_process,
     }
@@ -149,42 +141,38 @@ def build_trainer(
             repeat_random=data.repeat_random, rank=state.process_index, world=state.num_processes,
             special_ids=3 if data.tokenizer is None else 0, vocab_size=len(tokenizer),
         )  # fmt: skip
-        trainer: Any = Pretrainer(model, args, sampler=sampler, valid=valid, copy=recipe.eval.copy_score, **common)
-    else:
-        halved = args.bf16 and state.device.type != "cpu"
-        if recipe.needles.share:
-            common["needles"] = recipe.needles
-        trainer = (NeedleTrainer if recipe.needles.share else LongMemTrainer)(
-            model,
-            args,
-            train_dataset=texts,
-            eval_dataset=valid,
-            window=data.window,
-            memory=side.memory,
-            memory_size=side.memory_size,
-            memory_dtype=storage_dtype(side.memory_dtype) or (torch.bfloat16 if halved else torch.float32),
-            shared=side.shared,
-            boundary=side.boundary,
-            piece_tokens=data.piece_tokens,
-            compare=True,
-            **common,
-        )
-    trainer.tokens_per_batch = round(_tokens_per_batch(recipe))
-    return trainer
+        return Pretrainer(model, args, sampler=sampler, valid=valid, copy=recipe.eval.copy_score, **common)
+    if recipe.needles.share:
+        common["needles"] = recipe.needles
+    halved = args.bf16 and state.device.type != "cpu"
+    return (NeedleTrainer if recipe.needles.share else LongMemTrainer)(
+        model,
+        args,
+        train_dataset=texts,
+        eval_dataset=valid,
+        window=data.window,
+        memory=side.memory,
+        memory_size=side.memory_size,
+        memory_dtype=named_dtype(side.memory_dtype) or (torch.bfloat16 if halved else torch.float32),
+        shared=side.shared,
+        boundary=side.boundary,
+        piece_tokens=data.piece_tokens,
+        compare=True,
+        **common,
+    )
 
 
-def _tokens_per_batch(recipe: Recipe) -> float:
-    """Of needles on average: questions have no fixed length."""
-    needles, text = recipe.needles, recipe.optim.rows * recipe.data.window
-    return needles.share * 2 * needles.rows * needles.context + (1 - needles.share) * text
+def _tokens_per_step(recipe: Recipe, state: PartialState) -> int:
+    """Of all rows and processes; with needles on average, because questions have no fixed length."""
+    needles, optim = recipe.needles, recipe.optim
+    asked, text = 2 * needles.rows * needles.context, optim.rows * recipe.data.window
+    return round(needles.share * asked + (1 - needles.share) * text) * optim.accumulate * int(state.num_processes)
 
 
-def arguments(recipe: Recipe, device: torch.device) -> TrainingArguments:
+def _arguments(recipe: Recipe, state: PartialState) -> TrainingArguments:
     """What Trainer is told."""
     optim, evaluation, saving = recipe.optim, recipe.eval, recipe.checkpoint
-    step = round(_tokens_per_batch(recipe) * optim.accumulate * PartialState().num_processes)
-    # a run by the clock has no number of steps
-    steps = optim.steps or (-(-optim.tokens // step) if optim.tokens else 10**9)
+    steps = optim.steps or (-(-optim.tokens // _tokens_per_step(recipe, state)) if optim.tokens else ENDLESS)
     if recipe.log.tensorboard:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.out_dir / "tensorboard")
     return TrainingArguments(
@@ -194,7 +182,7 @@ def arguments(recipe: Recipe, device: torch.device) -> TrainingArguments:
         per_device_eval_batch_size=evaluation.rows,
         gradient_accumulation_steps=optim.accumulate,
         max_grad_norm=optim.clip,
-        bf16=runs_bf16(optim.precision, device),
+        bf16=runs_bf16(optim.precision, state.device),
         torch_compile=optim.compile,
         seed=recipe.run.seed,
         logging_steps=recipe.log.every,
@@ -208,72 +196,137 @@ def arguments(recipe: Recipe, device: torch.device) -> TrainingArguments:
         greater_is_better=False,
         log_level="warning",
         report_to=["tensorboard"] if recipe.log.tensorboard else [],
-        use_cpu=device.type == "cpu",
+        use_cpu=state.device.type == "cpu",
         disable_tqdm=True,
     )
 
 
-class _Ends(TrainerCallback):
-    """Ends a run by the clock or a signal, and has its last step logged, measured and saved."""
+class _Run(TrainerCallback):
+    """Ends a run by the clock or a signal, and tells how it goes.
 
-    def __init__(self, recipe: Recipe, trainer: StreamTrainer, signals: _Signals, clock: Clock) -> None:
-        self.recipe, self.trainer, self.signals, self.clock = recipe, trainer, signals, clock
+    The main process writes ``metrics.jsonl``, a record for each log step and evaluation, and a line for each on stderr;
+    with ``resume`` the records of the steps before are kept.
+    """
+
+    def __init__(
+        self, recipe: Recipe, trainer: StreamTrainer, progress: Progress, caught: list[int], *, resume: bool
+    ) -> None:
+        self.recipe, self.trainer, self.progress, self.caught, self.resume = recipe, trainer, progress, caught, resume
+        self.main, self.path = trainer.is_world_process_zero(), recipe.out_dir / "metrics.jsonl"
+        self.tokens_per_step = _tokens_per_step(recipe, PartialState())
         self.evaluates = recipe.valid_source() is not None or (recipe.task == "pretrain" and recipe.eval.copy_score)
+        self.stopped = False
+        self.losses: list[float] = []
+        self.evaluation: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.clock.start()
+        step, kept = state.global_step, []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.resume and self.path.exists() else []:
+            with suppress(ValueError, KeyError):  # a line that a crash cut in half
+                if (record := json.loads(line))["step"] <= step:
+                    kept.append(line + "\n")
+                    if record["kind"] == "eval":  # the last one still
+                        self.evaluation = {k: v for k, v in record.items() if k not in ("kind", "step", "tokens")}
+        if self.main:
+            self.path.write_text("".join(kept), encoding="utf-8")
+        if self.resume:
+            self.progress.say(f"resumed at step {step:,}, {step * self.tokens_per_step:,} tokens")
+        self.progress.total = None if state.max_steps >= ENDLESS else state.max_steps
+        self.progress.done = self.progress._before = step
+        self.since = (step, self.trainer.seconds)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        self.clock.tick()
-        over = control.should_training_stop or self.clock.done() >= 1
-        self.signals.stopped = not over and agreed(self.signals.caught)
-        if over or self.signals.stopped:
+        self.trainer.tick()
+        over = control.should_training_stop or self.trainer.time_used() >= 1
+        self.stopped = not over and agreed(bool(self.caught))
+        if over or self.stopped:
             control.should_training_stop = control.should_log = control.should_save = True
-        if over:
-            control.should_evaluate = True
-        control.should_evaluate = control.should_evaluate and self.evaluates
+        control.should_evaluate = self.evaluates and (over or control.should_evaluate)
+        self.progress.advance()
         return control
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        loss, step, seconds, optim = logs["loss"], state.global_step, self.trainer.seconds, self.recipe.optim
+        if not math.isfinite(loss) and "practice_loss" not in logs:
+            raise ConfigError(
+                f"the loss is {loss} at step {step}; lower optim.lr ({optim.lr:g}), lengthen optim.warmup "
+                f"({optim.warmup:g}) or set optim.precision = 'fp32'"
+            )
+        self.losses.append(loss)
+        tokens = (step - self.since[0]) * self.tokens_per_step
+        speed, self.since = tokens / max(seconds - self.since[1], 1e-9), (step, seconds)
+        ours = {"seconds": round(seconds, 2), "loss": loss, "perplexity": _perplexity(loss)}
+        ours |= {"lr": logs["learning_rate"], "grad_norm": logs["grad_norm"], "tokens_per_second": round(speed, 1)}
+        others = {name: value for name, value in logs.items() if name not in ("loss", "learning_rate", "grad_norm")}
+        self._record("train", step, ours | others)
 
-class _Signals:
-    """SIGINT and SIGTERM ask for an orderly stop; a second one ends at once."""
+        left = seconds / max(step / state.max_steps, self.trainer.time_used(), 1e-9) - seconds
+        parts = [f"step {step:,}" + (f"/{state.max_steps:,}" if state.max_steps < ENDLESS else ""), f"loss {loss:.3f}"]
+        parts += [f"ppl {_perplexity(loss):.2f}"]
+        if "practice_loss" in logs:
+            parts += [f"practice {logs['practice_loss']:.3f}"]
+        if "memory_fill" in logs:
+            shares = logs["share"]
+            parts += [f"memory {logs['memory_fill']:.0%}", f"share {min(shares):.2f} to {max(shares):.2f}"]
+        parts += [f"lr {ours['lr']:.2e}", f"grad {ours['grad_norm']:.2f}", f"{speed:,.0f} tok/s"]
+        self.progress.say(" · ".join([*parts, f"{shown(max(0.0, left))} left"]))
 
-    def __init__(self) -> None:
-        self.caught = self.stopped = False
-        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **_: Any) -> None:
+        self.evaluation = {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()}
+        self._record("eval", state.global_step, self.evaluation)
+        parts = [f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
+                 if not name.startswith("loss") else f"{name} {value:.4f} (ppl {_perplexity(value):.3f})"
+                 for name, value in self.evaluation.items()]  # fmt: skip
+        self.progress.say(f"step {state.global_step:,} · valid · " + " · ".join(parts))
 
-    def __enter__(self) -> Self:
-        with suppress(ValueError):  # not the main thread: signals are someone else's
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._on_signal)
-        return self
+    def _record(self, kind: str, step: int, record: dict[str, Any]) -> None:
+        if self.main:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(
+                    json.dumps({"kind": kind, "step": step, "tokens": step * self.tokens_per_step} | record) + "\n"
+                )
 
-    def __exit__(self, *_: object) -> None:
-        self._restore()
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The SIGINT and SIGTERM that were caught: they ask for an orderly stop; a second one ends at once."""
+    caught: list[int] = []
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
             signal.signal(number, handler)
-        self._before = {}
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.caught = True
-        self._restore()
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        restore()
+
+    with suppress(ValueError):  # not the main thread: signals are someone else's
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, on_signal)
+    try:
+        yield caught
+    finally:
+        restore()
 
 
-def _about(trainer: StreamTrainer, recipe: Recipe) -> str:
+def _about(trainer: Any, recipe: Recipe) -> str:
     count = f"{sum(weight.numel() for _, weight in trainer.trained()):,} parameters"
-    stream = trainer.stream
-    text = f"{stream.corpus.num_tokens:,} tokens of {len(stream.corpus):,} documents"
+    text = f"{trainer.stream.corpus.num_tokens:,} tokens of {len(trainer.stream.corpus):,} documents"
     if recipe.task == "pretrain":
         return f"pre-training {count} on {text}"
-    model: Any = trainer
-    layers = ", ".join(map(str, model.longmem.memory_layers))
+    layers = ", ".join(map(str, trainer.longmem.memory_layers))
     memory = f"memory of layer {layers}" if recipe.sidenet.memory else "no memory (control)"
     what = "training a MemTRM" if recipe.method == "memtrm" else "adapting a SideNet"
     needles = recipe.needles
     asked = f"; {needles.share:.0%} of the steps ask {needles.rows} times for {', '.join(needles.kinds)}"
-    return f"{what} of {count}, {memory}, on {text}, {len(stream.pieces):,} texts" + asked * bool(needles.share)
+    return f"{what} of {count}, {memory}, on {text}, {len(trainer.stream.pieces):,} texts" + asked * bool(needles.share)
 
 
 def _tokenizer(recipe: Recipe, main: bool) -> Any:
@@ -289,21 +342,12 @@ def _tokenizer(recipe: Recipe, main: bool) -> Any:
     return load_tokenizer(folder)
 
 
-def _clear(recipe: Recipe, checkpoints: Path, overwrite: bool) -> None:
+def _clear(out: Path, overwrite: bool) -> None:
     """Make the run's folder, without an earlier run in it."""
-    out = recipe.out_dir
-    earlier = [path for path in (checkpoints, out / "final") if path.is_dir() and any(path.iterdir())]
+    earlier = [path for path in (out / "checkpoints", out / "final") if path.is_dir() and any(path.iterdir())]
     if earlier and not overwrite:
         ways = "add --resume to go on, --overwrite to remove it, or set run.name"
         raise ConfigError(f"{out}: holds an earlier run; {ways}")
     for path in (*earlier, out / "tokenizer"):
         shutil.rmtree(path, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-
-
-def _refuse_old(checkpoints: Path) -> None:
-    if any(checkpoints.glob("step-*")) and not list_checkpoints(checkpoints):
-        raise CheckpointError(
-            f"{checkpoints}: checkpoints of an earlier version (tag house-before), which cannot be resumed here; "
-            "finish the run with that version, or --overwrite it"
-        )

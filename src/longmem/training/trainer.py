@@ -1,12 +1,17 @@
 """``StreamTrainer``: transformers.Trainer whose batches come one after the other, from a place that is saved.
 
 Trainer's own are the loop, accumulation, precision, DDP, callbacks, logging and the choice of the best model. Changed
-are the order of the data, the optimiser of recipes, FSDP2 layer by layer, and checkpoints: complete or absent, with
-the place in the text.
+are the order of the data, the optimiser of recipes, FSDP2 layer by layer, and checkpoints.
+
+A folder is a checkpoint once ``complete.json`` is in it, which is written when all other bytes are on the disk: a crash
+leaves the checkpoint before or the one after. Damage is found before anything is read. Not promised: that a disk which
+lies about ``fsync`` keeps it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import time
@@ -19,18 +24,23 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, reduce
-from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from longmem.data.windows import IGNORE
+from longmem.data.stream import IGNORE
 from longmem.errors import CheckpointError, ConfigError, first_line
-from longmem.training.checkpoint import list_checkpoints, publish, saved_weights, verify, way_out
-from longmem.training.optimiser import build_optimiser, lr_share
+from longmem.files import to_disk, whole
+from longmem.training.models import build_optimiser, lr_share, shard, undivided
 from longmem.training.recipe import OptimSection
-from longmem.training.sharding import assign, let_go, load_optimiser_part, optimiser_part, shard, undivided, whole
+
+COMPLETE = "complete.json"
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass
@@ -63,26 +73,6 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return losses.view_as(targets)
 
 
-class Clock:
-    """Wall time of a run over all its parts, which may be limited; every process reads the main one's."""
-
-    def __init__(self, minutes: float | None = None) -> None:
-        self.minutes, self.seconds, self._since = minutes, 0.0, time.monotonic()
-
-    def start(self) -> None:
-        """Go on from ``seconds`` now."""
-        self._since = time.monotonic()
-
-    def tick(self) -> None:
-        """Read the time, in all processes at once."""
-        now = time.monotonic()
-        self.seconds, self._since = agreed(self.seconds + now - self._since), now
-
-    def done(self) -> float:
-        """Share of the minutes that are over."""
-        return self.seconds / 60 / self.minutes if self.minutes else 0.0
-
-
 def agreed(value: Any) -> Any:
     """The main process's value in all processes."""
     return value if PartialState().num_processes == 1 else broadcast_object_list([value])[0]
@@ -98,10 +88,9 @@ class StreamTrainer(Trainer):
         model: whose parameters with ``requires_grad`` are trained.
         args: as ever; ``max_steps`` must be set.
         optim: optimiser and schedule of a recipe; None takes those of ``args``.
-        clock: of the run; a checkpoint keeps its ``seconds``.
         same: what a checkpoint must agree with to be resumed from, by name.
         tokenizer: saved with the model.
-        divided: FSDP2, see ``sharding``.
+        divided: FSDP2, see ``shard``.
         placed: the model's parts are where they belong.
         **trainer: further arguments of ``Trainer``.
 
@@ -109,7 +98,8 @@ class StreamTrainer(Trainer):
         ConfigError: arguments that would tear texts out of their order; all of them are listed.
     """
 
-    stream: Any
+    model: Any
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -118,15 +108,13 @@ class StreamTrainer(Trainer):
         *,
         stream: Any,
         optim: OptimSection | None = None,
-        clock: Clock | None = None,
         same: Mapping[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         divided: bool = False,
         placed: bool = False,
         **trainer: Any,
     ) -> None:
-        if problems := _problems(args, trainer):
-            raise ConfigError(problems)
+        _refuse(args, trainer)
         # the place in the text is ours to restore, and so is what happens between processes
         args.ignore_data_skip, args.use_cache, args.logging_nan_inf_filter = True, True, False
         args.ddp_find_unused_parameters = args.ddp_broadcast_buffers = False
@@ -134,15 +122,14 @@ class StreamTrainer(Trainer):
             shard(model, torch.bfloat16 if args.bf16 else None)
         self._placed = divided or placed
         # without a dataset Trainer takes evaluation for a mistake
-        trainer.setdefault("eval_dataset", [])
-        super().__init__(model=model, args=args, **trainer)
+        super().__init__(model=model, args=args, **{"eval_dataset": [], **trainer})
         # says that the model has its place and reduces its gradients itself
         self.is_distributed_loading_by_transformers = divided
-        self.stream, self.optim, self.tokenizer, self.divided = stream, optim, tokenizer, divided
+        self.stream, self.tokenizer, self.divided = stream, tokenizer, divided
+        self.optim: Any = optim
         self.same = {"processes": args.world_size, "rows": args.per_device_train_batch_size, **(same or {})}
-        self.clock = clock or Clock()
         self.scores, self.practice = Scores(), Scores()
-        self.writing: Path | None = None
+        self.seconds, self._since = 0.0, time.monotonic()
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not self._placed:
@@ -194,19 +181,18 @@ class StreamTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """That of the recipe: the rate in the middle of each step's slice of the run, so that no step has rate 0."""
+        """That of the recipe."""
         if self.optim is None:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            optim, self._created_lr_scheduler = self.optim, True
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                self.create_optimizer(), lambda step: lr_share(optim, self._done(step))
-            )
+            self._created_lr_scheduler = True
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.create_optimizer(), self._rate)
         return self.lr_scheduler
 
-    def _done(self, step: int) -> float:
-        assert self.optim is not None
-        return self.clock.done() if self.optim.schedule_by == "time" else (step + 0.5) / self.args.max_steps
+    def _rate(self, step: int) -> float:
+        """The rate in the middle of a step's slice of the run, so that no step has rate 0."""
+        by_time = self.optim.schedule_by == "time"
+        return lr_share(self.optim, self.time_used() if by_time else (step + 0.5) / self.args.max_steps)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         return undivided(super()._get_grad_norm(model, grad_norm))  # type: ignore[no-untyped-call]
@@ -214,6 +200,17 @@ class StreamTrainer(Trainer):
     def _defer_fsdp_gradient_reduction(self) -> Any:
         # divided gradients are added up reduced: a whole one for every layer may not fit
         return nullcontext()
+
+    # wall time, over all parts of a run; every process reads the main one's
+
+    def tick(self) -> None:
+        """Read the clock, in all processes at once."""
+        now = time.monotonic()
+        self.seconds, self._since = agreed(self.seconds + now - self._since), now
+
+    def time_used(self) -> float:
+        """Share of the recipe's minutes that are over; 0 where there is no such limit."""
+        return self.seconds / 60 / self.optim.max_minutes if self.optim and self.optim.max_minutes else 0.0
 
     # what is said
 
@@ -226,8 +223,6 @@ class StreamTrainer(Trainer):
             logs["loss"] = text.mean if text.count else practice.mean
             if practice.count:
                 logs["practice_loss"] = practice.mean
-            if isinstance(logs.get("grad_norm"), Tensor):
-                logs["grad_norm"] = float(logs["grad_norm"])
             logs |= self.status()
         self.state.epoch = round(self.stream.epoch, 4)
         super().log(logs, *args, **kwargs)
@@ -238,9 +233,10 @@ class StreamTrainer(Trainer):
 
     def told(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Metrics of an evaluation, after everyone who listens has heard them."""
-        model: Any = self.model
-        let_go(model)
-        model.train()
+        for part in self.model.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()  # a forward without backward leaves units gathered
+        self.model.train()
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -249,11 +245,12 @@ class StreamTrainer(Trainer):
 
     def own_state(self) -> dict[str, Any]:
         """Of this process, beside what Trainer saves."""
-        return {"stream": self.stream.state_dict(), "same": self.same, "seconds": self.clock.seconds}
+        return {"stream": self.stream.state_dict(), "same": self.same, "seconds": self.seconds}
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``own_state`` gave."""
         self.stream.load_state_dict(state["stream"])
-        self.clock.seconds = state["seconds"]
+        self.seconds = state["seconds"]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ever; ``True`` takes the newest checkpoint.
@@ -269,41 +266,33 @@ class StreamTrainer(Trainer):
         if resume_from_checkpoint:
             verify(Path(str(resume_from_checkpoint)))
             self._own = self._read_own(Path(str(resume_from_checkpoint)))
+        self._since = time.monotonic()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.writing or self.args.output_dir)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Written under another name, made durable and renamed: a crash leaves the one before or the one after."""
-        run, main = Path(str(self.args.output_dir)), self.args.should_save
-        final = run / f"checkpoint-{self.state.global_step}"
-        self.writing = run / ".writing"
+        args, main = self.args, self.args.should_save
+        folder = Path(str(args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if main:
-            shutil.rmtree(self.writing, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)  # what a crash left
         self.accelerator.wait_for_everyone()
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.state.best_global_step:
-                self.state.best_model_checkpoint = str(run / f"checkpoint-{self.state.best_global_step}")
-            if main:
-                self.state.save_to_json(str(self.writing / final.name / "trainer_state.json"))
-                publish(self.writing / final.name, final)
-                rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
-                shutil.rmtree(self.writing, ignore_errors=True)
-        finally:
-            self.writing = None
+        # older ones go once this one is complete
+        limit, args.save_total_limit = args.save_total_limit, None
+        super()._save_checkpoint(model, trial)
+        args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if main:
+            complete(folder)
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        weights = whole(self.trained(), keep=self.args.should_save)
+        weights = ((name, undivided(weight.detach())) for name, weight in self.trained())  # in all processes
+        kept = {name: weight.cpu() for name, weight in weights if self.args.should_save}
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            self.save_weights(folder, weights)
-            tokenizer = self.tokenizer or self.processing_class
-            if tokenizer is not None:
+            self.save_weights(folder, kept)
+            if (tokenizer := self.tokenizer or self.processing_class) is not None:
                 tokenizer.save_pretrained(str(folder))
 
     def save_weights(self, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -312,32 +301,40 @@ class StreamTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        part = self.own_state() | ({"optimiser": optimiser_part(self.create_optimizer())} if self.divided else {})
-        torch.save(part, Path(output_dir) / self._own_file())
+        torch.save(self.own_state(), Path(output_dir) / self._own_file())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.divided and self.args.should_save:  # every process writes its own part
-            (Path(output_dir) / "optimizer.pt").unlink()
+        if self.divided:
+            state = get_optimizer_state_dict(self.model, self.create_optimizer(), options=_FULL)
+            if self.args.should_save:
+                torch.save(state, Path(output_dir) / "optimizer.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         if self.divided:
-            load_optimiser_part(self.create_optimizer(), self._own["optimiser"])
-            scheduler: Any = self.lr_scheduler
-            scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+            optimiser: Any = self.create_optimizer()
+            state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
+            set_optimizer_state_dict(self.model, optimiser.optimizer, state, options=_FULL)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         self.load_own_state(self._own)
 
+    @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         try:
-            assign(self.trained(), saved_weights(folder))
-        except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as problem:
-            raise CheckpointError(
-                f"{folder}: weights of another model ({first_line(problem)}); {way_out(folder)}"
-            ) from problem
+            saved = saved_weights(folder)
+            for name, weight in self.trained():
+                value = saved[name].to(weight.device, weight.dtype)
+                if isinstance(weight, DTensor):  # each process takes its own part, nothing is sent
+                    value = distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None)
+                weight.copy_(value)
+        except (KeyError, RuntimeError) as problem:
+            said = f"weights of another model ({first_line(problem)})"
+            raise CheckpointError(f"{folder}: {said}; {way_out(folder)}") from problem
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
@@ -349,19 +346,15 @@ class StreamTrainer(Trainer):
         return found
 
     def _read_own(self, folder: Path) -> dict[str, Any]:
-        file = folder / self._own_file()
-        if not file.is_file():
+        if not (file := folder / self._own_file()).is_file():
             written = len(list(folder.glob("rank-*-of-*.pt")))
             raise CheckpointError(
                 f"{folder}: written by {written} processes, there are {self.args.world_size}; start as many, each "
                 "keeps the memory of its rows"
             )
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        before = state["same"]
-        changed = [
-            f"{name} was {before.get(name)!r}, is {value!r}" for name, value in self.same.items()
-            if before.get(name) != value
-        ]  # fmt: skip
+        was = state["same"]
+        changed = [f"{n} was {was.get(n)!r}, is {now!r}" for n, now in self.same.items() if was.get(n) != now]
         if changed:
             raise CheckpointError(f"{folder}: of another run: {'; '.join(changed)}; undo that, or train anew")
         return state
@@ -370,37 +363,88 @@ class StreamTrainer(Trainer):
         return f"rank-{self.args.process_index}-of-{self.args.world_size}.pt"
 
 
+@dataclass
 class _Batches:
     """The batches of a trainer for Trainer's loop."""
 
-    def __init__(self, trainer: StreamTrainer) -> None:
-        self._trainer = trainer
+    trainer: StreamTrainer
 
     def __len__(self) -> int:
-        return self._trainer.args.max_steps * self._trainer.args.gradient_accumulation_steps
+        return self.trainer.args.max_steps * self.trainer.args.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[Any]:
         while True:
-            yield self._trainer.next_batch()
+            yield self.trainer.next_batch()
 
 
-def _problems(args: TrainingArguments, trainer: Mapping[str, Any]) -> list[str]:
+def _refuse(args: TrainingArguments, given: Mapping[str, Any]) -> None:
     """What would tear rows out of their order, or is not done here, one line each."""
-    found = []
-    if args.max_steps <= 0:
-        found.append("max_steps is not set; a stream of texts has no end by itself")
-    if args.n_gpu > 1:
-        found.append(
-            f"one process sees {args.n_gpu} GPUs and would copy the model to each in every step; start a process for "
-            "each: accelerate launch, or torchrun"
-        )
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        found.append("args.fsdp gives all layers one dtype; use `longmem train` with optim.parallel = 'fsdp'")
-    if args.deepspeed:
-        found.append("deepspeed knows nothing of a model inside of another; use DDP, or `longmem train` for FSDP2")
-    if args.auto_find_batch_size:
-        found.append("auto_find_batch_size would change the rows, and so whose memory is whose; set it to False")
-    for name in ("model_init", "compute_loss_func", "compute_metrics", "data_collator"):
-        if trainer.get(name) is not None:
-            found.append(f"{name} is not taken here; override compute_loss or evaluate")
-    return found
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    rules = [
+        (args.max_steps <= 0, "max_steps is not set; a stream of texts has no end by itself"),
+        (args.n_gpu > 1, f"one process sees {args.n_gpu} GPUs; start one for each: accelerate launch, or torchrun"),
+        (args.fsdp or launched, "args.fsdp gives all layers one dtype; use `longmem train`, optim.parallel = 'fsdp'"),
+        (args.deepspeed, "deepspeed cannot wrap a model inside of another; use DDP, or `longmem train` for FSDP2"),
+        (args.auto_find_batch_size, "auto_find_batch_size would change the rows; set it to False"),
+    ]
+    names = ("model_init", "compute_loss_func", "compute_metrics", "data_collator")
+    rules += [(given.get(name), f"{name} is not taken here; override compute_loss or evaluate") for name in names]
+    if problems := [problem for broken, problem in rules if broken]:
+        raise ConfigError(problems)
+
+
+# folders of checkpoints
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Those that are complete, oldest first."""
+    found = [file.parent for file in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def complete(folder: Path) -> None:
+    """Write ``complete.json``, the SHA-256 of each file, once all bytes are on the disk."""
+    inside = sorted(folder.rglob("*"))
+    for path in [*inside, folder, folder.parent]:
+        to_disk(path)
+    with whole(folder / COMPLETE) as part:
+        part.write_text(json.dumps({str(p.relative_to(folder)): _hash(p) for p in inside if p.is_file()}, indent=1))
+        to_disk(part)
+    to_disk(folder)
+
+
+def verify(folder: Path) -> None:
+    """Read a checkpoint through."""
+    try:
+        hashes = json.loads((folder / COMPLETE).read_text())
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(f"{folder}: {COMPLETE} is missing or damaged; {way_out(folder)}") from problem
+    for name, known in hashes.items():
+        # earlier versions wrote the size too
+        if not (folder / name).is_file() or _hash(folder / name) != (known if isinstance(known, str) else known[1]):
+            raise CheckpointError(f"{folder / name}: is not what was written; {way_out(folder)}")
+
+
+def saved_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights in a checkpoint, by their names in the model."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return load_file(folder / "model.safetensors")
+    weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    files = {name: load_file(folder / name) for name in set(weight_map.values())}
+    # a SideNet's files, and a backbone's in a folder of its own, leave the first part of the names away
+    return {
+        name: files[file][name.removeprefix("sidenet.").removeprefix("backbone.model.")]
+        for name, file in weight_map.items()
+    }
+
+
+def way_out(folder: Path) -> str:
+    """What to do about a checkpoint that is of no use."""
+    others = [other.name for other in list_checkpoints(folder.parent) if other != folder]
+    return f"delete {folder.name} to resume from {others[-1]}" if others else f"delete {folder.name} to begin anew"
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
