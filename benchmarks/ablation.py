@@ -28,8 +28,13 @@ from torch import Tensor, nn
 from longmem import LongMem, MemoryBank
 from longmem.data.text import TextSource, read_documents
 from longmem.errors import CheckpointError, ConfigError
-from longmem.evaluation.documents import TokenizedDocument, tokenize_documents
-from longmem.evaluation.loading import checkpoint_folder, load_comparison, load_tokenizer
+from longmem.evaluation.loading import (
+    TokenizedDocument,
+    checkpoint_folder,
+    load_comparison,
+    load_tokenizer,
+    tokenize_documents,
+)
 from longmem.evaluation.perplexity import PerplexitySettings, measure, scores
 from longmem.evaluation.results import Bootstrap, Ledger, RunHeader, as_json, to_json, write_json
 from longmem.evaluation.systems import BACKBONE, MEMORY_OFF, Comparison, System
@@ -299,7 +304,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         raise ConfigError(f"{given.model}: no LongMem checkpoint; ablations change the settings of one")
     tokenizer = load_tokenizer(loaded.tokenizer, loaded.comparison.model)
     settings = PerplexitySettings(
-        window=given.window or loaded.default_window(),
+        window=given.window or loaded.window,
         protocols=tuple(given.protocols.split(",")),
         rows=given.rows,
         bootstrap=Bootstrap(resamples=given.resamples),

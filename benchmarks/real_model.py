@@ -260,8 +260,7 @@ def retrieved(arguments: list[str], folder: Path) -> None:
     import torch
 
     from longmem.data.text import TextSource, read_documents
-    from longmem.evaluation.documents import tokenize_documents
-    from longmem.evaluation.loading import load_tokenizer
+    from longmem.evaluation.loading import load_tokenizer, tokenize_documents
     from longmem.evaluation.results import write_json
     from longmem.modeling.loading import load_backbone
     from longmem.store.recall import PlainTexts, Recall

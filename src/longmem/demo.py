@@ -12,15 +12,13 @@ from typing import Any
 import torch
 
 from longmem.chat import keep, reply
-from longmem.data.text import Document, package_text, read_documents
+from longmem.data.text import Document, numbered, package_text, read_documents
 from longmem.data.told import told_session
 from longmem.default_model import default_model, shipped
 from longmem.errors import BackboneError, DataError
-from longmem.evaluation.documents import tokenize_documents
-from longmem.evaluation.loading import has_memory, load_comparison, load_tokenizer
+from longmem.evaluation.loading import load_comparison, load_tokenizer, tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.results import write_json
-from longmem.evaluation.task import numbered
 from longmem.generation.page import ReadToken, log_probabilities, page, read_tokens, reading_at
 from longmem.progress import track
 from longmem.store import MemoryStore
@@ -143,7 +141,7 @@ def run_demo(
     named = named[:1] if large and not texts else named
     most = max_tokens or (REAL_TOKENS if large else MAX_TOKENS)
     sizes = MEMORY_SIZES[-1:] if large else MEMORY_SIZES
-    loaded = load_comparison(path, backbone=backbone, memory_sizes=sizes if has_memory(path) else None)
+    loaded = load_comparison(path, backbone=backbone, default_sizes=sizes)
     reader: Any = next((each.reader for each in reversed(loaded.comparison.systems) if each.reader is not None), None)
     if reader is None:
         raise DataError(f"{loaded.model} reads no memory; name the folder of a LongMem with --model")
@@ -168,7 +166,7 @@ def run_demo(
         loaded.comparison,
         documents,
         # segments would take the text before each of them from the backbone, and flatter the memory
-        PerplexitySettings(window=loaded.default_window(), protocols=("sliding",)),
+        PerplexitySettings(window=loaded.window, protocols=("sliding",)),
         command="longmem demo",
         config={"model": loaded.model, "texts": [text.id for text in kept], "max_tokens": most},
     )

@@ -13,7 +13,7 @@ from benchmarks.ablation import ablate, main, varied
 from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, CheckpointError, ConfigError, LongMem
 from longmem.data.text import Document
 from longmem.data.tokens import train_tokenizer
-from longmem.evaluation.documents import TokenizedDocument, tokenize_documents
+from longmem.evaluation.loading import TokenizedDocument, tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.results import Bootstrap
 from longmem.evaluation.systems import Comparison

@@ -9,7 +9,7 @@ import torch
 from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemTRM, TrainingFree
 from longmem.data.text import Document
 from longmem.data.tokens import train_tokenizer
-from longmem.evaluation.documents import TokenizedDocument, tokenize_documents
+from longmem.evaluation.loading import TokenizedDocument, tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings
 from longmem.evaluation.results import Bootstrap
 from longmem.evaluation.systems import Comparison

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from tests.family_table import V, make_backbone
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from longmem import LongMem, MemoryBank
 from longmem.errors import ConfigError
-from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, askers
+from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, askers, encode_after, start_tokens
 from longmem.evaluation.systems import Comparison
 
 WINDOW = 16
@@ -154,3 +156,15 @@ def test_every_system_and_the_full_context_is_asked(model: LongMem) -> None:
         askers(Comparison.of_longmem(model, [16]), TOKENIZER, window=WINDOW, full_context=8)
     with pytest.raises(ConfigError, match="at most the backbone's positions"):
         askers(Comparison.of_longmem(model, [16]), TOKENIZER, window=WINDOW, full_context=1 << 20)
+
+
+def test_tokens_are_those_of_the_joined_text(byte_tokenizer: Any) -> None:
+    assert encode_after(byte_tokenizer, ".", [" ab", ""]) == [tuple(byte_tokenizer(" ab")["input_ids"]), ()]
+    assert start_tokens(byte_tokenizer) == ()
+    # like Llama's: a space sign stands before every text, and so must be none where a text goes on
+    vocabulary = {token: number for number, token in enumerate("▁ab.")}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    spaced = PreTrainedTokenizerFast(tokenizer_object=inner)
+    assert spaced("ab")["input_ids"] == [0, 1, 2]
+    assert encode_after(spaced, "a.", ["b", " a"]) == [(2,), (0, 1)]

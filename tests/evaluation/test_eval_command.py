@@ -138,10 +138,7 @@ def test_a_wrong_value_is_refused_by_its_option_before_anything_is_read(option: 
         ("--model side --training-free 1.5", "gate (1.5) must be between 0 (memory unread) and 1"),
         ("--model side --training-free backbone", "no training-free settings; --training-free takes a share"),
         ("--model side --training-free 0.1 --training-free 0.10", "training-free 0.1 is compared twice"),
-        (
-            "--model side --memory-sizes 64,17",
-            "memory size (17) must be a multiple of chunk_size (2), 0 is",
-        ),
+        ("--model side --memory-sizes 64,17", "memory size (17) must be a multiple of chunk_size (2), 0 is"),
         ("--model backbone --memory-sizes 64", "is a causal language model by itself"),
         ("--model side --stride 40", "stride (40) must be between 1 and the window (16); try 8"),
         ("--model side --device meta", "device (meta) cannot be used ("),

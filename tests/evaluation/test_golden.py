@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from longmem.data.text import Document
-from longmem.evaluation.documents import tokenize_documents
-from longmem.evaluation.loading import load_comparison, load_tokenizer
+from longmem.evaluation.loading import load_comparison, load_tokenizer, tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.results import Bootstrap
 

@@ -163,18 +163,9 @@ def test_each_window_of_a_rolling_text_has_all_before_it_in_memory(
     whole = [text[:96] for text in texts(made_text)[1:]]  # three windows of 32 bytes, the first after the prefix token
     found = lm.loglikelihood_rolling(requests("loglikelihood_rolling", *((text,) for text in whole)))
     for text, logprob in zip(whole, found, strict=True):
-        tokens = [lm.prefix_token_id, *byte_tokenizer(text)["input_ids"]]
-        bank, expected = MemoryBank.for_model(model, 1, 64), 0.0
-        # the window's first token is the last that was scored before it; what comes before that is read
-        for start, before in ((0, []), (32, tokens[1:32]), (64, tokens[32:64])):
-            if before:
-                bank.add(model.encode(torch.tensor([before])))
-            if start == 64:
-                bank.end_document()
-            with torch.no_grad():
-                logits = model(torch.tensor([tokens[start : start + 32]]), memory=bank).logits[0].log_softmax(-1)
-            expected += logits.gather(1, torch.tensor(tokens[start + 1 : start + 33])[:, None]).sum().item()
-        assert logprob == pytest.approx(expected, abs=1e-3)
+        tokens = byte_tokenizer(text)["input_ids"]
+        windows = ([lm.prefix_token_id, *tokens[:32]], tokens[:64], tokens)
+        assert logprob == pytest.approx(sum(by_hand(model, window, 32, 32) for window in windows), abs=1e-3)
 
 
 @needs_harness

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from longmem.errors import ConfigError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Scored
 from longmem.evaluation.results import Bootstrap, to_json
-from longmem.evaluation.task import Example, Metric, Task, different, drawn, group_scores, numbered, run_task
+from longmem.evaluation.tasks import Example, Metric, Task, drawn, group_scores, run_task
 
 VALUES = {"backbone": [0.0, 0.0, 100.0, 0.0], "memory_off": [0.0, 100.0, 0.0, 0.0], "memory_8": [100.0] * 4}
 
@@ -38,7 +37,7 @@ class OfFour(Task):
     metrics = (Metric("accuracy", "accuracy", "%", chance=50.0),)
     where = (("a", "one"), ("a", "one"), ("b", "two"), ("b", "three"))
 
-    def settings(self) -> dict[str, Any]:
+    def source(self) -> dict[str, Any]:
         return {"of": "four"}
 
     def examples(self) -> list[Example]:
@@ -109,11 +108,7 @@ def test_what_is_equal_is_asked_once_also_under_another_name() -> None:
     assert result["examples"][0]["values"]["memory_8"] == result["examples"][1]["values"]["memory_off"]
 
 
-def test_draws_names_and_lists() -> None:
+def test_draws_of_examples() -> None:
     assert drawn("x", 5, None) == drawn("x", 5, 9) == list(range(5))
     few = drawn("x", 50, 5)
     assert few == drawn("x", 50, 5) == sorted(set(few)) != drawn("y", 50, 5)
-    assert numbered(["a", "a", "a (2)", "a"]) == ["a", "a (2)", "a (2) (2)", "a (3)"]
-    different(shots=(0, 4))
-    with pytest.raises(ConfigError, match=r"one \(4,4\) must be different numbers.*two \(none\)"):
-        different(one=(4, 4), two=())

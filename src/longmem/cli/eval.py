@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from longmem.cli.common import options, token_count
-from longmem.cli.evaluating import MODEL, RUN, load, save_and_show
-from longmem.cli.tasks import COMMANDS
+from longmem.cli.tasks import COMMANDS, MODEL, RUN, load, names, option, save_and_show
+from longmem.errors import ConfigError
 
 
 @click.group()
@@ -17,8 +17,8 @@ def command() -> None:
     """Measure a model on long text."""
 
 
-for _task in COMMANDS:
-    command.add_command(_task)
+for _made in COMMANDS:
+    command.add_command(_made)
 
 
 def _protocols(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
@@ -33,21 +33,17 @@ def _protocols(context: click.Context, parameter: click.Parameter, value: str) -
     "--memory-sizes 1k,8k,64k --group-by-prefix __ --out runs/latex"
 )
 @MODEL
-@click.option("--data", required=True, multiple=True, help="File, folder, .jsonl or archive; may be repeated.")
-@click.option("--include", multiple=True, help="Pattern of the document ids to take; may be repeated.")
-@click.option("--num-documents", type=click.IntRange(min=1), help="Take the first so many documents.")
-@click.option("--max-tokens", type=token_count(2), help="Take the first so many tokens of each document.")
-@click.option("--protocol", callback=_protocols, default="segments,sliding", help="Which, by comma.")
-@click.option("--stride", type=click.IntRange(min=1), help="How far the sliding window moves; default: half of it.")
-@click.option(
-    "--group-by-prefix",
-    "separator",
-    help="Report documents apart by their file name up to this string. Without it they are projects up to __, of which "
-    "intervals draw.",
-)
+@option("--data", required=True, multiple=True, help="File, folder, .jsonl or archive; may be repeated.")
+@option("--include", multiple=True, help="Pattern of the document ids to take; may be repeated.")
+@option("--num-documents", least=1, help="Take the first so many documents.")
+@option("--max-tokens", type=token_count(2), help="Take the first so many tokens of each document.")
+@option("--protocol", callback=_protocols, default="segments,sliding", help="Which, by comma.")
+@option("--stride", least=1, help="How far the sliding window moves; default: half of it.")
+@option("--group-by-prefix", "separator", help="Report documents apart by their file name up to this string. Without "
+         "it they are projects up to __, of which intervals draw.")  # fmt: skip
 @RUN
 @options("seed")
-def perplexity(data: tuple[str, ...], max_tokens: int | None, **shared: Any) -> None:
+def perplexity(data: tuple[str, ...], max_tokens: int | None, **given: Any) -> None:
     """Perplexity with and without memory, segment by segment and under a sliding window.
 
     Every document is streamed from its beginning with an empty memory. Compared on the same tokens: the backbone
@@ -58,36 +54,55 @@ def perplexity(data: tuple[str, ...], max_tokens: int | None, **shared: Any) -> 
     """
     from longmem.data.text import TextSource, read_documents
     from longmem.evaluation import perplexity as evaluation
-    from longmem.evaluation.documents import tokenize_documents
+    from longmem.evaluation.loading import tokenize_documents
     from longmem.evaluation.results import Bootstrap, command_line
 
     # before the model: wrong paths show at once
-    texts = list(islice(read_documents(TextSource(data, include=shared["include"])), shared["num_documents"]))
-    loaded, tokenizer, device = load(shared)
+    texts = list(islice(read_documents(TextSource(data, include=given["include"])), given["num_documents"]))
+    comparison, _, tokenizer, about = load(given)
     settings = evaluation.PerplexitySettings(
-        window=shared["window"] or loaded.default_window(),
-        stride=shared["stride"],
-        protocols=shared["protocol"],
-        rows=shared["rows"],
-        bootstrap=Bootstrap(resamples=shared["resamples"], seed=shared["seed"]),
+        window=about["window"],
+        stride=given["stride"],
+        protocols=given["protocol"],
+        rows=given["rows"],
+        bootstrap=Bootstrap(resamples=given["resamples"], seed=given["seed"]),
     )
-    out = shared["out"]
     result = evaluation.perplexity(
-        loaded.comparison,
-        tokenize_documents(texts, tokenizer, max_tokens=max_tokens, group_separator=shared["separator"]),
+        comparison,
+        tokenize_documents(texts, tokenizer, max_tokens=max_tokens, group_separator=given["separator"]),
         settings,
-        device=device,
-        records=None if out is None else out / "records.jsonl",
+        device=about["device"],
+        records=given["out"] and given["out"] / "records.jsonl",
         command=command_line(),
-        config={name: shared[name] for name in ("control", "memtrm", "dtype", "num_documents")}
-        | {
-            "model": loaded.model,
-            "training_free": list(shared["training_free"]),
-            "tokenizer": loaded.tokenizer,
-            "data": list(data),
-            "include": list(shared["include"]),
-            "max_tokens": max_tokens,
-            "device": device,
-        },
+        config=about | {"data": list(data), "max_tokens": max_tokens},
     )
-    save_and_show(result, shared)
+    save_and_show(result, given)
+
+
+@command.command(epilog="Example: longmem eval harness --model runs/sidenet --tasks sst2,boolq --num-fewshot 60")
+@option("--tasks", required=True, callback=names, help="Names by comma, as lm-evaluation-harness knows them.")
+@option("--include", multiple=True, type=click.Path(exists=True, file_okay=False), help="Folder with further tasks.")
+@option("--num-fewshot", least=0, help="Examples before each question; default: the task's.")
+@option("--limit", least=1, help="Take the first so many documents of each task.")
+@options("seed")
+@MODEL
+@RUN
+def harness(tasks: list[str], include: tuple[str, ...], **given: Any) -> None:
+    """Tasks of lm-evaluation-harness, on the backbone alone, with memory switched off, and with memory.
+
+    The harness cuts off the beginning of contexts that do not fit the window. With memory it is read instead, into a
+    memory that belongs to the request alone: try more examples (--num-fewshot) than fit. Needs
+    pip install 'longmem-lm[eval]'.
+    """
+    try:
+        from longmem.evaluation.harness import harness as evaluate
+    except ImportError as problem:
+        if (problem.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise ConfigError("lm-evaluation-harness is not installed; pip install 'longmem-lm[eval]'") from problem
+    from longmem.evaluation.results import command_line
+
+    _, askers, _, about = load(given)
+    settings = {name: given[name] for name in ("num_fewshot", "limit", "seed", "resamples")}
+    result = evaluate(askers, tasks, include=include, **settings, command=command_line(), config=about)
+    save_and_show(result, given)

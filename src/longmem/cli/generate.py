@@ -196,8 +196,7 @@ def _texts(paths: tuple[str, ...], tokenizer: Any, model: Any) -> dict[str, Tens
     """Token ids of what --read names; of texts that are called the same, all but the first get a number."""
     import torch
 
-    from longmem.data.text import read_documents
-    from longmem.evaluation.task import numbered
+    from longmem.data.text import numbered, read_documents
 
     documents = list(read_documents(paths))
     names = numbered([each.id for each in documents])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from longmem.cli.common import folder_option, options, token_counts
-from longmem.cli.evaluating import save_and_show
+from longmem.cli.tasks import save_and_show
 
 if TYPE_CHECKING:
     from torch import Tensor

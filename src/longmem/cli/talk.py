@@ -214,7 +214,7 @@ def demo(texts: tuple[str, ...], model: str | None, out: Path, seed: int, as_jso
     if as_json:
         shared.print_json(made)
         return
-    from longmem.cli.evaluating import show
+    from longmem.cli.tasks import show
     from longmem.evaluation.tables import tables_of
 
     show(tables_of(made.perplexity)[:1])

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
-from itertools import groupby, islice
+from itertools import chain, count, groupby, islice
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
@@ -107,6 +107,15 @@ class TextSource:
                 with file.open("rb") as stream:
                     digest.update(name.encode() + b"\0" + hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Equal names of documents told apart: ``test.txt``, ``test.txt (2)``."""
+    found: list[str] = []
+    for name in names:
+        more = (f"{name} ({number})" for number in count(2))
+        found.append(next(shown for shown in chain([name], more) if shown not in found))
+    return found
 
 
 def read_documents(paths: TextSource | Iterable[str | Path], **settings: Any) -> Iterator[Document]:

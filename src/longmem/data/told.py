@@ -73,13 +73,13 @@ def told_session(draw: random.Random, count: int, *, held_out: bool = False) -> 
 
 def told_ids(session: Session, tokenizer: Any) -> list[int]:
     """The conversation that told the facts, through the tokenizer's chat template where it has one."""
-    return _ids(tokenizer, _chat(tokenizer, session.messages, answer=False))
+    return _ids(tokenizer, chat_text(tokenizer, session.messages, answer=False))
 
 
 def question_ids(fact: ToldFact, tokenizer: Any, before: Sequence[Message] = ()) -> list[int]:
     """A conversation, after these messages, up to where the fact is to be answered."""
     messages = [*before, {"role": "user", "content": fact.asked}]
-    return _ids(tokenizer, _chat(tokenizer, messages, answer=True))
+    return _ids(tokenizer, chat_text(tokenizer, messages, answer=True))
 
 
 def asked_ids(facts: Sequence[ToldFact], tokenizer: Any, before: Sequence[Message] = ()) -> AskedIds:
@@ -90,7 +90,7 @@ def asked_ids(facts: Sequence[ToldFact], tokenizer: Any, before: Sequence[Messag
     done = ""
     for fact in facts:
         messages.append({"role": "user", "content": fact.asked})
-        prompt = _chat(tokenizer, messages, answer=True)
+        prompt = chat_text(tokenizer, messages, answer=True)
         lead = prompt[len(done) :] + fact.before
         value = fact.value
         if lead.endswith(" ") and not value[0].isdigit():
@@ -100,7 +100,7 @@ def asked_ids(facts: Sequence[ToldFact], tokenizer: Any, before: Sequence[Messag
         ids += _ids(tokenizer, value)
         values.append((first, len(ids)))
         messages.append({"role": "assistant", "content": fact.before + fact.value + fact.after})
-        whole = _chat(tokenizer, messages, answer=False)
+        whole = chat_text(tokenizer, messages, answer=False)
         ids += _ids(tokenizer, whole[len(prompt) + len(fact.before + fact.value) :])
         done = whole
     return AskedIds(ids, values)
@@ -112,7 +112,7 @@ def _messages(facts: Sequence[ToldFact], draw: random.Random) -> Iterator[Messag
         yield {"role": "assistant", "content": draw.choice(_REPLIES)}
 
 
-def _chat(tokenizer: Any, messages: Sequence[Message], *, answer: bool) -> str:
+def chat_text(tokenizer: Any, messages: Sequence[Message], *, answer: bool) -> str:
     """The text of a conversation; with ``answer`` it ends where the assistant begins to speak."""
     if getattr(tokenizer, "chat_template", None):
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer)

@@ -30,7 +30,9 @@ Tokens = tuple[int, ...]
 class LongText(Protocol):
     """A text that is read into memory in its own way, because reading it whole for each prompt would take too long."""
 
-    digest: str
+    @property
+    def digest(self) -> str:
+        """Hash of its tokens."""
 
     def open(self, asker: Asker) -> AbstractContextManager[Memory]:
         """A memory of one row in which the text is, for as long as the context manager is open."""
@@ -166,8 +168,6 @@ class Asker:
 
     def _part(self, prompt: Prompt, context: Tokens, room: int, options: tuple[Tokens, ...], new: int) -> _Part:
         memory = prompt.memory
-        if not context:
-            raise ConfigError("a prompt has no context; give it at least one token, such as a line end")
         if not isinstance(memory, tuple):
             return _Part(memory if self.reads_memory else (), context[room - self.window :], options, new)
         text = (*memory, *context) if self.whole else context
@@ -188,7 +188,7 @@ class Asker:
         while waiting:
             chosen: list[Tokens] = []
             load = 0
-            while waiting and len(chosen) < self.rows and load < self.rows:
+            while waiting and load < self.rows:
                 chosen.append(waiting.pop(0))
                 load += sum(max(1, len(part.options)) for part in groups[chosen[-1]])
             rows = {before: row for row, before in enumerate(chosen)}
@@ -203,20 +203,27 @@ class Asker:
             rows = torch.tensor([row[part.before] for part in some])
             return {} if memory is None else {"memory": memory, "memory_rows": rows}
 
-        sequences = sorted((s for part in parts for s in _sequences(part)), key=lambda s: -len(s.inputs))
+        # what goes through the model once, and the numbers of the options that it scores: those of equal inputs
+        sequences: list[tuple[_Part, Tokens, list[int]]] = []
+        for part in parts:
+            of_part: dict[Tokens, list[int]] = {}
+            for number, tokens in enumerate(part.options):
+                of_part.setdefault((*part.local, *tokens[:-1]), []).append(number)
+            sequences += [(part, inputs, numbers) for inputs, numbers in of_part.items()]
+        sequences.sort(key=lambda sequence: -len(sequence[1]))
         scores: dict[int, dict[int, tuple[float, bool, int]]] = {}
         for at in range(0, len(sequences), self.rows):
             batch = sequences[at : at + self.rows]
-            ids, _ = padded([sequence.inputs for sequence in batch], self.device)
-            first = min(len(sequence.part.local) for sequence in batch) - 1  # its logits score the first token
-            logits = last_logits(self.model, ids, ids.shape[1] - first, **reads(s.part for s in batch))
-            for (part, inputs, options), of_row in zip(batch, logits, strict=True):
+            ids, _ = padded([inputs for _, inputs, _ in batch], self.device)
+            first = min(len(part.local) for part, _, _ in batch) - 1  # its logits score the first token
+            logits = last_logits(self.model, ids, ids.shape[1] - first, **reads(part for part, _, _ in batch))
+            for (part, inputs, numbers), of_row in zip(batch, logits, strict=True):
                 scored = of_row[len(part.local) - 1 - first : len(inputs) - first].float().log_softmax(-1)
                 best, mine = scored.argmax(-1), scores.setdefault(id(part), {})  # hashing a part reads all of its text
-                for number in options:
+                for number in numbers:
                     option = torch.tensor(part.options[number], device=scored.device)
-                    logprob = scored[: len(option)].gather(1, option[:, None]).double().sum().item()
-                    mine[number] = (logprob, bool((best[: len(option)] == option).all()), int(best[0]))
+                    logprob = scored.gather(1, option[:, None]).double().sum().item()
+                    mine[number] = (logprob, bool((best == option).all()), int(best[0]))
                 if len(mine) == len(part.options):
                     logprobs, greedy, choice = zip(*(mine[n] for n in range(len(mine))), strict=True)
                     yield part, Scored(logprobs, greedy, choice[0])
@@ -225,9 +232,25 @@ class Asker:
             some = continued[at : at + self.rows]
             yield from zip(some, self._continue(some, reads(some)), strict=True)
 
+    def _continue(self, batch: Sequence[_Part], reads: dict[str, Any]) -> Iterator[Tokens]:
+        # padded on the left, so that every continuation begins at one position
+        flipped, real = padded([part.local[::-1] for part in batch], self.device)
+        end = self.tokenizer.eos_token_id
+        generated = self.model.generate(
+            input_ids=flipped.flip(1),
+            attention_mask=real.flip(1).long(),
+            max_new_tokens=max(part.new for part in batch),
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=end,
+            pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
+            **reads,
+        )
+        for part, ids in zip(batch, generated[:, flipped.shape[1] :].tolist(), strict=True):
+            yield tuple((ids[: ids.index(end) + 1] if end in ids else ids)[: part.new])
+
     # reading
 
-    @torch.no_grad()
     def read(self, texts: Sequence[Tokens]) -> MemoryBank | None:
         """A bank with a row for each text; None where there is nothing to read, or the system has no memory."""
         bank = self.bank(len(texts), max(map(len, texts)))
@@ -261,23 +284,14 @@ class Asker:
             kv = self.model.encode(ids, real.long())
             bank.add(AttentionKV(kv.keys, kv.values, real), rows=torch.tensor(list(parts)))
 
-    @torch.no_grad()
-    def _continue(self, batch: Sequence[_Part], reads: dict[str, Any]) -> Iterator[Tokens]:
-        # padded on the left, so that every continuation begins at one position
-        flipped, real = padded([part.local[::-1] for part in batch], self.device)
-        end = self.tokenizer.eos_token_id
-        generated = self.model.generate(
-            input_ids=flipped.flip(1),
-            attention_mask=real.flip(1).long(),
-            max_new_tokens=max(part.new for part in batch),
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=end,
-            pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
-            **reads,
-        )
-        for part, ids in zip(batch, generated[:, flipped.shape[1] :].tolist(), strict=True):
-            yield tuple((ids[: ids.index(end) + 1] if end in ids else ids)[: part.new])
+
+class _Part(NamedTuple):
+    """One thing asked: ``before`` is read into memory, ``local`` is in the window; options to score, or new tokens."""
+
+    before: Any
+    local: Tokens
+    options: tuple[Tokens, ...]
+    new: int
 
 
 def askers(
@@ -294,43 +308,33 @@ def askers(
     Raises:
         ConfigError: the backbone has no positions for so long a window, or it is no longer than ``window``.
     """
-    found = [
-        Asker(
-            system.name,
-            system.label,
-            system.identity,
-            system.reader or comparison.model,
-            tokenizer,
-            window,
-            rows,
-            system.memory_size,
-            device=device,
+    found = []
+    for each in comparison.systems:
+        model, identity = each.reader or comparison.model, each.identity
+        size = each.memory_size
+        found.append(Asker(each.name, each.label, identity, model, tokenizer, window, rows, size, device=device))
+    if full_context is None:
+        return found
+    config: Any = comparison.model.config
+    positions: Any = getattr(config.get_text_config(), "max_position_embeddings", None)
+    ends = positions is not None and getattr(config, "model_type", "") not in LINEAR_POSITIONS
+    if full_context <= window or (ends and full_context > positions):
+        raise ConfigError(
+            f"full context ({full_context}) must be above the window ({window})"
+            + (f" and at most the backbone's positions ({positions})" if ends else "")
+            + "; change --full-context or leave it away"
         )
-        for system in comparison.systems
-    ]
-    if full_context is not None:
-        config: Any = comparison.model.config
-        positions: Any = getattr(config.get_text_config(), "max_position_embeddings", None)
-        ends = positions is not None and getattr(config, "model_type", "") not in LINEAR_POSITIONS
-        if full_context <= window or (ends and full_context > positions):
-            raise ConfigError(
-                f"full context ({full_context}) must be above the window ({window})"
-                + (f" and at most the backbone's positions ({positions})" if ends else "")
-                + "; change --full-context or leave it away"
-            )
-        backbone = next(asker for asker in found if asker.name == BACKBONE)
-        found.append(
-            replace(
-                backbone,
-                name=f"full_{full_context}",
-                label=f"backbone, full context of {full_context:,}",
-                identity=backbone.identity | {"window": full_context},
-                window=full_context,
-                rows=max(1, rows * window // full_context),  # as many tokens in a batch as the others have
-                whole=True,
-            )
-        )
-    return found
+    backbone = next(asker for asker in found if asker.name == BACKBONE)
+    full = replace(
+        backbone,
+        name=f"full_{full_context}",
+        label=f"backbone, full context of {full_context:,}",
+        identity=backbone.identity | {"window": full_context},
+        window=full_context,
+        rows=max(1, rows * window // full_context),  # as many tokens in a batch as the others have
+        whole=True,
+    )
+    return [*found, full]
 
 
 def rereading(askers: Sequence[Asker], passages: int) -> list[Asker]:
@@ -343,34 +347,7 @@ def rereading(askers: Sequence[Asker], passages: int) -> list[Asker]:
     return [*askers, *more]
 
 
-class _Part(NamedTuple):
-    """One thing asked: ``before`` is read into memory, ``local`` is in the window; options to score, or new tokens."""
-
-    before: Any
-    local: Tokens
-    options: tuple[Tokens, ...]
-    new: int
-
-
-class _Sequence(NamedTuple):
-    """Tokens that go through the model once, and the numbers of the options whose inputs they begin with."""
-
-    part: _Part
-    inputs: Tokens
-    options: list[int]
-
-
-def _sequences(part: _Part) -> list[_Sequence]:
-    """A causal model answers all options whose inputs are beginnings of one another in one pass."""
-    found: list[_Sequence] = []
-    for number in sorted(range(len(part.options)), key=lambda n: -len(part.options[n])):
-        inputs = (*part.local, *part.options[number][:-1])
-        longer = next((one for one in found if one.inputs[: len(inputs)] == inputs), None)
-        if longer is None:
-            found.append(_Sequence(part, inputs, [number]))
-        else:
-            longer.options.append(number)
-    return found
+# tokens
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -380,3 +357,28 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[T
     ids = torch.zeros(real.shape, dtype=torch.long)
     ids[real] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
     return ids.to(device), real.to(device)
+
+
+def start_tokens(tokenizer: Any) -> Tokens:
+    """The start token, where the tokenizer itself puts one before a text (Llama's does, GPT-2's does not)."""
+    ids = tokenizer("")["input_ids"]
+    return (int(ids[0]),) if ids and ids[0] == tokenizer.bos_token_id else ()
+
+
+def encode(tokenizer: Any, text: str) -> Tokens:
+    """Token ids without special ones."""
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def encode_after(tokenizer: Any, before: str, texts: Sequence[str]) -> list[Tokens]:
+    """Token ids of texts, without special ones, as they are after another text.
+
+    Some tokenizers put a space sign before every beginning, which is none where a text goes on.
+    """
+    if not texts:
+        return []
+    ahead = encode(tokenizer, before)
+    joined = tokenizer([before + text for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
+    if all(tuple(ids[: len(ahead)]) == ahead for ids in joined):
+        return [tuple(ids[len(ahead) :]) for ids in joined]
+    return [encode(tokenizer, text) for text in texts]

@@ -13,15 +13,14 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from lm_eval import simple_evaluate, utils
+from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
 
-from longmem.errors import ConfigError, DataError
-from longmem.evaluation.asking import Asker, Prompt, Tokens, padded
+from longmem.errors import ConfigError, DataError, first_line
+from longmem.evaluation.asking import Asker, Prompt, Tokens
 from longmem.evaluation.results import Json, RunHeader
-from longmem.evaluation.systems import last_logits
 from longmem.progress import track
 
 
@@ -67,50 +66,21 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # it is not there where types are c
                 self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
         return found
 
-    @torch.no_grad()
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, window by window; each window has all that came before it in memory."""
-        texts = [self.tok_encode(request.args[0]) for request in requests]
-        order = sorted((number for number, text in enumerate(texts) if text), key=lambda number: -len(texts[number]))
-        totals = [0.0] * len(texts)
-        for at in range(0, len(order), self.asker.rows):
-            numbers = order[at : at + self.asker.rows]
-            for number, total in zip(numbers, self._roll([texts[number] for number in numbers]), strict=True):
-                totals[number] = total
+        """Of whole texts, by the harness's own windows; each window has all that came before it in memory."""
+        prompts, texts = [], []
+        for number, request in enumerate(requests):
+            text = tuple(self.tok_encode(request.args[0]))
+            for at in range(0, len(text), self.max_length):
+                before = text[:at] or (self.prefix_token_id,)
+                prompts.append(Prompt((before,), (text[at : at + self.max_length],)))
+                texts.append(number)
+        totals = [0.0] * len(requests)
+        for at, answer in self.asker.ask(prompts):
+            totals[texts[at]] += answer.scored[0].logprobs[0]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
-
-    def _roll(self, texts: Sequence[list[int]]) -> list[float]:
-        """Texts in one batch, the longest first, by the harness's own windows."""
-        cut = {"prefix_token": self.prefix_token_id, "max_seq_len": self.max_length, "context_len": 1}
-        windows = [
-            [utils.make_disjoint_window(window) for window in utils.get_rolling_token_windows(token_list=text, **cut)]
-            for text in texts
-        ]
-        bank = self.asker.bank(len(texts), len(texts[0]))
-        totals, read, scored = [0.0] * len(texts), [0] * len(texts), [0] * len(texts)
-        for step in range(len(windows[0])):
-            some = {row: of_text[step] for row, of_text in enumerate(windows) if step < len(of_text)}
-            if bank is not None:
-                # the first context is the prefix token, which is no part of the text
-                ends = {row: max(0, scored[row] - len(context)) for row, (context, _) in some.items()}
-                self.asker.add(bank, {row: texts[row][read[row] : end] for row, end in ends.items()})
-                for row, end in ends.items():
-                    read[row] = end
-                    if end and step == len(windows[row]) - 1:  # close the tail short of a chunk: nothing follows it
-                        bank.end_document(torch.tensor([row]))
-            reads = {} if bank is None else {"memory": bank, "memory_rows": torch.tensor(list(some))}
-            ids, _ = padded([[*context, *after[:-1]] for context, after in some.values()], self.device)
-            logits = last_logits(self.model, ids, ids.shape[1], **reads)
-            for (row, (context, after)), of_row in zip(some.items(), logits, strict=True):
-                logprobs = of_row[len(context) - 1 :][: len(after)].float().log_softmax(-1)
-                targets = torch.tensor(after, device=of_row.device)
-                totals[row] += logprobs.gather(1, targets[:, None]).sum().item()
-                scored[row] += len(after)
-        return totals
-
-    # generation
 
     def tok_batch_encode(
         self,
@@ -175,10 +145,9 @@ def harness(
             more: Any = {"bootstrap_iters": resamples, "task_manager": manager, "log_samples": False, **seeds}
             results = simple_evaluate(model=MemoryLM(asker), **settings, **more)
         except OSError as problem:
-            reason = (str(problem).splitlines() or [type(problem).__name__])[0]
             raise DataError(
-                f"the data of {', '.join(tasks)} cannot be read ({reason}); connect to the hub, or name files of your "
-                "own in a task of --include"
+                f"the data of {', '.join(tasks)} cannot be read ({first_line(problem)}); connect to the hub, or name "
+                "files of your own in a task of --include"
             ) from problem
         for task, metrics in results["results"].items():
             for metric, value in metrics.items():

@@ -1,36 +1,46 @@
-"""From paths to the systems that are compared."""
+"""What is loaded before anything is measured: the systems that are compared, and documents as token ids."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
 
+from longmem.config import LongMemConfig, MemTRMConfig, TrainingFreeConfig
+from longmem.data.tokens import first_text
 from longmem.data.tokens import load_tokenizer as load_tokenizer
-from longmem.errors import CheckpointError, ConfigError
+from longmem.errors import CheckpointError, ConfigError, DataError, first_line
+from longmem.evaluation.asking import start_tokens
 from longmem.evaluation.systems import Comparison
+from longmem.modeling.baselines import MemTRM, TrainingFree
+from longmem.modeling.fingerprint import fingerprint_of, legacy_fingerprint
 from longmem.modeling.gguf import gguf_folder, is_gguf
+from longmem.modeling.loading import load_backbone, named_backbone, resolve_folder
+from longmem.modeling.longmem import LongMem
 
-KINDS = {"longmem": "LongMem", "memtrm": "MemTRM", "training_free": "training-free model"}
+log = logging.getLogger(__name__)
+
+CONFIGS: dict[str, Any] = {"longmem": LongMemConfig, "memtrm": MemTRMConfig, "training_free": TrainingFreeConfig}
 """By ``model_type`` of a config file; any other is a causal language model."""
 LONGEST_DEFAULT_WINDOW = 1024  # the paper's; long-context backbones would otherwise get all they can take
+PROJECT_SEPARATOR = "__"
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """The comparison, the folder that was read, and the tokenizer's."""
+class Loaded(NamedTuple):
+    """The comparison, the folder that was read, the tokenizer's, and the window where none is given."""
 
     comparison: Comparison
     model: str
     tokenizer: str
-    max_positions: int | None
-
-    def default_window(self) -> int:
-        return min(self.max_positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
+    window: int
 
 
 def load_comparison(
@@ -41,6 +51,7 @@ def load_comparison(
     memtrm: str | None = None,
     training_free: Sequence[str] = (),
     memory_sizes: Sequence[int] | None = None,
+    default_sizes: Sequence[int] | None = None,
     tokenizer: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
@@ -54,7 +65,8 @@ def load_comparison(
         memtrm: a MemTRM checkpoint whose training started from the same backbone.
         training_free: for each training-free model the share of its heads that memory gets, or the folder of its
             settings; by share, it remembers and retrieves as the LongMem (or else the MemTRM) beside it does.
-        memory_sizes: tokens; None is the size in the model's config. 0, memory switched off, is always measured.
+        memory_sizes: tokens; None is ``default_sizes``. 0, memory switched off, is always measured.
+        default_sizes: of models that read memory; None is the size in the model's config.
         tokenizer: folder or hub id, if not beside the model or its backbone.
         dtype: of the weights; None is as saved.
 
@@ -62,11 +74,6 @@ def load_comparison(
         ConfigError: settings that do not go together, or a device that is not here.
         CheckpointError, BackboneError: a model that is missing, damaged or made for another backbone.
     """
-    from longmem.modeling.baselines import MemTRM
-    from longmem.modeling.fingerprint import fingerprint_of, legacy_fingerprint
-    from longmem.modeling.loading import load_backbone
-    from longmem.modeling.longmem import LongMem
-
     device, where = checked_device(device), checkpoint_folder(path)
     kind = model_type(where)
     if kind == "memtrm" and memtrm is None:
@@ -74,11 +81,12 @@ def load_comparison(
     if kind == "training_free":
         training_free = (where, *training_free)
     own = control or (memory_sizes and not (memtrm or training_free))
-    if (kind != "longmem" and own) or (kind not in KINDS and backbone):
+    if (kind != "longmem" and own) or (kind not in CONFIGS and backbone):
+        itself = "baseline" if kind in CONFIGS else "causal language model"
         raise ConfigError(
-            f"--control, --memory-sizes and --backbone are of a LongMem checkpoint; {where} is a "
-            f"{KINDS.get(kind, 'causal language model')} by itself"
+            f"--control, --memory-sizes and --backbone are of a LongMem checkpoint; {where} is a {itself} by itself"
         )
+    sizes = memory_sizes or default_sizes
     # everything is loaded as it was saved, because a backbone is known by its weights; then it is converted
     main = beside = trained = None
     if kind == "longmem":
@@ -101,17 +109,52 @@ def load_comparison(
     if main is None:
         comparison = Comparison.of_backbone(bare)
     else:
-        comparison = Comparison.of_longmem(main, _sizes(memory_sizes, main.config), control=beside)
+        comparison = Comparison.of_longmem(main, _sizes(sizes, main.config), control=beside)
     comparison = replace(comparison, fingerprints=known)
     for other in others:
-        comparison = comparison.beside(other, _sizes(memory_sizes, other.config))
+        comparison = comparison.beside(other, _sizes(sizes, other.config))
     config: Any = comparison.model.config
-    return Loaded(
-        comparison=comparison,
-        model=where,
-        tokenizer=tokenizer or _tokenizer_folder([where, backbone, named]),
-        max_positions=getattr(config.get_text_config(), "max_position_embeddings", None),
-    )
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST_DEFAULT_WINDOW
+    if tokenizer is None:
+        places = [name for name in (where, backbone, named) if name]
+        files = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+        there = (name for name in places if any((Path(name) / file).is_file() for file in files))
+        tokenizer = next(there, places[-1])
+    return Loaded(comparison, where, tokenizer, min(positions, LONGEST_DEFAULT_WINDOW))
+
+
+def _checked(path: str, kind: str, otherwise: str) -> str:
+    """The folder of a model of this kind; else a CheckpointError."""
+    where = checkpoint_folder(path)
+    if model_type(where) != kind:
+        raise CheckpointError(f"{where}: {otherwise}")
+    return where
+
+
+def _load_training_free(gate: str, backbone: Any, settings: Any) -> Any:
+    """Over the backbone that is already there, with the settings of the model beside it, or from a folder."""
+    try:
+        share = float(gate)
+    except ValueError:
+        said = "no training-free settings; --training-free takes a share from 0 to 1, or the folder of a TrainingFree"
+        return TrainingFree.from_pretrained(_checked(gate, "training_free", said), backbone=backbone)
+    names = ("memory_layers", "chunk_size", "num_retrieved", "memory_size")
+    alike = {} if settings is None else {name: getattr(settings, name) for name in names}
+    return TrainingFree.from_backbone(backbone, gate=share, **alike)
+
+
+def _sizes(sizes: Sequence[int] | None, config: Any) -> list[int]:
+    """Sorted, without 0, which is the system with memory switched off."""
+    chosen, chunk = sorted(set(sizes if sizes is not None else [config.memory_size])), config.chunk_size
+    problems = [
+        f"memory size ({size}) must be a multiple of chunk_size ({chunk}), 0 is memory switched off; try "
+        f"{max(chunk, round(size / chunk) * chunk)}"
+        for size in chosen
+        if size < 0 or size % chunk
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return [size for size in chosen if size]
 
 
 def checked_device(device: str) -> str:
@@ -125,14 +168,8 @@ def checked_device(device: str) -> str:
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"device ({device}) cannot be used ({reason}); try --device cpu") from error
+        raise ConfigError(f"device ({device}) cannot be used ({first_line(error)}); try --device cpu") from error
     return device
-
-
-def has_memory(path: str) -> bool:
-    """Whether a checkpoint, run folder or hub id is a model that reads memory, not a causal LM by itself."""
-    return model_type(checkpoint_folder(path)) in KINDS
 
 
 def checkpoint_folder(path: str) -> str:
@@ -162,21 +199,15 @@ def model_type(where: str) -> str:
     Raises:
         CheckpointError: there is no config that can be read.
     """
-    from transformers import PreTrainedConfig
-
-    file = Path(where) / "config.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-        settings = PreTrainedConfig.get_config_dict(where)[0] if found is None else dict(found)
-    except (OSError, ValueError, TypeError) as error:
+        return str(PreTrainedConfig.get_config_dict(where)[0].get("model_type", ""))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        file = Path(where) / "config.json"
         if file.is_file():
-            raise CheckpointError(
-                f"{file}: no JSON object ({error}); the checkpoint is damaged, write it again"
-            ) from error
-        raise CheckpointError(
-            f"{where}: neither a folder nor a hub id that can be reached ({str(error).splitlines()[0]})"
-        ) from error
-    return str(settings.get("model_type", ""))
+            said = f"{file}: no JSON object ({first_line(error)}); the checkpoint is damaged, write it again"
+        else:
+            said = f"{where}: neither a folder nor a hub id that can be reached ({first_line(error)})"
+        raise CheckpointError(said) from error
 
 
 def backbone_of(where: str) -> tuple[str, str | None]:
@@ -185,58 +216,110 @@ def backbone_of(where: str) -> tuple[str, str | None]:
     Raises:
         BackboneError: the checkpoint does not say.
     """
-    from longmem.config import LongMemConfig, MemTRMConfig, TrainingFreeConfig
-    from longmem.modeling.loading import named_backbone, resolve_folder
-
-    configs: dict[str, Any] = {"longmem": LongMemConfig, "memtrm": MemTRMConfig, "training_free": TrainingFreeConfig}
     kind = model_type(where)
-    if kind not in configs:
+    if kind not in CONFIGS:
         return where, None
-    config: Any = configs[kind].from_pretrained(where)
+    config: Any = CONFIGS[kind].from_pretrained(where)
     started = kind == "memtrm"  # its own backbone is the one that it trained
     name = config.start_name_or_path if started else config.backbone_name_or_path
     return named_backbone(name, resolve_folder(where, None)), None if started else config.backbone_revision
 
 
-def _checked(path: str, kind: str, otherwise: str) -> str:
-    """The folder of a model of this kind; else a CheckpointError."""
-    where = checkpoint_folder(path)
-    if model_type(where) != kind:
-        raise CheckpointError(f"{where}: {otherwise}")
-    return where
+# documents
 
 
-def _load_training_free(gate: str, backbone: Any, settings: Any) -> Any:
-    """Over the backbone that is already there, with the settings of the model beside it, or from a folder."""
-    from longmem.modeling.baselines import TrainingFree
+@dataclass(frozen=True)
+class TokenizedDocument:
+    """A document's ids (n,), of which all but the first are scored, and the words and UTF-8 bytes of the scored text.
 
-    try:
-        share = float(gate)
-    except ValueError:
-        said = "no training-free settings; --training-free takes a share from 0 to 1, or the folder of a TrainingFree"
-        return TrainingFree.from_pretrained(_checked(gate, "training_free", said), backbone=backbone)
-    names = ("memory_layers", "chunk_size", "num_retrieved", "memory_size")
-    alike = {} if settings is None else {name: getattr(settings, name) for name in names}
-    return TrainingFree.from_backbone(backbone, gate=share, **alike)
+    Attributes:
+        digest: hash of the ids; the same text, tokenizer and cut have the same digest.
+        group: what is reported apart; None is nothing.
+        project: documents of one project are not independent, so intervals draw projects first; empty is the
+            document's own.
+    """
 
+    id: str
+    ids: Tensor
+    words: int
+    bytes: int
+    digest: str
+    group: str | None = None
+    project: str = ""
 
-def _sizes(sizes: Sequence[int] | None, config: Any) -> list[int]:
-    """Sorted, without 0, which is the system with memory switched off."""
-    chosen, chunk = sorted(set(sizes if sizes is not None else [config.memory_size])), config.chunk_size
-    problems = [
-        f"memory size ({size}) must be a multiple of chunk_size ({chunk}), 0 is memory switched off; try "
-        f"{max(chunk, round(size / chunk) * chunk)}"
-        for size in chosen
-        if size < 0 or size % chunk
-    ]
-    if problems:
-        raise ConfigError(problems)
-    return [size for size in chosen if size]
+    @property
+    def scored(self) -> int:
+        return len(self.ids) - 1
 
 
-def _tokenizer_folder(candidates: Sequence[str | None]) -> str:
-    """The first folder with a tokenizer in it; else the last name given, for transformers to say what is missing."""
-    named = [name for name in candidates if name]
-    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-    with_files = [name for name in named if any((Path(name) / file).is_file() for file in files)]
-    return with_files[0] if with_files else named[-1]
+def tokenize_documents(
+    documents: Iterable[Any],
+    tokenizer: Any,
+    *,
+    max_tokens: int | None = None,
+    group_separator: str | None = None,
+) -> list[TokenizedDocument]:
+    """Tokenize each document from its beginning.
+
+    Special tokens are as in training: where the tokenizer itself puts a ``<s>`` in front (Llama's does, GPT-2's does
+    not), it stays there and the first token of the text is scored too. No end token is added or scored.
+
+    Args:
+        documents: records with ``id`` and ``text``.
+        max_tokens: keep this many tokens of each document; words and bytes are those of the kept part.
+        group_separator: a document's group is its file name up to this string (all of it where it does not occur).
+            The group is its project too. None: no groups; the project is the name up to ``__``.
+
+    Raises:
+        ConfigError: an empty ``group_separator``.
+        DataError: no document has two tokens.
+    """
+    if group_separator == "":
+        raise ConfigError("the sign that ends a group's name must not be empty; try --group-by-prefix __")
+    kept, seen = [], 0
+    prefix = start_tokens(tokenizer)
+    first = 0 if prefix else 1
+    for document in documents:
+        seen += 1
+        ids, starts, ends = _spans(tokenizer, document.text, max_tokens)
+        if len(ids) <= first:
+            log.warning("%s: skipped, %d tokens leave nothing to predict", document.id, len(ids))
+            continue
+        text, ids = document.text[starts[first] : ends[-1]], [*prefix, *ids]
+        group = None if group_separator is None else _group(document.id, group_separator)
+        project = _group(document.id, PROJECT_SEPARATOR) if PROJECT_SEPARATOR in document.id else document.id
+        kept.append(
+            TokenizedDocument(
+                id=document.id,
+                ids=torch.tensor(ids, dtype=torch.long),
+                words=len(text.split()),
+                bytes=len(text.encode("utf-8", errors="surrogatepass")),
+                digest=hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()[:32],
+                group=group,
+                project=project if group is None else group,
+            )
+        )
+    if not kept:
+        raise DataError(
+            f"no text to measure: {seen} documents read, none has two tokens; check --data, --include and --max-tokens"
+        )
+    return kept
+
+
+def _group(name: str, separator: str) -> str:
+    """Separator ``__``: ``test/clowder__02-sets.tex`` belongs to ``clowder``; folders count only if it has a ``/``."""
+    return (name if "/" in separator else name.rsplit("/", 1)[-1]).split(separator)[0]
+
+
+def _spans(tokenizer: Any, text: str, most: int | None) -> tuple[list[int], list[int], list[int]]:
+    """The first ``most`` ids, and the span of characters of each; those of a slow tokenizer are spread evenly."""
+    part = text if most is None else first_text(text, tokenizer, most)
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = list(encoded["input_ids"])
+        starts, ends = ([span[side] for span in encoded["offset_mapping"]] for side in (0, 1))
+    else:
+        ids = list(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
+        edges = [round(i * len(part) / max(len(ids), 1)) for i in range(len(ids) + 1)]
+        starts, ends = edges[:-1], edges[1:]
+    return ids[:most], starts[:most], ends[:most]

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longmem.errors import ConfigError
-from longmem.evaluation.documents import TokenizedDocument
+from longmem.evaluation.loading import TokenizedDocument
 from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, RunHeader, as_json, percent
 from longmem.evaluation.systems import Comparison, compared, stream_nll
 from longmem.progress import Progress

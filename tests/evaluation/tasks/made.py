@@ -27,6 +27,10 @@ ASKED = {
     "needle": ["--data", "text.txt", "--kinds", "passkey,multi", "--lengths", "1k,2k", "--depths", "3", "--trials",
                "4"],
     "dialogue": ["--data", "locomo.json", "--data", "msc.txt", "--new-tokens", "6", "--full-context", "384"],
+    "facts": ["--data", "text.txt", "--between", "64,512", "--sessions", "2", "--facts", "5", "--recall", "2",
+              "--new-tokens", "8"],
+    "babi": ["--data", "babi", "--text", "text.txt", "--tasks", "1,2", "--lengths", "512,1k", "--trials", "5",
+             "--recall", "1"],
 }  # fmt: skip
 """Arguments of ``longmem eval TASK`` beside the systems; about 50 examples of each."""
 
@@ -69,6 +73,7 @@ def make_home(home: Path, tokenizer: Any, made_text: Callable[..., str]) -> Path
     _short_texts(home)
     _questions(home, made_text)
     _talks(home)
+    _stories(home)
     return home
 
 
@@ -140,3 +145,21 @@ def _talks(home: Path) -> None:
         for c in range(2)
     ]
     (home / "msc.txt").write_text("\n".join(map(json.dumps, lines)) + "\n")
+
+
+def _stories(home: Path) -> None:
+    """Two of bAbI's tasks."""
+    (home / "babi").mkdir()
+    places, people = ("attic", "barn", "cave", "yard"), ("Ann", "Bob", "Eve")
+    for task in (1, 2):
+        for part in ("train", "test"):
+            draw, lines = random.Random(f"{task} {part}"), list[str]()
+            for _ in range(6):
+                where: dict[str, str] = {}
+                for number in range(1, 3 * task + 1):
+                    where[draw.choice(people)] = draw.choice(places)
+                    who = list(where)[-1]
+                    lines.append(f"{number} {who} went to the {where[who]}.")
+                who = draw.choice(list(where))
+                lines.append(f"{3 * task + 1} Where is {who}? \t{where[who]}\t1")
+            (home / "babi" / f"qa{task}_made_{part}.txt").write_text("\n".join(lines) + "\n")

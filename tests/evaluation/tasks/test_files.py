@@ -11,7 +11,7 @@ import pytest
 
 from longmem.errors import DataError
 from longmem.evaluation.tasks.chapterbreak import read_chapterbreak
-from longmem.evaluation.tasks.dialogue import read_dialogues
+from longmem.evaluation.tasks.conversations import read_dialogues
 from longmem.evaluation.tasks.squad import read_squad
 
 TALK: dict[str, Any] = {"sample_id": "conv-1", "conversation": {}, "qa": []}
@@ -42,7 +42,7 @@ SQUAD = '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "questio
         (read_dialogues, "[]", "no questions in it"),
         (read_dialogues, json.dumps([TALK | {"qa": [{"question": "?", "category": 6}]}]), "sample 0 is not"),
         (read_dialogues, json.dumps([TALK | {"qa": [{"question": "?", "category": 1, "answer": None}]}]), "is null"),
-        (read_dialogues, json.dumps(PAST), "line 1 .* the text of a turn is a NoneType"),
+        (read_dialogues, json.dumps(PAST), "line 1 .* a text is a NoneType"),
     ],
 )
 def test_other_files_are_refused_by_what_is_wrong(

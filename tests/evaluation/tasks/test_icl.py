@@ -1,28 +1,122 @@
-"""In-context learning: scores worked by hand, demonstrations, and what the result says."""
+"""In-context learning: files in all their forms, which texts are shown and asked, and scores worked by hand."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from longmem.evaluation.asking import Answer, Prompt, Scored
-from longmem.evaluation.tasks.icl import IclTask, calibrated, starts_label
-from longmem.evaluation.tasks.icl_data import KINDS, IclSet, Labelled
+from longmem.errors import ConfigError, DataError
+from longmem.evaluation.asking import Answer, Asker, Prompt, Scored
+from longmem.evaluation.tasks.icl import IclTask, Labelled, calibrated, read_icl, read_labelled, starts_label
 
-WINDOW = 160
-
-
-def made(name: str, texts: int = 40) -> IclSet:
-    words, kind = ("old", "new", "dull", "fine", "long"), KINDS[name]
-    made = [Labelled(f"{words[n % 5]} film {name} {n}", n * 7 % len(kind.labels)) for n in range(texts)]
-    return IclSet(name, kind.labels, tuple(made[10:]), tuple(made[:10]), {"files": [name]}, *kind.words)
+TEXTS = [("a dull , long film", 0), ('she said " never " again', 1), ("so-so\u2028and more", 1)]
 
 
-def task(tokenizer: Any, *names: str, **settings: Any) -> IclTask:
-    wanted: dict[str, Any] = {"local_shots": (1, 8), "memory_shots": (0, 12), "seeds": 2, "limit": 3} | settings
-    return IclTask([made(name) for name in names], tokenizer, **wanted)
+def write(folder: Path, name: str, lines: list[str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / name
+
+
+def plain(texts: list[tuple[str, int]]) -> list[str]:
+    return [f"{label} {text} " for text, label in texts]
+
+
+def quoted(texts: list[tuple[str, int]]) -> list[str]:
+    return [f'{label},"{text.replace(chr(34), chr(34) * 2)}"' for text, label in texts]
+
+
+def tabbed(texts: list[tuple[str, int]]) -> list[str]:
+    return ["sentence\tlabel", *(f"{text}\t{label}" for text, label in texts)]
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("train.tsv", tabbed(TEXTS)),
+        ("test.tsv", plain(TEXTS)),  # the test file of SST-2 has no header
+        ("test.csv", quoted(TEXTS)),
+        ("stsa.fine.test", plain(TEXTS)),
+    ],
+)
+def test_every_form_gives_the_same_examples(name: str, lines: list[str], tmp_path: Path) -> None:
+    assert read_labelled(write(tmp_path, name, lines), 2) == [Labelled(text, label) for text, label in TEXTS]
+    # empty lines at the end are no examples
+    assert len(read_labelled(write(tmp_path, name, [*lines, "", ""]), 2)) == len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "message"),
+    [
+        ("test.csv", ["0,a,b"], r"test.csv: line 1 \('0,a,b'\) is not of text with a label from 0 to 1"),
+        ("stsa.fine.dev", ["0 fine", "2 bad"], r"stsa.fine.dev: line 2 \('2 bad'\) is not"),
+        ("stsa.fine.dev", ["0 fine", "-1 bad"], r"stsa.fine.dev: line 2 \('-1 bad'\) is not"),
+        ("stsa.fine.dev", ["0 fine", "fine"], r"stsa.fine.dev: line 2 \('fine'\) is not"),
+        ("dev.tsv", ["sentence\tlabel", "fine 1"], r"dev.tsv: line 2 \('fine 1'\) is not"),
+    ],
+)
+def test_a_wrong_line_is_named(name: str, lines: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        read_labelled(write(tmp_path, name, lines), 2)
+
+
+def test_the_released_split_is_dev_where_there_is_one(tmp_path: Path) -> None:
+    for number, name in enumerate(("train.tsv", "dev.tsv")):
+        write(tmp_path / "SST-2", name, tabbed([(f"text {number}", 1)]))
+    write(tmp_path / "SST-2", "test.tsv", plain([("text 2", 0)]))
+    for number, name in enumerate(("train.csv", "test.csv")):
+        write(tmp_path / "mr", name, quoted([(f"text {number}", 1)]))
+    for split, asked in (("released", ["text 1", "text 1"]), ("test", ["text 2", "text 1"])):
+        assert [data.test[0].text for data in read_icl(tmp_path, ("sst2", "mr"), split)] == asked  # type: ignore[arg-type]
+
+
+def test_nothing_is_shown_that_is_empty_there_twice_or_asked(tmp_path: Path) -> None:
+    train = [("same", 0), ("same", 1), ("", 1), ("asked", 0), ("other", 1)]
+    write(tmp_path / "mpqa", "train.csv", quoted(train))
+    write(tmp_path / "mpqa", "test.csv", quoted([("asked", 0), ("", 1), ("new", 1), ("new", 1)]))
+    (data,) = read_icl(tmp_path, ("mpqa",))
+    assert data.train == (Labelled("same", 0), Labelled("other", 1))
+    assert [example.text for example in data.test] == ["asked", "new", "new"]
+    assert (data.source["train_left_out"], data.source["test_left_out"]) == (3, 1)
+    assert (data.chance, round(data.majority, 2)) == (50, 66.67)
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"mr/train.csv: cannot be read \(No such file or directory\); fetch"):
+        read_icl(tmp_path, ("mr",))
+    with pytest.raises(ConfigError, match=r"datasets \(mr,imdb\) must be some of sst2, mr, subj, sst5, mpqa"):
+        read_icl(tmp_path, ("mr", "imdb"))
+    with pytest.raises(ConfigError, match=r"datasets \(mr\) have no dev file"):
+        read_icl(tmp_path, ("mr", "sst2"), "dev")
+
+
+@pytest.mark.shared
+def test_the_official_files_have_as_many_examples_as_their_page_says(shared_dir: Path) -> None:
+    sizes = {"sst2": (6920, 872), "mr": (8662, 2000), "subj": (8000, 2000), "sst5": (8544, 1101), "mpqa": (8606, 2000)}
+    for data in read_icl(shared_dir / "data" / "icl", list(sizes)):
+        train, test = (len(getattr(data, part)) + data.source[f"{part}_left_out"] for part in ("train", "test"))
+        assert (train, test) == sizes[data.name]
+
+
+def test_intents_are_read_from_csv_and_from_json(tmp_path: Path) -> None:
+    write(tmp_path / "icl_banking77", "train.csv", ["text,category", '"Where, oh', 'where?",card_lost', "How?,pin"])
+    write(tmp_path / "icl_banking77", "test.csv", ["text,category", "Why?,pin", "Lost!,card_lost"])
+    parts = {"train": [["a b", "x_y"], ["c", "z"]], "test": [["d", "z"], ["e", "oos"]]}
+    clinc = write(tmp_path / "icl_clinc150", "data_full.json.gz", [])
+    clinc.write_bytes(gzip.compress(json.dumps(parts).encode()))
+    first, second = read_icl(tmp_path, ["banking77", "clinc150"])
+    assert first.labels == ("card lost", "pin")
+    assert first.train == (Labelled("Where, oh where?", 0), Labelled("How?", 1))
+    assert first.test == (Labelled("Why?", 1), Labelled("Lost!", 0))
+    assert (second.labels, second.test) == (("x y", "z"), (Labelled("d", 1),))
+    clinc.write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"data_full.json.gz: cannot be read"):
+        read_icl(tmp_path, ["clinc150"])
 
 
 @pytest.mark.parametrize(
@@ -49,14 +143,15 @@ def test_calibration_divides_by_what_labels_get_for_nothing() -> None:
     assert calibrated([-1.0, -2.0], [[0.0, -2000.0]])[1] == pytest.approx(-2 - math.log(1e-300))
 
 
-def test_an_answer_is_judged_in_three_ways(byte_tokenizer: Any) -> None:
-    of_one = task(byte_tokenizer, "sst2")
-    negative, positive = (
-        next(e for e in of_one.examples() if made("sst2").test[e.item.text].label == n) for n in (0, 1)
-    )
+def test_an_answer_is_judged_in_three_ways(tmp_path: Path, byte_tokenizer: Any) -> None:
+    for part in ("train", "test"):
+        write(tmp_path / "mr", f"{part}.csv", quoted([(f"{part} film {n}", n % 2) for n in range(20)]))
+    task = IclTask(data=tmp_path, datasets=["mr"], local_shots=[1], memory_shots=[0], draws=1)
+    task.begin([Asker("it", "it", {}, None, byte_tokenizer, 160)])
+    negative, positive = (next(e for e in task.examples() if e.item.about[1] == label) for label in (0, 1))
     begins = byte_tokenizer("p")["input_ids"][0]
     scored = Scored((math.log(0.2), math.log(0.1)), (False, False), begins)
     answer = Answer((scored, Scored((math.log(0.9), math.log(0.1)), (False, False), 0)))
     prompt = Prompt(((1,),))
-    assert of_one.measure(negative, prompt, answer) == {"first_token": 0, "likelihood": 100, "calibrated": 0}
-    assert of_one.measure(positive, prompt, answer) == {"first_token": 100, "likelihood": 0, "calibrated": 100}
+    assert task.measure(negative, prompt, answer) == {"first_token": 0, "likelihood": 100, "calibrated": 0}
+    assert task.measure(positive, prompt, answer) == {"first_token": 100, "likelihood": 0, "calibrated": 100}

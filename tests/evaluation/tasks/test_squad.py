@@ -1,58 +1,100 @@
-"""SQuAD: its files, the prompts, answers that are cut at the line end, and the scores of known answers."""
+"""SQuAD: prompts and the scores of known answers; and demonstrations: which are drawn, and which fit the window."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from longmem.errors import ConfigError, DataError
-from longmem.evaluation.tasks.squad import (
-    SquadFile,
-    SquadTask,
-    f1_score,
-    normalise_answer,
-    read_squad,
-    shown,
+from longmem.evaluation.asking import Asker
+from longmem.evaluation.tasks import Example
+from longmem.evaluation.tasks.squad import Asked, SquadTask, draw, f1_score, lay_out, normalise_answer, shown
+
+ASKED = Asked(((1, 1, 1), (2, 2), (3, 3)), ((10, 10, 10), (11, 11), (12, 12)), [(7, 8)], new_tokens=2)
+
+
+def asker(window: int, *, whole: bool = False, memory: int | None = None, tokenizer: Any = None) -> Asker:
+    return Asker("it", "it", {}, None, tokenizer, window, memory_size=memory, whole=whole)
+
+
+# demonstrations
+
+
+def test_a_draw_has_no_demonstration_twice_and_more_contain_fewer() -> None:
+    near, far = draw("sst2", 3, 50, 20, 30)
+    assert sorted(near + far) == list(range(50))
+    assert draw("sst2", 3, 50, 4, 10) == (near[-4:], far[-10:])
+    assert draw("sst2", 4, 50, 20, 30) != (near, far) != draw("mr", 3, 50, 20, 30)
+    with pytest.raises(DataError, match=r"mr: 20 demonstrations .* 2,000 in memory need 2,020 .* there are 50"):
+        draw("mr", 1, 50, 20, 2000)
+
+
+@pytest.mark.parametrize(
+    ("window", "whole", "local", "memory", "context"),
+    [
+        (12, False, 3, 0, (0, 1, 1, 1, 2, 2, 3, 3, 7, 8)),
+        (
+            11,
+            False,
+            2,
+            0,
+            (0, 2, 2, 3, 3, 7, 8),
+        ),  # one token short of the farthest demonstration: it is gone as a whole
+        (8, False, 1, 0, (0, 3, 3, 7, 8)),
+        (6, False, 0, 0, (0, 7, 8)),
+        (16, True, 3, 2, (0, 11, 11, 12, 12, 1, 1, 1, 2, 2, 3, 3, 7, 8)),  # those of memory in front
+        (11, True, 2, 0, (0, 2, 2, 3, 3, 7, 8)),  # not even all of the window's fit
+    ],
 )
+def test_demonstrations_are_kept_whole_from_the_right(
+    window: int, whole: bool, local: int, memory: int, context: tuple[int, ...]
+) -> None:
+    laid = lay_out(ASKED, asker(window, whole=whole), (0,))
+    assert laid == ((context,), local, memory, 0)
 
 
-def squad(articles: int, paragraphs: int, name: str) -> dict[str, Any]:
+def test_every_query_fits_behind_the_demonstrations_and_loses_its_beginning_where_it_must() -> None:
+    calibrating = ASKED._replace(queries=[(7, 8), (9, 9, 9, 9)])
+    assert lay_out(calibrating, asker(13), (0,)).contexts == ((0, 2, 2, 3, 3, 7, 8), (0, 2, 2, 3, 3, 9, 9, 9, 9))
+    assert lay_out(ASKED._replace(queries=[(5, 6, 7, 8)]), asker(5), (0,)) == (((0, 7, 8),), 0, 0, 2)
+    with pytest.raises(ConfigError, match=r"window \(3\) has no room for a question beside 2 tokens"):
+        lay_out(ASKED, asker(3), (0,))
+
+
+# SQuAD
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
     """The shape of the official files: two questions about each paragraph, answered by one person or by two."""
-    data = []
-    for a in range(articles):
-        made = []
-        for p in range(paragraphs):
-            place = f"{name}{a}{p}"
-            qas = [
-                {"id": f"{place}-0", "question": "Who came?", "answers": [{"text": f"Ada {place}"}]},
-                {
-                    "id": f"{place}-1",
-                    "question": f"Where is {place}?",
-                    "answers": [{"text": "the hill"}, {"text": "hill"}],
-                },
-            ]
-            made.append({"context": f"The Ada {place}\n came to the  hill.", "qas": qas})
-        data.append({"title": f"Article_{a}", "paragraphs": made})
-    return {"version": "1.1", "data": data}
+    for name, paragraphs in (("train", 5), ("dev", 1)):
+        data = []
+        for a in range(2):
+            made = []
+            for place in (f"{name[0]}{a}{p}" for p in range(paragraphs)):
+                qas = [
+                    {"id": f"{place}-0", "question": "Who came?", "answers": [{"text": f"Ada {place}"}]},
+                    {"id": f"{place}-1", "question": f"Where is {place}?", "answers": [{"text": "the hill"}]},
+                ]
+                made.append({"context": f"The Ada {place}\n came to the  hill.", "qas": qas})
+            data.append({"title": f"Article_{a}", "paragraphs": made})
+        (tmp_path / f"{name}.json").write_text(json.dumps({"version": "1.1", "data": data}))
+    return {"train": tmp_path / "train.json", "data": tmp_path / "dev.json"}
 
 
-@pytest.fixture(scope="module")
-def read(tmp_path_factory: pytest.TempPathFactory) -> tuple[SquadFile, SquadFile]:
-    folder = tmp_path_factory.mktemp("squad")
-    for name, content in (("train", squad(2, 5, "t")), ("dev", squad(2, 1, "d"))):
-        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-    return read_squad(folder / "train.json"), read_squad(folder / "dev.json")
+def task(files: dict[str, Path], tokenizer: Any, **settings: Any) -> SquadTask:
+    wanted: dict[str, Any] = {"local_shots": 1, "memory_shots": (0, 4), "draws": 2, "limit": None} | settings
+    made = SquadTask(**files, **wanted)
+    made.begin([asker(2000, memory=200, tokenizer=tokenizer)])
+    return made
 
 
-def task(read: tuple[SquadFile, SquadFile], tokenizer: Any, **settings: Any) -> SquadTask:
-    wanted = {"local_shots": 1, "memory_shots": (0, 4), "seeds": 2, "limit": None, "max_answer_tokens": 8}
-    return SquadTask(*read, tokenizer, **wanted | settings)
-
-
-def test_a_question_is_shown_with_its_answer_or_without(read: tuple[SquadFile, SquadFile]) -> None:
-    question = read[1].questions[1]
+def test_a_question_is_shown_with_its_answer_or_without(files: dict[str, Path], byte_tokenizer: Any) -> None:
+    question = task(files, byte_tokenizer).asked.questions[1]
     told = "Context: The Ada d00 came to the hill.\nQuestion: Where is d00?\nAnswer:"
     assert shown(question, answered=True) == f"{told} the hill\n\n"
     assert shown(question, answered=False) == told
@@ -62,21 +104,32 @@ def test_a_question_is_shown_with_its_answer_or_without(read: tuple[SquadFile, S
 
 
 def test_demonstrations_show_no_passage_twice_and_none_that_is_asked(
-    read: tuple[SquadFile, SquadFile], byte_tokenizer: Any
+    files: dict[str, Path], byte_tokenizer: Any
 ) -> None:
-    made = task(read, byte_tokenizer)
+    made = task(files, byte_tokenizer)
     for seed in made.seeds:
-        shots = made.shots(seed, 4)
-        texts = [str(byte_tokenizer.decode(ids)) for ids in (*shots.local, *shots.memory)]
+        local, memory = made.shots(seed, 4)
+        texts = [str(byte_tokenizer.decode(ids)) for ids in (*local, *memory)]
         assert len({text.splitlines()[0] for text in texts}) == 5
         assert all("Ada t" in text and text.endswith("\n\n") for text in texts)
-        assert made.shots(seed, 0).local == shots.local
-    with pytest.raises(DataError, match=r"every passage in it is asked about in dev.json"):
-        SquadTask(read[1], read[1], byte_tokenizer)
+        assert made.shots(seed, 0)[0] == local
     with pytest.raises(DataError, match=r"train.json: 1 demonstrations .* there are 10"):
-        task(read, byte_tokenizer, memory_shots=[200]).shots(1, 200)
+        made.shots(1, 200)
+    with pytest.raises(DataError, match=r"dev.json: 1 demonstrations .* there are 0"):
+        task(files | {"train": files["data"]}, byte_tokenizer).examples()
     with pytest.raises(ConfigError, match=r"memory_shots \(none\)"):
-        task(read, byte_tokenizer, memory_shots=())
+        task(files, byte_tokenizer, memory_shots=())
+
+
+def test_what_each_system_sees_is_counted(files: dict[str, Path], byte_tokenizer: Any) -> None:
+    made = task(files, byte_tokenizer)
+    askers = [replace(asker(12, memory=size), name=str(size)) for size in (4, 6, 8, None)]
+    found = made.shots_seen([Example("e", "sst2, 4 + 3", "u", ASKED)], askers)
+    seen = found["sst2, 4 + 3"]
+    assert {name: each["memory"] for name, each in seen.items()} == {"4": 2, "6": 2, "8": 3, "None": 0}
+    assert {each["window"] for each in seen.values()} == {3} and seen["4"]["cut"] == 0
+    note = next(iter(made.notes({"extra": {"shots": found}})))
+    assert note.startswith("sst2, 4 + 3, 4: on average 3 demonstrations fit the window, 2 are in memory, and 0 tokens")
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,349 @@
-"""The evaluations of the paper, one module each, behind one interface (``longmem.evaluation.task``)."""
+"""A task: examples, what each system is asked about them, the metrics of its answers; and its run over all systems."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+
+from longmem.errors import ConfigError, DataError
+from longmem.evaluation.asking import Answer, Asker, Prompt, rereading
+from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, RunHeader
+from longmem.evaluation.systems import compared
+from longmem.progress import Progress
+
+ALL = "all"
+RECORDS_VERSION = 2  # part of every record's key; raised when a record's meaning changes
+TOGETHER = 64  # prompts that are laid out and asked at one time, at least where their memory is the same
+
+
+class Example(NamedTuple):
+    """One thing asked of every system.
+
+    Attributes:
+        id: its name in the result file.
+        group: what is reported apart (a split, a data set and its shots, a length, a category).
+        unit: what is drawn for intervals: examples of one unit (a book, a conversation) are drawn together.
+        item: what the task knows about it.
+        seed: of its demonstrations.
+    """
+
+    id: str
+    group: str
+    unit: str
+    item: Any
+    seed: int = 0
+
+
+class Metric(NamedTuple):
+    """A number of every example, averaged over them.
+
+    Attributes:
+        name: its key in results.
+        label: its name for people.
+        unit: ``%`` (an example is 0 to 100), ``nats``, or empty.
+        chance: what guessing gives, where that is known.
+    """
+
+    name: str
+    label: str
+    unit: str = ""
+    better: Literal["higher", "lower"] = "higher"
+    chance: float | None = None
+
+
+@dataclass(eq=False, kw_only=True)
+class Task(ABC):
+    """An evaluation: ``run_task`` asks every system every example and averages ``measure``.
+
+    A task is a dataclass whose fields are its settings. It reads its files when it is made, and begins when the systems
+    are there.
+
+    Attributes:
+        remembered: tokens that memory should hold where no size is given; 0 is the model's own.
+        recall: passages for the systems ``+recall``; 0 leaves them out.
+        tokenizer, window: of all systems.
+
+    Raises:
+        ConfigError: lists every setting that breaks a rule, see ``problems``.
+    """
+
+    name: ClassVar[str]
+    remembered = recall = 0
+    tokenizer: Any = field(init=False, repr=False)
+    window: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if found := list(self.problems()):
+            raise ConfigError(found)
+
+    @property
+    @abstractmethod
+    def metrics(self) -> Sequence[Metric]:
+        """The first is the one whose differences are shown."""
+
+    @property
+    def seeds(self) -> Sequence[int]:
+        """Of all that is drawn."""
+        return [getattr(self, "seed", 0)]
+
+    def settings(self) -> Json:
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.init}
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the settings; of each list that it is empty, or names a value twice."""
+        for name, values in self.settings().items():
+            paths = name in ("data", "text")
+            if isinstance(values, list | tuple) and not paths and len(set(values)) < max(1, len(values)):
+                yield f"{name} ({','.join(map(str, values)) or 'none'}) must be one or more, all different"
+
+    def begin(self, askers: Sequence[Asker]) -> Sequence[Asker]:
+        """Take the systems of a comparison; returns those that are asked."""
+        self.tokenizer, self.window = askers[0].tokenizer, askers[0].window
+        return rereading(askers, self.recall)
+
+    @abstractmethod
+    def source(self) -> Json:
+        """What the examples are made from, beside the settings: for the result file."""
+
+    @abstractmethod
+    def examples(self) -> Sequence[Example]:
+        """In the order of the result; those that share a long memory follow one another."""
+
+    @abstractmethod
+    def prompt(self, example: Example, asker: Asker) -> Prompt:
+        """What this system is asked."""
+
+    @abstractmethod
+    def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
+        """Every metric of an answer. It may depend on ``gold``, the prompt and the answer alone."""
+
+    def gold(self, example: Example) -> Json:
+        """What ``measure`` compares answers with, where the prompt does not say it; for people, what was asked."""
+        return {}
+
+    def said(self, answer: Answer) -> str:
+        """The text that was generated."""
+        return str(self.tokenizer.decode(answer.said, skip_special_tokens=True))
+
+    def summarise(
+        self, result: Json, examples: Sequence[Example], askers: Sequence[Asker], bootstrap: Bootstrap
+    ) -> None:
+        """Add to the result what else the task has to say, under ``extra``."""
+        result["extra"] = {}
+
+    def notes(self, result: Json) -> Iterable[str]:
+        """Lines for people, below the table."""
+        return ()
+
+
+def means_by(
+    examples: Sequence[Example], values: Sequence[Json], part: Callable[[Example], Any], digits: int = 3
+) -> Json:
+    """group -> system -> metric -> part (a seed, an article) -> mean over examples; ``values`` are system -> metric."""
+    found: Json = {}
+    for example, of_systems in zip(examples, values, strict=True):
+        for system, of_metrics in of_systems.items():
+            for metric, value in of_metrics.items():
+                place = found.setdefault(example.group, {}).setdefault(system, {}).setdefault(metric, {})
+                place.setdefault(str(part(example)), []).append(value)
+    means: Json = leaves(found, lambda numbers: round(float(np.mean(numbers)), digits))
+    return means
+
+
+def leaves(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """Nested dicts with every value changed that is no dict."""
+    return {key: leaves(inner, change) for key, inner in tree.items()} if isinstance(tree, dict) else change(tree)
+
+
+def drawn(seed: str, count: int, limit: int | None) -> list[int]:
+    """All numbers below ``count``, or ``limit`` of them drawn with a seed, in their order."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return sorted(random.Random(seed).sample(range(count), limit))
+
+
+def digest_of(*parts: Any) -> str:
+    """Hash of what JSON can say."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def of_form(path: Path, form: str, way_out: str) -> Iterator[list[str]]:
+    """Say of a file that is not of its form in one line what is wrong; the last item of the list says where.
+
+    Raises:
+        DataError: the file cannot be read, or reading it failed.
+    """
+    where = ["the file"]
+    try:
+        yield where
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); {way_out}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: {where[-1]} is not of {form} ({said}); {way_out}") from error
+
+
+def run_task(
+    task: Task,
+    askers: Sequence[Asker],
+    *,
+    records: Path | None = None,
+    bootstrap: Bootstrap | None = None,
+    command: str = "",
+    config: Json | None = None,
+) -> Json:
+    """Ask every system every example.
+
+    Args:
+        records: JSONL file of measured answers; what it already holds is not asked again. What systems say in their
+            own words is added to ``answers.jsonl`` next to it, for people to read.
+        command: as typed, kept in the result.
+        config: what else the result should say about its making.
+
+    Returns:
+        the JSON of the result file: ``header``, ``systems`` (name -> label), ``metrics``, ``groups`` (see
+        ``group_scores``; ``all`` first), ``examples`` with their ``values`` (system -> metric), ``extra``.
+
+    Raises:
+        DataError: the task has no examples.
+    """
+    bootstrap, askers = bootstrap or Bootstrap(), task.begin(askers)
+    examples = task.examples()
+    if not examples:
+        raise DataError(f"{task.name} has no examples under these settings; give it more text, or wider limits")
+    ledger = Ledger(records)
+    values: list[Json] = [{} for _ in examples]
+    seconds: dict[tuple[str, str], float] = {}
+    for asker in askers:
+        with Progress(f"{task.name}, {asker.label}", len(examples), "examples") as progress:
+            for number, names in _answers(task, asker, examples, ledger):
+                values[number][asker.name], seconds[names] = (ledger.records[names][n] for n in ("values", "seconds"))
+                progress.advance()
+    groups = {ALL: list(range(len(examples)))}
+    for number, example in enumerate(examples):
+        groups.setdefault(example.group, []).append(number)
+    if len(groups) == 2:
+        del groups[ALL]  # there is one group only
+    header = RunHeader(
+        task=task.name,
+        command=command,
+        config=task.settings() | task.source() | {"bootstrap": asdict(bootstrap)} | (config or {}),
+        models={asker.name: asker.identity | {"window": asker.window} for asker in askers},
+        samples={"examples": len(examples), "units": len({example.unit for example in examples})},
+        seeds=list(task.seeds),
+        seconds=round(sum(seconds.values()), 1),
+    )
+    result: Json = {
+        "header": asdict(header),
+        "systems": {asker.name: asker.label for asker in askers},
+        "metrics": [metric._asdict() for metric in task.metrics],
+        "groups": [
+            group_scores(name, [examples[n] for n in some], [values[n] for n in some], task.metrics, bootstrap)
+            for name, some in groups.items()
+        ],
+        "examples": [
+            {"id": example.id, "group": example.group, "unit": example.unit, "values": found}
+            for example, found in zip(examples, values, strict=True)
+        ],
+    }
+    task.summarise(result, examples, askers, bootstrap)
+    return result
+
+
+def group_scores(
+    name: str,
+    examples: Sequence[Example],
+    values: Sequence[Json],
+    metrics: Sequence[Metric],
+    bootstrap: Bootstrap,
+    *,
+    weights: Sequence[float] | None = None,
+    drawn: str = "",
+) -> Json:
+    """Means, differences and intervals over examples, of which units are drawn.
+
+    Args:
+        values: of each example, system -> metric -> value.
+        weights: of each example in the mean; None weights all alike.
+        drawn: what a unit is, for the result file; empty is "examples", or "units" where a unit has several.
+
+    Returns:
+        ``group``, ``examples``, ``units``, ``scores`` (system, metric, value, interval) and ``differences`` (the same
+        with ``against``), paired by example.
+    """
+    units = {unit: at for at, unit in enumerate(dict.fromkeys(example.unit for example in examples))}
+    where, systems = np.array([units[example.unit] for example in examples]), list(values[0])
+    weight = np.ones(len(examples)) if weights is None else np.asarray(weights, dtype=float)
+    said = drawn or ("examples" if all(example.unit == example.id for example in examples) else "units")
+
+    def summed(column: Sequence[float]) -> Floats:
+        return np.bincount(where, weights=weight * np.asarray(column), minlength=len(units)).astype(np.float64)
+
+    def mean(sums: Floats) -> Json:
+        return {"value": float(sums.sum() / weighed.sum()), "interval": bootstrap.interval(sums, weighed, said)}
+
+    weighed = summed([1.0] * len(examples))
+    total = {(s, m.name): summed([value[s][m.name] for value in values]) for m in metrics for s in systems}
+    return {
+        "group": name,
+        "examples": len(examples),
+        "units": len(units),
+        "scores": [{"system": s, "metric": m} | mean(sums) for (s, m), sums in total.items()],
+        "differences": [
+            {"system": s, "against": a, "metric": m.name} | mean(total[s, m.name] - total[a, m.name])
+            for m in metrics
+            for s, a in compared(systems)
+        ],
+    }
+
+
+def _answers(
+    task: Task, asker: Asker, examples: Sequence[Example], ledger: Ledger
+) -> Iterator[tuple[int, tuple[str, str]]]:
+    """(number of an example, names of its record), in the order in which they are done; what is equal is asked once."""
+    for batch in _batches(task, asker, examples):
+        named: dict[tuple[str, str], list[int]] = {}
+        for number, prompt in batch.items():
+            seen, remembers = asker.seen(prompt)
+            # a system whose memory stays empty answers as the same model without memory
+            system = asker.identity if remembers else asker.identity | {"memory": None}
+            key = digest_of(RECORDS_VERSION, task.name, asker.window, system)
+            named.setdefault((key, digest_of(seen, task.gold(examples[number]))), []).append(number)
+        waiting = [names for names in named if names not in ledger.records]
+        yield from ((number, names) for names in named if names not in waiting for number in named[names])
+        began = time.monotonic()
+        for at, answer in asker.ask([batch[named[names][0]] for names in waiting]):
+            names, now = waiting[at], time.monotonic()
+            example, prompt = examples[named[names][0]], batch[named[names][0]]
+            about: dict[str, Any] = {"example": example.id, "system": asker.name, "seconds": round(now - began, 4)}
+            ledger.append(*names, **about, values=task.measure(example, prompt, answer))
+            began = now
+            if prompt.new_tokens and ledger.path is not None:
+                line = {"system": asker.name, "example": example.id} | task.gold(example) | {"said": task.said(answer)}
+                with ledger.path.with_name("answers.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            yield from ((number, names) for number in named[names])
+
+
+def _batches(task: Task, asker: Asker, examples: Sequence[Example]) -> Iterator[dict[int, Prompt]]:
+    batch: dict[int, Prompt] = {}
+    last: Any = ()
+    for number, example in enumerate(examples):
+        prompt = task.prompt(example, asker)
+        if len(batch) >= TOGETHER and (prompt.memory == () or prompt.memory != last):
+            yield batch
+            batch = {}
+        batch[number], last = prompt, prompt.memory
+    yield batch

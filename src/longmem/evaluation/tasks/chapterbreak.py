@@ -9,17 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from longmem.errors import ConfigError, DataError
-from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
-from longmem.evaluation.documents import start_tokens
+from longmem.evaluation.asking import Answer, Asker, Prompt, encode, encode_after, start_tokens
 from longmem.evaluation.results import Json
-from longmem.evaluation.task import Example, Metric, Task, different, drawn, numbered, of_form
-from longmem.evaluation.tasks.shots import encode_after
+from longmem.evaluation.tasks import Example, Metric, Task, drawn, of_form
 
 BETWEEN = "\n\n"  # between a prefix and a suffix, the same for all suffixes
 
@@ -35,14 +33,13 @@ class Item(NamedTuple):
     options: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class ChapterBreakFile:
+class ChapterBreakFile(NamedTuple):
     """A file and what is in it; ``prefix``: tokens of its prefixes, by its name, None if that does not say."""
 
     name: str
     prefix: int | None
     sha256: str
-    items: list[Item] = field(repr=False)
+    items: list[Item]
 
 
 def read_chapterbreak(path: str | Path) -> ChapterBreakFile:
@@ -60,7 +57,7 @@ def read_chapterbreak(path: str | Path) -> ChapterBreakFile:
                 for number, one in enumerate(examples):
                     where.append(f"{split}, work {work}, example {number + 1}")
                     texts = (one["ctx"], one["pos"], *one["negs"])
-                    if len(texts) < 3 or not all(isinstance(text, str) and text.strip() for text in texts):
+                    if len(texts) < 3 or not all(text.strip() for text in texts):
                         raise ValueError("ctx, pos and negs must be texts, none of them empty")
                     items.append(Item(split, work, number, texts[0], texts[1:]))
     if not items:
@@ -69,100 +66,69 @@ def read_chapterbreak(path: str | Path) -> ChapterBreakFile:
     return ChapterBreakFile(path.name, length and int(length[1]), hashlib.sha256(raw).hexdigest(), items)
 
 
-def files_for(files: Sequence[ChapterBreakFile], prefix: int) -> list[ChapterBreakFile]:
-    """Those whose prefixes are long enough, the shortest of them, all of a length together; and those that do not say.
-
-    Raises:
-        ConfigError: none is long enough.
-    """
-    lengths = {file.prefix for file in files if file.prefix is not None}
-    shortest = min((length for length in lengths if length >= prefix), default=None)
-    found = [file for file in files if file.prefix in (None, shortest)]
-    if not found:
-        raise ConfigError(
-            f"--prefix {prefix} is longer than the prefixes of the files ({max(lengths)} tokens, by their names); "
-            "give a file with longer ones, or a smaller --prefix"
-        )
-    return found
-
-
+@dataclass(eq=False, kw_only=True)
 class ChapterBreakTask(Task):
     """Six-way suffix identification. Groups are a split and a prefix length, units are works.
 
-    Args:
-        files: from ``read_chapterbreak``; for a prefix those are taken whose own are just long enough.
+    Attributes:
+        data: see ``read_chapterbreak``.
         prefixes: tokens before the boundary, the nearest ones.
         suffix_tokens: of a suffix, the first ones.
         limit: examples of each split, drawn with ``seed``, the same for every prefix; None is all.
-
-    Raises:
-        ConfigError: no file has prefixes so long.
     """
 
     name = "chapterbreak"
+    data: str | Path
+    prefixes: Sequence[int] = (4096, 6144, 8192)
+    suffix_tokens: int = 128
+    limit: int | None = None
+    seed: int = 0
 
-    def __init__(
-        self,
-        files: Sequence[ChapterBreakFile],
-        tokenizer: Any,
-        prefixes: Sequence[int] = (4096, 6144, 8192),
-        suffix_tokens: int = 128,
-        limit: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        different(prefix=prefixes)
-        names = numbered([file.name for file in files])
-        self.files = [replace(file, name=name) for file, name in zip(files, names, strict=True)]
-        self.taken = {prefix: files_for(self.files, prefix) for prefix in prefixes}
-        self.tokenizer, self.suffix_tokens, self.limit, self.seeds = tokenizer, suffix_tokens, limit, (seed,)
-        self.start = start_tokens(tokenizer)
-        options = {len(item.options) for files in self.taken.values() for file in files for item in file.items}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.file = read_chapterbreak(self.data)
+        most = self.file.prefix
+        if most is not None and most < max(self.prefixes):
+            raise ConfigError(f"--prefix {max(self.prefixes)} is longer than the prefixes of {self.file.name}, {most}")
+
+    @property
+    def metrics(self) -> list[Metric]:
+        options = {len(item.options) for item in self.file.items}
         chance = 100 / options.pop() if len(options) == 1 else None
-        self.metrics = (
+        return [
             Metric("accuracy", "accuracy by likelihood", "%", chance=chance),
             Metric("accuracy_per_token", "accuracy by likelihood per token", "%", chance=chance),
             Metric("gold_nats", "true suffix, per token", "nats", "lower"),
-        )
+        ]
 
-    def settings(self) -> Json:
-        return {
-            "files": {file.name: {"sha256": file.sha256, "examples": len(file.items)} for file in self.files},
-            "file_of_prefix": {str(prefix): [file.name for file in files] for prefix, files in self.taken.items()},
-            "prefixes": list(self.taken),
-            "suffix_tokens": self.suffix_tokens,
-            "limit": self.limit,
-            "seed": self.seeds[0],
-        }
+    def source(self) -> Json:
+        return {"file": self.file.name, "sha256": self.file.sha256, "examples": len(self.file.items)}
 
     def examples(self) -> list[Example]:
-        return [example for prefix in self.taken for example in self._examples(prefix)]
-
-    def _examples(self, prefix: int) -> Iterator[Example]:
+        """Items are a prefix length and an ``Item``."""
         splits: dict[str, list[Item]] = {}
-        for file in self.taken[prefix]:
-            for item in file.items:
-                splits.setdefault(item.split, []).append(item)
-        short = f"{prefix >> 10}k" if prefix % 1024 == 0 else str(prefix)
-        for split, items in splits.items():
-            for number in drawn(f"{self.seeds[0]} {split}", len(items), self.limit):
-                unit = f"{split}/{items[number].work}"
-                name = f"{unit}/{items[number].number}, {prefix}"
-                yield Example(name, f"{split}, {short}", unit, (prefix, items[number]))
+        for item in self.file.items:
+            splits.setdefault(item.split, []).append(item)
+        found = []
+        for prefix in self.prefixes:
+            short = f"{prefix >> 10}k" if prefix % 1024 == 0 else str(prefix)
+            for split, items in splits.items():
+                for item in (items[n] for n in drawn(f"{self.seed} {split}", len(items), self.limit)):
+                    unit = f"{split}/{item.work}"
+                    name = f"{unit}/{item.number}, {prefix}"
+                    found.append(Example(name, f"{split}, {short}", unit, (prefix, item)))
+        return found
 
     def prompt(self, example: Example, asker: Asker) -> Prompt:
         """The last tokens of the prefix, and the first of each suffix."""
         prefix, item = example.item
         suffixes = encode_after(self.tokenizer, BETWEEN, [option.strip() for option in item.options])
-        context = (*self.start, *self._tokens(item.context.rstrip() + BETWEEN)[-prefix:])
+        before = item.context.rstrip() + BETWEEN
+        # as they are with a word after them, since a line end is another token where the text ends
+        tokens, word = encode(self.tokenizer, before + "The"), encode(self.tokenizer, "The")
+        tokens = tokens[: -len(word)] if tokens[-len(word) :] == word else encode(self.tokenizer, before)
+        context = (*start_tokens(self.tokenizer), *tokens[-prefix:])
         return Prompt((context,), tuple(ids[: self.suffix_tokens] for ids in suffixes))
-
-    def _tokens(self, text: str) -> Tokens:
-        """As they are with a word after them, since a line end is another token where the text ends."""
-        if not getattr(self.tokenizer, "is_fast", False):
-            return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        encoded = self.tokenizer(text + "The", add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        return tuple(token for token, (start, _) in pairs if start < len(text))
 
     def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
         """Whether the first option wins, by summed log-likelihood and per token; as in the authors' script also a tie

@@ -1,91 +1,200 @@
 """Memory-augmented in-context learning: label short texts after demonstrations in the window and in memory.
 
 Paper, section "in-context learning"; scored as the released script does, and by likelihood of the labels with and
-without contextual calibration (Zhao et al. 2021, "Calibrate Before Use").
+without contextual calibration (Zhao et al. 2021, "Calibrate Before Use"). The sets are the five of the paper, and two
+with so many classes that their demonstrations fit no window.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
+import hashlib
+import io
+import json
 import math
-from collections.abc import Sequence
-from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
-from longmem.evaluation.documents import start_tokens
+from longmem.errors import ConfigError, DataError
+from longmem.evaluation.asking import Answer, Asker, Prompt, encode_after
 from longmem.evaluation.results import Bootstrap, Json
-from longmem.evaluation.task import Example, Metric, different, drawn, group_scores, leaves, means_by
-from longmem.evaluation.tasks.icl_data import IclSet
-from longmem.evaluation.tasks.shots import LaidOut, Shots, ShotsTask, draw, encode_after
+from longmem.evaluation.tasks import Example, Metric, drawn, group_scores, leaves, means_by, of_form
+from longmem.evaluation.tasks.squad import Asked, ShotsTask, draw
+
+Split = Literal["released", "dev", "test"]
+
+
+class Kind(NamedTuple):
+    """Of a set: its folder, its files, its classes, and the template's words before a text and before a label.
+
+    Files are those of ``data/icl/original`` in the released code: see ``read_labelled``. Without ``labels`` every text
+    has the name of its class, in ``text,category`` lines below a heading, or in JSON lists ``train`` and ``test``.
+    """
+
+    folder: str
+    train: str = "train.csv"
+    test: str = "test.csv"
+    dev: str = ""
+    labels: tuple[str, ...] = ("negative", "positive")
+    words: tuple[str, str] = ("Review:", "Sentiment:")
+
+
+FIVE = ("terrible", "bad", "okay", "good", "great")
+INTENT = ("Request:", "Intent:")
+KINDS = {
+    "sst2": Kind("SST-2", "train.tsv", "test.tsv", "dev.tsv"),
+    "mr": Kind("mr"),
+    "subj": Kind("subj", labels=("subjective", "objective"), words=("Input:", "Type:")),
+    "sst5": Kind("sst-5", "stsa.fine.train", "stsa.fine.test", "stsa.fine.dev", FIVE),
+    "mpqa": Kind("mpqa"),
+    "banking77": Kind("icl_banking77", labels=(), words=INTENT),
+    "clinc150": Kind("icl_clinc150", "data_full.json.gz", "data_full.json.gz", labels=(), words=INTENT),
+}
+
+
+class Labelled(NamedTuple):
+    """A text and the number of its class."""
+
+    text: str
+    label: int
+
+
+class IclSet(NamedTuple):
+    """A set as it is used: names of classes in label order, texts to show and texts to ask, neither empty.
+
+    No text of ``train`` is there twice or tested. ``source``: the files read, their hash, and how many texts were left
+    out. ``words``: the template's, before a text and before a label.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    train: tuple[Labelled, ...]
+    test: tuple[Labelled, ...]
+    source: Json
+    words: tuple[str, str]
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing, in %."""
+        return 100 / len(self.labels)
+
+    @property
+    def majority(self) -> float:
+        """Accuracy of the most frequent class of the test texts, in %."""
+        return 100 * max(Counter(example.label for example in self.test).values()) / len(self.test)
+
+    def asked(self, text: str) -> str:
+        """A text, with the space that parts it from the one before, up to where its label begins."""
+        return f" {self.words[0]} {text} {self.words[1]}"
+
+
+def read_icl(folder: str | Path, names: Sequence[str], split: Split = "released") -> list[IclSet]:
+    """Read sets from a folder with one subfolder each (``SST-2``, ``mr``, ``subj``, ``sst-5``, ``mpqa`` ...).
+
+    Args:
+        names: keys of ``KINDS``.
+        split: what is asked: ``released`` as the released script has it (the dev files of SST-2 and SST-5, the test
+            files of the others), ``dev`` or ``test``.
+
+    Raises:
+        ConfigError: an unknown set, or one that has no such split.
+        DataError: a file is missing, or a line is not what its format says; names file and line.
+    """
+    if not set(names) <= KINDS.keys():
+        raise ConfigError(f"datasets ({','.join(names)}) must be some of {', '.join(KINDS)}")
+    if split == "dev" and (without := [name for name in names if not KINDS[name].dev]):
+        raise ConfigError(f"datasets ({','.join(without)}) have no dev file; ask for split released or test")
+    return [_read_set(name, Path(folder), split) for name in names]
+
+
+def _read_set(name: str, root: Path, split: Split) -> IclSet:
+    kind = KINDS[name]
+    tested = kind.test if split == "test" or not kind.dev else kind.dev
+    files = [root / kind.folder / file for file in dict.fromkeys((kind.train, tested))]
+    labels = kind.labels
+    if labels:
+        train, test = (read_labelled(file, len(labels)) for file in files)
+    else:
+        labels, train, test = _read_named(files)
+    taken, usable = {example.text for example in test}, dict[str, Labelled]()
+    for example in train:
+        if example.text and example.text not in taken:
+            usable.setdefault(example.text, example)
+    asked = tuple(example for example in test if example.text)
+    if not usable or not asked:
+        raise DataError(f"{files[0].parent}: {len(usable)} texts to show and {len(asked)} to ask; both need some")
+    source = {
+        "files": [f"{kind.folder}/{file.name}" for file in files],
+        "sha256": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16],
+        "train": len(usable),
+        "train_left_out": len(train) - len(usable),  # empty, there twice, or tested
+        "test": len(asked),
+        "test_left_out": len(test) - len(asked),  # empty
+    }
+    return IclSet(name, labels, tuple(usable.values()), asked, source, kind.words)
+
+
+def read_labelled(path: Path, classes: int) -> list[Labelled]:
+    """Every line of a file, texts stripped, empty ones too.
+
+    A ``.csv`` has ``label,text`` with normal quoting and no heading, a file that begins with ``sentence<TAB>label`` has
+    such lines, every other one ``label<space>text``.
+
+    Raises:
+        DataError: no such file, or a line without label or with one that is not 0 ... ``classes - 1``.
+    """
+    found = []
+    with of_form(path, f"text with a label from 0 to {classes - 1}", "fetch the file again") as where:
+        # only \n ends a line: some texts hold other signs that str.splitlines would take for one
+        lines = [line.rstrip("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
+        tabbed = lines[0] == "sentence\tlabel"
+        for number, line in enumerate(lines, 1):
+            if not line or (tabbed and number == 1):
+                continue
+            where.append(f"line {number} ({line[:40]!r})")
+            if path.suffix == ".csv":
+                label, text = next(csv.reader([line]))
+            else:
+                label, text = line.rsplit("\t", 1)[::-1] if tabbed else line.split(" ", 1)
+            if int(label) not in range(classes):
+                raise ValueError("there is no such label")
+            found.append(Labelled(text.strip(), int(label)))
+    return found
+
+
+def _read_named(files: Sequence[Path]) -> tuple[tuple[str, ...], list[Labelled], list[Labelled]]:
+    """Names of classes, train and test."""
+    with of_form(files[0], "what is published", "fetch the files again"):
+        if len(files) == 1:
+            content = json.loads(gzip.decompress(files[0].read_bytes()))
+            parts = [content["train"], content["test"]]
+        else:
+            parts = [list(csv.reader(io.StringIO(file.read_text("utf-8-sig"))))[1:] for file in files]
+        named = [[(" ".join(text.split()), label.replace("_", " ")) for text, label in part] for part in parts]
+    labels = tuple(sorted({label for _, label in named[0]}))
+    number = {label: at for at, label in enumerate(labels)}
+    train, test = ([Labelled(text, number[label]) for text, label in part if label in number] for part in named)
+    return labels, train, test
+
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # of Zhao et al.; their label probabilities are averaged
 MOST_CALIBRATED = 20  # classes; with more of them each content-free text would cost as much as the question
 
 
-class Prompts:
-    """One set as tokens: `` Review: {text} Sentiment: {label}.``, each with the space that parts it from the last."""
-
-    def __init__(self, data: IclSet, tokenizer: Any) -> None:
-        self.data, self.tokenizer = data, tokenizer
-        self.options = tuple(encode_after(tokenizer, data.tail, [f" {label}" for label in data.labels]))
-        self.content_free = self._queries(CONTENT_FREE if len(data.labels) <= MOST_CALIBRATED else ())
-        self.shots = lru_cache(maxsize=None)(self._draw)
-
-    @cached_property
-    def demonstrations(self) -> list[Tokens]:
-        """Every training text with its label."""
-        texts = [f"{self._query(text)} {self.data.labels[label]}." for text, label in self.data.train]
-        return encode_after(self.tokenizer, ".", texts)
-
-    @cached_property
-    def queries(self) -> list[Tokens]:
-        """Every test text."""
-        return self._queries([text for text, _ in self.data.test])
-
-    def lay_out(self, asker: Asker, shots: Shots, text: int) -> LaidOut:
-        """A test text with the demonstrations that fit; each content-free text fits in its place."""
-        after = max(map(len, self.options)) - 1  # the last token of a label is no input
-        return shots.lay_out(asker, self.queries[text], after, max(map(len, self.content_free), default=0))
-
-    def _draw(self, seed: int, local: int, memory: int) -> Shots:
-        near, far = draw(self.data.name, seed, len(self.data.train), local, memory)
-        known = self.demonstrations
-        return Shots(start_tokens(self.tokenizer), tuple(known[n] for n in near), tuple(known[n] for n in far))
-
-    def _query(self, text: str) -> str:
-        return f" {self.data.head} {text} {self.data.tail}"
-
-    def _queries(self, texts: Sequence[str]) -> list[Tokens]:
-        return encode_after(self.tokenizer, ".", [self._query(text) for text in texts])
-
-
-class Shown(NamedTuple):
-    """A test text by its number, and the numbers of demonstrations for window and memory."""
-
-    dataset: str
-    text: int
-    local: int
-    memory: int
-
-    @property
-    def shots(self) -> str:
-        return f"{self.local} + {self.memory}"
-
-
+@dataclass(eq=False, kw_only=True)
 class IclTask(ShotsTask):
     """In-context learning over some sets. Groups are a set and its demonstrations, units are texts.
 
-    Every system gets the same demonstrations. Those of memory are never among those of the window, and none is a test
-    text. A system without memory sees those of the window only; the full-context backbone has as many of memory in
-    front of them as fit.
-
-    Args:
-        sets: from ``read_icl``.
+    Attributes:
+        data, datasets, split: see ``read_icl``.
         local_shots: numbers of demonstrations in the window.
         memory_shots: numbers of demonstrations in memory.
-        seeds: draws of demonstrations, numbered from 1.
         limit: test texts of each set, drawn once and not stratified; None is all.
     """
 
@@ -95,31 +204,23 @@ class IclTask(ShotsTask):
         Metric("likelihood", "accuracy by label likelihood", "%"),
         Metric("calibrated", "accuracy by calibrated label likelihood", "%"),  # uncalibrated where classes are many
     )
+    data: str | Path
+    datasets: Sequence[str] = ("sst2", "mr", "subj", "sst5", "mpqa")
+    split: Split = "released"
+    local_shots: Sequence[int] = (4, 20)
+    memory_shots: Sequence[int] = (0, 200, 2000)
+    draws: int = 6
+    limit: int | None = 30
 
-    def __init__(
-        self,
-        sets: Sequence[IclSet],
-        tokenizer: Any,
-        local_shots: Sequence[int] = (4, 20),
-        memory_shots: Sequence[int] = (0, 200, 2000),
-        seeds: int = 6,
-        limit: int | None = 30,
-    ) -> None:
-        different(local_shots=local_shots, memory_shots=memory_shots)
-        self.tokenizer, self.prompts = tokenizer, {data.name: Prompts(data, tokenizer) for data in sets}
-        self.local_shots, self.memory_shots = list(local_shots), list(memory_shots)
-        self.seeds, self.limit = range(1, seeds + 1), limit
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sets = read_icl(self.data, self.datasets, self.split)
 
-    def settings(self) -> Json:
-        sets = {name: prompts.data for name, prompts in self.prompts.items()}
+    def source(self) -> Json:
         return {
-            "datasets": {name: data.source for name, data in sets.items()},
-            "local_shots": self.local_shots,
-            "memory_shots": self.memory_shots,
-            "demonstration_seeds": list(self.seeds),
-            "limit": self.limit,
+            "sets": {data.name: data.source for data in self.sets},
             "test_texts": "drawn without replacement, not stratified, the same for all seeds and systems",
-            "templates": {name: f"{data.head} {{text}} {data.tail} {{label}}. " for name, data in sets.items()},
+            "templates": {data.name: f"{data.asked('{text}')} {{label}}." for data in self.sets},
             "content_free": list(CONTENT_FREE),
         }
 
@@ -129,36 +230,34 @@ class IclTask(ShotsTask):
         Raises:
             DataError: a set has too few training texts.
         """
-        found = []
-        for name, prompts in self.prompts.items():
-            prompts.shots(1, max(self.local_shots), max(self.memory_shots))
-            texts = drawn(f"{name} test", len(prompts.data.test), self.limit)
-            settings = [(s, m, loc) for s in self.seeds for m in self.memory_shots for loc in self.local_shots]
-            for seed, memory, local in settings:
-                for text in texts:
-                    item, unit = Shown(name, text, local, memory), f"{name}/{text}"
-                    label = f"{unit}, {item.shots}, seed {seed}"
-                    found.append(Example(label, f"{name}, {item.shots}", unit, item, seed))
-        return found
+        return [example for data in self.sets for example in self._examples(data)]
 
-    def prompt(self, example: Example, asker: Asker) -> Prompt:
-        """The question, and every content-free text in its place."""
-        prompts = self.prompts[example.item.dataset]
-        shots, laid = self.laid_out(example, asker)
-        contexts = tuple(laid.before + query for query in (laid.query, *prompts.content_free))
-        return Prompt(contexts, prompts.options, memory=shots.remembered(asker))
+    def _examples(self, data: IclSet) -> Iterator[Example]:
+        reader, free = self.tokenizer, CONTENT_FREE if len(data.labels) <= MOST_CALIBRATED else ()
+        options = tuple(encode_after(reader, data.words[1], [f" {label}" for label in data.labels]))
+        known = encode_after(reader, ".", [f"{data.asked(text)} {data.labels[at]}." for text, at in data.train])
+        chosen = drawn(f"{data.name} test", len(data.test), self.limit)
+        queries = encode_after(
+            reader, ".", [data.asked(text) for text in (*free, *(data.test[n].text for n in chosen))]
+        )
+        for seed, memory, local in [(s, m, n) for s in self.seeds for m in self.memory_shots for n in self.local_shots]:
+            near, far = draw(data.name, seed, len(data.train), local, memory)
+            shots, said = ([known[n] for n in near], [known[n] for n in far]), f"{local} + {memory}"
+            for n, query in zip(chosen, queries[len(free) :], strict=True):
+                asked = Asked(*shots, [query, *queries[: len(free)]], options, about=(data, data.test[n].label))
+                unit = f"{data.name}/{n}"
+                yield Example(f"{unit}, {said}, seed {seed}", f"{data.name}, {said}", unit, asked, seed)
 
     def gold(self, example: Example) -> Json:
-        data = self.prompts[example.item.dataset].data
-        return {"expected": data.labels[data.test[example.item.text].label]}
+        data, label = example.item.about
+        return {"expected": data.labels[label]}
 
     def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
         """Each 0 or 100; of equal scores the first label is taken."""
-        expected, (scored, *free) = self.gold(example)["expected"], answer.scored
-        label = self.prompts[example.item.dataset].data.labels.index(expected)
+        (data, label), (scored, *free) = example.item.about, answer.scored
         corrected = calibrated(scored.logprobs, [each.logprobs for each in free])
         return {
-            "first_token": 100.0 * starts_label(self.tokenizer.decode([scored.next_token]), expected),
+            "first_token": 100.0 * starts_label(self.tokenizer.decode([scored.next_token]), data.labels[label]),
             "likelihood": 100.0 * (scored.best == label),
             "calibrated": 100.0 * (int(np.argmax(corrected)) == label),
         }
@@ -174,33 +273,25 @@ class IclTask(ShotsTask):
         values = [one["values"] for one in result["examples"]]
         per_seed = means_by(examples, values, lambda example: example.seed, digits=9)
         spread = {group: _spread([of_group]) for group, of_group in per_seed.items()}
-        for shots in dict.fromkeys(example.item.shots for example in examples) if len(self.prompts) > 1 else ():
-            some = [n for n, example in enumerate(examples) if example.item.shots == shots]
-            sizes = {name: sum(examples[n].item.dataset == name for n in some) for name in self.prompts}
-            weights, name = [1 / sizes[examples[n].item.dataset] for n in some], f"average, {shots}"
+        shots = [example.group.rpartition(", ")[2] for example in examples]
+        for said in dict.fromkeys(shots) if len(self.sets) > 1 else ():
+            some, name = [n for n, each in enumerate(shots) if each == said], f"average, {said}"
+            sizes = Counter(examples[n].group for n in some)
+            weights = [1 / sizes[examples[n].group] for n in some]
             chosen = [examples[n] for n in some], [values[n] for n in some]
             result["groups"].append(
                 group_scores(name, *chosen, self.metrics, bootstrap, weights=weights, drawn="texts")
             )
-            spread[name] = _spread([per_seed[f"{data}, {shots}"] for data in self.prompts])
+            spread[name] = _spread([per_seed[group] for group in sizes])
         means = means_by(examples, values, lambda example: example.unit, digits=2)
         result["examples"] = [
-            {"id": f"{one.unit}, {one.item.shots}", "group": one.group, "unit": one.unit, "values": {
+            {"id": f"{one.unit}, {said}", "group": one.group, "unit": one.unit, "values": {
                 system: {metric: parts[one.unit] for metric, parts in metrics.items()}
                 for system, metrics in means[one.group].items()}}
-            for one in examples if one.seed == examples[0].seed
+            for one, said in zip(examples, shots, strict=True) if one.seed == examples[0].seed
         ]  # fmt: skip
-        sets = {name: prompts.data for name, prompts in self.prompts.items()}
-        result["extra"] = {
-            "per_seed": spread,
-            "shots": self.shots_seen(examples, askers),
-            "sets": {name: {"chance": one.chance, "majority": round(one.majority, 2)} for name, one in sets.items()},
-        }
-
-    def laid_out(self, example: Example, asker: Asker) -> tuple[Shots, LaidOut]:
-        prompts, item = self.prompts[example.item.dataset], example.item
-        shots = prompts.shots(example.seed, item.local, item.memory)
-        return shots, prompts.lay_out(asker, shots, item.text)
+        about = {data.name: {"chance": data.chance, "majority": round(data.majority, 2)} for data in self.sets}
+        result["extra"] = {"per_seed": spread, "shots": self.shots_seen(examples, askers), "sets": about}
 
 
 def starts_label(first: str, label: str) -> bool:

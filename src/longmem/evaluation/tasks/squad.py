@@ -1,4 +1,4 @@
-"""SQuAD v1.1 with demonstrations in the window and in memory: greedy answers, exact match and F1 (paper, SQuAD)."""
+"""SQuAD v1.1: greedy answers, exact match and F1 (paper, SQuAD); and demonstrations in front of questions."""
 
 from __future__ import annotations
 
@@ -8,17 +8,148 @@ import random
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longmem.errors import DataError
-from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens
-from longmem.evaluation.documents import start_tokens
+import numpy as np
+
+from longmem.errors import ConfigError, DataError
+from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after, start_tokens
 from longmem.evaluation.results import Bootstrap, Json
-from longmem.evaluation.task import Example, Metric, different, drawn, means_by, of_form
-from longmem.evaluation.tasks.shots import LaidOut, Shots, ShotsTask, draw, encode_after
+from longmem.evaluation.tasks import Example, Metric, Task, drawn, leaves, means_by, of_form
+
+
+class Asked(NamedTuple):
+    """A question behind demonstrations, as token ids.
+
+    Attributes:
+        local: demonstrations for the window, the last nearest to the question.
+        memory: demonstrations for memory, the last newest.
+        queries: the question first, then what takes its place to calibrate.
+        options: to score; without any ``new_tokens`` are generated.
+        about: what the task knows about the question.
+    """
+
+    local: Sequence[Tokens]
+    memory: Sequence[Tokens]
+    queries: Sequence[Tokens]
+    options: tuple[Tokens, ...] = ()
+    new_tokens: int = 0
+    about: Any = None
+
+
+class LaidOut(NamedTuple):
+    """Every query behind the demonstrations that fit; how many of them are of ``local`` and of ``memory``; tokens of
+    the question that did not fit (``cut``)."""
+
+    contexts: tuple[Tokens, ...]
+    local: int
+    memory: int
+    cut: int
+
+
+def lay_out(asked: Asked, asker: Asker, start: Tokens) -> LaidOut:
+    """What is in the window before the answer; demonstrations are whole or left out, the farthest ones first.
+
+    Any query fits behind the demonstrations; it loses its beginning where it does not fit even alone. In a full context
+    demonstrations of memory are in front of those of the window.
+
+    Raises:
+        ConfigError: there is no room for a query.
+    """
+    after = max(map(len, asked.options), default=1) - 1 + asked.new_tokens  # the last token of an option is no input
+    room = asker.window - after - len(start)
+    if room < 1:
+        raise ConfigError(f"window ({asker.window}) has no room for a question beside {after} tokens of answer")
+    shown = [query[-room:] for query in asked.queries]
+    room -= max(map(len, shown))
+    near = fitting(asked.local, room)
+    local = asked.local[len(asked.local) - near :]
+    room -= sum(map(len, local))
+    far = fitting(asked.memory, room) if asker.whole and near == len(asked.local) else 0
+    before = (*start, *chain.from_iterable((*asked.memory[len(asked.memory) - far :], *local)))
+    return LaidOut(tuple((*before, *query) for query in shown), near, far, len(asked.queries[0]) - len(shown[0]))
+
+
+def fitting(texts: Sequence[Tokens], room: int) -> int:
+    """How many of the last texts have at most ``room`` tokens together."""
+    count = 0
+    for text in reversed(texts):
+        room -= len(text)
+        if room < 0:
+            break
+        count += 1
+    return count
+
+
+def draw(name: str, seed: int, size: int, local: int, memory: int) -> tuple[list[int], list[int]]:
+    """Numbers of the demonstrations for window and memory out of ``size``, in the order in which they are shown.
+
+    More demonstrations contain fewer ones: 20 are 16 others and the 4, which are nearest to the question.
+
+    Raises:
+        DataError: there are not so many.
+    """
+    if local + memory > size:
+        raise DataError(
+            f"{name}: {local} demonstrations in the window and {memory:,} in memory need {local + memory:,} different "
+            f"ones, there are {size:,}; ask for fewer"
+        )
+    order = list(range(size))
+    random.Random(f"{name} {seed}").shuffle(order)
+    return order[:local][::-1], order[size - memory :]
+
+
+@dataclass(eq=False, kw_only=True)
+class ShotsTask(Task):
+    """Questions (items are ``Asked``) after demonstrations, which are the same for every system, and never both in the
+    window and in memory. The last part of a group's name says how many: ``4 + 200``.
+
+    Attributes:
+        draws: of demonstrations, numbered from 1.
+    """
+
+    draws: int = 1
+
+    @property
+    def seeds(self) -> Sequence[int]:
+        return range(1, self.draws + 1)
+
+    def prompt(self, example: Example, asker: Asker) -> Prompt:
+        asked, start = example.item, start_tokens(self.tokenizer)
+        memory = (*start, *chain.from_iterable(asked.memory)) if asked.memory and asker.reads_memory else ()
+        return Prompt(lay_out(asked, asker, start).contexts, asked.options, asked.new_tokens, memory)
+
+    def shots_seen(self, examples: Sequence[Example], askers: Sequence[Asker]) -> Json:
+        """group -> system -> mean numbers of demonstrations in its ``window``, and in its ``memory`` or, of those for
+        memory, in a full-context window; ``cut``: mean tokens of the question that did not fit."""
+        found: Json = {}
+        for example in examples:
+            for asker in askers:
+                laid = lay_out(example.item, asker, start_tokens(self.tokenizer))
+                held = fitting(example.item.memory, asker.memory_size or 0)
+                seen = (laid.local, laid.memory + held, laid.cut)
+                found.setdefault(example.group, {}).setdefault(asker.name, []).append(seen)
+        names = ("window", "memory", "cut")
+        means: Json = leaves(found, lambda s: dict(zip(names, np.mean(s, axis=0).round(2).tolist(), strict=True)))
+        return means
+
+    def notes(self, result: Json) -> Iterator[str]:
+        """What of demonstrations and questions did not fit, where something did not."""
+        for group, systems in result["extra"]["shots"].items():
+            local, memory = (int(number) for number in group.rpartition(", ")[2].split(" + "))
+            for name, seen in systems.items():
+                if seen["window"] < local or 0 < seen["memory"] < memory or seen["cut"]:
+                    yield (
+                        f"{group}, {name}: on average {seen['window']:g} demonstrations fit the window, "
+                        f"{seen['memory']:g} are in memory, and {seen['cut']:g} tokens of the question are cut"
+                    )
+
+
+# SQuAD
 
 TEMPLATE = "Context: {passage}\nQuestion: {question}\nAnswer: {answer}\n\n"
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -49,7 +180,7 @@ def read_squad(path: str | Path) -> SquadFile:
     Raises:
         DataError: no such file, not JSON, or not of that form; names the file and the place in it.
     """
-    file, found = Path(path), dict[str, SquadQuestion]()
+    file, found = Path(path), list[SquadQuestion]()
     with of_form(file, "SQuAD v1.1's form", "name a SQuAD v1.1 JSON file") as where:
         content = file.read_bytes()
         for a, article in enumerate(json.loads(content)["data"]):
@@ -62,125 +193,97 @@ def read_squad(path: str | Path) -> SquadFile:
                     passage, question, *answers = (" ".join(text.split()) for text in texts)
                     if not answers:
                         raise ValueError("no answer; SQuAD v1.1 has one or more for every question, v2.0 not")
-                    if asked["id"] in found:
-                        raise ValueError(f"two questions have the id {asked['id']!r}")
                     title = str(article.get("title", a))
-                    found[asked["id"]] = SquadQuestion(asked["id"], title, passage, question, tuple(answers))
+                    found.append(SquadQuestion(asked["id"], title, passage, question, tuple(answers)))
     if not found:
         raise DataError(f"{file}: no question in it; name a SQuAD v1.1 JSON file")
-    return SquadFile(file.name, hashlib.sha256(content).hexdigest()[:16], tuple(found.values()))
+    return SquadFile(file.name, hashlib.sha256(content).hexdigest()[:16], tuple(found))
 
 
+@dataclass(eq=False, kw_only=True)
 class SquadTask(ShotsTask):
     """SQuAD after demonstrations. Groups are numbers of demonstrations, units are articles.
 
     A demonstration is one question of a passage with its first answer; no passage is shown twice or asked about.
 
-    Args:
-        train: what demonstrations are drawn from.
-        asked: whose questions are asked, ``dev-v1.1.json``.
-        seeds: draws of demonstrations, numbered from 1.
+    Attributes:
+        train: file that demonstrations are drawn from, see ``read_squad``.
+        data: file whose questions are asked, ``dev-v1.1.json``.
+        local_shots: demonstrations in the window.
+        memory_shots: numbers of demonstrations in memory.
         limit: questions, drawn once over all articles; None is all.
-
-    Raises:
-        DataError: no passage of ``train`` is left that is not asked about.
+        max_answer_tokens: an answer also ends at a line end.
     """
 
     name = "squad"
     metrics = (Metric("exact_match", "exact match", "%"), Metric("f1", "F1", "%"))
+    train: str | Path
+    data: str | Path
+    local_shots: int = 3
+    memory_shots: Sequence[int] = (0, 200)
+    limit: int | None = 200
+    max_answer_tokens: int = 32
 
-    def __init__(
-        self,
-        train: SquadFile,
-        asked: SquadFile,
-        tokenizer: Any,
-        local_shots: int = 3,
-        memory_shots: Sequence[int] = (0, 200),
-        seeds: int = 1,
-        limit: int | None = 200,
-        max_answer_tokens: int = 32,
-    ) -> None:
-        different(memory_shots=memory_shots)
-        self.train, self.asked, self.tokenizer = train, asked, tokenizer
-        self.local_shots, self.memory_shots, self.seeds = local_shots, list(memory_shots), range(1, seeds + 1)
-        self.limit, self.max_answer_tokens = limit, max_answer_tokens
-        tested = {question.passage for question in asked.questions}
-        passages: dict[str, list[SquadQuestion]] = {}
-        for question in train.questions:
-            if question.passage not in tested:
-                passages.setdefault(question.passage, []).append(question)
-        if not passages:
-            raise DataError(f"{train.name}: every passage in it is asked about in {asked.name}; name the training file")
-        self._passages = list(passages.values())
-        self.shots = lru_cache(maxsize=None)(self._draw)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.shown, self.asked = read_squad(self.train), read_squad(self.data)
 
-    def settings(self) -> Json:
-        files = {"train": self.train, "asked": self.asked}
-        return {
-            **{key: {"file": f.name, "sha256": f.sha256, "questions": len(f.questions)} for key, f in files.items()},
-            "local_shots": self.local_shots,
-            "memory_shots": self.memory_shots,
-            "demonstration_seeds": list(self.seeds),
-            "limit": self.limit,
-            "max_answer_tokens": self.max_answer_tokens,
-            "template": TEMPLATE,
-        }
+    def source(self) -> Json:
+        files = {"train": self.shown, "data": self.asked}
+        about = {key: {"file": f.name, "sha256": f.sha256, "questions": len(f.questions)} for key, f in files.items()}
+        return about | {"template": TEMPLATE}
 
     def examples(self) -> list[Example]:
-        """Every chosen question, for every seed and number of demonstrations in memory."""
-        return [
-            Example(f"{question.id}, {group}, seed {seed}", group, question.article, question, seed)
-            for seed in self.seeds
-            for memory in self.memory_shots
-            for group in (f"{self.local_shots} + {memory}",)
-            for question in self._queries
-        ]
+        """Every chosen question, for every seed and number of demonstrations in memory.
 
-    def prompt(self, example: Example, asker: Asker) -> Prompt:
-        shots, laid = self.laid_out(example, asker)
-        context, new = laid.before + laid.query, self.max_answer_tokens
-        return Prompt((context,), new_tokens=new, memory=shots.remembered(asker))
+        Raises:
+            DataError: ``train`` has too few passages that are not asked about.
+        """
+        everything, found = self.asked.questions, []
+        chosen = [everything[n] for n in drawn(f"{self.asked.name} questions", len(everything), self.limit)]
+        queries = encode_after(self.tokenizer, "\n\n", [shown(question, answered=False) for question in chosen])
+        for seed in self.seeds:
+            for memory in self.memory_shots:
+                group, shots = f"{self.local_shots} + {memory}", self.shots(seed, memory)
+                for question, query in zip(chosen, queries, strict=True):
+                    item = Asked(*shots, [query], new_tokens=self.max_answer_tokens, about=question)
+                    name = f"{question.id}, {group}, seed {seed}"
+                    found.append(Example(name, group, question.article, item, seed))
+        return found
+
+    def shots(self, seed: int, memory: int) -> tuple[list[Tokens], list[Tokens]]:
+        """Demonstrations for the window and for memory."""
+        tested = {question.passage for question in self.asked.questions}
+        passages: dict[str, list[SquadQuestion]] = {}
+        for question in self.shown.questions:
+            if question.passage not in tested:
+                passages.setdefault(question.passage, []).append(question)
+        near, far = draw(self.shown.name, seed, len(passages), self.local_shots, memory)
+        pick = random.Random(f"{self.shown.name} {seed} questions")
+        # for all passages, so that a passage has the same question whatever the numbers of demonstrations
+        which = [questions[pick.randrange(len(questions))] for questions in passages.values()]
+        encoded = encode_after(self.tokenizer, "\n\n", [shown(which[n], answered=True) for n in (*near, *far)])
+        return encoded[: len(near)], encoded[len(near) :]
 
     def gold(self, example: Example) -> Json:
-        return {"asked": example.item.question, "expected": example.item.answers}
+        question = example.item.about
+        return {"asked": question.question, "expected": question.answers}
 
     def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
         """The metrics of the first line of what was generated, 0 to 100."""
-        said = self.tokenizer.decode(answer.said, skip_special_tokens=True).partition("\n")[0].strip()
-        answers = example.item.answers
+        said, answers = self.said(answer).partition("\n")[0].strip(), example.item.about.answers
         return {"exact_match": 100 * exact_match(said, answers), "f1": 100 * f1_score(said, answers)}
 
     def summarise(
         self, result: Json, examples: Sequence[Example], askers: Sequence[Asker], bootstrap: Bootstrap
     ) -> None:
-        """``extra`` has means ``per_seed`` and ``by_article``, and ``shots`` (see ``ShotsTask.shots_seen``)."""
+        """``extra`` has means ``per_seed`` and ``by_article``, and ``shots`` (see ``shots_seen``)."""
         values = [one["values"] for one in result["examples"]]
         result["extra"] = {
             "per_seed": means_by(examples, values, lambda example: example.seed),
             "by_article": means_by(examples, values, lambda example: example.unit),
             "shots": self.shots_seen(examples, askers),
         }
-
-    def laid_out(self, example: Example, asker: Asker) -> tuple[Shots, LaidOut]:
-        shots = self.shots(example.seed, int(example.group.partition(" + ")[2]))
-        return shots, shots.lay_out(asker, self._queries[example.item], self.max_answer_tokens)
-
-    def _draw(self, seed: int, memory: int) -> Shots:
-        near, far = draw(self.train.name, seed, len(self._passages), self.local_shots, memory)
-        pick = random.Random(f"{self.train.name} {seed} questions")
-        # for all passages, so that a passage has the same question whatever the numbers of demonstrations
-        which = [pick.randrange(len(questions)) for questions in self._passages]
-        texts = [shown(self._passages[n][which[n]], answered=True) for n in (*near, *far)]
-        encoded = encode_after(self.tokenizer, "\n\n", texts)
-        return Shots(start_tokens(self.tokenizer), tuple(encoded[: len(near)]), tuple(encoded[len(near) :]))
-
-    @cached_property
-    def _queries(self) -> dict[SquadQuestion, Tokens]:
-        """Questions that are asked -> their tokens."""
-        everything = self.asked.questions
-        chosen = [everything[n] for n in drawn(f"{self.asked.name} questions", len(everything), self.limit)]
-        texts = [shown(question, answered=False) for question in chosen]
-        return dict(zip(chosen, encode_after(self.tokenizer, "\n\n", texts), strict=True))
 
 
 def shown(question: SquadQuestion, *, answered: bool) -> str:

@@ -1,0 +1,439 @@
+"""What is asked after conversations: questions of LoCoMo, replies of MSC, and facts told in an earlier conversation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from longmem.data.told import asked_ids, question_ids, told_ids, told_session
+from longmem.errors import ConfigError, DataError
+from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after, start_tokens
+from longmem.evaluation.results import Json
+from longmem.evaluation.systems import BACKBONE
+from longmem.evaluation.tasks import Example, Metric, Task, drawn, of_form
+from longmem.evaluation.tasks.hidden import read_haystack
+from longmem.evaluation.tasks.squad import f1_score
+from longmem.store.recall import PlainTexts, Recall
+
+CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
+MULTI_HOP, TEMPORAL, OPEN_DOMAIN, ADVERSARIAL = 1, 2, 3, 5
+# the words of LoCoMo's own evaluation, but for ASKED
+ASKED = "Question: {} Short answer:"
+OFFERED = " (a) {a} (b) {b}. Select the correct answer by writing (a) or (b)."
+WITH_DATE = " Use DATE of CONVERSATION to answer with an approximate date."
+NOTHING = "No information available"
+REFUSALS = ("no information available", "not mentioned")
+
+LOCOMO = (
+    "LoCoMo's form: conversation and qa, turns with speaker and text, questions with question, category (1 to 5) and "
+    "answer (category 5: adversarial_answer)"
+)
+MSC = "MSC's form: lines with dialog and previous_dialogs, and a text in every turn"
+WAY_OUT = "name a locomo10.json or an MSC session_N/test.txt"
+
+
+class Question(NamedTuple):
+    """What is asked after the sessions.
+
+    Attributes:
+        id: inside the conversation.
+        group: LoCoMo's category, or MSC's session.
+        before: text of the session that goes on; empty where all sessions are over.
+        text: the question, or the name before a reply.
+        answer: the reference; of an adversarial question the wrong answer that it lures to.
+        category: of LoCoMo; None for a reply.
+        offered: the two answers, ``a`` and ``b``, that an adversarial question offers.
+    """
+
+    id: str
+    group: str
+    before: str
+    text: str
+    answer: str
+    category: int | None = None
+    offered: dict[str, str] | None = None
+
+    @property
+    def words(self) -> str:
+        """What comes before the answer."""
+        offer = "" if self.offered is None else OFFERED.format(**self.offered)
+        return self.text if self.category is None else ASKED.format(self.text + offer)
+
+    @property
+    def expected(self) -> str:
+        """The text whose likelihood is measured; of an adversarial question the letter of the right choice."""
+        if self.offered is not None:
+            return f"({'b' if self.offered['a'] == self.answer else 'a'})"
+        # an open-domain answer is followed by its reason
+        return self.answer.split(";")[0].strip() if self.category == OPEN_DOMAIN else self.answer
+
+
+class Conversation(NamedTuple):
+    """Sessions, oldest first, each a text with its date and a line for each turn, and what is asked about them.
+
+    ``of`` names the conversation where other files have other parts of it: MSC's sessions.
+    """
+
+    id: str
+    sessions: tuple[str, ...]
+    questions: tuple[Question, ...]
+    of: str | None = None
+
+
+class DialogueFile(NamedTuple):
+    """A file; ``kind`` is ``locomo`` or ``msc``, whose files are all called alike and are named with their folder."""
+
+    name: str
+    kind: str
+    sha256: str
+    conversations: list[Conversation]
+
+
+def read_dialogues(path: str | Path) -> DialogueFile:
+    """Read ``locomo10.json``, or ``session_N/test.txt`` of MSC.
+
+    Raises:
+        DataError: no such file, or something in it is not of either form; says what and where.
+    """
+    path, found = Path(path), list[Conversation]()
+    with of_form(path, "UTF-8", WAY_OUT):
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
+    try:
+        content = json.loads(text)
+    except ValueError:  # more than one JSON object: lines
+        content = None
+    msc = content is None or (isinstance(content, dict) and "previous_dialogs" in content)
+    with of_form(path, MSC if msc else LOCOMO, WAY_OUT) as where:
+        if msc:
+            # only \n ends a line: people's texts hold other signs that str.splitlines would take for one
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    where.append(f"line {number}")
+                    found.append(_msc(number, json.loads(line)))
+        else:
+            for number, sample in enumerate(content if isinstance(content, list) else [content]):
+                where.append(f"sample {number}")
+                found.append(_locomo(number, sample))
+    found = [conversation for conversation in found if conversation.questions]
+    if not found:
+        raise DataError(f"{path}: no questions in it; {WAY_OUT}")
+    name = f"{path.absolute().parent.name}/{path.name}" if msc else path.name
+    return DialogueFile(name, "msc" if msc else "locomo", hashlib.sha256(raw).hexdigest(), found)
+
+
+def _locomo(number: int, sample: dict[str, Any]) -> Conversation:
+    spoken, sessions, questions = sample["conversation"], [], []
+    numbers = (key.removeprefix("session_") for key in spoken if key.startswith("session_"))
+    for at in sorted(int(number) for number in numbers if number.isdecimal()):
+        lines = [f"DATE: {spoken.get(f'session_{at}_date_time', 'unknown')}", "CONVERSATION:"]
+        for turn in spoken[f"session_{at}"]:
+            # of a picture, what LoCoMo's own evaluation shows of it
+            picture = f" [shares {turn['blip_caption']}]" if turn.get("blip_caption") else ""
+            lines.append(f'{turn["speaker"]} said, "{_text(turn["text"])}"{picture}')
+        if len(lines) > 2:
+            sessions.append("\n".join(lines) + "\n\n")
+    for at, qa in enumerate(sample["qa"]):
+        category = int(qa["category"])
+        named = "adversarial_answer" if category == ADVERSARIAL and "adversarial_answer" in qa else "answer"
+        if qa[named] is None:
+            raise TypeError(f"the answer of question {at} is null")
+        text = _text(qa["question"]) + (WITH_DATE if category == TEMPORAL else "")
+        questions.append(Question(str(at), CATEGORIES[category], "", text, str(qa[named]).strip(), category))
+    return Conversation(str(sample.get("sample_id", number)), tuple(sessions), tuple(questions))
+
+
+def _msc(number: int, record: dict[str, Any]) -> Conversation:
+    """Earlier sessions, with the time that passed after each; every turn of the last one is a reply to those before."""
+    sessions, questions, before = [], [], ""
+    for past in record["previous_dialogs"]:
+        spoken = "".join(f"{speaker}: {text}\n" for speaker, text in _speakers(past["dialog"]))
+        gap = f"({past['time_num']} {past['time_unit']} later)\n" if past.get("time_num") else ""
+        sessions.append(f"{spoken}{gap}\n")
+    for at, (speaker, text) in enumerate(_speakers(record["dialog"])):
+        if text:
+            questions.append(Question(str(at), f"session {len(sessions) + 1}", before, f"{speaker}:", text))
+        before += f"{speaker}: {text}\n"
+    of = (record.get("metadata") or {}).get("initial_data_id")
+    return Conversation(f"{of or 'line'}:{number}", tuple(sessions), tuple(questions), None if of is None else str(of))
+
+
+def _speakers(dialog: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Names and texts; speakers alternate where a turn does not say whose it is."""
+    for at, turn in enumerate(dialog):
+        yield str(turn.get("id") or f"Speaker {at % 2 + 1}"), " ".join(_text(turn["text"]).split())
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a text is a {type(value).__name__}")
+    return value
+
+
+@dataclass(eq=False, kw_only=True)
+class DialogueTask(Task):
+    """Questions of LoCoMo, replies of MSC. Groups are LoCoMo's categories and MSC's sessions, units conversations.
+
+    In the window are the newest tokens of the sessions, the session that goes on (MSC), and the question; what of that
+    does not fit goes to memory too. A system without memory sees the window alone, the full-context backbone the
+    sessions in front of it, as far as they fit.
+
+    Attributes:
+        data: files, see ``read_dialogues``.
+        recent: tokens of the newest session that are in the window in front of what is asked, for every system; None is
+            half of the window.
+        new_tokens: of an answer; it also ends at a line end. None is 50, at most a quarter of the window.
+        conversations: of each file, the first ones; None is all.
+        questions: of each conversation, drawn with ``seed``; None is all.
+        seed: of that draw, and of the order in which adversarial questions offer their answers.
+        with_bleu: measure BLEU-4 too, which needs sacrebleu.
+        recall: passages of the sessions for the systems ``+recall``, which have them in front of the newest tokens; 0
+            leaves those systems out.
+    """
+
+    name = "dialogue"
+    data: Sequence[str | Path]
+    recent: int | None = None
+    new_tokens: int | None = None
+    conversations: int | None = None
+    questions: int | None = None
+    seed: int = 0
+    recall: int = 0
+    with_bleu: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.with_bleu:
+            bleu("", "")  # an extra that is missing shows at once
+        self.files = [read_dialogues(path) for path in self.data]
+        self._parts = lru_cache(maxsize=2)(self._divided)
+
+    @property
+    def metrics(self) -> list[Metric]:
+        words = [Metric("f1", "F1 of words", "%"), Metric("bleu", "BLEU-4", "%")]
+        return [*words[: 1 + self.with_bleu], Metric("answer_nats", "reference answer, per token", "nats", "lower")]
+
+    def begin(self, askers: Sequence[Asker]) -> Sequence[Asker]:
+        found = super().begin(askers)
+        most = max(1, self.window // 4)
+        self.near = self.window // 2 if self.recent is None else self.recent
+        self.most = self.new_tokens or min(50, most)
+        self.answer_tokens = min(128, most)  # of a reference whose likelihood is measured, the first ones
+        return found
+
+    def source(self) -> Json:
+        files = {
+            f.name: {"kind": f.kind, "sha256": f.sha256, "conversations": len(f.conversations)} for f in self.files
+        }
+        sizes = {"recent": self.near, "new_tokens": self.most, "answer_tokens": self.answer_tokens}
+        rules = {"prompt": ASKED, "adversarial": OFFERED}
+        if self.with_bleu:
+            rules["bleu"] = f"case:mixed|eff:yes|tok:13a|smooth:exp|version:{metadata.version('sacrebleu')}"
+        return {"files": files} | sizes | rules
+
+    def examples(self) -> list[Example]:
+        """Items are a conversation and a question."""
+        found = []
+        for file in self.files:
+            for conversation in file.conversations[: self.conversations]:
+                name = f"{file.name}/{conversation.id}"
+                # a conversation whose sessions are in several files is drawn as one
+                unit = conversation.of or name
+                for n in drawn(f"{self.seed} {name}", len(conversation.questions), self.questions):
+                    question = conversation.questions[n]
+                    if question.category == ADVERSARIAL:
+                        swapped = random.Random(f"{self.seed} {name} {question.id}").random() < 0.5
+                        pair = (question.answer, NOTHING) if swapped else (NOTHING, question.answer)
+                        question = question._replace(offered=dict(zip("ab", pair, strict=True)))
+                    found.append(Example(f"{name}/{question.id}", question.group, unit, (conversation, question)))
+        return found
+
+    def prompt(self, example: Example, asker: Asker) -> Prompt:
+        """To score the reference answer, and to have one generated."""
+        conversation, question = example.item
+        memory, recent, search = self._parts(conversation)
+        if asker.recall:
+            notes, _ = search.notes(question.text, self.tokenizer, asker.recall)
+            recent = (*encode_after(self.tokenizer, "\n", [f"{notes}\n\n"])[0], *recent) if notes else recent
+        (words,) = encode_after(self.tokenizer, "\n", [question.before + question.words])
+        (answer,) = encode_after(self.tokenizer, "x:", [f" {question.expected}"])
+        context = (*(() if memory else start_tokens(self.tokenizer)), *recent, *words)
+        return Prompt((context,), (answer[: self.answer_tokens],), self.most, memory)
+
+    def _divided(self, conversation: Conversation) -> tuple[Tokens, Tokens, Recall]:
+        """The sessions' tokens: those that only memory holds, and the newest ones, which are in the window; and the
+        search over all of them."""
+        parts = encode_after(self.tokenizer, "\n", list(conversation.sessions))
+        tokens = tuple(token for part in parts for token in part)
+        cut = max(0, len(tokens) - self.near)
+        texts = {str(number): text for number, text in enumerate(conversation.sessions)}
+        memory = (*start_tokens(self.tokenizer), *tokens[:cut]) if cut else ()
+        return memory, tokens[cut:], Recall(PlainTexts(texts), "")
+
+    def gold(self, example: Example) -> Json:
+        _, question = example.item
+        about = {"asked": question.words, "expected": question.expected}
+        return about | {"answer": question.answer, "category": question.category}
+
+    def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
+        (_, question), (scored,) = example.item, answer.scored
+        # an answer ends with the first line that has something on it
+        said = next((line.strip() for line in self.said(answer).splitlines() if line.strip()), "")
+        words = word_scores(said, question, self.with_bleu)
+        return {**words, "answer_nats": -scored.logprobs[0] / len(prompt.options[0])}
+
+
+def word_scores(said: str, question: Question, with_bleu: bool = True) -> dict[str, float]:
+    """``f1`` and ``bleu`` of an answer in %; of an adversarial question ``f1`` is 100 if it was refused, else 0.
+
+    A multi-hop answer is a list by commas: F1 is the mean over its parts of the best part of what was said. LoCoMo's
+    own script also stems words and drops ``and``; this does not.
+    """
+    expected = question.expected
+    if question.offered is not None:
+        # LoCoMo's rule: a letter, with or without brackets, stands for what it offers
+        said, expected = said.strip().lower(), NOTHING
+        if len(said) in (1, 3):
+            said = question.offered["a" if said in ("a", "(a)") else "b"]
+        f1 = float(any(words in said.lower() for words in REFUSALS))
+    elif question.category == MULTI_HOP:
+        parts, truths = (text.split(",") for text in (said, question.answer))
+        f1 = sum(max(f1_score(part, [truth]) for part in parts) for truth in truths) / len(truths)
+    else:
+        f1 = f1_score(said, [expected])
+    return {"f1": 100 * f1} | ({"bleu": bleu(said, expected)} if with_bleu else {})
+
+
+def bleu(prediction: str, answer: str) -> float:
+    """Sentence BLEU-4 (0 to 100) as sacrebleu defines it: 13a tokens, exponential smoothing, effective order.
+
+    Raises:
+        ConfigError: sacrebleu is not installed.
+    """
+    try:
+        from sacrebleu.metrics.bleu import BLEU
+    except ImportError as problem:
+        raise ConfigError("sacrebleu is not installed; pip install 'longmem-lm[eval]'") from problem
+    # a short answer has no four words in a row: orders that cannot occur do not count
+    return min(100.0, float(BLEU(effective_order=True).sentence_score(prediction, [answer]).score))
+
+
+# facts told in another conversation
+
+IN_WINDOW = "in_window"
+TELLING = 8192  # tokens that a session takes at most, for the size of memory
+
+
+@dataclass(eq=False, kw_only=True)
+class FactsTask(Task):
+    """Facts of earlier conversations. Groups are tokens of other text between, units are conversations.
+
+    A system with memory reads the conversation that tells ten facts, and then the text between. In a new conversation
+    it is asked for each fact by itself. ``in_window`` is the backbone with the telling conversation in its window, and
+    no text between: what the model could know at best. Systems named ``+recall`` also have passages in their window
+    that text search finds for the question, in the conversation and in the text between.
+
+    Attributes:
+        text: between, see ``read_haystack``.
+        between: tokens.
+        sessions: conversations, each asked for all of its facts.
+        facts: told in a conversation; kinds and values are those held out from calibration.
+        recall: passages for the systems ``+recall``; 0 leaves them out.
+        new_tokens: of an answer, at most.
+        seed: of facts, values and texts.
+    """
+
+    name = "facts"
+    metrics = (
+        Metric("value_nats", "value", "nats", "lower"),
+        Metric("first_token", "first token of the value is the first choice", "%"),
+        Metric("exact", "every token of the value is the first choice", "%"),
+        Metric("named", "greedy answer names the value", "%"),
+    )
+    text: Sequence[str] = ()
+    between: Sequence[int] = (1024, 16_384, 131_072)
+    sessions: int = 10
+    facts: int = 10
+    recall: int = 5
+    new_tokens: int = 24
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        draw = random.Random(f"{self.seed} facts")
+        self.told = [told_session(draw, self.facts, held_out=True) for _ in range(self.sessions)]
+        self._searched = lru_cache(maxsize=2)(self._search)
+
+    @property
+    def remembered(self) -> int:  # type: ignore[override]
+        return max(self.between) + TELLING
+
+    def begin(self, askers: Sequence[Asker]) -> Sequence[Asker]:
+        found, label = super().begin(askers), "backbone, the conversation in its window"
+        self.haystack = read_haystack(self.text, self.tokenizer, max(self.between), 1024)
+        return [*found, *(replace(a, name=IN_WINDOW, label=label, whole=True) for a in askers if a.name == BACKBONE)]
+
+    def source(self) -> Json:
+        return self.haystack.source()
+
+    def examples(self) -> list[Example]:
+        """Items are the number of a session, one of its facts, and the tokens between."""
+        return [
+            Example(f"{length}-conversation {at}-{number}", f"{length:,} tokens between", f"conversation {at}",
+                    (at - 1, fact, length))
+            for length in self.between
+            for at, session in enumerate(self.told, 1)
+            for number, fact in enumerate(session.facts)
+        ]  # fmt: skip
+
+    def prompt(self, example: Example, asker: Asker) -> Prompt:
+        """To score the value where it stands in the answer, and to have the whole answer generated."""
+        session, fact, between = example.item
+        before: Sequence[dict[str, str]] = ()
+        if asker.name == IN_WINDOW:
+            before = self.told[session].messages
+        elif asker.recall:
+            notes, _ = self._searched(session, between).notes(fact.asked, self.tokenizer, asker.recall)
+            before = ({"role": "system", "content": notes},) if notes else ()
+        whole = asked_ids([fact], self.tokenizer, before)
+        (first, end), question = whole.values[0], question_ids(fact, self.tokenizer, before)
+        contexts, value = (tuple(question), tuple(whole.ids[:first])), tuple(whole.ids[first:end])
+        told = told_ids(self.told[session], self.tokenizer)
+        memory = () if asker.name == IN_WINDOW else (*told, *self._between(session, between))
+        return Prompt(contexts, (value,), self.new_tokens, memory)
+
+    def _between(self, session: int, tokens: int) -> Tokens:
+        text = self.haystack.ids.reshape(-1)
+        start = random.Random(f"{self.seed} {session} {tokens}").randrange(len(text) - tokens + 1)
+        return tuple(text[start : start + tokens].tolist())
+
+    def _search(self, session: int, between: int) -> Recall:
+        told = "".join(f"{message['role']}: {message['content']}\n" for message in self.told[session].messages)
+        other = self.tokenizer.decode(self._between(session, between))
+        return Recall(PlainTexts({"conversation": told, "text": other}), "")
+
+    def gold(self, example: Example) -> Json:
+        _, fact, _ = example.item
+        return {"asked": fact.asked, "expected": fact.value}
+
+    def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
+        scored, (_, fact, _) = answer.scored[1], example.item
+        return {
+            "value_nats": -scored.logprobs[0],
+            "first_token": 100.0 * (scored.next_token == prompt.options[0][0]),
+            "exact": 100.0 * scored.greedy[0],
+            "named": 100.0 * names(self.said(answer), fact.value),
+        }
+
+
+def names(said: str, value: str) -> bool:
+    """Whether an answer has the value in it, as whole words in any case."""
+    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", said, re.IGNORECASE) is not None

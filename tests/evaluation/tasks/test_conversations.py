@@ -1,0 +1,192 @@
+"""Dialogue and told facts: files as they are read, scores worked by hand, and what is in memory and window."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longmem.evaluation.asking import Answer, Asker, Scored
+from longmem.evaluation.tasks.conversations import (
+    IN_WINDOW,
+    NOTHING,
+    DialogueTask,
+    FactsTask,
+    Question,
+    names,
+    read_dialogues,
+    word_scores,
+)
+
+SAMPLE = {
+    "sample_id": "conv-1",
+    "conversation": {
+        "speaker_a": "Ada",
+        "speaker_b": "Bo",
+        "session_1_date_time": "7:55 pm on 9 June, 2023",
+        "session_1": [
+            {"speaker": "Ada", "dia_id": "D1:1", "text": "I got a dog."},
+            {"speaker": "Bo", "dia_id": "D1:2", "text": "Look!", "blip_caption": "a photo of a cat", "img_url": ["x"]},
+        ],
+        "session_2_date_time": "1:10 am on 1 July, 2023",
+        "session_2": [],
+        "session_10_date_time": "2:00 pm on 2 July, 2023",
+        "session_10": [{"speaker": "Bo", "dia_id": "D10:1", "text": "Bye."}],
+    },
+    "qa": [
+        {"question": "What did Ada get?", "answer": "a dog", "evidence": ["D1:1"], "category": 4},
+        {"question": "When?", "answer": 2023, "evidence": [], "category": 2},
+        {"question": "What did Bo get?", "adversarial_answer": "a dog", "evidence": ["D1:1"], "category": 5},
+    ],
+}
+MSC = {
+    "previous_dialogs": [
+        {"dialog": [{"text": "Hi."}, {"text": "Hello  you."}], "personas": [], "time_num": 5, "time_unit": "days"},
+        {"dialog": [{"text": "Again."}], "personas": []},
+    ],
+    "dialog": [{"id": "Speaker 1", "text": "How is the dog?"}, {"id": "Speaker 2", "text": "Fine."}],
+    "metadata": {"initial_data_id": "valid_3"},
+}
+
+
+@pytest.fixture
+def locomo(tmp_path: Path) -> Path:
+    (tmp_path / "locomo10.json").write_text(json.dumps([SAMPLE]))
+    return tmp_path / "locomo10.json"
+
+
+@pytest.fixture
+def asker(byte_tokenizer: Any) -> Asker:
+    return Asker("backbone", "it", {}, None, byte_tokenizer, 64)
+
+
+def test_locomo_is_read_with_dates_speakers_and_pictures(locomo: Path) -> None:
+    file = read_dialogues(locomo)
+    assert (file.name, file.kind, len(file.conversations)) == ("locomo10.json", "locomo", 1)
+    (conversation,) = file.conversations
+    assert conversation.sessions == (
+        """DATE: 7:55 pm on 9 June, 2023
+CONVERSATION:
+Ada said, "I got a dog."
+Bo said, "Look!" [shares a photo of a cat]
+
+""",
+        'DATE: 2:00 pm on 2 July, 2023\nCONVERSATION:\nBo said, "Bye."\n\n',
+    )
+    assert [(q.group, q.answer) for q in conversation.questions] == [
+        ("single-hop", "a dog"),
+        ("temporal", "2023"),
+        ("adversarial", "a dog"),
+    ]
+    assert conversation.questions[1].text == "When? Use DATE of CONVERSATION to answer with an approximate date."
+
+
+def test_msc_is_read_with_earlier_sessions_and_every_turn_as_a_reply(tmp_path: Path) -> None:
+    path = tmp_path / "test.txt"
+    path.write_text(json.dumps(MSC) + "\n" + json.dumps(MSC | {"metadata": {}}) + "\n")
+    file = read_dialogues(path)
+    assert (file.kind, [conversation.id for conversation in file.conversations]) == ("msc", ["valid_3:1", "line:2"])
+    conversation = file.conversations[0]
+    assert conversation.sessions == (
+        "Speaker 1: Hi.\nSpeaker 2: Hello you.\n(5 days later)\n\n",
+        "Speaker 1: Again.\n\n",
+    )
+    assert [(q.group, q.before, q.text, q.answer) for q in conversation.questions] == [
+        ("session 3", "", "Speaker 1:", "How is the dog?"),
+        ("session 3", "Speaker 1: How is the dog?\n", "Speaker 2:", "Fine."),
+    ]
+    # only a line end parts conversations
+    line = json.dumps(MSC | {"dialog": [{"text": "one\u2028two\x85three"}]}, ensure_ascii=False)
+    path.write_text(f"{line}\r\n{line}\n", encoding="utf-8-sig", newline="")
+    assert [found.questions[0].answer for found in read_dialogues(path).conversations] == ["one two three"] * 2
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "category", "f1"),
+    [
+        # said: came back in june (4 words), answer: in june 2023 (3); 2 shared: P 1/2, R 2/3
+        ("Came back in June!", "in June, 2023", 2, 4 / 7),
+        ("the dog", "A dog.", 4, 1),
+        ("", "a dog", 4, 0),
+        # of several answers: oslo is there (1), of "new york" half of the words (P 1, R 1/2: 2/3)
+        ("York, Oslo", "Oslo, New York", 1, (1 + 2 / 3) / 2),
+        # an open-domain answer ends before its reason
+        ("No", "No; she cannot eat nuts", 3, 1),
+        ("No", "No; she cannot eat nuts", 4, 2 / 6),
+        # adversarial questions follow LoCoMo's rules: other letters are b
+        *((said, "a dog", 5, 1) for said in ("a", "(a)", "(A)", "There is No Information Available.")),
+        *((said, "a dog", 5, 0) for said in ("b", "(b)", "x", "The dog is Ada's")),
+        ("it is not mentioned", "a dog", 5, 1),
+    ],
+)
+def test_f1_of_words_worked_by_hand(said: str, answer: str, category: int, f1: float) -> None:
+    offered = {"a": NOTHING, "b": answer} if category == 5 else None
+    question = Question("0", "", "", "?", answer, category, offered)
+    assert word_scores(said, question, with_bleu=False)["f1"] == pytest.approx(100 * f1)
+
+
+def test_sessions_are_in_memory_and_their_newest_tokens_in_the_window(locomo: Path, asker: Asker) -> None:
+    task, decode = DialogueTask(data=[locomo], recent=20, with_bleu=False), asker.tokenizer.decode
+    task.begin([asker])
+    example = task.examples()[0]
+    whole = "".join(example.item[0].sessions)
+    prompt = task.prompt(example, asker)
+    assert decode(prompt.memory) == whole[:-20]
+    assert decode(prompt.contexts[0]) == f"{whole[-20:]}Question: What did Ada get? Short answer:"
+    assert [decode(option) for option in prompt.options] == [" a dog"]
+    assert prompt.new_tokens == 16  # a quarter of the window
+    # an answer ends at its line
+    said = tuple(asker.tokenizer("\n a dog \nQuestion: what")["input_ids"])
+    found = task.measure(example, prompt, Answer((Scored((-12.0,), (False,), 0),), said))
+    assert found == {"f1": 100, "answer_nats": 12.0 / len(" a dog")}
+    everything = DialogueTask(data=[locomo], recent=10_000, with_bleu=False)
+    everything.begin([asker])
+    assert everything.prompt(example, asker).memory == ()
+
+
+# facts
+
+
+@pytest.fixture
+def facts(made_text: Callable[..., str], tmp_path: Path) -> FactsTask:
+    (tmp_path / "text.txt").write_text(made_text(300))
+    return FactsTask(text=[str(tmp_path / "text.txt")], between=[64, 256], sessions=2, facts=2, recall=2, new_tokens=4)
+
+
+def test_memory_has_the_conversation_then_the_text_and_others_have_it_or_passages_in_their_window(
+    facts: FactsTask, asker: Asker
+) -> None:
+    decode, tokenizer = asker.tokenizer.decode, asker.tokenizer
+    asked = facts.begin([asker, Asker("memory_1024", "", {}, None, tokenizer, 64, memory_size=1024)])
+    assert [each.name for each in asked] == [
+        "backbone",
+        "memory_1024",
+        "backbone+recall",
+        "memory_1024+recall",
+        IN_WINDOW,
+    ]
+    for example in facts.examples():
+        _, fact, between = example.item
+        prompt, memory = facts.prompt(example, asked[1]), decode(facts.prompt(example, asked[1]).memory)
+        assert prompt == facts.prompt(example, asked[0])
+        assert fact.said in memory[:-between] and fact.asked not in memory
+        question, answer = (decode(context) for context in prompt.contexts)
+        assert fact.asked in question and fact.value not in question
+        assert (answer + decode(prompt.options[0])).endswith(fact.before + fact.value)
+        for each in asked[2:]:
+            assert fact.said in decode(facts.prompt(example, each).contexts[0])
+    assert facts.prompt(example, asked[4]).memory == ()
+
+
+def test_a_value_that_is_certain_and_named_scores_best(facts: FactsTask, asker: Asker) -> None:
+    facts.begin([asker])
+    example = facts.examples()[0]
+    prompt, value = facts.prompt(example, asker), example.item[1].value
+    right = Scored((0.0,), (True,), prompt.options[0][0])
+    said = tuple(asker.tokenizer(f"It is {value.upper()}!", add_special_tokens=False)["input_ids"])
+    best = {"value_nats": 0.0, "first_token": 100.0, "exact": 100.0, "named": 100.0}
+    assert facts.measure(example, prompt, Answer((right, right), said)) == best
+    assert names("in Rome.", "Rome") and not names("Romeo", "Rome") and not names("130", "30")

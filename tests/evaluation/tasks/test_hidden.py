@@ -1,0 +1,176 @@
+"""Needles and bAbI: what is hidden where, what is in memory as if the whole text were read, and rules for answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from longmem import AlibiGPTForCausalLM, LongMem
+from longmem.errors import ConfigError, DataError
+from longmem.evaluation.asking import Answer, Asker, Prompt, Scored, askers
+from longmem.evaluation.systems import Comparison
+from longmem.evaluation.tasks.hidden import BabiTask, NeedleTask, Story, Trial, answered, read_babi, read_haystack
+from longmem.memory import MemoryBank
+
+WINDOW = 16
+FILE = (
+    "1 Ann went to the attic.\n2 Bob went to the barn.\n3 Where is Ann? \tattic\t1\n4 Ann went to the cave.\n"
+    "5 Where is Ann? |cave|4\n1 Bob went to the attic.\n2 Where is Bob? \tattic\t1\n"
+)
+Begun = Callable[..., NeedleTask]
+
+
+@pytest.fixture
+def model(tiny_backbone: AlibiGPTForCausalLM) -> LongMem:
+    torch.manual_seed(1)
+    made = LongMem.from_backbone(tiny_backbone, chunk_size=4, num_retrieved=8, memory_size=4096)
+    made.sidenet.memory_gate.data.fill_(2.0)
+    return made.eval()
+
+
+@pytest.fixture
+def text(made_text: Callable[..., str], tmp_path: Path) -> str:
+    (tmp_path / "text.txt").write_text(made_text(600))
+    return str(tmp_path / "text.txt")
+
+
+@pytest.fixture
+def needles(text: str, byte_tokenizer: Any) -> Begun:
+    def make(**settings: Any) -> NeedleTask:
+        wanted: dict[str, Any] = {"lengths": [512], "depths": [0, 50, 100], "trials": 2} | settings
+        task = NeedleTask(text=[text], **wanted)
+        task.begin([Asker("it", "it", {}, None, byte_tokenizer, WINDOW)])
+        return task
+
+    return make
+
+
+def trials(task: NeedleTask) -> list[Trial]:
+    return [example.item for example in task.examples()]
+
+
+@pytest.mark.parametrize("kind", ["passkey", "pair", "multi", "twohop"])
+def test_what_is_hidden_stands_in_the_text_and_nothing_else_changes(needles: Begun, kind: str) -> None:
+    task = needles(kinds=[kind], lengths=[2048])
+    for trial in trials(task):
+        text = np.array(trial.text())
+        before = task.haystack.ids[trial.first : trial.first + 128].flatten()
+        for position, tokens in trial.hidden:
+            assert text[position : position + len(tokens)].tolist() == list(tokens)
+            before[position : position + len(tokens)] = tokens
+        assert text.tolist() == before.tolist()
+        assert trial.text(100) == tuple(text[-100:])
+
+
+def test_the_fact_is_within_half_a_segment_of_its_depth(needles: Begun) -> None:
+    for at, trial in enumerate(trials(needles(depths=[0, 30, 100], trials=20, lengths=[1024]))):
+        position, tokens = trial.hidden[0]
+        assert abs(position - (0, 30, 100)[at // 20] / 100 * (1024 - len(tokens))) <= WINDOW / 2 + 1
+        assert 0 <= position <= 1024 - len(tokens)
+
+
+def test_trials_are_drawn_by_their_seed_alone(needles: Begun) -> None:
+    first, second, other = ([trial.digest for trial in trials(needles(seed=seed))] for seed in (0, 0, 1))
+    assert first == second
+    assert not set(first) & set(other)
+    # a trial does not depend on which others are made beside it
+    assert trials(needles(depths=[50], trials=1))[0].digest in first
+
+
+def test_the_default_text_is_the_source_of_the_standard_library(byte_tokenizer: Any) -> None:
+    found = read_haystack([], byte_tokenizer, 5000, WINDOW)
+    assert found.ids.shape == (313, WINDOW)
+    assert byte_tokenizer.decode(found.ids[0]).startswith("# file: email")
+
+
+def test_settings_that_break_rules_are_reported_together(needles: Begun) -> None:
+    with pytest.raises(ConfigError) as error:
+        NeedleTask(kinds=["riddle"], depths=[120, 0, 0], lengths=[])
+    for rule in (
+        "kind ('riddle') must be one of passkey",
+        "depth (120)",
+        "lengths (none) must",
+        "depths (120,0,0) must",
+    ):
+        assert rule in str(error.value)  # a trial that comes twice would count twice
+    with pytest.raises(ConfigError, match=r"length \(100\) must be a multiple of the window \(16\); try 96"):
+        needles(lengths=[100])
+    with pytest.raises(DataError, match="too short to hide"):
+        needles(lengths=[64]).examples()
+
+
+@pytest.mark.parametrize("most", [1024, 128])
+def test_what_is_hidden_is_in_memory_as_if_the_whole_text_were_read(
+    model: LongMem, needles: Begun, byte_tokenizer: Any, most: int
+) -> None:
+    task = needles(kinds=["passkey", "multi"], lengths=[1024])
+    (asker,) = (a for a in askers(Comparison.of_longmem(model, [most]), byte_tokenizer, window=64) if a.reads_memory)
+    examples = task.examples()
+    prompts = [task.prompt(example, asker) for example in examples]
+    for number, answer in asker.ask(prompts):
+        trial, bank = examples[number].item, MemoryBank.for_model(model, 1, most)
+        for segment in torch.tensor([trial.text()]).split(WINDOW, dim=1):  # as a user would
+            bank.add(model.encode(segment))
+        bank.end_document()
+        ids = torch.tensor([[*trial.question, *trial.options[0][:-1]]])
+        with torch.no_grad():
+            logits = model(ids, memory=bank).logits[0, len(trial.question) - 1 :].log_softmax(-1)
+        expected = logits.gather(1, torch.tensor(trial.options[0])[:, None]).sum().item()
+        assert answer.scored[0].logprobs[0] == pytest.approx(expected, abs=1e-5)
+    # a second time: what was hidden for one trial is gone afterwards
+    assert dict(asker.ask(prompts[:2])) == dict(asker.ask(prompts[:2]))
+
+
+def test_an_answer_is_exact_when_it_is_what_greedy_decoding_writes(needles: Begun) -> None:
+    task = needles()
+    for first, greedy, exact, choice in ((-1.0, True, 100, 100), (-1.0, False, 0, 100), (-2.5, False, 0, 0)):
+        answer = Answer((Scored((first, -2.0, -3.0, -4.0), (greedy, False, False, False), 7),))
+        assert task.measure(task.examples()[0], Prompt(((1,),)), answer) == {"exact": exact, "choice": choice}
+
+
+# bAbI
+
+
+@pytest.fixture
+def babi(text: str, tmp_path: Path) -> BabiTask:
+    for part in ("train", "test"):
+        (tmp_path / f"qa1_single-supporting-fact_{part}.txt").write_text(FILE)
+    folder = str(tmp_path)
+    return BabiTask(data=folder, text=[text], tasks=[1], lengths=[128, 512], trials=3, shots=1, recall=2)
+
+
+def test_a_story_has_all_facts_before_its_question(babi: BabiTask) -> None:
+    first, second, third = babi.sets[0].test
+    assert first == Story(("Ann went to the attic.", "Bob went to the barn."), "Where is Ann?", "attic")
+    assert second.facts == (*first.facts, "Ann went to the cave.") and second.answer == "cave"
+    assert third.facts == ("Bob went to the attic.",)
+    assert babi.sets[0].labels == ["attic", "cave"]
+    with pytest.raises(DataError, match=r"qa2_\*_train.txt"):
+        read_babi(babi.data, [2])
+
+
+def test_facts_stand_in_order_in_the_text_and_recall_finds_them(babi: BabiTask, byte_tokenizer: Any) -> None:
+    asked = babi.begin([Asker("memory_512", "", {}, None, byte_tokenizer, 64, memory_size=512)])
+    assert [each.name for each in asked] == ["memory_512", "memory_512+recall"]
+    for example in babi.examples():
+        trial, story, _ = example.item
+        text = byte_tokenizer.decode(trial.text())
+        places = [text.index(fact) for fact in story.facts]
+        assert places == sorted(places) and len(trial.text()) == trial.length
+        assert byte_tokenizer.decode(trial.options[0]) == f" {story.answer}"
+        context = byte_tokenizer.decode(babi.prompt(example, asked[1]).contexts[0])
+        assert story.question.removesuffix("?") in context
+        assert any(fact.split()[0] in context.split("Notes")[1] for fact in story.facts)
+
+
+def test_an_answer_names_the_right_label_alone() -> None:
+    story, labels = Story((), "Where is Ann?", "attic"), ("attic", "cave", "Ann")
+    assert answered(" The Attic. Not the cave.", story, labels)
+    assert answered("Ann is in the attic", story, labels)
+    assert not answered("the attic or the cave", story, labels)
+    assert not answered("nowhere", story, labels)
