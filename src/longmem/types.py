@@ -6,6 +6,7 @@ N chunks in a bank row · R retrieved chunks per query · K = R*S retrieved toke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,7 +59,7 @@ class RetrievedMemory:
     lengths: Tensor
     rows: Tensor
     version: int
-    live_version: _Counter
+    live_version: Callable[[], int]
     sources: Tensor | None = None
     memory_rows: Tensor | None = None
     first_head: int = 0
@@ -90,9 +91,8 @@ class RetrievedMemory:
     def mask(self) -> Tensor:
         """(B, H, T, K) bool, True at real retrieved tokens."""
         rows = self.rows.view(-1, 1, 1, 1)
-        inside = (
-            torch.arange(self.chunk_size, device=self.chunk_ids.device) < self.lengths[rows, self.chunk_ids][..., None]
-        )
+        tokens = torch.arange(self.chunk_size, device=self.chunk_ids.device)
+        inside = tokens < self.lengths[rows, self.chunk_ids][..., None]
         return (inside & self.chunk_mask[..., None]).flatten(3)
 
     def _gather(self, which: int) -> Tensor:
@@ -102,10 +102,6 @@ class RetrievedMemory:
         head = (self.first_head + own).view(1, -1, 1, 1)
         rows = self.rows.view(-1, 1, 1, 1)
         return self.storage[rows, self.chunk_ids, head, which].flatten(3, 4)
-
-
-class _Counter(Protocol):
-    def __call__(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -57,14 +57,9 @@ def test_files_archives_json_lines_and_standard_input(
     assert found["in/chat.jsonl:2"]["expires"] == 4102444800
     assert found["in/chat.jsonl:2"]["source"] == "the phone"
     assert memory("show", "p", "--text").out == "through the pipe\n"
-
-
-@pytest.mark.usefixtures("model")
-def test_json_lines_come_through_a_pipe(memory: Memory, piped: Callable[[bytes], None]) -> None:
     piped(b'{"body": "one", "id": "x"}\n{"body": "two"}\n')
     assert memory("add", "-", "--jsonl", "--field", "body", "--metadata", '{"n": [1]}', "--metadata", "k=v").status == 0
-    listed = memory("list", "--where", "k=v", "--where", "n=[1]", "--json")
-    assert names(listed) == ["x", "-:2"]
+    assert names(memory("list", "--where", "k=v", "--where", "n=[1]", "--json")) == ["x", "-:2"]
 
 
 @pytest.mark.usefixtures("model")

@@ -37,13 +37,8 @@ def block(norm: str, attention: str, first: str, second: str) -> dict[str, tuple
     """Released names and shapes of one decoder layer."""
     shapes: dict[str, tuple[int, ...]] = {f"{attention}.{each}_proj.weight": (E, E) for each in ("q", "k", "v", "out")}
     shapes |= {f"{norm}.{each}": (E,) for each in ("weight", "bias")}
-    return {
-        **shapes,
-        f"{first}.weight": (F, E),
-        f"{first}.bias": (F,),
-        f"{second}.weight": (E, F),
-        f"{second}.bias": (E,),
-    }
+    shapes |= {f"{first}.weight": (F, E), f"{first}.bias": (F,), f"{second}.weight": (E, F), f"{second}.bias": (E,)}
+    return shapes
 
 
 def released_backbone() -> dict[str, tuple[int, ...]]:

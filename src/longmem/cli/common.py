@@ -232,14 +232,12 @@ def layout_of(path: Path, *, writing: bool = False) -> Layout | None:
 
     With ``writing`` the writer's lock is taken for a moment: another writer is named before a model is loaded.
     """
-    if not (path / "catalog.sqlite").exists():
-        return None
     try:
         with open_store(path, "write" if writing else "read") as store:
             return store.layout
     except (StoreLocked, StoreDamaged):
         raise
-    except StoreError:  # its maker was killed before it was complete
+    except StoreError:  # also where its maker was killed before it was complete
         return None
 
 
@@ -399,11 +397,6 @@ def cell(value: object, key: str = "") -> str:
 def one_line(text: str) -> str:
     """Text within a line: white space as single blanks, no control characters."""
     return "".join(sign if sign.isprintable() else "·" for sign in " ".join(text.split()))
-
-
-def visible(text: str) -> str:
-    """A token's text, white space as signs."""
-    return one_line(text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣"))
 
 
 def counted(number: int, what: str) -> str:

@@ -85,11 +85,7 @@ def command(model: str, prompt: str | None, explain: bool, page: Path | None, as
         texts = _texts(asked["texts"], tokenizer, lm)
         bank = None if store is None else store.bank(namespace, device=lm.device)
         settings = _settings(asked, tokenizer, shown=not as_json)
-        # a session holds no more than this text can need; every text may end in a chunk that is not full
-        size = lm.config.chunk_size if bank is None else bank.chunk_size
-        needed = 2 * (len(before) + settings["max_new_tokens"] + sum(map(len, texts.values())))
-        most = asked["session_tokens"] or lm.config.memory_size // size * size
-        session = SessionMemory.for_model(lm, bank, capacity_tokens=min(most, -(-needed // size) * size))
+        session = SessionMemory.for_model(lm, bank, capacity_tokens=asked["session_tokens"])
         for name, text in texts.items():
             read(lm, session, text, document=name)
             say(f"read {counted(len(text), 'token')} of {name}")
@@ -246,9 +242,14 @@ def _keep(folder: Path, model: Any, tokenizer: Any, namespace: str, name: str, i
     say(f"kept {counted(receipt.tokens, 'token')} as {name}")
 
 
+def _visible(text: str) -> str:
+    """A token's text, white space as signs."""
+    return shared.one_line(text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣"))
+
+
 def _row(token: ReadToken) -> tuple[str, ...]:
     found = [
-        f"{each.share:.1%} {each.document or 'unnamed'}:{each.start_token} [[{shared.visible(each.text)}]]"
+        f"{each.share:.1%} {each.document or 'unnamed'}:{each.start_token} [[{_visible(each.text)}]]"
         for each in token.found[:2]
     ]
-    return shared.visible(token.text), f"{token.gain:+.2f}", f"{token.share:.1%}", "  ".join(found)
+    return _visible(token.text), f"{token.gain:+.2f}", f"{token.share:.1%}", "  ".join(found)

@@ -17,7 +17,6 @@ from longmem.cli.common import AT_LEAST_1, FOLDER, counted, folder_option, one_l
 from longmem.errors import ConfigError, LongMemError
 
 if TYPE_CHECKING:
-    from longmem.demo import Asked, Demo
     from longmem.store.store import MemoryStore
 
 HELP = """/remember FILE  read a text into memory     /memories  what is remembered
@@ -207,58 +206,17 @@ def demo(texts: tuple[str, ...], model: str | None, out: Path, seed: int, as_jso
     """
     from transformers.utils import logging
 
+    from longmem.cli.tasks import show
     from longmem.demo import run_demo
+    from longmem.evaluation.tables import tables_of
 
     logging.disable_progress_bar()
-    made = run_demo(out, texts, model=model, seed=seed, say=say)
+    made = run_demo(out, texts, model=model, seed=seed, say=say if as_json else click.echo)
     if as_json:
         shared.print_json(made)
         return
-    from longmem.cli.tasks import show
-    from longmem.evaluation.tables import tables_of
-
-    show(tables_of(made.perplexity)[:1])
-    for line in _shown(made):
-        click.echo(line)
-
-
-def _shown(made: Demo) -> Iterator[str]:
-    """How the text goes on, what was asked, and what was left."""
-    yield f"\n{made.document} goes on after the part that was remembered:\n{_bars(made.prompt[-400:])}"
-    mean = sum(token.gain for token in made.read) / len(made.read)
-    yield f"\nthe text itself (with memory {mean:+.2f} nats a token likelier):\n{_bars(made.real)}"
-    yield f"\nwith memory:\n{_bars(made.with_memory)}\n\nwithout:\n{_bars(made.without)}\n\nwhat helped most:"
-    for token in sorted(made.read, key=lambda token: -token.gain)[:4]:
-        yield f"  “{shared.visible(token.text)}” {token.gain:+.2f} nats, read:"
-        for chunk in token.found[:2]:
-            around = one_line(f"{chunk.before}[[{chunk.text}]]{chunk.after}")
-            yield f"    {chunk.share:5.1%}  {chunk.document}, token {chunk.start_token:,}: {around}"
-    yield f"\nevery token of it, and what it read: {made.page}"
-    if made.asked:
-        yield f"\n{len(made.asked)} facts were told, each in a conversation of its own. Asked for in new conversations:"
-        for number, each in enumerate(made.asked, 1):
-            yield f"\n{number:>2}  {each.document}: {one_line(each.told)}"
-            yield f"    asked           {each.question}\n    without memory  {one_line(each.without)}\n{_answer(each)}"
-        alone = sum(each.value.lower() in each.without.lower() for each in made.asked)
-        named = sum(each.named for each in made.asked)
-        yield f"\nvalues named: {named} of {len(made.asked)} with memory, {alone} without"
-    if made.forgotten is not None:
-        yield f"\n{made.forgotten.document} was forgotten, then asked for again: {made.forgotten.question}"
-        yield _answer(made.forgotten)
-    yield f"\n{made.tokens:,} tokens of texts are kept in {made.store}; go on with:"
-    yield f"longmem memory list --store {made.store}"
-    if made.asked:
-        yield f"longmem chat --memory {made.store}"
-
-
-def _answer(asked: Asked) -> str:
-    named = "" if asked.named else "not "
-    heads = ", ".join(f"{name} {share:.1%}" for name, share in list(asked.heads.items())[:2])
-    return (
-        f"    with memory     {one_line(asked.answer)}  [{named}{asked.value}]\n"
-        f"    read            passages of {', '.join(asked.recalled) or 'nothing'}; heads: {heads or 'nothing'}"
-    )
-
-
-def _bars(text: str) -> str:
-    return "\n".join("  │ " + line for line in text.splitlines())
+    show(tables_of(made["perplexity"])[:1])
+    click.echo(f"\nevery token of the continuation, and what it read: {made['page']}")
+    click.echo(f"{made['tokens']:,} tokens of texts are kept; go on with: longmem memory list --store {made['store']}")
+    if "asked" in made:
+        click.echo(f"or with: longmem chat --memory {made['store']}")
