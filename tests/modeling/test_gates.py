@@ -50,14 +50,6 @@ def test_no_head_and_no_token_reads_another() -> None:
         assert torch.equal(before != gate(*changed).share, expected)
 
 
-def test_a_closed_gate_starts_near_the_backbone_and_is_small() -> None:
-    inputs = list(_inputs())
-    inputs[4] = inputs[2].masked_fill(~inputs[5], -torch.inf)  # scores of memory as large as those of the window
-    gate = TokenGate(H, D, bias=-8.0)
-    assert gate(*inputs).share.max() < 1e-3
-    assert sum(p.numel() for p in gate.parameters()) == 3 * H + 3 * H * D
-
-
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("masked", ["causal", "boolean", "additive"])
 @pytest.mark.parametrize("length", [1, 5, 9])

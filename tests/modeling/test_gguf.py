@@ -91,16 +91,10 @@ def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path: Path, cache: Pa
     broken.write_bytes(b"GGUF but not really")
     with pytest.raises(BackboneError, match=r"broken\.gguf cannot be read as a GGUF model"):
         gguf_folder(broken, quiet=True)
-    assert list((cache / "gguf").iterdir()) == []
-
-
-def test_a_missing_file_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match=r"is not a file; give the path of a \.gguf file"):
         gguf_folder(tmp_path / "none.gguf")
-
-
-def test_names_of_gguf_files() -> None:
     assert is_gguf("models/Model.GGUF") and not is_gguf("models/gguf")
+    assert list((cache / "gguf").iterdir()) == []
 
 
 def test_a_file_is_a_backbone_that_is_found_again(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

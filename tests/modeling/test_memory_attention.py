@@ -92,26 +92,6 @@ def test_gradient_passes_gradcheck():
     assert torch.autograd.gradcheck(through, queries)
 
 
-def test_nothing_found_gives_zero_and_no_gradient():
-    bank = MemoryBank(1, 8, 2, 5)
-    queries = asked(1, 2, 3, 5, torch.float32)
-    result = memory_attention(queries, bank.search(queries, 2), scaling=1.0)
-    assert not result.found.any()
-    assert (result.out == 0).all()
-    assert (result.lse == -torch.inf).all()
-    result.out.sum().backward()
-    assert (queries.grad == 0).all()
-
-
-def test_a_row_without_memory_does_not_disturb_its_neighbour():
-    bank = filled(2)
-    queries = asked(2, 2, 3, 5, torch.float32)
-    both = memory_attention(queries, bank.search(queries, 2), scaling=0.5)
-    alone = memory_attention(queries[:1].detach(), bank.search(queries[:1], 2, rows=torch.tensor([0])), scaling=0.5)
-    assert torch.equal(both.out[:1], alone.out)
-    assert both.found.tolist() == [[[True] * 3] * 2, [[False] * 3] * 2]
-
-
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("asking", [torch.float32, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(stored, asking):
@@ -142,17 +122,6 @@ def test_autocast_changes_nothing():
         (gradient,) = torch.autograd.grad(cast.out.sum(), queries)
     assert torch.equal(cast.out, plain.out)
     assert torch.equal(gradient, reference)
-
-
-def test_retrieving_every_chunk_is_dense_attention_without_positions():
-    draw = torch.Generator().manual_seed(3)
-    keys, values = (torch.randn(2, 3, 24, 8, generator=draw) for _ in range(2))
-    bank = MemoryBank(2, 24, 3, 8)
-    bank.add(AttentionKV(keys, values))
-    queries = torch.randn(2, 3, 5, 8, generator=draw)
-    result = memory_attention(queries, bank.search(queries, 6), scaling=8**-0.5)
-    dense = torch.nn.functional.scaled_dot_product_attention(queries, keys, values)
-    torch.testing.assert_close(result.out, dense)
 
 
 def test_missing_chunks_of_a_released_bank_take_part_with_score_zero():

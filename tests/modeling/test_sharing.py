@@ -11,17 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.family_table import V, make_backbone
+from tests.family_table import SETTINGS, ids, make_backbone
 from torch import Tensor
 
 from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
 
-SETTINGS: dict[str, Any] = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 128}
 MODELS = [(LongMem, "gate"), (LongMem, "softmax"), (TrainingFree, "gate"), (TrainingFree, "softmax"), (MemTRM, "gate")]
-
-
-def ids(length: int, seed: int) -> Tensor:
-    return torch.randint(3, V, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
 def made(kind: Any, fusion: str, family: str = "llama") -> Any:
@@ -33,13 +28,13 @@ def made(kind: Any, fusion: str, family: str = "llama") -> Any:
 
 def bank_of(model: Any, seed: int) -> MemoryBank:
     bank = MemoryBank.for_model(model)
-    bank.add(model.encode(ids(64, seed)), documents=[f"tenant {seed}"])
+    bank.add(model.encode(ids(1, 64, seed)), documents=[f"tenant {seed}"])
     return bank
 
 
 @pytest.mark.parametrize(("kind", "fusion"), MODELS)
 def test_threads_that_share_a_model_never_read_each_others_memory(kind: Any, fusion: str) -> None:
-    model, segment = made(kind, fusion), ids(16, seed=99)
+    model, segment = made(kind, fusion), ids(1, 16, seed=99)
     banks: dict[int | None, MemoryBank | None] = {None: None, **{seed: bank_of(model, seed) for seed in range(3)}}
 
     def logits(tenant: int | None) -> Tensor:
@@ -74,7 +69,7 @@ def _by_torch(model: Any) -> Any:
 @pytest.mark.parametrize(("kind", "fusion"), MODELS)
 @pytest.mark.parametrize("used", [False, True])
 def test_a_copy_answers_alike_and_is_its_own(way: Callable[[Any], Any], kind: Any, fusion: str, used: bool) -> None:
-    model, segment = made(kind, fusion), ids(16, seed=99)
+    model, segment = made(kind, fusion), ids(1, 16, seed=99)
     bank = bank_of(model, 0) if used else None  # a model that has run holds more than one that has not
     other = way(model)
     bank = bank_of(model, 0) if bank is None else bank
@@ -89,7 +84,7 @@ def test_a_copy_answers_alike_and_is_its_own(way: Callable[[Any], Any], kind: An
 def test_the_users_own_backbone_stays_free_of_us() -> None:
     backbone = make_backbone("llama")
     model = LongMem.from_backbone(backbone, fusion="softmax", **SETTINGS).eval()
-    model(ids(16, 0), memory=bank_of(model, 0))
+    model(ids(1, 16), memory=bank_of(model, 0))
     parts = list(backbone.modules())
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
     assert copy.deepcopy(backbone).config._attn_implementation == backbone.config._attn_implementation
@@ -103,10 +98,10 @@ def test_hidden_states_and_attentions_come_back(kind: Any) -> None:
     backbone.set_attn_implementation("eager")
     model = kind.from_backbone(backbone, **SETTINGS).eval()
     asked: dict[str, Any] = {"output_hidden_states": True, "output_attentions": True}
-    expected, found = backbone(ids(8, 0), **asked), model(ids(8, 0), **asked)
+    expected, found = backbone(ids(1, 8), **asked), model(ids(1, 8), **asked)
     for name in ("hidden_states", "attentions"):
         assert len(getattr(found, name)) == len(getattr(expected, name))
         assert all(torch.equal(a, b) for a, b in zip(getattr(found, name), getattr(expected, name), strict=True))
     asked |= {"return_dict_in_generate": True, "eos_token_id": None, "pad_token_id": 0}
-    out = model.generate(ids(8, 0), max_new_tokens=2, do_sample=False, **asked)
+    out = model.generate(ids(1, 8), max_new_tokens=2, do_sample=False, **asked)
     assert len(out.hidden_states) == 2 and len(out.attentions[0]) == 4

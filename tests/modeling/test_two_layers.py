@@ -10,7 +10,7 @@ import torch
 from tests.family_table import SETTINGS, V, filled, ids, make_backbone
 
 from longmem import LongMem, LongMemConfig, MemoryBank, MemoryStore, MemTRM, SessionMemory, TrainingFree
-from longmem.errors import BackboneError, ConfigError, MemoryBankError
+from longmem.errors import MemoryBankError
 
 FAMILIES = {"llama": (1, 3), "gpt2": (1, 3), "gemma2": (1, 3), "qwen3": (1, 3), "alibi_gpt": (1, 3), "lfm2": (2, 5)}
 KINDS = [LongMem, MemTRM, TrainingFree]
@@ -136,21 +136,6 @@ def test_a_stores_bank_is_a_memory_bank(model: Any, dtype: str, tmp_path: Path) 
         assert torch.equal(model(ids(1), memory=kept).logits, model(ids(1)).logits)
 
 
-def test_layers_that_do_not_go_together_are_refused() -> None:
-    llama = make_backbone("llama")
-    with pytest.raises(ConfigError, match="one of them twice"):
-        LongMem.from_backbone(llama, memory_layers=(2, 3))
-    assert LongMem.from_backbone(llama, memory_layers=(2, 3), stride=1).augmented_layers == (2, 3)
-    with pytest.raises(ConfigError, match="ascending order"):
-        LongMemConfig(memory_layers=(3, 1))
-    with pytest.raises(BackboneError, match="memory_layer 7 is out of range"):
-        LongMem.from_backbone(llama, memory_layers=(1, 7))
-    model = LongMem.from_backbone(llama, memory_layers=(1, 3), **SETTINGS).eval()
-    one = LongMem.from_backbone(llama, memory_layers=3, **SETTINGS).eval()
-    with pytest.raises(MemoryBankError, match="holds keys of layer 3, this model remembers layers 1, 3"):
-        model(ids(), memory=filled(one, ids()))
-
-
 def test_files_of_one_layer_load() -> None:
     assert LongMemConfig(memory_layer=3).memory_layers == LongMemConfig(memory_layers=3).memory_layers == (3,)
     old = LongMemConfig.from_dict({"memory_layer": 3, "model_type": "longmem"})
@@ -162,3 +147,19 @@ def test_training_reaches_the_gates_of_every_layer(family: str) -> None:
     bank = filled(model, ids(seed=1))
     model(ids(), labels=ids(), memory=bank).loss.backward()
     assert (model.sidenet.memory_gate.grad != 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_memory_of_another_backbone_or_of_other_layers_is_refused_by_name(kind: Any) -> None:
+    model, other = (
+        kind.from_backbone(make_backbone("llama", seed=seed), memory_layers=(1, 3), **SETTINGS).eval()
+        for seed in (0, 1)
+    )
+    with pytest.raises(MemoryBankError, match=rf"{other.fingerprint}.*{model.fingerprint}.*write the text again"):
+        model(ids(), memory=filled(other, ids()))
+    one = kind.from_backbone(make_backbone("llama"), memory_layers=3, **SETTINGS).eval()
+    assert one.fingerprint == model.fingerprint
+    with pytest.raises(MemoryBankError, match="holds keys of layer 3, this model remembers layers 1, 3"):
+        model(ids(), memory=filled(one, ids()))
+    with pytest.raises(MemoryBankError, match=r"chunk_size \(16\) must not exceed num_retrieved \(8\)"):
+        model(ids(), memory=filled(model, ids(), chunk_size=16))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longmem.errors import MemoryBankError
 from longmem.memory import ExactIndex
-from longmem.memory.chunking import joined, mean_keys, split
+from longmem.memory.chunks import joined, mean_keys, split
 from longmem.memory.index import search_chunks
 from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory
 
@@ -83,7 +83,7 @@ class ReleasedBank:
         batch, null = len(queries), self.storage.shape[1] - 1
         found = search_chunks(
             ExactIndex(), queries, num_chunks, self, [0] * batch, [self.fill] * batch, layer=layer,
-            heads_kv=self.heads_kv, null=null, live_version=lambda: self.version,
+            heads_kv=self.heads_kv, live_version=lambda: self.version,
         )  # fmt: skip
         numbers = torch.arange(null + 1, device=queries.device)
         taking_part = torch.full_like(found.chunk_mask, self.fill > 0)

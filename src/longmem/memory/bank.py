@@ -9,19 +9,16 @@ from __future__ import annotations
 import copy
 import time as clock
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError, MemoryBankError
-from longmem.memory.chunking import joined, refuse_unfit, split
+from longmem.memory.chunks import Slots, joined, refuse_unfit, split
 from longmem.memory.index import Index, make_index, rows_of, search_chunks
-from longmem.memory.slots import Slots
 from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory
-
-Boundary = Literal["keep", "reset"]
 
 
 @dataclass
@@ -54,7 +51,6 @@ class MemoryBank:
         key_dtype: of the mean keys that are searched; they are averaged in float32 before rounding.
         device: of all tensors.
         shared: one storage that every row writes to and searches.
-        boundary: at the start of another document, ``keep`` the row's memory or ``reset`` it.
         fingerprint: of the backbone that wrote the keys; another one's saved bank is refused.
         index: how keys are searched: a name of ``make_index``, or an index that was never used.
 
@@ -75,12 +71,20 @@ class MemoryBank:
         key_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         shared: bool = False,
-        boundary: Boundary = "keep",
         fingerprint: str | None = None,
         index: str | Index = "exact",
     ) -> None:
         sizes = {"rows": rows, "heads_kv": heads_kv, "head_dim": head_dim, "chunk_size": chunk_size}
-        if problems := _problems(sizes, capacity_tokens, memory_layers, shared, boundary):
+        problems = [f"{name} ({value}) must be at least 1" for name, value in sizes.items() if value < 1]
+        if chunk_size >= 1 and (capacity_tokens < chunk_size or capacity_tokens % chunk_size):
+            below = capacity_tokens // chunk_size * chunk_size
+            problems.append(
+                f"capacity_tokens ({capacity_tokens}) must be a multiple of chunk_size ({chunk_size}); try "
+                f"{f'{below} or ' if below else ''}{below + chunk_size}"
+            )
+        if memory_layers is not None and (not memory_layers or list(memory_layers) != sorted(set(memory_layers))):
+            problems.append(f"memory_layers ({list(memory_layers)}) must name each layer once, ascending")
+        if problems:
             raise ConfigError(problems)
         self.rows = rows
         self.capacity_tokens = capacity_tokens
@@ -91,10 +95,10 @@ class MemoryBank:
         self.layers = 1 if self.memory_layers is None else len(self.memory_layers)
         self.device = torch.device(device)
         self.shared = shared
-        self.boundary = boundary
         self.fingerprint = fingerprint
-        heads, lines = self.layers * heads_kv, 1 if shared else rows
-        shape = (lines, capacity_tokens // chunk_size, heads, head_dim, chunk_size)
+        heads = self.layers * heads_kv
+        self._line = [0] * rows if shared else list(range(rows))  # of the storage, for every row
+        shape = (self._line[-1] + 1, capacity_tokens // chunk_size, heads, head_dim, chunk_size)
         self._slots = Slots(*shape, dtype, key_dtype, self.device)
         self._indexes = [make_index(copy.deepcopy(index) if self.layers > 1 else index) for _ in range(self.layers)]
         self._lanes = [_Lane() for _ in range(rows)]
@@ -128,13 +132,13 @@ class MemoryBank:
     @property
     def chunks(self) -> Tensor:
         """(rows,) chunks that each row can find."""
-        return torch.tensor([self._slots.live(self._storage_row(row)) for row in range(self.rows)])
+        return torch.tensor([self._slots.live(line) for line in self._line])
 
     @property
     def tokens(self) -> Tensor:
         """(rows,) tokens that each row can find; a waiting tail is not counted."""
         stored = self._slots.lengths[:, : self._slots.slots].sum(1).cpu()
-        return stored[[self._storage_row(row) for row in range(self.rows)]]
+        return stored[self._line]
 
     @property
     def waiting(self) -> Tensor:
@@ -144,7 +148,7 @@ class MemoryBank:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors on the device."""
-        return self._slots.nbytes + self._tail.numel() * self._tail.element_size()
+        return self._slots.nbytes + self._tail.nbytes
 
     def search(
         self, queries: Tensor, num_chunks: int, rows: Tensor | None = None, *, layer: int = 0
@@ -163,23 +167,22 @@ class MemoryBank:
         Raises:
             MemoryBankError: queries, rows or layer do not fit the bank.
         """
-        read = [self._storage_row(row) for row in rows_of(rows, queries.shape[0], self.rows, "queries")]
+        read = [self._line[row] for row in rows_of(rows, queries.shape[0], self.rows, "queries")]
         return search_chunks(
             self._indexes[layer if 0 <= layer < self.layers else 0],
             queries,
             num_chunks,
             self._slots,
             read,
-            [self._slots.live(row) for row in read],
+            [self._slots.live(line) for line in read],
             layer=layer,
             heads_kv=self.heads_kv,
-            null=self._slots.slots,
-            live_version=self._live_version,
+            live_version=lambda: self._version,
         )
 
     def provenance(self, row: int, slot: int) -> ChunkOrigin:
         """Where the chunk in this slot of a row came from."""
-        stored = self._storage_row(rows_of([row], 1, self.rows, "rows")[0])
+        stored = self._line[rows_of([row], 1, self.rows, "rows")[0]]
         live = self._slots.live(stored)
         if not 0 <= slot < live:
             raise MemoryBankError(f"slot ({slot}) of row {row} holds no chunk; slots in use: {live}, counted from 0")
@@ -203,7 +206,7 @@ class MemoryBank:
             kv: keys and values (B, n*Hkv, T, D) and, with padding on either side, their mask.
             rows: (B,) the bank row each batch row is written to; by default its own.
             documents: name of the document each row is in; another name than before closes the row's waiting
-                tail (and empties the row where ``boundary`` is ``reset``). None: the document goes on.
+                tail. None: the document goes on.
             offsets: where in its document each row's first real token stands; by default, behind the last one.
                 A jump closes the waiting tail.
             time: recorded with the chunks; by default now.
@@ -246,7 +249,10 @@ class MemoryBank:
         lanes = rows_of(rows, None, self.rows, "rows")
         if self.shared and len(lanes) != self.rows:
             raise MemoryBankError(f"rows ({lanes}) of a shared bank cannot be reset alone; call reset() for all")
-        self._clear(sorted({self._storage_row(lane) for lane in lanes}))
+        lines = sorted({self._line[lane] for lane in lanes})
+        self._slots.clear(lines)
+        for index in self._indexes:
+            index.cleared(torch.tensor(lines))
         for lane in lanes:
             self._lanes[lane] = _Lane()
         self._version += 1
@@ -271,7 +277,7 @@ class MemoryBank:
             model: may accept fingerprints other than the bank's: those of the same weights.
 
         Raises:
-            MemoryBankError: other settings, another backbone, or numbers that are not finite; the bank is as it was.
+            MemoryBankError: other settings or another backbone; the bank is as it was.
         """
         theirs = dict(state["settings"])
         if "memory_layer" in theirs:  # version 0.1
@@ -283,20 +289,16 @@ class MemoryBank:
             saved = tuple(theirs[name]) if isinstance(theirs[name], list) else theirs[name]
             if mine == saved or (name in ("fingerprint", "memory_layers") and None in (mine, saved)):
                 continue
-            if name == "fingerprint":
-                if model is not None and model.accepts(saved):
-                    continue
+            if name != "fingerprint":
+                raise MemoryBankError(
+                    f"saved bank is of another shape: its {name} is {saved}, this bank's is {mine}; "
+                    f"make the bank with {name}={saved} to load it"
+                )
+            if model is None or not model.accepts(saved):
                 raise MemoryBankError(
                     f"saved bank is written by another backbone: its fingerprint is {saved}, this bank's is {mine}; "
                     "use the backbone that wrote it, or fill the bank anew"
                 )
-            raise MemoryBankError(
-                f"saved bank is of another shape: its {name} is {saved}, this bank's is {mine}; "
-                f"make the bank with {name}={saved} to load it"
-            )
-        for name, numbers in (*state["slots"].items(), ("tail", state["tail"])):
-            if isinstance(numbers, Tensor) and not bool(torch.isfinite(numbers).all()):
-                raise MemoryBankError(f"saved bank holds numbers that are not finite (in {name}); fill the bank anew")
         self._slots.load_state_dict(state["slots"])
         for index in self._indexes:
             index.cleared(torch.arange(len(self._slots.written)))
@@ -310,25 +312,19 @@ class MemoryBank:
         self, lanes: list[int], documents: Sequence[str | None] | None, offsets: Sequence[int] | None, now: float
     ) -> None:
         """Turn to the named documents and offsets; close the tails of those that ended."""
-        ended, emptied = [], []
-        turned: list[_Lane] = []
+        turned, ended = [], []
         for position, number in enumerate(lanes):
             lane = self._lanes[number]
             name = lane.document if documents is None else documents[position]
             other = not lane.open or name != lane.document
             expected = 0 if other else lane.next_token
             offset = expected if offsets is None else offsets[position]
-            if other and self.boundary == "reset":
-                emptied.append(number)
-                lane = replace(lane, waiting=0)
-            elif other or offset != expected:
+            turned.append((name, offset))
+            if other or offset != expected:
                 ended.append(number)
-            turned.append(replace(lane, document=name, open=True, next_token=offset))
         self._close_tail(ended, now)
-        if emptied:
-            self._clear(emptied)
-        for number, lane in zip(lanes, turned, strict=True):
-            self._lanes[number] = replace(lane, waiting=0) if number in ended else lane
+        for number, (name, offset) in zip(lanes, turned, strict=True):
+            self._lanes[number] = _Lane(name, True, offset, self._lanes[number].waiting)
 
     def _alike(self, sizes: list[tuple[int, int]]) -> list[list[int]]:
         """Positions of equal sizes; in a shared bank only neighbours, so that rows are written in order."""
@@ -367,7 +363,7 @@ class MemoryBank:
     def _write(self, lanes: list[int], chunks: Tensor, lengths: list[int] | None, now: float) -> None:
         """Store chunks (L, n, n*Hkv, 2, S, D) that begin with what waits in their lanes."""
         place = self._slots.write(
-            [self._storage_row(lane) for lane in lanes],
+            [self._line[lane] for lane in lanes],
             chunks,
             lengths,
             [self._lanes[lane].document for lane in lanes],
@@ -378,47 +374,8 @@ class MemoryBank:
             first = layer * self.heads_kv
             index.written(self._slots.keys[:, first : first + self.heads_kv], *place)
 
-    def _clear(self, rows: list[int]) -> None:
-        self._slots.clear(rows)
-        for index in self._indexes:
-            index.cleared(torch.tensor(rows))
-
-    # small helpers
-
-    def _live_version(self) -> int:
-        return self._version
-
-    def _storage_row(self, row: int) -> int:
-        return 0 if self.shared else row
-
     def _settings(self) -> dict[str, Any]:
+        """What a saved bank must share with the one that loads it."""
         names = ("fingerprint", "memory_layers", "rows", "capacity_tokens", "heads_kv", "head_dim", "chunk_size")
-        return {
-            **{name: getattr(self, name) for name in names},
-            "dtype": str(self._slots.storage.dtype),
-            "key_dtype": str(self._slots.keys.dtype),
-            "shared": self.shared,
-            "boundary": self.boundary,
-        }
-
-
-def _problems(
-    sizes: dict[str, int], capacity: int, memory_layers: Sequence[int] | None, shared: bool, boundary: str
-) -> list[str]:
-    """Every broken rule of the constructor, one line each."""
-    found = [f"{name} ({value}) must be at least 1" for name, value in sizes.items() if value < 1]
-    chunk_size = sizes["chunk_size"]
-    if chunk_size >= 1:
-        rest = capacity % chunk_size
-        if capacity < chunk_size:
-            found.append(f"capacity_tokens ({capacity}) must hold at least one chunk; try {chunk_size}")
-        elif rest:
-            tries = f"{capacity - rest} or {capacity - rest + chunk_size}"
-            found.append(f"capacity_tokens ({capacity}) must be a multiple of chunk_size ({chunk_size}); try {tries}")
-    if memory_layers is not None and (not memory_layers or list(memory_layers) != sorted(set(memory_layers))):
-        found.append(f"memory_layers ({list(memory_layers)}) must name each layer once, ascending")
-    if boundary not in ("keep", "reset"):
-        found.append(f"boundary ({boundary!r}) must be one of keep, reset")
-    if boundary == "reset" and shared:
-        found.append("boundary ('reset') cannot be kept with shared=True; use boundary='keep', or a row per lane")
-    return found
+        dtypes = {"dtype": str(self._slots.storage.dtype), "key_dtype": str(self._slots.keys.dtype)}
+        return {name: getattr(self, name) for name in (*names, "shared")} | dtypes

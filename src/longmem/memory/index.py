@@ -16,7 +16,7 @@ SCORES_AT_ONCE = {"cpu": 1 << 20, "gpu": 1 << 26}
 """Scores held at a time: what stays in a CPU's cache, or keeps a GPU busy."""
 
 
-class Index(Protocol):
+class Index:
     """Finds, for every query, the chunk keys with the largest inner product.
 
     The memory owns the keys and passes them to each search. ``written``, ``cleared`` and ``kept`` tell an index that
@@ -40,19 +40,217 @@ class Index(Protocol):
             scores (B, Hkv, Q, R) float32 and slots (B, Hkv, Q, R) long, best first. Where fewer than R keys are in
             use, the columns from ``live`` on are undefined: the bank masks them.
         """
-        ...
+        raise NotImplementedError
 
     def written(self, keys: Tensor, rows: Tensor, slots: Tensor) -> None:
         """Keys at ``[rows, :, slots]`` have new values."""
-        ...
 
     def cleared(self, rows: Tensor) -> None:
         """These rows hold nothing any more."""
-        ...
 
     def kept(self, row: int, slots: Tensor) -> None:
         """Of this row only the keys of ``slots`` (n,), ascending, are left; they moved up to the first n slots."""
-        ...
+
+
+class ExactIndex(Index):
+    """Every key is scored, a block of queries against a block of keys; memory taken does not grow with the bank.
+
+    Picking R of many scores costs as much as computing them, so the scores of a block are first reduced to the
+    maximum of each ``group`` of neighbouring keys. The R best keys lie in the R groups of largest maximum (each other
+    group's maximum is beaten by R keys), so only those groups are looked at one by one.
+
+    Args:
+        scores_at_once: float32 scores held at a time; by default what stays in a CPU's cache, or keeps a GPU busy.
+        group: neighbouring keys reduced together.
+    """
+
+    def __init__(self, scores_at_once: int | None = None, group: int = 64) -> None:
+        self.scores_at_once = scores_at_once
+        self.group = group
+
+    @torch.no_grad()
+    def search(
+        self, queries: Tensor, keys: Tensor, rows: Sequence[int], live: Sequence[int], num: int
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Index.search``."""
+        shape = (*queries.shape[:3], num)
+        scores = torch.zeros(shape, dtype=torch.float32, device=queries.device)
+        slots = torch.zeros(shape, dtype=torch.long, device=queries.device)
+        on_cpu = queries.device.type == "cpu"
+        at_once = self.scores_at_once or SCORES_AT_ONCE["cpu" if on_cpu else "gpu"]
+        scratch = torch.empty(at_once, dtype=torch.float32, device=queries.device)
+        together: dict[tuple[int, int], list[int]] = {}  # lines that read one row: its keys are gone through once
+        for line, lane in enumerate(zip(rows, live, strict=True)):
+            together.setdefault(lane, []).append(line)
+        for (row, used), lines in together.items():
+            # a CPU's cache holds one head of a segment, and all heads of the one token that is decoded: what comes
+            # after the product then takes as many calls as for one; a GPU takes them together
+            whole = queries.shape[1] * len(lines) * queries.shape[2] * self._padded(used)
+            heads = 1 if on_cpu and whole > at_once else queries.shape[1]
+            for head in range(0, queries.shape[1], heads):
+                few = slice(head, head + heads)
+                asked = queries[lines, few].transpose(0, 1)  # (h, lines, Q, D)
+                best = torch.full((*asked.shape[:3], num), -torch.inf, dtype=torch.float32, device=queries.device)
+                where = torch.zeros(best.shape, dtype=torch.long, device=queries.device)
+                self._search_heads(
+                    asked.flatten(1, 2), keys[row, few, :used], scratch, best.flatten(1, 2), where.flatten(1, 2)
+                )
+                scores[lines, few], slots[lines, few] = best.transpose(0, 1), where.transpose(0, 1)
+        return scores, slots
+
+    def _search_heads(self, queries: Tensor, keys: Tensor, scratch: Tensor, scores: Tensor, slots: Tensor) -> None:
+        """Fill scores and slots (h, Q, R) for queries (h, Q, D) over keys (h, n, D), merging block after block."""
+        heads, length, _ = queries.shape
+        # wide enough that packing the keys for the matrix product pays, narrow enough for the scratch; a few queries
+        # leave room for more keys at once
+        room = scratch.numel() // heads // max(1, min(length, 64))
+        columns = min(max(keys.shape[1], 1), max(self.group, room // self.group * self.group))
+        lines = max(1, scratch.numel() // heads // self._padded(columns))
+        for first in range(0, keys.shape[1], columns):
+            block = keys[:, first : first + columns].to(torch.float32)
+            found = min(scores.shape[2], block.shape[1])
+            for start in range(0, length, lines):
+                part = slice(start, start + lines)
+                best, where = self._best(queries[:, part].to(torch.float32), block, found, scratch)
+                if not first:
+                    scores[:, part, :found], slots[:, part, :found] = best, where
+                    continue
+                both = torch.cat((scores[:, part], best), dim=-1)
+                scores[:, part], order = torch.topk(both, scores.shape[2], dim=-1)
+                slots[:, part] = torch.cat((slots[:, part], where + first), dim=-1).gather(-1, order)
+
+    def _best(self, queries: Tensor, keys: Tensor, num: int, scratch: Tensor) -> tuple[Tensor, Tensor]:
+        """The ``num`` best of a block: scores (h, q, num) and positions, for queries (h, q, D) and keys (h, c, D)."""
+        heads, length, _ = queries.shape
+        count, group = keys.shape[1], self.group
+        width = self._padded(count)
+        table = scratch[: heads * length * width].view(heads, length, width)
+        for head in range(heads):
+            torch.mm(queries[head], keys[head].T, out=table[head, :, :count])
+        if count <= 2 * num * group:  # too few groups to gain by them
+            best = torch.topk(table[:, :, :count], num, dim=-1)
+            return best.values, best.indices
+        table[:, :, count:] = -torch.inf
+        groups = width // group
+        chosen = torch.topk(table.view(heads, length, groups, group).amax(-1), num, dim=-1, sorted=False).indices
+        line = torch.arange(heads * length, device=table.device).view(heads, length, 1) * groups
+        candidates = table.view(-1, group).index_select(0, (chosen + line).flatten()).view(heads, length, num * group)
+        best = torch.topk(candidates, num, dim=-1)
+        return best.values, chosen.gather(-1, best.indices // group) * group + best.indices % group
+
+    def _padded(self, count: int) -> int:
+        return -(-count // self.group) * self.group
+
+
+class FaissIndex(Index):
+    """Reads a part of the keys when few queries come: an inverted file of 8-bit codes (IVF-SQ8) for each head.
+
+    What the file finds is ranked anew by exact scores, so scores are exact and only recall is not. Searches of many
+    queries, or of a row with few keys, are exact, because one matrix product is faster there. The file of a row is
+    built at the first search that wants it. Keys written later are searched exactly; once they are an eighth of the
+    row, the file is built anew. Needs the ``faiss`` extra; searches on the CPU.
+
+    Args:
+        least: keys in a row below which it is searched exactly.
+        few: queries per key/value head up to which a search reads a part.
+        share: of the lists of a file, read per query; more is slower and finds more.
+
+    Raises:
+        ConfigError: faiss is not installed.
+    """
+
+    def __init__(self, *, least: int = 32768, few: int = 8, share: float = 0.2) -> None:
+        try:
+            import faiss
+        except ImportError as error:
+            raise ConfigError(
+                "index ('faiss') needs faiss, which is not installed; pip install 'longmem-lm[faiss]', or use 'exact'"
+            ) from error
+        self.least, self.few, self.share = least, few, share
+        self._faiss: Any = faiss
+        self._exact = ExactIndex()
+        self._rows: dict[int, _Files] = {}
+        self._building = threading.Lock()
+
+    @torch.no_grad()
+    def search(
+        self, queries: Tensor, keys: Tensor, rows: Sequence[int], live: Sequence[int], num: int
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Index.search``."""
+        if queries.shape[2] > self.few or min(live, default=0) < max(self.least, 16 * num):
+            return self._exact.search(queries, keys, rows, live, num)
+        shape = (*queries.shape[:3], num)
+        scores = torch.zeros(shape, device=queries.device)
+        slots = torch.zeros(shape, dtype=torch.long, device=queries.device)
+        for line, (row, used) in enumerate(zip(rows, live, strict=True)):
+            with self._building:
+                files = self._rows.get(row)
+                if files is None or len(files.changed) > files.covered // 8:
+                    files = self._rows[row] = _Files(self._faiss, keys[row, :, :used].float().cpu(), self.share)
+            for head, asked in enumerate(queries[line].float()):
+                scores[line, head], slots[line, head] = files.search(asked, keys[row, head, :used], head, num)
+        return scores, slots
+
+    def written(self, keys: Tensor, rows: Tensor, slots: Tensor) -> None:
+        """See ``Index.written``."""
+        for row in rows.unique().tolist():
+            if row in self._rows:
+                self._rows[row].changed = torch.cat((self._rows[row].changed, slots[rows == row].cpu())).unique()
+
+    def cleared(self, rows: Tensor) -> None:
+        """See ``Index.cleared``."""
+        for row in rows.tolist():
+            self._rows.pop(row, None)
+
+    def kept(self, row: int, slots: Tensor) -> None:
+        """See ``Index.kept``; the file is built anew."""
+        self._rows.pop(row, None)
+
+
+class _Files:
+    """Inverted files over the keys (Hkv, n, D) that a row had when they were built.
+
+    Attributes:
+        covered: n.
+        changed: (m,) slots that were written since.
+    """
+
+    def __init__(self, faiss: Any, keys: Tensor, share: float) -> None:
+        self.covered, dim = keys.shape[1], keys.shape[2]
+        self.changed = torch.zeros(0, dtype=torch.long)
+        groups = max(1, round(2 * self.covered**0.5))
+        self.settings = faiss.SearchParametersIVF(nprobe=max(1, round(share * groups)))
+        self.files = []
+        for each in keys:
+            # the mean adds the same to every score of a query; without it, lists differ in what tells keys apart
+            points = (each - each.mean(0)).numpy()
+            means = faiss.Kmeans(dim, groups, niter=5, max_points_per_centroid=64, seed=0)
+            means.train(points)
+            lists = faiss.IndexFlatIP(dim)
+            lists.add(means.centroids)
+            file = faiss.IndexIVFScalarQuantizer(
+                lists, dim, groups, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+            )
+            file.train(points[:: max(1, self.covered // 65536)])
+            file.add(points)
+            self.files.append((file, lists))  # the file refers to its lists without keeping them
+
+    def search(self, queries: Tensor, keys: Tensor, head: int, num: int) -> tuple[Tensor, Tensor]:
+        """Scores and slots (Q, num) of the best keys (n, D) of a head for queries (Q, D)."""
+        found = self.files[head][0].search(queries.cpu().numpy(), 4 * num, params=self.settings)[1]
+        slots = torch.from_numpy(found)
+        gone = (slots < 0) | torch.isin(slots, self.changed)
+        fresh = self.changed.expand(len(queries), -1)
+        gone = torch.cat((gone, torch.zeros_like(fresh, dtype=torch.bool)), dim=1).to(keys.device)
+        slots = torch.cat((slots, fresh), dim=1).to(keys.device)
+        candidates = keys[slots.clamp_min(0)].float()
+        scores = torch.einsum("qd,qcd->qc", queries, candidates).masked_fill_(gone, -torch.inf)
+        best = scores.topk(num)
+        return best.values, slots.gather(1, best.indices)
+
+
+INDEXES: dict[str, Callable[[], Index]] = {"exact": ExactIndex, "faiss": FaissIndex}
+"""What ``index=`` may name."""
 
 
 def make_index(index: str | Index = "exact") -> Index:
@@ -68,6 +266,14 @@ def make_index(index: str | Index = "exact") -> Index:
     return INDEXES[index]()
 
 
+class Chunks(Protocol):
+    """Chunks of several rows: what ``search_chunks`` reads."""
+
+    storage: Tensor  # (rows, slots, n*Hkv, 2, S, D), keys and values; the last slot stands for "nothing found"
+    keys: Tensor  # (rows, n*Hkv, slots, D), mean key of each chunk
+    lengths: Tensor  # (rows, slots) real tokens in each chunk
+
+
 @torch.no_grad()
 def search_chunks(
     index: Index,
@@ -79,7 +285,6 @@ def search_chunks(
     *,
     layer: int,
     heads_kv: int,
-    null: int,
     live_version: Callable[[], int] = lambda: 0,
 ) -> RetrievedMemory:
     """The best chunks for every query head (B, H, T, D), from the heads of one remembered layer.
@@ -89,7 +294,6 @@ def search_chunks(
         rows: (B) rows of ``chunks`` to read.
         live: (B) chunks in use in these rows.
         layer: its place among the remembered ones, each of ``heads_kv`` heads.
-        null: slot that stands for "nothing found".
         live_version: see ``RetrievedMemory``.
 
     Raises:
@@ -108,7 +312,7 @@ def search_chunks(
     exists = torch.arange(num_chunks, device=device) < torch.tensor(live, device=device)[:, None]
     exists = exists[:, None, None, :].expand(shape)
     return RetrievedMemory(
-        chunk_ids=slots.reshape(shape).masked_fill_(~exists, null),
+        chunk_ids=slots.reshape(shape).masked_fill_(~exists, chunks.storage.shape[1] - 1),
         chunk_mask=exists.clone(),
         scores=scores.reshape(shape).masked_fill_(~exists, 0.0),
         storage=chunks.storage,
@@ -162,239 +366,3 @@ def rows_of(rows: Tensor | Sequence[int] | None, batch: int | None, count: int, 
     if outside:
         raise MemoryBankError(f"rows ({outside[0]}) must lie in 0..{count - 1}, the rows of this bank")
     return chosen
-
-
-class Chunks(Protocol):
-    """Chunks of several rows: what ``search_chunks`` reads."""
-
-    storage: Tensor  # (rows, slots, n*Hkv, 2, S, D), keys and values
-    keys: Tensor  # (rows, n*Hkv, slots, D), mean key of each chunk
-    lengths: Tensor  # (rows, slots) real tokens in each chunk
-
-
-class ExactIndex:
-    """Every key is scored, a block of queries against a block of keys; memory taken does not grow with the bank.
-
-    Picking R of many scores costs as much as computing them, so the scores of a block are first reduced to the
-    maximum of each ``group`` of neighbouring keys. The R best keys lie in the R groups of largest maximum (each other
-    group's maximum is beaten by R keys), so only those groups are looked at one by one.
-
-    Args:
-        scores_at_once: float32 scores held at a time; by default what stays in a CPU's cache, or keeps a GPU busy.
-        group: neighbouring keys reduced together.
-    """
-
-    def __init__(self, scores_at_once: int | None = None, group: int = 64) -> None:
-        self.scores_at_once = scores_at_once
-        self.group = group
-
-    @torch.no_grad()
-    def search(
-        self, queries: Tensor, keys: Tensor, rows: Sequence[int], live: Sequence[int], num: int
-    ) -> tuple[Tensor, Tensor]:
-        """See ``Index.search``."""
-        shape = (*queries.shape[:3], num)
-        scores = torch.zeros(shape, dtype=torch.float32, device=queries.device)
-        slots = torch.zeros(shape, dtype=torch.long, device=queries.device)
-        on_cpu = queries.device.type == "cpu"
-        at_once = self.scores_at_once or SCORES_AT_ONCE["cpu" if on_cpu else "gpu"]
-        scratch = torch.empty(at_once, dtype=torch.float32, device=queries.device)
-        together: dict[tuple[int, int], list[int]] = {}  # lines that read one row: its keys are gone through once
-        for line, lane in enumerate(zip(rows, live, strict=True)):
-            together.setdefault(lane, []).append(line)
-        for (row, used), lines in together.items():
-            # a CPU's cache holds one head of a segment, and all heads of the one token that is decoded: what comes
-            # after the product then takes as many calls as for one; a GPU takes them together
-            whole = queries.shape[1] * len(lines) * queries.shape[2] * _padded(used, self.group)
-            heads = 1 if on_cpu and whole > at_once else queries.shape[1]
-            for head in range(0, queries.shape[1], heads):
-                few = slice(head, head + heads)
-                asked = queries[lines, few].transpose(0, 1)  # (h, lines, Q, D)
-                best = torch.full((*asked.shape[:3], num), -torch.inf, dtype=torch.float32, device=queries.device)
-                where = torch.zeros(best.shape, dtype=torch.long, device=queries.device)
-                self._search_heads(
-                    asked.flatten(1, 2), keys[row, few, :used], scratch, best.flatten(1, 2), where.flatten(1, 2)
-                )
-                scores[lines, few], slots[lines, few] = best.transpose(0, 1), where.transpose(0, 1)
-        return scores, slots
-
-    def written(self, keys: Tensor, rows: Tensor, slots: Tensor) -> None:
-        """Nothing to do: every search reads the keys as they are."""
-
-    def cleared(self, rows: Tensor) -> None:
-        """Nothing to do."""
-
-    def kept(self, row: int, slots: Tensor) -> None:
-        """Nothing to do."""
-
-    def _search_heads(self, queries: Tensor, keys: Tensor, scratch: Tensor, scores: Tensor, slots: Tensor) -> None:
-        """Fill scores and slots (h, Q, R) for queries (h, Q, D) over keys (h, n, D), merging block after block."""
-        heads, length, _ = queries.shape
-        # wide enough that packing the keys for the matrix product pays, narrow enough for the scratch; a few queries
-        # leave room for more keys at once
-        room = scratch.numel() // heads // max(1, min(length, 64))
-        columns = min(max(keys.shape[1], 1), max(self.group, room // self.group * self.group))
-        lines = max(1, scratch.numel() // heads // _padded(columns, self.group))
-        for first in range(0, keys.shape[1], columns):
-            block = keys[:, first : first + columns].to(torch.float32)
-            found = min(scores.shape[2], block.shape[1])
-            for start in range(0, length, lines):
-                part = slice(start, start + lines)
-                best, where = self._best(queries[:, part].to(torch.float32), block, found, scratch)
-                _merge(scores[:, part], slots[:, part], best, where + first, first)
-
-    def _best(self, queries: Tensor, keys: Tensor, num: int, scratch: Tensor) -> tuple[Tensor, Tensor]:
-        """The ``num`` best of a block: scores (h, q, num) and positions, for queries (h, q, D) and keys (h, c, D)."""
-        heads, length, _ = queries.shape
-        count, group = keys.shape[1], self.group
-        width = _padded(count, group)
-        table = scratch[: heads * length * width].view(heads, length, width)
-        for head in range(heads):
-            torch.mm(queries[head], keys[head].T, out=table[head, :, :count])
-        if count <= 2 * num * group:  # too few groups to gain by them
-            best = torch.topk(table[:, :, :count], num, dim=-1)
-            return best.values, best.indices
-        table[:, :, count:] = -torch.inf
-        return _best_by_group(table, num, group)
-
-
-def _best_by_group(table: Tensor, num: int, group: int) -> tuple[Tensor, Tensor]:
-    """The ``num`` largest of every line of (h, q, c), and where; c is a multiple of ``group``."""
-    heads, length, width = table.shape
-    groups = width // group
-    chosen = torch.topk(table.view(heads, length, groups, group).amax(-1), num, dim=-1, sorted=False).indices
-    line = torch.arange(heads * length, device=table.device).view(heads, length, 1) * groups
-    candidates = table.view(-1, group).index_select(0, (chosen + line).flatten()).view(heads, length, num * group)
-    best = torch.topk(candidates, num, dim=-1)
-    inside = best.indices % group
-    return best.values, chosen.gather(-1, best.indices // group) * group + inside
-
-
-def _merge(scores: Tensor, slots: Tensor, best: Tensor, where: Tensor, seen: int) -> None:
-    """Bring the best of another block into the running best (h, q, R), in place; ``seen`` keys came before it."""
-    if not seen:
-        scores[:, :, : best.shape[2]] = best
-        slots[:, :, : where.shape[2]] = where
-        return
-    both = torch.cat((scores, best), dim=-1)
-    scores[:], order = torch.topk(both, scores.shape[2], dim=-1)
-    slots[:] = torch.cat((slots, where), dim=-1).gather(-1, order)
-
-
-def _padded(count: int, group: int) -> int:
-    return -(-count // group) * group
-
-
-class FaissIndex:
-    """Reads a part of the keys when few queries come: an inverted file of 8-bit codes (IVF-SQ8) for each head.
-
-    What the file finds is ranked anew by exact scores, so scores are exact and only recall is not. Searches of many
-    queries, or of a row with few keys, are exact, because one matrix product is faster there. The file of a row is
-    built at the first search that wants it. Keys written later are searched exactly; once they are an eighth of the
-    row, the file is built anew. Needs the ``faiss`` extra; searches on the CPU.
-
-    Args:
-        least: keys in a row below which it is searched exactly.
-        few: queries per key/value head up to which a search reads a part.
-        share: of the lists of a file, read per query; more is slower and finds more.
-
-    Raises:
-        ConfigError: faiss is not installed.
-    """
-
-    def __init__(self, *, least: int = 32768, few: int = 8, share: float = 0.2) -> None:
-        try:
-            import faiss
-        except ImportError as error:
-            raise ConfigError(
-                "index ('faiss') needs faiss, which is not installed; pip install 'longmem-lm[faiss]', or use 'exact'"
-            ) from error
-        self.least, self.few, self.share = least, few, share
-        self._faiss: Any = faiss
-        self._exact = ExactIndex()
-        self._rows: dict[int, _Files] = {}
-        self._building = threading.Lock()
-
-    @torch.no_grad()
-    def search(
-        self, queries: Tensor, keys: Tensor, rows: Sequence[int], live: Sequence[int], num: int
-    ) -> tuple[Tensor, Tensor]:
-        """See ``Index.search``."""
-        if queries.shape[2] > self.few or min(live, default=0) < max(self.least, 16 * num):
-            return self._exact.search(queries, keys, rows, live, num)
-        shape = (*queries.shape[:3], num)
-        scores = torch.zeros(shape, device=queries.device)
-        slots = torch.zeros(shape, dtype=torch.long, device=queries.device)
-        for line, (row, used) in enumerate(zip(rows, live, strict=True)):
-            files = self._files(row, keys[row, :, :used])
-            for head, asked in enumerate(queries[line].float()):
-                scores[line, head], slots[line, head] = files.search(asked, keys[row, head, :used], head, num)
-        return scores, slots
-
-    def written(self, keys: Tensor, rows: Tensor, slots: Tensor) -> None:
-        """See ``Index.written``."""
-        for row in rows.unique().tolist():
-            if row in self._rows:
-                self._rows[row].changed = torch.cat((self._rows[row].changed, slots[rows == row].cpu())).unique()
-
-    def cleared(self, rows: Tensor) -> None:
-        """See ``Index.cleared``."""
-        for row in rows.tolist():
-            self._rows.pop(row, None)
-
-    def kept(self, row: int, slots: Tensor) -> None:
-        """See ``Index.kept``; the file is built anew."""
-        self._rows.pop(row, None)
-
-    def _files(self, row: int, keys: Tensor) -> _Files:
-        with self._building:
-            files = self._rows.get(row)
-            if files is None or len(files.changed) > files.covered // 8:
-                files = self._rows[row] = _Files(self._faiss, keys.float().cpu(), self.share)
-            return files
-
-
-class _Files:
-    """Inverted files over the keys (Hkv, n, D) that a row had when they were built.
-
-    Attributes:
-        covered: n.
-        changed: (m,) slots that were written since.
-    """
-
-    def __init__(self, faiss: Any, keys: Tensor, share: float) -> None:
-        self.covered, dim = keys.shape[1], keys.shape[2]
-        self.changed = torch.zeros(0, dtype=torch.long)
-        groups = max(1, round(2 * self.covered**0.5))
-        self.settings = faiss.SearchParametersIVF(nprobe=max(1, round(share * groups)))
-        self.files = []
-        for each in keys:
-            # the mean adds the same to every score of a query; without it, lists differ in what tells keys apart
-            points = (each - each.mean(0)).numpy()
-            means = faiss.Kmeans(dim, groups, niter=5, max_points_per_centroid=64, seed=0)
-            means.train(points)
-            lists = faiss.IndexFlatIP(dim)
-            lists.add(means.centroids)
-            file = faiss.IndexIVFScalarQuantizer(
-                lists, dim, groups, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
-            )
-            file.train(points[:: max(1, self.covered // 65536)])
-            file.add(points)
-            self.files.append((file, lists))  # the file refers to its lists without keeping them
-
-    def search(self, queries: Tensor, keys: Tensor, head: int, num: int) -> tuple[Tensor, Tensor]:
-        """Scores and slots (Q, num) of the best keys (n, D) of a head for queries (Q, D)."""
-        found = self.files[head][0].search(queries.cpu().numpy(), 4 * num, params=self.settings)[1]
-        slots = torch.from_numpy(found)
-        gone = (slots < 0) | torch.isin(slots, self.changed)
-        fresh = self.changed.expand(len(queries), -1)
-        gone = torch.cat((gone, torch.zeros_like(fresh, dtype=torch.bool)), dim=1).to(keys.device)
-        slots = torch.cat((slots, fresh), dim=1).to(keys.device)
-        candidates = keys[slots.clamp_min(0)].float()
-        scores = torch.einsum("qd,qcd->qc", queries, candidates).masked_fill_(gone, -torch.inf)
-        best = scores.topk(num)
-        return best.values, slots.gather(1, best.indices)
-
-
-INDEXES: dict[str, Callable[[], Index]] = {"exact": ExactIndex, "faiss": FaissIndex}
-"""What ``index=`` may name."""

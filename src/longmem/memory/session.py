@@ -1,4 +1,4 @@
-"""Several memories as one: the best of them for every query, rows that read different ones, what is said now.
+"""Several memories as one: what is said now over what was said before, rows that read different memories.
 
 What a search found is in the storage of its own memory. Here the chunks that were really found are copied into one
 small storage, a key/value head at a time, because a head reads only its own part of a chunk.
@@ -8,9 +8,11 @@ B batch rows · H query heads · T tokens · R retrieved chunks · S tokens per 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,205 +22,6 @@ from longmem.errors import MemoryBankError
 from longmem.memory.bank import MemoryBank
 from longmem.memory.index import rows_of
 from longmem.types import AttentionKV, ChunkOrigin, Memory, RetrievedMemory
-
-
-class JoinedMemory:
-    """Row b reads the first row of ``banks[b]``; one bank may be there several times.
-
-    Args:
-        banks: memories of one chunk size; None is a row without memory.
-
-    Raises:
-        MemoryBankError: the list is empty, or its banks differ in chunk size, backbone or remembered layers.
-    """
-
-    def __init__(self, banks: Sequence[Memory | None]) -> None:
-        self.banks = list(banks)
-        if not any(bank is not None for bank in self.banks):
-            raise MemoryBankError(f"a list of {len(self.banks)} banks must hold one; pass memory=None to read nothing")
-        self.rows = len(self.banks)
-        self.chunk_size: int = _common("chunk_size", self.banks)
-        self.fingerprint: str | None = _common("fingerprint", self.banks)
-        self.memory_layers: tuple[int, ...] | None = _common("memory_layers", self.banks)
-
-    @torch.no_grad()
-    def search(
-        self, queries: Tensor, num_chunks: int, rows: Tensor | None = None, *, layer: int = 0
-    ) -> RetrievedMemory:
-        """See ``Memory.search``; ``rows`` (B,) are places in the list."""
-        places = rows_of(rows, queries.shape[0], self.rows, "queries")
-        lines: dict[int, list[int]] = {}
-        for line, place in enumerate(places):
-            lines.setdefault(id(self.banks[place]), []).append(line)
-        which = {"layer": layer} if layer else {}  # a memory of one layer need not know the argument
-        parts = []
-        for some in lines.values():
-            bank, asked = self.banks[places[some[0]]], queries if len(lines) == 1 else queries[some]
-            if bank is None:
-                parts.append(nothing(asked, num_chunks, self.chunk_size))
-            else:
-                parts.append(bank.search(asked, num_chunks, torch.zeros(len(some), dtype=torch.long), **which))
-        found = parts[0] if len(parts) == 1 else side_by_side(parts, list(lines.values()))
-        return replace(found, memory_rows=torch.tensor(places, device=queries.device))
-
-    def provenance(self, row: int, chunk: int) -> ChunkOrigin:
-        """Where a chunk of ``banks[row]`` came from."""
-        bank = self.banks[row]
-        if bank is None:
-            raise MemoryBankError(f"row {row} has no memory, so no chunk {chunk}")
-        return bank.provenance(0, chunk)
-
-    # writing, where every row is a session
-
-    @property
-    def writable(self) -> bool:
-        """Whether every row is a session of its own."""
-        each = all(getattr(bank, "writable", False) for bank in self.banks)
-        return each and len({id(bank) for bank in self.banks}) == len(self.banks)
-
-    def add(
-        self,
-        kv: AttentionKV,
-        *,
-        rows: Tensor | None = None,
-        documents: Sequence[str | None] | None = None,
-        offsets: Sequence[int] | None = None,
-        ids: Sequence[Tensor] | None = None,
-    ) -> None:
-        """Each row to its session, see ``SessionMemory.add``."""
-        places = rows_of(rows, None, self.rows, "keys")
-        for line, place in enumerate(places):
-            one = slice(line, line + 1)
-            self._session(place).add(
-                AttentionKV(kv.keys[one], kv.values[one], None if kv.mask is None else kv.mask[one]),
-                rows=torch.zeros(1, dtype=torch.long),
-                documents=None if documents is None else documents[one],
-                offsets=None if offsets is None else offsets[one],
-                ids=None if ids is None else ids[one],
-            )
-
-    def end_document(self, rows: Tensor | None = None) -> None:
-        """What comes next in these rows (default: all) is another document."""
-        for place in rows_of(rows, None, self.rows, "rows"):
-            self._session(place).end_document(torch.zeros(1, dtype=torch.long))
-
-    def followed(self, row: int) -> Tensor:
-        """See ``SessionMemory.followed``."""
-        ids: Tensor = self._session(row).followed(0)
-        return ids
-
-    def follow(self, row: int, ids: Tensor) -> None:
-        """See ``SessionMemory.follow``."""
-        self._session(row).follow(0, ids)
-
-    def _session(self, place: int) -> Any:
-        bank = self.banks[place]
-        if not getattr(bank, "writable", False):
-            raise MemoryBankError(
-                f"row {place} of the list is {type(bank).__name__}, which is only read; pass a session"
-            )
-        return bank
-
-
-def _common(name: str, memories: Sequence[Memory | None]) -> Any:
-    """What all memories that know it say of themselves; None where none knows it."""
-    values = {value for memory in memories if (value := getattr(memory, name, None)) is not None}
-    if len(values) > 1:
-        raise MemoryBankError(
-            f"{name} differs among memories that are read together: {', '.join(map(str, values))}; keys of one model "
-            "and layer mean nothing to another"
-        )
-    return next(iter(values), None)
-
-
-def best_of(parts: Sequence[RetrievedMemory], num_chunks: int) -> RetrievedMemory:
-    """For every query the best chunks of several searches, exact; of equal ones those of the first search.
-
-    Args:
-        parts: what the same queries (B, H, T, D) found in several memories, with chunk numbers that tell the memories
-            apart; each part is the best ``num_chunks`` of its memory, or all there is.
-        num_chunks: R.
-    """
-    together = [torch.cat(each, dim=-1) for each in zip(*_found(parts), strict=True)]
-    _, mask, scores, *_ = together
-    # a stable order, so that equal scores are taken from the first part
-    order = scores.masked_fill(~mask, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :num_chunks]
-    return _packed([each.gather(-1, order) for each in together], parts)
-
-
-def side_by_side(parts: Sequence[RetrievedMemory], lines: Sequence[Sequence[int]]) -> RetrievedMemory:
-    """One answer for a batch whose rows searched different memories.
-
-    Args:
-        parts: each for some of the batch rows, with equal H, T and R.
-        lines: for each part, the batch rows it answers; together every row once.
-    """
-    back = torch.tensor([line for some in lines for line in some]).argsort().to(parts[0].scores.device)
-    return _packed([torch.cat(each)[back] for each in zip(*_found(parts), strict=True)], parts)
-
-
-def nothing(queries: Tensor, num_chunks: int, chunk_size: int) -> RetrievedMemory:
-    """What queries (B, H, T, D) find where there is no memory at all."""
-    batch, heads, length, dim = queries.shape
-    shape, device = (batch, heads, length, num_chunks), queries.device
-    return RetrievedMemory(
-        chunk_ids=torch.zeros(shape, dtype=torch.long, device=device),
-        chunk_mask=torch.zeros(shape, dtype=torch.bool, device=device),
-        scores=torch.zeros(shape, device=device),
-        storage=torch.zeros(1, 1, 1, 2, chunk_size, dim, dtype=queries.dtype, device=device),
-        lengths=torch.zeros(1, 1, dtype=torch.long, device=device),
-        rows=torch.zeros(batch, dtype=torch.long, device=device),
-        version=0,
-        live_version=lambda: 0,
-    )
-
-
-def _tables(parts: Sequence[RetrievedMemory]) -> tuple[list[Tensor], list[int]]:
-    """Each part's storage as a table (lines, 2, S, D) of chunk-heads, and the line at which it begins among all."""
-    tables = [part.storage.flatten(0, 2) for part in parts]
-    first = [0]
-    for table in tables:
-        first.append(first[-1] + table.shape[0])
-    return tables, first
-
-
-def _found(parts: Sequence[RetrievedMemory]) -> list[tuple[Tensor, ...]]:
-    """Of each part, (B, H, T, R) each: line of the chunk-head in all tables, mask, score, length, chunk number."""
-    found: list[tuple[Tensor, ...]] = []
-    for part, first in zip(parts, _tables(parts)[1], strict=False):
-        _, slots, heads_kv = part.storage.shape[:3]
-        heads, rows = part.chunk_ids.shape[1], part.rows.view(-1, 1, 1, 1)
-        own = torch.arange(heads, device=rows.device) // (heads // (part.layer_heads or heads_kv)) + part.first_head
-        line = (rows * slots + part.chunk_ids) * heads_kv + own.view(1, -1, 1, 1) + first
-        found.append((line, part.chunk_mask, part.scores, part.lengths[rows, part.chunk_ids], part.chunks))
-    return found
-
-
-def _packed(found: Sequence[Tensor], parts: Sequence[RetrievedMemory]) -> RetrievedMemory:
-    """The found chunk-heads in a storage of their own, (1, P + 1, 1, 2, S, D); the last slot is the null chunk."""
-    line, mask, scores, length, number = found
-    (tables, first), device = _tables(parts), scores.device
-    wanted, slots = torch.unique(line[mask], return_inverse=True)
-    dtype = reduce(torch.promote_types, (table.dtype for table in tables))
-    storage = torch.zeros(1, len(wanted) + 1, 1, *tables[0].shape[1:], dtype=dtype, device=device)
-    ends = torch.searchsorted(wanted, torch.tensor(first, device=device)).tolist()
-    for table, begin, end, at in zip(tables, ends, ends[1:], first, strict=False):
-        storage[0, begin:end, 0] = table.index_select(0, (wanted[begin:end] - at).to(table.device)).to(storage)
-    lengths = torch.zeros(1, len(wanted) + 1, dtype=torch.long, device=device)
-    numbers = torch.full_like(lengths, -1)
-    lengths[0, slots], numbers[0, slots] = length[mask], number[mask]
-    return RetrievedMemory(
-        chunk_ids=torch.full(mask.shape, len(wanted), device=device).masked_scatter_(mask, slots),
-        chunk_mask=mask,
-        scores=scores.masked_fill(~mask, 0.0),
-        storage=storage,
-        lengths=lengths,
-        rows=torch.zeros(mask.shape[0], dtype=torch.long, device=device),
-        version=sum(part.version for part in parts),
-        live_version=lambda: sum(part.live_version() for part in parts),
-        sources=numbers,
-    )
-
 
 OVERLAY = 1 << 39
 """Chunk numbers from here on are the session's own; smaller ones are the base memory's."""
@@ -280,8 +83,6 @@ class SessionMemory:
                 settings.setdefault("fingerprint", theirs)
         return cls(base, MemoryBank.for_model(model, rows, capacity_tokens, **settings), base_rows)
 
-    # reading
-
     @property
     def tokens(self) -> Tensor:
         """(rows,) tokens of the session itself that each row can find."""
@@ -310,8 +111,6 @@ class SessionMemory:
         if chunk >= OVERLAY:
             return self.bank.provenance(row, chunk - OVERLAY)
         return self.base.provenance(int(self.base_rows[row]), chunk)
-
-    # writing
 
     def add(
         self,
@@ -342,8 +141,6 @@ class SessionMemory:
         self.bank.reset()
         self._followed = [[] for _ in range(self.rows)]
 
-    # the text a row is in the middle of
-
     def followed(self, row: int) -> Tensor:
         """(t,) the beginning of the row's text that is in memory already, so that it is not written twice."""
         pieces = self._followed[row]
@@ -352,3 +149,186 @@ class SessionMemory:
     def follow(self, row: int, ids: Tensor) -> None:
         """Note that ids (t,) of the row's text have been written."""
         self._followed[row].append(ids.to("cpu", torch.int32, copy=True))
+
+
+class JoinedMemory:
+    """Row b reads the first row of ``banks[b]``; one bank may be there several times.
+
+    Where every row is a session of its own, it is also written like one, each row to its session.
+
+    Args:
+        banks: memories of one chunk size; None is a row without memory.
+
+    Raises:
+        MemoryBankError: the list is empty, or its banks differ in chunk size, backbone or remembered layers.
+    """
+
+    def __init__(self, banks: Sequence[Memory | None]) -> None:
+        self.banks = list(banks)
+        if not any(bank is not None for bank in self.banks):
+            raise MemoryBankError(f"a list of {len(self.banks)} banks must hold one; pass memory=None to read nothing")
+        self.rows = len(self.banks)
+        self.chunk_size: int = _common("chunk_size", self.banks)
+        self.fingerprint: str | None = _common("fingerprint", self.banks)
+        self.memory_layers: tuple[int, ...] | None = _common("memory_layers", self.banks)
+
+    @property
+    def writable(self) -> bool:
+        """Whether every row is a session of its own."""
+        each = all(getattr(bank, "writable", False) for bank in self.banks)
+        return each and len({id(bank) for bank in self.banks}) == len(self.banks)
+
+    @torch.no_grad()
+    def search(
+        self, queries: Tensor, num_chunks: int, rows: Tensor | None = None, *, layer: int = 0
+    ) -> RetrievedMemory:
+        """See ``Memory.search``; ``rows`` (B,) are places in the list."""
+        places = rows_of(rows, queries.shape[0], self.rows, "queries")
+        lines: dict[int, list[int]] = {}
+        for line, place in enumerate(places):
+            lines.setdefault(id(self.banks[place]), []).append(line)
+        which = {"layer": layer} if layer else {}  # a memory of one layer need not know the argument
+        parts = []
+        for some in lines.values():
+            bank, asked = self.banks[places[some[0]]], queries if len(lines) == 1 else queries[some]
+            if bank is None:
+                parts.append(_nothing(asked, num_chunks, self.chunk_size))
+            else:
+                parts.append(bank.search(asked, num_chunks, torch.zeros(len(some), dtype=torch.long), **which))
+        found = parts[0]
+        if len(parts) > 1:
+            back = torch.tensor([line for some in lines.values() for line in some]).argsort().to(queries.device)
+            found = _packed([torch.cat(each)[back] for each in zip(*_found(parts), strict=True)], parts)
+        return replace(found, memory_rows=torch.tensor(places, device=queries.device))
+
+    def provenance(self, row: int, chunk: int) -> ChunkOrigin:
+        """Where a chunk of ``banks[row]`` came from."""
+        bank = self.banks[row]
+        if bank is None:
+            raise MemoryBankError(f"row {row} has no memory, so no chunk {chunk}")
+        return bank.provenance(0, chunk)
+
+    def add(
+        self,
+        kv: AttentionKV,
+        *,
+        rows: Tensor | None = None,
+        documents: Sequence[str | None] | None = None,
+        offsets: Sequence[int] | None = None,
+        ids: Sequence[Tensor] | None = None,
+    ) -> None:
+        """See ``SessionMemory.add``."""
+        for line, place in enumerate(rows_of(rows, None, self.rows, "keys")):
+            keys, values, mask, name, offset, tokens = (
+                None if each is None else each[line : line + 1]
+                for each in (kv.keys, kv.values, kv.mask, documents, offsets, ids)
+            )
+            one = AttentionKV(keys, values, mask)  # type: ignore[arg-type]
+            self._session(place).add(one, rows=_FIRST, documents=name, offsets=offset, ids=tokens)
+
+    def end_document(self, rows: Tensor | None = None) -> None:
+        """See ``SessionMemory.end_document``."""
+        for place in rows_of(rows, None, self.rows, "rows"):
+            self._session(place).end_document(_FIRST)
+
+    def followed(self, row: int) -> Tensor:
+        """See ``SessionMemory.followed``."""
+        ids: Tensor = self._session(row).followed(0)
+        return ids
+
+    def follow(self, row: int, ids: Tensor) -> None:
+        """See ``SessionMemory.follow``."""
+        self._session(row).follow(0, ids)
+
+    def _session(self, place: int) -> Any:
+        bank = self.banks[place]
+        if not getattr(bank, "writable", False):
+            raise MemoryBankError(
+                f"row {place} of the list is {type(bank).__name__}, which is only read; pass a session"
+            )
+        return bank
+
+
+_FIRST = torch.zeros(1, dtype=torch.long)
+
+
+def _common(name: str, memories: Sequence[Memory | None]) -> Any:
+    """What all memories that know it say of themselves; None where none knows it."""
+    values = {value for memory in memories if (value := getattr(memory, name, None)) is not None}
+    if len(values) > 1:
+        raise MemoryBankError(
+            f"{name} differs among memories that are read together: {', '.join(map(str, values))}; keys of one model "
+            "and layer mean nothing to another"
+        )
+    return next(iter(values), None)
+
+
+def best_of(parts: Sequence[RetrievedMemory], num_chunks: int) -> RetrievedMemory:
+    """For every query the best chunks of several searches, exact; of equal ones those of the first search.
+
+    Args:
+        parts: what the same queries (B, H, T, D) found in several memories, with chunk numbers that tell the memories
+            apart; each part is the best ``num_chunks`` of its memory, or all there is.
+        num_chunks: R.
+    """
+    together = [torch.cat(each, dim=-1) for each in zip(*_found(parts), strict=True)]
+    _, mask, scores, *_ = together
+    # a stable order, so that equal scores are taken from the first part
+    order = scores.masked_fill(~mask, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :num_chunks]
+    return _packed([each.gather(-1, order) for each in together], parts)
+
+
+def _nothing(queries: Tensor, num_chunks: int, chunk_size: int) -> RetrievedMemory:
+    """What queries (B, H, T, D) find where there is no memory at all."""
+    batch, heads, length, dim = queries.shape
+    shape, device = (batch, heads, length, num_chunks), queries.device
+    return RetrievedMemory(
+        chunk_ids=torch.zeros(shape, dtype=torch.long, device=device),
+        chunk_mask=torch.zeros(shape, dtype=torch.bool, device=device),
+        scores=torch.zeros(shape, device=device),
+        storage=torch.zeros(1, 1, 1, 2, chunk_size, dim, dtype=queries.dtype, device=device),
+        lengths=torch.zeros(1, 1, dtype=torch.long, device=device),
+        rows=torch.zeros(batch, dtype=torch.long, device=device),
+        version=0,
+        live_version=lambda: 0,
+    )
+
+
+def _found(parts: Sequence[RetrievedMemory]) -> Iterator[tuple[Tensor, ...]]:
+    """Of each part, (B, H, T, R) each: line of the chunk-head in all tables, mask, score, length, chunk number."""
+    first = 0
+    for part in parts:
+        _, slots, heads_kv = part.storage.shape[:3]
+        heads, rows = part.chunk_ids.shape[1], part.rows.view(-1, 1, 1, 1)
+        own = torch.arange(heads, device=rows.device) // (heads // (part.layer_heads or heads_kv)) + part.first_head
+        line = (rows * slots + part.chunk_ids) * heads_kv + own.view(1, -1, 1, 1) + first
+        yield line, part.chunk_mask, part.scores, part.lengths[rows, part.chunk_ids], part.chunks
+        first += math.prod(part.storage.shape[:3])
+
+
+def _packed(found: Sequence[Tensor], parts: Sequence[RetrievedMemory]) -> RetrievedMemory:
+    """The found chunk-heads in a storage of their own, (1, P + 1, 1, 2, S, D); the last slot is the null chunk."""
+    line, mask, scores, length, number = found
+    device = scores.device
+    tables = [part.storage.flatten(0, 2) for part in parts]  # (lines, 2, S, D) of chunk-heads
+    first = list(accumulate(map(len, tables), initial=0))
+    wanted, slots = torch.unique(line[mask], return_inverse=True)
+    dtype = reduce(torch.promote_types, (table.dtype for table in tables))
+    storage = torch.zeros(1, len(wanted) + 1, 1, *tables[0].shape[1:], dtype=dtype, device=device)
+    ends = torch.searchsorted(wanted, torch.tensor(first, device=device)).tolist()
+    for table, begin, end, at in zip(tables, ends, ends[1:], first, strict=False):
+        storage[0, begin:end, 0] = table.index_select(0, (wanted[begin:end] - at).to(table.device)).to(storage)
+    lengths = torch.zeros(1, len(wanted) + 1, dtype=torch.long, device=device)
+    numbers = torch.full_like(lengths, -1)
+    lengths[0, slots], numbers[0, slots] = length[mask], number[mask]
+    return RetrievedMemory(
+        chunk_ids=torch.full(mask.shape, len(wanted), device=device).masked_scatter_(mask, slots),
+        chunk_mask=mask,
+        scores=scores.masked_fill(~mask, 0.0),
+        storage=storage,
+        lengths=lengths,
+        rows=torch.zeros(mask.shape[0], dtype=torch.long, device=device),
+        version=sum(part.version for part in parts),
+        live_version=lambda: sum(part.live_version() for part in parts),
+        sources=numbers,
+    )

@@ -95,13 +95,11 @@ class MemTRM(AugmentedLM):
     (``MemoryBank.for_model(model, fingerprint=None)``). After ``eval()`` the fingerprint is that of the weights as they
     are then, and banks that were written before it are refused.
 
-    Args:
-        config: its ``gate`` is where the gates start.
-        backbone: what training starts from; it is changed.
+    The ``gate`` of its config is where the gates start; the backbone is changed.
 
     Raises:
-        BackboneError: if the backbone or the memory layer cannot be used, or the backbone cannot be trained because it
-            is quantised or its weights are kept elsewhere.
+        BackboneError: as ``MemoryLM``, and if the backbone cannot be trained because it is quantised or its weights are
+            kept elsewhere.
     """
 
     config_class = MemTRMConfig
@@ -202,15 +200,7 @@ class TrainingFree(AugmentedLM):
     LongMem over the same backbone and layers.
 
     ``TrainingFree.from_backbone(name, gate=0.1)``: 0 is the backbone alone, bit for bit. With ``fusion="token"`` its
-    only trainable parameters are ``gates``, a ``TokenGate`` for each memory layer.
-
-    Args:
-        config: its ``gate`` is the share of every head, or one for each.
-        backbone: it is used as it is and never changed.
-        fingerprint: by which the backbone goes where that is known; None computes it.
-
-    Raises:
-        BackboneError: if the backbone or a memory layer cannot be used.
+    only trainable parameters are ``gates``, a ``TokenGate`` for each memory layer. The backbone is never changed.
     """
 
     config_class = TrainingFreeConfig

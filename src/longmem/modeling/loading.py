@@ -8,7 +8,6 @@ import os
 import threading
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -45,7 +44,6 @@ _LOADED = (
     "low_cpu_mem_usage", "max_memory", "offload_buffers", "offload_folder", "proxies", "quantization_config", "token",
     "tp_plan", "trust_remote_code", "use_safetensors",
 )  # fmt: skip
-_IGNORED_IN_SAVING = ("is_main_process", "safe_serialization")
 SHARD_SIZE = "5GB"
 """Files larger than that are hard to move; the hub's own limit."""
 
@@ -90,22 +88,25 @@ class Checkpointed(PreTrainedModel):
             ConfigError: if settings contradict each other, or there is none of that name.
         """
         memory_layers = settings.pop("memory_layer", None) if memory_layers is None else memory_layers
-        loading, own = Loading.split(settings, revision=revision, dtype=dtype, backbone_kwargs=backbone_kwargs)
+        dtype, how, own = _how_to_load(settings, dtype, backbone_kwargs)
         cls.config_class.check_settings(own)
-        model, name = loading.backbone(backbone)
+        if isinstance(backbone, nn.Module):
+            model = _checked(backbone, dtype, how)
+            name = _absolute(model.config._name_or_path) or None
+        else:
+            name = _absolute(str(backbone))
+            model = load_backbone(name, revision, dtype, **how)
         made = cls.config_class(
             backbone_config=model.config,
             backbone_name_or_path=name,
             backbone_revision=revision,
-            backbone_kwargs={name: value for name, value in loading.kwargs.items() if name in _FINDING},
+            backbone_kwargs={key: value for key, value in how.items() if key in _FINDING},
             memory_layers=None if isinstance(memory_layers, str) else memory_layers,
             **own,
         )
         if memory_layers == "auto":
             stride = getattr(made, "stride", LongMemConfig().stride)
-            best = recommend_memory_layer(
-                model, stride=stride, chunk_size=made.chunk_size, num_chunks=max(1, made.num_chunks)
-            )
+            best = recommend_memory_layer(model, stride=stride, chunk_size=made.chunk_size, num_chunks=made.num_chunks)
             made.memory_layers = None if best is None else (best,)
         elif isinstance(memory_layers, str):
             raise ConfigError(f'memory_layers ({memory_layers!r}) must be layers, or "auto"')
@@ -142,7 +143,7 @@ class Checkpointed(PreTrainedModel):
             BackboneError: if the backbone cannot be loaded.
             ConfigError: if an argument is not known.
         """
-        loading, rest = Loading.split(kwargs, revision=revision, dtype=dtype, backbone_kwargs=backbone_kwargs)
+        dtype, how, rest = _how_to_load(kwargs, dtype, backbone_kwargs)
         if rest:
             known = ("backbone", "revision", "dtype", "side_dtype", "backbone_kwargs", "config", *_FINDING, *_LOADED)
             raise ConfigError([f"from_pretrained has no argument {name}{nearest(name, known)}" for name in rest])
@@ -157,7 +158,7 @@ class Checkpointed(PreTrainedModel):
                 f"{folder} is not a complete {cls.__name__} checkpoint ({first_line(problem)}); it needs config.json "
                 f"and {cls.weights_file} as written by save_pretrained"
             ) from problem
-        base, fingerprint = loading.backbone_of(settings, folder, backbone)
+        base, fingerprint = _backbone_of(settings, folder, backbone, dtype, how)
         model = cls(
             settings, base, fingerprint=fingerprint, **({} if side_dtype is None else {"side_dtype": side_dtype})
         )
@@ -187,10 +188,10 @@ class Checkpointed(PreTrainedModel):
             max_shard_size: bytes of a file, or text such as ``"200MB"``; larger weights are written to several files
                 (sidenet-00001-of-0000N.safetensors) with an index.
         """
-        if unknown := [name for name in kwargs if name not in _IGNORED_IN_SAVING]:
+        if unknown := kwargs.keys() - {"is_main_process", "safe_serialization"}:  # what transformers passes by itself
             raise ConfigError(
-                f"save_pretrained does not take {', '.join(unknown)}; it writes safetensors into a folder, which "
-                "huggingface_hub.upload_folder publishes"
+                f"save_pretrained does not take {', '.join(sorted(unknown))}; it writes safetensors into a folder, "
+                "which huggingface_hub.upload_folder publishes"
             )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -237,8 +238,9 @@ class Checkpointed(PreTrainedModel):
             with safe_open(file, "pt") as tensors:
                 for name in list(tensors.keys()):
                     weight_map[name if name in own else f"{self.weights_prefix}{name}"] = str(file.relative_to(folder))
-        index = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2, sort_keys=True)
-        (folder / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
+        if weight_map:
+            index = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2, sort_keys=True)
+            (folder / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
 
     def saved_config(self) -> MemoryConfig:
         """The settings as a checkpoint has them: the backbone by a name that holds from anywhere, and its sketch."""
@@ -280,77 +282,60 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     return {name: tensor for each in files for name, tensor in load_file(each).items()}
 
 
-@dataclass
-class Loading:
-    """How a backbone is to be loaded: the arguments of ``AutoModelForCausalLM.from_pretrained``."""
+def _how_to_load(
+    given: dict[str, Any], dtype: torch.dtype | str | None, backbone_kwargs: dict[str, Any] | None
+) -> tuple[torch.dtype | None, dict[str, Any], dict[str, Any]]:
+    """The dtype, the arguments of ``AutoModelForCausalLM.from_pretrained``, and all others."""
+    how = {name: value for name, value in given.items() if name in _FINDING + _LOADED} | (backbone_kwargs or {})
+    rest = {name: value for name, value in given.items() if name not in how and name not in _FROM_AUTO}
+    asked = rest.pop("torch_dtype", None) or how.pop("torch_dtype", None) or how.pop("dtype", None)
+    dtype = asked if dtype is None else dtype
+    if isinstance(dtype, str):
+        dtype = None if dtype == "auto" else getattr(torch, dtype)
+    return dtype, how, rest
 
-    revision: str | None = None
-    dtype: torch.dtype | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def split(
-        cls,
-        given: dict[str, Any],
-        *,
-        revision: str | None,
-        dtype: torch.dtype | str | None,
-        backbone_kwargs: dict[str, Any] | None,
-    ) -> tuple[Loading, dict[str, Any]]:
-        """Arguments that say how to load, apart from all others."""
-        kwargs = {name: value for name, value in given.items() if name in _FINDING + _LOADED}
-        rest = {name: value for name, value in given.items() if name not in kwargs and name not in _FROM_AUTO}
-        kwargs.update(backbone_kwargs or {})
-        asked = rest.pop("torch_dtype", None) or kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
-        wanted = asked if dtype is None else dtype
-        if isinstance(wanted, str):
-            wanted = None if wanted == "auto" else getattr(torch, wanted)
-        return cls(revision, wanted, kwargs), rest
+def _checked(model: nn.Module, dtype: torch.dtype | None, how: dict[str, Any]) -> PreTrainedModel:
+    """A model that was given as it is, in this dtype."""
+    if how:
+        raise ConfigError(
+            f"{', '.join(how)}: says how to load a backbone, and the one given is loaded already; give its name, or "
+            "load it so"
+        )
+    if hasattr(model, "merge_and_unload"):
+        raise BackboneError(
+            f"a {type(model).__name__} wraps its model; give model.merge_and_unload(), or the adapter's folder by name"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise BackboneError(
+            f"a {type(model).__name__} is no causal language model of transformers; give one, its folder or its hub id"
+        )
+    return model if dtype is None else nn.Module.to(model, dtype)
 
-    def backbone(self, backbone: str | Path | nn.Module) -> tuple[PreTrainedModel, str | None]:
-        """The model itself, loaded or as given, and a name by which it will be found from anywhere."""
-        if not isinstance(backbone, nn.Module):
-            name = _absolute(str(backbone))
-            return load_backbone(name, self.revision, self.dtype, **self.kwargs), name
-        if self.kwargs:
-            raise ConfigError(
-                f"{', '.join(self.kwargs)}: says how to load a backbone, and the one given is loaded already; "
-                "give its name, or load it so"
-            )
-        if hasattr(backbone, "merge_and_unload"):
-            raise BackboneError(
-                f"a {type(backbone).__name__} wraps its model; give model.merge_and_unload(), or the adapter's folder "
-                "by name"
-            )
-        if not isinstance(backbone, PreTrainedModel):
-            raise BackboneError(
-                f"a {type(backbone).__name__} is no causal language model of transformers; give one, its folder or its "
-                "hub id"
-            )
-        if self.dtype is not None:
-            nn.Module.to(backbone, self.dtype)
-        return backbone, _absolute(backbone.config._name_or_path) or None
 
-    def backbone_of(
-        self, config: MemoryConfig, folder: Path, given: str | Path | nn.Module | None
-    ) -> tuple[PreTrainedModel, str]:
-        """The backbone of a checkpoint in ``folder``, or the one ``given``, and the fingerprint by which it goes there.
+def _backbone_of(
+    config: MemoryConfig,
+    folder: Path,
+    given: str | Path | nn.Module | None,
+    dtype: torch.dtype | None,
+    how: dict[str, Any],
+) -> tuple[PreTrainedModel, str]:
+    """The backbone of a checkpoint in ``folder``, or the one ``given``, and the fingerprint by which it goes there.
 
-        The config's name of the backbone becomes one that holds from anywhere.
-        """
-        if isinstance(given, nn.Module):
-            model = self.backbone(given)[0]
-            return model, _recognised(model, config, folder, True)
-        name = _absolute(named_backbone(config.backbone_name_or_path, folder) if given is None else str(given))
-        kwargs = {**(config.backbone_kwargs if given is None else {}), **self.kwargs}
-        quantised = getattr(config.backbone_config, "quantization_config", None)
-        # the fingerprint is that of the weights as they are stored; they are rounded afterwards where that can be
-        early = self.dtype if self.kwargs.get("device_map") is not None or quantised is not None else None
-        revision = config.backbone_revision if given is None else None
-        model = load_backbone(name, revision, early, quantised=quantised, **kwargs)
-        config.backbone_name_or_path = name
-        fingerprint = _recognised(model, config, folder, given is not None)
-        return model if early is self.dtype else nn.Module.to(model, self.dtype), fingerprint
+    The config's name of the backbone becomes one that holds from anywhere.
+    """
+    if isinstance(given, nn.Module):
+        model = _checked(given, dtype, how)
+        return model, _recognised(model, config, folder, True)
+    name = _absolute(named_backbone(config.backbone_name_or_path, folder) if given is None else str(given))
+    quantised = getattr(config.backbone_config, "quantization_config", None)
+    # the fingerprint is that of the weights as they are stored; they are rounded afterwards where that can be
+    early = dtype if how.get("device_map") is not None or quantised is not None else None
+    revision, found_by = (config.backbone_revision, config.backbone_kwargs) if given is None else (None, {})
+    model = load_backbone(name, revision, early, quantised=quantised, **{**found_by, **how})
+    config.backbone_name_or_path = name
+    fingerprint = _recognised(model, config, folder, given is not None)
+    return model if early is dtype else nn.Module.to(model, dtype), fingerprint
 
 
 def _recognised(model: PreTrainedModel, config: MemoryConfig, folder: Path, given: bool) -> str:
@@ -373,13 +358,11 @@ def _recognised(model: PreTrainedModel, config: MemoryConfig, folder: Path, give
         )
         return expected
     way_out = (
-        "pass the backbone that it names"
-        if given
-        else "the checkpoint is damaged or of two runs, or that folder was changed: save it again, or pass backbone="
+        "" if given else ", or save it again: the checkpoint is damaged or of two runs, or that folder was changed"
     )
     raise CheckpointError(
         f"{folder} was made over backbone {expected} ({config.backbone_name_or_path}), the backbone "
-        f"{'given' if given else 'there'} is {own}; {way_out}"
+        f"{'given' if given else 'there'} is {own}; pass the backbone that it names{way_out}"
     )
 
 

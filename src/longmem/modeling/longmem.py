@@ -25,13 +25,8 @@ class LongMem(MemoryLM):
     """A causal language model with a long-term memory (paper, sections 3.1 to 3.3).
 
     Args:
-        config: its ``memory_layers`` may be None (the paper's three quarters of the depth).
-        backbone: the frozen model; it is used as it is and never changed.
+        config, backbone, fingerprint: see ``MemoryLM``; the backbone is used as it is and never changed.
         side_dtype: dtype of the SideNet; None is the backbone's.
-        fingerprint: the backbone's, where it is known already; None computes it.
-
-    Raises:
-        BackboneError: if the backbone or a memory layer cannot be used.
     """
 
     config_class = LongMemConfig
@@ -52,10 +47,9 @@ class LongMem(MemoryLM):
         self.sidenet = SideNet(self.backbone, cast(LongMemConfig, self.config))
         self.sidenet.to(side_dtype or self.backbone.model.dtype)
 
-    def read(self, run: BackboneRun, side_hidden: list[Tensor] | None = None) -> Tensor:
+    def read(self, run: BackboneRun) -> Tensor:
         """States (B, T, C) for the head: the SideNet's, after its own final norm."""
-        final = self.sidenet(self.backbone, run, side_hidden)
-        last = run.inputs[self.backbone.num_layers]
+        final, last = self.sidenet(self.backbone, run), run.inputs[self.backbone.num_layers]
         # the head expects the dtype and device of the backbone's last layer; the SideNet may have others
         return self.backbone.finish(final.to(last), self.sidenet.final_norm)
 
@@ -175,20 +169,16 @@ class SideNet(nn.Module):
             return cast(TokenGate, self.gates[place])
         return self.memory_gate.view(len(self.augmented_layers), -1)[place]
 
-    def forward(self, backbone: Backbone, run: BackboneRun, side_hidden: list[Tensor] | None = None) -> Tensor:
+    def forward(self, backbone: Backbone, run: BackboneRun) -> Tensor:
         """The SideNet's state before its final norm, (B, T, C).
 
-        Args:
-            run: the backbone's forward: inputs and calls of its layers, and how memory is read.
-            side_hidden: a list to which the SideNet's input and each layer's output, (B, T, C), are appended.
+        ``run`` is the backbone's forward: inputs and calls of its layers, and how memory is read.
         """
         dtype = self.memory_gate.dtype
         states = [run.inputs[bound] for bound in self.bounds]
         if self.final_state == "normed":  # as in the released code
             states[-1] = backbone.normed(states[-1])
         hidden = states[0].to(dtype)
-        if side_hidden is not None:
-            side_hidden.append(hidden)
         for index, (layer, source) in enumerate(zip(self.layers, self.sources, strict=True)):
             device = next(layer.parameters()).device if self.spread else None
             # a copied layer gets the mask, positions and cache that its source got; only the hidden states differ
@@ -200,8 +190,6 @@ class SideNet(nn.Module):
             if first != self.bounds[index + 1]:
                 before = run.inputs[first] if self.delta else states[index]
                 hidden = hidden + (states[index + 1].to(device, dtype) - before.to(device, dtype))
-            if side_hidden is not None:
-                side_hidden.append(hidden)
         return hidden
 
     def _layer(self, layer: nn.Module, call: Call, hidden: Tensor, run: BackboneRun) -> Tensor:

@@ -37,7 +37,6 @@ class LongMemOutput(CausalLMOutputWithPast):
         retrieved: what was found in the first memory layer.
         share: (B, H, T), the share that memory got of each head's output, at the first memory layer.
         explanation: what each token and head read, with ``explain=True``.
-        side_hidden: SideNet input and layer outputs, (B, T, C) each, with ``output_side_hidden=True``.
     """
 
     kv: AttentionKV | None = None
@@ -45,7 +44,6 @@ class LongMemOutput(CausalLMOutputWithPast):
     retrieved: RetrievedMemory | None = None
     share: Tensor | None = None
     explanation: Explanation | None = None
-    side_hidden: tuple[Tensor, ...] | None = None
 
 
 class MemoryLM(Checkpointed, MemoryGenerationMixin):
@@ -102,7 +100,6 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
         labels: Tensor | None = None,
         memory: Memory | None = None,
         memory_rows: Tensor | None = None,
-        output_side_hidden: bool = False,
         explain: bool | list[Explanation] = False,
         position_ids: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -118,7 +115,6 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
             labels: (B, T), shifted inside, -100 ignored; gives ``loss``, the mean cross entropy in nats.
             memory: what to search, or None. It is only read; write ``out.kv`` after ``backward``.
             memory_rows: (B,) the bank row of every batch row; None is row b for batch row b.
-            output_side_hidden: also return the SideNet's states.
             explain: also return which chunks every token and head read, and how much of each. If it is a list, each
                 call also appends its ``Explanation`` to it. So ``generate(..., explain=readings)`` fills ``readings``:
                 the last position of call i chose the i-th new token.
@@ -136,8 +132,7 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
         run = self.backbone.run(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, reading=reading, **options
         )
-        side_hidden: list[Tensor] | None = [] if output_side_hidden else None
-        hidden = self.read(run, side_hidden)
+        hidden = self.read(run)
         divisor = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
         out = self.backbone.head(hidden, run, labels=labels, logits_to_keep=logits_to_keep, **divisor)
 
@@ -156,10 +151,9 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
             retrieved=reads[0].retrieved if reads else None,
             share=reads[0].share if reads else None,
             explanation=explanation,
-            side_hidden=None if side_hidden is None else tuple(side_hidden),
         )
 
-    def read(self, run: BackboneRun, side_hidden: list[Tensor] | None = None) -> Tensor:
+    def read(self, run: BackboneRun) -> Tensor:
         """The states (B, T, C) that the head takes, from a run of the backbone.
 
         ``LongMem`` reads memory here, as ``run.reading`` says. The baselines have read it inside the run, so they take

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longmem.errors import StoreDamaged, StoreError, StoreFull, StoreLocked
-from longmem.memory.chunking import mean_keys
+from longmem.memory.chunks import mean_keys
 from longmem.store.records import DTYPES, Dtype, Layout
 
 FAILPOINTS = (

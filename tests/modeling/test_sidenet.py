@@ -1,4 +1,4 @@
-"""``init="delta"``: a SideNet of the layers that read and those above, which starts where the reader without one is."""
+"""The SideNet: as ``init="delta"`` makes it, in other dtypes, and with its layers recomputed."""
 
 from __future__ import annotations
 
@@ -7,18 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.family_table import V, make_backbone
+from tests import family_table
+from tests.family_table import SETTINGS, ids, make_backbone
 from torch import Tensor
 
 from longmem import LongMem, MemoryBank, TrainingFree
-from longmem.errors import ConfigError
 
 FAMILIES = {"llama": (1, 3), "gpt2": (1, 3), "gemma2": (1, 3), "qwen3": (1, 2), "lfm2": (2, 5)}
-SETTINGS: dict[str, Any] = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
-
-
-def ids(seed: int, length: int = 12) -> Tensor:
-    return torch.randint(3, V, (2, length), generator=torch.Generator().manual_seed(seed))
 
 
 def made(family: str, **settings: Any) -> LongMem:
@@ -27,9 +22,7 @@ def made(family: str, **settings: Any) -> LongMem:
 
 
 def filled(model: Any) -> MemoryBank:
-    bank = MemoryBank.for_model(model, rows=2, capacity_tokens=64)
-    bank.add(model.encode(ids(0, 20)))
-    return bank
+    return family_table.filled(model, ids(2, 20, seed=1))
 
 
 def disturb(model: LongMem) -> None:
@@ -46,7 +39,7 @@ def disturb(model: LongMem) -> None:
 def test_without_memory_it_starts_as_the_backbone(family: str, stride: int, trained: str) -> None:
     model = made(family, stride=stride, trained=trained)
     assert {*FAMILIES[family]} <= {*model.sidenet.sources} and min(model.sidenet.sources) == FAMILIES[family][0]
-    torch.testing.assert_close(model(ids(1)).logits, model.backbone.model(ids(1)).logits)
+    torch.testing.assert_close(model(ids()).logits, model.backbone.model(ids()).logits)
 
 
 @torch.no_grad()
@@ -60,9 +53,9 @@ def test_at_stride_1_it_starts_as_the_calibrated_reader(family: str) -> None:
     for gate in model.sidenet.gates.parameters():
         gate.normal_(std=0.3)
     reader.gates.load_state_dict(model.sidenet.gates.state_dict())
-    ours, theirs = (each(ids(1), memory=filled(each)) for each in (model, reader))
+    ours, theirs = (each(ids(), memory=filled(each)) for each in (model, reader))
     torch.testing.assert_close(ours.logits, theirs.logits)
-    assert not torch.allclose(ours.logits, model(ids(1)).logits, atol=1e-4)
+    assert not torch.allclose(ours.logits, model(ids()).logits, atol=1e-4)
 
 
 def test_attention_alone_is_trained_and_saved_and_loads_again(tmp_path: Path) -> None:
@@ -71,13 +64,13 @@ def test_attention_alone_is_trained_and_saved_and_loads_again(tmp_path: Path) ->
     names = {name for name, _ in model.sidenet.named_parameters()}
     assert names and not any("mlp" in name for name in names)
     memory = filled(model)
-    model(ids(1), labels=ids(1), memory=memory).loss.backward()
+    model(ids(), labels=ids(), memory=memory).loss.backward()
     assert all(weight.grad is not None for weight in model.trainable_parameters())
     assert all(weight.grad is None for weight in model.backbone.parameters())
     model.save_pretrained(tmp_path)
     again = LongMem.from_pretrained(tmp_path, backbone=make_backbone("llama"))
     with torch.no_grad():
-        expected, found = (each(ids(1), memory=memory).logits for each in (model, again))
+        expected, found = (each(ids(), memory=memory).logits for each in (model, again))
     assert torch.equal(expected, found)
 
 
@@ -86,10 +79,27 @@ def test_tokens_generated_with_a_cache_are_those_without_one() -> None:
     model = made("llama", stride=1, trained="attention").eval()
     disturb(model)
     greedy: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    cached, plain = (model.generate(ids(1), memory=filled(model), use_cache=use, **greedy) for use in (True, False))
+    cached, plain = (model.generate(ids(), memory=filled(model), use_cache=use, **greedy) for use in (True, False))
     assert torch.equal(cached, plain)
 
 
-def test_zero_needs_a_feed_forward_of_its_own() -> None:
-    with pytest.raises(ConfigError, match="feed-forward"):
-        made("llama", init="zero", trained="attention", fusion="gate")
+def test_a_bfloat16_backbone_with_a_float32_sidenet_runs() -> None:
+    model = LongMem.from_backbone(make_backbone("llama").to(torch.bfloat16), side_dtype=torch.float32, **SETTINGS)
+    out = model(ids(), labels=ids(), memory=filled(model))
+    out.loss.backward()
+    assert out.logits.dtype == torch.bfloat16
+    assert {p.grad.dtype for p in model.trainable_parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_recomputing_its_layers_gives_the_same_gradients() -> None:
+    model = LongMem.from_backbone(make_backbone("llama"), **SETTINGS).train()
+    memory = filled(model)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(ids(), labels=ids(), memory=memory, use_cache=False).loss.backward()
+        return [p.grad.clone() for p in model.trainable_parameters() if p.grad is not None]
+
+    plain = gradients()
+    model.gradient_checkpointing_enable()
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))

@@ -1,7 +1,6 @@
-"""The storage of a bank: a ring of chunk slots per row, and where each chunk came from.
+"""From tokens to chunks, and the storage that keeps them.
 
-Chunk number n of a row is in slot ``n % slots``: once the ring is full, a new chunk overwrites the oldest one, and the
-slots in use are always the first ones. The last slot is the null chunk, always zero, which stands for "nothing found".
+L rows written together · Hkv key/value heads of all remembered layers · n chunks · S tokens per chunk · D head_dim
 """
 
 from __future__ import annotations
@@ -14,20 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longmem.memory.chunking import mean_keys
-from longmem.types import ChunkOrigin
+from longmem.errors import MemoryBankError
+from longmem.types import AttentionKV, ChunkOrigin
 
 Run = tuple[int, str | None, int, float]
 """Chunks written together: number of the first one, document, its first token there, time of writing."""
 
 
 class Slots:
-    """Chunks of every row, the keys they are searched by, and their origins.
+    """A ring of chunk slots for every row, the keys they are searched by, and where each chunk came from.
 
-    Hkv counts the key/value heads of all remembered layers.
+    Chunk number n of a row is in slot ``n % slots``: once the ring is full, a new chunk overwrites the oldest one, and
+    the slots in use are always the first ones. The last slot is the null chunk, always zero: "nothing found".
 
     Attributes:
-        storage: (rows, slots + 1, Hkv, 2, S, D); the last slot is the null chunk.
+        storage: (rows, slots + 1, Hkv, 2, S, D), keys and values.
         keys: (rows, Hkv, slots, D), mean key of each chunk.
         lengths: (rows, slots + 1) long, real tokens in each chunk; 0 where a slot is not in use.
         written: per row, chunks it was ever given; the next chunk's number.
@@ -55,7 +55,7 @@ class Slots:
     @property
     def nbytes(self) -> int:
         """Bytes of storage, keys and lengths."""
-        return sum(each.numel() * each.element_size() for each in (self.storage, self.keys, self.lengths))
+        return self.storage.nbytes + self.keys.nbytes + self.lengths.nbytes
 
     def live(self, row: int) -> int:
         """Chunks in use in this row."""
@@ -93,14 +93,13 @@ class Slots:
             runs, oldest = self.runs[row], self.written[row] - self.slots
             del runs[: max(0, bisect_right(runs, oldest, key=itemgetter(0)) - 1)]
         row_of = torch.tensor(rows)[:, None].expand_as(number)
-        length = torch.full((len(rows), count), size) if lengths is None else torch.tensor(lengths)[:, None]
-        length = length.expand_as(number)
-        flat = chunks.flatten(0, 1)
+        length = torch.full((len(rows), 1), size) if lengths is None else torch.tensor(lengths)[:, None]
         stays = number >= torch.tensor([self.written[row] - self.slots for row in rows])[:, None]
+        flat = chunks.flatten(0, 1)
         if not bool(stays.all()):
             flat = flat[stays.flatten().to(flat.device)]
         place = row_of[stays], number[stays] % self.slots
-        self.put(*place, flat, length[stays])
+        self.put(*place, flat, length.expand_as(number)[stays])
         return place
 
     def put(self, rows: Tensor, slots: Tensor, chunks: Tensor, lengths: Tensor) -> None:
@@ -153,10 +152,79 @@ class Slots:
         """A run for every chunk of a table of version 0.1: document, start, number and time of each slot."""
         spelled = {number: name for name, number in table["names"].items()}
         columns = (table[name][row, : self.live(row)].tolist() for name in ("number", "document", "start", "time"))
-        return sorted(
-            (
-                (number, spelled.get(document), start, time)
-                for number, document, start, time in zip(*columns, strict=True)
-            ),
-            key=itemgetter(0),
-        )
+        runs = [(n, spelled.get(document), start, time) for n, document, start, time in zip(*columns, strict=True)]
+        return sorted(runs, key=itemgetter(0))
+
+
+def joined(kv: AttentionKV, heads: int, head_dim: int) -> Tensor:
+    """Keys and values next to each other, (B, Hkv, 2, T, D), as they came and without gradient.
+
+    Raises:
+        MemoryBankError: shapes do not fit each other or this memory.
+    """
+    if kv.keys.dim() != 4 or (kv.keys.shape[1], kv.keys.shape[3]) != (heads, head_dim):
+        shape = tuple(kv.keys.shape)
+        raise MemoryBankError(f"keys {shape} must be (B, {heads}, T, {head_dim}), as this bank was made for")
+    if kv.values.shape != kv.keys.shape:
+        raise MemoryBankError(f"values {tuple(kv.values.shape)} must have the shape of keys {tuple(kv.keys.shape)}")
+    rows_tokens = (kv.keys.shape[0], kv.keys.shape[2])
+    if kv.mask is not None and kv.mask.shape != rows_tokens:
+        raise MemoryBankError(f"mask {tuple(kv.mask.shape)} must be {rows_tokens}: rows and tokens of the keys")
+    return torch.stack((kv.keys.detach(), kv.values.detach()), dim=2)
+
+
+def refuse_unfit(
+    pair: Tensor, mask: Tensor | None, dtype: torch.dtype, key_dtype: torch.dtype, chunk_size: int
+) -> None:
+    """Refuse numbers that memory cannot hold: one of them would make every later answer NaN.
+
+    Args:
+        pair: keys and values (B, Hkv, 2, T, D), to be stored as ``dtype``, their means as ``key_dtype``.
+        mask: (B, T) bool, True at real tokens; padding may hold anything.
+
+    Raises:
+        MemoryBankError: names the row and the largest number.
+    """
+    if mask is not None and not bool(mask.all()):
+        pair = pair.masked_fill(~mask.to(pair.device, torch.bool)[:, None, None, :, None], 0.0)
+    if not pair.numel():
+        return
+    most = torch.finfo(dtype).max
+    mean = min(torch.finfo(key_dtype).max, torch.finfo(torch.float32).max / chunk_size)  # S keys are added in float32
+    low, high = torch.aminmax(pair)
+    if -low.item() <= min(most, mean) and high.item() <= min(most, mean):  # NaN is below no limit
+        return
+    largest = pair.abs().amax(dim=(1, 3, 4)).double().cpu()  # (B, 2)
+    for row, (key, value) in enumerate(largest.tolist()):
+        for name, number, limit in (("keys", key, min(most, mean)), ("values", value, most)):
+            if not number <= limit:
+                raise MemoryBankError(
+                    f"{name} of row {row} reach {number:.3g}, a bank of {dtype} holds {limit:.3g} at most; look for an "
+                    "overflow in the model, or make the bank with dtype and key_dtype torch.bfloat16 or torch.float32"
+                )
+
+
+def split(tokens: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Whole chunks (L, t // S, Hkv, 2, S, D) of tokens (L, Hkv, 2, t, D), and the tail (L, Hkv, 2, t % S, D)."""
+    whole = tokens.shape[3] // chunk_size
+    chunks = tokens[:, :, :, : whole * chunk_size].unflatten(3, (whole, chunk_size))
+    return chunks.permute(0, 3, 1, 2, 4, 5), tokens[:, :, :, whole * chunk_size :]
+
+
+def mean_keys(chunks: Tensor, lengths: Tensor) -> Tensor:
+    """Mean of the real keys of every chunk, before any rounding to the storage dtype.
+
+    Args:
+        chunks: (M, Hkv, 2, S, D) with zeros behind the real tokens, at least float32.
+        lengths: (M,) real tokens per chunk, at least 1.
+
+    Returns:
+        (M, Hkv, D).
+    """
+    keys = chunks[:, :, 0]
+    total = keys[:, :, 0].clone()
+    # token by token, not by sum(): its order of adding depends on the shape, and adding in parts must equal adding
+    # at once to the last bit
+    for token in range(1, keys.shape[2]):
+        total += keys[:, :, token]
+    return total / lengths[:, None, None].to(total.dtype)
