@@ -90,7 +90,7 @@ def serve(folder: Path) -> None:
         bank, draw = held["bank"], np.random.default_rng(seed)
         chunks = np.sort(draw.integers(0, int(bank.chunks[0]), pairs))
         heads = draw.integers(0, bank.heads_kv, pairs)
-        take = bank._values.take if hasattr(bank, "_values") else _take(bank)
+        take = bank.take if hasattr(bank, "take") else _take(bank)
         take(chunks, heads)  # pages that nobody has read yet are the disk's time
         begin = time.process_time()
         for _ in range(200):
@@ -104,7 +104,8 @@ def serve(folder: Path) -> None:
 
 
 def _take(bank: Any) -> Callable[..., Any]:
-    from longmem.store.runs import take_mapped
+    """Of a version before ``StoreBank.take``."""
+    from longmem.store.runs import take_mapped  # type: ignore[attr-defined]
 
     return lambda chunks, heads: take_mapped(bank._runs, chunks, heads, bank.device)
 

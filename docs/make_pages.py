@@ -16,7 +16,7 @@ from result_tables import results_report, text_of, with_results
 
 from longmem.evaluation.report import markdown
 from longmem.evaluation.tables import Table
-from longmem.store.sizes import size_table
+from longmem.store.records import size_table
 
 ROOT = Path(__file__).parents[1]
 NOTE = "<!-- written by `make docs` from the source; edit that instead -->\n"

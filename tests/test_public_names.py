@@ -31,8 +31,7 @@ def test_dir_lists_what_all_lists() -> None:
 
 def test_what_a_store_hands_out_and_what_explains_a_pass_are_public() -> None:
     from longmem.modeling.explain import Explanation
-    from longmem.store.bank import StoreBank
-    from longmem.store.overlay import SessionBank
+    from longmem.store.bank import SessionBank, StoreBank
 
     assert (longmem.StoreBank, longmem.SessionBank, longmem.Explanation) == (StoreBank, SessionBank, Explanation)
     assert {"StoreBank", "SessionBank", "Explanation"} <= set(longmem.__all__)

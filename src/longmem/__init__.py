@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from longmem.modeling.baselines import MemTRM, TrainingFree
     from longmem.modeling.explain import Explanation
     from longmem.modeling.longmem import LongMem
-    from longmem.store.bank import StoreBank
-    from longmem.store.overlay import SessionBank
+    from longmem.store.bank import SessionBank, StoreBank
     from longmem.store.recall import Recall
     from longmem.store.store import MemoryStore
     from longmem.types import AttentionKV, RetrievedMemory
@@ -84,7 +83,7 @@ _HOMES = {
     "MemoryStore": "longmem.store.store",
     "Recall": "longmem.store.recall",
     "RetrievedMemory": "longmem.types",
-    "SessionBank": "longmem.store.overlay",
+    "SessionBank": "longmem.store.bank",
     "SessionMemory": "longmem.memory.session",
     "StoreBank": "longmem.store.bank",
     "TrainingFree": "longmem.modeling.baselines",

@@ -17,7 +17,6 @@ from longmem.cli import common
 from longmem.cli.main import main
 from longmem.data.tokens import load_tokenizer, train_tokenizer
 from longmem.errors import DataError
-from longmem.store import adding
 
 
 @pytest.mark.usefixtures("model")
@@ -114,7 +113,6 @@ def test_an_interrupted_add_goes_on_where_it_stopped(
 ) -> None:
     Path("short.txt").write_text("short")
     Path("long.txt").write_text(made_text(400))  # several pieces of 16 segments of 32 tokens
-    monkeypatch.setattr(adding, "COMMIT_SECONDS", 0.0)
     told: list[int] = []
 
     def tell(self: object, progress: Any) -> None:

@@ -46,8 +46,8 @@ def test_a_batch_over_two_namespaces_keeps_to_its_own(tmp_path: Path) -> None:
     with MemoryStore.open(tmp_path / "memory", model=model, dtype="float32") as store:
         for seed, name in enumerate(("ada", "bob")):
             store.add_document(name, None, name="notes", ids=ids(1, 40, seed=seed + 20)[0])
-        session = store.bank(["ada", "bob"]).session(capacity_tokens=64)
-        together = model.generate(ids(2, 15), memory=session, max_new_tokens=12, **SETTINGS)
+        sessions = [store.bank(name).session(capacity_tokens=64) for name in ("ada", "bob")]
+        together = model.generate(ids(2, 15), memory=sessions, max_new_tokens=12, **SETTINGS)
         lists = [store.bank(name) for name in ("ada", "bob")]
         assert torch.equal(model.generate(ids(2, 15), memory=lists, max_new_tokens=12, **SETTINGS), together)
         for row, bank in enumerate(lists):

@@ -73,7 +73,7 @@ def same(first: RetrievedMemory, second: RetrievedMemory) -> None:
     assert torch.equal(first.values * first.mask[..., None], second.values * second.mask[..., None])
 
 
-def found_names(bank: StoreBank, row: int = 0, num: int = 500) -> set[str]:
+def found_names(bank: StoreBank) -> set[str]:
     """Documents that anything can be found of."""
-    found = bank.search(queries(bank), num, rows=torch.tensor([row])).chunks
-    return {bank.provenance(row, chunk).document for chunk in found[found >= 0].unique().tolist()}
+    found = bank.search(queries(bank), 500).chunks
+    return {bank.provenance(0, chunk).document for chunk in found[found >= 0].unique().tolist()}

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from longmem.store import MemoryStore
+from longmem.store.catalog import until_found
 from longmem.store.disk import StoredChunks
 from longmem.store.encode import Encoder
-from longmem.store.room import until_found
-from longmem.store.runs import Selection, read_runs
+from longmem.store.records import Selection
+from longmem.store.runs import read_runs
 from longmem.types import AttentionKV
 
 SEGMENT = 8
@@ -42,7 +43,7 @@ class NumberModel:
         self.table = torch.randn(BEGIN + 1, 2, heads, dim, generator=draw)
 
     def encode(self, input_ids: Tensor) -> AttentionKV:
-        """See ``Encodes.encode``."""
+        """Keys and values (B, H, T, D) of segments (B, T)."""
         own = self.table[input_ids]  # (B, T, 2, Hkv, D)
         before = torch.zeros_like(own)
         before[:, 1:] = own[:, :-1]
@@ -90,9 +91,9 @@ def words(seed: int, characters: int) -> str:
 
 def chunks_of(store: MemoryStore, namespace: str) -> Iterator[tuple[str, int, StoredChunks]]:
     """Name, first token and stored chunks of every run of a namespace's documents."""
-    runs = until_found(lambda: read_runs(store.room, [namespace], Selection()))
+    runs = until_found(lambda: read_runs(store.catalog, namespace, Selection()))
     for run, first in enumerate(runs.first.tolist()):
-        chunks = runs.arrays.chunks(first, int(runs.counts[run]))
+        chunks = runs.stored.run(first, int(runs.left[run]))
         yield runs.documents[runs.document[run]].name, int(runs.first_token[run]), chunks
 
 

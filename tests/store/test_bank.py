@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-import threading
-import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +15,10 @@ import torch
 from tests.store.banks import SEGMENT, found_names, ids, make_model, make_store, memory_bank, queries, same
 from torch import Tensor
 
-from longmem import LongMem, MemoryBank
+from longmem import LongMem
 from longmem.errors import ConfigError, MemoryBankError, StoreError
 from longmem.memory.index import ExactIndex
+from longmem.memory.session import JoinedMemory
 from longmem.store import runs
 from longmem.store.store import MemoryStore
 from longmem.types import AttentionKV, RetrievedMemory
@@ -62,8 +61,7 @@ def test_searches_equal_those_of_a_memory_bank_to_the_last_bit(store: MemoryStor
         assert ours.number == chunk
 
 
-@pytest.mark.parametrize("keep", KEEPS)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize(("name", "keep"), [("llama", "map"), ("gpt2", "memory"), ("gemma2", "device")])
 def test_logits_and_generated_text_equal_those_with_a_memory_bank(tmp_path: Path, name: str, keep: str) -> None:
     model = make_model(name)
     with make_store(tmp_path / "memory", model) as store:
@@ -104,12 +102,9 @@ def test_an_empty_bank_equals_no_bank_bit_for_bit(store: MemoryStore, model: Lon
         assert torch.equal(model(prompt, memory=bank).logits, model(prompt).logits)
 
 
-@pytest.mark.parametrize("keep", KEEPS)
-def test_training_reads_a_bank_and_gradients_equal_those_with_a_memory_bank(
-    store: MemoryStore, model: LongMem, keep: str
-) -> None:
+def test_training_reads_a_bank_and_gradients_equal_those_with_a_memory_bank(store: MemoryStore, model: LongMem) -> None:
     grads = []
-    for memory in (store.bank("alice", keep=keep), memory_bank(store, model, DOCUMENTS)):
+    for memory in (store.bank("alice"), memory_bank(store, model, DOCUMENTS)):
         model.zero_grad()
         model(ids(12, seed=4)[None], labels=ids(12, seed=4)[None], memory=memory).loss.backward()
         grads.append(model.sidenet.memory_gate.grad.clone())
@@ -122,39 +117,29 @@ def test_training_reads_a_bank_and_gradients_equal_those_with_a_memory_bank(
 
 @pytest.mark.parametrize("keep", KEEPS)
 def test_opening_reads_nothing_and_a_search_keys_and_what_it_finds(store: MemoryStore, keep: str) -> None:
-    fill(store, "bob", [("diary", ids(9, seed=70))])
-    bank = store.bank(["alice", "bob"], keep=keep)
-    assert bank.tokens.tolist() == [sum(len(tokens) for _, tokens in DOCUMENTS), 9]
+    bank = store.bank("alice", keep=keep)
+    assert bank.tokens.tolist() == [sum(len(tokens) for _, tokens in DOCUMENTS)]
     assert bank.provenance(0, 5).document == "letter 0"
-    assert (bank.loaded, bank.nbytes) == (False, 0)
-    found = bank.search(queries(bank, rows=2, length=1), 3)
-    assert bank.loaded and bank.load() is bank
-    if keep == "map":  # no row is padded to another one
-        assert bank.nbytes == int(bank.chunks.sum()) * bank.heads_kv * bank.head_dim * 4
-        assert found.storage.shape[1] <= 2 * 4 * 3 + 1 and found.storage.shape[2] == 1
+    assert bank.nbytes == 0
+    found = bank.search(queries(bank, length=1), 3)
+    assert bank.load() is bank
+    if keep == "map":
+        assert bank.nbytes == int(bank.chunks) * bank.heads_kv * bank.head_dim * 4
+        assert found.storage.shape[1] <= 4 * 3 + 1 and found.storage.shape[2] == 1
 
 
-# rows
-
-
-@pytest.mark.parametrize("keep", KEEPS)
-def test_every_row_reads_its_namespace_and_nothing_else(store: MemoryStore, keep: str) -> None:
+def test_rows_of_several_namespaces_see_each_its_own(store: MemoryStore) -> None:
     fill(store, "bob", [("diary", ids(9, seed=70))])
-    bank = store.bank(["alice", "nobody", "bob"], keep=keep)
-    assert bank.tokens.tolist() == [int(store.bank("alice").tokens[0]), 0, 9]
-    asked = queries(bank, rows=3)
-    together = bank.search(asked, 6)
-    assert not together.chunk_mask[1].any()
-    for row, namespace in enumerate(("alice", "nobody", "bob")):
-        alone = store.bank(namespace).search(asked[row : row + 1], 6)
+    banks = {name: store.bank(name) for name in ("alice", "nobody", "bob")}
+    both, asked = JoinedMemory(list(banks.values())), queries(banks["alice"], rows=3)
+    together = both.search(asked, 6)
+    for row, (namespace, bank) in enumerate(banks.items()):
+        alone = bank.search(asked[row : row + 1], 6)
         assert torch.equal(together.scores[row : row + 1], alone.scores)
         assert torch.equal(together.chunks[row : row + 1], alone.chunks)
-        assert torch.equal(together.keys[row : row + 1] * alone.mask[..., None], alone.keys * alone.mask[..., None])
+        assert alone.chunk_mask.any() == (namespace != "nobody")
         for chunk in alone.chunks[alone.chunks >= 0].unique().tolist():
-            assert bank.provenance(row, chunk).namespace == namespace
-    again = bank.search(asked[[0, 0]], 6, rows=torch.tensor([2, 0]))
-    assert torch.equal(again.scores[1], together.scores[0])
-    assert again.memory_rows.tolist() == [2, 0]
+            assert both.provenance(row, chunk).namespace == namespace
 
 
 def test_a_bank_of_one_namespace_is_read_by_every_row_of_a_batch(store: MemoryStore, model: LongMem) -> None:
@@ -210,43 +195,9 @@ def test_max_tokens_keeps_the_newest(store: MemoryStore, max_tokens: int) -> Non
 # forgetting
 
 
-@pytest.mark.parametrize("keep", KEEPS)
-def test_what_is_forgotten_is_never_found_again(store: MemoryStore, model: LongMem, keep: str) -> None:
-    bank = store.bank("alice", keep=keep)
-    before = [bank.provenance(0, chunk) for chunk in range(int(bank.chunks[0]))]
-    bank.search(queries(bank), 2)
-    version = bank.version
-    store.forget("alice", name="letter 1")
-    left = [document for document in DOCUMENTS if document[0] != "letter 1"]
-    asked, twin = queries(bank), memory_bank(store, model, left)
-    ours, theirs = bank.search(asked, 200), twin.search(asked, 200)
-    assert torch.equal(ours.scores, theirs.scores)
-    assert torch.equal(ours.keys * ours.mask[..., None], theirs.keys * theirs.mask[..., None])
-    assert bank.version > version
-    assert torch.equal(bank.tokens, twin.tokens)
-    # numbers are those of before
-    for chunk in ours.chunks[ours.chunks >= 0].unique().tolist():
-        assert bank.provenance(0, chunk) == before[chunk]
-        assert before[chunk].document != "letter 1"
-
-
-def test_keys_and_values_of_forgotten_text_are_overwritten_in_memory(store: MemoryStore) -> None:
-    bank = store.bank("alice", keep="memory").load()
-    whole, held = bank._keys[0].keys, bank._held.kv
-    first, last = bank._runs.begins[:2].tolist()
-    gone = whole[0, :, first:last].clone()
-    assert (held[first:last] != 0).any()
-    store.forget("alice", name="letter 0")
-    bank.search(queries(bank), 1)
-    assert (held[first:last] == 0).all()
-    for head in range(bank.heads_kv):
-        kept = {tuple(key.tolist()) for key in whole[0, head]}
-        assert not kept & {tuple(key.tolist()) for key in gone[head]}
-
-
 def test_after_compact_a_bank_reads_on_and_lets_the_old_files_go(store: MemoryStore, model: LongMem) -> None:
     bank = store.bank("alice").load()
-    held = weakref.ref(bank._runs.arrays)
+    held = weakref.ref(bank._runs.stored)
     store.forget("alice", name="letter 0")
     store.compact()
     scores = bank.search(queries(bank), 200).scores
@@ -294,72 +245,38 @@ def test_what_another_process_forgets_is_masked_from_the_next_search_on(store: M
         writer.stdin.close()
 
 
-@pytest.mark.parametrize("keep", KEEPS)
-def test_an_expired_document_is_not_found_from_its_moment_on(store: MemoryStore, keep: str) -> None:
-    store.add_document("alice", ids=ids(9, seed=30), name="note", expires=time.time() + 1.0)
-    bank = store.bank("alice", keep=keep)
-    assert "note" in found_names(bank)
-    tokens = int(bank.tokens[0])
-    time.sleep(1.05)
-    assert "note" not in found_names(bank)
-    assert int(bank.tokens[0]) == tokens - 9
-
-
 def test_what_was_added_appended_or_replaced_is_found_after_refresh(store: MemoryStore, model: LongMem) -> None:
     bank, alone = store.bank("alice"), store.bank("alice", documents=["letter 0"])
     found_names(bank)
     store.add_document("alice", ids=ids(9, seed=31), name="new")
     assert "new" not in found_names(bank)
-    assert bank.refresh()
+    bank.refresh()
     assert "new" in found_names(bank)
-    assert not bank.refresh()
     store.append("alice", ids=ids(11, seed=32), name="letter 0")
     found_names(bank)
     found_names(alone)
     assert int(alone.tokens[0]) == 21 // SEGMENT * SEGMENT  # the short segment was encoded anew
-    assert bank.refresh() and alone.refresh()
+    bank.refresh()
+    alone.refresh()
     assert int(alone.tokens[0]) == 32
     names = [document.name for document in store.documents("alice")]
     now = [(name, torch.from_numpy(store.token_ids("alice", name).astype("int64"))) for name in names]
     same(bank.search(queries(bank), 100), memory_bank(store, model, now).search(queries(bank), 100))
 
 
-def test_a_replaced_text_is_gone_at_once(store: MemoryStore) -> None:
-    bank = store.bank("alice")
-    found_names(bank)
-    store.add_document("alice", ids=ids(30, seed=77), name="letter 1", replace=True)
-    assert found_names(bank) == {"letter 0", "letter 2", "letter 3"}
-    bank.refresh()
-    assert found_names(bank) == {name for name, _ in DOCUMENTS}
-
-
-@pytest.mark.parametrize("keep", KEEPS)
-def test_refresh_reads_only_what_is_new(store: MemoryStore, keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    bank = store.bank("alice", keep=keep).load()
+def test_refresh_reads_only_what_is_new(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = store.bank("alice").load()
     store.forget("alice", name="letter 0")
     bank.search(queries(bank), 1)
-    store.add_document("alice", ids=ids(9, seed=31), name="new")
-    monkeypatch.setattr(runs, "AT_ONCE", 7)
+    read, plain = list[int](), runs.read_into
+    monkeypatch.setattr(runs, "AT_ONCE", 3)
+    monkeypatch.setattr(runs, "read_into", lambda *given: (read.append(len(given[2])), plain(*given))[1])
+    store.add_document("alice", ids=ids(9, seed=32), name="new")
     bank.refresh()
-    fresh = store.bank("alice", keep=keep)
-    same(bank.search(queries(bank), 100), fresh.search(queries(bank), 100))
-    # what had been read stays: it is not read again
-    read, plain = list[int](), runs._records
-    monkeypatch.setattr(runs, "_records", lambda *given: (read.append(len(given[1])), plain(*given))[1])
-    store.add_document("alice", ids=ids(9, seed=32), name="newer")
-    assert bank.refresh()
-    assert sum(read) == (5 if keep == "map" else 10)
-    same(bank.search(queries(bank), 100), store.bank("alice", keep=keep).search(queries(bank), 100))
-
-
-def test_chunks_read_before_something_was_forgotten_cannot_be_trained_on(store: MemoryStore, model: LongMem) -> None:
-    bank = store.bank("alice", keep="memory")
-    loss = model(ids(12)[None], labels=ids(12)[None], memory=bank).loss
-    store.forget("alice", name="letter 0")
-    bank.search(queries(bank), 1)
-    with pytest.raises(MemoryBankError, match="between forward and backward"):
-        loss.backward()
-    model.zero_grad()
+    assert read == [5]
+    bank.refresh()
+    assert read == [5]
+    same(bank.search(queries(bank), 100), store.bank("alice").search(queries(bank), 100))
 
 
 # an index of one's own
@@ -378,9 +295,6 @@ class Recorder(ExactIndex):
     def cleared(self, rows: Tensor) -> None:
         self.told.append(("cleared",))
 
-    def kept(self, row: int, slots: Tensor) -> None:
-        self.told.append(("kept", row, slots.tolist()))
-
 
 def test_an_index_hears_of_every_change(store: MemoryStore) -> None:
     index = Recorder()
@@ -390,11 +304,11 @@ def test_an_index_hears_of_every_change(store: MemoryStore) -> None:
     first = int(bank._runs.begins[1])
     store.forget("alice", name="letter 0")
     bank.search(queries(bank), 1)
-    assert index.told[2:] == [("kept", 0, list(range(first, total)))]
+    left = total - first
+    assert index.told[2:] == [("cleared",), ("written", list(range(left)), left)]
     store.add_document("alice", ids=ids(4, seed=31), name="new")
     bank.refresh()
-    left = total - first
-    assert index.told[3:] == [("written", [left, left + 1], left + 2)]
+    assert index.told[4:] == [("written", [left, left + 1], left + 2)]
 
 
 # provenance
@@ -433,7 +347,7 @@ def test_a_text_is_searched_by_the_heads_of_the_model(
         for number in range(3):
             store.add_document("alice", made_text(20, number), name=f"story {number}")
         store.add_document("bob", made_text(20, 9), name="secret")
-        hits = store.search("alice", "Who keeps the old map?", top=5)
+        hits = store.bank("alice").search_text("Who keeps the old map?", top=5)
         assert len(hits) == 5
         assert [hit.share for hit in hits] == sorted((hit.share for hit in hits), reverse=True)
         for hit in hits:
@@ -449,70 +363,58 @@ def test_a_text_is_searched_by_the_heads_of_the_model(
         given = 16 * float(out.share.mean()) + (len(query) - 16) * float(rest.share.mean())
         assert sum(hit.share for hit in every) == pytest.approx(given / len(query), rel=1e-4)
         assert every[:5] == hits
-        assert {hit.origin.document for hit in store.search("alice", "old map", documents=["story 1"])} == {"story 1"}
+        assert {hit.origin.document for hit in store.bank("alice", documents=["story 1"]).search_text("old map")} == {
+            "story 1"
+        }
         with pytest.raises(StoreError, match="no tokens"):
-            store.search("alice", "")
+            store.bank("alice").search_text("")
     with (
         MemoryStore.open(tmp_path / "m", mode="read") as store,
         pytest.raises(StoreError, match=r"needs the model: MemoryStore.open\(path, model=...\)"),
     ):
-        store.search("alice", "old map")
-
-
-def test_explanations_lead_back_to_documents_of_the_store(store: MemoryStore, model: LongMem) -> None:
-    bank = store.bank(["nobody", "alice"])
-    explanation = model(ids(12)[None], memory=bank, memory_rows=torch.tensor([1]), explain=True).explanation
-    readings = explanation.over()
-    assert sum(reading.share for reading in readings) == pytest.approx(float(explanation.share.mean()))
-    for reading in readings:
-        assert reading.row == 1
-        assert reading.origin == bank.provenance(1, reading.chunk)
-        tokens = dict(DOCUMENTS)[reading.origin.document]
-        shown = " ".join(map(str, tokens[reading.origin.start_token :][: reading.origin.length].tolist()))
-        assert bank.passage(reading.origin).text == shown
+        store.bank("alice").search_text("old map")
 
 
 # what is refused
 
 
 @pytest.mark.parametrize(
-    ("rows", "heads", "num", "chosen", "message"),
+    ("heads", "num", "chosen", "message"),
     [
-        (3, 4, 2, None, r"queries have 3 rows, the bank has 2; pass rows="),
-        (1, 4, 2, [2], r"rows \(2\) must lie in 0..1"),
-        (2, 4, 2, [0], r"rows \(1 entries\) must have one per row of the queries \(2\)"),
-        (2, 3, 2, None, "a multiple of the bank's 2 key/value heads"),
-        (2, 4, 0, None, r"num_chunks \(0\)"),
+        (4, 2, [0, 2], r"rows \(2\) must lie in 0..0"),
+        (4, 2, [0], r"rows \(1 entries\) must have one per row of the queries \(2\)"),
+        (3, 2, None, "a multiple of the bank's 2 key/value heads"),
+        (4, 0, None, r"num_chunks \(0\)"),
     ],
 )
 def test_queries_that_do_not_fit_are_refused_in_one_line(
-    store: MemoryStore, rows: int, heads: int, num: int, chosen: list[int] | None, message: str
+    store: MemoryStore, heads: int, num: int, chosen: list[int] | None, message: str
 ) -> None:
-    bank = store.bank(["alice", "bob"])
+    bank = store.bank("alice")
     with pytest.raises(MemoryBankError, match=message):
-        bank.search(queries(bank, rows, heads=heads), num, None if chosen is None else torch.tensor(chosen))
+        bank.search(queries(bank, 2, heads=heads), num, None if chosen is None else torch.tensor(chosen))
 
 
-def test_wrong_settings_are_refused_in_one_line(store: MemoryStore, model: LongMem) -> None:
-    bank = store.bank(["alice", "bob"])
-    with pytest.raises(MemoryBankError, match=r"chunk \(99\) of row 1 is not there; it has 0"):
-        bank.provenance(1, 99)
-    with pytest.raises(MemoryBankError, match=r"row \(2\) must lie in 0..1"):
+def test_wrong_settings_are_refused_in_one_line(store: MemoryStore) -> None:
+    bank = store.bank("alice")
+    with pytest.raises(MemoryBankError, match=r"chunk \(99\) is not there; the bank has 52"):
+        bank.provenance(0, 99)
+    with pytest.raises(MemoryBankError, match=r"row \(2\) must be 0"):
         bank.provenance(2, 0)
-    with pytest.raises(ConfigError, match=r"max_tokens \(0\).*keep \('disk'\)"):
-        store.bank("alice", keep="disk", max_tokens=0)
-    with pytest.raises(ConfigError, match=r"write \['letter 1'\]"):
-        store.bank("alice", documents="letter 1")
-    with pytest.raises(ConfigError, match=r"index \('fast'\) must be one of exact"):
-        store.bank("alice", index="fast")
-    with pytest.raises(ConfigError, match="at least one name"):
-        store.bank([])
+    for settings, message in (
+        ({"keep": "disk", "max_tokens": 0}, r"max_tokens \(0\).*keep \('disk'\)"),
+        ({"documents": "letter 1"}, r"write \['letter 1'\]"),
+        ({"index": "fast"}, r"index \('fast'\) must be one of exact"),
+        ({"namespace": ["alice"]}, "for several, pass a list of banks"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            store.bank(**{"namespace": "alice", **settings})
     with pytest.raises(StoreError, match="no document 'letter 9'"):
         store.bank("alice", documents=["letter 9"])
     with pytest.raises(StoreError, match=r"read-only; add to bank.session\(\)"):
         bank.add(AttentionKV(torch.zeros(1), torch.zeros(1)))
     with pytest.raises(MemoryBankError, match="written by backbone"):
-        make_model("gpt2")(ids(12)[None], memory=bank, memory_rows=torch.tensor([0]))
+        make_model("gpt2")(ids(12)[None], memory=bank)
 
 
 def test_a_closed_store_closes_its_banks(store: MemoryStore) -> None:
@@ -545,117 +447,30 @@ def by_chunk(found: RetrievedMemory) -> Tensor:
     return values.gather(3, order.cpu().expand(*order.shape[:4], *values.shape[4:]))
 
 
-# threads
+# several layers
 
 
-def test_threads_share_a_bank_while_documents_are_forgotten(store: MemoryStore, model: LongMem) -> None:
-    bank = store.bank("alice")
-    asked = queries(bank)
-    allowed = {
-        count: memory_bank(store, model, DOCUMENTS[count:]).search(asked, 200).scores for count in range(len(DOCUMENTS))
-    }
-    wrong: list[str] = []
-
-    def read() -> None:
-        for _ in range(40):
-            scores = bank.search(asked, 200).scores
-            if not any(torch.equal(scores, each) for each in allowed.values()):
-                wrong.append("a search saw something in between")
-
-    threads = [threading.Thread(target=read) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for number in range(3):
-        store.forget("alice", name=f"letter {number}")
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    assert found_names(bank) == {"letter 3"}
-
-
-def test_a_memory_bank_and_a_store_bank_serve_one_batch(store: MemoryStore, model: LongMem) -> None:
-    from longmem.memory.session import JoinedMemory
-
-    twin = memory_bank(store, model, DOCUMENTS[:2])
-    both: MemoryBank | JoinedMemory = JoinedMemory([store.bank("alice"), twin])
-    prompts = torch.stack([ids(12, seed=5), ids(12, seed=6)])
-    explanation = model(prompts, memory=both, explain=True).explanation
-    assert {reading.origin.namespace for reading in explanation.over(row=0)} == {"alice"}
-    assert {reading.origin.namespace for reading in explanation.over(row=1)} == {None}
-
-
-def test_a_refresh_that_finds_nothing_new_follows_files_that_moved(store: MemoryStore) -> None:
-    fill(store, "bob", [("diary", ids(9, seed=70))])
-    bank = store.bank("alice").load()
-    before = bank.search(queries(bank), 100)
-    store.forget("bob", name="diary")
-    store.compact()
-    assert not bank.refresh()
-    same(bank.search(queries(bank), 100), before)
-    assert bank._runs.arrays.generation == 2
-
-
-class TwoLayers:
-    """An encoder of two remembered layers: the heads of a one-layer model, and the same heads again, changed."""
-
-    memory_layers = (1, 3)
-
-    def __init__(self, model: LongMem) -> None:
-        self._model = model
-        self.config, self.device, self.fingerprint = model.config, model.device, model.fingerprint
-        self.memory_heads, self.memory_head_dim = model.memory_heads, model.memory_head_dim
-
-    def encode(self, input_ids: Tensor) -> AttentionKV:
-        kv = self._model.encode(input_ids)
-        return AttentionKV(torch.cat([kv.keys, -kv.keys.flip(1)], 1), torch.cat([kv.values, 2 * kv.values], 1))
-
-
-@pytest.mark.parametrize("keep", KEEPS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_each_of_two_layers_is_searched_alone(tmp_path: Path, model: LongMem, keep: str, dtype: str) -> None:
-    both: Any = TwoLayers(model)
-    with (
-        make_store(tmp_path / "two", both, dtype=dtype) as store,
-        make_store(tmp_path / "one", model, dtype=dtype) as one,
-    ):
-        fill(store)
-        fill(one)
-        bank, first = store.bank("alice", keep=keep), one.bank("alice", keep=keep)
-        assert (bank.heads_kv, bank.layers, bank.memory_layers) == (first.heads_kv, 2, (1, 3))
-        asked = queries(bank)
-        for forget in (None, "letter 1"):
-            if forget:
-                store.forget("alice", name=forget)
-                one.forget("alice", name=forget)
-            same(bank.search(asked, 5), first.search(asked, 5))
-            second = bank.search(asked, 5, layer=1)
-            assert second.layer_heads in (None, bank.heads_kv)
-            # the second layer has the first one's keys turned round: its best are found by turned queries
-            turned = first.search(-asked.unflatten(1, (bank.heads_kv, -1)).flip(1).flatten(1, 2), 5)
-            torch.testing.assert_close(
-                second.scores, turned.scores.unflatten(1, (bank.heads_kv, -1)).flip(1).flatten(1, 2)
-            )
-            assert all(bank.provenance(0, chunk).document != forget for chunk in second.chunks.flatten().tolist())
-        with pytest.raises(MemoryBankError, match=r"layer \(2\) must lie in 0..1"):
-            bank.search(asked, 5, layer=2)
-        with pytest.raises(StoreError, match=r"layers 1, 3\), this model is .*layer"):
-            MemoryStore.open(tmp_path / "two", model=model, mode="read")
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3", "alibi_gpt"])
-def test_a_model_of_two_layers_reads_a_store_as_it_reads_a_memory_bank(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "keep"),
+    [("llama", "map"), ("gpt2", "memory"), ("gemma2", "device"), ("qwen3", "map"), ("alibi_gpt", "memory")],
+)
+def test_a_model_of_two_layers_reads_a_store_as_it_reads_a_memory_bank(tmp_path: Path, name: str, keep: str) -> None:
     model = make_model(name, memory_layers=(1, 3))
     with make_store(tmp_path / "memory", model) as store, make_store(tmp_path / "int8", model, dtype="int8") as small:
         fill(store)
         fill(small)
-        bank, twin = store.bank("alice"), memory_bank(store, model, DOCUMENTS)
+        bank, twin = store.bank("alice", keep=keep), memory_bank(store, model, DOCUMENTS)
         assert store.layout.memory_layers == bank.memory_layers == (1, 3)
         asked = queries(bank, heads=2 * bank.heads_kv)
         for layer in range(2):
             same(bank.search(asked, 5, layer=layer), twin.search(asked, 5, layer=layer))
-            found = small.bank("alice").search(asked, 5, layer=layer)
+            found = small.bank("alice", keep=keep).search(asked, 5, layer=layer)
             assert torch.equal(found.chunks, bank.search(asked, 5, layer=layer).chunks)
         assert not torch.equal(bank.search(asked, 5).chunks, bank.search(asked, 5, layer=1).chunks)
+        with pytest.raises(MemoryBankError, match=r"layer \(2\) must lie in 0..1"):
+            bank.search(asked, 5, layer=2)
+        with pytest.raises(StoreError, match=r"layers 1, 3\), this model is .*layer"):
+            MemoryStore.open(tmp_path / "memory", model=make_model(name), mode="read")
         prompt = ids(12, seed=50)[None]
         assert torch.equal(model(prompt, memory=bank).logits, model(prompt, memory=twin).logits)
         settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

@@ -20,10 +20,35 @@ import torch
 from tests.store.small import open_small, quick_folder, state_of, words
 
 from longmem.errors import StoreFull
-from longmem.store import MemoryStore, NewDocument, adding, disk
-from longmem.store.disk import FAILPOINTS
+from longmem.store import MemoryStore, NewDocument, disk
 
 Act = Callable[[MemoryStore], object]
+FAILPOINTS = (
+    "create.folder",  # the folder and the lock exist, no catalog
+    "append.written",  # chunks are in the data files, not durable, unknown to the catalog
+    "append.synced",
+    "commit.begun",  # all rows are written, the transaction is open
+    "commit.done",
+    "compact.copied",  # the new generation is complete, the catalog still names the old one
+    "compact.committed",  # the catalog names the new generation, the old files are still there
+    "compact.unlinked",
+    "compact.vacuumed",
+    "export.written",
+)
+
+
+def failing(place: str, count: int = 1, code: int = 0) -> Callable[[str], None]:
+    """Kill this process the ``count``-th time that it comes to a place, or raise an ``OSError`` of this code there."""
+    left = [count]
+
+    def reached(name: str) -> None:
+        left[0] -= name == place
+        if name == place and not left[0]:
+            if not code:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(code, os.strerror(code))
+
+    return reached
 
 
 def fill(store: MemoryStore) -> None:
@@ -82,11 +107,10 @@ def in_child(act: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def changed(path: Path, act: Act, failpoint: str = "") -> None:
-    """Open a store and change it, dying or failing where this says."""
-    os.environ["LONGMEM_FAILPOINT"] = failpoint
-    disk._reached.clear()
-    with patch.object(adding, "COMMIT_BYTES", 1), open_small(path) as store:
+def changed(path: Path, act: Act, place: str = "", count: int = 1) -> None:
+    """Open a store and change it, dying where this says."""
+    disk.reached = failing(place, count)
+    with open_small(path) as store:
         act(store)
 
 
@@ -109,19 +133,19 @@ def test_killed_at_every_named_point_it_is_before_or_after(name: str) -> None:
     with quick_folder() as folder:
         origin, path, killed = prepared(folder, name), folder / "memory", 0
 
-        def trial(failpoint: str) -> int:
+        def trial(*failpoint: Any) -> int:
             shutil.rmtree(path, ignore_errors=True)
             (folder / "out.tar").unlink(missing_ok=True)
             if name != "create":
                 shutil.copytree(origin, path)
-            return in_child(partial(changed, path, act, failpoint))
+            return in_child(partial(changed, path, act, *failpoint))
 
         before = ({}, []) if name == "create" else state(origin)
-        assert trial("") == 0
+        assert trial() == 0
         after = state(path)
         for point in FAILPOINTS:
             for count in range(1, 100):
-                status = trial(f"{point}:{count}")
+                status = trial(point, count)
                 if status == 0:
                     break
                 assert status == -signal.SIGKILL
@@ -145,11 +169,10 @@ def test_a_full_disk_gives_one_line_and_the_state_as_before(
     path = prepared(tmp_path, name)
     before = state(path)[0]
     with open_small(path) as store:
-        monkeypatch.setenv("LONGMEM_FAILPOINT", f"{point}=ENOSPC")
-        disk._reached.clear()
+        monkeypatch.setattr(disk, "reached", failing(point, code=errno.ENOSPC))
         with pytest.raises((StoreFull, OSError), match=r"No space left on device[^\n]*$"):
             OPERATIONS[name](store)
-        monkeypatch.delenv("LONGMEM_FAILPOINT")
+        monkeypatch.undo()
         assert {space: [{**each, "id": 0} for each in rows] for space, rows in state_of(store).items()} == before
         OPERATIONS[name](store)  # once there is room, work goes on in the same process
         assert store.verify().clean
@@ -279,7 +302,7 @@ def read_beside(path: Path, ends: float, result: Path) -> None:
     with open_small(path, mode="read") as store:
         bank = store.bank("alice")
         while time.time() < ends:
-            with store.room.catalog.read():
+            with store.catalog.read():
                 documents = {each.name: store.text("alice", each.name) for each in store.documents("alice")}
             number = int(documents.pop("clock").strip() or 0)
             assert number >= last, (number, last)

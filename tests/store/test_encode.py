@@ -12,15 +12,14 @@ from tests.family_table import V, make_backbone
 from tests.store.small import NumberModel
 
 from longmem import LongMem, MemoryBank, MemoryStore
-from longmem.store.encode import Encoder, window_of
+from longmem.store.encode import Encoder, new_layout
 from longmem.store.records import Layout
-from longmem.store.room import _new_layout
 
 SEGMENT = 24
 
 
 def layout_of(model: LongMem) -> Layout:
-    return _new_layout(Path("x"), model, "float32", 4, SEGMENT)
+    return new_layout(model, "float32", 4, SEGMENT)
 
 
 @pytest.mark.parametrize("family", ["alibi_gpt", "gpt2", "llama", "qwen3", "mixtral", "gemma2", "bloom", "gpt-neox"])
@@ -69,22 +68,6 @@ def test_a_real_tokenizer_and_backbone_keep_every_character(
         assert store.text("alice", "as ids") == text + text[:33]
 
 
-def test_the_tokenizer_of_the_backbone_is_found(tmp_path: Path, tiny_backbone: Any, byte_tokenizer: Any) -> None:
-    tiny_backbone.save_pretrained(tmp_path / "backbone")
-    byte_tokenizer.save_pretrained(tmp_path / "backbone")
-    model = LongMem.from_backbone(str(tmp_path / "backbone"), chunk_size=4, num_retrieved=8, memory_size=64).eval()
-    with MemoryStore.open(tmp_path / "memory", model=model) as store:
-        assert store.add_document("alice", "hello there", name="a").tokens == 11
-        assert store.layout.segment_tokens == 32 and store.layout.backbone == str(tmp_path / "backbone")
-        assert store.tokenizer is not None and store.model is model
-
-
-def test_experts_get_one_segment_at_a_time() -> None:
-    torch.manual_seed(1)
-    model = LongMem.from_backbone(make_backbone("mixtral"), chunk_size=4, num_retrieved=8, memory_size=64).eval()
-    assert Encoder(model, layout_of(model)).rows(16) == 1
-
-
 def test_batches_have_a_shape_for_each_length() -> None:
     model = NumberModel()
     seen = set()
@@ -99,7 +82,6 @@ def test_batches_have_a_shape_for_each_length() -> None:
     encoder = Encoder(model, layout, batch_tokens=400)
     list(encoder.encode([np.zeros(size, dtype=np.uint32) for size in (1, 16, 17, 33, 65, 100, 1000)]))
     assert seen == {(25, 16), (12, 32), (6, 64), (4, 100)}
-    assert window_of(model) == 64
 
 
 def test_the_tokenizer_is_found_where_a_checkpoint_names_its_backbone_from_its_own_folder(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.family_table import V
-from tests.parity.released import ReleasedBank
 from tests.store.banks import make_model as make
 from torch import Tensor
 
@@ -87,15 +86,6 @@ def test_every_chunk_found_is_led_back_to_its_document_and_offset() -> None:
     assert model(ids(), explain=True).explanation is None
 
 
-def test_readings_work_while_recomputing_in_training() -> None:
-    model = make()
-    model.gradient_checkpointing_enable()
-    model.train()
-    out = model(ids(), memory=filled(model), labels=ids(), explain=True)
-    out.loss.backward()
-    torch.testing.assert_close(out.explanation.share, out.share)
-
-
 def test_readings_of_a_token_sum_to_its_share_and_name_the_heads() -> None:
     model = make()
     explanation = model(ids(), memory=filled(model), explain=True).explanation
@@ -114,17 +104,6 @@ def test_readings_of_a_token_sum_to_its_share_and_name_the_heads() -> None:
     assert explanation.token(3, row=1, top=2) == explanation.token(3, row=1)[:2]
 
 
-def test_readings_over_tokens_are_means_of_the_readings_of_each() -> None:
-    model = make()
-    explanation = model(ids(), memory=filled(model), explain=True).explanation
-    together = {reading.chunk: reading.share for reading in explanation.over([2, 7])}
-    apart: dict[int, float] = {}
-    for position in (2, 7):
-        for reading in explanation.token(position):
-            apart[reading.chunk] = apart.get(reading.chunk, 0.0) + reading.share / 2
-    assert together == pytest.approx(apart)
-
-
 def test_generate_collects_one_explanation_per_call() -> None:
     model = make()
     bank, readings = filled(model, rows=1), []
@@ -135,14 +114,3 @@ def test_generate_collects_one_explanation_per_call() -> None:
     for step, each in enumerate(readings):
         assert torch.equal(each.chunks[0, :, -1], whole.chunks[0, :, 11 + step])
         torch.testing.assert_close(each.shares[0, :, -1], whole.shares[0, :, 11 + step])
-
-
-def test_what_released_eviction_reads_of_nothing_has_no_chunk() -> None:
-    model = make()
-    bank = ReleasedBank(2, 64, model.memory_heads, model.memory_head_dim, model.config.chunk_size)
-    bank.add(model.encode(ids(2, 3, seed=3)))
-    explanation = model(ids(), memory=bank, explain=True).explanation
-    readings = explanation.over()
-    assert sorted(reading.chunk for reading in readings) == [0, 1, 2]
-    # zeros take part there: they get some of the share and name no document
-    assert sum(reading.share for reading in readings) < float(explanation.share[0].mean())

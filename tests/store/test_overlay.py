@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longmem import LongMem
 from longmem.errors import ConfigError, MemoryBankError, StoreError
-from longmem.store.overlay import SessionBank
+from longmem.store.bank import SessionBank
 from longmem.store.store import MemoryStore
 from longmem.types import AttentionKV
 
@@ -58,13 +58,11 @@ def test_what_is_said_stays_in_its_session_until_commit(store: MemoryStore, mode
     say(session, model, said[8:])
     assert store.documents("alice")[0].name == "letter"
     assert other.search(queries(bank), 99).chunk_mask.sum(-1).max() == 11
-    version = session.version
     receipt = session.commit("talk", source="chat", metadata={"kind": "talk"}, time=5.0)
     assert (receipt.status, receipt.tokens) == ("added", 13)
     document = store.document("alice", "talk")
     assert (document.source, document.metadata, document.added) == ("chat", {"kind": "talk"}, 5.0)
     assert torch.equal(torch.from_numpy(store.token_ids("alice", "talk").astype("int64")), said)
-    assert session.version != version
     assert session.tokens.tolist() == [0]
     # it goes on being found, now underneath, once
     assert found_names(bank) == {"letter", "talk"}
@@ -110,22 +108,18 @@ def test_an_unwritten_or_dropped_session_is_the_bank_underneath_bit_for_bit(stor
 
 
 def test_rows_of_a_session_do_not_see_each_other(store: MemoryStore, model: LongMem) -> None:
-    store.add_document("bob", ids=ids(9, seed=7), name="diary")
-    session = store.bank(["alice", "bob"]).session()
-    kv = model.encode(torch.stack([ids(8, seed=20), ids(8, seed=21)]))
-    session.add(kv, ids=torch.stack([ids(8, seed=20), ids(8, seed=21)]))
+    session = store.bank("alice").session(rows=2)
+    said = torch.stack([ids(8, seed=20), ids(8, seed=21)])
+    kv = model.encode(said)
+    session.add(kv, ids=said)
     asked = queries(session.documents, rows=2)
     together = session.search(asked, 20)
-    for row, namespace in enumerate(("alice", "bob")):
-        alone = store.bank(namespace).session()
+    for row in range(2):
+        alone = store.bank("alice").session()
         alone.add(AttentionKV(kv.keys[row : row + 1], kv.values[row : row + 1]))
-        found = alone.search(asked[row : row + 1], 20)
-        torch.testing.assert_close(together.scores[row : row + 1], found.scores)
-        for chunk in together.chunks[row][together.chunk_mask[row]].unique().tolist():
-            assert session.provenance(row, chunk).namespace in (namespace, None)
+        torch.testing.assert_close(together.scores[row : row + 1], alone.search(asked[row : row + 1], 20).scores)
     session.commit("said", row=1)
-    assert [document.name for document in store.documents("bob")] == ["diary", "said"]
-    assert [document.name for document in store.documents("alice")] == ["letter"]
+    assert store.token_ids("alice", "said").tolist() == said[1].tolist()
     assert session.tokens.tolist() == [8, 0]
 
 
@@ -136,53 +130,6 @@ def test_what_is_forgotten_underneath_is_gone_from_a_running_session(store: Memo
     store.forget("alice", name="letter")
     found = session.search(queries(session.documents), 99)
     assert {session.provenance(0, chunk).document_id for chunk in found.chunks[found.chunk_mask].tolist()} == {None}
-
-
-def test_what_a_session_read_is_led_back_to_text(
-    tmp_path: Path, tiny_backbone: torch.nn.Module, byte_tokenizer: object, made_text: object
-) -> None:
-    model = LongMem.from_backbone(tiny_backbone, chunk_size=4, num_retrieved=16).eval()
-    text = made_text(20)
-    with MemoryStore.open(tmp_path / "m", model=model, tokenizer=byte_tokenizer, segment_tokens=16) as store:
-        store.add_document("alice", text, name="story")
-        session = store.bank("alice").session()
-        said = "I lost the silver key near the old well."
-        tokens = torch.tensor(byte_tokenizer(said, add_special_tokens=False)["input_ids"])
-        for part in tokens.split(16):
-            say(session, model, part, documents=["talk"])
-        explanation = model(tokens[None, :12], memory=session, explain=True).explanation
-        origins = [reading.origin for reading in explanation.over()]
-        assert {origin.document for origin in origins} == {"story", "talk"}
-        for origin in origins:
-            whole = text if origin.document == "story" else said
-            passage = session.passage(origin, around=6)
-            start, end = origin.start_token, origin.start_token + origin.length
-            assert passage.text == whole[start:end]
-            assert passage.before == whole[max(0, start - 6) : start]
-            assert passage.after == whole[end : end + 6]
-        hits = session.search_text("the silver key", top=50)
-        assert {hit.origin.document for hit in hits} == {"story", "talk"}
-        assert all(hit.passage.text in (said if hit.origin.document == "talk" else text) for hit in hits)
-
-
-def test_documents_and_offsets_of_a_session_are_kept_apart(store: MemoryStore, model: LongMem) -> None:
-    session = store.bank("alice").session()
-    say(session, model, ids(5, seed=20), documents=["a"])
-    say(session, model, ids(4, seed=21), documents=["b"], offsets=[10])
-    say(session, model, ids(4, seed=22))
-    session.end_document()
-    say(session, model, ids(6, seed=23))
-    shown = {}
-    found = session.search(queries(session.documents), 99)
-    for chunk in found.chunks[found.chunk_mask].unique().tolist():
-        origin = session.provenance(0, chunk)
-        if origin.document_id is None:
-            shown[origin.document, origin.start_token] = session.passage(origin, around=1)
-    b = torch.cat([ids(4, seed=21), ids(4, seed=22)]).tolist()
-    a, last = ids(5, seed=20).tolist(), ids(6, seed=23).tolist()
-    assert shown["a", 4].text == str(a[4]) and shown["a", 4].after == ""
-    assert shown["b", 14].text == f"{b[4]} {b[5]}" and shown["b", 14].before == str(b[3])
-    assert shown[None, 0].text == f"{last[0]} {last[1]}" and shown[None, 0].before == ""
 
 
 def test_padding_is_not_part_of_what_is_committed(store: MemoryStore, model: LongMem) -> None:
@@ -204,18 +151,8 @@ def test_what_cannot_be_committed_is_refused_in_one_line(store: MemoryStore, mod
     with pytest.raises(MemoryBankError, match=r"ids of \[3\] tokens must be those of the keys, \[8\] real tokens"):
         session.add(model.encode(ids(8, seed=20)[None]), ids=[ids(3)])
     assert session.tokens.tolist() == [8]
-    found = session.search(queries(session.documents), 99)
-    own = next(
-        origin
-        for chunk in found.chunks[found.chunk_mask].tolist()
-        if (origin := session.provenance(0, chunk)).document_id is None
-    )
-    with pytest.raises(StoreError, match="has no text in this session"):
-        session.passage(own)
     with pytest.raises(ConfigError, match="multiple of chunk_size"):
         store.bank("alice").session(capacity_tokens=7)
-    with pytest.raises(MemoryBankError, match="has 2 rows"):
-        store.bank(["alice", "bob"]).session(rows=3)
 
 
 def test_a_commit_that_fails_leaves_the_session_as_it_was(store: MemoryStore, model: LongMem) -> None:

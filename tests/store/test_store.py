@@ -22,7 +22,7 @@ import torch
 from tests.store.small import MODEL, TOKENIZER, NumberModel, open_small, state_of, words
 from tests.store.twin import Twin, make_document
 
-from longmem.errors import StoreDamaged, StoreError, StoreFull, StoreLocked
+from longmem.errors import StoreDamaged, StoreError, StoreLocked
 from longmem.store import MemoryStore, NewDocument, Progress
 from longmem.store import catalog as catalogs
 
@@ -99,8 +99,6 @@ def test_a_second_writer_is_refused_by_name(store: MemoryStore) -> None:
             r"written by backbone numbers \(numbers-2-4-0, layer 1\), this model is numbers",
         ),
         ({"mode": "append"}, "mode .'append'. must be 'write' or 'read'"),
-        ({"dtype": "float8"}, "dtype .'float8'. must be one of float32"),
-        ({"batch_tokens": 0}, "batch_tokens .0. must be at least 1"),
     ],
 )
 def test_what_does_not_fit_the_store_is_refused_in_one_line(store: MemoryStore, how: Any, message: str) -> None:
@@ -131,6 +129,8 @@ def test_what_is_no_store_is_refused_in_one_line(tmp_path: Path) -> None:
         StoreError, match=r"segment_tokens \(7\) must be a positive multiple of chunk_size \(2\); try .*=8"
     ):
         MemoryStore.open(tmp_path / "none", model=MODEL, segment_tokens=7)
+    with pytest.raises(StoreError, match=r"dtype \('float8'\) must be one of float32"):
+        MemoryStore.open(tmp_path / "none", model=MODEL, dtype="float8")
     with pytest.raises(StoreError, match=r"segment_tokens \(80\) must not exceed the backbone's window of 64"):
         MemoryStore.open(tmp_path / "none", model=MODEL, segment_tokens=80)
     assert not (tmp_path / "none").exists()
@@ -198,19 +198,18 @@ def test_fifty_namespaces_never_see_each_other(store: MemoryStore) -> None:
     for number in range(MANY):
         text = words(number % 7, 60 + number)  # every seventh begins with the same text
         store.add_document(f"user {number}", text, name="diary", metadata={"of": number})
-    spaces = [f"user {number}" for number in range(MANY)]
-    bank = store.bank(spaces)
-    found = bank.search(torch.randn(MANY, 2, 3, 4, generator=torch.Generator().manual_seed(0)), 200)
-    for row, space in enumerate(spaces):
-        assert int(bank.tokens[row]) == 61 + row
+    banks = {f"user {number}": store.bank(f"user {number}") for number in range(MANY)}
+    for row, (space, bank) in enumerate(banks.items()):
+        assert int(bank.tokens) == 61 + row
         assert [each.metadata for each in store.documents(space)] == [{"of": row}]
-        for chunk in found.chunks[row][found.chunk_mask[row]].unique().tolist():
-            assert bank.provenance(row, chunk).namespace == space
+        found = bank.search(torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(0)), 200)
+        for chunk in found.chunks[found.chunk_mask].unique().tolist():
+            assert bank.provenance(0, chunk).namespace == space
     for number in range(0, MANY, 2):
         store.forget(f"user {number}", everything=True)
     store.compact()
-    found = bank.search(torch.ones(MANY, 2, 1, 4), 200)
-    assert found.chunk_mask.flatten(1).any(1).tolist() == [bool(number % 2) for number in range(MANY)]
+    for row, bank in enumerate(banks.values()):
+        assert bool(bank.search(torch.ones(1, 2, 1, 4), 200).chunk_mask.any()) == bool(row % 2)
     assert store.verify().clean
 
 
@@ -232,7 +231,7 @@ def test_what_is_forgotten_is_what_was_asked_for(store: MemoryStore, how: Any, l
     fill(store)
     with pytest.raises(StoreError, match="nothing was forgotten"):
         store.forget("alice")
-    with pytest.raises(StoreError, match="no document 'x' to forget"):
+    with pytest.raises(StoreError, match="no document 'x'"):
         store.forget("alice", name="x")
     report = store.forget("alice", **how)
     assert [each.name for each in store.documents("alice")] == left
@@ -344,19 +343,6 @@ def test_a_damaged_catalog_is_said_in_one_line(store: MemoryStore) -> None:
     with pytest.raises(StoreDamaged) as caught, open_small(store.path) as again:
         state_of(again)
     assert "\n" not in str(caught.value)
-
-
-def test_a_full_catalog_gives_one_line_and_the_state_as_before(store: MemoryStore) -> None:
-    fill(store)
-    before = state_of(store)
-    db = store.room.catalog._db
-    pages = db.execute("PRAGMA page_count").fetchone()[0]
-    db.execute(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(StoreFull, match=r"full.*nothing was changed: make room"):
-        store.add_document("alice", words(9, 40_000), name="large")
-    assert state_of(store) == before
-    db.execute("PRAGMA max_page_count = 100000")
-    assert store.add_document("alice", words(9, 40_000), name="large").status == "added"
 
 
 # moving

@@ -163,7 +163,6 @@ def _new_documents(
     A line of JSON that says what cannot be used is a DataError, or left out with ``--undecodable skip``.
     """
     from longmem.store.records import NewDocument
-    from longmem.store.room import check_names
 
     def when(key: str, read: Callable[[object], float]) -> Any:
         return given[key] if given[key] is not None or record.get(key) is None else read(record[key])
@@ -181,7 +180,7 @@ def _new_documents(
                 expires=when("expires", shared.expiry),
                 replace=given["way"] == "replace",
             )
-            check_names(namespace, new)
+            new.check(namespace)
         except (ValueError, TypeError, OverflowError, StoreError) as error:
             if not record:
                 raise
@@ -409,11 +408,11 @@ def size(heads_kv: int | None, head_dim: int | None, layers: int, chunk_size: in
     read for the chunks that are found); and, to compare, a full cache of all layers. In all, on disk, in 16 and in 8
     bits: keys and values, mean keys, token ids and text.
     """
-    from longmem.store.sizes import BACKBONES, BackboneShape, memory_size, size_table
+    from longmem.store.records import BACKBONES, BackboneShape, memory_size, size_table
 
     backbones = BACKBONES
     if heads_kv is not None and head_dim is not None:
-        backbones = (BackboneShape("this one", layers, heads_kv, head_dim),)
+        backbones = [BackboneShape("this one", layers, heads_kv, head_dim)]
     elif heads_kv is not None or head_dim is not None:
         raise StoreError("--heads-kv and --head-dim go together; give both, or neither for the table")
     try:
@@ -424,6 +423,10 @@ def size(heads_kv: int | None, head_dim: int | None, layers: int, chunk_size: in
         for line in shared.columns(*size_table(backbones, chunk_size=chunk_size, tokens=tokens)):
             click.echo(line)
         return
-    sizes = [memory_size(each, chunk_size=chunk_size, dtype=kind) for each in backbones for kind in ("float16", "int8")]
-    disk = [{"disk": each.disk, "disk_bytes": {str(n): each.disk_bytes(n) for n in tokens}} for each in sizes]
-    shared.print_json({"sizes": [{**asdict(each), **more} for each, more in zip(sizes, disk, strict=True)]})
+    sizes: list[dict[str, Any]] = []
+    for backbone in backbones:
+        for dtype in ("float16", "int8"):
+            taken = memory_size(backbone, chunk_size=chunk_size, dtype=dtype)
+            disk = {"disk_bytes": {str(count): round(taken["disk"] * count) for count in tokens}}
+            sizes.append({"backbone": asdict(backbone), "chunk_size": chunk_size, "dtype": dtype, **taken, **disk})
+    shared.print_json({"sizes": sizes})

@@ -19,8 +19,8 @@ SCORES_AT_ONCE = {"cpu": 1 << 20, "gpu": 1 << 26}
 class Index:
     """Finds, for every query, the chunk keys with the largest inner product.
 
-    The memory owns the keys and passes them to each search. ``written``, ``cleared`` and ``kept`` tell an index that
-    keeps a structure of its own what has changed. One index serves one remembered layer. Several threads may search at
+    The memory owns the keys and passes them to each search. ``written`` and ``cleared`` tell an index that keeps a
+    structure of its own what has changed. One index serves one remembered layer. Several threads may search at
     once.
     """
 
@@ -47,9 +47,6 @@ class Index:
 
     def cleared(self, rows: Tensor) -> None:
         """These rows hold nothing any more."""
-
-    def kept(self, row: int, slots: Tensor) -> None:
-        """Of this row only the keys of ``slots`` (n,), ascending, are left; they moved up to the first n slots."""
 
 
 class ExactIndex(Index):
@@ -201,10 +198,6 @@ class FaissIndex(Index):
         """See ``Index.cleared``."""
         for row in rows.tolist():
             self._rows.pop(row, None)
-
-    def kept(self, row: int, slots: Tensor) -> None:
-        """See ``Index.kept``; the file is built anew."""
-        self._rows.pop(row, None)
 
 
 class _Files:

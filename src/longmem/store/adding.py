@@ -1,51 +1,63 @@
 """Adding documents: pieces that are not there yet are encoded, written and committed as they come, a document with its
 last piece. No reader sees half of one, and an add that was interrupted finds its pieces again.
+
+Who encodes is this process, several on this machine (``ProcessPoolExecutor``), or actors of a Ray cluster. A worker is
+given the backbone as ``save_pretrained`` writes it, so that it has the writer's weights wherever they came from; the
+fingerprint is compared. Batches come back in order: the store does not depend on who encoded what.
 """
 
 from __future__ import annotations
 
-import json
+import multiprocessing
+import re
 import sqlite3
+import tempfile
 import time as clock
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cache, partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any, TypeVar
 
-from longmem.errors import StoreError
-from longmem.store.catalog import insert
+import torch
+
+from longmem.errors import LongMemError, StoreError
+from longmem.store.catalog import Catalog
 from longmem.store.disk import StoredChunks, append
-from longmem.store.encode import Ids, Tokens, cut, joined_tokens, tokens_of
-from longmem.store.records import DocumentInfo, NewDocument, Progress, Receipt, Report, Status
-from longmem.store.room import Room, check_names, composed
-from longmem.store.workers import Team
+from longmem.store.encode import Encoder, Ids, Tokens, cut, joined_tokens
+from longmem.store.records import (
+    DocumentInfo,
+    Layout,
+    NewDocument,
+    Progress,
+    Receipt,
+    Report,
+    Status,
+    composed,
+    metadata_text,
+    no_document,
+)
 
-COMMIT_BYTES = 64 << 20
-COMMIT_SECONDS = 30.0
-"""An interruption costs at most the encoding of about so long."""
 BATCH_DOCUMENTS = 1024
-Pieces = Sequence[tuple[int | None, int]]  # number in the catalog, and how many of its tokens
-
-
-@dataclass(frozen=True)
-class _Append:
-    """What an append leaves of the document."""
-
-    pieces: int  # the first ones
-    last_tokens: int  # of the last of them
-    revision: int  # of the document that this was planned on
+"""At most, in a batch, which else is full with the tokens of a piece; each is committed by itself."""
 
 
 @dataclass
-class _Document:
-    """A document on its way."""
+class Planned:
+    """A document on its way into the catalog."""
 
     namespace: str
     new: NewDocument  # as given, without text and ids
     metadata: str  # JSON
     tokens: int  # in it when it is written
     digest: bytes  # of the whole; unused by an append
-    append: _Append | None = None
-    pieces: list[tuple[bytes, int]] = field(default_factory=list)  # its new ones, digest and tokens
+    pieces: list[tuple[bytes, int]] = field(default_factory=list)  # its new ones: digest, and how many of its tokens
+    revision: int = 1  # of a new document; of an append, of the document that it was planned on
+    kept: list[tuple[int, int]] | None = None  # what an append leaves: pieces, and how many of the tokens of each
 
 
 @dataclass
@@ -53,93 +65,81 @@ class _Batch:
     """Pieces to encode, and the documents that are complete with them."""
 
     pieces: dict[bytes, Tokens] = field(default_factory=dict)
-    documents: list[_Document] = field(default_factory=list)
+    documents: list[Planned] = field(default_factory=list)
     tokens: int = 0  # those of known pieces, too
     name: str = ""
 
 
 class Adder:
-    """Adds documents to a store; holds a few batches and up to 64 MiB of encoded pieces.
+    """Adds documents to a store, batch by batch.
 
     Args:
         progress: told after every batch.
-        workers: who encodes, see ``workers.Team``.
+        workers: who encodes, see ``Team``.
 
     Raises:
         StoreError: workers that mean nothing, or a store opened to read.
     """
 
-    def __init__(self, room: Room, progress: Report | None = None, workers: int | str = 1) -> None:
-        room.writing()
-        self._room, self._progress = room, progress
-        self._team = Team(workers, room.encoder_needed, room.encoding)
-        self._pinned: set[int] = set()
-        self._coming: set[bytes] = set()  # pieces that are being encoded
-        self._done = 0
-        self._total: int | None = None
+    def __init__(
+        self, catalog: Catalog, encoder: Encoder, progress: Report | None = None, workers: int | str = 1
+    ) -> None:
+        catalog.writing()
+        self._catalog, self._encoder, self._progress = catalog, encoder, progress
+        self._team = Team(workers, encoder)
+        self._total: int | None = None  # tokens to read, where that is known
 
     def add(self, namespace: str, documents: Iterable[NewDocument]) -> Iterator[Receipt]:
         """Add documents; a receipt comes when its document is durable. See ``MemoryStore.add_documents``."""
         return self._run(self._plan(composed(namespace), new) for new in documents)
 
     def add_one(self, namespace: str, new: NewDocument, *, append: bool = False) -> Receipt:
-        """Add a document or, with ``append``, to one; the number of tokens to read is the total of the progress."""
+        """Add a document or, with ``append``, to one."""
         plan = (self._plan_append if append else self._plan)(composed(namespace), new)
         self._total = len(plan[1])
         return list(self._run(iter([plan])))[-1]
 
     # planning
 
-    def _plan(self, namespace: str, new: NewDocument) -> tuple[_Document, Tokens]:
+    def _plan(self, namespace: str, new: NewDocument) -> tuple[Planned, Tokens]:
         new = replace(new, name=composed(new.name))
-        check_names(namespace, new)
-        tokens = self._tokens(new, begin=True)
-        metadata = metadata_text(new.metadata, new.name)
-        plan = _Document(namespace, replace(new, text=None, ids=None), metadata, len(tokens), tokens.digest())
-        with self._room.catalog.read():
-            self._status(plan)  # refused before any work
+        new.check(namespace)
+        tokens = self._encoder.tokens(new.name, new.text, new.ids)
+        new, metadata = replace(new, text=None, ids=None), metadata_text(new.metadata, new.name)
+        plan = Planned(namespace, new, metadata, len(tokens), tokens.digest())
+        with self._catalog.read():
+            status_of(self._catalog, plan)  # refused before any work
         return plan, tokens
 
-    def _plan_append(self, namespace: str, new: NewDocument) -> tuple[_Document, Tokens]:
+    def _plan_append(self, namespace: str, new: NewDocument) -> tuple[Planned, Tokens]:
         """The last segment, if it is short, is encoded again together with what is new."""
-        new, size, catalog = replace(new, name=composed(new.name)), self._room.layout.segment_tokens, self._room.catalog
-        more = self._tokens(new, begin=False)
-        with self._room.guard, catalog.read():
-            document = catalog.live(namespace, new.name)
-            parts = catalog.parts(document.id)
-            last = catalog.tokens(parts[-1].piece)
-            if (last.text is None) != (more.text is None):
-                raise StoreError(
-                    f"document {new.name!r} was added as {'token ids' if last.text is None else 'text'}; "
-                    f"append {'ids=' if last.text is None else 'text'} to it"
-                )
-            whole = parts[-1].tokens // size * size
-            tail = last.slice(whole, parts[-1].tokens)
-            if whole:
-                kept = _Append(len(parts), whole, document.revision)
-            else:
-                kept = _Append(len(parts) - 1, parts[-2].tokens if len(parts) > 1 else 0, document.revision)
-            self._pinned.update(part.piece for part in parts)
-        plan = _Document(namespace, replace(new, text=None, ids=None), "", document.tokens + len(more), b"", kept)
-        return plan, joined_tokens([tail, more]) if whole < parts[-1].tokens else more
+        name, size, catalog = composed(new.name), self._catalog.layout.segment_tokens, self._catalog
+        tokens = self._encoder.tokens(name, new.text, new.ids, begin=False)
+        with catalog.read():
+            document = catalog.live(namespace, name)
+            kept = [(part.piece, part.tokens) for part in catalog.parts(document.id)]
+            piece, used = kept.pop()
+            last, whole = catalog.tokens(piece), used // size * size
+        if (last.text is None) != (tokens.text is None):
+            was, way_out = ("token ids", "ids=") if last.text is None else ("text", "text")
+            raise StoreError(f"document {name!r} was added as {was}; append {way_out} to it")
+        if whole:
+            kept.append((piece, whole))
+        if whole < used:
+            tokens = joined_tokens([last.slice(whole, used), tokens])
+        length = sum(count for _, count in kept) + len(tokens)
+        return Planned(namespace, NewDocument(name), "", length, b"", revision=document.revision, kept=kept), tokens
 
-    def _tokens(self, new: NewDocument, *, begin: bool) -> Tokens:
-        tokenizer = None if new.text is None else self._room.find_tokenizer(needed=True)
-        tokens = tokens_of(new.name, new.text, new.ids, tokenizer, begin=begin)
-        if self._room.encoder is not None:
-            self._room.encoder.check_ids(new.name, tokens.ids)
-        return tokens
-
-    def _batches(self, planned: Iterator[tuple[_Document, Tokens]]) -> Iterator[_Batch]:
-        batch, size = _Batch(), self._room.layout.piece_tokens
+    def _batches(self, planned: Iterator[tuple[Planned, Tokens]], pinned: set[int]) -> Iterator[_Batch]:
+        batch, size, coming = _Batch(), self._catalog.layout.piece_tokens, set[bytes]()
         for document, tokens in planned:
             batch.name = document.new.name
             for piece in cut(tokens, size):
                 digest = piece.digest()
                 document.pieces.append((digest, len(piece)))
                 batch.tokens += len(piece)
-                if digest not in self._coming and self._known(digest) is None:
-                    self._coming.add(digest)
+                if digest not in coming and known(self._catalog, digest, pinned) is None:
+                    coming.add(digest)
                     batch.pieces[digest] = piece
                     if sum(map(len, batch.pieces.values())) >= size:
                         yield batch
@@ -151,187 +151,280 @@ class Adder:
         if batch.documents or batch.pieces:
             yield batch
 
-    def _known(self, digest: bytes) -> int | None:
-        """The piece in the catalog; it stays there as long as this add goes on."""
-        with self._room.guard:
-            piece = self._room.catalog.piece_of(digest)
-            if piece is not None:
-                self._pinned.add(piece)
-            return piece
+    def _run(self, planned: Iterator[tuple[Planned, Tokens]]) -> Iterator[Receipt]:
+        done = 0
+        with self._catalog.pinning() as pinned, closing(self._team):
+            batches = self._batches(planned, pinned)
+            ids = ((batch, [tokens.ids for tokens in batch.pieces.values()]) for batch in batches)
+            for batch, chunks in self._team.encode(ids):
+                done += batch.tokens
+                if self._progress is not None:
+                    self._progress(Progress("encode", done, self._total, "tokens", batch.name))
+                yield from commit(self._catalog, pinned, batch.pieces, chunks, batch.documents)
 
-    # encoding and committing
 
-    def _run(self, planned: Iterator[tuple[_Document, Tokens]]) -> Iterator[Receipt]:
-        self._room.pinned.append(self._pinned)
-        ready: list[tuple[_Batch, list[StoredChunks]]] = []
-        held, last = 0, clock.monotonic()
-        try:
-            for batch, chunks in self._team.encode(self._batches(planned), _ids_of):
-                ready.append((batch, chunks))
-                held += sum(run.nbytes for run in chunks)
-                self._say(batch)
-                if held >= COMMIT_BYTES or clock.monotonic() - last > COMMIT_SECONDS:
-                    yield from self._commit(ready)
-                    ready, held, last = [], 0, clock.monotonic()
-            yield from self._commit(ready)
-        finally:
-            self._team.close()
-            self._room.pinned[:] = [each for each in self._room.pinned if each is not self._pinned]
+# documents and pieces in the catalog
 
-    def _say(self, batch: _Batch) -> None:
-        self._done += batch.tokens
-        if self._progress is not None:
-            self._progress(Progress("encode", self._done, self._total, "tokens", batch.name))
 
-    def _commit(self, ready: list[tuple[_Batch, list[StoredChunks]]]) -> list[Receipt]:
-        """Write what is encoded, and the documents that are complete with it."""
-        documents = [document for batch, _ in ready for document in batch.documents]
-        made = [
-            (digest, tokens, run)
-            for batch, chunks in ready
-            for (digest, tokens), run in zip(batch.pieces.items(), chunks, strict=True)
-        ]
-        with self._room.guard:
-            # another thread may have been sooner
-            receipts = self._write([each for each in made if self._known(each[0]) is None], documents)
-        self._coming.difference_update(digest for digest, _, _ in made)
-        return receipts
+def known(catalog: Catalog, digest: bytes, pinned: set[int]) -> int | None:
+    """The piece in the catalog, where it then stays."""
+    with catalog.writing():
+        row = catalog.row("SELECT id FROM piece WHERE digest = ?", digest)
+        pinned.update(row or ())
+        return None if row is None else int(row[0])
 
-    def _write(self, fresh: list[tuple[bytes, Tokens, StoredChunks]], documents: list[_Document]) -> list[Receipt]:
-        room = self._room
-        with room.catalog.read():
-            generation, first = room.catalog.meta("generation"), room.catalog.meta("records")
-        if fresh:
-            append(room.folder, room.layout, generation, first, [run for _, _, run in fresh])
-        added = []
-        with room.catalog.write() as db:
-            for digest, tokens, run in fresh:
-                added.append(insert_piece(db, digest, tokens, first, len(run), run.crc()))
+
+def commit(
+    catalog: Catalog,
+    pinned: set[int],
+    pieces: Mapping[bytes, Tokens],
+    chunks: Sequence[StoredChunks],
+    documents: Iterable[Planned],
+) -> list[Receipt]:
+    """Write pieces with their chunks, and the documents that are complete with them; durable when this returns."""
+    with catalog.writing():
+        made = dict(zip(pieces, chunks, strict=True))
+        made = {digest: made[digest] for digest in made if known(catalog, digest, pinned) is None}  # not yet, of others
+        with catalog.read():
+            generation, first = catalog.meta("generation"), catalog.meta("records")
+        if made:
+            append(catalog.folder, catalog.layout, generation, first, list(made.values()))
+        with catalog.write() as db:
+            for digest, run in made.items():
+                place = {"first": first, "count": len(run), "crc": run.crc()}
+                about = {"digest": digest, "tokens": len(pieces[digest]), **pieces[digest].columns()}
+                pinned.add(_insert(db, "piece", **about, **place))
                 first += len(run)
-            if fresh:
+            if made:
                 db.execute("UPDATE meta SET value = ? WHERE key = 'records'", (first,))
-            receipts = [self._insert(db, document) for document in documents]
-        self._pinned.update(added)
-        return receipts
-
-    # documents in the catalog
-
-    def _status(self, document: _Document) -> tuple[Status, DocumentInfo | None]:
-        """What becomes of a document, and the one that has its name now, expired or not.
-
-        Raises:
-            StoreError: the name belongs to another text, or the document to append to has changed.
-        """
-        new = document.new
-        old = self._room.catalog.find(document.namespace, new.name)
-        if document.append is not None:
-            if old is None or old.revision != document.append.revision:
-                raise StoreError(f"document {new.name!r} was changed by something else meanwhile; append again")
-            return "appended", old
-        if old is None or old.expired(clock.time()):
-            return "added", old
-        if self._same(old, document):
-            kept = new.expires == old.expires or (new.expires is None and not new.replace)
-            return "unchanged" if kept else "updated", old
-        if not new.replace:
-            raise StoreError(
-                f"namespace {document.namespace!r} has another document {new.name!r} (another text, source, metadata "
-                "or time); choose another name, or replace it (replace=True, `--replace`)"
-            )
-        return "replaced", old
-
-    def _same(self, old: DocumentInfo, document: _Document) -> bool:
-        """Whether all but the expiry is as given."""
-        given = (document.tokens, document.new.source, document.metadata)
-        if (old.tokens, old.source, metadata_text(old.metadata, old.name)) != given:
-            return False
-        return document.new.time in (None, old.added) and self._room.catalog.whole(old).digest() == document.digest
-
-    def _insert(self, db: sqlite3.Connection, document: _Document) -> Receipt:
-        status, old = self._status(document)
-        new, chunks = document.new, self._room.layout.chunks(document.tokens)
-        if status in ("unchanged", "updated"):
-            assert old is not None
-            if status == "updated":
-                db.execute("UPDATE document SET expires = ? WHERE id = ?", (new.expires, old.id))
-            return Receipt(old.namespace, old.name, status, old.tokens, old.chunks, old.tokens, old.revision)
-        pieces = [(self._room.catalog.piece_of(digest), tokens) for digest, tokens in document.pieces]
-        if document.append is not None:
-            assert old is not None
-            revision, reused = old.revision + 1, old.tokens
-            insert_parts(db, old.id, pieces, *_cut_back(db, old.id, document.append))
-            db.execute("UPDATE document SET tokens = ?, revision = ? WHERE id = ?", (document.tokens, revision, old.id))
-        else:
-            revision = 1 if old is None or status == "added" else old.revision + 1
-            new = replace(new, time=clock.time() if new.time is None else new.time)
-            given = (document.namespace, new, document.metadata, document.tokens, revision)
-            reused = insert_document(db, *given, pieces)
-        return Receipt(document.namespace, new.name, status, document.tokens, chunks, reused, revision)
+            return [_write_document(catalog, db, document) for document in documents]
 
 
-def _ids_of(batch: _Batch) -> list[Ids]:
-    return [tokens.ids for tokens in batch.pieces.values()]
-
-
-def _cut_back(db: sqlite3.Connection, document: int, kept: _Append) -> tuple[int, int]:
-    """Leave the whole segments of a document; number and offset of its next part."""
-    db.execute("DELETE FROM part WHERE document = ? AND ordinal >= ?", (document, kept.pieces))
-    if not kept.pieces:
-        return 0, 0
-    key = (document, kept.pieces - 1)
-    db.execute("UPDATE part SET tokens = ? WHERE document = ? AND ordinal = ?", (kept.last_tokens, *key))
-    first = db.execute("SELECT first_token FROM part WHERE document = ? AND ordinal = ?", key).fetchone()[0]
-    return kept.pieces, first + kept.last_tokens
-
-
-def insert_piece(db: sqlite3.Connection, digest: bytes, tokens: Tokens, first: int, count: int, crc: int) -> int:
-    """A piece whose ``count`` chunks are the records from ``first`` on; its number."""
-    columns = tokens.columns()
-    return insert(db, "piece", digest=digest, tokens=len(tokens), first=first, count=count, crc=crc, **columns)
-
-
-def insert_document(
-    db: sqlite3.Connection,
-    namespace: str,
-    new: NewDocument,
-    metadata: str,
-    tokens: int,
-    revision: int,
-    pieces: Pieces,
-) -> int:
-    """A document in the place of what has its name; how many of its tokens the namespace had already."""
-    query = "SELECT 1 FROM part JOIN document ON document.id = part.document WHERE piece = ? AND namespace = ? LIMIT 1"
-    reused = sum(count for piece, count in pieces if db.execute(query, (piece, namespace)).fetchone())
-    db.execute("DELETE FROM document WHERE namespace = ? AND name = ?", (namespace, new.name))
-    about = {"namespace": namespace, "name": new.name, "source": new.source, "metadata": metadata}
-    times = {"added": new.time, "expires": new.expires}  # the columns make floats of them
-    insert_parts(db, insert(db, "document", **about, **times, tokens=tokens, revision=revision), pieces)
-    return reused
-
-
-def insert_parts(
-    db: sqlite3.Connection,
-    document: int,
-    pieces: Pieces,
-    ordinal: int = 0,
-    first_token: int = 0,
-) -> None:
-    """Parts of a document."""
-    for piece, tokens in pieces:
-        db.execute("INSERT INTO part VALUES (?, ?, ?, ?, ?)", (document, ordinal, piece, first_token, tokens))
-        ordinal, first_token = ordinal + 1, first_token + tokens
-
-
-def metadata_text(metadata: Mapping[str, Any] | None, name: str) -> str:
-    """Metadata as the catalog keeps it.
+def status_of(catalog: Catalog, plan: Planned) -> tuple[Status, DocumentInfo | None]:
+    """What becomes of a document, and the one that has its name now, expired or not.
 
     Raises:
-        StoreError: it is no JSON object.
+        StoreError: the name belongs to another text, or the document to append to has changed.
     """
+    new, old = plan.new, catalog.find(plan.namespace, plan.new.name)
+    if plan.kept is not None:
+        if old is None:
+            raise no_document(plan.namespace, new.name)
+        if old.revision != plan.revision:
+            raise StoreError(f"document {new.name!r} was changed by something else meanwhile; append again")
+        return "appended", old
+    if old is None or old.expired(clock.time()):
+        return "added", old
+    given = (plan.tokens, new.source, plan.metadata, old.added if new.time is None else new.time)
+    same = (old.tokens, old.source, metadata_text(old.metadata, old.name), old.added) == given
+    if same and catalog.whole(old).digest() == plan.digest:
+        kept = new.expires == old.expires or (new.expires is None and not new.replace)
+        return "unchanged" if kept else "updated", old
+    if not new.replace:
+        raise StoreError(
+            f"namespace {plan.namespace!r} has another document {new.name!r} (another text, source, metadata "
+            "or time); choose another name, or replace it (replace=True, `--replace`)"
+        )
+    return "replaced", old
+
+
+def _write_document(catalog: Catalog, db: sqlite3.Connection, plan: Planned) -> Receipt:
+    """Bring a document into the catalog, where its pieces are."""
+    status, old = status_of(catalog, plan)
+    new, space, tokens = plan.new, plan.namespace, plan.tokens
+    if old is not None and status in ("unchanged", "updated"):
+        if status == "updated":
+            db.execute("UPDATE document SET expires = ? WHERE id = ?", (new.expires, old.id))
+        return Receipt(space, new.name, status, old.tokens, old.chunks, old.tokens, old.revision)
+    pieces = [*(plan.kept or []), *((known(catalog, digest, set()), count) for digest, count in plan.pieces)]
+    revision = plan.revision if old is None or status == "added" else old.revision + 1
+    if old is not None and status == "appended":
+        number, reused = old.id, old.tokens
+        db.execute("DELETE FROM part WHERE document = ?", (number,))
+        db.execute("UPDATE document SET tokens = ?, revision = ? WHERE id = ?", (tokens, revision, number))
+    else:
+        query = "SELECT 1 FROM part JOIN document ON document.id = document WHERE piece = ? AND namespace = ? LIMIT 1"
+        reused = sum(count for piece, count in pieces if db.execute(query, (piece, space)).fetchone())
+        db.execute("DELETE FROM document WHERE namespace = ? AND name = ?", (space, new.name))
+        number = _insert(
+            db,
+            "document",
+            namespace=space,
+            name=new.name,
+            source=new.source,
+            metadata=plan.metadata,
+            added=clock.time() if new.time is None else new.time,
+            expires=new.expires,
+            tokens=tokens,
+            revision=revision,
+        )
+    first_token = 0
+    for ordinal, (piece, count) in enumerate(pieces):
+        db.execute("INSERT INTO part VALUES (?, ?, ?, ?, ?)", (number, ordinal, piece, first_token, count))
+        first_token += count
+    return Receipt(space, new.name, status, tokens, catalog.layout.chunks(tokens), reused, revision)
+
+
+def _insert(db: sqlite3.Connection, table: str, **row: Any) -> int:
+    places = ", ".join("?" * len(row))
+    found = db.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({places})", tuple(row.values())).lastrowid
+    assert found is not None
+    return found
+
+
+# who encodes
+
+Batch = TypeVar("Batch")
+Answer = TypeVar("Answer")
+Chunks = list[StoredChunks]  # of a batch of pieces
+
+
+class Team:
+    """Encodes batches of pieces in order; starts when there is something to encode.
+
+    Args:
+        workers: processes on this machine, ``ray``, or ``ray:N`` for so many actors of a Ray cluster.
+        encoder: that of this process.
+
+    Raises:
+        StoreError: it means nothing; when started, a model that other processes cannot have, or Ray is not installed.
+    """
+
+    def __init__(self, workers: int | str, encoder: Encoder) -> None:
+        if not ((isinstance(workers, int) and workers > 0) or re.fullmatch(r"ray(:[1-9]\d*)?", str(workers))):
+            raise StoreError(f"workers ({workers!r}) must be a number from 1 on, 'ray' or 'ray:N'")
+        self._workers, self._encoder = workers, encoder
+        self._send: Callable[[list[Ids]], Callable[[], Chunks]] | None = None
+        self._ahead = 0  # batches that are under way while the next one is read
+        self._open = ExitStack()
+
+    def encode(self, batches: Iterator[tuple[Batch, list[Ids]]]) -> Iterator[tuple[Batch, Chunks]]:
+        """Every batch, given with its pieces, with the chunks of these.
+
+        Raises:
+            StoreError: a worker failed, or was killed.
+        """
+        under_way: deque[tuple[Batch, Callable[[], Chunks]]] = deque()
+        for batch, ids in batches:
+            under_way.append((batch, self._begin(ids)))
+            while len(under_way) > self._ahead:
+                first, wait = under_way.popleft()
+                yield first, _answered(wait)
+        for batch, wait in under_way:
+            yield batch, _answered(wait)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._open.close()
+
+    def _begin(self, ids: list[Ids]) -> Callable[[], Chunks]:
+        if not ids or self._workers == 1:
+            chunks = self._encoder.encode(ids)
+            return lambda: chunks
+        if self._send is None:
+            self._send = self._ray() if isinstance(self._workers, str) else self._processes(self._workers)
+        send = self._send
+        return _answered(lambda: send(ids))
+
+    def _processes(self, workers: int) -> Callable[[list[Ids]], Callable[[], Chunks]]:
+        folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="longmem-"))
+        recipe = _Recipe.of(self._encoder, folder, max(1, torch.get_num_threads() // workers))
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+        self._open.callback(pool.shutdown, cancel_futures=True)
+        self._ahead = 2 * workers
+        return lambda ids: pool.submit(_encode, recipe, ids).result
+
+    def _ray(self) -> Callable[[list[Ids]], Callable[[], Chunks]]:
+        try:
+            import ray
+        except ImportError as error:
+            raise StoreError("workers='ray' needs the ray extra: pip install 'longmem-lm[ray]'") from error
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False)
+            self._open.callback(ray.shutdown)
+        count = int(str(self._workers)[4:] or ray.cluster_resources().get("CPU", 1))
+        with tempfile.TemporaryDirectory(prefix="longmem-") as folder:
+            recipe = _Recipe.of(self._encoder, folder, 1)
+            files = ray.put({path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()})
+        gpus = 1 if recipe.device == "cuda" else 0
+        kind = ray.remote(_Actor).options(num_cpus=1, num_gpus=gpus, max_restarts=3, max_task_retries=3)
+        actors = [kind.remote(recipe, files) for _ in range(count)]
+        self._open.callback(lambda: [ray.kill(actor) for actor in actors])
+        self._ahead, turns = 2 * count, cycle(actors)
+        return lambda ids: partial(ray.get, next(turns).encode.remote(ids))
+
+
+def _answered(call: Callable[[], Answer]) -> Answer:
     try:
-        text = json.dumps(dict(metadata or {}), sort_keys=True, ensure_ascii=False, allow_nan=False)
-        text.encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        message = f"metadata of {name!r} must be a JSON object ({error}); use strings, numbers, lists"
-        raise StoreError(message) from error
-    return text
+        return call()
+    except LongMemError:
+        raise
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[-1]
+        raise StoreError(
+            f"a worker failed or was killed ({type(error).__name__}: {line:.200}); what has a receipt is stored; "
+            "add again to go on from there"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What a worker needs to make an encoder like the writer's."""
+
+    folder: str  # of the backbone
+    dtype: torch.dtype
+    attention: str | None
+    device: str
+    threads: int
+    layout: Layout
+    batch_tokens: int
+
+    @classmethod
+    def of(cls, encoder: Encoder, folder: str, threads: int) -> _Recipe:
+        model: Any = encoder.needed()
+        backbone: Any = getattr(getattr(model, "backbone", None), "model", None)
+        if not hasattr(backbone, "save_pretrained"):
+            raise StoreError(f"a {type(model).__name__} cannot be given to other processes; use workers=1")
+        backbone.save_pretrained(folder)
+        attention, device = getattr(backbone.config, "_attn_implementation", None), str(model.device.type)
+        return cls(folder, backbone.dtype, attention, device, threads, encoder.layout, encoder.batch_tokens)
+
+
+@cache
+def _encoder(recipe: _Recipe) -> Encoder:
+    """In the other process; loads at the first batch, so that an error of loading reaches the writer."""
+    from longmem.modeling.baselines import TrainingFree
+    from longmem.modeling.loading import load_backbone
+
+    torch.set_num_threads(recipe.threads)
+    settings = {} if recipe.attention is None else {"attn_implementation": recipe.attention}
+    loaded = load_backbone(recipe.folder, None, recipe.dtype, **settings)
+    model: Any = TrainingFree.from_backbone(loaded, memory_layers=recipe.layout.memory_layers)
+    model.train(False)
+    if recipe.device == "cuda":  # GPUs in turn; Ray shows each actor its own GPU alone
+        number = sum(multiprocessing.current_process()._identity)
+        model.to(torch.device("cuda", number % torch.cuda.device_count()))
+    encoder = Encoder(model, recipe.layout, batch_tokens=recipe.batch_tokens)
+    if not encoder.accepts(recipe.layout.fingerprint):
+        raise StoreError(
+            f"in a worker the backbone has another fingerprint ({model.fingerprint}) than the store's "
+            f"({recipe.layout.fingerprint}); use workers=1"
+        )
+    return encoder
+
+
+def _encode(recipe: _Recipe, pieces: list[Ids]) -> Chunks:
+    return _encoder(recipe).encode(pieces)
+
+
+class _Actor:
+    """A worker on another machine: the backbone's files come along."""
+
+    def __init__(self, recipe: _Recipe, files: dict[str, bytes]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="longmem-")
+        for name, data in files.items():
+            (Path(self._folder.name) / name).write_bytes(data)
+        self._recipe = replace(recipe, folder=self._folder.name)
+
+    def encode(self, pieces: list[Ids]) -> Chunks:
+        return _encode(self._recipe, pieces)

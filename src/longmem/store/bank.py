@@ -1,7 +1,7 @@
-"""``StoreBank``: the documents of a store as a memory that a model searches.
+"""``StoreBank``: the documents of a store as a memory that a model searches; ``SessionBank``: a conversation over it.
 
 B batch rows · T tokens · H query heads · Hkv key/value heads of a layer · D head_dim · S tokens per chunk ·
-R retrieved chunks · N chunks of all rows · P pairs of a chunk and a key/value head
+R retrieved chunks · N chunks of the bank · P pairs of a chunk and a key/value head
 """
 
 from __future__ import annotations
@@ -17,18 +17,23 @@ import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError, MemoryBankError, StoreError
+from longmem.memory.bank import MemoryBank
 from longmem.memory.index import Index, make_index, refuse_queries, rows_of
-from longmem.store.overlay import SessionBank
-from longmem.store.passages import Passage, SearchHit, read_passage, search_text
-from longmem.store.room import Room, composed, until_found
-from longmem.store.runs import Held, RowKeys, Runs, Selection, read_runs, take_mapped
-from longmem.types import ChunkOrigin, RetrievedMemory
+from longmem.memory.session import SessionMemory
+from longmem.store.catalog import until_found
+from longmem.store.disk import Numbers
+from longmem.store.recall import Passage, SearchHit, read_passage, search_text
+from longmem.store.records import DTYPES, Receipt, Selection, composed
+from longmem.store.runs import Keys, Runs, read_into, read_runs
+from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory
 
 Keep = Literal["map", "memory", "device"]
 
 
 class StoreBank:
-    """Documents of one or several namespaces, read-only, one row for each namespace.
+    """Documents of a namespace, read-only: one row, which every row of a batch reads.
+
+    For a batch of several namespaces pass a list of banks as ``memory``.
 
     Opening reads the catalog alone. Chunk keys are read at the first search (or by ``load``); keys and values stay in
     the memory map unless ``keep`` says otherwise, and of them only the heads and chunks that were found are read.
@@ -39,7 +44,7 @@ class StoreBank:
 
     Args:
         store: an open ``MemoryStore``; closing it closes the bank.
-        namespaces: of the rows.
+        namespace: whose documents.
         device: where to search.
         keep: where keys and values are: ``map`` on disk, in the memory map; ``memory`` of the host; ``device``.
         index: how keys are searched: a name (see ``memory.INDEXES``) or an index that was never used.
@@ -59,7 +64,7 @@ class StoreBank:
     def __init__(
         self,
         store: Any,
-        namespaces: Sequence[str],
+        namespace: str,
         *,
         device: torch.device | str = "cpu",
         keep: Keep = "map",
@@ -68,57 +73,40 @@ class StoreBank:
         **selection: Any,
     ) -> None:
         self.selection = Selection(**selection)
-        _check(namespaces, self.selection, keep)
-        self.store = store
-        self._room: Room = store.room
-        self.namespaces = [composed(name) for name in namespaces]
-        self.rows = len(self.namespaces)
-        self.device = torch.device(device)
-        self.keep = keep
-        self.key_dtype = key_dtype
-        layout = self._room.layout
+        _check(namespace, self.selection, keep)
+        self.store, self._catalog = store, store.catalog
+        self.namespace, self.rows = composed(namespace), 1
+        self.device, self.keep, self.key_dtype = torch.device(device), keep, key_dtype
+        layout = self._catalog.layout
         self.chunk_size, self.heads_kv, self.head_dim = layout.chunk_size, layout.heads_kv, layout.head_dim
-        self.fingerprint, self.memory_layers, self.layers = layout.fingerprint, layout.memory_layers, layout.layers
-        alone = self.rows * self.layers == 1
-        self._indexes = [
-            [make_index(index if alone else copy.deepcopy(index)) for _ in range(self.layers)] for _ in self.namespaces
-        ]
+        self.fingerprint, self.memory_layers = layout.fingerprint, layout.memory_layers
+        self.layers = len(self.memory_layers)
+        self._indexes = [make_index(copy.deepcopy(index) if self.layers > 1 else index) for _ in self.memory_layers]
         self._lock = threading.RLock()
-        self._version = 0
-        self._keys: list[RowKeys] | None = None
-        self._held: Held | None = None
-        self._runs, self._seen, self._expires = self._read()
+        self._keys: Keys | None = None
+        self._held: list[Tensor | None] = []  # keys and values (N, heads of all layers, 2, S, D), and their scales
+        self._read()
 
     # what it holds
 
     @property
-    def version(self) -> int:
-        """How often the bank came to hold something else: by ``refresh``, or because something was forgotten."""
-        return self._version
-
-    @property
     def chunks(self) -> Tensor:
-        """(rows,) chunks that each row can find, as of the last search."""
-        runs = self._runs
-        return torch.tensor([int(runs.left[runs.row == row].sum()) for row in range(self.rows)])
+        """(1,) chunks that can be found, as of the last search."""
+        return torch.tensor([int(self._runs.left.sum())])
 
     @property
     def tokens(self) -> Tensor:
-        """(rows,) tokens that each row can find, as of the last search."""
+        """(1,) tokens that can be found, as of the last search."""
         runs = self._runs
-        left = np.where(runs.left == runs.counts, runs.tokens, runs.left * self.chunk_size)
-        return torch.tensor([int(left[runs.row == row].sum()) for row in range(self.rows)])
+        whole = runs.left == np.diff(runs.begins)
+        return torch.tensor([int(np.where(whole, runs.tokens, runs.left * self.chunk_size).sum())])
 
     @property
     def nbytes(self) -> int:
         """Bytes held in memory and on the device; what is in the map does not count."""
         with self._lock:
-            return sum(each.nbytes for each in self._keys or []) + (0 if self._held is None else self._held.nbytes)
-
-    @property
-    def loaded(self) -> bool:
-        """Whether the chunk keys have been read."""
-        return self._keys is not None
+            held = [each.nbytes for each in self._held if each is not None]
+            return sum(held) + (0 if self._keys is None else self._keys.keys.nbytes)
 
     def load(self) -> StoreBank:
         """Read now what the first search would read: chunk keys, and keys and values that are not left in the map."""
@@ -127,20 +115,17 @@ class StoreBank:
                 self._load(None)
         return self
 
-    def refresh(self) -> bool:
-        """Take up the documents that the selection has now; whether anything is another than before.
+    def refresh(self) -> None:
+        """Take up the documents that the selection has now. Chunks are numbered anew.
 
-        Only what is new is read. Chunks are numbered anew.
+        Chunk keys are read only from the first change on. Microseconds where the store is what it was.
         """
         with self._lock:
-            before = self._runs
-            self._runs, self._seen, self._expires = self._read()
-            if self._runs.same(before):
-                return False
-            self._version += 1
+            if self._catalog.version() == self._read_at:
+                return
+            self._read()
             if self._keys is not None:
-                self._load(before)
-            return True
+                self._load(self._keys)
 
     # reading
 
@@ -153,53 +138,98 @@ class StoreBank:
         Args:
             queries: (B, H, T, D), position-free and unscaled; H a multiple of Hkv.
             num_chunks: R.
-            rows: (B,) the bank row each batch row reads; by default its own, or the only one there is.
+            rows: (B,) zeros; as of other banks.
             layer: whose keys are searched, by its place in ``memory_layers``.
 
         Raises:
             MemoryBankError: queries or rows that do not fit the bank.
             StoreError: the store was closed.
         """
-        read = self._rows_of(rows, queries, num_chunks, layer)
-        with self._lock:
+        sizes = {"layers": self.layers, "heads_kv": self.heads_kv, "head_dim": self.head_dim, "device": self.device}
+        refuse_queries(queries, num_chunks, layer, **sizes)
+        batch, heads, length, _ = queries.shape
+        rows_of([0] * batch if rows is None else rows, batch, 1, "queries")
+        grouped = queries.detach().reshape(batch, self.heads_kv, -1, self.head_dim)
+        wanted = (batch, heads, length, num_chunks)
+        with self._lock, torch.autocast(queries.device.type, enabled=False):
             self._notice()
             self.load()
             assert self._keys is not None
-            with torch.autocast(queries.device.type, enabled=False):
-                scores, numbers, mask = self._best(queries.detach(), num_chunks, read, layer, self._keys)
-            bases = torch.from_numpy(self._runs.bases[read]).to(numbers.device)
-            chunks = numbers + bases.view(-1, 1, 1, 1)
-            if self._held is not None and self._held.ready:
-                return self._by_reference(self._held, scores, chunks, mask, read, layer)
-            return self._copied(scores, chunks, mask, read, layer)
+            scores, chunks, exists = self._keys.search(grouped, num_chunks, layer)
+            mask = exists.expand(wanted).contiguous()
+            return self._retrieved(scores.view(wanted), chunks.view(wanted), mask, layer)
+
+    def _retrieved(self, scores: Tensor, chunks: Tensor, mask: Tensor, layer: int) -> RetrievedMemory:
+        """Each pair of a chunk and a head once, as storage (1, P + 1, 1, 2, S, D) with the null chunk last.
+
+        A head reads only its own part of a chunk: storing heads apart takes Hkv times fewer bytes from disk.
+        """
+        device, rows = chunks.device, torch.zeros(len(chunks), dtype=torch.long, device=chunks.device)
+        head = torch.arange(chunks.shape[1], device=device) // (chunks.shape[1] // self.heads_kv)
+        asked = (chunks * self.heads_kv + head.view(1, -1, 1, 1))[mask]
+        pairs, slots = torch.unique(asked, return_inverse=True)
+        found, heads = (each.cpu().numpy() for each in (pairs // self.heads_kv, pairs % self.heads_kv))
+        return RetrievedMemory(
+            chunk_ids=torch.full_like(chunks, len(found)).masked_scatter_(mask, slots),
+            chunk_mask=mask,
+            scores=scores,
+            storage=self.take(found, heads + layer * self.heads_kv)[None, :, None],
+            lengths=torch.from_numpy(np.append(self._runs.lengths(found), 0)).to(device)[None],
+            rows=rows,
+            version=0,
+            live_version=lambda: 0,  # a copy: it stays what it is
+            sources=torch.from_numpy(np.append(found, -1)).to(device)[None],
+            memory_rows=rows,
+        )
+
+    def take(self, chunks: Numbers, heads: Numbers) -> Tensor:
+        """Keys and values (P + 1, 2, S, D) on the device, of chunks (P,) and heads (P,); the last is zero."""
+        kv: Any
+        scales: Any
+        if self._held:
+            kv, scales = (each if each is None else each[chunks, heads] for each in self._held)
+        else:
+            records, stored = self._runs.records(chunks), self._runs.stored
+            kv = torch.from_numpy(stored.kv[records, heads])
+            scales = None if stored.scales is None else torch.from_numpy(stored.scales[records, heads])
+        if kv.dtype == torch.int16:
+            kv = kv.view(torch.bfloat16)
+        if scales is not None:
+            kv = kv.to(torch.float32) * scales[..., None, None]
+        # page-locked, so that a GPU fetches it while the host goes on
+        pinned = kv.device.type == "cpu" and self.device.type == "cuda"
+        taken = torch.zeros(len(kv) + 1, *kv.shape[1:], dtype=kv.dtype, device=kv.device, pin_memory=pinned)
+        taken[:-1] = kv
+        return taken.to(self.device, non_blocking=True)
+
+    # where something is from
 
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:
-        """Where a chunk of a row came from; chunks are numbered as in ``RetrievedMemory.chunks``."""
+        """Where a chunk came from; chunks are numbered as in ``RetrievedMemory.chunks``."""
         with self._lock:
-            if not 0 <= row < self.rows:
-                raise MemoryBankError(f"row ({row}) must lie in 0..{self.rows - 1}, the rows of this bank")
-            count = int(np.diff(self._runs.bases)[row])
-            if not 0 <= chunk < count:
-                raise MemoryBankError(f"chunk ({chunk}) of row {row} is not there; it has {count}, counted from 0")
-            return self._runs.origin(row, chunk)
+            if row != 0:
+                raise MemoryBankError(f"row ({row}) must be 0, the row of this bank")
+            if not 0 <= chunk < len(self._runs):
+                raise MemoryBankError(f"chunk ({chunk}) is not there; the bank has {len(self._runs)}, counted from 0")
+            return self._runs.origin(chunk)
 
-    def passage(self, origin: ChunkOrigin, around: int = 12, *, row: int = 0) -> Passage:
-        """The text of a chunk, with ``around`` tokens on either side; documents are found without knowing the row.
+    def passage(self, origin: ChunkOrigin, around: int = 12) -> Passage:
+        """The text of a chunk, with ``around`` tokens on either side.
 
         Raises:
             StoreError: its document was forgotten, replaced or has expired, or is no document of this store.
         """
-        return read_passage(self._room, origin, around)
+        return read_passage(self._catalog, self.store.tokenizer, origin, around)
 
-    def search_text(self, query: str, *, top: int = 10, row: int = 0, around: int = 12) -> list[SearchHit]:
-        """Which chunks of a row the model's heads find for a text, the largest share of their output first.
+    def search_text(self, query: str, *, top: int = 10, around: int = 12) -> list[SearchHit]:
+        """Which chunks the model's heads find for a text, the largest share of their output first.
 
         Raises:
             StoreError: the store was opened without a model or a tokenizer, or the text is empty.
         """
-        return search_text(self, query, self._room, top=top, row=row, around=around)
+        return search_text(self, query, self.store.encoder, top=top, around=around)
 
-    def session(self, *, capacity_tokens: int = 65536, rows: int | None = None) -> SessionBank:
+    def session(self, *, capacity_tokens: int = 65536, rows: int = 1) -> SessionBank:
         """A memory over this one that takes what a running conversation adds, to be committed or dropped."""
         return SessionBank(self, capacity_tokens=capacity_tokens, rows=rows)
 
@@ -216,120 +246,40 @@ class StoreBank:
 
     # keeping up with the store
 
-    def _read(self) -> tuple[Runs, object, float]:
-        """The selection's chunks, the store's version that they are of, and when the first of them expires."""
-        seen = self._room.catalog.version()  # before the runs, so that no change between is missed
-        runs: Runs = until_found(lambda: read_runs(self._room, self.namespaces, self.selection))
-        return runs, seen, runs.expires()
+    def _read(self) -> None:
+        # the version before the runs, so that no change between is missed
+        self._read_at = self._seen = self._catalog.version()
+        self._runs: Runs = until_found(lambda: read_runs(self._catalog, self.namespace, self.selection))
+        self._expires = self._runs.expires()
 
     def _notice(self) -> None:
         """Let go of what was forgotten or has expired since the last search; microseconds where nothing happened."""
-        seen = self._room.catalog.version()
+        seen, before = self._catalog.version(), self._runs
         if seen == self._seen and clock.time() < self._expires:
             return
-        before, self._runs = self._runs, until_found(lambda: self._runs.now(self._room))
-        gone = np.flatnonzero(before.left != self._runs.left)
-        if len(gone):
-            self._version += 1
-            for row, keys in enumerate(self._keys or []):
-                keys.forget(self._runs, row)
-            for run in gone.tolist() if self._held is not None else []:
-                assert self._held is not None
-                begin, end = self._runs.begins[run : run + 2].tolist()
-                self._held.wipe(begin + int(self._runs.left[run]), end)
+        self._runs = until_found(lambda: before.now(self._catalog, self.namespace))
+        if self._keys is not None and not np.array_equal(before.left, self._runs.left):
+            self._keys = Keys(self._runs, self._indexes, self.device, self.key_dtype, self._keys)
         self._expires, self._seen = self._runs.expires(), seen
 
-    def _load(self, before: Runs | None) -> None:
-        """Read keys, and values if they are to be held; ``before``: what those that are loaded are of."""
-        runs = self._runs
-        had: Sequence[Any] = [None] * self.rows if before is None else [(before, each) for each in self._keys or []]
-        self._keys = [
-            RowKeys(runs, row, indexes, self.device, self.key_dtype, had[row])
-            for row, indexes in enumerate(self._indexes)
-        ]
-        if self.keep != "map":
-            where = self.device if self.keep == "device" else torch.device("cpu")
-            old = None if before is None or self._held is None else (before, self._held)
-            self._held = Held(runs, where, self.device, old)
-
-    # what was found
-
-    def _best(
-        self, queries: Tensor, num: int, read: list[int], layer: int, keys: list[RowKeys]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, numbers in the row, and where there is any: (B, H, T, R) each."""
-        batch, heads, length, _ = queries.shape
-        grouped = queries.reshape(batch, self.heads_kv, -1, self.head_dim)
-        shape = (*grouped.shape[:3], num)
-        scores = torch.empty(shape, dtype=torch.float32, device=queries.device)
-        numbers = torch.empty(shape, dtype=torch.long, device=queries.device)
-        mask = torch.empty(shape, dtype=torch.bool, device=queries.device)
-        for row in sorted(set(read)):
-            lines = [line for line, wanted in enumerate(read) if wanted == row]
-            asked = grouped if len(lines) == batch else grouped[lines]
-            scores[lines], numbers[lines], mask[lines] = keys[row].search(asked, num, layer)
-        wanted = (batch, heads, length, num)
-        return scores.view(wanted), numbers.view(wanted), mask.view(wanted)
-
-    def _by_reference(
-        self, held: Held, scores: Tensor, chunks: Tensor, mask: Tensor, read: list[int], layer: int
-    ) -> RetrievedMemory:
-        """All chunks as storage: everything is on the device."""
-        device = chunks.device
-        return RetrievedMemory(
-            chunk_ids=chunks.masked_fill(~mask, held.kv.shape[0] - 1),
-            chunk_mask=mask,
-            scores=scores,
-            storage=held.kv[None],
-            lengths=held.lengths[None],
-            rows=torch.zeros(len(read), dtype=torch.long, device=device),
-            version=self._version,
-            live_version=lambda: self._version,
-            sources=held.sources[None],
-            memory_rows=torch.tensor(read, device=device),
-            first_head=layer * self.heads_kv,
-            layer_heads=self.heads_kv if self.layers > 1 else None,
-        )
-
-    def _copied(self, scores: Tensor, chunks: Tensor, mask: Tensor, read: list[int], layer: int) -> RetrievedMemory:
-        """Each pair of a chunk and a head once, as storage (1, P + 1, 1, 2, S, D) with the null chunk last.
-
-        A head reads only its own part of a chunk: storing heads apart takes Hkv times fewer bytes from disk.
-        """
-        runs, device, version = self._runs, chunks.device, self._version
-        head = torch.arange(chunks.shape[1], device=device) // (chunks.shape[1] // self.heads_kv)
-        asked = (chunks * self.heads_kv + head.view(1, -1, 1, 1))[mask]
-        pairs, slots = torch.unique(asked, return_inverse=True)
-        found, heads = (each.cpu().numpy() for each in (pairs // self.heads_kv, pairs % self.heads_kv))
-        heads = heads + layer * self.heads_kv
-        held = self._held
-        storage = take_mapped(runs, found, heads, self.device) if held is None else held.take(found, heads)
-        return RetrievedMemory(
-            chunk_ids=torch.full_like(chunks, len(found)).masked_scatter_(mask, slots),
-            chunk_mask=mask,
-            scores=scores,
-            storage=storage[None, :, None],
-            lengths=torch.from_numpy(np.append(runs.lengths(found), 0)).to(device)[None],
-            rows=torch.zeros(len(read), dtype=torch.long, device=device),
-            version=version,
-            live_version=lambda: version,  # a copy: it stays what it is
-            sources=torch.from_numpy(np.append(runs.in_rows(found), -1)).to(device)[None],
-            memory_rows=torch.tensor(read, device=device),
-        )
-
-    def _rows_of(self, rows: Tensor | None, queries: Tensor, num_chunks: int, layer: int) -> list[int]:
-        """Bank rows as plain numbers, of queries that fit."""
-        sizes = {"layers": self.layers, "heads_kv": self.heads_kv, "head_dim": self.head_dim, "device": self.device}
-        refuse_queries(queries, num_chunks, layer, **sizes)
-        if rows is None and self.rows == 1:
-            return [0] * queries.shape[0]
-        return rows_of(rows, queries.shape[0], self.rows, "queries")
+    def _load(self, before: Keys | None) -> None:
+        self._keys = Keys(self._runs, self._indexes, self.device, self.key_dtype, before)
+        if self.keep == "map":
+            return
+        stored, every = self._runs.stored, np.arange(len(self._runs))
+        where = self.device if self.keep == "device" else torch.device("cpu")
+        self._held = []
+        for array, dtype in ((stored.kv, DTYPES[self._catalog.layout.dtype]), (stored.scales, torch.float32)):
+            held = None if array is None else torch.empty(len(every), *array.shape[1:], dtype=dtype, device=where)
+            if held is not None:
+                read_into(held, array, self._runs.records(every))
+            self._held.append(held)
 
 
-def _check(namespaces: Sequence[str], selection: Selection, keep: str) -> None:
+def _check(namespace: object, selection: Selection, keep: str) -> None:
     problems, documents, tokens = [], selection.documents, selection.max_tokens
-    if not namespaces or isinstance(namespaces, str):
-        problems.append(f"namespaces ({namespaces!r}) must be a list with at least one name")
+    if not isinstance(namespace, str):
+        problems.append(f"namespace ({namespace!r}) must be a name; for several, pass a list of banks as memory")
     if isinstance(documents, str):
         problems.append(f"documents ({documents!r}) must be a list of names; write [{documents!r}]")
     if tokens is not None and tokens < 1:
@@ -338,3 +288,94 @@ def _check(namespaces: Sequence[str], selection: Selection, keep: str) -> None:
         problems.append(f"keep ({keep!r}) must be one of map, memory, device")
     if problems:
         raise ConfigError(problems)
+
+
+class SessionBank(SessionMemory):
+    """What a running conversation adds, over documents of a store.
+
+    Searches find the best of both; ``add`` writes to a bank of the session alone, in memory. Nothing reaches the store
+    until ``commit``.
+
+    Args:
+        base: the documents underneath, a ``StoreBank``.
+        capacity_tokens: what each row of the session holds at most; the newest stay. ``commit`` writes all of it.
+        rows: conversations over the same documents.
+
+    Raises:
+        ConfigError: a capacity that is no multiple of the chunk size.
+    """
+
+    def __init__(self, base: StoreBank, *, capacity_tokens: int = 65536, rows: int = 1) -> None:
+        sizes = (capacity_tokens, base.heads_kv, base.head_dim, base.chunk_size)
+        about = {"device": base.device, "fingerprint": base.fingerprint, "memory_layers": base.memory_layers}
+        super().__init__(base, MemoryBank(rows, *sizes, **about))
+        self.documents, self.store = base, base.store
+        self._ids: list[list[Tensor]] = [[] for _ in range(self.rows)]
+        self._unknown = [0] * self.rows  # tokens that were added without their ids
+
+    def add(
+        self,
+        kv: AttentionKV,
+        *,
+        rows: Tensor | None = None,
+        documents: Sequence[str | None] | None = None,
+        offsets: Sequence[int] | None = None,
+        time: float | None = None,
+        ids: Sequence[Tensor] | Tensor | None = None,
+    ) -> None:
+        """Remember keys and values (B, H, T, D) in the session, see ``MemoryBank.add``.
+
+        Args:
+            ids: the token ids of them: (B, T) as the model was given them, or one tensor of real tokens for each row
+                written. Without them the session cannot be committed.
+        """
+        lanes = rows_of(rows, kv.keys.shape[0], self.rows, "keys")
+        counts = [kv.keys.shape[2]] * len(lanes) if kv.mask is None else kv.mask.sum(1).tolist()
+        given = None if ids is None else [each.detach().flatten().to("cpu", torch.long) for each in ids]
+        if given is not None:
+            if isinstance(ids, Tensor) and kv.mask is not None:
+                given = [each[keep.cpu()] for each, keep in zip(given, kv.mask.bool(), strict=True)]
+            if (lengths := [len(each) for each in given]) != counts:
+                raise MemoryBankError(
+                    f"ids of {lengths} tokens must be those of the keys, {counts} real tokens in each row"
+                )
+        super().add(kv, rows=rows, documents=documents, offsets=offsets, time=time)
+        for at, row in enumerate(lanes):
+            if given is None:
+                self._unknown[row] += counts[at]
+            else:
+                self._ids[row].append(given[at])
+
+    def commit(self, name: str, *, row: int = 0, append: bool = False, **about: Any) -> Receipt:
+        """Write all that was added to a row as a document of its namespace, and empty the row.
+
+        The tokens are encoded again in the store's own segments, so that the document is what it would be had it been
+        added as a whole. The documents underneath are refreshed: what was committed goes on being found, unless their
+        filters leave it out.
+
+        Args:
+            name: of the document.
+            append: to the document of this name, instead of as a new one.
+            about: ``source``, ``metadata``, ``time``, ``expires``, ``replace``, see ``MemoryStore.add_document``.
+
+        Raises:
+            StoreError: there is nothing to commit, token ids are missing, or the store cannot take it; the session is
+                then what it was.
+        """
+        if self._unknown[row] or not sum(map(len, self._ids[row])):
+            what = "nothing was added"
+            if self._unknown[row]:
+                what = f"{self._unknown[row]} tokens were added without their ids"
+            raise StoreError(f"row {row} of the session cannot be committed: {what}; pass ids= to add")
+        write = self.store.append if append else self.store.add_document
+        receipt: Receipt = write(self.documents.namespace, name=name, ids=torch.cat(self._ids[row]), **about)
+        self.drop(torch.tensor([row]))
+        self.documents.refresh()
+        return receipt
+
+    def drop(self, rows: Tensor | None = None) -> None:
+        """Forget what was added to these rows (default: all); the documents underneath are as they were."""
+        chosen = rows_of(rows, None, self.rows, "rows")
+        self.bank.reset(torch.tensor(chosen))
+        for row in chosen:
+            self._followed[row], self._ids[row], self._unknown[row] = [], [], 0

@@ -1,4 +1,4 @@
-"""The catalog: what the store holds, in SQLite. One transaction of it is the only commit point.
+"""The open folder of a store: what it holds, in SQLite, and its data files. A transaction is the only commit point.
 
 Threads share one connection behind a lock. SQLite keeps POSIX locks on its file, which a process loses when it closes
 *any* descriptor of it: nothing here opens the catalog but SQLite.
@@ -11,16 +11,18 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
-from longmem.errors import LongMemError, StoreDamaged, StoreError, StoreFull
-from longmem.store.disk import failpoint
+from longmem.errors import StoreDamaged, StoreError, StoreFull
+from longmem.files import to_disk
+from longmem.store.disk import GenerationGone, StoredChunks, WriterLock, failpoint, file_errors, mapped, paths_of
 from longmem.store.encode import Tokens, joined_tokens
-from longmem.store.records import FORMAT, DocumentInfo, Layout
+from longmem.store.records import FORMAT, DocumentInfo, Layout, Selection, no_document
 
 CATALOG = "catalog.sqlite"
 BUSY_SECONDS = 20.0
@@ -40,14 +42,7 @@ CREATE TABLE part (document INTEGER NOT NULL REFERENCES document ON DELETE CASCA
 CREATE INDEX part_piece ON part (piece);
 """
 _FIELDS = "id, namespace, name, source, metadata, added, expires, tokens, revision"
-
-
-def insert(db: sqlite3.Connection, table: str, **row: Any) -> int:
-    """A row more; its number."""
-    places = ", ".join("?" * len(row))
-    found = db.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({places})", tuple(row.values())).lastrowid
-    assert found is not None
-    return found
+Found = TypeVar("Found")
 
 
 class Part(NamedTuple):
@@ -58,107 +53,146 @@ class Part(NamedTuple):
     tokens: int
 
 
+class Piece(NamedTuple):
+    """A piece without its text; its chunks are the records from ``first`` on."""
+
+    id: int
+    digest: bytes
+    tokens: int
+    first: int
+    chunks: int
+    crc: int
+
+
 class Catalog:
-    """The open catalog of a store's folder.
+    """The open folder of a store.
 
     Args:
-        path: of the file, absolute.
-        writable: whether it may be changed.
+        folder: absolute.
+        writable: whether it may be changed; one process at a time may.
         new: the layout of a store that is made now; what a killed maker left is made whole.
 
+    Attributes:
+        layout: what is fixed for the whole store.
+        pinned: numbers of pieces that unfinished adds count on.
+
     Raises:
+        StoreLocked: another process writes to it.
         StoreDamaged: it cannot be read as what it is.
         StoreError: it cannot be opened, or another version wrote it.
     """
 
-    def __init__(self, path: Path, *, writable: bool, new: Layout | None = None) -> None:
-        self.path, self.writable = path, writable
-        self._guard = threading.RLock()
+    def __init__(self, folder: Path, *, writable: bool, new: Layout | None = None) -> None:
+        self.folder, self.path, self.writable = folder, folder / CATALOG, writable
+        self.pinned: list[set[int]] = []
+        self._guard, self._changing = threading.RLock(), threading.RLock()
+        self._lock: WriterLock | None = None
+        self._mapped: tuple[int, StoredChunks] | None = None
         self._connections = 0
-        self._closed = False
-        self._watched: tuple[object, ...] | None = None  # where SQLite cannot tell us that a writer came
-        self._db = self._connect(new is not None)
-        try:
-            with sqlite_errors(path):
-                if new is not None:
+        self._watched: list[object] | None = None  # where SQLite cannot tell us that a writer came
+        with ExitStack() as undo:
+            if writable:
+                with file_errors(folder, "making the folder"):
+                    folder.mkdir(parents=True, exist_ok=True)
+                self._lock = WriterLock(folder)
+                undo.callback(self._lock.release)
+                failpoint("create.folder")
+            self._db = self._connect(new is not None)
+            undo.callback(self._db.close)
+            with sqlite_errors(self.path):
+                if new is not None and not self._db.execute("PRAGMA user_version").fetchone()[0]:
                     self._make(new)
                 self.layout = self._read_layout()
-        except BaseException:
-            self._db.close()
-            raise
+            if writable:  # data files that the catalog does not name are of a compact that was interrupted
+                named = paths_of(folder, self.meta("generation"))
+                self.remove(path for path in folder.glob("k*-*.bin") if path not in named)
+            undo.pop_all()
 
     def _connect(self, create: bool = False) -> sqlite3.Connection:
         how = "mode=rwc" if create else "mode=rw" if self.writable else "mode=ro"
-        if self.writable:
-            for each in (self.path, *(self.path.with_name(f"{CATALOG}-{kind}") for kind in ("wal", "shm"))):
-                if each.exists() and not os.access(each, os.W_OK):  # else SQLite complains at the first change only
-                    raise StoreFull(f"{each}: may not be written; allow writing there, or open with mode='read'")
-        elif not os.access(self.path.parent, os.W_OK):
-            log = self.path.with_name(f"{CATALOG}-wal")
-            if not (log.exists() and log.stat().st_size):
-                # SQLite could not make the files that it wants beside a write-ahead log
-                how, self._watched = "mode=ro&immutable=1", self._state()
-        with sqlite_errors(self.path):
+        log = self.folder / f"{CATALOG}-wal"
+        if not self.writable and not os.access(self.folder, os.W_OK) and not (log.exists() and log.stat().st_size):
+            # SQLite could not make the files that it wants beside a write-ahead log
+            how, self._watched = "mode=ro&immutable=1", self._state()
+        with sqlite_errors(self.path), ExitStack() as undo:
             where = f"file:{quote(str(self.path))}?{how}"
             db = sqlite3.connect(where, BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True)
-            try:
-                db.execute("PRAGMA trusted_schema = OFF")
-                db.execute("PRAGMA mmap_size = 0")  # a cut file is then an error, not a signal
-                db.execute("PRAGMA temp_store = MEMORY")  # no text in files outside of the store
-                if self.writable:
-                    self._prepare(db)
-            except BaseException:
-                db.close()
-                raise
+            undo.callback(db.close)
+            # a cut file is an error then, not a signal; no text comes into files outside of the store
+            settings = ["trusted_schema = OFF", "mmap_size = 0", "temp_store = MEMORY"]
+            if self.writable:
+                journal = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+                if journal != "wal":
+                    raise StoreError(
+                        f"{self.path}: this file system does not support the shared memory of SQLite's write-ahead "
+                        f"log (journal mode {journal}); keep the store on a local disk"
+                    )
+                settings += ["synchronous = FULL", "secure_delete = ON", "foreign_keys = ON"]
+            for setting in settings:
+                db.execute(f"PRAGMA {setting}")
+            undo.pop_all()
         return db
 
-    def _prepare(self, db: sqlite3.Connection) -> None:
-        journal = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-        if journal != "wal":
-            raise StoreError(
-                f"{self.path}: this file system does not support the shared memory of SQLite's write-ahead log "
-                f"(journal mode {journal}); keep the store on a local disk"
-            )
-        for setting in ("synchronous = FULL", "secure_delete = ON", "foreign_keys = ON"):
-            db.execute(f"PRAGMA {setting}")
-
     def _make(self, layout: Layout) -> None:
-        if self._db.execute("PRAGMA user_version").fetchone()[0]:
-            return
         with self.write() as db:
             for statement in SCHEMA.split(";"):
                 db.execute(statement)
-            rows = [("layout", layout.to_json()), ("generation", 1), ("records", 0)]
+            rows = [("layout", json.dumps(asdict(layout))), ("generation", 1), ("records", 0)]
             db.executemany("INSERT INTO meta VALUES (?, ?)", rows)
             db.execute(f"PRAGMA user_version = {FORMAT}")
+        to_disk(self.folder)
+        to_disk(self.folder.parent)
 
     def _read_layout(self) -> Layout:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        folder = self.path.parent
-        if version == 0:
-            raise StoreError(f"{folder}: this store was never finished; open it to write once, or delete the folder")
-        if version == 1:
-            raise StoreError(
-                f"{folder}: a store of format 1, this version reads {FORMAT}; write each namespace to a file with "
-                "`longmem memory export` of longmem 0.1, and read it into a new store with `longmem memory import`"
-            )
-        if version != FORMAT:
-            raise StoreError(f"{folder}: format {version}, this version reads {FORMAT}; use a newer longmem")
-        try:
-            return Layout.from_fields(json.loads(self.meta("layout")))
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreDamaged(f"{self.path}: its layout cannot be read ({error}); restore a backup") from error
+        if version == FORMAT:
+            try:
+                return Layout.from_fields(json.loads(self.meta("layout")))
+            except (ValueError, KeyError, TypeError) as error:
+                raise StoreDamaged(f"{self.path}: its layout cannot be read ({error}); restore a backup") from error
+        ways_out = {
+            0: "this store was never finished; open it to write once, or delete the folder",
+            1: f"a store of format 1, this version reads {FORMAT}; write each namespace to a file with `longmem memory "
+            "export` of longmem 0.1, and read it into a new store with `longmem memory import`",
+        }
+        newer = f"format {version}, this version reads {FORMAT}; use a newer longmem"
+        raise StoreError(f"{self.folder}: {ways_out.get(version, newer)}")
 
     def close(self) -> None:
         """Close; a writer empties the write-ahead log if no reader needs it."""
-        with self._guard:
-            if not self._closed and self.writable:
-                with suppress(StoreError):  # the log itself is durable
-                    self.empty_log(0.0)
-            self._closed = True
-            self._db.close()
+        with self._changing, self._guard:
+            try:
+                if self.writable:
+                    with suppress(StoreError):  # the log itself is durable
+                        self.empty_log(0.0)
+                self._db.close()
+            finally:
+                if self._lock is not None:
+                    self._lock.release()
 
     # states and transactions
+
+    def writing(self) -> threading.RLock:
+        """A lock to hold while data files and catalog are changed, so that threads do it one after the other.
+
+        Raises:
+            StoreError: the store was opened to read, or by the parent of this process.
+        """
+        if self._lock is None:
+            raise StoreError(f"{self.folder}: opened to read; open it with mode='write'")
+        if self._lock.pid != os.getpid():
+            raise StoreError(f"{self.folder}: opened by process {self._lock.pid}; open it in this process")
+        return self._changing
+
+    @contextmanager
+    def pinning(self) -> Iterator[set[int]]:
+        """While the block lasts, ``compact`` leaves the pieces whose numbers are put into the set."""
+        pinned: set[int] = set()
+        self.pinned.append(pinned)
+        try:
+            yield pinned
+        finally:
+            self.pinned = [each for each in self.pinned if each is not pinned]
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
@@ -190,7 +224,7 @@ class Catalog:
     @contextmanager
     def apart(self) -> Iterator[Catalog]:
         """One state for long reading, in a connection of its own: threads do not wait for it."""
-        other = Catalog(self.path, writable=False)
+        other = Catalog(self.folder, writable=False)
         try:
             with other.read():
                 yield other
@@ -208,14 +242,10 @@ class Catalog:
             others = self._db.execute("PRAGMA data_version").fetchone()[0]  # commits of other connections
             return self._connections, self._db.total_changes, others
 
-    def _state(self) -> tuple[object, ...]:
+    def _state(self) -> list[object]:
         """Size and time of the files, for a folder in which SQLite may not watch a writer."""
-        found: list[object] = []
-        for name in (CATALOG, f"{CATALOG}-wal"):
-            path = self.path.with_name(name)
-            status = path.stat() if path.exists() else None
-            found.append(None if status is None else (status.st_ino, status.st_size, status.st_mtime_ns))
-        return tuple(found)
+        found = [path.stat() if path.exists() else None for path in (self.path, self.folder / f"{CATALOG}-wal")]
+        return [status and (status.st_ino, status.st_size, status.st_mtime_ns) for status in found]
 
     def empty_log(self, seconds: float = READER_SECONDS) -> bool:
         """Bring the write-ahead log into the catalog and cut it; False where a reader needs it for longer."""
@@ -231,13 +261,42 @@ class Catalog:
         with self._guard, sqlite_errors(self.path):
             self._db.execute("VACUUM")
 
-    @property
-    def disk_bytes(self) -> int:
-        """Of the catalog and its log."""
-        paths = (self.path, self.path.with_name(f"{CATALOG}-wal"))
-        return sum(path.stat().st_size for path in paths if path.exists())
+    # data files
+
+    def chunks(self) -> StoredChunks:
+        """The records of the data files as the catalog's present state has them; call it inside of ``read``.
+
+        Raises:
+            GenerationGone: ``compact`` of another process has just replaced them; read the catalog again.
+        """
+        generation, count = self.meta("generation"), self.meta("records")
+        if self._mapped is None or self._mapped[0] != generation or len(self._mapped[1]) < count:
+            self._mapped = generation, mapped(self.folder, self.layout, generation, count)
+        return self._mapped[1]
+
+    def remove(self, paths: Iterable[Path]) -> None:
+        """Unlink data files, durably; a map would keep their bytes on the disk."""
+        self._mapped = None
+        removed = list(paths)
+        for path in removed:
+            with file_errors(path, "removing"):
+                path.unlink(missing_ok=True)
+            failpoint("compact.unlinked")
+        if removed:
+            to_disk(self.folder)
+
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of the data files, and of the catalog with its log."""
+        with self.read():
+            files = paths_of(self.folder, self.meta("generation"))
+        return _size_of(files), _size_of((self.path, self.folder / f"{CATALOG}-wal"))
 
     # what is in it
+
+    def row(self, query: str, *given: Any) -> Any:
+        """The first row of a query, None if there is none."""
+        with self.read() as db:
+            return db.execute(query, given).fetchone()
 
     def meta(self, key: str) -> Any:
         """``layout`` (JSON), ``generation`` of the data files, or ``records``: chunks in them."""
@@ -246,19 +305,18 @@ class Catalog:
             raise StoreDamaged(f"{self.path}: {key} is missing; restore a backup")
         return row[0]
 
-    def row(self, query: str, *given: Any) -> Any:
-        """The first row of a query, None if there is none."""
-        with self.read() as db:
-            return db.execute(query, given).fetchone()
-
-    def documents(self, namespace: str | None = None, *, expired: bool = False) -> list[DocumentInfo]:
+    def documents(
+        self, namespace: str | None = None, selection: Selection | None = None, *, expired: bool = False
+    ) -> list[DocumentInfo]:
         """Documents of a namespace, or of all, by time and number; ``expired``: also those past their time."""
         where, given = ("", ()) if namespace is None else ("WHERE namespace = ?", (namespace,))
         with self.read() as db:
             rows = db.execute(f"SELECT {_FIELDS} FROM document {where} ORDER BY added, id", given)
             found = [self._info(row) for row in rows]
-        now = time.time()
-        return [each for each in found if expired or not each.expired(now)]
+        if not expired:
+            now = time.time()
+            found = [each for each in found if not each.expired(now)]
+        return found if selection is None else selection.of(namespace or "", found)
 
     def find(self, namespace: str, name: str) -> DocumentInfo | None:
         """The document of this name, expired or not."""
@@ -273,25 +331,29 @@ class Catalog:
         """
         found = self.find(namespace, name)
         if found is None or found.expired(time.time()):
-            raise StoreError(f"namespace {namespace!r} has no document {name!r}; `longmem memory list` shows its names")
+            raise no_document(namespace, name)
         return found
 
-    def _info(self, row: Sequence[Any]) -> DocumentInfo:
+    def _info(self, row: tuple[Any, ...]) -> DocumentInfo:
+        number, namespace, name, source, metadata, added, expires, tokens, revision = row
         try:
-            metadata = json.loads(row[4])
+            about = json.loads(metadata)
         except ValueError as error:
-            raise StoreDamaged(f"{self.path}: metadata of document {row[2]!r} is no JSON ({error})") from error
-        number, namespace, name, source, _, added, expires, tokens, revision = row
+            raise StoreDamaged(f"{self.path}: metadata of document {name!r} is no JSON ({error})") from error
         chunks = self.layout.chunks(tokens)
-        return DocumentInfo(number, namespace, name, source, metadata, added, expires, tokens, chunks, revision)
+        return DocumentInfo(number, namespace, name, source, about, added, expires, tokens, chunks, revision)
 
     def parts(self, document: int) -> list[Part]:
         """Of a document, in order."""
         with self.read() as db:
-            rows = db.execute(
-                "SELECT piece, first_token, tokens FROM part WHERE document = ? ORDER BY ordinal", (document,)
-            )
-            return [Part(*row) for row in rows]
+            query = "SELECT piece, first_token, tokens FROM part WHERE document = ? ORDER BY ordinal"
+            return [Part(*row) for row in db.execute(query, (document,))]
+
+    def pieces(self) -> list[Piece]:
+        """All of them, in the order of the data files."""
+        with self.read() as db:
+            query = "SELECT id, digest, tokens, first, count, crc FROM piece ORDER BY first"
+            return [Piece(*row) for row in db.execute(query)]
 
     def tokens(self, piece: int) -> Tokens:
         """Token ids and text of a piece."""
@@ -300,24 +362,46 @@ class Catalog:
             raise StoreDamaged(f"{self.path}: piece {piece} is missing; run `longmem memory verify`")
         return Tokens.from_columns(*row)
 
-    def whole(self, document: DocumentInfo) -> Tokens:
-        """All tokens of a document."""
+    def whole(self, document: DocumentInfo, start: int = 0, stop: int = 1 << 62) -> Tokens:
+        """The tokens of a document, or those from ``start`` to ``stop``."""
         with self.read():
-            return joined_tokens([self.tokens(part.piece).slice(0, part.tokens) for part in self.parts(document.id)])
-
-    def piece_of(self, digest: bytes) -> int | None:
-        """The number of the piece with this digest, if it is there."""
-        row = self.row("SELECT id FROM piece WHERE digest = ?", digest)
-        return None if row is None else int(row[0])
-
-    def dead_tokens(self) -> int:
-        """Tokens of pieces that no document uses."""
-        return int(self.row("SELECT total(tokens) FROM piece WHERE id NOT IN (SELECT piece FROM part)")[0])
+            return joined_tokens(
+                [
+                    self.tokens(piece).slice(max(0, start - first), min(tokens, stop - first))
+                    for piece, first, tokens in self.parts(document.id)
+                    if first < stop and start < first + tokens
+                ]
+            )
 
 
-def matches(document: DocumentInfo, where: Mapping[str, Any] | None) -> bool:
-    """Whether a document's metadata has every key of ``where`` with an equal value."""
-    return all(key in document.metadata and document.metadata[key] == value for key, value in (where or {}).items())
+def _size_of(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths if path.exists())
+
+
+def until_found(read: Callable[[], Found]) -> Found:
+    """What a reading of catalog and data files gives, again where ``compact`` has replaced the files meanwhile.
+
+    Raises:
+        StoreDamaged: the same files are missing twice: they are lost.
+    """
+    missed = ""
+    while True:
+        try:
+            return read()
+        except GenerationGone as gone:
+            if str(gone) == missed:
+                raise StoreDamaged(missed) from gone
+            missed = str(gone)
+
+
+_NO_ROOM = ("SQLITE_FULL", *(f"SQLITE_IOERR_{what}" for what in ("WRITE", "FSYNC", "TRUNCATE", "SHM", "DIR_FSYNC")))
+_WAYS_OUT: tuple[tuple[str | tuple[str, ...], type[StoreError], str], ...] = (
+    (_NO_ROOM, StoreFull, "nothing was changed: make room, then go on"),
+    (("SQLITE_READONLY", "SQLITE_PERM"), StoreFull, "nothing was changed: allow writing, or open with mode='read'"),
+    (("SQLITE_BUSY", "SQLITE_LOCKED"), StoreError, f"another program held it for {BUSY_SECONDS:.0f} s: try again"),
+    ("SQLITE_CANTOPEN", StoreError, "check that it may be read; a log beside it must first be brought in by a writer"),
+    ("SQLITE_", StoreDamaged, "restore a backup, or run `longmem memory verify`"),
+)
 
 
 @contextmanager
@@ -331,29 +415,10 @@ def sqlite_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except sqlite3.ProgrammingError as error:
+        raise StoreError(f"{path}: {error}; the store was closed: open it again") from error
     except sqlite3.Error as error:
-        raise _translated(error, path) from error
-
-
-def _translated(error: sqlite3.Error, path: Path) -> LongMemError:
-    if isinstance(error, sqlite3.ProgrammingError):
-        return StoreError(f"{path}: {error}; the store was closed: open it again")
-    name = getattr(error, "sqlite_errorname", None) or "SQLITE_ERROR"
-    said = " ".join(str(error).split())[:200]  # SQLite quotes what it cannot read, of any length
-    if name.startswith("SQLITE_FULL") or name in _UNWRITABLE:
-        return StoreFull(f"{path}: {said} ({name}); nothing was changed: make room, then go on")
-    if name.startswith(("SQLITE_READONLY", "SQLITE_PERM")):
-        return StoreFull(f"{path}: {said} ({name}); nothing was changed: allow writing there, or open with mode='read'")
-    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        return StoreError(f"{path}: busy for {BUSY_SECONDS:.0f} s ({said}); another program holds it: try again")
-    if name.startswith("SQLITE_CANTOPEN"):
-        return StoreError(
-            f"{path}: {said}; check that it may be read (a write-ahead log in a read-only folder must first be "
-            "brought in by a writer)"
-        )
-    return StoreDamaged(f"{path}: {said} ({name}); restore a backup, or run `longmem memory verify`")
-
-
-_UNWRITABLE = {
-    f"SQLITE_IOERR_{what}" for what in ("WRITE", "FSYNC", "TRUNCATE", "SHMOPEN", "SHMSIZE", "SHMMAP", "DIR_FSYNC")
-}
+        name = getattr(error, "sqlite_errorname", None) or "SQLITE_ERROR"
+        kind, way_out = next((kind, way_out) for names, kind, way_out in _WAYS_OUT if name.startswith(names))
+        said = " ".join(str(error).split())[:200]  # SQLite quotes what it cannot read, of any length
+        raise kind(f"{path}: {said} ({name}); {way_out}") from error

@@ -1,4 +1,4 @@
-"""Files of a store: records of chunks, read by map; errors of the system in one line; the writer's lock.
+"""Files of a store: records of chunks, read by map; the writer's lock; errors of the system in one line.
 
 A generation is two files of records of a fixed size, only ever appended. ``kv-NNNNNN.bin`` holds for every chunk its
 keys and values (H, 2, S, D); ``keys-NNNNNN.bin`` its mean keys (H, D) float32 and, with int8, its scales (H, 2)
@@ -15,12 +15,11 @@ import fcntl
 import json
 import mmap
 import os
-import signal
 import socket
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -33,43 +32,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longmem.errors import StoreDamaged, StoreError, StoreFull, StoreLocked
+from longmem.files import to_disk
 from longmem.memory.chunks import mean_keys
 from longmem.store.records import DTYPES, Dtype, Layout
 
-FAILPOINTS = (
-    "create.folder",  # the folder and the lock exist, no catalog
-    "append.written",  # chunks are in the data files, not durable, unknown to the catalog
-    "append.synced",
-    "commit.begun",  # all rows are written, the transaction is open
-    "commit.done",
-    "compact.copied",  # the new generation is complete, the catalog still names the old one
-    "compact.committed",  # the catalog names the new generation, the old files are still there
-    "compact.unlinked",
-    "compact.vacuumed",
-    "export.written",
-)
-"""Where a test can make the process die, or a call of the system fail; see ``failpoint``."""
-
 LOCK = "writer.lock"
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
-_reached: dict[str, int] = {}
+reached: Callable[[str], object] = lambda name: None  # noqa: E731
 
 
 def failpoint(name: str) -> None:
-    """Die or fail here if the environment says so.
-
-    ``LONGMEM_FAILPOINT=commit.begun:3`` kills this process (SIGKILL) the third time that it comes here;
-    ``LONGMEM_FAILPOINT=append.written=ENOSPC`` raises that ``OSError`` instead.
-    """
-    place, _, code = os.environ.get("LONGMEM_FAILPOINT", "").partition("=")
-    wanted, _, count = place.partition(":")
-    if wanted == name:
-        _reached[name] = _reached.get(name, 0) + 1
-        if _reached[name] == int(count or 1):
-            if not code:
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+    """A place where tests let the process die, or a call of the system fail, by their own ``reached``."""
+    reached(name)
 
 
 @contextmanager
@@ -85,24 +58,14 @@ def file_errors(path: Path, doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         line = f"{path}: {os.strerror(error.errno) if error.errno else error} while {doing}"
-        if error.errno in _NO_ROOM:
-            raise StoreFull(
-                f"{line}; nothing was changed: make room (`longmem memory compact` may help), then go on"
-            ) from error
-        if error.errno in _READ_ONLY:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            way_out = "nothing was changed: make room (`longmem memory compact` may help), then go on"
+            raise StoreFull(f"{line}; {way_out}") from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise StoreFull(f"{line}; nothing was changed: allow writing there, or open with mode='read'") from error
         if error.errno == errno.EIO:
             raise StoreDamaged(f"{line}; the device fails: save what can be read and restore a backup") from error
         raise StoreError(f"{line}; nothing was changed") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class WriterLock:
@@ -115,36 +78,35 @@ class WriterLock:
 
     def __init__(self, folder: Path) -> None:
         self.pid = os.getpid()
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else ""
+        me = {
+            "pid": self.pid,
+            "host": socket.gethostname(),
+            "command": command.encode("ascii", "replace").decode().strip()[:400] or "python",
+            "since": time.time(),
+        }
         with file_errors(folder / LOCK, "opening to write"):
-            handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._file = (folder / LOCK).open("a")
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, json.dumps(_me()).encode(), 0)
-            except BlockingIOError as error:
-                os.close(handle)
-                raise StoreLocked(_who(folder)) from error
-            except BaseException:
-                os.close(handle)
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._file.truncate(0)
+                self._file.write(json.dumps(me))
+                self._file.flush()
+            except BaseException as error:
+                self._file.close()
+                if isinstance(error, BlockingIOError):
+                    raise StoreLocked(_holder(folder)) from error
                 raise
-        self._handle = handle
 
     def release(self) -> None:
         """Let others write."""
-        if self._handle >= 0:
+        if not self._file.closed:
             if os.getpid() == self.pid:  # a forked child has the same lock: its parent keeps it
-                fcntl.flock(self._handle, fcntl.LOCK_UN)
-            os.close(self._handle)
-            self._handle = -1
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+            self._file.close()
 
 
-def _me() -> dict[str, object]:
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else []
-    command = " ".join(words).encode("ascii", "replace").decode().strip()[:400] or "python"
-    return {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": time.time()}
-
-
-def _who(folder: Path) -> str:
+def _holder(folder: Path) -> str:
     try:
         holder = json.loads((folder / LOCK).read_bytes())
         since = datetime.fromtimestamp(holder["since"]).astimezone().isoformat(sep=" ", timespec="seconds")
@@ -174,17 +136,15 @@ class StoredChunks:
     def __len__(self) -> int:
         return len(self.kv)
 
-    @property
-    def nbytes(self) -> int:
-        """Of all arrays."""
-        return self.kv.nbytes + self.keys.nbytes + (0 if self.scales is None else self.scales.nbytes)
+    def run(self, first: int, count: int) -> StoredChunks:
+        """Chunks that follow one another: views."""
+        some = slice(first, first + count)
+        return StoredChunks(self.kv[some], self.keys[some], None if self.scales is None else self.scales[some])
 
     def raw(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Records of the two files, (n, bytes) each."""
-        small = [self.keys.reshape(len(self), -1)]
-        if self.scales is not None:
-            small.append(self.scales.reshape(len(self), -1))
-        keys = np.ascontiguousarray(np.concatenate(small, axis=1) if len(small) > 1 else small[0])
+        small = [each.reshape(len(self), -1) for each in (self.keys, self.scales) if each is not None]
+        keys = np.ascontiguousarray(np.concatenate(small, axis=1))
         return np.ascontiguousarray(self.kv).reshape(len(self), -1).view(np.uint8), keys.view(np.uint8)
 
     def crc(self) -> int:
@@ -193,12 +153,12 @@ class StoredChunks:
         return zlib.crc32(keys.data, zlib.crc32(kv.data))
 
 
-def joined(parts: list[StoredChunks]) -> StoredChunks:
+def joined(runs: Sequence[StoredChunks]) -> StoredChunks:
     """Runs of chunks, one after the other."""
-    scales = [part.scales for part in parts if part.scales is not None]
+    scales = [run.scales for run in runs if run.scales is not None]
     return StoredChunks(
-        np.concatenate([part.kv for part in parts]),
-        np.concatenate([part.keys for part in parts]),
+        np.concatenate([run.kv for run in runs]),
+        np.concatenate([run.keys for run in runs]),
         np.concatenate(scales) if scales else None,
     )
 
@@ -229,49 +189,26 @@ def pack(chunks: Tensor, lengths: Tensor, dtype: Dtype) -> StoredChunks:
     return StoredChunks((rounded.view(torch.int16) if dtype == "bfloat16" else rounded).contiguous().numpy(), keys)
 
 
-class Arrays:
-    """The first ``count`` records of a generation, mapped to read; stays readable after its files were removed.
+def paths_of(folder: Path, generation: int) -> tuple[Path, Path]:
+    """The two files of a generation."""
+    return folder / f"kv-{generation:06d}.bin", folder / f"keys-{generation:06d}.bin"
+
+
+def mapped(folder: Path, layout: Layout, generation: int, count: int) -> StoredChunks:
+    """The first ``count`` records of a generation, to read; they stay readable after the files were removed.
 
     Raises:
         GenerationGone: a file is missing.
         StoreDamaged: a file is shorter than ``count`` records.
     """
-
-    def __init__(self, folder: Path, layout: Layout, generation: int, count: int) -> None:
-        self.layout, self.generation, self.count = layout, generation, count
-        heads, size, dim = layout.heads, layout.chunk_size, layout.head_dim
-        kv, keys = paths_of(folder, generation)
-        self.kv: NDArray[Any] = _mapped(kv, count, layout.record_bytes).view(_STORED[layout.dtype])
-        self.kv = self.kv.reshape(count, heads, 2, size, dim)
-        small = _mapped(keys, count, layout.key_bytes).view("<f4").reshape(count, layout.key_bytes // 4)
-        self.keys: NDArray[np.float32] = small[:, : heads * dim].reshape(count, heads, dim)
-        self.scales: NDArray[np.float32] | None = None
-        if layout.dtype == "int8":
-            self.scales = small[:, heads * dim :].reshape(count, heads, 2)
-
-    def chunks(self, first: int, count: int) -> StoredChunks:
-        """A run of chunks: views of the map."""
-        run = slice(first, first + count)
-        return StoredChunks(self.kv[run], self.keys[run], None if self.scales is None else self.scales[run])
-
-    def gather(self, chunks: Numbers, heads: Numbers, dtype: torch.dtype) -> Tensor:
-        """Single heads of chunks, a copy (p, 2, S, D) on the CPU; only their bytes are read from disk.
-
-        Args:
-            chunks: (p,) records.
-            heads: (p,) the head wanted of each.
-            dtype: to compute in.
-        """
-        kv = torch.from_numpy(self.kv.reshape(-1, *self.kv.shape[2:])[chunks * self.layout.heads + heads])
-        if self.scales is not None:
-            scales = torch.from_numpy(self.scales[chunks, heads])
-            return (kv.to(torch.float32) * scales[..., None, None]).to(dtype)
-        return (kv.view(torch.bfloat16) if self.layout.dtype == "bfloat16" else kv).to(dtype)
-
-
-def paths_of(folder: Path, generation: int) -> tuple[Path, Path]:
-    """The two files of a generation."""
-    return folder / f"kv-{generation:06d}.bin", folder / f"keys-{generation:06d}.bin"
+    heads, size, dim = layout.heads, layout.chunk_size, layout.head_dim
+    kv, keys = paths_of(folder, generation)
+    small = _mapped(keys, count, layout.key_bytes).view("<f4").reshape(count, layout.key_bytes // 4)
+    return StoredChunks(
+        _mapped(kv, count, layout.record_bytes).view(_STORED[layout.dtype]).reshape(count, heads, 2, size, dim),
+        small[:, : heads * dim].reshape(count, heads, dim),
+        small[:, heads * dim :].reshape(count, heads, 2) if layout.dtype == "int8" else None,
+    )
 
 
 def _mapped(path: Path, count: int, size: int) -> NDArray[np.uint8]:
@@ -290,17 +227,19 @@ def _mapped(path: Path, count: int, size: int) -> NDArray[np.uint8]:
         raise
 
 
-def append(folder: Path, layout: Layout, generation: int, first: int, runs: list[StoredChunks]) -> None:
+def append(folder: Path, layout: Layout, generation: int, first: int, runs: Sequence[StoredChunks]) -> int:
     """Write chunks as the records from ``first`` on; durable when this returns, known once the catalog counts them.
+
+    Returns:
+        how many records there are then.
 
     Raises:
         StoreFull: no room; both files are as they were.
     """
-    raw = [run.raw() for run in runs]
     made = False
-    for path, size, parts in zip(
-        paths_of(folder, generation), (layout.record_bytes, layout.key_bytes), zip(*raw, strict=True), strict=True
-    ):
+    sizes = (layout.record_bytes, layout.key_bytes)
+    raw = zip(*(run.raw() for run in runs), strict=True)
+    for path, size, parts in zip(paths_of(folder, generation), sizes, raw, strict=True):
         with file_errors(path, "writing"):
             made |= not path.exists()
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -308,7 +247,10 @@ def append(folder: Path, layout: Layout, generation: int, first: int, runs: list
                 os.ftruncate(handle, first * size)
                 place = first * size
                 for part in parts:
-                    place = _write(handle, part, place)
+                    rest = part.reshape(-1).data
+                    while rest:  # a full disk may take a part first and refuse the rest
+                        done = os.pwrite(handle, rest, place)
+                        rest, place = rest[done:], place + done
                 failpoint("append.written")
                 os.fsync(handle)
             except BaseException:
@@ -318,14 +260,6 @@ def append(folder: Path, layout: Layout, generation: int, first: int, runs: list
             finally:
                 os.close(handle)
     if made:
-        sync_folder(folder)
+        to_disk(folder)
     failpoint("append.synced")
-
-
-def _write(handle: int, data: NDArray[np.uint8], place: int) -> int:
-    """Write all of it at ``place``; where it ends. A full disk may take a part first and refuse the rest."""
-    rest = data.reshape(-1).data
-    while rest:
-        done = os.pwrite(handle, rest, place)
-        rest, place = rest[done:], place + done
-    return place
+    return first + sum(map(len, runs))

@@ -11,21 +11,24 @@ T segment tokens · B rows · n chunks · H heads of all layers · S tokens per 
 from __future__ import annotations
 
 import hashlib
-import struct
+import os
+import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longmem.errors import StoreError
+from longmem.data.tokens import load_tokenizer
+from longmem.errors import DataError, StoreError
 from longmem.store.disk import StoredChunks, joined, pack
-from longmem.store.records import Layout
-from longmem.types import AttentionKV
+from longmem.store.records import DTYPES, Dtype, Layout
 
 Ids = NDArray[np.uint32]
 
@@ -53,12 +56,9 @@ class Tokens:
 
     def digest(self) -> bytes:
         """16 bytes of BLAKE2b over ids and text."""
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(struct.pack("<Q", len(self.ids)))
-        digest.update(self.ids.astype("<u4").tobytes())
-        if self.text is not None:
-            digest.update(b"t" + self.text.encode())
-        return digest.digest()
+        text = b"" if self.text is None else b"t" + self.text.encode()
+        data = len(self.ids).to_bytes(8, "little") + self.ids.astype("<u4").tobytes() + text
+        return hashlib.blake2b(data, digest_size=16).digest()
 
     def columns(self) -> dict[str, bytes | str | None]:
         """As the catalog keeps them."""
@@ -81,46 +81,20 @@ class Tokens:
 
 def joined_tokens(runs: Sequence[Tokens]) -> Tokens:
     """Runs of tokens, one after the other; a text only where all have one."""
-    if len(runs) == 1:
-        return runs[0]
     ids = np.concatenate([np.zeros(0, np.uint32), *(run.ids for run in runs)]).astype(np.uint32)
-    if not runs or any(run.text is None for run in runs):
-        return Tokens(ids)
-    starts, begin = [], 0
+    starts, text = [np.zeros(0, np.uint32)], ""
     for run in runs:
-        assert run.text is not None and run.starts is not None
-        starts.append(run.starts + np.uint32(begin))
-        begin += len(run.text)
-    return Tokens(ids, "".join(run.text or "" for run in runs), np.concatenate(starts))
+        if run.text is None or run.starts is None:
+            return Tokens(ids)
+        starts.append(run.starts + np.uint32(len(text)))
+        text += run.text
+    return Tokens(ids, text, np.concatenate(starts))
 
 
 def cut(tokens: Tokens, piece_tokens: int) -> Iterator[Tokens]:
     """Pieces of ``piece_tokens`` tokens; the last one may be shorter."""
     for start in range(0, len(tokens), piece_tokens):
         yield tokens.slice(start, min(start + piece_tokens, len(tokens)))
-
-
-def tokens_of(name: str, text: str | None, ids: Any, tokenizer: Any, *, begin: bool) -> Tokens:
-    """The tokens of a new text, or of ids.
-
-    Args:
-        name: of the document, for messages.
-        text: to be tokenised, whole.
-        ids: tokens as they are; exactly one of the two is given.
-        tokenizer: a fast one of transformers; only needed for text.
-        begin: whether a document begins here: what the tokenizer puts before a text (``<s>``) then comes first, as in
-            training. What it puts at the end (``</s>``) is left out: memory goes on.
-
-    Raises:
-        StoreError: nothing to remember, both or neither given, or a tokenizer that gives no offsets.
-    """
-    if (text is None) == (ids is None):
-        given = "both" if ids is not None else "neither"
-        raise StoreError(f"document {name!r}: give either a text or ids=, not {given}")
-    tokens = _of_ids(name, ids) if text is None else _of_text(name, text, tokenizer, begin)
-    if not len(tokens):
-        raise StoreError(f"document {name!r} has no tokens; there is nothing to remember")
-    return tokens
 
 
 def _of_ids(name: str, ids: Any) -> Tokens:
@@ -142,27 +116,19 @@ def _of_text(name: str, text: str, tokenizer: Any, begin: bool) -> Tokens:
         raise StoreError(
             f"document {name!r} is no valid Unicode (character {error.start}); read it with errors='replace'"
         ) from error
-    if tokenizer is None:
-        raise StoreError(
-            f"document {name!r}: the store has no tokenizer; open it with tokenizer=, or give token ids with ids="
-        )
     if not getattr(tokenizer, "is_fast", False):
-        raise StoreError(
-            f"document {name!r}: {type(tokenizer).__name__} does not say where in the text its tokens begin; "
-            "use a fast tokenizer, or give token ids with ids="
-        )
+        what = "the store has no tokenizer"
+        if tokenizer is not None:
+            what = f"{type(tokenizer).__name__} does not say where in the text its tokens begin"
+        raise StoreError(f"document {name!r}: {what}; open it with a fast tokenizer=, or give token ids with ids=")
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
-    prefix = _prefix(tokenizer) if begin and found["input_ids"] else []
+    # of what the tokenizer puts around a text, only its beginning (<s> of Llama, nothing of GPT-2): memory goes on
+    around: list[int] = tokenizer("")["input_ids"] if begin and found["input_ids"] else []
+    prefix = around[:1] if around and around[0] == tokenizer.bos_token_id else []
     offsets = np.array(found["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0]
     # offsets of some tokenizers step back at composed characters; text is cut at them, so they must not
     starts = np.concatenate([np.zeros(len(prefix), dtype=np.int64), np.maximum.accumulate(offsets)])
     return Tokens(np.array([*prefix, *found["input_ids"]], dtype=np.uint32), text, starts.astype(np.uint32))
-
-
-def _prefix(tokenizer: Any) -> list[int]:
-    """What the tokenizer itself puts before a text (``<s>`` of Llama, nothing of GPT-2)."""
-    ids: list[int] = tokenizer("")["input_ids"]
-    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
 CPU_BATCH_TOKENS = 512
@@ -172,76 +138,102 @@ LONGEST_SEGMENT = 1024
 _SHORTEST = 16
 
 
-class Encodes(Protocol):
-    """What the store needs of a model; ``LongMem``, ``MemTRM`` and ``TrainingFree`` have it."""
-
-    config: Any
-
-    @property
-    def memory_layers(self) -> tuple[int, ...]: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def memory_heads(self) -> int: ...
-
-    @property
-    def memory_head_dim(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def encode(self, input_ids: Tensor) -> AttentionKV:
-        """Position-free keys and values (B, H, T, D) of the segments (B, T)."""
-        ...
-
-
 class Encoder:
-    """Encodes segments for a store.
+    """Encodes texts for a store.
 
     Args:
-        model: whose backbone is that of the layout.
+        model: a LongMem, MemTRM or TrainingFree over the backbone of the layout; None: nothing can be encoded.
+        tokenizer: None loads that of the model's backbone when a text is first given.
         batch_tokens: of one batch, about; by default by device. Another number, as another device or number of threads,
             may round the last bit differently.
     """
 
-    def __init__(self, model: Encodes, layout: Layout, batch_tokens: int | None = None) -> None:
-        self.model = model
-        self.layout = layout
-        by_device = CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS
-        self.batch_tokens = by_device if batch_tokens is None else batch_tokens
-        self._alone = _routes_tokens(model)
-        self._vocabulary = vocabulary_of(model)
+    def __init__(self, model: Any, layout: Layout, tokenizer: Any = None, batch_tokens: int | None = None) -> None:
+        self.model, self.layout, self._tokenizer = model, layout, tokenizer
+        self._busy = threading.Lock()  # held while the model encodes
+        on_cpu = model is None or model.device.type == "cpu"
+        self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
+        config = None if model is None else _text_config(model)
+        counts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+        # experts get some of the tokens: the shapes of their products would depend on a segment's company
+        self._alone = any((getattr(config, name, None) or 0) > 1 for name in counts)
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+        self._vocabulary = getattr(getattr(embeddings, "weight", None), "shape", (1 << 32,))[0]
+
+    def accepts(self, fingerprint: str) -> bool:
+        """Whether the model's backbone is the one of this fingerprint: a model may know several of the same weights."""
+        known = getattr(self.model, "fingerprint", None)
+        return bool(getattr(self.model, "accepts", lambda theirs: theirs == known)(fingerprint))
+
+    def needed(self) -> Any:
+        """The model.
+
+        Raises:
+            StoreError: the store was opened without it.
+        """
+        if self.model is None:
+            raise StoreError(
+                "the store was opened without a model, which encoding text needs; open it with model= "
+                f"(a LongMem over {self.layout.backbone})"
+            )
+        return self.model
+
+    def find_tokenizer(self, *, needed: bool = False) -> Any:
+        """The tokenizer given, or that of the model's backbone; None where there is neither, or it cannot be loaded.
+
+        Raises:
+            DataError: it cannot be loaded and is ``needed``.
+        """
+        name = backbone_of(self.model) if self._tokenizer is None and self.model is not None else None
+        if name:
+            try:
+                self._tokenizer = load_tokenizer(name)
+            except DataError:
+                if needed:
+                    raise
+        return self._tokenizer
+
+    def tokens(self, name: str, text: str | None, ids: Any, *, begin: bool = True) -> Tokens:
+        """The tokens of a new text, or of ids.
+
+        Args:
+            name: of the document, for messages.
+            text: to be tokenised, whole.
+            ids: tokens as they are; exactly one of the two is given.
+            begin: whether a document begins here: what the tokenizer puts before a text comes first, as in training.
+
+        Raises:
+            StoreError: nothing to remember, both or neither given, a tokenizer that gives no offsets, or token ids
+                that the backbone does not know.
+        """
+        if (text is None) == (ids is None):
+            both = "neither" if ids is None else "both"
+            raise StoreError(f"document {name!r}: give either a text or ids=, not {both}")
+        given = self.find_tokenizer(needed=True) if ids is None else None
+        tokens = _of_ids(name, ids) if text is None else _of_text(name, text, given, begin)
+        if not len(tokens):
+            raise StoreError(f"document {name!r} has no tokens; there is nothing to remember")
+        if int(tokens.ids.max()) >= self._vocabulary:
+            raise StoreError(
+                f"document {name!r}: token id {int(tokens.ids.max())} is outside of the backbone's vocabulary of "
+                f"{self._vocabulary}; use the tokenizer that belongs to the backbone"
+            )
+        return tokens
 
     def encode(self, pieces: Sequence[Ids]) -> list[StoredChunks]:
         """Encode pieces, each a run of whole segments whose last may be short.
 
         Raises:
-            StoreError: an id outside of the vocabulary, or numbers that the store's type cannot hold.
+            StoreError: there is no model, or numbers that the store's type cannot hold.
         """
         done: list[dict[int, StoredChunks]] = [{} for _ in pieces]
-        for batch in self._batches(pieces):
-            chunks = self._run([self._segment(pieces, *at) for at in batch])
-            for (piece, segment), made in zip(batch, chunks, strict=True):
-                done[piece][segment] = made
-        return [joined([segments[number] for number in range(len(segments))]) for segments in done]
-
-    def check_ids(self, name: str, ids: Ids) -> None:
-        """Refuse token ids that the backbone does not know, before any work.
-
-        Raises:
-            StoreError: names the document.
-        """
-        if self._vocabulary is not None and len(ids) and int(ids.max()) >= self._vocabulary:
-            raise StoreError(
-                f"document {name!r}: token id {int(ids.max())} is outside of the backbone's vocabulary of "
-                f"{self._vocabulary}; use the tokenizer that belongs to the backbone"
-            )
-
-    def _segment(self, pieces: Sequence[Ids], piece: int, segment: int) -> Ids:
         size = self.layout.segment_tokens
-        return pieces[piece][segment * size : (segment + 1) * size]
+        with self._busy:
+            for batch in self._batches(pieces):
+                made = self._run([pieces[piece][segment * size : (segment + 1) * size] for piece, segment in batch])
+                for (piece, segment), chunks in zip(batch, made, strict=True):
+                    done[piece][segment] = chunks
+        return [joined([segments[number] for number in range(len(segments))]) for segments in done]
 
     def _batches(self, pieces: Sequence[Ids]) -> Iterator[list[tuple[int, int]]]:
         """Segments (piece, number) that go through together, the pieces' order kept within a length."""
@@ -267,13 +259,13 @@ class Encoder:
 
     @torch.no_grad()
     def _run(self, segments: list[Ids]) -> Iterator[StoredChunks]:
-        length = self.padded(len(segments[0]))
+        model, length = self.needed(), self.padded(len(segments[0]))
         ids = torch.zeros(self.rows(length), length, dtype=torch.long)
         for row, segment in enumerate(segments):
             ids[row, : len(segment)] = torch.from_numpy(segment.astype("int64"))
         # no mask: a causal model's tokens do not see the filling after them
-        with torch.autocast(self.model.device.type, enabled=False):
-            kv = self.model.encode(ids.to(self.model.device))
+        with torch.autocast(model.device.type, enabled=False):
+            kv = model.encode(ids.to(model.device))
         pair = torch.stack((kv.keys, kv.values), dim=2)[: len(segments)].to("cpu", torch.float32)
         for row, segment in enumerate(segments):
             yield self._chunks(pair[row], len(segment))
@@ -290,31 +282,49 @@ class Encoder:
         return pack(chunks, lengths, self.layout.dtype)
 
 
-def accepts(model: Any, fingerprint: str) -> bool:
-    """Whether a model's backbone is the one of this fingerprint."""
-    same = getattr(model, "accepts", None)
-    return bool(same(fingerprint)) if same is not None else fingerprint == model.fingerprint
+def new_layout(
+    model: Any, dtype: Dtype | None = None, chunk_size: int | None = None, segment_tokens: int | None = None
+) -> Layout:
+    """Of a new store of this model's memory.
+
+    Raises:
+        StoreError: sizes that do not fit each other, or the backbone.
+    """
+    if dtype not in (None, *DTYPES):
+        raise StoreError(f"dtype ({dtype!r}) must be one of {', '.join(DTYPES)}")
+    window = getattr(_text_config(model), "max_position_embeddings", None)
+    size = int(model.config.chunk_size) if chunk_size is None else chunk_size
+    segment = segment_tokens
+    if segment is None:
+        segment = min(int(window or LONGEST_SEGMENT), LONGEST_SEGMENT) // max(size, 1) * size
+    if size < 1 or segment < size or segment % size:
+        near = max(1, round(segment / max(size, 1))) * size
+        raise StoreError(
+            f"segment_tokens ({segment}) must be a positive multiple of chunk_size ({size}); try segment_tokens={near}"
+        )
+    if window and segment > window:
+        raise StoreError(f"segment_tokens ({segment}) must not exceed the backbone's window of {window} tokens")
+    heads, dim = model.memory_heads, model.memory_head_dim
+    about = (os.urandom(8).hex(), model.fingerprint, name_of(model), model.memory_layers)
+    return Layout(*about, heads, dim, size, segment, dtype or "float16", created=time.time())
 
 
-def window_of(model: Encodes) -> int | None:
-    """Tokens that the backbone can see together, where it says so."""
-    found = getattr(_text_config(model), "max_position_embeddings", None)
-    return int(found) if found else None
-
-
-def vocabulary_of(model: Encodes) -> int | None:
-    """Token ids that the backbone knows, where it says so."""
-    embeddings = getattr(model, "get_input_embeddings", None)
-    weight = getattr(embeddings(), "weight", None) if embeddings is not None else None
-    return None if weight is None else int(weight.shape[0])
-
-
-def _routes_tokens(model: Encodes) -> bool:
-    """Whether the backbone sends tokens to experts: the shapes of their products depend on a segment's company."""
-    counts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    return any((getattr(_text_config(model), name, None) or 0) > 1 for name in counts)
-
-
-def _text_config(model: Encodes) -> Any:
+def _text_config(model: Any) -> Any:
     config = getattr(model.config, "backbone_config", None) or model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def backbone_of(model: Any) -> str | None:
+    """Where a model's backbone is, as others can find it: a folder, or a name of the hub; None where nothing says."""
+    named = getattr(model.config, "backbone_name_or_path", None)
+    inner = getattr(getattr(getattr(model, "backbone", None), "model", None), "config", None)
+    loaded = getattr(inner, "_name_or_path", None)
+    # a checkpoint names its backbone from its own folder, which means another place from here, or none
+    found = next((Path(name).resolve() for name in (loaded, named) if name and Path(name).is_dir()), named or loaded)
+    return str(found) if found else None
+
+
+def name_of(model: Any) -> str:
+    """The backbone's name; of one without, what kind it is."""
+    kind = getattr(getattr(model.config, "backbone_config", None), "model_type", None)
+    return backbone_of(model) or getattr(model.config, "_name_or_path", None) or kind or type(model).__name__

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-import math
 import time as clock
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 from numpy.typing import NDArray
 
-from longmem.errors import StoreError
+from longmem.data.tokens import check_tokenizer
+from longmem.errors import StoreDamaged, StoreError
 from longmem.store.adding import Adder
 from longmem.store.archive import export, import_archive
 from longmem.store.bank import StoreBank
-from longmem.store.catalog import matches
-from longmem.store.encode import Encodes
+from longmem.store.catalog import CATALOG, Catalog
+from longmem.store.disk import LOCK, file_errors
+from longmem.store.encode import Encoder, name_of, new_layout
 from longmem.store.records import (
     CompactReport,
     DocumentInfo,
     Dtype,
     ForgetReport,
-    Layout,
     NewDocument,
     Receipt,
     Report,
+    Selection,
     Stats,
     VerifyReport,
+    composed,
 )
-from longmem.store.room import Mode, Room, composed, open_room
-from longmem.store.upkeep import compact, file_bytes, forget, verify
-
-if TYPE_CHECKING:
-    from longmem.store.passages import SearchHit
+from longmem.store.upkeep import compact, forget, verify
 
 Ids = Sequence[int] | NDArray[Any] | torch.Tensor
+Mode = Literal["write", "read"]
 
 
 class MemoryStore:
@@ -50,10 +49,16 @@ class MemoryStore:
 
     Every method may raise StoreDamaged (a file is not what was written) and, where it writes, StoreFull (no room, or
     read-only; the store is as it was before).
+
+    Attributes:
+        path: its folder, absolute.
+        layout: what is fixed for the whole store: backbone, layers, sizes, number format.
+        model: that it was opened with.
     """
 
-    def __init__(self, room: Room) -> None:
-        self.room = room
+    def __init__(self, catalog: Catalog, encoder: Encoder) -> None:
+        self.catalog, self.encoder = catalog, encoder
+        self.path, self.layout, self.model = catalog.folder, catalog.layout, encoder.model
 
     # opening and closing
 
@@ -62,7 +67,7 @@ class MemoryStore:
         cls,
         path: str | Path,
         *,
-        model: Encodes | None = None,
+        model: Any = None,
         tokenizer: Any = None,
         mode: Mode = "write",
         create: bool = True,
@@ -75,8 +80,8 @@ class MemoryStore:
 
         Args:
             path: its folder; a relative one is resolved now.
-            model: over the backbone whose keys and values are kept. Without it nothing can be encoded, but documents
-                can be listed, shown, searched by a model of the caller, forgotten, compacted and verified.
+            model: a LongMem, MemTRM or TrainingFree over the backbone whose keys and values are kept. Without it
+                nothing can be encoded, but documents can be listed, shown, forgotten, compacted and verified.
             tokenizer: a fast one of transformers; None loads that of the model's backbone when a text is first given.
             mode: ``write``, or ``read``: changes nothing, works in a read-only folder and beside a writer.
             create: make a store where there is none (needs ``model``).
@@ -93,17 +98,42 @@ class MemoryStore:
             StoreError: there is none, it belongs to another backbone or has other settings, or another version wrote
                 it.
         """
-        given = {"dtype": dtype, "chunk_size": chunk_size, "segment_tokens": segment_tokens}
-        return cls(open_room(Path(path).absolute(), model, tokenizer, mode, create, batch_tokens, given))
+        folder, writable = Path(path).absolute(), mode == "write"
+        given: dict[str, Any] = {"dtype": dtype, "chunk_size": chunk_size, "segment_tokens": segment_tokens}
+        if mode not in ("write", "read"):
+            raise StoreError(f"mode ({mode!r}) must be 'write' or 'read'")
+        new = None
+        if not _is_made(folder, writable):
+            if not writable or not create:
+                raise StoreError(
+                    f"{folder}: no memory store here; check the path, or open it with mode='write' to make one"
+                )
+            if model is None:
+                raise StoreError(
+                    f"{folder}: a new store needs the model whose memory it is to hold; open it with model="
+                )
+            new = new_layout(model, **given)
+        catalog = Catalog(folder, writable=writable, new=new)
+        try:
+            for name, value in given.items():
+                if value is not None and value != getattr(catalog.layout, name):
+                    raise StoreError(
+                        f"{folder}: this store was made with {name}={getattr(catalog.layout, name)}, not {value}; "
+                        f"leave {name} away, or make another store"
+                    )
+            encoder = Encoder(model, catalog.layout, tokenizer, batch_tokens)
+            if model is not None:
+                _check_model(folder, encoder, model)
+                if hasattr(tokenizer, "vocab_size") and hasattr(model, "get_input_embeddings"):
+                    check_tokenizer(tokenizer, model, way_out="open the store with the model's own")
+        except BaseException:
+            catalog.close()
+            raise
+        return cls(catalog, encoder)
 
     def close(self) -> None:
         """Close it and its banks; others may write then."""
-        with self.room.guard:
-            try:
-                self.room.catalog.close()
-            finally:
-                if self.room.lock is not None:
-                    self.room.lock.release()
+        self.catalog.close()
 
     def __enter__(self) -> MemoryStore:
         return self
@@ -112,29 +142,9 @@ class MemoryStore:
         self.close()
 
     @property
-    def path(self) -> Path:
-        """The store's folder, absolute."""
-        return self.room.folder
-
-    @property
-    def layout(self) -> Layout:
-        """What is fixed for the whole store: backbone, layers, sizes, number format."""
-        return self.room.layout
-
-    @property
-    def model(self) -> Encodes | None:
-        """The model that the store was opened with."""
-        return None if self.room.encoder is None else self.room.encoder.model
-
-    @property
     def tokenizer(self) -> Any:
         """The tokenizer given, or that of the model's backbone; None where there is none."""
-        return self.room.find_tokenizer()
-
-    @property
-    def writable(self) -> bool:
-        """Whether it was opened to write."""
-        return self.room.lock is not None
+        return self.encoder.find_tokenizer()
 
     # adding
 
@@ -167,7 +177,7 @@ class MemoryStore:
             StoreError: another text has this name, or the text or a setting cannot be used; nothing was changed.
         """
         new = NewDocument(name, text, ids, source, metadata, time, expires, replace)
-        return Adder(self.room, progress).add_one(namespace, new)
+        return Adder(self.catalog, self.encoder, progress).add_one(namespace, new)
 
     def add_documents(
         self,
@@ -190,7 +200,7 @@ class MemoryStore:
         Raises:
             StoreError: see ``add_document``; documents before the one at fault may be there. A worker that was killed.
         """
-        return Adder(self.room, progress, workers).add(namespace, documents)
+        return Adder(self.catalog, self.encoder, progress, workers).add(namespace, documents)
 
     def append(
         self,
@@ -209,7 +219,7 @@ class MemoryStore:
         Raises:
             StoreError: there is no such document, or text and ids do not fit together.
         """
-        return Adder(self.room, progress).add_one(namespace, NewDocument(name, text, ids), append=True)
+        return Adder(self.catalog, self.encoder, progress).add_one(namespace, NewDocument(name, text, ids), append=True)
 
     # forgetting
 
@@ -243,8 +253,9 @@ class MemoryStore:
                 "nothing was forgotten"
             )
         if older_than is not None:
-            before = min(clock.time() - older_than, math.inf if before is None else before)
-        return forget(self.room, namespace, name, where, before)
+            moment = clock.time() - older_than
+            before = moment if before is None else min(moment, before)
+        return forget(self.catalog, namespace, Selection(None if name is None else [name], where, before=before))
 
     def compact(self, *, progress: Report | None = None) -> CompactReport:
         """Remove from the disk what was forgotten or has expired. Needs room for what stays once more, for a while.
@@ -252,7 +263,7 @@ class MemoryStore:
         Raises:
             StoreDamaged: something that is needed is damaged; nothing is lost. Repair first.
         """
-        return compact(self.room, progress)
+        return compact(self.catalog, progress)
 
     def verify(self, *, repair: bool = False, progress: Report | None = None) -> VerifyReport:
         """Compare every byte in use with what was written.
@@ -266,7 +277,7 @@ class MemoryStore:
         Raises:
             StoreError: repair of a store opened to read.
         """
-        return verify(self.room, repair=repair, progress=progress)
+        return verify(self.catalog, self.encoder, repair=repair, progress=progress)
 
     # moving
 
@@ -282,7 +293,7 @@ class MemoryStore:
         Raises:
             StoreError: there are none.
         """
-        return export(self.room, namespace, Path(path).absolute(), names, progress)
+        return export(self.catalog, namespace, Path(path).absolute(), names, progress)
 
     def import_(
         self, path: str | Path, namespace: str | None = None, *, progress: Report | None = None
@@ -298,14 +309,14 @@ class MemoryStore:
         Raises:
             StoreError: another backbone or layout, another document of a name that is taken, or a damaged file.
         """
-        return import_archive(self.room, Path(path).absolute(), namespace, progress)
+        return import_archive(self.catalog, self.encoder, Path(path).absolute(), namespace, progress)
 
     # looking
 
     def namespaces(self) -> list[str]:
         """Those with documents that can be found now, sorted."""
         query = "SELECT DISTINCT namespace FROM document WHERE expires IS NULL OR expires > ? ORDER BY namespace"
-        with self.room.catalog.read() as db:
+        with self.catalog.read() as db:
             return [row[0] for row in db.execute(query, (clock.time(),))]
 
     def documents(self, namespace: str, where: Mapping[str, Any] | None = None) -> list[DocumentInfo]:
@@ -314,7 +325,7 @@ class MemoryStore:
         Args:
             where: metadata that they have: every key with an equal value.
         """
-        return [each for each in self.room.catalog.documents(composed(namespace)) if matches(each, where)]
+        return self.catalog.documents(composed(namespace), Selection(where=where))
 
     def document(self, namespace: str, name: str) -> DocumentInfo:
         """One document.
@@ -322,7 +333,7 @@ class MemoryStore:
         Raises:
             StoreError: there is none of that name.
         """
-        return self.room.catalog.live(composed(namespace), composed(name))
+        return self.catalog.live(composed(namespace), composed(name))
 
     def text(self, namespace: str, name: str) -> str:
         """The text of a document; of one that was added as token ids, what they decode to.
@@ -330,54 +341,83 @@ class MemoryStore:
         Raises:
             StoreError: there is none of that name, or there is no tokenizer to decode its token ids.
         """
-        with self.room.catalog.read():
-            tokens = self.room.catalog.whole(self.document(namespace, name))
+        with self.catalog.read():
+            tokens = self.catalog.whole(self.document(namespace, name))
         if tokens.text is None and self.tokenizer is None:
             raise StoreError(f"document {name!r} was added as token ids; open the store with tokenizer= to see text")
         return tokens.spelled(self.tokenizer)
 
     def token_ids(self, namespace: str, name: str) -> NDArray[Any]:
         """The token ids of a document, (tokens,) uint32."""
-        with self.room.catalog.read():
-            return self.room.catalog.whole(self.document(namespace, name)).ids
+        with self.catalog.read():
+            return self.catalog.whole(self.document(namespace, name)).ids
 
     def stats(self, namespace: str | None = None) -> Stats:
         """How much there is, in a namespace (as if it shared nothing) or in the whole store."""
-        catalog, now = self.room.catalog, clock.time()
-        with catalog.read():
-            every = catalog.documents(None if namespace is None else composed(namespace), expired=True)
+        now = clock.time()
+        with self.catalog.read() as db:
+            every = self.catalog.documents(None if namespace is None else composed(namespace), expired=True)
             found = [each for each in every if not each.expired(now)]
-            chunks = sum(each.chunks for each in found)
-            whole = namespace is None
-            return Stats(
-                namespaces=len({each.namespace for each in found}),
-                documents=len(found),
-                tokens=sum(each.tokens for each in found),
-                chunks=chunks,
-                expired=len(every) - len(found),
-                stored_bytes=chunks * self.layout.chunk_bytes,
-                file_bytes=file_bytes(self.room) if whole else None,
-                catalog_bytes=catalog.disk_bytes if whole else None,
-                dead_tokens=catalog.dead_tokens() if whole else None,
-            )
+            chunks, whole = sum(each.chunks for each in found), list[int]()
+            if namespace is None:
+                dead = "SELECT total(tokens) FROM piece WHERE id NOT IN (SELECT piece FROM part)"
+                whole = [*self.catalog.sizes(), int(db.execute(dead).fetchone()[0])]
+        return Stats(
+            len({each.namespace for each in found}),
+            len(found),
+            sum(each.tokens for each in found),
+            chunks,
+            len(every) - len(found),
+            chunks * self.layout.chunk_bytes,
+            *whole,
+        )
 
     # searching
 
-    def bank(self, namespace: str | Sequence[str], **settings: Any) -> StoreBank:
+    def bank(self, namespace: str, **settings: Any) -> StoreBank:
         """What a model searches: ``model(ids, memory=store.bank("alice"))``; read-only.
 
         Args:
-            namespace: one, or one for each row of a batch.
             **settings: see ``StoreBank``: ``documents``, ``where``, ``after``, ``before``, ``max_tokens``, ``device``,
                 ``keep``, ``index``.
         """
-        return StoreBank(self, [namespace] if isinstance(namespace, str) else list(namespace), **settings)
+        return StoreBank(self, namespace, **settings)
 
-    def search(self, namespace: str, text: str, *, top: int = 10, **settings: Any) -> list[SearchHit]:
-        """The passages of a namespace that the model's heads find for a text, best first; needs the model.
 
-        Args:
-            top: how many.
-            **settings: which documents, see ``StoreBank``.
-        """
-        return self.bank(namespace, **settings).search_text(text, top=top)
+def _is_made(folder: Path, writable: bool) -> bool:
+    """Whether there is a store.
+
+    Raises:
+        StoreError: there is something else.
+    """
+    path, log = folder / CATALOG, folder / f"{CATALOG}-wal"
+    if path.exists():
+        # SQLite writes no byte before the first commit: a writer may have been killed before it had made the catalog
+        return not writable or path.stat().st_size > 4096 or (log.exists() and log.stat().st_size > 0)
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder}: a file, not a store's folder; name a folder")
+    with file_errors(folder, "listing"):
+        held = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
+    if data := [name for name in held if name.endswith(".bin")]:
+        raise StoreDamaged(f"{folder}: {CATALOG} is missing beside {data[0]}; restore it, or name another folder")
+    if foreign := [name for name in held if name != LOCK and not name.startswith(CATALOG)]:
+        raise StoreError(
+            f"{folder}: no memory store, and it holds other files ({foreign[0]}); name an empty or new folder"
+        )
+    return False
+
+
+def _check_model(folder: Path, encoder: Encoder, model: Any) -> None:
+    """Raises StoreError where the model's backbone or layers are others than the store's; names both."""
+    layout, sizes = encoder.layout, (model.memory_layers, model.memory_heads, model.memory_head_dim)
+    if encoder.accepts(layout.fingerprint) and sizes == (layout.memory_layers, layout.heads_kv, layout.head_dim):
+        return
+    ours, theirs = (
+        f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+        for layers in (layout.memory_layers, model.memory_layers)
+    )
+    raise StoreError(
+        f"{folder}: written by backbone {layout.backbone} ({layout.fingerprint}, {ours}), this model is "
+        f"{name_of(model)} ({model.fingerprint}, {theirs}); keys of one mean nothing to the other: use the store's own "
+        "backbone, or make another store"
+    )

@@ -7,227 +7,184 @@ data files, makes them the catalog's in one transaction, and writes the catalog 
 from __future__ import annotations
 
 import time as clock
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate
-from typing import Any, NamedTuple
 
-import numpy as np
-
-from longmem.errors import StoreDamaged, StoreError
-from longmem.store.catalog import CATALOG, Catalog, matches
-from longmem.store.disk import REPAIR, Arrays, GenerationGone, StoredChunks, append, failpoint, paths_of
-from longmem.store.records import CompactReport, ForgetReport, Problem, Progress, Report, VerifyReport
-from longmem.store.room import Room, composed, until_found
+from longmem.errors import StoreDamaged
+from longmem.store.catalog import CATALOG, Catalog, Piece, until_found
+from longmem.store.disk import REPAIR, GenerationGone, StoredChunks, append, failpoint, paths_of
+from longmem.store.encode import Encoder
+from longmem.store.records import (
+    CompactReport,
+    ForgetReport,
+    Problem,
+    Progress,
+    Report,
+    Selection,
+    VerifyReport,
+    composed,
+)
 
 COPY_BYTES = 64 << 20
 """What compacting holds at a time."""
 
 
-def forget(
-    room: Room, namespace: str, name: str | None, where: Mapping[str, Any] | None, before: float | None
-) -> ForgetReport:
-    """See ``MemoryStore.forget``."""
-    room.writing()
-    namespace, name = composed(namespace), None if name is None else composed(name)
-    with room.guard, room.catalog.write() as db:
-        found = [
-            each
-            for each in room.catalog.documents(namespace, expired=True)
-            if (name is None or each.name == name) and (before is None or each.added < before) and matches(each, where)
-        ]
-        if name is not None and not found:
-            raise StoreError(
-                f"namespace {namespace!r} has no document {name!r} to forget (with the other conditions given); "
-                "`longmem memory list` shows its names"
-            )
+def forget(catalog: Catalog, namespace: str, selection: Selection) -> ForgetReport:
+    """Delete documents, expired ones too. See ``MemoryStore.forget``."""
+    namespace = composed(namespace)
+    with catalog.writing(), catalog.write() as db:
+        found = catalog.documents(namespace, selection, expired=True)
         db.executemany("DELETE FROM document WHERE id = ?", [(each.id,) for each in found])
     return ForgetReport(namespace, clock.time(), [(each.name, each.tokens) for each in found])
 
 
-def compact(room: Room, progress: Report | None) -> CompactReport:
+def compact(catalog: Catalog, progress: Report | None) -> CompactReport:
     """See ``MemoryStore.compact``."""
-    room.writing()
-    catalog, layout = room.catalog, room.layout
-    with room.guard:
-        before = disk_bytes(room)
+    with catalog.writing():
+        before = sum(catalog.sizes())
         with catalog.write() as db:
             expired = db.execute("DELETE FROM document WHERE expires <= ?", (clock.time(),)).rowcount
-        pinned = {piece for each in room.pinned for piece in each}
         with catalog.read() as db:
-            used = {row[0] for row in db.execute("SELECT DISTINCT piece FROM part")} | pinned
-            rows = [_Row(*row) for row in db.execute(f"SELECT {_COLUMNS} FROM piece ORDER BY first")]
-            generation = catalog.meta("generation")
-        living, dead = [row for row in rows if row.id in used], [row for row in rows if row.id not in used]
+            used = {row[0] for row in db.execute("SELECT DISTINCT piece FROM part")}.union(*catalog.pinned)
+            pieces, generation = catalog.pieces(), catalog.meta("generation")
+        living, dead = [each for each in pieces if each.id in used], [each for each in pieces if each.id not in used]
+        files = catalog.sizes()[0]
         # what an interrupted add left after the last record goes, too
-        if dead or before > sum(row.chunks for row in living) * layout.chunk_bytes + catalog.disk_bytes:
-            total = _copy(room, generation, living, progress)
+        if dead or files > sum(each.chunks for each in living) * catalog.layout.chunk_bytes:
+            places = _copy(catalog, generation + 1, living, progress)
             failpoint("compact.copied")
-            places = zip(np.cumsum([0, *(row.chunks for row in living)]).tolist(), living, strict=False)
             with catalog.write() as db:
-                db.executemany("DELETE FROM piece WHERE id = ?", [(row.id,) for row in dead])
-                db.executemany("UPDATE piece SET first = ? WHERE id = ?", [(first, row.id) for first, row in places])
-                changed = [(generation + 1, "generation"), (total, "records")]
+                db.executemany("DELETE FROM piece WHERE id = ?", [(each.id,) for each in dead])
+                moved = zip(places, (each.id for each in living), strict=False)
+                db.executemany("UPDATE piece SET first = ? WHERE id = ?", moved)
+                changed = [(generation + 1, "generation"), (places[-1], "records")]
                 db.executemany("UPDATE meta SET value = ? WHERE key = ?", changed)
             failpoint("compact.committed")
-            room.remove(paths_of(room.folder, generation))
-            room.mapped = None  # a map would keep the bytes of the old files on the disk
+            catalog.remove(paths_of(catalog.folder, generation))
         catalog.vacuum()
         failpoint("compact.vacuumed")
         emptied = catalog.empty_log()
-        return CompactReport(expired, sum(row.tokens for row in dead), before, disk_bytes(room), emptied)
+        return CompactReport(expired, sum(each.tokens for each in dead), before, sum(catalog.sizes()), emptied)
 
 
-class _Row(NamedTuple):
-    """A piece without its text."""
-
-    id: int
-    digest: bytes
-    tokens: int
-    first: int
-    chunks: int
-    crc: int
-
-
-_COLUMNS = "id, digest, tokens, first, count, crc"
-
-
-def _copy(room: Room, generation: int, living: list[_Row], progress: Report | None) -> int:
-    """Write the living pieces, one after the other, as the next generation; how many chunks it has."""
-    for path in paths_of(room.folder, generation + 1):  # of a compact that failed
+def _copy(catalog: Catalog, generation: int, living: list[Piece], progress: Report | None) -> list[int]:
+    """Write the living pieces, one after the other, as the next generation; where each is then, and where they end."""
+    for path in paths_of(catalog.folder, generation):  # of a compact that failed
         path.unlink(missing_ok=True)
+    places = [*accumulate((each.chunks for each in living), initial=0)]
     if not living:
-        return 0
-    with room.catalog.read():
-        arrays = room.arrays()
+        return places
+    with catalog.read():
+        chunks = catalog.chunks()
     held: list[StoredChunks] = []
-    done, total, size = 0, sum(row.chunks for row in living), room.layout.chunk_bytes
-    for number, row in enumerate(living, 1):
-        held.append(_run(arrays, row))
-        if held[-1].crc() != row.crc:
-            raise StoreDamaged(f"{_place(room, row)}: these bytes are not what was written; {REPAIR}")
-        if number == len(living) or sum(map(len, held)) * size >= COPY_BYTES:
-            append(room.folder, room.layout, generation + 1, done, held)
-            done, held = done + sum(map(len, held)), []
+    done, size = 0, catalog.layout.chunk_bytes
+    for piece, end in zip(living, places[1:], strict=True):
+        held.append(chunks.run(piece.first, piece.chunks))
+        if held[-1].crc() != piece.crc:
+            raise StoreDamaged(f"{_place(catalog, piece)}: these bytes are not what was written; {REPAIR}")
+        if end == places[-1] or (end - done) * size >= COPY_BYTES:
+            append(catalog.folder, catalog.layout, generation, done, held)
+            done, held = end, []
             if progress is not None:
-                name = paths_of(room.folder, generation)[0].name
-                progress(Progress("rewrite", done * size, total * size, "bytes", name))
-    return done
+                name = paths_of(catalog.folder, generation)[0].name
+                progress(Progress("rewrite", done * size, places[-1] * size, "bytes", name))
+    return places
 
 
-def verify(room: Room, *, repair: bool, progress: Report | None) -> VerifyReport:
+def verify(catalog: Catalog, encoder: Encoder, *, repair: bool, progress: Report | None) -> VerifyReport:
     """See ``MemoryStore.verify``."""
     if repair:
-        room.writing()
-    found: _Found = until_found(lambda: _check(room, progress))
-    problems, tokens, same = found.problems, 0, None
-    if repair and found.bad:
-        same = False not in [_repair(room, row) for row in found.bad]
-        tokens = sum(row.tokens for row in found.bad)
-        problems = [replace(each, repaired=each.kind in ("piece", "file")) for each in problems]
-    return VerifyReport(problems, found.bytes, found.documents, tokens, same)
+        catalog.writing()
+
+    def check() -> tuple[VerifyReport, list[Piece]]:
+        problems: list[Problem] = []
+        bad: list[Piece] = []
+        read = documents = 0
+        try:
+            with catalog.apart() as other:
+                pieces = other.pieces()
+                total = sum(each.chunks for each in pieces) * other.layout.chunk_bytes
+                problems += _of_catalog(other)
+                chunks = _chunks(catalog, other, problems)
+                for piece in pieces:
+                    if (problem := _of_piece(other, chunks, piece)) is not None:
+                        problems.append(problem)
+                        bad += [piece] * (problem.kind == "piece")
+                    read += piece.chunks * other.layout.chunk_bytes
+                    if progress is not None:
+                        progress(Progress("check", read, total, "bytes", CATALOG))
+                problems += _of_documents(other, {each.id: each for each in pieces})
+                documents = len(other.documents(expired=True))
+                read += other.sizes()[1]
+        except GenerationGone:
+            raise
+        except StoreDamaged as error:
+            problems.append(Problem("catalog", CATALOG, str(error)))
+        return VerifyReport(problems, read, documents), bad
+
+    report, bad = until_found(check)
+    if not (repair and bad):
+        return report
+    same = [_repair(catalog, encoder, piece) for piece in bad]
+    problems = [replace(each, repaired=each.kind in ("piece", "file")) for each in report.problems]
+    rebuilt = sum(piece.tokens for piece in bad)
+    return replace(report, problems=problems, rebuilt_tokens=rebuilt, same_bits=all(same))
 
 
-@dataclass
-class _Found:
-    """What a check found; ``bad``: pieces to be encoded again."""
-
-    problems: list[Problem] = field(default_factory=list)
-    bad: list[_Row] = field(default_factory=list)
-    bytes: int = 0
-    documents: int = 0
+def _of_catalog(catalog: Catalog) -> Iterator[Problem]:
+    with catalog.read() as db:
+        for (line,) in db.execute("PRAGMA integrity_check").fetchall():
+            if line != "ok":
+                yield Problem("catalog", CATALOG, f"{line}; restore a backup")
 
 
-def _check(room: Room, progress: Report | None) -> _Found:
-    """Read the catalog and every record in use, of one state."""
-    found = _Found()
-    try:
-        with room.catalog.apart() as catalog, catalog.read() as db:
-            for (line,) in db.execute("PRAGMA integrity_check").fetchall():
-                if line != "ok":
-                    found.problems.append(Problem("catalog", CATALOG, f"{line}; restore a backup"))
-            rows = [_Row(*row) for row in db.execute(f"SELECT {_COLUMNS} FROM piece ORDER BY first")]
-            arrays = _arrays(room, catalog, found)
-            total = sum(row.chunks for row in rows) * room.layout.chunk_bytes
-            for row in rows:
-                _check_piece(room, catalog, arrays, row, found)
-                found.bytes += row.chunks * room.layout.chunk_bytes
-                if progress is not None:
-                    progress(Progress("check", found.bytes, total, "bytes", CATALOG))
-            _check_documents(catalog, {row.id: row for row in rows}, found)
-            found.bytes += catalog.disk_bytes
-    except GenerationGone:
-        raise
-    except StoreDamaged as error:
-        found.problems.append(Problem("catalog", CATALOG, str(error)))
-    return found
-
-
-def _arrays(room: Room, catalog: Catalog, found: _Found) -> Arrays | None:
+def _chunks(catalog: Catalog, other: Catalog, problems: list[Problem]) -> StoredChunks | None:
     """The data files; None where they are lost or cut."""
-    generation, records = catalog.meta("generation"), catalog.meta("records")
     try:
-        return Arrays(room.folder, room.layout, generation, records)
+        return other.chunks()
     except StoreDamaged as error:
-        with room.catalog.read():
-            if room.catalog.meta("generation") != generation and isinstance(error, GenerationGone):
-                raise  # replaced meanwhile
-        found.problems.append(Problem("file", paths_of(room.folder, generation)[0].name, str(error)))
+        generation = other.meta("generation")
+        if isinstance(error, GenerationGone) and catalog.meta("generation") != generation:
+            raise  # replaced meanwhile
+        problems.append(Problem("file", paths_of(other.folder, generation)[0].name, str(error)))
         return None
 
 
-def _check_piece(room: Room, catalog: Catalog, arrays: Arrays | None, row: _Row, found: _Found) -> None:
-    if catalog.tokens(row.id).digest() != row.digest:
+def _of_piece(catalog: Catalog, chunks: StoredChunks | None, piece: Piece) -> Problem | None:
+    if catalog.tokens(piece.id).digest() != piece.digest:
         what = "its token ids or text are not what was written; restore a backup, or forget its documents"
-        found.problems.append(Problem("text", f"{CATALOG}, piece {row.id}", what))
-    elif arrays is None or row.first + row.chunks > arrays.count or _run(arrays, row).crc() != row.crc:
-        what = f"these bytes are not what was written; {REPAIR}"
-        found.problems.append(Problem("piece", _place(room, row), what))
-        found.bad.append(row)
+        return Problem("text", f"{CATALOG}, piece {piece.id}", what)
+    end = piece.first + piece.chunks
+    if chunks is not None and end <= len(chunks) and chunks.run(piece.first, piece.chunks).crc() == piece.crc:
+        return None
+    return Problem("piece", _place(catalog, piece), f"these bytes are not what was written; {REPAIR}")
 
 
-def _run(arrays: Arrays, row: _Row) -> StoredChunks:
-    return arrays.chunks(row.first, row.chunks)
-
-
-def _check_documents(catalog: Catalog, pieces: dict[int, _Row], found: _Found) -> None:
+def _of_documents(catalog: Catalog, pieces: dict[int, Piece]) -> Iterator[Problem]:
     """Every document is the sum of its parts."""
     for document in catalog.documents(expired=True):
         parts = catalog.parts(document.id)
-        ends = [0, *accumulate(part.tokens for part in parts)]
-        whole = ends[-1] == document.tokens and [part.first_token for part in parts] == ends[:-1]
+        ends = [*accumulate((part.tokens for part in parts), initial=0)]
+        whole = ends == [*(part.first_token for part in parts), document.tokens]
         if not whole or any(part.piece not in pieces or part.tokens > pieces[part.piece].tokens for part in parts):
             what = "its parts do not make the whole; restore a backup, or forget it"
-            found.problems.append(Problem("document", f"{document.namespace}/{document.name}", what))
-        found.documents += 1
+            yield Problem("document", f"{document.namespace}/{document.name}", what)
 
 
-def _repair(room: Room, row: _Row) -> bool:
+def _repair(catalog: Catalog, encoder: Encoder, piece: Piece) -> bool:
     """Encode a piece again and write it after the last record; whether it has the bits it had."""
-    run = room.encoder_needed().encode([room.catalog.tokens(row.id).ids])[0]
-    with room.guard:
-        with room.catalog.read():
-            generation, first = room.catalog.meta("generation"), room.catalog.meta("records")
-        append(room.folder, room.layout, generation, first, [run])
-        with room.catalog.write() as db:
-            db.execute("UPDATE piece SET first = ?, crc = ? WHERE id = ?", (first, run.crc(), row.id))
-            db.execute("UPDATE meta SET value = ? WHERE key = 'records'", (first + len(run),))
-    return run.crc() == row.crc
+    chunks = encoder.encode([catalog.tokens(piece.id).ids])[0]
+    with catalog.writing():
+        with catalog.read():
+            generation, first = catalog.meta("generation"), catalog.meta("records")
+        append(catalog.folder, catalog.layout, generation, first, [chunks])
+        with catalog.write() as db:
+            db.execute("UPDATE piece SET first = ?, crc = ? WHERE id = ?", (first, chunks.crc(), piece.id))
+            db.execute("UPDATE meta SET value = ? WHERE key = 'records'", (first + len(chunks),))
+    return chunks.crc() == piece.crc
 
 
-def _place(room: Room, row: _Row) -> str:
-    with room.catalog.read():
-        kv, keys = paths_of(room.folder, room.catalog.meta("generation"))
-    return f"{kv.name} and {keys.name}, chunks {row.first} to {row.first + row.chunks}"
-
-
-def disk_bytes(room: Room) -> int:
-    """Of data files and catalog."""
-    return room.catalog.disk_bytes + file_bytes(room)
-
-
-def file_bytes(room: Room) -> int:
-    """Of the data files."""
-    with room.catalog.read():
-        paths = paths_of(room.folder, room.catalog.meta("generation"))
-    return sum(path.stat().st_size for path in paths if path.exists())
+def _place(catalog: Catalog, piece: Piece) -> str:
+    kv, keys = paths_of(catalog.folder, catalog.meta("generation"))
+    return f"{kv.name} and {keys.name}, chunks {piece.first} to {piece.first + piece.chunks}"
