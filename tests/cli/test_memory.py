@@ -40,41 +40,29 @@ def test_show_says_what_is_known_and_gives_the_text_back(memory: Memory, notes: 
     assert (found["text"], found["metadata"]) == (text, {"kind": "note", "year": 1843})
 
 
-def test_token_ids_are_read_with_a_tokenizer(memory: Memory, models: Path, filled: Path) -> None:
+def test_token_ids_are_counted_and_read_with_a_tokenizer(memory: Memory, models: Path, filled: Path) -> None:
     model: Any = LongMem.from_pretrained(models / "side" / "final")
     with MemoryStore.open(filled, model=model) as store:
         store.add_document("ada", ids=[70, 71, 72], name="ids")
+    whole, bob = memory("stats", "--json").json, memory("stats", "-n", "bob", "--json").json
+    assert (whole["documents"], bob["documents"], whole["layout"]["heads_kv"]) == (6, 2, 4)
     assert "open the store with tokenizer=" in memory("show", "ids", "-n", "ada", "--text").error
     assert len(memory("show", "ids", "-n", "ada", "--text", "--tokenizer", models / "backbone").out) == 3
 
 
 @pytest.mark.usefixtures("filled")
-def test_stats_of_the_store_and_of_a_namespace(memory: Memory) -> None:
-    whole, bob = memory("stats", "--json").json, memory("stats", "-n", "bob", "--json").json
-    assert (whole["namespaces"], whole["documents"], whole["layout"]["heads_kv"]) == (2, 5, 4)
-    assert (bob["documents"], bob["file_bytes"]) == (2, None)
-    assert whole["stored_bytes"] > whole["file_bytes"]  # what both have is there once
-    assert memory("stats").out.splitlines()[0].split() == ["namespaces", "2"]
-
-
-@pytest.mark.usefixtures("filled")
-def test_search_shows_chunks_with_share_score_place_text_and_heads(memory: Memory, notes: Path) -> None:
+def test_search_shows_chunks_and_stays_where_it_is_told(
+    memory: Memory, notes: Path, piped: Callable[[bytes], None]
+) -> None:
     lines = memory("search", "finds the old map", "-n", "ada", "--top", 3).out.splitlines()
     assert lines[2].split() == ["share", "score", "document", "start_token", "time", "passage"]
     assert len(lines) == 6 and all("[[" in line for line in lines[3:])
     hits = memory("search", "finds the old map", "-n", "ada", "--top", 3, "--around", 4, "--json").json["hits"]
     assert [hit["share"] for hit in hits] == sorted((hit["share"] for hit in hits), reverse=True)
     for hit in hits:
-        text = (notes / hit["document"]).read_text()
-        begin = hit["start_token"]  # a token is a byte here
-        assert text[begin : begin + hit["length"]] == hit["text"]
-        assert text[:begin].endswith(hit["before"])
-        assert text[begin + hit["length"] :].startswith(hit["after"]) and len(hit["after"]) <= 4
-        assert sum(hit["heads"].values()) / 4 == pytest.approx(hit["share"], abs=1e-5)
-
-
-@pytest.mark.usefixtures("filled")
-def test_search_stays_where_it_is_told(memory: Memory, piped: Callable[[bytes], None]) -> None:
+        begin = hit["start_token"] - len(hit["before"])  # a token is a byte here
+        around = hit["before"] + hit["text"] + hit["after"]
+        assert (notes / hit["document"]).read_text()[begin : begin + len(around)] == around and len(hit["after"]) <= 4
     piped(b"the old map")
     hits = memory("search", "-", "-n", "ada", "--document", "two.md", "--top", 40, "--json").json["hits"]
     assert {hit["document"] for hit in hits} == {"two.md"}
@@ -132,18 +120,14 @@ def test_verify_finds_a_flipped_byte_and_repair_mends_it(
     assert memory("verify", "--json").json["problems"] == []
 
 
-def test_export_and_import_move_documents_with_their_keys_and_values(
-    memory: Memory, filled: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("filled")
+def test_export_and_import_move_documents(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "one.txt" in memory("export", "bob.tar", "-n", "bob", "--name", "one.txt").out
     assert names(memory("export", "ada.tar", "-n", "ada", "--json")) == ["inner/three.txt", "one.txt", "two.md"]
     monkeypatch.setenv("LONGMEM_STORE", "other")
     assert names(memory("import", "ada.tar", "--json")) == ["inner/three.txt", "one.txt", "two.md"]
     assert memory("import", "bob.tar", "-n", "carl").out.splitlines()[1].split()[0] == "added"
     assert memory("verify").status == 0
-    ours = memory("search", "old map", "-n", "ada", "--json").json["hits"]
-    theirs = memory("search", "old map", "-n", "ada", "--store", filled, "--json").json["hits"]
-    assert [(hit["text"], hit["share"]) for hit in ours] == [(hit["text"], hit["share"]) for hit in theirs]
     Path("cut.tar").write_bytes(Path("ada.tar").read_bytes()[:3000])
     assert "cut.tar: no whole export" in memory("import", "cut.tar").error
     assert "no.tar: No such file" in memory("import", "no.tar").error

@@ -20,7 +20,7 @@ from longmem.errors import BackboneError, CheckpointError, ConfigError, StoreDam
 from longmem.progress import Progress
 
 if TYPE_CHECKING:
-    from longmem.store.records import Layout, Report
+    from longmem.store.records import Layout
     from longmem.store.records import Progress as StoreProgress
     from longmem.store.store import MemoryStore
 
@@ -404,21 +404,15 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
-class ShownProgress:
+class ShownProgress(Progress):
     """Progress of a store's long work, a line on stderr for every step; called with how far it is."""
 
     def __init__(self) -> None:
-        self._step, self._shown = "", Progress("")
-
-    def __enter__(self) -> Report:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._shown.__exit__(None, None, None)
+        super().__init__("")
 
     def __call__(self, progress: StoreProgress) -> None:
-        if progress.step != self._step:
+        words = {"encode": "encoding", "check": "checking", "rewrite": "rewriting", "copy": "copying"}
+        if self.what != words[progress.step]:
             self.__exit__()
-            words = {"encode": "encoding", "check": "checking", "rewrite": "rewriting", "copy": "copying"}
-            self._step, self._shown = progress.step, Progress(words[progress.step], progress.total, progress.unit)
-        self._shown.advance(progress.done - self._shown.done, one_line(progress.name)[-40:])
+            super().__init__(words[progress.step], progress.total, progress.unit)
+        self.advance(progress.done - self.done, one_line(progress.name)[-40:])

@@ -108,8 +108,10 @@ def command(model: str, prompt: str | None, explain: bool, page: Path | None, as
 
         tokens = read_tokens(new, before, gains, readings, tokenizer, ids_of) if explained else None
         held = 0 if bank is None else int(bank.tokens[0])
-    if keep is not None:
-        _keep(folder, lm, tokenizer, namespace, keep, whole[len(noted) :])
+    if keep is not None:  # only now: nobody else could write while the text was generated
+        with shared.open_store(folder, "write", model=lm, tokenizer=tokenizer) as writing:
+            receipt = writing.add_document(namespace, name=keep, ids=whole[len(noted) :])
+        say(f"kept {counted(receipt.tokens, 'token')} as {keep}")
     if explain and not as_json:
         for line in shared.columns(("token", "nats", "memory", "read"), map(_row, tokens or [])):
             click.echo(line)
@@ -121,13 +123,10 @@ def command(model: str, prompt: str | None, explain: bool, page: Path | None, as
         say(f"wrote {page}")
     if as_json:
         pieces, ends = Pieces(tokenizer, before), lm.generation_config.eos_token_id
-        record: dict[str, Any] = {
-            "model": model,
-            "prompt": prompt,
-            "text": "".join(map(pieces.push, new)) + pieces.end(),
-        }
-        record |= {"prompt_tokens": len(before), "new_tokens": len(new), "ids": new, "seconds": seconds}
-        record |= {"ended": new[-1] in (ends if isinstance(ends, list) else [ends]), "tokens": tokens}
+        record: dict[str, Any] = {"model": model, "prompt": prompt, "ids": new, "tokens": tokens}
+        record["text"] = "".join(map(pieces.push, new)) + pieces.end()
+        record |= {"prompt_tokens": len(before), "new_tokens": len(new), "seconds": seconds}
+        record["ended"] = new[-1] in (ends if isinstance(ends, list) else [ends])
         record["memory"] = {
             "store": folder,
             "namespace": None if store is None else namespace,
@@ -233,23 +232,8 @@ def _settings(asked: dict[str, Any], tokenizer: Any, *, shown: bool) -> dict[str
     }
 
 
-def _keep(folder: Path, model: Any, tokenizer: Any, namespace: str, name: str, ids: Tensor) -> None:
-    """Add prompt and answer; only now, because nobody else could write while the text was generated."""
-    from longmem.store.store import MemoryStore
-
-    with MemoryStore.open(folder, model=model, tokenizer=tokenizer, create=False) as store:
-        receipt = store.add_document(namespace, name=name, ids=ids)
-    say(f"kept {counted(receipt.tokens, 'token')} as {name}")
-
-
-def _visible(text: str) -> str:
-    """A token's text, white space as signs."""
-    return shared.one_line(text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣"))
-
-
 def _row(token: ReadToken) -> tuple[str, ...]:
     found = [
-        f"{each.share:.1%} {each.document or 'unnamed'}:{each.start_token} [[{_visible(each.text)}]]"
-        for each in token.found[:2]
+        f"{each.share:.1%} {each.document or 'unnamed'}:{each.start_token} {each.text!r}" for each in token.found[:2]
     ]
-    return _visible(token.text), f"{token.gain:+.2f}", f"{token.share:.1%}", "  ".join(found)
+    return repr(token.text), f"{token.gain:+.2f}", f"{token.share:.1%}", "  ".join(found)

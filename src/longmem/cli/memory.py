@@ -290,7 +290,8 @@ def stats(path: Path, namespace: str | None, as_json: bool) -> None:
     with shared.open_store(path) as store:
         if namespace is not None:
             check_namespace(store, namespace)
-        show(as_json, {**asdict(store.stats(namespace)), "layout": asdict(store.layout)})
+        found, layout = asdict(store.stats(namespace)), asdict(store.layout)
+    show(as_json, {**found, "layout": layout} if as_json else {**found, **layout})
 
 
 # forgetting and keeping
@@ -399,9 +400,14 @@ def import_(archive: Path, path: Path, namespace: str | None, as_json: bool, mod
 @click.option("--head-dim", type=int, help="Its head dimension.")
 @click.option("--layers", type=int, default=1, help="Its layers, for the comparison with a cache.")
 @click.option("--chunk-size", type=int, default=4, help="Tokens per chunk.")
-@click.option("--tokens", "counts", default="65536,1M,10M", help="How many to remember; M is a million.")
+@click.option(
+    "--tokens",
+    default="65536,1M,10M",
+    callback=shared.by_comma(lambda word: round(float(word.upper().replace("M", "e6"))), "counts; try 65536,1M,10M"),
+    help="How many to remember; M is a million.",
+)
 @options("json")
-def size(heads_kv: int | None, head_dim: int | None, layers: int, chunk_size: int, counts: str, as_json: bool) -> None:
+def size(heads_kv: int | None, head_dim: int | None, layers: int, chunk_size: int, tokens: Any, as_json: bool) -> None:
     """Show how many bytes a memory takes, by backbone.
 
     By token: keys and values in 16 and in 8 bits; the chunks' mean keys, which an open bank holds (keys and values are
@@ -415,10 +421,6 @@ def size(heads_kv: int | None, head_dim: int | None, layers: int, chunk_size: in
         backbones = [BackboneShape("this one", layers, heads_kv, head_dim)]
     elif heads_kv is not None or head_dim is not None:
         raise StoreError("--heads-kv and --head-dim go together; give both, or neither for the table")
-    try:
-        tokens = [round(float(word.upper().replace("M", "e6"))) for word in counts.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{counts!r} is no list of token counts; try 65536,1M,10M") from None
     if not as_json:
         for line in shared.columns(*size_table(backbones, chunk_size=chunk_size, tokens=tokens)):
             click.echo(line)
