@@ -129,7 +129,7 @@ def test_continuations_are_those_of_each_prompt_alone(model: LongMem, memory: in
 
 
 def test_a_memory_that_is_empty_after_reading_is_an_error(model: LongMem, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Asker, "add", lambda *given: None)  # as the released script's memory can be
+    monkeypatch.setattr(MemoryBank, "add", lambda *given, **more: None)  # as the released script's memory can be
     with pytest.raises(ConfigError, match=r"^it: its memory holds nothing after reading, so that"):
         asked(asker(model, memory=64), PROMPTS[3])
 

@@ -39,11 +39,6 @@ doc_to_text: ""
 doc_to_target: "{{text}}"
 metric_list: [{metric: byte_perplexity}]
 metadata: {version: 2}""",
-    "names_generate": """output_type: generate_until
-doc_to_text: "{{text}}"
-doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["."], max_gen_toks: 4, do_sample: false}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]""",
 }
 
 
@@ -57,12 +52,6 @@ def by_hand(model: LongMem, tokens: list[int], scored: int, window: int) -> floa
     with torch.no_grad():
         logits = model(torch.tensor([tokens[cut:-1]]), memory=bank).logits[0, -scored:].log_softmax(-1)
     return logits.gather(1, torch.tensor(tokens[-scored:])[:, None]).sum().item()
-
-
-def memory_lm(model: Any, tokenizer: Any, memory: int | None, batch: int) -> Any:
-    from longmem.evaluation.harness import MemoryLM
-
-    return MemoryLM(Asker("it", "it", {}, model, tokenizer, 32, batch, memory))
 
 
 @pytest.fixture
@@ -107,77 +96,73 @@ def requests(kind: str, *arguments: Any) -> list[Any]:
     return [Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in arguments]  # type: ignore[arg-type]
 
 
+@pytest.fixture
 def texts(made_text: Callable[..., str]) -> list[str]:
     return [made_text(words, seed=words).strip() for words in (4, 20, 60, 33)]
 
 
-@needs_harness
-@pytest.mark.parametrize("batch", [1, 3])
-def test_without_memory_every_number_is_the_stock_classs(
-    batch: int, sidenet_dir: Path, byte_tokenizer: PreTrainedTokenizerFast, made_text: Callable[..., str]
-) -> None:
-    from lm_eval.models.huggingface import HFLM
+@pytest.fixture
+def memory_lm(sidenet_dir: Path, byte_tokenizer: PreTrainedTokenizerFast) -> Callable[[int | None, int], Any]:
+    """``memory_lm(memory, batch)``: the harness's model over the same LongMem, with a window of 32 tokens."""
+    from longmem.evaluation.harness import MemoryLM
 
     model = LongMem.from_pretrained(sidenet_dir)
-    mine = memory_lm(model, byte_tokenizer, None, batch)
-    stock = HFLM(model, tokenizer=byte_tokenizer, max_length=32, batch_size=batch)
-    pairs = [(text, answer) for text in texts(made_text) for answer in (" the key", " seven stones")]
-    asked = requests("loglikelihood", *pairs, ("", "word"))
+    return lambda memory, batch: MemoryLM(Asker("it", "it", {}, model, byte_tokenizer, 32, batch, memory))
+
+
+Make = Callable[[int | None, int], Any]
+
+
+@needs_harness
+@pytest.mark.parametrize("batch", [1, 3])
+def test_without_memory_every_number_is_the_stock_classs(batch: int, memory_lm: Make, texts: list[str]) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    mine = memory_lm(None, batch)
+    stock = HFLM(mine.asker.model, tokenizer=mine.asker.tokenizer, max_length=32, batch_size=batch)
+    asked = requests(
+        "loglikelihood", *((text, said) for text in texts for said in (" the key", " old stones")), ("", "a")
+    )
     for one, other in zip(mine.loglikelihood(asked), stock.loglikelihood(asked), strict=True):
         assert one == (pytest.approx(other[0], abs=1e-4), other[1])
-    asked = requests("loglikelihood_rolling", *((text,) for text in texts(made_text)))
+    asked = requests("loglikelihood_rolling", *((text,) for text in texts))
     assert mine.loglikelihood_rolling(asked) == pytest.approx(stock.loglikelihood_rolling(asked), abs=1e-3)
     settings = {"until": ["."], "max_gen_toks": 5, "do_sample": False}
-    asked = requests("generate_until", *((text, settings) for text in texts(made_text)))
+    asked = requests("generate_until", *((text, settings) for text in texts))
     assert mine.generate_until(asked) == stock.generate_until(asked)
 
 
 @needs_harness
 @pytest.mark.parametrize("batch", [1, 4])
 def test_what_does_not_fit_is_read_into_a_memory_of_the_request_alone(
-    batch: int, sidenet_dir: Path, byte_tokenizer: PreTrainedTokenizerFast, made_text: Callable[..., str]
+    batch: int, memory_lm: Make, texts: list[str]
 ) -> None:
-    model = LongMem.from_pretrained(sidenet_dir)
-    lm = memory_lm(model, byte_tokenizer, 64, batch)
-    pairs = [(text, answer) for text in texts(made_text) for answer in (" the key", " no stones")]
-    found = lm.loglikelihood(requests("loglikelihood", *pairs))
-    for (text, answer), (logprob, _) in zip(pairs, found, strict=True):
-        tokens = byte_tokenizer(text + answer)["input_ids"]
-        assert logprob == pytest.approx(by_hand(model, tokens, len(answer), 32), abs=1e-4)
-    off = memory_lm(model, byte_tokenizer, None, batch)
-    without = off.loglikelihood(requests("loglikelihood", *pairs))
+    lm = memory_lm(64, batch)
+    pairs = [(text, answer) for text in texts for answer in (" the key", " no stones")]
+    found = [logprob for logprob, _ in lm.loglikelihood(requests("loglikelihood", *pairs))]
+    for (text, answer), logprob in zip(pairs, found, strict=True):
+        tokens = lm.asker.tokenizer(text + answer)["input_ids"]
+        assert logprob == pytest.approx(by_hand(lm.asker.model, tokens, len(answer), 32), abs=1e-4)
+    without = memory_lm(None, batch).loglikelihood(requests("loglikelihood", *pairs))
     long = [len(text + answer) > 33 for text, answer in pairs]
-    assert [abs(a - b) > 1e-4 for (a, _), (b, _) in zip(found, without, strict=True)] == long
+    assert [abs(a - b) > 1e-4 for a, (b, _) in zip(found, without, strict=True)] == long
     # a second time, in another order: nothing is left of the first
     again = lm.loglikelihood(requests("loglikelihood", *pairs[::-1]))[::-1]
-    assert [a for a, _ in again] == pytest.approx([a for a, _ in found], abs=1e-4)
-
-
-@needs_harness
-@pytest.mark.parametrize("batch", [1, 3])
-def test_each_window_of_a_rolling_text_has_all_before_it_in_memory(
-    batch: int, sidenet_dir: Path, byte_tokenizer: PreTrainedTokenizerFast, made_text: Callable[..., str]
-) -> None:
-    model = LongMem.from_pretrained(sidenet_dir)
-    lm = memory_lm(model, byte_tokenizer, 64, batch)
-    whole = [text[:96] for text in texts(made_text)[1:]]  # three windows of 32 bytes, the first after the prefix token
+    assert [a for a, _ in again] == pytest.approx(found, abs=1e-4)
+    # each window of a rolling text has all before it in memory: three of 32 bytes, the first after the prefix token
+    whole = [text[:96] for text in texts[1:]]
     found = lm.loglikelihood_rolling(requests("loglikelihood_rolling", *((text,) for text in whole)))
     for text, logprob in zip(whole, found, strict=True):
-        tokens = byte_tokenizer(text)["input_ids"]
+        tokens = lm.asker.tokenizer(text)["input_ids"]
         windows = ([lm.prefix_token_id, *tokens[:32]], tokens[:64], tokens)
-        assert logprob == pytest.approx(sum(by_hand(model, window, 32, 32) for window in windows), abs=1e-3)
+        assert logprob == pytest.approx(sum(by_hand(lm.asker.model, w, 32, 32) for w in windows), abs=1e-3)
 
 
 @needs_harness
-def test_generation_reads_what_was_cut_off(
-    sidenet_dir: Path, byte_tokenizer: PreTrainedTokenizerFast, made_text: Callable[..., str]
-) -> None:
-    model = LongMem.from_pretrained(sidenet_dir)
+def test_generation_reads_what_was_cut_off(memory_lm: Make, texts: list[str]) -> None:
     settings = {"until": ["."], "max_gen_toks": 8, "do_sample": False}
-    asked = requests("generate_until", *((text, settings) for text in texts(made_text)))
-    alone = memory_lm(model, byte_tokenizer, 64, 1).generate_until(asked)
-    together = memory_lm(model, byte_tokenizer, 64, 4).generate_until(asked)
-    without = memory_lm(model, byte_tokenizer, None, 1).generate_until(asked)
+    asked = requests("generate_until", *((text, settings) for text in texts))
+    alone, together, without = (memory_lm(*how).generate_until(asked) for how in ((64, 1), (64, 4), (None, 1)))
     assert together == alone
     assert alone[0] == without[0] and alone[1:] != without[1:]
 
@@ -196,7 +181,6 @@ def test_the_command_runs_tasks_of_a_folder_on_every_system(
     assert {task: list(metrics) for task, metrics in result["tasks"].items()} == {
         "names_choice": ["acc"],
         "names_rolling": ["byte_perplexity"],
-        "names_generate": ["exact_match"],
     }
     rolling = {name: score["value"] for name, score in result["tasks"]["names_rolling"]["byte_perplexity"].items()}
     assert len(set(rolling.values())) == 3 and all(math.isfinite(value) for value in rolling.values())

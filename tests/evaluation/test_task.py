@@ -11,7 +11,7 @@ import pytest
 
 from longmem.evaluation.asking import Answer, Asker, Prompt, Scored
 from longmem.evaluation.results import Bootstrap, to_json
-from longmem.evaluation.tasks import Example, Metric, Task, drawn, group_scores, run_task
+from longmem.evaluation.tasks import Example, Metric, Task, group_scores, run_task
 
 VALUES = {"backbone": [0.0, 0.0, 100.0, 0.0], "memory_off": [0.0, 100.0, 0.0, 0.0], "memory_8": [100.0] * 4}
 
@@ -72,8 +72,8 @@ def test_means_and_paired_differences_of_every_group() -> None:
 
 def test_weights_give_each_part_its_share() -> None:
     examples, values = OfFour().examples(), [{"backbone": {"accuracy": v}} for v in (0.0, 0.0, 0.0, 100.0)]
-    weighed = group_scores("all", examples, values, OfFour.metrics, Bootstrap(), weights=[1, 1, 1, 3], drawn="texts")
-    assert weighed["scores"][0]["value"] == 50 and weighed["scores"][0]["interval"]["units"] == "texts"
+    weighed = group_scores("all", examples, values, OfFour.metrics, Bootstrap(), weights=[1, 1, 1, 3])
+    assert weighed["scores"][0]["value"] == 50
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -106,9 +106,3 @@ def test_what_is_equal_is_asked_once_also_under_another_name() -> None:
     # nothing of these prompts goes to memory: the answers are those of the same model without it
     assert found[0].asked == [("backbone", 1), ("backbone", 0), ("memory_off", 1), ("memory_off", 0)]
     assert result["examples"][0]["values"]["memory_8"] == result["examples"][1]["values"]["memory_off"]
-
-
-def test_draws_of_examples() -> None:
-    assert drawn("x", 5, None) == drawn("x", 5, 9) == list(range(5))
-    few = drawn("x", 50, 5)
-    assert few == drawn("x", 50, 5) == sorted(set(few)) != drawn("y", 50, 5)

@@ -198,8 +198,6 @@ COMMANDS = [
                "icl_clinc150; see the docs."),
         option("--datasets", default="sst2,mr,subj,sst5,mpqa", callback=names, help="Which sets, by comma; also "
                "banking77, clinc150."),
-        option("--split", default="released", type=click.Choice(("released", "dev", "test")), help="What is asked; "
-               "released: dev of SST-2 and SST-5, test of the others, as the released script has it."),
         option("--local-shots", default="4,20", callback=_numbers, help="Demonstrations in the window, by comma."),
         option("--memory-shots", default="0,200,2000", callback=_numbers, help="Demonstrations in memory, by comma."),
         option("--seeds", "draws", default=6, least=1, help="Draws of demonstrations."),

@@ -71,7 +71,7 @@ class Scored(NamedTuple):
     @property
     def best(self) -> int:
         """Number of the likeliest option, of equal ones the first."""
-        return max(range(len(self.logprobs)), key=self.logprobs.__getitem__)
+        return self.logprobs.index(max(self.logprobs))
 
 
 class Answer(NamedTuple):
@@ -86,9 +86,7 @@ class Asker:
     """One system, ready to be asked.
 
     Attributes:
-        name: key of the system in results.
-        label: its name for people.
-        identity: what its answers depend on.
+        name, label, identity: of the system, see ``System``.
         model: a model with memory, or any causal language model.
         window: T; also the length of the segments in which text is read into memory.
         rows: B.
@@ -249,17 +247,23 @@ class Asker:
         for part, ids in zip(batch, generated[:, flipped.shape[1] :].tolist(), strict=True):
             yield tuple((ids[: ids.index(end) + 1] if end in ids else ids)[: part.new])
 
-    # reading
-
+    @torch.no_grad()
     def read(self, texts: Sequence[Tokens]) -> MemoryBank | None:
-        """A bank with a row for each text; None where there is nothing to read, or the system has no memory."""
-        bank = self.bank(len(texts), max(map(len, texts)))
-        if bank is None or self.memory_size is None:
+        """A bank with a row for each text, read segment by segment, all rows in one batch; None where there is nothing
+        to read, or the system has no memory."""
+        longest = max(map(len, texts))
+        if self.memory_size is None or longest == 0:
             return None
+        chunk, window = self.model.config.chunk_size, self.window
+        bank = MemoryBank.for_model(self.model, len(texts), min(self.memory_size, -(-longest // chunk) * chunk))
         # segments that memory would have evicted by the end are not read: they do not change what is in it
-        step = 0 if self.window % self.model.config.chunk_size else self.window
-        starts = [max(0, len(text) - self.memory_size) // self.window * step for text in texts]
-        self.add(bank, {row: text[start:] for row, (text, start) in enumerate(zip(texts, starts, strict=True))})
+        step = 0 if window % chunk else window
+        kept = [text[max(0, len(text) - self.memory_size) // window * step :] for text in texts]
+        for start in range(0, max(map(len, kept)), window):
+            parts = {row: text[start : start + window] for row, text in enumerate(kept) if len(text) > start}
+            ids, real = padded(list(parts.values()), self.device)
+            kv = self.model.encode(ids, real.long())
+            bank.add(AttentionKV(kv.keys, kv.values, real), rows=torch.tensor(list(parts)))
         bank.end_document(torch.arange(len(texts)))
         if any(text and not held for text, held in zip(texts, bank.tokens.tolist(), strict=True)):
             raise ConfigError(
@@ -267,22 +271,6 @@ class Asker:
                 "without; give it a larger --memory-sizes"
             )
         return bank
-
-    def bank(self, rows: int, longest: int) -> MemoryBank | None:
-        """An empty bank, no larger than the longest text that it is to hold."""
-        if self.memory_size is None or longest == 0:
-            return None
-        chunk = self.model.config.chunk_size
-        return MemoryBank.for_model(self.model, rows, min(self.memory_size, -(-longest // chunk) * chunk))
-
-    @torch.no_grad()
-    def add(self, bank: MemoryBank, texts: dict[int, Sequence[int]]) -> None:
-        """Read texts by their rows, segment by segment, all rows in one batch."""
-        for start in range(0, max(map(len, texts.values()), default=0), self.window):
-            parts = {row: text[start : start + self.window] for row, text in texts.items() if len(text) > start}
-            ids, real = padded(list(parts.values()), self.device)
-            kv = self.model.encode(ids, real.long())
-            bank.add(AttentionKV(kv.keys, kv.values, real), rows=torch.tensor(list(parts)))
 
 
 class _Part(NamedTuple):
@@ -308,11 +296,13 @@ def askers(
     Raises:
         ConfigError: the backbone has no positions for so long a window, or it is no longer than ``window``.
     """
-    found = []
-    for each in comparison.systems:
-        model, identity = each.reader or comparison.model, each.identity
-        size = each.memory_size
-        found.append(Asker(each.name, each.label, identity, model, tokenizer, window, rows, size, device=device))
+    found = [
+        Asker(
+            each.name, each.label, each.identity, each.reader or comparison.model, tokenizer, window, rows,
+            each.memory_size, device=device,
+        )
+        for each in comparison.systems
+    ]  # fmt: skip
     if full_context is None:
         return found
     config: Any = comparison.model.config

@@ -94,13 +94,13 @@ def load_comparison(
         bare, named = main.backbone.model, main.config.backbone_name_or_path
         if control is not None:
             said = "not a LongMem checkpoint; --control takes a SideNet trained without memory"
-            beside = LongMem.from_pretrained(_checked(control, "longmem", said), backbone=bare)
+            beside = LongMem.from_pretrained(checkpoint_folder(control, "longmem", said), backbone=bare)
     else:
         named, revision = (backbone, None) if backbone else backbone_of(where)
         bare = load_backbone(named, revision, None).eval()
     if memtrm is not None:
         said = "not a MemTRM checkpoint; --memtrm takes one trained with method = 'memtrm'"
-        trained = MemTRM.from_pretrained(_checked(memtrm, "memtrm", said))
+        trained = MemTRM.from_pretrained(checkpoint_folder(memtrm, "memtrm", said))
     settings = main.config if main else trained.config if trained else None
     others = [*filter(None, [trained]), *(_load_training_free(gate, bare, settings) for gate in training_free)]
     known = frozenset((fingerprint_of(bare), legacy_fingerprint(bare)) if others else ())
@@ -123,21 +123,13 @@ def load_comparison(
     return Loaded(comparison, where, tokenizer, min(positions, LONGEST_DEFAULT_WINDOW))
 
 
-def _checked(path: str, kind: str, otherwise: str) -> str:
-    """The folder of a model of this kind; else a CheckpointError."""
-    where = checkpoint_folder(path)
-    if model_type(where) != kind:
-        raise CheckpointError(f"{where}: {otherwise}")
-    return where
-
-
 def _load_training_free(gate: str, backbone: Any, settings: Any) -> Any:
     """Over the backbone that is already there, with the settings of the model beside it, or from a folder."""
     try:
         share = float(gate)
     except ValueError:
         said = "no training-free settings; --training-free takes a share from 0 to 1, or the folder of a TrainingFree"
-        return TrainingFree.from_pretrained(_checked(gate, "training_free", said), backbone=backbone)
+        return TrainingFree.from_pretrained(checkpoint_folder(gate, "training_free", said), backbone=backbone)
     names = ("memory_layers", "chunk_size", "num_retrieved", "memory_size")
     alike = {} if settings is None else {name: getattr(settings, name) for name in names}
     return TrainingFree.from_backbone(backbone, gate=share, **alike)
@@ -145,16 +137,14 @@ def _load_training_free(gate: str, backbone: Any, settings: Any) -> Any:
 
 def _sizes(sizes: Sequence[int] | None, config: Any) -> list[int]:
     """Sorted, without 0, which is the system with memory switched off."""
-    chosen, chunk = sorted(set(sizes if sizes is not None else [config.memory_size])), config.chunk_size
-    problems = [
-        f"memory size ({size}) must be a multiple of chunk_size ({chunk}), 0 is memory switched off; try "
-        f"{max(chunk, round(size / chunk) * chunk)}"
-        for size in chosen
-        if size < 0 or size % chunk
-    ]
-    if problems:
-        raise ConfigError(problems)
-    return [size for size in chosen if size]
+    chunk = config.chunk_size
+    for size in sizes or ():
+        if size < 0 or size % chunk:
+            near = max(chunk, round(size / chunk) * chunk)
+            raise ConfigError(
+                f"memory size ({size}) must be a multiple of chunk_size ({chunk}), 0 is memory switched off; try {near}"
+            )
+    return sorted({config.memory_size} if sizes is None else set(sizes) - {0})
 
 
 def checked_device(device: str) -> str:
@@ -172,25 +162,28 @@ def checked_device(device: str) -> str:
     return device
 
 
-def checkpoint_folder(path: str) -> str:
+def checkpoint_folder(path: str, kind: str | None = None, otherwise: str = "") -> str:
     """The folder with the model: a run folder stands for its ``final/``, a GGUF file for what it is converted to.
 
     A hub id stays as it is.
 
     Raises:
-        CheckpointError: the folder holds no model.
+        CheckpointError: the folder holds no model, or one that is not of this kind (see ``model_type``).
     """
+    folder, where = Path(path), path
     if is_gguf(path):
-        return str(gguf_folder(path))
-    folder = Path(path)
-    if not folder.exists():
-        if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/"):
-            raise CheckpointError(f"{path}: no such folder; name a checkpoint folder, a run folder or a hub id")
-        return path
-    for candidate in (folder, folder / "final"):
-        if (candidate / "config.json").is_file():
-            return str(candidate)
-    raise CheckpointError(f"{path}: no model here (no config.json in it or in its final/); is the training finished?")
+        where = str(gguf_folder(path))
+    elif folder.exists():
+        there = [str(each) for each in (folder, folder / "final") if (each / "config.json").is_file()]
+        if not there:
+            missing = "no model here (no config.json in it or in its final/); is the training finished?"
+            raise CheckpointError(f"{path}: {missing}")
+        where = there[0]
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/"):
+        raise CheckpointError(f"{path}: no such folder; name a checkpoint folder, a run folder or a hub id")
+    if kind is not None and model_type(where) != kind:
+        raise CheckpointError(f"{where}: {otherwise}")
+    return where
 
 
 def model_type(where: str) -> str:

@@ -65,8 +65,8 @@ def asker(byte_tokenizer: Any) -> Asker:
 
 def test_locomo_is_read_with_dates_speakers_and_pictures(locomo: Path) -> None:
     file = read_dialogues(locomo)
-    assert (file.name, file.kind, len(file.conversations)) == ("locomo10.json", "locomo", 1)
-    (conversation,) = file.conversations
+    assert (file.name, len(file.items)) == ("locomo10.json", 1)
+    (conversation,) = file.items
     assert conversation.sessions == (
         """DATE: 7:55 pm on 9 June, 2023
 CONVERSATION:
@@ -88,8 +88,8 @@ def test_msc_is_read_with_earlier_sessions_and_every_turn_as_a_reply(tmp_path: P
     path = tmp_path / "test.txt"
     path.write_text(json.dumps(MSC) + "\n" + json.dumps(MSC | {"metadata": {}}) + "\n")
     file = read_dialogues(path)
-    assert (file.kind, [conversation.id for conversation in file.conversations]) == ("msc", ["valid_3:1", "line:2"])
-    conversation = file.conversations[0]
+    assert [conversation.id for conversation in file.items] == ["valid_3:1", "line:2"]
+    conversation = file.items[0]
     assert conversation.sessions == (
         "Speaker 1: Hi.\nSpeaker 2: Hello you.\n(5 days later)\n\n",
         "Speaker 1: Again.\n\n",
@@ -101,7 +101,7 @@ def test_msc_is_read_with_earlier_sessions_and_every_turn_as_a_reply(tmp_path: P
     # only a line end parts conversations
     line = json.dumps(MSC | {"dialog": [{"text": "one\u2028two\x85three"}]}, ensure_ascii=False)
     path.write_text(f"{line}\r\n{line}\n", encoding="utf-8-sig", newline="")
-    assert [found.questions[0].answer for found in read_dialogues(path).conversations] == ["one two three"] * 2
+    assert [found.questions[0].answer for found in read_dialogues(path).items] == ["one two three"] * 2
 
 
 @pytest.mark.parametrize(
@@ -179,14 +179,4 @@ def test_memory_has_the_conversation_then_the_text_and_others_have_it_or_passage
         for each in asked[2:]:
             assert fact.said in decode(facts.prompt(example, each).contexts[0])
     assert facts.prompt(example, asked[4]).memory == ()
-
-
-def test_a_value_that_is_certain_and_named_scores_best(facts: FactsTask, asker: Asker) -> None:
-    facts.begin([asker])
-    example = facts.examples()[0]
-    prompt, value = facts.prompt(example, asker), example.item[1].value
-    right = Scored((0.0,), (True,), prompt.options[0][0])
-    said = tuple(asker.tokenizer(f"It is {value.upper()}!", add_special_tokens=False)["input_ids"])
-    best = {"value_nats": 0.0, "first_token": 100.0, "exact": 100.0, "named": 100.0}
-    assert facts.measure(example, prompt, Answer((right, right), said)) == best
-    assert names("in Rome.", "Rome") and not names("Romeo", "Rome") and not names("130", "30")
+    assert names("in ROME.", "Rome") and not names("Romeo", "Rome") and not names("130", "30")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Asker
-from longmem.evaluation.tasks import Example
 from longmem.evaluation.tasks.squad import Asked, SquadTask, draw, f1_score, lay_out, normalise_answer, shown
 
 ASKED = Asked(((1, 1, 1), (2, 2), (3, 3)), ((10, 10, 10), (11, 11), (12, 12)), [(7, 8)], new_tokens=2)
@@ -94,7 +92,7 @@ def task(files: dict[str, Path], tokenizer: Any, **settings: Any) -> SquadTask:
 
 
 def test_a_question_is_shown_with_its_answer_or_without(files: dict[str, Path], byte_tokenizer: Any) -> None:
-    question = task(files, byte_tokenizer).asked.questions[1]
+    question = task(files, byte_tokenizer).asked.items[1]
     told = "Context: The Ada d00 came to the hill.\nQuestion: Where is d00?\nAnswer:"
     assert shown(question, answered=True) == f"{told} the hill\n\n"
     assert shown(question, answered=False) == told
@@ -119,17 +117,6 @@ def test_demonstrations_show_no_passage_twice_and_none_that_is_asked(
         task(files | {"train": files["data"]}, byte_tokenizer).examples()
     with pytest.raises(ConfigError, match=r"memory_shots \(none\)"):
         task(files, byte_tokenizer, memory_shots=())
-
-
-def test_what_each_system_sees_is_counted(files: dict[str, Path], byte_tokenizer: Any) -> None:
-    made = task(files, byte_tokenizer)
-    askers = [replace(asker(12, memory=size), name=str(size)) for size in (4, 6, 8, None)]
-    found = made.shots_seen([Example("e", "sst2, 4 + 3", "u", ASKED)], askers)
-    seen = found["sst2, 4 + 3"]
-    assert {name: each["memory"] for name, each in seen.items()} == {"4": 2, "6": 2, "8": 3, "None": 0}
-    assert {each["window"] for each in seen.values()} == {3} and seen["4"]["cut"] == 0
-    note = next(iter(made.notes({"extra": {"shots": found}})))
-    assert note.startswith("sst2, 4 + 3, 4: on average 3 demonstrations fit the window, 2 are in memory, and 0 tokens")
 
 
 @pytest.mark.parametrize(

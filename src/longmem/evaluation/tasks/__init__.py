@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -23,18 +24,14 @@ from longmem.progress import Progress
 
 ALL = "all"
 RECORDS_VERSION = 2  # part of every record's key; raised when a record's meaning changes
-TOGETHER = 64  # prompts that are laid out and asked at one time, at least where their memory is the same
+TOGETHER = 64  # prompts without memory that are laid out and asked at one time
 
 
 class Example(NamedTuple):
     """One thing asked of every system.
 
-    Attributes:
-        id: its name in the result file.
-        group: what is reported apart (a split, a data set and its shots, a length, a category).
-        unit: what is drawn for intervals: examples of one unit (a book, a conversation) are drawn together.
-        item: what the task knows about it.
-        seed: of its demonstrations.
+    ``group`` is what is reported apart (a split, a length, a category), ``unit`` what is drawn for intervals (a book, a
+    conversation), ``item`` what the task knows about it, ``seed`` that of its demonstrations.
     """
 
     id: str
@@ -47,16 +44,12 @@ class Example(NamedTuple):
 class Metric(NamedTuple):
     """A number of every example, averaged over them.
 
-    Attributes:
-        name: its key in results.
-        label: its name for people.
-        unit: ``%`` (an example is 0 to 100), ``nats``, or empty.
-        chance: what guessing gives, where that is known.
+    ``name`` is its key in results, ``label`` for people, ``chance`` what guessing gives, where that is known.
     """
 
     name: str
     label: str
-    unit: str = ""
+    unit: str  # "%" (an example is 0 to 100) or "nats"
     better: Literal["higher", "lower"] = "higher"
     chance: float | None = None
 
@@ -65,8 +58,8 @@ class Metric(NamedTuple):
 class Task(ABC):
     """An evaluation: ``run_task`` asks every system every example and averages ``measure``.
 
-    A task is a dataclass whose fields are its settings. It reads its files when it is made, and begins when the systems
-    are there.
+    A task is a dataclass. Its fields are the options of its command, ``longmem.cli.tasks`` says what they mean. It
+    reads its files when it is made, and begins when the systems are there.
 
     Attributes:
         remembered: tokens that memory should hold where no size is given; 0 is the model's own.
@@ -195,6 +188,33 @@ def of_form(path: Path, form: str, way_out: str) -> Iterator[list[str]]:
         raise DataError(f"{path}: {where[-1]} is not of {form} ({said}); {way_out}") from error
 
 
+class Source(NamedTuple):
+    """A file of questions: its name, its hash, and what is in it."""
+
+    name: str
+    sha256: str
+    items: list[Any]
+
+    def about(self) -> Json:
+        """For the result file."""
+        return {"file": self.name, "sha256": self.sha256, "items": len(self.items)}
+
+
+def read_source(path: str | Path, form: str, way_out: str, parse: Callable[[Any, list[str]], Iterable[Any]]) -> Source:
+    """A JSON file; ``parse`` takes its content, and a list whose last item says where it is reading.
+
+    Raises:
+        DataError: no such file, something in it is not of this form, or nothing is in it.
+    """
+    path = Path(path)
+    with of_form(path, form, way_out) as where:
+        raw = path.read_bytes()
+        items = list(parse(json.loads(raw), where))
+    if not items:
+        raise DataError(f"{path}: nothing in it; {way_out}")
+    return Source(path.name, hashlib.sha256(raw).hexdigest(), items)
+
+
 def run_task(
     task: Task,
     askers: Sequence[Asker],
@@ -270,14 +290,12 @@ def group_scores(
     bootstrap: Bootstrap,
     *,
     weights: Sequence[float] | None = None,
-    drawn: str = "",
 ) -> Json:
     """Means, differences and intervals over examples, of which units are drawn.
 
     Args:
         values: of each example, system -> metric -> value.
         weights: of each example in the mean; None weights all alike.
-        drawn: what a unit is, for the result file; empty is "examples", or "units" where a unit has several.
 
     Returns:
         ``group``, ``examples``, ``units``, ``scores`` (system, metric, value, interval) and ``differences`` (the same
@@ -286,7 +304,7 @@ def group_scores(
     units = {unit: at for at, unit in enumerate(dict.fromkeys(example.unit for example in examples))}
     where, systems = np.array([units[example.unit] for example in examples]), list(values[0])
     weight = np.ones(len(examples)) if weights is None else np.asarray(weights, dtype=float)
-    said = drawn or ("examples" if all(example.unit == example.id for example in examples) else "units")
+    said = "examples" if all(example.unit == example.id for example in examples) else "units"
 
     def summed(column: Sequence[float]) -> Floats:
         return np.bincount(where, weights=weight * np.asarray(column), minlength=len(units)).astype(np.float64)
@@ -338,12 +356,8 @@ def _answers(
 
 
 def _batches(task: Task, asker: Asker, examples: Sequence[Example]) -> Iterator[dict[int, Prompt]]:
-    batch: dict[int, Prompt] = {}
-    last: Any = ()
-    for number, example in enumerate(examples):
-        prompt = task.prompt(example, asker)
-        if len(batch) >= TOGETHER and (prompt.memory == () or prompt.memory != last):
+    """Neighbours of equal memory, which is read once for all of them; without memory so many as fit."""
+    prompts = ((number, task.prompt(example, asker)) for number, example in enumerate(examples))
+    for memory, some in groupby(prompts, key=lambda prompt: prompt[1].memory):
+        while batch := dict(islice(some, TOGETHER if memory == () else None)):
             yield batch
-            batch = {}
-        batch[number], last = prompt, prompt.memory
-    yield batch

@@ -6,18 +6,16 @@ to 128 tokens, and prefixes lose their left end.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from longmem.errors import ConfigError, DataError
+from longmem.errors import ConfigError
 from longmem.evaluation.asking import Answer, Asker, Prompt, encode, encode_after, start_tokens
 from longmem.evaluation.results import Json
-from longmem.evaluation.tasks import Example, Metric, Task, drawn, of_form
+from longmem.evaluation.tasks import Example, Metric, Source, Task, drawn, read_source
 
 BETWEEN = "\n\n"  # between a prefix and a suffix, the same for all suffixes
 
@@ -33,52 +31,29 @@ class Item(NamedTuple):
     options: tuple[str, ...]
 
 
-class ChapterBreakFile(NamedTuple):
-    """A file and what is in it; ``prefix``: tokens of its prefixes, by its name, None if that does not say."""
-
-    name: str
-    prefix: int | None
-    sha256: str
-    items: list[Item]
-
-
-def read_chapterbreak(path: str | Path) -> ChapterBreakFile:
-    """Read ``chapterbreak_ctx_<N>.json``: split -> work -> examples, each with ``ctx``, ``pos`` and ``negs``.
-
-    Raises:
-        DataError: no such file, or something in it is not of that form; says what and where.
-    """
-    path, items = Path(path), []
+def read_chapterbreak(path: str | Path) -> Source:
+    """Read ``chapterbreak_ctx_<N>.json``: split -> work -> examples, each with ``ctx``, ``pos`` and ``negs``."""
     form = 'ChapterBreak\'s form, {split: {work: [{"ctx", "pos", "negs"}, ...]}}'
-    with of_form(path, form, "name a chapterbreak_ctx_<N>.json file, or make it again") as where:
-        raw = path.read_bytes()
-        for split, works in json.loads(raw).items():
-            for work, examples in works.items():
-                for number, one in enumerate(examples):
-                    where.append(f"{split}, work {work}, example {number + 1}")
-                    texts = (one["ctx"], one["pos"], *one["negs"])
-                    if len(texts) < 3 or not all(text.strip() for text in texts):
-                        raise ValueError("ctx, pos and negs must be texts, none of them empty")
-                    items.append(Item(split, work, number, texts[0], texts[1:]))
-    if not items:
-        raise DataError(f"{path}: no examples in it; fetch or make the file again")
-    length = re.search(r"_ctx_(\d+)\.json$", path.name)
-    return ChapterBreakFile(path.name, length and int(length[1]), hashlib.sha256(raw).hexdigest(), items)
+    return read_source(path, form, "name a chapterbreak_ctx_<N>.json file, or make it again", _items)
+
+
+def _items(splits: Any, where: list[str]) -> Iterator[Item]:
+    for split, works in splits.items():
+        for work, examples in works.items():
+            for number, one in enumerate(examples):
+                where.append(f"{split}, work {work}, example {number + 1}")
+                texts = (one["ctx"], one["pos"], *one["negs"])
+                if len(texts) < 3 or not all(text.strip() for text in texts):
+                    raise ValueError("ctx, pos and negs must be texts, none of them empty")
+                yield Item(split, work, number, texts[0], texts[1:])
 
 
 @dataclass(eq=False, kw_only=True)
 class ChapterBreakTask(Task):
-    """Six-way suffix identification. Groups are a split and a prefix length, units are works.
-
-    Attributes:
-        data: see ``read_chapterbreak``.
-        prefixes: tokens before the boundary, the nearest ones.
-        suffix_tokens: of a suffix, the first ones.
-        limit: examples of each split, drawn with ``seed``, the same for every prefix; None is all.
-    """
+    """Six-way suffix identification. Groups are a split and a prefix length, units are works."""
 
     name = "chapterbreak"
-    data: str | Path
+    data: str
     prefixes: Sequence[int] = (4096, 6144, 8192)
     suffix_tokens: int = 128
     limit: int | None = None
@@ -87,9 +62,9 @@ class ChapterBreakTask(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.file = read_chapterbreak(self.data)
-        most = self.file.prefix
-        if most is not None and most < max(self.prefixes):
-            raise ConfigError(f"--prefix {max(self.prefixes)} is longer than the prefixes of {self.file.name}, {most}")
+        named = re.search(r"_ctx_(\d+)\.json$", self.file.name)
+        if named and int(named[1]) < max(self.prefixes):
+            raise ConfigError(f"--prefix {max(self.prefixes)} is longer than the prefixes of {self.file.name}")
 
     @property
     def metrics(self) -> list[Metric]:
@@ -102,7 +77,7 @@ class ChapterBreakTask(Task):
         ]
 
     def source(self) -> Json:
-        return {"file": self.file.name, "sha256": self.file.sha256, "examples": len(self.file.items)}
+        return self.file.about()
 
     def examples(self) -> list[Example]:
         """Items are a prefix length and an ``Item``."""

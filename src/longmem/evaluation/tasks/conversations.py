@@ -18,7 +18,7 @@ from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after, start_tokens
 from longmem.evaluation.results import Json
 from longmem.evaluation.systems import BACKBONE
-from longmem.evaluation.tasks import Example, Metric, Task, drawn, of_form
+from longmem.evaluation.tasks import Example, Metric, Source, Task, drawn, of_form
 from longmem.evaluation.tasks.hidden import read_haystack
 from longmem.evaluation.tasks.squad import f1_score
 from longmem.store.recall import PlainTexts, Recall
@@ -88,17 +88,8 @@ class Conversation(NamedTuple):
     of: str | None = None
 
 
-class DialogueFile(NamedTuple):
-    """A file; ``kind`` is ``locomo`` or ``msc``, whose files are all called alike and are named with their folder."""
-
-    name: str
-    kind: str
-    sha256: str
-    conversations: list[Conversation]
-
-
-def read_dialogues(path: str | Path) -> DialogueFile:
-    """Read ``locomo10.json``, or ``session_N/test.txt`` of MSC.
+def read_dialogues(path: str | Path) -> Source:
+    """Read ``locomo10.json``, or ``session_N/test.txt`` of MSC, whose files are named with their folder.
 
     Raises:
         DataError: no such file, or something in it is not of either form; says what and where.
@@ -127,7 +118,7 @@ def read_dialogues(path: str | Path) -> DialogueFile:
     if not found:
         raise DataError(f"{path}: no questions in it; {WAY_OUT}")
     name = f"{path.absolute().parent.name}/{path.name}" if msc else path.name
-    return DialogueFile(name, "msc" if msc else "locomo", hashlib.sha256(raw).hexdigest(), found)
+    return Source(name, hashlib.sha256(raw).hexdigest(), found)
 
 
 def _locomo(number: int, sample: dict[str, Any]) -> Conversation:
@@ -185,22 +176,10 @@ class DialogueTask(Task):
     In the window are the newest tokens of the sessions, the session that goes on (MSC), and the question; what of that
     does not fit goes to memory too. A system without memory sees the window alone, the full-context backbone the
     sessions in front of it, as far as they fit.
-
-    Attributes:
-        data: files, see ``read_dialogues``.
-        recent: tokens of the newest session that are in the window in front of what is asked, for every system; None is
-            half of the window.
-        new_tokens: of an answer; it also ends at a line end. None is 50, at most a quarter of the window.
-        conversations: of each file, the first ones; None is all.
-        questions: of each conversation, drawn with ``seed``; None is all.
-        seed: of that draw, and of the order in which adversarial questions offer their answers.
-        with_bleu: measure BLEU-4 too, which needs sacrebleu.
-        recall: passages of the sessions for the systems ``+recall``, which have them in front of the newest tokens; 0
-            leaves those systems out.
     """
 
     name = "dialogue"
-    data: Sequence[str | Path]
+    data: Sequence[str]
     recent: int | None = None
     new_tokens: int | None = None
     conversations: int | None = None
@@ -230,20 +209,17 @@ class DialogueTask(Task):
         return found
 
     def source(self) -> Json:
-        files = {
-            f.name: {"kind": f.kind, "sha256": f.sha256, "conversations": len(f.conversations)} for f in self.files
-        }
         sizes = {"recent": self.near, "new_tokens": self.most, "answer_tokens": self.answer_tokens}
         rules = {"prompt": ASKED, "adversarial": OFFERED}
         if self.with_bleu:
             rules["bleu"] = f"case:mixed|eff:yes|tok:13a|smooth:exp|version:{metadata.version('sacrebleu')}"
-        return {"files": files} | sizes | rules
+        return {"files": [file.about() for file in self.files]} | sizes | rules
 
     def examples(self) -> list[Example]:
         """Items are a conversation and a question."""
         found = []
         for file in self.files:
-            for conversation in file.conversations[: self.conversations]:
+            for conversation in file.items[: self.conversations]:
                 name = f"{file.name}/{conversation.id}"
                 # a conversation whose sessions are in several files is drawn as one
                 unit = conversation.of or name
@@ -340,15 +316,6 @@ class FactsTask(Task):
     it is asked for each fact by itself. ``in_window`` is the backbone with the telling conversation in its window, and
     no text between: what the model could know at best. Systems named ``+recall`` also have passages in their window
     that text search finds for the question, in the conversation and in the text between.
-
-    Attributes:
-        text: between, see ``read_haystack``.
-        between: tokens.
-        sessions: conversations, each asked for all of its facts.
-        facts: told in a conversation; kinds and values are those held out from calibration.
-        recall: passages for the systems ``+recall``; 0 leaves them out.
-        new_tokens: of an answer, at most.
-        seed: of facts, values and texts.
     """
 
     name = "facts"

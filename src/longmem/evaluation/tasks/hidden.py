@@ -114,28 +114,21 @@ class Trial:
         return digest_of(self.haystack.digest, self.length, self.first, self.hidden)
 
     def open(self, asker: Asker) -> AbstractContextManager[Memory]:
-        count = self.length // self.haystack.window
-        changed = {number: ids.tolist() for number, ids in sorted(self._changed().items())}
-        return self.haystack.encoded(asker.model).holding(self.first, count, changed, asker.memory_size)
+        window, ids = self.haystack.window, self._ids()
+        touched = {at // window for start, tokens in self.hidden for at in range(start, start + len(tokens))}
+        changed = {self.first + n: ids[n * window : (n + 1) * window].tolist() for n in sorted(touched)}
+        return self.haystack.encoded(asker.model).holding(self.first, self.length // window, changed, asker.memory_size)
 
     def text(self, last: int | None = None) -> Tokens:
         """The whole text with what is hidden in it, or its last tokens."""
-        count = self.length // self.haystack.window
-        first = 0 if last is None else max(0, count - -(-last // self.haystack.window))
-        ids = self.haystack.ids[self.first + first : self.first + count].copy()
-        for number, segment in self._changed().items():
-            if number >= self.first + first:
-                ids[number - self.first - first] = segment
-        return tuple(ids.flatten()[-last if last else None :].tolist())
+        return tuple(self._ids()[-last if last else None :].tolist())
 
-    def _changed(self) -> dict[int, NDArray[np.int64]]:
-        """The segments that hold something, by their number in the haystack, with what is hidden in them."""
-        found: dict[int, NDArray[np.int64]] = {}
+    def _ids(self) -> NDArray[np.int64]:
+        start = self.first * self.haystack.window
+        ids = self.haystack.ids.reshape(-1)[start : start + self.length].copy()
         for position, tokens in self.hidden:
-            for at, token in enumerate(tokens, position):
-                number = self.first + at // self.haystack.window
-                found.setdefault(number, self.haystack.ids[number].copy())[at % self.haystack.window] = token
-        return found
+            ids[position : position + len(tokens)] = tokens
+        return ids
 
 
 @dataclass(eq=False, kw_only=True)
@@ -143,11 +136,7 @@ class HiddenTask(Task):
     """A system with memory reads the whole text into it, in segments of the haystack, and has only the question in its
     window. A system without memory has the end of the text in front of the question, as much as fits its window.
 
-    Attributes:
-        text: see ``read_haystack``.
-        lengths: tokens of text, each a multiple of the window.
-        trials: questions at each length; each has its own seed, and does not depend on which others are made.
-        seed: of questions, places and texts.
+    Every length is a multiple of the window. A trial has its own seed, and does not depend on which others are made.
     """
 
     text: Sequence[str] = ()
@@ -187,13 +176,7 @@ class HiddenTask(Task):
 
 @dataclass(eq=False, kw_only=True)
 class NeedleTask(HiddenTask):
-    """Facts hidden in long texts. Groups are a kind of fact, a length and a depth; every trial is a unit.
-
-    Attributes:
-        kinds: of facts, see ``longmem.data.facts.KINDS``.
-        depths: where the fact is hidden, in % of the text.
-        trials: for each kind, length and depth.
-    """
+    """Facts hidden in long texts. Groups are a kind of fact, a length and a depth; every trial is a unit."""
 
     name = "needle"
     metrics = (
@@ -322,13 +305,6 @@ class BabiTask(HiddenTask):
 
     Facts replace the book's words where they stand, in their order, after the end of a sentence where one is near.
     Every system has short stories with their answers before the question.
-
-    Attributes:
-        data: bAbI's files, see ``read_babi``.
-        tasks: numbers of bAbI's tasks.
-        trials: questions of each task, the same at every length that they fit.
-        shots: stories of the training file, with their answers, in the window before the question.
-        recall: passages for the systems ``+recall``; 0 leaves them out.
     """
 
     name = "babi"

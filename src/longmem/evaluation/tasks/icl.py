@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,20 +27,18 @@ from longmem.evaluation.results import Bootstrap, Json
 from longmem.evaluation.tasks import Example, Metric, drawn, group_scores, leaves, means_by, of_form
 from longmem.evaluation.tasks.squad import Asked, ShotsTask, draw
 
-Split = Literal["released", "dev", "test"]
-
 
 class Kind(NamedTuple):
-    """Of a set: its folder, its files, its classes, and the template's words before a text and before a label.
+    """Of a set: its folder, the files to show and to ask, its classes, the template's words before a text and a label.
 
-    Files are those of ``data/icl/original`` in the released code: see ``read_labelled``. Without ``labels`` every text
-    has the name of its class, in ``text,category`` lines below a heading, or in JSON lists ``train`` and ``test``.
+    Files are those of ``data/icl/original`` in the released code, and as its script has it the dev files of SST-2 and
+    SST-5 are asked: see ``read_labelled``. Without ``labels`` every text has the name of its class, in
+    ``text,category`` lines below a heading, or in JSON lists ``train`` and ``test``.
     """
 
     folder: str
     train: str = "train.csv"
     test: str = "test.csv"
-    dev: str = ""
     labels: tuple[str, ...] = ("negative", "positive")
     words: tuple[str, str] = ("Review:", "Sentiment:")
 
@@ -48,13 +46,13 @@ class Kind(NamedTuple):
 FIVE = ("terrible", "bad", "okay", "good", "great")
 INTENT = ("Request:", "Intent:")
 KINDS = {
-    "sst2": Kind("SST-2", "train.tsv", "test.tsv", "dev.tsv"),
+    "sst2": Kind("SST-2", "train.tsv", "dev.tsv"),
     "mr": Kind("mr"),
     "subj": Kind("subj", labels=("subjective", "objective"), words=("Input:", "Type:")),
-    "sst5": Kind("sst-5", "stsa.fine.train", "stsa.fine.test", "stsa.fine.dev", FIVE),
+    "sst5": Kind("sst-5", "stsa.fine.train", "stsa.fine.dev", FIVE),
     "mpqa": Kind("mpqa"),
     "banking77": Kind("icl_banking77", labels=(), words=INTENT),
-    "clinc150": Kind("icl_clinc150", "data_full.json.gz", "data_full.json.gz", labels=(), words=INTENT),
+    "clinc150": Kind("icl_clinc150", "data_full.json.gz", "data_full.json.gz", (), INTENT),
 }
 
 
@@ -94,29 +92,14 @@ class IclSet(NamedTuple):
         return f" {self.words[0]} {text} {self.words[1]}"
 
 
-def read_icl(folder: str | Path, names: Sequence[str], split: Split = "released") -> list[IclSet]:
-    """Read sets from a folder with one subfolder each (``SST-2``, ``mr``, ``subj``, ``sst-5``, ``mpqa`` ...).
-
-    Args:
-        names: keys of ``KINDS``.
-        split: what is asked: ``released`` as the released script has it (the dev files of SST-2 and SST-5, the test
-            files of the others), ``dev`` or ``test``.
+def read_icl(folder: str | Path, name: str) -> IclSet:
+    """Read one of ``KINDS`` from a folder with one subfolder for each (``SST-2``, ``mr``, ``subj``, ``sst-5`` ...).
 
     Raises:
-        ConfigError: an unknown set, or one that has no such split.
         DataError: a file is missing, or a line is not what its format says; names file and line.
     """
-    if not set(names) <= KINDS.keys():
-        raise ConfigError(f"datasets ({','.join(names)}) must be some of {', '.join(KINDS)}")
-    if split == "dev" and (without := [name for name in names if not KINDS[name].dev]):
-        raise ConfigError(f"datasets ({','.join(without)}) have no dev file; ask for split released or test")
-    return [_read_set(name, Path(folder), split) for name in names]
-
-
-def _read_set(name: str, root: Path, split: Split) -> IclSet:
     kind = KINDS[name]
-    tested = kind.test if split == "test" or not kind.dev else kind.dev
-    files = [root / kind.folder / file for file in dict.fromkeys((kind.train, tested))]
+    files = [Path(folder) / kind.folder / file for file in dict.fromkeys((kind.train, kind.test))]
     labels = kind.labels
     if labels:
         train, test = (read_labelled(file, len(labels)) for file in files)
@@ -189,14 +172,7 @@ MOST_CALIBRATED = 20  # classes; with more of them each content-free text would 
 
 @dataclass(eq=False, kw_only=True)
 class IclTask(ShotsTask):
-    """In-context learning over some sets. Groups are a set and its demonstrations, units are texts.
-
-    Attributes:
-        data, datasets, split: see ``read_icl``.
-        local_shots: numbers of demonstrations in the window.
-        memory_shots: numbers of demonstrations in memory.
-        limit: test texts of each set, drawn once and not stratified; None is all.
-    """
+    """In-context learning over some sets. Groups are a set and its demonstrations, units are texts."""
 
     name = "icl"
     metrics = (
@@ -204,9 +180,8 @@ class IclTask(ShotsTask):
         Metric("likelihood", "accuracy by label likelihood", "%"),
         Metric("calibrated", "accuracy by calibrated label likelihood", "%"),  # uncalibrated where classes are many
     )
-    data: str | Path
+    data: str
     datasets: Sequence[str] = ("sst2", "mr", "subj", "sst5", "mpqa")
-    split: Split = "released"
     local_shots: Sequence[int] = (4, 20)
     memory_shots: Sequence[int] = (0, 200, 2000)
     draws: int = 6
@@ -214,7 +189,9 @@ class IclTask(ShotsTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.sets = read_icl(self.data, self.datasets, self.split)
+        if unknown := set(self.datasets) - KINDS.keys():
+            raise ConfigError(f"datasets ({','.join(sorted(unknown))}) must be some of {', '.join(KINDS)}")
+        self.sets = [read_icl(self.data, name) for name in self.datasets]
 
     def source(self) -> Json:
         return {
@@ -279,9 +256,7 @@ class IclTask(ShotsTask):
             sizes = Counter(examples[n].group for n in some)
             weights = [1 / sizes[examples[n].group] for n in some]
             chosen = [examples[n] for n in some], [values[n] for n in some]
-            result["groups"].append(
-                group_scores(name, *chosen, self.metrics, bootstrap, weights=weights, drawn="texts")
-            )
+            result["groups"].append(group_scores(name, *chosen, self.metrics, bootstrap, weights=weights))
             spread[name] = _spread([per_seed[group] for group in sizes])
         means = means_by(examples, values, lambda example: example.unit, digits=2)
         result["examples"] = [

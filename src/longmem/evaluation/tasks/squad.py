@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 import re
 import string
@@ -19,7 +17,7 @@ import numpy as np
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after, start_tokens
 from longmem.evaluation.results import Bootstrap, Json
-from longmem.evaluation.tasks import Example, Metric, Task, drawn, leaves, means_by, of_form
+from longmem.evaluation.tasks import Example, Metric, Source, Task, drawn, leaves, means_by, read_source
 
 
 class Asked(NamedTuple):
@@ -106,10 +104,7 @@ def draw(name: str, seed: int, size: int, local: int, memory: int) -> tuple[list
 @dataclass(eq=False, kw_only=True)
 class ShotsTask(Task):
     """Questions (items are ``Asked``) after demonstrations, which are the same for every system, and never both in the
-    window and in memory. The last part of a group's name says how many: ``4 + 200``.
-
-    Attributes:
-        draws: of demonstrations, numbered from 1.
+    window and in memory. The last part of a group's name says how many: ``4 + 200``. Draws are numbered from 1.
     """
 
     draws: int = 1
@@ -166,38 +161,24 @@ class SquadQuestion(NamedTuple):
     answers: tuple[str, ...]
 
 
-class SquadFile(NamedTuple):
-    """The questions of a file in its order, and its hash."""
-
-    name: str
-    sha256: str
-    questions: tuple[SquadQuestion, ...]
+def read_squad(path: str | Path) -> Source:
+    """Read ``train-v1.1.json`` or ``dev-v1.1.json``, or a file of the same form."""
+    return read_source(path, "SQuAD v1.1's form", "name a SQuAD v1.1 JSON file", _questions)
 
 
-def read_squad(path: str | Path) -> SquadFile:
-    """Read ``train-v1.1.json`` or ``dev-v1.1.json``, or a file of the same form.
-
-    Raises:
-        DataError: no such file, not JSON, or not of that form; names the file and the place in it.
-    """
-    file, found = Path(path), list[SquadQuestion]()
-    with of_form(file, "SQuAD v1.1's form", "name a SQuAD v1.1 JSON file") as where:
-        content = file.read_bytes()
-        for a, article in enumerate(json.loads(content)["data"]):
-            where.append(f"data[{a}]")
-            for p, paragraph in enumerate(article["paragraphs"]):
-                for q, asked in enumerate(paragraph["qas"]):
-                    where.append(f"data[{a}].paragraphs[{p}].qas[{q}]")
-                    # a template of lines needs texts of one line
-                    texts = (paragraph["context"], asked["question"], *(one["text"] for one in asked["answers"]))
-                    passage, question, *answers = (" ".join(text.split()) for text in texts)
-                    if not answers:
-                        raise ValueError("no answer; SQuAD v1.1 has one or more for every question, v2.0 not")
-                    title = str(article.get("title", a))
-                    found.append(SquadQuestion(asked["id"], title, passage, question, tuple(answers)))
-    if not found:
-        raise DataError(f"{file}: no question in it; name a SQuAD v1.1 JSON file")
-    return SquadFile(file.name, hashlib.sha256(content).hexdigest()[:16], tuple(found))
+def _questions(content: Any, where: list[str]) -> Iterator[SquadQuestion]:
+    for a, article in enumerate(content["data"]):
+        where.append(f"data[{a}]")
+        for p, paragraph in enumerate(article["paragraphs"]):
+            for q, asked in enumerate(paragraph["qas"]):
+                where.append(f"data[{a}].paragraphs[{p}].qas[{q}]")
+                # a template of lines needs texts of one line
+                texts = (paragraph["context"], asked["question"], *(one["text"] for one in asked["answers"]))
+                passage, question, *answers = (" ".join(text.split()) for text in texts)
+                if not answers:
+                    raise ValueError("no answer; SQuAD v1.1 has one or more for every question, v2.0 not")
+                title = str(article.get("title", a))
+                yield SquadQuestion(asked["id"], title, passage, question, tuple(answers))
 
 
 @dataclass(eq=False, kw_only=True)
@@ -205,20 +186,12 @@ class SquadTask(ShotsTask):
     """SQuAD after demonstrations. Groups are numbers of demonstrations, units are articles.
 
     A demonstration is one question of a passage with its first answer; no passage is shown twice or asked about.
-
-    Attributes:
-        train: file that demonstrations are drawn from, see ``read_squad``.
-        data: file whose questions are asked, ``dev-v1.1.json``.
-        local_shots: demonstrations in the window.
-        memory_shots: numbers of demonstrations in memory.
-        limit: questions, drawn once over all articles; None is all.
-        max_answer_tokens: an answer also ends at a line end.
     """
 
     name = "squad"
     metrics = (Metric("exact_match", "exact match", "%"), Metric("f1", "F1", "%"))
-    train: str | Path
-    data: str | Path
+    train: str
+    data: str
     local_shots: int = 3
     memory_shots: Sequence[int] = (0, 200)
     limit: int | None = 200
@@ -229,9 +202,7 @@ class SquadTask(ShotsTask):
         self.shown, self.asked = read_squad(self.train), read_squad(self.data)
 
     def source(self) -> Json:
-        files = {"train": self.shown, "data": self.asked}
-        about = {key: {"file": f.name, "sha256": f.sha256, "questions": len(f.questions)} for key, f in files.items()}
-        return about | {"template": TEMPLATE}
+        return {"shown": self.shown.about(), "asked": self.asked.about(), "template": TEMPLATE}
 
     def examples(self) -> list[Example]:
         """Every chosen question, for every seed and number of demonstrations in memory.
@@ -239,7 +210,7 @@ class SquadTask(ShotsTask):
         Raises:
             DataError: ``train`` has too few passages that are not asked about.
         """
-        everything, found = self.asked.questions, []
+        everything, found = self.asked.items, []
         chosen = [everything[n] for n in drawn(f"{self.asked.name} questions", len(everything), self.limit)]
         queries = encode_after(self.tokenizer, "\n\n", [shown(question, answered=False) for question in chosen])
         for seed in self.seeds:
@@ -253,9 +224,9 @@ class SquadTask(ShotsTask):
 
     def shots(self, seed: int, memory: int) -> tuple[list[Tokens], list[Tokens]]:
         """Demonstrations for the window and for memory."""
-        tested = {question.passage for question in self.asked.questions}
+        tested = {question.passage for question in self.asked.items}
         passages: dict[str, list[SquadQuestion]] = {}
-        for question in self.shown.questions:
+        for question in self.shown.items:
             if question.passage not in tested:
                 passages.setdefault(question.passage, []).append(question)
         near, far = draw(self.shown.name, seed, len(passages), self.local_shots, memory)
