@@ -151,16 +151,6 @@ def test_bad_lines_are_skipped_and_named_and_the_others_added(memory: Memory, ca
     assert all(line.endswith("; skipped") for line in said)
 
 
-@pytest.mark.usefixtures("model")
-def test_bytes_and_halves_can_be_replaced_and_lines_have_names(memory: Memory) -> None:
-    Path("l.jsonl").write_bytes(b"\n".join(BAD[:2]))
-    assert names(memory("add", "l.jsonl", "--undecodable", "replace", "--json")) == ["a", "b"]
-    assert memory("show", "a", "--text").out == "caf\ufffd au lait"
-    assert memory("show", "b", "--text").out == "a cut emoji \ufffd here"
-    Path("n.jsonl").write_text('{"id":null,"text":"the first text"}\n{"id":null,"text":"the second text"}\n')
-    assert names(memory("add", "n.jsonl", "--json")) == ["n.jsonl:1", "n.jsonl:2"]
-
-
 SAID = {  # content of x.jsonl, or else of x.txt -> what is said
     b"caf\xe9": "x.txt: not UTF-8 text (byte 0xe9 at offset 3); convert it, exclude it, or pass --undecodable skip or",
     b'{"text":null}': "x.jsonl:1: no text in the field 'text' (fields: text); rename the field that has it, or pass",
@@ -224,6 +214,7 @@ def test_a_name_may_be_composed_or_not(memory: Memory) -> None:
     written, typed = unicodedata.normalize("NFD", "Zoë.txt"), unicodedata.normalize("NFC", "Zoë.txt")
     Path(written).write_text("hello there")
     assert memory("add", typed, "-n", typed).status == 0
-    assert memory("show", typed, "-n", written, "--text").out == "hello there"
+    assert memory("add", typed, "-n", written, "--append", "--json").json["documents"][0]["status"] == "appended"
+    assert memory("show", typed, "-n", written, "--text").out == "hello therehello there"
     assert memory("search", "hello", "-n", written, "--document", written).status == 0
     assert memory("forget", "-n", written, "--name", written).status == 0

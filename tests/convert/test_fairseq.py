@@ -118,8 +118,11 @@ def set_to(name: str, value: Any) -> Change:
 
 FC1 = "decoder.layers.0.fc1.weight"
 REFUSED: list[tuple[Change, str]] = [
-    (drop(FC1), "its SideNet lacks layers.0.mlp.fc_in.weight"),
-    (drop("decoder.model.transformer.ln_f.bias"), "its backbone lacks transformer.ln_f.bias"),
+    (drop(FC1), 'for SideNet: Missing key(s) in state_dict: "layers.0.mlp.fc_in.weight"'),
+    (
+        drop("decoder.model.transformer.ln_f.bias"),
+        'for AlibiGPTForCausalLM: Missing key(s) in state_dict: "transformer.ln_f.bias"',
+    ),
     (drop("decoder.layers.1.self_attn.memory_bias"), "has 0 memory gates"),
     (drop("pretrained_model"), "holds no backbone; name its checkpoint with --backbone"),
     (set_to("retrieval_layer_index", 1), "puts memory into SideNet layer 0, but the gate is in layer 1"),
@@ -128,7 +131,10 @@ REFUSED: list[tuple[Change, str]] = [
     (set_to("retrieval_layer_index", None), "its settings lack retrieval_layer_index"),
     (set_to("newgpt_mode", "rotary"), "newgpt_mode is 'rotary'; only 'alibi'"),
     (lambda it: it["model"]["decoder.embed_tokens.weight"].add_(1), "differs from the backbone's transformer.wte"),
-    (lambda it: it["model"].update({FC1: torch.zeros(2, 2)}), "(2, 2) where its SideNet needs (128, 32)"),
+    (
+        lambda it: it["model"].update({FC1: torch.zeros(2, 2)}),
+        "for layers.0.mlp.fc_in.weight: copying a param with shape torch.Size([2, 2])",
+    ),
     (lambda it: it.pop("model"), "has no 'model' entry with tensors"),
     (lambda it: it.update(model={"x": torch.zeros(1)}), "has neither a newgpt backbone nor a LongMem SideNet in it"),
 ]

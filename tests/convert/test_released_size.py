@@ -13,7 +13,7 @@ from longmem.convert.fairseq import (
     FairseqCheckpoint,
     backbone_config,
     backbone_name,
-    check_tensors,
+    load_tensors,
     longmem_config,
     side_name,
 )
@@ -93,13 +93,13 @@ def test_every_released_key_has_a_place_in_our_models_and_every_place_a_key(rele
     with torch.device("meta"):
         model = AlibiGPTForCausalLM(config)
     assert (config.num_hidden_layers, config.num_attention_heads, config.hidden_size) == (24, H, E)
-    check_tensors(released.path, released.backbone, model.state_dict(), "backbone")
+    load_tensors(released.path, model, released.backbone, assign=True)
     settings = longmem_config(released, config)
     assert (settings.memory_layers, settings.num_retrieved, settings.memory_size) == ((17,), 64, 65_536)
     with torch.device("meta"):
         side = SideNet(Backbone(model, (17,)), settings)
     assert side.augmented_layers == (8,)
-    check_tensors(released.path, released.side, side.state_dict(), "SideNet")
+    load_tensors(released.path, side, released.side, assign=True)
     trained = sum(parameter.numel() for parameter in side.parameters())
     assert trained == 151_083_024
     assert trained + sum(parameter.numel() for parameter in model.parameters()) == 558_155_792

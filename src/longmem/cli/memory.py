@@ -131,10 +131,12 @@ def _added(
         yield from store.add_documents(namespace, documents, workers=number, progress=progress)
         return
     for new in documents:
-        if any(info.name == new.name for info in store.documents(namespace)):
-            yield store.append(namespace, new.text, name=new.name, progress=progress)
-        else:
+        try:
+            store.document(namespace, new.name)
+        except StoreError:
             yield from store.add_documents(namespace, [new], progress=progress)
+        else:
+            yield store.append(namespace, new.text, name=new.name, progress=progress)
 
 
 def _read(paths: tuple[str, ...], name: str | None, given: dict[str, Any]) -> Iterator[Document]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from longmem.config import LongMemConfig
 from longmem.errors import CheckpointError, first_line
@@ -138,9 +138,9 @@ def backbone_from_fairseq(
     config = backbone_config(checkpoint)
     with torch.device("meta"):
         model = AlibiGPTForCausalLM(config)
-    check_tensors(checkpoint.path, checkpoint.backbone, model.state_dict(), "backbone")
     dtype = dtype or checkpoint.backbone["transformer.wte.weight"].dtype
-    model.load_state_dict({name: value.to(dtype) for name, value in checkpoint.backbone.items()}, assign=True)
+    tensors = {name: value.to(dtype) for name, value in checkpoint.backbone.items()}
+    load_tensors(checkpoint.path, model, tensors, assign=True)
     model.config.dtype = dtype
     model.train(False)
     return model
@@ -250,15 +250,9 @@ def _count(tensors: dict[str, Tensor], pattern: str) -> int:
     return max((int(found[1]) for name in tensors if (found := re.match(pattern, name))), default=-1) + 1
 
 
-def check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Any], part: str) -> None:
-    """Every tensor is there and has its shape, or one line says which is not."""
-    missing, strange = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    for names, problem in ((missing, "lacks"), (strange, "has, unexpectedly,")):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise CheckpointError(f"{path}: its {part} {problem} {', '.join(names[:3])}{more}")
-    for name, value in wanted.items():
-        if found[name].shape != value.shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {tuple(found[name].shape)} where its {part} needs {tuple(value.shape)}"
-            )
+def load_tensors(path: Path, model: nn.Module, tensors: dict[str, Tensor], *, assign: bool = False) -> None:
+    """``load_state_dict``; what is missing, foreign or of another shape is one line."""
+    try:
+        model.load_state_dict(tensors, assign=assign)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: has other tensors ({' '.join(str(error).split())[:400]})") from error

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from longmem.convert.fairseq import (
     FairseqCheckpoint,
     backbone_from_fairseq,
-    check_tensors,
+    load_tensors,
     longmem_config,
     read_fairseq,
 )
@@ -105,9 +105,8 @@ def longmem_from_fairseq(
     if not isinstance(backbone.config, AlibiGPTConfig):
         raise CheckpointError(f"{checkpoint.path}: needs an alibi_gpt backbone, not a {backbone.config.model_type}")
     model = LongMem(longmem_config(checkpoint, backbone.config), backbone)
-    check_tensors(checkpoint.path, checkpoint.side, model.sidenet.state_dict(), "SideNet")
-    dtype = dtype or checkpoint.side["final_norm.weight"].dtype
-    model.sidenet.to(dtype).load_state_dict({name: value.to(dtype) for name, value in checkpoint.side.items()})
+    model.sidenet.to(dtype or next(iter(checkpoint.side.values())).dtype)
+    load_tensors(checkpoint.path, model.sidenet, checkpoint.side)
     model.train(False)
     return model
 
