@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from longmem.data.stream import IGNORE, SegmentStream, WindowSampler
 from longmem.data.tokens import TokenCorpus
-from longmem.errors import CheckpointError, DataError
+from longmem.errors import CheckpointError
 
 
 def corpus_of(*lengths: int) -> TokenCorpus:
@@ -48,15 +47,6 @@ def test_targets_are_the_next_tokens_also_across_the_segments_end_and_never_beyo
     assert second.targets.tolist() == [[5, 6, 7, 8], [1005, 1006, IGNORE, IGNORE]]
 
 
-def test_the_targets_of_all_processes_are_counted() -> None:
-    corpus = corpus_of(13, 9, 30, 22, 8, 17)
-    whole, part = SegmentStream(corpus, 4, 4, 5), SegmentStream(corpus, 4, 2, 5, rank=1, world=2)
-    for _ in range(20):
-        all_rows, some = whole.next(), part.next()
-        assert some.ids.tolist() == all_rows.ids[2:].tolist()
-        assert some.targets_in_all == int((all_rows.targets != IGNORE).sum())
-
-
 def test_every_token_but_the_first_of_each_document_is_a_target_once_in_a_pass() -> None:
     corpus = corpus_of(13, 9, 30, 22, 8, 17)
     stream = SegmentStream(corpus, window=4, rows=1, seed=5)
@@ -66,13 +56,6 @@ def test_every_token_but_the_first_of_each_document_is_a_target_once_in_a_pass()
         seen += targets[targets != IGNORE].tolist()
     expected = [1000 * d + t for d, n in enumerate((13, 9, 30, 22, 8, 17)) for t in range(1, n)]
     assert sorted(seen) == expected
-
-
-def test_rows_are_different_texts_even_with_one_document() -> None:
-    stream = SegmentStream(corpus_of(64), window=4, rows=4, seed=1)
-    batch = stream.next()
-    assert len(set(batch.documents)) == 4
-    assert [int(name.split("@")[1]) for name in batch.documents] == list(batch.offsets)
 
 
 def test_long_documents_can_be_dealt_out_in_pieces() -> None:
@@ -112,11 +95,6 @@ def test_the_position_in_other_text_is_refused() -> None:
         SegmentStream(corpus_of(13, 9), window=4, rows=1, seed=3).load_state_dict(state)
 
 
-def test_too_little_text_for_the_rows_says_so() -> None:
-    with pytest.raises(DataError, match="10 tokens, too few for 4 rows"):
-        SegmentStream(corpus_of(10), window=8, rows=4)
-
-
 # WindowSampler
 
 
@@ -134,13 +112,6 @@ def test_windows_are_a_function_of_seed_and_position() -> None:
     assert batches != [other.next().ids.tolist() for _ in range(60)]
     resumed.load_state_dict({"position": 40})
     assert [resumed.next().ids.tolist() for _ in range(40)] == batches[20:]
-
-
-def test_processes_share_the_windows_out() -> None:
-    whole = WindowSampler(corpus_of(900), window=10, rows=4, seed=1)
-    parts = [WindowSampler(corpus_of(900), window=10, rows=2, seed=1, rank=rank, world=2) for rank in range(2)]
-    for _ in range(5):
-        assert torch.cat([part.next().ids for part in parts]).tolist() == whole.next().ids.tolist()
 
 
 def test_practice_rows_hold_a_passage_twice_and_do_not_score_what_cannot_be_foreseen() -> None:
@@ -166,15 +137,3 @@ def test_random_rows_score_the_repetition_only() -> None:
         scored = (batch.targets[0] != IGNORE).nonzero().flatten().tolist()
         assert scored == list(range(scored[0], scored[-1] + 1)) if scored else True
         assert len(scored) <= 16
-
-
-def test_without_practice_windows_are_the_text() -> None:
-    batch = WindowSampler(corpus_of(900), window=10, rows=4, seed=1).next()
-    assert not bool(batch.practice.any())
-    assert torch.equal(batch.ids[:, 1:], batch.targets[:, :-1])
-    assert bool((batch.ids.diff(dim=1) == 1).all())
-
-
-def test_a_corpus_shorter_than_two_windows_is_refused() -> None:
-    with pytest.raises(DataError, match=r"20 tokens, which is less than two windows of data.window \(16\)"):
-        WindowSampler(corpus_of(20), window=16, rows=1)

@@ -94,12 +94,6 @@ def test_json_lines_give_one_document_a_line_named_by_their_id(tmp_path: Path) -
     assert found[1].place == f"{path}:3"
 
 
-@pytest.mark.parametrize("given", ["null", '""', '"  "'])
-def test_a_line_without_a_name_is_called_by_file_and_line(tmp_path: Path, given: str) -> None:
-    (tmp_path / "n.jsonl").write_text(f'{{"id": {given}, "text": "a"}}\n{{"id": 7, "text": "b"}}\n')
-    assert pairs(tmp_path) == [("n.jsonl:1", "a"), ("7", "b")]
-
-
 def test_a_pattern_stands_for_the_files_it_matches(folder: Path) -> None:
     assert [d.id for d in read_documents([f"{folder}/*/*.txt"])] == ["one.txt", "two.txt"]
 
@@ -332,16 +326,3 @@ def test_a_stream_is_one_text_or_json_lines() -> None:
     for as_lines in (False, True):
         with pytest.raises(DataError, match="no text came"):
             list(read_stream(io.BytesIO(b" \n"), "-", lines=as_lines))
-
-
-def test_a_stream_gives_each_line_as_it_comes() -> None:
-    class Lines(io.BytesIO):
-        def __next__(self) -> bytes:
-            line = super().__next__()
-            asked.append(line)
-            return line
-
-    asked: list[bytes] = []
-    found = read_stream(Lines(b'{"text": "a"}\n{"text": "b"}\n'), "-", lines=True)
-    assert next(found).text == "a"
-    assert len(asked) == 1

@@ -53,15 +53,17 @@ def test_every_weight_is_the_mean_and_the_last_ones_settings_stay(
     assert (tmp_path / "mean" / "tokenizer.json").is_file()
 
 
-def test_sidenets_of_two_backbones_are_refused(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
-    one, other = side(tmp_path / "a", 0, byte_tokenizer), side(tmp_path / "b", 0, byte_tokenizer, backbone_seed=1)
-    with pytest.raises(CheckpointError, match="a: has another backbone than"):
-        average.average([one, other], tmp_path / "mean")
-    assert not (tmp_path / "mean").exists()
-
-
-def test_sidenets_that_read_other_layers_are_refused(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
-    one, other = side(tmp_path / "a", 0, byte_tokenizer, memory_layer=1), side(tmp_path / "b", 0, byte_tokenizer)
-    with pytest.raises(CheckpointError, match=r"a: memory_layer is 1, that of .*b 3"):
-        average.average([one, other], tmp_path / "mean")
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"backbone_seed": 1}, "a: has another backbone than"),
+        ({"memory_layer": 1}, r"memory_layer is 3, that of .*b 1"),
+    ],
+)
+def test_sidenets_that_are_not_alike_are_refused(
+    other: dict[str, int], message: str, tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folders = [side(tmp_path / "a", 0, byte_tokenizer), side(tmp_path / "b", 0, byte_tokenizer, **other)]
+    with pytest.raises(CheckpointError, match=message):
+        average.average(folders, tmp_path / "mean")
     assert not (tmp_path / "mean").exists()

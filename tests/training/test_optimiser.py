@@ -23,16 +23,6 @@ def test_rates_rise_to_their_peak_and_end_at_zero(schedule: str) -> None:
     assert all(later <= earlier + 1e-12 for earlier, later in pairwise(shares[100:]))
 
 
-def test_the_papers_decay_is_a_straight_line() -> None:
-    optim = OptimSection(warmup=0.0)
-    assert [lr_share(optim, done) for done in (0.0, 0.25, 0.5, 1.0)] == [1.0, 0.75, 0.5, 0.0]
-
-
-def test_wsd_is_flat_until_its_decay() -> None:
-    optim = OptimSection(schedule="wsd", warmup=0.0, decay_fraction=0.2)
-    assert [lr_share(optim, done) for done in (0.0, 0.8, 0.9)] == pytest.approx([1.0, 1.0, 0.5])
-
-
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_every_weight_is_in_one_group_and_vectors_do_not_decay(kind: str, tiny_backbone: AlibiGPTForCausalLM) -> None:
     optimiser = build_optimiser(tiny_backbone.named_parameters(), OptimSection(optimiser=kind, weight_decay=0.1))

@@ -8,8 +8,7 @@ B questions · T tokens of a question with its answer · S tokens per chunk
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from longmem.data.facts import draw_facts
 from longmem.data.stream import IGNORE
-from longmem.memory import MemoryBank
 from longmem.memory.encoded import EncodedText, TextMemory
 from longmem.memory.session import SessionMemory
 from longmem.progress import Progress
@@ -32,12 +30,14 @@ RUN = 16  # segments of text that are taken from one place of the corpus
 _TEXT, _STEP, _FACTS = 11, 12, 13  # what random numbers are drawn for
 
 
-class _Asked(NamedTuple):
-    """A question with its answer, (t,); tokens of the answer; keys and values of its facts, (Hkv, tokens, D) each."""
+class Asked(NamedTuple):
+    """A question with its answer: ids and targets (t,), of which only the answer counts; and what its facts left in
+    memory, keys and values (tokens, Hkv, D)."""
 
     ids: Tensor
-    answer: int
-    kv: tuple[Tensor, Tensor]
+    targets: Tensor
+    keys: Tensor
+    values: Tensor
 
 
 class Questions(NamedTuple):
@@ -61,7 +61,7 @@ class NeedleTrainer(LongMemTrainer):
         super().__init__(*args, **kwargs)
         self.needles, self.corpus, self.seed = needles, self.stream.corpus, self.args.seed
         self._taken = 0
-        self._asked: deque[tuple[int, _Asked]] = deque()
+        self._asked: dict[int, Asked] = {}
         random = np.random.default_rng([self.seed, _TEXT])
         ids = _places(self.corpus.ids, needles.text_tokens, self.window, random)
         with Progress("encoding what facts are hidden in", len(ids), "segments", quiet=self.quiet) as progress:
@@ -73,9 +73,19 @@ class NeedleTrainer(LongMemTrainer):
         random = np.random.default_rng([self.seed, _STEP, number, self.args.process_index])
         if random.random() >= self.needles.share:
             return super().next_batch()
-        asked = self._questions(number)
-        memory = SessionMemory(self._background(number, random), self._facts(asked))
-        return Questions(*_rows(asked, self.pad_id), memory)
+        # each question is asked in `repeats` steps, one after the other, so that its facts are encoded once
+        rows, fresh = self.needles.rows, max(1, self.needles.rows // self.needles.repeats)
+        numbers = range(number * fresh, number * fresh + rows)
+        self._asked = {at: self._asked.get(at) or self._question(at) for at in numbers}
+        ids, targets, keys, values = (
+            pad_sequence(list(parts), batch_first=True, padding_value=fill)
+            for parts, fill in zip(zip(*self._asked.values(), strict=True), (self.pad_id, IGNORE, 0, 0), strict=True)
+        )
+        lengths = torch.tensor([[len(one.keys)] for one in self._asked.values()], device=keys.device)
+        kept = torch.arange(keys.shape[1], device=keys.device) < lengths
+        facts = self.new_bank(rows, capacity_tokens=keys.shape[1], shared=False)
+        facts.add(AttentionKV(keys.transpose(1, 2), values.transpose(1, 2), kept))
+        return Questions(ids, targets, SessionMemory(self._background(number, random), facts))
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -97,7 +107,6 @@ class NeedleTrainer(LongMemTrainer):
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         super().load_own_state(state)
         self._taken = int(state["taken"])
-        self._asked.clear()
 
     def _background(self, number: int, random: np.random.Generator) -> TextMemory:
         """A run of the text: its length grows from the least to the most, and now and then is shorter."""
@@ -108,21 +117,9 @@ class NeedleTrainer(LongMemTrainer):
         count = min(max(1, round(tokens / window)), segments)
         return self._text.run(int(random.integers(segments - count + 1)), count)
 
-    def _questions(self, number: int) -> list[_Asked]:
-        """Each question is asked in ``repeats`` steps, one after the other, so that its facts are encoded once."""
-        needles = self.needles
-        fresh = max(1, needles.rows // needles.repeats)
-        first = number * fresh
-        while self._asked and self._asked[0][0] < first:
-            self._asked.popleft()
-        begin = self._asked[-1][0] + 1 if self._asked else first
-        for at in range(begin, first + needles.rows):
-            segments, ids, answer = self._draw(at)
-            self._asked.append((at, _Asked(ids, answer, self._encode(segments))))
-        return [asked for _, asked in self._asked]
-
-    def _draw(self, number: int) -> tuple[Tensor, Tensor, int]:
-        """Segments (n, context) with the facts in them, the question with its answer, and the answer's length."""
+    @torch.no_grad()
+    def _question(self, number: int) -> Asked:
+        """Drawn by its number. Its facts are hidden in segments (n, context) of their own."""
         needles = self.needles
         random = np.random.default_rng([self.seed, _FACTS, number, self.args.process_index])
         facts = draw_facts(needles.kinds[int(random.integers(len(needles.kinds)))], random)
@@ -135,44 +132,19 @@ class NeedleTrainer(LongMemTrainer):
             place = int(random.integers(size - len(tokens) + 1))
             text[place : place + len(tokens)] = tokens
             parts.append(text.reshape(-1, needles.context))
+        # one question at a time: other batch sizes round differently, and a resumed run encodes more at once
+        kv = self.longmem.encode(torch.from_numpy(np.concatenate(parts)).to(self.args.device))
+        keys, values = (part.transpose(1, 2).flatten(0, 1) for part in (kv.keys, kv.values))
         question, answer = self._tokens(facts.question), self._tokens(facts.answer)
-        return torch.from_numpy(np.concatenate(parts)), torch.tensor(question + answer), len(answer)
-
-    @torch.no_grad()
-    def _encode(self, segments: Tensor) -> tuple[Tensor, Tensor]:
-        """What segments (n, context) leave in memory, (Hkv, n * context, D) each.
-
-        One question at a time: other batch sizes round differently, and a resumed run encodes more at once.
-        """
-        kv = self.longmem.encode(segments.to(self.args.device))
-        return kv.keys.transpose(0, 1).flatten(1, 2), kv.values.transpose(0, 1).flatten(1, 2)
-
-    def _facts(self, asked: Sequence[_Asked]) -> MemoryBank:
-        """A row for each question."""
-        parts = [pad_sequence([one.kv[i].transpose(0, 1) for one in asked], batch_first=True) for i in (0, 1)]
-        keys, values = (part.transpose(1, 2) for part in parts)
-        lengths = torch.tensor([[one.kv[0].shape[1]] for one in asked], device=keys.device)
-        longest = keys.shape[2]
-        bank = self.new_bank(len(asked), capacity_tokens=longest, shared=False)
-        bank.add(AttentionKV(keys, values, torch.arange(longest, device=keys.device) < lengths))
-        return bank
+        ids = torch.tensor(question + answer)
+        targets = ids[1:].clone()
+        targets[: len(question) - 1] = IGNORE
+        return Asked(ids[:-1], targets, keys, values)
 
     def _tokens(self, text: str) -> list[int]:
         tokenizer: Any = self.tokenizer
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
-
-
-def _rows(asked: Sequence[_Asked], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ids and targets (B, T); targets are the answers' tokens."""
-    width = max(len(one.ids) for one in asked) - 1
-    ids = torch.full((len(asked), width), pad_id)
-    targets = torch.full((len(asked), width), IGNORE)
-    for row, one in enumerate(asked):
-        last = len(one.ids) - 1
-        ids[row, :last] = one.ids[:-1]
-        targets[row, last - one.answer : last] = one.ids[-one.answer :]
-    return ids, targets
 
 
 def _places(corpus: Any, tokens: int, window: int, random: np.random.Generator) -> Tensor:

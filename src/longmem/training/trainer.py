@@ -266,7 +266,6 @@ class StreamTrainer(Trainer):
         if resume_from_checkpoint:
             verify(Path(str(resume_from_checkpoint)))
             self._own = self._read_own(Path(str(resume_from_checkpoint)))
-        self._since = time.monotonic()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
@@ -343,6 +342,7 @@ class StreamTrainer(Trainer):
         # how often to log, measure and save is what the arguments say now, not what they said before
         found = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)
+        self._since = time.monotonic()
         return found
 
     def _read_own(self, folder: Path) -> dict[str, Any]:
