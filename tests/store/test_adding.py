@@ -41,16 +41,6 @@ def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
 
 
-def test_a_text_comes_back_as_it_was(store: MemoryStore) -> None:
-    text = words(1, 3 * PIECE + 5)
-    receipt = store.add_document("alice", text, name="notes", source="a.txt", metadata={"year": 1}, time=5.0)
-    assert (receipt.status, receipt.tokens, receipt.reused_tokens) == ("added", len(text) + 1, 0)
-    assert store.text("alice", "notes") == text
-    assert store.token_ids("alice", "notes").tolist() == [256, *text.encode()]
-    info = store.document("alice", "notes")
-    assert (info.source, info.metadata, info.added, info.chunks) == ("a.txt", {"year": 1}, 5.0, receipt.chunks)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_what_is_stored_is_what_the_model_gives(tmp_path: Path, dtype: Any) -> None:
     ids = np.random.default_rng(0).integers(0, 256, 3 * PIECE + 13)
@@ -170,18 +160,6 @@ def test_an_interrupted_add_goes_on_where_it_stopped(tmp_path: Path) -> None:
         # the piece at which it stopped was encoded and not committed
         assert model.tokens == whole - 5 * PIECE and (receipt.status, receipt.reused_tokens) == ("added", 0)
         assert store.text("alice", "book") == text and store.verify().clean
-
-
-def test_a_document_is_seen_whole_or_not_at_all(store: MemoryStore) -> None:
-    seen = []
-
-    def look(progress: Progress) -> None:
-        with open_small(store.path, mode="read", model=None) as reader:
-            seen.append([info.tokens for info in reader.documents("alice")])
-
-    store.add_document("alice", words(1, 5 * PIECE), name="book", progress=look)
-    assert seen and all(each == [] for each in seen)
-    assert [info.tokens for info in store.documents("alice")] == [5 * PIECE + 1]
 
 
 def test_compacting_between_the_receipts_of_a_stream_takes_nothing_from_it(store: MemoryStore) -> None:

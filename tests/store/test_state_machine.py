@@ -18,8 +18,8 @@ from tests.store.twin import Document, Twin, make_document
 from torch import Tensor
 
 from longmem.errors import StoreError
-from longmem.store import ForgetReport
 from longmem.store.bank import StoreBank
+from longmem.store.records import ForgetReport
 
 NAMESPACES = ["alice", "bob", "carol"]
 SPACE = some.sampled_from(NAMESPACES)

@@ -5,30 +5,7 @@
 searched. docs/memory-format.md describes every byte.
 """
 
-from longmem.store.records import (
-    CompactReport,
-    DocumentInfo,
-    ForgetReport,
-    Layout,
-    NewDocument,
-    Problem,
-    Progress,
-    Receipt,
-    Stats,
-    VerifyReport,
-)
+from longmem.store.records import DocumentInfo, NewDocument, Progress, Receipt
 from longmem.store.store import MemoryStore
 
-__all__ = [
-    "CompactReport",
-    "DocumentInfo",
-    "ForgetReport",
-    "Layout",
-    "MemoryStore",
-    "NewDocument",
-    "Problem",
-    "Progress",
-    "Receipt",
-    "Stats",
-    "VerifyReport",
-]
+__all__ = ["DocumentInfo", "MemoryStore", "NewDocument", "Progress", "Receipt"]

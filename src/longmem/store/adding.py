@@ -28,7 +28,7 @@ import torch
 from longmem.errors import LongMemError, StoreError
 from longmem.store.catalog import Catalog
 from longmem.store.disk import StoredChunks, append
-from longmem.store.encode import Encoder, Ids, Tokens, cut, joined_tokens
+from longmem.store.encode import Encoder, Ids, Tokens, joined_tokens
 from longmem.store.records import (
     DocumentInfo,
     Layout,
@@ -134,7 +134,8 @@ class Adder:
         batch, size, coming = _Batch(), self._catalog.layout.piece_tokens, set[bytes]()
         for document, tokens in planned:
             batch.name = document.new.name
-            for piece in cut(tokens, size):
+            for start in range(0, len(tokens), size):
+                piece = tokens.slice(start, start + size)
                 digest = piece.digest()
                 document.pieces.append((digest, len(piece)))
                 batch.tokens += len(piece)
@@ -197,7 +198,7 @@ def commit(
                 first += len(run)
             if made:
                 db.execute("UPDATE meta SET value = ? WHERE key = 'records'", (first,))
-            return [_write_document(catalog, db, document) for document in documents]
+            return [_write_document(catalog, db, pinned, document) for document in documents]
 
 
 def status_of(catalog: Catalog, plan: Planned) -> tuple[Status, DocumentInfo | None]:
@@ -228,7 +229,7 @@ def status_of(catalog: Catalog, plan: Planned) -> tuple[Status, DocumentInfo | N
     return "replaced", old
 
 
-def _write_document(catalog: Catalog, db: sqlite3.Connection, plan: Planned) -> Receipt:
+def _write_document(catalog: Catalog, db: sqlite3.Connection, pinned: set[int], plan: Planned) -> Receipt:
     """Bring a document into the catalog, where its pieces are."""
     status, old = status_of(catalog, plan)
     new, space, tokens = plan.new, plan.namespace, plan.tokens
@@ -236,7 +237,7 @@ def _write_document(catalog: Catalog, db: sqlite3.Connection, plan: Planned) -> 
         if status == "updated":
             db.execute("UPDATE document SET expires = ? WHERE id = ?", (new.expires, old.id))
         return Receipt(space, new.name, status, old.tokens, old.chunks, old.tokens, old.revision)
-    pieces = [*(plan.kept or []), *((known(catalog, digest, set()), count) for digest, count in plan.pieces)]
+    pieces = [*(plan.kept or []), *((known(catalog, digest, pinned), count) for digest, count in plan.pieces)]
     revision = plan.revision if old is None or status == "added" else old.revision + 1
     if old is not None and status == "appended":
         number, reused = old.id, old.tokens

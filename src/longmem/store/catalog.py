@@ -88,7 +88,6 @@ class Catalog:
         self._guard, self._changing = threading.RLock(), threading.RLock()
         self._lock: WriterLock | None = None
         self._mapped: tuple[int, StoredChunks] | None = None
-        self._connections = 0
         self._watched: list[object] | None = None  # where SQLite cannot tell us that a writer came
         with ExitStack() as undo:
             if writable:
@@ -238,9 +237,8 @@ class Catalog:
                 self._db.close()
                 self._watched = None
                 self._db = self._connect()
-                self._connections += 1
             others = self._db.execute("PRAGMA data_version").fetchone()[0]  # commits of other connections
-            return self._connections, self._db.total_changes, others
+            return self._watched, self._db.total_changes, others
 
     def _state(self) -> list[object]:
         """Size and time of the files, for a folder in which SQLite may not watch a writer."""

@@ -153,16 +153,6 @@ class StoredChunks:
         return zlib.crc32(keys.data, zlib.crc32(kv.data))
 
 
-def joined(runs: Sequence[StoredChunks]) -> StoredChunks:
-    """Runs of chunks, one after the other."""
-    scales = [run.scales for run in runs if run.scales is not None]
-    return StoredChunks(
-        np.concatenate([run.kv for run in runs]),
-        np.concatenate([run.keys for run in runs]),
-        np.concatenate(scales) if scales else None,
-    )
-
-
 def pack(chunks: Tensor, lengths: Tensor, dtype: Dtype) -> StoredChunks:
     """Chunks of the backbone's keys and values, rounded for the store.
 
@@ -227,11 +217,8 @@ def _mapped(path: Path, count: int, size: int) -> NDArray[np.uint8]:
         raise
 
 
-def append(folder: Path, layout: Layout, generation: int, first: int, runs: Sequence[StoredChunks]) -> int:
+def append(folder: Path, layout: Layout, generation: int, first: int, runs: Sequence[StoredChunks]) -> None:
     """Write chunks as the records from ``first`` on; durable when this returns, known once the catalog counts them.
-
-    Returns:
-        how many records there are then.
 
     Raises:
         StoreFull: no room; both files are as they were.
@@ -262,4 +249,3 @@ def append(folder: Path, layout: Layout, generation: int, first: int, runs: Sequ
     if made:
         to_disk(folder)
     failpoint("append.synced")
-    return first + sum(map(len, runs))

@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from longmem.data.tokens import load_tokenizer
 from longmem.errors import DataError, StoreError
-from longmem.store.disk import StoredChunks, joined, pack
+from longmem.store.disk import StoredChunks, pack
 from longmem.store.records import DTYPES, Dtype, Layout
 
 Ids = NDArray[np.uint32]
@@ -89,12 +90,6 @@ def joined_tokens(runs: Sequence[Tokens]) -> Tokens:
         starts.append(run.starts + np.uint32(len(text)))
         text += run.text
     return Tokens(ids, text, np.concatenate(starts))
-
-
-def cut(tokens: Tokens, piece_tokens: int) -> Iterator[Tokens]:
-    """Pieces of ``piece_tokens`` tokens; the last one may be shorter."""
-    for start in range(0, len(tokens), piece_tokens):
-        yield tokens.slice(start, min(start + piece_tokens, len(tokens)))
 
 
 def _of_ids(name: str, ids: Any) -> Tokens:
@@ -226,14 +221,14 @@ class Encoder:
         Raises:
             StoreError: there is no model, or numbers that the store's type cannot hold.
         """
-        done: list[dict[int, StoredChunks]] = [{} for _ in pieces]
+        done: list[dict[int, Tensor]] = [{} for _ in pieces]
         size = self.layout.segment_tokens
         with self._busy:
             for batch in self._batches(pieces):
-                made = self._run([pieces[piece][segment * size : (segment + 1) * size] for piece, segment in batch])
-                for (piece, segment), chunks in zip(batch, made, strict=True):
-                    done[piece][segment] = chunks
-        return [joined([segments[number] for number in range(len(segments))]) for segments in done]
+                segments = [pieces[piece][number * size : (number + 1) * size] for piece, number in batch]
+                for (piece, number), pair in zip(batch, self._run(segments), strict=True):
+                    done[piece][number] = pair
+        return [self._packed(torch.cat([made[number] for number in range(len(made))], dim=2)) for made in done]
 
     def _batches(self, pieces: Sequence[Ids]) -> Iterator[list[tuple[int, int]]]:
         """Segments (piece, number) that go through together, the pieces' order kept within a length."""
@@ -258,7 +253,8 @@ class Encoder:
         return 1 if self._alone else max(1, self.batch_tokens // length)
 
     @torch.no_grad()
-    def _run(self, segments: list[Ids]) -> Iterator[StoredChunks]:
+    def _run(self, segments: list[Ids]) -> Iterator[Tensor]:
+        """Keys and values (H, 2, t, D) of each segment, in float32 on the CPU."""
         model, length = self.needed(), self.padded(len(segments[0]))
         ids = torch.zeros(self.rows(length), length, dtype=torch.long)
         for row, segment in enumerate(segments):
@@ -266,20 +262,18 @@ class Encoder:
         # no mask: a causal model's tokens do not see the filling after them
         with torch.autocast(model.device.type, enabled=False):
             kv = model.encode(ids.to(model.device))
-        pair = torch.stack((kv.keys, kv.values), dim=2)[: len(segments)].to("cpu", torch.float32)
+        pair = torch.stack((kv.keys, kv.values), dim=2).to("cpu", torch.float32)
         for row, segment in enumerate(segments):
-            yield self._chunks(pair[row], len(segment))
+            yield pair[row, :, :, : len(segment)]
 
-    def _chunks(self, pair: Tensor, tokens: int) -> StoredChunks:
-        """Keys and values (H, 2, T, D) of one segment, of which ``tokens`` are real."""
-        heads, _, _, dim = pair.shape
-        size, count = self.layout.chunk_size, self.layout.chunks(tokens)
-        whole = torch.zeros(heads, 2, count * size, dim)
-        whole[:, :, :tokens] = pair[:, :, :tokens]
-        chunks = whole.view(heads, 2, count, size, dim).permute(2, 0, 1, 3, 4).contiguous()
+    def _packed(self, pair: Tensor) -> StoredChunks:
+        """Keys and values (H, 2, t, D) of a piece as chunks; only the last one may be short."""
+        size, tokens = self.layout.chunk_size, pair.shape[2]
+        count = self.layout.chunks(tokens)
+        whole = functional.pad(pair, (0, 0, 0, count * size - tokens))
         lengths = torch.full((count,), size)
         lengths[-1] = tokens - (count - 1) * size
-        return pack(chunks, lengths, self.layout.dtype)
+        return pack(whole.unflatten(2, (count, size)).permute(2, 0, 1, 3, 4).contiguous(), lengths, self.layout.dtype)
 
 
 def new_layout(

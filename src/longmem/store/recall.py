@@ -14,7 +14,8 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -183,19 +184,14 @@ class Recall:
             self._known[name] = now[name]
 
 
-class _Text(NamedTuple):
-    name: str
-    added: float = 0.0
-
-
 @dataclass(frozen=True)
 class PlainTexts:
     """Texts by their names, to be searched without a store; the dict may grow."""
 
     texts: dict[str, str]
 
-    def documents(self, namespace: str) -> list[_Text]:
-        return [_Text(name) for name in self.texts]
+    def documents(self, namespace: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name=name) for name in self.texts]
 
     def text(self, namespace: str, name: str) -> str:
         return self.texts[name]

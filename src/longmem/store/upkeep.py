@@ -96,34 +96,7 @@ def verify(catalog: Catalog, encoder: Encoder, *, repair: bool, progress: Report
     """See ``MemoryStore.verify``."""
     if repair:
         catalog.writing()
-
-    def check() -> tuple[VerifyReport, list[Piece]]:
-        problems: list[Problem] = []
-        bad: list[Piece] = []
-        read = documents = 0
-        try:
-            with catalog.apart() as other:
-                pieces = other.pieces()
-                total = sum(each.chunks for each in pieces) * other.layout.chunk_bytes
-                problems += _of_catalog(other)
-                chunks = _chunks(catalog, other, problems)
-                for piece in pieces:
-                    if (problem := _of_piece(other, chunks, piece)) is not None:
-                        problems.append(problem)
-                        bad += [piece] * (problem.kind == "piece")
-                    read += piece.chunks * other.layout.chunk_bytes
-                    if progress is not None:
-                        progress(Progress("check", read, total, "bytes", CATALOG))
-                problems += _of_documents(other, {each.id: each for each in pieces})
-                documents = len(other.documents(expired=True))
-                read += other.sizes()[1]
-        except GenerationGone:
-            raise
-        except StoreDamaged as error:
-            problems.append(Problem("catalog", CATALOG, str(error)))
-        return VerifyReport(problems, read, documents), bad
-
-    report, bad = until_found(check)
+    report, bad = until_found(lambda: _check(catalog, progress))
     if not (repair and bad):
         return report
     same = [_repair(catalog, encoder, piece) for piece in bad]
@@ -132,11 +105,32 @@ def verify(catalog: Catalog, encoder: Encoder, *, repair: bool, progress: Report
     return replace(report, problems=problems, rebuilt_tokens=rebuilt, same_bits=all(same))
 
 
-def _of_catalog(catalog: Catalog) -> Iterator[Problem]:
-    with catalog.read() as db:
-        for (line,) in db.execute("PRAGMA integrity_check").fetchall():
-            if line != "ok":
-                yield Problem("catalog", CATALOG, f"{line}; restore a backup")
+def _check(catalog: Catalog, progress: Report | None) -> tuple[VerifyReport, list[Piece]]:
+    """Read the catalog and every record in use, of one state; also the pieces that have to be encoded again."""
+    problems: list[Problem] = []
+    bad: list[Piece] = []
+    read = documents = 0
+    try:
+        with catalog.apart() as other, other.read() as db:
+            lines = [line for (line,) in db.execute("PRAGMA integrity_check") if line != "ok"]
+            problems += [Problem("catalog", CATALOG, f"{line}; restore a backup") for line in lines]
+            pieces, chunks = other.pieces(), _chunks(catalog, other, problems)
+            total = sum(each.chunks for each in pieces) * other.layout.chunk_bytes
+            for piece in pieces:
+                if (problem := _of_piece(other, chunks, piece)) is not None:
+                    problems.append(problem)
+                    bad += [piece] * (problem.kind == "piece")
+                read += piece.chunks * other.layout.chunk_bytes
+                if progress is not None:
+                    progress(Progress("check", read, total, "bytes", CATALOG))
+            problems += _of_documents(other, {each.id: each.tokens for each in pieces})
+            documents = len(other.documents(expired=True))
+            read += other.sizes()[1]
+    except GenerationGone:
+        raise
+    except StoreDamaged as error:
+        problems.append(Problem("catalog", CATALOG, str(error)))
+    return VerifyReport(problems, read, documents), bad
 
 
 def _chunks(catalog: Catalog, other: Catalog, problems: list[Problem]) -> StoredChunks | None:
@@ -161,13 +155,13 @@ def _of_piece(catalog: Catalog, chunks: StoredChunks | None, piece: Piece) -> Pr
     return Problem("piece", _place(catalog, piece), f"these bytes are not what was written; {REPAIR}")
 
 
-def _of_documents(catalog: Catalog, pieces: dict[int, Piece]) -> Iterator[Problem]:
-    """Every document is the sum of its parts."""
+def _of_documents(catalog: Catalog, tokens: dict[int, int]) -> Iterator[Problem]:
+    """Every document is the sum of its parts; ``tokens``: of every piece."""
     for document in catalog.documents(expired=True):
         parts = catalog.parts(document.id)
         ends = [*accumulate((part.tokens for part in parts), initial=0)]
         whole = ends == [*(part.first_token for part in parts), document.tokens]
-        if not whole or any(part.piece not in pieces or part.tokens > pieces[part.piece].tokens for part in parts):
+        if not whole or any(part.tokens > tokens.get(part.piece, 0) for part in parts):
             what = "its parts do not make the whole; restore a backup, or forget it"
             yield Problem("document", f"{document.namespace}/{document.name}", what)
 

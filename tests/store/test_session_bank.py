@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.store.banks import found_names, ids, make_model, make_store, memory_bank, queries
+from tests.store.banks import found_names, ids, make_model, make_store, queries
 from torch import Tensor
 
 from longmem import LongMem
 from longmem.errors import ConfigError, MemoryBankError, StoreError
 from longmem.store.bank import SessionBank
 from longmem.store.store import MemoryStore
-from longmem.types import AttentionKV
 
 LETTER = ids(21, seed=1)
 
@@ -33,21 +32,6 @@ def store(tmp_path: Path, model: LongMem) -> Iterator[MemoryStore]:
 
 def say(session: SessionBank, model: LongMem, tokens: Tensor, **settings: object) -> None:
     session.add(model.encode(tokens[None]), ids=tokens[None], **settings)
-
-
-def test_a_session_finds_the_best_of_both_exactly(store: MemoryStore, model: LongMem) -> None:
-    session = store.bank("alice").session(capacity_tokens=64)
-    say(session, model, ids(8, seed=20))
-    both = memory_bank(store, model, [("letter", LETTER)])
-    both.add(model.encode(ids(8, seed=20)[None]), documents=["said"])
-    for num in (1, 4, 12, 30):
-        asked = queries(both, length=5)
-        ours, theirs = session.search(asked, num), both.search(asked, num)
-        assert torch.equal(ours.chunk_mask, theirs.chunk_mask)
-        torch.testing.assert_close(ours.scores, theirs.scores)
-        torch.testing.assert_close(ours.keys * ours.mask[..., None], theirs.keys * theirs.mask[..., None])
-    prompt = ids(12, seed=3)[None]
-    torch.testing.assert_close(model(prompt, memory=session).logits, model(prompt, memory=both).logits)
 
 
 def test_what_is_said_stays_in_its_session_until_commit(store: MemoryStore, model: LongMem) -> None:
@@ -95,34 +79,6 @@ def test_a_full_session_forgets_the_oldest_and_commits_all_also_to_a_document(
     assert session.documents.tokens.tolist() == [45]
 
 
-def test_an_unwritten_or_dropped_session_is_the_bank_underneath_bit_for_bit(store: MemoryStore, model: LongMem) -> None:
-    bank, prompt = store.bank("alice"), ids(12, seed=3)[None]
-    session, plain = bank.session(), model(prompt, memory=bank).logits
-    assert torch.equal(model(prompt, memory=session).logits, plain)
-    say(session, model, ids(8, seed=20))
-    assert not torch.equal(model(prompt, memory=session).logits, plain)
-    session.drop()
-    assert torch.equal(model(prompt, memory=session).logits, plain)
-    with pytest.raises(StoreError, match="nothing was added"):
-        session.commit("empty")
-
-
-def test_rows_of_a_session_do_not_see_each_other(store: MemoryStore, model: LongMem) -> None:
-    session = store.bank("alice").session(rows=2)
-    said = torch.stack([ids(8, seed=20), ids(8, seed=21)])
-    kv = model.encode(said)
-    session.add(kv, ids=said)
-    asked = queries(session.documents, rows=2)
-    together = session.search(asked, 20)
-    for row in range(2):
-        alone = store.bank("alice").session()
-        alone.add(AttentionKV(kv.keys[row : row + 1], kv.values[row : row + 1]))
-        torch.testing.assert_close(together.scores[row : row + 1], alone.search(asked[row : row + 1], 20).scores)
-    session.commit("said", row=1)
-    assert store.token_ids("alice", "said").tolist() == said[1].tolist()
-    assert session.tokens.tolist() == [8, 0]
-
-
 def test_what_is_forgotten_underneath_is_gone_from_a_running_session(store: MemoryStore, model: LongMem) -> None:
     session = store.bank("alice").session()
     say(session, model, ids(8, seed=20))
@@ -162,12 +118,3 @@ def test_a_commit_that_fails_leaves_the_session_as_it_was(store: MemoryStore, mo
         session.commit("letter")
     assert session.tokens.tolist() == [8]
     assert session.commit("letter", replace=True).status == "replaced"
-
-
-def test_a_generated_text_can_be_kept(store: MemoryStore, model: LongMem) -> None:
-    session = store.bank("alice").session()
-    prompt = ids(6, seed=3)[None]
-    text = model.generate(prompt, memory=session, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
-    session.add(model.encode(text), ids=text)
-    session.commit("chat")
-    assert store.token_ids("alice", "chat").tolist() == text[0].tolist()
