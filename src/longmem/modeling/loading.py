@@ -246,7 +246,7 @@ class Checkpointed(PreTrainedModel):
         """The settings as a checkpoint has them: the backbone by a name that holds from anywhere, and its sketch."""
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
-        # of weights that are divided among processes it was taken before, see `training.sharding`
+        # of weights that are divided among processes it was taken before, see `training.models.shard`
         if not any(hasattr(weight, "full_tensor") for weight in self.backbone.model.parameters()):
             config.backbone_sketch = sketch_of(self.backbone.model)
         name = config.backbone_name_or_path

@@ -103,7 +103,6 @@ class LongMemTrainer(StreamTrainer):
             **trainer,
         )
         self.eval_tokens, self.compare, self.quiet = eval_tokens, compare, quiet or place > 0
-        self.backbone_losses: dict[str, float] = {}
         self._bank_settings = {
             "capacity_tokens": memory_size or model.config.memory_size,
             "dtype": memory_dtype or model.backbone.model.dtype,
@@ -112,6 +111,9 @@ class LongMemTrainer(StreamTrainer):
         self.bank = self.new_bank(rows) if memory else None
         self._unwritten: AttentionKV | None = None
         self._share: Tensor | None = None
+        # a MemTRM is measured before it changes
+        first: Any = self.eval_dataset if compare and isinstance(model, MemTRM) else {}
+        self.backbone_losses = {name: self.validate(corpus, memory=False) for name, corpus in first.items()}
 
     @property
     def longmem(self) -> Any:
@@ -179,7 +181,6 @@ class LongMemTrainer(StreamTrainer):
 
     # evaluation
 
-    @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Losses over consecutive segments of each document, from its beginning, with a bank of its own.
 
@@ -192,8 +193,7 @@ class LongMemTrainer(StreamTrainer):
         """
         chosen: Any = self.eval_dataset if eval_dataset is None else _corpora(eval_dataset)
         metrics: dict[str, float] = {}
-        self.longmem.train(False)
-        for name, corpus in chosen.items() if isinstance(chosen, dict) else [("", chosen)]:
+        for name, corpus in chosen.items():
             prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
             metrics[f"{prefix}loss"] = self.validate(corpus, memory=self.reads_memory)
             if not self.compare:
@@ -205,8 +205,10 @@ class LongMemTrainer(StreamTrainer):
                 metrics[f"{prefix}loss_memory_off"] = self.validate(corpus, memory=False)
         return self.told(metrics)
 
+    @torch.no_grad()
     def validate(self, corpus: TokenCorpus, memory: bool, backbone: bool = False) -> float:
         """Mean loss in nats over the text."""
+        self.longmem.train(False)
         # documents stay whole: each is read from its beginning with all its past
         together = min(self.args.per_device_eval_batch_size, len(corpus))
         rank, world = self.args.process_index, self.args.world_size
@@ -233,24 +235,13 @@ class LongMemTrainer(StreamTrainer):
 
     # checkpoints
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """See ``StreamTrainer``; a MemTRM is measured once before it changes."""
-        if self.compare and isinstance(self.longmem, MemTRM) and not self.backbone_losses:
-            valid: Any = self.eval_dataset
-            self.longmem.train(False)
-            with torch.no_grad():
-                self.backbone_losses[""] = self.validate(valid, memory=False)
-        return super().train(*args, **kwargs)
-
     def own_state(self) -> dict[str, Any]:
-        bank = None if self.bank is None else self.bank.state_dict()
-        return super().own_state() | {"bank": bank, "backbone_losses": self.backbone_losses}
+        return super().own_state() | {"bank": None if self.bank is None else self.bank.state_dict()}
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         super().load_own_state(state)
         if self.bank is not None:
             self.bank.load_state_dict(state["bank"])
-        self.backbone_losses = dict(state["backbone_losses"])
 
     def save_weights(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """A backbone that is a folder is named relative to the checkpoint's, so that both can move."""
@@ -264,7 +255,6 @@ class LongMemTrainer(StreamTrainer):
         file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _corpora(documents: Any) -> Any:
-    if isinstance(documents, dict):
-        return {name: as_corpus(each) for name, each in documents.items()}
-    return [] if documents is None else as_corpus(documents)
+def _corpora(documents: Any) -> dict[str, TokenCorpus]:
+    named = documents if isinstance(documents, dict) else {} if documents is None else {"": documents}
+    return {name: as_corpus(each) for name, each in named.items()}
