@@ -74,12 +74,16 @@ def test_adaptation_changes_no_byte_of_the_backbone(adapt: Make, trainers: list[
     assert changed == set(trainers[0].longmem.trainable_parameter_names())
 
 
-def test_memory_is_written_after_backward_and_never_before(adapt: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["longmem", "memtrm"])
+def test_memory_is_written_after_backward_and_never_before(
+    method: str, adapt: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events: list[str] = []
     add, backward = MemoryBank.add, torch.Tensor.backward
     monkeypatch.setattr(MemoryBank, "add", lambda *a, **k: (events.append("write"), add(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: (events.append("backward"), backward(*a, **k)))
-    train(adapt(optim={"steps": 2, "accumulate": 2}, data={"held_out": []}), quiet=True)
+    without = {"optim": {"steps": 2, "accumulate": 2}, "data": {"held_out": []}}  # nothing to validate on
+    train(adapt(method=method, **without), quiet=True)
     assert events == ["backward", "write"] * 4
 
 
