@@ -383,8 +383,8 @@ def import_(archive: Path, path: Path, namespace: str | None, as_json: bool, mod
     is none yet, one is made that fits, for which the model is needed. The tensors are believed: import only what comes
     from a store that you trust.
     """
-    from longmem.store.archive import Archive
     from longmem.store.store import MemoryStore
+    from longmem.store.upkeep import Archive
 
     made: Any = {}
     if shared.layout_of(path, writing=True) is None:

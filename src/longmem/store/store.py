@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from longmem.data.tokens import check_tokenizer
 from longmem.errors import StoreDamaged, StoreError
 from longmem.store.adding import Adder
-from longmem.store.archive import export, import_archive
 from longmem.store.bank import StoreBank
 from longmem.store.catalog import CATALOG, Catalog
 from longmem.store.disk import LOCK, file_errors
@@ -31,7 +30,7 @@ from longmem.store.records import (
     VerifyReport,
     composed,
 )
-from longmem.store.upkeep import compact, forget, verify
+from longmem.store.upkeep import compact, export, forget, import_archive, verify
 
 Ids = Sequence[int] | NDArray[Any] | torch.Tensor
 Mode = Literal["write", "read"]

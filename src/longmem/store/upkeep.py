@@ -1,33 +1,57 @@
-"""Forgetting, compacting and verifying.
+"""What a keeper of a store does: forget, compact, verify, export and import.
 
 Forget deletes rows: no search finds the documents any more. Compact copies what is still used into a new generation of
 data files, makes them the catalog's in one transaction, and writes the catalog anew: after it no byte is left.
+
+An export is a tar file with one safetensors file for every piece, and ``manifest.json`` at its end. Member
+``pieces/<digest>.safetensors``: ``kv``, ``keys`` and, with int8, ``scales`` as in the data files; ``token_ids`` (U32)
+and, of a text, ``text`` (U8, UTF-8) and ``starts`` (U32, where in the text each token begins). Exports of format 1 have
+the same arrays in ``contents/``, and name one ``memory_layer``; they are read, too.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
+import tarfile
 import time as clock
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from itertools import accumulate
+from pathlib import Path
+from typing import IO, Any
 
-from longmem.errors import StoreDamaged
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from longmem.errors import StoreDamaged, StoreError
+from longmem.files import to_disk, whole
+from longmem.store.adding import Planned, commit, known, status_of
 from longmem.store.catalog import CATALOG, Catalog, Piece, until_found
-from longmem.store.disk import REPAIR, GenerationGone, StoredChunks, append, failpoint, paths_of
-from longmem.store.encode import Encoder
+from longmem.store.disk import REPAIR, GenerationGone, StoredChunks, append, failpoint, file_errors, paths_of
+from longmem.store.encode import Encoder, Tokens, joined_tokens
 from longmem.store.records import (
+    DTYPES,
     CompactReport,
+    DocumentInfo,
     ForgetReport,
+    Layout,
+    NewDocument,
     Problem,
     Progress,
+    Receipt,
     Report,
     Selection,
     VerifyReport,
     composed,
+    metadata_text,
 )
 
-COPY_BYTES = 64 << 20
-"""What compacting holds at a time."""
+AT_ONCE = 64 << 20
+"""Bytes that compacting and importing hold at a time."""
 
 
 def forget(catalog: Catalog, namespace: str, selection: Selection) -> ForgetReport:
@@ -83,7 +107,7 @@ def _copy(catalog: Catalog, generation: int, living: list[Piece], progress: Repo
         held.append(chunks.run(piece.first, piece.chunks))
         if held[-1].crc() != piece.crc:
             raise StoreDamaged(f"{_place(catalog, piece)}: these bytes are not what was written; {REPAIR}")
-        if end == places[-1] or (end - done) * size >= COPY_BYTES:
+        if end == places[-1] or (end - done) * size > AT_ONCE:
             append(catalog.folder, catalog.layout, generation, done, held)
             done, held = end, []
             if progress is not None:
@@ -160,8 +184,8 @@ def _of_documents(catalog: Catalog, tokens: dict[int, int]) -> Iterator[Problem]
     for document in catalog.documents(expired=True):
         parts = catalog.parts(document.id)
         ends = [*accumulate((part.tokens for part in parts), initial=0)]
-        whole = ends == [*(part.first_token for part in parts), document.tokens]
-        if not whole or any(part.tokens > tokens.get(part.piece, 0) for part in parts):
+        complete = ends == [*(part.first_token for part in parts), document.tokens]
+        if not complete or any(part.tokens > tokens.get(part.piece, 0) for part in parts):
             what = "its parts do not make the whole; restore a backup, or forget it"
             yield Problem("document", f"{document.namespace}/{document.name}", what)
 
@@ -182,3 +206,234 @@ def _repair(catalog: Catalog, encoder: Encoder, piece: Piece) -> bool:
 def _place(catalog: Catalog, piece: Piece) -> str:
     kv, keys = paths_of(catalog.folder, catalog.meta("generation"))
     return f"{kv.name} and {keys.name}, chunks {piece.first} to {piece.first + piece.chunks}"
+
+
+# export and import
+
+FORMATS = {"longmem-export-2": "pieces", "longmem-export-1": "contents"}
+"""Formats that are read, and their folder of members; the first one is written."""
+MANIFEST = "manifest.json"
+_BAD = (tarfile.TarError, SafetensorError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
+def export(
+    catalog: Catalog, namespace: str, path: Path, names: Sequence[str] | None, progress: Report | None
+) -> list[DocumentInfo]:
+    """See ``MemoryStore.export``."""
+    with file_errors(path, "looking at"):
+        if path.is_dir():
+            raise StoreError(f"{path}: a folder; name a file to export to")
+
+    def write() -> list[DocumentInfo]:
+        with catalog.apart() as other, file_errors(path, "writing"), whole(path) as part:
+            with part.open("wb") as stream:
+                found = _export(other, composed(namespace), stream, Selection(names), progress)
+            to_disk(part)
+            return found
+
+    found = until_found(write)
+    to_disk(path.parent)
+    return found
+
+
+def _export(
+    catalog: Catalog, namespace: str, stream: IO[bytes], selection: Selection, progress: Report | None
+) -> list[DocumentInfo]:
+    documents = catalog.documents(namespace, selection)
+    if not documents:
+        raise StoreError(
+            f"namespace {namespace!r} has no documents to export; `longmem memory list` shows what there is"
+        )
+    chunks, digests, sums = catalog.chunks(), dict[int, str](), dict[str, str]()
+    parts = {each.id: catalog.parts(each.id) for each in documents}
+    needed = {part.piece for each in parts.values() for part in each}
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for number, piece in enumerate((each for each in catalog.pieces() if each.id in needed), 1):
+            digest = digests[piece.id] = piece.digest.hex()
+            run = chunks.run(piece.first, piece.chunks)
+            data = _piece_bytes(catalog.tokens(piece.id), run, catalog.layout)
+            sums[digest] = hashlib.sha256(data).hexdigest()
+            _add(tar, f"pieces/{digest}.safetensors", data)
+            if progress is not None:
+                progress(Progress("copy", tar.offset, None, "bytes", f"piece {number}"))
+        kept = ("name", "source", "metadata", "added", "expires", "tokens", "revision")
+        entries = [
+            {
+                **{field: getattr(each, field) for field in kept},
+                "pieces": [(digests[part.piece], part.tokens) for part in parts[each.id]],
+            }
+            for each in documents
+        ]
+        about = {"format": next(iter(FORMATS)), "namespace": namespace, "layout": asdict(catalog.layout)}
+        _add(tar, MANIFEST, json.dumps({**about, "documents": entries, "contents": sums}, indent=1).encode())
+    failpoint("export.written")
+    return documents
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _piece_bytes(tokens: Tokens, chunks: StoredChunks, layout: Layout) -> bytes:
+    arrays: dict[str, Any] = {
+        "kv": chunks.kv,
+        "keys": chunks.keys,
+        "scales": chunks.scales,
+        "token_ids": tokens.ids,
+        "text": None if tokens.text is None else np.frombuffer(tokens.text.encode(), np.uint8),
+        "starts": tokens.starts,
+    }
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items() if array is not None}
+    if layout.dtype == "bfloat16":
+        tensors["kv"] = tensors["kv"].view(torch.bfloat16)
+    data: bytes = save(tensors)
+    return data
+
+
+class Archive:
+    """An export, open to read; its members are read by name and nothing is unpacked.
+
+    Attributes:
+        namespace: that was exported.
+        layout: of the store that it was exported from.
+        documents: entries of the manifest; ``pieces`` are digests (hex), each with how many of its tokens count.
+
+    Raises:
+        StoreError: it is damaged, or none.
+    """
+
+    def __init__(self, stream: IO[bytes], path: Path) -> None:
+        self.path = path
+        try:
+            self._tar = tarfile.open(fileobj=stream, mode="r:")  # noqa: SIM115
+            self._members = {member.name: member for member in self._tar.getmembers() if member.isfile()}
+            fields = json.loads(self._read(MANIFEST))
+            if fields["format"] not in FORMATS:
+                raise ValueError(f"format {fields['format']!r}, this version reads {', '.join(FORMATS)}")
+            self._folder = FORMATS[fields["format"]]
+            self.namespace = str(fields["namespace"])
+            self.layout = Layout.from_fields(fields["layout"])
+            self.sums: dict[str, str] = dict(fields["contents"])
+            self.documents: list[dict[str, Any]] = fields["documents"]
+        except _BAD as error:
+            raise StoreError(f"{path}: no whole export of a memory store ({error}); export it again") from error
+
+    def _read(self, name: str) -> bytes:
+        stream = self._tar.extractfile(self._members[name])
+        assert stream is not None
+        return stream.read()
+
+    def piece(self, digest: str) -> tuple[Tokens, StoredChunks]:
+        """Tokens and chunks of a piece.
+
+        Raises:
+            StoreError: they are not what was exported.
+        """
+        name = f"{self._folder}/{digest}.safetensors"
+        try:
+            data = self._read(name)
+            if hashlib.sha256(data).hexdigest() != self.sums[digest]:
+                raise ValueError("its bytes have changed")
+            return _piece(load(data), digest, self.layout)
+        except _BAD as error:
+            message = f"{self.path}: {name} is damaged ({error}); nothing was imported: export again"
+            raise StoreError(message) from error
+
+    def planned(self, catalog: Catalog, namespace: str) -> list[Planned]:
+        """Its documents, as they come into a catalog.
+
+        Raises:
+            StoreError: one of them is incomplete, or has the name of another one.
+        """
+        plans = []
+        for entry in self.documents:
+            try:
+                name, pieces = composed(entry["name"]), [(bytes.fromhex(d), int(n)) for d, n in entry["pieces"]]
+                new = NewDocument(name, source=entry["source"], time=entry["added"], expires=entry["expires"])
+                about = (metadata_text(entry["metadata"], name), int(entry["tokens"]))
+                plan = Planned(namespace, new, *about, b"", pieces, int(entry["revision"]))
+            except _BAD as error:
+                raise StoreError(f"{self.path}: no whole export of a memory store ({error}); export again") from error
+            new.check(namespace)
+            if not pieces or sum(tokens for _, tokens in pieces) != plan.tokens:
+                raise StoreError(f"{self.path}: document {name!r} is incomplete; export again")
+            if catalog.find(namespace, name) is not None:  # is it the same?
+                runs = [self.piece(digest.hex())[0].slice(0, tokens) for digest, tokens in pieces]
+                plan.digest = joined_tokens(runs).digest()
+            try:
+                status_of(catalog, plan)
+            except StoreError as error:
+                raise StoreError(
+                    f"namespace {namespace!r} has another document {name!r}; forget it first, or import into another "
+                    "namespace; nothing was imported"
+                ) from error
+            plans.append(plan)
+        return plans
+
+
+def _piece(tensors: dict[str, torch.Tensor], digest: str, layout: Layout) -> tuple[Tokens, StoredChunks]:
+    """The inverse of ``_piece_bytes``; raises ValueError or KeyError where it does not fit digest and layout."""
+    text = tensors["text"].numpy().tobytes().decode() if "text" in tensors else None
+    tokens = Tokens(tensors["token_ids"].numpy(), text, None if text is None else tensors["starts"].numpy())
+    count = layout.chunks(len(tokens))
+    if tokens.digest().hex() != digest or not 0 < len(tokens) <= layout.piece_tokens:
+        raise ValueError("its token ids and text are not those of its digest")
+    wanted = {
+        "kv": (DTYPES[layout.dtype], (count, layout.heads, 2, layout.chunk_size, layout.head_dim)),
+        "keys": (torch.float32, (count, layout.heads, layout.head_dim)),
+    }
+    if layout.dtype == "int8":
+        wanted["scales"] = (torch.float32, (count, layout.heads, 2))
+    for name, (dtype, shape) in wanted.items():
+        if tensors[name].dtype != dtype or tuple(tensors[name].shape) != shape:
+            raise ValueError(f"array {name} is not {dtype} {shape}")
+        if dtype.is_floating_point and not bool(tensors[name].isfinite().all()):
+            raise ValueError(f"array {name} holds numbers that are not finite")
+    kv = tensors["kv"].view(torch.int16) if layout.dtype == "bfloat16" else tensors["kv"]
+    scales = tensors["scales"].numpy() if layout.dtype == "int8" else None
+    return tokens, StoredChunks(kv.numpy(), tensors["keys"].numpy(), scales)
+
+
+def import_archive(
+    catalog: Catalog, encoder: Encoder, path: Path, namespace: str | None, progress: Report | None
+) -> list[Receipt]:
+    """See ``MemoryStore.import_``."""
+    with catalog.writing(), file_errors(path, "reading"), path.open("rb") as stream:
+        archive, layout = Archive(stream, path), catalog.layout
+        _check_layout(archive, layout, encoder)
+        plans = archive.planned(catalog, composed(namespace or archive.namespace))
+        with catalog.pinning() as pinned:
+            missing = [digest for digest in archive.sums if known(catalog, bytes.fromhex(digest), pinned) is None]
+            held: dict[bytes, tuple[Tokens, StoredChunks]] = {}
+            for number, digest in enumerate(missing, 1):
+                held[bytes.fromhex(digest)] = archive.piece(digest)
+                chunks = [run for _, run in held.values()]
+                if number == len(missing) or sum(map(len, chunks)) * layout.chunk_bytes > AT_ONCE:
+                    commit(catalog, pinned, {each: tokens for each, (tokens, _) in held.items()}, chunks, [])
+                    held = {}
+                if progress is not None:
+                    progress(Progress("copy", number, len(missing), "pieces", path.name))
+            for plan in plans:
+                for place, (piece, used) in enumerate(plan.pieces, 1):
+                    (full,) = catalog.row("SELECT tokens FROM piece WHERE digest = ?", piece) or (0,)
+                    last = used == full and place == len(plan.pieces)
+                    if not 0 < used <= full or (used % layout.segment_tokens and not last):
+                        raise StoreError(
+                            f"document {plan.new.name!r} of the archive is incomplete; nothing was imported"
+                        )
+            return commit(catalog, pinned, {}, [], plans)
+
+
+def _check_layout(archive: Archive, ours: Layout, encoder: Encoder) -> None:
+    """Raises StoreError where tensors of the archive mean nothing in this store."""
+    theirs = archive.layout
+    fields = ("memory_layers", "heads_kv", "head_dim", "chunk_size", "segment_tokens", "dtype", "fingerprint")
+    for name in fields:
+        here, there = getattr(ours, name), getattr(theirs, name)
+        if here != there and not (name == "fingerprint" and encoder.accepts(there)):
+            raise StoreError(
+                f"{archive.path}: exported from a store with {name}={there} ({theirs.backbone}), this one has "
+                f"{here} ({ours.backbone}); its tensors mean nothing here: add the text itself"
+            )
