@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import threading
 import time as clock
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -22,12 +24,31 @@ from longmem.memory.index import Index, make_index, refuse_queries, rows_of
 from longmem.memory.session import SessionMemory
 from longmem.store.catalog import until_found
 from longmem.store.disk import Numbers
-from longmem.store.recall import Passage, SearchHit, read_passage, search_text
 from longmem.store.records import DTYPES, Receipt, Selection, composed
 from longmem.store.runs import Keys, Runs, read_into, read_runs
 from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory
 
 Keep = Literal["map", "memory", "device"]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """The text of a chunk, between what comes before it and after it."""
+
+    before: str
+    text: str
+    after: str
+
+
+@dataclass(frozen=True)
+class SearchHit:
+    """A chunk that the heads found for a query text."""
+
+    origin: ChunkOrigin  # its document, offset, length and time
+    passage: Passage  # its text, with some more on either side
+    share: float  # part of the heads' output that came from it, the mean over the query's tokens and heads
+    score: float  # largest inner product of a query with its mean key
+    heads: dict[int, float]  # for every head that found it, its part (the mean over the tokens), largest first
 
 
 class StoreBank:
@@ -214,20 +235,57 @@ class StoreBank:
             return self._runs.origin(chunk)
 
     def passage(self, origin: ChunkOrigin, around: int = 12) -> Passage:
-        """The text of a chunk, with ``around`` tokens on either side.
+        """The text of a chunk, with ``around`` tokens on either side, inside of its document.
 
         Raises:
             StoreError: its document was forgotten, replaced or has expired, or is no document of this store.
         """
-        return read_passage(self._catalog, self.store.tokenizer, origin, around)
+        with self._catalog.read():
+            document = None if origin.namespace is None else self._catalog.find(origin.namespace, origin.document or "")
+            if document is None or document.id != origin.document_id:
+                raise StoreError(
+                    f"document {origin.document!r} of namespace {origin.namespace!r} is not there any more; "
+                    "what was read from it cannot be shown"
+                )
+            first, last = origin.start_token, origin.start_token + origin.length
+            runs = ((max(0, first - around), first), (first, last), (last, last + around))
+            return Passage(*(self._catalog.whole(document, *run).spelled(self.store.tokenizer) for run in runs))
 
+    @torch.no_grad()
     def search_text(self, query: str, *, top: int = 10, around: int = 12) -> list[SearchHit]:
         """Which chunks the model's heads find for a text, the largest share of their output first.
+
+        Args:
+            query: read segment by segment where it is longer than one.
 
         Raises:
             StoreError: the store was opened without a model or a tokenizer, or the text is empty.
         """
-        return search_text(self, query, self.store.encoder, top=top, around=around)
+        model, encoder = self.store.model, self.store.encoder
+        if model is None:
+            raise StoreError("searching for a text needs the model: MemoryStore.open(path, model=...)")
+        ids = torch.from_numpy(encoder.tokens("the query", query, None).ids.astype(np.int64)).to(model.device)
+        found: dict[int, list[tuple[float, Any]]] = defaultdict(list)
+        training = model.training
+        model.train(False)
+        try:
+            for segment in ids.split(encoder.layout.segment_tokens):
+                out = model(segment[None], memory=self, explain=True, logits_to_keep=1, use_cache=False)
+                for reading in out.explanation.over():
+                    found[reading.chunk].append((len(segment) / len(ids), reading))
+        finally:
+            model.train(training)
+        shares = {chunk: sum(part * each.share for part, each in found[chunk]) for chunk in found}
+        hits = []
+        for chunk in sorted(found, key=lambda chunk: -shares[chunk])[:top]:
+            heads: dict[int, float] = defaultdict(float)
+            for part, reading in found[chunk]:
+                for head, share in reading.heads.items():
+                    heads[head] += part * share
+            origin, score = found[chunk][0][1].origin, max(each.score for _, each in found[chunk])
+            ordered = dict(sorted(heads.items(), key=lambda pair: -pair[1]))
+            hits.append(SearchHit(origin, self.passage(origin, around), shares[chunk], score, ordered))
+        return hits
 
     def session(self, *, capacity_tokens: int = 65536, rows: int = 1) -> SessionBank:
         """A memory over this one that takes what a running conversation adds, to be committed or dropped."""

@@ -1,9 +1,8 @@
-"""From memory back to text: the text of a chunk, what a query's heads find, and re-reading.
+"""Re-reading: passages of a namespace that share words with a question, to be put into the window before it.
 
-Re-reading: passages of a namespace that share words with a question are put into the window before it. Heads that
-attend to memory find keys, not answers: what they bring is a hint, and small models need the words themselves. So the
-best passages are looked up by text (BM25) and read once more, while memory attention goes on beside them. The index
-lives in this process alone: what is forgotten is in no file of its own.
+Heads that attend to memory find keys, not answers: what they bring is a hint, and small models need the words
+themselves. So the best passages are looked up by text (BM25) and read once more, while memory attention goes on
+beside them. The index lives in this process alone: what is forgotten is in no file of its own.
 """
 
 from __future__ import annotations
@@ -11,96 +10,10 @@ from __future__ import annotations
 import re
 import sqlite3
 import threading
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
-
-import numpy as np
-import torch
-
-from longmem.errors import StoreError
-from longmem.store.catalog import Catalog
-from longmem.store.encode import Encoder
-from longmem.types import ChunkOrigin
-
-
-@dataclass(frozen=True)
-class Passage:
-    """The text of a chunk, between what comes before it and after it."""
-
-    before: str
-    text: str
-    after: str
-
-
-@dataclass(frozen=True)
-class SearchHit:
-    """A chunk that the heads found for a query text."""
-
-    origin: ChunkOrigin  # its document, offset, length and time
-    passage: Passage  # its text, with some more on either side
-    share: float  # part of the heads' output that came from it, the mean over the query's tokens and heads
-    score: float  # largest inner product of a query with its mean key
-    heads: dict[int, float]  # for every head that found it, its part (the mean over the tokens), largest first
-
-
-def read_passage(catalog: Catalog, tokenizer: Any, origin: ChunkOrigin, around: int) -> Passage:
-    """The text of a stored chunk, with ``around`` tokens on either side, inside of its document.
-
-    Raises:
-        StoreError: the document was forgotten, replaced or has expired, or is no document of this store.
-    """
-    with catalog.read():
-        document = None if origin.namespace is None else catalog.find(origin.namespace, origin.document or "")
-        if document is None or document.id != origin.document_id:
-            raise StoreError(
-                f"document {origin.document!r} of namespace {origin.namespace!r} is not there any more; "
-                "what was read from it cannot be shown"
-            )
-        first, last = origin.start_token, origin.start_token + origin.length
-        runs = ((max(0, first - around), first), (first, last), (last, last + around))
-        return Passage(*(catalog.whole(document, *run).spelled(tokenizer) for run in runs))
-
-
-@torch.no_grad()
-def search_text(bank: Any, query: str, encoder: Encoder, *, top: int, around: int) -> list[SearchHit]:
-    """Which chunks of a bank the model's heads find for a text, the largest share first.
-
-    Args:
-        bank: a ``StoreBank``.
-        query: read segment by segment where it is longer than one.
-
-    Raises:
-        StoreError: the store has no model or tokenizer, or the text is empty.
-    """
-    model: Any = encoder.model
-    if model is None:
-        raise StoreError("searching for a text needs the model: MemoryStore.open(path, model=...)")
-    ids = torch.from_numpy(encoder.tokens("the query", query, None).ids.astype(np.int64)).to(model.device)
-    found: dict[int, list[tuple[float, Any]]] = defaultdict(list)
-    training = model.training
-    model.train(False)
-    try:
-        for segment in ids.split(encoder.layout.segment_tokens):
-            out = model(segment[None], memory=bank, explain=True, logits_to_keep=1, use_cache=False)
-            for reading in out.explanation.over():
-                found[reading.chunk].append((len(segment) / len(ids), reading))
-    finally:
-        model.train(training)
-    shares = {chunk: sum(part * each.share for part, each in found[chunk]) for chunk in found}
-    hits = []
-    for chunk in sorted(found, key=lambda chunk: -shares[chunk])[:top]:
-        heads: dict[int, float] = defaultdict(float)
-        for part, reading in found[chunk]:
-            for head, share in reading.heads.items():
-                heads[head] += part * share
-        origin, score = found[chunk][0][1].origin, max(each.score for _, each in found[chunk])
-        ordered = dict(sorted(heads.items(), key=lambda pair: -pair[1]))
-        hits.append(SearchHit(origin, bank.passage(origin, around), shares[chunk], score, ordered))
-    return hits
-
 
 NOTES = "Notes from earlier conversations and documents:"
 NOTES_TOKENS = 400  # of the window, that recalled passages may take

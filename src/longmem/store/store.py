@@ -30,7 +30,7 @@ from longmem.store.records import (
     VerifyReport,
     composed,
 )
-from longmem.store.upkeep import compact, export, forget, import_archive, verify
+from longmem.store.upkeep import compact, export, import_archive, verify
 
 Ids = Sequence[int] | NDArray[Any] | torch.Tensor
 Mode = Literal["write", "read"]
@@ -254,7 +254,11 @@ class MemoryStore:
         if older_than is not None:
             moment = clock.time() - older_than
             before = moment if before is None else min(moment, before)
-        return forget(self.catalog, namespace, Selection(None if name is None else [name], where, before=before))
+        namespace, selection = composed(namespace), Selection(None if name is None else [name], where, before=before)
+        with self.catalog.writing(), self.catalog.write() as db:
+            found = self.catalog.documents(namespace, selection, expired=True)
+            db.executemany("DELETE FROM document WHERE id = ?", [(each.id,) for each in found])
+        return ForgetReport(namespace, clock.time(), [(each.name, each.tokens) for each in found])
 
     def compact(self, *, progress: Report | None = None) -> CompactReport:
         """Remove from the disk what was forgotten or has expired. Needs room for what stays once more, for a while.

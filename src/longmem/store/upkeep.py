@@ -1,7 +1,7 @@
-"""What a keeper of a store does: forget, compact, verify, export and import.
+"""What a keeper of a store does: compact, verify, export and import.
 
-Forget deletes rows: no search finds the documents any more. Compact copies what is still used into a new generation of
-data files, makes them the catalog's in one transaction, and writes the catalog anew: after it no byte is left.
+Compact copies what is still used into a new generation of data files, makes them the catalog's in one transaction, and
+writes the catalog anew: after it no byte of what was forgotten is left.
 
 An export is a tar file with one safetensors file for every piece, and ``manifest.json`` at its end. Member
 ``pieces/<digest>.safetensors``: ``kv``, ``keys`` and, with int8, ``scales`` as in the data files; ``token_ids`` (U32)
@@ -37,7 +37,6 @@ from longmem.store.records import (
     DTYPES,
     CompactReport,
     DocumentInfo,
-    ForgetReport,
     Layout,
     NewDocument,
     Problem,
@@ -52,15 +51,6 @@ from longmem.store.records import (
 
 AT_ONCE = 64 << 20
 """Bytes that compacting and importing hold at a time."""
-
-
-def forget(catalog: Catalog, namespace: str, selection: Selection) -> ForgetReport:
-    """Delete documents, expired ones too. See ``MemoryStore.forget``."""
-    namespace = composed(namespace)
-    with catalog.writing(), catalog.write() as db:
-        found = catalog.documents(namespace, selection, expired=True)
-        db.executemany("DELETE FROM document WHERE id = ?", [(each.id,) for each in found])
-    return ForgetReport(namespace, clock.time(), [(each.name, each.tokens) for each in found])
 
 
 def compact(catalog: Catalog, progress: Report | None) -> CompactReport:
