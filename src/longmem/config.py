@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterable, Sequence
+from dataclasses import field
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
@@ -45,41 +46,30 @@ class MemoryConfig(PreTrainedConfig):
     token_gates: ClassVar[bool] = False
     """Whether the model has the gates that fusion "token" needs."""
 
-    def __init__(
-        self,
-        backbone_config: PreTrainedConfig | dict[str, Any] | None = None,
-        backbone_name_or_path: str | None = None,
-        backbone_revision: str | None = None,
-        backbone_kwargs: dict[str, Any] | None = None,
-        backbone_fingerprint: str | None = None,
-        backbone_sketch: str | None = None,
-        memory_layers: int | Sequence[int] | None = None,
-        chunk_size: int = 4,
-        num_retrieved: int = 64,
-        memory_size: int = 65536,
-        fusion: Fusion = "gate",
-        **kwargs: Any,
-    ) -> None:
-        if isinstance(backbone_config, dict):
-            fields = dict(backbone_config)
-            backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        self.backbone_config = backbone_config
-        self.backbone_name_or_path = backbone_name_or_path
-        self.backbone_revision = backbone_revision
-        self.backbone_kwargs = dict(backbone_kwargs or {})
-        self.backbone_fingerprint = backbone_fingerprint
-        self.backbone_sketch = backbone_sketch
+    backbone_config: PreTrainedConfig | None = None
+    backbone_name_or_path: str | None = None
+    backbone_revision: str | None = None
+    backbone_kwargs: dict[str, Any] = field(default_factory=dict)
+    backbone_fingerprint: str | None = None
+    backbone_sketch: str | None = None
+    memory_layers: tuple[int, ...] | None = None
+    chunk_size: int = 4
+    num_retrieved: int = 64
+    memory_size: int = 65536
+    fusion: Fusion = "gate"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        given: Any = self.backbone_config
+        if isinstance(given, dict):
+            fields = dict(given)
+            self.backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        self.backbone_kwargs = dict(self.backbone_kwargs or {})
         one = kwargs.pop("memory_layer", None)  # what checkpoints and recipes of one layer say
-        layers = one if memory_layers is None else memory_layers
+        layers: Any = one if self.memory_layers is None else self.memory_layers
         self.memory_layers = (layers,) if isinstance(layers, int) else None if layers is None else tuple(layers)
-        self.chunk_size = chunk_size
-        self.num_retrieved = num_retrieved
-        self.memory_size = memory_size
-        self.fusion = fusion
-        problems = self.problems()
-        if problems:
+        if problems := self.problems():
             raise ConfigError(problems)
-        super().__init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
         # other tools ask a model's config for its vocabulary, its window, ...: those are the backbone's
@@ -153,23 +143,12 @@ class LongMemConfig(MemoryConfig):
     model_type = "longmem"
     token_gates = True
 
-    def __init__(
-        self,
-        stride: int = 2,
-        init: Init = "copy",
-        trained: Trained = "all",
-        final_state: FinalState = "pre_norm",
-        side_activation: str | None = None,
-        side_norm_eps: float | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.stride = stride
-        self.init = init
-        self.trained = trained
-        self.final_state = final_state
-        self.side_activation = side_activation
-        self.side_norm_eps = side_norm_eps
-        super().__init__(**kwargs)
+    stride: int = 2
+    init: Init = "copy"
+    trained: Trained = "all"
+    final_state: FinalState = "pre_norm"
+    side_activation: str | None = None
+    side_norm_eps: float | None = None
 
     def problems(self) -> list[str]:
         found = [f"stride ({self.stride}) must be at least 1"] if self.stride < 1 else []
@@ -209,9 +188,11 @@ class AugmentedConfig(MemoryConfig):
     gate_ends: ClassVar[bool] = True
     """Whether a gate may be 0 or 1, where its logit cannot be trained."""
 
-    def __init__(self, gate: float | Sequence[float] = 0.5, **kwargs: Any) -> None:
-        self.gate: float | list[float] = float(gate) if isinstance(gate, int | float) else [float(g) for g in gate]
-        super().__init__(**kwargs)
+    gate: float | list[float] = 0.5
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.gate = float(self.gate) if isinstance(self.gate, int | float) else [float(gate) for gate in self.gate]
+        super().__post_init__(**kwargs)
 
     @property
     def gates(self) -> list[float]:
@@ -243,12 +224,8 @@ class MemTRMConfig(AugmentedConfig):
     model_type = "memtrm"
     gate_ends = False
 
-    def __init__(
-        self, start_name_or_path: str | None = None, start_fingerprint: str | None = None, **kwargs: Any
-    ) -> None:
-        self.start_name_or_path = start_name_or_path
-        self.start_fingerprint = start_fingerprint
-        super().__init__(**kwargs)
+    start_name_or_path: str | None = None
+    start_fingerprint: str | None = None
 
 
 class TrainingFreeConfig(AugmentedConfig):
@@ -259,10 +236,6 @@ class TrainingFreeConfig(AugmentedConfig):
 
     model_type = "training_free"
     token_gates = True
-
-    def __init__(self, **kwargs: Any) -> None:
-        # a config without an ``__init__`` of its own would be given one that knows no settings
-        super().__init__(**kwargs)
 
     @property
     def closed(self) -> bool:

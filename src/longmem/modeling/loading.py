@@ -101,7 +101,7 @@ class Checkpointed(PreTrainedModel):
             backbone_name_or_path=name,
             backbone_revision=revision,
             backbone_kwargs={key: value for key, value in how.items() if key in _FINDING},
-            memory_layers=None if isinstance(memory_layers, str) else memory_layers,
+            memory_layers=None if isinstance(memory_layers, str) else cast(Any, memory_layers),
             **own,
         )
         if memory_layers == "auto":
