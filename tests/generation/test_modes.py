@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import gc
 from threading import Thread
+from typing import Any
 
 import pytest
 import torch
 from tests.family_table import FAMILIES, RECURRENT
 from tests.generation.models import bank_of, ids, longmem
 from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    MaxTimeCriteria,
-    PreTrainedTokenizerFast,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-    pipeline,
-)
+from transformers import MaxTimeCriteria, PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
 
 from longmem import AlibiGPTForCausalLM, LongMem, MemoryBank, MemoryBankError
 
@@ -109,34 +102,26 @@ def test_one_bank_of_one_row_serves_every_prompt(llama: LongMem) -> None:
         llama.generate(ids(3, 6), memory=bank_of(llama, 2), **GREEDY)
 
 
-class _Only(LogitsProcessor):
-    """Allows one token."""
-
-    def __init__(self, token: int) -> None:
-        self.token = token
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([self.token]), 0.0)
-
-
 def test_processors_criteria_scores_and_a_given_cache(llama: LongMem) -> None:
     bank = bank_of(llama)
-    only = llama.generate(ids(1, 6), memory=bank, logits_processor=LogitsProcessorList([_Only(5)]), **GREEDY)
+    settings: dict[str, Any] = {**GREEDY, "memory": bank}
+    only = llama.generate(ids(1, 6), logits_processor=[lambda _, scores: one_hot(5, scores)], **settings)
     assert only[0, 6:].tolist() == [5] * 5
-    stopped = llama.generate(
-        ids(1, 6), memory=bank, stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(0.0)]), **GREEDY
-    )
+    stopped = llama.generate(ids(1, 6), stopping_criteria=[MaxTimeCriteria(0.0)], **settings)
     assert stopped.shape == (1, 7)
-    first = llama.generate(
-        ids(1, 6), memory=bank, return_dict_in_generate=True, output_logits=True, **{**GREEDY, "max_new_tokens": 2}
-    )
+    more = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 2}
+    first = llama.generate(ids(1, 6), **{**settings, **more})
     assert len(first.logits) == 2
-    rest = llama.generate(
-        first.sequences, memory=bank, past_key_values=first.past_key_values, **{**GREEDY, "max_new_tokens": 3}
-    )
-    assert torch.equal(rest, llama.generate(ids(1, 6), memory=bank, **GREEDY))
-    penalised = {**GREEDY, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "memory": bank}
+    rest = {"past_key_values": first.past_key_values, "max_new_tokens": 3}
+    plain = llama.generate(ids(1, 6), **settings)
+    assert torch.equal(llama.generate(first.sequences, **{**settings, **rest}), plain)
+    penalised = {**settings, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
     assert torch.equal(llama.generate(ids(1, 6), **penalised), llama.generate(ids(1, 6), use_cache=False, **penalised))
+
+
+def one_hot(token: int, scores: Tensor) -> Tensor:
+    """Scores that allow one token."""
+    return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([token]), 0.0)
 
 
 @pytest.fixture

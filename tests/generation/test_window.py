@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ import torch
 from tests.family_table import FAMILIES
 from tests.generation.models import KINDS, bank_of, ids, longmem, reader
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig
 
-from longmem import ConfigError, LongMem, MemoryBank, MemoryBankError
+from longmem import ConfigError, LongMem, MemoryBank, MemoryBankError, MemoryStore
 from longmem.config import LongMemGenerationConfig
 from longmem.generation import read, remember
 from longmem.memory.session import SessionMemory
@@ -21,6 +22,7 @@ from longmem.types import AttentionKV
 
 WINDOW = {"window": 12, "window_move": 6}
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+FREE: dict[str, Any] = {**WINDOW, **GREEDY, "pad_token_id": None}  # an answer that is read on may hold the pad token
 
 
 @pytest.fixture(scope="module")
@@ -90,18 +92,22 @@ def test_rows_of_unequal_length_move_when_they_would_alone(name: str) -> None:
         assert torch.equal(alone[0], together[row, count:])
 
 
-def test_the_window_is_by_default_what_the_backbone_was_made_for(llama: LongMem) -> None:
+def test_by_default_the_window_is_what_the_backbone_was_made_for_and_a_full_session_drops_its_oldest(
+    llama: LongMem,
+) -> None:
     got = llama.generate(ids(1, 120), memory=bank_of(llama), max_new_tokens=20, **GREEDY)
     assert got[0].tolist() == reference(llama, ids(1, 120)[0], 20, 128, 64)
+    got = llama.generate(ids(1, 20), max_new_tokens=40, session_tokens=16, **WINDOW, **GREEDY)
+    bank = MemoryBank.for_model(llama, capacity_tokens=16)
+    assert got[0].tolist() == reference(llama, ids(1, 20)[0], 40, 12, 6, bank=bank)
 
 
 def test_generating_in_two_calls_with_a_session_is_generating_in_one(llama: LongMem) -> None:
-    settings = {**WINDOW, **GREEDY, "pad_token_id": None}  # the first answer may hold the pad token
-    whole = llama.generate(ids(2, 9), memory=SessionMemory.for_model(llama, rows=2), max_new_tokens=30, **settings)
+    whole = llama.generate(ids(2, 9), memory=SessionMemory.for_model(llama, rows=2), max_new_tokens=30, **FREE)
     session = SessionMemory.for_model(llama, rows=2)
-    first = llama.generate(ids(2, 9), memory=session, max_new_tokens=11, **settings)
+    first = llama.generate(ids(2, 9), memory=session, max_new_tokens=11, **FREE)
     assert session.tokens.tolist() == [12, 12]
-    assert torch.equal(llama.generate(first, memory=session, max_new_tokens=19, **settings), whole)
+    assert torch.equal(llama.generate(first, memory=session, max_new_tokens=19, **FREE), whole)
     assert [len(session.followed(row)) for row in range(2)] == [30, 30]
     assert torch.equal(session.followed(1), whole[1, :30])
     assert session.provenance(0, 3).start_token == 6
@@ -109,13 +115,12 @@ def test_generating_in_two_calls_with_a_session_is_generating_in_one(llama: Long
 
 def test_the_rest_of_a_text_can_be_remembered_and_the_text_gone_on_with(llama: LongMem) -> None:
     session = SessionMemory.for_model(llama)
-    settings = {**WINDOW, **GREEDY, "pad_token_id": None}
-    text = llama.generate(ids(1, 20), memory=session, max_new_tokens=5, **settings)
+    text = llama.generate(ids(1, 20), memory=session, max_new_tokens=5, **FREE)
     assert session.tokens.tolist() == [12]
     assert remember(llama, session, text[0]) == 13 and session.tokens.tolist() == [25]
     assert remember(llama, session, text[0]) == 0 and session.tokens.tolist() == [25]
     longer = torch.cat((text, ids(1, 20, seed=5)), dim=1)
-    llama.generate(longer, memory=session, max_new_tokens=1, **settings)
+    llama.generate(longer, memory=session, max_new_tokens=1, **FREE)
     assert session.tokens.tolist() == [37] and torch.equal(session.followed(0), longer[0, :37])
     origins = [session.provenance(0, chunk) for chunk in range(int(session.bank.chunks[0]))]
     assert [(each.start_token, each.length) for each in origins[11:15]] == [(22, 2), (24, 1), (25, 2), (27, 2)]
@@ -185,48 +190,25 @@ def test_what_stands_behind_the_end_of_a_text_is_not_remembered(llama: LongMem) 
     assert len(session.followed(1)) == 30 and len(session.followed(0)) <= length
 
 
-class _Seen(LogitsProcessor):
-    """Notes how much text it is shown."""
+def test_processors_criteria_and_streamers_see_the_whole_text(llama: LongMem) -> None:
+    lengths, streamed = list[int](), list[int]()
 
-    def __init__(self) -> None:
-        self.lengths: list[int] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.lengths.append(input_ids.shape[1])
+    def seeing(text: Tensor, scores: Tensor) -> Tensor:
+        lengths.append(text.shape[1])
         return scores
 
-
-class _Stop(StoppingCriteria):
-    """At 40 tokens."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 40)
-
-
-class _Streamer:
-    def __init__(self) -> None:
-        self.all: list[int] = []
-
-    def put(self, value: Tensor) -> None:
-        self.all += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.all.append(-1)
-
-
-def test_processors_criteria_and_streamers_see_the_whole_text(llama: LongMem) -> None:
-    processor, streamer = _Seen(), _Streamer()
     got = llama.generate(
         ids(1, 20),
         max_new_tokens=1000,
-        logits_processor=LogitsProcessorList([processor]),
-        stopping_criteria=StoppingCriteriaList([_Stop()]),
-        streamer=streamer,
+        logits_processor=[seeing],
+        stopping_criteria=[lambda text, scores, **_: torch.full((1,), text.shape[1] >= 40)],
+        streamer=SimpleNamespace(
+            put=lambda new: streamed.extend(new.flatten().tolist()), end=lambda: streamed.append(-1)
+        ),
         **WINDOW,
         **GREEDY,
     )
-    assert got.shape == (1, 40) and processor.lengths == list(range(20, 40))
-    assert streamer.all == [*got[0].tolist(), -1]
+    assert got.shape == (1, 40) and lengths == list(range(20, 40)) and streamed == [*got[0].tolist(), -1]
 
 
 def test_threads_that_share_a_model_share_no_window(llama: LongMem) -> None:
@@ -240,25 +222,13 @@ def test_threads_that_share_a_model_share_no_window(llama: LongMem) -> None:
         assert list(pool.map(answer, [0, 1, 2, 3] * 6)) == alone * 6
 
 
-def test_hidden_states_and_attentions_come_back(llama: LongMem) -> None:
-    out = llama.generate(ids(1, 5), max_new_tokens=2, return_dict_in_generate=True, output_hidden_states=True, **GREEDY)
-    assert [len(step) for step in out.hidden_states] == [5, 5] and out.hidden_states[0][0].shape == (1, 5, 32)
-
-
-def test_a_full_session_drops_its_oldest(llama: LongMem) -> None:
-    got = llama.generate(ids(1, 20), max_new_tokens=40, session_tokens=16, **WINDOW, **GREEDY)
-    bank = MemoryBank.for_model(llama, capacity_tokens=16)
-    assert got[0].tolist() == reference(llama, ids(1, 20)[0], 40, 12, 6, bank=bank)
-
-
-def test_cache_and_session_stay_within_their_bounds(llama: LongMem) -> None:
+def test_hidden_states_come_back_and_cache_and_session_stay_within_their_bounds(llama: LongMem) -> None:
     session = SessionMemory.for_model(llama, capacity_tokens=20)
-    size = session.bank.nbytes
-    out = llama.generate(
-        ids(1, 4), memory=session, max_new_tokens=120, return_dict_in_generate=True, **WINDOW, **GREEDY
-    )
+    size, settings = session.bank.nbytes, {"return_dict_in_generate": True, "output_hidden_states": True, **GREEDY}
+    out = llama.generate(ids(1, 4), memory=session, max_new_tokens=120, **WINDOW, **settings)
     assert out.past_key_values.get_seq_length() <= 12 and out.sequences.shape == (1, 124)
     assert session.tokens.tolist() == [20] and session.bank.nbytes == size
+    assert len(out.hidden_states) == 120 and len(out.hidden_states[0]) == 5 and out.hidden_states[0][0].shape[-1] == 32
 
 
 def test_every_new_token_is_explained_although_the_window_moves(llama: LongMem) -> None:
@@ -327,3 +297,36 @@ def test_embeddings_and_filled_caches_cannot_leave_the_window(llama: LongMem) ->
     first = llama.generate(ids(1, 5), max_new_tokens=4, return_dict_in_generate=True, **WINDOW, **GREEDY)
     with pytest.raises(ConfigError, match="behind past_key_values with tokens in it are"):
         llama.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=20, **WINDOW, **GREEDY)
+
+
+def test_a_conversation_over_a_store_is_committed_whole_and_found_by_the_next(llama: LongMem, tmp_path: Path) -> None:
+    with MemoryStore.open(tmp_path / "memory", model=llama, dtype="float32") as store:
+        store.add_document("ada", None, name="before", ids=ids(1, 60, seed=4)[0])
+        bank = store.bank("ada")
+        plain = llama.generate(ids(1, 20), memory=bank, max_new_tokens=10, **FREE)
+        assert [each.name for each in store.documents("ada")] == ["before"]
+
+        session = bank.session(capacity_tokens=64)
+        said = llama.generate(ids(1, 20), memory=session, max_new_tokens=10, **FREE)
+        assert torch.equal(said, plain) and session.tokens.tolist() == [18]
+        remember(llama, session, said[0])
+        receipt = session.commit("talk")
+        assert receipt.tokens == 30 and session.tokens.tolist() == [0]
+        assert {each.name: each.tokens for each in store.documents("ada")} == {"before": 60, "talk": 30}
+
+        readings: list[Any] = []
+        llama.generate(ids(1, 5, seed=9), memory=store.bank("ada"), max_new_tokens=3, explain=readings, **FREE)
+        assert "talk" in {origin.document for each in readings for origin in each.origins.values()}
+
+
+def test_a_batch_over_two_namespaces_of_a_store_keeps_to_its_own(llama: LongMem, tmp_path: Path) -> None:
+    with MemoryStore.open(tmp_path / "memory", model=llama, dtype="float32") as store:
+        for seed, name in enumerate(("ada", "bob")):
+            store.add_document(name, None, name="notes", ids=ids(1, 40, seed=seed + 20)[0])
+        sessions = [store.bank(name).session(capacity_tokens=64) for name in ("ada", "bob")]
+        together = llama.generate(ids(2, 15), memory=sessions, max_new_tokens=12, **FREE)
+        lists = [store.bank(name) for name in ("ada", "bob")]
+        assert torch.equal(llama.generate(ids(2, 15), memory=lists, max_new_tokens=12, **FREE), together)
+        for row, bank in enumerate(lists):
+            alone = llama.generate(ids(2, 15)[row : row + 1], memory=bank, max_new_tokens=12, **FREE)
+            assert torch.equal(alone[0], together[row])

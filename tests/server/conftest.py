@@ -10,28 +10,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-import torch
+from tests.server.test_process import tiny_pair
 from transformers import PreTrainedTokenizerFast
 
-pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 
-from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemoryStore  # noqa: E402
+from longmem import LongMem, MemoryStore  # noqa: E402
 from longmem.server.access import new_key, read_keys  # noqa: E402
 from longmem.server.app import create_app  # noqa: E402
 
+HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
+
 
 @pytest.fixture(scope="session")
-def tiny(byte_tokenizer: PreTrainedTokenizerFast) -> LongMem:
-    torch.manual_seed(0)
-    config = AlibiGPTConfig(
-        vocab_size=len(byte_tokenizer), hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    return LongMem.from_backbone(AlibiGPTForCausalLM(config), chunk_size=4, num_retrieved=16).eval()
+def pair(byte_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random SideNet, with its backbone beside it."""
+    return tiny_pair(tmp_path_factory.mktemp("pair"), byte_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny(pair: Path) -> LongMem:
+    return LongMem.from_pretrained(pair).eval()
 
 
 class Live:
@@ -43,11 +46,30 @@ class Live:
     """
 
     def __init__(self, url: str, keys: dict[str, str]) -> None:
-        self.url, self.keys = url, keys
+        self.url, self.keys, self.clients = url, keys, dict[str, httpx.Client]()
 
     def client(self, owner: str = "ann") -> Any:
         """The real client of OpenAI."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys.get(owner, "none"), max_retries=0, timeout=60)
+
+    def http(self, owner: str = "ann") -> httpx.Client:
+        """A plain client with the owner's key."""
+        if owner not in self.clients:
+            headers = {"Authorization": f"Bearer {self.keys[owner]}"}
+            self.clients[owner] = httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        return self.clients[owner]
+
+    def chat(self, **settings: Any) -> Any:
+        """An answer to Hello, unless the messages are others."""
+        return self.client().chat.completions.create(**{"model": "tiny", "messages": HELLO, **settings})
+
+    def memory(self, name: str, owner: str = "ann", **documents: str) -> str:
+        """Make a memory with documents; returns its name."""
+        assert self.http(owner).post("/v1/memories", json={"id": name}).status_code == 201
+        for document, text in documents.items():
+            body = {"name": document, "text": text}
+            assert self.http(owner).post(f"/v1/memories/{name}/documents", json=body).status_code == 201
+        return name
 
 
 Start = Callable[..., Any]
@@ -60,24 +82,25 @@ def start(tiny: LongMem, byte_tokenizer: PreTrainedTokenizerFast) -> Start:
     @contextmanager
     def running(folder: Path, *, anybody: bool = False, model: Any = tiny, **settings: Any) -> Iterator[Live]:
         store = MemoryStore.open(folder / "store", model=model, tokenizer=byte_tokenizer, dtype="float32")
-        file = folder / "keys"
-        keys = {name: new_key(folder / f"{name}.key", name) for name in ("ann", "bob") if not file.exists()}
-        if keys:
-            file.write_text("".join((folder / f"{name}.key").read_text() for name in keys))
-            (folder / "plain").write_text("\n".join(f"{name} {key}" for name, key in keys.items()))
-        known = dict(line.split(" ") for line in (folder / "plain").read_text().splitlines())
+        file, keys = folder / "keys", {}
+        for name in ("ann", "bob"):
+            plain = folder / f"{name}.key"
+            if not plain.exists():
+                plain.write_text(new_key(file, name))
+            keys[name] = plain.read_text()
         allowed = None if anybody else read_keys(file)
         app = create_app(model, byte_tokenizer, store, keys=allowed, name="tiny", **settings)
-        listener = socket.socket()
-        listener.bind(("127.0.0.1", 0))
+        listener = socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started and thread.is_alive():
             time.sleep(0.01)
         try:
-            yield Live(f"http://127.0.0.1:{listener.getsockname()[1]}", known)
+            yield (live := Live(f"http://127.0.0.1:{listener.getsockname()[1]}", keys))
         finally:
+            for client in live.clients.values():
+                client.close()
             server.should_exit = True
             thread.join(timeout=30)
             listener.close()

@@ -6,21 +6,27 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi")
 from longmem.server import engine as engines
-from longmem.server.engine import Busy, Engine, Job
+from longmem.server.access import Refused
+from longmem.server.engine import Engine, Job
 
 
 @pytest.fixture
-def engine(tiny: Any) -> Iterator[Engine]:
-    made = Engine(tiny, rows=4)
-    yield made
-    made.close()
+def run(tiny: Any) -> Any:
+    """``run(of)`` awaits ``of(engine)``, and closes the engine."""
+
+    def running(of: Callable[[Engine], Any], **settings: int) -> None:
+        engine = Engine(tiny, **{"rows": 4, **settings})
+        asyncio.run(asyncio.wait_for(of(engine), 120))
+        engine.close()
+        assert not engine._thread.is_alive() and not engine.waiting
+
+    return running
 
 
 def job(tokens: int, *, seed: int = 0, memory: Any = None) -> Job:
@@ -35,19 +41,22 @@ def failing() -> Any:
     raise OSError("gone")
 
 
-def test_rows_that_give_way_to_others_answer_as_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
+def test_rows_that_give_way_to_others_answer_as_alone(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def of(engine: Engine) -> None:
         alone = [await read(engine, job(30, seed=seed)) for seed in range(10)]
         monkeypatch.setattr(engines, "SLICE", 7)
         monkeypatch.setattr(Engine, "gives_way", lambda self, *_: bool(self._jobs))
-        together = await asyncio.gather(*(read(engine, job(30, seed=seed)) for seed in range(10)))
-        assert together == alone
+        assert alone == await asyncio.gather(*(read(engine, job(30, seed=seed)) for seed in range(10)))
+        made: dict[Job, list[int]] = {job(30, seed=seed): [] for seed in range(10)}  # the same as one request
+        async for each, token in engine.generate(list(made)):
+            made[each] += [] if token is None else [token.id]
+        assert alone == list(made.values())
 
-    asyncio.run(run())
+    run(of)
 
 
-def test_a_short_answer_and_a_call_do_not_wait_for_a_long_answer(engine: Engine) -> None:
-    async def run() -> None:
+def test_a_short_answer_and_a_call_do_not_wait_for_a_long_answer(run: Any) -> None:
+    async def of(engine: Engine) -> None:
         long = job(50_000)
         reading = asyncio.create_task(read(engine, long))
         while not long.made:
@@ -59,33 +68,30 @@ def test_a_short_answer_and_a_call_do_not_wait_for_a_long_answer(engine: Engine)
         await asyncio.gather(reading, return_exceptions=True)
         assert await asyncio.wait_for(read(engine, job(2, seed=2)), 30)
 
-    asyncio.run(run())
+    run(of)
 
 
-def test_one_that_fails_ends_alone(engine: Engine) -> None:
-    async def run() -> None:
+def test_one_that_fails_ends_alone_and_a_model_that_fails_ends_its_batch(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def of(engine: Engine) -> None:
         some = [read(engine, job(9, seed=seed, memory=failing if seed == 1 else None)) for seed in range(4)]
         found = await asyncio.gather(*some, return_exceptions=True)
         assert [type(each) for each in found] == [list, OSError, list, list]
         with pytest.raises(OSError, match="gone"):
             await engine.call(failing)
-
-    asyncio.run(run())
-
-
-def test_a_model_that_fails_ends_its_batch_and_goes_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
         with monkeypatch.context() as broken:
             broken.setattr(type(engine.model), "generate", lambda *_, **__: 1 / 0)
             found = await asyncio.gather(*(read(engine, job(3)) for _ in range(6)), return_exceptions=True)
             assert all(isinstance(each, ZeroDivisionError) for each in found)
         assert len(await read(engine, job(3))) == 3
 
-    asyncio.run(run())
+    run(of)
 
 
-def test_every_accepted_call_ends_also_when_the_engine_closes(tiny: Any) -> None:
-    draw = random.Random(0)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_accepted_call_ends_also_when_the_engine_closes(run: Any, seed: int) -> None:
+    draw = random.Random(seed)
 
     async def one(engine: Engine, number: int) -> Any:
         await asyncio.sleep(draw.random() * 0.4)
@@ -99,35 +105,29 @@ def test_every_accepted_call_ends_also_when_the_engine_closes(tiny: Any) -> None
             return None
         return await read(engine, job(draw.randrange(1, 40), memory=failing if kind == "fails" else None))
 
-    async def run() -> None:
-        for _ in range(3):
-            engine = Engine(tiny, rows=4, most_waiting=40)
-            closing = threading.Timer(0.2, engine.close)
-            closing.start()
-            calls = [one(engine, number) for number in range(80)]
-            found = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
-            closing.join()
-            assert not engine._thread.is_alive() and not engine.waiting
-            assert {type(each) for each in found} <= {int, list, type(None), OSError, Busy}
-            assert any(isinstance(each, list) for each in found) and any(isinstance(each, Busy) for each in found)
+    async def of(engine: Engine) -> None:
+        closing = threading.Timer(0.2, engine.close)
+        closing.start()
+        found = await asyncio.gather(*(one(engine, number) for number in range(80)), return_exceptions=True)
+        closing.join()
+        assert {type(each) for each in found} <= {int, list, type(None), OSError, Refused}
+        assert any(isinstance(each, list) for each in found) and any(isinstance(each, Refused) for each in found)
 
-    asyncio.run(run())
+    run(of, most_waiting=40)
 
 
-def test_a_full_queue_refuses_but_not_what_ends_an_accepted_request(tiny: Any) -> None:
-    async def run() -> None:
-        engine = Engine(tiny, rows=1, most_waiting=2)
+def test_a_full_queue_refuses_but_not_what_ends_an_accepted_request(run: Any) -> None:
+    async def of(engine: Engine) -> None:
         begun, free = threading.Event(), threading.Event()
         held = asyncio.create_task(engine.call(lambda: begun.set() or free.wait(30)))
         await asyncio.to_thread(begun.wait, 30)
         waiting = [asyncio.create_task(read(engine, job(1))) for _ in range(2)]
         await asyncio.sleep(0.01)
-        with pytest.raises(Busy):
+        with pytest.raises(Refused, match="busy"):
             await engine.call(time.time)
         last = asyncio.create_task(engine.call(lambda: 1, follows=True))
         await asyncio.sleep(0.01)
         free.set()
         assert await last == 1 and await held and len(await asyncio.gather(*waiting)) == 2
-        engine.close()
 
-    asyncio.run(run())
+    run(of, rows=1, most_waiting=2)

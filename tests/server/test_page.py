@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Page:
     """What a person does there."""
 
     def __init__(self, browser: Any, folder: Path) -> None:
-        self.browser, self.folder, self.shots = browser, folder, 0
+        self.browser, self.folder = browser, folder
 
     def find(self, css: str) -> Any:
         return self.browser.find_element(By.CSS_SELECTOR, css)
@@ -57,25 +58,20 @@ class Page:
 
     def look(self, name: str) -> None:
         """Screenshots in light and dark, wide and narrow; nothing may be wider than the window, and axe agrees."""
-        for width, height in ((1360, 900), (390, 844)):
+        for width, scheme in product((1360, 390), ("light", "dark")):
             self.browser.execute_cdp_cmd(
                 "Emulation.setDeviceMetricsOverride",
-                {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500},
+                {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
             )
-            for scheme in ("light", "dark"):
-                features = [{"name": "prefers-color-scheme", "value": scheme}]
-                self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-                assert self.browser.execute_script("return document.documentElement.scrollWidth") <= width
-                self.browser.save_screenshot(str(self.folder / f"{self.shots}-{name}-{scheme}-{width}.png"))
-                self.axe(f"{name} {scheme} {width}")
-        self.shots += 1
+            features = [{"name": "prefers-color-scheme", "value": scheme}]
+            self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+            assert self.browser.execute_script("return document.documentElement.scrollWidth") <= width
+            self.browser.save_screenshot(str(self.folder / f"{name}-{scheme}-{width}.png"))
+            if file := os.environ.get("LONGMEM_AXE"):
+                self.browser.execute_script(Path(file).read_text())
+                found = self.browser.execute_async_script("axe.run().then(arguments[0])")["violations"]
+                assert not found, (name, scheme, width, [(each["id"], each["nodes"][0]["html"]) for each in found])
         self.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-
-    def axe(self, where: str) -> None:
-        if file := os.environ.get("LONGMEM_AXE"):
-            self.browser.execute_script(Path(file).read_text())
-            found = self.browser.execute_async_script("axe.run().then(arguments[0])")["violations"]
-            assert not found, (where, [(each["id"], each["impact"], each["nodes"][0]["html"]) for each in found])
 
 
 def test_add_chat_inspect_search_forget_and_reload(browser: Any, live: Any, tmp_path: Path) -> None:

@@ -47,14 +47,7 @@ class Process:
         with (self.folder / "log").open("a") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             self.process = subprocess.Popen([*map(str, command)], stderr=log, stdout=log, env=environment)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                assert self.http.get("/health").status_code == 200
-                return
-            except httpx.TransportError:
-                time.sleep(0.2)
-        raise AssertionError((self.folder / "log").read_text())
+        assert until_it_answers(self.process, self.url), (self.folder / "log").read_text()
 
     def stop(self, how: int) -> int:
         self.process.send_signal(how)
@@ -68,6 +61,17 @@ class Process:
         self.http.close()
         if self.process is not None and self.process.poll() is None:
             self.stop(signal.SIGKILL)
+
+
+def until_it_answers(process: Any, url: str) -> bool:
+    """Whether a server comes to answer before its process ends."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            return httpx.get(f"{url}/health").status_code == 200
+        except httpx.TransportError:
+            time.sleep(0.2)
+    return False
 
 
 def free_port() -> int:
@@ -90,8 +94,8 @@ def tiny_pair(home: Path, tokenizer: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) -> Iterator[Process]:
-    made = Process(tmp_path_factory.mktemp("process"), tiny_pair(tmp_path_factory.mktemp("pair"), byte_tokenizer), 50)
+def process(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> Iterator[Process]:
+    made = Process(tmp_path_factory.mktemp("process"), pair, 50)
     made.begin()
     yield made
     made.close()
@@ -158,13 +162,12 @@ class Client:
             assert not found & self.gone
             assert found or not self.there
 
+    def say(self, text: str, **settings: Any) -> httpx.Response | None:
+        body = {"messages": [{"role": "user", "content": text}], "memory_id": "notes", **settings}
+        return self.ask("POST", "/v1/chat/completions", body)
+
     def chat(self) -> None:
-        said = [{"role": "user", "content": "which number is kept?"}]
-        answer = self.ask(
-            "POST",
-            "/v1/chat/completions",
-            {"messages": said, "max_tokens": 6, "memory_id": "notes", "explain": True},
-        )
+        answer = self.say("which number is kept?", max_tokens=6, explain=True)
         if answer is not None:
             read = answer.json()["memory"]
             names = {each["document"] for each in read["passages"]}
@@ -173,9 +176,7 @@ class Client:
 
     def tell(self) -> None:
         text = f"{self.secret} says {self.done['tell']}."
-        said = [{"role": "user", "content": text}]
-        body = {"messages": said, "max_tokens": 2, "memory_id": "notes", "remember": True}
-        if self.ask("POST", "/v1/chat/completions", body) is not None:
+        if self.say(text, max_tokens=2, remember=True) is not None:
             self.said.append(text)
 
     def respond(self) -> None:
@@ -241,17 +242,13 @@ def many_users(process: Process, clients: int, seconds: float, ends: Sequence[in
             each.result()
     took = time.monotonic() - began
     assert all(user.listed() == ["notes"] for user in users)
+    ledgers = {"documents": "there", "forgotten": "gone", "conversations": "said", "responses": "responses"}
     return {
         "clients": clients,
         "seconds": round(took, 1),
         "ends_of_the_server": [signal.Signals(how).name for how in ends],
         "done": dict(sum((user.done for user in users), Counter())),
-        "acknowledged": {
-            "documents": sum(len(user.there) for user in users),
-            "forgotten": sum(len(user.gone) for user in users),
-            "conversations": sum(len(user.said) for user in users),
-            "responses": sum(len(user.responses) for user in users),
-        },
+        "acknowledged": {name: sum(len(getattr(user, kept)) for user in users) for name, kept in ledgers.items()},
         "compared_at_the_end": sum(user.check() for user in users),
     }
 

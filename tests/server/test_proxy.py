@@ -10,24 +10,19 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from tests.server.test_process import Process, free_port, tiny_pair
+from tests.server.test_process import Process, free_port, until_it_answers
 
 NGINX = shutil.which("nginx") or "/usr/sbin/nginx"
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not Path(NGINX).exists(), reason="needs nginx"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path(NGINX).exists(), reason="needs nginx")]
 USERS = 12
 
 
 @pytest.fixture(scope="module")
-def workers(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) -> Iterator[list[Process]]:
-    model = tiny_pair(tmp_path_factory.mktemp("pair"), byte_tokenizer)
-    made = [Process(tmp_path_factory.mktemp(f"worker-{number}"), model, USERS * (1 - number)) for number in range(2)]
+def workers(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> Iterator[list[Process]]:
+    made = [Process(tmp_path_factory.mktemp(f"worker-{number}"), pair, USERS * (1 - number)) for number in range(2)]
     shutil.copy(made[0].folder / "keys", made[1].folder / "keys")
     for each in made:
         each.begin()
@@ -52,46 +47,38 @@ def proxy(workers: list[Process], tmp_path_factory: pytest.TempPathFactory) -> I
     )
     running = subprocess.Popen([NGINX, "-c", str(folder / "nginx.conf"), "-e", str(folder / "error")])
     url = f"http://127.0.0.1:{port}"
-    for _ in range(100):
-        try:
-            assert httpx.get(url + "/health").status_code == 200
-            break
-        except httpx.TransportError:
-            time.sleep(0.05)
+    until_it_answers(running, url)
     yield url
     running.send_signal(signal.SIGTERM)
     running.wait(timeout=30)
 
 
 def test_users_stay_with_the_worker_of_their_memories(workers: list[Process], proxy: str) -> None:
-    keys = workers[0].keys
+    keys, place = workers[0].keys, "/v1/memories/notes"
     clients = [httpx.Client(base_url=proxy, headers={"Authorization": f"Bearer {key}"}, timeout=60) for key in keys]
     for number, client in enumerate(clients):
         assert client.post("/v1/memories", json={"id": "notes"}).status_code == 201
         body = {"name": "a", "text": f"User {number} likes plums."}
-        assert client.post("/v1/memories/notes/documents", json=body).status_code == 201
-    home = {}
-    for number in range(USERS):
-        there = [worker.http.get("/v1/memories/notes", headers=clients[number].headers) for worker in workers]
-        assert sorted(answer.status_code for answer in there) == [200, 404]
-        home[number] = [answer.status_code for answer in there].index(200)
-    assert set(home.values()) == {0, 1}
+        assert client.post(f"{place}/documents", json=body).status_code == 201
+    home = []
+    for client in clients:
+        there = [worker.http.get(place, headers=client.headers).status_code for worker in workers]
+        assert sorted(there) == [200, 404]
+        home.append(there.index(200))
+    assert set(home) == {0, 1}
 
-    assert clients[0].post("/v1/memories/notes/search", json={"query": "plums"}).json()["data"]
     large = {"query": "plums " * 200_000}  # read whole, then refused for what it says
-    assert clients[0].post("/v1/memories/notes/search", json=large).status_code == 400
+    assert clients[0].post(f"{place}/search", json=large).status_code == 400
     assert clients[0].post("/v1/memories", content=b"x" * (9 << 20)).status_code == 413
-
     body = {"messages": [{"role": "user", "content": "plums?"}], "memory_id": "notes", "max_tokens": 60, "stream": True}
     with clients[0].stream("POST", "/v1/chat/completions", json=body) as answer:
         moments = [time.monotonic() for line in answer.iter_lines() if line]
     assert len(moments) > 20 and moments[len(moments) // 2] - moments[0] > 0.01  # piece by piece, not at its end
 
     workers[0].stop(signal.SIGKILL)
-    for number, client in enumerate(clients):
-        assert client.get("/v1/memories/notes").status_code == (502 if home[number] == 0 else 200)
+    assert [client.get(place).status_code for client in clients] == [502 if each == 0 else 200 for each in home]
     workers[0].begin()
     for number, client in enumerate(clients):
-        found = client.post("/v1/memories/notes/search", json={"query": "plums"}).json()["data"]
+        found = client.post(f"{place}/search", json={"query": "plums"}).json()["data"]
         assert [each["text"] for each in found] == [f"User {number} likes plums."]
         client.close()

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.resources import files
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -81,16 +82,14 @@ def log_probabilities(scores: Tensor, tokens: Tensor) -> Tensor:
 @torch.no_grad()
 def without_memory(model: Any, ids: Tensor, first: int, policy: WindowPolicy | None) -> Tensor:
     """Log probabilities of ``ids[first:]`` with memory off, each behind the window that it was generated behind."""
-    starts = [0 if policy is None else policy.pieces_over(place) * policy.move for place in range(first, len(ids))]
-    found, begin = [], first
-    while begin < len(ids):
-        start = starts[begin - first]
-        end = begin + sum(each == start for each in starts[begin - first :])
-        local = ids[start : end - 1][None].to(model.device)
-        scores = model(local, logits_to_keep=end - begin).logits[0]
-        found.append(log_probabilities(scores, ids[begin:end].to(scores.device)))
-        begin = end
-    return torch.cat(found) if found else torch.zeros(0)
+    found = [torch.zeros(0)]
+    starts = (0 if policy is None else policy.pieces_over(place) * policy.move for place in range(first, len(ids)))
+    for start, places in groupby(starts):
+        end = first + len(list(places))
+        scores = model(ids[start : end - 1][None].to(model.device), logits_to_keep=end - first).logits[0]
+        found.append(log_probabilities(scores, ids[first:end].to(scores.device)))
+        first = end
+    return torch.cat(found)
 
 
 @dataclass(frozen=True)
@@ -127,13 +126,13 @@ class Pieces:
     Args:
         tokenizer: of transformers.
         before: token ids of the text so far, which is not spelled again.
-        skip_special_tokens: leave out ``</s>`` and its like.
+        settings: of its ``decode``.
     """
 
     CONTEXT = 6  # tokens before, because some tokenizers spell a token by what stands before it
 
-    def __init__(self, tokenizer: Any, before: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
-        settings = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+    def __init__(self, tokenizer: Any, before: Sequence[int] = (), **settings: bool) -> None:
+        settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False, **settings}
         self._decode = partial(tokenizer.decode, **settings)
         self._said, self._waiting = list(before)[-self.CONTEXT :], list[int]()
 
@@ -167,9 +166,7 @@ def read_tokens(
     ``ids_of`` gives the token ids (t,) of a document of a namespace (None: the memory is no store), None where they are
     not known; it may raise StoreError.
     """
-
-    def decode(ids: Any) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     @cache
     def whole(namespace: str | None, document: str) -> Any:
@@ -177,17 +174,11 @@ def read_tokens(
             return ids_of(namespace, document)
 
     @cache
-    def spelled(origin: ChunkOrigin) -> tuple[str, str, str]:
+    def spelled(origin: ChunkOrigin) -> list[str]:
         """The text before a chunk, its own, and that after it."""
-        ids = whole(origin.namespace, origin.document or "")
-        if ids is None:
-            return "", "", ""
-        first, last = origin.start_token, origin.start_token + origin.length
-        return (
-            decode(ids[max(0, first - AROUND) : first]),
-            decode(ids[first:last]),
-            decode(ids[last : last + AROUND]),
-        )
+        known, first = whole(origin.namespace, origin.document or ""), origin.start_token
+        spans = pairwise((max(0, first - AROUND), first, first + origin.length, first + origin.length + AROUND))
+        return ["" if known is None else decode(known[begin:end]) for begin, end in spans]
 
     pieces = Pieces(tokenizer, before, skip_special_tokens=False)
     tokens, nothing = [], [Reading(0.0, {}, [])] * (len(ids) - len(readings))

@@ -15,10 +15,8 @@ from longmem.types import AttentionKV
 
 TOKENS_AT_ONCE = 8192  # encoded together: enough to keep a device busy, little beside what a forward pass holds
 LONGEST_DEFAULT_SEGMENT = 1024  # the paper's window
-
 THIS_TEXT = "(this text)"
 """The document name of a text's own earlier part."""
-
 Session = SessionMemory | JoinedMemory
 
 
@@ -70,15 +68,21 @@ def remember(
     with the text; its window then begins after what is written. ``ids`` (t,) are of the whole text, including the part
     that is in the session already.
     """
-    known, only = session.followed(row), torch.tensor([row])
-    if not torch.equal(known, ids[: len(known)].cpu()):
-        session.end_document(only)
-        known = known[:0]
-    pieces = cut(ids, len(known), len(ids), _segment(model, segment, overlap), overlap, row)
+    known = already_written(session, row, ids)
+    pieces = cut(ids, known, len(ids), _segment(model, segment, overlap), overlap, row)
     written = max(write(model, session, pieces, THIS_TEXT), default=0)
-    session.end_document(only)  # closes the last chunk, so that it is found although it is not full
+    session.end_document(torch.tensor([row]))  # closes the last chunk, so that it is found although it is not full
     session.follow(row, ids)
     return written
+
+
+def already_written(session: Session, row: int, ids: Tensor) -> int:
+    """How many tokens of a text (t,) its session holds already; another text ends the one before it."""
+    known = session.followed(row)
+    if torch.equal(known, ids[: len(known)].cpu()):
+        return len(known)
+    session.end_document(torch.tensor([row]))
+    return 0
 
 
 @torch.no_grad()

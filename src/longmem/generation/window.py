@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, StoppingCriteriaList
 
 from longmem.errors import ConfigError, MemoryBankError
-from longmem.generation.reading import THIS_TEXT, Session, cut, positions, write
+from longmem.generation.reading import THIS_TEXT, Session, already_written, cut, positions, write
 from longmem.memory.session import JoinedMemory, SessionMemory
 from longmem.types import Memory
 
@@ -101,7 +101,9 @@ class LocalWindow:
         self._width = input_ids.shape[1]
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         self._prompts = [line[keep.bool()] for line, keep in zip(input_ids, real, strict=True)]
-        self._starts = [self._already_written(row, ids) for row, ids in zip(self.rows, self._prompts, strict=True)]
+        # an earlier call may have moved some, never the last token: the model has yet to see it
+        pairs = zip(self.rows, self._prompts, strict=True)
+        self._starts = [already_written(session, row, ids[:-1]) for row, ids in pairs]
         self._ended = [False] * len(self.rows)
         self._cached = False  # whether the cache holds the window's beginning
         self._move(input_ids)
@@ -134,11 +136,7 @@ class LocalWindow:
 
     def watched(self, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
         """The same criteria, which also tell the window which rows have ended: the pads after an end are no text."""
-        return _Watched(criteria, self)
-
-    def note_ended(self, done: Tensor) -> None:
-        """Rows (B,) that end now; those that have ended before stay so."""
-        self._ended = [before or now for before, now in zip(self._ended, done.tolist(), strict=True)]
+        return _Watched(criteria, self._ended)
 
     def _lengths(self, input_ids: Tensor) -> list[int]:
         """Tokens of each row that have not moved."""
@@ -166,23 +164,15 @@ class LocalWindow:
             pass
         return any(counts)
 
-    def _already_written(self, row: int, ids: Tensor) -> int:
-        """How many tokens of a text an earlier call has moved. Another text ends the one before it."""
-        known = self.session.followed(row)
-        if len(known) < len(ids) and torch.equal(known, ids[: len(known)].cpu()):
-            return len(known)
-        self.session.end_document(torch.tensor([row]))
-        return 0
-
 
 class _Watched(StoppingCriteriaList):
-    def __init__(self, criteria: StoppingCriteriaList, window: LocalWindow) -> None:
+    def __init__(self, criteria: StoppingCriteriaList, ended: list[bool]) -> None:
         super().__init__(criteria)
-        self._window = window
+        self._ended = ended
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
         done = super().__call__(input_ids, scores, **kwargs)
-        self._window.note_ended(done)
+        self._ended[:] = [before or now for before, now in zip(self._ended, done.tolist(), strict=True)]
         return done
 
 
@@ -196,11 +186,8 @@ def open_window(
 ) -> LocalWindow | None:
     """The window of a ``generate`` about to start; None where the whole text fits and no session follows it.
 
-    Args:
-        memory: what the model reads; a session is written, too.
-        memory_rows: (B,) the memory's row of every batch row.
-        input_ids: (B, T) prompts.
-        settings: the generation config, lengths filled in.
+    ``memory_rows`` (B,) are the memory's rows of the prompts (B, T); ``settings`` have all lengths filled in. A memory
+    that is a session is written, too.
     """
     policy = WindowPolicy.of(settings, model, memory)
     longest = settings.max_length - 1  # the last token is not read

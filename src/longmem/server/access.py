@@ -36,11 +36,7 @@ FAILURES = (  # the first kind that fits
     (TimeoutError, 504, "this took too long and was given up; ask for fewer tokens"),
     (StoreFull, 507, "there is no room left to remember this; nothing of it was kept"),
     (StoreLocked, 503, "the memory is being written by another process; try again in a moment"),
-    (
-        LongMemError,
-        400,
-        "the memory cannot do this: a document of this name with another text exists, or the text is empty",
-    ),
+    (LongMemError, 400, "the memory cannot do this: another text has this name already, or the text is empty"),
 )
 
 
@@ -132,7 +128,6 @@ class Limits:
     """Around the application; streams pass through it piece by piece, and a client that leaves is noticed inside.
 
     Args:
-        app: what is protected.
         most_bytes: of a body.
         anybody: no keys are asked for; then only names of this machine are answered, so that no page of another site
             can reach the server through a name of its own (DNS rebinding).

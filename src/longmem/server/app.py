@@ -52,8 +52,7 @@ def create_app(
     """The application.
 
     Args:
-        model: any of ours, in eval mode.
-        tokenizer: of its backbone.
+        model, tokenizer: any model of ours, in eval mode, and what its backbone reads with.
         store: a ``MemoryStore`` opened for writing with both; closed when the app shuts down.
         keys: see ``access.owner_of``.
         name: by which the model is listed.

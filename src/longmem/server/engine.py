@@ -32,13 +32,6 @@ SLICE = 256
 """Tokens after which a batch is put together anew, also where nobody waits: bounds what a long answer may reserve."""
 
 
-class Busy(Refused):
-    """The queue is full; try again after some seconds."""
-
-    def __init__(self) -> None:
-        super().__init__(429, "the server is busy; try again in a moment")
-
-
 class Token(NamedTuple):
     """A chosen token, its log probability in nats before temperature, and the likeliest tokens with theirs."""
 
@@ -139,7 +132,7 @@ class Engine:
         A job whose ``left`` is set meanwhile counts as ended. The first that fails ends all of them.
 
         Raises:
-            Busy: the queue is full, or the engine is closing.
+            Refused: the queue is full, or the engine is closing.
         """
         self._loop, results = asyncio.get_running_loop(), asyncio.Queue[Any]()
         for job in jobs:
@@ -165,7 +158,7 @@ class Engine:
             follows: it ends a request that was accepted, and is not refused for a full queue.
 
         Raises:
-            Busy: the queue is full, or the engine is closing.
+            Refused: the queue is full, or the engine is closing.
         """
         done: Future[T] = Future()
 
@@ -188,7 +181,7 @@ class Engine:
     def _put(self, where: deque[Any], what: Sequence[Any], follows: bool = False) -> None:
         with self._change:  # what is put before closing is seen by the worker, what comes later is refused
             if self._closing or (self.waiting >= self.most_waiting and not follows):
-                raise Busy
+                raise Refused(429, "the server is busy; try again in a moment")
             where.extend(what)
             self._change.notify()
 

@@ -11,7 +11,6 @@ from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from longmem.chat import Message, conversation_name, keep
 from longmem.data.text import TEXT_SUFFIXES, read_stream
 from longmem.errors import DataError
 from longmem.files import write_whole
@@ -24,7 +23,6 @@ RESPONSES = "~responses"
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")
 OPEN_BYTES = 2 << 30
 """Of banks that are kept open; those used longest ago are closed beyond it."""
-OPEN_SEARCHES = 64
 
 
 class Memories:
@@ -34,14 +32,11 @@ class Memories:
 
     Args:
         store: opened with the model and its tokenizer.
-
-    Attributes:
-        recall: gives the text search of a namespace.
     """
 
     def __init__(self, store: Any) -> None:
         self.store = store
-        self.recall = lru_cache(OPEN_SEARCHES)(partial(Recall, store))
+        self.recall = lru_cache(64)(partial(Recall, store))  # the text search of a namespace
         self._open: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
         self._file = Path(store.path) / REGISTRY
@@ -118,14 +113,10 @@ class Memories:
         return bank
 
     def add(self, namespace: str, name: str, text: str, *, append: bool = False, **settings: Any) -> Any:
-        """Add a document, or append to one; durable when this returns."""
+        """Add a document, or with ``append`` to one that is there; durable when this returns."""
         if append and any(info.name == name for info in self.store.documents(namespace)):
             return self.store.append(namespace, text, name=name)
         return self.store.add_document(namespace, text, name=name, **settings)
-
-    def remember(self, namespace: str, messages: list[Message]) -> int:
-        """Keep messages as lines of a document; returns the tokens written."""
-        return keep(self.store, namespace, conversation_name(), messages)
 
     def forget(self, namespace: str, document: str | None = None) -> int:
         """Forget a document, or the whole memory; returns how many documents are gone."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, ClassVar
 
-from longmem.chat import Message, transcript
+from longmem.chat import Message, conversation_name, keep, transcript
 from longmem.server.answering import Answer, Service
 from longmem.server.engine import Token
 from longmem.store.recall import RecalledPassage
@@ -54,7 +54,8 @@ class Exchange:
 
     def keep(self) -> int:
         """Remember the last message and the first answer; returns the tokens written."""
-        return self.service.memories.remember(str(self.place), [self.messages[-1], self.answers[0].said])
+        said = [self.messages[-1], self.answers[0].said]
+        return keep(self.service.memories.store, str(self.place), conversation_name(), said)
 
     def usage(self) -> dict[str, Any]:
         """Counts of all answers together."""

@@ -14,7 +14,6 @@ MemoryId = Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$")]
 RESPONSE = r"^resp_[0-9a-f]{32}$"
 MOST_DEPTH = 24
 """Levels of a body."""
-MOST_ANSWERS = 64
 Text = Annotated[str, StringConstraints(max_length=2_000_000)]
 NonEmpty = Annotated[Text, StringConstraints(min_length=1)]
 MostTokens = Annotated[int | None, Field(ge=1, le=100_000)]
@@ -119,8 +118,8 @@ class CompletionRequest(ChoicesRequest):
 
     @model_validator(mode="after")
     def _not_too_many(self) -> CompletionRequest:
-        if not 0 < len(self.prompt) * self.n <= MOST_ANSWERS:
-            raise ValueError(f"prompt must be a text, or 1 to {MOST_ANSWERS} texts in all")
+        if not 0 < len(self.prompt) * self.n <= 64:
+            raise ValueError("prompt must be a text, or 1 to 64 texts in all")
         return self
 
 
