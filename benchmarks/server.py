@@ -160,7 +160,7 @@ def _time_lookups(looked: list[float]) -> None:
 
         setattr(Memories, name, measured)
 
-    for name in ("exists", "bank", "recall"):
+    for name in ("own", "bank"):
         timed(name)
 
 

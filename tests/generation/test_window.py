@@ -135,16 +135,6 @@ def test_another_text_in_the_same_session_begins_anew_and_finds_the_first(llama:
     assert torch.equal(session.followed(0), ids(1, 20, seed=3)[0, :12])
 
 
-def test_a_session_for_every_prompt(llama: LongMem) -> None:
-    sessions = [SessionMemory.for_model(llama, bank_of(llama, seed=seed)) for seed in (1, 2)]
-    settings = {"max_new_tokens": 12, **WINDOW, **GREEDY}
-    together = llama.generate(ids(2, 15), memory=sessions, **settings)
-    assert [int(session.tokens[0]) for session in sessions] == [18, 18]
-    for row, seed in enumerate((1, 2)):
-        alone = llama.generate(ids(2, 15)[row : row + 1], memory=bank_of(llama, seed=seed), **settings)
-        assert torch.equal(alone[0], together[row])
-
-
 def test_sampling_and_several_sequences_of_one_prompt(llama: LongMem) -> None:
     def sampled(**more: Any) -> Tensor:
         torch.manual_seed(5)
