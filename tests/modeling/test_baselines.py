@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
 from longmem.errors import ConfigError, MemoryBankError
+from longmem.modeling.fingerprint import fingerprint_of
 
 BOTH = [MemTRM, TrainingFree]
 TWO = {"memory_layers": (1, 3), "chunk_size": 2, "num_retrieved": 8, "fusion": "token"}
@@ -127,7 +128,7 @@ def test_training_gives_a_memtrm_another_fingerprint_and_its_old_banks_are_refus
         for parameter in model.trainable_parameters():
             parameter += 0.01
     model.eval()
-    assert model.config.start_fingerprint == start != model.fingerprint == model.backbone.fingerprint()
+    assert model.config.start_fingerprint == start != model.fingerprint == fingerprint_of(model.backbone.model)
     with pytest.raises(MemoryBankError, match=rf"{start}.*{model.fingerprint}.*write the text again"):
         model(ids(), memory=bank)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from types import ModuleType
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from longmem.errors import MemoryBankError
 from longmem.modeling import attention
 from longmem.modeling.attention import memory_attention
 from longmem.types import RetrievedMemory
@@ -107,20 +105,14 @@ def compare(kernels, monkeypatch, retrieved, asking=torch.float32, softcap=None,
 )
 def test_outputs_and_gradient_equal_those_of_plain_torch(kernels, monkeypatch, shape):
     compare(kernels, monkeypatch, searched(**shape))
+    if not shape:
+        compare(kernels, monkeypatch, searched(), softcap=1.5, transposed=True)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("asking", [torch.float32, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(kernels, monkeypatch, stored, asking):
     compare(kernels, monkeypatch, searched(dtype=stored), asking)
-
-
-def test_scores_can_be_capped(kernels, monkeypatch):
-    compare(kernels, monkeypatch, searched(), softcap=1.5)
-
-
-def test_queries_need_not_be_contiguous(kernels, monkeypatch):
-    compare(kernels, monkeypatch, searched(), transposed=True)
 
 
 @pytest.mark.parametrize("shape", [{"dim": 12}, {"size": 3}, {"dtype": torch.float64}], ids=str)
@@ -141,11 +133,3 @@ def test_where_triton_fails_plain_torch_takes_over(kernels, monkeypatch, caplog)
         assert attention._kernels(torch.zeros(1, device=DEVICE), searched().storage) is None
     assert "Failed to find C compiler" in caplog.text
     kernels._compiles.cache_clear()
-
-
-def test_writing_between_forward_and_backward_is_refused(kernels):
-    retrieved = dataclasses.replace(searched(), live_version=lambda: 2)
-    queries = torch.ones(2, 4, 3, 16, device=DEVICE, requires_grad=True)
-    result = memory_attention(queries, retrieved, scaling=0.4)
-    with pytest.raises(MemoryBankError, match=r"write 1 was read, now it is 2"):
-        result.out.sum().backward()

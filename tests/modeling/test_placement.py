@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
 from longmem.errors import BackboneError
-from longmem.modeling import backbone as backbone_module
+from longmem.modeling import memory_lm
 from longmem.modeling.families import Family
 from longmem.modeling.placement import place_of, quantization
 
@@ -75,7 +75,7 @@ def test_weights_on_disk_are_copied_too(tmp_path: Path) -> None:
 
 
 def spread(family: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> LongMem:
-    monkeypatch.setattr(backbone_module, "fingerprint_of", lambda model, weights=None: "0" * 16)
+    monkeypatch.setattr(memory_lm, "fingerprint_of", lambda model, weights=None: "0" * 16)
     backbone = make_backbone(family)
     parts = Family.of(backbone)
     for module in (*parts.layers[2:], parts.final_norm, backbone.get_output_embeddings()):

@@ -21,8 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.output_capturing import CompileableContextVar
 
 from longmem.modeling.families import Family, find
-from longmem.modeling.fingerprint import fingerprint_of
-from longmem.modeling.placement import mirror_of, place_of
+from longmem.modeling.placement import mirror_of
 from longmem.modeling.probe import QKV, Call
 from longmem.types import AttentionKV
 
@@ -100,24 +99,9 @@ class Backbone(nn.Module):
         self.attach: Callable[[nn.Module, int], None] | None = None
 
     @property
-    def device(self) -> torch.device:
-        """Where its inputs go: the device of its first layer, also where weights are kept elsewhere until needed."""
-        return place_of(self.model)
-
-    @property
     def num_layers(self) -> int:
         """L."""
         return len(self.family.layers)
-
-    @property
-    def kv_heads(self) -> int:
-        """Hkv of one memory layer."""
-        return self.family.kv_heads(self.memory_layers[0])
-
-    @property
-    def head_dim(self) -> int:
-        """D of the memory layers."""
-        return self.family.head_dim(self.memory_layers[0])
 
     def train(self, mode: bool = True) -> Backbone:
         """A frozen backbone stays in eval mode: its dropout would change what memory holds."""
@@ -136,9 +120,7 @@ class Backbone(nn.Module):
                 the family does not know them.
         """
         run = BackboneRun(reading=reading)
-        decoder = find(self.mirror, self.family.decoder_path)
-        with run.active():
-            output = decoder(input_ids=input_ids, **_accepted(decoder, options))
+        output = self._decode(run, input_ids, options)
         run.output = BaseModelOutputWithPast(last_hidden_state=output) if isinstance(output, Tensor) else output
         return run
 
@@ -146,11 +128,14 @@ class Backbone(nn.Module):
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> BackboneRun:
         """Position-free q, k, v of the memory layers for ids (B, T); no layer above the last of them runs."""
         run = BackboneRun(stop_after=self.memory_layers[-1] if self.stops_early else None)
-        decoder = find(self.mirror, self.family.decoder_path)
-        options = _accepted(decoder, {"attention_mask": attention_mask, "use_cache": False, **options})
-        with suppress(_Stop), run.active():
-            decoder(input_ids=input_ids, **options)
+        with suppress(_Stop):
+            self._decode(run, input_ids, {"attention_mask": attention_mask, "use_cache": False, **options})
         return run
+
+    def _decode(self, run: BackboneRun, input_ids: Tensor | None, options: dict[str, Any]) -> Any:
+        decoder = find(self.mirror, self.family.decoder_path)
+        with run.active():
+            return decoder(input_ids=input_ids, **_accepted(decoder, options))
 
     def head(self, hidden: Tensor, run: BackboneRun, **options: Any) -> CausalLMOutputWithPast:
         """The backbone's own way from final states to its output: head, caps, scales, loss.
@@ -180,10 +165,6 @@ class Backbone(nn.Module):
         norm = self.family.final_norm
         # `forward` and not a call: it still is accelerate's, where accelerate fetches the weights
         return hidden if norm is None else cast(Tensor, norm.forward(hidden))
-
-    def fingerprint(self) -> str:
-        """See ``fingerprint_of``."""
-        return fingerprint_of(self.model)
 
     @functools.cached_property
     def mirror(self) -> nn.Module:

@@ -132,7 +132,7 @@ class MemTRM(AugmentedLM):
     def fingerprint(self) -> str:
         """Of the weights that run; in training mode, as they were when it began."""
         if self._trained_since and not self.training:
-            self.config.backbone_fingerprint = self.backbone.fingerprint()
+            self.config.backbone_fingerprint = fingerprint_of(self.backbone.model)
             self._trained_since, self._also_known = False, None
         return super().fingerprint
 

@@ -69,32 +69,22 @@ class MemoryGenerationMixin(GenerationMixin):
             memory_rows = _rows_for(searched, next((len(each) for each in given if each is not None), 1))
         return super().generate(inputs, *args, memory=searched, memory_rows=memory_rows, **kwargs)  # type: ignore[misc]
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
         local_window: LocalWindow | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What the backbone makes of the tokens in the window: families differ in masks and positions."""
         if local_window is not None:
-            input_ids, attention_mask, kwargs["position_ids"], next_sequence_length = local_window.inputs(
-                input_ids, past_key_values, next_sequence_length
-            )
-        prepared = self.backbone.model.prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        return {**prepared, "keep": False}
+            local = local_window.inputs(input_ids, past_key_values, next_sequence_length)
+            input_ids, kwargs["attention_mask"], kwargs["position_ids"], next_sequence_length = local
+        kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
+        prepare = self.backbone.model.prepare_inputs_for_generation
+        return {**prepare(input_ids, next_sequence_length=next_sequence_length, **kwargs), "keep": False}
 
     def _prepare_cache_for_generation(
         self,

@@ -149,12 +149,13 @@ class SideNet(nn.Module):
         # layers run where their sources do; what passes from one to the next has to follow
         self.spread = len({place_of(part) for part in (*family.layers, norm) if part is not None}) > 1
 
-        heads, places = int(family.config.num_attention_heads), [self.layers[i] for i in self.augmented_layers]
+        places = [self.layers[index] for index in self.augmented_layers]
+        heads, dim = int(family.config.num_attention_heads), family.head_dim(backbone.memory_layers[0])
         logits = torch.zeros(len(places) * heads, device=place_of(places[0]))
         self.gates: nn.ModuleList | None = None
         if config.fusion == "token":
             self.register_buffer("memory_gate", logits, persistent=False)
-            self.gates = nn.ModuleList(TokenGate(heads, backbone.head_dim).to(place_of(layer)) for layer in places)
+            self.gates = nn.ModuleList(TokenGate(heads, dim).to(place_of(layer)) for layer in places)
         else:
             self.memory_gate = nn.Parameter(logits)
         for place, (memory_layer, index) in enumerate(zip(backbone.memory_layers, self.augmented_layers, strict=True)):

@@ -19,9 +19,10 @@ from longmem.errors import BackboneError, ConfigError
 from longmem.modeling.backbone import Backbone, BackboneRun
 from longmem.modeling.copying import default_memory_layer
 from longmem.modeling.explain import Explanation
-from longmem.modeling.fingerprint import legacy_fingerprint
+from longmem.modeling.fingerprint import fingerprint_of, legacy_fingerprint
 from longmem.modeling.generating import MemoryGenerationMixin
 from longmem.modeling.loading import Checkpointed
+from longmem.modeling.placement import place_of
 from longmem.modeling.reading import LayerRead, Reading
 from longmem.types import AttentionKV, Memory, RetrievedMemory
 
@@ -84,7 +85,7 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
             raise ConfigError(problems)
         super().__init__(config)
         self.backbone = Backbone(backbone, config.memory_layers, frozen=self.frozen)
-        config.backbone_fingerprint = fingerprint or self.backbone.fingerprint()
+        config.backbone_fingerprint = fingerprint or fingerprint_of(backbone)
         # models with a recurrent state cannot take tokens back: generate refuses what needs that
         self._is_stateful = bool(getattr(backbone, "_is_stateful", False))
         self._also_known: frozenset[str] | None = None
@@ -182,14 +183,14 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
         if fingerprint == self.fingerprint:
             return True
         if self._also_known is None:
-            legacy = legacy_fingerprint(self.backbone.model)
-            self._also_known = frozenset((self.backbone.fingerprint(), legacy))
+            model = self.backbone.model
+            self._also_known = frozenset((fingerprint_of(model), legacy_fingerprint(model)))
         return fingerprint in self._also_known
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
-        return self.backbone.device
+        """Where inputs go: to the first layer, also where weights are kept elsewhere until needed."""
+        return place_of(self.backbone.model)
 
     @property
     def hf_device_map(self) -> dict[str, Any]:
@@ -219,12 +220,12 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
     @property
     def memory_heads(self) -> int:
         """Hkv, key/value heads of one memory layer."""
-        return self.backbone.kv_heads
+        return self.backbone.family.kv_heads(self.memory_layer)
 
     @property
     def memory_head_dim(self) -> int:
         """D of the memory layers."""
-        return self.backbone.head_dim
+        return self.backbone.family.head_dim(self.memory_layer)
 
     @property
     def memory_share(self) -> Tensor:
