@@ -95,19 +95,14 @@ def test_without_memory_only_the_window_counts(model: LongMem) -> None:
     assert on.seen(seen)[1] and not on.seen(Prompt((text(3),), ((5,),)))[1]
 
 
-def test_a_full_context_has_memory_in_front_of_the_context(model: LongMem) -> None:
-    backbone = model.backbone.model
-    memory, context, option = text(30, 1), text(10, 2), text(2, 3)
-    whole = asker(backbone, memory=None, whole=True, window=64)
+def test_a_full_context_has_memory_in_front_and_only_what_memory_can_hold_is_read(model: LongMem) -> None:
+    memory, context, option = text(100, 1), text(10, 2), text(2, 3)
+    whole = asker(model.backbone.model, memory=None, whole=True, window=128)
     (found,) = asked(whole, Prompt((context,), (option,), memory=memory))
     with torch.no_grad():
-        logits = backbone(torch.tensor([[*memory, *context, option[0]]])).logits[0, -2:].log_softmax(-1)
+        logits = model.backbone.model(torch.tensor([[*memory, *context, option[0]]])).logits[0, -2:].log_softmax(-1)
     expected = logits.gather(1, torch.tensor(option)[:, None]).sum().item()
     assert found.scored[0].logprobs[0] == pytest.approx(expected, abs=1e-4)
-
-
-def test_only_what_memory_can_hold_is_read(model: LongMem) -> None:
-    memory, context, option = text(100, 3), text(6, 4), text(1, 5)
     (found,) = asked(asker(model, memory=24), Prompt((context,), (option,), memory=memory))
     assert found.scored[0].logprobs[0] == pytest.approx(by_hand(model, memory, context, option, size=24), abs=1e-4)
 

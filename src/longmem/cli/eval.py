@@ -12,13 +12,9 @@ from longmem.cli.tasks import COMMANDS, MODEL, RUN, load, names, option, save_an
 from longmem.errors import ConfigError
 
 
-@click.group()
+@click.group(commands=COMMANDS)
 def command() -> None:
     """Measure a model on long text."""
-
-
-for _made in COMMANDS:
-    command.add_command(_made)
 
 
 def _protocols(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:

@@ -99,8 +99,8 @@ def save_and_show(result: Any, given: Given) -> None:
             click.echo(f"wrote {written}", err=True)
     if given["as_json"]:
         click.echo(text)
-        return
-    show(tables_of(plain))
+    else:
+        show(tables_of(plain))
 
 
 def show(tables: Sequence[Table]) -> None:

@@ -71,7 +71,6 @@ def test_nothing_is_shown_that_is_empty_there_twice_or_asked(tmp_path: Path) -> 
     assert data.train == (Labelled("same", 0), Labelled("other", 1))
     assert [example.text for example in data.test] == ["asked", "new", "new"]
     assert (data.source["train_left_out"], data.source["test_left_out"]) == (3, 1)
-    assert (data.chance, round(data.majority, 2)) == (50, 66.67)
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

@@ -77,16 +77,6 @@ class IclSet(NamedTuple):
     source: Json
     words: tuple[str, str]
 
-    @property
-    def chance(self) -> float:
-        """Accuracy of guessing, in %."""
-        return 100 / len(self.labels)
-
-    @property
-    def majority(self) -> float:
-        """Accuracy of the most frequent class of the test texts, in %."""
-        return 100 * max(Counter(example.label for example in self.test).values()) / len(self.test)
-
     def asked(self, text: str) -> str:
         """A text, with the space that parts it from the one before, up to where its label begins."""
         return f" {self.words[0]} {text} {self.words[1]}"
@@ -265,7 +255,10 @@ class IclTask(ShotsTask):
                 for system, metrics in means[one.group].items()}}
             for one, said in zip(examples, shots, strict=True) if one.seed == examples[0].seed
         ]  # fmt: skip
-        about = {data.name: {"chance": data.chance, "majority": round(data.majority, 2)} for data in self.sets}
+        about: Json = {}
+        for data in self.sets:
+            largest = max(Counter(example.label for example in data.test).values())
+            about[data.name] = {"chance": 100 / len(data.labels), "majority": round(100 * largest / len(data.test), 2)}
         result["extra"] = {"per_seed": spread, "shots": self.shots_seen(examples, askers), "sets": about}
 
 
