@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measure import made_by
 from longmem import LongMem, MemoryBank
 from longmem.data.text import TextSource, read_documents
 from longmem.errors import CheckpointError, ConfigError
@@ -51,66 +51,57 @@ AXES = {
 }
 """What changes without training, and its name for people."""
 DTYPES = ("float32", "float16", "bfloat16", "int8")
-TRAINED = ("init", "fusion", "final_state", "stride", "chunk_size", "num_retrieved", "memory_size")
-"""Fields of a checkpoint's config by which trained SideNets are told apart, beside their layer."""
+TRAINED = ("init", "fusion", "final_state", "stride", "chunk_size", "num_retrieved", "memory_size", "memory_layers")
+"""Fields of a checkpoint's config by which trained SideNets are told apart."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A system, the value of the axis that it has, and the name of the system that it is compared with."""
+    """A system, the value of the axis that it has, and how it was trained otherwise than the default."""
 
     system: System
     axis: str
     value: str
-    against: str = DEFAULT
     differs: str = ""
 
 
-def around(model: LongMem, size: int) -> dict[str, list[Any]]:
-    """The values that are measured where none are named, the model's own among them."""
-    chunk, found = model.config.chunk_size, model.config.num_retrieved
-    return {
-        "chunk_size": [n for n in (1, 2, 4, 8, 16) if found % n == 0 and size % n == 0],
-        "num_retrieved": [n * chunk for n in (1, 4, 8, 16, 32, 64)],
-        "memory_size": [max(chunk, size // part // chunk * chunk) for part in (64, 16, 8, 4, 2, 1)],
-        "memory_dtype": list(DTYPES),
-        "gate_share": [] if model.config.fusion == "softmax" else [0.0, 0.1, 0.25, 0.5, 0.75, 1.0],
-    }
-
-
 def chosen(named: Sequence[str], model: LongMem, size: int) -> dict[str, list[Any]]:
-    """``chunk_size=1,2`` and ``gate_share``: values by axis.
+    """Values by axis of ``chunk_size=1,2`` and ``gate_share``; the model's own are always among them.
 
     Raises:
         ConfigError: lists every value that breaks a rule.
     """
-    known_values, config, problems = around(model, size), model.config, list[str]()
-    if not named:
-        return known_values
+    config, problems = model.config, list[str]()
+    chunk, retrieved, softmax = config.chunk_size, config.num_retrieved, config.fusion == "softmax"
+    usual: dict[str, list[Any]] = {
+        "chunk_size": [n for n in (1, 2, 4, 8, 16) if retrieved % n == 0 and size % n == 0],
+        "num_retrieved": [n * chunk for n in (1, 4, 8, 16, 32, 64)],
+        "memory_size": [max(chunk, size // part // chunk * chunk) for part in (64, 16, 8, 4, 2, 1)],
+        "memory_dtype": list(DTYPES),
+        "gate_share": [] if softmax else [0.0, 0.1, 0.25, 0.5, 0.75, 1.0],
+    }
+    rules: dict[str, tuple[Any, str]] = {
+        "chunk_size": (lambda n: retrieved % n == 0 == size % n, f"divide K and the memory size ({size})"),
+        "num_retrieved": (lambda n: n > 0 == n % chunk, f"be a multiple of the chunks ({chunk})"),
+        "memory_size": (lambda n: n > 0 == n % chunk, f"be a multiple of the chunks ({chunk})"),
+        "memory_dtype": (lambda word: word in DTYPES, f"be one of {', '.join(DTYPES)}"),
+        "gate_share": (lambda share: 0 <= share <= 1 and not softmax, "be from 0 to 1, of a gate"),
+    }
     found: dict[str, list[Any]] = {}
     for axis, _, values in (one.partition("=") for one in named):
         if axis not in AXES:
             problems.append(f"--of ({axis}) must be one of {', '.join(AXES)}")
             continue
-        kind: Any = float if axis == "gate_share" else str if axis == "memory_dtype" else int
-        found[axis] = [kind(value) for value in values.split(",")] if values else known_values[axis]
+        kind: Any = {"gate_share": float, "memory_dtype": str}.get(axis, int)
+        found[axis] = [kind(value) for value in values.split(",")] if values else usual[axis]
+        fits, said = rules[axis]
+        problems += [f"--of {axis} ({value}) must {said}" for value in found[axis] if not fits(value)]
         own = {"memory_size": size}.get(axis, getattr(config, axis, None))
         if own is not None:
             found[axis] = sorted({*found[axis], own})
-    many = f"be a multiple of the chunks ({config.chunk_size})"
-    rules: dict[str, tuple[Any, str]] = {
-        "chunk_size": (lambda n: config.num_retrieved % n == 0 == size % n, f"divide K and the memory size ({size})"),
-        "num_retrieved": (lambda n: n > 0 == n % config.chunk_size, many),
-        "memory_size": (lambda n: n > 0 == n % config.chunk_size, many),
-        "memory_dtype": (lambda word: word in DTYPES, f"be one of {', '.join(DTYPES)}"),
-        "gate_share": (lambda share: 0 <= share <= 1 and config.fusion != "softmax", "be from 0 to 1, of a gate"),
-    }
-    for name, wanted in found.items():
-        fits, said = rules[name]
-        problems += [f"--of {name} ({value}) must {said}" for value in wanted if not fits(value)]
     if problems:
         raise ConfigError(problems)
-    return found
+    return found or usual
 
 
 def varied(model: LongMem, gate_share: float | None = None, **config: int) -> LongMem:
@@ -146,42 +137,33 @@ class Int8Bank(MemoryBank):
         return torch.cat(parts, dim=2).to(states)
 
 
-class Plan:
+def untrained(model: LongMem, size: int, axes: dict[str, list[Any]]) -> tuple[Comparison, list[Planned]]:
     """Systems that differ from the default in one setting, all on one pass of the backbone."""
-
-    def __init__(self, model: LongMem, size: int) -> None:
-        self.model, self.size, base = model, size, Comparison.of_longmem(model, [size])
-        backbone, off, on = base.systems
-        self.base, self.first = base, [backbone, off, replace(on, name=DEFAULT)]
-        self.planned = [Planned(self.first[2], "", "")]
-        self.kinds: dict[int, tuple[type[MemoryBank], dict[str, Any]]] = {}
-
-    def add(self, axis: str, value: Any) -> None:
-        """One value of one axis; the default's own needs no system of its own."""
+    base = Comparison.of_longmem(model, [size])
+    backbone, off, on = base.systems
+    default = replace(on, name=DEFAULT)
+    own = {"memory_size": size, "memory_dtype": str(model.dtype).removeprefix("torch."), "gate_share": None}
+    planned, kinds = list[Planned](), dict[int, tuple[type[MemoryBank], dict[str, Any]]]()
+    for axis, value in ((axis, value) for axis, values in axes.items() for value in values):
         said = f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        own = {"memory_size": self.size, "memory_dtype": dtype, "gate_share": None}
-        if value == own.get(axis, getattr(self.model.config, axis, None)):
-            self.planned.append(replace(self.planned[0], axis=axis, value=said))
-            return
-        settings = {axis: value} if axis in ("chunk_size", "num_retrieved", "gate_share") else {}
-        model, size = varied(self.model, **settings), value if axis == "memory_size" else self.size
+        if value == own.get(axis, getattr(model.config, axis, None)):  # it needs no system of its own
+            planned.append(Planned(default, axis, said))
+            continue
+        other = varied(model, **({axis: value} if axis in ("chunk_size", "num_retrieved", "gate_share") else {}))
+        remembered = value if axis == "memory_size" else size
         if axis == "memory_dtype":
-            exact = (MemoryBank, {"dtype": getattr(torch, value, None)})
-            self.kinds[id(model)] = (Int8Bank, {}) if value == "int8" else exact
-        identity = self.first[2].identity | {"memory": size, axis: value}
-        system = System(f"{axis}={value}", f"{AXES[axis]}: {said}", identity, model, memory_size=size)
-        self.planned.append(Planned(system, axis, said))
+            kinds[id(other)] = (Int8Bank, {}) if value == "int8" else (MemoryBank, {"dtype": getattr(torch, value)})
+        identity = on.identity | {"memory": remembered, axis: value}
+        system = System(f"{axis}={value}", f"{AXES[axis]}: {said}", identity, other, memory_size=remembered)
+        planned.append(Planned(system, axis, said))
 
-    def make_memory(self, model: Any, rows: int, capacity_tokens: int) -> MemoryBank:
-        kind, settings = self.kinds.get(id(model), (MemoryBank, {}))
-        bank: MemoryBank = kind.for_model(model, rows, capacity_tokens, **settings)
+    def make_memory(reader: Any, rows: int, capacity_tokens: int) -> MemoryBank:
+        kind, settings = kinds.get(id(reader), (MemoryBank, {}))
+        bank: MemoryBank = kind.for_model(reader, rows, capacity_tokens, **settings)
         return bank
 
-    def comparison(self) -> Comparison:
-        """All on one pass."""
-        systems = (*self.first, *(one.system for one in self.planned if one.system.name != DEFAULT))
-        return replace(self.base, systems=systems, make_memory=self.make_memory)
+    systems = (backbone, off, default, *(one.system for one in planned if one.system is not default))
+    return replace(base, systems=systems, make_memory=make_memory), planned
 
 
 def trained(named: Sequence[str], model: LongMem, size: int) -> list[Planned]:
@@ -197,12 +179,15 @@ def trained(named: Sequence[str], model: LongMem, size: int) -> list[Planned]:
         if other.fingerprint != model.fingerprint:
             raise CheckpointError(f"{folder}: its backbone is {other.fingerprint}, the default's {model.fingerprint}")
         system = Comparison.of_longmem(other.to(model.device).eval(), [size]).systems[-1]
-        pairs = {name: (getattr(other.config, name), getattr(model.config, name)) for name in TRAINED}
-        pairs["memory_layers"] = (other.memory_layers, model.memory_layers)
-        differs = ", ".join(f"{name} {mine} (default {its})" for name, (mine, its) in pairs.items() if mine != its)
+        mine, its = (_config(each) for each in (other, model))
+        differs = ", ".join(f"{name} {mine[name]} (default {its[name]})" for name in TRAINED if mine[name] != its[name])
         axis = axis or "other SideNets"
-        found.append(Planned(replace(system, name=f"{axis}={label}"), axis, label, differs=differs))
+        found.append(Planned(replace(system, name=f"{axis}={label}"), axis, label, differs))
     return found
+
+
+def _config(model: LongMem) -> dict[str, Any]:
+    return {name: getattr(model.config, name) for name in TRAINED} | {"memory_layers": model.memory_layers}
 
 
 def ablate(
@@ -219,23 +204,19 @@ def ablate(
     config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure every value of every axis on every document: the JSON of ``ablate.json``."""
-    began, size = time.monotonic(), memory_size or model.config.memory_size
-    axes, plan, ledger = chosen(of, model, size), Plan(model, size), Ledger(records)
-    for axis, values in axes.items():
-        for value in values:
-            plan.add(axis, value)
+    began, size, ledger = time.monotonic(), memory_size or model.config.memory_size, Ledger(records)
+    comparison, planned = untrained(model, size, chosen(of, model, size))
     others = trained(also, model, size)
-    planned = [*plan.planned, *others]
-    comparisons = [plan.comparison()]
+    planned += others
     # each by itself: another memory layer has keys and values of its own
-    comparisons += [replace(Comparison.of_longmem(one.system.reader, [size]), systems=(one.system,)) for one in others]  # type: ignore[arg-type]
-    pairs = {one.system.name: one.against for one in planned} | {BACKBONE: DEFAULT, MEMORY_OFF: DEFAULT}
-    scored: dict[str, dict[str, Any]] = {name: {} for name in pairs}
+    apart = [replace(Comparison.of_longmem(one.system.reader, [size]), systems=(one.system,)) for one in others]
+    names = dict.fromkeys([BACKBONE, MEMORY_OFF, DEFAULT, *(one.system.name for one in planned)])
+    scored: dict[str, dict[str, Any]] = {name: {} for name in names}
     for protocol in settings.protocols:
         table: dict[str, list[dict[str, Any]]] = {}
-        for comparison in comparisons:
-            table |= measure(comparison, documents, settings, protocol, ledger, device=device)
-        found = scores("all", documents, table, list(pairs.items()), settings)
+        for some in (comparison, *apart):
+            table |= measure(some, documents, settings, protocol, ledger, device=device)
+        found = scores("all", documents, table, [(name, DEFAULT) for name in names], settings)
         perplexities = {one["system"]: one["perplexity"] for one in found["systems"]}
         for gap in as_json(found["differences"]):
             kept = {name: gap[name] for name in ("percent", "documents", "blocks")}
@@ -244,35 +225,29 @@ def ablate(
         task="ablate",
         command=command,
         config=asdict(settings) | {"memory_size": size, "of": list(of), "also": list(also)} | (config or {}),
-        models={one.system.name: one.system.identity for one in planned},
+        models={system.name: system.identity for each in (comparison, *apart) for system in each.systems},
         samples={"documents": len(documents), "tokens": sum(document.scored for document in documents)},
         seeds=[settings.bootstrap.seed],
         seconds=round(time.monotonic() - began, 1),
     )
-    default = {name: getattr(model.config, name) for name in TRAINED} | {"memory_layers": list(model.memory_layers)}
     return {
         "header": asdict(header),
-        "default": default | {"memory_size": size, "gate_share": model.memory_share.tolist()},
+        "default": _config(model) | {"memory_size": size, "gate_share": model.memory_share.tolist()},
         "protocols": {
             name: {"protocol": name, "window": settings.window, "stride": settings.stride_of(name)}
             for name in settings.protocols
         },
         "without": {name: scored[name] for name in (BACKBONE, MEMORY_OFF)},
-        "axes": [_axis(name, planned, scored) for name in dict.fromkeys(one.axis for one in planned if one.axis)],
-        "left_out": {axis: "no value of it fits the others" for axis, values in axes.items() if not values},
+        "axes": [_axis(name, planned, scored) for name in dict.fromkeys(one.axis for one in planned)],
     }
 
 
 def _axis(name: str, planned: Sequence[Planned], scored: dict[str, dict[str, Any]]) -> dict[str, Any]:
     mine = [one for one in planned if one.axis == name]
     values = [
-        {
-            "value": one.value,
-            "default": one.system.name == DEFAULT,
-            "scores": scored[one.system.name],
-            "differs": one.differs,
-        }
+        {"value": one.value, "default": of == DEFAULT, "scores": scored[of], "differs": one.differs}
         for one in mine
+        if (of := one.system.name)
     ]
     if not any(value["default"] for value in values):
         own = "as trained" if name == "gate_share" else DEFAULT
@@ -309,7 +284,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         rows=given.rows,
         bootstrap=Bootstrap(resamples=given.resamples),
     )
-    shown = " ".join(sys.argv[1:] if arguments is None else arguments)
     result = ablate(
         loaded.comparison.main,
         tokenize_documents(texts, tokenizer, max_tokens=given.max_tokens),
@@ -319,7 +293,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         memory_size=given.memory_size,
         device=given.device,
         records=given.out / "records.jsonl",
-        command=f"python -m benchmarks.ablation {shown}",
+        command=made_by("ablation", arguments)["command"],
         config={"model": loaded.model, "data": given.data, "max_tokens": given.max_tokens},
     )
     write_json(given.out / "ablate.json", result)

@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
+from benchmarks.measure import made_by
 from longmem import LongMem
 from longmem.errors import ConfigError
 from longmem.evaluation.loading import checked_device, load_comparison
@@ -74,7 +75,7 @@ class Settings:
     new_tokens: int = 32
     repeats: int = 3
     budget: float = 600.0
-    systems: tuple[str, ...] = (LONGMEM, FULL, WINDOWED)
+    systems: Sequence[str] = (LONGMEM, FULL, WINDOWED)
     memory: bool = True
     device: str = "cpu"
     dtype: str = "auto"
@@ -245,27 +246,24 @@ def peak(model: LongMem, system: str, context: int, settings: Settings) -> dict[
 
 
 def child() -> None:
-    """Job in, peak out, as JSON: a fresh process, whose high-water mark is that of one run."""
+    """Job in, peak out, as JSON: a fresh process, whose high-water mark is that of one run (Linux)."""
     job = json.load(sys.stdin)
     torch.set_num_threads(job["threads"])
     settings = Settings(**job["settings"])
     model = load(settings)
-    run(
-        model, job["system"], min(job["context"], 2 * model.config.chunk_size), settings
-    )  # libraries load what they need
+    # libraries load what they need
+    run(model, job["system"], min(job["context"], 2 * model.config.chunk_size), settings)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the mark begins anew: loading takes more than having
-    before, _ = resident()
+    before = _resident("VmRSS")
     run(model, job["system"], job["context"], settings)
-    _, most = resident()
+    most = max(_resident("VmRSS"), _resident("VmHWM"))
     print(json.dumps({"total": most, "beyond": most - before}))
 
 
-def resident() -> tuple[int, int]:
-    """Bytes of this process in RAM now, and the most since ``clear_refs`` (Linux)."""
+def _resident(name: str) -> int:
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    now, most = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-    return now, max(now, most)
+    return int(lines[name].split()[0]) * 1024
 
 
 def efficiency(settings: Settings, command: str = "") -> dict[str, Any]:
@@ -281,18 +279,17 @@ def efficiency(settings: Settings, command: str = "") -> dict[str, Any]:
     for number, context in enumerate(track(contexts, "measuring", len(contexts), "contexts")):
         asked = []
         for system in settings.systems:
-            reason = None
+            last, seconds = before.get(system, (context, 0.0))
+            # attention over all grows with the square of the context, the others with it
+            expected = seconds * (context / last) ** (2 if system == FULL else 1)
             if system == FULL and limit is not None and context + settings.new_tokens > limit:
                 reason = f"the backbone's positions end at {limit:,}"
-            elif system in before:
-                # attention over all grows with the square of the context, the others with it
-                growth = (context / before[system][0]) ** (2 if system == FULL else 1)
-                if before[system][1] * growth > settings.budget:
-                    reason = f"one run would take about {before[system][1] * growth:,.0f} s, more than --budget allows"
-            if reason is None:
-                asked.append(system)
+            elif expected > settings.budget:
+                reason = f"one run would take about {expected:,.0f} s, more than --budget allows"
             else:
-                left_out.append({"system": system, "context": context, "reason": reason})
+                asked.append(system)
+                continue
+            left_out.append({"system": system, "context": context, "reason": reason})
         rounds = _rounds(model, asked, context, settings, warm=number == 0)
         peaks: dict[str, Any] = {}
         for system, lines in rounds.items():
@@ -310,26 +307,21 @@ def efficiency(settings: Settings, command: str = "") -> dict[str, Any]:
                 "per_token": spread([one.each(move) / other.each(move) for one, other in pairs]),
                 "peak": known[0]["beyond"] / known[1]["beyond"] if len(known) == 2 and known[1]["beyond"] > 0 else None,
             })  # fmt: skip
+    described = {
+        "class": type(backbone).__name__,
+        "parameters": backbone.num_parameters(),
+        "hidden_size": text.hidden_size,
+        "layers": text.num_hidden_layers,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "positions": limit,
+    }
+    own = {"parameters": model.num_parameters(), "memory_layers": list(model.memory_layers)}
+    own |= {name: getattr(model.config, name) for name in ("chunk_size", "num_retrieved")}
     header = RunHeader(
         task="efficiency",
         command=command,
         config=asdict(settings),
-        models={
-            "backbone": {
-                "class": type(backbone).__name__,
-                "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
-                "hidden_size": text.hidden_size,
-                "layers": text.num_hidden_layers,
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "positions": limit,
-            },
-            "longmem": {
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "memory_layers": list(model.memory_layers),
-                "chunk_size": model.config.chunk_size,
-                "num_retrieved": model.config.num_retrieved,
-            },
-        },
+        models={"backbone": described, "longmem": own},
         samples={"contexts": len(contexts), "rounds": settings.repeats, "new_tokens": settings.new_tokens},
         seeds=[settings.seed],
         seconds=round(time.monotonic() - began, 1),
@@ -389,37 +381,28 @@ def spread(values: Sequence[float]) -> Spread:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, keep the JSON and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usual = Settings()
     parser.add_argument("--model", default="", help="LongMem checkpoint or run folder")
     parser.add_argument("--random", help=f"in place of --model, e.g. hidden=512,layers=12; of {', '.join(SHAPE)}")
-    parser.add_argument("--contexts", default="1024,2048,4096,8192,16384,32768,65536")
-    parser.add_argument("--window", type=int, default=0)
-    parser.add_argument("--memory-size", type=int, default=0)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds for the rounds of one context")
-    parser.add_argument("--systems", default=",".join(LABELS))
+    parser.add_argument("--contexts", default=",".join(map(str, usual.contexts)))
+    parser.add_argument("--systems", default=",".join(usual.systems))
+    for name in ("window", "memory_size", "new_tokens", "repeats", "budget", "device", "dtype", "seed"):
+        default = getattr(usual, name)
+        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/efficiency"))
-    given = parser.parse_args(arguments)
-    parts = [part.partition("=") for part in (given.random or "").split(",") if part]
+    given = vars(parser.parse_args(arguments))
+    shape, out = given.pop("random"), given.pop("out")
+    parts = [part.partition("=") for part in (shape or "").split(",") if part]
+    given["contexts"], given["systems"] = tuple(map(int, given["contexts"].split(","))), given["systems"].split(",")
     wrong = [name for name, _, value in parts if name not in SHAPE or not value.isdecimal()]
-    wrong += [name for name in given.systems.split(",") if name not in LABELS]
+    wrong += [name for name in given["systems"] if name not in LABELS]
     if wrong:
         parser.error(f"{', '.join(wrong)}: shapes are NAME=NUMBER of {', '.join(SHAPE)}, systems {', '.join(LABELS)}")
-    names = ("model", "window", "memory_size", "new_tokens", "repeats", "budget", "device", "dtype", "seed")
-    settings = Settings(
-        **{name: getattr(given, name) for name in names},
-        shape={name: int(value) for name, _, value in parts} if given.random is not None else None,
-        contexts=tuple(map(int, given.contexts.split(","))),
-        systems=tuple(given.systems.split(",")),
-        memory=not given.no_memory,
-    )
-    shown = " ".join(sys.argv[1:] if arguments is None else arguments)
-    result = efficiency(settings, f"python -m benchmarks.efficiency {shown}")
-    write_json(given.out / "efficiency.json", result)
+    made = None if shape is None else {name: int(value) for name, _, value in parts}
+    settings = Settings(shape=made, memory=not given.pop("no_memory"), **given)
+    result = efficiency(settings, made_by("efficiency", arguments)["command"])
+    write_json(out / "efficiency.json", result)
     for table in tables_of(json.loads(to_json(result))):
         print(plain(table, 120))
     for absent in result["left_out"]:

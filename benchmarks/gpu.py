@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measure import interleaved, spread, surroundings
+from benchmarks.measure import Run, interleaved, made_by, spread
 from longmem import LongMem, MemoryBank, MemoryStore, MemTRM, TrainingFree
+from longmem.evaluation.results import write_json
 
 KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "LongMem, gate": (LongMem, {}),
@@ -91,6 +91,13 @@ def same(kind: str, device: torch.device) -> dict[str, Any]:
     }
 
 
+def milliseconds(runs: dict[str, Run], repeats: int) -> dict[str, dict[str, float]]:
+    """Median, least and most of each run."""
+    taken = interleaved(runs, repeats, warmup=2)
+    spreads = {name: spread([each["total"] for each in some]) for name, some in taken.items()}
+    return {name: {k: round(1e3 * v, 2) for k, v in found.items()} for name, found in spreads.items()}
+
+
 def timings(backbone: Any, device: torch.device, repeats: int) -> dict[str, Any]:
     """Milliseconds of one segment of 1,024 tokens, 8 rows, and of a decoded token, by tokens of memory."""
     settings: dict[str, Any] = {"memory_layers": (18, 20, 23), "fusion": "token"}
@@ -115,11 +122,7 @@ def timings(backbone: Any, device: torch.device, repeats: int) -> dict[str, Any]
                     reader(ids[:1, :1], memory=bank, memory_rows=first, use_cache=False).logits
                 ),
             }
-            taken = interleaved(runs, repeats, warmup=2)
-            found[str(tokens)] = {
-                name: {k: round(1e3 * v, 2) for k, v in spread([each["total"] for each in some]).items()}
-                for name, some in taken.items()
-            }
+            found[str(tokens)] = milliseconds(runs, repeats)
             del bank
         bank = MemoryBank.for_model(reader, rows=1, capacity_tokens=1 << 20)
         for _ in range((1 << 20) // 8192):
@@ -129,48 +132,7 @@ def timings(backbone: Any, device: torch.device, repeats: int) -> dict[str, Any]
             "calibrated": lambda: reader(ids[:1], memory=bank, use_cache=False).logits,
             "calibrated_token": lambda: reader(ids[:1, :1], memory=bank, use_cache=False).logits,
         }
-        taken = interleaved(runs, repeats, warmup=2)
-        found["1048576, one row"] = {
-            name: {k: round(1e3 * v, 2) for k, v in spread([each["total"] for each in some]).items()}
-            for name, some in taken.items()
-        }
-    return found
-
-
-def kernels(device: torch.device, repeats: int) -> dict[str, Any]:
-    """Fused kernels of memory attention against plain torch: largest differences, and milliseconds of both."""
-    from longmem.modeling import memory_attention_triton as fused
-    from longmem.modeling.attention import memory_attention
-    from longmem.types import AttentionKV
-
-    found: dict[str, Any] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.manual_seed(3)
-        bank = MemoryBank(8, 16384, 3, 64, dtype=dtype, device=device)
-        bank.add(AttentionKV(*(torch.randn(8, 3, 16381, 64, device=device, dtype=dtype) for _ in range(2))))
-        bank.end_document()
-        queries = torch.randn(8, 9, 1024, 64, device=device, dtype=dtype, requires_grad=True)
-        retrieved = bank.search(queries, 16)
-        weights = torch.randn(8, 9, 1024, 64, device=device, dtype=dtype)
-
-        def both() -> tuple[torch.Tensor, ...]:
-            read = memory_attention(queries, retrieved, scaling=0.125)  # noqa: B023
-            (grad,) = torch.autograd.grad((read.out * weights).sum() + read.lse.sum(), queries)  # noqa: B023
-            return read.out.float(), read.lse, grad.float()
-
-        def switched(on: bool) -> Any:
-            fused.ENABLED = on
-            return both()
-
-        pairs = zip(switched(True), switched(False), strict=True)
-        taken = interleaved(
-            {"fused": lambda: switched(True) and None, "plain": lambda: switched(False) and None}, repeats
-        )
-        found[str(dtype)] = {
-            "differences of output, log-sum-exp, gradient": [(a - b).abs().max().item() for a, b in pairs],
-            **{f"{name}, ms": 1e3 * spread([r["total"] for r in some])["median"] for name, some in taken.items()},
-        }
-    fused.ENABLED = True
+        found["1048576, one row"] = milliseconds(runs, repeats)
     return found
 
 
@@ -182,17 +144,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     device = torch.device(given.device)
-    report: dict[str, Any] = {
-        "command": "python -m benchmarks.gpu " + " ".join(sys.argv[1:]),
-        "surroundings": surroundings(device),
-        "correct": {},
-    }
+    report = made_by("gpu", None, given.device) | {"correct": {}}
     torch.backends.cuda.matmul.allow_tf32 = False
     for kind in KINDS:
         report["correct"][kind] = same(kind, device)
         print(kind, report["correct"][kind], flush=True)
-    report["kernels"] = kernels(device, given.repeats)
-    print(json.dumps(report["kernels"], indent=1), flush=True)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if given.model:
         backbone = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype)
@@ -201,7 +157,7 @@ def main() -> None:
     report["milliseconds"] = timings(backbone.to(device).eval(), device, given.repeats)
     print(json.dumps(report["milliseconds"], indent=1), flush=True)
     if given.out:
-        given.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(given.out, report)
 
 
 if __name__ == "__main__":

@@ -13,16 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from tests.conftest import make_byte_tokenizer
 from tests.server.test_process import Process, many_users, tiny_pair
 
-from benchmarks.measure import surroundings
+from benchmarks.measure import made_by
 from longmem.evaluation.results import write_json
 
 
@@ -39,11 +37,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             found = many_users(process, given.clients, given.seconds, (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL))
         finally:
             process.close()
-    result = {
-        "command": " ".join(["python -m benchmarks.isolation", *(sys.argv[1:] if arguments is None else arguments)]),
-        "surroundings": surroundings(torch.device("cpu")),
-        **found,
-    }
+    result = made_by("isolation", arguments) | found
     write_json(given.out, result)
     print(json.dumps(found, indent=1))
     return result

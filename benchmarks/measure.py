@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
@@ -79,42 +79,23 @@ def peak_bytes(run: Run, *, warm: bool = True) -> int:
     return peak
 
 
-class Version:
-    """A version of the library in a process of its own, which answers each line of JSON with one."""
-
-    def __init__(self, source: Path, module: str, *arguments: str) -> None:
-        paths = os.pathsep.join([str(source.resolve()), str(Path(__file__).parents[1])])
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments], env={**os.environ, "PYTHONPATH": paths},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def __call__(self, command: str, **given: Any) -> dict[str, float]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps([command, given]) + "\n")
-        self._process.stdin.flush()
-        answer: dict[str, float] = json.loads(self._process.stdout.readline())
-        return answer
-
-    def end(self) -> None:
-        """End the process."""
-        self._process.communicate()
-
-
-def surroundings(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on."""
-    import transformers
-
+def made_by(module: str, arguments: Sequence[str] | None, device: str = "cpu") -> dict[str, Any]:
+    """The beginning of a result: the command as it was typed, and what its numbers depend on."""
+    typed = sys.argv[1:] if arguments is None else arguments
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "commit": _commit(),
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": [round(each, 1) for each in os.getloadavg()],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "command": " ".join([f"python -m benchmarks.{module}", *typed]),
+        "surroundings": {
+            "date": time.strftime("%Y-%m-%d %H:%M"),
+            "commit": commit.stdout.strip() or None,
+            "machine": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "load_average": [round(each, 1) for each in os.getloadavg()],
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
 
 
@@ -124,16 +105,6 @@ def _wait() -> None:
 
 
 def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    try:
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

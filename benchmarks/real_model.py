@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import gzip
 import json
 import math
 import multiprocessing
@@ -35,7 +34,7 @@ import numpy as np
 
 SETS = ("books", "latex", "python")
 ICL = ("sst2", "mr", "subj", "sst5", "mpqa")
-RETRIEVED, PASSAGE, QUERY = 256, 128, 64  # tokens: of the window, of a passage that leaves it, of a query
+RETRIEVED, PASSAGE, QUERY, STRIDE = 256, 128, 64, 256  # tokens: of the window, of a passage, of a query, of a move
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,8 @@ def jobs(given: argparse.Namespace) -> list[Job]:
             5,
             "--no-bleu",
         ]
-        few = ["--conversations", 1] if given.size == "tiny" else []
-        add(3, f"locomo-{name}", "dialogue", *known, *some, *spoken, *few, "--new-tokens", 24, "--batch", 16)
+        spoken += ["--no-bleu", "--new-tokens", 24, *(["--conversations", 1] if given.size == "tiny" else [])]
+        add(3, f"locomo-{name}", "dialogue", *known, *some, *spoken, "--batch", 16)
         asked = ["--train", data / "squad-train.json", "--data", data / "squad-dev.json", "--local-shots", 2]
         asked += ["--memory-shots", f"0,{min(100, size.shots)}", "--limit", size.questions, "--batch", 16]
         add(5, f"squad-{name}", "squad", *known, *some, *asked)
@@ -278,28 +277,27 @@ def retrieved(arguments: list[str], folder: Path) -> None:
     most = tokens_of(given.max_tokens)
     found = []
     for document in tokenize_documents(texts, tokenizer, max_tokens=most):
-        ids, sums = document.ids.tolist(), {}
-        for stride in (256,):
-            held: dict[str, str] = {}
-            recall, rows = Recall(PlainTexts(held), ""), dict[str, list[tuple[list[int], int]]]()
-            for start in range(0, len(ids) - 1, stride):
-                end = min(start + stride, len(ids) - 1)
-                scored, reach = end - start, max(0, end - 1024)
-                rows.setdefault(f"window, stride {stride}", []).append((ids[reach : end + 1], scored))
-                near = max(0, end - (1024 - RETRIEVED))
-                while (len(held) + 1) * PASSAGE <= near:
-                    held[str(len(held))] = tokenizer.decode(ids[len(held) * PASSAGE : (len(held) + 1) * PASSAGE])
-                passages: list[int] = []
-                if held:
-                    for passage in recall.search(tokenizer.decode(ids[max(0, start - QUERY) : start + 1]), 12):
-                        more = tokenizer(passage.text + "\n", add_special_tokens=False)["input_ids"]
-                        if len(passages) + len(more) <= RETRIEVED:
-                            passages = more + passages
-                # the first windows need no retrieval: all of the text is in them
-                local = (ids[near : end + 1] if near else ids[: end + 1]) if passages else ids[reach : end + 1]
-                rows.setdefault(f"bm25, stride {stride}", []).append((passages + local, scored))
-            for name, windows in rows.items():
-                sums[name] = sum(nats(model, windows[n : n + given.batch]) for n in range(0, len(windows), given.batch))
+        ids, held = document.ids.tolist(), dict[str, str]()
+        recall, rows = Recall(PlainTexts(held), ""), dict[str, list[tuple[list[int], int]]]()
+        for start in range(0, len(ids) - 1, STRIDE):
+            end = min(start + STRIDE, len(ids) - 1)
+            scored, reach, near = end - start, max(0, end - 1024), max(0, end - (1024 - RETRIEVED))
+            rows.setdefault(f"window, stride {STRIDE}", []).append((ids[reach : end + 1], scored))
+            while (len(held) + 1) * PASSAGE <= near:
+                held[str(len(held))] = tokenizer.decode(ids[len(held) * PASSAGE : (len(held) + 1) * PASSAGE])
+            passages: list[int] = []
+            query = tokenizer.decode(ids[max(0, start - QUERY) : start + 1])
+            for passage in recall.search(query, 12) if held else ():
+                more = tokenizer(passage.text + "\n", add_special_tokens=False)["input_ids"]
+                if len(passages) + len(more) <= RETRIEVED:
+                    passages = more + passages
+            # the first windows need no retrieval: all of the text is in them
+            local = ids[near if passages else reach : end + 1]
+            rows.setdefault(f"bm25, stride {STRIDE}", []).append((passages + local, scored))
+        sums = {
+            name: sum(nats(model, windows[n : n + given.batch]) for n in range(0, len(windows), given.batch))
+            for name, windows in rows.items()
+        }
         found.append({"id": document.id, "tokens": document.scored, "nll": {"sliding": sums}})
         print(document.id, {name: round(math.exp(value / document.scored), 3) for name, value in sums.items()})
     header = {"task": "bm25", "command": "bm25 " + " ".join(arguments)}
@@ -327,26 +325,9 @@ def nats(model: Any, windows: list[tuple[list[int], int]]) -> float:
 
 
 def table(given: argparse.Namespace) -> None:
-    """All results of a folder as Markdown: perplexity against the backbone's window of 1,024, then every task."""
-    results = {}
-    for path in sorted(Path(given.out).glob("*/*.json")):
-        results[path.parent.name] = json.loads(path.read_text())
-    lines = [*perplexities(results), ""]
-    rows: dict[str, list[str]] = {}
-    for name, result in results.items():
-        for group in result.get("groups", ()):
-            for score in group["scores"]:
-                interval = score["interval"]
-                spread = f" [{interval['low']:.1f}, {interval['high']:.1f}]" if interval else ""
-                value = f"{score['metric']} {score['value']:.2f}{spread}"
-                key = f"| {name} | {group['group']} ({group['examples']}) | {score['system']} |"
-                rows.setdefault(key, []).append(value)
-    lines += [
-        "| job | group | system | |",
-        "|---|---|---|---|",
-        *(f"{key} {'; '.join(v)} |" for key, v in rows.items()),
-    ]
-    text = "\n".join(lines) + "\n"
+    """Perplexity against the backbone's window of 1,024, as Markdown; ``longmem report OUT`` has every task."""
+    results = {path.parent.name: json.loads(path.read_text()) for path in sorted(Path(given.out).glob("*/*.json"))}
+    text = "\n".join(perplexities(results)) + "\n"
     (Path(given.out) / "table.md").write_text(text, encoding="utf-8")
     print(text, flush=True)
 
@@ -450,16 +431,8 @@ def pack(given: argparse.Namespace) -> None:
     shutil.move(made, data / "chapterbreak.json")
     shutil.rmtree(data / "chapterbreak")
     files = [path for path in data.rglob("*") if path.is_file()]
-    size, small = (sum(map(measure, files)) / 2**20 for measure in (_bytes, _gzipped))
-    print(f"{len(files)} files, {size:.1f} MiB, {small:.1f} MiB compressed, in {data}")
-
-
-def _bytes(path: Path) -> int:
-    return path.stat().st_size
-
-
-def _gzipped(path: Path) -> int:
-    return len(gzip.compress(path.read_bytes(), 1))
+    size = sum(path.stat().st_size for path in files) / 2**20
+    print(f"{len(files)} files, {size:.1f} MiB, in {data}")
 
 
 def main(arguments: list[str] | None = None) -> None:

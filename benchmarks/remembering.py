@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import random
 import signal
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +32,7 @@ from typing import Any
 import torch
 from tests.server.test_process import Process
 
-from benchmarks.measure import surroundings
+from benchmarks.measure import made_by
 from longmem import LongMem, MemoryStore, TrainingFree
 from longmem.chat import chat_prompt, keep
 from longmem.data.tokens import load_tokenizer
@@ -150,13 +149,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     given = parser.parse_args(arguments)
     out = given.out or Path(f"results/smollm2/remembering{'-server' if given.server else ''}.json")
     right, asked = through_server(given) if given.server else directly(given)
-    result = {
-        "command": " ".join(["python -m benchmarks.remembering", *(sys.argv[1:] if arguments is None else arguments)]),
-        "surroundings": surroundings(torch.device("cpu")),
-        "facts": len(asked),
-        "right": right,
-        "asked": asked,
-    }
+    result = made_by("remembering", arguments) | {"facts": len(asked), "right": right, "asked": asked}
     write_json(out, result)
     print(f"of {len(asked)} facts: " + ", ".join(f"{way} {count}" for way, count in right.items()))
     return result

@@ -9,11 +9,9 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import os
 import resource
 import socket
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -25,7 +23,7 @@ import torch
 import uvicorn
 from tests.conftest import make_byte_tokenizer
 
-from benchmarks.measure import surroundings
+from benchmarks.measure import made_by
 from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemoryStore
 from longmem.evaluation.results import write_json
 from longmem.server.app import create_app
@@ -67,12 +65,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         found = _measure(url, given, looked)
         server.should_exit = True
         thread.join()
-    result = {
-        "command": " ".join(["python -m benchmarks.server", *(sys.argv[1:] if arguments is None else arguments)]),
-        "surroundings": surroundings(torch.device("cpu")),
-        "load_average": os.getloadavg()[0],
-        **found,
-    }
+    result = made_by("server", arguments) | found
     write_json(given.out, result)
     print(json.dumps(found, indent=1))
     return result

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.measure import surroundings
+from benchmarks.measure import made_by
 from longmem.evaluation.results import write_json
 
 
@@ -51,11 +48,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     named = dict(each.partition("=")[::2] for each in given.runs)
     if unnamed := [name for name, folder in named.items() if not folder]:
         parser.error(f"{', '.join(unnamed)}: no NAME=RUN_FOLDER; write small-sidenet=runs/small-sidenet")
-    result: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.training", *(sys.argv[1:] if arguments is None else arguments)]),
-        "surroundings": surroundings(torch.device("cpu")),
-        "trainings": {name: run_of(Path(folder)) for name, folder in named.items()},
-    }
+    result = made_by("training", arguments)
+    result["trainings"] = {name: run_of(Path(folder)) for name, folder in named.items()}
     for name, run in result["trainings"].items():
         print(f"{name:>16}: {run['steps']:,} steps, {run['tokens']:,} tokens, {run['seconds'] / 60:.0f} min")
     write_json(given.out, result)

@@ -3,44 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from benchmarks.ablation import ablate, main, varied
+from tests.evaluation.pairs import SETTINGS as BOTH
+from tests.evaluation.pairs import TEXT, TOKENIZER, backbone, disturbed, documents
 
-from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, CheckpointError, ConfigError, LongMem
-from longmem.data.text import Document
-from longmem.data.tokens import train_tokenizer
-from longmem.evaluation.loading import TokenizedDocument, tokenize_documents
-from longmem.evaluation.perplexity import PerplexitySettings, perplexity
-from longmem.evaluation.results import Bootstrap
+from longmem import CheckpointError, ConfigError, LongMem
+from longmem.evaluation.loading import TokenizedDocument
+from longmem.evaluation.perplexity import perplexity
 from longmem.evaluation.systems import Comparison
 
-TEXT = "Words of a small text, and more words of it; then the same words again. "
-TOKENIZER = train_tokenizer([TEXT], 290)
-SETTINGS = PerplexitySettings(window=16, protocols=("sliding",), rows=2, block=32, bootstrap=Bootstrap(resamples=50))
+SETTINGS = replace(BOTH, protocols=("sliding",))
 SHAPE: dict[str, Any] = {"chunk_size": 4, "num_retrieved": 8, "memory_size": 64}
 
 
 def longmem(seed: int = 0, **settings: Any) -> LongMem:
-    """Disturbed, so that it stands for a trained model; the same weights under other settings."""
-    torch.manual_seed(seed)
-    config = AlibiGPTConfig(
-        vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=16, initializer_range=0.3,
-    )  # fmt: skip
-    model = LongMem.from_backbone(AlibiGPTForCausalLM(config).eval(), **{**SHAPE, **settings})
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.trainable_parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return model.eval()
-
-
-def documents(*repeats: int) -> list[TokenizedDocument]:
-    return tokenize_documents([Document(f"{i}.txt", f"{i} " + TEXT * n, "") for i, n in enumerate(repeats)], TOKENIZER)
+    """The same weights under other settings."""
+    made: LongMem = disturbed(LongMem.from_backbone(backbone(seed), **SHAPE | settings))
+    return made
 
 
 def score(result: dict[str, Any], axis: str, value: str) -> float:

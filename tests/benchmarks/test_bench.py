@@ -1,29 +1,26 @@
-"""The bench compares like with like, and runs."""
+"""The benches compare like with like, run, and keep their numbers."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import pytest
 import torch
 from benchmarks.measure import interleaved, peak_bytes
 from benchmarks.released import ReleasedMemory, ReleasedStep
+from benchmarks.training import main as collect
 from tests.parity.released import ReleasedBank
 
-from benchmarks import bench, retrieval, step
-from longmem.modeling.longmem import LongMem
+from benchmarks import bench, store
 
 
-def model() -> LongMem:
+def test_the_released_way_and_ours_compute_the_same_logits_through_evictions() -> None:
     shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 96}
-    made = step.make_model(shape, memory_layer=2).eval()
+    made = bench.make_model(shape, memory_layer=2).eval()
     with torch.no_grad():
         for parameter in made.trainable_parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    return made
-
-
-def test_the_released_way_and_ours_compute_the_same_logits_through_evictions():
-    made = model()
     bank = ReleasedBank(2, 256, 4, 8, 4)
     theirs = ReleasedMemory(256, 4, 8, 4)
     draw = torch.Generator().manual_seed(1)
@@ -38,22 +35,12 @@ def test_the_released_way_and_ours_compute_the_same_logits_through_evictions():
         assert theirs.fill == int(bank.chunks[0])
 
 
-def test_both_ways_of_retrieval_have_the_same_gradient():
-    bank = retrieval.filled_bank(64, 2, 2, 8)
-    queries = torch.randn(2, 2, 5, 8)
-    torch.testing.assert_close(
-        retrieval.blockwise(bank, queries, 3), retrieval.materialised(bank, queries, 3), atol=1e-5, rtol=1e-4
-    )
-
-
-def test_runs_are_taken_in_turn():
+def test_runs_are_taken_in_turn_and_a_peak_counts_what_is_held_at_a_time() -> None:
     order: list[str] = []
     taken = interleaved({name: (lambda name=name: order.append(name)) for name in "ab"}, repeats=2, warmup=1)
     assert order == ["a", "b"] * 3
     assert [len(rounds) for rounds in taken.values()] == [2, 2]
 
-
-def test_peak_counts_what_is_held_at_a_time():
     def twice_a_mebibyte_in_turn() -> None:
         for _ in range(2):
             torch.zeros(1 << 18)
@@ -61,14 +48,35 @@ def test_peak_counts_what_is_held_at_a_time():
     assert 1 << 20 <= peak_bytes(twice_a_mebibyte_in_turn) < 2 << 20
 
 
-def test_the_bench_runs_and_keeps_its_numbers(tmp_path, capsys):
+def test_the_bench_runs_and_keeps_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "bench.json"
-    shape = dict(step.SHAPE)
-    try:
-        bench.main(["--quick", "--out", str(out)])
-    finally:
-        step.SHAPE.update(shape)
+    bench.main(["--quick", "--out", str(out)])
     kept = json.loads(out.read_text())
     assert kept["command"] == f"python -m benchmarks.bench --quick --out {out}"
     assert set(kept["step"]["released_over_ours"]) == {"1024", "2048"}
     assert "released_over_ours at 2048 tokens" in capsys.readouterr().out
+
+
+def test_the_bench_of_stores_measures_every_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = store.main(["--sizes", "4096", "--open", "70000", "--rounds", "2", "--out", str(tmp_path / "store.json")])
+    assert {"add", "open", "load", "search_1", "gather_4096"} <= set(found["4096"])
+    assert set(found["open_seconds"]) == {"65536", "70000"}
+    assert "4096 tokens  " in capsys.readouterr().out
+
+
+def test_trainings_are_told_by_their_last_step_and_all_their_losses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        {"kind": "train", "step": 10, "tokens": 100, "seconds": 30.0, "loss": 4.0},
+        {"kind": "eval", "step": 20, "tokens": 200, "loss": 3.5, "loss_memory_off": 3.75},
+        {"kind": "train", "step": 20, "tokens": 200, "seconds": 60.0, "loss": 3.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run = collect([f"side={tmp_path}", "--out", str(tmp_path / "training.json")])["trainings"]["side"]
+    assert (run["steps"], run["tokens"], run["seconds"]) == (20, 200, 60.0)
+    assert run["train"] == [[10, 4.0], [20, 3.0]]
+    assert run["valid"] == [{"step": 20, "loss": 3.5, "loss_memory_off": 3.75}]
+    with pytest.raises(SystemExit):
+        collect([str(tmp_path)])
+    assert "no NAME=RUN_FOLDER" in capsys.readouterr().err

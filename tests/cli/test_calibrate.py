@@ -69,11 +69,3 @@ def test_layers_that_are_no_numbers_are_refused(
     arguments = ["calibrate", str(model), "--data", str(text), "--layers", "top", "--out", str(tmp_path), *SIZES]
     assert _run(arguments) == 1
     assert '--layers (top) must be "auto" or numbers such as 18,20,23' in capsys.readouterr().err
-
-
-def test_layers_by_their_effect(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _run(["layers", str(model), "--effect", "--num-retrieved", "8", "--out", str(tmp_path)]) == 0
-    record = json.loads((tmp_path / "effect.json").read_text(encoding="utf-8"))
-    assert [len(found["layers"]) for found in record["sets"]] == [1, 2, 3, 4]
-    shown = capsys.readouterr().out
-    assert "context in the window" in shown and f"read memory at {', '.join(map(str, record['best']))}" in shown

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tests.evaluation.pairs import (
@@ -82,16 +81,6 @@ def test_rows_of_a_batch_score_as_alone(fusion: str) -> None:
             for system in together["systems"]:
                 (expected,) = nll_of(alone, system, protocol)
                 assert nll_of(together, system, protocol)[i] == pytest.approx(expected, rel=1e-5), (system, protocol)
-
-
-def test_systems_may_run_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, several = longmem(), documents(3, 2)
-    expected = perplexity(Comparison.of_longmem(model, [16, 64]), several, SETTINGS)
-    monkeypatch.setattr("longmem.evaluation.systems.LOGITS_BYTES", 1)
-    found = perplexity(Comparison.of_longmem(model, [16, 64]), several, SETTINGS)
-    for protocol in expected["protocols"]:
-        for system in expected["systems"]:
-            np.testing.assert_allclose(nll_of(found, system, protocol), nll_of(expected, system, protocol), rtol=1e-5)
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,11 +161,12 @@ def test_one_backbone_pass_serves_all_systems_in_every_family(family: str) -> No
     with torch.no_grad():
         written = model(ids).kv
         bank = MemoryBank.for_model(model, rows=2, capacity_tokens=32)
-        for memory in (bank, *memories):
+        for memory in (bank, memories[-1]):
+            assert memory is not None
             memory.add(written)
-        together, kv = forward(ids, torch.tensor([0, 1]), 5)
+        together = list(forward(ids, torch.tensor([0, 1]), 5))
         alone = [model.backbone.model(ids).logits, model(ids).logits, model(ids, memory=bank).logits]
-    assert kv is not None
-    torch.testing.assert_close(kv.keys, written.keys)
-    for one, other in zip(together, alone, strict=True):
+    for (one, kv), other in zip(together, alone, strict=True):
+        assert kv is not None
+        torch.testing.assert_close(kv.keys, written.keys)
         torch.testing.assert_close(one, other[:, -5:], rtol=1e-4, atol=1e-5)

@@ -95,7 +95,7 @@ def test_damaged_results_are_named_and_the_rest_is_shown(tmp_path: Path) -> None
     for number, (part, value) in enumerate((("samples", ["documents"]), ("samples", 3), ("seconds", "long"))):
         write_json(tmp_path / f"bad{number}" / "needle.json", good | {"header": good["header"] | {part: value}})
     write_json(tmp_path / "bad3" / "needle.json", good | {"systems": {name: ["no text"] for name in good["systems"]}})
-    write_json(tmp_path / "bad4" / "needle.json", good | {"examples": [{"group": "no values"}]})
+    write_json(tmp_path / "bad4" / "needle.json", good | {"groups": [{"group": "no scores, depth 1 %"}]})
     write_json(tmp_path / "good" / "needle.json", good)
     (tmp_path / "deep.json").write_text("[" * 100_000)
     report = build_report([tmp_path])

@@ -1,4 +1,4 @@
-"""From records to reported numbers, by hand."""
+"""From negative log-likelihoods to reported numbers and their intervals, by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from longmem.evaluation.perplexity import (
     record,
     scores,
 )
-from longmem.evaluation.results import Bootstrap, Ledger, RunHeader, as_json, write_json
+from longmem.evaluation.results import Bootstrap, Ledger, RunHeader, as_json, percent, write_json
 
 
 def document(name: str, tokens: int, group: str = "") -> TokenizedDocument:
@@ -30,12 +30,11 @@ def document(name: str, tokens: int, group: str = "") -> TokenizedDocument:
     return TokenizedDocument(name, ids, words=tokens // 2, bytes=3 * tokens, digest=name, group=group, project=group)
 
 
-def records(documents: list[TokenizedDocument], perplexity: float) -> list[dict[str, Any]]:
-    return [record(np.full(d.scored, math.log(perplexity)), block=100) for d in documents]
-
-
 DOCUMENTS = [document("a__1", 400, "a"), document("a__2", 6000, "a"), document("b__1", 20_000, "b")]
-TABLE = {"backbone": records(DOCUMENTS, 10.0), "memory_64": records(DOCUMENTS, 9.0)}
+TABLE = {
+    name: [record(np.full(d.scored, math.log(perplexity)), block=100) for d in DOCUMENTS]
+    for name, perplexity in (("backbone", 10.0), ("memory_64", 9.0))
+}
 
 
 def settings(block: int = 100) -> PerplexitySettings:
@@ -65,14 +64,11 @@ def test_difference_has_an_interval_over_documents_of_projects_and_one_over_bloc
     assert difference["documents"] and difference["blocks"] is None, "one block each: the same interval again"
 
 
-def test_groups_and_the_papers_length_buckets_are_apart() -> None:
+def test_groups_the_papers_length_buckets_and_positions_are_apart() -> None:
     found = protocol_scores("segments", settings(), DOCUMENTS, TABLE, [])
     assert [(g["name"], g["documents"], g["tokens"]) for g in found["groups"]] == [("a", 2, 6400), ("b", 1, 20_000)]
     assert [(b["name"], b["documents"]) for b in found["by_length"]] == [("<5k", 1), ("5k-10k", 1), ("10k-100k", 1)]
-
-
-def test_positions_count_every_token_once_and_say_how_many_documents_reach_them() -> None:
-    parts = score([])["by_position"]
+    parts = found["all"]["by_position"]
     assert sum(part["tokens"] for part in parts) == 26_400
     assert [(p["low"], p["high"]) for p in parts[:3]] == [(0, 128), (128, 256), (256, 512)]
     assert parts[0]["tokens"] == 3 * 127
@@ -81,20 +77,50 @@ def test_positions_count_every_token_once_and_say_how_many_documents_reach_them(
     assert all(part["percent"]["memory_64"] == pytest.approx(-10.0) for part in parts)
 
 
-def test_position_bins_are_powers_of_two_and_agree_with_their_edges() -> None:
+def test_bins_agree_with_their_edges_and_a_short_rest_joins_the_block_before_it() -> None:
     bins = position_bins(3000)
-    assert bins[0] == 0
-    assert (bins[126], bins[127], bins[255], bins[2047]) == (0, 1, 2, 5)  # 127, 128, 256 and 2,048 tokens before
-    for i, bin_index in enumerate(bins):
-        low, high = bin_edges(int(bin_index))
-        assert low <= i + 1 < high
+    assert (bins[0], bins[126], bins[127], bins[255], bins[2047]) == (0, 0, 1, 2, 5)
+    assert all(low <= i + 1 < high for i, (low, high) in enumerate(map(bin_edges, bins.tolist())))
+    assert [np.bincount(block_bins(n, 4)).tolist() for n in (10, 9, 1, 3)] == [[4, 4, 2], [4, 5], [1], [3]]
 
 
-def test_a_short_rest_joins_the_block_before_it() -> None:
-    assert np.bincount(block_bins(10, 4)).tolist() == [4, 4, 2]
-    assert np.bincount(block_bins(9, 4)).tolist() == [4, 5]
-    assert np.bincount(block_bins(1, 4)).tolist() == [1]
-    assert np.bincount(block_bins(3, 4)).tolist() == [3]
+def edges(found: dict[str, Any] | None) -> tuple[float, float]:
+    assert found is not None
+    return found["low"], found["high"]
+
+
+def test_a_constant_gain_is_found_exactly_because_units_are_paired() -> None:
+    generator = np.random.default_rng(5)
+    tokens = generator.integers(500, 5000, 12).astype(float)
+    nll = tokens * generator.normal(3.0, 0.4, 12)
+    gain = Bootstrap().interval(-0.1 * tokens, tokens, "documents", of=percent)
+    assert edges(gain) == pytest.approx((100 * math.expm1(-0.1),) * 2)
+    low, high = edges(Bootstrap().interval(nll, tokens, "documents", of=np.exp))
+    assert high > 1.05 * low
+    assert Bootstrap().interval(np.array([3.0]), np.array([1.0]), "documents") is None
+
+
+def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
+    generator, hits, trials, tokens = np.random.default_rng(0), 0, 200, np.full(40, 1000.0)
+    for seed in range(trials):
+        gains = tokens * generator.normal(-0.02, 0.03, 40)
+        low, high = edges(Bootstrap(400, seed=seed).interval(gains, tokens, "documents", of=percent))
+        hits += low <= 100 * math.expm1(-0.02) <= high
+    assert 0.88 < hits / trials < 0.99
+
+
+def test_groups_widen_an_interval_and_groups_of_one_unit_do_not_change_it() -> None:
+    """Twelve documents of two projects that differ: a thirteenth may be of either, or of a third."""
+    tokens = np.full(12, 1000.0)
+    nll = tokens * np.repeat([3.0, 2.0], 6) + np.arange(12)
+    alone, apart, grouped = (
+        Bootstrap().interval(nll, tokens, "documents", groups, np.exp)
+        for groups in (None, [f"project {i}" for i in range(12)], ["a"] * 6 + ["b"] * 6)
+    )
+    assert alone is not None and grouped is not None
+    assert alone == apart and (alone["groups"], grouped["count"], grouped["groups"]) == (12, 12, 2)
+    assert edges(grouped) == pytest.approx((math.exp(2), math.exp(3)), rel=0.02)
+    assert grouped["low"] < alone["low"] < alone["high"] < grouped["high"]
 
 
 def test_a_line_cut_by_an_interruption_loses_only_itself(tmp_path: Path) -> None:

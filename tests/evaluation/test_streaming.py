@@ -38,10 +38,10 @@ class RecordingBank:
             self.held[row], self.documents[row] = [], None
 
 
-def id_forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], AttentionKV]:
+def id_forward(input_ids: Tensor, rows: Tensor, keep: int) -> list[tuple[Tensor, AttentionKV]]:
     """Uniform logits; the keys of a token are its id."""
     keys = input_ids.float()[:, None, :, None].expand(-1, 2, -1, 3)
-    return [torch.zeros(*input_ids.shape, 5000)[:, -keep:]], AttentionKV(keys, keys)
+    return [(torch.zeros(*input_ids.shape, 5000)[:, -keep:], AttentionKV(keys, keys))]
 
 
 def run(
@@ -50,16 +50,16 @@ def run(
     return {i: nll[0] for i, nll in stream_nll(forward, banks, documents, window=window, stride=stride, rows=rows)}
 
 
-def bigram(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], None]:
+def bigram(input_ids: Tensor, rows: Tensor, keep: int) -> list[tuple[Tensor, None]]:
     """Logits that depend on the last token only: the same under every protocol."""
     table = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
-    return [table[input_ids][:, -keep:]], None
+    return [(table[input_ids][:, -keep:], None)]
 
 
-def cumulative(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], None]:
+def cumulative(input_ids: Tensor, rows: Tensor, keep: int) -> list[tuple[Tensor, None]]:
     """Logits that depend on all tokens seen so far."""
     table = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
-    return [table[input_ids].cumsum(dim=1)[:, -keep:] / 4], None
+    return [(table[input_ids].cumsum(dim=1)[:, -keep:] / 4, None)]
 
 
 @pytest.mark.parametrize("stride", [8, 5, 1])
@@ -87,7 +87,7 @@ def test_memory_holds_exactly_what_has_left_the_window(window: int, stride: int,
     documents = [torch.arange(1, n + 1) + 1000 * d for d, n in enumerate((40, 23, 7, 9, 31))]
     bank, checked = RecordingBank(rows), list[int]()
 
-    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], AttentionKV]:
+    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> list[tuple[Tensor, AttentionKV]]:
         for ids, row in zip(input_ids.tolist(), rows.tolist(), strict=True):
             document = documents[ids[0] // 1000].tolist()
             assert bank.held[row] == document[: document.index(ids[0])]
@@ -101,10 +101,10 @@ def test_memory_holds_exactly_what_has_left_the_window(window: int, stride: int,
 def test_keys_are_those_of_the_window_in_which_a_token_was_scored_and_only_new_logits_are_asked_for() -> None:
     bank, kept = RecordingBank(1), list[int]()
 
-    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], AttentionKV]:
+    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> list[tuple[Tensor, AttentionKV]]:
         keys = torch.full((1, 1, input_ids.shape[1], 1), float(len(kept)))
         kept.append(keep)
-        return [torch.zeros(*input_ids.shape, V)[:, -keep:]], AttentionKV(keys, keys)
+        return [(torch.zeros(*input_ids.shape, V)[:, -keep:], AttentionKV(keys, keys))]
 
     run(forward, [torch.arange(14) % V], bank, window=4, stride=2)
     # inputs 0..12; window 0 scores four, each further one two; the last window [10, 13) still holds 10, 11, 12

@@ -12,13 +12,7 @@ from torch.nn import functional as F
 from longmem.modeling import copying
 from longmem.modeling.alibi_gpt import AlibiGPTForCausalLM
 from longmem.modeling.backbone import position_free_qkv
-from longmem.modeling.copying import (
-    best_memory_layer,
-    copy_loss,
-    random_tokens,
-    recommend_memory_layer,
-    retrieval_by_layer,
-)
+from longmem.modeling.copying import copy_loss, random_tokens, retrieval_by_layer
 from longmem.modeling.probe import QKV
 
 VOCAB = 260
@@ -73,11 +67,6 @@ def test_the_layer_that_copies_is_found(tiny_backbone: AlibiGPTForCausalLM, monk
     assert found[1].recall.tolist() == [1.0] * 4
     assert found[1].score == pytest.approx(1.0)
     assert all(abs(found[layer].score) < 0.1 for layer in (0, 2, 3))
-    assert recommend_memory_layer(tiny_backbone) == 1
-    monkeypatch.undo()
-    assert recommend_memory_layer(tiny_backbone) is None
-    assert best_memory_layer({0: 0.9, 1: 0.3, 3: 0.5}, [1, 3]) == 3
-    assert best_memory_layer({0: 0.9, 1: 0.01}, [1, 3]) is None
 
 
 def test_copy_loss_is_the_loss_of_each_pass(tiny_backbone: AlibiGPTForCausalLM) -> None:

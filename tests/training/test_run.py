@@ -52,6 +52,15 @@ def test_adaptation_learns_and_its_final_folder_names_the_backbone(adapt: Make, 
     assert len(AutoTokenizer.from_pretrained(result.model_dir)) == 260
 
 
+def test_auto_remembers_the_layers_whose_memory_is_worth_most_on_the_text(adapt: Make) -> None:
+    recipe = adapt(sidenet={"memory_layers": "auto"}, optim={"steps": 1})
+    result = train(recipe, quiet=True)
+    found = json.loads((recipe.out_dir / "layers.json").read_text())
+    assert [each["layers"] for each in found["single"]] == [[1], [3]], "those that the SideNet copies"
+    assert found["alone"]["nats"].keys() == {"facts", "text"} and result.model_dir is not None
+    assert LongMem.from_pretrained(result.model_dir).memory_layers == tuple(found["best"] or [3])
+
+
 @pytest.fixture
 def trainers(monkeypatch: pytest.MonkeyPatch) -> list[LongMemTrainer]:
     """The trainers that runs make."""

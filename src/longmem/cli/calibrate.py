@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import click
 
@@ -43,9 +43,8 @@ def command(model: str, data: tuple[str, ...], valid: tuple[str, ...], layers: s
     import torch
     from transformers.utils import logging
 
-    from longmem.config import TrainingFreeConfig
     from longmem.data import check_tokenizer, load_tokenizer
-    from longmem.evaluation.layers import measure_effect
+    from longmem.evaluation.layers import best_layers
     from longmem.evaluation.loading import checked_device
     from longmem.evaluation.results import RunHeader, command_line, write_json
     from longmem.modeling.baselines import TrainingFree
@@ -67,30 +66,21 @@ def command(model: str, data: tuple[str, ...], valid: tuple[str, ...], layers: s
     check = {kind: passages_of(some, reader, settings, counts["validation_windows"]) for kind, some in held.items()}
 
     loaded = None if dtype == "auto" else getattr(torch, dtype)
-    made = TrainingFree.from_backbone(model, dtype=loaded, fusion="token", **sizes)
+    place = checked_device(device)
+    text = [ids for some in check.values() for ids in some[:1]]
+    wanted = (
+        best_layers(text, reader, device=place, seed=settings.seed, **sizes) if layers == "auto" else _numbers(layers)
+    )
+    made = TrainingFree.from_backbone(model, memory_layers=wanted, dtype=loaded, fusion="token", **sizes)
     check_tokenizer(reader, made)
-    torch.nn.Module.to(made, checked_device(device))
-    if layers == "auto":
-        text = [ids for some in check.values() for ids in some[:1]]
-        report = measure_effect(made.backbone.model, text, reader, seed=settings.seed, **sizes)
-        wanted = report.best
-        click.echo(
-            f"layers {', '.join(map(str, wanted))}: {report.recovered(report.sets[len(wanted) - 1]):.0%} of what "
-            "the context in the window gives, before calibration",
-            err=True,
-        )
-    else:
-        wanted = _numbers(layers)
-    config = cast(TrainingFreeConfig, made.config)
-    config.memory_layers = wanted
-    made = TrainingFree(config, made.backbone.model, fingerprint=made.fingerprint)
+    torch.nn.Module.to(made, place)
     done = calibrate(made, train, check, reader, settings)
     made.save_pretrained(out)
     reader.save_pretrained(out)
     header = RunHeader(
         task="calibrate",
         command=command_line(),
-        config={**chosen, **counts, "memory_layers": wanted, "dtype": dtype, **sizes},
+        config={**chosen, **counts, "memory_layers": made.memory_layers, "dtype": dtype, **sizes},
         models={"backbone": model, "fingerprint": made.fingerprint},
         samples={kind: len(some) for kind, some in train.items()},
         seeds=[settings.seed],

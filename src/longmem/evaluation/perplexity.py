@@ -140,7 +140,7 @@ def measure(
 ) -> dict[str, list[Json]]:
     """Every system under one protocol: a record for each document, taken from the ledger where it is there.
 
-    Documents that lack the same systems are streamed together, and those systems run together where they can.
+    Documents that lack the same systems are streamed together.
     """
     window, stride = settings.window, settings.stride_of(protocol)
     about = {"version": RECORDS_VERSION, "protocol": protocol, "window": window, "stride": stride}
@@ -148,12 +148,11 @@ def measure(
     for system in comparison.systems:  # hashes of everything that a document's numbers depend on besides its ids
         parts = about | {"block": settings.block, "system": system.name, "identity": system.identity}
         keys[system.name] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    most = min(settings.rows, len(documents))
     jobs: dict[tuple[str, ...], list[TokenizedDocument]] = {}
     for document in documents:
-        missing = [name for name, key in keys.items() if ledger.get(key, document.digest) is None]
-        for run in comparison.passes(missing, most, window):
-            jobs.setdefault(run, []).append(document)
+        missing = tuple(name for name, key in keys.items() if ledger.get(key, document.digest) is None)
+        if missing:
+            jobs.setdefault(missing, []).append(document)
     total = sum(len(names) * document.scored for names, some in jobs.items() for document in some)
     with Progress(f"perplexity, {protocol}", total, "tokens, all systems", quiet=quiet) as progress:
         for names, some in jobs.items():

@@ -186,12 +186,13 @@ def layers_figure(result: Json) -> Figure:
     """Recall of every head, layers from bottom to top, at the greatest distance of each source."""
     far = {ranks["source"]: ranks for ranks in sorted(result["ranks"], key=lambda ranks: ranks["distance"])}
     layers = sorted(result["scores"], key=int)
+    taken = result["recommended"] if isinstance(result["recommended"], list) else [result["recommended"]]
     figure, (axes,) = panels(len(far), height=max(3.0, 0.22 * len(layers) + 1.2))
     for axis, ranks in zip(axes, far.values(), strict=True):
         widest = max(len(row) for row in ranks["recall"].values())
         rows = [[100 * value for value in ranks["recall"][layer]] for layer in layers]
         rows = [row + [float("nan")] * (widest - len(row)) for row in rows]
-        names = [f"▸ {layer}" if int(layer) == result["recommended"] else str(layer) for layer in layers]
+        names = [f"▸ {layer}" if int(layer) in taken else str(layer) for layer in layers]
         heat_map(axis, rows, [str(head) for head in range(widest)], names)
         axis.invert_yaxis()
         axis.set_title(f"{ranks['source']}, {ranks['distance']} tokens apart: right chunk found (%)", fontsize=9)

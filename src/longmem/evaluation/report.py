@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -136,7 +137,7 @@ def build_report(
 
     Args:
         intro: paragraphs below the title.
-        base: paths below it are shown as seen from there.
+        base: paths are shown as seen from there.
         most_tables: of each result by its kind, else one; None is all.
 
     Raises:
@@ -144,8 +145,7 @@ def build_report(
     """
     found, problems = list[tuple[ResultFile, list[Block]]](), list[str]()
     for file in _files(paths):
-        inside = base is not None and file.resolve().is_relative_to(base.resolve())
-        shown = (file.resolve().relative_to(base.resolve()) if base and inside else file).as_posix()
+        shown = Path(file if base is None else os.path.relpath(file, base)).as_posix()
         try:
             result = _read(file, shown)
             section = list(_section(result, None if most_tables is None else most_tables.get(result.kind, 1)))

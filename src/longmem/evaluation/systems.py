@@ -33,12 +33,11 @@ if TYPE_CHECKING:
 BACKBONE, MEMORY_OFF, CONTROL = "backbone", "memory_off", "control"
 LONGMEM, MEMTRM, TRAINING_FREE = "memory", "memtrm", "training_free"
 MEMTRM_OFF = f"{MEMTRM}_off"
-LOGITS_BYTES = 1 << 30  # logits of systems that run together exist at one time
-CE_BLOCK = 512  # tokens whose (tokens, V) float32 logits exist at one time
+BLOCK = 512  # tokens whose (tokens, V) float32 logits exist at one time
 
-Forward = Callable[[Tensor, Tensor, int], tuple[Sequence[Tensor], AttentionKV | None]]
-"""``forward(input_ids (B, T), rows (B,), keep)`` gives, for each of Q systems, the logits of the last ``keep``
-positions, (B, keep, V), and the memory layers' keys and values of all T, or None where there is no memory."""
+Forward = Callable[[Tensor, Tensor, int], Iterable[tuple[Tensor, AttentionKV | None]]]
+"""``forward(input_ids (B, T), rows (B,), keep)`` gives for each of Q systems, one after another, the logits of the last
+``keep`` positions, (B, keep, V), and the memory layers' keys and values of all T, or None where there is no memory."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,6 @@ class System:
     identity: dict[str, Any]
     reader: Any = None
     memory_size: int | None = None
-
-    @property
-    def apart(self) -> bool:
-        """Whether it reads memory in its own layers, and so cannot share a pass of the backbone."""
-        return self.reader is not None and not hasattr(self.reader, "sidenet")
 
 
 def sized(name: str) -> tuple[str, int] | None:
@@ -180,56 +174,40 @@ class Comparison:
         for system in self.systems:
             reader: Any = system.reader or self.model
             found[system.name] = system.identity | {"parameters": sum(p.numel() for p in reader.parameters())}
-            if system.reader is not None and not system.apart:
+            if hasattr(reader, "sidenet"):
                 found[system.name]["trained_parameters"] = sum(p.numel() for p in reader.trainable_parameters())
         return found
 
-    def passes(self, names: Sequence[str], rows: int, window: int) -> list[tuple[str, ...]]:
-        """The named systems in tuples that run together: on one pass of the backbone, with no more logits than fit."""
-        apart = {system.name for system in self.systems if system.apart}
-        shared = [name for name in names if name not in apart]
-        vocabulary = int(self.model.config.get_text_config().vocab_size)
-        most = max(1, LOGITS_BYTES // (4 * rows * window * vocabulary))
-        runs = [tuple(shared[at : at + most]) for at in range(0, len(shared), most)]
-        return runs + [(name,) for name in names if name in apart]
-
-    def prepare(self, names: Sequence[str], rows: int, longest: int) -> tuple[Forward, list[MemoryBank]]:
-        """One of the tuples of ``passes`` with fresh, empty memories, for documents of at most ``longest`` tokens."""
+    def prepare(self, names: Sequence[str], rows: int, longest: int) -> tuple[Forward, list[MemoryBank | None]]:
+        """The named systems with fresh, empty memories, for documents of at most ``longest`` tokens."""
         systems = [system for system in self.systems if system.name in names]
-        memories: dict[str, MemoryBank] = {}
+        memories: list[MemoryBank | None] = []
         for system in systems:
-            if system.reader is not None and system.memory_size is not None:
-                chunk = system.reader.config.chunk_size
-                # a bank larger than the longest document is never filled: do not reserve it
-                capacity = min(system.memory_size, -(-longest // chunk) * chunk)
-                memories[system.name] = self.make_memory(system.reader, rows, capacity)
-        first = systems[0]
+            chunk = 1 if system.reader is None else system.reader.config.chunk_size
+            # a bank larger than the longest document is never filled: do not reserve it
+            capacity = min(system.memory_size or 0, -(-longest // chunk) * chunk)
+            memories.append(self.make_memory(system.reader, rows, capacity) if capacity else None)
 
-        def backbone_alone(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], None]:
-            return [last_logits(self.model, input_ids, keep)], None
+        def forward(input_ids: Tensor, rows: Tensor, keep: int) -> Iterator[tuple[Tensor, AttentionKV | None]]:
+            run: Any = None  # the pass of the backbone that its SideNets share
+            for system, memory in zip(systems, memories, strict=True):
+                reader = system.reader
+                if reader is not None and not hasattr(reader, "sidenet"):  # it reads in its own layers
+                    given = {"memory": memory, "memory_rows": rows, "use_cache": False, "logits_to_keep": keep}
+                    out = reader(input_ids, **given)
+                    yield out.logits[:, -keep:], out.kv
+                elif self.main is None:
+                    yield last_logits(self.model, input_ids, keep), None
+                else:
+                    run = run or self.main.backbone.run(input_ids, use_cache=False)
+                    state = run.output.last_hidden_state
+                    if reader is not None:
+                        run.reading = Reading.of(reader, memory, rows, explain=False)
+                        state = reader.read(run)
+                    logits: Any = self.main.backbone.head(state, run, logits_to_keep=keep).logits
+                    yield logits[:, -keep:], run.kv(None)
 
-        def one_apart(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[list[Tensor], AttentionKV | None]:
-            memory = memories.get(first.name)
-            out = first.reader(input_ids, memory=memory, memory_rows=rows, use_cache=False, logits_to_keep=keep)
-            return [out.logits[:, -keep:]], out.kv
-
-        def together(input_ids: Tensor, rows: Tensor, keep: int) -> tuple[Sequence[Tensor], AttentionKV]:
-            """The backbone once; its final part (norm, head, caps) then runs on all systems' states as one batch."""
-            assert self.main is not None
-            run = self.main.backbone.run(input_ids, use_cache=False)
-            assert run.output is not None
-            states: list[Any] = []
-            for system in systems:
-                if system.reader is None:
-                    states.append(run.output.last_hidden_state)
-                    continue
-                run.reading = Reading.of(system.reader, memories.get(system.name), rows, explain=False)
-                states.append(system.reader.read(run))
-            logits: Any = self.main.backbone.head(torch.cat(states), run, logits_to_keep=keep).logits
-            return torch.split(logits[:, -keep:], len(input_ids)), run.kv(None)
-
-        forward: Forward = one_apart if first.apart else together if self.main is not None else backbone_alone
-        return forward, list(memories.values())
+        return forward, memories
 
 
 def _with_memory(kind: str, label: str, identity: dict[str, Any], model: Any, sizes: Sequence[int]) -> list[System]:
@@ -308,7 +286,7 @@ class _Lane:
     plan: Iterator[Window]
     window: Window
     nll: list[NDArray[np.float64]] = field(default_factory=list)  # one (Q, t) for each window
-    held: Tensor | None = None  # keys and values (2, Hkv, t, D) of the window that was scored last
+    held: dict[int, Tensor] = field(default_factory=dict)  # by system, keys and values (2, Hkv, t, D) of its window
 
 
 @torch.inference_mode()
@@ -335,7 +313,7 @@ def stream_nll(
     it has left. With ``stride == window`` this is: score a segment, then memorize it.
 
     Args:
-        memories: the banks that ``forward`` reads, all written alike.
+        memories: the banks of the Q systems that ``forward`` runs, None for those without memory.
         documents: token ids, each (n,) with n >= 2.
         names: of documents, for the memory's provenance.
         progress: advanced by the tokens that each forward pass scores, each counted once for every system.
@@ -344,43 +322,48 @@ def stream_nll(
         document index and its negative log-likelihoods in nats, (Q, n - 1), in the order in which documents finish.
     """
     names = names or list(map(str, range(len(documents))))
+    banks = {number: memory for number, memory in enumerate(memories) if memory is not None}
     waiting = deque(sorted(range(len(documents)), key=lambda i: -len(documents[i])))
     free = list(range(rows))[::-1]
     lanes: list[_Lane] = []
     while waiting or lanes:
         while waiting and free:
             row, document = free.pop(), waiting.popleft()
-            for memory in memories:
+            for memory in banks.values():
                 memory.reset(rows=torch.tensor([row]))
             plan = windows(len(documents[document]) - 1, window, stride)
             lanes.append(_Lane(row, document, documents[document].to(device), plan, next(plan)))
-        moved = [(lane, lane.held[:, :, :stride]) for lane in lanes if lane.held is not None]
-        if moved and memories:
-            keys, values = torch.stack([left for _, left in moved], dim=1)
-            for memory in memories:
-                memory.add(
-                    AttentionKV(keys, values),
-                    rows=torch.tensor([lane.row for lane, _ in moved]),
-                    documents=[names[lane.document] for lane, _ in moved],
-                    offsets=[lane.window.start - stride for lane, _ in moved],
-                )
+        moved = [lane for lane in lanes if lane.held]
+        for number, memory in banks.items() if moved else ():
+            keys, values = torch.stack([lane.held[number][:, :, :stride] for lane in moved], dim=1)
+            memory.add(
+                AttentionKV(keys, values),
+                rows=torch.tensor([lane.row for lane in moved]),
+                documents=[names[lane.document] for lane in moved],
+                offsets=[lane.window.start - stride for lane in moved],
+            )
         width = max(lane.window.end - lane.window.start for lane in lanes)
         input_ids = lanes[0].ids.new_zeros(len(lanes), width)
         for b, lane in enumerate(lanes):
             start, _, end = lane.window
             input_ids[b, : end - start] = lane.ids[start:end]
         skipped = min(lane.window.scored_from - lane.window.start for lane in lanes)
-        logits, kv = forward(input_ids, torch.tensor([lane.row for lane in lanes]), width - skipped)
-        for b, lane in enumerate(list(lanes)):
-            start, scored_from, end = lane.window
-            first, last, targets = scored_from - start, end - start, lane.ids[scored_from + 1 : end + 1]
-            nll = torch.stack([token_nll(each[b, first - skipped : last - skipped], targets) for each in logits])
-            lane.nll.append(nll.double().cpu().numpy())
-            if memories and kv is not None:
-                new = torch.stack([kv.keys[b, :, first:last], kv.values[b, :, first:last]])
-                lane.held = new if lane.held is None else torch.cat([lane.held[:, :, stride:], new], dim=2)
+        scored: list[list[Tensor]] = [[] for _ in lanes]
+        for number, (logits, kv) in enumerate(
+            forward(input_ids, torch.tensor([e.row for e in lanes]), width - skipped)
+        ):
+            for b, lane in enumerate(lanes):
+                start, scored_from, end = lane.window
+                first, last, targets = scored_from - start, end - start, lane.ids[scored_from + 1 : end + 1]
+                scored[b].append(_nll(logits[b, first - skipped : last - skipped], targets))
+                if number in banks and kv is not None:
+                    new = torch.stack([kv.keys[b, :, first:last], kv.values[b, :, first:last]])
+                    waited = lane.held[number][:, :, stride:] if number in lane.held else new[:, :, :0]
+                    lane.held[number] = torch.cat([waited, new], dim=2)
+        for lane, nll in zip(list(lanes), scored, strict=True):
+            lane.nll.append(torch.stack(nll).double().cpu().numpy())
             if progress is not None:
-                progress.advance(nll.numel())
+                progress.advance(lane.nll[-1].size)
             following = next(lane.plan, None)
             if following is None:
                 lanes.remove(lane)
@@ -390,8 +373,7 @@ def stream_nll(
                 lane.window = following
 
 
-def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     """-log p of each target in nats: logits (T, V), targets (T,) -> (T,) float32, a block at a time."""
-    pairs = zip(logits.split(CE_BLOCK), targets[:, None].split(CE_BLOCK), strict=True)
-    blocks = ((part.float(), wanted) for part, wanted in pairs)
-    return torch.cat([part.logsumexp(1) - part.gather(1, wanted)[:, 0] for part, wanted in blocks])
+    blocks = zip(logits.split(BLOCK), targets[:, None].split(BLOCK), strict=True)
+    return torch.cat([part.float().logsumexp(1) - part.float().gather(1, wanted)[:, 0] for part, wanted in blocks])

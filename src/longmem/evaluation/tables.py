@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from longmem.evaluation.results import Json
 from longmem.evaluation.systems import BACKBONE, largest
 
-MOST_ROWS = 48  # of a table of groups or of a benchmark's numbers; the file has the rest
+MOST_ROWS = 48  # of a table of groups; the file has the rest
 MOST_PARTS = 24  # groups of documents that are shown one by one
 FEW_PROJECTS = 5
 
@@ -46,7 +46,7 @@ def plain(table: Table, width: int) -> str:
 
 
 def kind_of(result: Json) -> str | None:
-    """``bench`` is any measurement of ``benchmarks/``; None is no result."""
+    """``bench`` is any measurement of ``benchmarks/``, which has no tables; None is no result."""
     if not isinstance(result.get("header"), dict):
         return "bench" if isinstance(result.get("command"), str) else None
     return next((kind for kind, (fields, _) in KINDS.items() if all(field in result for field in fields)), None)
@@ -55,7 +55,7 @@ def kind_of(result: Json) -> str | None:
 def tables_of(result: Json) -> list[Table]:
     """All tables of a result, the main one first."""
     kind = kind_of(result)
-    return list(KINDS[kind][1](result) if kind in KINDS else bench_tables(result))
+    return list(KINDS[kind][1](result)) if kind in KINDS else []
 
 
 # perplexity
@@ -210,17 +210,16 @@ def task_tables(result: Json) -> Iterator[Table]:
 
 def needle_table(result: Json, metric: Json) -> Table:
     """Right answers by length, all depths together and the worst of them."""
-    found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for example in result["examples"]:
-        what, _, depth = example["group"].partition(", depth ")
-        for system, values in example["values"].items():
-            found[what][system][depth].append(values[metric["name"]])
+    found: dict[str, dict[str, list[tuple[float, int]]]] = defaultdict(lambda: defaultdict(list))
+    for group in result["groups"]:
+        what, _, depth = group["group"].partition(", depth ")
+        for score in group["scores"] if depth else ():
+            if score["metric"] == metric["name"]:
+                found[what][score["system"]].append((score["value"], group["examples"]))
 
-    def cell(by_depth: dict[str, list[float]]) -> str:
-        answers = [answer for part in by_depth.values() for answer in part]
-        worst = min(sum(part) / len(part) for part in by_depth.values())
-        right, asked = sum(answers) / 100, len(answers)
-        return f"{sum(answers) / asked:.1f} % ({right:.0f} of {asked}; worst depth {worst:.0f} %)"
+    def cell(depths: list[tuple[float, int]]) -> str:
+        right, asked = sum(value * count for value, count in depths) / 100, sum(count for _, count in depths)
+        return f"{100 * right / asked:.1f} % ({right:.0f} of {asked}; worst depth {min(depths)[0]:.0f} %)"
 
     systems = result["systems"]
     rows = [[what, *(cell(by_system[system]) for system in systems)] for what, by_system in found.items()]
@@ -275,13 +274,23 @@ def efficiency_tables(result: Json) -> Iterator[Table]:
 
 
 def layer_tables(result: Json) -> Iterator[Table]:
-    """What each layer finds, and the loss of tokens that are read for the first and for the second time."""
+    """What reading at each layer is worth, what its keys find, and the loss of tokens read once and twice."""
+    if effect := result.get("effect"):
+        kinds = list(effect["alone"]["nats"])
+        lines = [("none", effect["alone"]), ("none, all in the window", effect["context"])]
+        lines += [(", ".join(map(str, each["layers"])), each) for each in [*effect["single"], *effect["sets"][1:]]]
+        rows = [
+            [said, *(f"{each['nats'][k]:.3f}" for k in kinds), f"{100 * each['share']:.0f} %"] for said, each in lines
+        ]
+        caption = "Loss of facts told earlier and of text, by the layers that read memory without training."
+        yield Table(["layers", *(f"{kind}, nats" for kind in kinds), "of the window's gain"], rows, caption)
+    taken = result["recommended"] if isinstance(result["recommended"], list) else [result["recommended"]]
     far = {ranks["source"]: ranks for ranks in sorted(result["ranks"], key=lambda ranks: ranks["distance"])}
     rows = []
     for layer, score in result["scores"].items():
         remembered, allowed = (int(layer) in result[field] for field in ("memory_layers", "allowed"))
         remarks = {
-            "recommended": result["recommended"] == int(layer),
+            "recommended": int(layer) in taken,
             "paper's rule": result["default"] == int(layer),
             "cannot be remembered": not remembered,
             "not copied by the SideNet": remembered and not allowed,
@@ -305,31 +314,6 @@ def layer_tables(result: Json) -> Iterator[Table]:
     ]
     if rows:
         yield Table(["nats per token", "first time", "second time"], rows)
-
-
-def bench_tables(result: Json) -> Iterator[Table]:
-    """Every number of a benchmark with the path to it; median, least and most are one."""
-    about = ("command", "surroundings", "seed", "rounds", "shape")
-    lines = [line for name, value in result.items() if name not in about for line in _leaves(name, value)]
-    more = f" {len(lines) - MOST_ROWS} more numbers are in the file." if len(lines) > MOST_ROWS else ""
-    yield Table(["", "value"], lines[:MOST_ROWS], f"Medians (least to most) where there are rounds.{more}")
-
-
-def _leaves(name: str, value: Any) -> Iterator[list[str]]:
-    if isinstance(value, dict) and {"median", "min", "max"} <= value.keys():
-        yield [name, f"{_number(value['median'])} ({_number(value['min'])} to {_number(value['max'])})"]
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(f"{name} · {key}", inner) if key not in ("shape", "surroundings") else ()
-    elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
-        for number, one in enumerate(value):
-            yield from _leaves(f"{name} · {number}", one)
-    elif isinstance(value, int | float | str) and not isinstance(value, bool):
-        yield [name, value if isinstance(value, str) else _number(value)]
-
-
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
 
 
 KINDS: dict[str, tuple[tuple[str, ...], Any]] = {

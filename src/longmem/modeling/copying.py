@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,6 @@ from longmem.modeling.backbone import position_free_qkv
 from longmem.modeling.families import Family
 
 CHUNK_SIZE, NUM_CHUNKS = 4, 16  # the paper retrieves 64 tokens in chunks of 4
-SIGNAL = 0.05  # score below which no layer is told apart from chance; random weights stay below 0.04
 
 
 @dataclass(frozen=True)
@@ -106,12 +105,6 @@ def retrieval_by_layer(
     return found
 
 
-def layer_scores(measured: Sequence[Mapping[int, HeadRanks]]) -> dict[int, float]:
-    """For each layer, its mean score over several measurements."""
-    layers = measured[0] if measured else ()
-    return {layer: sum(heads[layer].score for heads in measured) / len(measured) for layer in layers}
-
-
 def default_memory_layer(model: PreTrainedModel, stride: int) -> int:
     """The paper's choice, layer 18 of 24 read by SideNet layer 9 of 12, for any depth, counted from 0.
 
@@ -124,33 +117,6 @@ def default_memory_layer(model: PreTrainedModel, stride: int) -> int:
     if wanted in allowed or not allowed:
         return wanted
     return min(allowed, key=lambda layer: (layer not in sources, abs(layer - wanted)))
-
-
-def recommend_memory_layer(
-    model: PreTrainedModel, *, stride: int = 2, chunk_size: int = CHUNK_SIZE, num_chunks: int = NUM_CHUNKS
-) -> int | None:
-    """The layer to remember, by measurement on repeated random tokens; None where the model does not copy yet.
-
-    Only layers that a SideNet of this stride copies are considered, because their queries search their own keys.
-    """
-    family = Family.of(model)
-    window = int(getattr(family.config, "max_position_embeddings", None) or 1024)
-    drawn = random_tokens(family.config.vocab_size, 2, 512).to(next(model.parameters()).device)
-    heads = retrieval_by_layer(model, drawn, segment=min(window, 512), chunk_size=chunk_size, num_chunks=num_chunks)
-    return best_memory_layer(layer_scores([heads]), allowed_memory_layers(family, stride))
-
-
-def allowed_memory_layers(family: Family, stride: int) -> list[int]:
-    """Layers that the family can remember and that a SideNet of this stride copies."""
-    copied = set(family.side_layout(stride).sources)
-    return [layer for layer in family.memory_layers() if layer in copied]
-
-
-def best_memory_layer(scores: Mapping[int, float], allowed: Sequence[int]) -> int | None:
-    """The allowed layer with the best score; None where no score stands out from chance."""
-    candidates = [layer for layer in allowed if layer in scores]
-    best = max(candidates, key=lambda layer: scores[layer], default=None)
-    return best if best is not None and scores[best] >= SIGNAL else None
 
 
 def random_tokens(vocab_size: int, rows: int, length: int, *, seed: int = 0, special: Sequence[int] = ()) -> Tensor:

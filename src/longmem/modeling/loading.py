@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -21,11 +21,10 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 import longmem.modeling.alibi_gpt  # noqa: F401  the paper's own backbone, which transformers' Auto classes must know
-from longmem.config import LongMemConfig, LongMemGenerationConfig, MemoryConfig, nearest
+from longmem.config import LongMemGenerationConfig, MemoryConfig, nearest
 from longmem.errors import BackboneError, CheckpointError, ConfigError, first_line
 from longmem.files import to_disk
 from longmem.modeling.backbone import Backbone
-from longmem.modeling.copying import recommend_memory_layer
 from longmem.modeling.fingerprint import fingerprint_of, legacy_fingerprint, same_weights, sketch_of
 from longmem.modeling.gguf import gguf_folder, is_gguf
 from longmem.modeling.placement import check_bitsandbytes
@@ -63,7 +62,7 @@ class Checkpointed(PreTrainedModel):
         cls,
         backbone: str | Path | PreTrainedModel | nn.Module,
         *,
-        memory_layers: int | str | list[int] | tuple[int, ...] | None = None,
+        memory_layers: int | Sequence[int] | Callable[[PreTrainedModel], Sequence[int] | None] | None = None,
         revision: str | None = None,
         dtype: torch.dtype | None = None,
         side_dtype: torch.dtype | None = None,
@@ -74,8 +73,9 @@ class Checkpointed(PreTrainedModel):
 
         Args:
             backbone: hub id, folder, ``.gguf`` file, or an already loaded causal language model (peft's too).
-            memory_layers: 0-based; None is three quarters of the depth; ``"auto"`` measures which layer's keys find
-                what followed an earlier occurrence best. ``memory_layer`` is another name for one layer.
+            memory_layers: 0-based, or a function of the loaded backbone that chooses them
+                (``evaluation.layers.best_layers``); None is three quarters of the depth. ``memory_layer`` is another
+                name for one layer.
             revision: hub revision of the backbone.
             dtype: of the backbone; None keeps that of its checkpoint.
             side_dtype: of a ``LongMem``'s SideNet; None is the backbone's.
@@ -90,26 +90,26 @@ class Checkpointed(PreTrainedModel):
         memory_layers = settings.pop("memory_layer", None) if memory_layers is None else memory_layers
         dtype, how, own = _how_to_load(settings, dtype, backbone_kwargs)
         cls.config_class.check_settings(own)
+        if isinstance(memory_layers, str):
+            raise ConfigError(
+                f"memory_layers ({memory_layers!r}) must be layers, or a function that chooses them; "
+                '"auto" is measured on text: longmem.evaluation.layers.best_layers, or a recipe'
+            )
         if isinstance(backbone, nn.Module):
             model = _checked(backbone, dtype, how)
             name = _absolute(model.config._name_or_path) or None
         else:
             name = _absolute(str(backbone))
             model = load_backbone(name, revision, dtype, **how)
+        layers: Any = memory_layers(model) if callable(memory_layers) else memory_layers
         made = cls.config_class(
             backbone_config=model.config,
             backbone_name_or_path=name,
             backbone_revision=revision,
             backbone_kwargs={key: value for key, value in how.items() if key in _FINDING},
-            memory_layers=None if isinstance(memory_layers, str) else cast(Any, memory_layers),
+            memory_layers=layers,
             **own,
         )
-        if memory_layers == "auto":
-            stride = getattr(made, "stride", LongMemConfig().stride)
-            best = recommend_memory_layer(model, stride=stride, chunk_size=made.chunk_size, num_chunks=made.num_chunks)
-            made.memory_layers = None if best is None else (best,)
-        elif isinstance(memory_layers, str):
-            raise ConfigError(f'memory_layers ({memory_layers!r}) must be layers, or "auto"')
         return cls(made, model, **({} if side_dtype is None else {"side_dtype": side_dtype}))
 
     @classmethod

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -14,8 +15,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longmem.data.tokens import load_tokenizer
+from longmem.data.tokens import TokenCorpus, load_tokenizer
 from longmem.errors import BackboneError, ConfigError
+from longmem.evaluation.layers import best_layers
 from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
 from longmem.modeling.baselines import MemTRM
 from longmem.modeling.families import Family
@@ -26,22 +28,27 @@ from longmem.modeling.placement import quantization
 from longmem.modeling.vocabulary import change_vocabulary, same_vocabulary
 from longmem.training.recipe import OptimSection, Recipe
 
+AUTO_DOCUMENTS, AUTO_TOKENS = 4, 4096  # of text on which memory_layers = "auto" measures
+
 # the model
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
+def build_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, texts: TokenCorpus
+) -> PreTrainedModel:
     """The model, its trained weights in float32, where it was loaded."""
     model: Any
+    layers = _layers(recipe, tokenizer, device, texts)
     if recipe.task == "pretrain":
         model = trained = _causal(recipe, tokenizer)
     elif recipe.method == "memtrm":
         # what the recipe says of a SideNet means nothing here
         dtype = named_dtype(recipe.backbone.dtype or "float32")
         path = str(recipe.backbone.path)
-        model = MemTRM.from_backbone(path, dtype=dtype, gate=recipe.sidenet.gate, **_memory(recipe))
+        model = MemTRM.from_backbone(path, dtype=dtype, gate=recipe.sidenet.gate, **_memory(recipe, layers))
         trained = model.backbone.model
     else:
-        model = _longmem(recipe, device)
+        model = _longmem(recipe, device, layers)
         trained = model.sidenet
     set_dropout(trained, recipe.optim.dropout)
     if recipe.optim.gradient_checkpointing:
@@ -120,12 +127,40 @@ def _causal(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
     return AlibiGPTForCausalLM(backbone_shape(recipe, len(tokenizer), dropout=recipe.optim.dropout, **special))
 
 
-def _memory(recipe: Recipe) -> dict[str, Any]:
-    names = ("memory_layers", "fusion", "chunk_size", "num_retrieved", "memory_size")
-    return {"revision": recipe.backbone.revision} | {name: getattr(recipe.sidenet, name) for name in names}
+def _memory(recipe: Recipe, layers: Any) -> dict[str, Any]:
+    names = ("fusion", "chunk_size", "num_retrieved", "memory_size")
+    settings = {name: getattr(recipe.sidenet, name) for name in names}
+    return {"revision": recipe.backbone.revision, "memory_layers": layers} | settings
 
 
-def _longmem(recipe: Recipe, device: torch.device) -> LongMem:
+def _layers(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, texts: TokenCorpus) -> Any:
+    """What ``from_backbone`` takes as ``memory_layers``.
+
+    ``auto`` measures on the longest documents, once: the run's folder keeps what was found, also for a run that goes
+    on.
+    """
+    side, placed = recipe.sidenet, recipe.backbone.quantised is not None or recipe.backbone.device_map is not None
+    if side.memory_layers != "auto":
+        return side.memory_layers
+    longest = np.argsort(-np.diff(texts.bounds), kind="stable")[:AUTO_DOCUMENTS]
+    choose = best_layers(
+        [torch.from_numpy(texts.document(int(number))[:AUTO_TOKENS]) for number in longest],
+        tokenizer,
+        kept=recipe.out_dir / "layers.json",
+        device=None if placed else device,
+        stride=side.stride if recipe.method == "longmem" else None,
+        chunk_size=side.chunk_size,
+        num_retrieved=side.num_retrieved,
+    )
+
+    def once(model: PreTrainedModel) -> tuple[int, ...] | None:
+        with PartialState().main_process_first():
+            return choose(model)
+
+    return once
+
+
+def _longmem(recipe: Recipe, device: torch.device, layers: Any) -> LongMem:
     side, named = recipe.sidenet, recipe.backbone
     halved = torch.bfloat16 if runs_bf16(recipe.optim.precision, device) and device.type != "cpu" else torch.float32
     dtype = halved if named.dtype is None else named_dtype(named.dtype)
@@ -143,7 +178,7 @@ def _longmem(recipe: Recipe, device: torch.device) -> LongMem:
         stride=side.stride,
         init=side.init,
         trained=side.trained,
-        **_memory(recipe),
+        **_memory(recipe, layers),
         **settings,
     )
     biases = [gate.bias for gate in model.sidenet.gates] if model.sidenet.gates else [model.sidenet.memory_gate]

@@ -122,8 +122,9 @@ class SideNetSection(Section):
     """Adaptation: the SideNet and its memory. With ``method = "memtrm"`` what is said of memory holds all the same."""
 
     memory_layers: tuple[CountOrZero, ...] | Literal["auto"] | None = None
-    """Backbone layers that are remembered, 0-based; None: the one at three quarters of the depth; auto: measured.
-    ``memory_layer = 3`` means ``memory_layers = [3]``."""
+    """Backbone layers that are remembered, 0-based; None: the one at three quarters of the depth; auto: up to four
+    whose memory is worth most on the recipe's text, as ``longmem layers`` measures. ``memory_layer = 3`` means
+    ``memory_layers = [3]``."""
     start: str | None = None
     """SideNet checkpoint to go on from, over the same backbone; layers, fusion and gates are then its own."""
     stride: Count = 2

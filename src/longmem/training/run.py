@@ -120,7 +120,7 @@ def build_trainer(recipe: Recipe, state: PartialState, *, divided: bool = False,
             f"backbone.device_map ({backbone.device_map!r}) spreads one process over all devices, and there are "
             f"{state.num_processes} processes; start one, or leave it away"
         )
-    model: Any = build_model(recipe, tokenizer, state.device)
+    model: Any = build_model(recipe, tokenizer, state.device, texts)
     check_tokenizer(tokenizer, model, way_out="leave data.tokenizer out, or name the backbone's")
     args = _arguments(recipe, state)
     now = recipe.model_dump(mode="json", exclude={"data": {"cache_dir"}})

@@ -68,7 +68,7 @@ def read_haystack(paths: Sequence[str], tokenizer: Any, tokens: int, window: int
         DataError: the text is too short.
     """
     wanted, found = -(-tokens // window) * window, list[int]()
-    for text in (document.text for document in read_documents(paths)) if paths else _standard_library():
+    for text in (document.text for document in read_documents(paths)) if paths else standard_library():
         found += encode(tokenizer, text)
         if len(found) >= wanted:
             break
@@ -81,7 +81,7 @@ def read_haystack(paths: Sequence[str], tokenizer: Any, tokens: int, window: int
     return Haystack(np.array(found[:wanted], dtype=np.int64).reshape(-1, window), places)
 
 
-def _standard_library() -> Iterator[str]:
+def standard_library() -> Iterator[str]:
     """Packages of this Python's own standard library; first those that are held out from training."""
     named = dict(packages(Path(sysconfig.get_paths()["stdlib"])))
     yield from (named[name] for name in sorted(named, key=lambda name: name not in TEST[STDLIB]))
