@@ -58,7 +58,8 @@ class Size:
 
 SIZES = {
     "gpu": Size(8, "32k", "96k", 10, 10, ("1k", "16k", "128k"), 8, ("1k,4k,16k", "64k", "1m"), 6, 30, 2000, 100, 8),
-    "cpu": Size(8, "8k", "16k", 3, 10, ("1k", "16k"), 2, ("1k,4k",), 2, 10, 200, 20, 4),
+    # about three hours of two cores that know bfloat16
+    "cpu": Size(6, "8k", "32k", 10, 10, ("1k", "16k", "128k"), 8, ("1k,4k,16k,64k", "1m"), 6, 10, 2000, 40, 4),
     "tiny": Size(1, "3k", "4k", 1, 1, ("1k",), 1, ("1k",), 1, 1, 20, 2, 2),
 }
 
@@ -88,13 +89,16 @@ def jobs(given: argparse.Namespace) -> list[Job]:
         return [*mine, "--control", given.control] if also else mine
 
     def texts(kind: str, tokens: str) -> list[object]:
-        return ["--data", data / "text" / kind, "--num-documents", size.documents, "--max-tokens", tokens]
+        files = sorted((data / "text" / kind).glob("*")) or [data / "text" / kind]
+        spread = files[:: max(1, len(files) // size.documents)][: size.documents]  # documents of all projects
+        return [*(part for file in spread for part in ("--data", file)), "--max-tokens", tokens]
 
+    sizes = "8k,32k" if tokens_of(size.tokens) > 8192 else "8k"
     for kind in SETS:
         plain, batch = texts(kind, size.tokens), ["--batch", size.batch]
         for name in models:
             known = ["perplexity", *reader(name, control=True), *plain, *batch, "--window", 1024]
-            add(0, f"sliding-{kind}-{name}", *known, "--protocol", "sliding", "--memory-sizes", "8k,32k")
+            add(0, f"sliding-{kind}-{name}", *known, "--protocol", "sliding", "--memory-sizes", sizes)
             add(4, f"segments-{kind}-{name}", *known, "--protocol", "segments", "--memory-sizes", "32k")
             far = ["--memory-sizes", "64k", "--window", 1024, *batch, "--protocol", "sliding"]
             add(5, f"long-{kind}-{name}", "perplexity", *reader(name), *texts(kind, size.long_tokens), *far)
@@ -265,15 +269,15 @@ def retrieved(arguments: list[str], folder: Path) -> None:
     from longmem.store.recall import PlainTexts, Recall
 
     parser = argparse.ArgumentParser()
-    for name in ("--backbone", "--data", "--device", "--dtype", "--max-tokens", "--resamples"):
+    for name in ("--backbone", "--device", "--dtype", "--max-tokens", "--resamples"):
         parser.add_argument(name)
-    parser.add_argument("--num-documents", type=int)
+    parser.add_argument("--data", action="append")
     parser.add_argument("--batch", type=int)
     given = parser.parse_args(arguments)
     dtype = None if given.dtype == "auto" else getattr(torch, given.dtype)
     model = load_backbone(given.backbone, None, dtype).eval().to(given.device)
     tokenizer = load_tokenizer(given.backbone)
-    texts = list(read_documents(TextSource((given.data,))))[: given.num_documents]
+    texts = list(read_documents(TextSource(tuple(given.data))))
     most = tokens_of(given.max_tokens)
     found = []
     for document in tokenize_documents(texts, tokenizer, max_tokens=most):

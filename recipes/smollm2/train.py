@@ -93,9 +93,14 @@ class Reader:
     """
 
     def __init__(self, model: LongMem, rows: int, memory: int) -> None:
-        self.model, self.bank, self.begun = model, None, 0
-        if memory:
-            self.bank = MemoryBank.for_model(model, rows=rows, capacity_tokens=memory)
+        self.model, self.rows, self.memory = model, rows, memory
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin with nothing in memory."""
+        self.bank, self.begun = None, 0
+        if self.memory:
+            self.bank = MemoryBank.for_model(self.model, rows=self.rows, capacity_tokens=self.memory)
 
     def segment(
         self, pieces: Pieces, some: Tensor, number: int, teacher: Teacher | None, given: Any
@@ -114,15 +119,16 @@ class Reader:
         memory = {} if self.bank is None else {"memory": self.bank}
         out = self.model(input_ids=ids[:, :-1], use_cache=False, **memory)
         logits = out.logits.float()
-        lse, true = logits.logsumexp(-1), logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
-        loss = lse - true
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(weight)
+        nats = loss.detach()
         if teacher is not None:
             told = (logits.gather(-1, teacher.top[:, part]) * teacher.share[:, part]).sum(-1)
+            true = logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
             loss = torch.where(weight <= TEXT, loss + given.teacher * (true - told), loss)
         search = logits.new_zeros(())
         if self.bank is not None and given.search and number:
             search = self._search_loss(pieces, some, number, out.reads, given.links)
-        return (loss * weight).sum() / weight.sum().clamp_min(1), (lse - true).detach(), search, out
+        return (loss * weight).sum() / weight.sum().clamp_min(1), nats, search, out
 
     def write(self, out: Any, some: Tensor, number: int) -> None:
         """Remember what was read."""
@@ -175,13 +181,15 @@ def validate(model: LongMem, pieces: Pieces, rows: int, memory: int, given: Any)
 
 
 def by_kind(pieces: Pieces, nats: Tensor) -> dict[str, float]:
-    """Means of nats (N, PIECE)."""
+    """Means of nats (N, PIECE), and those of the first segment, whose memory is empty."""
     found = {}
     later = torch.arange(PIECE, device=nats.device) >= WINDOW
     for kind in sorted(set(pieces.kinds)):
-        mine = torch.tensor([each == kind for each in pieces.kinds], device=nats.device)
-        counted = (pieces.weights > TEXT if kind == "asking" else pieces.weights == TEXT) & later & mine[:, None]
-        found[kind] = round(float(nats[counted].mean()), 4)
+        mine = torch.tensor([each == kind for each in pieces.kinds], device=nats.device)[:, None]
+        counted = (pieces.weights > TEXT if kind == "asking" else pieces.weights == TEXT) & mine
+        found[kind] = round(float(nats[counted & later].mean()), 4)
+        if kind != "asking":
+            found[f"{kind}, empty memory"] = round(float(nats[counted & ~later].mean()), 4)
     return found
 
 
@@ -216,6 +224,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10**9)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--memory", type=int, default=2 * PIECE)
+    parser.add_argument("--empty", type=float, default=0.5, help="share of pieces that find nothing in memory")
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--teacher", type=float, default=0.5, help="weight of the divergence from the teacher")
     parser.add_argument("--search", type=float, default=0.2, help="weight of the loss on the search")
@@ -235,7 +244,8 @@ def main() -> None:
         print(json.dumps(what), file=log, flush=True)
         print(json.dumps(what), flush=True)
 
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    half = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    dtype = torch.bfloat16 if half else torch.float32
     backbone = load_backbone(str(given.backbone), None, dtype).to(device)
     layers = tuple(map(int, given.layers.split(",")))
     if given.start:
@@ -255,9 +265,10 @@ def main() -> None:
     pieces, valid = Pieces(given.pieces, device), Pieces(given.valid, device)
     memory = 0 if given.control else given.memory
     began = time.monotonic()
-    nats = torch.cat([Teacher.of(backbone, ids, 1).nats for ids in valid.ids.split(8)])
-    say(teacher=by_kind(valid, nats), seconds=round(time.monotonic() - began, 1))
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    if given.teacher:
+        nats = torch.cat([Teacher.of(backbone, ids, 1).nats for ids in valid.ids.split(8)])
+        say(teacher=by_kind(valid, nats), seconds=round(time.monotonic() - began, 1))
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
         say(
             backbone=validate(model, valid, given.rows, 0, given),
             start=validate(model, valid, given.rows, memory, given),
@@ -272,7 +283,7 @@ def main() -> None:
         part = max((time.monotonic() - began) / (60 * given.minutes), step / given.steps)
         if part * given.looks >= looks + 1:
             looks += 1
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 say(step=step, tokens=step * given.rows * WINDOW, part=round(part, 3),
                     train=[round(x, 4) for x in (seen / max(1, step)).tolist()],
                     valid=validate(model, valid, given.rows, memory, given))  # fmt: skip
@@ -282,13 +293,15 @@ def main() -> None:
         if len(order) < given.rows:
             order += torch.randperm(len(pieces), generator=draw).tolist()
         some = torch.tensor([order.pop() for _ in range(given.rows)], device=device)
+        if torch.rand((), generator=draw) < given.empty:
+            reader.forget()
         teacher = Teacher.of(backbone, pieces.ids[some], 32) if given.teacher else None
         for number in range(SEGMENTS):
             part = min(1.0, max((time.monotonic() - began) / (60 * given.minutes), step / given.steps))
             factor = min(1.0, (step + 1) / 40) * (0.05 + 0.475 * (1 + math.cos(math.pi * part)))
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["top"]
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 loss, _, search, out = reader.segment(pieces, some, number, teacher, given)
             (loss + given.search * search).backward()
             norm = nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], 1.0)

@@ -97,7 +97,7 @@ def test_forget_and_compact_leave_no_byte_and_touch_no_other_namespace(
     assert memory("verify").out.splitlines()[-1].split() == ["clean", "True"]
     assert [each["namespace"] for each in memory("list", "--namespaces", "--json").json["namespaces"]] == ["ada"]
     assert memory("search", "old map", "-n", "ada", "--json").json["hits"]
-    assert "forget needs to know what: name=, where=" in memory("forget", "-n", "ada").error
+    assert "forget needs to know what: a name, where" in memory("forget", "-n", "ada").error
     assert "no document 'nothing.txt'" in memory("forget", "-n", "ada", "--name", "nothing.txt").error
     done = memory("forget", "-n", "ada", "--older-than", "1d")
     assert done.status == 0 and "0 documents of 'ada' forgotten" in done.err

@@ -248,8 +248,7 @@ class MemoryStore:
         """
         if name is None and not where and older_than is None and before is None and not everything:
             raise StoreError(
-                "forget needs to know what: name=, where=, older_than=, before=, or everything=True; "
-                "nothing was forgotten"
+                "forget needs to know what: a name, where, older than, before, or everything; nothing was forgotten"
             )
         if older_than is not None:
             moment = clock.time() - older_than
