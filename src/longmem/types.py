@@ -45,8 +45,8 @@ class RetrievedMemory:
         rows: (B,) long, the storage row each batch row reads.
         version: the bank's write counter at search time, compared again in backward.
         live_version: returns the bank's write counter now.
-        sources: (rows, slots) long, the chunk number of every slot in the memory that was searched, -1 at slots that
-            stand for nothing; None where slots and chunk numbers are the same.
+        sources: (rows, slots) long, what ``Memory.provenance`` calls the chunk in every slot, -1 at slots that stand
+            for nothing; None where a chunk is called by its slot.
         memory_rows: (B,) long, the row of that memory which each batch row read; None where it is ``rows``.
         first_head: where in ``storage`` the heads of the layer that was searched begin.
         layer_heads: Hkv of that layer; None: all heads in ``storage`` are its.

@@ -114,7 +114,7 @@ class TextMemory:
         return search_chunks(ExactIndex(), queries, num_chunks, self, lines, live, layer=layer, heads_kv=self.heads_kv)
 
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:
-        """Where a chunk stands in the text."""
+        """Where a chunk stands in this run, counted from the run's first token, not from the text's."""
         if row or not 0 <= chunk < self.keys.shape[2]:
             raise MemoryBankError(f"row {row} has no chunk {chunk}; there is one row of {self.keys.shape[2]} chunks")
         return ChunkOrigin(None, chunk * self.chunk_size, self.chunk_size, chunk, 0.0)

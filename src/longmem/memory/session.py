@@ -122,7 +122,7 @@ class SessionMemory:
         time: float | None = None,
         ids: Sequence[Tensor] | None = None,
     ) -> None:
-        """Remember keys and values (B, Hkv, T, D) in the session's own bank, see ``MemoryBank.add``.
+        """Remember keys and values in the session's own bank, see ``MemoryBank.add``.
 
         Args:
             ids: the token ids behind them, one tensor for each row written; a bank has no use for them, a session over

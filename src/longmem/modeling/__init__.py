@@ -2,11 +2,13 @@
 
 1. ``memory_lm``: ``forward`` in three steps, run the backbone, read memory, apply the head.
 2. ``backbone``: runs the unmodified model and records what its layers were given, and the keys and values to remember.
-3. ``longmem``: the SideNet, copied layers beside the backbone, each given what the backbone's layers changed.
+3. ``longmem``: the SideNet, copied layers beside the backbone; after each, what the backbone changed is added.
 4. ``reading``: one attention layer that searches memory before it runs and mixes in what it found afterwards.
 5. ``attention`` and ``fusion``: attention over the chunks found, and the mix with attention over the segment.
 
-``baselines``: the backbone's own layers read memory. ``families``, ``probe`` and ``placement`` know how architectures
-name their parts, compute keys without positions, and keep weights. ``loading``, ``fingerprint`` and ``gguf`` are about
-files. The same method in loops is in the tests, ``tests/modeling/naive.py``.
+``baselines``: the backbone's own layers read memory. What a search does is in ``longmem.memory``: ``chunks``, then
+``index``. ``families``, ``probe`` and ``placement`` know how architectures name their parts, compute keys without
+positions, and keep weights. ``loading``, ``fingerprint`` and ``gguf`` are about files. ``generating`` is ``generate``
+with memory, ``explain`` what was read, ``copying`` which layers find earlier text, ``alibi_gpt`` the paper's backbone.
+The same method in loops is in the tests, ``tests/modeling/naive.py``.
 """

@@ -90,7 +90,7 @@ class _Gather:
     """Reads the chunks that a list of queries found. Storage is seen as a table with one line per chunk and head.
 
     Attributes:
-        table: (rows * slots * n*Hkv, 2*S*D), a line per row, slot and head: the chunk's keys, then its values.
+        table: (rows * slots * heads of all remembered layers, 2*S*D), a line per row, slot and head: keys, then values.
         lines: (Q, R) long, the line of each retrieved chunk.
         real: (Q, R, S) bool, or None where every retrieved token is real.
         shape: of a gathered chunk, (R, 2, S, D).

@@ -51,7 +51,7 @@ class AugmentedLM(MemoryLM):
     def kept(self, run: BackboneRun, input_ids: Tensor | None, attention_mask: Tensor | None) -> AttentionKV:
         """What a run leaves in memory: with several layers that read, the text is encoded once more without memory.
 
-        Steps of a cached generation do not pay for that: what they give is not written.
+        Steps of a loop with a cache do not pay for that: what they give is not written. ``generate`` keeps nothing.
         """
         if run.reading is None or len(self.memory_layers) == 1 or input_ids is None:
             return super().kept(run, input_ids, attention_mask)

@@ -106,9 +106,10 @@ def retrieval_by_layer(
 
 
 def default_memory_layer(model: PreTrainedModel, stride: int) -> int:
-    """The paper's choice, layer 18 of 24 read by SideNet layer 9 of 12, for any depth, counted from 0.
+    """The paper's choice for any depth, counted from 0: 17 of 24 (its layer 18, read by SideNet layer 9 of 12).
 
-    The nearest layer below that the family allows is taken: in hybrid models one with full attention.
+    Where the family does not allow it, as in hybrid models: the nearest that it does, of those that the SideNet copies
+    if there are any.
     """
     family = Family.of(model)
     sources = family.side_layout(stride).sources

@@ -71,6 +71,7 @@ class Explanation:
         chunks = torch.cat([retrieved.chunks for _, retrieved, _ in reads], dim=1)
         scores = torch.cat([retrieved.scores.float() for _, retrieved, _ in reads], dim=1)
         shares = torch.cat([each.float() for _, _, each in reads], dim=1)
+        # row and chunk in one integer; chunks stay below 1 << 40, a session's too (``memory.session.OVERLAY``)
         found = ((rows.view(-1, 1, 1, 1) << 40) + chunks)[chunks >= 0]
         pairs = [divmod(pair, 1 << 40) for pair in torch.unique(found).tolist()]
         origins = {(row, chunk): memory.provenance(row, chunk) for row, chunk in pairs}

@@ -1,4 +1,4 @@
-"""The only place that knows how architectures name their parts.
+"""How architectures name their parts; ``probe`` has adapters for those that hide their queries, keys and values.
 
 Everything else works on a ``Family``: the decoder and its layers, the final norm, the attention module of a layer, its
 output projection, and a way to its queries, keys and values before any rotary embedding.

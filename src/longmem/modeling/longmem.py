@@ -68,12 +68,6 @@ class LongMem(MemoryLM):
         """The first of them; in the paper there is one."""
         return self.augmented_layers[0]
 
-    def train(self, mode: bool = True) -> LongMem:
-        """Puts the SideNet in training mode; the backbone stays in eval mode."""
-        super().train(mode)
-        self.backbone.train(False)
-        return self
-
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any
     ) -> None:
@@ -172,6 +166,10 @@ class SideNet(nn.Module):
 
     def forward(self, backbone: Backbone, run: BackboneRun) -> Tensor:
         """The SideNet's state before its final norm, (B, T, C).
+
+        After layer i, what the backbone changed beside it is added (section 3.2, the cross-network residual):
+        h = layer_i(h) + H[bounds[i+1]] - H[bounds[i]], from h = H[bounds[0]] on, where H[l] is the input of backbone
+        layer l. With ``init="delta"`` the copy stands for its source layer: H[source+1] is subtracted instead.
 
         ``run`` is the backbone's forward: inputs and calls of its layers, and how memory is read.
         """

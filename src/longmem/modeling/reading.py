@@ -113,7 +113,8 @@ class MemoryReader:
 
     Before the attention runs, its position-free queries search memory and attend to what they find. The result is mixed
     into the local heads as soon as these are there: in transformers' attention interface, or, in families that do not
-    use it, before the output projection. Outside of a run with a ``Reading`` the module is what it was.
+    use it, before the output projection. Outside of a run with a ``Reading`` the module is what it was. Making one is
+    enough: its hooks on the module keep it alive.
 
     Args:
         attention: a SideNet's own, or that of the backbone's mirror.
