@@ -49,19 +49,17 @@ def summary(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     return {part: spread([each[part] for each in rounds]) for part in rounds[0]}
 
 
-def ratio(above: list[dict[str, float]], below: list[dict[str, float]], part: str = "total") -> dict[str, float]:
+def ratio(above: list[dict[str, float]], below: list[dict[str, float]]) -> dict[str, float]:
     """Spread of the quotients round by round: what disturbs a whole round cancels."""
-    return spread([one[part] / other["total"] for one, other in zip(above, below, strict=True)])
+    return spread([one["total"] / other["total"] for one, other in zip(above, below, strict=True)])
 
 
-def peak_bytes(run: Run, *, warm: bool = True) -> int:
+def peak_bytes(run: Run) -> int:
     """Most bytes that the run held at a time, beyond what there was before it.
 
-    Args:
-        warm: do it once before, so that lazily made buffers do not count; without, for what takes long.
+    It is done once before, so that lazily made buffers do not count.
     """
-    if warm:
-        run()
+    run()
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

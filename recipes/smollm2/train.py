@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from longmem import LongMem, MemoryBank, TrainingFree
 from longmem.modeling.loading import load_backbone
+from longmem.training.models import runs_bf16
 
 WINDOW, SEGMENTS = 1024, 8
 PIECE = WINDOW * SEGMENTS
@@ -93,14 +94,9 @@ class Reader:
     """
 
     def __init__(self, model: LongMem, rows: int, memory: int) -> None:
-        self.model, self.rows, self.memory = model, rows, memory
-        self.forget()
-
-    def forget(self) -> None:
-        """Begin with nothing in memory."""
-        self.bank, self.begun = None, 0
-        if self.memory:
-            self.bank = MemoryBank.for_model(self.model, rows=self.rows, capacity_tokens=self.memory)
+        self.model, self.bank, self.begun = model, None, 0
+        if memory:
+            self.bank = MemoryBank.for_model(model, rows=rows, capacity_tokens=memory)
 
     def segment(
         self, pieces: Pieces, some: Tensor, number: int, teacher: Teacher | None, given: Any
@@ -224,7 +220,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10**9)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--memory", type=int, default=2 * PIECE)
-    parser.add_argument("--empty", type=float, default=0.5, help="share of pieces that find nothing in memory")
+    parser.add_argument(
+        "--empty", type=float, default=0.0, help="share of batches whose pieces begin with nothing in memory"
+    )
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--teacher", type=float, default=0.5, help="weight of the divergence from the teacher")
     parser.add_argument("--search", type=float, default=0.2, help="weight of the loss on the search")
@@ -244,7 +242,7 @@ def main() -> None:
         print(json.dumps(what), file=log, flush=True)
         print(json.dumps(what), flush=True)
 
-    half = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    half = runs_bf16("auto", device)
     dtype = torch.bfloat16 if half else torch.float32
     backbone = load_backbone(str(given.backbone), None, dtype).to(device)
     layers = tuple(map(int, given.layers.split(",")))
@@ -270,7 +268,7 @@ def main() -> None:
         say(teacher=by_kind(valid, nats), seconds=round(time.monotonic() - began, 1))
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         say(
-            backbone=validate(model, valid, given.rows, 0, given),
+            memory_off=validate(model, valid, given.rows, 0, given),
             start=validate(model, valid, given.rows, memory, given),
         )
     optimizer = optimiser(model, given.rate)
@@ -293,8 +291,8 @@ def main() -> None:
         if len(order) < given.rows:
             order += torch.randperm(len(pieces), generator=draw).tolist()
         some = torch.tensor([order.pop() for _ in range(given.rows)], device=device)
-        if torch.rand((), generator=draw) < given.empty:
-            reader.forget()
+        if given.empty and torch.rand((), generator=draw) < given.empty and reader.bank is not None:
+            reader.bank.reset()
         teacher = Teacher.of(backbone, pieces.ids[some], 32) if given.teacher else None
         for number in range(SEGMENTS):
             part = min(1.0, max((time.monotonic() - began) / (60 * given.minutes), step / given.steps))

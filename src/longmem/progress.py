@@ -31,7 +31,7 @@ class Progress:
     ) -> None:
         self.what, self.total, self.unit, self.done, self.quiet = what, total, unit, done, quiet
         self.started = self._shown = time.monotonic()
-        self._before = done
+        self.before = done
         self._terminal = sys.stderr.isatty()
         self._width = 0
 
@@ -72,7 +72,7 @@ class Progress:
         unit, note = f" {self.unit}" if self.unit else "", f", {note}" if note else ""
         if not self.total:
             return f"{self.what}: {self.done:,}{unit} in {clock(seconds)}{note}"
-        new = self.done - self._before
+        new = self.done - self.before
         left = f", {clock(seconds / new * max(0, self.total - self.done))} left" if new else ""
         return f"{self.what}: {self.done:,} of {self.total:,}{unit} ({100 * self.done // self.total} %){left}{note}"
 

@@ -43,7 +43,7 @@ def texts() -> list[torch.Tensor]:
 def test_every_family_is_measured_at_every_layer_that_can_be_remembered(name: str) -> None:
     model = make_backbone(name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    report = layers_report(model, None, distances=(40,), rows=1, num_retrieved=16, quiet=True)
+    report = layers_report(model, None, distances=(40,), rows=1, num_retrieved=16)
     heads = model.config.get_text_config().num_attention_heads
     layers = report["memory_layers"]
     assert report["allowed"] == layers == [layer for each in report["effect"]["single"] for layer in each["layers"]]

@@ -212,6 +212,24 @@ def test_appending_asks_for_the_kind_that_the_document_has(store: MemoryStore) -
         store.append("alice", "text", name="neither")
 
 
+def test_an_append_to_a_document_that_was_forgotten_and_added_again_is_refused(store: MemoryStore) -> None:
+    store.add_document("alice", "the old text", name="diary")
+    commit = adding.commit
+
+    def late(*given: Any) -> Any:
+        with patch.object(adding, "commit", commit):
+            store.forget("alice", name="diary")
+            store.add_document("alice", "another text", name="diary")
+        return commit(*given)
+
+    with (
+        patch.object(adding, "commit", late),
+        pytest.raises(StoreError, match="'diary' was changed by something else meanwhile; append again"),
+    ):
+        store.append("alice", " goes on", name="diary")
+    assert store.text("alice", "diary") == "another text"
+
+
 def test_ids_outside_of_the_vocabulary_are_refused(tmp_path: Path) -> None:
     model = NumberModel()
     model.get_input_embeddings = lambda: torch.nn.Embedding(257, 1)  # type: ignore[attr-defined]

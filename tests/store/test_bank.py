@@ -279,6 +279,34 @@ def test_refresh_reads_only_what_is_new(store: MemoryStore, monkeypatch: pytest.
     same(bank.search(queries(bank), 100), store.bank("alice").search(queries(bank), 100))
 
 
+def test_a_refresh_that_fails_leaves_what_was_forgotten_out(store: MemoryStore) -> None:
+    bank = store.bank("alice", documents=["letter 0", "letter 1"]).load()
+    store.forget("alice", name="letter 0")
+    for _ in range(2):
+        with pytest.raises(StoreError, match="letter 0"):
+            bank.refresh()
+    bank.search(queries(bank), 100)
+    assert found_names(bank) == {"letter 1"}
+
+
+@pytest.mark.parametrize("keep", ["memory", "device"])
+def test_what_is_held_of_the_forgotten_is_let_go_and_the_rest_read_once(
+    store: MemoryStore, keep: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = store.bank("alice", keep=keep).load()
+    store.forget("alice", name="letter 1")
+    bank.search(queries(bank), 100)
+    begin, end = bank._runs.begins[1:3].tolist()
+    held = bank._held[0]
+    assert held is not None and not held[begin:end].any() and held[:begin].any() and held[end:].any()
+    bank.refresh()
+    store.add_document("bob", ids=ids(9, seed=32), name="new")
+    held = bank._held[0]
+    bank.refresh()
+    assert bank._held[0] is held
+    same(bank.search(queries(bank), 100), store.bank("alice").search(queries(bank), 100))
+
+
 # an index of one's own
 
 

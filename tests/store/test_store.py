@@ -386,6 +386,22 @@ def test_a_damaged_export_is_refused_and_nothing_imported(
         assert "\n" not in str(caught.value) and other.namespaces() == [] and other.verify().clean
 
 
+def test_an_import_whose_last_piece_is_damaged_writes_no_text(
+    store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(store)
+    store.export("alice", tmp_path / "out.tar")
+    with tarfile.open(tmp_path / "out.tar") as tar:
+        *_, last = [name for name in tar.getnames() if name.startswith("p")]
+    rewritten(tmp_path / "out.tar", lambda name, data: data[:-1] + bytes([data[-1] ^ 1]) if name == last else data)
+    monkeypatch.setattr("longmem.store.upkeep.AT_ONCE", 0)
+    with open_small(tmp_path / "to") as other:
+        with pytest.raises(StoreError, match="bytes have changed"):
+            other.import_(tmp_path / "out.tar")
+        with other.catalog.read():
+            assert other.catalog.pieces() == []
+
+
 def test_exports_of_another_backbone_or_layout_are_refused(store: MemoryStore, tmp_path: Path) -> None:
     fill(store)
     store.export("alice", tmp_path / "out.tar")

@@ -260,7 +260,7 @@ def load_model(
     dtype: str = "auto",
     talking: bool = False,
     **parts: str | None,
-) -> tuple[Any, str | None]:
+) -> tuple[Any, str]:
     """The model that the options name, for a store of this layout, and where its tokenizer is.
 
     A causal language model by itself reads memory in the layers that the store remembers, nothing trained. Without a
@@ -279,9 +279,9 @@ def load_model(
     import torch
     from transformers.utils import logging
 
-    from longmem import LongMem, MemTRM, TrainingFree
+    from longmem import TrainingFree
     from longmem.default_model import default_checkpoint, default_model
-    from longmem.evaluation.loading import checked_device, checkpoint_folder, model_type
+    from longmem.evaluation.loading import MODELS, checked_device, checkpoint_folder, model_type, tokenizer_beside
 
     logging.disable_progress_bar()
     if talking and name is None and (layout is None or default_checkpoint(layout)):
@@ -298,8 +298,7 @@ def load_model(
         folder, backbone = (folder, joined) if backbone else (joined, None)
     try:
         folder = folder if bare else checkpoint_folder(folder)
-        kinds: dict[str, Any] = {"longmem": LongMem, "memtrm": MemTRM, "training_free": TrainingFree}
-        kind = kinds.get("" if bare else model_type(folder))
+        kind = MODELS.get("" if bare else model_type(folder))
         if kind is not None:
             model = kind.from_pretrained(folder, backbone=backbone, backbone_kwargs=inside, **how)
         elif backbone is not None:
@@ -317,10 +316,7 @@ def load_model(
         if name is not None:
             raise
         raise StoreError(f"the store's backbone cannot be loaded: {error}; name the model with --model") from error
-    named = model.config.backbone_name_or_path
-    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-    found = (each for each in (folder, named) if each and any((Path(each) / file).is_file() for file in files))
-    return model.to(place).eval(), next(found, named)
+    return model.to(place).eval(), tokenizer_beside(folder, model.config.backbone_name_or_path)
 
 
 def open_with_model(
@@ -333,8 +329,8 @@ def open_with_model(
     where = {name: given[name] for name in ("device", "backbone") if name in given}
     layout = layout_of(given["path"], writing=mode == "write")
     model, beside = load_model(given["model"], layout, talking=talking, **where)
-    if "tokenizer" in given and (words := given["tokenizer"] or beside):
-        settings["tokenizer"] = load_tokenizer(words, model)
+    if "tokenizer" in given:
+        settings["tokenizer"] = load_tokenizer(given["tokenizer"] or beside, model)
     return MemoryStore.open(given["path"], mode=mode, model=model, create=create, **settings)  # type: ignore[arg-type]
 
 

@@ -166,10 +166,7 @@ def _load(name: str, asked: dict[str, Any]) -> tuple[Any, Any]:
             layout = store.layout
     how = {each: asked[each] for each in ("device", "backbone", "revision", "subfolder", "gguf_file", "dtype")}
     model, beside = shared.load_model(name, layout, **how)
-    words = asked["tokenizer"] or beside
-    if words is None:
-        raise DataError(f"{name}: no tokenizer beside the model or its backbone; name one with --tokenizer")
-    return model, load_tokenizer(words, model)
+    return model, load_tokenizer(asked["tokenizer"] or beside, model)
 
 
 def _recalled(store: Any, prompt: str, tokenizer: Any, asked: dict[str, Any]) -> tuple[str, list[RecalledPassage]]:

@@ -24,10 +24,9 @@ from longmem.cli.tasks import save_and_show
 @click.option("--chunk-size", type=int, default=4)
 @click.option("--num-retrieved", type=int, default=64, help="Tokens that a query may retrieve.")
 @options("seed")
-@click.option("--effect", is_flag=True, hidden=True, help="Measured always now.")
 @options("device", "dtype", "json")
 @folder_option("--out", help="Folder for layers.json and the heat map layers.png.")
-def command(model: str, data: tuple[str, ...], tokenizer: str | None, effect: bool, **given: Any) -> None:
+def command(model: str, data: tuple[str, ...], tokenizer: str | None, **given: Any) -> None:
     """Find the layers whose memory is worth most.
 
     For every layer of MODEL (a causal language model, or the backbone of a LongMem): what is predicted better when it

@@ -15,7 +15,7 @@ COMMANDS = {
     "calibrate": ("longmem.cli.calibrate:command", "Let a backbone read memory without a SideNet, in minutes."),
     "eval": ("longmem.cli.eval:command", "Measure a model on long text."),
     "report": ("longmem.cli.report:command", "Make a page of results, the paper's numbers beside ours."),
-    "layers": ("longmem.cli.layers:command", "Find the backbone layer whose keys are worth remembering."),
+    "layers": ("longmem.cli.layers:command", "Find the layers whose memory is worth most."),
     "generate": ("longmem.cli.generate:command", "Continue a text with memory, for as long as you like."),
     "chat": ("longmem.cli.talk:chat", "Talk with a model that remembers."),
     "serve": ("longmem.cli.talk:serve", "Serve a model and its memories over HTTP."),

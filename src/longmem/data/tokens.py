@@ -175,8 +175,9 @@ class TokenCorpus:
         if not sum(map(len, some)):
             raise DataError(nothing)
         ids, bounds = np.concatenate(some), np.cumsum([0, *map(len, some)], dtype=np.int64)
-        content = hashlib.sha256(ids.tobytes() + bounds.tobytes()).hexdigest()[:16]
-        return cls(ids, bounds, names, fingerprint or content)
+        if not fingerprint:
+            fingerprint = hashlib.sha256(ids.tobytes() + bounds.tobytes()).hexdigest()[:16]
+        return cls(ids, bounds, names, fingerprint)
 
     def save(self, folder: Path) -> None:
         """Write into a folder that is complete or absent."""

@@ -317,7 +317,6 @@ def layers_report(
     chunk_size: int = 4,
     num_retrieved: int = 64,
     seed: int = 0,
-    quiet: bool = False,
 ) -> Json:
     """Both measurements of a backbone, as ``longmem layers`` keeps them.
 
@@ -331,11 +330,11 @@ def layers_report(
         the layers whose memory is worth most together, None where it is worth nothing; ``default``, the paper's choice.
     """
     family = Family.of(model)
-    common = {"chunk_size": chunk_size, "num_retrieved": num_retrieved, "seed": seed}
+    common: dict[str, Any] = {"chunk_size": chunk_size, "num_retrieved": num_retrieved, "seed": seed}
     explained = explain_layers(model, text, distances=distances, segment=segment, rows=rows, **common)
     if text is None:
         text = random_tokens(family.config.vocab_size, rows, max(distances), seed=seed).repeat(1, 2)
-    effect = measure_layers(model, list(text), tokenizer, stride=stride, quiet=quiet, **common)
+    effect = measure_layers(model, list(text), tokenizer, stride=stride, **common)
     return {
         "num_layers": len(family.layers),
         "memory_layers": family.memory_layers(),

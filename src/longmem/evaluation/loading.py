@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from longmem.config import LongMemConfig, MemTRMConfig, TrainingFreeConfig
 from longmem.data.tokens import first_text
 from longmem.data.tokens import load_tokenizer as load_tokenizer
 from longmem.errors import CheckpointError, ConfigError, DataError, first_line
@@ -28,7 +27,7 @@ from longmem.modeling.longmem import LongMem
 
 log = logging.getLogger(__name__)
 
-CONFIGS: dict[str, Any] = {"longmem": LongMemConfig, "memtrm": MemTRMConfig, "training_free": TrainingFreeConfig}
+MODELS: dict[str, Any] = {each.config_class.model_type: each for each in (LongMem, MemTRM, TrainingFree)}
 """By ``model_type`` of a config file; any other is a causal language model."""
 LONGEST_DEFAULT_WINDOW = 1024  # the paper's; long-context backbones would otherwise get all they can take
 PROJECT_SEPARATOR = "__"
@@ -81,8 +80,8 @@ def load_comparison(
     if kind == "training_free":
         training_free = (where, *training_free)
     own = control or (memory_sizes and not (memtrm or training_free))
-    if (kind != "longmem" and own) or (kind not in CONFIGS and backbone):
-        itself = "baseline" if kind in CONFIGS else "causal language model"
+    if (kind != "longmem" and own) or (kind not in MODELS and backbone):
+        itself = "baseline" if kind in MODELS else "causal language model"
         raise ConfigError(
             f"--control, --memory-sizes and --backbone are of a LongMem checkpoint; {where} is a {itself} by itself"
         )
@@ -115,11 +114,7 @@ def load_comparison(
         comparison = comparison.beside(other, _sizes(sizes, other.config))
     config: Any = comparison.model.config
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST_DEFAULT_WINDOW
-    if tokenizer is None:
-        places = [name for name in (where, backbone, named) if name]
-        files = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-        there = (name for name in places if any((Path(name) / file).is_file() for file in files))
-        tokenizer = next(there, places[-1])
+    tokenizer = tokenizer or tokenizer_beside(where, named)
     return Loaded(comparison, where, tokenizer, min(positions, LONGEST_DEFAULT_WINDOW))
 
 
@@ -186,6 +181,13 @@ def checkpoint_folder(path: str, kind: str | None = None, otherwise: str = "") -
     return where
 
 
+def tokenizer_beside(*places: str) -> str:
+    """The first of these places with a tokenizer's files; else the last, which may be a hub id."""
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+    there = (place for place in places if any((Path(place) / file).is_file() for file in files))
+    return next(there, places[-1])
+
+
 def model_type(where: str) -> str:
     """``model_type`` of the config in a folder or at a hub id; empty where it has none.
 
@@ -210,9 +212,9 @@ def backbone_of(where: str) -> tuple[str, str | None]:
         BackboneError: the checkpoint does not say.
     """
     kind = model_type(where)
-    if kind not in CONFIGS:
+    if kind not in MODELS:
         return where, None
-    config: Any = CONFIGS[kind].from_pretrained(where)
+    config: Any = MODELS[kind].config_class.from_pretrained(where)
     started = kind == "memtrm"  # its own backbone is the one that it trained
     name = config.start_name_or_path if started else config.backbone_name_or_path
     return named_backbone(name, resolve_folder(where, None)), None if started else config.backbone_revision

@@ -7,7 +7,6 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,6 +22,8 @@ RESPONSES = "~responses"
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")
 OPEN_BYTES = 2 << 30
 """Of banks that are kept open; those used longest ago are closed beyond it."""
+OPEN_RECALLS = 64
+"""Text searches that are kept, likewise."""
 
 
 class Memories:
@@ -36,7 +37,7 @@ class Memories:
 
     def __init__(self, store: Any) -> None:
         self.store = store
-        self.recall = lru_cache(64)(partial(Recall, store))  # the text search of a namespace
+        self._recalls: OrderedDict[str, Recall] = OrderedDict()
         self._open: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
         self._file = Path(store.path) / REGISTRY
@@ -98,6 +99,15 @@ class Memories:
                 return info
         raise Refused(404, f"this memory has no document {name[:100]!r}", code="not_found")
 
+    def recall(self, namespace: str) -> Recall:
+        """The text search of a memory; of the memories used last it stays open."""
+        with self._lock:
+            found = self._recalls.pop(namespace, None) or Recall(self.store, namespace)
+            self._recalls[namespace] = found
+            if len(self._recalls) > OPEN_RECALLS:
+                self._recalls.popitem(last=False)
+        return found
+
     # what runs the model or writes: called in the engine's thread only
 
     def bank(self, namespace: str) -> Any:
@@ -124,6 +134,7 @@ class Memories:
         if known:
             self.store.forget(namespace, **({"everything": True} if document is None else {"name": document}))
         with self._lock:
+            self._recalls.pop(namespace, None)  # its index holds the text
             if document is None and self._created.pop(namespace, None) is not None:
                 self._write()
         self._open.pop(namespace, None)

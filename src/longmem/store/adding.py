@@ -58,6 +58,7 @@ class Planned:
     pieces: list[tuple[bytes, int]] = field(default_factory=list)  # its new ones: digest, and how many of its tokens
     revision: int = 1  # of a new document; of an append, of the document that it was planned on
     kept: list[tuple[int, int]] | None = None  # what an append leaves: pieces, and how many of the tokens of each
+    document: int = 0  # that an append was planned on
 
 
 @dataclass
@@ -128,7 +129,8 @@ class Adder:
         if whole < used:
             tokens = joined_tokens([last.slice(whole, used), tokens])
         length = sum(count for _, count in kept) + len(tokens)
-        return Planned(namespace, NewDocument(name), "", length, b"", revision=document.revision, kept=kept), tokens
+        plan = Planned(namespace, NewDocument(name), "", length, b"", [], document.revision, kept, document.id)
+        return plan, tokens
 
     def _batches(self, planned: Iterator[tuple[Planned, Tokens]], pinned: set[int]) -> Iterator[_Batch]:
         batch, size, coming = _Batch(), self._catalog.layout.piece_tokens, set[bytes]()
@@ -211,7 +213,7 @@ def status_of(catalog: Catalog, plan: Planned) -> tuple[Status, DocumentInfo | N
     if plan.kept is not None:
         if old is None:
             raise no_document(plan.namespace, new.name)
-        if old.revision != plan.revision:
+        if (old.id, old.revision) != (plan.document, plan.revision):
             raise StoreError(f"document {new.name!r} was changed by something else meanwhile; append again")
         return "appended", old
     if old is None or old.expired(clock.time()):

@@ -306,8 +306,9 @@ class StoreBank:
 
     def _read(self) -> None:
         # the version before the runs, so that no change between is missed
-        self._read_at = self._seen = self._catalog.version()
+        seen = self._catalog.version()
         self._runs: Runs = until_found(lambda: read_runs(self._catalog, self.namespace, self.selection))
+        self._read_at = self._seen = seen
         self._expires = self._runs.expires()
 
     def _notice(self) -> None:
@@ -318,11 +319,16 @@ class StoreBank:
         self._runs = until_found(lambda: before.now(self._catalog, self.namespace))
         if self._keys is not None and not np.array_equal(before.left, self._runs.left):
             self._keys = Keys(self._runs, self._indexes, self.device, self.key_dtype, self._keys)
+            for run in np.flatnonzero(before.left != self._runs.left).tolist():
+                begin, end = self._runs.begins[run : run + 2].tolist()
+                for held in filter(lambda each: each is not None, self._held):
+                    held[begin + int(self._runs.left[run]) : end] = 0  # type: ignore[index]
         self._expires, self._seen = self._runs.expires(), seen
 
     def _load(self, before: Keys | None) -> None:
         self._keys = Keys(self._runs, self._indexes, self.device, self.key_dtype, before)
-        if self.keep == "map":
+        same = before is not None and self._held and np.array_equal(before.ids, self._keys.ids)
+        if self.keep == "map" or (same and self._held[0] is not None and len(self._held[0]) == len(self._runs)):
             return
         stored, every = self._runs.stored, np.arange(len(self._runs))
         where = self.device if self.keep == "device" else torch.device("cpu")

@@ -187,11 +187,13 @@ class Catalog:
     def pinning(self) -> Iterator[set[int]]:
         """While the block lasts, ``compact`` leaves the pieces whose numbers are put into the set."""
         pinned: set[int] = set()
-        self.pinned.append(pinned)
+        with self._guard:
+            self.pinned.append(pinned)
         try:
             yield pinned
         finally:
-            self.pinned = [each for each in self.pinned if each is not pinned]
+            with self._guard:
+                self.pinned = [each for each in self.pinned if each is not pinned]
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
@@ -274,7 +276,8 @@ class Catalog:
 
     def remove(self, paths: Iterable[Path]) -> None:
         """Unlink data files, durably; a map would keep their bytes on the disk."""
-        self._mapped = None
+        with self._guard:
+            self._mapped = None
         removed = list(paths)
         for path in removed:
             with file_errors(path, "removing"):

@@ -396,6 +396,16 @@ def import_archive(
         plans = archive.planned(catalog, composed(namespace or archive.namespace))
         with catalog.pinning() as pinned:
             missing = [digest for digest in archive.sums if known(catalog, bytes.fromhex(digest), pinned) is None]
+            # all of it is read and checked before anything is written
+            sizes = {bytes.fromhex(digest): len(archive.piece(digest)[0]) for digest in missing}
+            for plan in plans:
+                for place, (piece, used) in enumerate(plan.pieces, 1):
+                    (full,) = catalog.row("SELECT tokens FROM piece WHERE digest = ?", piece) or (sizes.get(piece, 0),)
+                    last = used == full and place == len(plan.pieces)
+                    if not 0 < used <= full or (used % layout.segment_tokens and not last):
+                        raise StoreError(
+                            f"document {plan.new.name!r} of the archive is incomplete; nothing was imported"
+                        )
             held: dict[bytes, tuple[Tokens, StoredChunks]] = {}
             for number, digest in enumerate(missing, 1):
                 held[bytes.fromhex(digest)] = archive.piece(digest)
@@ -405,14 +415,6 @@ def import_archive(
                     held = {}
                 if progress is not None:
                     progress(Progress("copy", number, len(missing), "pieces", path.name))
-            for plan in plans:
-                for place, (piece, used) in enumerate(plan.pieces, 1):
-                    (full,) = catalog.row("SELECT tokens FROM piece WHERE digest = ?", piece) or (0,)
-                    last = used == full and place == len(plan.pieces)
-                    if not 0 < used <= full or (used % layout.segment_tokens and not last):
-                        raise StoreError(
-                            f"document {plan.new.name!r} of the archive is incomplete; nothing was imported"
-                        )
             return commit(catalog, pinned, {}, [], plans)
 
 

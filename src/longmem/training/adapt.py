@@ -24,6 +24,7 @@ from longmem.memory import MemoryBank
 from longmem.modeling.baselines import MemTRM
 from longmem.modeling.longmem import LongMem
 from longmem.progress import Progress
+from longmem.training.models import is_gate
 from longmem.training.trainer import Scores, StreamTrainer, token_losses
 from longmem.types import AttentionKV
 
@@ -86,7 +87,7 @@ class LongMemTrainer(StreamTrainer):
             args.max_steps = max(1, round(args.num_train_epochs * corpus.num_tokens / step))
         # without memory the gate takes no part, and DDP would wait for it
         for name, weight in model.named_parameters():
-            if "memory_gate" in name or ".gates." in name:
+            if is_gate(name):
                 weight.requires_grad_(memory)
         tokenizer = trainer.get("tokenizer") or trainer.get("processing_class")
         self.pad_id = getattr(tokenizer, "pad_token_id", None) or 0

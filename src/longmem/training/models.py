@@ -34,11 +34,11 @@ AUTO_DOCUMENTS, AUTO_TOKENS = 4, 4096  # of text on which memory_layers = "auto"
 
 
 def build_model(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, texts: TokenCorpus
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, texts: TokenCorpus, *, quiet: bool = False
 ) -> PreTrainedModel:
     """The model, its trained weights in float32, where it was loaded."""
     model: Any
-    layers = _layers(recipe, tokenizer, device, texts)
+    layers = _layers(recipe, tokenizer, device, texts, quiet)
     if recipe.task == "pretrain":
         model = trained = _causal(recipe, tokenizer)
     elif recipe.method == "memtrm":
@@ -133,7 +133,9 @@ def _memory(recipe: Recipe, layers: Any) -> dict[str, Any]:
     return {"revision": recipe.backbone.revision, "memory_layers": layers} | settings
 
 
-def _layers(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, texts: TokenCorpus) -> Any:
+def _layers(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, texts: TokenCorpus, quiet: bool
+) -> Any:
     """What ``from_backbone`` takes as ``memory_layers``.
 
     ``auto`` measures on the longest documents, once: the run's folder keeps what was found, also for a run that goes
@@ -151,6 +153,7 @@ def _layers(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.de
         stride=side.stride if recipe.method == "longmem" else None,
         chunk_size=side.chunk_size,
         num_retrieved=side.num_retrieved,
+        quiet=quiet,
     )
 
     def once(model: PreTrainedModel) -> tuple[int, ...] | None:
@@ -323,11 +326,16 @@ class AdamWAndMuon(torch.optim.AdamW):
         muon.step()
 
 
+def is_gate(name: str) -> bool:
+    """Whether a parameter decides how much of memory is read."""
+    return "memory_gate" in name or ".gates." in name
+
+
 def build_optimiser(named: Iterable[tuple[str, nn.Parameter]], optim: OptimSection) -> torch.optim.Optimizer:
     """Matrices inside the layers go to Muon where it is asked for, all else to AdamW. Only matrices decay."""
     groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, weight in named:
-        gate, matrix = "memory_gate" in name or ".gates." in name, weight.ndim >= 2
+        gate, matrix = is_gate(name), weight.ndim >= 2
         # a name with a number in it is of a layer, and no embedding or head
         muon = optim.optimiser == "muon" and weight.ndim == 2 and not gate and any(p.isdigit() for p in name.split("."))
         rate = optim.muon_lr if muon else optim.gate_lr or optim.lr if gate else optim.lr

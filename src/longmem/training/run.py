@@ -120,7 +120,7 @@ def build_trainer(recipe: Recipe, state: PartialState, *, divided: bool = False,
             f"backbone.device_map ({backbone.device_map!r}) spreads one process over all devices, and there are "
             f"{state.num_processes} processes; start one, or leave it away"
         )
-    model: Any = build_model(recipe, tokenizer, state.device, texts)
+    model: Any = build_model(recipe, tokenizer, state.device, texts, quiet=quiet)
     check_tokenizer(tokenizer, model, way_out="leave data.tokenizer out, or name the backbone's")
     args = _arguments(recipe, state)
     now = recipe.model_dump(mode="json", exclude={"data": {"cache_dir"}})
@@ -232,7 +232,7 @@ class _Run(TrainerCallback):
         if self.resume:
             self.progress.say(f"resumed at step {step:,}, {step * self.tokens_per_step:,} tokens")
         self.progress.total = None if state.max_steps >= ENDLESS else state.max_steps
-        self.progress.done = self.progress._before = step
+        self.progress.done = self.progress.before = step
         self.since = (step, self.trainer.seconds)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
