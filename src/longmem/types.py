@@ -78,30 +78,33 @@ class RetrievedMemory:
         return int(self.storage.shape[4])
 
     @property
+    def lines(self) -> Tensor:
+        """(B, H, T, R) long: where each chunk is in ``storage.flatten(0, 2)``, a line per row, slot and head."""
+        heads, (_, slots, heads_kv) = self.chunk_ids.shape[1], self.storage.shape[:3]
+        # query heads in groups share a key/value head; storage has those of the other memory layers too
+        group = heads // (heads_kv if self.layer_heads is None else self.layer_heads)
+        head = self.first_head + torch.arange(heads, device=self.chunk_ids.device) // group
+        return (self.rows.view(-1, 1, 1, 1) * slots + self.chunk_ids) * heads_kv + head.view(1, -1, 1, 1)
+
+    @property
+    def sizes(self) -> Tensor:
+        """(B, H, T, R) long: real tokens of each chunk, 0 where none was found."""
+        return self.lengths[self.rows.view(-1, 1, 1, 1), self.chunk_ids].masked_fill_(~self.chunk_mask, 0)
+
+    @property
     def keys(self) -> Tensor:
         """(B, H, T, K, D): a copy per query; for inspection and tests, the fast path never makes it."""
-        return self._gather(0)
+        return self.storage.flatten(0, 2)[self.lines, 0].flatten(3, 4)
 
     @property
     def values(self) -> Tensor:
         """(B, H, T, K, D), see ``keys``."""
-        return self._gather(1)
+        return self.storage.flatten(0, 2)[self.lines, 1].flatten(3, 4)
 
     @property
     def mask(self) -> Tensor:
         """(B, H, T, K) bool, True at real retrieved tokens."""
-        rows = self.rows.view(-1, 1, 1, 1)
-        tokens = torch.arange(self.chunk_size, device=self.chunk_ids.device)
-        inside = tokens < self.lengths[rows, self.chunk_ids][..., None]
-        return (inside & self.chunk_mask[..., None]).flatten(3)
-
-    def _gather(self, which: int) -> Tensor:
-        heads = self.chunk_ids.shape[1]
-        heads_kv = self.storage.shape[2] if self.layer_heads is None else self.layer_heads
-        own = torch.arange(heads, device=self.chunk_ids.device) // (heads // heads_kv)
-        head = (self.first_head + own).view(1, -1, 1, 1)
-        rows = self.rows.view(-1, 1, 1, 1)
-        return self.storage[rows, self.chunk_ids, head, which].flatten(3, 4)
+        return (torch.arange(self.chunk_size, device=self.lengths.device) < self.sizes[..., None]).flatten(3)
 
 
 @dataclass(frozen=True)
@@ -135,9 +138,13 @@ class Memory(Protocol):
     def search(
         self, queries: Tensor, num_chunks: int, rows: Tensor | None = None, *, layer: int = 0
     ) -> RetrievedMemory:
-        """The ``num_chunks`` best chunks for every query (B, H, T, D), per head, in the given bank rows.
+        """The best chunks for every query, per head, by inner product with the mean key.
 
-        ``layer``: whose keys are searched, by its place among the remembered layers.
+        Args:
+            queries: (B, H, T, D), position-free and unscaled; H a multiple of Hkv.
+            num_chunks: R.
+            rows: (B,) the memory's row that each batch row reads; by default its own.
+            layer: whose keys are searched, by its place among the remembered layers.
         """
         ...
 

@@ -98,7 +98,7 @@ def test_one_bank_of_one_row_serves_every_prompt(llama: LongMem) -> None:
     together = llama.generate(ids(3, 6), memory=bank, **GREEDY)
     for row in range(3):
         assert torch.equal(llama.generate(ids(3, 6)[row : row + 1], memory=bank, **GREEDY)[0], together[row])
-    with pytest.raises(MemoryBankError, match="the memory has 2 rows, the batch 3 prompts; pass memory_rows="):
+    with pytest.raises(MemoryBankError, match="the memory has 2 rows, the batch 3; pass memory_rows="):
         llama.generate(ids(3, 6), memory=bank_of(llama, 2), **GREEDY)
 
 

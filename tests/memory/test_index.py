@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from longmem.errors import ConfigError
-from longmem.memory import ExactIndex, make_index
-from longmem.memory.index import FaissIndex
+from longmem.memory.index import ExactIndex, FaissIndex, make_indexes
 
 
 def everything_sorted(queries: torch.Tensor, keys: torch.Tensor, rows: list[int], live: list[int], num: int):
@@ -109,12 +108,12 @@ def test_faiss_finds_nearly_all_and_keeps_up_with_changes():
     keys[0, :, 100:200] = (
         3 + 3 * asked[0, :, :1] + keys[0, :, 300:400] / 9
     )  # written over: found at once, and without building anew
-    index.written(keys, torch.zeros(100, dtype=torch.long), torch.arange(100, 200))
+    index.written(0, torch.arange(100, 200))
     _, slots = index.search(asked[:, :, :1], keys, [0], [4096], 16)
     assert ((slots >= 100) & (slots < 200)).all() and index._rows[0] is files
-    index.written(keys, torch.zeros(600, dtype=torch.long), torch.arange(600))
+    index.written(0, torch.arange(600))
     assert recall(index, asked, keys) > 0.9 and index._rows[0] is not files
-    index.cleared(torch.tensor([0]))
+    index.cleared(0)
     assert not index._rows
 
 
@@ -128,4 +127,4 @@ def test_faiss_searches_many_queries_and_short_rows_exactly():
 def test_faiss_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ConfigError, match="needs faiss, which is not installed; pip install"):
-        make_index("faiss")
+        make_indexes("faiss", 1)

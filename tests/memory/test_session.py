@@ -110,18 +110,6 @@ def test_every_row_of_a_list_reads_its_own_bank() -> None:
     assert same(of_row(beams, 0), of_row(found, 1)) and same(of_row(beams, 2), of_row(found, 0))
 
 
-def test_a_list_of_sessions_is_written_row_by_row() -> None:
-    sessions = [SessionMemory(None, bank(1, 0)) for _ in range(2)]
-    together, given = JoinedMemory(sessions), kv(2, 6, 5)
-    together.add(given, documents=["a", "b"])
-    together.end_document()
-    for row, session in enumerate(sessions):
-        assert session.provenance(0, 0).document == "ab"[row]
-        alone = bank(1, 0)
-        alone.add(AttentionKV(given.keys[row : row + 1], given.values[row : row + 1]))
-        assert same(session.search(queries(1), 3), alone.search(queries(1), 3))
-
-
 def test_of_equal_scores_the_first_search_wins() -> None:
     one, two = bank(1, 8, 1), bank(1, 8, 1)
     found = best_of((one.search(queries(1), 4), two.search(queries(1), 4)), 4)
@@ -138,7 +126,6 @@ def test_of_equal_scores_the_first_search_wins() -> None:
         (lambda: JoinedMemory([None]), "must hold one"),
         (lambda: JoinedMemory([bank(1, 4, fingerprint="a"), bank(1, 4, fingerprint="b")]), "fingerprint differs"),
         (lambda: JoinedMemory([bank(1, 4), None]).provenance(1, 0), "row 1 has no memory"),
-        (lambda: JoinedMemory([bank(1, 4)]).add(kv(1, 2)), "which is only read; pass a session"),
     ],
 )
 def test_memories_that_do_not_go_together_are_refused(act, says) -> None:

@@ -317,26 +317,26 @@ class Recorder(ExactIndex):
         super().__init__()
         self.told: list[tuple[object, ...]] = []
 
-    def written(self, keys: Tensor, rows: Tensor, slots: Tensor) -> None:
-        self.told.append(("written", slots.tolist(), keys.shape[2]))
+    def written(self, row: int, slots: Tensor) -> None:
+        self.told.append(("written", row, slots.tolist()))
 
-    def cleared(self, rows: Tensor) -> None:
-        self.told.append(("cleared",))
+    def cleared(self, row: int) -> None:
+        self.told.append(("cleared", row))
 
 
 def test_an_index_hears_of_every_change(store: MemoryStore) -> None:
     index = Recorder()
     bank = store.bank("alice", index=index).load()
     total = int(bank.chunks[0])
-    assert index.told == [("cleared",), ("written", list(range(total)), total)]
+    assert index.told == [("cleared", 0), ("written", 0, list(range(total)))]
     first = int(bank._runs.begins[1])
     store.forget("alice", name="letter 0")
     bank.search(queries(bank), 1)
     left = total - first
-    assert index.told[2:] == [("cleared",), ("written", list(range(left)), left)]
+    assert index.told[2:] == [("cleared", 0), ("written", 0, list(range(left)))]
     store.add_document("alice", ids=ids(4, seed=31), name="new")
     bank.refresh()
-    assert index.told[4:] == [("written", [left, left + 1], left + 2)]
+    assert index.told[4:] == [("written", 0, [left, left + 1])]
 
 
 # provenance

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError
-from longmem.memory.session import JoinedMemory, SessionMemory
+from longmem.memory.session import SessionMemory
 from longmem.types import AttentionKV
 
 TOKENS_AT_ONCE = 8192  # encoded together: enough to keep a device busy, little beside what a forward pass holds
 LONGEST_DEFAULT_SEGMENT = 1024  # the paper's window
 THIS_TEXT = "(this text)"
 """The document name of a text's own earlier part."""
-Session = SessionMemory | JoinedMemory
 
 
 class Piece(NamedTuple):
     """Tokens (t,) that are encoded together and, but for the first ``context``, written to a row of a session."""
 
+    session: SessionMemory
     row: int
     ids: Tensor
     context: int
@@ -32,7 +32,7 @@ class Piece(NamedTuple):
 
 def read(
     model: Any,
-    session: Session,
+    session: SessionMemory,
     ids: Tensor,
     *,
     document: str,
@@ -52,7 +52,7 @@ def read(
     segment = _segment(model, segment, overlap)
     session.end_document(torch.tensor([row]))
     written = 0
-    for written in write(model, session, cut(ids, 0, len(ids), segment, overlap, row), document):
+    for written in write(model, cut(session, row, ids, 0, len(ids), segment, overlap), document):
         if progress is not None:
             progress(written)
     session.end_document(torch.tensor([row]))
@@ -60,7 +60,7 @@ def read(
 
 
 def remember(
-    model: Any, session: Session, ids: Tensor, *, row: int = 0, segment: int | None = None, overlap: int = 0
+    model: Any, session: SessionMemory, ids: Tensor, *, row: int = 0, segment: int | None = None, overlap: int = 0
 ) -> int:
     """Write the part of a text to its session that ``generate`` has left in the local window; returns how many tokens.
 
@@ -69,14 +69,14 @@ def remember(
     that is in the session already.
     """
     known = already_written(session, row, ids)
-    pieces = cut(ids, known, len(ids), _segment(model, segment, overlap), overlap, row)
-    written = max(write(model, session, pieces, THIS_TEXT), default=0)
+    pieces = cut(session, row, ids, known, len(ids), _segment(model, segment, overlap), overlap)
+    written = max(write(model, pieces, THIS_TEXT), default=0)
     session.end_document(torch.tensor([row]))  # closes the last chunk, so that it is found although it is not full
     session.follow(row, ids)
     return written
 
 
-def already_written(session: Session, row: int, ids: Tensor) -> int:
+def already_written(session: SessionMemory, row: int, ids: Tensor) -> int:
     """How many tokens of a text (t,) its session holds already; another text ends the one before it."""
     known = session.followed(row)
     if torch.equal(known, ids[: len(known)].cpu()):
@@ -86,7 +86,7 @@ def already_written(session: Session, row: int, ids: Tensor) -> int:
 
 
 @torch.no_grad()
-def write(model: Any, session: Session, pieces: Sequence[Piece], document: str) -> Iterator[int]:
+def write(model: Any, pieces: Sequence[Piece], document: str) -> Iterator[int]:
     """Encode and write pieces, those of one row in the order given; yields the number of tokens written so far."""
     written = 0
     for batch in _batches(pieces):
@@ -95,7 +95,7 @@ def write(model: Any, session: Session, pieces: Sequence[Piece], document: str) 
         kv, context = model.encode(unique.to(model.device)), batch[0].context
         for piece, line in zip(batch, lines.tolist(), strict=True):
             one = slice(line, line + 1)
-            session.add(
+            piece.session.add(
                 AttentionKV(kv.keys[one, :, context:], kv.values[one, :, context:]),
                 rows=torch.tensor([piece.row]),
                 documents=[document],
@@ -106,12 +106,12 @@ def write(model: Any, session: Session, pieces: Sequence[Piece], document: str) 
         yield written
 
 
-def cut(ids: Tensor, begin: int, end: int, size: int, overlap: int, row: int) -> list[Piece]:
+def cut(session: SessionMemory, row: int, ids: Tensor, begin: int, end: int, size: int, overlap: int) -> list[Piece]:
     """Tokens ``[begin, end)`` of a text (t,) in pieces of ``size``; the last one may be shorter."""
     pieces = []
     for start in range(begin, end, size):
         context = min(overlap, start)
-        pieces.append(Piece(row, ids[start - context : min(start + size, end)], context, start))
+        pieces.append(Piece(session, row, ids[start - context : min(start + size, end)], context, start))
     return pieces
 
 

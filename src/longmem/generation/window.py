@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import Cache, StoppingCriteriaList
 
 from longmem.errors import ConfigError, MemoryBankError
-from longmem.generation.reading import THIS_TEXT, Session, already_written, cut, positions, write
-from longmem.memory.session import JoinedMemory, SessionMemory
+from longmem.generation.reading import THIS_TEXT, already_written, cut, positions, write
+from longmem.memory.session import JoinedMemory, SessionMemory, rows_under
 from longmem.types import Memory
 
 
@@ -82,8 +82,8 @@ class LocalWindow:
     a row of a batch is that row alone, and generating in two calls is generating in one.
 
     Args:
-        session: is written, with what the model's ``encode`` makes.
-        rows: the session's row of every batch row.
+        memory: a session, or sessions joined; is written, with what the model's ``encode`` makes.
+        rows: the memory's row of every batch row.
         input_ids: (B, T), the prompts, left-padded.
         attention_mask: (B, T), or None.
     """
@@ -91,19 +91,23 @@ class LocalWindow:
     def __init__(
         self,
         model: Any,
-        session: Session,
+        memory: SessionMemory | JoinedMemory,
         rows: Sequence[int],
         policy: WindowPolicy,
         input_ids: Tensor,
         attention_mask: Tensor | None,
     ) -> None:
-        self.model, self.session, self.rows, self.policy = model, session, list(rows), policy
+        self.model, self.memory, self.rows, self.policy = model, memory, list(rows), policy
+        # the session, and the row of it, that each batch row is written to
+        self._places: list[tuple[Any, int]] = [
+            (memory.banks[row], 0) if isinstance(memory, JoinedMemory) else (memory, row) for row in rows
+        ]
         self._width = input_ids.shape[1]
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         self._prompts = [line[keep.bool()] for line, keep in zip(input_ids, real, strict=True)]
         # an earlier call may have moved some, never the last token: the model has yet to see it
-        pairs = zip(self.rows, self._prompts, strict=True)
-        self._starts = [already_written(session, row, ids[:-1]) for row, ids in pairs]
+        pairs = zip(self._places, self._prompts, strict=True)
+        self._starts = [already_written(*place, ids[:-1]) for place, ids in pairs]
         self._ended = [False] * len(self.rows)
         self._cached = False  # whether the cache holds the window's beginning
         self._move(input_ids)
@@ -152,15 +156,15 @@ class LocalWindow:
         counts = [self.policy.pieces_over(length) for length in self._lengths(input_ids)]
         turns = []
         for line, count in enumerate(counts):
-            row, begin = self.rows[line], self._starts[line]
+            (session, row), begin = self._places[line], self._starts[line]
             self._starts[line] += count * self.policy.move
             if count and not self._ended[line]:
-                text = self._text(input_ids, line)
-                turns.append(cut(text, begin, self._starts[line], self.policy.move, self.policy.overlap, row))
-                self.session.follow(row, text[begin : self._starts[line]])
+                text, end = self._text(input_ids, line), self._starts[line]
+                turns.append(cut(session, row, text, begin, end, self.policy.move, self.policy.overlap))
+                session.follow(row, text[begin:end])
         longest = max(map(len, turns), default=0)
         pieces = [some[turn] for turn in range(longest) for some in turns if turn < len(some)]
-        for _ in write(self.model, self.session, pieces, THIS_TEXT):
+        for _ in write(self.model, pieces, THIS_TEXT):
             pass
         return any(counts)
 
@@ -191,14 +195,15 @@ def open_window(
     """
     policy = WindowPolicy.of(settings, model, memory)
     longest = settings.max_length - 1  # the last token is not read
-    session: Any = memory if getattr(memory, "writable", False) else None
-    if policy is None or (session is None and longest <= policy.window):
+    each = memory.banks if isinstance(memory, JoinedMemory) else [memory]
+    is_session = all(isinstance(one, SessionMemory) for one in each) and len(set(map(id, each))) == len(each)
+    if policy is None or (not is_session and longest <= policy.window):
         return None
     rows = list(range(input_ids.shape[0]))
-    if session is None:
+    if not is_session:
         chunk = model.config.chunk_size if memory is None else memory.chunk_size
         capacity = min(policy.session_tokens, -(-longest // chunk) * chunk)
-        session = SessionMemory.for_model(model, memory, len(rows), capacity, memory_rows)
+        memory = SessionMemory.for_model(model, memory, len(rows), capacity, memory_rows)
     elif memory_rows is not None:
         rows = memory_rows.tolist()
         if len(set(rows)) < len(rows) and longest > policy.window:
@@ -206,9 +211,15 @@ def open_window(
                 f"the session's rows ({rows}) must each follow one text; give every sequence a row of its own, or pass "
                 "the memory without a session"
             )
-    return LocalWindow(model, session, rows, policy, input_ids, attention_mask)
+    return LocalWindow(model, cast("SessionMemory | JoinedMemory", memory), rows, policy, input_ids, attention_mask)
 
 
-def as_memory(memory: Memory | Sequence[Memory | None] | None) -> Memory | None:
-    """A list of banks, one for every prompt, becomes one memory of as many rows; it is a session if all of them are."""
-    return JoinedMemory(memory) if isinstance(memory, Sequence) else memory
+def as_memory(
+    memory: Memory | Sequence[Memory | None] | None, rows: Tensor | Sequence[int] | None, batch: int
+) -> tuple[Memory | None, Tensor | None]:
+    """One memory for all prompts of a batch, and its row (B,) for each; a list has a memory for each prompt."""
+    if isinstance(memory, Sequence):
+        memory = JoinedMemory(memory)
+    if rows is None and memory is not None:
+        rows = rows_under(memory, batch, "the batch", "memory_rows")
+    return memory, None if rows is None else torch.as_tensor(rows)

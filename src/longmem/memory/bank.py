@@ -6,7 +6,6 @@ D head_dim · S tokens per chunk · R retrieved chunks
 
 from __future__ import annotations
 
-import copy
 import time as clock
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from longmem.errors import ConfigError, MemoryBankError
 from longmem.memory.chunks import Slots, joined, refuse_unfit, split
-from longmem.memory.index import Index, make_index, rows_of, search_chunks
+from longmem.memory.index import Index, make_indexes, rows_of, search_chunks
 from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory
 
 
@@ -52,7 +51,7 @@ class MemoryBank:
         device: of all tensors.
         shared: one storage that every row writes to and searches.
         fingerprint: of the backbone that wrote the keys; another one's saved bank is refused.
-        index: how keys are searched: a name of ``make_index``, or an index that was never used.
+        index: how keys are searched: "exact", "faiss", or an index that was never used.
 
     Raises:
         ConfigError: lists every setting that breaks a rule.
@@ -100,7 +99,7 @@ class MemoryBank:
         self._line = [0] * rows if shared else list(range(rows))  # of the storage, for every row
         shape = (self._line[-1] + 1, capacity_tokens // chunk_size, heads, head_dim, chunk_size)
         self._slots = Slots(*shape, dtype, key_dtype, self.device)
-        self._indexes = [make_index(copy.deepcopy(index) if self.layers > 1 else index) for _ in range(self.layers)]
+        self._indexes = make_indexes(index, self.layers)
         self._lanes = [_Lane() for _ in range(rows)]
         # the tail is kept unrounded: the mean key of its chunk is taken before rounding
         working = torch.promote_types(dtype, torch.float32)
@@ -153,16 +152,7 @@ class MemoryBank:
     def search(
         self, queries: Tensor, num_chunks: int, rows: Tensor | None = None, *, layer: int = 0
     ) -> RetrievedMemory:
-        """The best chunks for every query, per head, by inner product with the mean key.
-
-        Args:
-            queries: (B, H, T, D), position-free and unscaled; H a multiple of Hkv.
-            num_chunks: R.
-            rows: (B,) the bank row each batch row reads; by default its own.
-            layer: whose keys are searched, by its place among ``memory_layers``.
-
-        Returns:
-            references into this bank, with (B, H, T, R) ids; masked where fewer than R chunks exist.
+        """See ``Memory.search``; what it returns refers to the storage of this bank.
 
         Raises:
             MemoryBankError: queries, rows or layer do not fit the bank.
@@ -224,24 +214,26 @@ class MemoryBank:
             raise MemoryBankError(f"rows ({lanes}) must name each row once")
         refuse_unfit(pair, kv.mask, self._slots.storage.dtype, self._slots.keys.dtype, self.chunk_size)
         pair = pair.to(device=self.device, dtype=self._tail.dtype)
+        mask = None if kv.mask is None or bool(kv.mask.all()) else kv.mask.to(self.device, torch.bool)
         now = clock.time() if time is None else time
-        self._begin(lanes, documents, offsets, now)
-        whole = kv.mask is None or bool(kv.mask.all())
-        real = list(pair)
-        if kv.mask is not None and not whole:
-            real = [each[:, :, some] for each, some in zip(pair, kv.mask.to(self.device, torch.bool), strict=True)]
-        for together in self._alike([(self._lanes[n].waiting, t.shape[2]) for n, t in zip(lanes, real, strict=True)]):
-            tokens = pair if whole and len(together) == len(lanes) else torch.stack([real[each] for each in together])
-            self._append([lanes[each] for each in together], tokens, now)
+        for line, row in enumerate(lanes):
+            lane = self._lanes[row]
+            document = lane.document if documents is None else documents[line]
+            begins = not lane.open or document != lane.document
+            expected = 0 if begins else lane.next_token
+            offset = expected if offsets is None else offsets[line]
+            if begins or offset != expected:
+                self._close_tail(row, now)
+            self._lanes[row] = _Lane(document, True, offset, lane.waiting)
+            self._append(row, pair[line] if mask is None else pair[line][:, :, mask[line]], now)
         self._version += 1
 
     @torch.no_grad()
     def end_document(self, rows: Tensor | None = None) -> None:
         """Close the waiting tail of these rows (default: all) as a short chunk; what comes next is a new document."""
-        lanes = rows_of(rows, None, self.rows, "rows")
-        self._close_tail(lanes, clock.time())
-        for lane in lanes:
-            self._lanes[lane] = _Lane()
+        for row in rows_of(rows, None, self.rows, "rows"):
+            self._close_tail(row, clock.time())
+            self._lanes[row] = _Lane()
         self._version += 1
 
     def reset(self, rows: Tensor | None = None) -> None:
@@ -249,12 +241,11 @@ class MemoryBank:
         lanes = rows_of(rows, None, self.rows, "rows")
         if self.shared and len(lanes) != self.rows:
             raise MemoryBankError(f"rows ({lanes}) of a shared bank cannot be reset alone; call reset() for all")
-        lines = sorted({self._line[lane] for lane in lanes})
-        self._slots.clear(lines)
-        for index in self._indexes:
-            index.cleared(torch.tensor(lines))
-        for lane in lanes:
-            self._lanes[lane] = _Lane()
+        for row in lanes:
+            self._lanes[row] = _Lane()
+            self._slots.clear(self._line[row])
+            for index in self._indexes:
+                index.cleared(self._line[row])
         self._version += 1
 
     # saving
@@ -301,78 +292,39 @@ class MemoryBank:
                 )
         self._slots.load_state_dict(state["slots"])
         for index in self._indexes:
-            index.cleared(torch.arange(len(self._slots.written)))
+            for line in set(self._line):
+                index.cleared(line)
         self._tail.copy_(state["tail"])
         self._lanes = [_Lane(**lane) for lane in state["lanes"]]
         self._version = max(self._version, state["version"]) + 1
 
     # how a segment becomes chunks
 
-    def _begin(
-        self, lanes: list[int], documents: Sequence[str | None] | None, offsets: Sequence[int] | None, now: float
-    ) -> None:
-        """Turn to the named documents and offsets; close the tails of those that ended."""
-        turned, ended = [], []
-        for position, number in enumerate(lanes):
-            lane = self._lanes[number]
-            name = lane.document if documents is None else documents[position]
-            other = not lane.open or name != lane.document
-            expected = 0 if other else lane.next_token
-            offset = expected if offsets is None else offsets[position]
-            turned.append((name, offset))
-            if other or offset != expected:
-                ended.append(number)
-        self._close_tail(ended, now)
-        for number, (name, offset) in zip(lanes, turned, strict=True):
-            self._lanes[number] = _Lane(name, True, offset, self._lanes[number].waiting)
+    def _append(self, row: int, tokens: Tensor, now: float) -> None:
+        """Put tokens (n*Hkv, 2, t, D) behind what waits in a row, and store all whole chunks."""
+        lane = self._lanes[row]
+        chunks, rest = split(torch.cat((self._tail[row, :, :, : lane.waiting], tokens), dim=2), self.chunk_size)
+        if len(chunks):
+            self._write(row, chunks, torch.full((len(chunks),), self.chunk_size), now)
+        lane.next_token += tokens.shape[2]
+        lane.waiting = rest.shape[2]
+        self._tail[row, :, :, : lane.waiting] = rest
 
-    def _alike(self, sizes: list[tuple[int, int]]) -> list[list[int]]:
-        """Positions of equal sizes; in a shared bank only neighbours, so that rows are written in order."""
-        groups: dict[tuple[int, int, int], list[int]] = {}
-        run = 0
-        for position, size in enumerate(sizes):
-            run += self.shared and position > 0 and size != sizes[position - 1]
-            groups.setdefault((*size, run), []).append(position)
-        return list(groups.values())
+    def _close_tail(self, row: int, now: float) -> None:
+        """Store what waits in a row as one short chunk."""
+        lane = self._lanes[row]
+        if lane.waiting:
+            chunk = self._tail[row].clone()
+            chunk[:, :, lane.waiting :] = 0.0
+            self._write(row, chunk[None], torch.tensor([lane.waiting]), now)
+            lane.waiting = 0
 
-    def _append(self, lanes: list[int], tokens: Tensor, now: float) -> None:
-        """Put tokens (L, n*Hkv, 2, t, D) behind what waits in these lanes; all wait with equally many."""
-        added, waiting = tokens.shape[3], self._lanes[lanes[0]].waiting
-        if waiting:
-            tokens = torch.cat((self._tail[lanes, :, :, :waiting], tokens), dim=3)
-        chunks, rest = split(tokens, self.chunk_size)
-        if chunks.shape[1]:
-            self._write(lanes, chunks, None, now)
-        self._tail[lanes, :, :, : rest.shape[3]] = rest
-        for lane in lanes:
-            self._lanes[lane].waiting = rest.shape[3]
-            self._lanes[lane].next_token += added
-
-    def _close_tail(self, lanes: list[int], now: float) -> None:
-        """Write what waits in these lanes as one short chunk each."""
-        lanes = [lane for lane in lanes if self._lanes[lane].waiting]
-        if not lanes:
-            return
-        lengths = [self._lanes[lane].waiting for lane in lanes]
-        real = (torch.arange(self.chunk_size) < torch.tensor(lengths)[:, None]).to(self.device)
-        chunks = self._tail[lanes].masked_fill(~real[:, None, None, :, None], 0.0)
-        self._write(lanes, chunks[:, None], lengths, now)
-        for lane in lanes:
-            self._lanes[lane].waiting = 0
-
-    def _write(self, lanes: list[int], chunks: Tensor, lengths: list[int] | None, now: float) -> None:
-        """Store chunks (L, n, n*Hkv, 2, S, D) that begin with what waits in their lanes."""
-        place = self._slots.write(
-            [self._line[lane] for lane in lanes],
-            chunks,
-            lengths,
-            [self._lanes[lane].document for lane in lanes],
-            [self._lanes[lane].next_token - self._lanes[lane].waiting for lane in lanes],
-            now,
-        )
-        for layer, index in enumerate(self._indexes):
-            first = layer * self.heads_kv
-            index.written(self._slots.keys[:, first : first + self.heads_kv], *place)
+    def _write(self, row: int, chunks: Tensor, lengths: Tensor, now: float) -> None:
+        """Store chunks (m, n*Hkv, 2, S, D) that begin with what waits in a row."""
+        lane, line = self._lanes[row], self._line[row]
+        slots = self._slots.write(line, chunks, lengths, lane.document, lane.next_token - lane.waiting, now)
+        for index in self._indexes:
+            index.written(line, slots)
 
     def _settings(self) -> dict[str, Any]:
         """What a saved bank must share with the one that loads it."""

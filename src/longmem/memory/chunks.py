@@ -1,12 +1,11 @@
 """From tokens to chunks, and the storage that keeps them.
 
-L rows written together · Hkv key/value heads of all remembered layers · n chunks · S tokens per chunk · D head_dim
+Hkv key/value heads of all remembered layers · n chunks · S tokens per chunk · D head_dim
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -61,59 +60,39 @@ class Slots:
         """Chunks in use in this row."""
         return min(self.written[row], self.slots)
 
-    def write(
-        self,
-        rows: Sequence[int],
-        chunks: Tensor,
-        lengths: Sequence[int] | None,
-        documents: Sequence[str | None],
-        first: Sequence[int],
-        time: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Store the same number of chunks for every entry of ``rows``; of more than fit, the newest stay.
+    def write(self, row: int, chunks: Tensor, lengths: Tensor, document: str | None, first: int, time: float) -> Tensor:
+        """Store neighbouring chunks of a document in a row; of more than fit, the newest stay.
 
         Args:
-            rows: L rows; one row may come several times (a shared bank).
-            chunks: (L, n, Hkv, 2, S, D) with zeros behind the real tokens, not yet rounded.
-            lengths: per line, real tokens in each of its chunks; None is S.
-            documents: per line.
-            first: per line, where in its document its first chunk begins.
+            chunks: (n, Hkv, 2, S, D) with zeros behind the real tokens, not yet rounded.
+            lengths: (n,) real tokens in each.
+            document, first: where the first chunk begins.
             time: of writing.
 
         Returns:
-            rows (M,) and slots (M,) that were written.
+            (M,) slots that were written.
         """
-        count, size = chunks.shape[1], chunks.shape[4]
-        number = torch.empty(len(rows), count, dtype=torch.long)
-        for line, row in enumerate(rows):
-            number[line] = torch.arange(count) + self.written[row]
-            self.runs[row].append((self.written[row], documents[line], first[line], time))
-            self.written[row] += count
-        for row in set(rows):  # let go of runs whose last chunk was overwritten
-            runs, oldest = self.runs[row], self.written[row] - self.slots
-            del runs[: max(0, bisect_right(runs, oldest, key=itemgetter(0)) - 1)]
-        row_of = torch.tensor(rows)[:, None].expand_as(number)
-        length = torch.full((len(rows), 1), size) if lengths is None else torch.tensor(lengths)[:, None]
-        stays = number >= torch.tensor([self.written[row] - self.slots for row in rows])[:, None]
-        flat = chunks.flatten(0, 1)
-        if not bool(stays.all()):
-            flat = flat[stays.flatten().to(flat.device)]
-        place = row_of[stays], number[stays] % self.slots
-        self.put(*place, flat, length.expand_as(number)[stays])
-        return place
+        self.runs[row].append((self.written[row], document, first, time))
+        self.written[row] += len(chunks)
+        # let go of runs whose last chunk is overwritten
+        runs, oldest = self.runs[row], self.written[row] - self.slots
+        del runs[: max(0, bisect_right(runs, oldest, key=itemgetter(0)) - 1)]
+        kept = min(len(chunks), self.slots)
+        slots = torch.arange(self.written[row] - kept, self.written[row]) % self.slots
+        self.put(row, slots, chunks[-kept:], lengths[-kept:])
+        return slots
 
-    def put(self, rows: Tensor, slots: Tensor, chunks: Tensor, lengths: Tensor) -> None:
-        """Write M chunks (M, Hkv, 2, S, D) to the slots (M,) of the rows (M,)."""
-        row, slot, length = (each.to(self.storage.device) for each in (rows, slots, lengths))
-        self.storage[row, slot] = chunks.to(self.storage.dtype)
-        self.keys[row, :, slot] = mean_keys(chunks, length).to(self.keys.dtype)
-        self.lengths[row, slot] = length
+    def put(self, row: int, slots: Tensor, chunks: Tensor, lengths: Tensor) -> None:
+        """Write chunks (M, Hkv, 2, S, D) to the slots (M,) of a row."""
+        slots, lengths = slots.to(self.storage.device), lengths.to(self.storage.device)
+        self.storage[row][slots] = chunks.to(self.storage.dtype)
+        self.keys[row][:, slots] = mean_keys(chunks, lengths).transpose(0, 1).to(self.keys.dtype)
+        self.lengths[row][slots] = lengths
 
-    def clear(self, rows: Sequence[int]) -> None:
-        """Empty these rows; their chunk numbers start again at zero."""
-        for row in rows:
-            self.written[row], self.runs[row] = 0, []
-            self.lengths[row, : self.slots] = 0
+    def clear(self, row: int) -> None:
+        """Empty a row; its chunk numbers start again at zero."""
+        self.written[row], self.runs[row] = 0, []
+        self.lengths[row, : self.slots] = 0
 
     def origin(self, row: int, slot: int) -> ChunkOrigin:
         """Where the chunk in a slot in use came from."""
@@ -137,8 +116,8 @@ class Slots:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of ``state_dict``; also of states of version 0.1, with a table of chunks."""
-        self.clear(range(len(self.written)))
         used = state["storage"].shape[1]
+        self.lengths.zero_()
         self.storage[:, :used].copy_(state["storage"])
         self.keys[:, :, :used].copy_(state["keys"])
         self.lengths[:, :used].copy_(state["lengths"])
@@ -205,10 +184,10 @@ def refuse_unfit(
 
 
 def split(tokens: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Whole chunks (L, t // S, Hkv, 2, S, D) of tokens (L, Hkv, 2, t, D), and the tail (L, Hkv, 2, t % S, D)."""
-    whole = tokens.shape[3] // chunk_size
-    chunks = tokens[:, :, :, : whole * chunk_size].unflatten(3, (whole, chunk_size))
-    return chunks.permute(0, 3, 1, 2, 4, 5), tokens[:, :, :, whole * chunk_size :]
+    """Whole chunks (..., t // S, Hkv, 2, S, D) of tokens (..., Hkv, 2, t, D), and the tail (..., Hkv, 2, t % S, D)."""
+    whole = tokens.shape[-2] // chunk_size
+    chunks = tokens[..., : whole * chunk_size, :].unflatten(-2, (whole, chunk_size))
+    return chunks.movedim(-3, -5), tokens[..., whole * chunk_size :, :]
 
 
 def mean_keys(chunks: Tensor, lengths: Tensor) -> Tensor:

@@ -85,16 +85,12 @@ class EncodedText:
     @torch.no_grad()
     def _write(self, number: int, segment: Tensor) -> None:
         # one at a time: other batch sizes round differently, and changed segments come alone
-        kv, storage, keys = (
-            self.model.encode(segment[None].to(self.model.device)),
-            self.chunks.storage,
-            self.chunks.keys,
-        )
+        kv, storage = self.model.encode(segment[None].to(self.model.device)), self.chunks.storage
         pair = joined(kv, storage.shape[2], storage.shape[5])
-        refuse_unfit(pair, None, storage.dtype, keys.dtype, self.chunk_size)
-        chunks = split(pair.to(storage.device, torch.float32), self.chunk_size)[0][0]
+        refuse_unfit(pair, None, storage.dtype, self.chunks.keys.dtype, self.chunk_size)
+        chunks, _ = split(pair[0].to(storage.device, torch.float32), self.chunk_size)
         slots = torch.arange(self.per_segment) + number * self.per_segment
-        self.chunks.put(torch.zeros_like(slots), slots, chunks, torch.full_like(slots, self.chunk_size))
+        self.chunks.put(0, slots, chunks, torch.full_like(slots, self.chunk_size))
 
 
 class TextMemory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -12,16 +13,12 @@ from torch import Tensor
 from longmem.errors import ConfigError, MemoryBankError
 from longmem.types import RetrievedMemory
 
-SCORES_AT_ONCE = {"cpu": 1 << 20, "gpu": 1 << 26}
-"""Scores held at a time: what stays in a CPU's cache, or keeps a GPU busy."""
-
 
 class Index:
     """Finds, for every query, the chunk keys with the largest inner product.
 
     The memory owns the keys and passes them to each search. ``written`` and ``cleared`` tell an index that keeps a
-    structure of its own what has changed. One index serves one remembered layer. Several threads may search at
-    once.
+    structure of its own what has changed. One index serves one remembered layer. Threads may search at once.
     """
 
     def search(
@@ -42,11 +39,11 @@ class Index:
         """
         raise NotImplementedError
 
-    def written(self, keys: Tensor, rows: Tensor, slots: Tensor) -> None:
-        """Keys at ``[rows, :, slots]`` have new values."""
+    def written(self, row: int, slots: Tensor) -> None:
+        """Keys at ``[row, :, slots]`` have new values."""
 
-    def cleared(self, rows: Tensor) -> None:
-        """These rows hold nothing any more."""
+    def cleared(self, row: int) -> None:
+        """This row holds nothing any more."""
 
 
 class ExactIndex(Index):
@@ -62,19 +59,17 @@ class ExactIndex(Index):
     """
 
     def __init__(self, scores_at_once: int | None = None, group: int = 64) -> None:
-        self.scores_at_once = scores_at_once
-        self.group = group
+        self.scores_at_once, self.group = scores_at_once, group
 
     @torch.no_grad()
     def search(
         self, queries: Tensor, keys: Tensor, rows: Sequence[int], live: Sequence[int], num: int
     ) -> tuple[Tensor, Tensor]:
-        """See ``Index.search``."""
         shape = (*queries.shape[:3], num)
         scores = torch.zeros(shape, dtype=torch.float32, device=queries.device)
         slots = torch.zeros(shape, dtype=torch.long, device=queries.device)
         on_cpu = queries.device.type == "cpu"
-        at_once = self.scores_at_once or SCORES_AT_ONCE["cpu" if on_cpu else "gpu"]
+        at_once = self.scores_at_once or (1 << 20 if on_cpu else 1 << 26)
         scratch = torch.empty(at_once, dtype=torch.float32, device=queries.device)
         together: dict[tuple[int, int], list[int]] = {}  # lines that read one row: its keys are gone through once
         for line, lane in enumerate(zip(rows, live, strict=True)):
@@ -173,7 +168,6 @@ class FaissIndex(Index):
     def search(
         self, queries: Tensor, keys: Tensor, rows: Sequence[int], live: Sequence[int], num: int
     ) -> tuple[Tensor, Tensor]:
-        """See ``Index.search``."""
         if queries.shape[2] > self.few or min(live, default=0) < max(self.least, 16 * num):
             return self._exact.search(queries, keys, rows, live, num)
         shape = (*queries.shape[:3], num)
@@ -188,16 +182,12 @@ class FaissIndex(Index):
                 scores[line, head], slots[line, head] = files.search(asked, keys[row, head, :used], head, num)
         return scores, slots
 
-    def written(self, keys: Tensor, rows: Tensor, slots: Tensor) -> None:
-        """See ``Index.written``."""
-        for row in rows.unique().tolist():
-            if row in self._rows:
-                self._rows[row].changed = torch.cat((self._rows[row].changed, slots[rows == row].cpu())).unique()
+    def written(self, row: int, slots: Tensor) -> None:
+        if row in self._rows:
+            self._rows[row].changed = torch.cat((self._rows[row].changed, slots.cpu())).unique()
 
-    def cleared(self, rows: Tensor) -> None:
-        """See ``Index.cleared``."""
-        for row in rows.tolist():
-            self._rows.pop(row, None)
+    def cleared(self, row: int) -> None:
+        self._rows.pop(row, None)
 
 
 class _Files:
@@ -230,33 +220,26 @@ class _Files:
 
     def search(self, queries: Tensor, keys: Tensor, head: int, num: int) -> tuple[Tensor, Tensor]:
         """Scores and slots (Q, num) of the best keys (n, D) of a head for queries (Q, D)."""
-        found = self.files[head][0].search(queries.cpu().numpy(), 4 * num, params=self.settings)[1]
-        slots = torch.from_numpy(found)
-        gone = (slots < 0) | torch.isin(slots, self.changed)
-        fresh = self.changed.expand(len(queries), -1)
-        gone = torch.cat((gone, torch.zeros_like(fresh, dtype=torch.bool)), dim=1).to(keys.device)
-        slots = torch.cat((slots, fresh), dim=1).to(keys.device)
-        candidates = keys[slots.clamp_min(0)].float()
-        scores = torch.einsum("qd,qcd->qc", queries, candidates).masked_fill_(gone, -torch.inf)
-        best = scores.topk(num)
+        found = torch.from_numpy(self.files[head][0].search(queries.cpu().numpy(), 4 * num, params=self.settings)[1])
+        found.masked_fill_(torch.isin(found, self.changed), -1)  # as where the file had no more
+        slots = torch.cat((found, self.changed.expand(len(queries), -1)), dim=1).to(keys.device)
+        scores = torch.einsum("qd,qcd->qc", queries, keys[slots.clamp_min(0)].float())
+        best = scores.masked_fill_(slots < 0, -torch.inf).topk(num)
         return best.values, slots.gather(1, best.indices)
 
 
-INDEXES: dict[str, Callable[[], Index]] = {"exact": ExactIndex, "faiss": FaissIndex}
-"""What ``index=`` may name."""
-
-
-def make_index(index: str | Index = "exact") -> Index:
-    """A new index by its name, or the one given.
+def make_indexes(index: str | Index, layers: int) -> list[Index]:
+    """An index for each remembered layer: by its name ("exact", "faiss"), or the one given and copies of it.
 
     Raises:
         ConfigError: there is no index of this name, or what it needs is not installed.
     """
-    if not isinstance(index, str):
-        return index
-    if index not in INDEXES:
-        raise ConfigError(f"index ({index!r}) must be one of {', '.join(INDEXES)}")
-    return INDEXES[index]()
+    if isinstance(index, Index):
+        return [index, *(copy.deepcopy(index) for _ in range(layers - 1))]
+    kinds: dict[str, Callable[[], Index]] = {"exact": ExactIndex, "faiss": FaissIndex}
+    if index not in kinds:
+        raise ConfigError(f"index ({index!r}) must be one of {', '.join(kinds)}")
+    return [kinds[index]() for _ in range(layers)]
 
 
 class Chunks(Protocol):
@@ -284,8 +267,7 @@ def search_chunks(
 
     Args:
         index: of this layer.
-        rows: (B) rows of ``chunks`` to read.
-        live: (B) chunks in use in these rows.
+        rows, live: (B) rows of ``chunks`` to read, and how many of their chunks are in use.
         layer: its place among the remembered ones, each of ``heads_kv`` heads.
         live_version: see ``RetrievedMemory``.
 
@@ -321,11 +303,7 @@ def search_chunks(
 def refuse_queries(
     queries: Tensor, num: int, layer: int, *, layers: int, heads_kv: int, head_dim: int, device: torch.device
 ) -> None:
-    """Refuse a search that does not fit the memory.
-
-    Raises:
-        MemoryBankError: says why.
-    """
+    """Refuse, with a ``MemoryBankError``, a search that does not fit the memory."""
     if not 0 <= layer < layers:
         raise MemoryBankError(f"layer ({layer}) must lie in 0..{layers - 1}, the remembered layers of this bank")
     if queries.dim() != 4 or queries.shape[3] != head_dim:

@@ -39,27 +39,13 @@ class SessionMemory:
         MemoryBankError: base and bank do not fit each other.
     """
 
-    writable = True
-
     def __init__(self, base: Memory | None, bank: MemoryBank, base_rows: Tensor | None = None) -> None:
-        self.base = base
-        self.bank = bank
-        self.rows = bank.rows
-        self.chunk_size = bank.chunk_size
-        if base is not None and base.chunk_size != self.chunk_size:
-            raise MemoryBankError(
-                f"chunk_size ({self.chunk_size}) of the session's bank must be the memory's ({base.chunk_size}); "
-                f"make it with chunk_size={base.chunk_size}"
-            )
+        self.base, self.bank, self.rows = base, bank, bank.rows
+        self.chunk_size: int = _common("chunk_size", (base, bank))
         self.fingerprint: str | None = _common("fingerprint", (base, bank))
         self.memory_layers: tuple[int, ...] | None = _common("memory_layers", (base, bank))
-        below = getattr(base, "rows", self.rows)
         if base_rows is None:
-            if below not in (1, self.rows):
-                raise MemoryBankError(
-                    f"the memory has {below} rows, the session {self.rows}; pass base_rows= to say which is under each"
-                )
-            base_rows = torch.zeros(self.rows, dtype=torch.long) if below == 1 else torch.arange(self.rows)
+            base_rows = rows_under(base, self.rows, "the session", "base_rows")
         self.base_rows = base_rows.cpu()
         numbers = torch.arange(bank.capacity_tokens // bank.chunk_size + 1, device=bank.device) + OVERLAY
         self._numbers = numbers.expand(self.rows, -1)
@@ -96,8 +82,7 @@ class SessionMemory:
         chosen = torch.tensor(rows_of(rows, queries.shape[0], self.rows, "queries"))
         if self.base is None:
             return self.bank.search(queries, num_chunks, chosen, layer=layer)
-        which = {"layer": layer} if layer else {}  # a memory of one layer need not know the argument
-        below = self.base.search(queries, num_chunks, self.base_rows[chosen], **which)
+        below = self.base.search(queries, num_chunks, self.base_rows[chosen], layer=layer)
         on_device = chosen.to(queries.device)
         if not bool(self.bank.chunks[chosen].any()):
             return replace(below, memory_rows=on_device)
@@ -154,8 +139,6 @@ class SessionMemory:
 class JoinedMemory:
     """Row b reads the first row of ``banks[b]``; one bank may be there several times.
 
-    Where every row is a session of its own, it is also written like one, each row to its session.
-
     Args:
         banks: memories of one chunk size; None is a row without memory.
 
@@ -172,12 +155,6 @@ class JoinedMemory:
         self.fingerprint: str | None = _common("fingerprint", self.banks)
         self.memory_layers: tuple[int, ...] | None = _common("memory_layers", self.banks)
 
-    @property
-    def writable(self) -> bool:
-        """Whether every row is a session of its own."""
-        each = all(getattr(bank, "writable", False) for bank in self.banks)
-        return each and len({id(bank) for bank in self.banks}) == len(self.banks)
-
     @torch.no_grad()
     def search(
         self, queries: Tensor, num_chunks: int, rows: Tensor | None = None, *, layer: int = 0
@@ -187,14 +164,13 @@ class JoinedMemory:
         lines: dict[int, list[int]] = {}
         for line, place in enumerate(places):
             lines.setdefault(id(self.banks[place]), []).append(line)
-        which = {"layer": layer} if layer else {}  # a memory of one layer need not know the argument
         parts = []
         for some in lines.values():
             bank, asked = self.banks[places[some[0]]], queries if len(lines) == 1 else queries[some]
             if bank is None:
                 parts.append(_nothing(asked, num_chunks, self.chunk_size))
             else:
-                parts.append(bank.search(asked, num_chunks, torch.zeros(len(some), dtype=torch.long), **which))
+                parts.append(bank.search(asked, num_chunks, torch.zeros(len(some), dtype=torch.long), layer=layer))
         found = parts[0]
         if len(parts) > 1:
             back = torch.tensor([line for some in lines.values() for line in some]).argsort().to(queries.device)
@@ -208,48 +184,19 @@ class JoinedMemory:
             raise MemoryBankError(f"row {row} has no memory, so no chunk {chunk}")
         return bank.provenance(0, chunk)
 
-    def add(
-        self,
-        kv: AttentionKV,
-        *,
-        rows: Tensor | None = None,
-        documents: Sequence[str | None] | None = None,
-        offsets: Sequence[int] | None = None,
-        ids: Sequence[Tensor] | None = None,
-    ) -> None:
-        """See ``SessionMemory.add``."""
-        for line, place in enumerate(rows_of(rows, None, self.rows, "keys")):
-            keys, values, mask, name, offset, tokens = (
-                None if each is None else each[line : line + 1]
-                for each in (kv.keys, kv.values, kv.mask, documents, offsets, ids)
-            )
-            one = AttentionKV(keys, values, mask)  # type: ignore[arg-type]
-            self._session(place).add(one, rows=_FIRST, documents=name, offsets=offset, ids=tokens)
 
-    def end_document(self, rows: Tensor | None = None) -> None:
-        """See ``SessionMemory.end_document``."""
-        for place in rows_of(rows, None, self.rows, "rows"):
-            self._session(place).end_document(_FIRST)
+def rows_under(memory: Memory | None, count: int, reader: str, argument: str) -> Tensor:
+    """(count,) the memory's row for each row of what reads it, where nobody says: its own, or the only one there is.
 
-    def followed(self, row: int) -> Tensor:
-        """See ``SessionMemory.followed``."""
-        ids: Tensor = self._session(row).followed(0)
-        return ids
-
-    def follow(self, row: int, ids: Tensor) -> None:
-        """See ``SessionMemory.follow``."""
-        self._session(row).follow(0, ids)
-
-    def _session(self, place: int) -> Any:
-        bank = self.banks[place]
-        if not getattr(bank, "writable", False):
-            raise MemoryBankError(
-                f"row {place} of the list is {type(bank).__name__}, which is only read; pass a session"
-            )
-        return bank
-
-
-_FIRST = torch.zeros(1, dtype=torch.long)
+    Raises:
+        MemoryBankError: it has another number of rows; the ``argument`` of the ``reader`` says which.
+    """
+    rows = getattr(memory, "rows", count)
+    if rows not in (1, count):
+        raise MemoryBankError(
+            f"the memory has {rows} rows, {reader} {count}; pass {argument}= to say which row each one reads"
+        )
+    return torch.zeros(count, dtype=torch.long) if rows == 1 else torch.arange(count)
 
 
 def _common(name: str, memories: Sequence[Memory | None]) -> Any:
@@ -257,8 +204,8 @@ def _common(name: str, memories: Sequence[Memory | None]) -> Any:
     values = {value for memory in memories if (value := getattr(memory, name, None)) is not None}
     if len(values) > 1:
         raise MemoryBankError(
-            f"{name} differs among memories that are read together: {', '.join(map(str, values))}; keys of one model "
-            "and layer mean nothing to another"
+            f"{name} differs among memories that are read together: {', '.join(map(str, values))}; they must be of one "
+            "model, the same layers and one chunk size"
         )
     return next(iter(values), None)
 
@@ -298,11 +245,7 @@ def _found(parts: Sequence[RetrievedMemory]) -> Iterator[tuple[Tensor, ...]]:
     """Of each part, (B, H, T, R) each: line of the chunk-head in all tables, mask, score, length, chunk number."""
     first = 0
     for part in parts:
-        _, slots, heads_kv = part.storage.shape[:3]
-        heads, rows = part.chunk_ids.shape[1], part.rows.view(-1, 1, 1, 1)
-        own = torch.arange(heads, device=rows.device) // (heads // (part.layer_heads or heads_kv)) + part.first_head
-        line = (rows * slots + part.chunk_ids) * heads_kv + own.view(1, -1, 1, 1) + first
-        yield line, part.chunk_mask, part.scores, part.lengths[rows, part.chunk_ids], part.chunks
+        yield part.lines + first, part.chunk_mask, part.scores, part.sizes, part.chunks
         first += math.prod(part.storage.shape[:3])
 
 

@@ -103,21 +103,13 @@ class _Gather:
 
     @classmethod
     def of(cls, retrieved: RetrievedMemory) -> _Gather:
-        _, heads, _, chunks = retrieved.chunk_ids.shape
-        _, slots, heads_kv, _, size, dim = retrieved.storage.shape
-        layer_heads = heads_kv if retrieved.layer_heads is None else retrieved.layer_heads
-        # query heads in groups share a key/value head; storage has those of the other memory layers too
-        group = heads // layer_heads
-        kv_head = retrieved.first_head + torch.arange(heads, device=retrieved.chunk_ids.device) // group
-        # the line of (row, slot, head) is (row * slots + slot) * heads_kv + head; this is that of slot 0
-        slot_0 = retrieved.rows.view(-1, 1, 1, 1) * (slots * heads_kv) + kv_head.view(1, -1, 1, 1)
-        sizes = retrieved.lengths[retrieved.rows.view(-1, 1, 1, 1), retrieved.chunk_ids]
-        sizes = sizes.masked_fill_(~retrieved.chunk_mask, 0).view(-1, chunks, 1)
+        chunks, (size, dim) = retrieved.chunk_ids.shape[3], retrieved.storage.shape[4:]
+        sizes = retrieved.sizes.view(-1, chunks, 1)
         # the usual case, a memory of full chunks, needs no mask at all
         full = bool((sizes == size).all())
         return cls(
             table=retrieved.storage.view(-1, 2 * size * dim),
-            lines=(slot_0 + retrieved.chunk_ids * heads_kv).view(-1, chunks),
+            lines=retrieved.lines.view(-1, chunks),
             real=None if full else torch.arange(size, device=sizes.device) < sizes,
             shape=(chunks, 2, size, dim),
         )

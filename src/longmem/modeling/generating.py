@@ -17,7 +17,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin, StoppingCrite
 from transformers.generation.configuration_utils import GenerationMode
 
 from longmem.config import LongMemGenerationConfig
-from longmem.errors import ConfigError, MemoryBankError
+from longmem.errors import ConfigError
 from longmem.generation.window import LocalWindow, WindowPolicy, as_memory, open_window
 from longmem.types import Memory
 
@@ -60,14 +60,11 @@ class MemoryGenerationMixin(GenerationMixin):
         """
         if not isinstance(self.generation_config, LongMemGenerationConfig):
             self.generation_config = LongMemGenerationConfig.over(self.generation_config)
-        searched = as_memory(memory)
-        if memory_rows is not None:
-            memory_rows = torch.as_tensor(memory_rows)
-        elif searched is not None:
-            given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-            # without a prompt generate begins with one beginning-of-sequence token
-            memory_rows = _rows_for(searched, next((len(each) for each in given if each is not None), 1))
-        return super().generate(inputs, *args, memory=searched, memory_rows=memory_rows, **kwargs)  # type: ignore[misc]
+        given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        # without a prompt generate begins with one beginning-of-sequence token
+        batch = next((len(each) for each in given if each is not None), 1)
+        read, rows = as_memory(memory, memory_rows, batch)
+        return super().generate(inputs, *args, memory=read, memory_rows=rows, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
@@ -128,7 +125,7 @@ class MemoryGenerationMixin(GenerationMixin):
             window = open_window(self, memory, rows, input_ids, mask, generation_config)
         if window is not None:
             generation_config.prefill_chunk_size = None  # the window is read at once; what is before it never is
-            kwargs |= {"memory": window.session, "memory_rows": torch.tensor(window.rows)}
+            kwargs |= {"memory": window.memory, "memory_rows": torch.tensor(window.rows)}
             kwargs |= {"local_window": window, "position_ids": None}
             stopping_criteria = window.watched(stopping_criteria)
         return super()._sample(  # type: ignore[misc]
@@ -152,13 +149,3 @@ def _known_without_ids(kwargs: dict[str, Any]) -> str | None:
     if isinstance(cache, Cache) and cache.get_seq_length() > 0:
         return "past_key_values with tokens in it"
     return "inputs_embeds" if kwargs.get("inputs_embeds") is not None else None
-
-
-def _rows_for(memory: Memory, batch: int) -> Tensor:
-    """(B,) the memory's row of every prompt where the caller does not say: its own, or the only one."""
-    rows = getattr(memory, "rows", batch)
-    if rows not in (1, batch):
-        raise MemoryBankError(
-            f"the memory has {rows} rows, the batch {batch} prompts; pass memory_rows= to say which row each one reads"
-        )
-    return torch.zeros(batch, dtype=torch.long) if rows == 1 else torch.arange(batch)

@@ -6,7 +6,6 @@ R retrieved chunks · N chunks of the bank · P pairs of a chunk and a key/value
 
 from __future__ import annotations
 
-import copy
 import threading
 import time as clock
 from collections import defaultdict
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from longmem.errors import ConfigError, MemoryBankError, StoreError
 from longmem.memory.bank import MemoryBank
-from longmem.memory.index import Index, make_index, refuse_queries, rows_of
+from longmem.memory.index import Index, make_indexes, refuse_queries, rows_of
 from longmem.memory.session import SessionMemory
 from longmem.store.catalog import until_found
 from longmem.store.disk import Numbers
@@ -68,7 +67,7 @@ class StoreBank:
         namespace: whose documents.
         device: where to search.
         keep: where keys and values are: ``map`` on disk, in the memory map; ``memory`` of the host; ``device``.
-        index: how keys are searched: a name (see ``memory.INDEXES``) or an index that was never used.
+        index: how keys are searched: "exact", "faiss", or an index that was never used.
         key_dtype: of the chunk keys on the device.
         **selection: ``documents``, ``where``, ``after``, ``before``, ``max_tokens``, see ``Selection``.
 
@@ -102,7 +101,7 @@ class StoreBank:
         self.chunk_size, self.heads_kv, self.head_dim = layout.chunk_size, layout.heads_kv, layout.head_dim
         self.fingerprint, self.memory_layers = layout.fingerprint, layout.memory_layers
         self.layers = len(self.memory_layers)
-        self._indexes = [make_index(copy.deepcopy(index) if self.layers > 1 else index) for _ in self.memory_layers]
+        self._indexes = make_indexes(index, self.layers)
         self._lock = threading.RLock()
         self._keys: Keys | None = None
         self._held: list[Tensor | None] = []  # keys and values (N, heads of all layers, 2, S, D), and their scales

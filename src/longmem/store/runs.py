@@ -194,11 +194,11 @@ class Keys:
         read_into(self.keys[0].transpose(0, 1)[same:], runs.stored.keys, runs.records(numbers[same:]))
         if before is None or same < len(had):
             for index in indexes:
-                index.cleared(torch.zeros(1, dtype=torch.long))
+                index.cleared(0)
             same = 0
         slots = torch.arange(same, len(numbers), device=device)
-        for layer, index in enumerate(indexes):
-            index.written(self._layer(layer), torch.zeros_like(slots), slots)
+        for index in indexes:
+            index.written(0, slots)
 
     def _layer(self, layer: int) -> Tensor:
         """(1, Hkv, n, D), a view."""
