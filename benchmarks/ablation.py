@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import made_by
 from longmem import LongMem, MemoryBank
 from longmem.data.text import TextSource, read_documents
 from longmem.errors import CheckpointError, ConfigError
@@ -36,7 +34,7 @@ from longmem.evaluation.loading import (
     tokenize_documents,
 )
 from longmem.evaluation.perplexity import PerplexitySettings, measure, scores
-from longmem.evaluation.results import Bootstrap, Ledger, RunHeader, as_json, to_json, write_json
+from longmem.evaluation.results import Bootstrap, Ledger, as_json, header, write_json
 from longmem.evaluation.systems import BACKBONE, MEMORY_OFF, Comparison, System
 from longmem.evaluation.tables import plain, tables_of
 from longmem.types import AttentionKV
@@ -198,9 +196,7 @@ def ablate(
     also: Sequence[str] = (),
     *,
     memory_size: int | None = None,
-    device: str = "cpu",
     records: Path | None = None,
-    command: str = "",
     config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure every value of every axis on every document: the JSON of ``ablate.json``."""
@@ -209,29 +205,27 @@ def ablate(
     others = trained(also, model, size)
     planned += others
     # each by itself: another memory layer has keys and values of its own
-    apart = [replace(Comparison.of_longmem(one.system.reader, [size]), systems=(one.system,)) for one in others]
+    apart = [replace(Comparison.of_longmem(one.system.model, [size]), systems=(one.system,)) for one in others]
     names = dict.fromkeys([BACKBONE, MEMORY_OFF, DEFAULT, *(one.system.name for one in planned)])
     scored: dict[str, dict[str, Any]] = {name: {} for name in names}
     for protocol in settings.protocols:
         table: dict[str, list[dict[str, Any]]] = {}
         for some in (comparison, *apart):
-            table |= measure(some, documents, settings, protocol, ledger, device=device)
+            table |= measure(some, documents, settings, protocol, ledger)
         found = scores("all", documents, table, [(name, DEFAULT) for name in names], settings)
         perplexities = {one["system"]: one["perplexity"] for one in found["systems"]}
         for gap in as_json(found["differences"]):
             kept = {name: gap[name] for name in ("percent", "documents", "blocks")}
             scored[gap["system"]][protocol] = {"perplexity": perplexities[gap["system"]]} | kept
-    header = RunHeader(
-        task="ablate",
-        command=command,
-        config=asdict(settings) | {"memory_size": size, "of": list(of), "also": list(also)} | (config or {}),
-        models={system.name: system.identity for each in (comparison, *apart) for system in each.systems},
-        samples={"documents": len(documents), "tokens": sum(document.scored for document in documents)},
-        seeds=[settings.bootstrap.seed],
-        seconds=round(time.monotonic() - began, 1),
-    )
     return {
-        "header": asdict(header),
+        "header": header(
+            "ablate",
+            asdict(settings) | {"memory_size": size, "of": list(of), "also": list(also)} | (config or {}),
+            {system.name: system.identity for each in (comparison, *apart) for system in each.systems},
+            {"documents": len(documents), "tokens": sum(document.scored for document in documents)},
+            [settings.bootstrap.seed],
+            time.monotonic() - began,
+        ),
         "default": _config(model) | {"memory_size": size, "gate_share": model.memory_share.tolist()},
         "protocols": {
             name: {"protocol": name, "window": settings.window, "stride": settings.stride_of(name)}
@@ -291,13 +285,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         given.of,
         given.also,
         memory_size=given.memory_size,
-        device=given.device,
         records=given.out / "records.jsonl",
-        command=made_by("ablation", arguments)["command"],
         config={"model": loaded.model, "data": given.data, "max_tokens": given.max_tokens},
     )
     write_json(given.out / "ablate.json", result)
-    for table in tables_of(json.loads(to_json(result))):
+    for table in tables_of(as_json(result)):
         print("\n" + plain(table, 120))
     return result
 

@@ -31,11 +31,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
-from benchmarks.measure import made_by
 from longmem import LongMem
 from longmem.errors import ConfigError
 from longmem.evaluation.loading import checked_device, load_comparison
-from longmem.evaluation.results import RunHeader, to_json, write_json
+from longmem.evaluation.results import as_json, header, write_json
 from longmem.evaluation.tables import plain, tables_of
 from longmem.progress import track
 
@@ -266,7 +265,7 @@ def _resident(name: str) -> int:
     return int(lines[name].split()[0]) * 1024
 
 
-def efficiency(settings: Settings, command: str = "") -> dict[str, Any]:
+def efficiency(settings: Settings) -> dict[str, Any]:
     """Measure every system at every context: the JSON of ``efficiency.json``."""
     began, model = time.monotonic(), load(settings)
     window, move, memory_size = sizes(model, settings)
@@ -317,17 +316,15 @@ def efficiency(settings: Settings, command: str = "") -> dict[str, Any]:
     }
     own = {"parameters": model.num_parameters(), "memory_layers": list(model.memory_layers)}
     own |= {name: getattr(model.config, name) for name in ("chunk_size", "num_retrieved")}
-    header = RunHeader(
-        task="efficiency",
-        command=command,
-        config=asdict(settings),
-        models={"backbone": described, "longmem": own},
-        samples={"contexts": len(contexts), "rounds": settings.repeats, "new_tokens": settings.new_tokens},
-        seeds=[settings.seed],
-        seconds=round(time.monotonic() - began, 1),
-    )
     return {
-        "header": asdict(header),
+        "header": header(
+            "efficiency",
+            asdict(settings),
+            {"backbone": described, "longmem": own},
+            {"contexts": len(contexts), "rounds": settings.repeats, "new_tokens": settings.new_tokens},
+            [settings.seed],
+            time.monotonic() - began,
+        ),
         "systems": {name: LABELS[name] for name in settings.systems},
         "window": window,
         "move": move,
@@ -401,9 +398,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         parser.error(f"{', '.join(wrong)}: shapes are NAME=NUMBER of {', '.join(SHAPE)}, systems {', '.join(LABELS)}")
     made = None if shape is None else {name: int(value) for name, _, value in parts}
     settings = Settings(shape=made, memory=not given.pop("no_memory"), **given)
-    result = efficiency(settings, made_by("efficiency", arguments)["command"])
+    result = efficiency(settings)
     write_json(out / "efficiency.json", result)
-    for table in tables_of(json.loads(to_json(result))):
+    for table in tables_of(as_json(result)):
         print(plain(table, 120))
     for absent in result["left_out"]:
         print(f"{absent['context']:,} tokens: {absent['system']} left out: {absent['reason']}")

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from result_tables import results_report, text_of, with_results
 
-from longmem.evaluation.report import markdown
 from longmem.evaluation.tables import Table
 from longmem.store.records import size_table
 
@@ -29,13 +28,13 @@ def main() -> None:
         pages[path] = with_results(path.read_text(encoding="utf-8"))
     operations = ROOT / "docs" / "operations.md"
     pages[operations] = with_sizes(operations.read_text(encoding="utf-8"))
-    results, pictures = results_report(), ROOT / "docs" / "results"
-    pages[ROOT / "docs" / "results.md"] = markdown(results.blocks, "results")
+    results = results_report()
+    pages[ROOT / "docs" / "results.md"] = results.text
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv[1:]:
         sys.exit("".join(f"{path.relative_to(ROOT)} is not up to date; run make docs\n" for path in stale) or 0)
     if ROOT / "docs" / "results.md" in stale:
-        results.write_pictures(pictures)
+        results.write_pictures(ROOT / "docs")
     for path in stale:
         path.write_text(pages[path], encoding="utf-8")
         print(f"wrote {path.relative_to(ROOT)}")

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longmem.evaluation.report import Report, build_report, markdown
+from longmem.evaluation.report import Report, build_report
 from longmem.evaluation.results import Json
 from longmem.evaluation.systems import BACKBONE, CONTROL, MEMORY_OFF
-from longmem.evaluation.tables import Table, difference, gap, kind_of, tables_of
+from longmem.evaluation.tables import Table, difference, gap, kind_of, markdown, tables_of
 
 ROOT = Path(__file__).parents[1]
 MARKERS = re.compile(r"<!-- (results|gains|groups): ([^>]*?) -->\n.*?<!-- /\1 -->\n", re.DOTALL)
@@ -71,12 +71,13 @@ def result_table(result: dict[str, Any], where: str) -> str:
 
 
 def text_of(tables: Sequence[Table]) -> str:
-    return markdown(tables, "")
+    return "\n\n".join(map(markdown, tables)) + "\n"
 
 
 def results_report() -> Report:
     """The page docs/results.md, not written yet."""
-    return build_report([ROOT / "results" / name for name in SHOWN], intro=[INTRO], base=ROOT, most_tables=MOST)
+    files = [ROOT / "results" / name for name in SHOWN]
+    return build_report(files, intro=[INTRO], base=ROOT, folder="results", most_tables=MOST)
 
 
 def training_table(result: dict[str, Any]) -> Table:

@@ -107,8 +107,8 @@ def run_demo(
     most = max_tokens or (REAL_TOKENS if large else MAX_TOKENS)
     sizes = MEMORY_SIZES[-1:] if large else MEMORY_SIZES
     loaded = load_comparison(path, backbone=backbone, default_sizes=sizes)
-    reader: Any = next((each.reader for each in reversed(loaded.comparison.systems) if each.reader is not None), None)
-    if reader is None:
+    reader: Any = loaded.comparison.systems[-1].model
+    if not hasattr(reader, "memory_layers"):
         raise DataError(f"{loaded.model} reads no memory; name the folder of a LongMem with --model")
     tokenizer = load_tokenizer(loaded.tokenizer, loaded.comparison.model)
     kept = [_beginning(text, tokenizer, most) for text in named]
@@ -136,7 +136,6 @@ def run_demo(
         documents,
         # segments would take the text before each of them from the backbone, and flatter the memory
         PerplexitySettings(window=loaded.window, protocols=("sliding",)),
-        command="longmem demo",
         config={"model": loaded.model, "texts": [text.id for text in kept], "max_tokens": most},
     )
     write_json(out / "perplexity.json", made["perplexity"])

@@ -35,7 +35,7 @@ def score(result: dict[str, Any], axis: str, value: str) -> float:
 
 def alone(model: LongMem, some: list[TokenizedDocument], size: int = 64) -> float:
     """Perplexity of the model with its own settings."""
-    found = perplexity(Comparison.of_longmem(model, [size]), some, SETTINGS, quiet=True)
+    found = perplexity(Comparison.of_longmem(model, [size]), some, SETTINGS)
     scores = found["protocols"]["sliding"]["all"]["systems"]
     return float(next(score["perplexity"] for score in scores if score["system"] == f"memory_{size}"))
 

@@ -31,7 +31,7 @@ def text(length: int, seed: int = 0) -> Tokens:
 
 
 def asker(model: Any, *, memory: int | None, rows: int = 4, whole: bool = False, window: int = WINDOW) -> Asker:
-    return Asker("it", "it", {}, model, TOKENIZER, window, rows, memory, whole)
+    return Asker("it", "it", {}, model, memory, tokenizer=TOKENIZER, window=window, rows=rows, whole=whole)
 
 
 def asked(asker: Asker, *prompts: Prompt) -> list[Answer]:

@@ -107,7 +107,9 @@ def memory_lm(sidenet_dir: Path, byte_tokenizer: PreTrainedTokenizerFast) -> Cal
     from longmem.evaluation.harness import MemoryLM
 
     model = LongMem.from_pretrained(sidenet_dir)
-    return lambda memory, batch: MemoryLM(Asker("it", "it", {}, model, byte_tokenizer, 32, batch, memory))
+    return lambda memory, batch: MemoryLM(
+        Asker("it", "it", {}, model, memory, tokenizer=byte_tokenizer, window=32, rows=batch)
+    )
 
 
 Make = Callable[[int | None, int], Any]

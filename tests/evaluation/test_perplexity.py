@@ -11,8 +11,6 @@ import pytest
 import torch
 from tests.evaluation.pairs import (
     SETTINGS,
-    SHAPE,
-    backbone,
     documents,
     everything,
     longmem,
@@ -22,7 +20,7 @@ from tests.evaluation.pairs import (
 from tests.family_table import make_backbone
 from torch import Tensor
 
-from longmem import CheckpointError, LongMem, MemoryBank, TrainingFree
+from longmem import LongMem, MemoryBank
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.systems import Comparison, compared, sized
 from longmem.progress import Progress
@@ -137,19 +135,6 @@ def test_differences_are_against_backbone_the_same_without_memory_and_the_others
         ("memory_8", "training_free_0.3_8"),
         ("memory_64", "training_free_0.3_64"),
     ]
-
-
-def test_models_of_another_backbone_are_refused_by_name() -> None:
-    comparison = Comparison.of_longmem(longmem(), [64])
-    other = LongMem.from_backbone(backbone(seed=7), **SHAPE)
-    with pytest.raises(CheckpointError, match=r"control's backbone \(\w+\) is not the model's"):
-        Comparison.of_longmem(longmem(), [64], control=other)
-    with pytest.raises(CheckpointError, match=r"MemTRM was made from backbone \w+, the others stand on \w+; compare"):
-        comparison.beside(memtrm(start=7), [64])
-    with pytest.raises(
-        CheckpointError, match=r"free 0.5 was made from backbone \w+, the others stand on \w+; compare models of one"
-    ):
-        comparison.beside(TrainingFree.from_backbone(backbone(7), **SHAPE), [64])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt"])

@@ -12,15 +12,15 @@ import pytest
 
 from longmem import ConfigError, DataError
 from longmem.cli.main import main
-from longmem.evaluation.plots import Picture, pictures_of, plot_all
-from longmem.evaluation.report import build_report, markdown, paper, write_report
+from longmem.evaluation.plots import plot_all
+from longmem.evaluation.report import build_report, paper, write_report
 from longmem.evaluation.results import write_json
-from longmem.evaluation.systems import chosen, largest
+from longmem.evaluation.systems import System, chosen, largest
 from longmem.evaluation.tables import Table, caveat, plain
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ("small-books/perplexity", "chapterbreak/chapterbreak", "needle-books/needle", "layers-small-python/layers",
-           "efficiency/efficiency", "ablate-python/ablate", "bench")  # fmt: skip
+           "efficiency/efficiency", "ablate-python/ablate", "smollm2/facts-1k", "bench")  # fmt: skip
 
 
 def shipped(name: str) -> dict[str, Any]:
@@ -58,15 +58,15 @@ def test_every_kind_of_result_is_on_both_pages(results: Path, tmp_path: Path) ->
         "61.258 (-9.50 [-11.23, -7.89])", "-10.71 [-12.24, -9.37]", "17 documents, 174,063 tokens", "; 1.",
         "24.3 [18.6, 29.7]", "95.5 % (191 of 200; worst depth 92 %)", "0.5000 ± 0.0100", "0.6250", "seeds 0",
         "longmem eval perplexity --model models/small/sidenet", "best head (all heads)", "4, default", "each new token",
+        "greedy answer names the value",
     ):  # fmt: skip
         assert said in text and said in html, said
-    names = [block.name for block in report.blocks if isinstance(block, Picture)]
-    assert len(names) == len(set(names)) == 6
-    for name in names:
-        assert f"(pictures/{name}.svg)" in text
-        assert (tmp_path / "out" / "pictures" / f"{name}.svg").read_text().startswith("<?xml")
+    assert len(report.pictures) == 5
+    for path in report.pictures:
+        assert f"({path})" in text
+        assert (tmp_path / "out" / path).read_text().startswith("<?xml")
     assert not re.findall(r"<script|<link|@import|url\(|https?://", re.sub(r'src="data[^"]*"', "", html))
-    assert html.count('src="data:image/svg+xml;base64,') == 6
+    assert html.count('src="data:image/svg+xml;base64,') == 5
 
 
 def test_what_is_no_result_is_named_in_one_line_and_the_rest_is_shown(
@@ -79,7 +79,7 @@ def test_what_is_no_result_is_named_in_one_line_and_the_rest_is_shown(
     assert captured.out.split() == [str(tmp_path / "out" / f"report.{kind}") for kind in ("md", "html")]
     lines = [line.removeprefix(f"not shown: {results}/") for line in captured.err.splitlines()]
     assert [line.split(":")[0] for line in lines] == ["broken/perplexity.json", "cut.json", "other.json"]
-    assert "not JSON" in lines[1] and "without header" in lines[2]
+    assert "not JSON" in lines[1] and lines[2].endswith("not a result of longmem that can be shown")
     assert lines[0].endswith("a damaged result ('samples' is missing); measure it again")
     for wrong, said in ((results / "cut.json", "cut.json: not JSON"), (results / "nowhere", "no such file or folder")):
         with pytest.raises(SystemExit) as done:
@@ -99,7 +99,7 @@ def test_damaged_results_are_named_and_the_rest_is_shown(tmp_path: Path) -> None
     write_json(tmp_path / "good" / "needle.json", good)
     (tmp_path / "deep.json").write_text("[" * 100_000)
     report = build_report([tmp_path])
-    assert [Path(file.path).parent.name for file in report.files] == ["good"]
+    assert [Path(path).parent.name for path in report.shown] == ["good"]
     assert [line.split(": ", 1)[1][:9] for line in report.problems] == ["a damaged"] * 5 + ["not JSON "]
 
 
@@ -108,7 +108,7 @@ def test_text_of_a_result_is_never_markup(tmp_path: Path) -> None:
     report = build_report([tmp_path])
     assert "<img src=x" not in report.html() and "&lt;img src=x" in report.html()
     assert not re.findall(r'(src|href)="(?!data:)', report.html())
-    assert "<img src=x" not in markdown(report.blocks, "p") and "a \\| b" in markdown(report.blocks, "p")
+    assert "<img src=x" not in report.text and "a \\| b" in report.text
 
 
 def test_a_table_wider_than_the_terminal_is_written_row_by_row_and_never_cut() -> None:
@@ -132,23 +132,23 @@ def test_what_intervals_say_is_beside_them() -> None:
 
 
 def test_pictures_are_written_for_an_out_folder(tmp_path: Path) -> None:
-    result = shipped("needle-books/needle")
-    names = [picture.name for picture in pictures_of(result)]
-    assert names == ["needle-exact", "needle-choice"]
-    assert plot_all(result, tmp_path) == [tmp_path / f"{name}.png" for name in names]
+    written = plot_all(shipped("needle-books/needle"), tmp_path)
+    assert written == [tmp_path / "needle-exact.png", tmp_path / "needle-choice.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
 def test_systems_are_chosen_by_the_beginnings_of_their_names() -> None:
     names = ["backbone", "memory_off", "memory_8", "memory_64", "memtrm_8"]
     assert largest(names) == ["backbone", "memory_off", "memory_64", "memtrm_8"]
-    assert chosen(names, []) == names
-    assert chosen(names, ["memory_6", "back"]) == ["backbone", "memory_64"]
+    systems = [System(name, name, {}, None) for name in names]
+    assert chosen(systems, []) == systems
+    assert [system.name for system in chosen(systems, ["memory_6", "back"])] == ["backbone", "memory_64"]
     with pytest.raises(ConfigError, match=r"--systems \(memory_1\) begins no system's name; there are backbone, "):
-        chosen(names, ["backbone", "memory_1"])
+        chosen(systems, ["backbone", "memory_1"])
 
 
 def test_the_papers_tables_are_beside_results_of_the_same_kind(results: Path) -> None:
-    text = markdown(build_report([results]).blocks, "pictures")
+    text = build_report([results]).text
     assert "| LongMem | 21.29 (-6.5 %) | 23.01 (-5.7 %) |" in text and "GPT-3, window of 2k" in text
     assert "SQuAD" not in text
     tables = paper()

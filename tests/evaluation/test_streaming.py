@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longmem.evaluation.systems import stream_nll, windows
+from longmem.evaluation.perplexity import stream_nll, windows
+from longmem.progress import Progress
 from longmem.types import AttentionKV
 
 V = 64
@@ -24,18 +25,15 @@ class RecordingBank:
 
     def __init__(self, rows: int) -> None:
         self.held: list[list[int]] = [[] for _ in range(rows)]
-        self.documents: list[str | None] = [None] * rows
 
-    def add(self, kv: AttentionKV, *, rows: Tensor, documents: Sequence[str], offsets: Sequence[int]) -> None:
+    def add(self, kv: AttentionKV, *, rows: Tensor) -> None:
         for b, row in enumerate(rows.tolist()):
-            assert offsets[b] == len(self.held[row]), "memory is written in order, without gaps"
-            assert self.documents[row] in (None, documents[b]) and torch.equal(kv.keys[b], kv.values[b])
-            self.documents[row] = documents[b]
+            assert torch.equal(kv.keys[b], kv.values[b])
             self.held[row] += kv.keys[b, 0, :, 0].int().tolist()
 
     def reset(self, rows: Tensor) -> None:
         for row in rows.tolist():
-            self.held[row], self.documents[row] = [], None
+            self.held[row] = []
 
 
 def id_forward(input_ids: Tensor, rows: Tensor, keep: int) -> list[tuple[Tensor, AttentionKV]]:
@@ -47,7 +45,8 @@ def id_forward(input_ids: Tensor, rows: Tensor, keep: int) -> list[tuple[Tensor,
 def run(
     forward: Any, documents: Sequence[Tensor], *banks: Any, window: int, stride: int, rows: int = 1
 ) -> dict[int, np.ndarray]:
-    return {i: nll[0] for i, nll in stream_nll(forward, banks, documents, window=window, stride=stride, rows=rows)}
+    found = stream_nll(forward, banks, documents, Progress(""), window=window, stride=stride, rows=rows)
+    return {i: nll[0] for i, nll in found}
 
 
 def bigram(input_ids: Tensor, rows: Tensor, keep: int) -> list[tuple[Tensor, None]]:

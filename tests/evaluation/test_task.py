@@ -52,7 +52,7 @@ class OfFour(Task):
 
 def systems(*names: str, stop: int = 1000) -> list[Known]:
     told: list[tuple[str, int]] = []
-    return [Known(n, n.upper(), {"weights": n}, None, None, window=8, asked=told, stop=stop) for n in names]
+    return [Known(n, n.upper(), {"weights": n}, None, tokenizer=None, window=8, asked=told, stop=stop) for n in names]
 
 
 def test_means_and_paired_differences_of_every_group() -> None:

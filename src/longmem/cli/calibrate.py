@@ -46,7 +46,7 @@ def command(model: str, data: tuple[str, ...], valid: tuple[str, ...], layers: s
     from longmem.data import check_tokenizer, load_tokenizer
     from longmem.evaluation.layers import best_layers
     from longmem.evaluation.loading import checked_device
-    from longmem.evaluation.results import RunHeader, command_line, write_json
+    from longmem.evaluation.results import header, write_json
     from longmem.modeling.baselines import TrainingFree
     from longmem.modeling.gguf import gguf_folder, is_gguf
     from longmem.training.calibrate import CalibrationSettings, calibrate, passages_of
@@ -77,16 +77,15 @@ def command(model: str, data: tuple[str, ...], valid: tuple[str, ...], layers: s
     done = calibrate(made, train, check, reader, settings)
     made.save_pretrained(out)
     reader.save_pretrained(out)
-    header = RunHeader(
-        task="calibrate",
-        command=command_line(),
-        config={**chosen, **counts, "memory_layers": made.memory_layers, "dtype": dtype, **sizes},
-        models={"backbone": model, "fingerprint": made.fingerprint},
-        samples={kind: len(some) for kind, some in train.items()},
-        seeds=[settings.seed],
-        seconds=done.validations[-1].seconds,
+    about = header(
+        "calibrate",
+        {**chosen, **counts, "memory_layers": made.memory_layers, "dtype": dtype, **sizes},
+        {"backbone": model, "fingerprint": made.fingerprint},
+        {kind: len(some) for kind, some in train.items()},
+        [settings.seed],
+        done.validations[-1].seconds,
     )
-    write_json(out / "calibration.json", {"header": asdict(header), **asdict(done)})
+    write_json(out / "calibration.json", {"header": about, **asdict(done)})
     click.echo(_said(done))
 
 

@@ -51,11 +51,11 @@ def perplexity(data: tuple[str, ...], max_tokens: int | None, **given: Any) -> N
     from longmem.data.text import TextSource, read_documents
     from longmem.evaluation import perplexity as evaluation
     from longmem.evaluation.loading import tokenize_documents
-    from longmem.evaluation.results import Bootstrap, command_line
+    from longmem.evaluation.results import Bootstrap
 
     # before the model: wrong paths show at once
     texts = list(islice(read_documents(TextSource(data, include=given["include"])), given["num_documents"]))
-    comparison, _, tokenizer, about = load(given)
+    comparison, (asker, *_), about = load(given)
     settings = evaluation.PerplexitySettings(
         window=about["window"],
         stride=given["stride"],
@@ -65,11 +65,9 @@ def perplexity(data: tuple[str, ...], max_tokens: int | None, **given: Any) -> N
     )
     result = evaluation.perplexity(
         comparison,
-        tokenize_documents(texts, tokenizer, max_tokens=max_tokens, group_separator=given["separator"]),
+        tokenize_documents(texts, asker.tokenizer, max_tokens=max_tokens, group_separator=given["separator"]),
         settings,
-        device=about["device"],
         records=given["out"] and given["out"] / "records.jsonl",
-        command=command_line(),
         config=about | {"data": list(data), "max_tokens": max_tokens},
     )
     save_and_show(result, given)
@@ -96,9 +94,7 @@ def harness(tasks: list[str], include: tuple[str, ...], **given: Any) -> None:
         if (problem.name or "").partition(".")[0] != "lm_eval":
             raise
         raise ConfigError("lm-evaluation-harness is not installed; pip install 'longmem-lm[eval]'") from problem
-    from longmem.evaluation.results import command_line
-
-    _, askers, _, about = load(given)
+    _, askers, about = load(given)
     settings = {name: given[name] for name in ("num_fewshot", "limit", "seed", "resamples")}
-    result = evaluate(askers, tasks, include=include, **settings, command=command_line(), config=about)
+    result = evaluate(askers, tasks, include=include, **settings, config=about)
     save_and_show(result, given)

@@ -37,8 +37,6 @@ def command(model: str, data: tuple[str, ...], tokenizer: str | None, **given: A
     an earlier occurrence of the current one. Keys can be remembered to advantage only where a backbone can copy, so its
     loss on text that it has just read is shown as well.
     """
-    from dataclasses import asdict
-
     import torch
     from transformers.utils import logging
 
@@ -46,7 +44,7 @@ def command(model: str, data: tuple[str, ...], tokenizer: str | None, **given: A
     from longmem.errors import DataError
     from longmem.evaluation.layers import conclusion, layers_report, text_rows
     from longmem.evaluation.loading import backbone_of, checked_device, checkpoint_folder
-    from longmem.evaluation.results import RunHeader, command_line
+    from longmem.evaluation.results import header
     from longmem.evaluation.tasks.hidden import standard_library
     from longmem.modeling.loading import load_backbone
 
@@ -69,8 +67,8 @@ def command(model: str, data: tuple[str, ...], tokenizer: str | None, **given: A
     settings = {name: given[name] for name in names}
     samples = {"text": 0 if text is None else len(text), "random": given["rows"]}
     models = {"backbone": model, "class": type(backbone).__name__}
-    header = RunHeader("layers", command_line(), settings, models, samples, [given["seed"]])
-    result = {"header": asdict(header), **layers_report(backbone, text, reader, **settings)}
+    about = header("layers", settings, models, samples, [given["seed"]])
+    result = {"header": about, **layers_report(backbone, text, reader, **settings)}
     save_and_show(result, given)
     if not given["as_json"]:
         click.echo(f"\n{conclusion(result)}")

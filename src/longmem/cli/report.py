@@ -17,9 +17,8 @@ from longmem.cli.common import folder_option, options, print_json
 def command(results: tuple[str, ...], out: Path, title: str, as_json: bool) -> None:
     """Make a Markdown page and one self-contained HTML page of RESULTS, files or folders of them.
 
-    Takes what `longmem eval` and the benches write: perplexity, all tasks, harness, ablations, efficiency, layers. The
-    paper's own numbers stand beside ours where the setting is the same kind, with what differs. A file that is no
-    result, or a damaged one, is named in one line and left out.
+    Takes what `longmem eval`, `longmem layers` and the benches write. The paper's own numbers stand beside ours where
+    the setting is the same kind. A file that is no result, or a damaged one, is named in one line and left out.
     """
     from longmem.evaluation.report import build_report, write_report
 
@@ -28,8 +27,7 @@ def command(results: tuple[str, ...], out: Path, title: str, as_json: bool) -> N
     for problem in report.problems:
         click.echo(f"not shown: {problem}", err=True)
     if as_json:
-        shown = [file.path for file in report.files]
-        print_json({"written": written, "shown": shown, "not_shown": report.problems})
+        print_json({"written": written, "shown": report.shown, "not_shown": report.problems})
     else:
         click.echo(out / "report.md")
         click.echo(out / "report.html")

@@ -5,7 +5,6 @@ Imports of torch wait until a command runs.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from longmem.cli.common import by_comma, folder_option, options, together, token_counts
+from longmem.cli.common import by_comma, folder_option, options, print_json, together, token_counts
 
 if TYPE_CHECKING:
     from longmem.evaluation.asking import Asker
@@ -55,9 +54,8 @@ RUN = together(
 names = by_comma(str, "names")
 
 
-def load(given: Given, remembered: int = 0) -> tuple[Comparison, list[Asker], Any, Given]:
-    """The systems that the options of ``MODEL`` name, those to be asked, their tokenizer, and for the result what it is
-    made with.
+def load(given: Given, remembered: int = 0) -> tuple[Comparison, list[Asker], Given]:
+    """The systems that the options of ``MODEL`` name, those to be asked, and for the result what it is made with.
 
     Raises:
         LongMemError: settings, checkpoints or their tokenizer are at fault.
@@ -66,41 +64,40 @@ def load(given: Given, remembered: int = 0) -> tuple[Comparison, list[Asker], An
     from transformers.utils import logging
 
     from longmem.evaluation.asking import askers
-    from longmem.evaluation.loading import checked_device, load_comparison, load_tokenizer
+    from longmem.evaluation.loading import load_comparison, load_tokenizer
     from longmem.evaluation.systems import chosen
 
     logging.disable_progress_bar()
-    device = checked_device(given["device"])
     dtype = None if given["dtype"] == "auto" else getattr(torch, given["dtype"])
     compared = ("backbone", "control", "memtrm", "training_free", "memory_sizes", "tokenizer")
-    named, sizes = {name: given[name] for name in compared}, [remembered] if remembered else None
-    loaded = load_comparison(given["model"], device=device, dtype=dtype, default_sizes=sizes, **named)
+    named: Given = {name: given[name] for name in ("device", *compared)}
+    sizes = [remembered] if remembered else None
+    loaded = load_comparison(given["model"], dtype=dtype, default_sizes=sizes, **named)
     tokenizer = load_tokenizer(loaded.tokenizer, loaded.comparison.model)
     window, full = given["window"] or loaded.window, given.get("full_context")
-    found = askers(loaded.comparison, tokenizer, window=window, rows=given["rows"], full_context=full, device=device)
-    wanted = chosen([asker.name for asker in found], given.get("systems", ()))
+    found = askers(loaded.comparison, tokenizer, window=window, rows=given["rows"], full_context=full)
     about = {name: value for name, value in given.items() if name not in ("out", "as_json", "resamples")}
-    about |= {"model": loaded.model, "tokenizer": loaded.tokenizer, "device": device, "window": window}
-    return loaded.comparison, [asker for asker in found if asker.name in wanted], tokenizer, about
+    about |= {"model": loaded.model, "tokenizer": loaded.tokenizer, "window": window}
+    about["device"] = str(loaded.comparison.model.device)
+    return loaded.comparison, chosen(found, given.get("systems", ())), about
 
 
 def save_and_show(result: Any, given: Given) -> None:
     """Write ``OUT/<task>.json`` and pictures, and print tables, or with ``--json`` the result."""
     from longmem.evaluation.plots import plot_all
-    from longmem.evaluation.results import to_json, write_json
+    from longmem.evaluation.results import as_json, write_json
     from longmem.evaluation.tables import tables_of
 
-    text = to_json(result)
-    plain = json.loads(text)
+    result = as_json(result)
     if given["out"] is not None:
-        path = given["out"] / f"{plain['header']['task']}.json"
+        path = given["out"] / f"{result['header']['task']}.json"
         write_json(path, result)
-        for written in (path, *plot_all(plain, given["out"])):
+        for written in (path, *plot_all(result, given["out"])):
             click.echo(f"wrote {written}", err=True)
     if given["as_json"]:
-        click.echo(text)
+        print_json(result)
     else:
-        show(tables_of(plain))
+        show(tables_of(result))
 
 
 def show(tables: Sequence[Table]) -> None:
@@ -116,7 +113,7 @@ def _task(name: str, task: str, help: str, example: str, *own: Option) -> click.
     """A command whose own options are the settings of a task (``module.Class``)."""
 
     def run(**given: Any) -> None:
-        from longmem.evaluation.results import Bootstrap, command_line
+        from longmem.evaluation.results import Bootstrap
         from longmem.evaluation.tasks import run_task
 
         settings = {setting: given.pop(setting) for setting in settings_of_task}
@@ -124,13 +121,12 @@ def _task(name: str, task: str, help: str, example: str, *own: Option) -> click.
             settings["limit"] = None
         # before the models are loaded: wrong paths and settings show at once
         made: Task = getattr(import_module(f"longmem.evaluation.tasks.{module}"), kind)(**settings)
-        _, askers, _, about = load(given, made.remembered)
+        _, askers, about = load(given, made.remembered)
         result = run_task(
             made,
             askers,
             records=given["out"] and given["out"] / "records.jsonl",
             bootstrap=Bootstrap(resamples=given["resamples"]),
-            command=command_line(),
             config=about,
         )
         save_and_show(result, given)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError
-from longmem.evaluation.systems import BACKBONE, CONTROL, MEMORY_OFF, Comparison, last_logits
+from longmem.evaluation.systems import CONTROL, MEMORY_OFF, Comparison, System, last_logits
 from longmem.memory import MemoryBank
 from longmem.types import AttentionKV, Memory
 
@@ -81,31 +81,22 @@ class Answer(NamedTuple):
     said: Tokens = ()
 
 
-@dataclass(frozen=True)
-class Asker:
-    """One system, ready to be asked.
+@dataclass(frozen=True, kw_only=True)
+class Asker(System):
+    """A system that is ready to be asked.
 
     Attributes:
-        name, label, identity: of the system, see ``System``.
-        model: a model with memory, or any causal language model.
         window: T; also the length of the segments in which text is read into memory.
         rows: B.
-        memory_size: tokens that it remembers; None is no memory.
         whole: ``memory`` of a prompt is put in front of its context, as far as the window goes.
         recall: passages that text search finds are put into the window, at most so many.
     """
 
-    name: str
-    label: str
-    identity: dict[str, Any]
-    model: Any
     tokenizer: Any
     window: int
     rows: int = 8
-    memory_size: int | None = None
     whole: bool = False
     recall: int = 0
-    device: torch.device | str = "cpu"
 
     @property
     def reads_memory(self) -> bool:
@@ -212,7 +203,7 @@ class Asker:
         scores: dict[int, dict[int, tuple[float, bool, int]]] = {}
         for at in range(0, len(sequences), self.rows):
             batch = sequences[at : at + self.rows]
-            ids, _ = padded([inputs for _, inputs, _ in batch], self.device)
+            ids, _ = padded([inputs for _, inputs, _ in batch], self.model.device)
             first = min(len(part.local) for part, _, _ in batch) - 1  # its logits score the first token
             logits = last_logits(self.model, ids, ids.shape[1] - first, **reads(part for part, _, _ in batch))
             for (part, inputs, numbers), of_row in zip(batch, logits, strict=True):
@@ -232,7 +223,7 @@ class Asker:
 
     def _continue(self, batch: Sequence[_Part], reads: dict[str, Any]) -> Iterator[Tokens]:
         # padded on the left, so that every continuation begins at one position
-        flipped, real = padded([part.local[::-1] for part in batch], self.device)
+        flipped, real = padded([part.local[::-1] for part in batch], self.model.device)
         end = self.tokenizer.eos_token_id
         generated = self.model.generate(
             input_ids=flipped.flip(1),
@@ -261,7 +252,7 @@ class Asker:
         kept = [text[max(0, len(text) - self.memory_size) // window * step :] for text in texts]
         for start in range(0, max(map(len, kept)), window):
             parts = {row: text[start : start + window] for row, text in enumerate(kept) if len(text) > start}
-            ids, real = padded(list(parts.values()), self.device)
+            ids, real = padded(list(parts.values()), self.model.device)
             kv = self.model.encode(ids, real.long())
             bank.add(AttentionKV(kv.keys, kv.values, real), rows=torch.tensor(list(parts)))
         bank.end_document(torch.arange(len(texts)))
@@ -283,38 +274,25 @@ class _Part(NamedTuple):
 
 
 def askers(
-    comparison: Comparison,
-    tokenizer: Any,
-    *,
-    window: int,
-    rows: int = 8,
-    full_context: int | None = None,
-    device: torch.device | str = "cpu",
+    comparison: Comparison, tokenizer: Any, *, window: int, rows: int = 8, full_context: int | None = None
 ) -> list[Asker]:
     """Every system of a comparison, and with ``full_context`` the backbone with a window that needs no memory.
 
     Raises:
         ConfigError: the backbone has no positions for so long a window, or it is no longer than ``window``.
     """
-    found = [
-        Asker(
-            each.name, each.label, each.identity, each.reader or comparison.model, tokenizer, window, rows,
-            each.memory_size, device=device,
-        )
-        for each in comparison.systems
-    ]  # fmt: skip
+    found = [Asker(**vars(each), tokenizer=tokenizer, window=window, rows=rows) for each in comparison.systems]
     if full_context is None:
         return found
-    config: Any = comparison.model.config
-    positions: Any = getattr(config.get_text_config(), "max_position_embeddings", None)
-    ends = positions is not None and getattr(config, "model_type", "") not in LINEAR_POSITIONS
-    if full_context <= window or (ends and full_context > positions):
+    config, most = comparison.model.config, float("inf")
+    if config.model_type not in LINEAR_POSITIONS:
+        most = getattr(config.get_text_config(), "max_position_embeddings", None) or most
+    if not window < full_context <= most:
         raise ConfigError(
-            f"full context ({full_context}) must be above the window ({window})"
-            + (f" and at most the backbone's positions ({positions})" if ends else "")
-            + "; change --full-context or leave it away"
+            f"full context ({full_context}) must be above the window ({window}) and at most the backbone's positions "
+            f"({most}); change --full-context or leave it away"
         )
-    backbone = next(asker for asker in found if asker.name == BACKBONE)
+    backbone = found[0]
     full = replace(
         backbone,
         name=f"full_{full_context}",

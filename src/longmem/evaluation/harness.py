@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from longmem.errors import ConfigError, DataError, first_line
 from longmem.evaluation.asking import Asker, Prompt, Tokens
-from longmem.evaluation.results import Json, RunHeader
+from longmem.evaluation.results import Json, header
 from longmem.progress import track
 
 
@@ -114,7 +113,6 @@ def harness(
     include: Sequence[str] = (),
     resamples: int = 1000,
     seed: int = 0,
-    command: str = "",
     config: Json | None = None,
 ) -> Json:
     """Run tasks of lm-evaluation-harness on every system.
@@ -124,7 +122,6 @@ def harness(
         limit: take the first so many documents of each task.
         include: folders with further tasks (YAML).
         resamples: of the bootstrap behind some standard errors.
-        command: as typed, kept in the result.
         config: what else the result should say about its making.
 
     Returns:
@@ -158,17 +155,19 @@ def harness(
                     score = {"value": float(value), "stderr": error if isinstance(error, int | float) else None}
                     found.setdefault(task, {}).setdefault(shown, {})[asker.name] = score
     about = {"window": askers[0].window, "rows": askers[0].rows, "include": list(include), "resamples": resamples}
-    header = RunHeader(
-        task="harness",
-        command=command,
-        config=settings | about | (config or {}),
-        models={asker.name: asker.identity for asker in askers},
-        samples={name: int(of_task["effective"]) for name, of_task in results["n-samples"].items()},
-        seeds=[seed],
-        seconds=round(time.monotonic() - began, 1),
-    )
-    systems = {asker.name: asker.label for asker in askers}
-    return {"header": asdict(header), "systems": systems, "tasks": found, "versions": dict(results["versions"])}
+    return {
+        "header": header(
+            "harness",
+            settings | about | (config or {}),
+            {asker.name: asker.identity for asker in askers},
+            {name: int(of_task["effective"]) for name, of_task in results["n-samples"].items()},
+            [seed],
+            time.monotonic() - began,
+        ),
+        "systems": {asker.name: asker.label for asker in askers},
+        "tasks": found,
+        "versions": dict(results["versions"]),
+    }
 
 
 def _manager(tasks: Sequence[str], include: Sequence[str]) -> TaskManager:

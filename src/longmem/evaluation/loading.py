@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,19 +100,23 @@ def load_comparison(
     if memtrm is not None:
         said = "not a MemTRM checkpoint; --memtrm takes one trained with method = 'memtrm'"
         trained = MemTRM.from_pretrained(checkpoint_folder(memtrm, "memtrm", said))
+        start = trained.config.start_fingerprint
+        if not (main.accepts(start) if main else start in (fingerprint_of(bare), legacy_fingerprint(bare))):
+            raise CheckpointError(
+                f"MemTRM was made from backbone {start}, the others stand on {fingerprint_of(bare)}; compare models of "
+                "one backbone"
+            )
     settings = main.config if main else trained.config if trained else None
     others = [*filter(None, [trained]), *(_load_training_free(gate, bare, settings) for gate in training_free)]
-    known = frozenset((fingerprint_of(bare), legacy_fingerprint(bare)) if others else ())
     for each in filter(None, (main or bare, beside, *others)):
         torch.nn.Module.to(each, device=device, dtype=dtype)
     if main is None:
         comparison = Comparison.of_backbone(bare)
     else:
         comparison = Comparison.of_longmem(main, _sizes(sizes, main.config), control=beside)
-    comparison = replace(comparison, fingerprints=known)
     for other in others:
         comparison = comparison.beside(other, _sizes(sizes, other.config))
-    config: Any = comparison.model.config
+    config: Any = bare.config
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST_DEFAULT_WINDOW
     tokenizer = tokenizer or tokenizer_beside(where, named)
     return Loaded(comparison, where, tokenizer, min(positions, LONGEST_DEFAULT_WINDOW))

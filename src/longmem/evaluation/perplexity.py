@@ -3,9 +3,11 @@
 Every document is streamed from its beginning and memory is empty when it starts. ``segments``, the paper's protocol,
 cuts it into consecutive windows; memory holds all earlier ones. It flatters every memory, because the backbone loses
 the context just before each segment. ``sliding`` moves the window by ``stride``, as a user of the backbone would; only
-tokens that have left the window are in memory. ``systems.stream_nll`` says exactly when keys and values are written.
+tokens that have left the window are in memory.
 
 All perplexities are of the pooled tokens, exp(sum nll / sum tokens): long documents count by their length.
+
+B rows · T window tokens · V vocabulary · Hkv key/value heads · D head_dim · Q systems that run together
 """
 
 from __future__ import annotations
@@ -14,28 +16,33 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from longmem.errors import ConfigError
 from longmem.evaluation.loading import TokenizedDocument
-from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, RunHeader, as_json, percent
-from longmem.evaluation.systems import Comparison, compared, stream_nll
+from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, as_json, header, percent
+from longmem.evaluation.systems import Comparison, Forward, compared
 from longmem.progress import Progress
+from longmem.types import AttentionKV
 
 RECORDS_VERSION = 1  # part of every record's key; raised when a record's meaning changes
 BLOCK = 4096  # tokens of a block, the unit of the second bootstrap
 FIRST_BIN = 128  # tokens before the second position bin; each further one is twice as wide
+AT_ONE_TIME = 512  # tokens whose (tokens, V) float32 logits exist
 LENGTHS = (0, 5_000, 10_000, 100_000, 500_000, 1_000_000, math.inf)
 LENGTH_NAMES = ("<5k", "5k-10k", "10k-100k", "100k-500k", "500k-1M", ">1M")
 """The paper's PG-22 buckets (tokens of a document), and what is outside them."""
 
-Table = Mapping[str, Sequence[Json]]
+Records = Mapping[str, Sequence[Json]]
 """System name -> one record for each document, in the documents' order; the backbone's comes first."""
 
 
@@ -76,17 +83,13 @@ def perplexity(
     documents: Sequence[TokenizedDocument],
     settings: PerplexitySettings,
     *,
-    device: str = "cpu",
     records: Path | None = None,
-    command: str = "",
     config: Json | None = None,
-    quiet: bool = False,
 ) -> Json:
     """Measure every system on every document under every protocol.
 
     Args:
         records: JSONL file of finished documents; what it already holds is not measured again.
-        command: as typed, kept in the result.
         config: what else the result should say about its making (paths, dtype).
 
     Returns:
@@ -94,25 +97,20 @@ def perplexity(
         ``documents`` with their negative log-likelihood in nats, ``nll[protocol][system]``.
     """
     ledger = Ledger(records)
-    tables = {
-        protocol: measure(comparison, documents, settings, protocol, ledger, device=device, quiet=quiet)
-        for protocol in settings.protocols
-    }
-    header = RunHeader(
-        task="perplexity",
-        command=command,
-        config=asdict(settings) | (config or {}),
-        models=comparison.described(),
-        samples={"documents": len(documents), **_counts(documents)},
-        seeds=[settings.bootstrap.seed],
-        seconds=round(sum(r["seconds"] for table in tables.values() for some in table.values() for r in some), 1),
-    )
+    tables = {protocol: measure(comparison, documents, settings, protocol, ledger) for protocol in settings.protocols}
     systems = {system.name: system.label for system in comparison.systems}
     pairs = compared(list(systems))
     about = ("id", "group", "project", "words", "bytes", "digest")
     result: Json = as_json(
         {
-            "header": header,
+            "header": header(
+                "perplexity",
+                asdict(settings) | (config or {}),
+                comparison.described(),
+                {"documents": len(documents), **_counts(documents)},
+                [settings.bootstrap.seed],
+                sum(each["seconds"] for table in tables.values() for some in table.values() for each in some),
+            ),
             "systems": systems,
             "protocols": {p: protocol_scores(p, settings, documents, table, pairs) for p, table in tables.items()},
             "documents": [
@@ -134,47 +132,151 @@ def measure(
     settings: PerplexitySettings,
     protocol: str,
     ledger: Ledger,
-    *,
-    device: str = "cpu",
-    quiet: bool = False,
 ) -> dict[str, list[Json]]:
-    """Every system under one protocol: a record for each document, taken from the ledger where it is there.
-
-    Documents that lack the same systems are streamed together.
-    """
+    """Every system under one protocol: a record for each document, taken from the ledger where it is there."""
     window, stride = settings.window, settings.stride_of(protocol)
     about = {"version": RECORDS_VERSION, "protocol": protocol, "window": window, "stride": stride}
     keys = {}
     for system in comparison.systems:  # hashes of everything that a document's numbers depend on besides its ids
         parts = about | {"block": settings.block, "system": system.name, "identity": system.identity}
         keys[system.name] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    jobs: dict[tuple[str, ...], list[TokenizedDocument]] = {}
-    for document in documents:
-        missing = tuple(name for name, key in keys.items() if ledger.get(key, document.digest) is None)
-        if missing:
-            jobs.setdefault(missing, []).append(document)
-    total = sum(len(names) * document.scored for names, some in jobs.items() for document in some)
-    with Progress(f"perplexity, {protocol}", total, "tokens, all systems", quiet=quiet) as progress:
-        for names, some in jobs.items():
-            rows, began = min(settings.rows, len(some)), time.monotonic()
-            forward, memories = comparison.prepare(names, rows, max(document.scored for document in some))
-            for i, nll in stream_nll(
-                forward,
-                memories,
-                [document.ids for document in some],
-                window=window,
-                stride=stride,
-                rows=rows,
-                names=[document.id for document in some],
-                device=device,
-                progress=progress,
-            ):
-                now = time.monotonic()
-                each, began = (now - began) / len(names), now
-                for name, of_system in zip(names, nll, strict=True):
-                    said = {"document": some[i].id, "protocol": protocol, "system": name}
-                    ledger.append(keys[name], some[i].digest, **said, **record(of_system, settings.block, each))
+    lacking = [(name, d) for name, key in keys.items() for d in documents if (key, d.digest) not in ledger.records]
+    names = list(dict.fromkeys(name for name, _ in lacking))
+    some = list({document.digest: document for _, document in lacking}.values())
+    total = len(names) * sum(document.scored for document in some)
+    with Progress(f"perplexity, {protocol}", total, "tokens, all systems") as progress:
+        rows, began = min(settings.rows, len(some)), time.monotonic()
+        forward, memories = comparison.prepare(names, rows, max((document.scored for document in some), default=0))
+        ids = [document.ids.to(comparison.model.device) for document in some]
+        for i, nll in stream_nll(forward, memories, ids, progress, window=window, stride=stride, rows=rows):
+            now = time.monotonic()
+            each, began = (now - began) / len(names), now
+            for name, of_system in zip(names, nll, strict=True):
+                said = {"document": some[i].id, "protocol": protocol, "system": name}
+                ledger.append(keys[name], some[i].digest, **said, **record(of_system, settings.block, each))
     return {name: [ledger.records[key, document.digest] for document in documents] for name, key in keys.items()}
+
+
+# streaming
+
+
+class Window(NamedTuple):
+    """Input positions ``[start, end)`` of a document; those from ``scored_from`` are scored, by the token after each.
+
+    Everything before ``start`` has left the window: it is what memory may hold.
+    """
+
+    start: int
+    scored_from: int
+    end: int
+
+
+def windows(length: int, window: int, stride: int) -> Iterator[Window]:
+    """Cover ``length`` input positions so that each is scored exactly once.
+
+    The first window scores all it sees. Each later one starts ``stride`` further on and scores its last ``stride``
+    positions, which therefore see ``window - stride`` to ``window`` tokens.
+    """
+    start, scored = 0, 0
+    while scored < length:
+        end = min(start + window, length)
+        yield Window(start, scored, end)
+        start, scored = start + stride, end
+
+
+@dataclass(eq=False)
+class _Lane:
+    """One row of the batch: a document part way through."""
+
+    row: int
+    document: int
+    plan: Iterator[Window]
+    window: Window
+    nll: list[NDArray[np.float64]] = field(default_factory=list)  # one (Q, t) for each window
+    held: dict[int, Tensor] = field(default_factory=dict)  # by system, keys and values (2, Hkv, t, D) of its window
+
+
+@torch.inference_mode()
+def stream_nll(
+    forward: Forward,
+    memories: Sequence[Any],
+    documents: Sequence[Tensor],
+    progress: Progress,
+    *,
+    window: int,
+    stride: int,
+    rows: int,
+) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """Score every token of every document but its first, which nothing precedes.
+
+    Documents are rows of one batch, the longest first; a finished row is reset and given to the next document, so a row
+    never reads another document. Rows are padded at their ends, where a causal model cannot look.
+
+    What memory holds when window ``[start, end)`` is scored is exactly the tokens before ``start``. The keys and values
+    of a token are computed once, in the window in which the token is scored (so with at least ``window - stride``
+    tokens of context, where the document has them), wait while the token is still in the window, and are written when
+    it has left. With ``stride == window`` this is: score a segment, then memorize it.
+
+    Args:
+        memories: the banks of the Q systems that ``forward`` runs, None for those without memory.
+        documents: token ids on the device, each (n,) with n >= 2: inputs are the first n - 1, targets the last n - 1.
+        progress: advanced by the tokens that each forward pass scores, each counted once for every system.
+
+    Yields:
+        document index and its negative log-likelihoods in nats, (Q, n - 1), in the order in which documents finish.
+    """
+    banks = {number: memory for number, memory in enumerate(memories) if memory is not None}
+    waiting = deque(sorted(range(len(documents)), key=lambda i: -len(documents[i])))
+    free = list(range(rows))[::-1]
+    lanes: list[_Lane] = []
+    while waiting or lanes:
+        while waiting and free:
+            row, document = free.pop(), waiting.popleft()
+            for memory in banks.values():
+                memory.reset(rows=torch.tensor([row]))
+            plan = windows(len(documents[document]) - 1, window, stride)
+            lanes.append(_Lane(row, document, plan, next(plan)))
+        moved = [lane for lane in lanes if lane.held]
+        for number, memory in banks.items() if moved else ():
+            keys, values = torch.stack([lane.held[number][:, :, :stride] for lane in moved], dim=1)
+            memory.add(AttentionKV(keys, values), rows=torch.tensor([lane.row for lane in moved]))
+        width = max(lane.window.end - lane.window.start for lane in lanes)
+        input_ids = documents[0].new_zeros(len(lanes), width)
+        for b, lane in enumerate(lanes):
+            start, _, end = lane.window
+            input_ids[b, : end - start] = documents[lane.document][start:end]
+        skipped = min(lane.window.scored_from - lane.window.start for lane in lanes)
+        scored: list[list[Tensor]] = [[] for _ in lanes]
+        outputs = forward(input_ids, torch.tensor([lane.row for lane in lanes]), width - skipped)
+        for number, (logits, kv) in enumerate(outputs):
+            for b, lane in enumerate(lanes):
+                start, scored_from, end = lane.window
+                first, last = scored_from - start, end - start
+                targets = documents[lane.document][scored_from + 1 : end + 1]
+                scored[b].append(_nll(logits[b, first - skipped : last - skipped], targets))
+                if number in banks and kv is not None:
+                    new = torch.stack([kv.keys[b, :, first:last], kv.values[b, :, first:last]])
+                    waited = lane.held[number][:, :, stride:] if number in lane.held else new[:, :, :0]
+                    lane.held[number] = torch.cat([waited, new], dim=2)
+        for lane, nll in zip(list(lanes), scored, strict=True):
+            lane.nll.append(torch.stack(nll).double().cpu().numpy())
+            progress.advance(lane.nll[-1].size)
+            following = next(lane.plan, None)
+            if following is None:
+                lanes.remove(lane)
+                free.append(lane.row)
+                yield lane.document, np.concatenate(lane.nll, axis=1)
+            else:
+                lane.window = following
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p of each target in nats: logits (T, V), targets (T,) -> (T,) float32."""
+    blocks = zip(logits.split(AT_ONE_TIME), targets[:, None].split(AT_ONE_TIME), strict=True)
+    return torch.cat([part.float().logsumexp(1) - part.float().gather(1, wanted)[:, 0] for part, wanted in blocks])
+
+
+# from log-likelihoods to scores
 
 
 def record(nll: Floats, block: int, seconds: float = 0.0) -> Json:
@@ -196,7 +298,7 @@ def protocol_scores(
     protocol: str,
     settings: PerplexitySettings,
     documents: Sequence[TokenizedDocument],
-    table: Table,
+    table: Records,
     pairs: Sequence[tuple[str, str]],
 ) -> Json:
     """``scores`` of ``all`` documents, of each group of them (``groups``), and of each length (``by_length``)."""
@@ -224,7 +326,7 @@ def protocol_scores(
 def scores(
     name: str,
     documents: Sequence[TokenizedDocument],
-    table: Table,
+    table: Records,
     pairs: Sequence[tuple[str, str]],
     settings: PerplexitySettings,
 ) -> Json:
@@ -246,6 +348,18 @@ def scores(
     blocks = {system: np.concatenate([record["blocks"] for record in records]) for system, records in table.items()}
     block_tokens = np.concatenate([np.bincount(block_bins(d.scored, block)) for d in documents]).astype(float)
     several = len(block_tokens) > len(documents)  # else the second interval would be the first one again
+
+    def difference(system: str, against: str) -> Json:
+        gaps, of_blocks = nll[system] - nll[against], blocks[system] - blocks[against]
+        units = f"blocks of {block} tokens"
+        return {
+            "system": system,
+            "against": against,
+            "percent": float(percent(gaps.sum() / tokens.sum())),
+            "documents": interval(gaps, tokens, "documents", projects, percent),
+            "blocks": interval(of_blocks, block_tokens, units, of=percent) if several else None,
+        }
+
     return {
         "name": name,
         "documents": len(documents),
@@ -261,20 +375,7 @@ def scores(
             }
             for system, values in nll.items()
         ],
-        "differences": [
-            {
-                "system": system,
-                "against": against,
-                "percent": float(percent((nll[system] - nll[against]).sum() / tokens.sum())),
-                "documents": interval(nll[system] - nll[against], tokens, "documents", projects, percent),
-                "blocks": interval(
-                    blocks[system] - blocks[against], block_tokens, f"blocks of {block} tokens", of=percent
-                )
-                if several
-                else None,
-            }
-            for system, against in pairs
-        ],
+        "differences": [difference(*pair) for pair in pairs],
         "by_position": _positions(documents, table),
     }
 
@@ -288,7 +389,7 @@ def _counts(documents: Sequence[TokenizedDocument]) -> dict[str, int]:
     }
 
 
-def _positions(documents: Sequence[TokenizedDocument], table: Table) -> list[Json]:
+def _positions(documents: Sequence[TokenizedDocument], table: Records) -> list[Json]:
     """Of every position bin that any document reaches."""
     counts = _stacked([np.bincount(position_bins(document.scored)) for document in documents])
     sums = {name: _stacked([record["positions"] for record in records]).sum(0) for name, records in table.items()}

@@ -1,4 +1,4 @@
-"""The pictures of results, from the JSON as it is in the files: for ``--out`` folders, for reports and for the docs.
+"""The pictures of results, from the JSON as it is in the files: for ``--out`` folders, for pages and for the docs.
 
 Hues are Okabe and Ito's, told apart by every kind of colour vision and read on light and on dark paper; markers and
 dashes say the same without colour.
@@ -8,79 +8,64 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longmem.evaluation.results import Json
 from longmem.evaluation.systems import BACKBONE, CONTROL, LONGMEM, MEMORY_OFF, MEMTRM, MEMTRM_OFF, largest, sized
-from longmem.evaluation.tables import kind_of, protocol_title
+from longmem.evaluation.tables import farthest, kind_of, protocol_title, recommended
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK = "#848b93"
-BLUE, ORANGE, GREEN, RED, PINK, GREY = "#2f8bd0", "#d98b00", "#14a077", "#e0602a", "#c272a4", "#98a0a7"
-
 LOOKS = {
     BACKBONE: (INK, "o", "-"),
-    MEMORY_OFF: (ORANGE, "s", "--"),
-    CONTROL: (GREEN, "^", "-."),
-    LONGMEM: (BLUE, "D", "-"),
-    MEMTRM: (RED, "<", "-"),
-    MEMTRM_OFF: (RED, "s", ":"),
-    "training_free": (PINK, ">", "-."),
-    "full": (GREY, "P", ":"),
+    MEMORY_OFF: ("#d98b00", "s", "--"),
+    CONTROL: ("#14a077", "^", "-."),
+    LONGMEM: ("#2f8bd0", "D", "-"),
+    MEMTRM: ("#e0602a", "<", "-"),
+    MEMTRM_OFF: ("#e0602a", "s", ":"),
+    "training_free": ("#c272a4", ">", "-."),
 }
 """Colour, marker and dashes of a system or a kind of memory."""
 FEWEST_TOKENS = 1000  # a position bin with fewer is noise and is not drawn
-MOST_GROUPS = 8  # more groups beside each other are not read
 NEEDLE = re.compile(r"(.+), ([\d,]+) tokens, depth ([\d.]+) %")
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """Drawn in colours that can be read on light and on dark paper; ``name`` is its file's, without a suffix."""
 
     name: str
     alt: str
-    draw: Callable[[], Figure] = field(compare=False)
+    figure: Figure
 
-    @cached_property
     def svg(self) -> str:
         """On transparent paper."""
         import matplotlib
 
         written = io.StringIO()
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
-            self.draw().savefig(written, format="svg", transparent=True, metadata={"Date": None})
+            self.figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
         return written.getvalue()
 
 
 def pictures_of(result: Json, name: str = "") -> Iterator[Picture]:
     """All pictures of a result; ``name`` begins the names of their files."""
-
-    def picture(what: str, alt: str, draw: Callable[..., Figure], *given: Any) -> Picture:
-        return Picture(re.sub(r"[^\w.-]+", "-", f"{name}{what}"), alt, partial(draw, result, *given))
-
     kind = kind_of(result)
     if kind == "perplexity":
-        yield picture("perplexity-by-position", "perplexity by position in the document", position_figure)
+        alt = "perplexity by position in the document"
+        yield Picture(f"{name}perplexity-by-position", alt, position_figure(result))
         if any(map(sized, result["systems"])):
-            yield picture("perplexity-by-memory-size", "perplexity by memory size", memory_figure)
+            yield Picture(f"{name}perplexity-by-memory-size", "perplexity by memory size", memory_figure(result))
     elif kind == "layers":
-        yield picture("layers", "what the heads of each layer find", layers_figure)
-    elif kind == "task":
-        task, metrics = result["header"]["task"], result["metrics"]
-        if any(NEEDLE.fullmatch(group["group"]) for group in result["groups"]):
-            for metric in metrics:
-                alt = f"{metric['label']} by depth and length"
-                yield picture(f"{task}-{metric['name']}", alt, needle_figure, metric)
-        else:
-            yield picture(task, f"{metrics[0]['label']} of every system", groups_figure, metrics[0])
+        yield Picture(f"{name}layers", "what the heads of each layer find", layers_figure(result))
+    elif kind == "task" and result["header"]["task"] == "needle":
+        for metric in result["metrics"]:
+            alt = f"{metric['label']} by depth and length"
+            yield Picture(f"{name}needle-{metric['name']}", alt, needle_figure(result, metric))
 
 
 def plot_all(result: Json, folder: Path) -> list[Path]:
@@ -89,7 +74,7 @@ def plot_all(result: Json, folder: Path) -> list[Path]:
     written = []
     for picture in pictures_of(result):
         written.append(folder / f"{picture.name}.png")
-        picture.draw().savefig(written[-1], dpi=150)
+        picture.figure.savefig(written[-1], dpi=150)
     return written
 
 
@@ -136,46 +121,23 @@ def memory_figure(result: Json) -> Figure:
     return legend(figure)
 
 
-def groups_figure(result: Json, metric: Json) -> Figure:
-    """Every system in every group, or in the averages over several where a task has them: mean and interval."""
-    averages = [group for group in result["groups"] if group["group"].startswith("average")]
-    groups, systems = (averages or result["groups"])[:MOST_GROUPS], result["systems"]
-    figure, ((axis,),) = panels(1, width=max(5.6, 0.32 * len(systems) * len(groups) + 2.4))
-    for number, (name, label) in enumerate(systems.items()):
-        style = look(name) | {"linestyle": "none", "label": label}
-        for at, group in enumerate(groups):
-            x = at + (number - (len(systems) - 1) / 2) * 0.8 / len(systems)
-            for score in group["scores"]:
-                if (score["system"], score["metric"]) != (name, metric["name"]) or score["value"] is None:
-                    continue
-                axis.plot([x], [score["value"]], **style)
-                if score["interval"]:
-                    axis.vlines(x, score["interval"]["low"], score["interval"]["high"], color=style["color"])
-    if metric["chance"] is not None:
-        axis.axhline(metric["chance"], color=INK, linewidth=1, linestyle=":", label="chance")
-    axis.set_xticks(range(len(groups)), [group["group"].replace(", ", "\n", 1) for group in groups])
-    axis.grid(False, axis="x")
-    axis.set_ylabel(metric["label"] + (f" ({metric['unit']})" if metric["unit"] else ""), fontsize=8.5)
-    return legend(figure)
-
-
 def needle_figure(result: Json, metric: Json) -> Figure:
     """Depth against length, a map for each system and kind of needle, all in one scale."""
     cells: dict[tuple[str, str], dict[tuple[int, float], float]] = {}
     for group in result["groups"]:
-        where = NEEDLE.fullmatch(group["group"])
-        for score in group["scores"] if where else ():
-            if where and score["metric"] == metric["name"] and score["value"] is not None:
-                place = (int(where[2].replace(",", "")), float(where[3]))
-                cells.setdefault((where[1], score["system"]), {})[place] = score["value"]
+        if where := NEEDLE.fullmatch(group["group"]):
+            place = (int(where[2].replace(",", "")), float(where[3]))
+            for score in group["scores"]:
+                if score["metric"] == metric["name"]:
+                    cells.setdefault((where[1], score["system"]), {})[place] = score["value"]
     columns = min(3, len(cells))
     figure, axes = panels(columns, rows=-(-len(cells) // columns))
     flat = [axis for row in axes for axis in row]
     for axis, ((kind, system), values) in zip(flat, cells.items(), strict=False):
         lengths, depths = sorted({length for length, _ in values}), sorted({depth for _, depth in values})
-        grid = [[values.get((length, depth), float("nan")) for length in lengths] for depth in depths]
+        grid = [[values[length, depth] for length in lengths] for depth in depths]
         heat_map(axis, grid, [short(length) for length in lengths], [f"{depth:g} %" for depth in depths])
-        axis.set_title(f"{result['systems'].get(system, system)}\n{kind}", fontsize=9)
+        axis.set_title(f"{result['systems'][system]}\n{kind}", fontsize=9)
     for axis in flat[len(cells) :]:
         axis.set_visible(False)
     figure.suptitle(metric["label"] + " (%), depth by length", fontsize=10, color=INK)
@@ -184,15 +146,13 @@ def needle_figure(result: Json, metric: Json) -> Figure:
 
 def layers_figure(result: Json) -> Figure:
     """Recall of every head, layers from bottom to top, at the greatest distance of each source."""
-    far = {ranks["source"]: ranks for ranks in sorted(result["ranks"], key=lambda ranks: ranks["distance"])}
-    layers = sorted(result["scores"], key=int)
-    taken = result["recommended"] if isinstance(result["recommended"], list) else [result["recommended"]]
+    layers, far = sorted(result["scores"], key=int), farthest(result)
     figure, (axes,) = panels(len(far), height=max(3.0, 0.22 * len(layers) + 1.2))
     for axis, ranks in zip(axes, far.values(), strict=True):
         widest = max(len(row) for row in ranks["recall"].values())
         rows = [[100 * value for value in ranks["recall"][layer]] for layer in layers]
         rows = [row + [float("nan")] * (widest - len(row)) for row in rows]
-        names = [f"▸ {layer}" if int(layer) in taken else str(layer) for layer in layers]
+        names = [f"▸ {layer}" if int(layer) in recommended(result) else str(layer) for layer in layers]
         heat_map(axis, rows, [str(head) for head in range(widest)], names)
         axis.invert_yaxis()
         axis.set_title(f"{ranks['source']}, {ranks['distance']} tokens apart: right chunk found (%)", fontsize=9)
@@ -214,12 +174,12 @@ def heat_map(axis: Axes, grid: Sequence[Sequence[float]], columns: Sequence[str]
                 axis.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7)
 
 
-def panels(columns: int, *, rows: int = 1, width: float = 4.6, height: float = 3.3) -> tuple[Figure, list[list[Axes]]]:
+def panels(columns: int, *, rows: int = 1, height: float = 3.3) -> tuple[Figure, list[list[Axes]]]:
     """A figure of axes with a quiet grid, rows in one scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(5.6, width * columns), height * rows), layout="constrained")
+    figure = Figure(figsize=(max(5.6, 4.6 * columns), height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes: list[list[Axes]] = figure.subplots(rows, columns, squeeze=False, sharey="row").tolist()
     for axis in (axis for row in axes for axis in row):
@@ -237,7 +197,7 @@ def panels(columns: int, *, rows: int = 1, width: float = 4.6, height: float = 3
 def look(name: str) -> dict[str, Any]:
     """Arguments of ``Axes.plot`` for a system or a kind of memory."""
     kind = "training_free" if name.startswith("training_free") else (sized(name) or (name,))[0]
-    colour, marker, dashes = LOOKS.get(kind, LOOKS["full"])
+    colour, marker, dashes = LOOKS[kind]
     return {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 5, "linewidth": 1.6}
 
 

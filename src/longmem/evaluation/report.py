@@ -1,7 +1,6 @@
 """Result files as one page: tables, pictures, the paper's numbers beside ours, and how each was made.
 
-A page is a list of blocks, written as Markdown or as HTML. Text is plain but for `code` in backticks and **bold**; text
-from a result file is never markup.
+A page is Markdown; its HTML is made of that. Text from a result file is never markup.
 """
 
 from __future__ import annotations
@@ -13,14 +12,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 from longmem.errors import DataError
-from longmem.evaluation.plots import Picture, pictures_of
+from longmem.evaluation.plots import pictures_of
 from longmem.evaluation.results import Json
-from longmem.evaluation.tables import Table, kind_of, tables_of
+from longmem.evaluation.tables import Table, escaped, kind_of, markdown, tables_of
 from longmem.files import write_whole
 
 TITLES = {
@@ -29,6 +27,8 @@ TITLES = {
     "icl": "In-context learning",
     "squad": "SQuAD",
     "needle": "Needle in a haystack",
+    "facts": "Facts of earlier conversations",
+    "babi": "bAbI in long text",
     "dialogue": "Dialogue",
     "harness": "lm-evaluation-harness",
     "ablate": "Ablations",
@@ -36,93 +36,48 @@ TITLES = {
     "layers": "Which layer to remember",
     "bench": "Speed and storage",
 }
-"""Headings, in the order in which results are shown."""
+"""Headings, in the order in which results are shown; a task of another name comes last, under its name."""
 OTHER_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "run.json")
 """Files of checkpoints and runs, which may be in the same folders as results."""
 
 
-class Heading(NamedTuple):
-    """Level 1 is the page's title."""
-
-    level: int
-    text: str
-
-
-Block = Heading | str | Table | Picture
-"""A string is a paragraph."""
-
-
-class ResultFile(NamedTuple):
-    """A result as it is in its file; ``kind`` is a key of ``TITLES``."""
-
-    path: str
-    kind: str
-    data: Json
-
-    @property
-    def name(self) -> str:
-        """``results/books/perplexity.json`` is ``books``."""
-        parts = Path(self.path).with_suffix("").parts
-        if "results" in parts[:-1]:
-            parts = parts[parts.index("results") + 1 :]
-        return "/".join(parts[:-1] if len(parts) > 1 and parts[-1] == self.kind else parts[-2:])
-
-
 class Report(NamedTuple):
-    """A page that is not written yet; ``problems`` has a line for every file that is not in it."""
+    """A page that is not written yet.
+
+    Attributes:
+        text: Markdown.
+        pictures: SVG by the path of its file, as seen from the page.
+        shown: paths of the results that are on it.
+        problems: a line for every file that is not.
+    """
 
     title: str
-    blocks: list[Block]
-    files: list[ResultFile]
+    text: str
+    pictures: dict[str, str]
+    shown: list[str]
     problems: list[str]
 
     def html(self) -> str:
         """One file: pictures within, no scripts, nothing fetched; light or dark as the reader's system."""
         from markdown_it import MarkdownIt
 
-        text = markdown(self.blocks, "pictures")
-        body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-        for block in self.blocks:
-            if isinstance(block, Picture):
-                data = base64.b64encode(block.svg.encode()).decode("ascii")
-                body = body.replace(f'src="pictures/{block.name}.svg"', f'src="data:image/svg+xml;base64,{data}"')
+        body = MarkdownIt("commonmark", {"html": False}).enable("table").render(self.text)
+        for path, svg in self.pictures.items():
+            data = base64.b64encode(svg.encode()).decode("ascii")
+            body = body.replace(f'src="{path}"', f'src="data:image/svg+xml;base64,{data}"')
         page = (files("longmem.evaluation") / "report.html").read_text(encoding="utf-8")
         return page.replace("{title}", html.escape(self.title)).replace("{body}", body)
 
-    def write_pictures(self, folder: Path) -> list[Path]:
-        """SVG files; those of other reports are removed."""
-        folder.mkdir(parents=True, exist_ok=True)
-        pictures = {folder / f"{b.name}.svg": b.svg for b in self.blocks if isinstance(b, Picture)}
-        for path in set(folder.glob("*.svg")) - pictures.keys():
-            path.unlink()
-        for path, svg in pictures.items():
+    def write_pictures(self, out: Path) -> list[Path]:
+        """Write the pictures of a page in ``out``; those of other pages are removed from their folders."""
+        written = {out / path: svg for path, svg in self.pictures.items()}
+        for folder in {path.parent for path in written}:
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in set(folder.glob("*.svg")) - written.keys():
+                old.unlink()
+        for path, svg in written.items():
             path.write_text(svg, encoding="utf-8")
-        return list(pictures)
-
-
-def markdown(blocks: Sequence[Block], pictures: str) -> str:
-    """The page as Markdown; ``pictures`` is the folder of its pictures, as seen from the page."""
-    return "\n\n".join(_markdown(block, pictures) for block in blocks) + "\n"
-
-
-def _markdown(block: Block, pictures: str) -> str:
-    match block:
-        case Heading(level, text):
-            return f"{'#' * level} {_escaped(text)}"
-        case Table(heads, rows, caption):
-            lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-            table = "\n".join(f"| {' | '.join(_escaped(cell, in_table=True) for cell in line)} |" for line in lines)
-            return f"{_escaped(caption)}\n\n{table}" if caption else table
-        case Picture(name, alt):
-            return f"![{_escaped(alt)}]({pictures}/{name}.svg)"
-    return _escaped(block)
-
-
-def _escaped(text: str, in_table: bool = False) -> str:
-    """Text of a result file is never markup or a link: nothing of a page is fetched."""
-    parts = re.split(r"(`[^`]*`)", text)
-    text = "".join(p if p.startswith("`") else p.replace("<", "&lt;").replace("](", "]\\(") for p in parts)
-    return text.replace("|", "\\|").replace("\n", " ") if in_table else text
+        return list(written)
 
 
 def build_report(
@@ -131,6 +86,7 @@ def build_report(
     title: str = "Results",
     intro: Sequence[str] = (),
     base: Path | None = None,
+    folder: str = "pictures",
     most_tables: Mapping[str, int] | None = None,
 ) -> Report:
     """Read results, files and folders that are searched to their ends, and lay them out.
@@ -138,44 +94,51 @@ def build_report(
     Args:
         intro: paragraphs below the title.
         base: paths are shown as seen from there.
+        folder: of pictures, as seen from the page.
         most_tables: of each result by its kind, else one; None is all.
 
     Raises:
         DataError: a path is not there, or none of the files is a result.
     """
-    found, problems = list[tuple[ResultFile, list[Block]]](), list[str]()
-    for file in _files(paths):
-        shown = Path(file if base is None else os.path.relpath(file, base)).as_posix()
+    found: dict[str, list[str]] = {kind: [] for kind in TITLES}
+    report = Report(title, "", {}, [], [])
+    named = {Path(file if base is None else os.path.relpath(file, base)).as_posix(): file for file in _files(paths)}
+    compared = False
+    for path, file in sorted(named.items()):
         try:
-            result = _read(file, shown)
-            section = list(_section(result, None if most_tables is None else most_tables.get(result.kind, 1)))
-            markdown(section, "")  # finds cells that are no text
-            for block in section:
-                assert not isinstance(block, Picture) or block.svg
+            kind, result = _read(file)
+            name = _name(path, kind)
+            tables = tables_of(result)[: None if most_tables is None else most_tables.get(kind, 1)]
+            pictures = list(pictures_of(result, re.sub(r"[^\w.-]+", "-", f"{name}-")))
+            drawn = {f"{folder}/{picture.name}.svg": picture for picture in pictures}
+            section = [f"### {escaped(name)}", *map(markdown, tables)]
+            section += [f"![{escaped(picture.alt)}]({where})" for where, picture in drawn.items()]
+            papers = beside(kind, f"{name} {result.get('header', {}).get('config', {}).get('data')}")
+            section += [*map(markdown, papers), _origin(path, result)]
+            svgs = {where: picture.svg() for where, picture in drawn.items()}
         except (DataError, OSError) as problem:
-            problems.append(f"{shown}: {problem}")
+            report.problems.append(f"{path}: {problem}")
         except Exception as error:  # a result that lacks what its kind has raises anything
             what = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
-            problems.append(f"{shown}: a damaged result ({what}); measure it again")
+            report.problems.append(f"{path}: a damaged result ({what}); measure it again")
         else:
-            found.append((result, section))
-    if not found:
-        raise DataError("; ".join(problems) or f"no result files in {', '.join(map(str, paths))}")
-    order, blocks = list(TITLES), list[Block]()
-    found.sort(key=lambda pair: (order.index(pair[0].kind), pair[0].path))
-    for kind, some in groupby(found, key=lambda pair: pair[0].kind):
-        blocks += [Heading(2, TITLES[kind]), *(block for _, section in some for block in section)]
-    if any(beside(result) for result, _ in found):
-        blocks.insert(0, paper()["setting"])
-    if problems:
-        blocks += [Heading(2, "Not shown"), *problems]
-    return Report(title, [Heading(1, title), *intro, *blocks], [result for result, _ in found], problems)
+            found.setdefault(kind, []).extend(section)
+            report.pictures.update(svgs)
+            report.shown.append(path)
+            compared = compared or bool(papers)
+    if not report.shown:
+        raise DataError("; ".join(report.problems) or f"no result files in {', '.join(map(str, paths))}")
+    text = [f"# {escaped(title)}", *intro, *([paper()["setting"]] if compared else [])]
+    for kind, sections in found.items():
+        text += [f"## {escaped(TITLES.get(kind, kind))}", *sections] if sections else []
+    text += ["## Not shown", *map(escaped, report.problems)] if report.problems else []
+    return report._replace(text="\n\n".join(text) + "\n")
 
 
 def write_report(report: Report, out: Path) -> list[Path]:
-    """``report.md`` with its pictures in ``pictures/``, and ``report.html``; returns the files."""
-    pictures = report.write_pictures(out / "pictures")
-    write_whole(out / "report.md", [markdown(report.blocks, "pictures")])
+    """``report.md`` with its pictures in a folder, and ``report.html``; returns the files."""
+    pictures = report.write_pictures(out)
+    write_whole(out / "report.md", [report.text])
     write_whole(out / "report.html", [report.html()])
     return [out / "report.md", out / "report.html", *pictures]
 
@@ -184,45 +147,40 @@ def _files(paths: Sequence[str | Path]) -> Iterator[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise DataError(f"{path}: no such file or folder; name result files (JSON) or folders of them")
-        inside = sorted(path.rglob("*.json")) if path.is_dir() else []
+        inside = path.rglob("*.json") if path.is_dir() else []
         yield from (f for f in inside if f.name not in OTHER_FILES and not f.name.endswith(".index.json"))
         yield from () if path.is_dir() else (path,)
 
 
-def _read(file: Path, shown: str) -> ResultFile:
+def _read(file: Path) -> tuple[str, Json]:
+    """Kind, a task's own name among them, and content."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # what is nested a thousand times deep is not ours either
         raise DataError(f"not JSON ({error}); it was cut short or is something else") from error
-    if not isinstance(data, dict):
-        raise DataError("not a result of longmem: no object at its top")
-    kind = kind_of(data)
-    task = data["header"].get("task") if isinstance(data.get("header"), dict) else None
-    kind = task if kind == "task" and task in TITLES else kind
-    if kind not in TITLES:
-        what = f"of an unknown task ({task!r})" if task else "without header and command"
-        raise DataError(f"not a result that can be shown: JSON {what}")
-    return ResultFile(shown, kind, data)
+    kind = kind_of(data) if isinstance(data, dict) else None
+    if kind is None:
+        raise DataError("not a result of longmem that can be shown")
+    return str(data["header"]["task"]) if kind == "task" else kind, data
 
 
-def _section(file: ResultFile, most_tables: int | None) -> Iterator[Block]:
-    yield Heading(3, file.name)
-    yield from tables_of(file.data)[:most_tables]
-    yield from pictures_of(file.data, f"{file.name}-".replace("/", "-"))
-    if (table := beside(file)) is not None:
-        yield table
-    yield _origin(file)
+def _name(path: str, kind: str) -> str:
+    """``results/books/perplexity.json`` is ``books``."""
+    parts = Path(path).with_suffix("").parts
+    if "results" in parts[:-1]:
+        parts = parts[parts.index("results") + 1 :]
+    return "/".join(parts[:-1] if len(parts) > 1 and parts[-1] == kind else parts[-2:])
 
 
-def _origin(file: ResultFile) -> str:
+def _origin(path: str, result: Json) -> str:
     """Command, seeds, cost, versions and machine."""
-    header = file.data.get("header")
-    if header is None and not file.data["command"]:
-        return f"`{file.path}`: {file.data['reported']}."
+    header = result.get("header")
+    if header is None and not result["command"]:
+        return escaped(f"`{path}`: {result['reported']}.")
     if header is None:
-        around = file.data.get("surroundings", {})
+        around = result.get("surroundings", {})
         where = f"{around.get('machine', '?')}, {around.get('threads', '?')} thread(s), {around.get('date', '')}"
-        return f"`{file.path}`, made by `{file.data['command']}`; seed {file.data.get('seed', '-')}; {where}."
+        return escaped(f"`{path}`, made by `{result['command']}`; seed {result.get('seed', '-')}; {where}.")
     machine, versions = header.get("machine", {}), header.get("versions", {})
     made = f"`{header['command']}`" if header.get("command") else "a call from Python"
     place = machine.get("gpu") or f"{machine.get('torch_threads', '?')} CPU thread(s)"
@@ -230,7 +188,8 @@ def _origin(file: ResultFile) -> str:
     counts = ", ".join(f"{n:,} {what}" for what, n in header["samples"].items() if what not in ("words", "bytes"))
     said = f"longmem {versions.get('longmem', '?')}, torch {versions.get('torch', '?')}"
     seeds = ", ".join(map(str, header.get("seeds", []))) or "none"
-    return f"`{file.path}`, made by {made}; {counts}; seeds {seeds}; {cost}; {said}; {header.get('created', '')[:10]}."
+    date = header.get("created", "")[:10]
+    return escaped(f"`{path}`, made by {made}; {counts}; seeds {seeds}; {cost}; {said}; {date}.")
 
 
 def paper() -> Json:
@@ -243,12 +202,10 @@ def paper() -> Json:
     return {name: each if name == "setting" else Table(**each) for name, each in found.items()}
 
 
-def beside(file: ResultFile) -> Table | None:
-    """The paper's table of the same kind of measurement; the file's name and ``--data`` tell books from LaTeX."""
-    if file.kind != "perplexity":
-        return paper().get(file.kind)
-    said = " ".join(map(str, [*file.data["header"]["config"].get("data", []), file.name])).lower()
-    if "latex" in said or "arxiv" in said:
-        return paper()["latex"]  # type: ignore[no-any-return]
-    books = any(word in said for word in ("book", "pg19", "pg22", "gutenberg"))
-    return paper()["books"] if books else None
+def beside(kind: str, said: str) -> list[Table]:
+    """The paper's table of the same kind of measurement; what a result says of itself tells books from LaTeX."""
+    if kind == "perplexity":
+        said = said.lower()
+        books = any(word in said for word in ("book", "pg19", "pg22", "gutenberg"))
+        kind = "latex" if "latex" in said or "arxiv" in said else "books" if books else kind
+    return [table for name, table in paper().items() if name == kind]

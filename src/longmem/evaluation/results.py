@@ -9,7 +9,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -26,52 +26,49 @@ Floats = NDArray[np.float64]
 BATCH = 4_000_000  # counts of units that exist at one time
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, of this package and of what its numbers depend on."""
-    found = {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}
-    return {"python": platform.python_version(), "longmem": __version__} | found
-
-
-def machine() -> Json:
-    import torch
-
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def command_line() -> str:
-    """The command as it was typed, the program by its name only; ``python -m longmem`` is ``longmem``."""
-    program = Path(sys.argv[0]).name
-    return shlex.join(["longmem" if program == "__main__.py" else program, *sys.argv[1:]])
-
-
-@dataclass(frozen=True)
-class RunHeader:
+def header(
+    task: str, config: Json, models: Json, samples: dict[str, int], seeds: Sequence[int], seconds: float = 0.0
+) -> Json:
     """The part of a result that makes it repeatable.
 
     ``seconds`` is what was measured took; of a task that goes on from records, in all its runs together.
     """
+    import torch
 
-    task: str
-    command: str
-    config: Json
-    models: Json
-    samples: dict[str, int]
-    seeds: list[int]
-    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    versions: dict[str, str] = field(default_factory=versions)
-    machine: Json = field(default_factory=machine)
-    seconds: float = 0.0
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}
+    return {
+        "task": task,
+        "command": command_line(),
+        "config": config,
+        "models": models,
+        "samples": samples,
+        "seeds": list(seeds),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), "longmem": __version__} | versions,
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "seconds": round(seconds, 1),
+    }
+
+
+def command_line() -> str:
+    """The command as it was typed, the program by its name only; empty where another program calls this library."""
+    program = Path(sys.argv[0])
+    if program.parent.name == "benchmarks":
+        words = ["python", "-m", f"benchmarks.{program.stem}"]
+    elif program.name in ("longmem", "__main__.py"):
+        words = ["longmem"]
+    else:
+        return ""
+    return shlex.join([*words, *sys.argv[1:]])
 
 
 def as_json(value: Any) -> Any:
-    """What JSON can say: dataclasses as objects, keys as strings; NaN and infinity, which JSON lacks, as null."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
+    """What JSON can say: keys as strings; NaN and infinity, which JSON lacks, as null."""
     if isinstance(value, dict):
         return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -105,9 +102,6 @@ class Ledger:
                     self.records[record["key"], record["digest"]] = record
                 except (ValueError, KeyError, TypeError):
                     continue  # empty, cut short, or of another version
-
-    def get(self, key: str, digest: str) -> Json | None:
-        return self.records.get((key, digest))
 
     def append(self, key: str, digest: str, **fields: Any) -> None:
         """Replaces what was there."""

@@ -1,4 +1,4 @@
-"""The tables of results, from the JSON as it is in the files: for the terminal, for reports and for the docs."""
+"""The tables of results, from the JSON as it is in the files: for the terminal, for pages and for the docs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from longmem.evaluation.results import Json
 from longmem.evaluation.systems import BACKBONE, largest
 
-MOST_ROWS = 48  # of a table of groups; the file has the rest
 MOST_PARTS = 24  # groups of documents that are shown one by one
 FEW_PROJECTS = 5
 
@@ -45,6 +44,20 @@ def plain(table: Table, width: int) -> str:
     return "\n".join(lines)
 
 
+def markdown(table: Table) -> str:
+    """The table in Markdown."""
+    lines = [table.heads, ["---", *["---:"] * (len(table.heads) - 1)], *table.rows]
+    cells = "\n".join(f"| {' | '.join(escaped(cell, in_table=True) for cell in line)} |" for line in lines)
+    return f"{escaped(table.caption)}\n\n{cells}" if table.caption else cells
+
+
+def escaped(text: str, in_table: bool = False) -> str:
+    """Text of a result file is never markup or a link, but for `code` in backticks: nothing of a page is fetched."""
+    parts = re.split(r"(`[^`]*`)", text)
+    text = "".join(p if p.startswith("`") else p.replace("<", "&lt;").replace("](", "]\\(") for p in parts)
+    return text.replace("|", "\\|").replace("\n", " ") if in_table else text
+
+
 def kind_of(result: Json) -> str | None:
     """``bench`` is any measurement of ``benchmarks/``, which has no tables; None is no result."""
     if not isinstance(result.get("header"), dict):
@@ -66,29 +79,20 @@ def perplexity_tables(result: Json) -> Iterator[Table]:
     systems, protocols = result["systems"], list(result["protocols"].values())
     heads = [protocol_title(scores) for scores in protocols]
     every = [scores["all"] for scores in protocols]
-    scored = {name: [_of_system(scores["systems"], name) for scores in every] for name in systems}
-    gaps = {name: [difference(scores, name, BACKBONE) for scores in every] for name in systems}
+    scored = [{score["system"]: score for score in scores["systems"]} for scores in every]
     rows = [
-        [label, *(_with_gap(*pair) for pair in zip(scored[name], gaps[name], strict=True))]
+        [label, *(_with_gap(of[name], difference(all, name, BACKBONE)) for of, all in zip(scored, every, strict=True))]
         for name, label in systems.items()
     ]
     yield Table(["system", *heads], rows, f"Perplexity per token of {_counted(result)}")
     others = [(d["system"], d["against"]) for d in every[0]["differences"] if d["against"] != BACKBONE]
     rows = [
-        [f"{systems[name]}, against {systems[other]}", *(gap(difference(scores, name, other)) for scores in every)]
+        [f"{systems[name]}, against {systems[other]}", *(gap(difference(all, name, other)) for all in every)]
         for name, other in others
     ]
     if rows:
         yield Table(["% of perplexity", *heads], rows)
-    rows = [
-        [systems[name], *(gap(each, "blocks") for each in some)]
-        for name, some in gaps.items()
-        if any(each and each["blocks"] for each in some)
-    ]
-    if rows:
-        caption = "Intervals over blocks of tokens instead of documents: narrower, for more of this text."
-        yield Table(["% against the backbone", *heads], rows, caption)
-    rows = [[label, *map(_units, scored[name])] for name, label in systems.items()]
+    rows = [[label, *(_units(of[name]) for of in scored)] for name, label in systems.items()]
     yield Table(["per word; bits per byte", *heads], rows)
     for field, what in (("groups", "group"), ("by_length", "tokens of the document")):
         for scores in protocols:
@@ -134,7 +138,8 @@ def caveat(documents: int, projects: int) -> str:
 def _parts_table(systems: Json, scores: Json, field: str, what: str) -> Table:
     """The backbone's perplexity in each group or bucket of lengths, and % against it."""
     parts = scores[field]
-    rows = [[systems[BACKBONE], *(f"{_of_system(p['systems'], BACKBONE)['perplexity']:.3f}" for p in parts)]]
+    base = [each["perplexity"] for part in parts for each in part["systems"] if each["system"] == BACKBONE]
+    rows = [[systems[BACKBONE], *(f"{perplexity:.3f}" for perplexity in base)]]
     rows += [
         [f"{label}, %", *(gap(difference(part, name, BACKBONE)) for part in parts)]
         for name, label in systems.items()
@@ -150,26 +155,24 @@ def _units(score: Json) -> str:
     return f"{shown}; {'-' if bits is None else format(bits, '.4f')}"
 
 
-def _of_system(scores: Sequence[Json], system: str) -> Json:
-    return next(score for score in scores if score["system"] == system)
-
-
 def difference(scores: Json, system: str, against: str) -> Json | None:
     return next((d for d in scores["differences"] if (d["system"], d["against"]) == (system, against)), None)
 
 
-def gap(difference: Json | None, interval: str = "documents", digits: int = 2) -> str:
-    """``-9.50 [-11.23, -7.89]``; without documents to draw the interval is over blocks."""
+def gap(difference: Json | None, digits: int = 2) -> str:
+    """``-9.50 [-11.23, -7.89]``; of one document the interval is over its blocks."""
     if difference is None:
         return ""
-    return _ranged(difference["percent"], difference[interval] or difference.get("blocks"), f"+.{digits}f")
+    return _ranged(difference["percent"], difference["documents"] or difference["blocks"], f"+.{digits}f")
 
 
 def _with_gap(score: Json, difference: Json | None) -> str:
     return f"{score['perplexity']:.3f}" + (f" ({gap(difference)})" if difference else "")
 
 
-def _ranged(value: float, edges: Json | None, form: str) -> str:
+def _ranged(value: float | None, edges: Json | None, form: str) -> str:
+    if value is None:  # JSON's infinity
+        return "-"
     return format(value, form) + (f" [{edges['low']:{form}}, {edges['high']:{form}}]" if edges else "")
 
 
@@ -187,12 +190,10 @@ def task_tables(result: Json) -> Iterator[Table]:
         return
     groups = [group for group in groups if group["group"].startswith("average")] or groups
     for metric in result["metrics"]:
-        form = ".2f" if metric["unit"] == "nats" else ".1f"
-        rows = []
-        for group in groups[:MOST_ROWS]:
+        form, rows = ".2f" if metric["unit"] == "nats" else ".1f", []
+        for group in groups:
             mine = {score["system"]: score for score in group["scores"] if score["metric"] == metric["name"]}
-            known = {name for name, score in mine.items() if score["value"] is not None}
-            cells = (_ranged(mine[n]["value"], mine[n]["interval"], form) if n in known else "-" for n in systems)
+            cells = (_ranged(mine[name]["value"], mine[name]["interval"], form) for name in systems)
             rows.append([f"{group['group']} ({group['examples']:,})", *cells])
         chance = "" if metric["chance"] is None else f", chance {metric['chance']:.3g}"
         unit = f" in {metric['unit']}" if metric["unit"] else ""
@@ -202,7 +203,7 @@ def task_tables(result: Json) -> Iterator[Table]:
     rows = [
         [f"{systems[d['system']]}, against {systems[d['against']]}", _ranged(d["value"], d["interval"], "+.2f")]
         for d in everything["differences"]
-        if d["metric"] == first["name"] and d["system"] in shown and d["value"] is not None
+        if d["metric"] == first["name"] and d["system"] in shown
     ]
     if rows:
         yield Table([f"difference, {everything['group']}", first["label"]], rows)
@@ -284,13 +285,11 @@ def layer_tables(result: Json) -> Iterator[Table]:
         ]
         caption = "Loss of facts told earlier and of text, by the layers that read memory without training."
         yield Table(["layers", *(f"{kind}, nats" for kind in kinds), "of the window's gain"], rows, caption)
-    taken = result["recommended"] if isinstance(result["recommended"], list) else [result["recommended"]]
-    far = {ranks["source"]: ranks for ranks in sorted(result["ranks"], key=lambda ranks: ranks["distance"])}
-    rows = []
+    far, rows = farthest(result), []
     for layer, score in result["scores"].items():
         remembered, allowed = (int(layer) in result[field] for field in ("memory_layers", "allowed"))
         remarks = {
-            "recommended": int(layer) in taken,
+            "recommended": int(layer) in recommended(result),
             "paper's rule": result["default"] == int(layer),
             "cannot be remembered": not remembered,
             "not copied by the SideNet": remembered and not allowed,
@@ -314,6 +313,17 @@ def layer_tables(result: Json) -> Iterator[Table]:
     ]
     if rows:
         yield Table(["nats per token", "first time", "second time"], rows)
+
+
+def farthest(result: Json) -> Json:
+    """By source, the ranks of keys at the greatest distance."""
+    return {ranks["source"]: ranks for ranks in sorted(result["ranks"], key=lambda ranks: ranks["distance"])}
+
+
+def recommended(result: Json) -> Sequence[int]:
+    """Layers to remember; older results have one alone."""
+    found = result["recommended"]
+    return found if isinstance(found, list) else [found]
 
 
 KINDS: dict[str, tuple[tuple[str, ...], Any]] = {

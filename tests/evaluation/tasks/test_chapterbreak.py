@@ -23,7 +23,7 @@ def task(byte_tokenizer: Any, tmp_path: Path) -> ChapterBreakTask:
     path = tmp_path / "chapterbreak_ctx_64.json"
     path.write_text(json.dumps({split: {f"{split}{w}": examples for w in (0, 1)} for split in ("pg19", "ao3")}))
     made = ChapterBreakTask(data=path, prefixes=(20, 60), suffix_tokens=10)
-    made.begin([Asker("backbone", "backbone", {}, None, byte_tokenizer, 16)])
+    made.begin([Asker("backbone", "backbone", {}, None, tokenizer=byte_tokenizer, window=16)])
     return made
 
 

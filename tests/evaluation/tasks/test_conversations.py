@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def locomo(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def asker(byte_tokenizer: Any) -> Asker:
-    return Asker("backbone", "it", {}, None, byte_tokenizer, 64)
+    return Asker("backbone", "it", {}, None, tokenizer=byte_tokenizer, window=64)
 
 
 def test_locomo_is_read_with_dates_speakers_and_pictures(locomo: Path) -> None:
@@ -159,8 +160,8 @@ def facts(made_text: Callable[..., str], tmp_path: Path) -> FactsTask:
 def test_memory_has_the_conversation_then_the_text_and_others_have_it_or_passages_in_their_window(
     facts: FactsTask, asker: Asker
 ) -> None:
-    decode, tokenizer = asker.tokenizer.decode, asker.tokenizer
-    asked = facts.begin([asker, Asker("memory_1024", "", {}, None, tokenizer, 64, memory_size=1024)])
+    decode = asker.tokenizer.decode
+    asked = facts.begin([asker, replace(asker, name="memory_1024", memory_size=1024)])
     assert [each.name for each in asked] == [
         "backbone",
         "memory_1024",

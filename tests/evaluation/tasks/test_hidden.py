@@ -44,7 +44,7 @@ def needles(text: str, byte_tokenizer: Any) -> Begun:
     def make(**settings: Any) -> NeedleTask:
         wanted: dict[str, Any] = {"lengths": [512], "depths": [0, 50, 100], "trials": 2} | settings
         task = NeedleTask(text=[text], **wanted)
-        task.begin([Asker("it", "it", {}, None, byte_tokenizer, WINDOW)])
+        task.begin([Asker("it", "it", {}, None, tokenizer=byte_tokenizer, window=WINDOW)])
         return task
 
     return make
@@ -144,7 +144,7 @@ def test_a_story_has_all_facts_before_its_question(babi: BabiTask) -> None:
 
 
 def test_facts_stand_in_order_in_the_text_and_recall_finds_them(babi: BabiTask, byte_tokenizer: Any) -> None:
-    asked = babi.begin([Asker("memory_512", "", {}, None, byte_tokenizer, 64, memory_size=512)])
+    asked = babi.begin([Asker("memory_512", "", {}, None, 512, tokenizer=byte_tokenizer, window=64)])
     assert [each.name for each in asked] == ["memory_512", "memory_512+recall"]
     for example in babi.examples():
         trial, story, _ = example.item

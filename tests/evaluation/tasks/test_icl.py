@@ -130,7 +130,7 @@ def test_an_answer_is_judged_in_three_ways(tmp_path: Path, byte_tokenizer: Any) 
     for part in ("train", "test"):
         write(tmp_path / "mr", f"{part}.csv", quoted([(f"{part} film {n}", n % 2) for n in range(20)]))
     task = IclTask(data=tmp_path, datasets=["mr"], local_shots=[1], memory_shots=[0], draws=1)
-    task.begin([Asker("it", "it", {}, None, byte_tokenizer, 160)])
+    task.begin([Asker("it", "it", {}, None, tokenizer=byte_tokenizer, window=160)])
     negative, positive = (next(e for e in task.examples() if e.item.about[1] == label) for label in (0, 1))
     begins = byte_tokenizer("p")["input_ids"][0]
     scored = Scored((math.log(0.2), math.log(0.1)), (False, False), begins)

@@ -16,7 +16,7 @@ ASKED = Asked(((1, 1, 1), (2, 2), (3, 3)), ((10, 10, 10), (11, 11), (12, 12)), [
 
 
 def asker(window: int, *, whole: bool = False, memory: int | None = None, tokenizer: Any = None) -> Asker:
-    return Asker("it", "it", {}, None, tokenizer, window, memory_size=memory, whole=whole)
+    return Asker("it", "it", {}, None, memory, tokenizer=tokenizer, window=window, whole=whole)
 
 
 # demonstrations

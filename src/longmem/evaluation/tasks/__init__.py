@@ -18,7 +18,7 @@ import numpy as np
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, rereading
-from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, RunHeader
+from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, header
 from longmem.evaluation.systems import compared
 from longmem.progress import Progress
 
@@ -221,7 +221,6 @@ def run_task(
     *,
     records: Path | None = None,
     bootstrap: Bootstrap | None = None,
-    command: str = "",
     config: Json | None = None,
 ) -> Json:
     """Ask every system every example.
@@ -229,7 +228,6 @@ def run_task(
     Args:
         records: JSONL file of measured answers; what it already holds is not asked again. What systems say in their
             own words is added to ``answers.jsonl`` next to it, for people to read.
-        command: as typed, kept in the result.
         config: what else the result should say about its making.
 
     Returns:
@@ -256,17 +254,15 @@ def run_task(
         groups.setdefault(example.group, []).append(number)
     if len(groups) == 2:
         del groups[ALL]  # there is one group only
-    header = RunHeader(
-        task=task.name,
-        command=command,
-        config=task.settings() | task.source() | {"bootstrap": asdict(bootstrap)} | (config or {}),
-        models={asker.name: asker.identity | {"window": asker.window} for asker in askers},
-        samples={"examples": len(examples), "units": len({example.unit for example in examples})},
-        seeds=list(task.seeds),
-        seconds=round(sum(seconds.values()), 1),
-    )
     result: Json = {
-        "header": asdict(header),
+        "header": header(
+            task.name,
+            task.settings() | task.source() | {"bootstrap": asdict(bootstrap)} | (config or {}),
+            {asker.name: asker.identity | {"window": asker.window} for asker in askers},
+            {"examples": len(examples), "units": len({example.unit for example in examples})},
+            task.seeds,
+            sum(seconds.values()),
+        ),
         "systems": {asker.name: asker.label for asker in askers},
         "metrics": [metric._asdict() for metric in task.metrics],
         "groups": [
