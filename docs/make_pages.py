@@ -15,7 +15,7 @@ from pathlib import Path
 from result_tables import results_report, text_of, with_results
 
 from longmem.evaluation.tables import Table
-from longmem.store.records import size_table
+from longmem.store.disk import token_bytes
 
 ROOT = Path(__file__).parents[1]
 NOTE = "<!-- written by `make docs` from the source; edit that instead -->\n"
@@ -66,17 +66,54 @@ def recipe() -> str:
     return "\n".join(parts)
 
 
+BACKBONES = {  # layers, key/value heads, head dimension, as the published configurations have them
+    "GPT-2 (124M)": (12, 12, 64),
+    "GPT-2 XL (1.5B)": (48, 25, 64),
+    "GPT-2* of the paper (407M)": (24, 16, 64),
+    "Pythia-410M": (24, 16, 64),
+    "Pythia-6.9B": (32, 32, 128),
+    "SmolLM2-135M": (30, 3, 64),
+    "Qwen2.5-0.5B": (24, 2, 64),
+    "Qwen2.5-7B": (28, 4, 128),
+    "Qwen3-0.6B": (28, 8, 128),
+    "Qwen3-8B": (36, 8, 128),
+    "Llama-2-7B": (32, 32, 128),
+    "Llama-3.2-1B": (16, 8, 64),
+    "Llama-3-8B": (32, 8, 128),
+    "Llama-3-70B": (80, 8, 128),
+    "Mistral-7B": (32, 8, 128),
+    "Gemma-2-2B": (26, 4, 256),
+    "Gemma-2-9B": (42, 8, 256),
+    "Phi-3-mini (3.8B)": (32, 32, 96),
+}
+TOKENS = {"65,536": 65_536, "1M": 1_000_000, "10M": 10_000_000}  # the paper's memory, a shelf of books, a library
+
+
 def with_sizes(page: str) -> str:
     """The page with the table of memory sizes made again."""
-    heads, rows = size_table()
+    heads = ["backbone", "KV heads", "fp16/token", "int8/token", "chunk keys/token", "full cache/token"]
+    rows = []
+    for name, (layers, heads_kv, dim) in BACKBONES.items():
+        half, small = token_bytes(heads_kv, dim, "float16"), token_bytes(heads_kv, dim, "int8")
+        sizes = (half["keys_values"], small["keys_values"], half["chunk_keys"], layers * 4 * heads_kv * dim)
+        on_disk = (f"{_in_bytes(half['disk'] * n)} / {_in_bytes(small['disk'] * n)}" for n in TOKENS.values())
+        rows.append([name, f"{heads_kv} x {dim}", *map(_in_bytes, sizes), *on_disk])
+    table = Table([*heads, *(f"{name} tokens" for name in TOKENS)], rows)
     made = (
         "Bytes per token: keys and values in 16 and in 8 bits; mean keys of the chunks (4 tokens each, float32),\n"
         "which an open bank holds; a full cache of all layers in 16 bits, to compare.\n"
         "In all: on disk, in 16 / in 8 bits, text and token ids included."
     )
-    return SIZES.sub(
-        lambda _: f"<!-- sizes -->\n{text_of([Table(heads, rows)]).strip()}\n\n{made}\n<!-- /sizes -->\n", page
-    )
+    return SIZES.sub(lambda _: f"<!-- sizes -->\n{text_of([table]).strip()}\n\n{made}\n<!-- /sizes -->\n", page)
+
+
+def _in_bytes(number: float) -> str:
+    """``4.0 KiB``, ``3.8 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.{0 if unit == 'B' else 1}f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
 
 
 def _fields(node: ast.ClassDef) -> Iterator[tuple[ast.AnnAssign, str]]:

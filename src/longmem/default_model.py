@@ -21,7 +21,7 @@ from typing import NamedTuple
 from longmem.errors import BackboneError
 from longmem.files import to_disk, whole
 from longmem.modeling.gguf import cache_folder, gguf_folder
-from longmem.store.records import Layout
+from longmem.store.disk import Layout
 
 NAME = "SmolLM2-135M-Instruct"
 READERS = ("smollm2-135m-longmem", "smollm2-135m-calibrated")

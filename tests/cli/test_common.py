@@ -13,7 +13,7 @@ import pytest
 import longmem.progress
 from longmem.cli.common import Parsed, ShownProgress, columns, duration, expiry, moment, print_json, show, token_count
 from longmem.cli.common import token_counts as counts
-from longmem.store.records import Progress
+from longmem.store import Progress
 
 
 def test_durations_moments_and_expiries() -> None:

@@ -90,7 +90,7 @@ def test_expired_documents_are_not_there(memory: Memory, notes: Path) -> None:
 
 @pytest.mark.usefixtures("notes")
 def test_a_new_store_has_the_settings_that_it_is_given(memory: Memory, models: Path) -> None:
-    settings = ["--dtype", "int8", "--chunk-size", 8, "--segment", 16, "--batch-tokens", 64]
+    settings = ["--dtype", "int8", "--chunk-size", 8, "--segment", 16]
     assert memory("add", "notes", "--model", models / "side", *settings).status == 0
     layout = memory("stats", "--json").json["layout"]
     assert (layout["dtype"], layout["chunk_size"], layout["segment_tokens"]) == ("int8", 8, 16)

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from longmem.store import MemoryStore
-from longmem.store.catalog import until_found
-from longmem.store.disk import StoredChunks
+from longmem.store.catalog import Selection
+from longmem.store.disk import StoredChunks, until_found
 from longmem.store.encode import Encoder
-from longmem.store.records import Selection
 from longmem.store.runs import read_runs
 from longmem.types import AttentionKV
 

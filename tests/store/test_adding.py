@@ -14,7 +14,7 @@ from tests.store.small import MODEL, NumberModel, chunks_of, expected_chunks, op
 
 from longmem.errors import StoreError
 from longmem.store import MemoryStore, NewDocument, Progress, adding
-from longmem.store.records import Stats
+from longmem.store.store import Stats
 
 PIECE = 16 * 8
 """Tokens of a whole content in a small store."""
@@ -72,7 +72,7 @@ def test_the_same_document_again_changes_nothing(store: MemoryStore) -> None:
     first = store.add_document("alice", words(1, 300), name="notes", metadata={"a": 1})
     version, state = store.catalog.version(), state_of(store)
     again = store.add_document("alice", words(1, 300), name="notes", metadata={"a": 1})
-    assert again.status == "unchanged" and again.reused_tokens == again.tokens == first.tokens
+    assert again.status == "unchanged" and again.tokens == first.tokens
     assert store.catalog.version() == version and state_of(store) == state
 
 
@@ -115,10 +115,9 @@ def test_nothing_tells_a_namespace_that_another_has_the_same_text(tmp_path: Path
             ]
             documents = [{**vars(info), "id": None} for info in store.documents("bob")]
             stats = store.stats("bob")
-            forgotten = store.forget("bob", name="mine")
-            seen.append((receipts, documents, stats, forgotten.documents))
+            forgotten = [(each.name, each.tokens) for each in store.forget("bob", name="mine")]
+            seen.append((receipts, documents, stats, forgotten))
     assert seen[0] == seen[1]
-    assert [receipt.reused_tokens for receipt in seen[0][0]] == [0, 501, 0, 101]
     assert isinstance(seen[0][2], Stats) and seen[0][2].file_bytes is None
 
 
@@ -146,7 +145,6 @@ def test_an_interrupted_add_goes_on_where_it_stopped(tmp_path: Path) -> None:
         pass
 
     def stop(progress: Progress) -> None:
-        assert progress.total == len(text) + 1
         if progress.done >= 6 * PIECE:
             raise Stop
 
@@ -158,7 +156,7 @@ def test_an_interrupted_add_goes_on_where_it_stopped(tmp_path: Path) -> None:
     with open_small(tmp_path / "memory", model=model) as store:
         receipt = store.add_document("alice", text, name="book")
         # the piece at which it stopped was encoded and not committed
-        assert model.tokens == whole - 5 * PIECE and (receipt.status, receipt.reused_tokens) == ("added", 0)
+        assert model.tokens == whole - 5 * PIECE and receipt.status == "added"
         assert store.text("alice", "book") == text and store.verify().clean
 
 
@@ -208,8 +206,6 @@ def test_appending_asks_for_the_kind_that_the_document_has(store: MemoryStore) -
         store.append("alice", ids=[1], name="text")
     with pytest.raises(StoreError, match="was added as token ids; append ids="):
         store.append("alice", "text", name="ids")
-    with pytest.raises(StoreError, match="no document 'neither'"):
-        store.append("alice", "text", name="neither")
 
 
 def test_an_append_to_a_document_that_was_forgotten_and_added_again_is_refused(store: MemoryStore) -> None:
@@ -249,12 +245,3 @@ def test_numbers_that_the_store_cannot_hold_are_refused(tmp_path: Path) -> None:
     ):
         store.add_document("alice", "text", name="x")
     assert not list((tmp_path / "memory").glob("*.bin"))
-
-
-def test_without_a_model_texts_that_are_there_can_be_added_again(tmp_path: Path) -> None:
-    with open_small(tmp_path / "memory") as store:
-        store.add_document("alice", words(1, 300), name="a")
-    with open_small(tmp_path / "memory", model=None) as store:
-        assert store.add_document("bob", words(1, 300), name="b").status == "added"
-        with pytest.raises(StoreError, match="opened without a model"):
-            store.add_document("bob", words(2, 300), name="c")

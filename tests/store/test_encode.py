@@ -11,9 +11,10 @@ import torch
 from tests.family_table import V, make_backbone
 from tests.store.small import NumberModel
 
-from longmem import LongMem, MemoryBank, MemoryStore
+from longmem import LongMem, MemoryStore
+from longmem.store import encode
+from longmem.store.disk import Layout
 from longmem.store.encode import Encoder, new_layout
-from longmem.store.records import Layout
 
 SEGMENT = 24
 
@@ -37,18 +38,6 @@ def test_a_piece_leaves_the_same_bits_in_any_company(family: str) -> None:
     assert all(np.array_equal(backwards[9 - number].kv, together[number].kv) for number in range(10))
 
 
-def test_chunks_are_those_of_a_memory_bank() -> None:
-    torch.manual_seed(1)
-    model = LongMem.from_backbone(make_backbone("llama"), chunk_size=4, num_retrieved=8, memory_size=64).eval()
-    ids = torch.randint(3, V, (1, SEGMENT), generator=torch.Generator().manual_seed(2))
-    bank = MemoryBank.for_model(model, rows=1, capacity_tokens=64)
-    bank.add(model.encode(ids))
-    (chunks,) = Encoder(model, layout_of(model)).encode([ids[0].numpy().astype(np.uint32)])
-    stored = bank.state_dict()["slots"]
-    assert torch.allclose(torch.from_numpy(chunks.kv), stored["storage"][0], atol=1e-6)
-    assert torch.allclose(torch.from_numpy(chunks.keys), stored["keys"][0].transpose(0, 1), atol=1e-6)
-
-
 def test_a_real_tokenizer_and_backbone_keep_every_character(
     tmp_path: Path, tiny_backbone: Any, byte_tokenizer: Any
 ) -> None:
@@ -68,19 +57,19 @@ def test_a_real_tokenizer_and_backbone_keep_every_character(
         assert store.text("alice", "as ids") == text + text[:33]
 
 
-def test_batches_have_a_shape_for_each_length() -> None:
+def test_batches_have_a_shape_for_each_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(encode.BATCH_TOKENS, "cpu", 400)
     model = NumberModel()
     seen = set()
-    encode = model.encode
+    plain = model.encode
 
     def watched(input_ids: torch.Tensor) -> object:
         seen.add(tuple(input_ids.shape))
-        return encode(input_ids)
+        return plain(input_ids)
 
     model.encode = watched  # type: ignore[assignment]
     layout = Layout("0", "f", "n", (1,), 2, 4, 2, 100, "float32", 0.0)
-    encoder = Encoder(model, layout, batch_tokens=400)
-    list(encoder.encode([np.zeros(size, dtype=np.uint32) for size in (1, 16, 17, 33, 65, 100, 1000)]))
+    list(Encoder(model, layout).encode([np.zeros(size, dtype=np.uint32) for size in (1, 16, 17, 33, 65, 100, 1000)]))
     assert seen == {(25, 16), (12, 32), (6, 64), (4, 100)}
 
 

@@ -73,28 +73,25 @@ def test_every_chunk_found_is_led_back_to_its_document_and_offset() -> None:
         one = model(ids(1), memory=bank, memory_rows=torch.tensor([row]), explain=True).explanation
         assert {reading.row for reading in one.over()} == {row}
         for reading in [*out.explanation.over(row=row), *one.over()]:
-            assert reading.row == row
-            assert reading.origin == bank.provenance(row, reading.chunk)
-            assert reading.origin.document == f"letter {row}"
-            assert reading.origin.start_token == 2 * reading.chunk
-            assert reading.origin.length == (1 if reading.chunk == 7 else 2)
+            assert reading.row == row and reading.origin == bank.provenance(row, reading.chunk)
+            length = 1 if reading.chunk == 7 else 2
+            where = (reading.origin.document, reading.origin.start_token, reading.origin.length)
+            assert where == (f"letter {row}", 2 * reading.chunk, length)
     before = out.explanation.token(0)
     bank.reset()
     assert out.explanation.token(0) == before  # it outlives the memory
     empty = model(ids(), memory=bank, explain=True).explanation
     assert empty.token(4) == [] and (empty.shares == 0).all() and (empty.chunks == -1).all()
-    assert model(ids(), explain=True).explanation is None
 
 
 def test_readings_of_a_token_sum_to_its_share_and_name_the_heads() -> None:
     model = make()
     explanation = model(ids(), memory=filled(model), explain=True).explanation
-    for position in (0, 5, -1):
+    for position in (0, -1):
         readings = explanation.token(position, row=1)
-        assert sum(reading.share for reading in readings) == pytest.approx(
-            float(explanation.share[1, :, position].mean())
-        )
-        assert [reading.share for reading in readings] == sorted((r.share for r in readings), reverse=True)
+        shares = [reading.share for reading in readings]
+        assert sum(shares) == pytest.approx(float(explanation.share[1, :, position].mean()))
+        assert shares == sorted(shares, reverse=True)
         for reading in readings:
             here = explanation.chunks[1, :, position] == reading.chunk
             assert set(reading.heads) == set(here.any(-1).nonzero().flatten().tolist())
@@ -102,15 +99,3 @@ def test_readings_of_a_token_sum_to_its_share_and_name_the_heads() -> None:
             for head, part in reading.heads.items():
                 assert part == pytest.approx(float(explanation.shares[1, head, position][here[head]].sum()))
     assert explanation.token(3, row=1, top=2) == explanation.token(3, row=1)[:2]
-
-
-def test_generate_collects_one_explanation_per_call() -> None:
-    model = make()
-    bank, readings = filled(model, rows=1), []
-    settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    text = model.generate(ids(1), memory=bank, max_new_tokens=4, explain=readings, **settings)
-    assert [each.chunks.shape[2] for each in readings] == [12, 1, 1, 1]
-    whole = model(text[:, :-1], memory=bank, explain=True).explanation
-    for step, each in enumerate(readings):
-        assert torch.equal(each.chunks[0, :, -1], whole.chunks[0, :, 11 + step])
-        torch.testing.assert_close(each.shares[0, :, -1], whole.shares[0, :, 11 + step])

@@ -102,7 +102,7 @@ def test_padding_is_not_part_of_what_is_committed(store: MemoryStore, model: Lon
 def test_what_cannot_be_committed_is_refused_in_one_line(store: MemoryStore, model: LongMem) -> None:
     session = store.bank("alice").session()
     session.add(model.encode(ids(8, seed=20)[None]))
-    with pytest.raises(StoreError, match=r"8 tokens were added without their ids; pass ids= to add"):
+    with pytest.raises(StoreError, match="tokens were added without their ids; pass ids= to add"):
         session.commit("talk")
     with pytest.raises(MemoryBankError, match=r"ids of \[3\] tokens must be those of the keys, \[8\] real tokens"):
         session.add(model.encode(ids(8, seed=20)[None]), ids=[ids(3)])

@@ -103,7 +103,7 @@ def test_what_is_no_store_is_refused_in_one_line(tmp_path: Path) -> None:
         ("none", "no memory store here"),
         ("file", "a file, not a store's folder"),
         ("full", r"holds other files \(letter.txt\)"),
-        ("lost", "catalog.sqlite is missing beside kv-000001.bin"),
+        ("lost", r"holds other files \(kv-000001.bin\); restore catalog.sqlite"),
     ):
         with pytest.raises(StoreError, match=message):
             open_small(tmp_path / name, mode="read")
@@ -175,7 +175,7 @@ def test_names_that_look_the_same_are_the_same(store: MemoryStore) -> None:
     for name in (composed, apart):
         assert store.text(name, name) == "hello there"
         assert store.bank(name, documents=[name]).tokens.tolist() == [12]
-    assert store.forget(apart, name=apart).documents == [(composed, 12)]
+    assert [(each.name, each.tokens) for each in store.forget(apart, name=apart)] == [(composed, 12)]
 
 
 def test_fifty_namespaces_never_see_each_other(store: MemoryStore) -> None:
@@ -204,8 +204,7 @@ def test_a_store_that_was_emptied_is_filled_again(store: MemoryStore) -> None:
     fill(store)
     with pytest.raises(StoreError, match="nothing was forgotten"):
         store.forget("alice")
-    report = store.forget("alice", before=102.0, where={"kind": "letter"})
-    assert [name for name, _ in report.documents] == ["d1"]
+    assert [each.name for each in store.forget("alice", before=102.0, where={"kind": "letter"})] == ["d1"]
     for space in ("alice", "bob"):
         store.forget(space, everything=True)
     store.compact()
@@ -263,7 +262,7 @@ def test_a_flipped_byte_is_found_and_encoded_again(tmp_path: Path, dtype: Any, w
             (problem,) = store.verify().problems
             assert problem.kind == "piece" and f"{which}-000001.bin" in problem.where and "--repair" in problem.what
             report = store.verify(repair=True)
-            assert report.clean and report.same_bits and report.rebuilt_tokens > 0
+            assert report.clean and report.rebuilt_tokens > 0
             assert store.verify().problems == [] and state_of(store) == before
     with open_small(path) as store:
         store.compact()
@@ -332,7 +331,7 @@ def test_an_export_comes_back_as_it_was(tmp_path: Path, dtype: Any) -> None:
             {**each, "id": 0, "namespace": ""} for each in theirs
         ]
         other.add_document("alice", "another", name="d1")
-        with pytest.raises(StoreError, match=r"has another document 'd1'.*nothing was imported"):
+        with pytest.raises(StoreError, match="has another document 'd1'"):
             other.import_(tmp_path / "out.tar")
         assert [each.name for each in other.documents("alice")] == ["d1"] and other.verify().clean
         assert store.export("alice", tmp_path / "out.tar", ["d1"])[0].name == "d1"

@@ -66,7 +66,6 @@ class Twin:
 
     rows: dict[str, dict[str, Document]] = field(default_factory=dict)
     buried: list[Document] = field(default_factory=list)
-    seeds: dict[str, set[int]] = field(default_factory=dict)  # of the texts that a namespace ever had
 
     def find(self, namespace: str, name: str, now: float) -> Document | None:
         """One that can be found."""

@@ -8,7 +8,7 @@ import os
 import re
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,9 +20,9 @@ from longmem.errors import BackboneError, CheckpointError, ConfigError, StoreDam
 from longmem.progress import Progress
 
 if TYPE_CHECKING:
-    from longmem.store.records import Layout
-    from longmem.store.records import Progress as StoreProgress
-    from longmem.store.store import MemoryStore
+    from longmem.store import MemoryStore
+    from longmem.store import Progress as StoreProgress
+    from longmem.store.disk import Layout
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -61,6 +61,14 @@ def expiry(value: object) -> float:
         return time.time() + duration(str(value))
     except ValueError:
         return moment(value)
+
+
+def edge(conditions: Mapping[str, Any]) -> float | None:
+    """The moment before which documents are meant, of ``--older-than`` and ``--before``; None where all are."""
+    edges = [] if conditions["before"] is None else [conditions["before"]]
+    if conditions["older_than"] is not None:
+        edges.append(time.time() - conditions["older_than"])
+    return min(edges, default=None)
 
 
 def tokens(word: str) -> int:

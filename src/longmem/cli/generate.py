@@ -65,8 +65,8 @@ def command(model: str, prompt: str | None, explain: bool, page: Path | None, as
     """
     import torch
 
-    from longmem.generation import THIS_TEXT, read
-    from longmem.generation.page import Pieces, generate_explained, read_tokens
+    from longmem.generation import read
+    from longmem.generation.page import Pieces
     from longmem.generation.page import page as made_page
     from longmem.memory.session import SessionMemory
 
@@ -84,59 +84,71 @@ def command(model: str, prompt: str | None, explain: bool, page: Path | None, as
         before = noted + _ids(tokenizer, lm, prompt, "the prompt", special=not notes)
         texts = _texts(asked["texts"], tokenizer, lm)
         bank = None if store is None else store.bank(namespace, device=lm.device)
-        settings = _settings(asked, tokenizer, shown=not as_json)
         session = SessionMemory.for_model(lm, bank, capacity_tokens=asked["session_tokens"])
         for name, text in texts.items():
             read(lm, session, text, document=name)
             say(f"read {counted(len(text), 'token')} of {name}")
+        settings, start = _settings(asked, tokenizer, shown=not as_json), time.perf_counter()
         torch.manual_seed(asked["seed"])
-        ids, start = torch.tensor([before], device=lm.device), time.perf_counter()
+        ids, tokens = torch.tensor([before], device=lm.device), None
         settings["attention_mask"] = torch.ones_like(ids)
-        gains: list[float] = []
-        readings: list[Any] = []
         if explained:
-            whole, gains, readings = generate_explained(lm, ids, session, **settings)
+            whole, tokens = _explained(lm, ids, session, settings, tokenizer, store, texts)
         else:
-            whole = lm.generate(ids, memory=session, **settings)[0]
-        seconds, whole = time.perf_counter() - start, whole.cpu()
-        new = whole[len(before) :].tolist()
-
-        def ids_of(space: str | None, document: str) -> Any:
-            if store is not None and space is not None:
-                return store.token_ids(space, document)
-            return {**texts, THIS_TEXT: whole}.get(document)
-
-        tokens = read_tokens(new, before, gains, readings, tokenizer, ids_of) if explained else None
-        held = 0 if bank is None else int(bank.tokens[0])
-    if keep is not None:  # only now: nobody else could write while the text was generated
-        with shared.open_store(folder, "write", model=lm, tokenizer=tokenizer) as writing:
-            receipt = writing.add_document(namespace, name=keep, ids=whole[len(noted) :])
-        say(f"kept {counted(receipt.tokens, 'token')} as {keep}")
-    if explain and not as_json:
-        for line in shared.columns(("token", "nats", "memory", "read"), map(_row, tokens or [])):
-            click.echo(line)
-    if page is not None:
-        parts = [] if store is None else [f"{counted(held, 'token')} of the namespace {namespace}"]
-        parts += [f"{counted(len(text), 'token')} of {name}" for name, text in texts.items()]
-        memory = "memory: " + (", ".join(parts) or "what has left the window")
-        page.write_text(made_page(model, memory, prompt, tokens or []), encoding="utf-8")
-        say(f"wrote {page}")
-    if as_json:
-        pieces, ends = Pieces(tokenizer, before), lm.generation_config.eos_token_id
-        record: dict[str, Any] = {"model": model, "prompt": prompt, "ids": new, "tokens": tokens}
-        record["text"] = "".join(map(pieces.push, new)) + pieces.end()
-        record |= {"prompt_tokens": len(before), "new_tokens": len(new), "seconds": seconds}
-        record["ended"] = new[-1] in (ends if isinstance(ends, list) else [ends])
-        record["memory"] = {
+            whole = lm.generate(ids, memory=session, **settings)[0].cpu()
+        seconds, new = time.perf_counter() - start, whole[len(before) :].tolist()
+        memory = {
             "store": folder,
             "namespace": None if store is None else namespace,
-            "store_tokens": held,
+            "store_tokens": 0 if bank is None else int(bank.tokens[0]),
             "read": {name: len(text) for name, text in texts.items()},
             "session_tokens": int(session.tokens[0]),
             "kept": keep,
             "recalled": recalled,
         }
+    if keep is not None:  # only now: nobody else could write while the text was generated
+        with shared.open_store(folder, "write", model=lm, tokenizer=tokenizer) as writing:
+            receipt = writing.add_document(namespace, name=keep, ids=whole[len(noted) :])
+        say(f"kept {counted(receipt.tokens, 'token')} as {keep}")
+    if page is not None:
+        page.write_text(made_page(model, _said(memory), prompt, tokens or []), encoding="utf-8")
+        say(f"wrote {page}")
+    if as_json:
+        pieces, ends = Pieces(tokenizer, before), lm.generation_config.eos_token_id
+        record: dict[str, Any] = {"model": model, "prompt": prompt, "ids": new, "tokens": tokens, "memory": memory}
+        record["text"] = "".join(map(pieces.push, new)) + pieces.end()
+        record |= {"prompt_tokens": len(before), "new_tokens": len(new), "seconds": seconds}
+        record["ended"] = new[-1] in (ends if isinstance(ends, list) else [ends])
         shared.print_json(record)
+    elif explain:
+        for line in shared.columns(("token", "nats", "memory", "read"), map(_row, tokens or [])):
+            click.echo(line)
+
+
+def _explained(
+    lm: Any, ids: Tensor, session: Any, settings: dict[str, Any], tokenizer: Any, store: Any, texts: dict[str, Tensor]
+) -> tuple[Tensor, list[ReadToken]]:
+    """The token ids of the whole text, and what memory did to each new one."""
+    from longmem.generation import THIS_TEXT
+    from longmem.generation.page import generate_explained, read_tokens
+
+    whole, gains, readings = generate_explained(lm, ids, session, **settings)
+    whole, known = whole.cpu(), {**texts, THIS_TEXT: whole}
+
+    def ids_of(space: str | None, document: str) -> Any:
+        return known.get(document) if store is None or space is None else store.token_ids(space, document)
+
+    before = ids[0].tolist()
+    new = whole[len(before) :].tolist()
+    return whole, read_tokens(new, before, gains, readings, tokenizer, ids_of)
+
+
+def _said(memory: dict[str, Any]) -> str:
+    """What was in memory, in words."""
+    parts = [f"{counted(count, 'token')} of {name}" for name, count in memory["read"].items()]
+    if memory["store"] is not None:
+        parts.insert(0, f"{counted(memory['store_tokens'], 'token')} of the namespace {memory['namespace']}")
+    return "memory: " + (", ".join(parts) or "what has left the window")
 
 
 def _prompt(given: str | None, file: Path | None) -> str:

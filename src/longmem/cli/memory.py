@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import time as clock
 from collections import Counter
@@ -21,8 +20,7 @@ from longmem.errors import DataError, LongMemError, StoreError
 
 if TYPE_CHECKING:
     from longmem.data.text import Document
-    from longmem.store.records import NewDocument, Receipt, Report
-    from longmem.store.store import MemoryStore
+    from longmem.store import MemoryStore, NewDocument, Receipt
 
 log = logging.getLogger(__name__)
 STDIN = "-"
@@ -78,7 +76,6 @@ def command() -> None:
 @click.option(
     "--segment", "segment_tokens", type=AT_LEAST_1, help="Tokens read at once, in a new store. Default: 1024."
 )
-@click.option("--batch-tokens", type=AT_LEAST_1, help="Tokens that go through the backbone together.")
 @click.option("--workers", default="1", metavar="N|ray|ray:N", help="Processes that encode, or actors of Ray.")
 @options("json")
 def add(paths: tuple[str, ...], namespace: str, name: str | None, as_json: bool, **given: Any) -> None:
@@ -98,7 +95,7 @@ def add(paths: tuple[str, ...], namespace: str, name: str | None, as_json: bool,
         raise DataError("no text was left to add; see --exclude and --undecodable")
     if len(first) > 1:
         raise StoreError(f"--name ({name}) is for one text, and more came; leave it out, or add them one by one")
-    settings = {each: given[each] for each in ("dtype", "chunk_size", "segment_tokens", "batch_tokens")}
+    settings = {each: given[each] for each in ("dtype", "chunk_size", "segment_tokens")}
     receipts, begun, complete, appending = [], clock.monotonic(), False, given["way"] == "append"
     with shared.open_with_model(given, create=True, **settings) as store, ShownProgress() as progress:
         try:
@@ -113,18 +110,17 @@ def add(paths: tuple[str, ...], namespace: str, name: str | None, as_json: bool,
             say(f"{counted(len(receipts), 'document')} stored whole before this; {again}")
             raise
         finally:
-            tokens, known = (sum(getattr(each, of) for each in receipts) for of in ("tokens", "reused_tokens"))
-            sums = {"tokens": tokens, "reused_tokens": known, "complete": complete}
+            tokens = sum(each.tokens for each in receipts)
             if as_json:
-                shared.print_json({"namespace": namespace, "documents": receipts, **sums})
+                result = {"namespace": namespace, "documents": receipts, "tokens": tokens, "complete": complete}
+                shared.print_json(result)
     kinds = ", ".join(f"{count:,} {status}" for status, count in Counter(each.status for each in receipts).items())
     rate = tokens / max(1e-9, clock.monotonic() - begun)
-    before = f", {known:,} of them known before" if known else ""
-    say(f"{counted(len(receipts), 'document')} ({kinds}): {counted(tokens, 'token')}{before}; {rate:,.0f} tokens/s")
+    say(f"{counted(len(receipts), 'document')} ({kinds}): {counted(tokens, 'token')}; {rate:,.0f} tokens/s")
 
 
 def _added(
-    store: MemoryStore, namespace: str, documents: Iterable[NewDocument], append: bool, workers: str, progress: Report
+    store: MemoryStore, namespace: str, documents: Iterable[NewDocument], append: bool, workers: str, progress: Any
 ) -> Iterator[Receipt]:
     if not append:
         number = int(workers) if workers.isdigit() else workers
@@ -164,7 +160,7 @@ def _new_documents(
 
     A line of JSON that says what cannot be used is a DataError, or left out with ``--undecodable skip``.
     """
-    from longmem.store.records import NewDocument
+    from longmem.store import NewDocument
 
     def when(key: str, read: Callable[[object], float]) -> Any:
         return given[key] if given[key] is not None or record.get(key) is None else read(record[key])
@@ -201,11 +197,13 @@ def _new_documents(
 
 @command.command("list", epilog="Example: longmem memory list --namespace ada --where draft=true")
 @options("store", "any_namespace", "where", "older_than", "before")
-@click.option("--namespaces", "summary", is_flag=True, help="List the namespaces instead.")
+@click.option("--namespaces", "summary", is_flag=True, help="List the namespaces instead, whatever is in them.")
 @options("json")
-def list_(path: Path, namespace: str | None, where: Any, summary: bool, as_json: bool, **times: float | None) -> None:
+def list_(path: Path, namespace: str | None, summary: bool, as_json: bool, **conditions: Any) -> None:
     """List documents, oldest first; forget takes the same conditions."""
-    edge = min(times["before"] or math.inf, clock.time() - (times["older_than"] or -math.inf))
+    where, before = conditions["where"], shared.edge(conditions)
+    if summary and (where or before is not None):
+        raise click.UsageError("--namespaces lists whole namespaces; leave out --where, --older-than and --before")
     with shared.open_store(path) as store:
         if namespace is not None:
             check_namespace(store, namespace)
@@ -214,7 +212,8 @@ def list_(path: Path, namespace: str | None, where: Any, summary: bool, as_json:
             stats = [{"namespace": name, **asdict(store.stats(name))} for name in names]
             show(as_json, {"namespaces": stats}, ("namespace", "documents", "tokens", "expired"))
             return
-        found = [info for name in names for info in store.documents(name, where) if info.added < edge]
+        listed = [info for name in names for info in store.documents(name, where)]
+    found = [info for info in listed if before is None or info.added < before]
     show(as_json, {"documents": found}, ("namespace", "name", "tokens", "added", "expires", "metadata"))
 
 
@@ -247,8 +246,6 @@ def show_(path: Path, namespace: str, name: str, with_text: bool, tokenizer: str
 @options("where")
 @click.option("--after", type=shared.MOMENT, help="Only documents of this date or later.")
 @options("before")
-@click.option("--max-tokens", type=shared.token_count(), help="Only the newest so many tokens.")
-@click.option("--index", default="exact", help="How the keys are searched: exact, or faiss.")
 @options("json")
 def search(text: str, namespace: str, documents: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Show which chunks the model's heads find for TEXT.
@@ -266,7 +263,7 @@ def search(text: str, namespace: str, documents: tuple[str, ...], as_json: bool,
         check_namespace(store, namespace)
         for document in documents:
             store.document(namespace, document)
-    settings = {each: given[each] for each in ("where", "after", "before", "max_tokens", "index")}
+    settings = {each: given[each] for each in ("where", "after", "before")}
     with shared.open_with_model(given, "read") as store:
         device = cast(Any, store.model).device
         bank = store.bank(namespace, documents=list(documents) or None, device=device, **settings)
@@ -274,7 +271,7 @@ def search(text: str, namespace: str, documents: tuple[str, ...], as_json: bool,
     found = []
     for hit in hits:
         passage = f"{hit.passage.before}[[{hit.passage.text}]]{hit.passage.after}"
-        numbers = {"share": hit.share, "score": hit.score, "heads": hit.heads, "passage": passage}
+        numbers = {"share": hit.share, "score": hit.score, "passage": passage}
         found.append({**asdict(hit.origin), **asdict(hit.passage), **numbers})
     heads = ("share", "score", "document", "start_token", "time", "passage")
     show(as_json, {"query": query, "namespace": namespace, "hits": found}, heads)
@@ -312,14 +309,17 @@ def forget(path: Path, namespace: str, as_json: bool, **conditions: Any) -> None
     namespaces are not touched, also where they hold the same text. `longmem memory list` with --where, --older-than or
     --before shows beforehand what these would forget.
     """
+    conditions["before"] = shared.edge(conditions)
+    del conditions["older_than"]
     with shared.open_store(path, "write") as store:
-        done = store.forget(namespace, **conditions)
-        if not done.documents:
+        found = store.forget(namespace, **conditions)
+        if not found:
             check_namespace(store, namespace)
-    forgotten = [{"name": name, "tokens": tokens} for name, tokens in done.documents]
-    show(as_json, {"namespace": namespace, "tokens": done.tokens, "documents": forgotten}, ("name", "tokens"))
-    after = "; `longmem memory compact` removes the bytes" if done.documents else ""
-    say(f"{counted(len(done.documents), 'document')} of {namespace!r} forgotten{after}")
+    forgotten = [{"name": each.name, "tokens": each.tokens} for each in found]
+    tokens = sum(each.tokens for each in found)
+    show(as_json, {"namespace": namespace, "tokens": tokens, "documents": forgotten}, ("name", "tokens"))
+    after = "; `longmem memory compact` removes the bytes" if found else ""
+    say(f"{counted(len(found), 'document')} of {namespace!r} forgotten{after}")
 
 
 @command.command(epilog="Example: longmem memory compact --store memory")
@@ -398,10 +398,9 @@ def import_(archive: Path, path: Path, namespace: str | None, as_json: bool, mod
 
 
 @command.command(epilog="Example: longmem memory size --heads-kv 8 --head-dim 128 --layers 32 --tokens 1M,50M")
-@click.option("--heads-kv", type=int, help="Key/value heads of a backbone that is not in the table.")
-@click.option("--head-dim", type=int, help="Its head dimension.")
-@click.option("--layers", type=int, default=1, help="Its layers, for the comparison with a cache.")
-@click.option("--chunk-size", type=int, default=4, help="Tokens per chunk.")
+@click.option("--heads-kv", type=AT_LEAST_1, required=True, help="Key/value heads of the backbone.")
+@click.option("--head-dim", type=AT_LEAST_1, required=True, help="Its head dimension.")
+@click.option("--layers", type=AT_LEAST_1, default=1, help="Its layers, for the comparison with a cache.")
 @click.option(
     "--tokens",
     default="65536,1M,10M",
@@ -409,28 +408,18 @@ def import_(archive: Path, path: Path, namespace: str | None, as_json: bool, mod
     help="How many to remember; M is a million.",
 )
 @options("json")
-def size(heads_kv: int | None, head_dim: int | None, layers: int, chunk_size: int, tokens: Any, as_json: bool) -> None:
-    """Show how many bytes a memory takes, by backbone.
+def size(heads_kv: int, head_dim: int, layers: int, tokens: list[int], as_json: bool) -> None:
+    """Show how many bytes a memory of one layer takes.
 
     By token: keys and values in 16 and in 8 bits; the chunks' mean keys, which an open bank holds (keys and values are
-    read for the chunks that are found); and, to compare, a full cache of all layers. In all, on disk, in 16 and in 8
-    bits: keys and values, mean keys, token ids and text.
+    read for the chunks that are found); and, to compare, a full cache of all layers. In all, on disk: keys and values,
+    mean keys, token ids and text.
     """
-    from longmem.store.records import BACKBONES, BackboneShape, memory_size, size_table
+    from longmem.store.disk import token_bytes
 
-    backbones = BACKBONES
-    if heads_kv is not None and head_dim is not None:
-        backbones = [BackboneShape("this one", layers, heads_kv, head_dim)]
-    elif heads_kv is not None or head_dim is not None:
-        raise StoreError("--heads-kv and --head-dim go together; give both, or neither for the table")
-    if not as_json:
-        for line in shared.columns(*size_table(backbones, chunk_size=chunk_size, tokens=tokens)):
-            click.echo(line)
-        return
     sizes: list[dict[str, Any]] = []
-    for backbone in backbones:
-        for dtype in ("float16", "int8"):
-            taken = memory_size(backbone, chunk_size=chunk_size, dtype=dtype)
-            disk = {"disk_bytes": {str(count): round(taken["disk"] * count) for count in tokens}}
-            sizes.append({"backbone": asdict(backbone), "chunk_size": chunk_size, "dtype": dtype, **taken, **disk})
-    shared.print_json({"sizes": sizes})
+    for dtype in ("float16", "int8"):
+        taken = token_bytes(heads_kv, head_dim, dtype)
+        on_disk = {f"{count:,}": round(taken["disk"] * count) for count in tokens}
+        sizes.append({"dtype": dtype, **taken, "cache": layers * 4 * heads_kv * head_dim, **on_disk})
+    show(as_json, {"sizes": sizes}, list(sizes[0]))

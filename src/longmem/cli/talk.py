@@ -114,7 +114,8 @@ class _Talk:
         if verb == "/memories":
             return "\n".join(f"{info.name}  {info.tokens:,} tokens" for info in self.store.documents(self.namespace))
         if verb == "/forget" and rest:
-            return f"forgot {rest}: {counted(self.store.forget(self.namespace, name=rest).tokens, 'token')}"
+            (gone,) = self.store.forget(self.namespace, name=rest)
+            return f"forgot {gone.name}: {counted(gone.tokens, 'token')}"
         if verb == "/remember" and rest:
             texts = read_documents([rest])
             receipts = [self.store.add_document(self.namespace, each.text, name=each.id) for each in texts]

@@ -5,7 +5,10 @@
 searches texts by their words. docs/memory-format.md describes every byte.
 """
 
-from longmem.store.records import DocumentInfo, NewDocument, Progress, Receipt
+from longmem.store.adding import Receipt
+from longmem.store.catalog import DocumentInfo
+from longmem.store.disk import Progress
+from longmem.store.encode import NewDocument
 from longmem.store.store import MemoryStore
 
 __all__ = ["DocumentInfo", "MemoryStore", "NewDocument", "Progress", "Receipt"]

@@ -1,7 +1,7 @@
 """``StoreBank``: the documents of a store as a memory that a model searches; ``SessionBank``: a conversation over it.
 
 B batch rows · T tokens · H query heads · Hkv key/value heads of a layer · D head_dim · S tokens per chunk ·
-R retrieved chunks · N chunks of the bank · P pairs of a chunk and a key/value head
+R retrieved chunks · M pairs of a chunk and a key/value head
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from longmem.errors import ConfigError, MemoryBankError, StoreError
 from longmem.memory.bank import MemoryBank
 from longmem.memory.index import Index, make_indexes, refuse_queries, rows_of
 from longmem.memory.session import SessionMemory
-from longmem.store.catalog import until_found
-from longmem.store.disk import Numbers
-from longmem.store.records import DTYPES, Receipt, Selection, composed
-from longmem.store.runs import Keys, Runs, read_into, read_runs
+from longmem.store.adding import Receipt
+from longmem.store.catalog import Selection, composed
+from longmem.store.disk import until_found
+from longmem.store.encode import NewDocument
+from longmem.store.runs import Loaded, Runs, read_runs
 from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory
 
-Keep = Literal["map", "memory", "device"]
+Keep = Literal["map", "memory"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,6 @@ class SearchHit:
     passage: Passage  # its text, with some more on either side
     share: float  # part of the heads' output that came from it, the mean over the query's tokens and heads
     score: float  # largest inner product of a query with its mean key
-    heads: dict[int, float]  # for every head that found it, its part (the mean over the tokens), largest first
 
 
 class StoreBank:
@@ -66,10 +66,9 @@ class StoreBank:
         store: an open ``MemoryStore``; closing it closes the bank.
         namespace: whose documents.
         device: where to search.
-        keep: where keys and values are: ``map`` on disk, in the memory map; ``memory`` of the host; ``device``.
+        keep: where keys and values are: ``map`` on disk, in the memory map; ``memory`` of the device.
         index: how keys are searched: "exact", "faiss", or an index that was never used.
-        key_dtype: of the chunk keys on the device.
-        **selection: ``documents``, ``where``, ``after``, ``before``, ``max_tokens``, see ``Selection``.
+        **selection: ``documents``, ``where``, ``after``, ``before``, see ``Selection``.
 
     Attributes:
         memory_layers: whose keys and values it holds; ``search`` takes the place of one of them as ``layer``.
@@ -89,22 +88,20 @@ class StoreBank:
         device: torch.device | str = "cpu",
         keep: Keep = "map",
         index: str | Index = "exact",
-        key_dtype: torch.dtype = torch.float32,
         **selection: Any,
     ) -> None:
         self.selection = Selection(**selection)
         _check(namespace, self.selection, keep)
         self.store, self._catalog = store, store.catalog
         self.namespace, self.rows = composed(namespace), 1
-        self.device, self.keep, self.key_dtype = torch.device(device), keep, key_dtype
+        self.device, self.keep = torch.device(device), keep
         layout = self._catalog.layout
         self.chunk_size, self.heads_kv, self.head_dim = layout.chunk_size, layout.heads_kv, layout.head_dim
         self.fingerprint, self.memory_layers = layout.fingerprint, layout.memory_layers
         self.layers = len(self.memory_layers)
         self._indexes = make_indexes(index, self.layers)
         self._lock = threading.RLock()
-        self._keys: Keys | None = None
-        self._held: list[Tensor | None] = []  # keys and values (N, heads of all layers, 2, S, D), and their scales
+        self._loaded: Loaded | None = None
         self._read()
 
     # what it holds
@@ -125,14 +122,13 @@ class StoreBank:
     def nbytes(self) -> int:
         """Bytes held in memory and on the device; what is in the map does not count."""
         with self._lock:
-            held = [each.nbytes for each in self._held if each is not None]
-            return sum(held) + (0 if self._keys is None else self._keys.keys.nbytes)
+            return 0 if self._loaded is None else self._loaded.nbytes
 
     def load(self) -> StoreBank:
         """Read now what the first search would read: chunk keys, and keys and values that are not left in the map."""
         with self._lock:
-            if self._keys is None:
-                self._load(None)
+            if self._loaded is None:
+                self._load()
         return self
 
     def refresh(self) -> None:
@@ -144,8 +140,8 @@ class StoreBank:
             if self._catalog.version() == self._read_at:
                 return
             self._read()
-            if self._keys is not None:
-                self._load(self._keys)
+            if self._loaded is not None:
+                self._load()
 
     # reading
 
@@ -174,53 +170,34 @@ class StoreBank:
         with self._lock, torch.autocast(queries.device.type, enabled=False):
             self._notice()
             self.load()
-            assert self._keys is not None
-            scores, chunks, exists = self._keys.search(grouped, num_chunks, layer)
+            assert self._loaded is not None
+            scores, slots, exists = self._loaded.search(grouped, num_chunks, layer)
             mask = exists.expand(wanted).contiguous()
-            return self._retrieved(scores.view(wanted), chunks.view(wanted), mask, layer)
+            return self._retrieved(scores.view(wanted), slots.view(wanted), mask, self._loaded, layer)
 
-    def _retrieved(self, scores: Tensor, chunks: Tensor, mask: Tensor, layer: int) -> RetrievedMemory:
-        """Each pair of a chunk and a head once, as storage (1, P + 1, 1, 2, S, D) with the null chunk last.
+    def _retrieved(self, scores: Tensor, slots: Tensor, mask: Tensor, loaded: Loaded, layer: int) -> RetrievedMemory:
+        """Each pair of a chunk and a head once, as storage (1, M + 1, 1, 2, S, D) with the null chunk last.
 
         A head reads only its own part of a chunk: storing heads apart takes Hkv times fewer bytes from disk.
         """
-        device, rows = chunks.device, torch.zeros(len(chunks), dtype=torch.long, device=chunks.device)
-        head = torch.arange(chunks.shape[1], device=device) // (chunks.shape[1] // self.heads_kv)
-        asked = (chunks * self.heads_kv + head.view(1, -1, 1, 1))[mask]
-        pairs, slots = torch.unique(asked, return_inverse=True)
+        device, rows = slots.device, torch.zeros(len(slots), dtype=torch.long, device=slots.device)
+        head = torch.arange(slots.shape[1], device=device) // (slots.shape[1] // self.heads_kv)
+        asked = (slots * self.heads_kv + head.view(1, -1, 1, 1))[mask]
+        pairs, places = torch.unique(asked, return_inverse=True)
         found, heads = (each.cpu().numpy() for each in (pairs // self.heads_kv, pairs % self.heads_kv))
+        chunks = loaded.chunks[found]
         return RetrievedMemory(
-            chunk_ids=torch.full_like(chunks, len(found)).masked_scatter_(mask, slots),
+            chunk_ids=torch.full_like(slots, len(found)).masked_scatter_(mask, places),
             chunk_mask=mask,
             scores=scores,
-            storage=self.take(found, heads + layer * self.heads_kv)[None, :, None],
-            lengths=torch.from_numpy(np.append(self._runs.lengths(found), 0)).to(device)[None],
+            storage=loaded.take(found, heads + layer * self.heads_kv)[None, :, None],
+            lengths=torch.from_numpy(np.append(self._runs.lengths(chunks), 0)).to(device)[None],
             rows=rows,
             version=0,
             live_version=lambda: 0,  # a copy: it stays what it is
-            sources=torch.from_numpy(np.append(found, -1)).to(device)[None],
+            sources=torch.from_numpy(np.append(chunks, -1)).to(device)[None],
             memory_rows=rows,
         )
-
-    def take(self, chunks: Numbers, heads: Numbers) -> Tensor:
-        """Keys and values (P + 1, 2, S, D) on the device, of chunks (P,) and heads (P,); the last is zero."""
-        kv: Any
-        scales: Any
-        if self._held:
-            kv, scales = (each if each is None else each[chunks, heads] for each in self._held)
-        else:
-            records, stored = self._runs.records(chunks), self._runs.stored
-            kv = torch.from_numpy(stored.kv[records, heads])
-            scales = None if stored.scales is None else torch.from_numpy(stored.scales[records, heads])
-        if kv.dtype == torch.int16:
-            kv = kv.view(torch.bfloat16)
-        if scales is not None:
-            kv = kv.to(torch.float32) * scales[..., None, None]
-        # page-locked, so that a GPU fetches it while the host goes on
-        pinned = kv.device.type == "cpu" and self.device.type == "cuda"
-        taken = torch.zeros(len(kv) + 1, *kv.shape[1:], dtype=kv.dtype, device=kv.device, pin_memory=pinned)
-        taken[:-1] = kv
-        return taken.to(self.device, non_blocking=True)
 
     # where something is from
 
@@ -263,28 +240,20 @@ class StoreBank:
         model, encoder = self.store.model, self.store.encoder
         if model is None:
             raise StoreError("searching for a text needs the model: MemoryStore.open(path, model=...)")
-        ids = torch.from_numpy(encoder.tokens("the query", query, None).ids.astype(np.int64)).to(model.device)
-        found: dict[int, list[tuple[float, Any]]] = defaultdict(list)
+        ids = torch.from_numpy(encoder.tokens(NewDocument("the query", query)).ids.astype(np.int64)).to(model.device)
+        shares, best = defaultdict[int, float](float), dict[int, Any]()
         training = model.training
         model.train(False)
         try:
             for segment in ids.split(encoder.layout.segment_tokens):
                 out = model(segment[None], memory=self, explain=True, logits_to_keep=1, use_cache=False)
                 for reading in out.explanation.over():
-                    found[reading.chunk].append((len(segment) / len(ids), reading))
+                    shares[reading.chunk] += len(segment) / len(ids) * reading.share
+                    best[reading.chunk] = max(reading, best.get(reading.chunk, reading), key=lambda each: each.score)
         finally:
             model.train(training)
-        shares = {chunk: sum(part * each.share for part, each in found[chunk]) for chunk in found}
-        hits = []
-        for chunk in sorted(found, key=lambda chunk: -shares[chunk])[:top]:
-            heads: dict[int, float] = defaultdict(float)
-            for part, reading in found[chunk]:
-                for head, share in reading.heads.items():
-                    heads[head] += part * share
-            origin, score = found[chunk][0][1].origin, max(each.score for _, each in found[chunk])
-            ordered = dict(sorted(heads.items(), key=lambda pair: -pair[1]))
-            hits.append(SearchHit(origin, self.passage(origin, around), shares[chunk], score, ordered))
-        return hits
+        chosen = [(best[chunk], shares[chunk]) for chunk in sorted(shares, key=lambda chunk: -shares[chunk])[:top]]
+        return [SearchHit(each.origin, self.passage(each.origin, around), share, each.score) for each, share in chosen]
 
     def session(self, *, capacity_tokens: int = 65536, rows: int = 1) -> SessionBank:
         """A memory over this one that takes what a running conversation adds, to be committed or dropped."""
@@ -312,43 +281,27 @@ class StoreBank:
 
     def _notice(self) -> None:
         """Let go of what was forgotten or has expired since the last search; microseconds where nothing happened."""
-        seen, before = self._catalog.version(), self._runs
+        seen = self._catalog.version()
         if seen == self._seen and clock.time() < self._expires:
             return
-        self._runs = until_found(lambda: before.now(self._catalog, self.namespace))
-        if self._keys is not None and not np.array_equal(before.left, self._runs.left):
-            self._keys = Keys(self._runs, self._indexes, self.device, self.key_dtype, self._keys)
-            for run in np.flatnonzero(before.left != self._runs.left).tolist():
-                begin, end = self._runs.begins[run : run + 2].tolist()
-                for held in filter(lambda each: each is not None, self._held):
-                    held[begin + int(self._runs.left[run]) : end] = 0  # type: ignore[index]
+        self._runs = until_found(lambda: self._runs.now(self._catalog, self.namespace))
+        if self._loaded is not None:
+            self._load()
         self._expires, self._seen = self._runs.expires(), seen
 
-    def _load(self, before: Keys | None) -> None:
-        self._keys = Keys(self._runs, self._indexes, self.device, self.key_dtype, before)
-        same = before is not None and self._held and np.array_equal(before.ids, self._keys.ids)
-        if self.keep == "map" or (same and self._held[0] is not None and len(self._held[0]) == len(self._runs)):
-            return
-        stored, every = self._runs.stored, np.arange(len(self._runs))
-        where = self.device if self.keep == "device" else torch.device("cpu")
-        self._held = []
-        for array, dtype in ((stored.kv, DTYPES[self._catalog.layout.dtype]), (stored.scales, torch.float32)):
-            held = None if array is None else torch.empty(len(every), *array.shape[1:], dtype=dtype, device=where)
-            if held is not None:
-                read_into(held, array, self._runs.records(every))
-            self._held.append(held)
+    def _load(self) -> None:
+        dtype, keep = self._catalog.layout.dtype, self.keep == "memory"
+        self._loaded = Loaded(self._runs, self._indexes, self.device, dtype, keep, self._loaded)
 
 
 def _check(namespace: object, selection: Selection, keep: str) -> None:
-    problems, documents, tokens = [], selection.documents, selection.max_tokens
+    problems, documents = [], selection.documents
     if not isinstance(namespace, str):
         problems.append(f"namespace ({namespace!r}) must be a name; for several, pass a list of banks as memory")
     if isinstance(documents, str):
         problems.append(f"documents ({documents!r}) must be a list of names; write [{documents!r}]")
-    if tokens is not None and tokens < 1:
-        problems.append(f"max_tokens ({tokens}) must be at least 1")
-    if keep not in ("map", "memory", "device"):
-        problems.append(f"keep ({keep!r}) must be one of map, memory, device")
+    if keep not in ("map", "memory"):
+        problems.append(f"keep ({keep!r}) must be map or memory")
     if problems:
         raise ConfigError(problems)
 
@@ -373,8 +326,7 @@ class SessionBank(SessionMemory):
         about = {"device": base.device, "fingerprint": base.fingerprint, "memory_layers": base.memory_layers}
         super().__init__(base, MemoryBank(rows, *sizes, **about))
         self.documents, self.store = base, base.store
-        self._ids: list[list[Tensor]] = [[] for _ in range(self.rows)]
-        self._unknown = [0] * self.rows  # tokens that were added without their ids
+        self._ids: list[list[Tensor | None]] = [[] for _ in range(self.rows)]  # None where they were not given
 
     def add(
         self,
@@ -394,20 +346,18 @@ class SessionBank(SessionMemory):
         """
         lanes = rows_of(rows, kv.keys.shape[0], self.rows, "keys")
         counts = [kv.keys.shape[2]] * len(lanes) if kv.mask is None else kv.mask.sum(1).tolist()
-        given = None if ids is None else [each.detach().flatten().to("cpu", torch.long) for each in ids]
-        if given is not None:
+        given: Sequence[Tensor | None] = [None] * len(lanes)
+        if ids is not None:
+            given = real = [each.detach().flatten().to("cpu", torch.long) for each in ids]
             if isinstance(ids, Tensor) and kv.mask is not None:
-                given = [each[keep.cpu()] for each, keep in zip(given, kv.mask.bool(), strict=True)]
-            if (lengths := [len(each) for each in given]) != counts:
+                given = real = [each[keep.cpu()] for each, keep in zip(real, kv.mask.bool(), strict=True)]
+            if (lengths := [len(each) for each in real]) != counts:
                 raise MemoryBankError(
                     f"ids of {lengths} tokens must be those of the keys, {counts} real tokens in each row"
                 )
         super().add(kv, rows=rows, documents=documents, offsets=offsets, time=time)
-        for at, row in enumerate(lanes):
-            if given is None:
-                self._unknown[row] += counts[at]
-            else:
-                self._ids[row].append(given[at])
+        for row, each in zip(lanes, given, strict=True):
+            self._ids[row].append(each)
 
     def commit(self, name: str, *, row: int = 0, append: bool = False, **about: Any) -> Receipt:
         """Write all that was added to a row as a document of its namespace, and empty the row.
@@ -425,13 +375,13 @@ class SessionBank(SessionMemory):
             StoreError: there is nothing to commit, token ids are missing, or the store cannot take it; the session is
                 then what it was.
         """
-        if self._unknown[row] or not sum(map(len, self._ids[row])):
-            what = "nothing was added"
-            if self._unknown[row]:
-                what = f"{self._unknown[row]} tokens were added without their ids"
+        given = self._ids[row]
+        ids = [each for each in given if each is not None]
+        if not given or len(ids) < len(given):
+            what = "tokens were added without their ids" if given else "nothing was added"
             raise StoreError(f"row {row} of the session cannot be committed: {what}; pass ids= to add")
         write = self.store.append if append else self.store.add_document
-        receipt: Receipt = write(self.documents.namespace, name=name, ids=torch.cat(self._ids[row]), **about)
+        receipt: Receipt = write(self.documents.namespace, name=name, ids=torch.cat(ids), **about)
         self.drop(torch.tensor([row]))
         self.documents.refresh()
         return receipt
@@ -441,4 +391,4 @@ class SessionBank(SessionMemory):
         chosen = rows_of(rows, None, self.rows, "rows")
         self.bank.reset(torch.tensor(chosen))
         for row in chosen:
-            self._followed[row], self._ids[row], self._unknown[row] = [], [], 0
+            self._followed[row], self._ids[row] = [], []

@@ -1,4 +1,4 @@
-"""The open folder of a store: what it holds, in SQLite, and its data files. A transaction is the only commit point.
+"""The open folder of a store: its documents, in SQLite, and its data files. A transaction is the only commit point.
 
 Threads share one connection behind a lock. SQLite keeps POSIX locks on its file, which a process loses when it closes
 *any* descriptor of it: nothing here opens the catalog but SQLite.
@@ -7,25 +7,38 @@ Threads share one connection behind a lock. SQLite keeps POSIX locks on its file
 from __future__ import annotations
 
 import json
+import math
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from longmem.errors import StoreDamaged, StoreError, StoreFull
+import numpy as np
+
+from longmem.errors import StoreDamaged, StoreError
 from longmem.files import to_disk
-from longmem.store.disk import GenerationGone, StoredChunks, WriterLock, failpoint, file_errors, mapped, paths_of
+from longmem.store.disk import (
+    BUSY_SECONDS,
+    FORMAT,
+    Layout,
+    StoredChunks,
+    WriterLock,
+    failpoint,
+    file_errors,
+    mapped,
+    paths_of,
+    sqlite_errors,
+)
 from longmem.store.encode import Tokens, joined_tokens
-from longmem.store.records import FORMAT, DocumentInfo, Layout, Selection, no_document
 
 CATALOG = "catalog.sqlite"
-BUSY_SECONDS = 20.0
 READER_SECONDS = 2.0
 """How long ``compact`` waits for readers in a snapshot."""
 SCHEMA = """
@@ -42,7 +55,63 @@ CREATE TABLE part (document INTEGER NOT NULL REFERENCES document ON DELETE CASCA
 CREATE INDEX part_piece ON part (piece);
 """
 _FIELDS = "id, namespace, name, source, metadata, added, expires, tokens, revision"
-Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class DocumentInfo:
+    """A document of a namespace."""
+
+    id: int  # its number in the store, never given again
+    namespace: str
+    name: str  # composed (Unicode NFC), as namespaces are
+    source: str | None
+    metadata: dict[str, Any]
+    added: float  # its time, seconds since the epoch
+    expires: float | None  # seconds since the epoch from which on it is not found any more
+    tokens: int
+    chunks: int
+    revision: int  # 1, and one more at every append and replacement
+
+    def expired(self, now: float) -> bool:
+        """Whether it is not found any more."""
+        return self.expires is not None and self.expires <= now
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which documents of a namespace; all conditions hold together."""
+
+    documents: Sequence[str] | None = None  # their names; None is all
+    where: Mapping[str, Any] | None = None  # metadata that they have: every key with an equal value
+    after: float | None = None  # added at this time (seconds since the epoch) or later
+    before: float | None = None  # added before this time
+
+    def of(self, namespace: str, found: list[DocumentInfo]) -> list[DocumentInfo]:
+        """Those of the namespace's documents that are meant; StoreError if one that was named is not there."""
+        if self.documents is not None:
+            names = {composed(name) for name in self.documents}
+            if missing := sorted(names - {each.name for each in found}):
+                raise no_document(namespace, missing[0])
+            found = [each for each in found if each.name in names]
+        after = -math.inf if self.after is None else self.after
+        before = math.inf if self.before is None else self.before
+        wanted, nothing = dict(self.where or {}), object()
+        return [
+            each
+            for each in found
+            if after <= each.added < before
+            and all(each.metadata.get(key, nothing) == value for key, value in wanted.items())
+        ]
+
+
+def composed(name: str) -> str:
+    """A name in composed form (Unicode NFC), as all names are kept: what looks the same is the same."""
+    return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
+
+
+def no_document(namespace: str, name: str) -> StoreError:
+    """The error of a name that is not there."""
+    return StoreError(f"namespace {namespace!r} has no document {name!r}; `longmem memory list` shows its names")
 
 
 class Part(NamedTuple):
@@ -70,11 +139,11 @@ class Catalog:
     Args:
         folder: absolute.
         writable: whether it may be changed; one process at a time may.
-        new: the layout of a store that is made now; what a killed maker left is made whole.
+        new: the layout of a store that is made where there is none; what a killed maker left is made whole.
 
     Attributes:
         layout: what is fixed for the whole store.
-        pinned: numbers of pieces that unfinished adds count on.
+        pinned: numbers of pieces that unfinished adds count on, by who adds; ``compact`` leaves them.
 
     Raises:
         StoreLocked: another process writes to it.
@@ -83,8 +152,9 @@ class Catalog:
     """
 
     def __init__(self, folder: Path, *, writable: bool, new: Layout | None = None) -> None:
-        self.folder, self.path, self.writable = folder, folder / CATALOG, writable
-        self.pinned: list[set[int]] = []
+        self.folder, self.writable = folder, writable
+        self.path, self._log = folder / CATALOG, folder / f"{CATALOG}-wal"
+        self.pinned: dict[object, set[int]] = {}
         self._guard, self._changing = threading.RLock(), threading.RLock()
         self._lock: WriterLock | None = None
         self._mapped: tuple[int, StoredChunks] | None = None
@@ -99,7 +169,7 @@ class Catalog:
             self._db = self._connect(new is not None)
             undo.callback(self._db.close)
             with sqlite_errors(self.path):
-                if new is not None and not self._db.execute("PRAGMA user_version").fetchone()[0]:
+                if new is not None and not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                     self._make(new)
                 self.layout = self._read_layout()
             if writable:  # data files that the catalog does not name are of a compact that was interrupted
@@ -109,8 +179,7 @@ class Catalog:
 
     def _connect(self, create: bool = False) -> sqlite3.Connection:
         how = "mode=rwc" if create else "mode=rw" if self.writable else "mode=ro"
-        log = self.folder / f"{CATALOG}-wal"
-        if not self.writable and not os.access(self.folder, os.W_OK) and not (log.exists() and log.stat().st_size):
+        if not self.writable and not os.access(self.folder, os.W_OK) and not _sizes([self._log]):
             # SQLite could not make the files that it wants beside a write-ahead log
             how, self._watched = "mode=ro&immutable=1", self._state()
         with sqlite_errors(self.path), ExitStack() as undo:
@@ -150,7 +219,7 @@ class Catalog:
             except (ValueError, KeyError, TypeError) as error:
                 raise StoreDamaged(f"{self.path}: its layout cannot be read ({error}); restore a backup") from error
         ways_out = {
-            0: "this store was never finished; open it to write once, or delete the folder",
+            0: "this store was never finished; open it to write once, with its model, or delete the folder",
             1: f"a store of format 1, this version reads {FORMAT}; write each namespace to a file with `longmem memory "
             "export` of longmem 0.1, and read it into a new store with `longmem memory import`",
         }
@@ -174,26 +243,13 @@ class Catalog:
     def writing(self) -> threading.RLock:
         """A lock to hold while data files and catalog are changed, so that threads do it one after the other.
 
-        Raises:
-            StoreError: the store was opened to read, or by the parent of this process.
+        Raises StoreError where the store was opened to read, or by the parent of this process.
         """
         if self._lock is None:
             raise StoreError(f"{self.folder}: opened to read; open it with mode='write'")
         if self._lock.pid != os.getpid():
             raise StoreError(f"{self.folder}: opened by process {self._lock.pid}; open it in this process")
         return self._changing
-
-    @contextmanager
-    def pinning(self) -> Iterator[set[int]]:
-        """While the block lasts, ``compact`` leaves the pieces whose numbers are put into the set."""
-        pinned: set[int] = set()
-        with self._guard:
-            self.pinned.append(pinned)
-        try:
-            yield pinned
-        finally:
-            with self._guard:
-                self.pinned = [each for each in self.pinned if each is not pinned]
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
@@ -244,8 +300,13 @@ class Catalog:
 
     def _state(self) -> list[object]:
         """Size and time of the files, for a folder in which SQLite may not watch a writer."""
-        found = [path.stat() if path.exists() else None for path in (self.path, self.folder / f"{CATALOG}-wal")]
+        found = [path.stat() if path.exists() else None for path in (self.path, self._log)]
         return [status and (status.st_ino, status.st_size, status.st_mtime_ns) for status in found]
+
+    def vacuum(self) -> None:
+        """Write the whole catalog anew, without what was freed."""
+        with self._guard, sqlite_errors(self.path):
+            self._db.execute("VACUUM")
 
     def empty_log(self, seconds: float = READER_SECONDS) -> bool:
         """Bring the write-ahead log into the catalog and cut it; False where a reader needs it for longer."""
@@ -256,20 +317,19 @@ class Catalog:
             finally:
                 self._db.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
 
-    def vacuum(self) -> None:
-        """Write the whole catalog anew, without what was freed."""
-        with self._guard, sqlite_errors(self.path):
-            self._db.execute("VACUUM")
-
     # data files
+
+    def end(self) -> tuple[int, int]:
+        """Generation of the data files, and how many records they hold."""
+        with self.read():
+            return self.meta("generation"), self.meta("records")
 
     def chunks(self) -> StoredChunks:
         """The records of the data files as the catalog's present state has them; call it inside of ``read``.
 
-        Raises:
-            GenerationGone: ``compact`` of another process has just replaced them; read the catalog again.
+        Raises GenerationGone where ``compact`` of another process has just replaced them: read the catalog again.
         """
-        generation, count = self.meta("generation"), self.meta("records")
+        generation, count = self.end()
         if self._mapped is None or self._mapped[0] != generation or len(self._mapped[1]) < count:
             self._mapped = generation, mapped(self.folder, self.layout, generation, count)
         return self._mapped[1]
@@ -290,7 +350,7 @@ class Catalog:
         """Bytes of the data files, and of the catalog with its log."""
         with self.read():
             files = paths_of(self.folder, self.meta("generation"))
-        return _size_of(files), _size_of((self.path, self.folder / f"{CATALOG}-wal"))
+        return _sizes(files), _sizes((self.path, self._log))
 
     # what is in it
 
@@ -325,11 +385,7 @@ class Catalog:
         return None if row is None else self._info(row)
 
     def live(self, namespace: str, name: str) -> DocumentInfo:
-        """The document of this name.
-
-        Raises:
-            StoreError: there is none, or it has expired.
-        """
+        """The document of this name; StoreError if there is none, or it has expired."""
         found = self.find(namespace, name)
         if found is None or found.expired(time.time()):
             raise no_document(namespace, name)
@@ -361,65 +417,19 @@ class Catalog:
         row = self.row("SELECT token_ids, text, starts FROM piece WHERE id = ?", piece)
         if row is None:
             raise StoreDamaged(f"{self.path}: piece {piece} is missing; run `longmem memory verify`")
-        return Tokens.from_columns(*row)
+        ids, text, starts = row
+        return Tokens(np.frombuffer(ids, "<u4"), text, None if starts is None else np.frombuffer(starts, "<u4"))
 
     def whole(self, document: DocumentInfo, start: int = 0, stop: int = 1 << 62) -> Tokens:
         """The tokens of a document, or those from ``start`` to ``stop``."""
         with self.read():
-            return joined_tokens(
-                [
-                    self.tokens(piece).slice(max(0, start - first), min(tokens, stop - first))
-                    for piece, first, tokens in self.parts(document.id)
-                    if first < stop and start < first + tokens
-                ]
-            )
+            runs = [
+                self.tokens(piece).slice(max(0, start - first), min(tokens, stop - first))
+                for piece, first, tokens in self.parts(document.id)
+                if first < stop and start < first + tokens
+            ]
+        return joined_tokens(runs)
 
 
-def _size_of(paths: Iterable[Path]) -> int:
+def _sizes(paths: Iterable[Path]) -> int:
     return sum(path.stat().st_size for path in paths if path.exists())
-
-
-def until_found(read: Callable[[], Found]) -> Found:
-    """What a reading of catalog and data files gives, again where ``compact`` has replaced the files meanwhile.
-
-    Raises:
-        StoreDamaged: the same files are missing twice: they are lost.
-    """
-    missed = ""
-    while True:
-        try:
-            return read()
-        except GenerationGone as gone:
-            if str(gone) == missed:
-                raise StoreDamaged(missed) from gone
-            missed = str(gone)
-
-
-_NO_ROOM = ("SQLITE_FULL", *(f"SQLITE_IOERR_{what}" for what in ("WRITE", "FSYNC", "TRUNCATE", "SHM", "DIR_FSYNC")))
-_WAYS_OUT: tuple[tuple[str | tuple[str, ...], type[StoreError], str], ...] = (
-    (_NO_ROOM, StoreFull, "nothing was changed: make room, then go on"),
-    (("SQLITE_READONLY", "SQLITE_PERM"), StoreFull, "nothing was changed: allow writing, or open with mode='read'"),
-    (("SQLITE_BUSY", "SQLITE_LOCKED"), StoreError, f"another program held it for {BUSY_SECONDS:.0f} s: try again"),
-    ("SQLITE_CANTOPEN", StoreError, "check that it may be read; a log beside it must first be brought in by a writer"),
-    ("SQLITE_", StoreDamaged, "restore a backup, or run `longmem memory verify`"),
-)
-
-
-@contextmanager
-def sqlite_errors(path: Path) -> Iterator[None]:
-    """Turn errors of SQLite into one clear line.
-
-    Raises:
-        StoreDamaged: the catalog cannot be read as what it is.
-        StoreFull: no room, or no right to write.
-        StoreError: busy, closed, or cannot be opened.
-    """
-    try:
-        yield
-    except sqlite3.ProgrammingError as error:
-        raise StoreError(f"{path}: {error}; the store was closed: open it again") from error
-    except sqlite3.Error as error:
-        name = getattr(error, "sqlite_errorname", None) or "SQLITE_ERROR"
-        kind, way_out = next((kind, way_out) for names, kind, way_out in _WAYS_OUT if name.startswith(names))
-        said = " ".join(str(error).split())[:200]  # SQLite quotes what it cannot read, of any length
-        raise kind(f"{path}: {said} ({name}); {way_out}") from error

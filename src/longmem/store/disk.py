@@ -1,42 +1,130 @@
-"""Files of a store: records of chunks, read by map; the writer's lock; errors of the system in one line.
+"""Files of a store: their layout, records of chunks, read by map; the writer's lock; errors of the system in one line.
 
 A generation is two files of records of a fixed size, only ever appended. ``kv-NNNNNN.bin`` holds for every chunk its
 keys and values (H, 2, S, D); ``keys-NNNNNN.bin`` its mean keys (H, D) float32 and, with int8, its scales (H, 2)
 float32: a search reads all mean keys and few values. The catalog says how many records there are; bytes beyond them
 were never committed and are overwritten.
 
-n chunks · H heads of all layers · S tokens per chunk · D head_dim
+c chunks · n remembered layers · Hkv key/value heads of one layer · H = n * Hkv · S tokens per chunk · D head_dim
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import json
-import mmap
+import math
 import os
 import socket
+import sqlite3
 import sys
-import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from longmem.errors import StoreDamaged, StoreError, StoreFull, StoreLocked
 from longmem.files import to_disk
 from longmem.memory.chunks import mean_keys
-from longmem.store.records import DTYPES, Dtype, Layout
+
+Dtype = Literal["float32", "float16", "bfloat16", "int8"]
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+FORMAT = 2
+PIECE_SEGMENTS = 16
+"""Of one piece, at most: the unit of deduplication, of check sums and of resuming an add."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is fixed when a store is made; equal token ids in equal layouts leave equal tensors."""
+
+    store_id: str  # 16 random hex digits
+    fingerprint: str  # of the backbone whose keys and values are kept
+    backbone: str  # its name
+    memory_layers: tuple[int, ...]  # the remembered layers, 0-based, ascending
+    heads_kv: int  # Hkv
+    head_dim: int  # D
+    chunk_size: int  # S
+    segment_tokens: int  # T, tokens that the backbone sees together; a multiple of S
+    dtype: Dtype  # of the stored keys and values
+    created: float  # seconds since the epoch
+    format: int = FORMAT  # of the files
+
+    @property
+    def heads(self) -> int:
+        """H: the heads of a stored chunk, those of the first layer first."""
+        return len(self.memory_layers) * self.heads_kv
+
+    @property
+    def piece_tokens(self) -> int:
+        """Tokens of a whole piece."""
+        return PIECE_SEGMENTS * self.segment_tokens
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one chunk's keys and values, (H, 2, S, D)."""
+        return self.heads * 2 * self.chunk_size * self.head_dim * DTYPES[self.dtype].itemsize
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of one chunk's mean keys, (H, D) float32, and with int8 its scales, (H, 2) float32."""
+        return 4 * self.heads * (self.head_dim + (2 if self.dtype == "int8" else 0))
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one chunk in the data files."""
+        return self.record_bytes + self.key_bytes
+
+    def chunks(self, tokens: int) -> int:
+        """Chunks of a run of tokens; the last one may be short."""
+        return -(-tokens // self.chunk_size)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Layout:
+        """The inverse of ``asdict``, also of a layout of format 1, which names one ``memory_layer``."""
+        known = {**fields}
+        if "memory_layer" in known:
+            known["memory_layers"] = (known.pop("memory_layer"),)
+        return cls(**{**known, "memory_layers": tuple(known["memory_layers"]), "format": FORMAT})
+
+
+def token_bytes(heads_kv: int, head_dim: int, dtype: Dtype) -> dict[str, float]:
+    """Bytes that a token of one remembered layer takes, in chunks of four tokens.
+
+    Returns:
+        ``keys_values`` in the data files; ``chunk_keys``, float32: what a search reads, and what an open bank holds;
+        and ``disk``, all of it, with token ids and text in the catalog (an estimate of 12 bytes).
+    """
+    layout = Layout("", "", "", (0,), heads_kv, head_dim, 4, 4, dtype, created=0.0)
+    disk = layout.chunk_bytes / 4 + 12
+    return {"keys_values": layout.record_bytes / 4, "chunk_keys": float(heads_kv * head_dim), "disk": disk}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a long piece of work is."""
+
+    step: str  # ``encode``, ``check``, ``rewrite`` or ``copy``
+    done: int  # so far, in ``unit``
+    total: int | None  # None where it is not known (a stream)
+    unit: str  # ``tokens``, ``bytes`` or ``pieces``
+    name: str  # the document or file at hand
+
+
+Report = Callable[[Progress], object]
+"""Called with the progress of long work; an exception that it raises ends the work with everything as before."""
 
 LOCK = "writer.lock"
+BUSY_SECONDS = 20.0
+"""How long SQLite waits for another program."""
 reached: Callable[[str], object] = lambda name: None  # noqa: E731
 
 
@@ -47,13 +135,7 @@ def failpoint(name: str) -> None:
 
 @contextmanager
 def file_errors(path: Path, doing: str) -> Iterator[None]:
-    """Turn an ``OSError`` of the block into one clear line.
-
-    Raises:
-        StoreFull: no room, a quota, a size limit, or a read-only place.
-        StoreDamaged: the device cannot read.
-        StoreError: any other failure.
-    """
+    """Turn an ``OSError`` of the block into a StoreError of one clear line."""
     try:
         yield
     except OSError as error:
@@ -68,34 +150,54 @@ def file_errors(path: Path, doing: str) -> Iterator[None]:
         raise StoreError(f"{line}; nothing was changed") from error
 
 
+_NO_ROOM = ("SQLITE_FULL", *(f"SQLITE_IOERR_{what}" for what in ("WRITE", "FSYNC", "TRUNCATE", "SHM", "DIR_FSYNC")))
+_WAYS_OUT: tuple[tuple[str | tuple[str, ...], type[StoreError], str], ...] = (
+    (_NO_ROOM, StoreFull, "nothing was changed: make room, then go on"),
+    (("SQLITE_READONLY", "SQLITE_PERM"), StoreFull, "nothing was changed: allow writing, or open with mode='read'"),
+    (("SQLITE_BUSY", "SQLITE_LOCKED"), StoreError, f"another program held it for {BUSY_SECONDS:.0f} s: try again"),
+    ("SQLITE_CANTOPEN", StoreError, "check that it may be read; a log beside it must first be brought in by a writer"),
+    ("SQLITE_", StoreDamaged, "restore a backup, or run `longmem memory verify`"),
+)
+
+
+@contextmanager
+def sqlite_errors(path: Path) -> Iterator[None]:
+    """Turn an error of SQLite into a StoreError of one clear line."""
+    try:
+        yield
+    except sqlite3.ProgrammingError as error:
+        raise StoreError(f"{path}: {error}; the store was closed: open it again") from error
+    except sqlite3.Error as error:
+        name = getattr(error, "sqlite_errorname", None) or "SQLITE_ERROR"
+        kind, way_out = next((kind, way_out) for names, kind, way_out in _WAYS_OUT if name.startswith(names))
+        said = " ".join(str(error).split())[:200]  # SQLite quotes what it cannot read, of any length
+        raise kind(f"{path}: {said} ({name}); {way_out}") from error
+
+
 class WriterLock:
     """The right to write, held (``flock``) until ``release`` or the end of the process.
 
-    Raises:
-        StoreLocked: another process, or another object in this one, has it; names it.
-        StoreFull: the folder cannot be written.
+    Raises StoreLocked where another process, or another object in this one, has it, and names it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.pid = os.getpid()
-        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else ""
-        me = {
-            "pid": self.pid,
-            "host": socket.gethostname(),
-            "command": command.encode("ascii", "replace").decode().strip()[:400] or "python",
-            "since": time.time(),
-        }
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]).encode("ascii", "replace").decode()[:400]
+        since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        me = f"process {self.pid} on {socket.gethostname()} (`{command}`) has been writing since {since}"
         with file_errors(folder / LOCK, "opening to write"):
             self._file = (folder / LOCK).open("a")
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._file.truncate(0)
-                self._file.write(json.dumps(me))
+                self._file.write(me)
                 self._file.flush()
-            except BaseException as error:
+            except BlockingIOError as error:
                 self._file.close()
-                if isinstance(error, BlockingIOError):
-                    raise StoreLocked(_holder(folder)) from error
+                who = " ".join((folder / LOCK).read_text(errors="replace").split()) or "another process writes to it"
+                raise StoreLocked(f"{folder}: {who}; wait for it, or open the store with mode='read'") from error
+            except BaseException:
+                self._file.close()
                 raise
 
     def release(self) -> None:
@@ -106,18 +208,9 @@ class WriterLock:
             self._file.close()
 
 
-def _holder(folder: Path) -> str:
-    try:
-        holder = json.loads((folder / LOCK).read_bytes())
-        since = datetime.fromtimestamp(holder["since"]).astimezone().isoformat(sep=" ", timespec="seconds")
-        who = f"process {holder['pid']} on {holder['host']} (`{holder['command']}`) has been writing since {since}"
-    except (OSError, ValueError, KeyError, TypeError):
-        who = "another process is writing to this store"
-    return f"{folder}: {who}; wait for it, or open the store with mode='read'"
-
-
 Numbers = NDArray[np.int64]
 _STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<i2", "int8": "<i1"}  # bfloat16 as its bits
+Found = TypeVar("Found")
 REPAIR = "`longmem memory verify --repair` makes it again from the token ids"
 
 
@@ -125,13 +218,28 @@ class GenerationGone(StoreDamaged):
     """The data files are missing: ``compact`` removed them after the catalog was read (read it again), or lost."""
 
 
+def until_found(read: Callable[[], Found]) -> Found:
+    """What a reading of catalog and data files gives, again where ``compact`` has replaced the files meanwhile.
+
+    Raises StoreDamaged where the same files are missing twice: they are lost.
+    """
+    missed = ""
+    while True:
+        try:
+            return read()
+        except GenerationGone as gone:
+            if str(gone) == missed:
+                raise StoreDamaged(missed) from gone
+            missed = str(gone)
+
+
 @dataclass(frozen=True)
 class StoredChunks:
     """Chunks in the number format of the store; bfloat16 as the 16-bit integers of its bits."""
 
-    kv: NDArray[Any]  # (n, H, 2, S, D), zeros behind the real tokens of a short chunk
-    keys: NDArray[np.float32]  # (n, H, D), mean of the unrounded keys
-    scales: NDArray[np.float32] | None = None  # (n, H, 2) with int8: number = integer * scale
+    kv: NDArray[Any]  # (c, H, 2, S, D), zeros behind the real tokens of a short chunk
+    keys: NDArray[np.float32]  # (c, H, D), mean of the unrounded keys
+    scales: NDArray[np.float32] | None = None  # (c, H, 2) with int8: number = integer * scale
 
     def __len__(self) -> int:
         return len(self.kv)
@@ -142,7 +250,7 @@ class StoredChunks:
         return StoredChunks(self.kv[some], self.keys[some], None if self.scales is None else self.scales[some])
 
     def raw(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Records of the two files, (n, bytes) each."""
+        """Records of the two files, (c, bytes) each."""
         small = [each.reshape(len(self), -1) for each in (self.keys, self.scales) if each is not None]
         keys = np.ascontiguousarray(np.concatenate(small, axis=1))
         return np.ascontiguousarray(self.kv).reshape(len(self), -1).view(np.uint8), keys.view(np.uint8)
@@ -153,17 +261,18 @@ class StoredChunks:
         return zlib.crc32(keys.data, zlib.crc32(kv.data))
 
 
-def pack(chunks: Tensor, lengths: Tensor, dtype: Dtype) -> StoredChunks:
-    """Chunks of the backbone's keys and values, rounded for the store.
+def pack(pair: Tensor, layout: Layout) -> StoredChunks:
+    """Keys and values (H, 2, t, D) float32 of a piece as chunks, rounded for the store; only the last may be short.
 
-    Args:
-        chunks: (n, H, 2, S, D) float32, zeros behind the real tokens.
-        lengths: (n,) real tokens, at least 1.
-
-    Raises:
-        StoreError: a number that this format cannot hold, or one that is not finite.
+    Raises StoreError where a number is not finite, or too large for this format.
     """
-    largest = torch.stack(torch.aminmax(chunks)).abs().amax() if len(chunks) else chunks.new_zeros(())
+    size, dtype = layout.chunk_size, layout.dtype
+    count = layout.chunks(pair.shape[2])
+    lengths = torch.full((count,), size)
+    lengths[-1] = pair.shape[2] - (count - 1) * size
+    whole = functional.pad(pair, (0, 0, 0, count * size - pair.shape[2]))
+    chunks = whole.unflatten(2, (count, size)).permute(2, 0, 1, 3, 4).contiguous()
+    largest = torch.stack(torch.aminmax(chunks)).abs().amax()
     if not bool(torch.isfinite(largest if dtype == "int8" else largest.to(DTYPES[dtype]))):
         raise StoreError(
             f"keys or values up to {float(largest):g} cannot be stored as {dtype}; "
@@ -193,24 +302,23 @@ def mapped(folder: Path, layout: Layout, generation: int, count: int) -> StoredC
     """
     heads, size, dim = layout.heads, layout.chunk_size, layout.head_dim
     kv, keys = paths_of(folder, generation)
-    small = _mapped(keys, count, layout.key_bytes).view("<f4").reshape(count, layout.key_bytes // 4)
+    small = _mapped(keys, "<f4", count, layout.key_bytes // 4)
     return StoredChunks(
-        _mapped(kv, count, layout.record_bytes).view(_STORED[layout.dtype]).reshape(count, heads, 2, size, dim),
+        _mapped(kv, _STORED[layout.dtype], count, heads, 2, size, dim),
         small[:, : heads * dim].reshape(count, heads, dim),
         small[:, heads * dim :].reshape(count, heads, 2) if layout.dtype == "int8" else None,
     )
 
 
-def _mapped(path: Path, count: int, size: int) -> NDArray[np.uint8]:
-    if not count:
-        return np.zeros(0, np.uint8)
+def _mapped(path: Path, dtype: str, *shape: int) -> NDArray[Any]:
+    if not shape[0]:
+        return np.zeros(shape, dtype)
+    wanted = math.prod(shape) * np.dtype(dtype).itemsize
     try:
-        with file_errors(path, "opening"), path.open("rb") as stream:
-            length = os.fstat(stream.fileno()).st_size
-            if length < count * size:
-                raise StoreDamaged(f"{path}: {length} bytes where {count * size} were written; {REPAIR}")
-            # a private, writable map of more than the machine's memory would be refused
-            return np.frombuffer(mmap.mmap(stream.fileno(), count * size, access=mmap.ACCESS_READ), np.uint8)
+        with file_errors(path, "opening"):
+            if (length := path.stat().st_size) < wanted:
+                raise StoreDamaged(f"{path}: {length} bytes where {wanted} were written; {REPAIR}")
+            return np.asarray(np.memmap(path, dtype, "r", shape=shape))
     except StoreError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise GenerationGone(f"{path}: this data file is missing; {REPAIR}") from error

@@ -1,4 +1,4 @@
-"""From a text to tokens, and from token ids to stored chunks: many segments in a batch, through the backbone.
+"""From a document to tokens, and from token ids to stored chunks: many segments in a batch, through the backbone.
 
 What a segment leaves in memory must not depend on its company, to the last bit: then adding in parts equals adding at
 once, equal texts need not be encoded twice, and a lost file can be made again. Matrix products round differently for
@@ -11,11 +11,14 @@ T segment tokens · B rows · n chunks · H heads of all layers · S tokens per 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import threading
 import time
+import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +27,57 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from longmem.data.tokens import load_tokenizer
 from longmem.errors import DataError, StoreError
-from longmem.store.disk import StoredChunks, pack
-from longmem.store.records import DTYPES, Dtype, Layout
+from longmem.store.disk import DTYPES, Dtype, Layout, StoredChunks, pack
 
 Ids = NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class NewDocument:
+    """A document to add: either ``text`` or ``ids``."""
+
+    name: str  # unique in its namespace
+    text: str | None = None
+    ids: Sequence[int] | NDArray[Any] | Tensor | None = None  # to remember as they are, where there is no text
+    source: str | None = None  # where it came from
+    metadata: Mapping[str, Any] | None = None  # a JSON object
+    time: float | None = None  # seconds since the epoch, None is now; documents are in the order of their times
+    expires: float | None = None  # seconds since the epoch from which on it is not found any more
+    replace: bool = False  # whether it may take the place of another text of this name
+
+    def check(self, namespace: str) -> None:
+        """Raises StoreError where something cannot be a namespace, a name, a source or a moment; lists all of it."""
+        wrong = []
+        for what, value in (("namespace", namespace), ("name", self.name)):
+            # control characters would break lines and terminals; a surrogate is no Unicode
+            if not isinstance(value, str) or not 0 < len(value) <= 1000 or _holds(value, "Cc", "Cs", "Zl", "Zp"):
+                wrong.append(f"{what} ({value!r:.60}) must be 1 to 1000 characters, none of them for control")
+        if self.source is not None and (not isinstance(self.source, str) or _holds(self.source, "Cs")):
+            wrong.append(f"source ({self.source!r:.60}) must be a text")
+        for what, moment in (("time", self.time), ("expires", self.expires)):
+            if moment is not None and not (isinstance(moment, int | float) and math.isfinite(moment)):
+                wrong.append(f"{what} ({moment!r}) must be seconds since the epoch")
+        if wrong:
+            raise StoreError("; ".join(wrong))
+
+
+def _holds(value: str, *kinds: str) -> bool:
+    """Whether a character is of one of these categories of Unicode."""
+    return any(unicodedata.category(character) in kinds for character in value)
+
+
+def metadata_text(metadata: Mapping[str, Any] | None, name: str) -> str:
+    """Metadata as the catalog keeps it; StoreError if it is no JSON object."""
+    try:
+        text = json.dumps(dict(metadata or {}), sort_keys=True, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        message = f"metadata of {name!r} must be a JSON object ({error}); use strings, numbers, lists"
+        raise StoreError(message) from error
+    return text
 
 
 @dataclass(frozen=True)
@@ -60,16 +106,6 @@ class Tokens:
         text = b"" if self.text is None else b"t" + self.text.encode()
         data = len(self.ids).to_bytes(8, "little") + self.ids.astype("<u4").tobytes() + text
         return hashlib.blake2b(data, digest_size=16).digest()
-
-    def columns(self) -> dict[str, bytes | str | None]:
-        """As the catalog keeps them."""
-        starts = None if self.starts is None else self.starts.astype("<u4").tobytes()
-        return {"token_ids": self.ids.astype("<u4").tobytes(), "text": self.text, "starts": starts}
-
-    @classmethod
-    def from_columns(cls, ids: bytes, text: str | None, starts: bytes | None) -> Tokens:
-        """The inverse of ``columns``."""
-        return cls(np.frombuffer(ids, "<u4"), text, None if starts is None else np.frombuffer(starts, "<u4"))
 
     def spelled(self, tokenizer: Any) -> str:
         """The text; of ids without one, what they decode to, or without a tokenizer the ids themselves."""
@@ -126,8 +162,8 @@ def _of_text(name: str, text: str, tokenizer: Any, begin: bool) -> Tokens:
     return Tokens(np.array([*prefix, *found["input_ids"]], dtype=np.uint32), text, starts.astype(np.uint32))
 
 
-CPU_BATCH_TOKENS = 512
-GPU_BATCH_TOKENS = 16384
+BATCH_TOKENS = {"cpu": 512, "gpu": 16384}
+"""That go through together, about; another number, device or number of threads may round the last bit differently."""
 LONGEST_SEGMENT = 1024
 """The paper's; long-context backbones would otherwise get all they can take."""
 _SHORTEST = 16
@@ -139,15 +175,12 @@ class Encoder:
     Args:
         model: a LongMem, MemTRM or TrainingFree over the backbone of the layout; None: nothing can be encoded.
         tokenizer: None loads that of the model's backbone when a text is first given.
-        batch_tokens: of one batch, about; by default by device. Another number, as another device or number of threads,
-            may round the last bit differently.
     """
 
-    def __init__(self, model: Any, layout: Layout, tokenizer: Any = None, batch_tokens: int | None = None) -> None:
+    def __init__(self, model: Any, layout: Layout, tokenizer: Any = None) -> None:
         self.model, self.layout, self._tokenizer = model, layout, tokenizer
         self._busy = threading.Lock()  # held while the model encodes
-        on_cpu = model is None or model.device.type == "cpu"
-        self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
+        self._batch_tokens = BATCH_TOKENS["cpu" if model is None or model.device.type == "cpu" else "gpu"]
         config = None if model is None else _text_config(model)
         counts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
         # experts get some of the tokens: the shapes of their products would depend on a segment's company
@@ -161,11 +194,7 @@ class Encoder:
         return bool(getattr(self.model, "accepts", lambda theirs: theirs == known)(fingerprint))
 
     def needed(self) -> Any:
-        """The model.
-
-        Raises:
-            StoreError: the store was opened without it.
-        """
+        """The model; StoreError if the store was opened without it."""
         if self.model is None:
             raise StoreError(
                 "the store was opened without a model, which encoding text needs; open it with model= "
@@ -176,8 +205,7 @@ class Encoder:
     def find_tokenizer(self, *, needed: bool = False) -> Any:
         """The tokenizer given, or that of the model's backbone; None where there is neither, or it cannot be loaded.
 
-        Raises:
-            DataError: it cannot be loaded and is ``needed``.
+        Raises DataError where it cannot be loaded and is ``needed``.
         """
         name = backbone_of(self.model) if self._tokenizer is None and self.model is not None else None
         if name:
@@ -188,29 +216,28 @@ class Encoder:
                     raise
         return self._tokenizer
 
-    def tokens(self, name: str, text: str | None, ids: Any, *, begin: bool = True) -> Tokens:
-        """The tokens of a new text, or of ids.
+    def tokens(self, new: NewDocument, *, begin: bool = True) -> Tokens:
+        """The tokens of a text, or ids as they are.
 
         Args:
-            name: of the document, for messages.
-            text: to be tokenised, whole.
-            ids: tokens as they are; exactly one of the two is given.
             begin: whether a document begins here: what the tokenizer puts before a text comes first, as in training.
 
         Raises:
             StoreError: nothing to remember, both or neither given, a tokenizer that gives no offsets, or token ids
                 that the backbone does not know.
         """
-        if (text is None) == (ids is None):
-            both = "neither" if ids is None else "both"
-            raise StoreError(f"document {name!r}: give either a text or ids=, not {both}")
-        given = self.find_tokenizer(needed=True) if ids is None else None
-        tokens = _of_ids(name, ids) if text is None else _of_text(name, text, given, begin)
+        if (new.text is None) == (new.ids is None):
+            both = "neither" if new.ids is None else "both"
+            raise StoreError(f"document {new.name!r}: give either a text or ids=, not {both}")
+        if new.text is None:
+            tokens = _of_ids(new.name, new.ids)
+        else:
+            tokens = _of_text(new.name, new.text, self.find_tokenizer(needed=True), begin)
         if not len(tokens):
-            raise StoreError(f"document {name!r} has no tokens; there is nothing to remember")
+            raise StoreError(f"document {new.name!r} has no tokens; there is nothing to remember")
         if int(tokens.ids.max()) >= self._vocabulary:
             raise StoreError(
-                f"document {name!r}: token id {int(tokens.ids.max())} is outside of the backbone's vocabulary of "
+                f"document {new.name!r}: token id {int(tokens.ids.max())} is outside of the backbone's vocabulary of "
                 f"{self._vocabulary}; use the tokenizer that belongs to the backbone"
             )
         return tokens
@@ -218,26 +245,24 @@ class Encoder:
     def encode(self, pieces: Sequence[Ids]) -> list[StoredChunks]:
         """Encode pieces, each a run of whole segments whose last may be short.
 
-        Raises:
-            StoreError: there is no model, or numbers that the store's type cannot hold.
+        Raises StoreError where there is no model, or for numbers that the store's type cannot hold.
         """
-        done: list[dict[int, Tensor]] = [{} for _ in pieces]
-        size = self.layout.segment_tokens
+        size, done = self.layout.segment_tokens, dict[tuple[int, int], Tensor]()
         with self._busy:
             for batch in self._batches(pieces):
-                segments = [pieces[piece][number * size : (number + 1) * size] for piece, number in batch]
-                for (piece, number), pair in zip(batch, self._run(segments), strict=True):
-                    done[piece][number] = pair
-        return [self._packed(torch.cat([made[number] for number in range(len(made))], dim=2)) for made in done]
+                segments = [pieces[piece][start : start + size] for piece, start in batch]
+                done.update(zip(batch, self._run(segments), strict=True))
+        whole = ([done[piece, at] for at in range(0, len(ids), size)] for piece, ids in enumerate(pieces))
+        return [pack(torch.cat(segments, dim=2), self.layout) for segments in whole]
 
     def _batches(self, pieces: Sequence[Ids]) -> Iterator[list[tuple[int, int]]]:
-        """Segments (piece, number) that go through together, the pieces' order kept within a length."""
+        """Segments (piece, first token) that go through together, the pieces' order kept within a length."""
         waiting: dict[int, list[tuple[int, int]]] = defaultdict(list)
         size = self.layout.segment_tokens
         for piece, ids in enumerate(pieces):
-            for segment in range(-(-len(ids) // size)):
-                length = self.padded(min(size, len(ids) - segment * size))
-                waiting[length].append((piece, segment))
+            for start in range(0, len(ids), size):
+                length = self.padded(min(size, len(ids) - start))
+                waiting[length].append((piece, start))
                 if len(waiting[length]) == self.rows(length):
                     yield waiting.pop(length)
         for length in sorted(waiting, reverse=True):
@@ -250,7 +275,7 @@ class Encoder:
 
     def rows(self, length: int) -> int:
         """B of a batch of segments padded to this length."""
-        return 1 if self._alone else max(1, self.batch_tokens // length)
+        return 1 if self._alone else max(1, self._batch_tokens // length)
 
     @torch.no_grad()
     def _run(self, segments: list[Ids]) -> Iterator[Tensor]:
@@ -265,15 +290,6 @@ class Encoder:
         pair = torch.stack((kv.keys, kv.values), dim=2).to("cpu", torch.float32)
         for row, segment in enumerate(segments):
             yield pair[row, :, :, : len(segment)]
-
-    def _packed(self, pair: Tensor) -> StoredChunks:
-        """Keys and values (H, 2, t, D) of a piece as chunks; only the last one may be short."""
-        size, tokens = self.layout.chunk_size, pair.shape[2]
-        count = self.layout.chunks(tokens)
-        whole = functional.pad(pair, (0, 0, 0, count * size - tokens))
-        lengths = torch.full((count,), size)
-        lengths[-1] = tokens - (count - 1) * size
-        return pack(whole.unflatten(2, (count, size)).permute(2, 0, 1, 3, 4).contiguous(), lengths, self.layout.dtype)
 
 
 def new_layout(

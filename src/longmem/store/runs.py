@@ -1,9 +1,9 @@
-"""Which chunks a bank has and where they are: runs of records of the data files; and their keys, to be searched.
+"""Which chunks a bank has and where they are: runs of records of the data files; and what is loaded of them.
 
 A chunk's number stays what it is until the bank is refreshed, also when other chunks are forgotten.
 
 P runs · N chunks · n chunks that can be found · H heads of all layers · Hkv heads of one layer · S tokens per chunk ·
-D head_dim · Q queries per key/value head · R retrieved chunks
+D head_dim · Q queries per key/value head · R retrieved chunks · M pairs of a slot and a head
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from longmem.memory.index import Index
-from longmem.store.catalog import Catalog
-from longmem.store.disk import Numbers, StoredChunks
-from longmem.store.records import DocumentInfo, Selection
+from longmem.store.catalog import Catalog, DocumentInfo, Selection
+from longmem.store.disk import DTYPES, Dtype, Numbers, StoredChunks
 from longmem.types import ChunkOrigin
 
 _QUERY = """
@@ -41,7 +40,6 @@ class Runs:
     begins: Numbers  # (P + 1,) number of each run's first chunk, and N
     document: Numbers  # (P,) index into ``documents``
     piece: Numbers  # (P,) the piece that the run is a part of
-    skipped: Numbers  # (P,) chunks of the piece before the run's first
     first: Numbers  # (P,) record of the run's first chunk in the data files
     first_token: Numbers  # (P,) offset of the run's first token in its document
     tokens: Numbers  # (P,) real tokens of the run; only its last chunk may be short
@@ -69,7 +67,7 @@ class Runs:
     def ids(self, chunks: Numbers) -> Numbers:
         """What stays the same when a chunk gets another number or place: its piece, and its place in that."""
         runs, inside = self.places(chunks)
-        found: Numbers = (self.piece[runs] << 32) + self.skipped[runs] + inside
+        found: Numbers = (self.piece[runs] << 32) + inside
         return found
 
     def alive(self) -> Numbers:
@@ -109,12 +107,10 @@ class Runs:
             stored = catalog.chunks()
         left, first = self.left.copy(), self.first.copy()
         for run in np.flatnonzero(left).tolist():
-            skipped = int(self.skipped[run])
-            begin = int(self.first_token[run]) - skipped * self.size
-            tokens, record = there.get((self.documents[self.document[run]].id, int(self.piece[run]), begin), (0, 0))
-            rest, first[run] = tokens - skipped * self.size, record + skipped
-            if rest < self.tokens[run]:  # a part that was cut back ends with a whole chunk
-                left[run] = min(int(left[run]), max(0, rest) // self.size)
+            document, piece = self.documents[self.document[run]].id, int(self.piece[run])
+            tokens, first[run] = there.get((document, piece, int(self.first_token[run])), (0, 0))
+            if tokens < self.tokens[run]:  # a part that was cut back ends with a whole chunk
+                left[run] = min(int(left[run]), tokens // self.size)
         documents = [replace(each, expires=expires.get(each.id)) for each in self.documents]
         return replace(self, documents=documents, stored=stored, left=left, first=first)
 
@@ -131,95 +127,114 @@ def read_runs(catalog: Catalog, namespace: str, selection: Selection) -> Runs:
         documents = catalog.documents(namespace, selection)
         number = {each.id: at for at, each in enumerate(documents)}
         runs = [
-            [number[document], piece, 0, first, first_token, tokens]  # in the order of the fields of Runs
+            [number[document], piece, first, first_token, tokens]  # in the order of the fields of Runs
             for document, piece, first_token, tokens, first in db.execute(_QUERY, (namespace, clock.time()))
             if document in number
         ]
         stored = catalog.chunks()
-    if selection.max_tokens is not None:
-        runs = _newest(runs, selection.max_tokens, size)
-    table = np.array(runs, dtype=np.int64).reshape(-1, 6)
-    counts = -(-table[:, 5] // size)
+    table = np.array(runs, dtype=np.int64).reshape(-1, 5)
+    counts = -(-table[:, 4] // size)
     columns: list[Numbers] = [*table.T, counts]
     return Runs(size, documents, stored, np.concatenate([[0], np.cumsum(counts)]), *columns)
 
 
-def _newest(runs: list[list[int]], max_tokens: int, size: int) -> list[list[int]]:
-    """The last runs, the first of them cut at its front by whole chunks, with at most ``max_tokens`` tokens."""
-    kept: list[list[int]] = []
-    room = max_tokens
-    for document, piece, _, first, first_token, tokens in reversed(runs):
-        chunks = -(-tokens // size)
-        drop = min(chunks, max(0, -(-(tokens - room) // size)))
-        if drop < chunks:
-            gone = drop * size
-            kept.append([document, piece, drop, first + drop, first_token + gone, tokens - gone])
-            room -= tokens - gone
-        if drop:
-            break
-    return kept[::-1]
-
-
 AT_ONCE = 1 << 14
-"""Chunks that are loaded at a time: no second copy of everything."""
+"""Chunks that are read at a time: no second copy of everything."""
 
 
-class Keys:
-    """Mean keys of the chunks that can be found, side by side.
+class Loaded:
+    """What was read of the chunks that can be found, side by side in n slots.
 
     Args:
         runs: of the bank.
         indexes: one for each remembered layer.
+        dtype: of the stored keys and values.
+        keep: whether keys and values are read too; else they stay in the map.
         before: what was loaded until now; keys before the first change are not read again.
     """
 
-    keys: Tensor  # (1, H, n, D)
-    numbers: Tensor  # (n,) chunk of every key, ascending
+    keys: Tensor  # (1, H, n, D), mean keys
+    kv: Tensor | None = None  # (n, H, 2, S, D)
+    scales: Tensor | None = None  # (n, H, 2)
 
     def __init__(
-        self, runs: Runs, indexes: Sequence[Index], device: torch.device, dtype: torch.dtype, before: Keys | None
+        self,
+        runs: Runs,
+        indexes: Sequence[Index],
+        device: torch.device,
+        dtype: Dtype,
+        keep: bool,
+        before: Loaded | None = None,
     ) -> None:
-        numbers = runs.alive()
-        self.indexes, self.numbers, self.ids = indexes, torch.from_numpy(numbers).to(device), runs.ids(numbers)
-        had = np.zeros(0) if before is None else before.ids
-        shared = min(len(had), len(numbers))
-        same = int(np.append(had[:shared] != self.ids[:shared], True).argmax())  # leading keys that are what they were
-        heads, dim = runs.stored.keys.shape[1:]
-        if before is not None and same == len(had) == len(numbers):
-            self.keys = before.keys
+        self.runs, self.indexes = runs, indexes
+        self.chunks = runs.alive()  # (n,) number of the chunk in each slot, ascending
+        self.ids, had = runs.ids(self.chunks), np.zeros(0) if before is None else before.ids
+        shared, count = min(len(had), len(self.ids)), len(self.ids)
+        same = int(np.append(had[:shared] != self.ids[:shared], True).argmax())  # leading slots that are what they were
+        if before is not None and same == len(had) == count:
+            self.keys, self.kv, self.scales = before.keys, before.kv, before.scales
             return
-        self.keys = torch.empty(1, heads, len(numbers), dim, dtype=dtype, device=device)
+        stored, records = runs.stored, runs.records(self.chunks)
+        self.keys = torch.empty(1, stored.keys.shape[1], count, stored.keys.shape[2], device=device)
         if before is not None:
             self.keys[:, :, :same] = before.keys[:, :, :same]
-        read_into(self.keys[0].transpose(0, 1)[same:], runs.stored.keys, runs.records(numbers[same:]))
-        if before is None or same < len(had):
+            before.kv = before.scales = None  # no two copies of them
+        read_into(self.keys[0].transpose(0, 1)[same:], stored.keys, records[same:])
+        if keep:
+            self.kv = torch.empty(count, *stored.kv.shape[1:], dtype=DTYPES[dtype], device=device)
+            read_into(self.kv, stored.kv, records)
+            if stored.scales is not None:
+                self.scales = torch.empty(count, *stored.scales.shape[1:], device=device)
+                read_into(self.scales, stored.scales, records)
+        if same < len(had) or before is None:
             for index in indexes:
                 index.cleared(0)
             same = 0
-        slots = torch.arange(same, len(numbers), device=device)
+        slots = torch.arange(same, count, device=device)
         for index in indexes:
             index.written(0, slots)
 
-    def _layer(self, layer: int) -> Tensor:
-        """(1, Hkv, n, D), a view."""
-        heads = self.keys.shape[1] // len(self.indexes)
-        return self.keys[:, layer * heads : (layer + 1) * heads]
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that was read."""
+        return sum(each.nbytes for each in (self.keys, self.kv, self.scales) if each is not None)
 
     def search(self, queries: Tensor, num: int, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """The best chunks of queries (b, Hkv, Q, D).
 
         Returns:
-            scores (b, Hkv, Q, R) float32, chunks (b, Hkv, Q, R) long, best first, and (R,) bool where there is any;
+            scores (b, Hkv, Q, R) float32, slots (b, Hkv, Q, R) long, best first, and (R,) bool where there is any;
             elsewhere both are 0.
         """
-        lines, live = queries.shape[0], len(self.numbers)
+        lines, live = queries.shape[0], len(self.chunks)
         exists = torch.arange(num, device=queries.device) < live
         if not live:
             nothing = torch.zeros(*queries.shape[:3], num, device=queries.device)
             return nothing, nothing.long(), exists
-        scores, slots = self.indexes[layer].search(queries, self._layer(layer), [0] * lines, [live] * lines, num)
-        chunks = self.numbers[slots.masked_fill(~exists, 0)]
-        return scores.masked_fill(~exists, 0.0), chunks.masked_fill(~exists, 0), exists
+        keys = self.keys.tensor_split(len(self.indexes), dim=1)[layer]
+        scores, slots = self.indexes[layer].search(queries, keys, [0] * lines, [live] * lines, num)
+        return scores.masked_fill(~exists, 0.0), slots.masked_fill(~exists, 0), exists
+
+    def take(self, slots: Numbers, heads: Numbers) -> Tensor:
+        """Keys and values (M + 1, 2, S, D) on the device, of slots (M,) and heads (M,); the last is zero."""
+        kv: Any = self.kv
+        scales: Any = self.scales
+        if kv is not None:
+            kv, scales = kv[slots, heads], scales if scales is None else scales[slots, heads]
+        else:
+            records, stored = self.runs.records(self.chunks[slots]), self.runs.stored
+            kv = torch.from_numpy(stored.kv[records, heads])
+            scales = None if stored.scales is None else torch.from_numpy(stored.scales[records, heads])
+        if kv.dtype == torch.int16:
+            kv = kv.view(torch.bfloat16)
+        if scales is not None:
+            kv = kv.to(torch.float32) * scales[..., None, None]
+        device = self.keys.device
+        # page-locked, so that a GPU fetches it while the host goes on
+        pinned = kv.device.type == "cpu" and device.type == "cuda"
+        taken: Tensor = torch.zeros(len(kv) + 1, *kv.shape[1:], dtype=kv.dtype, device=kv.device, pin_memory=pinned)
+        taken[:-1] = kv
+        return taken.to(device, non_blocking=True)
 
 
 def read_into(target: Tensor, stored: Any, records: Numbers) -> None:

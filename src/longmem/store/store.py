@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time as clock
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,29 +12,31 @@ import torch
 from numpy.typing import NDArray
 
 from longmem.data.tokens import check_tokenizer
-from longmem.errors import StoreDamaged, StoreError
-from longmem.store.adding import Adder
+from longmem.errors import StoreError
+from longmem.store.adding import Adder, Receipt
 from longmem.store.bank import StoreBank
-from longmem.store.catalog import CATALOG, Catalog
-from longmem.store.disk import LOCK, file_errors
-from longmem.store.encode import Encoder, name_of, new_layout
-from longmem.store.records import (
-    CompactReport,
-    DocumentInfo,
-    Dtype,
-    ForgetReport,
-    NewDocument,
-    Receipt,
-    Report,
-    Selection,
-    Stats,
-    VerifyReport,
-    composed,
-)
-from longmem.store.upkeep import compact, export, import_archive, verify
+from longmem.store.catalog import CATALOG, Catalog, DocumentInfo, Selection, composed
+from longmem.store.disk import LOCK, Dtype, Report, file_errors
+from longmem.store.encode import Encoder, NewDocument, name_of, new_layout
+from longmem.store.upkeep import CompactReport, VerifyReport, compact, export, import_archive, verify
 
 Ids = Sequence[int] | NDArray[Any] | torch.Tensor
 Mode = Literal["write", "read"]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """How much there is; for one namespace as if it shared nothing with others."""
+
+    namespaces: int  # 1 for one
+    documents: int  # that can be found now, as are tokens and chunks
+    tokens: int
+    chunks: int
+    expired: int  # documents past their time, still on disk
+    stored_bytes: int  # of the chunks of these documents in data files
+    file_bytes: int | None = None  # on disk, as is the catalog; None for one namespace
+    catalog_bytes: int | None = None
+    dead_tokens: int | None = None  # on disk until the next compact; None for one namespace
 
 
 class MemoryStore:
@@ -73,12 +76,11 @@ class MemoryStore:
         dtype: Dtype | None = None,
         chunk_size: int | None = None,
         segment_tokens: int | None = None,
-        batch_tokens: int | None = None,
     ) -> MemoryStore:
         """Open a store, or make one. Takes the same time at any size.
 
         Args:
-            path: its folder; a relative one is resolved now.
+            path: its folder.
             model: a LongMem, MemTRM or TrainingFree over the backbone whose keys and values are kept. Without it
                 nothing can be encoded, but documents can be listed, shown, forgotten, compacted and verified.
             tokenizer: a fast one of transformers; None loads that of the model's backbone when a text is first given.
@@ -89,7 +91,6 @@ class MemoryStore:
             chunk_size: S of a new store; by default the model's.
             segment_tokens: T of a new store, tokens that the backbone sees together; by default its window, at most
                 1024.
-            batch_tokens: tokens that go through the backbone together, about; by default by device.
 
         Raises:
             StoreLocked: another process writes to it; names the process.
@@ -101,17 +102,9 @@ class MemoryStore:
         given: dict[str, Any] = {"dtype": dtype, "chunk_size": chunk_size, "segment_tokens": segment_tokens}
         if mode not in ("write", "read"):
             raise StoreError(f"mode ({mode!r}) must be 'write' or 'read'")
-        new = None
-        if not _is_made(folder, writable):
-            if not writable or not create:
-                raise StoreError(
-                    f"{folder}: no memory store here; check the path, or open it with mode='write' to make one"
-                )
-            if model is None:
-                raise StoreError(
-                    f"{folder}: a new store needs the model whose memory it is to hold; open it with model="
-                )
-            new = new_layout(model, **given)
+        if not (folder / CATALOG).exists():
+            _check_new(folder, model, writable and create)
+        new = new_layout(model, **given) if writable and create and model is not None else None
         catalog = Catalog(folder, writable=writable, new=new)
         try:
             for name, value in given.items():
@@ -120,7 +113,7 @@ class MemoryStore:
                         f"{folder}: this store was made with {name}={getattr(catalog.layout, name)}, not {value}; "
                         f"leave {name} away, or make another store"
                     )
-            encoder = Encoder(model, catalog.layout, tokenizer, batch_tokens)
+            encoder = Encoder(model, catalog.layout, tokenizer)
             if model is not None:
                 _check_model(folder, encoder, model)
                 if hasattr(tokenizer, "vocab_size") and hasattr(model, "get_input_embeddings"):
@@ -168,15 +161,15 @@ class MemoryStore:
 
         Args:
             text: to remember; or ``ids``, token ids as they are.
-            name: unique in the namespace.
-            source, metadata, time, expires, replace: see ``NewDocument``.
+            name, source, metadata, time, expires, replace: see ``NewDocument``.
             progress: told after every piece; an exception that it raises ends the add.
 
         Raises:
             StoreError: another text has this name, or the text or a setting cannot be used; nothing was changed.
         """
         new = NewDocument(name, text, ids, source, metadata, time, expires, replace)
-        return Adder(self.catalog, self.encoder, progress).add_one(namespace, new)
+        (receipt,) = self.add_documents(namespace, [new], progress=progress)
+        return receipt
 
     def add_documents(
         self,
@@ -194,7 +187,6 @@ class MemoryStore:
         Args:
             workers: processes that encode, each with a backbone of its own; ``"ray"`` or ``"ray:N"`` for a Ray
                 cluster. The result is the same.
-            progress: told after every batch; an exception that it raises ends the add.
 
         Raises:
             StoreError: see ``add_document``; documents before the one at fault may be there. A worker that was killed.
@@ -218,7 +210,7 @@ class MemoryStore:
         Raises:
             StoreError: there is no such document, or text and ids do not fit together.
         """
-        return Adder(self.catalog, self.encoder, progress).add_one(namespace, NewDocument(name, text, ids), append=True)
+        return Adder(self.catalog, self.encoder, progress).append(namespace, NewDocument(name, text, ids))
 
     # forgetting
 
@@ -228,36 +220,28 @@ class MemoryStore:
         *,
         name: str | None = None,
         where: Mapping[str, Any] | None = None,
-        older_than: float | None = None,
         before: float | None = None,
         everything: bool = False,
-    ) -> ForgetReport:
+    ) -> list[DocumentInfo]:
         """Forget documents: no search of any process finds them from now on; ``compact`` removes their bytes.
 
-        All conditions given must hold. Other namespaces are not touched, whatever they share.
-
         Args:
-            name: of one document.
-            where: metadata that they have: every key with an equal value.
-            older_than: seconds since their time, at least.
-            before: their time is before this moment, seconds since the epoch.
+            name, where, before: all that are given must hold; see ``Selection``.
             everything: the whole namespace.
+
+        Returns:
+            what was forgotten.
 
         Raises:
             StoreError: no condition, or no document of that name.
         """
-        if name is None and not where and older_than is None and before is None and not everything:
-            raise StoreError(
-                "forget needs to know what: a name, where, older than, before, or everything; nothing was forgotten"
-            )
-        if older_than is not None:
-            moment = clock.time() - older_than
-            before = moment if before is None else min(moment, before)
-        namespace, selection = composed(namespace), Selection(None if name is None else [name], where, before=before)
+        if name is None and not where and before is None and not everything:
+            raise StoreError("forget needs to know what: a name, where, before, or everything; nothing was forgotten")
+        selection = Selection(None if name is None else [name], where, before=before)
         with self.catalog.writing(), self.catalog.write() as db:
-            found = self.catalog.documents(namespace, selection, expired=True)
+            found = self.catalog.documents(composed(namespace), selection, expired=True)
             db.executemany("DELETE FROM document WHERE id = ?", [(each.id,) for each in found])
-        return ForgetReport(namespace, clock.time(), [(each.name, each.tokens) for each in found])
+        return found
 
     def compact(self, *, progress: Report | None = None) -> CompactReport:
         """Remove from the disk what was forgotten or has expired. Needs room for what stays once more, for a while.
@@ -286,10 +270,9 @@ class MemoryStore:
     def export(
         self, namespace: str, path: str | Path, names: Sequence[str] | None = None, *, progress: Report | None = None
     ) -> list[DocumentInfo]:
-        """Write documents with their keys and values into one tar file, whole or not at all.
+        """Write documents with their keys and values into one tar file, which replaces what is there, or nothing.
 
         Args:
-            path: of the file; what is there is replaced.
             names: of the documents; None is all of the namespace.
 
         Raises:
@@ -322,19 +305,11 @@ class MemoryStore:
             return [row[0] for row in db.execute(query, (clock.time(),))]
 
     def documents(self, namespace: str, where: Mapping[str, Any] | None = None) -> list[DocumentInfo]:
-        """Documents of a namespace that can be found now, by time and number; an unknown namespace has none.
-
-        Args:
-            where: metadata that they have: every key with an equal value.
-        """
+        """Documents of a namespace that can be found now, by time and number; ``where``: with this metadata."""
         return self.catalog.documents(composed(namespace), Selection(where=where))
 
     def document(self, namespace: str, name: str) -> DocumentInfo:
-        """One document.
-
-        Raises:
-            StoreError: there is none of that name.
-        """
+        """One document; StoreError if there is none of that name."""
         return self.catalog.live(composed(namespace), composed(name))
 
     def text(self, namespace: str, name: str) -> str:
@@ -380,33 +355,25 @@ class MemoryStore:
         """What a model searches: ``model(ids, memory=store.bank("alice"))``; read-only.
 
         Args:
-            **settings: see ``StoreBank``: ``documents``, ``where``, ``after``, ``before``, ``max_tokens``, ``device``,
-                ``keep``, ``index``.
+            **settings: see ``StoreBank``: ``documents``, ``where``, ``after``, ``before``, ``device``, ``keep``,
+                ``index``.
         """
         return StoreBank(self, namespace, **settings)
 
 
-def _is_made(folder: Path, writable: bool) -> bool:
-    """Whether there is a store.
-
-    Raises:
-        StoreError: there is something else.
-    """
-    path, log = folder / CATALOG, folder / f"{CATALOG}-wal"
-    if path.exists():
-        # SQLite writes no byte before the first commit: a writer may have been killed before it had made the catalog
-        return not writable or path.stat().st_size > 4096 or (log.exists() and log.stat().st_size > 0)
+def _check_new(folder: Path, model: Any, create: bool) -> None:
+    """Raises StoreError where no store can be made in a folder without a catalog."""
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder}: a file, not a store's folder; name a folder")
     with file_errors(folder, "listing"):
         held = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
-    if data := [name for name in held if name.endswith(".bin")]:
-        raise StoreDamaged(f"{folder}: {CATALOG} is missing beside {data[0]}; restore it, or name another folder")
-    if foreign := [name for name in held if name != LOCK and not name.startswith(CATALOG)]:
-        raise StoreError(
-            f"{folder}: no memory store, and it holds other files ({foreign[0]}); name an empty or new folder"
-        )
-    return False
+    if others := [name for name in held if name != LOCK and not name.startswith(CATALOG)]:
+        way_out = f"restore {CATALOG} if it is a store's, or name an empty or new folder"
+        raise StoreError(f"{folder}: no memory store, and it holds other files ({others[0]}); {way_out}")
+    if not create:
+        raise StoreError(f"{folder}: no memory store here; check the path, or open it with mode='write' to make one")
+    if model is None:
+        raise StoreError(f"{folder}: a new store needs the model whose memory it is to hold; open it with model=")
 
 
 def _check_model(folder: Path, encoder: Encoder, model: Any) -> None:

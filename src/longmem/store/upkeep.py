@@ -3,10 +3,8 @@
 Compact copies what is still used into a new generation of data files, makes them the catalog's in one transaction, and
 writes the catalog anew: after it no byte of what was forgotten is left.
 
-An export is a tar file with one safetensors file for every piece, and ``manifest.json`` at its end. Member
-``pieces/<digest>.safetensors``: ``kv``, ``keys`` and, with int8, ``scales`` as in the data files; ``token_ids`` (U32)
-and, of a text, ``text`` (U8, UTF-8) and ``starts`` (U32, where in the text each token begins). Exports of format 1 have
-the same arrays in ``contents/``, and name one ``memory_layer``; they are read, too.
+An export is a tar file with one safetensors file for every piece, and ``manifest.json`` at its end; see
+docs/memory-format.md.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import json
 import tarfile
 import time as clock
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
@@ -29,28 +27,62 @@ from safetensors.torch import load, save
 
 from longmem.errors import StoreDamaged, StoreError
 from longmem.files import to_disk, whole
-from longmem.store.adding import Planned, commit, known, status_of
-from longmem.store.catalog import CATALOG, Catalog, Piece, until_found
-from longmem.store.disk import REPAIR, GenerationGone, StoredChunks, append, failpoint, file_errors, paths_of
-from longmem.store.encode import Encoder, Tokens, joined_tokens
-from longmem.store.records import (
+from longmem.store.adding import Planned, Receipt, enter, known, status_of
+from longmem.store.catalog import CATALOG, Catalog, DocumentInfo, Piece, Selection, composed
+from longmem.store.disk import (
     DTYPES,
-    CompactReport,
-    DocumentInfo,
+    REPAIR,
+    GenerationGone,
     Layout,
-    NewDocument,
-    Problem,
     Progress,
-    Receipt,
     Report,
-    Selection,
-    VerifyReport,
-    composed,
-    metadata_text,
+    StoredChunks,
+    append,
+    failpoint,
+    file_errors,
+    paths_of,
+    until_found,
 )
+from longmem.store.encode import Encoder, NewDocument, Tokens, joined_tokens, metadata_text
 
 AT_ONCE = 64 << 20
 """Bytes that compacting and importing hold at a time."""
+
+
+@dataclass(frozen=True)
+class CompactReport:
+    """What compacting did."""
+
+    documents: int  # expired ones that were removed
+    tokens: int  # of pieces that no document used, removed
+    bytes_before: int  # of data files and catalog
+    bytes_after: int
+    emptied: bool  # the write-ahead log; a reader in a long snapshot keeps it, and bytes of forgotten text in it
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it should be."""
+
+    kind: str  # ``catalog``, ``file``, ``piece`` (keys and values), ``text`` (token ids or text) or ``document``
+    where: str  # file, and place in it
+    what: str  # is wrong, and the way out
+    repaired: bool = False
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What verifying found."""
+
+    problems: list[Problem] = field(default_factory=list)  # none: every byte in use is what was written
+    bytes: int = 0  # read
+    documents: int = 0  # checked
+    rebuilt_tokens: int = 0  # encoded again by the repair
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is wrong now."""
+        return all(problem.repaired for problem in self.problems)
 
 
 def compact(catalog: Catalog, progress: Report | None) -> CompactReport:
@@ -60,7 +92,8 @@ def compact(catalog: Catalog, progress: Report | None) -> CompactReport:
         with catalog.write() as db:
             expired = db.execute("DELETE FROM document WHERE expires <= ?", (clock.time(),)).rowcount
         with catalog.read() as db:
-            used = {row[0] for row in db.execute("SELECT DISTINCT piece FROM part")}.union(*catalog.pinned)
+            used = {row[0] for row in db.execute("SELECT DISTINCT piece FROM part")}
+            used.update(*list(catalog.pinned.values()))
             pieces, generation = catalog.pieces(), catalog.meta("generation")
         living, dead = [each for each in pieces if each.id in used], [each for each in pieces if each.id not in used]
         files = catalog.sizes()[0]
@@ -113,10 +146,10 @@ def verify(catalog: Catalog, encoder: Encoder, *, repair: bool, progress: Report
     report, bad = until_found(lambda: _check(catalog, progress))
     if not (repair and bad):
         return report
-    same = [_repair(catalog, encoder, piece) for piece in bad]
+    for piece in bad:
+        _repair(catalog, encoder, piece)
     problems = [replace(each, repaired=each.kind in ("piece", "file")) for each in report.problems]
-    rebuilt = sum(piece.tokens for piece in bad)
-    return replace(report, problems=problems, rebuilt_tokens=rebuilt, same_bits=all(same))
+    return replace(report, problems=problems, rebuilt_tokens=sum(piece.tokens for piece in bad))
 
 
 def _check(catalog: Catalog, progress: Report | None) -> tuple[VerifyReport, list[Piece]]:
@@ -128,7 +161,13 @@ def _check(catalog: Catalog, progress: Report | None) -> tuple[VerifyReport, lis
         with catalog.apart() as other, other.read() as db:
             lines = [line for (line,) in db.execute("PRAGMA integrity_check") if line != "ok"]
             problems += [Problem("catalog", CATALOG, f"{line}; restore a backup") for line in lines]
-            pieces, chunks = other.pieces(), _chunks(catalog, other, problems)
+            pieces, chunks, generation = other.pieces(), None, other.meta("generation")
+            try:
+                chunks = other.chunks()
+            except StoreDamaged as error:  # lost or cut, unless ``compact`` has replaced them meanwhile
+                if isinstance(error, GenerationGone) and catalog.meta("generation") != generation:
+                    raise
+                problems.append(Problem("file", paths_of(other.folder, generation)[0].name, str(error)))
             total = sum(each.chunks for each in pieces) * other.layout.chunk_bytes
             for piece in pieces:
                 if (problem := _of_piece(other, chunks, piece)) is not None:
@@ -145,18 +184,6 @@ def _check(catalog: Catalog, progress: Report | None) -> tuple[VerifyReport, lis
     except StoreDamaged as error:
         problems.append(Problem("catalog", CATALOG, str(error)))
     return VerifyReport(problems, read, documents), bad
-
-
-def _chunks(catalog: Catalog, other: Catalog, problems: list[Problem]) -> StoredChunks | None:
-    """The data files; None where they are lost or cut."""
-    try:
-        return other.chunks()
-    except StoreDamaged as error:
-        generation = other.meta("generation")
-        if isinstance(error, GenerationGone) and catalog.meta("generation") != generation:
-            raise  # replaced meanwhile
-        problems.append(Problem("file", paths_of(other.folder, generation)[0].name, str(error)))
-        return None
 
 
 def _of_piece(catalog: Catalog, chunks: StoredChunks | None, piece: Piece) -> Problem | None:
@@ -180,17 +207,15 @@ def _of_documents(catalog: Catalog, tokens: dict[int, int]) -> Iterator[Problem]
             yield Problem("document", f"{document.namespace}/{document.name}", what)
 
 
-def _repair(catalog: Catalog, encoder: Encoder, piece: Piece) -> bool:
-    """Encode a piece again and write it after the last record; whether it has the bits it had."""
+def _repair(catalog: Catalog, encoder: Encoder, piece: Piece) -> None:
+    """Encode a piece again and write it after the last record."""
     chunks = encoder.encode([catalog.tokens(piece.id).ids])[0]
     with catalog.writing():
-        with catalog.read():
-            generation, first = catalog.meta("generation"), catalog.meta("records")
+        generation, first = catalog.end()
         append(catalog.folder, catalog.layout, generation, first, [chunks])
         with catalog.write() as db:
             db.execute("UPDATE piece SET first = ?, crc = ? WHERE id = ?", (first, chunks.crc(), piece.id))
             db.execute("UPDATE meta SET value = ? WHERE key = 'records'", (first + len(chunks),))
-    return chunks.crc() == piece.crc
 
 
 def _place(catalog: Catalog, piece: Piece) -> str:
@@ -210,16 +235,16 @@ def export(
     catalog: Catalog, namespace: str, path: Path, names: Sequence[str] | None, progress: Report | None
 ) -> list[DocumentInfo]:
     """See ``MemoryStore.export``."""
-    with file_errors(path, "looking at"):
-        if path.is_dir():
-            raise StoreError(f"{path}: a folder; name a file to export to")
+    if path.is_dir():
+        raise StoreError(f"{path}: a folder; name a file to export to")
 
     def write() -> list[DocumentInfo]:
         with catalog.apart() as other, file_errors(path, "writing"), whole(path) as part:
-            with part.open("wb") as stream:
-                found = _export(other, composed(namespace), stream, Selection(names), progress)
+            with tarfile.open(part, "w") as tar:
+                found = _export(other, composed(namespace), tar, Selection(names), progress)
             to_disk(part)
-            return found
+            failpoint("export.written")
+        return found
 
     found = until_found(write)
     to_disk(path.parent)
@@ -227,7 +252,7 @@ def export(
 
 
 def _export(
-    catalog: Catalog, namespace: str, stream: IO[bytes], selection: Selection, progress: Report | None
+    catalog: Catalog, namespace: str, tar: tarfile.TarFile, selection: Selection, progress: Report | None
 ) -> list[DocumentInfo]:
     documents = catalog.documents(namespace, selection)
     if not documents:
@@ -237,26 +262,24 @@ def _export(
     chunks, digests, sums = catalog.chunks(), dict[int, str](), dict[str, str]()
     parts = {each.id: catalog.parts(each.id) for each in documents}
     needed = {part.piece for each in parts.values() for part in each}
-    with tarfile.open(fileobj=stream, mode="w") as tar:
-        for number, piece in enumerate((each for each in catalog.pieces() if each.id in needed), 1):
-            digest = digests[piece.id] = piece.digest.hex()
-            run = chunks.run(piece.first, piece.chunks)
-            data = _piece_bytes(catalog.tokens(piece.id), run, catalog.layout)
-            sums[digest] = hashlib.sha256(data).hexdigest()
-            _add(tar, f"pieces/{digest}.safetensors", data)
-            if progress is not None:
-                progress(Progress("copy", tar.offset, None, "bytes", f"piece {number}"))
-        kept = ("name", "source", "metadata", "added", "expires", "tokens", "revision")
-        entries = [
-            {
-                **{field: getattr(each, field) for field in kept},
-                "pieces": [(digests[part.piece], part.tokens) for part in parts[each.id]],
-            }
-            for each in documents
-        ]
-        about = {"format": next(iter(FORMATS)), "namespace": namespace, "layout": asdict(catalog.layout)}
-        _add(tar, MANIFEST, json.dumps({**about, "documents": entries, "contents": sums}, indent=1).encode())
-    failpoint("export.written")
+    for number, piece in enumerate((each for each in catalog.pieces() if each.id in needed), 1):
+        digest = digests[piece.id] = piece.digest.hex()
+        run = chunks.run(piece.first, piece.chunks)
+        data = _piece_bytes(catalog.tokens(piece.id), run, catalog.layout)
+        sums[digest] = hashlib.sha256(data).hexdigest()
+        _add(tar, f"pieces/{digest}.safetensors", data)
+        if progress is not None:
+            progress(Progress("copy", tar.offset, None, "bytes", f"piece {number}"))
+    kept = ("name", "source", "metadata", "added", "expires", "tokens", "revision")
+    entries = [
+        {
+            **{field: getattr(each, field) for field in kept},
+            "pieces": [(digests[part.piece], part.tokens) for part in parts[each.id]],
+        }
+        for each in documents
+    ]
+    about = {"format": next(iter(FORMATS)), "namespace": namespace, "layout": asdict(catalog.layout)}
+    _add(tar, MANIFEST, json.dumps({**about, "documents": entries, "contents": sums}, indent=1).encode())
     return documents
 
 
@@ -335,7 +358,7 @@ class Archive:
         """Its documents, as they come into a catalog.
 
         Raises:
-            StoreError: one of them is incomplete, or has the name of another one.
+            StoreError: one of them has the name of another one.
         """
         plans = []
         for entry in self.documents:
@@ -347,18 +370,10 @@ class Archive:
             except _BAD as error:
                 raise StoreError(f"{self.path}: no whole export of a memory store ({error}); export again") from error
             new.check(namespace)
-            if not pieces or sum(tokens for _, tokens in pieces) != plan.tokens:
-                raise StoreError(f"{self.path}: document {name!r} is incomplete; export again")
             if catalog.find(namespace, name) is not None:  # is it the same?
                 runs = [self.piece(digest.hex())[0].slice(0, tokens) for digest, tokens in pieces]
                 plan.digest = joined_tokens(runs).digest()
-            try:
                 status_of(catalog, plan)
-            except StoreError as error:
-                raise StoreError(
-                    f"namespace {namespace!r} has another document {name!r}; forget it first, or import into another "
-                    "namespace; nothing was imported"
-                ) from error
             plans.append(plan)
         return plans
 
@@ -394,28 +409,32 @@ def import_archive(
         archive, layout = Archive(stream, path), catalog.layout
         _check_layout(archive, layout, encoder)
         plans = archive.planned(catalog, composed(namespace or archive.namespace))
-        with catalog.pinning() as pinned:
-            missing = [digest for digest in archive.sums if known(catalog, bytes.fromhex(digest), pinned) is None]
-            # all of it is read and checked before anything is written
-            sizes = {bytes.fromhex(digest): len(archive.piece(digest)[0]) for digest in missing}
-            for plan in plans:
-                for place, (piece, used) in enumerate(plan.pieces, 1):
-                    (full,) = catalog.row("SELECT tokens FROM piece WHERE digest = ?", piece) or (sizes.get(piece, 0),)
-                    last = used == full and place == len(plan.pieces)
-                    if not 0 < used <= full or (used % layout.segment_tokens and not last):
-                        raise StoreError(
-                            f"document {plan.new.name!r} of the archive is incomplete; nothing was imported"
-                        )
-            held: dict[bytes, tuple[Tokens, StoredChunks]] = {}
-            for number, digest in enumerate(missing, 1):
-                held[bytes.fromhex(digest)] = archive.piece(digest)
-                chunks = [run for _, run in held.values()]
-                if number == len(missing) or sum(map(len, chunks)) * layout.chunk_bytes > AT_ONCE:
-                    commit(catalog, pinned, {each: tokens for each, (tokens, _) in held.items()}, chunks, [])
-                    held = {}
-                if progress is not None:
-                    progress(Progress("copy", number, len(missing), "pieces", path.name))
-            return commit(catalog, pinned, {}, [], plans)
+        generation, first = catalog.end()
+        # no bytes of chunks are part of the store before the one transaction at the end
+        pieces: list[tuple[Tokens, int, int]] = []
+        held: list[StoredChunks] = []
+        missing = [digest for digest in archive.sums if known(catalog, bytes.fromhex(digest), set()) is None]
+        end = first
+        for number, digest in enumerate(missing, 1):
+            tokens, chunks = archive.piece(digest)
+            pieces.append((tokens, len(chunks), chunks.crc()))
+            held.append(chunks)
+            count = sum(map(len, held))
+            if number == len(missing) or count * layout.chunk_bytes > AT_ONCE:
+                append(catalog.folder, layout, generation, end, held)
+                end, held = end + count, []
+            if progress is not None:
+                progress(Progress("copy", number, len(missing), "pieces", path.name))
+        sizes = {tokens.digest(): len(tokens) for tokens, *_ in pieces}
+        for plan in plans:
+            complete = bool(plan.pieces) and sum(used for _, used in plan.pieces) == plan.tokens
+            for place, (piece, used) in enumerate(plan.pieces, 1):
+                (full,) = catalog.row("SELECT tokens FROM piece WHERE digest = ?", piece) or (sizes.get(piece, 0),)
+                last = used == full and place == len(plan.pieces)
+                complete &= 0 < used <= full and (last or used % layout.segment_tokens == 0)
+            if not complete:
+                raise StoreError(f"document {plan.new.name!r} of the archive is incomplete; nothing was imported")
+        return enter(catalog, first, pieces, plans, set())
 
 
 def _check_layout(archive: Archive, ours: Layout, encoder: Encoder) -> None:
