@@ -35,8 +35,8 @@ from tests.server.test_process import Process
 from benchmarks.measure import made_by
 from longmem import LongMem, MemoryStore, TrainingFree
 from longmem.chat import chat_prompt, keep
+from longmem.data.facts import told_session
 from longmem.data.tokens import load_tokenizer
-from longmem.data.told import told_session
 from longmem.evaluation.loading import checkpoint_folder, model_type
 from longmem.evaluation.results import write_json
 from longmem.progress import Progress

@@ -16,12 +16,14 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from longmem.data.text import FILE_LINE, SHORTEST, STDLIB, TEST, package_text, packages
+from longmem.data.text import FILE_LINE, HELD_OUT, SHORTEST, package_text, packages
 from longmem.errors import DataError, LongMemError
 from longmem.files import write_whole
 
-VALID = {STDLIB: ("asyncio", "unittest"), "packages": ("accelerate",)}
-"""Held out to be looked at while training."""
+STDLIB = dict.fromkeys(HELD_OUT, "test") | dict.fromkeys(("asyncio", "unittest"), "valid")
+"""Packages of the standard library that are not trained on."""
+VALID, TEST = ("accelerate",), ("click", "networkx", "rich", "jinja2")
+"""Other packages that are not trained on."""
 TRAIN = (
     "torch transformers sympy numpy matplotlib huggingface_hub fontTools PIL mpmath "
     "pydantic fsspec packaging yaml httpx anyio regex tqdm markdown_it dateutil"
@@ -71,11 +73,10 @@ def write_source(folder: Path, stdlib: Path | None = None, site: Path | None = N
     """
     paths = sysconfig.get_paths()
     library, installed = stdlib or Path(paths["stdlib"]), site or Path(paths["purelib"])
-    split_of = dict.fromkeys(TEST[STDLIB], "test") | dict.fromkeys(VALID[STDLIB], "valid")
     found: dict[str, dict[str, str]] = {"train": {}, "valid": {}, "test": {}}
     for name, text in packages(library):
-        found[split_of.get(name, "train")].update(documents_of(f"{STDLIB}__{name}", text))
-    for split, names in (("train", TRAIN), ("valid", VALID["packages"]), ("test", TEST["packages"])):
+        found[STDLIB.get(name, "train")].update(documents_of(f"stdlib__{name}", text))
+    for split, names in (("train", TRAIN), ("valid", VALID), ("test", TEST)):
         for name in names:
             text = package_text(installed / name, installed)
             if len(text) >= SHORTEST:

@@ -22,9 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from longmem.data.facts import KINDS, draw_facts
-from longmem.data.told import ToldFact, asked_ids, told_session
-from longmem.data.told import chat_text as chat  # the same words that calibration uses
+from longmem.data.facts import KINDS, ToldFact, asked_ids, draw_facts, told_session
+from longmem.data.facts import chat_text as chat  # the same words that calibration uses
 
 WINDOW, SEGMENTS = 1024, 8
 PIECE = WINDOW * SEGMENTS

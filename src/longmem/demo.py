@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from longmem.chat import keep, reply
+from longmem.data.facts import told_session
 from longmem.data.text import Document, numbered, package_text, read_documents
-from longmem.data.told import told_session
 from longmem.default_model import default_model, shipped
 from longmem.errors import BackboneError, DataError
 from longmem.evaluation.loading import load_comparison, load_tokenizer, tokenize_documents

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from tests.data.test_stream import corpus_of
 
-from longmem.data.facts import draw_facts
+from longmem.data.facts import draw_facts, told_session
 from longmem.data.stream import SegmentStream, WindowSampler
 from longmem.data.tokens import as_corpus, load_tokenizer, train_tokenizer
-from longmem.data.told import told_session
 from longmem.errors import LongMemError
 
 ERRORS: dict[str, Callable[[Path], Any]] = {

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -56,13 +57,17 @@ def pack(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def pairs(*paths: Path, **settings: object) -> list[tuple[str, str]]:
-    return [(document.id, document.text) for document in read_documents(paths, **settings)]
+def read(*paths: Path, **settings: Any) -> list[Document]:
+    return list(read_documents(TextSource(tuple(map(str, paths)), **settings)))
 
 
-def failure(*paths: Path, **settings: object) -> str:
+def pairs(*paths: Path, **settings: Any) -> list[tuple[str, str]]:
+    return [(document.id, document.text) for document in read(*paths, **settings)]
+
+
+def failure(*paths: Path, **settings: Any) -> str:
     with pytest.raises(DataError) as raised:
-        list(read_documents(paths, **settings))
+        read(*paths, **settings)
     line = str(raised.value)
     assert "\n" not in line
     return line
@@ -82,14 +87,10 @@ def test_patterns_choose_documents_and_a_star_crosses_folders(folder: Path) -> N
     assert pairs(folder, include=("a/*",), exclude=("*.md",)) == [("a/one.txt", "one")]
 
 
-def test_the_files_of_a_top_folder_can_be_one_document(folder: Path) -> None:
-    assert pairs(folder, group="folder") == [("a", "three\n\none"), ("b", "two")]
-
-
 def test_json_lines_give_one_document_a_line_named_by_their_id(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text('{"id": "x", "body": "first"}\n\n{"body": "second"}\n')
-    found = list(read_documents([path], field="body"))
+    found = read(path, field="body")
     assert found == [Document("x", "first", str(path), line=1), Document("texts.jsonl:3", "second", str(path), line=3)]
     assert found[1].place == f"{path}:3"
 
@@ -231,7 +232,7 @@ def test_a_line_that_cannot_be_read_is_named_or_skipped_or_mended(
     if mended is None:
         assert failure(path, undecodable="replace").startswith(f"{path}:2: {fault}")
     else:
-        replaced = list(read_documents([path], undecodable="replace"))
+        replaced = read(path, undecodable="replace")
         assert (replaced[1].id, replaced[1].text) == ("cut", mended)
         json.dumps(dict(replaced[1].record), ensure_ascii=False).encode()  # no half is left anywhere in it
         assert len(replaced) == 3

@@ -17,10 +17,10 @@ from longmem.data.stream import IGNORE
 from longmem.errors import ConfigError
 from longmem.memory import MemoryBank
 from longmem.memory.session import SessionMemory
-from longmem.training import needles
-from longmem.training.needles import NeedleTrainer
+from longmem.training.adapt import NeedleTrainer
 from longmem.training.recipe import Recipe
 from longmem.training.run import build_trainer, train
+from longmem.types import AttentionKV
 
 Make = Callable[..., Recipe]
 Records = Callable[..., list[dict[str, Any]]]
@@ -66,7 +66,7 @@ def test_memory_of_a_question_is_the_common_text_and_its_own_facts_and_no_others
         flat = text.storage[0].permute(1, 2, 0, 3, 4).flatten(2, 3)  # (Hkv, 2, tokens, D)
         own = (asked.keys.transpose(0, 1), asked.values.transpose(0, 1))
         for keys, values in ((flat[:, 0], flat[:, 1]), own):
-            alone.add(needles.AttentionKV(keys[None], values[None]))
+            alone.add(AttentionKV(keys[None], values[None]))
         mine = alone.search(queries[row : row + 1], 2)
         # equal scores may change places, and one product of all keys rounds otherwise than two
         assert torch.allclose(mine.scores[0], found.scores[row], atol=1e-5)

@@ -171,7 +171,7 @@ def test_gradients_of_two_half_batches_are_those_of_a_whole_one(pretrain: Make) 
         ("pretrain", {"optim": {"lr": 1e30, "clip": 0.0, "warmup": 0.0}}, "the loss is nan at step "),
         ("pretrain", {"data": {"window": 99_999}}, "which is less than two windows of data.window (99999)"),
         ("adapt", {"backbone": {"path": "nowhere"}}, "nowhere: no tokenizer"),
-        ("adapt", {"data": {"tokenizer": "large"}}, "data.tokenizer has 268 tokens, backbone.path ("),
+        ("adapt", {"data": {"tokenizer": "large"}}, "large: a tokenizer of 268 tokens, the model knows 260: "),
     ],
 )
 def test_what_a_run_cannot_do_is_said_in_one_line(
@@ -191,8 +191,8 @@ def test_what_a_run_cannot_do_is_said_in_one_line(
 
 
 def test_a_time_box_ends_the_run_with_the_rate_at_zero(pretrain: Make, records: Records) -> None:
-    optim = {"steps": None, "max_minutes": 0.03, "schedule_by": "time", "warmup": 0.0}
-    recipe = pretrain(optim=optim, eval={"every": 0, "copy_score": False}, checkpoint={"every": 0})
+    optim = {"steps": None, "max_minutes": 0.03, "warmup": 0.0}
+    recipe = pretrain(optim=optim, eval={"every": 0}, checkpoint={"every": 0})
     result = train(recipe, quiet=True)
     rates = [record["lr"] for record in records(recipe.out_dir, "train")]
     assert result.model_dir is not None

@@ -1,24 +1,28 @@
-"""Made-up facts that are hidden in a text and asked for later: to train on, and to measure with.
+"""Made-up facts, to train on and to measure with: drawn anew, so that no answer is known without having read it.
 
-Names and codes are drawn for every question, so that the answer cannot be known without reading it. A fact is said two
-or three times in a line, as the usual pass key test says it twice ("... Remember it. ... is the pass key."). Each time
-it falls on other places of its chunks, and one of them is whole where a segment's end cuts the line in two.
+*Hidden facts* are lines in a text (``draw_facts``), *told facts* are said in one conversation and asked for in a later
+one (``told_session``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib.resources import files
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from longmem.errors import ConfigError
 
+# hidden in a text
+
 CODE_DIGITS = 5
-DISTRACTORS = 3
-"""Other facts of the same kind that are hidden beside the one asked for, where a kind has any."""
 OPTIONS = 4
-"""Answers whose likelihoods are compared: the true one, and others."""
+"""Answers whose likelihoods are compared: the true one, and others. Where a kind hides other facts beside the one asked
+for, they have the other answers."""
 
 _ADJECTIVES = (
     "amber ancient blue brass broken copper crooked empty golden green heavy hidden iron little lonely narrow "
@@ -40,14 +44,12 @@ class Facts:
     """What is hidden, and the question about it.
 
     Attributes:
-        kind: see ``KINDS``.
-        asked: the sentences that the answer needs, in the order in which they are read.
-        others: sentences of the same kind, which the question does not ask for.
+        asked: the lines that the answer needs, in the order in which they are read.
+        others: lines of the same kind, which the question does not ask for.
         question: ends where the answer begins.
         options: the true answer first, then wrong ones; each begins with a space.
     """
 
-    kind: str
     asked: tuple[str, ...]
     others: tuple[str, ...]
     question: str
@@ -58,69 +60,196 @@ class Facts:
         return self.options[0]
 
 
-def draw_facts(kind: str, random: np.random.Generator) -> Facts:
+def draw_facts(kind: str, draw: np.random.Generator) -> Facts:
     """Facts of a kind, all names and codes drawn.
 
     Args:
         kind: ``passkey``: one pass key; ``pair``: one thing and its code; ``multi``: several things, one asked for;
             ``twohop``: who keeps a thing, and that person's code, hidden apart, with others of both kinds.
-        random: what decides everything.
     """
     if kind not in KINDS:
         raise ConfigError(f"kind ({kind!r}) must be one of {', '.join(KINDS)}")
-    return KINDS[kind](random)
+    return KINDS[kind](draw)
 
 
-def _passkey(random: np.random.Generator) -> Facts:
-    codes = _codes(random, OPTIONS)
-    return Facts("passkey", (_said(f"The pass key is {codes[0]}.", 3),), (), "\nThe pass key is", _options(codes))
+def _passkey(draw: np.random.Generator) -> Facts:
+    codes = _codes(draw)
+    line = _line(f"The pass key is {codes[0]}.", 3)
+    return Facts((line,), (), "\nThe pass key is", tuple(f" {code}" for code in codes))
 
 
-def _pair(random: np.random.Generator) -> Facts:
-    thing, codes = _things(random, 1)[0], _codes(random, OPTIONS)
-    fact = _said(f"The code of the {thing} is {codes[0]}.")
-    return Facts("pair", (fact,), (), f"\nThe code of the {thing} is", _options(codes))
+def _things(draw: np.random.Generator, count: int) -> Facts:
+    things, codes = _names(draw, count), _codes(draw)
+    first, *others = (_line(f"The code of the {thing} is {code}.") for thing, code in zip(things, codes, strict=False))
+    question = f"\nThe code of the {things[0]} is"
+    return Facts((first,), tuple(others), question, tuple(f" {code}" for code in codes))
 
 
-def _multi(random: np.random.Generator) -> Facts:
-    """The wrong options are the codes of the other things."""
-    things, codes = _things(random, 1 + DISTRACTORS), _codes(random, 1 + DISTRACTORS)
-    first, *more = (_said(f"The code of the {thing} is {code}.") for thing, code in zip(things, codes, strict=True))
-    return Facts("multi", (first,), tuple(more), f"\nThe code of the {things[0]} is", _options(codes))
-
-
-def _twohop(random: np.random.Generator) -> Facts:
+def _twohop(draw: np.random.Generator) -> Facts:
     """The answer says both steps: a reader of one layer can write the first down and go on from it."""
-    count = 1 + DISTRACTORS
-    things, people = _things(random, count), random.choice(_PEOPLE, count, replace=False).tolist()
-    codes = _codes(random, count)
-    keeps = [_said(f"The keeper of the {thing} is {who}.") for thing, who in zip(things, people, strict=True)]
-    knows = [_said(f"The code of {who} is {code}.") for who, code in zip(people, codes, strict=True)]
+    things, people = _names(draw, OPTIONS), draw.choice(_PEOPLE, OPTIONS, replace=False).tolist()
+    codes = _codes(draw)
+    keeps = [_line(f"The keeper of the {thing} is {who}.") for thing, who in zip(things, people, strict=True)]
+    knows = [_line(f"The code of {who} is {code}.") for who, code in zip(people, codes, strict=True)]
     answers = [f" {who}. The code of {who} is {code}" for who, code in zip(people, codes, strict=True)]
-    others = tuple(sentence for pair in zip(keeps[1:], knows[1:], strict=True) for sentence in pair)
-    return Facts("twohop", (keeps[0], knows[0]), others, f"\nThe keeper of the {things[0]} is", tuple(answers))
+    others = tuple(line for pair in zip(keeps[1:], knows[1:], strict=True) for line in pair)
+    return Facts((keeps[0], knows[0]), others, f"\nThe keeper of the {things[0]} is", tuple(answers))
 
 
 KINDS: dict[str, Callable[[np.random.Generator], Facts]] = {
-    "passkey": _passkey, "pair": _pair, "multi": _multi, "twohop": _twohop,
-}  # fmt: skip
+    "passkey": _passkey,
+    "pair": partial(_things, count=1),
+    "multi": partial(_things, count=OPTIONS),
+    "twohop": _twohop,
+}
 
 
-def _said(sentence: str, times: int = 2) -> str:
-    """A line that says something more than once: what a segment's end cuts in two is still whole elsewhere."""
+def _line(sentence: str, times: int = 2) -> str:
+    """A line that says something more than once: each time it falls on other places of its chunks, and where a
+    segment's end cuts it in two, it is still whole once."""
     return "\n" + " ".join([sentence] * times) + "\n"
 
 
-def _options(codes: Sequence[str]) -> tuple[str, ...]:
-    return tuple(f" {code}" for code in codes)
-
-
-def _codes(random: np.random.Generator, count: int) -> list[str]:
+def _codes(draw: np.random.Generator) -> list[str]:
     """Different numbers of ``CODE_DIGITS`` digits, the first of them no zero."""
     low = 10 ** (CODE_DIGITS - 1)
-    return [str(number) for number in low + random.choice(9 * low, count, replace=False)]
+    return [str(number) for number in low + draw.choice(9 * low, OPTIONS, replace=False)]
 
 
-def _things(random: np.random.Generator, count: int) -> list[str]:
-    numbers = random.choice(len(_ADJECTIVES) * len(_NOUNS), count, replace=False)
+def _names(draw: np.random.Generator, count: int) -> list[str]:
+    numbers = draw.choice(len(_ADJECTIVES) * len(_NOUNS), count, replace=False)
     return [f"{_ADJECTIVES[n // len(_NOUNS)]} {_NOUNS[n % len(_NOUNS)]}" for n in numbers]
+
+
+# told in a conversation
+#
+# told_facts.tsv lists 105 kinds of facts, how each is said, asked and answered, and which values of told_values.tsv it
+# takes. Every fifth kind and every fourth value are held out: what is measured on was never trained on, neither its
+# wording nor its value.
+
+_ALWAYS = ("days", "months")  # too few of them to hold any out
+_BEFORE = ("", "By the way: ", "Something else. ", "Please remember this. ", "I wanted to tell you something. ")
+_AFTER = ("", " I am quite happy about it.", " That is how it is.", " Just so you know.", " Keep it in mind.")
+_REPLIES = (
+    "Thank you for telling me!",
+    "I see. I will remember that.",
+    "That is good to know.",
+    "Noted.",
+    "Oh, that is interesting!",
+    "All right, I will keep it in mind.",
+    "Thanks for sharing that with me.",
+)
+
+Message = dict[str, str]
+"""``{"role": "user" or "assistant", "content": text}``, as chat templates take them."""
+
+
+class ToldFact(NamedTuple):
+    """What the user tells, the question in a later conversation, and its answer: before, value, after."""
+
+    said: str
+    asked: str
+    before: str
+    value: str
+    after: str
+
+
+class Session(NamedTuple):
+    """A conversation, and the facts that it told, in order."""
+
+    facts: tuple[ToldFact, ...]
+    messages: tuple[Message, ...]
+
+
+class AskedIds(NamedTuple):
+    """Token ids of a conversation that asks; for each question, from where to where the tokens of its value are."""
+
+    ids: list[int]
+    values: list[tuple[int, int]]
+
+
+def told_session(draw: random.Random, count: int, *, held_out: bool = False) -> Session:
+    """A conversation that tells ``count`` facts of different kinds; ``held_out`` ones are kept for measuring."""
+    kinds = [kind for number, kind in enumerate(_table("told_facts.tsv")) if (number % 5 == 4) == held_out]
+    if not 1 <= count <= len(kinds):
+        raise ConfigError(f"facts of a session ({count}) must be 1 to {len(kinds)}, the kinds there are to draw from")
+    facts, used = [], set[str]()
+    for said, asked, answer, pool in draw.sample(kinds, count):
+        values = _values(pool, held_out)
+        value = draw.choice([value for value in values if value not in used] or values)
+        used.add(value)
+        before, after = answer.split("{}")
+        facts.append(ToldFact(said.format(value), asked, before, value, after))
+    return Session(tuple(facts), tuple(_messages(facts, draw)))
+
+
+def told_ids(session: Session, tokenizer: Any) -> list[int]:
+    """The conversation that told the facts, through the tokenizer's chat template where it has one."""
+    return _ids(tokenizer, chat_text(tokenizer, session.messages, answer=False))
+
+
+def question_ids(fact: ToldFact, tokenizer: Any, before: Sequence[Message] = ()) -> list[int]:
+    """A conversation, after these messages, up to where the fact is to be answered."""
+    messages = [*before, {"role": "user", "content": fact.asked}]
+    return _ids(tokenizer, chat_text(tokenizer, messages, answer=True))
+
+
+def asked_ids(facts: Sequence[ToldFact], tokenizer: Any, before: Sequence[Message] = ()) -> AskedIds:
+    """A conversation, after these messages, that asks for the given facts one after the other, with their answers."""
+    messages, ids, values, done = list(before), list[int](), [], ""
+    for fact in facts:
+        messages.append({"role": "user", "content": fact.asked})
+        prompt = chat_text(tokenizer, messages, answer=True)
+        lead, value = prompt[len(done) :] + fact.before, fact.value
+        if lead.endswith(" ") and not value[0].isdigit():
+            lead, value = lead[:-1], " " + value  # the space belongs to the word's token
+        ids += _ids(tokenizer, lead)
+        first = len(ids)
+        ids += _ids(tokenizer, value)
+        values.append((first, len(ids)))
+        messages.append({"role": "assistant", "content": fact.before + fact.value + fact.after})
+        done = chat_text(tokenizer, messages, answer=False)
+        ids += _ids(tokenizer, done[len(prompt) + len(fact.before + fact.value) :])
+    return AskedIds(ids, values)
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Message], *, answer: bool) -> str:
+    """The text of a conversation; with ``answer`` it ends where the assistant begins to speak."""
+    if getattr(tokenizer, "chat_template", None):
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer))
+    lines = "".join(f"{message['role'].capitalize()}: {message['content']}\n" for message in messages)
+    return lines + "Assistant: " * answer
+
+
+def _messages(facts: Sequence[ToldFact], draw: random.Random) -> Iterator[Message]:
+    for fact in facts:
+        yield {"role": "user", "content": draw.choice(_BEFORE) + fact.said + draw.choice(_AFTER)}
+        yield {"role": "assistant", "content": draw.choice(_REPLIES)}
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@lru_cache
+def _table(name: str) -> list[list[str]]:
+    """The lines of a table of this package, without its heads."""
+    lines = files(__package__).joinpath(name).read_text(encoding="utf-8").splitlines()
+    return [line.split("\t") for line in lines[1:]]
+
+
+@lru_cache
+def _values(pool: str, held_out: bool) -> list[str]:
+    """Of a line of told_values.tsv, of a range of numbers (``2-30``), or times of day."""
+    words = dict(_table("told_values.tsv")).get(pool)
+    if pool == "times":
+        values = [f"{hour}:{minute:02d}" for hour in range(1, 13) for minute in (5, 10, 20, 25, 35, 40, 50, 55)]
+    elif words is not None:
+        values = words.split()
+    else:
+        first, last = map(int, pool.split("-"))
+        values = [str(number) for number in range(first, last + 1)]
+    if pool in _ALWAYS:
+        return values
+    values = random.Random(pool).sample(values, len(values))  # lists of neighbours are not held out in a pattern
+    return [value for number, value in enumerate(values) if (number % 4 == 3) == held_out]

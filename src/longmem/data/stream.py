@@ -5,7 +5,8 @@ B rows of this process, W processes · T tokens of a segment or window
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,8 +22,7 @@ IGNORE = -100
 _ORDER, _PRACTICE = 1, 2
 
 
-@dataclass(frozen=True)
-class SegmentBatch:
+class SegmentBatch(NamedTuple):
     """The current segment of every row of this process.
 
     Attributes:
@@ -61,9 +61,7 @@ class SegmentStream:
     the next one of a shuffled queue, shuffled anew for every pass.
 
     Args:
-        corpus: the documents.
-        window: T, tokens of a segment.
-        rows: B, rows of this process, the ``rank``-th of ``world`` (W).
+        rows: B, of this process, the ``rank``-th of ``world`` (W).
         seed: order of the documents; None keeps theirs.
         piece_tokens: longer documents are dealt out in consecutive pieces of so many tokens, each a text of its own;
             0 keeps documents whole. With fewer texts than rows, documents are cut until every row has one.
@@ -93,7 +91,6 @@ class SegmentStream:
                 f"the corpus has {corpus.num_tokens} tokens, too few for {total} rows of data.window ({window}); "
                 "give more text, fewer optim.rows or a smaller window"
             )
-        self._order: tuple[int, NDArray[np.int64]] | None = None
         self.taken = 0
         # of every row of every process: which piece, and how far
         self._piece = [self._take() for _ in range(total)]
@@ -116,23 +113,16 @@ class SegmentStream:
         return self.taken / len(self.pieces)
 
     def state_dict(self) -> dict[str, Any]:
-        where = {"taken": self.taken, "piece": list(self._piece), "done": list(self._done)}
-        return where | {"corpus": self.corpus.fingerprint, "pieces": len(self.pieces)}
+        """The place in the text, of all rows."""
+        return {
+            "taken": self.taken, "piece": list(self._piece), "done": list(self._done),
+            "corpus": self.corpus.fingerprint, "pieces": len(self.pieces),
+        }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved position."""
-        if state["corpus"] != self.corpus.fingerprint or state["pieces"] != len(self.pieces):
-            raise CheckpointError(
-                f"the saved position is in other text ({state['pieces']} texts, this corpus has {len(self.pieces)}); "
-                "resume with the data and tokenizer that the run began with"
-            )
-        if len(state["piece"]) != len(self._piece):
-            raise CheckpointError(
-                f"the saved position has {len(state['piece'])} rows, this run has {len(self._piece)}; "
-                "keep optim.rows times the number of processes as it was"
-            )
-        self.taken = int(state["taken"])
-        self._piece, self._done = list(state["piece"]), list(state["done"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved place."""
+        _refuse_other_text(state, self.corpus)
+        self.taken, self._piece, self._done = int(state["taken"]), list(state["piece"]), list(state["done"])
 
     def _batch(self, lanes: list[tuple[Piece, int]], targets_in_all: int) -> SegmentBatch:
         shape = (len(lanes), self.window)
@@ -159,13 +149,22 @@ class SegmentStream:
     def _take(self) -> int:
         """The next text of the queue."""
         epoch, index = divmod(self.taken, len(self.pieces))
-        if self._order is None or self._order[0] != epoch:
-            order = np.arange(len(self.pieces))
-            if self.seed is not None:
-                np.random.default_rng([self.seed, epoch]).shuffle(order)
-            self._order = (epoch, order)
         self.taken += 1
-        return int(self._order[1][index])
+        return index if self.seed is None else int(_shuffled(len(self.pieces), self.seed, epoch)[1][index])
+
+
+@lru_cache(maxsize=2)  # for training and validation
+def _shuffled(count: int, *seed: int, phases: int = 1) -> tuple[int, NDArray[np.int64]]:
+    """The phase of a pass over the text, and ``count`` numbers in its order."""
+    random = np.random.default_rng(seed)
+    return int(random.integers(phases)), random.permutation(count)
+
+
+def _refuse_other_text(state: Mapping[str, Any], corpus: TokenCorpus) -> None:
+    if state["corpus"] != corpus.fingerprint:
+        raise CheckpointError(
+            "the saved place is in other text; resume with the data and tokenizer that the run began with"
+        )
 
 
 def _cut(corpus: TokenCorpus, piece_tokens: int) -> list[Piece]:
@@ -179,15 +178,9 @@ def _cut(corpus: TokenCorpus, piece_tokens: int) -> list[Piece]:
     return pieces
 
 
-@dataclass(frozen=True)
-class WindowBatch:
-    """One batch of pre-training.
-
-    Attributes:
-        ids: (B, T) long.
-        targets: (B, T) long, the next token; -100 where it cannot be known (the start of a repetition).
-        practice: (B,) bool, True at rows of copy practice.
-    """
+class WindowBatch(NamedTuple):
+    """Rows of pre-training: ids (B, T) long; targets (B, T) long, the next token, -100 where it cannot be known (the
+    start of a repetition); and whether each row is copy practice, (B,) bool."""
 
     ids: Tensor
     targets: Tensor
@@ -198,18 +191,15 @@ class WindowSampler:
     """Every window once per pass over the corpus, in random order, at a random phase in each pass.
 
     Row number n is a pure function of the seed and n: nothing but the count has to be saved, and W processes with
-    B rows each see what one process with W*B rows sees.
+    B rows each see what one process with W*B rows sees. A window may span documents.
 
     **Copy practice** (``repeat_fraction``) replaces a share of the rows. In such a row a passage of the window, of
     random length and place, occurs a second time further on, possibly after other text. In ``repeat_random`` of
     these rows all tokens are random, so that only copying helps; there, nothing but the repetition is scored. It is
     not in the paper: small models trained for minutes do not form the heads that find and continue an earlier
-    occurrence, and without them no key is worth remembering. It is training on a synthetic task; losses of practice
-    rows are reported apart from those of text.
+    occurrence, and without them no key is worth remembering. Losses of practice rows are reported apart.
 
     Args:
-        corpus: tokens to cut windows from; a window may span documents.
-        window: T.
         rows: B, of this process, the ``rank``-th of ``world``.
         special_ids: ids below this are never drawn as random tokens.
         vocab_size: V, the upper end of random tokens.
@@ -227,12 +217,11 @@ class WindowSampler:
         rank: int = 0,
         world: int = 1,
         special_ids: int = 0,
-        vocab_size: int | None = None,
+        vocab_size: int = 256,
     ) -> None:
         self.corpus, self.window, self.rows, self.seed = corpus, window, rows, seed
         self.repeat_fraction, self.repeat_random = repeat_fraction, repeat_random
-        self.rank, self.world, self.special_ids = rank, world, special_ids
-        self.vocab_size = vocab_size or int(np.iinfo(corpus.ids.dtype).max)
+        self.rank, self.world, self.special_ids, self.vocab_size = rank, world, special_ids, vocab_size
         self.position = 0
         # one window less than fits, so that every phase has as many
         self.per_pass = (corpus.num_tokens - 1) // window - 1
@@ -241,7 +230,6 @@ class WindowSampler:
                 f"the corpus has {corpus.num_tokens} tokens, which is less than two windows of data.window ({window}); "
                 "give more text or a smaller window"
             )
-        self._order: tuple[int, int, NDArray[np.int64]] | None = None
 
     def next(self) -> WindowBatch:
         """The next B rows of this process."""
@@ -257,19 +245,18 @@ class WindowSampler:
         return self.position / self.per_pass
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position, "seed": self.seed, "corpus": self.corpus.fingerprint}
+        """How many rows were drawn."""
+        return {"position": self.position, "corpus": self.corpus.fingerprint}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved position."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved place."""
+        _refuse_other_text(state, self.corpus)
         self.position = int(state["position"])
 
     def _row(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.bool_], np.bool_]:
         """(T + 1,) tokens, which of them cannot be predicted, and whether the row is practice."""
         epoch, index = divmod(number, self.per_pass)
-        if self._order is None or self._order[0] != epoch:
-            random = np.random.default_rng([self.seed, _ORDER, epoch])
-            self._order = (epoch, int(random.integers(self.window)), random.permutation(self.per_pass))
-        _, phase, order = self._order
+        phase, order = _shuffled(self.per_pass, self.seed, _ORDER, epoch, phases=self.window)
         start = phase + int(order[index]) * self.window
         tokens = self.corpus.ids[start : start + self.window + 1].astype(np.int64)
         hidden = np.zeros(len(tokens), dtype=bool)

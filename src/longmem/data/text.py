@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
-from itertools import chain, count, groupby, islice
+from functools import partial
+from itertools import chain, count, islice
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
@@ -73,8 +74,6 @@ class TextSource:
         include: patterns of document ids; empty takes all. ``*`` also matches ``/``.
         exclude: patterns of document ids that are left out.
         field: the text field of JSON lines and hub records.
-        group: ``file``: every file is a document; ``folder``: the text files below each top folder are joined, in the
-            order of their paths, into one document.
         undecodable: what happens to a file or line that is not UTF-8: ``skip`` leaves it out with a warning, and with
             it any line that is no JSON or has no text; ``replace`` puts U+FFFD in place of what cannot be decoded.
         option: how errors tell the user to change one of these settings: ``"pass --{} {}"``; empty: they do not.
@@ -85,7 +84,6 @@ class TextSource:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     field: str = "text"
-    group: Literal["file", "folder"] = "file"
     undecodable: Literal["error", "skip", "replace"] = "error"
     option: str = ""
 
@@ -96,7 +94,7 @@ class TextSource:
 
     def fingerprint(self) -> str:
         """Hash of every file's bytes and of the settings: equal text gives an equal fingerprint."""
-        settings = {**asdict(self), "paths": []}
+        settings = {**asdict(self), "paths": [], "group": "file"}  # groups were a setting once
         del settings["option"]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for path in expand(self.paths):
@@ -118,20 +116,16 @@ def numbered(names: Sequence[str]) -> list[str]:
     return found
 
 
-def read_documents(paths: TextSource | Iterable[str | Path], **settings: Any) -> Iterator[Document]:
-    """Every document of a source, in a fixed order.
-
-    Args:
-        paths: a ``TextSource``, or its paths.
-        settings: the other fields of ``TextSource``, where ``paths`` are paths.
+def read_documents(source: TextSource | Iterable[str | Path]) -> Iterator[Document]:
+    """Every document of a source, or of paths, in a fixed order.
 
     Raises:
         DataError: a path is missing, empty, not UTF-8 or holds no text; names the path and the way out.
     """
-    source = paths if isinstance(paths, TextSource) else TextSource(tuple(str(path) for path in paths), **settings)
+    if not isinstance(source, TextSource):
+        source = TextSource(tuple(str(path) for path in source))
     # at once: a relative path means the folder of this call, also where the documents are read later
-    documents = _read_all(expand(source.paths), source)
-    return _grouped(documents) if source.group == "folder" else documents
+    return _read_all(expand(source.paths), source)
 
 
 def read_stream(stream: BinaryIO, name: str, *, lines: bool = False, **settings: Any) -> Iterator[Document]:
@@ -266,79 +260,36 @@ def _is_text(name: str, where: str, source: TextSource) -> bool:
     return bool(suffix) and suffix in (".jsonl", *ARCHIVES, *map(str.lower, source.suffixes))
 
 
-def _unreadable(source: TextSource, where: str, fault: str, way_out: str, option: str, value: str) -> None:
-    """A file or line that cannot be read: an error, or where ``undecodable`` says so a warning.
-
-    ``value`` of the setting ``option`` is another way out.
-    """
-    if source.undecodable != "skip":
-        other = ", or " + source.option.format(option, value) if source.option else ""
-        raise DataError(f"{where}: {fault}; {way_out}{other}")
-    log.warning("%s: %s; skipped", where, fault)
+class _Unreadable(Exception):
+    """A file or line: the fault, the way out, and the setting with its value that is another way out."""
 
 
-def _not_utf8(source: TextSource, where: str, fault: str) -> None:
-    fault = f"not UTF-8 text ({fault})"
-    _unreadable(source, where, fault, "convert it, exclude it", "undecodable", "skip or replace")
+def _read_one(where: str, source: TextSource, read: Callable[[], Document | None]) -> Iterator[Document]:
+    """What ``read`` finds, if anything; what is unreadable is an error, or where ``undecodable`` says so a warning."""
+    try:
+        document = read()
+    except _Unreadable as problem:
+        fault, way_out, *setting = problem.args
+        if source.undecodable != "skip":
+            other = f", or {source.option.format(*setting)}" if source.option else ""
+            raise DataError(f"{where}: {fault}; {way_out}{other}") from problem
+        log.warning("%s: %s; skipped", where, fault)
+        return
+    if document is not None and document.text.strip():
+        yield document
 
 
 def _read_text(stream: BinaryIO, name: str, where: str, source: TextSource) -> Iterator[Document]:
-    text = _decoded(stream.read(), where, source)
-    if text is not None and text.strip():
-        yield Document(_whole(name), text.replace("\r\n", "\n"), where)
+    def read() -> Document:
+        return Document(_whole(name), _decoded(stream.read(), source).replace("\r\n", "\n"), where)
+
+    yield from _read_one(where, source, read)
 
 
 def _read_lines(stream: BinaryIO, name: str, path: str, source: TextSource) -> Iterator[Document]:
     for number, line in enumerate(stream, 1):
-        text = _decoded(line, f"{path}:{number}", source)
-        if text is not None and text.strip():
-            yield from _read_line(text, f"{_whole(name)}:{number}", path, number, source)
-
-
-def _decoded(data: bytes, where: str, source: TextSource) -> str | None:
-    try:
-        text = data.decode("utf-8", errors="replace" if source.undecodable == "replace" else "strict")
-    except UnicodeDecodeError as error:
-        _not_utf8(source, where, f"byte 0x{data[error.start]:02x} at offset {error.start}")
-        return None
-    return text.removeprefix("\ufeff")
-
-
-def _read_line(line: str, name: str, path: str, number: int, source: TextSource) -> Iterator[Document]:
-    where = f"{path}:{number}"
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-        fault = f"not JSON ({getattr(error, 'msg', error)}), every line must be one JSON object"
-        _unreadable(source, where, fault, "mend the line", "undecodable", "skip")
-        return
-    # JSON can spell half of a pair, which no text can hold: "\ud83d" where an emoji was cut in two
-    if "\\ud" in line.lower() and (half := _SURROGATE.search(flat := json.dumps(record, ensure_ascii=False))):
-        if source.undecodable != "replace":
-            _not_utf8(source, where, f"half of a character, \\u{ord(half[0]):04x}")
-            return
-        record = json.loads(_whole(flat))
-    yield from _read_record(record, name, path, number, source)
-
-
-def _read_record(record: Any, name: str, path: str, line: int | None, source: TextSource) -> Iterator[Document]:
-    where = path if line is None else f"{path}:{line}"
-    if not isinstance(record, dict):
-        fault = f"{record!r:.40} is no object with a text field"
-        _unreadable(source, where, fault, "mend the line", "undecodable", "skip")
-        return
-    text, given = record.get(source.field), record.get("id")
-    if not isinstance(text, str):
-        fault = f"no text in the field {source.field!r} (fields: {', '.join(record) or 'none'})"
-        _unreadable(source, where, fault, "rename the field that has it", "field", "NAME")
-        return
-    if isinstance(given, dict | list):
-        fault = f"the field 'id' is no name: {given!r:.40}"
-        _unreadable(source, where, fault, "mend the line", "undecodable", "skip")
-        return
-    name = name if given is None or not str(given).strip() else str(given)
-    if source.wants(name) and text.strip():
-        yield Document(name, text, path, {key: value for key, value in record.items() if key != source.field}, line)
+        read = partial(_line, line, f"{_whole(name)}:{number}", path, number, source)
+        yield from _read_one(f"{path}:{number}", source, read)
 
 
 def _read_hub(path: str, source: TextSource) -> Iterator[Document]:
@@ -353,18 +304,51 @@ def _read_hub(path: str, source: TextSource) -> Iterator[Document]:
         reason = f"cannot be loaded ({first_line(error)})"
         raise DataError(f"{path}: the hub data set {reason}; write hub:NAME:CONFIG:SPLIT") from error
     for number, record in enumerate(records):
-        yield from _read_record(record, f"{name}:{number}", path, None, source)
+        yield from _read_one(path, source, partial(_document, record, f"{name}:{number}", path, None, source))
 
 
-def _grouped(documents: Iterator[Document]) -> Iterator[Document]:
-    """Join the files of each top folder; a file outside any folder stays a document of its own."""
+def _not_utf8(fault: str) -> _Unreadable:
+    return _Unreadable(f"not UTF-8 text ({fault})", "convert it, exclude it", "undecodable", "skip or replace")
 
-    def top(document: Document) -> str:
-        return PurePosixPath(document.id).parts[0]
 
-    for name, files in groupby(sorted(documents, key=lambda d: (top(d), d.id)), key=top):
-        members = list(files)
-        yield Document(name, "\n\n".join(member.text for member in members), members[0].source)
+def _decoded(data: bytes, source: TextSource) -> str:
+    try:
+        text = data.decode("utf-8", errors="replace" if source.undecodable == "replace" else "strict")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(f"byte 0x{data[error.start]:02x} at offset {error.start}") from error
+    return text.removeprefix("\ufeff")
+
+
+def _line(data: bytes, name: str, path: str, number: int, source: TextSource) -> Document | None:
+    line = _decoded(data, source)
+    if not line.strip():
+        return None
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+        fault = f"not JSON ({getattr(error, 'msg', error)}), every line must be one JSON object"
+        raise _Unreadable(fault, "mend the line", "undecodable", "skip") from error
+    # JSON can spell half of a pair, which no text can hold: "\ud83d" where an emoji was cut in two
+    if "\\ud" in line.lower() and (half := _SURROGATE.search(flat := json.dumps(record, ensure_ascii=False))):
+        if source.undecodable != "replace":
+            raise _not_utf8(f"half of a character, \\u{ord(half[0]):04x}")
+        record = json.loads(_whole(flat))
+    return _document(record, name, path, number, source)
+
+
+def _document(record: Any, name: str, path: str, line: int | None, source: TextSource) -> Document | None:
+    """Of a record; None where it is not wanted."""
+    if not isinstance(record, dict):
+        raise _Unreadable(f"{record!r:.40} is no object with a text field", "mend the line", "undecodable", "skip")
+    text, given = record.get(source.field), record.get("id")
+    if not isinstance(text, str):
+        fault = f"no text in the field {source.field!r} (fields: {', '.join(record) or 'none'})"
+        raise _Unreadable(fault, "rename the field that has it", "field", "NAME")
+    if isinstance(given, dict | list):
+        raise _Unreadable(f"the field 'id' is no name: {given!r:.40}", "mend the line", "undecodable", "skip")
+    name = name if given is None or not str(given).strip() else str(given)
+    others = {key: value for key, value in record.items() if key != source.field}
+    return Document(name, text, path, others, line) if source.wants(name) else None
 
 
 def _files_of(path: Path) -> list[tuple[Path, str]]:
@@ -398,9 +382,8 @@ def _nothing_in(path: str, source: TextSource) -> str:
 # Python packages: real long text that every machine has. Source refers back to itself over long distances (names,
 # signatures, whole idioms), which is what a memory is for.
 
-STDLIB = "stdlib"
-TEST = {STDLIB: ("email", "http", "logging", "xmlrpc"), "packages": ("click", "networkx", "rich", "jinja2")}
-"""Held out to be measured on, and never trained on."""
+HELD_OUT = ("email", "http", "logging", "xmlrpc")
+"""Packages of the standard library that are measured on, and never trained on."""
 # Tests and other people's packages differ from machine to machine; the rest are tables, not text that refers back.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "encodings", "pydoc_data"}
 SHORTEST = 2_000

@@ -23,8 +23,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from longmem.config import TrainingFreeConfig
+from longmem.data.facts import asked_ids, told_ids, told_session
 from longmem.data.tokens import check_tokenizer
-from longmem.data.told import asked_ids, told_ids, told_session
 from longmem.errors import BackboneError, ConfigError, DataError
 from longmem.evaluation.results import Json, write_json
 from longmem.memory import MemoryBank

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from longmem.data.told import asked_ids, told_ids, told_session
+from longmem.data.facts import asked_ids, told_ids, told_session
 from longmem.errors import ConfigError, DataError
 from longmem.memory import MemoryBank
 from longmem.modeling.baselines import TrainingFree

@@ -1,14 +1,13 @@
 """What a run needs, before it begins: memory of a device, hours, device-hours. Arithmetic over shapes, good to a fifth.
 
-Parameters are counted on the real architecture, built without its memory (torch's meta device). One FLOP is one
-addition or one multiplication: a matrix of P weights costs a token 2P forward and twice that backward where inputs and
-weights need gradients. Attention is counted over the whole segment, because kernels that take a mask compute all of it.
-What no shape tells is an assumption: ``RESERVE``, and the share of its peak that a device reaches.
+Parameters are counted on the real architecture, built on torch's meta device. One FLOP is one addition or one
+multiplication: a matrix of P weights costs a token 2P forward and twice that backward where inputs and weights need
+gradients. Attention is counted over the whole segment, because kernels that take a mask compute all of it. What no
+shape tells is an assumption: ``RESERVE``, and the share of its peak that a device reaches.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from longmem.config import side_layout
 from longmem.errors import ConfigError, first_line
 from longmem.modeling.families import Family
+from longmem.progress import clock
 from longmem.training.models import backbone_shape
 from longmem.training.recipe import Recipe
 
@@ -55,8 +55,7 @@ HARDWARE = {
 TF32. The CPU: two cores that finish 32 float32 operations per clock of 3 GHz."""
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """What a run needs on a machine.
 
     Attributes:
@@ -89,18 +88,17 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """The estimate as a table."""
-        machine = HARDWARE[self.machine]
-        memory = ", ".join(f"{name} {count / GIB:.2f}" for name, count in self.bytes.items() if count)
+        devices, memory = HARDWARE[self.machine].devices, HARDWARE[self.machine].memory
+        parts = ", ".join(f"{name} {count / GIB:.2f}" for name, count in self.bytes.items() if count)
         work = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in self.flops.items() if count)
         fits = "fits" if self.fits else "DOES NOT FIT"
-        time = f"{self.hours:,.1f} hours" if self.hours >= 1 else f"{self.hours * 60:.1f} minutes"
         return [
             f"parameters  {self.parameters:,} in the backbone, {self.trained:,} trained",
-            f"memory      {self.gib:.2f} of {machine.memory} GiB per device, {fits} ({memory})",
+            f"memory      {self.gib:.2f} of {memory} GiB per device, {fits} ({parts})",
             f"work        {sum(self.flops.values()) / 1e9:.2f} GFLOP a token ({work})",
-            f"time        {time} on {self.machine} for {self.tokens:,} tokens",
-            f"speed       {machine.devices / self.seconds:,.0f} tokens/s at {REACHED:.0%} of the peak",
-            f"cost        {self.hours * machine.devices:,.1f} device-hours",
+            f"time        {clock(3600 * self.hours)} on {self.machine} for {self.tokens:,} tokens",
+            f"speed       {devices / self.seconds:,.0f} tokens/s at {REACHED:.0%} of the peak",
+            f"cost        {self.hours * devices:,.1f} device-hours",
         ]
 
 
@@ -154,8 +152,8 @@ def estimate(recipe: Recipe, machine: str, backbone: PreTrainedConfig | None = N
     one = 2 * width + 2 * dim * (heads + heads_kv) + inner * (3 if gated else 2)
     states = len(chosen) * width + one if optim.gradient_checkpointing else len(chosen) * one
     remembered = stored[side.memory_dtype or ("bfloat16" if half else "float32")]
-    layers_kept = max(1, len(side.memory_layers or ())) if side.memory_layers != "auto" else 1
-    bank = memory * heads_kv * dim * layers_kept * (2 * remembered + 4 / side.chunk_size)
+    kept_layers = len(side.memory_layers) if isinstance(side.memory_layers, tuple) else 1
+    bank = optim.rows * memory * heads_kv * dim * kept_layers * (2 * remembered + 4 / side.chunk_size)
     sizes = {
         "backbone": total * (kept or stored.get(recipe.backbone.dtype or "", number)) / world if frozen else 0,
         # autocast keeps a cast copy of float32 weights; gradients and two moments are float32
@@ -163,7 +161,7 @@ def estimate(recipe: Recipe, machine: str, backbone: PreTrainedConfig | None = N
         "activations": positions * (states + (len(chosen) + 2) * width) * number,
         # as computed and in float32 for the loss, and their gradients
         "logits": positions * vocab * 2 * (number + 4),
-        "bank": bank * (1 if side.shared else optim.rows),
+        "bank": bank,
         "reserve": RESERVE,
     }
     return Estimate(machine, total, trained, tokens, sizes, flops, seconds)

@@ -38,18 +38,17 @@ def build_model(
 ) -> PreTrainedModel:
     """The model, its trained weights in float32, where it was loaded."""
     model: Any
-    layers = _layers(recipe, tokenizer, device, texts, quiet)
     if recipe.task == "pretrain":
         model = trained = _causal(recipe, tokenizer)
-    elif recipe.method == "memtrm":
-        # what the recipe says of a SideNet means nothing here
-        dtype = named_dtype(recipe.backbone.dtype or "float32")
-        path = str(recipe.backbone.path)
-        model = MemTRM.from_backbone(path, dtype=dtype, gate=recipe.sidenet.gate, **_memory(recipe, layers))
-        trained = model.backbone.model
     else:
-        model = _longmem(recipe, device, layers)
-        trained = model.sidenet
+        memory = _memory(recipe, tokenizer, device, texts, quiet)
+        if recipe.method == "memtrm":
+            dtype = named_dtype(recipe.backbone.dtype or "float32")
+            model = MemTRM.from_backbone(str(recipe.backbone.path), dtype=dtype, gate=recipe.sidenet.gate, **memory)
+            trained = model.backbone.model
+        else:
+            model = _longmem(recipe, device, memory)
+            trained = model.sidenet
     set_dropout(trained, recipe.optim.dropout)
     if recipe.optim.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -58,12 +57,6 @@ def build_model(
                 "to false and take fewer optim.rows with more optim.accumulate"
             )
         model.gradient_checkpointing_enable()
-    known = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > known:
-        raise ConfigError(
-            f"data.tokenizer has {len(tokenizer)} tokens, backbone.path ({recipe.backbone.path}) embeds {known}; "
-            "use the tokenizer that the backbone was trained with"
-        )
     return model  # type: ignore[no-any-return]
 
 
@@ -76,8 +69,6 @@ def backbone_shape(recipe: Recipe, vocab_size: int | None = None, **settings: An
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         intermediate_size=shape.intermediate_size,
-        activation=shape.activation,
-        layer_norm_epsilon=shape.layer_norm_epsilon,
         max_position_embeddings=recipe.data.window,
         **settings,
     )
@@ -106,6 +97,11 @@ def runs_bf16(precision: str, device: torch.device) -> bool:
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" and multiplies
 
 
+def half_or_single(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """What a recipe leaves open: bfloat16 where a GPU computes in it, else float32."""
+    return torch.bfloat16 if device.type != "cpu" and runs_bf16(recipe.optim.precision, device) else torch.float32
+
+
 def named_dtype(name: str | None) -> torch.dtype | None:
     """``bfloat16`` -> ``torch.bfloat16``; None and ``auto`` stay None."""
     return None if name in (None, "auto") else getattr(torch, str(name))
@@ -127,52 +123,45 @@ def _causal(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
     return AlibiGPTForCausalLM(backbone_shape(recipe, len(tokenizer), dropout=recipe.optim.dropout, **special))
 
 
-def _memory(recipe: Recipe, layers: Any) -> dict[str, Any]:
-    names = ("fusion", "chunk_size", "num_retrieved", "memory_size")
-    settings = {name: getattr(recipe.sidenet, name) for name in names}
-    return {"revision": recipe.backbone.revision, "memory_layers": layers} | settings
-
-
-def _layers(
+def _memory(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, texts: TokenCorpus, quiet: bool
-) -> Any:
-    """What ``from_backbone`` takes as ``memory_layers``.
-
-    ``auto`` measures on the longest documents, once: the run's folder keeps what was found, also for a run that goes
-    on.
-    """
-    side, placed = recipe.sidenet, recipe.backbone.quantised is not None or recipe.backbone.device_map is not None
-    if side.memory_layers != "auto":
-        return side.memory_layers
-    longest = np.argsort(-np.diff(texts.bounds), kind="stable")[:AUTO_DOCUMENTS]
-    choose = best_layers(
-        [torch.from_numpy(texts.document(int(number))[:AUTO_TOKENS]) for number in longest],
-        tokenizer,
-        kept=recipe.out_dir / "layers.json",
-        device=None if placed else device,
-        stride=side.stride if recipe.method == "longmem" else None,
-        chunk_size=side.chunk_size,
-        num_retrieved=side.num_retrieved,
-        quiet=quiet,
-    )
-
-    def once(model: PreTrainedModel) -> tuple[int, ...] | None:
-        with PartialState().main_process_first():
-            return choose(model)
-
-    return once
-
-
-def _longmem(recipe: Recipe, device: torch.device, layers: Any) -> LongMem:
+) -> dict[str, Any]:
+    """Arguments of ``from_backbone``. Layers that are ``auto`` are measured on the longest documents, once: the run's
+    folder keeps what was found, also for a run that goes on."""
     side, named = recipe.sidenet, recipe.backbone
-    halved = torch.bfloat16 if runs_bf16(recipe.optim.precision, device) and device.type != "cpu" else torch.float32
-    dtype = halved if named.dtype is None else named_dtype(named.dtype)
+    names = ("memory_layers", "fusion", "chunk_size", "num_retrieved", "memory_size")
+    settings = {name: getattr(side, name) for name in names} | {"revision": named.revision}
+    if side.memory_layers == "auto":
+        longest = np.argsort(-np.diff(texts.bounds), kind="stable")[:AUTO_DOCUMENTS]
+        choose = best_layers(
+            [torch.from_numpy(texts.document(int(number))[:AUTO_TOKENS]) for number in longest],
+            tokenizer,
+            kept=recipe.out_dir / "layers.json",
+            device=None if named.quantised or named.device_map else device,
+            stride=side.stride if recipe.method == "longmem" else None,
+            chunk_size=side.chunk_size,
+            num_retrieved=side.num_retrieved,
+            quiet=quiet,
+        )
+
+        def once(model: PreTrainedModel) -> tuple[int, ...] | None:
+            with PartialState().main_process_first():
+                return choose(model)
+
+        settings["memory_layers"] = once
+    return settings
+
+
+def _longmem(recipe: Recipe, device: torch.device, memory: dict[str, Any]) -> LongMem:
+    side, named, half = recipe.sidenet, recipe.backbone, half_or_single(recipe, device)
+    dtype = half if named.dtype is None else named_dtype(named.dtype)
     if side.start is not None:
         return _go_on(recipe, dtype)
+    if side.final_state is not None:
+        memory["final_state"] = side.final_state
     loading: dict[str, Any] = {} if named.device_map is None else {"device_map": named.device_map}
     if named.quantised is not None:
-        loading = {"device_map": {"": device}, **loading, "quantization_config": quantization(named.quantised, halved)}
-    settings: dict[str, Any] = {} if side.final_state is None else {"final_state": side.final_state}
+        loading = {"device_map": {"": device}, **loading, "quantization_config": quantization(named.quantised, half)}
     model = LongMem.from_backbone(
         str(named.path),
         dtype=dtype,
@@ -181,8 +170,7 @@ def _longmem(recipe: Recipe, device: torch.device, layers: Any) -> LongMem:
         stride=side.stride,
         init=side.init,
         trained=side.trained,
-        **_memory(recipe, layers),
-        **settings,
+        **memory,
     )
     biases = [gate.bias for gate in model.sidenet.gates] if model.sidenet.gates else [model.sidenet.memory_gate]
     for bias in biases:
@@ -285,7 +273,7 @@ def undivided(tensor: Any) -> Any:
 
 
 def lr_share(optim: OptimSection, done: float) -> float:
-    """Share of the peak rate after ``done`` (0 to 1) of the run; 0 at its end, except for ``constant``."""
+    """Share of the peak rate after ``done`` (0 to 1) of the run."""
     if done < optim.warmup:
         return done / optim.warmup
     left = min(1.0, max(0.0, (1 - done) / max(1 - optim.warmup, 1e-9)))
@@ -293,15 +281,11 @@ def lr_share(optim: OptimSection, done: float) -> float:
         return 0.5 * (1 - math.cos(math.pi * left))
     if optim.schedule == "wsd":
         return 1.0 if optim.decay_fraction == 0 else min(1.0, max(0.0, 1 - done) / optim.decay_fraction)
-    return 1.0 if optim.schedule == "constant" else float(left**optim.power)
+    return 1.0 if optim.schedule == "constant" else left
 
 
 class AdamWAndMuon(torch.optim.AdamW):
     """AdamW, and Muon (Jordan et al. 2024) for the groups that say ``muon``, as one optimiser with one state."""
-
-    def __init__(self, groups: list[dict[str, Any]], optim: OptimSection) -> None:
-        super().__init__(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
-        self._momentum = optim.muon_momentum
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -316,9 +300,7 @@ class AdamWAndMuon(torch.optim.AdamW):
                 self._muon(group)
 
     def _muon(self, group: dict[str, Any]) -> None:
-        muon = torch.optim.Muon(
-            group["params"], lr=group["lr"], weight_decay=group["weight_decay"], momentum=self._momentum
-        )
+        muon = torch.optim.Muon(group["params"], lr=group["lr"], weight_decay=group["weight_decay"])
         for weight in group["params"]:
             # AdamW looks for a step in every state that it loads
             self.state[weight].setdefault("step", torch.zeros(()))
@@ -344,5 +326,7 @@ def build_optimiser(named: Iterable[tuple[str, nn.Parameter]], optim: OptimSecti
     ordered = sorted(groups.items(), key=lambda group: group[0][:2] != (False, optim.lr))
     return AdamWAndMuon(
         [{"params": some, "muon": muon, "lr": rate, "weight_decay": decay} for (muon, rate, decay), some in ordered],
-        optim,
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
     )

@@ -60,16 +60,12 @@ class DataSection(Section):
     """Patterns of document ids that are left out everywhere."""
     field: str = "text"
     """Text field of JSON lines and hub records."""
-    documents: Literal["file", "folder"] = "file"
-    """folder: the files below each top folder are one document."""
     undecodable: Literal["error", "skip", "replace"] = "error"
     """What happens to a file that is not UTF-8."""
     tokenizer: str | None = None
     """Folder or hub id. None: pre-training learns one of ``vocab_size``, adaptation takes the backbone's."""
     vocab_size: Count = 8192
     """Of the tokenizer that pre-training learns."""
-    tokenizer_bytes: Count = 64_000_000
-    """How much text the tokenizer learns from."""
     window: Count = 1024
     """T: tokens of a pre-training row, and of an adaptation segment."""
     piece_tokens: CountOrZero = 0
@@ -95,10 +91,6 @@ class ModelSection(Section):
     """Width of the feed-forward; None: four times the hidden size."""
     vocab_size: Count | None = None
     """Rows of embedding and head; None: as many as the tokenizer has tokens."""
-    activation: str = "gelu_new"
-    """Of the feed-forward."""
-    layer_norm_epsilon: Positive = 1e-6
-    """Of every norm."""
     init: str | None = None
     """Folder or hub id of a model to go on from, instead of fresh weights."""
 
@@ -148,8 +140,6 @@ class SideNetSection(Section):
     """M, tokens that each row keeps; a multiple of S."""
     memory: bool = True
     """False: the control, the same SideNet, or backbone, trained without any memory."""
-    shared: bool = False
-    """One memory for all rows, as in the released code; rows then read each other's text."""
     boundary: Literal["keep", "reset"] = "keep"
     """What a row's memory does when its next text begins."""
     memory_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -176,8 +166,6 @@ class OptimSection(Section):
     """Peak learning rate of what AdamW trains."""
     muon_lr: Positive = 0.02
     """Learning rate of the weights that Muon trains."""
-    muon_momentum: Share = 0.95
-    """Of the running gradient."""
     gate_lr: Positive | None = None
     """Learning rate of the memory gates; None: ``lr``."""
     betas: tuple[float, float] = (0.9, 0.98)
@@ -187,21 +175,18 @@ class OptimSection(Section):
     weight_decay: typing.Annotated[float, Field(ge=0)] = 0.01
     """Of matrices; norms, biases and gates do not decay."""
     schedule: Literal["polynomial", "cosine", "wsd", "constant"] = "polynomial"
-    """All but constant end at a rate of zero; wsd is flat until its decay."""
-    power: Positive = 1.0
-    """Of the polynomial decay to zero; 1 is linear, the paper's."""
+    """polynomial: linear to zero (paper); wsd: flat until its decay. All but constant end at zero."""
     decay_fraction: Share = 0.3
     """wsd: share of the run, at its end, over which the rate falls linearly to zero."""
     warmup: Share = 0.02
     """Share of the run over which the rate rises linearly from zero."""
-    schedule_by: Literal["tokens", "time"] = "tokens"
-    """What the schedule follows: the token budget, or ``max_minutes``."""
     steps: Count | None = None
-    """The budget in optimiser steps; or give tokens."""
+    """The budget in optimiser steps; or give tokens, or max_minutes."""
     tokens: Count | None = None
-    """The budget in tokens of all rows and processes; or give steps."""
+    """The budget in tokens of all rows and processes."""
     max_minutes: Positive | None = None
-    """Stop cleanly after so long, over all resumed parts of the run."""
+    """Stop cleanly after so long, over all resumed parts of the run. Without steps and tokens it is the budget, and the
+    schedule follows the clock."""
     rows: Count = 8
     """Rows per process and forward pass."""
     accumulate: Count = 1
@@ -219,8 +204,11 @@ class OptimSection(Section):
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """Several processes: ddp, the whole model in each; fsdp, weights and optimiser divided among them (FSDP2). auto: as
     `accelerate launch` was told, else ddp."""
-    threads: CountOrZero = 0
-    """CPU threads; 0 leaves torch's choice."""
+
+    @property
+    def by_time(self) -> bool:
+        """Whether minutes are the budget."""
+        return self.max_minutes is not None and self.steps is None and self.tokens is None
 
 
 class NeedlesSection(Section):
@@ -228,8 +216,10 @@ class NeedlesSection(Section):
 
     share: Share = 0.0
     """Share of the steps that ask for hidden facts; the others read text as ever. 0: none."""
-    kinds: typing.Annotated[tuple[str, ...], Field(min_length=1)] = ("passkey",)
-    """Of facts: passkey, pair, multi, twohop."""
+    kinds: typing.Annotated[tuple[Literal["passkey", "pair", "multi", "twohop"], ...], Field(min_length=1)] = (
+        "passkey",
+    )
+    """Of facts, see ``draw_facts``: passkey, pair, multi, twohop."""
     rows: Count = 32
     """Questions of such a step."""
     repeats: Count = 4
@@ -277,8 +267,6 @@ class EvalSection(Section):
     """Finish with the weights of the lowest validation loss, not with the last ones."""
     patience: CountOrZero = 0
     """End the run after so many evaluations without a new lowest loss; 0 never does."""
-    copy_score: bool = True
-    """Pre-training: also measure how well the model copies from its context."""
 
 
 class Recipe(Section):
@@ -370,5 +358,4 @@ class Recipe(Section):
 
     def _source(self, paths: tuple[str, ...], include: tuple[str, ...], exclude: tuple[str, ...]) -> TextSource:
         data = self.data
-        option = "set data.{} = {}"
-        return TextSource(paths, data.suffixes, include, exclude, data.field, data.documents, data.undecodable, option)
+        return TextSource(paths, data.suffixes, include, exclude, data.field, data.undecodable, "set data.{} = {}")

@@ -25,11 +25,9 @@ from longmem.data.stream import WindowSampler
 from longmem.data.text import read_documents
 from longmem.data.tokens import check_tokenizer, load_tokenizer, tokenize, train_tokenizer
 from longmem.errors import ConfigError
-from longmem.progress import Progress
-from longmem.progress import clock as shown
-from longmem.training.adapt import LongMemTrainer
-from longmem.training.models import build_model, named_dtype, runs_bf16, wants_sharding
-from longmem.training.needles import NeedleTrainer
+from longmem.progress import Progress, clock
+from longmem.training.adapt import LongMemTrainer, NeedleTrainer
+from longmem.training.models import build_model, half_or_single, named_dtype, runs_bf16, wants_sharding
 from longmem.training.pretrain import Pretrainer
 from longmem.training.recipe import Recipe
 from longmem.training.trainer import StreamTrainer, agreed, list_checkpoints
@@ -38,6 +36,11 @@ log = logging.getLogger(__name__)
 SAME_TO_RESUME = ("data", "model", "backbone", "sidenet", "needles")
 ENDLESS = 10**9
 """Steps of a run by the clock, which has no number of them."""
+SHOWN = {
+    "loss": "loss {:.3f}", "perplexity": "ppl {:.2f}", "practice_loss": "practice {:.3f}", "lr": "lr {:.2e}",
+    "grad_norm": "grad {:.2f}", "tokens_per_second": "{:,.0f} tok/s", "memory_fill": "memory {:.0%}",
+}  # fmt: skip
+"""What of a log step stands in its line."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,6 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
     Raises:
         LongMemError: settings, text, backbone or checkpoint are at fault.
     """
-    if recipe.optim.threads:
-        torch.set_num_threads(recipe.optim.threads)
     divided = wants_sharding(recipe.optim.parallel)
     # the division is ours, see `shard`; and every process loads its weights
     os.environ.pop("ACCELERATE_USE_FSDP", None)
@@ -87,8 +88,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
     if recipe.eval.patience:
         trainer.add_callback(EarlyStoppingCallback(recipe.eval.patience))
     silent = quiet or not state.is_main_process
-    progress = Progress(f"{recipe.task} {recipe.run.name}", unit="steps", quiet=silent)
-    with _signals() as caught, progress:
+    with _signals() as caught, Progress(f"{recipe.task} {recipe.run.name}", unit="steps", quiet=silent) as progress:
         progress.say(_about(trainer, recipe))
         run = _Run(recipe, trainer, progress, caught, resume=resume)
         trainer.add_callback(run)
@@ -99,7 +99,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
         state.wait_for_everyone()
         step = trainer.state.global_step
         tokens = step * run.tokens_per_step
-        took = f"{step:,} steps, {tokens:,} tokens, {shown(trainer.seconds)}"
+        took = f"{step:,} steps, {tokens:,} tokens, {clock(trainer.seconds)}"
         progress.say(f"finished: {took}; model in {model_dir}" if model_dir else
                      f"stopped by a signal: {took}; checkpoint saved, go on with --resume")  # fmt: skip
     return TrainResult(
@@ -141,10 +141,9 @@ def build_trainer(recipe: Recipe, state: PartialState, *, divided: bool = False,
             repeat_random=data.repeat_random, rank=state.process_index, world=state.num_processes,
             special_ids=3 if data.tokenizer is None else 0, vocab_size=len(tokenizer),
         )  # fmt: skip
-        return Pretrainer(model, args, sampler=sampler, valid=valid, copy=recipe.eval.copy_score, **common)
+        return Pretrainer(model, args, sampler=sampler, valid=valid, **common)
     if recipe.needles.share:
         common["needles"] = recipe.needles
-    halved = args.bf16 and state.device.type != "cpu"
     return (NeedleTrainer if recipe.needles.share else LongMemTrainer)(
         model,
         args,
@@ -153,11 +152,9 @@ def build_trainer(recipe: Recipe, state: PartialState, *, divided: bool = False,
         window=data.window,
         memory=side.memory,
         memory_size=side.memory_size,
-        memory_dtype=named_dtype(side.memory_dtype) or (torch.bfloat16 if halved else torch.float32),
-        shared=side.shared,
+        memory_dtype=named_dtype(side.memory_dtype) or half_or_single(recipe, state.device),
         boundary=side.boundary,
         piece_tokens=data.piece_tokens,
-        compare=True,
         **common,
     )
 
@@ -204,17 +201,16 @@ def _arguments(recipe: Recipe, state: PartialState) -> TrainingArguments:
 class _Run(TrainerCallback):
     """Ends a run by the clock or a signal, and tells how it goes.
 
-    The main process writes ``metrics.jsonl``, a record for each log step and evaluation, and a line for each on stderr;
-    with ``resume`` the records of the steps before are kept.
+    Each log step and each evaluation is a record in ``metrics.jsonl``, which the main process writes, and a line on
+    stderr; with ``resume`` the records of the steps before are kept.
     """
 
     def __init__(
         self, recipe: Recipe, trainer: StreamTrainer, progress: Progress, caught: list[int], *, resume: bool
     ) -> None:
         self.recipe, self.trainer, self.progress, self.caught, self.resume = recipe, trainer, progress, caught, resume
-        self.main, self.path = trainer.is_world_process_zero(), recipe.out_dir / "metrics.jsonl"
+        self.path = recipe.out_dir / "metrics.jsonl"
         self.tokens_per_step = _tokens_per_step(recipe, PartialState())
-        self.evaluates = recipe.valid_source() is not None or (recipe.task == "pretrain" and recipe.eval.copy_score)
         self.stopped = False
         self.losses: list[float] = []
         self.evaluation: dict[str, Any] = {}
@@ -227,7 +223,7 @@ class _Run(TrainerCallback):
                     kept.append(line + "\n")
                     if record["kind"] == "eval":  # the last one still
                         self.evaluation = {k: v for k, v in record.items() if k not in ("kind", "step", "tokens")}
-        if self.main:
+        if state.is_world_process_zero:
             self.path.write_text("".join(kept), encoding="utf-8")
         if self.resume:
             self.progress.say(f"resumed at step {step:,}, {step * self.tokens_per_step:,} tokens")
@@ -241,7 +237,8 @@ class _Run(TrainerCallback):
         self.stopped = not over and agreed(bool(self.caught))
         if over or self.stopped:
             control.should_training_stop = control.should_log = control.should_save = True
-        control.should_evaluate = self.evaluates and (over or control.should_evaluate)
+        valid = self.recipe.valid_source() is not None
+        control.should_evaluate = valid and (over or control.should_evaluate)
         self.progress.advance()
         return control
 
@@ -257,36 +254,28 @@ class _Run(TrainerCallback):
         self.losses.append(loss)
         tokens = (step - self.since[0]) * self.tokens_per_step
         speed, self.since = tokens / max(seconds - self.since[1], 1e-9), (step, seconds)
-        ours = {"seconds": round(seconds, 2), "loss": loss, "perplexity": _perplexity(loss)}
-        ours |= {"lr": logs["learning_rate"], "grad_norm": logs["grad_norm"], "tokens_per_second": round(speed, 1)}
-        others = {name: value for name, value in logs.items() if name not in ("loss", "learning_rate", "grad_norm")}
-        self._record("train", step, ours | others)
+        record = {"seconds": round(seconds, 2), "perplexity": _perplexity(loss), "tokens_per_second": round(speed, 1)}
+        record |= {"lr" if name == "learning_rate" else name: value for name, value in logs.items()}
+        self._record("train", state, record)
 
+        parts = [f"step {step:,}" + (f"/{state.max_steps:,}" if state.max_steps < ENDLESS else "")]
+        parts += [form.format(record[name]) for name, form in SHOWN.items() if name in record]
+        if "share" in record:
+            parts.append(f"share {min(record['share']):.2f} to {max(record['share']):.2f}")
         left = seconds / max(step / state.max_steps, self.trainer.time_used(), 1e-9) - seconds
-        parts = [f"step {step:,}" + (f"/{state.max_steps:,}" if state.max_steps < ENDLESS else ""), f"loss {loss:.3f}"]
-        parts += [f"ppl {_perplexity(loss):.2f}"]
-        if "practice_loss" in logs:
-            parts += [f"practice {logs['practice_loss']:.3f}"]
-        if "memory_fill" in logs:
-            shares = logs["share"]
-            parts += [f"memory {logs['memory_fill']:.0%}", f"share {min(shares):.2f} to {max(shares):.2f}"]
-        parts += [f"lr {ours['lr']:.2e}", f"grad {ours['grad_norm']:.2f}", f"{speed:,.0f} tok/s"]
-        self.progress.say(" · ".join([*parts, f"{shown(max(0.0, left))} left"]))
+        self.progress.say(" · ".join([*parts, f"{clock(max(0.0, left))} left"]))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **_: Any) -> None:
         self.evaluation = {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()}
-        self._record("eval", state.global_step, self.evaluation)
-        parts = [f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
-                 if not name.startswith("loss") else f"{name} {value:.4f} (ppl {_perplexity(value):.3f})"
-                 for name, value in self.evaluation.items()]  # fmt: skip
-        self.progress.say(f"step {state.global_step:,} · valid · " + " · ".join(parts))
+        self._record("eval", state, self.evaluation)
+        losses = (f"{name} {value:.4f} (ppl {_perplexity(value):.3f})" for name, value in self.evaluation.items())
+        self.progress.say(" · ".join([f"step {state.global_step:,}", "valid", *losses]))
 
-    def _record(self, kind: str, step: int, record: dict[str, Any]) -> None:
-        if self.main:
+    def _record(self, kind: str, state: Any, record: dict[str, Any]) -> None:
+        if state.is_world_process_zero:
+            place = {"kind": kind, "step": state.global_step, "tokens": state.global_step * self.tokens_per_step}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(
-                    json.dumps({"kind": kind, "step": step, "tokens": step * self.tokens_per_step} | record) + "\n"
-                )
+                file.write(json.dumps(place | record) + "\n")
 
 
 def _perplexity(loss: float) -> float:
@@ -299,13 +288,9 @@ def _signals() -> Iterator[list[int]]:
     caught: list[int] = []
     before: dict[int, Any] = {}
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
     def on_signal(number: int, frame: FrameType | None) -> None:
         caught.append(number)
-        restore()
+        signal.signal(number, before[number])
 
     with suppress(ValueError):  # not the main thread: signals are someone else's
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -313,20 +298,20 @@ def _signals() -> Iterator[list[int]]:
     try:
         yield caught
     finally:
-        restore()
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _about(trainer: Any, recipe: Recipe) -> str:
+    """What is trained, on what."""
     count = f"{sum(weight.numel() for _, weight in trainer.trained()):,} parameters"
     text = f"{trainer.stream.corpus.num_tokens:,} tokens of {len(trainer.stream.corpus):,} documents"
     if recipe.task == "pretrain":
         return f"pre-training {count} on {text}"
+    what = "training a MemTRM" if recipe.method == "memtrm" else "adapting a SideNet"
     layers = ", ".join(map(str, trainer.longmem.memory_layers))
     memory = f"memory of layer {layers}" if recipe.sidenet.memory else "no memory (control)"
-    what = "training a MemTRM" if recipe.method == "memtrm" else "adapting a SideNet"
-    needles = recipe.needles
-    asked = f"; {needles.share:.0%} of the steps ask {needles.rows} times for {', '.join(needles.kinds)}"
-    return f"{what} of {count}, {memory}, on {text}, {len(trainer.stream.pieces):,} texts" + asked * bool(needles.share)
+    return f"{what} of {count}, {memory}, on {text}, {len(trainer.stream.pieces):,} texts"
 
 
 def _tokenizer(recipe: Recipe, main: bool) -> Any:
@@ -338,7 +323,7 @@ def _tokenizer(recipe: Recipe, main: bool) -> Any:
     if main and not folder.exists():
         log.info("learning a tokenizer of %d tokens", recipe.data.vocab_size)
         texts = (document.text for document in read_documents(recipe.train_source()))
-        train_tokenizer(texts, recipe.data.vocab_size, recipe.data.tokenizer_bytes).save_pretrained(str(folder))
+        train_tokenizer(texts, recipe.data.vocab_size).save_pretrained(str(folder))
     return load_tokenizer(folder)
 
 

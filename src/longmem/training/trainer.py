@@ -4,8 +4,7 @@ Trainer's own are the loop, accumulation, precision, DDP, callbacks, logging and
 are the order of the data, the optimiser of recipes, FSDP2 layer by layer, and checkpoints.
 
 A folder is a checkpoint once ``complete.json`` is in it, which is written when all other bytes are on the disk: a crash
-leaves the checkpoint before or the one after. Damage is found before anything is read. Not promised: that a disk which
-lies about ``fsync`` keeps it.
+leaves the checkpoint before or the one after. Damage is found before anything is read.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, reduce
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -75,18 +73,16 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 def agreed(value: Any) -> Any:
     """The main process's value in all processes."""
-    return value if PartialState().num_processes == 1 else broadcast_object_list([value])[0]
+    return broadcast_object_list([value])[0]
 
 
 class StreamTrainer(Trainer):
-    """See the module.
-
-    A subclass gives ``self.stream`` (``next``, ``epoch``, ``state_dict``, ``load_state_dict``), ``compute_loss`` and
-    ``evaluate``. Another training (distillation, search supervision) is another ``compute_loss``.
+    """See the module. A subclass gives ``compute_loss`` and ``evaluate``.
 
     Args:
         model: whose parameters with ``requires_grad`` are trained.
         args: as ever; ``max_steps`` must be set.
+        stream: gives the batches: ``next``, ``epoch``, ``state_dict``, ``load_state_dict``.
         optim: optimiser and schedule of a recipe; None takes those of ``args``.
         same: what a checkpoint must agree with to be resumed from, by name.
         tokenizer: saved with the model.
@@ -191,8 +187,8 @@ class StreamTrainer(Trainer):
 
     def _rate(self, step: int) -> float:
         """The rate in the middle of a step's slice of the run, so that no step has rate 0."""
-        by_time = self.optim.schedule_by == "time"
-        return lr_share(self.optim, self.time_used() if by_time else (step + 0.5) / self.args.max_steps)
+        done = self.time_used() if self.optim.by_time else (step + 0.5) / self.args.max_steps
+        return lr_share(self.optim, done)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         return undivided(super()._get_grad_norm(model, grad_norm))  # type: ignore[no-untyped-call]
@@ -324,10 +320,11 @@ class StreamTrainer(Trainer):
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
+        prefix = getattr(self.accelerator.unwrap_model(self.model), "weights_prefix", "")  # left away in its files
         try:
-            saved = saved_weights(folder)
+            saved = {n: value for file in folder.rglob("*.safetensors") for n, value in load_file(file).items()}
             for name, weight in self.trained():
-                value = saved[name].to(weight.device, weight.dtype)
+                value = saved[name.removeprefix(prefix)].to(weight.device, weight.dtype)
                 if isinstance(weight, DTensor):  # each process takes its own part, nothing is sent
                     value = distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None)
                 weight.copy_(value)
@@ -423,20 +420,6 @@ def verify(folder: Path) -> None:
         # earlier versions wrote the size too
         if not (folder / name).is_file() or _hash(folder / name) != (known if isinstance(known, str) else known[1]):
             raise CheckpointError(f"{folder / name}: is not what was written; {way_out(folder)}")
-
-
-def saved_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights in a checkpoint, by their names in the model."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return load_file(folder / "model.safetensors")
-    weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    files = {name: load_file(folder / name) for name in set(weight_map.values())}
-    # a SideNet's files, and a backbone's in a folder of its own, leave the first part of the names away
-    return {
-        name: files[file][name.removeprefix("sidenet.").removeprefix("backbone.model.")]
-        for name, file in weight_map.items()
-    }
 
 
 def way_out(folder: Path) -> str:

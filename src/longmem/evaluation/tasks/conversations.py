@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longmem.data.told import asked_ids, question_ids, told_ids, told_session
+from longmem.data.facts import asked_ids, question_ids, told_ids, told_session
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after, start_tokens
 from longmem.evaluation.results import Json
