@@ -191,7 +191,7 @@ def serve(host: str, port: int, keys: Path | None, new_key: str | None, **given:
 
 @click.command(epilog="Example: longmem demo sqlite3 my-book.txt --out runs/demo")
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
-@click.option("--model", help="Folder or hub id of a LongMem; default: SmolLM2-135M-Instruct with calibrated gates.")
+@click.option("--model", help="Folder or hub id of a LongMem; default: SmolLM2-135M-Instruct and its reader.")
 @folder_option("--out", default=Path("runs/demo"), help="Where all of it goes.")
 @options("seed", "json")
 def demo(texts: tuple[str, ...], model: str | None, out: Path, seed: int, as_json: bool) -> None:
