@@ -269,6 +269,7 @@ COMMANDS = [
         """,
         "--between 1k,16k,128k",
         option("--data", "text", multiple=True, help="Text between, see needle. Default: Python's standard library."),
+        option("--told", help="Your own facts: JSON lines of said, asked, and answer with the value in {braces}."),
         option("--between", default="1k,16k,128k", callback=token_counts, help="Tokens between, by comma."),
         option("--sessions", default=10, least=1, help="Conversations that tell facts."),
         option("--facts", default=10, least=1, help="Told in each conversation."),

@@ -180,6 +180,11 @@ def told_session(draw: random.Random, count: int, *, held_out: bool = False) -> 
         used.add(value)
         before, after = answer.split("{}")
         facts.append(ToldFact(said.format(value), asked, before, value, after))
+    return session_of(facts, draw)
+
+
+def session_of(facts: Sequence[ToldFact], draw: random.Random) -> Session:
+    """A conversation that tells these facts."""
     return Session(tuple(facts), tuple(_messages(facts, draw)))
 
 

@@ -13,12 +13,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longmem.data.facts import asked_ids, question_ids, told_ids, told_session
+from longmem.data.facts import ToldFact, asked_ids, question_ids, session_of, told_ids, told_session
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after, start_tokens
 from longmem.evaluation.results import Json
 from longmem.evaluation.systems import BACKBONE
-from longmem.evaluation.tasks import Example, Metric, Source, Task, drawn, of_form
+from longmem.evaluation.tasks import Example, Metric, Source, Task, digest_of, drawn, of_form
 from longmem.evaluation.tasks.hidden import read_haystack
 from longmem.evaluation.tasks.squad import f1_score
 from longmem.store.recall import PlainTexts, Recall
@@ -305,7 +305,28 @@ def bleu(prediction: str, answer: str) -> float:
 # facts told in another conversation
 
 IN_WINDOW = "in_window"
+TOLD = '{"said": "My boat is the Heron.", "asked": "What is my boat called?", "answer": "It is called the {Heron}."}'
 TELLING = 8192  # tokens that a session takes at most, for the size of memory
+
+
+def read_told(path: str | Path) -> list[ToldFact]:
+    """Facts of one's own: JSON lines of the form ``TOLD``, the value in braces.
+
+    Raises:
+        DataError: no such file, nothing in it, or a line is not of that form; names it.
+    """
+    path, found = Path(path), list[ToldFact]()
+    with of_form(path, f"the form {TOLD}", "name a file of such lines") as where:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            where.append(f"line {number}")
+            fact = json.loads(line)
+            parts = re.fullmatch(r"([^{}]*)\{([^{}]+)\}([^{}]*)", fact["answer"])
+            if parts is None:
+                raise ValueError("the answer has no value in braces")
+            found.append(ToldFact(_text(fact["said"]), _text(fact["asked"]), *parts.groups()))
+        if not found:
+            raise ValueError("nothing is in it")
+    return found
 
 
 @dataclass(eq=False, kw_only=True)
@@ -315,7 +336,8 @@ class FactsTask(Task):
     A system with memory reads the conversation that tells ten facts, and then the text between. In a new conversation
     it is asked for each fact by itself. ``in_window`` is the backbone with the telling conversation in its window, and
     no text between: what the model could know at best. Systems named ``+recall`` also have passages in their window
-    that text search finds for the question, in the conversation and in the text between.
+    that text search finds for the question, in the conversation and in the text between. ``told`` is a file of one's
+    own facts, ``facts`` of them in each conversation.
     """
 
     name = "facts"
@@ -326,6 +348,7 @@ class FactsTask(Task):
         Metric("named", "greedy answer names the value", "%"),
     )
     text: Sequence[str] = ()
+    told: str | None = None
     between: Sequence[int] = (1024, 16_384, 131_072)
     sessions: int = 10
     facts: int = 10
@@ -336,7 +359,11 @@ class FactsTask(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         draw = random.Random(f"{self.seed} facts")
-        self.told = [told_session(draw, self.facts, held_out=True) for _ in range(self.sessions)]
+        if self.told is not None:
+            own = read_told(self.told)
+            self.telling = [session_of(own[n : n + self.facts], draw) for n in range(0, len(own), self.facts)]
+        else:
+            self.telling = [told_session(draw, self.facts, held_out=True) for _ in range(self.sessions)]
         self._searched = lru_cache(maxsize=2)(self._search)
 
     @property
@@ -349,7 +376,8 @@ class FactsTask(Task):
         return [*found, *(replace(a, name=IN_WINDOW, label=label, whole=True) for a in askers if a.name == BACKBONE)]
 
     def source(self) -> Json:
-        return self.haystack.source()
+        told = [session.messages for session in self.telling]
+        return self.haystack.source() | {"told_digest": digest_of(told)}
 
     def examples(self) -> list[Example]:
         """Items are the number of a session, one of its facts, and the tokens between."""
@@ -357,7 +385,7 @@ class FactsTask(Task):
             Example(f"{length}-conversation {at}-{number}", f"{length:,} tokens between", f"conversation {at}",
                     (at - 1, fact, length))
             for length in self.between
-            for at, session in enumerate(self.told, 1)
+            for at, session in enumerate(self.telling, 1)
             for number, fact in enumerate(session.facts)
         ]  # fmt: skip
 
@@ -366,14 +394,14 @@ class FactsTask(Task):
         session, fact, between = example.item
         before: Sequence[dict[str, str]] = ()
         if asker.name == IN_WINDOW:
-            before = self.told[session].messages
+            before = self.telling[session].messages
         elif asker.recall:
             notes, _ = self._searched(session, between).notes(fact.asked, self.tokenizer, asker.recall)
             before = ({"role": "system", "content": notes},) if notes else ()
         whole = asked_ids([fact], self.tokenizer, before)
         (first, end), question = whole.values[0], question_ids(fact, self.tokenizer, before)
         contexts, value = (tuple(question), tuple(whole.ids[:first])), tuple(whole.ids[first:end])
-        told = told_ids(self.told[session], self.tokenizer)
+        told = told_ids(self.telling[session], self.tokenizer)
         memory = () if asker.name == IN_WINDOW else (*told, *self._between(session, between))
         return Prompt(contexts, (value,), self.new_tokens, memory)
 
@@ -383,7 +411,7 @@ class FactsTask(Task):
         return tuple(text[start : start + tokens].tolist())
 
     def _search(self, session: int, between: int) -> Recall:
-        told = "".join(f"{message['role']}: {message['content']}\n" for message in self.told[session].messages)
+        told = "".join(f"{message['role']}: {message['content']}\n" for message in self.telling[session].messages)
         other = self.tokenizer.decode(self._between(session, between))
         return Recall(PlainTexts({"conversation": told, "text": other}), "")
 
