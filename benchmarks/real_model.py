@@ -32,6 +32,9 @@ from typing import Any
 
 import numpy as np
 
+from longmem.evaluation.loading import PROJECT_SEPARATOR
+from longmem.evaluation.results import Bootstrap, percent
+
 SETS = ("books", "latex", "python")
 ICL = ("sst2", "mr", "subj", "sst5", "mpqa")
 RETRIEVED, PASSAGE, QUERY, STRIDE = 256, 128, 64, 256  # tokens: of the window, of a passage, of a query, of a move
@@ -329,7 +332,7 @@ def nats(model: Any, windows: list[tuple[list[int], int]]) -> float:
 
 
 def table(given: argparse.Namespace) -> None:
-    """Perplexity against the backbone's window of 1,024, as Markdown; ``longmem report OUT`` has every task."""
+    """Perplexity against the backbone's windows, as Markdown; ``longmem report OUT`` has every task."""
     results = {path.parent.name: json.loads(path.read_text()) for path in sorted(Path(given.out).glob("*/*.json"))}
     text = "\n".join(perplexities(results)) + "\n"
     (Path(given.out) / "table.md").write_text(text, encoding="utf-8")
@@ -337,13 +340,16 @@ def table(given: argparse.Namespace) -> None:
 
 
 def perplexities(results: dict[str, Any]) -> list[str]:
-    """Each set's systems: perplexity, and % against the backbone with a window of 1,024 on the same documents."""
+    """Each set's systems: perplexity, and % against windows of the backbone on the same documents.
+
+    Intervals draw projects, then their documents.
+    """
     found: dict[tuple[str, str], dict[str, dict[str, tuple[float, int]]]] = {}
     for name, result in results.items():
         if "documents" not in result:
             continue
         kind, of = name.split("-")[1], name.split("-")[2]
-        length = "long" if name.startswith("long") else "32k"
+        length = "long" if name.startswith("long") else "short"
         for document in result["documents"]:
             for protocol, systems in document["nll"].items():
                 for system, nll in systems.items():
@@ -352,23 +358,29 @@ def perplexities(results: dict[str, Any]) -> list[str]:
                         label = of if of.startswith("window") else "window1024"
                     place = found.setdefault((f"{kind}, {length}", protocol), {}).setdefault(label, {})
                     place[document["id"]] = (nll, document["tokens"])
-    lines = ["| texts | system | documents | perplexity | % against window 1,024 |", "|---|---|---:|---:|---:|"]
+    against = ("window1024", "window8192")
+    lines = [f"| texts | system | documents | perplexity | {' | '.join(f'% against {name}' for name in against)} |"]
+    lines += ["|---|---|---:|---:|---:|---:|"]
     for (kind, protocol), systems in found.items():
-        base = systems.get("window1024", {})
         for label, documents in sorted(systems.items()):
             count = sum(tokens for _, tokens in documents.values())
             value = math.exp(sum(nll for nll, _ in documents.values()) / count)
-            both = [name for name in documents if name in base]
-            change = ""
-            if both and label != "window1024":
-                gains = np.array([[documents[n][0] - base[n][0], documents[n][1]] for n in both])
-                draws = np.random.default_rng(0).integers(len(both), size=(2000, len(both)))
-                drawn = np.exp(gains[draws, 0].sum(1) / gains[draws, 1].sum(1))
-                low, high = np.quantile(drawn, [0.025, 0.975])
-                mean = math.exp(gains[:, 0].sum() / gains[:, 1].sum())
-                change = f"{100 * (mean - 1):+.1f} [{100 * (low - 1):+.1f}, {100 * (high - 1):+.1f}]"
-            lines.append(f"| {kind}, {protocol} | {label} | {len(documents)} | {value:.3f} | {change} |")
+            changes = [change(documents, systems.get(name, {})) if name != label else "" for name in against]
+            lines.append(f"| {kind}, {protocol} | {label} | {len(documents)} | {value:.3f} | {' | '.join(changes)} |")
     return lines
+
+
+def change(documents: dict[str, tuple[float, int]], others: dict[str, tuple[float, int]]) -> str:
+    """Of perplexity on the documents that both have, % [95 % interval]."""
+    both = [name for name in documents if name in others]
+    if not both:
+        return ""
+    gains = np.array([documents[name][0] - others[name][0] for name in both])
+    tokens = np.array([documents[name][1] for name in both], dtype=float)
+    mean = percent(gains.sum() / tokens.sum())
+    projects = [name.partition(PROJECT_SEPARATOR)[0] for name in both]
+    drawn = Bootstrap().interval(gains, tokens, "documents", projects, percent)
+    return f"{mean:+.1f}" + (f" [{drawn['low']:+.1f}, {drawn['high']:+.1f}]" if drawn else "")
 
 
 # data
