@@ -22,13 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from longmem.data.facts import KINDS, ToldFact, asked_ids, draw_facts, told_session
+from longmem.data.facts import KINDS, ToldFact, asked_ids, draw_facts, question_ids, told_session
 from longmem.data.facts import chat_text as chat  # the same words that calibration uses
 
 WINDOW, SEGMENTS = 1024, 8
 PIECE = WINDOW * SEGMENTS
-TEXT, DULL, ANSWER = 4, 1, 16
-"""Weights, in quarters: of text, of what surrounds an answer, of an answer's tokens."""
+TEXT, DULL, SAID, ANSWER = 4, 1, 8, 16
+"""Weights, in quarters: of text, of what surrounds an answer, of the words that give it, of its value."""
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Asked:
     ids: list[int]
     links: list[tuple[int, int, int]] = field(default_factory=list)  # (place, group's part, place in that part)
     answers: list[tuple[int, int]] = field(default_factory=list)
+    said: tuple[int, int] = (0, 0)  # the whole reply, where it is to be learned beside the value
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Maker:
         words: that stand for values of facts beside their own.
         seed: decides everything.
         held_out: facts of kinds and values that training never sees.
+        replies: draw more conversations, and give weight to all words of a reply, not to the value alone.
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class Maker:
         seed: int,
         *,
         held_out: bool = False,
+        replies: bool = False,
     ) -> None:
+        self.replies = replies
         self.tokenizer, self.documents, self.stories, self.words = tokenizer, documents, stories, words
         self.draw, self.random, self.held_out = random.Random(seed), np.random.default_rng(seed), held_out
 
@@ -87,7 +91,10 @@ class Maker:
     def asking(self, kind: str) -> tuple[NDArray[np.uint16], NDArray[np.uint8], list[tuple[int, int]]]:
         """A piece in which things are told and asked for."""
         text = self.text(kind).astype(np.int64).tolist()
-        groups = [make() for make in self.draw.sample((self.told, self.told, self.hidden, self.hidden, self.story), 3)]
+        makers = (self.told, self.told, self.hidden, self.hidden, self.story)
+        if self.replies:
+            makers = (self.told, self.told, self.told, self.hidden, self.story)
+        groups = [make() for make in self.draw.sample(makers, 3)]
         first = self.draw.randrange(1, SEGMENTS)
         asking = sorted({first, SEGMENTS - 1})
         inserts: dict[int, list[tuple[int, int]]] = {segment: [] for segment in range(SEGMENTS)}
@@ -156,6 +163,8 @@ class Maker:
             here = len(ids)
             ids += asked.ids
             weights += [DULL] * len(asked.ids)
+            first, last = asked.said
+            weights[here + first : here + last] = [SAID] * (last - first)
             for first, last in asked.answers:
                 weights[here + first : here + last] = [ANSWER] * (last - first)
             for place, part, offset in asked.links:
@@ -182,9 +191,12 @@ class Maker:
         left = list(facts)
         self.draw.shuffle(left)
         while left:
-            some = [left.pop() for _ in range(min(len(left), self.draw.choice((1, 1, 2, 4))))]
+            count = 1 if self.replies else self.draw.choice((1, 1, 2, 4))
+            some = [left.pop() for _ in range(min(len(left), count))]
             conversation = asked_ids(some, self.tokenizer)
             one = Asked(conversation.ids, answers=conversation.values)
+            if self.replies:
+                one.said = len(question_ids(some[0], self.tokenizer)), len(one.ids)
             for first, last in conversation.values:
                 at = _find(told, conversation.ids[first:last])
                 if at is not None:
@@ -279,6 +291,7 @@ def main() -> None:
     parser.add_argument("--asking", default="books=450,latex=225,python=225")
     parser.add_argument("--tokens", type=int, default=12_000_000, help="of each kind of document, at most")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--replies", action="store_true", help="learn whole replies, from more conversations")
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     documents: dict[str, list[NDArray[np.uint16]]] = {}
@@ -299,7 +312,7 @@ def main() -> None:
             words = sorted(set(names))[::2] + sorted(set(common))[::3]
     told = list(stories(Path(given.babi), f"qa[1-5]_*_{given.split}.txt", 30))
     print(len(words), "words", len(told), "stories", flush=True)
-    maker = Maker(tokenizer, documents, told, words, given.seed, held_out=given.split != "train")
+    maker = Maker(tokenizer, documents, told, words, given.seed, held_out=given.split != "train", replies=given.replies)
     ids, weights, links, kinds = [], [], [], []
     for asking, counts in ((False, given.plain), (True, given.asking)):
         for kind, count in (each.split("=") for each in counts.split(",")):

@@ -28,13 +28,17 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "PIECE", WINDOW * SEGMENTS)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Four pieces, three of which ask."""
+def maker_of(**more: Any) -> pieces_recipe.Maker:
     tokenizer: Any = AutoTokenizer.from_pretrained(ROOT / "models/small/backbone")
     words = np.random.default_rng(0).integers(300, 4000, 3 * WINDOW * SEGMENTS).astype(np.uint16)
     story = (["Mary went to the kitchen.", "John took the milk."], "Where is Mary?", "kitchen", [0])
-    maker = pieces_recipe.Maker(tokenizer, {"books": [words]}, [story], ["Jasper", "walnut"], seed=1)
+    return pieces_recipe.Maker(tokenizer, {"books": [words]}, [story], ["Jasper", "walnut"], seed=1, **more)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four pieces, three of which ask."""
+    maker = maker_of()
     made = [maker.plain("books"), *(maker.asking("books") for _ in range(3))]
     for name, arrays in zip(
         ("ids", "weights"), zip(*((ids, weights) for ids, weights, _ in made), strict=True), strict=True
@@ -55,6 +59,17 @@ def test_every_asked_token_was_told_before(folder: Path) -> None:
     assert (weights[piece, asked] == 16).all()
     same = ids[piece, asked + 1] == ids[piece, told]
     assert same.mean() > 0.8  # the first token of a word may have its space in one place only
+
+
+def test_whole_replies_are_learned_where_they_are_asked_for() -> None:
+    maker = maker_of(replies=True)
+    ids, weights, _ = maker.asking("books")
+    text = "".join(
+        maker.tokenizer.decode(ids[place + 1]) if weight >= 8 else "|" for place, weight in enumerate(weights)
+    )
+    replies = [part for part in text.split("|") if part.endswith("\n")]
+    assert len(replies) > 3 and {8, 16} <= set(weights.tolist())
+    assert all(len(reply.split()) > 1 for reply in replies)
 
 
 def test_links_are_found_in_memory_and_what_is_trained_is_saved(folder: Path, tmp_path: Path) -> None:
