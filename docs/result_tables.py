@@ -13,7 +13,7 @@ from typing import Any
 
 from longmem.evaluation.report import Report, build_report
 from longmem.evaluation.results import Json
-from longmem.evaluation.systems import BACKBONE, CONTROL, MEMORY_OFF
+from longmem.evaluation.systems import BACKBONE, CONTROL, MEMORY_OFF, WINDOW, sized
 from longmem.evaluation.tables import Table, difference, gap, kind_of, markdown, tables_of
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +146,8 @@ def _others(system: str, systems: Mapping[str, str]) -> dict[str, str]:
         CONTROL: "the SideNet trained without memory",
         f"memtrm_{size}": "MemTRM, trained on as many tokens",
     }
+    windows = sorted((found[1], name) for name in systems if (found := sized(name)) and found[0] == WINDOW)
+    named |= {name: f"its backbone with a window of {count:,}" for count, name in windows}
     named |= {name: f"{systems[name].split(',')[0]}, nothing trained" for name in free}
     return {name: words for name, words in named.items() if name in systems}
 

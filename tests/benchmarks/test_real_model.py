@@ -28,17 +28,25 @@ def test_every_job_is_a_command_line(size: str, monkeypatch: pytest.MonkeyPatch)
     assert not any("--control" in job.arguments for job in found if job.name.endswith("gates"))
 
 
-def test_perplexities_are_against_the_window_of_1024_on_the_same_documents() -> None:
-    def result(**nll: float) -> dict[str, Any]:
-        return {"documents": [{"id": "a", "tokens": 10, "nll": {"sliding": nll}}]}
+def test_perplexities_are_against_windows_on_the_same_documents_drawn_by_project() -> None:
+    def result(**nll: tuple[float, float, float]) -> dict[str, Any]:
+        names = ("p__a", "p__b", "q__a")
+        documents = [
+            {"id": name, "tokens": 10, "nll": {"sliding": {system: each[n] for system, each in nll.items()}}}
+            for n, name in enumerate(names)
+        ]
+        return {"documents": documents}
 
+    base = (10.0, 10.0, 10.0)
     lines = perplexities(
         {
-            "sliding-books-window1024": result(backbone=10.0),
-            "sliding-books-gates": result(backbone=10.0, memory_8=0.0),
+            "sliding-books-window1024": result(backbone=base),
+            "sliding-books-window8192": result(backbone=(5.0, 5.0, 5.0)),
+            "sliding-books-gates": result(backbone=base, memory_8=(0.0, 0.0, 10.0)),
         }
     )
     assert lines[2:] == [
-        "| books, 32k, sliding | gates: memory_8 | 1 | 1.000 | -63.2 [-63.2, -63.2] |",
-        "| books, 32k, sliding | window1024 | 1 | 2.718 |  |",
+        "| books, short, sliding | gates: memory_8 | 3 | 1.396 | -48.7 [-63.2, +0.0] | -15.4 [-39.3, +64.9] |",
+        "| books, short, sliding | window1024 | 3 | 2.718 |  | +64.9 [+64.9, +64.9] |",
+        "| books, short, sliding | window8192 | 3 | 1.649 | -39.3 [-39.3, -39.3] |  |",
     ]

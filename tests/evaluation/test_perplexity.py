@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ from longmem import LongMem, MemoryBank
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.systems import Comparison, compared, sized
 from longmem.progress import Progress
+
+
+def test_longer_windows_are_the_backbone_measured_with_them() -> None:
+    comparison, _ = everything(8, 64)
+    some, settings = documents(3, 2), replace(SETTINGS, windows=(32,))
+    found = perplexity(comparison, some, settings)
+    assert found["systems"]["window_32"] == "backbone, window of 32"
+    alone = perplexity(Comparison(comparison.systems[:1]), some, replace(SETTINGS, window=32))
+    for mine, its in zip(found["documents"], alone["documents"], strict=True):
+        for protocol, nll in mine["nll"].items():
+            assert nll["window_32"] == pytest.approx(its["nll"][protocol]["backbone"], rel=1e-5)
+    assert ("memory_64", "window_32") in compared(list(found["systems"]))
 
 
 def stopped_at(what: str, share: float) -> Callable[..., None]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from longmem.cli.common import options, token_count
+from longmem.cli.common import options, token_count, token_counts
 from longmem.cli.tasks import COMMANDS, MODEL, RUN, load, names, option, save_and_show
 from longmem.errors import ConfigError
 
@@ -35,6 +35,8 @@ def _protocols(context: click.Context, parameter: click.Parameter, value: str) -
 @option("--max-tokens", type=token_count(2), help="Take the first so many tokens of each document.")
 @option("--protocol", callback=_protocols, default="segments,sliding", help="Which, by comma.")
 @option("--stride", least=1, help="How far the sliding window moves; default: half of it.")
+@option("--windows", default="", callback=token_counts, help="Longer windows that the backbone alone is measured with "
+        "too, by comma.")  # fmt: skip
 @option("--group-by-prefix", "separator", help="Report documents apart by their file name up to this string. Without "
          "it they are projects up to __, of which intervals draw.")  # fmt: skip
 @RUN
@@ -62,6 +64,7 @@ def perplexity(data: tuple[str, ...], max_tokens: int | None, **given: Any) -> N
         protocols=given["protocol"],
         rows=given["rows"],
         bootstrap=Bootstrap(resamples=given["resamples"], seed=given["seed"]),
+        windows=given["windows"],
     )
     result = evaluation.perplexity(
         comparison,

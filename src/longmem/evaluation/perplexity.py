@@ -18,7 +18,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from longmem.errors import ConfigError
 from longmem.evaluation.loading import TokenizedDocument
 from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, as_json, header, percent
-from longmem.evaluation.systems import Comparison, Forward, compared
+from longmem.evaluation.systems import BACKBONE, WINDOW, Comparison, Forward, compared
 from longmem.progress import Progress
 from longmem.types import AttentionKV
 
@@ -55,6 +55,7 @@ class PerplexitySettings:
         stride: how far the sliding window moves; None is half the window.
         rows: documents in one batch.
         block: tokens of a block for the block bootstrap.
+        windows: longer ones that the backbone alone is measured with too.
 
     Raises:
         ConfigError: the stride is longer than the window.
@@ -66,6 +67,7 @@ class PerplexitySettings:
     rows: int = 8
     block: int = BLOCK
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
+    windows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.stride is not None and not 1 <= self.stride <= self.window:
@@ -99,6 +101,13 @@ def perplexity(
     ledger = Ledger(records)
     tables = {protocol: measure(comparison, documents, settings, protocol, ledger) for protocol in settings.protocols}
     systems = {system.name: system.label for system in comparison.systems}
+    alone = replace(comparison, systems=comparison.systems[:1])
+    for size in settings.windows:
+        rows = max(1, settings.rows * settings.window // size)  # as many tokens in a batch
+        longer = replace(settings, window=size, stride=None, rows=rows)
+        for protocol, table in tables.items():
+            table[f"{WINDOW}_{size}"] = measure(alone, documents, longer, protocol, ledger)[BACKBONE]
+        systems[f"{WINDOW}_{size}"] = f"backbone, window of {size:,}"
     pairs = compared(list(systems))
     about = ("id", "group", "project", "words", "bytes", "digest")
     result: Json = as_json(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from longmem.modeling.longmem import LongMem
 
 BACKBONE, MEMORY_OFF, CONTROL = "backbone", "memory_off", "control"
-LONGMEM, MEMTRM, TRAINING_FREE = "memory", "memtrm", "training_free"
+LONGMEM, MEMTRM, TRAINING_FREE, WINDOW = "memory", "memtrm", "training_free", "window"
 MEMTRM_OFF = f"{MEMTRM}_off"
 
 Forward = Callable[[Tensor, Tensor, int], Iterable[tuple[Tensor, AttentionKV | None]]]
@@ -40,7 +40,7 @@ class System:
 
     Attributes:
         name: its key in results: ``backbone``, ``memory_off``, ``memory_<tokens>``, ``control``, ``memtrm_off``,
-            ``memtrm_<tokens>``, ``training_free_<share>_<tokens>``.
+            ``memtrm_<tokens>``, ``training_free_<share>_<tokens>``, ``window_<tokens>``.
         label: its name for people.
         identity: what its numbers depend on, hashed into the key of its records.
         model: any causal language model, or one that can read memory.
@@ -87,13 +87,15 @@ def compared(names: Sequence[str]) -> list[tuple[str, str]]:
     """The differences reported between systems, (system, against).
 
     Every system against the backbone; memory against the same model without it, and against the control; LongMem
-    against each other kind of memory, or of context, of the same size.
+    against each longer window of the backbone, and against each other kind of memory, or of context, of the same size.
     """
     pairs = [(name, BACKBONE) for name in names if name != BACKBONE and BACKBONE in names]
     sizes = {name: found for name in names if (found := sized(name)) is not None}
     for kind, other in ((LONGMEM, MEMORY_OFF), (LONGMEM, CONTROL), (MEMTRM, MEMTRM_OFF)):
         pairs += [(name, other) for name, (mine, _) in sizes.items() if mine == kind and other in names]
-    same = {other: f"{LONGMEM}_{size}" for other, (kind, size) in sizes.items() if kind != LONGMEM}
+    longer = [name for name, (kind, _) in sizes.items() if kind == WINDOW]
+    pairs += [(name, other) for name, (mine, _) in sizes.items() if mine == LONGMEM for other in longer]
+    same = {other: f"{LONGMEM}_{size}" for other, (kind, size) in sizes.items() if kind not in (LONGMEM, WINDOW)}
     return pairs + [(name, other) for other, name in same.items() if name in names]
 
 
