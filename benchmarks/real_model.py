@@ -147,15 +147,7 @@ def jobs(given: argparse.Namespace) -> list[Job]:
         for dataset in ("banking77", "clinc150"):
             asked = ["--data", data / "icl", "--datasets", dataset, *many, *limit]
             add(4, f"icl-{dataset}-{name}", "icl", *known, *some, *asked)
-        spoken = [
-            "--data",
-            data / "locomo.json",
-            "--questions",
-            max(1, size.questions // 5),
-            "--recall",
-            5,
-            "--no-bleu",
-        ]
+        spoken = ["--data", data / "locomo.json", "--questions", max(1, size.questions // 5), "--recall", 5]
         spoken += ["--no-bleu", "--new-tokens", 24, *(["--conversations", 1] if given.size == "tiny" else [])]
         add(3, f"locomo-{name}", "dialogue", *known, *some, *spoken, "--batch", 16)
         asked = ["--train", data / "squad-train.json", "--data", data / "squad-dev.json", "--local-shots", 2]
@@ -218,11 +210,11 @@ def work(ask: Any, told: Any, given: argparse.Namespace) -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     import torch
 
-    from longmem.evaluation import plots
+    from longmem.evaluation import report
 
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
-    plots.plot_all = lambda result, folder: []  # pictures can be drawn later, from the results
+    report.plot_all = lambda result, folder: []  # pictures can be drawn later, from the results
     while (job := ask.get()) is not None:
         folder, began = Path(given.out) / job.name, time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +96,6 @@ def test_a_baseline_or_a_backbone_is_measured_by_itself(
     assert list(result["systems"]) == systems
     assert list(result["protocols"]) == ["sliding"]
     assert [(d["id"], d["tokens"]) for d in result["documents"]] == [("one__a.txt", 29), ("one__b.txt", 29)]
-
-
-@pytest.mark.parametrize("columns", [40, 400])
-def test_no_number_is_cut_in_a_pipe(columns: int, home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", str(columns))
-    given = ["--model", home / "side", "--control", home / "control", "--training-free", "0.5"]
-    shown = run(capsys, *given, "--data", home / "texts", "--memory-sizes", "16,64", "--resamples", 20)
-    edges = re.findall(r"\[[+-][^\]]*\]", shown)
-    assert len(edges) > 20
-    assert all(re.fullmatch(r"\[[+-]\d+\.\d\d, [+-]\d+\.\d\d\]", edge) for edge in edges)
-    assert "…" not in shown
-    assert (max(map(len, shown.splitlines())) > 100) == (columns == 400)
 
 
 @pytest.mark.parametrize("option", ["--protocol=rolling", "--protocol=", "--window=1", "--batch=0", "--resamples=0"])

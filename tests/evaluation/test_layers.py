@@ -19,7 +19,7 @@ from longmem.errors import ConfigError, DataError
 from longmem.evaluation.layers import best_layers, conclusion, explain_layers, layers_report, measure_layers, text_rows
 from longmem.modeling.copying import random_tokens
 
-SMALL: dict[str, Any] = {"window": 20, "num_retrieved": 8, "chunk_size": 2, "quiet": True}
+SMALL: dict[str, Any] = {"num_retrieved": 8, "chunk_size": 2, "quiet": True}
 
 
 @pytest.fixture
@@ -43,13 +43,13 @@ def texts() -> list[torch.Tensor]:
 def test_every_family_is_measured_at_every_layer_that_can_be_remembered(name: str) -> None:
     model = make_backbone(name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    report = layers_report(model, None, distances=(40,), rows=1, num_retrieved=16)
+    report = layers_report(model, random_tokens(V, 1, 40).repeat(1, 2), distances=(40,), rows=1, num_retrieved=16)
     heads = model.config.get_text_config().num_attention_heads
     layers = report["memory_layers"]
     assert report["allowed"] == layers == [layer for each in report["effect"]["single"] for layer in each["layers"]]
     assert {*layers} <= set(report["scores"])
     assert {len(rank) for ranks in report["ranks"] for rank in ranks["rank"].values()} == {heads}
-    assert [copied["distance"] for copied in report["copying"]] == [40]
+    assert [copied["distance"] for copied in report["copying"]] == [40, 40]
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
@@ -80,7 +80,7 @@ def test_facts_are_measured_where_there_is_a_tokenizer() -> None:
     model = make_backbone("llama")
     model.resize_token_embeddings(300)
     tokenizer = train_tokenizer(["My dog is called Comet."] * 20, 280)
-    found = measure_layers(model, (), tokenizer, most=1, sessions=1, quiet=True)
+    found = measure_layers(model, (), tokenizer, quiet=True)
     assert found["alone"]["nats"].keys() == {"facts"} and found["single"][0]["nats"] != found["alone"]["nats"]
     with pytest.raises(ConfigError, match="nothing to measure with"):
         measure_layers(model)
@@ -88,7 +88,7 @@ def test_facts_are_measured_where_there_is_a_tokenizer() -> None:
 
 def test_text_and_random_tokens_are_ranked_at_every_distance(tiny_backbone: AlibiGPTForCausalLM) -> None:
     text = random_tokens(260, 2, 200, seed=3)
-    report = explain_layers(tiny_backbone, text, distances=(64, 128, 192, 512), num_retrieved=32, segment=64, rows=2)
+    report = explain_layers(tiny_backbone, text, distances=(64, 128, 192, 512), num_retrieved=32, rows=2)
     assert [(ranks["source"], ranks["distance"]) for ranks in report["ranks"]] == [
         *(("text", distance) for distance in (64, 128, 192)),
         *(("random", distance) for distance in (64, 128, 192, 512)),
@@ -101,7 +101,7 @@ def test_the_command_prints_tables_and_writes_json_and_heat_map(
     folder: Path, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     byte_tokenizer.save_pretrained(folder)
-    small = ("--distances", "96,128", "--rows", 2, "--segment", 64, "--stride", 2)
+    small = ("--distances", "96,128", "--rows", 2, "--stride", 2)
     assert run(folder, *small, "--out", tmp_path / "out") == 0
     printed = capsys.readouterr().out
     assert "none, all in the window" in printed and "How well keys find what followed" in printed
@@ -113,25 +113,14 @@ def test_the_command_prints_tables_and_writes_json_and_heat_map(
     assert written["header"]["config"]["distances"] == [96, 128]
 
 
-def test_without_a_tokenizer_random_tokens_are_measured(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(folder, "--distances", "96", "--rows", 1, "--json") == 0
-    printed = capsys.readouterr()
-    assert "measuring random tokens only; --tokenizer names one" in printed.err
-    found = json.loads(printed.out)
-    assert {ranks["source"] for ranks in found["ranks"]} == {"random"}
-    assert found["effect"]["alone"]["nats"].keys() == {"text"}
-
-
 def test_what_cannot_be_measured_is_told_in_one_line(
     tiny_backbone: AlibiGPTForCausalLM, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     with pytest.raises(DataError, match=r"--data has 5 tokens, 128 are needed; give more text, or smaller --distances"):
         text_rows(["short"], byte_tokenizer, 2, 128)
-    with pytest.raises(ConfigError) as caught:
-        explain_layers(tiny_backbone, None, distances=(128,), segment=1, num_retrieved=50)
-    assert "num_retrieved (50) must be a multiple of chunk_size (4); try 64 and 4" in str(caught.value)
-    assert "segment (1) must be at least 2" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"num_retrieved \(50\) must be a multiple of chunk_size \(4\)"):
+        layers_report(tiny_backbone, random_tokens(260, 1, 64), distances=(64,), num_retrieved=50)
     with pytest.raises(ConfigError, match=r"distances \(64\) must all exceed num_retrieved \(64\)"):
-        explain_layers(tiny_backbone, None, distances=(64,))
+        explain_layers(tiny_backbone, random_tokens(260, 1, 64), distances=(64,))
     assert conclusion({"recommended": None, "default": 3}).startswith("no layer is worth reading")
     assert conclusion({"recommended": [1, 3], "default": 3}) == "remember 1, 3 (the paper's rule gives 3)"

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from longmem import LongMem, MemoryBank
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
+from longmem.evaluation.report import plot_all
 from longmem.evaluation.systems import Comparison, compared, sized
 from longmem.progress import Progress
 
 
-def test_longer_windows_are_the_backbone_measured_with_them() -> None:
+def test_longer_windows_are_the_backbone_measured_with_them(tmp_path: Path) -> None:
     comparison, _ = everything(8, 64)
     some, settings = documents(3, 2), replace(SETTINGS, windows=(32,))
     found = perplexity(comparison, some, settings)
@@ -37,6 +38,7 @@ def test_longer_windows_are_the_backbone_measured_with_them() -> None:
         for protocol, nll in mine["nll"].items():
             assert nll["window_32"] == pytest.approx(its["nll"][protocol]["backbone"], rel=1e-5)
     assert ("memory_64", "window_32") in compared(list(found["systems"]))
+    assert len(plot_all(found, tmp_path)) == 2
 
 
 def stopped_at(what: str, share: float) -> Callable[..., None]:
@@ -133,21 +135,6 @@ def test_records_of_other_settings_or_weights_are_not_reused(tmp_path: Path) -> 
     assert scored_anew(longmem(1), [64], SETTINGS, memtrm(2)) == set()
     assert scored_anew(longmem(1), [64], SETTINGS, memtrm(9)) == {"memtrm_off", "memtrm_8"}
     assert scored_anew(longmem(1).to(torch.bfloat16), [64], SETTINGS) == {"backbone", "memory_off", "memory_64"}
-
-
-def test_differences_are_against_backbone_the_same_without_memory_and_the_others_of_the_same_size() -> None:
-    assert compared([system.name for system in everything(8, 64)[0].systems])[9:] == [
-        ("memory_8", "memory_off"),
-        ("memory_64", "memory_off"),
-        ("memory_8", "control"),
-        ("memory_64", "control"),
-        ("memtrm_8", "memtrm_off"),
-        ("memtrm_64", "memtrm_off"),
-        ("memory_8", "memtrm_8"),
-        ("memory_64", "memtrm_64"),
-        ("memory_8", "training_free_0.3_8"),
-        ("memory_64", "training_free_0.3_64"),
-    ]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt"])

@@ -49,36 +49,6 @@ def run(
     return {i: nll[0] for i, nll in found}
 
 
-def bigram(input_ids: Tensor, rows: Tensor, keep: int) -> list[tuple[Tensor, None]]:
-    """Logits that depend on the last token only: the same under every protocol."""
-    table = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
-    return [(table[input_ids][:, -keep:], None)]
-
-
-def cumulative(input_ids: Tensor, rows: Tensor, keep: int) -> list[tuple[Tensor, None]]:
-    """Logits that depend on all tokens seen so far."""
-    table = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
-    return [(table[input_ids].cumsum(dim=1)[:, -keep:] / 4, None)]
-
-
-@pytest.mark.parametrize("stride", [8, 5, 1])
-def test_every_token_is_scored_once_by_the_token_before_it(stride: int) -> None:
-    ids = torch.randint(V, (50,), generator=torch.Generator().manual_seed(1))
-    table = torch.randn(V, V, generator=torch.Generator().manual_seed(0)).log_softmax(dim=1)
-    found = run(bigram, [ids], window=8, stride=stride)
-    np.testing.assert_allclose(found[0], -table[ids[:-1], ids[1:]].numpy(), rtol=1e-5)
-
-
-def test_sliding_window_by_hand() -> None:
-    ids = torch.tensor([5, 1, 4, 2, 3, 7, 6])
-    table = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
-    found = run(cumulative, [ids], window=4, stride=2)[0]
-    # targets 1..4 are scored in window [0, 4), targets 5 and 6 in window [2, 6)
-    for target, start in zip(range(1, 7), (0, 0, 0, 0, 2, 2), strict=True):
-        logits = table[ids[start:target]].sum(dim=0) / 4
-        assert found[target - 1] == pytest.approx(-logits.log_softmax(0)[ids[target]].item(), rel=1e-5)
-
-
 @pytest.mark.parametrize(("window", "stride"), [(8, 8), (8, 4), (8, 3), (6, 5)])
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_memory_holds_exactly_what_has_left_the_window(window: int, stride: int, rows: int) -> None:

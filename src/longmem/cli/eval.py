@@ -11,17 +11,12 @@ from longmem.cli.common import options, token_count, token_counts
 from longmem.cli.tasks import COMMANDS, MODEL, RUN, load, names, option, save_and_show
 from longmem.errors import ConfigError
 
+PROTOCOLS = click.Choice(("segments,sliding", "segments", "sliding"))
+
 
 @click.group(commands=COMMANDS)
 def command() -> None:
     """Measure a model on long text."""
-
-
-def _protocols(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in value.split(",") if name.strip())
-    if not names or set(names) - {"segments", "sliding"}:
-        raise click.BadParameter(f"{value!r} must name segments, sliding, or both by comma")
-    return names
 
 
 @command.command(
@@ -33,7 +28,7 @@ def _protocols(context: click.Context, parameter: click.Parameter, value: str) -
 @option("--include", multiple=True, help="Pattern of the document ids to take; may be repeated.")
 @option("--num-documents", least=1, help="Take the first so many documents.")
 @option("--max-tokens", type=token_count(2), help="Take the first so many tokens of each document.")
-@option("--protocol", callback=_protocols, default="segments,sliding", help="Which, by comma.")
+@option("--protocol", type=PROTOCOLS, default="segments,sliding", help="One, or both.")
 @option("--stride", least=1, help="How far the sliding window moves; default: half of it.")
 @option("--windows", default="", callback=token_counts, help="Longer windows that the backbone alone is measured with "
         "too, by comma.")  # fmt: skip
@@ -44,11 +39,8 @@ def _protocols(context: click.Context, parameter: click.Parameter, value: str) -
 def perplexity(data: tuple[str, ...], max_tokens: int | None, **given: Any) -> None:
     """Perplexity with and without memory, segment by segment and under a sliding window.
 
-    Every document is streamed from its beginning with an empty memory. Compared on the same tokens: the backbone
-    alone, the SideNet with memory switched off, LongMem at each memory size, and where they are named a SideNet trained
-    without memory (--control), a Memorizing Transformer (--memtrm) and untrained memory attention (--training-free).
-    Differences come with bootstrap intervals that draw projects and then their documents. With --out, an interrupted
-    run goes on where it stopped.
+    Every document is streamed from its beginning with an empty memory. Differences come with bootstrap intervals that
+    draw projects and then their documents. With --out, an interrupted run goes on where it stopped.
     """
     from longmem.data.text import TextSource, read_documents
     from longmem.evaluation import perplexity as evaluation
@@ -61,7 +53,7 @@ def perplexity(data: tuple[str, ...], max_tokens: int | None, **given: Any) -> N
     settings = evaluation.PerplexitySettings(
         window=about["window"],
         stride=given["stride"],
-        protocols=given["protocol"],
+        protocols=tuple(given["protocol"].split(",")),
         rows=given["rows"],
         bootstrap=Bootstrap(resamples=given["resamples"], seed=given["seed"]),
         windows=given["windows"],
@@ -85,11 +77,10 @@ def perplexity(data: tuple[str, ...], max_tokens: int | None, **given: Any) -> N
 @MODEL
 @RUN
 def harness(tasks: list[str], include: tuple[str, ...], **given: Any) -> None:
-    """Tasks of lm-evaluation-harness, on the backbone alone, with memory switched off, and with memory.
+    """Tasks of lm-evaluation-harness; needs pip install 'longmem-lm[eval]'.
 
     The harness cuts off the beginning of contexts that do not fit the window. With memory it is read instead, into a
-    memory that belongs to the request alone: try more examples (--num-fewshot) than fit. Needs
-    pip install 'longmem-lm[eval]'.
+    memory that belongs to the request alone: try more examples (--num-fewshot) than fit.
     """
     try:
         from longmem.evaluation.harness import harness as evaluate

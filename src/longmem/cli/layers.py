@@ -18,7 +18,6 @@ from longmem.cli.tasks import save_and_show
 @click.option(
     "--distances", callback=token_counts, default="128,256,512,1024", help="Tokens between occurrences that keys find."
 )
-@click.option("--segment", type=int, help="Tokens encoded at once; default: the model's window, at most 1024.")
 @click.option("--rows", type=click.IntRange(min=1), default=4, help="Passages of text.")
 @click.option("--stride", type=click.IntRange(min=1), help="Of the SideNet to be: take only layers that it copies.")
 @click.option("--chunk-size", type=int, default=4)
@@ -41,7 +40,6 @@ def command(model: str, data: tuple[str, ...], tokenizer: str | None, **given: A
     from transformers.utils import logging
 
     from longmem.data import load_tokenizer, read_documents
-    from longmem.errors import DataError
     from longmem.evaluation.layers import conclusion, layers_report, text_rows
     from longmem.evaluation.loading import backbone_of, checked_device, checkpoint_folder
     from longmem.evaluation.results import header
@@ -53,21 +51,13 @@ def command(model: str, data: tuple[str, ...], tokenizer: str | None, **given: A
     device, (where, revision) = checked_device(given["device"]), backbone_of(checkpoint_folder(model))
     backbone: Any = load_backbone(where, revision, dtype)
     backbone.to(device).eval()
-    reader = text = None
-    try:
-        reader = load_tokenizer(tokenizer or where, backbone)
-    except DataError:
-        if data or tokenizer:
-            raise
-        click.echo(f"{where}: no tokenizer, measuring random tokens only; --tokenizer names one", err=True)
-    else:
-        texts = (document.text for document in read_documents(list(data))) if data else islice(standard_library(), 4)
-        text = text_rows(texts, reader, given["rows"], max(given["distances"]))
-    names = ("distances", "segment", "rows", "stride", "chunk_size", "num_retrieved", "seed")
+    reader = load_tokenizer(tokenizer or where, backbone)
+    texts = (document.text for document in read_documents(list(data))) if data else islice(standard_library(), 4)
+    text = text_rows(texts, reader, given["rows"], max(given["distances"]))
+    names = ("distances", "rows", "stride", "chunk_size", "num_retrieved", "seed")
     settings = {name: given[name] for name in names}
-    samples = {"text": 0 if text is None else len(text), "random": given["rows"]}
     models = {"backbone": model, "class": type(backbone).__name__}
-    about = header("layers", settings, models, samples, [given["seed"]])
+    about = header("layers", settings, models, {"text": len(text), "random": given["rows"]}, [given["seed"]])
     result = {"header": about, **layers_report(backbone, text, reader, **settings)}
     save_and_show(result, given)
     if not given["as_json"]:

@@ -84,7 +84,7 @@ def load(given: Given, remembered: int = 0) -> tuple[Comparison, list[Asker], Gi
 
 def save_and_show(result: Any, given: Given) -> None:
     """Write ``OUT/<task>.json`` and pictures, and print tables, or with ``--json`` the result."""
-    from longmem.evaluation.plots import plot_all
+    from longmem.evaluation.report import plot_all
     from longmem.evaluation.results import as_json, write_json
     from longmem.evaluation.tables import tables_of
 
@@ -165,12 +165,11 @@ _SEED: Option = options("seed")
 
 COMMANDS = [
     _task(
-        "chapterbreak", "chapterbreak.ChapterBreakTask",
+        "chapterbreak", "comprehension.ChapterBreakTask",
         """ChapterBreak: the true beginning of the next chapter against five of other chapters.
 
         The likeliest of six suffixes wins; chance is 16.7 %. Of the prefix, the window has what fits beside the
-        suffix; systems with memory read the rest, others lose it. Reported apart for each split and prefix; intervals
-        are over works.
+        suffix; systems with memory read the rest, others lose it.
         """,
         "--data data/chapterbreak_ctx_8192.json",
         option("--data", required=True, help="chapterbreak_ctx_<N>.json, official or self-made."),
@@ -185,9 +184,8 @@ COMMANDS = [
         """In-context learning: sentiment, subjectivity or intent of short texts, after labelled examples.
 
         Every seed draws demonstrations, the same for every system: some for the window, nearest to the question, and
-        others that only memory holds. An answer is right if the first token begins the label, as the released script
-        has it; if the label is the likeliest of all; and if it is so after contextual calibration. Demonstrations that
-        do not fit the window are left out from the far end, and the result says how many are left.
+        others that only memory holds. Those that do not fit the window are left out from the far end, and the result
+        says how many are left.
         """,
         "--data data/icl --datasets sst2,subj --limit 20",
         option("--data", required=True, help="Folder with folders SST-2, mr, subj, sst-5, mpqa, icl_banking77, "
@@ -200,12 +198,11 @@ COMMANDS = [
         option("--limit", default=30, least=0, help="Test texts of each set, drawn once, not stratified; 0 takes all."),
     ),
     _task(
-        "squad", "squad.SquadTask",
+        "squad", "comprehension.SquadTask",
         """SQuAD v1.1: exact match and F1 of greedy answers, after questions that were answered before.
 
-        Demonstrations are drawn from the training file, one question for each passage, the same for every system: some
-        for the window, others that only memory holds. What does not fit the window is left out from the far end, of
-        the question's own passage last, and the result says how much.
+        Demonstrations are one question for each passage, the same for every system: some for the window, others that
+        only memory holds. What does not fit the window is left out from the far end, and the result says how much.
         """,
         "--train squad/train-v1.1.json --data squad/dev-v1.1.json",
         option("--train", required=True, help="SQuAD v1.1 JSON file that demonstrations are drawn from."),
@@ -220,11 +217,9 @@ COMMANDS = [
         "needle", "hidden.NeedleTask",
         """Facts hidden in 4k to 1M tokens of real text, and asked for at its end.
 
-        A system with memory reads the text into it, segment by segment, and has the question alone in its window. A
-        system without has the end of the text in its window, and finds what is hidden there. An answer is exact when
-        greedy decoding writes every token of it; beside that, its likelihood is compared with those of other answers.
-        With --out, a heat map of depth against length is drawn for every system. Default of --memory-sizes: the
-        longest text.
+        A system with memory reads the text into it and has the question alone in its window; one without has the end
+        of the text there. An answer is exact when greedy decoding writes every token of it. Default of --memory-sizes:
+        the longest text.
         """,
         "--lengths 4k,16k,64k,1m --depths 5 --trials 40",
         option("--data", "text", multiple=True, help="File, folder, .jsonl or archive of text; may be repeated. "
@@ -243,8 +238,7 @@ COMMANDS = [
         """Conversations over several sessions: later questions (LoCoMo) and replies (MSC).
 
         Sessions go to memory; the newest tokens of them and the question are in the window of every system. Scored by
-        F1 of words, BLEU-4 (needs pip install 'longmem-lm[eval]') and the likelihood of the reference answer. Reported
-        apart for each category of LoCoMo and each session of MSC; intervals are over conversations.
+        F1 of words, BLEU-4 (needs pip install 'longmem-lm[eval]') and the likelihood of the reference answer.
         """,
         "--data data/conversations.json",
         option("--data", multiple=True, required=True, help="locomo10.json or one of its form, or session_N/test.txt "
@@ -262,10 +256,8 @@ COMMANDS = [
         "facts", "conversations.FactsTask",
         """Facts told in one conversation and asked for in another, with other text between.
 
-        Kinds and values of facts are those held out from calibration. A system with memory reads the conversation and
-        the text; compared are the backbone that knows nothing, the backbone with the conversation in its window, and
-        systems with passages in their window that text search finds (+recall). Measured are the value's likelihood,
-        its first token, and whether a greedy answer names it.
+        Kinds and values of facts are those held out from calibration. Compared are also the backbone with the
+        conversation in its window, and systems with passages in their window that text search finds (+recall).
         """,
         "--between 1k,16k,128k",
         option("--data", "text", multiple=True, help="Text between, see needle. Default: Python's standard library."),
@@ -281,8 +273,7 @@ COMMANDS = [
         "babi", "hidden.BabiTask",
         """bAbI questions whose facts are hidden in the text of books, as in BABILong.
 
-        A system with memory reads the whole text into it; one without has the end of the text in its window. Measured
-        are the likeliest of all answers of the task, and the greedy answer by BABILong's rule.
+        A system with memory reads the whole text into it; one without has the end of the text in its window.
         """,
         "--data data/babi --text data/books/test.tar.xz --lengths 4k,64k",
         option("--data", required=True, help="Folder or archive of bAbI's English tasks."),

@@ -28,14 +28,15 @@ Tokens = tuple[int, ...]
 
 
 class LongText(Protocol):
-    """A text that is read into memory in its own way, because reading it whole for each prompt would take too long."""
+    """A text that is read into memory in its own way, because reading it whole for each prompt would take too long.
+
+    ``digest`` is the hash of its tokens. It is in the one row of the memory while what ``open`` gives is open.
+    """
 
     @property
-    def digest(self) -> str:
-        """Hash of its tokens."""
+    def digest(self) -> str: ...
 
-    def open(self, asker: Asker) -> AbstractContextManager[Memory]:
-        """A memory of one row in which the text is, for as long as the context manager is open."""
+    def open(self, asker: Asker) -> AbstractContextManager[Memory]: ...
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Prompt:
     """What one system is asked about one example.
 
     Attributes:
-        contexts: the options are scored after each of them, the first is continued. The end of a context is in the
-            window, as much of it as fits.
+        contexts: the options are scored after each of them, the first is continued. As much of the end of a context as
+            fits is in the window.
         options: each at least one token.
         new_tokens: to generate; 0 generates nothing.
         memory: text before the context that only memory can hold (demonstrations, sessions). A full-context system has

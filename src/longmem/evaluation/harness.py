@@ -1,7 +1,6 @@
 """lm-evaluation-harness with memory: what its models would cut off is read into a memory, one for each request.
 
-Needs the extra ``eval`` (lm-eval). The same tasks are run on every system of a ``Comparison``, so that a number always
-stands beside the backbone alone and beside the same model with memory switched off.
+Needs the extra ``eval`` (lm-eval).
 """
 
 from __future__ import annotations
@@ -31,17 +30,8 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # it is not there where types are c
     """
 
     def __init__(self, asker: Asker) -> None:
-        logger = logging.getLogger("lm_eval")
-        level = logger.level
-        logger.setLevel(logging.ERROR)  # it warns of a model that was built before, which ours always is
-        super().__init__(
-            pretrained=asker.model,
-            backend="causal",
-            tokenizer=asker.tokenizer,
-            max_length=asker.window,
-            batch_size=asker.rows,
-        )
-        logger.setLevel(level)
+        how = {"tokenizer": asker.tokenizer, "max_length": asker.window, "batch_size": asker.rows}
+        super().__init__(pretrained=asker.model, backend="causal", **how)
         self.asker = asker
         self._cut_off: list[Tokens] = []
 
@@ -61,8 +51,6 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # it is not there where types are c
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for number, answer in self.asker.ask(prompts):
             found[number] = (answer.scored[0].logprobs[0], answer.scored[0].greedy[0])
-            if requests[number][0] is not None:
-                self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -77,8 +65,6 @@ class MemoryLM(HFLM):  # type: ignore[misc]  # it is not there where types are c
         totals = [0.0] * len(requests)
         for at, answer in self.asker.ask(prompts):
             totals[texts[at]] += answer.scored[0].logprobs[0]
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def tok_batch_encode(
@@ -119,7 +105,7 @@ def harness(
 
     Args:
         num_fewshot: examples before each question; None is the task's own. With memory they need not fit the window.
-        limit: take the first so many documents of each task.
+        limit: documents of each task, the first ones.
         include: folders with further tasks (YAML).
         resamples: of the bootstrap behind some standard errors.
         config: what else the result should say about its making.
@@ -133,7 +119,7 @@ def harness(
         DataError: its data cannot be read.
     """
     began = time.monotonic()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that was built before, which ours is
     manager, found, results = _manager(tasks, include), Json(), Json()
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     settings = {"tasks": list(tasks), "num_fewshot": num_fewshot, "limit": limit}

@@ -37,6 +37,7 @@ from longmem.types import AttentionKV
 DISTANCES = (128, 256, 512, 1024)
 MOST_PIECES = 4  # of a row, for distances shorter than it
 MOST_LAYERS = 4  # of a set
+SESSIONS, FACTS = 4, 8  # conversations, and facts that each tells
 WINDOW = 512  # tokens of text, of which the second half is predicted
 LONGEST_SEGMENT = 1024  # tokens encoded at once
 
@@ -47,9 +48,6 @@ def measure_layers(
     tokenizer: Any = None,
     *,
     stride: int | None = None,
-    most: int = MOST_LAYERS,
-    sessions: int = 4,
-    window: int = WINDOW,
     num_retrieved: int = 64,
     chunk_size: int = 4,
     seed: int = 0,
@@ -59,11 +57,9 @@ def measure_layers(
 
     Args:
         model: any causal language model that ``Backbone`` takes, in its place and dtype.
-        texts: token ids (n,) of documents; half of the last ``window`` tokens is predicted, all before is in memory.
+        texts: token ids (n,) of documents; half of the last tokens is predicted, all before is in memory.
         tokenizer: for the facts; None measures text alone.
         stride: of the SideNet to be: only layers that it copies are tried; None tries all that can be remembered.
-        most: layers in a set.
-        sessions: conversations that tell eight facts each.
 
     Returns:
         JSON. ``alone``: the backbone without memory; ``context``: with all that was told before, as far as it has
@@ -82,27 +78,32 @@ def measure_layers(
     candidates = _candidates(model, stride)
     work = _Work(model, candidates, {"num_retrieved": num_retrieved, "chunk_size": chunk_size})
     for ids in texts:
-        seen = min(window, work.positions, len(ids) // 2)
+        seen = min(WINDOW, work.positions, len(ids) // 2)
         work.add("text", ids[-seen - 1 :], range(seen // 2, seen), ids[: -seen - 1])
     draw = random.Random(seed)
-    for _ in range(sessions if tokenizer is not None else 0):
-        session = told_session(draw, 8)
+    for _ in range(SESSIONS if tokenizer is not None else 0):
+        session = told_session(draw, FACTS)
         before = torch.tensor(told_ids(session, tokenizer))
         for fact in session.facts:
             asked = asked_ids([fact], tokenizer)
             first, end = asked.values[0]
             work.add("facts", torch.tensor(asked.ids), range(first - 1, end - 1), before)
-    alone = work.effect(())
-    context = work.effect((), alone, in_context=True)
-    single, sets, best = list[Json](), list[Json](), alone
-    total = len(candidates) * most - most * (most - 1) // 2
+    without, within = work.losses(()), work.losses((), in_context=True)
+    most_worth = sum(without.values()) - sum(within.values())
+
+    def effect(layers: tuple[int, ...], nats: dict[str, float]) -> Json:
+        worth = sum(without.values()) - sum(nats.values())
+        return {"layers": layers, "nats": nats, "worth": worth, "share": worth / most_worth if most_worth > 0 else 0.0}
+
+    single, sets, best = list[Json](), list[Json](), effect((), without)
+    total = len(candidates) * MOST_LAYERS - MOST_LAYERS * (MOST_LAYERS - 1) // 2
     with Progress("measuring layers", total, "sets", quiet=quiet) as progress:
-        while len(best["layers"]) < min(most, len(candidates)):
+        while len(best["layers"]) < min(MOST_LAYERS, len(candidates)):
             tried = []
-            for layer in candidates:
-                if layer not in best["layers"]:
-                    tried.append(work.effect(tuple(sorted((*best["layers"], layer))), alone, context))
-                    progress.advance(note=f"layers {', '.join(map(str, tried[-1]['layers']))}")
+            for layer in (layer for layer in candidates if layer not in best["layers"]):
+                layers = tuple(sorted((*best["layers"], layer)))
+                tried.append(effect(layers, work.losses(layers)))
+                progress.advance(note=f"layers {', '.join(map(str, layers))}")
             single, larger = single or tried, max(tried, key=lambda effect: effect["worth"])
             if sets and larger["worth"] <= best["worth"]:
                 break
@@ -111,6 +112,7 @@ def measure_layers(
         named = ", ".join(map(str, best["layers"]))
         progress.say(f"layers {named} give {best['share']:.0%} of what everything in the window gives, untrained")
     taken = best["layers"] if best["worth"] > 0 else None
+    alone, context = effect((), without), effect((), within)
     return {"alone": alone, "context": context, "single": single, "sets": sets, "best": taken}
 
 
@@ -125,9 +127,9 @@ def best_layers(
     """What ``from_backbone(memory_layers=)`` takes in place of layers: those whose memory is worth most on these texts.
 
     Args:
+        texts, tokenizer, settings: of ``measure_layers``.
         kept: a file for what is measured; where it is there already it is read instead.
         device: where the backbone is measured, and stays; None leaves it where it is.
-        settings: of ``measure_layers``, which says what ``texts`` and ``tokenizer`` are.
 
     Returns:
         a function of the loaded backbone, which gives None, for the paper's layer, where no layer is worth anything.
@@ -191,16 +193,9 @@ class _Work:
         self.cases.append(_Case(kind, ids, torch.tensor(list(scored)), before, kv))
 
     @torch.no_grad()
-    def effect(
-        self,
-        layers: tuple[int, ...],
-        alone: Json | None = None,
-        context: Json | None = None,
-        *,
-        in_context: bool = False,
-    ) -> Json:
-        """Of reading at these layers; ``in_context``: of what was before in the window, what memory could be worth at
-        most."""
+    def losses(self, layers: tuple[int, ...], *, in_context: bool = False) -> dict[str, float]:
+        """Mean nats of every kind of case, reading at these layers; ``in_context``: with what was before in the window,
+        what memory could be worth at most."""
         reader = self._reader(layers) if layers else None
         losses: dict[str, list[float]] = {}
         for case in self.cases:
@@ -210,10 +205,7 @@ class _Work:
             read = (reader or self.all)(ids[None, :-1], memory=bank, logits_to_keep=scored, use_cache=False)
             loss = functional.cross_entropy(read.logits[0].float(), ids[scored + 1])
             losses.setdefault(case.kind, []).append(float(loss))
-        nats = {kind: sum(some) / len(some) for kind, some in losses.items()}
-        worth = 0.0 if alone is None else sum(alone["nats"][kind] - each for kind, each in nats.items())
-        share = 0.0 if context is None or context["worth"] <= 0 else worth / context["worth"]
-        return {"layers": layers, "nats": nats, "worth": worth, "share": share}
+        return {kind: sum(some) / len(some) for kind, some in losses.items()}
 
     def _bank(self, reader: TrainingFree, kv: AttentionKV) -> MemoryBank:
         size, own = reader.config.chunk_size, reader.memory_heads
@@ -232,10 +224,9 @@ class _Work:
 @torch.no_grad()
 def explain_layers(
     model: Any,
-    text: Tensor | None,
+    text: Tensor,
     *,
     distances: Sequence[int] = DISTANCES,
-    segment: int | None = None,
     rows: int = 4,
     chunk_size: int = 4,
     num_retrieved: int = 64,
@@ -244,9 +235,8 @@ def explain_layers(
     """Rank the keys of every layer and head of a causal language model.
 
     Args:
-        text: (rows, n) token ids of text, n at least the smallest distance; None measures random tokens only.
+        text: (rows, n) token ids, n at least the smallest distance; random tokens are ranked beside it.
         distances: tokens between the two occurrences.
-        segment: tokens encoded at once; None is the model's window, at most 1,024.
         rows: of random tokens.
 
     Returns:
@@ -256,36 +246,27 @@ def explain_layers(
         window.
 
     Raises:
-        ConfigError: settings that contradict each other.
+        ConfigError: a query could retrieve everything there is.
         BackboneError: a model that cannot be remembered.
     """
-    family = Family.of(model)
-    segment = segment or min(
-        getattr(family.config, "max_position_embeddings", None) or LONGEST_SEGMENT, LONGEST_SEGMENT
-    )
-    problems = [f"segment ({segment}) must be at least 2"] if segment < 2 else []
-    if chunk_size < 1 or num_retrieved < 1 or num_retrieved % max(1, chunk_size):
-        said = f"must be a multiple of chunk_size ({chunk_size}); try 64 and 4"
-        problems.append(f"num_retrieved ({num_retrieved}) {said}")
-    elif not distances or min(distances) <= num_retrieved:
-        problems.append(
+    if not distances or min(distances) <= num_retrieved:
+        raise ConfigError(
             f"distances ({', '.join(map(str, distances))}) must all exceed num_retrieved ({num_retrieved}): a query "
             "may not retrieve everything there is"
         )
-    if problems:
-        raise ConfigError(problems)
+    config = Family.of(model).config
+    segment = min(getattr(config, "max_position_embeddings", None) or LONGEST_SEGMENT, LONGEST_SEGMENT)
     special = [token for token in (model.config.bos_token_id, model.config.eos_token_id) if isinstance(token, int)]
-    drawn = random_tokens(family.config.vocab_size, rows, max(distances), seed=seed, special=special)
-    sources = {"random": drawn} if text is None else {"text": text, "random": drawn}
+    drawn = random_tokens(config.vocab_size, rows, max(distances), seed=seed, special=special)
+    sources = {"text": text, "random": drawn}
     jobs = [(source, d) for source, t in sources.items() for d in sorted(set(distances)) if d <= t.shape[1]]
     scores: dict[int, list[float]] = {}
     ranks, copying = [], []
     for source, distance in track(jobs, "ranking keys", len(jobs), "distances"):
         count = min(MOST_PIECES, sources[source].shape[1] // distance)
         pieces = sources[source][:, : count * distance].reshape(-1, distance).to(model.device)
-        heads = retrieval_by_layer(
-            model, pieces, segment=segment, chunk_size=chunk_size, num_chunks=num_retrieved // chunk_size
-        )
+        chunks = num_retrieved // chunk_size
+        heads = retrieval_by_layer(model, pieces, segment=segment, chunk_size=chunk_size, num_chunks=chunks)
         for layer, head in heads.items():
             scores.setdefault(layer, []).append(head.score)
         first = next(iter(heads.values()))
@@ -307,22 +288,20 @@ def explain_layers(
 
 def layers_report(
     model: Any,
-    text: Tensor | None,
+    text: Tensor,
     tokenizer: Any = None,
     *,
     stride: int | None = None,
     distances: Sequence[int] = DISTANCES,
-    segment: int | None = None,
     rows: int = 4,
-    chunk_size: int = 4,
-    num_retrieved: int = 64,
-    seed: int = 0,
+    **common: Any,
 ) -> Json:
     """Both measurements of a backbone, as ``longmem layers`` keeps them.
 
     Args:
-        text: (rows, n) token ids; None reads random tokens that are repeated.
+        text: (rows, n) token ids.
         stride: of the SideNet to be, for which only layers that it copies are taken; None is a reader without one.
+        common: ``chunk_size``, ``num_retrieved`` and ``seed`` of both.
 
     Returns:
         what ``explain_layers`` returns; ``effect``, what ``measure_layers`` returns; ``num_layers`` of the backbone;
@@ -330,10 +309,7 @@ def layers_report(
         the layers whose memory is worth most together, None where it is worth nothing; ``default``, the paper's choice.
     """
     family = Family.of(model)
-    common: dict[str, Any] = {"chunk_size": chunk_size, "num_retrieved": num_retrieved, "seed": seed}
-    explained = explain_layers(model, text, distances=distances, segment=segment, rows=rows, **common)
-    if text is None:
-        text = random_tokens(family.config.vocab_size, rows, max(distances), seed=seed).repeat(1, 2)
+    explained = explain_layers(model, text, distances=distances, rows=rows, **common)
     effect = measure_layers(model, list(text), tokenizer, stride=stride, **common)
     return {
         "num_layers": len(family.layers),

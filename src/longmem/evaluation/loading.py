@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,14 +58,13 @@ def load_comparison(
     """Load a LongMem checkpoint, a baseline, or a causal LM by itself (then there is the backbone only to measure).
 
     Args:
-        path: folder of a LongMem, a MemTRM, training-free settings or a causal LM, a run folder that has one in
-            ``final/``, or a hub id.
+        path: of a LongMem, a MemTRM, training-free settings or a causal LM, see ``checkpoint_folder``.
         control: a SideNet checkpoint trained equally long without memory, over the same backbone.
         memtrm: a MemTRM checkpoint whose training started from the same backbone.
         training_free: for each training-free model the share of its heads that memory gets, or the folder of its
             settings; by share, it remembers and retrieves as the LongMem (or else the MemTRM) beside it does.
         memory_sizes: tokens; None is ``default_sizes``. 0, memory switched off, is always measured.
-        default_sizes: of models that read memory; None is the size in the model's config.
+        default_sizes: None is the size in the model's config.
         tokenizer: folder or hub id, if not beside the model or its backbone.
         dtype: of the weights; None is as saved.
 
@@ -231,11 +230,8 @@ def backbone_of(where: str) -> tuple[str, str | None]:
 class TokenizedDocument:
     """A document's ids (n,), of which all but the first are scored, and the words and UTF-8 bytes of the scored text.
 
-    Attributes:
-        digest: hash of the ids; the same text, tokenizer and cut have the same digest.
-        group: what is reported apart; None is nothing.
-        project: documents of one project are not independent, so intervals draw projects first; empty is the
-            document's own.
+    ``digest`` is the hash of the ids; ``group`` what is reported apart, if anything; documents of one ``project`` are
+    not independent, so intervals draw projects first.
     """
 
     id: str
@@ -243,8 +239,8 @@ class TokenizedDocument:
     words: int
     bytes: int
     digest: str
-    group: str | None = None
-    project: str = ""
+    group: str | None
+    project: str
 
     @property
     def scored(self) -> int:
@@ -252,7 +248,7 @@ class TokenizedDocument:
 
 
 def tokenize_documents(
-    documents: Iterable[Any],
+    documents: Sequence[Any],
     tokenizer: Any,
     *,
     max_tokens: int | None = None,
@@ -275,11 +271,9 @@ def tokenize_documents(
     """
     if group_separator == "":
         raise ConfigError("the sign that ends a group's name must not be empty; try --group-by-prefix __")
-    kept, seen = [], 0
-    prefix = start_tokens(tokenizer)
+    kept, prefix = [], start_tokens(tokenizer)
     first = 0 if prefix else 1
     for document in documents:
-        seen += 1
         ids, starts, ends = _spans(tokenizer, document.text, max_tokens)
         if len(ids) <= first:
             log.warning("%s: skipped, %d tokens leave nothing to predict", document.id, len(ids))
@@ -289,8 +283,8 @@ def tokenize_documents(
         project = _group(document.id, PROJECT_SEPARATOR) if PROJECT_SEPARATOR in document.id else document.id
         kept.append(
             TokenizedDocument(
-                id=document.id,
-                ids=torch.tensor(ids, dtype=torch.long),
+                document.id,
+                torch.tensor(ids, dtype=torch.long),
                 words=len(text.split()),
                 bytes=len(text.encode("utf-8", errors="surrogatepass")),
                 digest=hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()[:32],
@@ -300,7 +294,8 @@ def tokenize_documents(
         )
     if not kept:
         raise DataError(
-            f"no text to measure: {seen} documents read, none has two tokens; check --data, --include and --max-tokens"
+            f"no text to measure: {len(documents)} documents read, none has two tokens; check --data, --include and "
+            "--max-tokens"
         )
     return kept
 

@@ -352,7 +352,7 @@ def scores(
     counts, interval, block = _counts(documents), settings.bootstrap.interval, settings.block
     words, size = counts["words"] or math.nan, counts["bytes"] or math.nan
     tokens = np.array([document.scored for document in documents], dtype=float)
-    projects = [document.project or document.id for document in documents]
+    projects = [document.project for document in documents]
     nll = {system: np.array([record["nll"] for record in records]) for system, records in table.items()}
     blocks = {system: np.concatenate([record["blocks"] for record in records]) for system, records in table.items()}
     block_tokens = np.concatenate([np.bincount(block_bins(d.scored, block)) for d in documents]).astype(float)
@@ -391,7 +391,7 @@ def scores(
 
 def _counts(documents: Sequence[TokenizedDocument]) -> dict[str, int]:
     return {
-        "projects": len({document.project or document.id for document in documents}),
+        "projects": len({document.project for document in documents}),
         "tokens": sum(document.scored for document in documents),
         "words": sum(document.words for document in documents),
         "bytes": sum(document.bytes for document in documents),

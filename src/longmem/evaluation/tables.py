@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from importlib.resources import files
 from typing import Any, NamedTuple
 
 from longmem.evaluation.results import Json
@@ -324,6 +326,28 @@ def recommended(result: Json) -> Sequence[int]:
     """Layers to remember; older results have one alone."""
     found = result["recommended"]
     return found if isinstance(found, list) else [found]
+
+
+# the paper's
+
+
+def paper() -> Json:
+    """What the paper reports: Wang et al., NeurIPS 2023 (arXiv 2306.07174); ``setting``, and tables by name.
+
+    A number marked (r) was recalled from the paper's tables and checked only by its sums and differences: it shows the
+    shape, and is no pass mark. In perplexities, % is the distance from the paper's own backbone.
+    """
+    found: Json = json.loads((files("longmem.evaluation") / "paper.json").read_text(encoding="utf-8"))
+    return {name: each if name == "setting" else Table(**each) for name, each in found.items()}
+
+
+def beside(kind: str, said: str) -> list[Table]:
+    """The paper's table of the same kind of measurement; what a result says of itself tells books from LaTeX."""
+    if kind == "perplexity":
+        said = said.lower()
+        books = any(word in said for word in ("book", "pg19", "pg22", "gutenberg"))
+        kind = "latex" if "latex" in said or "arxiv" in said else "books" if books else kind
+    return [table for name, table in paper().items() if name == kind]
 
 
 KINDS: dict[str, tuple[tuple[str, ...], Any]] = {

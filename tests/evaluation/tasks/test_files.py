@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from longmem.errors import DataError
-from longmem.evaluation.tasks.chapterbreak import read_chapterbreak
+from longmem.evaluation.tasks.comprehension import read_chapterbreak, read_squad
 from longmem.evaluation.tasks.conversations import read_dialogues
-from longmem.evaluation.tasks.squad import read_squad
 
 TALK: dict[str, Any] = {"sample_id": "conv-1", "conversation": {}, "qa": []}
 PAST = {"previous_dialogs": [], "dialog": [{"text": None}]}

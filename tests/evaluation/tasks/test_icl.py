@@ -12,7 +12,17 @@ import pytest
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Scored
-from longmem.evaluation.tasks.icl import IclTask, Labelled, calibrated, read_icl, read_labelled, starts_label
+from longmem.evaluation.tasks.icl import (
+    Asked,
+    IclTask,
+    Labelled,
+    calibrated,
+    draw,
+    lay_out,
+    read_icl,
+    read_labelled,
+    starts_label,
+)
 
 TEXTS = [("a dull , long film", 0), ('she said " never " again', 1), ("so-so\u2028and more", 1)]
 
@@ -138,3 +148,53 @@ def test_an_answer_is_judged_in_three_ways(tmp_path: Path, byte_tokenizer: Any) 
     prompt = Prompt(((1,),))
     assert task.measure(negative, prompt, answer) == {"first_token": 0, "likelihood": 100, "calibrated": 0}
     assert task.measure(positive, prompt, answer) == {"first_token": 100, "likelihood": 0, "calibrated": 100}
+
+
+# demonstrations
+
+ASKED = Asked(((1, 1, 1), (2, 2), (3, 3)), ((10, 10, 10), (11, 11), (12, 12)), [(7, 8)], new_tokens=2)
+
+
+def asker(window: int, *, whole: bool = False) -> Asker:
+    return Asker("it", "it", {}, None, tokenizer=None, window=window, whole=whole)
+
+
+def test_a_draw_has_no_demonstration_twice_and_more_contain_fewer() -> None:
+    near, far = draw("sst2", 3, 50, 20, 30)
+    assert sorted(near + far) == list(range(50))
+    assert draw("sst2", 3, 50, 4, 10) == (near[-4:], far[-10:])
+    assert draw("sst2", 4, 50, 20, 30) != (near, far) != draw("mr", 3, 50, 20, 30)
+    with pytest.raises(DataError, match=r"mr: 20 demonstrations .* 2,000 in memory need 2,020 .* there are 50"):
+        draw("mr", 1, 50, 20, 2000)
+
+
+@pytest.mark.parametrize(
+    ("window", "whole", "local", "memory", "context"),
+    [
+        (12, False, 3, 0, (0, 1, 1, 1, 2, 2, 3, 3, 7, 8)),
+        (
+            11,
+            False,
+            2,
+            0,
+            (0, 2, 2, 3, 3, 7, 8),
+        ),  # one token short of the farthest demonstration: it is gone as a whole
+        (8, False, 1, 0, (0, 3, 3, 7, 8)),
+        (6, False, 0, 0, (0, 7, 8)),
+        (16, True, 3, 2, (0, 11, 11, 12, 12, 1, 1, 1, 2, 2, 3, 3, 7, 8)),  # those of memory in front
+        (11, True, 2, 0, (0, 2, 2, 3, 3, 7, 8)),  # not even all of the window's fit
+    ],
+)
+def test_demonstrations_are_kept_whole_from_the_right(
+    window: int, whole: bool, local: int, memory: int, context: tuple[int, ...]
+) -> None:
+    laid = lay_out(ASKED, asker(window, whole=whole), (0,))
+    assert laid == ((context,), local, memory, 0)
+
+
+def test_every_query_fits_behind_the_demonstrations_and_loses_its_beginning_where_it_must() -> None:
+    calibrating = ASKED._replace(queries=[(7, 8), (9, 9, 9, 9)])
+    assert lay_out(calibrating, asker(13), (0,)).contexts == ((0, 2, 2, 3, 3, 7, 8), (0, 2, 2, 3, 3, 9, 9, 9, 9))
+    assert lay_out(ASKED._replace(queries=[(5, 6, 7, 8)]), asker(5), (0,)) == (((0, 7, 8),), 0, 0, 2)
+    with pytest.raises(ConfigError, match=r"window \(3\) has no room for a question beside 2 tokens"):
+        lay_out(ASKED, asker(3), (0,))

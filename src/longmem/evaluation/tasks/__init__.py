@@ -7,7 +7,7 @@ import json
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby, islice
@@ -22,7 +22,6 @@ from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, header
 from longmem.evaluation.systems import compared
 from longmem.progress import Progress
 
-ALL = "all"
 RECORDS_VERSION = 2  # part of every record's key; raised when a record's meaning changes
 TOGETHER = 64  # prompts without memory that are laid out and asked at one time
 
@@ -42,10 +41,7 @@ class Example(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """A number of every example, averaged over them.
-
-    ``name`` is its key in results, ``label`` for people, ``chance`` what guessing gives, where that is known.
-    """
+    """A number of every example, averaged over them; ``chance`` is what guessing gives, where that is known."""
 
     name: str
     label: str
@@ -95,8 +91,11 @@ class Task(ABC):
     def problems(self) -> Iterator[str]:
         """What is wrong with the settings; of each list that it is empty, or names a value twice."""
         for name, values in self.settings().items():
-            paths = name in ("data", "text")
-            if isinstance(values, list | tuple) and not paths and len(set(values)) < max(1, len(values)):
+            if (
+                isinstance(values, list | tuple)
+                and name not in ("data", "text")
+                and len({*values}) < max(1, len(values))
+            ):
                 yield f"{name} ({','.join(map(str, values)) or 'none'}) must be one or more, all different"
 
     def begin(self, askers: Sequence[Asker]) -> Sequence[Asker]:
@@ -137,25 +136,6 @@ class Task(ABC):
     def notes(self, result: Json) -> Iterable[str]:
         """Lines for people, below the table."""
         return ()
-
-
-def means_by(
-    examples: Sequence[Example], values: Sequence[Json], part: Callable[[Example], Any], digits: int = 3
-) -> Json:
-    """group -> system -> metric -> part (a seed, an article) -> mean over examples; ``values`` are system -> metric."""
-    found: Json = {}
-    for example, of_systems in zip(examples, values, strict=True):
-        for system, of_metrics in of_systems.items():
-            for metric, value in of_metrics.items():
-                place = found.setdefault(example.group, {}).setdefault(system, {}).setdefault(metric, {})
-                place.setdefault(str(part(example)), []).append(value)
-    means: Json = leaves(found, lambda numbers: round(float(np.mean(numbers)), digits))
-    return means
-
-
-def leaves(tree: Any, change: Callable[[Any], Any]) -> Any:
-    """Nested dicts with every value changed that is no dict."""
-    return {key: leaves(inner, change) for key, inner in tree.items()} if isinstance(tree, dict) else change(tree)
 
 
 def drawn(seed: str, count: int, limit: int | None) -> list[int]:
@@ -200,21 +180,6 @@ class Source(NamedTuple):
         return {"file": self.name, "sha256": self.sha256, "items": len(self.items)}
 
 
-def read_source(path: str | Path, form: str, way_out: str, parse: Callable[[Any, list[str]], Iterable[Any]]) -> Source:
-    """A JSON file; ``parse`` takes its content, and a list whose last item says where it is reading.
-
-    Raises:
-        DataError: no such file, something in it is not of this form, or nothing is in it.
-    """
-    path = Path(path)
-    with of_form(path, form, way_out) as where:
-        raw = path.read_bytes()
-        items = list(parse(json.loads(raw), where))
-    if not items:
-        raise DataError(f"{path}: nothing in it; {way_out}")
-    return Source(path.name, hashlib.sha256(raw).hexdigest(), items)
-
-
 def run_task(
     task: Task,
     askers: Sequence[Asker],
@@ -249,11 +214,11 @@ def run_task(
             for number, names in _answers(task, asker, examples, ledger):
                 values[number][asker.name], seconds[names] = (ledger.records[names][n] for n in ("values", "seconds"))
                 progress.advance()
-    groups = {ALL: list(range(len(examples)))}
+    groups = {"all": list(range(len(examples)))}
     for number, example in enumerate(examples):
         groups.setdefault(example.group, []).append(number)
     if len(groups) == 2:
-        del groups[ALL]  # there is one group only
+        del groups["all"]  # there is one group only
     result: Json = {
         "header": header(
             task.name,

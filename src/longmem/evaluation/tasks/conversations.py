@@ -19,9 +19,8 @@ from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_afte
 from longmem.evaluation.results import Json
 from longmem.evaluation.systems import BACKBONE
 from longmem.evaluation.tasks import Example, Metric, Source, Task, digest_of, drawn, of_form
-from longmem.evaluation.tasks.hidden import read_haystack
-from longmem.evaluation.tasks.squad import f1_score
-from longmem.store.recall import PlainTexts, Recall
+from longmem.evaluation.tasks.comprehension import f1_score
+from longmem.evaluation.tasks.hidden import notes_on, read_haystack
 
 CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
 MULTI_HOP, TEMPORAL, OPEN_DOMAIN, ADVERSARIAL = 1, 2, 3, 5
@@ -44,7 +43,6 @@ class Question(NamedTuple):
     """What is asked after the sessions.
 
     Attributes:
-        id: inside the conversation.
         group: LoCoMo's category, or MSC's session.
         before: text of the session that goes on; empty where all sessions are over.
         text: the question, or the name before a reply.
@@ -92,7 +90,7 @@ def read_dialogues(path: str | Path) -> Source:
     """Read ``locomo10.json``, or ``session_N/test.txt`` of MSC, whose files are named with their folder.
 
     Raises:
-        DataError: no such file, or something in it is not of either form; says what and where.
+        DataError: no such file, or something in it is not of either form.
     """
     path, found = Path(path), list[Conversation]()
     with of_form(path, "UTF-8", WAY_OUT):
@@ -235,24 +233,20 @@ class DialogueTask(Task):
     def prompt(self, example: Example, asker: Asker) -> Prompt:
         """To score the reference answer, and to have one generated."""
         conversation, question = example.item
-        memory, recent, search = self._parts(conversation)
-        if asker.recall:
-            notes, _ = search.notes(question.text, self.tokenizer, asker.recall)
-            recent = (*encode_after(self.tokenizer, "\n", [f"{notes}\n\n"])[0], *recent) if notes else recent
+        memory, recent = self._parts(conversation)
+        if notes := notes_on(question.text, conversation.sessions, self.tokenizer, asker.recall):
+            recent = (*encode_after(self.tokenizer, "\n", [f"{notes}\n\n"])[0], *recent)
         (words,) = encode_after(self.tokenizer, "\n", [question.before + question.words])
         (answer,) = encode_after(self.tokenizer, "x:", [f" {question.expected}"])
         context = (*(() if memory else start_tokens(self.tokenizer)), *recent, *words)
         return Prompt((context,), (answer[: self.answer_tokens],), self.most, memory)
 
-    def _divided(self, conversation: Conversation) -> tuple[Tokens, Tokens, Recall]:
-        """The sessions' tokens: those that only memory holds, and the newest ones, which are in the window; and the
-        search over all of them."""
+    def _divided(self, conversation: Conversation) -> tuple[Tokens, Tokens]:
+        """The sessions' tokens: those that only memory holds, and the newest ones, which are in the window."""
         parts = encode_after(self.tokenizer, "\n", list(conversation.sessions))
         tokens = tuple(token for part in parts for token in part)
         cut = max(0, len(tokens) - self.near)
-        texts = {str(number): text for number, text in enumerate(conversation.sessions)}
-        memory = (*start_tokens(self.tokenizer), *tokens[:cut]) if cut else ()
-        return memory, tokens[cut:], Recall(PlainTexts(texts), "")
+        return (*start_tokens(self.tokenizer), *tokens[:cut]) if cut else (), tokens[cut:]
 
     def gold(self, example: Example) -> Json:
         _, question = example.item
@@ -364,7 +358,6 @@ class FactsTask(Task):
             self.telling = [session_of(own[n : n + self.facts], draw) for n in range(0, len(own), self.facts)]
         else:
             self.telling = [told_session(draw, self.facts, held_out=True) for _ in range(self.sessions)]
-        self._searched = lru_cache(maxsize=2)(self._search)
 
     @property
     def remembered(self) -> int:  # type: ignore[override]
@@ -396,24 +389,21 @@ class FactsTask(Task):
         if asker.name == IN_WINDOW:
             before = self.telling[session].messages
         elif asker.recall:
-            notes, _ = self._searched(session, between).notes(fact.asked, self.tokenizer, asker.recall)
+            told = "".join(f"{message['role']}: {message['content']}\n" for message in self.telling[session].messages)
+            texts = (told, self.tokenizer.decode(self._between(session, between)))
+            notes = notes_on(fact.asked, texts, self.tokenizer, asker.recall)
             before = ({"role": "system", "content": notes},) if notes else ()
         whole = asked_ids([fact], self.tokenizer, before)
         (first, end), question = whole.values[0], question_ids(fact, self.tokenizer, before)
         contexts, value = (tuple(question), tuple(whole.ids[:first])), tuple(whole.ids[first:end])
-        told = told_ids(self.telling[session], self.tokenizer)
-        memory = () if asker.name == IN_WINDOW else (*told, *self._between(session, between))
+        told_before = (*told_ids(self.telling[session], self.tokenizer), *self._between(session, between))
+        memory = () if asker.name == IN_WINDOW else told_before
         return Prompt(contexts, (value,), self.new_tokens, memory)
 
     def _between(self, session: int, tokens: int) -> Tokens:
         text = self.haystack.ids.reshape(-1)
         start = random.Random(f"{self.seed} {session} {tokens}").randrange(len(text) - tokens + 1)
         return tuple(text[start : start + tokens].tolist())
-
-    def _search(self, session: int, between: int) -> Recall:
-        told = "".join(f"{message['role']}: {message['content']}\n" for message in self.telling[session].messages)
-        other = self.tokenizer.decode(self._between(session, between))
-        return Recall(PlainTexts({"conversation": told, "text": other}), "")
 
     def gold(self, example: Example) -> Json:
         _, fact, _ = example.item

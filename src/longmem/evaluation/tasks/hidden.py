@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +30,7 @@ from longmem.types import Memory
 
 
 class Haystack:
-    """Real text as whole segments.
-
-    Attributes:
-        ids: (n, T).
-        places: where it is from.
-        digest: hash of ``ids``.
-    """
+    """Real text as whole segments: ``ids`` (n, T), their hash, and the places that they are from."""
 
     def __init__(self, ids: NDArray[np.int64], places: Sequence[str]) -> None:
         self.ids, self.places = ids, list(places)
@@ -81,6 +75,16 @@ def read_haystack(paths: Sequence[str], tokenizer: Any, tokens: int, window: int
     return Haystack(np.array(found[:wanted], dtype=np.int64).reshape(-1, window), places)
 
 
+def notes_on(question: str, texts: Sequence[str], tokenizer: Any, passages: int) -> str:
+    """So many passages of these texts that share words with the question, as they are put into a window."""
+    return _search(tuple(texts)).notes(question, tokenizer, passages)[0] if passages else ""
+
+
+@lru_cache(maxsize=2)
+def _search(texts: tuple[str, ...]) -> Recall:
+    return Recall(PlainTexts({str(number): text for number, text in enumerate(texts)}), "")
+
+
 def standard_library() -> Iterator[str]:
     """Packages of this Python's own standard library; first those that are held out from training."""
     named = dict(packages(Path(sysconfig.get_paths()["stdlib"])))
@@ -89,7 +93,7 @@ def standard_library() -> Iterator[str]:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """One question about a text of its own, which is a ``LongText``.
+    """One question about a text of its own, which is a ``LongText``; the first of the options is the true answer.
 
     A segment's keys and values depend on that segment alone. So the haystack is encoded once, and for a trial only the
     segments in which something is hidden are encoded again.
@@ -98,8 +102,6 @@ class Trial:
         length: tokens of the text.
         first: number of the text's first segment in the haystack.
         hidden: (position in the text, token ids) of every sentence; they replace what was there.
-        question: token ids.
-        options: token ids of the answers, the true one first.
     """
 
     haystack: Haystack
@@ -176,7 +178,7 @@ class HiddenTask(Task):
 
 @dataclass(eq=False, kw_only=True)
 class NeedleTask(HiddenTask):
-    """Facts hidden in long texts. Groups are a kind of fact, a length and a depth; every trial is a unit."""
+    """Groups are a kind of fact, a length and a depth; every trial is a unit."""
 
     name = "needle"
     metrics = (
@@ -246,7 +248,7 @@ NEW_TOKENS = 12
 
 
 class Story(NamedTuple):
-    """A question, its answer, and all facts of the story before it."""
+    """A question with all facts of the story before it."""
 
     facts: tuple[str, ...]
     question: str
@@ -379,8 +381,7 @@ class BabiTask(HiddenTask):
         texts = (SHOWN.format(facts=" ".join(each.facts), question=each.question, answer=each.answer) for each in shown)
         (before,) = encode_after(self.tokenizer, "\n\n", ["\n\n" + "".join(texts)])
         if asker.recall:
-            search = Recall(PlainTexts({"text": self.tokenizer.decode(trial.text())}), "")
-            notes, _ = search.notes(story.question, self.tokenizer, asker.recall)
+            notes = notes_on(story.question, (self.tokenizer.decode(trial.text()),), self.tokenizer, asker.recall)
             before += encode_after(self.tokenizer, "\n\n", [f"{notes}\n\n" if notes else "\n"])[0]
         return self.asked(trial, asker, before, NEW_TOKENS)
 

@@ -2,7 +2,7 @@
 
 Paper, section "in-context learning"; scored as the released script does, and by likelihood of the labels with and
 without contextual calibration (Zhao et al. 2021, "Calibrate Before Use"). The sets are the five of the paper, and two
-with so many classes that their demonstrations fit no window.
+with so many classes that their demonstrations fit no window. Demonstrations come first here, those of SQuAD too.
 """
 
 from __future__ import annotations
@@ -13,19 +13,164 @@ import hashlib
 import io
 import json
 import math
+import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from longmem.errors import ConfigError, DataError
-from longmem.evaluation.asking import Answer, Asker, Prompt, encode_after
+from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after, start_tokens
 from longmem.evaluation.results import Bootstrap, Json
-from longmem.evaluation.tasks import Example, Metric, drawn, group_scores, leaves, means_by, of_form
-from longmem.evaluation.tasks.squad import Asked, ShotsTask, draw
+from longmem.evaluation.tasks import Example, Metric, Task, drawn, group_scores, of_form
+
+
+class Asked(NamedTuple):
+    """A question behind demonstrations, as token ids.
+
+    Attributes:
+        local: demonstrations for the window, the last nearest to the question.
+        memory: demonstrations for memory, the last newest.
+        queries: the question first, then what takes its place to calibrate.
+        options: to score; without any ``new_tokens`` are generated.
+        about: what the task knows about the question.
+    """
+
+    local: Sequence[Tokens]
+    memory: Sequence[Tokens]
+    queries: Sequence[Tokens]
+    options: tuple[Tokens, ...] = ()
+    new_tokens: int = 0
+    about: Any = None
+
+
+class LaidOut(NamedTuple):
+    """Every query behind the demonstrations that fit; how many of them are of ``local`` and of ``memory``; tokens of
+    the question that did not fit (``cut``)."""
+
+    contexts: tuple[Tokens, ...]
+    local: int
+    memory: int
+    cut: int
+
+
+def lay_out(asked: Asked, asker: Asker, start: Tokens) -> LaidOut:
+    """What is in the window before the answer; demonstrations are whole or left out, the farthest ones first.
+
+    Any query fits behind the demonstrations; it loses its beginning where it does not fit even alone. In a full context
+    demonstrations of memory are in front of those of the window.
+
+    Raises:
+        ConfigError: there is no room for a query.
+    """
+    after = max(map(len, asked.options), default=1) - 1 + asked.new_tokens  # the last token of an option is no input
+    room = asker.window - after - len(start)
+    if room < 1:
+        raise ConfigError(f"window ({asker.window}) has no room for a question beside {after} tokens of answer")
+    shown = [query[-room:] for query in asked.queries]
+    room -= max(map(len, shown))
+    near = fitting(asked.local, room)
+    local = asked.local[len(asked.local) - near :]
+    room -= sum(map(len, local))
+    far = fitting(asked.memory, room) if asker.whole and near == len(asked.local) else 0
+    before = (*start, *chain.from_iterable((*asked.memory[len(asked.memory) - far :], *local)))
+    return LaidOut(tuple((*before, *query) for query in shown), near, far, len(asked.queries[0]) - len(shown[0]))
+
+
+def fitting(texts: Sequence[Tokens], room: int) -> int:
+    """How many of the last texts have at most ``room`` tokens together."""
+    count = 0
+    for text in reversed(texts):
+        room -= len(text)
+        if room < 0:
+            break
+        count += 1
+    return count
+
+
+def draw(name: str, seed: int, size: int, local: int, memory: int) -> tuple[list[int], list[int]]:
+    """Numbers of the demonstrations for window and memory out of ``size``, in the order in which they are shown.
+
+    More demonstrations contain fewer ones: 20 are 16 others and the 4, which are nearest to the question.
+
+    Raises:
+        DataError: there are not so many.
+    """
+    if local + memory > size:
+        raise DataError(
+            f"{name}: {local} demonstrations in the window and {memory:,} in memory need {local + memory:,} different "
+            f"ones, there are {size:,}; ask for fewer"
+        )
+    order = list(range(size))
+    random.Random(f"{name} {seed}").shuffle(order)
+    return order[:local][::-1], order[size - memory :]
+
+
+@dataclass(eq=False, kw_only=True)
+class ShotsTask(Task):
+    """Questions (items are ``Asked``) after demonstrations, which are the same for every system, and never both in the
+    window and in memory. The last part of a group's name says how many: ``4 + 200``. Draws are numbered from 1.
+    """
+
+    draws: int = 1
+
+    @property
+    def seeds(self) -> Sequence[int]:
+        return range(1, self.draws + 1)
+
+    def prompt(self, example: Example, asker: Asker) -> Prompt:
+        asked, start = example.item, start_tokens(self.tokenizer)
+        memory = (*start, *chain.from_iterable(asked.memory)) if asked.memory and asker.reads_memory else ()
+        return Prompt(lay_out(asked, asker, start).contexts, asked.options, asked.new_tokens, memory)
+
+    def shots_seen(self, examples: Sequence[Example], askers: Sequence[Asker]) -> Json:
+        """group -> system -> mean numbers of demonstrations in its ``window``, and in its ``memory`` or, of those for
+        memory, in a full-context window; ``cut``: mean tokens of the question that did not fit."""
+        found: Json = {}
+        for example in examples:
+            for asker in askers:
+                laid = lay_out(example.item, asker, start_tokens(self.tokenizer))
+                held = fitting(example.item.memory, asker.memory_size or 0)
+                seen = (laid.local, laid.memory + held, laid.cut)
+                found.setdefault(example.group, {}).setdefault(asker.name, []).append(seen)
+        names = ("window", "memory", "cut")
+        means: Json = leaves(found, lambda s: dict(zip(names, np.mean(s, axis=0).round(2).tolist(), strict=True)))
+        return means
+
+    def notes(self, result: Json) -> Iterator[str]:
+        """What of demonstrations and questions did not fit, where something did not."""
+        for group, systems in result["extra"]["shots"].items():
+            local, memory = (int(number) for number in group.rpartition(", ")[2].split(" + "))
+            for name, seen in systems.items():
+                if seen["window"] < local or 0 < seen["memory"] < memory or seen["cut"]:
+                    yield (
+                        f"{group}, {name}: on average {seen['window']:g} demonstrations fit the window, "
+                        f"{seen['memory']:g} are in memory, and {seen['cut']:g} tokens of the question are cut"
+                    )
+
+
+def means_by(examples: Sequence[Example], result: Json, part: Callable[[Example], Any], digits: int = 3) -> Json:
+    """group -> system -> metric -> part (a seed, an article) -> mean over examples."""
+    found: Json = {}
+    for example, of_example in zip(examples, result["examples"], strict=True):
+        for system, of_metrics in of_example["values"].items():
+            for metric, value in of_metrics.items():
+                place = found.setdefault(example.group, {}).setdefault(system, {}).setdefault(metric, {})
+                place.setdefault(str(part(example)), []).append(value)
+    means: Json = leaves(found, lambda numbers: round(float(np.mean(numbers)), digits))
+    return means
+
+
+def leaves(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """Nested dicts with every value changed that is no dict."""
+    return {key: leaves(inner, change) for key, inner in tree.items()} if isinstance(tree, dict) else change(tree)
+
+
+# labelled sets
 
 
 class Kind(NamedTuple):
@@ -204,9 +349,8 @@ class IclTask(ShotsTask):
         options = tuple(encode_after(reader, data.words[1], [f" {label}" for label in data.labels]))
         known = encode_after(reader, ".", [f"{data.asked(text)} {data.labels[at]}." for text, at in data.train])
         chosen = drawn(f"{data.name} test", len(data.test), self.limit)
-        queries = encode_after(
-            reader, ".", [data.asked(text) for text in (*free, *(data.test[n].text for n in chosen))]
-        )
+        texts = (*free, *(data.test[n].text for n in chosen))
+        queries = encode_after(reader, ".", [data.asked(text) for text in texts])
         for seed, memory, local in [(s, m, n) for s in self.seeds for m in self.memory_shots for n in self.local_shots]:
             near, far = draw(data.name, seed, len(data.train), local, memory)
             shots, said = ([known[n] for n in near], [known[n] for n in far]), f"{local} + {memory}"
@@ -238,7 +382,7 @@ class IclTask(ShotsTask):
         deviation), ``shots`` (see ``ShotsTask.shots_seen``) and ``sets`` (chance and largest class in %).
         """
         values = [one["values"] for one in result["examples"]]
-        per_seed = means_by(examples, values, lambda example: example.seed, digits=9)
+        per_seed = means_by(examples, result, lambda example: example.seed, digits=9)
         spread = {group: _spread([of_group]) for group, of_group in per_seed.items()}
         shots = [example.group.rpartition(", ")[2] for example in examples]
         for said in dict.fromkeys(shots) if len(self.sets) > 1 else ():
@@ -248,7 +392,7 @@ class IclTask(ShotsTask):
             chosen = [examples[n] for n in some], [values[n] for n in some]
             result["groups"].append(group_scores(name, *chosen, self.metrics, bootstrap, weights=weights))
             spread[name] = _spread([per_seed[group] for group in sizes])
-        means = means_by(examples, values, lambda example: example.unit, digits=2)
+        means = means_by(examples, result, lambda example: example.unit, digits=2)
         result["examples"] = [
             {"id": f"{one.unit}, {said}", "group": one.group, "unit": one.unit, "values": {
                 system: {metric: parts[one.unit] for metric, parts in metrics.items()}
@@ -268,14 +412,10 @@ def starts_label(first: str, label: str) -> bool:
 
 
 def calibrated(logprobs: Sequence[float], content_free: Sequence[Sequence[float]]) -> list[float]:
-    """Log-probabilities of the labels, each divided by what the label gets where there is nothing to judge.
+    """Log-probabilities of the labels in nats, each divided by what the label gets where there is nothing to judge.
 
     Zhao et al. 2021, equation 1 with W = diag(p)^-1 and b = 0, where p is the mean, over content-free texts, of the
-    label probabilities, which sum to 1 for each text. The result is not normalised.
-
-    Args:
-        logprobs: of each label, nats.
-        content_free: the same for each content-free text; without any nothing is corrected.
+    label probabilities, which sum to 1 for each text. The result is not normalised; without texts nothing is corrected.
     """
     if not content_free:
         return list(logprobs)

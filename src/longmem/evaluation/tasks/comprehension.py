@@ -1,147 +1,145 @@
-"""SQuAD v1.1: greedy answers, exact match and F1 (paper, SQuAD); and demonstrations in front of questions."""
+"""ChapterBreak: which of six beginnings follows a long prefix that ends at a chapter's end (Sun, Thai and Iyyer 2022).
+SQuAD v1.1: greedy answers after demonstrations, exact match and F1. Both are in the paper.
+
+In ChapterBreak, as in the authors' script, the likeliest beginning wins, suffixes are cut to 128 tokens, and prefixes
+lose their left end. SQuAD's scores are those of ``evaluate-v1.1.py``.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from longmem.errors import ConfigError, DataError
-from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after, start_tokens
+from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode, encode_after, start_tokens
 from longmem.evaluation.results import Bootstrap, Json
-from longmem.evaluation.tasks import Example, Metric, Source, Task, drawn, leaves, means_by, read_source
+from longmem.evaluation.tasks import Example, Metric, Source, Task, drawn, of_form
+from longmem.evaluation.tasks.icl import Asked, ShotsTask, draw, means_by
 
 
-class Asked(NamedTuple):
-    """A question behind demonstrations, as token ids.
-
-    Attributes:
-        local: demonstrations for the window, the last nearest to the question.
-        memory: demonstrations for memory, the last newest.
-        queries: the question first, then what takes its place to calibrate.
-        options: to score; without any ``new_tokens`` are generated.
-        about: what the task knows about the question.
-    """
-
-    local: Sequence[Tokens]
-    memory: Sequence[Tokens]
-    queries: Sequence[Tokens]
-    options: tuple[Tokens, ...] = ()
-    new_tokens: int = 0
-    about: Any = None
-
-
-class LaidOut(NamedTuple):
-    """Every query behind the demonstrations that fit; how many of them are of ``local`` and of ``memory``; tokens of
-    the question that did not fit (``cut``)."""
-
-    contexts: tuple[Tokens, ...]
-    local: int
-    memory: int
-    cut: int
-
-
-def lay_out(asked: Asked, asker: Asker, start: Tokens) -> LaidOut:
-    """What is in the window before the answer; demonstrations are whole or left out, the farthest ones first.
-
-    Any query fits behind the demonstrations; it loses its beginning where it does not fit even alone. In a full context
-    demonstrations of memory are in front of those of the window.
+def _read(path: str | Path, form: str, way_out: str, parse: Callable[[Any, list[str]], Iterable[Any]]) -> Source:
+    """A JSON file; ``parse`` takes its content, and a list whose last item says where it is reading.
 
     Raises:
-        ConfigError: there is no room for a query.
+        DataError: no such file, something in it is not of this form, or nothing is in it.
     """
-    after = max(map(len, asked.options), default=1) - 1 + asked.new_tokens  # the last token of an option is no input
-    room = asker.window - after - len(start)
-    if room < 1:
-        raise ConfigError(f"window ({asker.window}) has no room for a question beside {after} tokens of answer")
-    shown = [query[-room:] for query in asked.queries]
-    room -= max(map(len, shown))
-    near = fitting(asked.local, room)
-    local = asked.local[len(asked.local) - near :]
-    room -= sum(map(len, local))
-    far = fitting(asked.memory, room) if asker.whole and near == len(asked.local) else 0
-    before = (*start, *chain.from_iterable((*asked.memory[len(asked.memory) - far :], *local)))
-    return LaidOut(tuple((*before, *query) for query in shown), near, far, len(asked.queries[0]) - len(shown[0]))
+    path = Path(path)
+    with of_form(path, form, way_out) as where:
+        raw = path.read_bytes()
+        items = list(parse(json.loads(raw), where))
+    if not items:
+        raise DataError(f"{path}: nothing in it; {way_out}")
+    return Source(path.name, hashlib.sha256(raw).hexdigest(), items)
 
 
-def fitting(texts: Sequence[Tokens], room: int) -> int:
-    """How many of the last texts have at most ``room`` tokens together."""
-    count = 0
-    for text in reversed(texts):
-        room -= len(text)
-        if room < 0:
-            break
-        count += 1
-    return count
+# ChapterBreak
+
+BETWEEN = "\n\n"  # between a prefix and a suffix, the same for all suffixes
 
 
-def draw(name: str, seed: int, size: int, local: int, memory: int) -> tuple[list[int], list[int]]:
-    """Numbers of the demonstrations for window and memory out of ``size``, in the order in which they are shown.
+class Item(NamedTuple):
+    """A chapter boundary: its split, its work and its number there, the text before it, and beginnings of chapters, the
+    first of which is the true one."""
 
-    More demonstrations contain fewer ones: 20 are 16 others and the 4, which are nearest to the question.
+    split: str
+    work: str
+    number: int
+    context: str
+    options: tuple[str, ...]
 
-    Raises:
-        DataError: there are not so many.
-    """
-    if local + memory > size:
-        raise DataError(
-            f"{name}: {local} demonstrations in the window and {memory:,} in memory need {local + memory:,} different "
-            f"ones, there are {size:,}; ask for fewer"
-        )
-    order = list(range(size))
-    random.Random(f"{name} {seed}").shuffle(order)
-    return order[:local][::-1], order[size - memory :]
+
+def read_chapterbreak(path: str | Path) -> Source:
+    """Read ``chapterbreak_ctx_<N>.json``: split -> work -> examples, each with ``ctx``, ``pos`` and ``negs``."""
+    form = 'ChapterBreak\'s form, {split: {work: [{"ctx", "pos", "negs"}, ...]}}'
+    return _read(path, form, "name a chapterbreak_ctx_<N>.json file, or make it again", _items)
+
+
+def _items(splits: Any, where: list[str]) -> Iterator[Item]:
+    for split, works in splits.items():
+        for work, examples in works.items():
+            for number, one in enumerate(examples):
+                where.append(f"{split}, work {work}, example {number + 1}")
+                texts = (one["ctx"], one["pos"], *one["negs"])
+                if len(texts) < 3 or not all(text.strip() for text in texts):
+                    raise ValueError("ctx, pos and negs must be texts, none of them empty")
+                yield Item(split, work, number, texts[0], texts[1:])
 
 
 @dataclass(eq=False, kw_only=True)
-class ShotsTask(Task):
-    """Questions (items are ``Asked``) after demonstrations, which are the same for every system, and never both in the
-    window and in memory. The last part of a group's name says how many: ``4 + 200``. Draws are numbered from 1.
-    """
+class ChapterBreakTask(Task):
+    """Six-way suffix identification. Groups are a split and a prefix length, units are works."""
 
-    draws: int = 1
+    name = "chapterbreak"
+    data: str
+    prefixes: Sequence[int] = (4096, 6144, 8192)
+    suffix_tokens: int = 128
+    limit: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.file = read_chapterbreak(self.data)
+        named = re.search(r"_ctx_(\d+)\.json$", self.file.name)
+        if named and int(named[1]) < max(self.prefixes):
+            raise ConfigError(f"--prefix {max(self.prefixes)} is longer than the prefixes of {self.file.name}")
 
     @property
-    def seeds(self) -> Sequence[int]:
-        return range(1, self.draws + 1)
+    def metrics(self) -> list[Metric]:
+        options = {len(item.options) for item in self.file.items}
+        chance = 100 / options.pop() if len(options) == 1 else None
+        return [
+            Metric("accuracy", "accuracy by likelihood", "%", chance=chance),
+            Metric("accuracy_per_token", "accuracy by likelihood per token", "%", chance=chance),
+            Metric("gold_nats", "true suffix, per token", "nats", "lower"),
+        ]
+
+    def source(self) -> Json:
+        return self.file.about()
+
+    def examples(self) -> list[Example]:
+        """Items are a prefix length and an ``Item``."""
+        splits: dict[str, list[Item]] = {}
+        for item in self.file.items:
+            splits.setdefault(item.split, []).append(item)
+        found = []
+        for prefix in self.prefixes:
+            short = f"{prefix >> 10}k" if prefix % 1024 == 0 else str(prefix)
+            for split, items in splits.items():
+                for item in (items[n] for n in drawn(f"{self.seed} {split}", len(items), self.limit)):
+                    unit = f"{split}/{item.work}"
+                    name = f"{unit}/{item.number}, {prefix}"
+                    found.append(Example(name, f"{split}, {short}", unit, (prefix, item)))
+        return found
 
     def prompt(self, example: Example, asker: Asker) -> Prompt:
-        asked, start = example.item, start_tokens(self.tokenizer)
-        memory = (*start, *chain.from_iterable(asked.memory)) if asked.memory and asker.reads_memory else ()
-        return Prompt(lay_out(asked, asker, start).contexts, asked.options, asked.new_tokens, memory)
+        """The last tokens of the prefix, and the first of each suffix."""
+        prefix, item = example.item
+        suffixes = encode_after(self.tokenizer, BETWEEN, [option.strip() for option in item.options])
+        before = item.context.rstrip() + BETWEEN
+        # as they are with a word after them, since a line end is another token where the text ends
+        tokens, word = encode(self.tokenizer, before + "The"), encode(self.tokenizer, "The")
+        tokens = tokens[: -len(word)] if tokens[-len(word) :] == word else encode(self.tokenizer, before)
+        context = (*start_tokens(self.tokenizer), *tokens[-prefix:])
+        return Prompt((context,), tuple(ids[: self.suffix_tokens] for ids in suffixes))
 
-    def shots_seen(self, examples: Sequence[Example], askers: Sequence[Asker]) -> Json:
-        """group -> system -> mean numbers of demonstrations in its ``window``, and in its ``memory`` or, of those for
-        memory, in a full-context window; ``cut``: mean tokens of the question that did not fit."""
-        found: Json = {}
-        for example in examples:
-            for asker in askers:
-                laid = lay_out(example.item, asker, start_tokens(self.tokenizer))
-                held = fitting(example.item.memory, asker.memory_size or 0)
-                seen = (laid.local, laid.memory + held, laid.cut)
-                found.setdefault(example.group, {}).setdefault(asker.name, []).append(seen)
-        names = ("window", "memory", "cut")
-        means: Json = leaves(found, lambda s: dict(zip(names, np.mean(s, axis=0).round(2).tolist(), strict=True)))
-        return means
-
-    def notes(self, result: Json) -> Iterator[str]:
-        """What of demonstrations and questions did not fit, where something did not."""
-        for group, systems in result["extra"]["shots"].items():
-            local, memory = (int(number) for number in group.rpartition(", ")[2].split(" + "))
-            for name, seen in systems.items():
-                if seen["window"] < local or 0 < seen["memory"] < memory or seen["cut"]:
-                    yield (
-                        f"{group}, {name}: on average {seen['window']:g} demonstrations fit the window, "
-                        f"{seen['memory']:g} are in memory, and {seen['cut']:g} tokens of the question are cut"
-                    )
+    def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
+        """Whether the first option wins, by summed log-likelihood and per token; as in the authors' script also a tie
+        counts as right."""
+        (scored,) = answer.scored
+        each = [logprob / len(option) for logprob, option in zip(scored.logprobs, prompt.options, strict=True)]
+        return {
+            "accuracy": 100.0 * (scored.logprobs[0] >= max(scored.logprobs)),
+            "accuracy_per_token": 100.0 * (each[0] >= max(each)),
+            "gold_nats": -each[0],
+        }
 
 
 # SQuAD
@@ -163,7 +161,7 @@ class SquadQuestion(NamedTuple):
 
 def read_squad(path: str | Path) -> Source:
     """Read ``train-v1.1.json`` or ``dev-v1.1.json``, or a file of the same form."""
-    return read_source(path, "SQuAD v1.1's form", "name a SQuAD v1.1 JSON file", _questions)
+    return _read(path, "SQuAD v1.1's form", "name a SQuAD v1.1 JSON file", _questions)
 
 
 def _questions(content: Any, where: list[str]) -> Iterator[SquadQuestion]:
@@ -243,16 +241,16 @@ class SquadTask(ShotsTask):
     def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
         """The metrics of the first line of what was generated, 0 to 100."""
         said, answers = self.said(answer).partition("\n")[0].strip(), example.item.about.answers
-        return {"exact_match": 100 * exact_match(said, answers), "f1": 100 * f1_score(said, answers)}
+        exact = normalise_answer(said) in map(normalise_answer, answers)
+        return {"exact_match": 100.0 * exact, "f1": 100 * f1_score(said, answers)}
 
     def summarise(
         self, result: Json, examples: Sequence[Example], askers: Sequence[Asker], bootstrap: Bootstrap
     ) -> None:
         """``extra`` has means ``per_seed`` and ``by_article``, and ``shots`` (see ``shots_seen``)."""
-        values = [one["values"] for one in result["examples"]]
         result["extra"] = {
-            "per_seed": means_by(examples, values, lambda example: example.seed),
-            "by_article": means_by(examples, values, lambda example: example.unit),
+            "per_seed": means_by(examples, result, lambda example: example.seed),
+            "by_article": means_by(examples, result, lambda example: example.unit),
             "shots": self.shots_seen(examples, askers),
         }
 
@@ -268,11 +266,6 @@ def normalise_answer(text: str) -> str:
     """Lower case, without ASCII punctuation and English articles, one space between words (evaluate-v1.1.py)."""
     # punctuation goes first, as published: "a-ha" is one word, not the article and a word
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
-
-
-def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 if the prediction is one of the answers after ``normalise_answer``, else 0.0."""
-    return float(normalise_answer(prediction) in map(normalise_answer, answers))
 
 
 def f1_score(prediction: str, answers: Sequence[str]) -> float:

@@ -1,4 +1,4 @@
-"""SQuAD: prompts and the scores of known answers; and demonstrations: which are drawn, and which fit the window."""
+"""ChapterBreak: prefixes and suffixes as they are cut, and accuracies worked by hand. SQuAD: prompts and scores."""
 
 from __future__ import annotations
 
@@ -9,58 +9,48 @@ from typing import Any
 import pytest
 
 from longmem.errors import ConfigError, DataError
-from longmem.evaluation.asking import Asker
-from longmem.evaluation.tasks.squad import Asked, SquadTask, draw, f1_score, lay_out, normalise_answer, shown
-
-ASKED = Asked(((1, 1, 1), (2, 2), (3, 3)), ((10, 10, 10), (11, 11), (12, 12)), [(7, 8)], new_tokens=2)
+from longmem.evaluation.asking import Answer, Asker, Prompt, Scored
+from longmem.evaluation.tasks.comprehension import ChapterBreakTask, SquadTask, f1_score, normalise_answer, shown
 
 
-def asker(window: int, *, whole: bool = False, memory: int | None = None, tokenizer: Any = None) -> Asker:
-    return Asker("it", "it", {}, None, memory, tokenizer=tokenizer, window=window, whole=whole)
+@pytest.fixture
+def chapters(byte_tokenizer: Any, tmp_path: Path) -> ChapterBreakTask:
+    """A file of the official form; two examples of each work."""
+    examples = [
+        {"ctx": f"{'so it ended. ' * 8}{n}\n", "pos": f"The {n}th day.", "negs": [f"Then {k} came." for k in "abcde"]}
+        for n in range(2)
+    ]
+    path = tmp_path / "chapterbreak_ctx_64.json"
+    path.write_text(json.dumps({split: {f"{split}{w}": examples for w in (0, 1)} for split in ("pg19", "ao3")}))
+    made = ChapterBreakTask(data=path, prefixes=(20, 60), suffix_tokens=10)
+    made.begin([Asker("backbone", "backbone", {}, None, tokenizer=byte_tokenizer, window=16)])
+    return made
 
 
-# demonstrations
+def test_accuracy_of_scores_worked_by_hand(chapters: ChapterBreakTask) -> None:
+    prompt = Prompt(((1,),), ((1,) * 4, (1,) * 2, (1,) * 8, (1,), (1,), (1,)))
+    for logprobs, summed, each in (
+        # per token: -1, -1.5, -0.375, -9, -9, -9: summed the second wins, per token the third
+        ((-4.0, -3.0, -3.0, -9.0, -9.0, -9.0), 0, 0),
+        # per token: -1, -2, -0.625: summed the first wins
+        ((-4.0, -4.5, -5.0, -9.0, -9.0, -9.0), 100, 0),
+        # the published script calls an example right unless a negative scores more
+        ((-4.0, -4.0, -8.0, -9.0, -9.0, -9.0), 100, 100),
+    ):
+        answer = Answer((Scored(logprobs, (False,) * 6, 0),))
+        found = chapters.measure(chapters.examples()[0], prompt, answer)
+        assert found == {"accuracy": summed, "accuracy_per_token": each, "gold_nats": 1.0}
 
 
-def test_a_draw_has_no_demonstration_twice_and_more_contain_fewer() -> None:
-    near, far = draw("sst2", 3, 50, 20, 30)
-    assert sorted(near + far) == list(range(50))
-    assert draw("sst2", 3, 50, 4, 10) == (near[-4:], far[-10:])
-    assert draw("sst2", 4, 50, 20, 30) != (near, far) != draw("mr", 3, 50, 20, 30)
-    with pytest.raises(DataError, match=r"mr: 20 demonstrations .* 2,000 in memory need 2,020 .* there are 50"):
-        draw("mr", 1, 50, 20, 2000)
-
-
-@pytest.mark.parametrize(
-    ("window", "whole", "local", "memory", "context"),
-    [
-        (12, False, 3, 0, (0, 1, 1, 1, 2, 2, 3, 3, 7, 8)),
-        (
-            11,
-            False,
-            2,
-            0,
-            (0, 2, 2, 3, 3, 7, 8),
-        ),  # one token short of the farthest demonstration: it is gone as a whole
-        (8, False, 1, 0, (0, 3, 3, 7, 8)),
-        (6, False, 0, 0, (0, 7, 8)),
-        (16, True, 3, 2, (0, 11, 11, 12, 12, 1, 1, 1, 2, 2, 3, 3, 7, 8)),  # those of memory in front
-        (11, True, 2, 0, (0, 2, 2, 3, 3, 7, 8)),  # not even all of the window's fit
-    ],
-)
-def test_demonstrations_are_kept_whole_from_the_right(
-    window: int, whole: bool, local: int, memory: int, context: tuple[int, ...]
-) -> None:
-    laid = lay_out(ASKED, asker(window, whole=whole), (0,))
-    assert laid == ((context,), local, memory, 0)
-
-
-def test_every_query_fits_behind_the_demonstrations_and_loses_its_beginning_where_it_must() -> None:
-    calibrating = ASKED._replace(queries=[(7, 8), (9, 9, 9, 9)])
-    assert lay_out(calibrating, asker(13), (0,)).contexts == ((0, 2, 2, 3, 3, 7, 8), (0, 2, 2, 3, 3, 9, 9, 9, 9))
-    assert lay_out(ASKED._replace(queries=[(5, 6, 7, 8)]), asker(5), (0,)) == (((0, 7, 8),), 0, 0, 2)
-    with pytest.raises(ConfigError, match=r"window \(3\) has no room for a question beside 2 tokens"):
-        lay_out(ASKED, asker(3), (0,))
+def test_prefixes_lose_their_left_end_and_suffixes_their_right(chapters: ChapterBreakTask) -> None:
+    decode = chapters.tokenizer.decode
+    for example in [example for example in chapters.examples() if example.unit == "ao3/ao30"]:
+        prompt, (prefix, item) = chapters.prompt(example, None), example.item  # type: ignore[arg-type]
+        assert decode(prompt.contexts[0]) == f"{'so it ended. ' * 8}{item.number}\n\n"[-prefix:]
+        decoded = [decode(option) for option in prompt.options]
+        assert decoded == [f"The {item.number}th da", *(f"Then {k} cam" for k in "abcde")]
+    with pytest.raises(ConfigError, match=r"--prefix 65 is longer than the prefixes of chapterbreak_ctx_64.json"):
+        ChapterBreakTask(data=chapters.data, prefixes=(20, 65))
 
 
 # SQuAD
@@ -87,7 +77,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
 def task(files: dict[str, Path], tokenizer: Any, **settings: Any) -> SquadTask:
     wanted: dict[str, Any] = {"local_shots": 1, "memory_shots": (0, 4), "draws": 2, "limit": None} | settings
     made = SquadTask(**files, **wanted)
-    made.begin([asker(2000, memory=200, tokenizer=tokenizer)])
+    made.begin([Asker("memory_200", "", {}, None, 200, tokenizer=tokenizer, window=2000)])
     return made
 
 
