@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from benchmarks.measure import Run, interleaved, made_by, spread
 from longmem import LongMem, MemoryBank, MemoryStore, MemTRM, TrainingFree
 from longmem.evaluation.results import write_json
+from longmem.memory.session import JoinedMemory
 
 KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "LongMem, gate": (LongMem, {}),
@@ -73,7 +74,8 @@ def same(kind: str, device: torch.device) -> dict[str, Any]:
                 ):
                     for name, row in zip("abc", past.tolist(), strict=True):
                         store.add_document(name, name=name, ids=row)
-                    stored = model(ids.to(where), memory=store.bank(list("abc"), device=where)).logits
+                    banks = JoinedMemory([store.bank(name, device=where) for name in "abc"])
+                    stored = model(ids.to(where), memory=banks).logits
         found[where.type] = (
             out.logits.detach().cpu(),
             out.reads[0].retrieved.chunks.cpu(),

@@ -180,7 +180,7 @@ def test_a_wrong_model_is_named(memory: Memory, models: Path) -> None:
     for other in ("other", "low"):
         line = memory("add", "notes", "--model", models / other).error
         assert "written by backbone" in line and "keys of one mean nothing to the other" in line
-    assert "layer 3), this model is" in memory("search", "x", "--model", models / "low").error
+    assert "layers 3), this model is" in memory("search", "x", "--model", models / "low").error
     assert "try --device cpu" in memory("search", "x", "--model", models / "side", "--device", "cuda:99").error
 
 

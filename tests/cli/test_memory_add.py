@@ -61,22 +61,12 @@ def test_files_archives_json_lines_and_standard_input(
 
 
 @pytest.mark.usefixtures("model")
-def test_replace_and_append(memory: Memory, notes: Path) -> None:
+def test_a_text_of_the_same_name_is_replaced_where_this_is_said(memory: Memory, notes: Path) -> None:
     memory("add", notes / "one.txt")
-    before = (notes / "one.txt").read_text()
     (notes / "one.txt").write_text("something else")
     assert "`--replace`" in memory("add", notes / "one.txt").error
     assert memory("add", notes / "one.txt", "--replace", "--json").json["documents"][0]["status"] == "replaced"
     assert memory("show", "one.txt", "--text").out == "something else"
-    (notes / "one.txt").write_text(before)
-    (notes / "new.txt").write_text("new")
-    for statuses in (["appended", "added"], ["appended", "appended"]):
-        done = memory("add", notes / "one.txt", notes / "new.txt", "--append", "--json")
-        assert [each["status"] for each in done.json["documents"]] == statuses
-    assert memory("show", "one.txt", "--text").out == f"something else{before}{before}"
-    assert memory("show", "new.txt", "--text").out == "newnew"
-    Path("two.jsonl").write_text('{"id": "one.txt", "text": "more"}\n{"text": \n')
-    assert "1 document stored whole before this; append the others" in memory("add", "two.jsonl", "--append").err
 
 
 @pytest.mark.usefixtures("model")
@@ -90,10 +80,10 @@ def test_expired_documents_are_not_there(memory: Memory, notes: Path) -> None:
 
 @pytest.mark.usefixtures("notes")
 def test_a_new_store_has_the_settings_that_it_is_given(memory: Memory, models: Path) -> None:
-    settings = ["--dtype", "int8", "--chunk-size", 8, "--segment", 16]
+    settings = ["--dtype", "int8"]
     assert memory("add", "notes", "--model", models / "side", *settings).status == 0
     layout = memory("stats", "--json").json["layout"]
-    assert (layout["dtype"], layout["chunk_size"], layout["segment_tokens"]) == ("int8", 8, 16)
+    assert (layout["dtype"], layout["chunk_size"], layout["segment_tokens"]) == ("int8", 4, 32)
     assert layout["backbone"] == str(models / "backbone")
     line = memory("add", "notes", "--model", models / "side", "--dtype", "float16").error
     assert "made with dtype=int8, not float16" in line
@@ -214,7 +204,6 @@ def test_a_name_may_be_composed_or_not(memory: Memory) -> None:
     written, typed = unicodedata.normalize("NFD", "Zoë.txt"), unicodedata.normalize("NFC", "Zoë.txt")
     Path(written).write_text("hello there")
     assert memory("add", typed, "-n", typed).status == 0
-    assert memory("add", typed, "-n", written, "--append", "--json").json["documents"][0]["status"] == "appended"
-    assert memory("show", typed, "-n", written, "--text").out == "hello therehello there"
+    assert memory("show", typed, "-n", written, "--text").out == "hello there"
     assert memory("search", "hello", "-n", written, "--document", written).status == 0
     assert memory("forget", "-n", written, "--name", written).status == 0

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -300,6 +301,15 @@ def test_a_refresh_that_fails_leaves_what_was_forgotten_out(store: MemoryStore) 
     assert found_names(bank) == {"letter 1"}
 
 
+def test_a_refresh_that_cannot_read_is_made_up_for_by_the_next_search(store: MemoryStore) -> None:
+    bank = store.bank("alice").load()
+    store.add_document("alice", ids=ids(9, seed=31), name="first", time=0.0)
+    with patch.object(runs, "read_into", side_effect=OSError("gone")), pytest.raises(OSError, match="gone"):
+        bank.refresh()
+    assert "first" in found_names(bank)
+    same(bank.search(queries(bank), 100), store.bank("alice").search(queries(bank), 100))
+
+
 def test_what_is_held_of_the_forgotten_is_let_go_and_the_rest_read_once(store: MemoryStore) -> None:
     bank = store.bank("alice", keep="memory").load()
     store.forget("alice", name="letter 1")
@@ -434,7 +444,7 @@ def test_wrong_settings_are_refused_in_one_line(store: MemoryStore) -> None:
         ({"keep": "disk"}, r"keep \('disk'\) must be map or memory"),
         ({"documents": "letter 1"}, r"write \['letter 1'\]"),
         ({"index": "fast"}, r"index \('fast'\) must be one of exact"),
-        ({"namespace": ["alice"]}, "for several, pass a list of banks"),
+        ({"namespace": ["alice"]}, "for several, make a bank of each"),
     ):
         with pytest.raises(ConfigError, match=message):
             store.bank(**{"namespace": "alice", **settings})

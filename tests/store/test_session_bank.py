@@ -101,6 +101,8 @@ def test_padding_is_not_part_of_what_is_committed(store: MemoryStore, model: Lon
 
 def test_what_cannot_be_committed_is_refused_in_one_line(store: MemoryStore, model: LongMem) -> None:
     session = store.bank("alice").session()
+    with pytest.raises(StoreError, match="nothing was added; pass ids= to add"):
+        session.commit("talk")
     session.add(model.encode(ids(8, seed=20)[None]))
     with pytest.raises(StoreError, match="tokens were added without their ids; pass ids= to add"):
         session.commit("talk")

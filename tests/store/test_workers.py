@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from tests.store.small import open_small, state_of
 
 from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemoryStore
 from longmem.errors import StoreError
-from longmem.store import NewDocument
+from longmem.store import NewDocument, adding
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,19 @@ def test_workers_leave_what_one_process_leaves(tmp_path: Path, model: LongMem, w
     if isinstance(workers, str):
         pytest.importorskip("ray")
     assert added(tmp_path / "many", model, workers) == added(tmp_path / "one", model, 1)
+
+
+def die(*_: object) -> None:
+    os._exit(1)
+
+
+def test_a_worker_that_is_killed_ends_the_call_with_one_line(tmp_path: Path, model: LongMem) -> None:
+    with (
+        MemoryStore.open(tmp_path / "memory", model=model, dtype="float32") as store,
+        patch.object(adding, "_encode", die),
+        pytest.raises(StoreError, match=r"^a worker failed or was killed \(BrokenProcessPool[^\n]*$"),
+    ):
+        list(store.add_documents("alice", documents(), workers=2))
 
 
 def test_a_model_that_cannot_be_given_away_and_wrong_workers_are_refused(tmp_path: Path) -> None:

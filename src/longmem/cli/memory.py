@@ -6,7 +6,7 @@ import logging
 import sys
 import time as clock
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from longmem.errors import DataError, LongMemError, StoreError
 
 if TYPE_CHECKING:
     from longmem.data.text import Document
-    from longmem.store import MemoryStore, NewDocument, Receipt
+    from longmem.store import NewDocument
 
 log = logging.getLogger(__name__)
 STDIN = "-"
@@ -54,16 +54,12 @@ def command() -> None:
 @options("metadata")
 @click.option("--time", type=shared.MOMENT, help="When it was said; documents are in this order. Default: now.")
 @click.option("--expires", type=shared.EXPIRY, help="From when on it is not found any more: 30d, 12h, or a date.")
-@click.option("--replace", "way", flag_value="replace", help="Take the place of other texts of the same names.")
-@click.option(
-    "--append", "way", flag_value="append", help="Put texts after those of the same names; new ones are made."
-)
+@click.option("--replace", is_flag=True, help="Take the place of other texts of the same names.")
 @click.option("--jsonl", is_flag=True, help="Standard input is JSON lines, not one text.")
 @click.option("--field", default="text", help="The text in JSON lines.")
 @click.option("--keep", multiple=True, metavar="FIELD", help="A field of JSON lines to keep as metadata; repeatable.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Take only these names; repeatable.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these names out; repeatable.")
-@click.option("--suffix", multiple=True, help="What counts as text in folders; repeatable. Default: .txt ...")
 @click.option(
     "--undecodable", type=click.Choice(["error", "skip", "replace"]), default="error",
     help="What becomes of files and JSON lines that are not UTF-8; skip leaves out any line that cannot be read.",
@@ -72,10 +68,6 @@ def command() -> None:
     "--dtype", type=click.Choice(["float16", "bfloat16", "float32", "int8"]),
     help="Of keys and values, in a new store. Default: float16.",
 )  # fmt: skip
-@click.option("--chunk-size", type=AT_LEAST_1, help="Tokens per chunk, in a new store. Default: the model's.")
-@click.option(
-    "--segment", "segment_tokens", type=AT_LEAST_1, help="Tokens read at once, in a new store. Default: 1024."
-)
 @click.option("--workers", default="1", metavar="N|ray|ray:N", help="Processes that encode, or actors of Ray.")
 @options("json")
 def add(paths: tuple[str, ...], namespace: str, name: str | None, as_json: bool, **given: Any) -> None:
@@ -95,19 +87,19 @@ def add(paths: tuple[str, ...], namespace: str, name: str | None, as_json: bool,
         raise DataError("no text was left to add; see --exclude and --undecodable")
     if len(first) > 1:
         raise StoreError(f"--name ({name}) is for one text, and more came; leave it out, or add them one by one")
-    settings = {each: given[each] for each in ("dtype", "chunk_size", "segment_tokens")}
-    receipts, begun, complete, appending = [], clock.monotonic(), False, given["way"] == "append"
-    with shared.open_with_model(given, create=True, **settings) as store, ShownProgress() as progress:
+    workers = int(given["workers"]) if given["workers"].isdigit() else given["workers"]
+    receipts, begun, complete = [], clock.monotonic(), False
+    with shared.open_with_model(given, create=True, dtype=given["dtype"]) as store, ShownProgress() as progress:
         try:
-            for receipt in _added(store, namespace, chain(first, documents), appending, given["workers"], progress):
+            texts = chain(first, documents)
+            for receipt in store.add_documents(namespace, texts, workers=workers, progress=progress):
                 receipts.append(receipt)
                 if not as_json:
                     click.echo(f"{receipt.status:<9}  {counted(receipt.tokens, 'token'):>16}  {receipt.name}")
             complete = True
         except (KeyboardInterrupt, LongMemError):
-            # appended twice would be there twice
-            again = "append the others" if appending else "the same command again goes on from there"
-            say(f"{counted(len(receipts), 'document')} stored whole before this; {again}")
+            stored = counted(len(receipts), "document")
+            say(f"{stored} stored whole before this; the same command again goes on from there")
             raise
         finally:
             tokens = sum(each.tokens for each in receipts)
@@ -119,22 +111,6 @@ def add(paths: tuple[str, ...], namespace: str, name: str | None, as_json: bool,
     say(f"{counted(len(receipts), 'document')} ({kinds}): {counted(tokens, 'token')}; {rate:,.0f} tokens/s")
 
 
-def _added(
-    store: MemoryStore, namespace: str, documents: Iterable[NewDocument], append: bool, workers: str, progress: Any
-) -> Iterator[Receipt]:
-    if not append:
-        number = int(workers) if workers.isdigit() else workers
-        yield from store.add_documents(namespace, documents, workers=number, progress=progress)
-        return
-    for new in documents:
-        try:
-            store.document(namespace, new.name)
-        except StoreError:
-            yield from store.add_documents(namespace, [new], progress=progress)
-        else:
-            yield store.append(namespace, new.text, name=new.name, progress=progress)
-
-
 def _read(paths: tuple[str, ...], name: str | None, given: dict[str, Any]) -> Iterator[Document]:
     """The texts that the arguments name; what is missing or not UTF-8 is a DataError in the words of the options."""
     from longmem.data.text import TextSource, read_documents, read_stream
@@ -144,8 +120,6 @@ def _read(paths: tuple[str, ...], name: str | None, given: dict[str, Any]) -> It
     if STDIN in paths and not given["jsonl"] and name is None:
         raise StoreError("a text from standard input needs a --name (or --jsonl, if it is JSON lines)")
     settings = {each: given[each] for each in ("include", "exclude", "field", "undecodable")}
-    if given["suffix"]:
-        settings["suffixes"] = tuple(f".{each.removeprefix('.')}" for each in given["suffix"])
     settings["option"] = "pass --{} {}"
     if files := tuple(each for each in paths if each != STDIN):
         yield from read_documents(TextSource(files, **settings))
@@ -176,7 +150,7 @@ def _new_documents(
                 metadata={**dict(record.get("metadata") or {}), **kept, **(given["metadata"] or {})} or None,
                 time=when("time", shared.moment),
                 expires=when("expires", shared.expiry),
-                replace=given["way"] == "replace",
+                replace=given["replace"],
             )
             new.check(namespace)
         except (ValueError, TypeError, OverflowError, StoreError) as error:

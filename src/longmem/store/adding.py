@@ -27,7 +27,7 @@ import torch
 
 from longmem.errors import LongMemError, StoreError
 from longmem.store.catalog import Catalog, DocumentInfo, composed
-from longmem.store.disk import Layout, Progress, Report, StoredChunks, append
+from longmem.store.disk import Layout, Progress, Report, StoredChunks, append_chunks
 from longmem.store.encode import Encoder, Ids, NewDocument, Tokens, joined_tokens, metadata_text
 
 BATCH_DOCUMENTS = 1024
@@ -72,100 +72,99 @@ class _Batch:
     name: str = ""
 
 
-class Adder:
-    """Adds documents to a store, batch by batch.
+def add(
+    catalog: Catalog,
+    encoder: Encoder,
+    namespace: str,
+    documents: Iterable[NewDocument],
+    progress: Report | None,
+    workers: int | str,
+) -> Iterator[Receipt]:
+    """See ``MemoryStore.add_documents``."""
+    catalog.writing()
+    if not ((isinstance(workers, int) and workers > 0) or re.fullmatch(r"ray(:[1-9]\d*)?", str(workers))):
+        raise StoreError(f"workers ({workers!r}) must be a number from 1 on, 'ray' or 'ray:N'")
+    planned = (_planned(catalog, encoder, composed(namespace), new) for new in documents)
+    return _added(catalog, encoder, planned, progress, workers)
 
-    Args:
-        progress: told after every batch.
-        workers: who encodes, see ``encoded``.
 
-    Raises:
-        StoreError: workers that mean nothing, or a store opened to read.
-    """
+def append(catalog: Catalog, encoder: Encoder, namespace: str, new: NewDocument, progress: Report | None) -> Receipt:
+    """See ``MemoryStore.append``. The last segment, if it is short, is encoded again together with what is new."""
+    catalog.writing()
+    new, size, namespace = replace(new, name=composed(new.name)), catalog.layout.segment_tokens, composed(namespace)
+    tokens = encoder.tokens(new, begin=False)
+    with catalog.read():
+        document = catalog.live(namespace, new.name)
+        kept = [(part.piece, part.tokens) for part in catalog.parts(document.id)]
+        piece, used = kept.pop()
+        last, whole = catalog.tokens(piece), used // size * size
+    if (last.text is None) != (tokens.text is None):
+        was, way_out = ("token ids", "ids=") if last.text is None else ("text", "text")
+        raise StoreError(f"document {new.name!r} was added as {was}; append {way_out} to it")
+    if whole:
+        kept.append((piece, whole))
+    if whole < used:
+        tokens = joined_tokens([last.slice(whole, used), tokens])
+    length = sum(count for _, count in kept) + len(tokens)
+    plan = Planned(namespace, NewDocument(new.name), "", length, b"", onto=document, kept=kept)
+    (receipt,) = _added(catalog, encoder, iter([(plan, tokens)]), progress, 1)
+    return receipt
 
-    def __init__(
-        self, catalog: Catalog, encoder: Encoder, progress: Report | None = None, workers: int | str = 1
-    ) -> None:
-        catalog.writing()
-        if not ((isinstance(workers, int) and workers > 0) or re.fullmatch(r"ray(:[1-9]\d*)?", str(workers))):
-            raise StoreError(f"workers ({workers!r}) must be a number from 1 on, 'ray' or 'ray:N'")
-        self._catalog, self._encoder, self._progress, self._workers = catalog, encoder, progress, workers
 
-    def add(self, namespace: str, documents: Iterable[NewDocument]) -> Iterator[Receipt]:
-        """Add documents; a receipt comes when its document is durable. See ``MemoryStore.add_documents``."""
-        return self._run(self._plan(composed(namespace), new) for new in documents)
+def _planned(catalog: Catalog, encoder: Encoder, namespace: str, new: NewDocument) -> tuple[Planned, Tokens]:
+    new = replace(new, name=composed(new.name))
+    new.check(namespace)
+    tokens, metadata = encoder.tokens(new), metadata_text(new.metadata, new.name)
+    plan = Planned(namespace, replace(new, text=None, ids=None), metadata, len(tokens), tokens.digest())
+    with catalog.read():
+        status_of(catalog, plan)  # refused before any work
+    return plan, tokens
 
-    def append(self, namespace: str, new: NewDocument) -> Receipt:
-        """Add to the document of this name."""
-        (receipt,) = self._run(iter([self._plan_append(composed(namespace), new)]))
-        return receipt
 
-    # planning
+def _added(
+    catalog: Catalog,
+    encoder: Encoder,
+    planned: Iterator[tuple[Planned, Tokens]],
+    progress: Report | None,
+    workers: int | str,
+) -> Iterator[Receipt]:
+    """Encode and commit, batch by batch."""
+    done, me, pinned = 0, object(), set[int]()
+    catalog.pinned[me] = pinned
+    batches = _batches(catalog, planned, pinned)
+    ids = ((batch, [tokens.ids for tokens in batch.pieces.values()]) for batch in batches)
+    try:
+        with closing(encoded(encoder, ids, workers)) as made:
+            for batch, chunks in made:
+                done += batch.tokens
+                if progress is not None:
+                    progress(Progress("encode", done, None, "tokens", batch.name))
+                yield from commit(catalog, pinned, list(batch.pieces.values()), chunks, batch.documents)
+    finally:
+        del catalog.pinned[me]
 
-    def _plan(self, namespace: str, new: NewDocument) -> tuple[Planned, Tokens]:
-        new = replace(new, name=composed(new.name))
-        new.check(namespace)
-        tokens, metadata = self._encoder.tokens(new), metadata_text(new.metadata, new.name)
-        plan = Planned(namespace, replace(new, text=None, ids=None), metadata, len(tokens), tokens.digest())
-        with self._catalog.read():
-            status_of(self._catalog, plan)  # refused before any work
-        return plan, tokens
 
-    def _plan_append(self, namespace: str, new: NewDocument) -> tuple[Planned, Tokens]:
-        """The last segment, if it is short, is encoded again together with what is new."""
-        new, size, catalog = replace(new, name=composed(new.name)), self._catalog.layout.segment_tokens, self._catalog
-        tokens = self._encoder.tokens(new, begin=False)
-        with catalog.read():
-            document = catalog.live(namespace, new.name)
-            kept = [(part.piece, part.tokens) for part in catalog.parts(document.id)]
-            piece, used = kept.pop()
-            last, whole = catalog.tokens(piece), used // size * size
-        if (last.text is None) != (tokens.text is None):
-            was, way_out = ("token ids", "ids=") if last.text is None else ("text", "text")
-            raise StoreError(f"document {new.name!r} was added as {was}; append {way_out} to it")
-        if whole:
-            kept.append((piece, whole))
-        if whole < used:
-            tokens = joined_tokens([last.slice(whole, used), tokens])
-        length = sum(count for _, count in kept) + len(tokens)
-        return Planned(namespace, NewDocument(new.name), "", length, b"", onto=document, kept=kept), tokens
-
-    def _batches(self, planned: Iterator[tuple[Planned, Tokens]], pinned: set[int]) -> Iterator[_Batch]:
-        batch, size, coming = _Batch(), self._catalog.layout.piece_tokens, set[bytes]()
-        for document, tokens in planned:
-            batch.name = document.new.name
-            for start in range(0, len(tokens), size):
-                piece = tokens.slice(start, start + size)
-                digest = piece.digest()
-                document.pieces.append((digest, len(piece)))
-                batch.tokens += len(piece)
-                if digest not in coming and known(self._catalog, digest, pinned) is None:
-                    coming.add(digest)
-                    batch.pieces[digest] = piece
-                    if sum(map(len, batch.pieces.values())) >= size:
-                        yield batch
-                        batch = _Batch(name=document.new.name)
-            batch.documents.append(document)
-            if len(batch.documents) >= BATCH_DOCUMENTS:
-                yield batch
-                batch = _Batch()
-        if batch.documents or batch.pieces:
+def _batches(catalog: Catalog, planned: Iterator[tuple[Planned, Tokens]], pinned: set[int]) -> Iterator[_Batch]:
+    batch, size, coming = _Batch(), catalog.layout.piece_tokens, set[bytes]()
+    for document, tokens in planned:
+        batch.name = document.new.name
+        for start in range(0, len(tokens), size):
+            piece = tokens.slice(start, start + size)
+            digest = piece.digest()
+            document.pieces.append((digest, len(piece)))
+            batch.tokens += len(piece)
+            if digest not in coming and known(catalog, digest, pinned) is None:
+                coming.add(digest)
+                batch.pieces[digest] = piece
+                if sum(map(len, batch.pieces.values())) >= size:
+                    yield batch
+                    batch = _Batch(name=document.new.name)
+        batch.documents.append(document)
+        if len(batch.documents) >= BATCH_DOCUMENTS:
             yield batch
-
-    def _run(self, planned: Iterator[tuple[Planned, Tokens]]) -> Iterator[Receipt]:
-        done, pinned = 0, set[int]()
-        self._catalog.pinned[self] = pinned
-        batches = self._batches(planned, pinned)
-        ids = ((batch, [tokens.ids for tokens in batch.pieces.values()]) for batch in batches)
-        try:
-            with closing(encoded(self._encoder, ids, self._workers)) as made:
-                for batch, chunks in made:
-                    done += batch.tokens
-                    if self._progress is not None:
-                        self._progress(Progress("encode", done, None, "tokens", batch.name))
-                    yield from commit(self._catalog, pinned, list(batch.pieces.values()), chunks, batch.documents)
-        finally:
-            del self._catalog.pinned[self]
+            batch = _Batch()
+    if batch.documents or batch.pieces:
+        yield batch
 
 
 # documents and pieces in the catalog
@@ -191,7 +190,7 @@ def commit(
         made = [pair for pair in zip(pieces, chunks, strict=True) if known(catalog, pair[0].digest(), pinned) is None]
         generation, first = catalog.end()
         if made:
-            append(catalog.folder, catalog.layout, generation, first, [run for _, run in made])
+            append_chunks(catalog.folder, catalog.layout, generation, first, [run for _, run in made])
         return enter(catalog, first, [(tokens, len(run), run.crc()) for tokens, run in made], documents, pinned)
 
 
@@ -217,7 +216,10 @@ def enter(
         return [_write_document(catalog, db, pinned, document) for document in documents]
 
 
-def status_of(catalog: Catalog, plan: Planned) -> tuple[Status, DocumentInfo | None]:
+REPLACE = "choose another name, or replace it (replace=True, `--replace`)"
+
+
+def status_of(catalog: Catalog, plan: Planned, way_out: str = REPLACE) -> tuple[Status, DocumentInfo | None]:
     """What becomes of a document, and the one that has its name now, expired or not.
 
     Raises StoreError where the name belongs to another text, or the document to append to has changed.
@@ -237,7 +239,7 @@ def status_of(catalog: Catalog, plan: Planned) -> tuple[Status, DocumentInfo | N
     if not new.replace:
         raise StoreError(
             f"namespace {plan.namespace!r} has another document {new.name!r} (another text, source, metadata "
-            "or time); choose another name, or replace it (replace=True, `--replace`)"
+            f"or time); {way_out}"
         )
     return "replaced", old
 

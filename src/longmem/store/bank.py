@@ -53,7 +53,7 @@ class SearchHit:
 class StoreBank:
     """Documents of a namespace, read-only: one row, which every row of a batch reads.
 
-    For a batch of several namespaces pass a list of banks as ``memory``.
+    For a batch of several namespaces ``generate`` takes a list of banks, and the model a ``JoinedMemory`` of them.
 
     Opening reads the catalog alone. Chunk keys are read at the first search (or by ``load``); keys and values stay in
     the memory map unless ``keep`` says otherwise, and of them only the heads and chunks that were found are read.
@@ -139,9 +139,10 @@ class StoreBank:
         with self._lock:
             if self._catalog.version() == self._read_at:
                 return
+            before, self._loaded = self._loaded, None  # where this fails, the next search loads anew
             self._read()
-            if self._loaded is not None:
-                self._load()
+            if before is not None:
+                self._load(before)
 
     # reading
 
@@ -284,20 +285,21 @@ class StoreBank:
         seen = self._catalog.version()
         if seen == self._seen and clock.time() < self._expires:
             return
-        self._runs = until_found(lambda: self._runs.now(self._catalog, self.namespace))
-        if self._loaded is not None:
-            self._load()
+        before, self._runs = self._runs, until_found(lambda: self._runs.now(self._catalog, self.namespace))
+        if self._loaded is not None and np.array_equal(before.left, self._runs.left):
+            self._loaded.runs = self._runs  # the same chunks, perhaps in other files
+        elif self._loaded is not None:
+            self._load(self._loaded)
         self._expires, self._seen = self._runs.expires(), seen
 
-    def _load(self) -> None:
-        dtype, keep = self._catalog.layout.dtype, self.keep == "memory"
-        self._loaded = Loaded(self._runs, self._indexes, self.device, dtype, keep, self._loaded)
+    def _load(self, before: Loaded | None = None) -> None:
+        self._loaded = Loaded(self._runs, self._indexes, self.device, self.keep == "memory", before)
 
 
 def _check(namespace: object, selection: Selection, keep: str) -> None:
     problems, documents = [], selection.documents
     if not isinstance(namespace, str):
-        problems.append(f"namespace ({namespace!r}) must be a name; for several, pass a list of banks as memory")
+        problems.append(f"namespace ({namespace!r}) must be a name; for several, make a bank of each")
     if isinstance(documents, str):
         problems.append(f"documents ({documents!r}) must be a list of names; write [{documents!r}]")
     if keep not in ("map", "memory"):

@@ -182,7 +182,8 @@ class WriterLock:
 
     def __init__(self, folder: Path) -> None:
         self.pid = os.getpid()
-        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]).encode("ascii", "replace").decode()[:400]
+        program, *arguments = sys.argv or [""]
+        command = " ".join([Path(program).name or "python", *arguments]).encode("ascii", "replace").decode()[:400]
         since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         me = f"process {self.pid} on {socket.gethostname()} (`{command}`) has been writing since {since}"
         with file_errors(folder / LOCK, "opening to write"):
@@ -325,7 +326,7 @@ def _mapped(path: Path, dtype: str, *shape: int) -> NDArray[Any]:
         raise
 
 
-def append(folder: Path, layout: Layout, generation: int, first: int, runs: Sequence[StoredChunks]) -> None:
+def append_chunks(folder: Path, layout: Layout, generation: int, first: int, runs: Sequence[StoredChunks]) -> None:
     """Write chunks as the records from ``first`` on; durable when this returns, known once the catalog counts them.
 
     Raises:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longmem.memory.index import Index
 from longmem.store.catalog import Catalog, DocumentInfo, Selection
-from longmem.store.disk import DTYPES, Dtype, Numbers, StoredChunks
+from longmem.store.disk import Numbers, StoredChunks
 from longmem.types import ChunkOrigin
 
 _QUERY = """
@@ -148,7 +148,6 @@ class Loaded:
     Args:
         runs: of the bank.
         indexes: one for each remembered layer.
-        dtype: of the stored keys and values.
         keep: whether keys and values are read too; else they stay in the map.
         before: what was loaded until now; keys before the first change are not read again.
     """
@@ -158,13 +157,7 @@ class Loaded:
     scales: Tensor | None = None  # (n, H, 2)
 
     def __init__(
-        self,
-        runs: Runs,
-        indexes: Sequence[Index],
-        device: torch.device,
-        dtype: Dtype,
-        keep: bool,
-        before: Loaded | None = None,
+        self, runs: Runs, indexes: Sequence[Index], device: torch.device, keep: bool, before: Loaded | None
     ) -> None:
         self.runs, self.indexes = runs, indexes
         self.chunks = runs.alive()  # (n,) number of the chunk in each slot, ascending
@@ -181,7 +174,8 @@ class Loaded:
             before.kv = before.scales = None  # no two copies of them
         read_into(self.keys[0].transpose(0, 1)[same:], stored.keys, records[same:])
         if keep:
-            self.kv = torch.empty(count, *stored.kv.shape[1:], dtype=DTYPES[dtype], device=device)
+            dtype = as_tensor(stored.kv[:0].copy()).dtype
+            self.kv = torch.empty(count, *stored.kv.shape[1:], dtype=dtype, device=device)
             read_into(self.kv, stored.kv, records)
             if stored.scales is not None:
                 self.scales = torch.empty(count, *stored.scales.shape[1:], device=device)
@@ -223,10 +217,8 @@ class Loaded:
             kv, scales = kv[slots, heads], scales if scales is None else scales[slots, heads]
         else:
             records, stored = self.runs.records(self.chunks[slots]), self.runs.stored
-            kv = torch.from_numpy(stored.kv[records, heads])
+            kv = as_tensor(stored.kv[records, heads])
             scales = None if stored.scales is None else torch.from_numpy(stored.scales[records, heads])
-        if kv.dtype == torch.int16:
-            kv = kv.view(torch.bfloat16)
         if scales is not None:
             kv = kv.to(torch.float32) * scales[..., None, None]
         device = self.keys.device
@@ -242,5 +234,10 @@ def read_into(target: Tensor, stored: Any, records: Numbers) -> None:
     for begin in range(0, len(records), AT_ONCE):
         some = records[begin : begin + AT_ONCE]
         follow = bool((np.diff(some) == 1).all())
-        read = torch.from_numpy(stored[some[0] : some[-1] + 1].copy() if follow else stored[some])
-        target[begin : begin + len(some)] = read.view(torch.bfloat16) if read.dtype == torch.int16 else read
+        target[begin : begin + len(some)] = as_tensor(stored[some[0] : some[-1] + 1].copy() if follow else stored[some])
+
+
+def as_tensor(stored: Any) -> Tensor:
+    """A copy of numbers of the data files; 16-bit integers are the bits of bfloat16."""
+    read = torch.from_numpy(stored)
+    return read.view(torch.bfloat16) if read.dtype == torch.int16 else read

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from longmem.data.tokens import check_tokenizer
 from longmem.errors import StoreError
-from longmem.store.adding import Adder, Receipt
+from longmem.store.adding import Receipt, add, append
 from longmem.store.bank import StoreBank
 from longmem.store.catalog import CATALOG, Catalog, DocumentInfo, Selection, composed
 from longmem.store.disk import LOCK, Dtype, Report, file_errors
@@ -191,7 +191,7 @@ class MemoryStore:
         Raises:
             StoreError: see ``add_document``; documents before the one at fault may be there. A worker that was killed.
         """
-        return Adder(self.catalog, self.encoder, progress, workers).add(namespace, documents)
+        return add(self.catalog, self.encoder, namespace, documents, progress, workers)
 
     def append(
         self,
@@ -210,7 +210,7 @@ class MemoryStore:
         Raises:
             StoreError: there is no such document, or text and ids do not fit together.
         """
-        return Adder(self.catalog, self.encoder, progress).append(namespace, NewDocument(name, text, ids))
+        return append(self.catalog, self.encoder, namespace, NewDocument(name, text, ids), progress)
 
     # forgetting
 
@@ -381,12 +381,9 @@ def _check_model(folder: Path, encoder: Encoder, model: Any) -> None:
     layout, sizes = encoder.layout, (model.memory_layers, model.memory_heads, model.memory_head_dim)
     if encoder.accepts(layout.fingerprint) and sizes == (layout.memory_layers, layout.heads_kv, layout.head_dim):
         return
-    ours, theirs = (
-        f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
-        for layers in (layout.memory_layers, model.memory_layers)
-    )
+    ours, theirs = (", ".join(map(str, layers)) for layers in (layout.memory_layers, model.memory_layers))
     raise StoreError(
-        f"{folder}: written by backbone {layout.backbone} ({layout.fingerprint}, {ours}), this model is "
-        f"{name_of(model)} ({model.fingerprint}, {theirs}); keys of one mean nothing to the other: use the store's own "
-        "backbone, or make another store"
+        f"{folder}: written by backbone {layout.backbone} ({layout.fingerprint}, layers {ours}), this model is "
+        f"{name_of(model)} ({model.fingerprint}, layers {theirs}); keys of one mean nothing to the other: use the "
+        "store's own backbone, or make another store"
     )

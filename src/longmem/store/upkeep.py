@@ -37,7 +37,7 @@ from longmem.store.disk import (
     Progress,
     Report,
     StoredChunks,
-    append,
+    append_chunks,
     failpoint,
     file_errors,
     paths_of,
@@ -131,11 +131,10 @@ def _copy(catalog: Catalog, generation: int, living: list[Piece], progress: Repo
         if held[-1].crc() != piece.crc:
             raise StoreDamaged(f"{_place(catalog, piece)}: these bytes are not what was written; {REPAIR}")
         if end == places[-1] or (end - done) * size > AT_ONCE:
-            append(catalog.folder, catalog.layout, generation, done, held)
+            append_chunks(catalog.folder, catalog.layout, generation, done, held)
             done, held = end, []
             if progress is not None:
-                name = paths_of(catalog.folder, generation)[0].name
-                progress(Progress("rewrite", done * size, places[-1] * size, "bytes", name))
+                progress(Progress("rewrite", done * size, places[-1] * size, "bytes", "data files"))
     return places
 
 
@@ -161,11 +160,11 @@ def _check(catalog: Catalog, progress: Report | None) -> tuple[VerifyReport, lis
         with catalog.apart() as other, other.read() as db:
             lines = [line for (line,) in db.execute("PRAGMA integrity_check") if line != "ok"]
             problems += [Problem("catalog", CATALOG, f"{line}; restore a backup") for line in lines]
-            pieces, chunks, generation = other.pieces(), None, other.meta("generation")
+            pieces, chunks, (generation, _) = other.pieces(), None, other.end()
             try:
                 chunks = other.chunks()
             except StoreDamaged as error:  # lost or cut, unless ``compact`` has replaced them meanwhile
-                if isinstance(error, GenerationGone) and catalog.meta("generation") != generation:
+                if isinstance(error, GenerationGone) and catalog.end()[0] != generation:
                     raise
                 problems.append(Problem("file", paths_of(other.folder, generation)[0].name, str(error)))
             total = sum(each.chunks for each in pieces) * other.layout.chunk_bytes
@@ -175,7 +174,7 @@ def _check(catalog: Catalog, progress: Report | None) -> tuple[VerifyReport, lis
                     bad += [piece] * (problem.kind == "piece")
                 read += piece.chunks * other.layout.chunk_bytes
                 if progress is not None:
-                    progress(Progress("check", read, total, "bytes", CATALOG))
+                    progress(Progress("check", read, total, "bytes", "data files"))
             problems += _of_documents(other, {each.id: each.tokens for each in pieces})
             documents = len(other.documents(expired=True))
             read += other.sizes()[1]
@@ -212,7 +211,7 @@ def _repair(catalog: Catalog, encoder: Encoder, piece: Piece) -> None:
     chunks = encoder.encode([catalog.tokens(piece.id).ids])[0]
     with catalog.writing():
         generation, first = catalog.end()
-        append(catalog.folder, catalog.layout, generation, first, [chunks])
+        append_chunks(catalog.folder, catalog.layout, generation, first, [chunks])
         with catalog.write() as db:
             db.execute("UPDATE piece SET first = ?, crc = ? WHERE id = ?", (first, chunks.crc(), piece.id))
             db.execute("UPDATE meta SET value = ? WHERE key = 'records'", (first + len(chunks),))
@@ -301,8 +300,7 @@ def _piece_bytes(tokens: Tokens, chunks: StoredChunks, layout: Layout) -> bytes:
     tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items() if array is not None}
     if layout.dtype == "bfloat16":
         tensors["kv"] = tensors["kv"].view(torch.bfloat16)
-    data: bytes = save(tensors)
-    return data
+    return bytes(save(tensors))
 
 
 class Archive:
@@ -373,7 +371,7 @@ class Archive:
             if catalog.find(namespace, name) is not None:  # is it the same?
                 runs = [self.piece(digest.hex())[0].slice(0, tokens) for digest, tokens in pieces]
                 plan.digest = joined_tokens(runs).digest()
-                status_of(catalog, plan)
+                status_of(catalog, plan, "forget it first, or import into another namespace; nothing was imported")
             plans.append(plan)
         return plans
 
@@ -421,7 +419,7 @@ def import_archive(
             held.append(chunks)
             count = sum(map(len, held))
             if number == len(missing) or count * layout.chunk_bytes > AT_ONCE:
-                append(catalog.folder, layout, generation, end, held)
+                append_chunks(catalog.folder, layout, generation, end, held)
                 end, held = end + count, []
             if progress is not None:
                 progress(Progress("copy", number, len(missing), "pieces", path.name))
