@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from longmem import LongMem, MemoryBank
-from longmem.modeling.placement import quantization
+from longmem.modeling.weights import quantization
 
 options = argparse.ArgumentParser()
 options.add_argument("backbone")

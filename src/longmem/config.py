@@ -28,7 +28,7 @@ class MemoryConfig(PreTrainedConfig):
         backbone_revision: hub revision of the backbone.
         backbone_kwargs: what else ``AutoModelForCausalLM.from_pretrained`` needs to find it (``subfolder``,
             ``gguf_file``, ``variant``, ...).
-        backbone_fingerprint: hash of the backbone's architecture and weights, see ``modeling.fingerprint``.
+        backbone_fingerprint: hash of the backbone's architecture and weights, see ``modeling.weights``.
         backbone_sketch: a few values of every weight, by which the same weights in another precision are known.
         memory_layers: 0-based backbone layers whose keys and values are remembered, ascending; one number will do.
             None takes the paper's three quarters of the depth (section 3: layer 18 of 24, counted from one).

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,27 +177,6 @@ def test_what_stands_behind_the_end_of_a_text_is_not_remembered(llama: LongMem) 
         moved = session.followed(row)
         assert torch.equal(moved, got[row, : len(moved)]) and end not in moved.tolist()
     assert len(session.followed(1)) == 30 and len(session.followed(0)) <= length
-
-
-def test_processors_criteria_and_streamers_see_the_whole_text(llama: LongMem) -> None:
-    lengths, streamed = list[int](), list[int]()
-
-    def seeing(text: Tensor, scores: Tensor) -> Tensor:
-        lengths.append(text.shape[1])
-        return scores
-
-    got = llama.generate(
-        ids(1, 20),
-        max_new_tokens=1000,
-        logits_processor=[seeing],
-        stopping_criteria=[lambda text, scores, **_: torch.full((1,), text.shape[1] >= 40)],
-        streamer=SimpleNamespace(
-            put=lambda new: streamed.extend(new.flatten().tolist()), end=lambda: streamed.append(-1)
-        ),
-        **WINDOW,
-        **GREEDY,
-    )
-    assert got.shape == (1, 40) and lengths == list(range(20, 40)) and streamed == [*got[0].tolist(), -1]
 
 
 def test_threads_that_share_a_model_share_no_window(llama: LongMem) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -36,17 +35,6 @@ def origins(memory: MemoryBank, row: int = 0) -> list[ChunkOrigin]:
     return [memory.provenance(row, slot) for slot in range(int(memory.chunks[row]))]
 
 
-def test_empty_bank_finds_nothing_and_a_little_memory_is_masked_where_it_ends():
-    memory = bank()
-    found = memory.search(queries(1), 3)
-    assert not found.mask.any() and found.chunk_ids.shape == (1, 4, 4, 3)
-    assert (found.keys == 0).all() and (found.values == 0).all()
-    memory.add(kv(1, 4))
-    found = memory.search(queries(1), 5)
-    assert found.chunk_mask.tolist() == [[[[True, True, False, False, False]] * 4] * 4]
-    assert (memory.chunks.tolist(), memory.tokens.tolist()) == ([2], [4])
-
-
 def test_chunk_keys_are_averaged_before_rounding():
     given, memory = kv(1, 2), bank(dtype=torch.bfloat16)
     memory.add(given)
@@ -76,14 +64,6 @@ def test_a_document_goes_on_where_none_is_named_and_a_jump_closes_the_tail():
     assert [(each.document, each.start_token, each.length) for each in origins(memory)] == [
         ("a", 10, 2), ("a", 12, 2), ("a", 14, 1), ("a", 40, 2),
     ]  # fmt: skip
-
-
-def test_reset_empties_the_named_rows():
-    memory = bank(2)
-    memory.add(kv(2, 5), documents=["a", "b"])
-    memory.reset(torch.tensor([1]))
-    assert (memory.chunks.tolist(), memory.waiting.tolist()) == ([2, 0], [1, 0])
-    assert not memory.search(queries(2), 2).mask[1].any()
 
 
 def test_every_write_counts_as_a_new_version_and_searching_changes_nothing():
@@ -156,27 +136,3 @@ def test_a_bank_of_version_0_1_is_loaded():
         assert [origins(loaded, row) for row in range(2)] == [origins(again, row) for row in range(2)]
         for each in (loaded, again):
             each.add(kv(2, 3, last), time=9.0)
-
-
-def test_threads_read_one_bank_at_once():
-    memory = bank(3, capacity=64)
-    memory.add(kv(3, 50))
-    asked = [torch.randn(3, 4, 5, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(40)]
-    alone = [memory.search(each, 4) for each in asked]
-    with ThreadPoolExecutor(4) as pool:
-        for found, wanted in zip(pool.map(lambda each: memory.search(each, 4), asked), alone, strict=True):
-            same(found, wanted)
-
-
-def test_a_bank_for_a_model_takes_its_shape():
-    class Config:
-        chunk_size, memory_size = 2, 32
-
-    class Model:
-        config, fingerprint, device, dtype = Config(), "f", torch.device("cpu"), torch.float32
-        memory_heads, memory_head_dim, memory_layers = 2, 3, (5,)
-
-    memory = MemoryBank.for_model(Model(), rows=2)
-    assert (memory.rows, memory.capacity_tokens, memory.chunk_size, memory.fingerprint) == (2, 32, 2, "f")
-    assert memory.memory_layers == (5,)
-    assert MemoryBank.for_model(Model(), capacity_tokens=8, chunk_size=4).chunk_size == 4

@@ -134,23 +134,6 @@ def test_any_history_of_writes_leaves_what_python_lists_would_hold(history, slot
                     assert torch.equal(value, pair[1])
 
 
-@settings(max_examples=30, deadline=None)
-@given(history=histories(2), slots=some.integers(1, 5), size=some.integers(1, 4))
-def test_a_row_in_company_holds_what_it_would_hold_alone(history, slots, size):
-    together, _ = play(history, slots, size)
-    for row in range(2):
-        mine = [Write((each.lengths[row],), each.left, (each.documents[row],), each.end) for each in history]
-        alone = MemoryBank(1, slots * size, HEADS, DIM, size)
-        for number, (write, whole) in enumerate(zip(mine, history, strict=True)):
-            alone.add(padded([tokens_of(whole, number)[row]], write.left), documents=write.documents)
-            if write.end:
-                alone.end_document()
-        one = together.search(ask(2)[row : row + 1], 3, rows=torch.tensor([row]))
-        two = alone.search(ask(2)[row : row + 1], 3)
-        assert torch.equal(one.mask, two.mask)
-        assert torch.equal(one.keys, two.keys)
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     length=some.integers(0, 30),

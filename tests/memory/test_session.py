@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longmem import MemoryBankError
 from longmem.memory.bank import MemoryBank
 from longmem.memory.session import OVERLAY, JoinedMemory, SessionMemory, best_of
 from longmem.types import AttentionKV, RetrievedMemory
@@ -115,19 +113,3 @@ def test_of_equal_scores_the_first_search_wins() -> None:
     found = best_of((one.search(queries(1), 4), two.search(queries(1), 4)), 4)
     assert torch.equal(found.scores[..., 0], found.scores[..., 1])
     assert (found.chunk_ids.max() < found.storage.shape[1]) and found.storage.shape[2] == 1
-
-
-@pytest.mark.parametrize(
-    ("act", "says"),
-    [
-        (lambda: SessionMemory(bank(2, 4), bank(3, 0)), "the memory has 2 rows, the session 3"),
-        (lambda: SessionMemory(bank(1, 4), MemoryBank(1, 64, HKV, D, 4)), "chunk_size"),
-        (lambda: SessionMemory(bank(1, 4, fingerprint="a"), bank(1, 0, fingerprint="b")), "fingerprint differs among"),
-        (lambda: JoinedMemory([None]), "must hold one"),
-        (lambda: JoinedMemory([bank(1, 4, fingerprint="a"), bank(1, 4, fingerprint="b")]), "fingerprint differs"),
-        (lambda: JoinedMemory([bank(1, 4), None]).provenance(1, 0), "row 1 has no memory"),
-    ],
-)
-def test_memories_that_do_not_go_together_are_refused(act, says) -> None:
-    with pytest.raises(MemoryBankError, match=says):
-        act()

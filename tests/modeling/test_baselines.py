@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
-from longmem.errors import ConfigError, MemoryBankError
-from longmem.modeling.fingerprint import fingerprint_of
+from longmem.errors import MemoryBankError
+from longmem.modeling.weights import fingerprint_of
 
 BOTH = [MemTRM, TrainingFree]
 TWO = {"memory_layers": (1, 3), "chunk_size": 2, "num_retrieved": 8, "fusion": "token"}
@@ -60,7 +60,7 @@ def test_gradient_reaches_the_whole_memtrm_and_through_its_queries(name: str) ->
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
-def test_recomputing_layers_gives_the_same_gradients_or_is_refused(name: str) -> None:
+def test_recomputing_layers_gives_the_same_gradients(name: str) -> None:
     model = MemTRM.from_backbone(make_backbone(name), **SETTINGS).train()
     bank = filled(model, ids(seed=1))
 
@@ -70,26 +70,13 @@ def test_recomputing_layers_gives_the_same_gradients_or_is_refused(name: str) ->
         return [p.grad.clone() for p in model.trainable_parameters() if p.grad is not None]
 
     plain = gradients()
+    assert model.supports_gradient_checkpointing is (name != "alibi_gpt")
     if name == "alibi_gpt":
-        with pytest.raises(ConfigError, match="cannot recompute layer by layer"):
-            model.gradient_checkpointing_enable()
         return
     model.gradient_checkpointing_enable()
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
     model.gradient_checkpointing_disable()
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
-
-
-@pytest.mark.parametrize("name", list(FAMILIES))
-def test_training_free_has_nothing_to_train_and_changes_no_byte(name: str) -> None:
-    backbone = make_backbone(name)
-    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    model = TrainingFree.from_backbone(backbone, gate=0.3, **SETTINGS).train()
-    assert not model.trainable_parameters() and not backbone.training
-    out = model(ids(), labels=ids(), memory=filled(model, ids(seed=1)))
-    assert out.loss.isfinite() and not out.loss.requires_grad
-    model.generate(ids(), memory=filled(model, ids(seed=1)), max_new_tokens=2, do_sample=False, pad_token_id=0)
-    assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
 
 
 def test_keys_of_a_memtrm_go_stale_and_those_of_a_longmem_do_not() -> None:
@@ -154,14 +141,6 @@ def test_a_trained_memtrm_keeps_where_it_started_from(tmp_path: Path) -> None:
         loaded.save_pretrained(tmp_path / "model")
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("made", BOTH)
-def test_a_bfloat16_backbone_runs(made: Any) -> None:
-    model = made.from_backbone(make_backbone("llama").to(torch.bfloat16), gate=0.5, **SETTINGS).eval()
-    out = model(ids(), memory=filled(model, ids(seed=1)))
-    assert out.logits.dtype == torch.bfloat16 and out.logits.isfinite().all()
-
-
 # TrainingFree with fusion="token": gates that can be trained
 
 
@@ -171,16 +150,6 @@ def disturbed(model: TrainingFree) -> TrainingFree:
         for parameter in model.trainable_parameters():
             parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
     return model
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["llama", "qwen3", "alibi_gpt"])
-def test_token_gates_start_as_one_softmax(name: str) -> None:
-    models = [
-        TrainingFree.from_backbone(make_backbone(name), **TWO | {"fusion": each}) for each in ("token", "softmax")
-    ]
-    ours, theirs = (model(ids(), memory=filled(model, ids(seed=1))).logits for model in models)
-    torch.testing.assert_close(ours, theirs)
 
 
 def test_only_the_token_gates_are_trained_and_every_number_of_them_learns() -> None:

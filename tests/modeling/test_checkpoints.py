@@ -35,10 +35,6 @@ def logits(model: Any) -> torch.Tensor:
     return model(ids(1), memory=filled(model, ids(1, seed=7))).logits  # type: ignore[no-any-return]
 
 
-def shards(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("sidenet*"))
-
-
 # saving
 
 
@@ -67,16 +63,6 @@ def test_the_auto_class_loads_shards_and_the_backbone_that_the_checkpoint_names(
     model.save_pretrained(tmp_path / "side", max_shard_size=20_000)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "side")
     assert isinstance(loaded, LongMem) and torch.equal(logits(loaded), logits(model))
-
-
-def test_a_later_save_leaves_nothing_of_an_earlier_one(tmp_path: Path) -> None:
-    backbone = make_backbone("llama")
-    for seed, (size, least, most) in enumerate((("20KB", 3, 99), ("5GB", 1, 1), ("40KB", 3, 99))):
-        model = trained(backbone, seed=seed)
-        model.save_pretrained(tmp_path, max_shard_size=size)
-        assert least <= len(shards(tmp_path)) <= most
-        assert ("sidenet.safetensors" in shards(tmp_path)) == (most == 1)
-        assert torch.equal(logits(LongMem.from_pretrained(tmp_path, backbone=backbone)), logits(model))
 
 
 class PowerCut(Exception):
@@ -164,8 +150,8 @@ def other_heads(folder: Path) -> None:
         (LongMem, without("sidenet-00002-*"), r"does not fit its config: missing \['layers.0"),
         (LongMem, cut_in_half("sidenet-00002-*"), "not a complete LongMem checkpoint"),
         (LongMem, without("config.json"), "no config.json.*it needs config.json and sidenet.safetensors"),
-        (TrainingFree, without("gates.safetensors"), "it needs config.json and gates.safetensors"),
-        (MemTRM, without("memory_gate.safetensors"), "not a complete MemTRM checkpoint"),
+        (TrainingFree, without("gates.safetensors"), r"gates.safetensors does not fit its config: missing \['0.bias'"),
+        (MemTRM, without("memory_gate.safetensors"), r"missing \['memory_gate'\].*the checkpoint is incomplete"),
         (MemTRM, without("config.json"), "not a complete MemTRM checkpoint"),
         (MemTRM, other_heads, r"of another shape \['memory_gate'\]"),
         (MemTRM, cut_in_half("backbone/model.safetensors"), "could not be loaded"),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from longmem import LongMem, MemoryBank, TrainingFree
 from longmem.errors import CheckpointError
-from longmem.modeling.fingerprint import fingerprint_of, legacy_fingerprint, same_weights, sketch_of
+from longmem.modeling.weights import fingerprint_of, legacy_fingerprint, same_weights, sketch_of
 
 HARMLESS = {
     "pad_token_id": 2,

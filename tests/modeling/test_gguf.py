@@ -71,7 +71,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_folder_is_the_model_that_transformers_reads_from_the_file(file: Path) -> None:
-    folder = gguf_folder(file, quiet=True)
+    folder = gguf_folder(file)
     model = AutoModelForCausalLM.from_pretrained(folder)
     direct = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     for (name, ours), (_, theirs) in zip(model.state_dict().items(), direct.state_dict().items(), strict=True):
@@ -81,16 +81,16 @@ def test_the_folder_is_the_model_that_transformers_reads_from_the_file(file: Pat
 
 
 def test_a_file_is_converted_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = gguf_folder(file, quiet=True)
+    folder = gguf_folder(file)
     monkeypatch.setattr(module, "_convert", lambda *_: pytest.fail("converted again"))
-    assert gguf_folder(file, quiet=True) == folder
+    assert gguf_folder(file) == folder
 
 
 def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path: Path, cache: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF but not really")
     with pytest.raises(BackboneError, match=r"broken\.gguf cannot be read as a GGUF model"):
-        gguf_folder(broken, quiet=True)
+        gguf_folder(broken)
     with pytest.raises(BackboneError, match=r"is not a file; give the path of a \.gguf file"):
         gguf_folder(tmp_path / "none.gguf")
     assert is_gguf("models/Model.GGUF") and not is_gguf("models/gguf")

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from longmem.config import TrainingFreeConfig
+from longmem.config import TrainingFreeConfig, side_layout
 from longmem.data.facts import asked_ids, told_ids, told_session
 from longmem.data.tokens import check_tokenizer
 from longmem.errors import BackboneError, ConfigError, DataError
@@ -154,7 +154,7 @@ def best_layers(
 def _candidates(model: PreTrainedModel, stride: int | None) -> tuple[int, ...]:
     family = Family.of(model)
     known = family.memory_layers()
-    return tuple(known if stride is None else sorted({*family.side_layout(stride).sources} & {*known}))
+    return tuple(known if stride is None else sorted({*side_layout(family.config, stride).sources} & {*known}))
 
 
 class _Case(NamedTuple):

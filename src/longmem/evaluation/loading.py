@@ -20,10 +20,10 @@ from longmem.errors import CheckpointError, ConfigError, DataError, first_line
 from longmem.evaluation.asking import start_tokens
 from longmem.evaluation.systems import Comparison
 from longmem.modeling.baselines import MemTRM, TrainingFree
-from longmem.modeling.fingerprint import fingerprint_of, legacy_fingerprint
 from longmem.modeling.gguf import gguf_folder, is_gguf
 from longmem.modeling.loading import load_backbone, named_backbone, resolve_folder
 from longmem.modeling.longmem import LongMem
+from longmem.modeling.weights import fingerprint_of, legacy_fingerprint
 
 log = logging.getLogger(__name__)
 

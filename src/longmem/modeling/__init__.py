@@ -7,8 +7,8 @@
 5. ``attention`` and ``fusion``: attention over the chunks found, and the mix with attention over the segment.
 
 ``baselines``: the backbone's own layers read memory. What a search does is in ``longmem.memory``: ``chunks``, then
-``index``. ``families``, ``probe`` and ``placement`` know how architectures name their parts, compute keys without
-positions, and keep weights. ``loading``, ``fingerprint`` and ``gguf`` are about files. ``generating`` is ``generate``
-with memory, ``explain`` what was read, ``copying`` which layers find earlier text, ``alibi_gpt`` the paper's backbone.
-The same method in loops is in the tests, ``tests/modeling/naive.py``.
+``index``. ``families`` knows how architectures name their parts, ``probe`` computes keys without positions, ``weights``
+copies layers and recognises a backbone. ``loading`` and ``gguf`` are about files. ``generating`` is ``generate`` with
+memory, ``explain`` what was read, ``copying`` which layers find earlier text, ``alibi_gpt`` the paper's backbone. The
+same method in loops is in the tests, ``tests/modeling/naive.py``.
 """

@@ -108,12 +108,15 @@ class AlibiGPTAttention(nn.Module):
         shape = (*hidden.shape[:-1], self.num_heads, self.head_dim)
         return tuple(each(hidden).view(shape).transpose(1, 2) for each in (self.q_proj, self.k_proj, self.v_proj))
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor, past_key_values: Cache | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None = None
+    ) -> Tensor:
         queries, keys, values = self.project(hidden_states)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
+        mask = None if attention_mask is None else attention_mask.to(queries.dtype)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(str(self.config._attn_implementation), eager_attention_forward)
-        out, _ = attend(self, queries, keys, values, attention_mask.to(queries.dtype), scaling=self.scaling)
+        out, _ = attend(self, queries, keys, values, mask, scaling=self.scaling)
         return cast(Tensor, self.out_proj(out.flatten(2)))
 
 
@@ -256,7 +259,6 @@ class AlibiGPTForCausalLM(AlibiGPTPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        return_dict: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:

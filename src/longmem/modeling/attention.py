@@ -46,16 +46,12 @@ def memory_attention(
 
     Chunks are gathered for a block of queries at a time, in forward and again in backward, so the copies per query
     (B, H, T, K, D) never exist as a whole. On a GPU with triton, fused kernels read the storage with no copies at all.
-    Only the queries get a gradient: the memory is not trained.
+    Only the queries get a gradient, through output and log-sum-exp: the memory is not trained.
 
     Args:
         queries: (B, H, T, D).
         retrieved: what ``Memory.search`` found for them.
-        scaling: factor on the scores, the backbone's own.
-        softcap: scores become ``softcap * tanh(scores / softcap)`` where the backbone's do.
-
-    Returns:
-        output, its log-sum-exp (differentiable too) and where anything was found.
+        scaling, softcap: of the scores, the backbone's own; see ``QKV``.
     """
     with torch.autocast(queries.device.type, enabled=False):
         out, lse = _MemoryAttention.apply(queries, retrieved, scaling, softcap)  # type: ignore[no-untyped-call]

@@ -21,8 +21,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.output_capturing import CompileableContextVar
 
 from longmem.modeling.families import Family, find
-from longmem.modeling.placement import mirror_of
 from longmem.modeling.probe import QKV, Call
+from longmem.modeling.weights import mirror_of
 from longmem.types import AttentionKV
 
 _CURRENT = CompileableContextVar("longmem_run")
@@ -115,9 +115,7 @@ class Backbone(nn.Module):
 
         Args:
             reading: the ``Reading`` of this call: what to search, and where to keep what is found.
-            **options: further arguments of the backbone's own forward: attention_mask, position_ids,
-                past_key_values, use_cache, output_hidden_states, ... Those with the value None are left out where
-                the family does not know them.
+            **options: of the backbone's own forward: attention_mask, past_key_values, ...; see ``_accepted``.
         """
         run = BackboneRun(reading=reading)
         output = self._decode(run, input_ids, options)
@@ -226,18 +224,16 @@ def _after_layer(index: int, module: nn.Module, args: tuple[Any, ...], output: A
 def _record_projections(family: Family, index: int, layer: nn.Module) -> None:
     """Let a mirror's layer leave its position-free projections in the run."""
     attention = family.attention(layer)
-    hook = functools.partial(_before_memory_attention, index, family.probe(index, attention))
-    attention.register_forward_pre_hook(hook, with_kwargs=True)
+    probe = family.probe(index, attention)
 
+    def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        run = current_run()
+        if run is not None:
+            run.qkv[index] = probe(Call.record(module, args, kwargs))
+            if run.stop_after == index:
+                raise _Stop
 
-def _before_memory_attention(
-    index: int, probe: Callable[[Call], QKV], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    run = current_run()
-    if run is not None:
-        run.qkv[index] = probe(Call.record(module, args, kwargs))
-        if run.stop_after == index:
-            raise _Stop
+    attention.register_forward_pre_hook(before_attention, with_kwargs=True)
 
 
 def _accepted(module: nn.Module, options: dict[str, Any]) -> dict[str, Any]:

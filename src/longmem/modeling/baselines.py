@@ -22,14 +22,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longmem.config import AugmentedConfig, MemoryConfig, MemTRMConfig, TrainingFreeConfig
-from longmem.errors import BackboneError, ConfigError
+from longmem.errors import BackboneError
 from longmem.modeling.backbone import BackboneRun, current_run
-from longmem.modeling.fingerprint import fingerprint_of
 from longmem.modeling.fusion import TokenGate
 from longmem.modeling.memory_lm import MemoryLM
-from longmem.modeling.placement import packed_by, place_of
 from longmem.modeling.probe import QKV, Call
 from longmem.modeling.reading import MemoryReader
+from longmem.modeling.weights import fingerprint_of, packed_by, place_of
 from longmem.types import AttentionKV
 
 BACKBONE = "backbone"
@@ -46,6 +45,7 @@ class AugmentedLM(MemoryLM):
         self, config: AugmentedConfig, backbone: PreTrainedModel | None = None, *, fingerprint: str | None = None
     ) -> None:
         super().__init__(config, backbone, fingerprint=fingerprint)
+        self.gates: nn.ModuleList | None = None
         self.backbone.attach = self._attach
 
     def kept(self, run: BackboneRun, input_ids: Tensor | None, attention_mask: Tensor | None) -> AttentionKV:
@@ -53,16 +53,11 @@ class AugmentedLM(MemoryLM):
 
         Steps of a loop with a cache do not pay for that: what they give is not written. ``generate`` keeps nothing.
         """
-        if run.reading is None or len(self.memory_layers) == 1 or input_ids is None:
-            return super().kept(run, input_ids, attention_mask)
         cache = run.output.get("past_key_values") if run.output is not None else None
-        if cache is not None and cache.get_seq_length() > input_ids.shape[1]:
+        is_step = input_ids is None or (cache is not None and cache.get_seq_length() > input_ids.shape[1])
+        if run.reading is None or len(self.memory_layers) == 1 or is_step:
             return super().kept(run, input_ids, attention_mask)
-        return self.encode(input_ids, attention_mask)
-
-    def gate_at(self, place: int) -> Tensor | TokenGate:
-        """What decides the shares of one memory layer, by its place: the logits (H,) of its heads."""
-        return self.memory_gate.view(len(self.memory_layers), -1)[place]
+        return self.encode(cast(Tensor, input_ids), attention_mask)
 
     def _gate_logits(self) -> Tensor:
         """(n*H,) logits of the shares in the config, infinite at 0 and 1."""
@@ -73,7 +68,7 @@ class AugmentedLM(MemoryLM):
     def _attach(self, attention: nn.Module, layer: int) -> None:
         """Let the attention of a memory layer, in the backbone's mirror, read memory."""
         place, probe = self.memory_layers.index(layer), functools.partial(_found_before, layer)
-        MemoryReader(attention, self.backbone.family, layer, place, self.config.fusion, self.gate_at, probe)
+        MemoryReader(attention, self.backbone.family, layer, place, self.config.fusion, self, probe)
 
 
 def _found_before(layer: int, call: Call) -> QKV:
@@ -95,17 +90,13 @@ class MemTRM(AugmentedLM):
     (``MemoryBank.for_model(model, fingerprint=None)``). After ``eval()`` the fingerprint is that of the weights as they
     are then, and banks that were written before it are refused.
 
-    The ``gate`` of its config is where the gates start; the backbone is changed.
-
     Raises:
-        BackboneError: as ``MemoryLM``, and if the backbone cannot be trained because it is quantised or its weights are
-            kept elsewhere.
+        BackboneError: as ``MemoryLM``, and if the backbone is quantised or its weights are kept elsewhere.
     """
 
     config_class = MemTRMConfig
     weights_file = "memory_gate.safetensors"
     weights_prefix = "backbone.model."
-    supports_gradient_checkpointing = True
     frozen: ClassVar[bool] = False
 
     def __init__(
@@ -123,6 +114,9 @@ class MemTRM(AugmentedLM):
         super().__init__(config, backbone, fingerprint=fingerprint)
         self.memory_gate = nn.Parameter(self._gate_logits().to(self.backbone.model.dtype))
         self._trained_since = False
+        model, layers = self.backbone.model, self.backbone.family.layers
+        layerwise = all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
+        self.supports_gradient_checkpointing = model.supports_gradient_checkpointing and layerwise
         if self.config.start_fingerprint is None:
             self.config.start_name_or_path = self.config.backbone_name_or_path
             self.config.start_fingerprint = self.fingerprint
@@ -146,18 +140,12 @@ class MemTRM(AugmentedLM):
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any
     ) -> None:
         """Recompute every layer in backward but those that read memory."""
-        model, layers = self.backbone.model, self.backbone.family.layers
-        apart = all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
-        if not model.supports_gradient_checkpointing or not apart:
-            raise ConfigError(
-                f"optim.gradient_checkpointing is true, but {type(model).__name__} cannot recompute layer by layer; "
-                "set it to false and take fewer optim.rows with more optim.accumulate"
-            )
+        model = self.backbone.model
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable(gradient_checkpointing_kwargs)
         # recomputed outside of the forward, they would not find their memory
         for layer in self.memory_layers:
-            layers[layer].gradient_checkpointing = False  # type: ignore[assignment]
+            self.backbone.family.layers[layer].gradient_checkpointing = False  # type: ignore[assignment]
         self.backbone.rebuild()
 
     def gradient_checkpointing_disable(self) -> None:
@@ -193,14 +181,10 @@ class MemTRM(AugmentedLM):
 
 
 class TrainingFree(AugmentedLM):
-    """A frozen backbone that reads memory at some of its own layers.
-
-    What a backbone gains from memory before anybody trains anything, its gates given; or after a few thousand numbers
-    were calibrated (``fusion="token"``, see ``longmem.training.calibrate``). It reads the same banks and stores as a
-    LongMem over the same backbone and layers.
+    """A frozen backbone that reads memory at some of its own layers; it reads the banks of a LongMem over the same.
 
     ``TrainingFree.from_backbone(name, gate=0.1)``: 0 is the backbone alone, bit for bit. With ``fusion="token"`` its
-    only trainable parameters are ``gates``, a ``TokenGate`` for each memory layer. The backbone is never changed.
+    only trainable parameters are ``gates``, a ``TokenGate`` for each memory layer (``longmem.training.calibrate``).
     """
 
     config_class = TrainingFreeConfig
@@ -212,7 +196,6 @@ class TrainingFree(AugmentedLM):
     ) -> None:
         super().__init__(config, backbone, fingerprint=fingerprint)
         self.register_buffer("memory_gate", self._gate_logits(), persistent=False)
-        self.gates: nn.ModuleList | None = None
         if self.config.fusion == "token":
             layers = [self.backbone.family.layers[layer] for layer in self.memory_layers]
             biases = self.memory_gate.view(len(layers), -1)
@@ -221,15 +204,6 @@ class TrainingFree(AugmentedLM):
                 for layer, bias in zip(layers, biases, strict=True)
             )
         self.train(False)
-
-    def gate_at(self, place: int) -> Tensor | TokenGate:
-        """What decides the shares of one memory layer: its ``TokenGate``, or the logits (H,) of its heads."""
-        return super().gate_at(place) if self.gates is None else cast(TokenGate, self.gates[place])
-
-    @classmethod
-    def has_weights(cls, config: MemoryConfig) -> bool:
-        """Where tokens choose."""
-        return config.fusion == "token"
 
     def own_weights(self) -> dict[str, Tensor]:
         """The gates, where tokens choose."""

@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from longmem.config import side_layout
 from longmem.modeling.backbone import position_free_qkv
 from longmem.modeling.families import Family
-
-CHUNK_SIZE, NUM_CHUNKS = 4, 16  # the paper retrieves 64 tokens in chunks of 4
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,7 @@ def copy_loss(model: PreTrainedModel, token_ids: Tensor) -> tuple[float, float]:
 
 
 def retrieval_by_layer(
-    model: PreTrainedModel,
-    token_ids: Tensor,
-    *,
-    segment: int,
-    chunk_size: int = CHUNK_SIZE,
-    num_chunks: int = NUM_CHUNKS,
+    model: PreTrainedModel, token_ids: Tensor, *, segment: int, chunk_size: int = 4, num_chunks: int = 16
 ) -> dict[int, HeadRanks]:
     """Rank and recall of the right key for every head of every layer.
 
@@ -82,7 +76,7 @@ def retrieval_by_layer(
     Args:
         token_ids: (B, n) text; n is the distance over which it repeats. Tokens beyond whole segments are left out.
         segment: tokens encoded at once; at most the model's window.
-        num_chunks: R, chunks that a query may retrieve.
+        num_chunks: R, chunks that a query may retrieve; the paper retrieves 64 tokens in chunks of 4.
     """
     segment = min(segment, token_ids.shape[1])
     length = token_ids.shape[1] // segment * segment
@@ -112,7 +106,7 @@ def default_memory_layer(model: PreTrainedModel, stride: int) -> int:
     if there are any.
     """
     family = Family.of(model)
-    sources = family.side_layout(stride).sources
+    sources = side_layout(family.config, stride).sources
     wanted = sources[max(0, int(0.75 * len(sources) + 0.5) - 1)] if sources else 0
     allowed = family.memory_layers()
     if wanted in allowed or not allowed:

@@ -94,8 +94,7 @@ class Explanation:
         self, positions: Iterable[int] | None = None, row: int = 0, *, top: int | None = None
     ) -> list[ChunkReading]:
         """What several tokens of a batch row read together, at most ``top`` chunks; None: every token of the row."""
-        length = self.chunks.shape[2]
-        at = torch.tensor(list(range(length) if positions is None else positions), dtype=torch.long)
+        at = torch.arange(self.chunks.shape[2]) if positions is None else torch.tensor([*positions], dtype=torch.long)
         chunks, shares, scores = (each[row][:, at].flatten(1) for each in (self.chunks, self.shares, self.scores))
         numbers, inverse = torch.unique(chunks, return_inverse=True)
         # (H, chunks) sums of parts; the slot of "nothing found" is dropped below

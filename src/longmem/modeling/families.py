@@ -1,12 +1,7 @@
-"""How architectures name their parts; ``probe`` has adapters for those that hide their queries, keys and values.
-
-Everything else works on a ``Family``: the decoder and its layers, the final norm, the attention module of a layer, its
-output projection, and a way to its queries, keys and values before any rotary embedding.
-"""
+"""How architectures name their parts; ``probe`` has adapters for those that hide their queries, keys and values."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from longmem.config import SideLayout, layer_types, side_layout
+from longmem.config import layer_types
 from longmem.errors import BackboneError
 from longmem.modeling.probe import PositionFreeProbe
 
@@ -90,8 +85,8 @@ class Family:
         """The probe of backbone layer ``layer``, or of a copy of its attention."""
         rotary = getattr(self.decoder, "rotary_emb", None)
         # families with a rotation per layer type keep a scale for each
-        fallback = getattr(rotary, f"{self.layer_types()[layer]}_attention_scaling", 1.0)
-        scale: Any = getattr(rotary, "attention_scaling", fallback)
+        own = getattr(rotary, f"{layer_types(self.config)[layer]}_attention_scaling", 1.0)
+        scale: Any = getattr(rotary, "attention_scaling", own)
         return PositionFreeProbe(self.attention(self.layers[layer]) if attention is None else attention, float(scale))
 
     def output_projection(self, attention: nn.Module) -> nn.Module:
@@ -118,14 +113,6 @@ class Family:
                 for parameter in [part] if isinstance(part, nn.Parameter) else part.parameters():
                     parameter.zero_()
 
-    def layer_types(self) -> list[str]:
-        """The kind of every layer, see ``config.layer_types``."""
-        return layer_types(self.config)
-
-    def side_layout(self, stride: int, delta: Sequence[int] = ()) -> SideLayout:
-        """Which layers a SideNet copies, see ``config.side_layout``."""
-        return side_layout(self.config, stride, delta)
-
     def share_feed_forward(self, copied: nn.Module, source: nn.Module) -> None:
         """Let a copy of a layer use its source's own modules for all but attention and norms.
 
@@ -141,7 +128,7 @@ class Family:
 
         Where no layer has full attention (Mistral), those with a sliding window.
         """
-        types = self.layer_types()
+        types = layer_types(self.config)
         own = [i for i, layer in enumerate(self.layers) if attention_of(layer) is not None]
         full = [i for i in own if types[i] == "full_attention"]
         return full or [i for i in own if types[i] == "sliding_attention"]
@@ -163,18 +150,16 @@ class Family:
     def check_memory_layers(self, layers: tuple[int, ...]) -> None:
         """Refuse layers that cannot be remembered, or not together, and say which can."""
         allowed = self.memory_layers()
-        for layer in layers:
-            if layer not in allowed:
-                reason = f"is out of range, the backbone has {len(self.layers)} layers counted from 0"
-                if 0 <= layer < len(self.layers):
-                    reason = f"is a {self.layer_types()[layer]} layer, or has no keys of its own"
-                raise BackboneError(
-                    f"memory_layer {layer} {reason}; these would do: {', '.join(map(str, allowed)) or 'none'}"
-                )
-        shapes = {layer: (self.kv_heads(layer), self.head_dim(layer)) for layer in layers}
-        if len(set(shapes.values())) > 1:
+        for layer in set(layers) - set(allowed):
+            reason = f"is out of range, the backbone has {len(self.layers)} layers counted from 0"
+            if 0 <= layer < len(self.layers):
+                reason = f"is a {layer_types(self.config)[layer]} layer, or has no keys of its own"
+            would = ", ".join(map(str, allowed)) or "none"
+            raise BackboneError(f"memory_layer {layer} {reason}; these would do: {would}")
+        shapes = [(self.kv_heads(layer), self.head_dim(layer)) for layer in layers]
+        if len(set(shapes)) > 1:
             raise BackboneError(
-                f"memory_layers {list(layers)} have different key/value heads and sizes {list(shapes.values())}; "
+                f"memory_layers {list(layers)} have different key/value heads and sizes {shapes}; "
                 "remember layers of one shape"
             )
 

@@ -20,8 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from longmem.errors import BackboneError, first_line
 from longmem.progress import Progress
 
-_READ = 1 << 24  # bytes hashed at a time
-
 
 def is_gguf(name: str | Path) -> bool:
     """Whether a backbone's name is that of a GGUF file."""
@@ -34,7 +32,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LONGMEM_CACHE") or Path(home) / "longmem")
 
 
-def gguf_folder(file: str | Path, *, quiet: bool = False) -> Path:
+def gguf_folder(file: str | Path) -> Path:
     """The folder of safetensors made from a GGUF file; the first call makes it, later calls only hash the file.
 
     It has config.json, model.safetensors in float32 and the tokenizer, for ``from_pretrained``. It is complete or
@@ -43,7 +41,7 @@ def gguf_folder(file: str | Path, *, quiet: bool = False) -> Path:
     path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise BackboneError(f"{file} is not a file; give the path of a .gguf file")
-    folder = cache_folder() / "gguf" / f"{path.stem}-{_sha256_of(path, quiet)[:16]}"
+    folder = cache_folder() / "gguf" / f"{path.stem}-{_sha256_of(path)[:16]}"
     if folder.is_dir():
         return folder
     if importlib.util.find_spec("gguf") is None:
@@ -51,7 +49,7 @@ def gguf_folder(file: str | Path, *, quiet: bool = False) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
     try:
-        _convert(path, part, quiet)
+        _convert(path, part)
         part.chmod(0o755)
         try:
             part.rename(folder)
@@ -63,18 +61,18 @@ def gguf_folder(file: str | Path, *, quiet: bool = False) -> Path:
     return folder
 
 
-def _sha256_of(path: Path, quiet: bool) -> str:
+def _sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file, Progress("checking", path.stat().st_size, "bytes", quiet=quiet) as progress:
-        while block := file.read(_READ):
+    with path.open("rb") as file, Progress("checking", path.stat().st_size, "bytes") as progress:
+        while block := file.read(1 << 24):
             digest.update(block)
             progress.advance(len(block), path.name)
     return digest.hexdigest()
 
 
-def _convert(path: Path, folder: Path, quiet: bool) -> None:
+def _convert(path: Path, folder: Path) -> None:
     """Write model and tokenizer as ``save_pretrained`` would for a model that was never quantised."""
-    with Progress("converting", 3, "steps", quiet=quiet) as progress:
+    with Progress("converting", 3, "steps") as progress:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             progress.advance(note=f"{path.name}: tokenizer")

@@ -25,36 +25,29 @@ from longmem.config import LongMemGenerationConfig, MemoryConfig, nearest
 from longmem.errors import BackboneError, CheckpointError, ConfigError, first_line
 from longmem.files import to_disk
 from longmem.modeling.backbone import Backbone
-from longmem.modeling.fingerprint import fingerprint_of, legacy_fingerprint, same_weights, sketch_of
 from longmem.modeling.gguf import gguf_folder, is_gguf
-from longmem.modeling.placement import check_bitsandbytes
+from longmem.modeling.weights import check_bitsandbytes, fingerprint_of, legacy_fingerprint, same_weights, sketch_of
 
 # transformers exchanges methods of its classes while it loads; loads that end in another order than they began would
 # leave the exchange in place, and no model of the process would be initialised or tied any more
 _LOADING = threading.RLock()
 
-# where a backbone is; kept in a checkpoint's config
-_FINDING = ("subfolder", "gguf_file", "variant")
-# what transformers' Auto classes add by themselves
-_FROM_AUTO = ("adapter_kwargs", "code_revision", "_commit_hash", "_from_auto")
-# how it is loaded this time
+_FINDING = ("subfolder", "gguf_file", "variant")  # where a backbone is; kept in a checkpoint's config
+_FROM_AUTO = ("adapter_kwargs", "code_revision", "_commit_hash", "_from_auto")  # transformers' Auto classes add these
+# how a backbone is loaded this time
 _LOADED = (
     "attn_implementation", "cache_dir", "device_map", "experts_implementation", "force_download", "local_files_only",
     "low_cpu_mem_usage", "max_memory", "offload_buffers", "offload_folder", "proxies", "quantization_config", "token",
     "tp_plan", "trust_remote_code", "use_safetensors",
 )  # fmt: skip
-SHARD_SIZE = "5GB"
-"""Files larger than that are hard to move; the hub's own limit."""
 
 
 class Checkpointed(PreTrainedModel):
     """The part of ``MemoryLM`` that makes, saves and loads: a checkpoint has what was trained, and names the rest."""
 
     config_class: type[MemoryConfig] = MemoryConfig
-    weights_file: ClassVar[str] = ""
-    """What a checkpoint keeps ``own_weights`` in."""
-    weights_prefix: ClassVar[str] = ""
-    """What the names of weights in a checkpoint's files lack to be those in ``state_dict``."""
+    weights_file: ClassVar[str] = ""  # what a checkpoint keeps ``own_weights`` in
+    weights_prefix: ClassVar[str] = ""  # what the names in that file lack to be those in ``state_dict``
     backbone: Backbone
 
     @classmethod
@@ -132,11 +125,9 @@ class Checkpointed(PreTrainedModel):
             backbone: path or model to use in place of the one named. The same weights in another precision are taken
                 with a warning, other weights are refused.
             revision: of a hub id.
-            dtype: of the backbone.
-            side_dtype: of a ``LongMem``'s SideNet; None is the backbone's.
-            backbone_kwargs: more arguments for the backbone's ``AutoModelForCausalLM.from_pretrained``.
+            dtype, side_dtype, backbone_kwargs: as in ``from_backbone``.
             config: in place of the one in the folder.
-            **kwargs: the same arguments, one by one: ``device_map``, ``attn_implementation``, ...
+            **kwargs: as ``backbone_kwargs``, one by one: ``device_map``, ``attn_implementation``, ...
 
         Raises:
             CheckpointError: if the checkpoint is incomplete or damaged, or belongs to another backbone.
@@ -152,16 +143,15 @@ class Checkpointed(PreTrainedModel):
             if config is None and not (folder / "config.json").is_file():  # transformers would take the defaults
                 raise FileNotFoundError(f"no config.json in {folder}")
             settings = cls.config_class.from_pretrained(folder) if config is None else config
-            tensors = _read_weights(folder / cls.weights_file) if cls.has_weights(settings) else {}
+            tensors = _read_weights(folder / cls.weights_file)
         except (OSError, SafetensorError, ValueError) as problem:
             raise CheckpointError(
                 f"{folder} is not a complete {cls.__name__} checkpoint ({first_line(problem)}); it needs config.json "
                 f"and {cls.weights_file} as written by save_pretrained"
             ) from problem
         base, fingerprint = _backbone_of(settings, folder, backbone, dtype, how)
-        model = cls(
-            settings, base, fingerprint=fingerprint, **({} if side_dtype is None else {"side_dtype": side_dtype})
-        )
+        side = {} if side_dtype is None else {"side_dtype": side_dtype}
+        model = cls(settings, base, fingerprint=fingerprint, **side)
         model._take(tensors, folder / cls.weights_file)
         if (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = LongMemGenerationConfig.from_pretrained(folder)
@@ -173,7 +163,7 @@ class Checkpointed(PreTrainedModel):
         save_directory: str | Path,
         *,
         state_dict: Mapping[str, Tensor] | None = None,
-        max_shard_size: int | str = SHARD_SIZE,
+        max_shard_size: int | str = "5GB",
         **kwargs: Any,
     ) -> None:
         """Write what was trained alone, and config.json, which names the backbone and its fingerprint.
@@ -185,7 +175,7 @@ class Checkpointed(PreTrainedModel):
             save_directory: the folder.
             state_dict: weights to write in place of the model's own, by their names in it: those gathered from the
                 processes among which they are divided.
-            max_shard_size: bytes of a file, or text such as ``"200MB"``; larger weights are written to several files
+            max_shard_size: bytes, or text such as ``"200MB"``, from which on weights are written to several files
                 (sidenet-00001-of-0000N.safetensors) with an index.
         """
         if unknown := kwargs.keys() - {"is_main_process", "safe_serialization"}:  # what transformers passes by itself
@@ -206,15 +196,11 @@ class Checkpointed(PreTrainedModel):
         """What a checkpoint has beside its settings, by the names in its file: nothing of a frozen backbone."""
         raise NotImplementedError
 
-    @classmethod
-    def has_weights(cls, config: MemoryConfig) -> bool:
-        """Whether a checkpoint with these settings has ``weights_file``."""
-        return True
-
     def write_weights(self, folder: Path, given: Mapping[str, Tensor], max_shard_size: int | str) -> None:
         """Write what was trained, to the disk; ``given`` is in place of the model's own, by names in ``state_dict``."""
         own = {n: given.get(n, given.get(f"{self.weights_prefix}{n}", t)) for n, t in self.own_weights().items()}
         if not own:
+            (folder / self.weights_file).unlink(missing_ok=True)  # of an earlier save
             return
         stem = Path(self.weights_file).stem
         save_torch_state_dict(
@@ -262,7 +248,7 @@ class Checkpointed(PreTrainedModel):
         if missing or unexpected or other:
             raise CheckpointError(
                 f"{file} does not fit its config: missing {missing[:3]}, unexpected {unexpected[:3]}, of another shape "
-                f"{other[:3]}; the checkpoint is damaged or of another version"
+                f"{other[:3]}; the checkpoint is incomplete, damaged or of another version"
             )
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
@@ -277,8 +263,6 @@ class Checkpointed(PreTrainedModel):
 def _read_weights(file: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, of the file or of the several that stand for it (``name-00001-of-0000N``)."""
     files = [file] if file.is_file() else sorted(file.parent.glob(f"{file.stem}-*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"no {file.name} in {file.parent}")
     return {name: tensor for each in files for name, tensor in load_file(each).items()}
 
 
@@ -339,11 +323,7 @@ def _backbone_of(
 
 
 def _recognised(model: PreTrainedModel, config: MemoryConfig, folder: Path, given: bool) -> str:
-    """The fingerprint that the checkpoint knows its backbone by.
-
-    Raises:
-        CheckpointError: this is another backbone.
-    """
+    """The fingerprint that the checkpoint knows its backbone by; another backbone is refused."""
     expected, own = config.backbone_fingerprint, fingerprint_of(model)
     if expected is None or expected in (own, legacy_fingerprint(model)):
         return expected or own
@@ -357,12 +337,12 @@ def _recognised(model: PreTrainedModel, config: MemoryConfig, folder: Path, give
             stacklevel=4,
         )
         return expected
-    way_out = (
-        "" if given else ", or save it again: the checkpoint is damaged or of two runs, or that folder was changed"
-    )
+    which, way_out = "given", ""
+    if not given:
+        which, way_out = "there", ", or save it again: it is damaged or of two runs, or that folder was changed"
     raise CheckpointError(
-        f"{folder} was made over backbone {expected} ({config.backbone_name_or_path}), the backbone "
-        f"{'given' if given else 'there'} is {own}; pass the backbone that it names{way_out}"
+        f"{folder} was made over backbone {expected} ({config.backbone_name_or_path}), the backbone {which} is {own}; "
+        f"pass the backbone that it names{way_out}"
     )
 
 
@@ -376,8 +356,7 @@ def load_backbone(
 ) -> PreTrainedModel:
     """``AutoModelForCausalLM.from_pretrained`` with one clear line where it fails; threads load one after the other.
 
-    ``quantised`` is the ``quantization_config`` of the backbone that a SideNet was trained over, to load this one
-    alike; one among ``kwargs`` comes first.
+    ``quantised``: the ``quantization_config`` to load it with, unless ``kwargs`` have another.
     """
     if dtype is not None:
         kwargs["dtype"] = dtype

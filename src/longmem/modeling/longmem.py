@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import Any, cast
 
 import torch
@@ -10,15 +11,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from longmem.config import LongMemConfig
+from longmem.config import LongMemConfig, side_layout
 from longmem.errors import BackboneError, ConfigError
 from longmem.modeling.backbone import Backbone, BackboneRun
 from longmem.modeling.families import attention_of
 from longmem.modeling.fusion import TokenGate
 from longmem.modeling.memory_lm import MemoryLM
-from longmem.modeling.placement import copy_module, packed_by, place_of
 from longmem.modeling.probe import Call
 from longmem.modeling.reading import MemoryReader
+from longmem.modeling.weights import copy_module, packed_by, place_of
 
 
 class LongMem(MemoryLM):
@@ -85,10 +86,6 @@ class LongMem(MemoryLM):
 class SideNet(nn.Module):
     """The trained part: copies of some backbone layers, their own final norm and the memory gate (section 3.2).
 
-    Args:
-        backbone: whose layers are copied, see ``config.side_layout``.
-        config: ``memory_layers`` must be resolved.
-
     Attributes:
         sources: the backbone layer that each SideNet layer is copied from.
         bounds: SideNet layer i stands beside the backbone layers from bounds[i] up to, not including, bounds[i+1].
@@ -111,16 +108,14 @@ class SideNet(nn.Module):
             )
         self.delta = config.init == "delta"
         self.final_state = config.final_state
-        self.sources, self.bounds = family.side_layout(config.stride, backbone.memory_layers if self.delta else ())
+        layers = backbone.memory_layers if self.delta else ()
+        self.sources, self.bounds = side_layout(family.config, config.stride, layers)
         if not self.sources:
             raise ConfigError(
                 f"stride ({config.stride}) must not be larger than the backbone's {backbone.num_layers} layers; "
                 f"try {min(2, backbone.num_layers)}"
             )
-        self.augmented_layers = tuple(
-            max(index for index, bound in enumerate(self.bounds[:-1]) if bound <= layer)
-            for layer in backbone.memory_layers
-        )
+        self.augmented_layers = tuple(bisect_right(self.bounds[:-1], layer) - 1 for layer in backbone.memory_layers)
         if len(set(self.augmented_layers)) < len(self.augmented_layers):
             raise ConfigError(
                 f"memory_layers {list(backbone.memory_layers)} would be read by SideNet layers "
@@ -155,14 +150,8 @@ class SideNet(nn.Module):
         for place, (memory_layer, index) in enumerate(zip(backbone.memory_layers, self.augmented_layers, strict=True)):
             attention = family.attention(self.layers[index])
             probe = family.probe(self.sources[index], attention)
-            MemoryReader(attention, family, memory_layer, place, config.fusion, self.gate_at, probe)
+            MemoryReader(attention, family, memory_layer, place, config.fusion, self, probe)
         self.gradient_checkpointing = False
-
-    def gate_at(self, place: int) -> Tensor | TokenGate:
-        """What decides the shares of one augmented layer."""
-        if self.gates is not None:
-            return cast(TokenGate, self.gates[place])
-        return self.memory_gate.view(len(self.augmented_layers), -1)[place]
 
     def forward(self, backbone: Backbone, run: BackboneRun) -> Tensor:
         """The SideNet's state before its final norm, (B, T, C).

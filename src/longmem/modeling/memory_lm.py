@@ -19,11 +19,10 @@ from longmem.errors import BackboneError, ConfigError
 from longmem.modeling.backbone import Backbone, BackboneRun
 from longmem.modeling.copying import default_memory_layer
 from longmem.modeling.explain import Explanation
-from longmem.modeling.fingerprint import fingerprint_of, legacy_fingerprint
 from longmem.modeling.generating import MemoryGenerationMixin
 from longmem.modeling.loading import Checkpointed
-from longmem.modeling.placement import place_of
 from longmem.modeling.reading import LayerRead, Reading
+from longmem.modeling.weights import fingerprint_of, legacy_fingerprint, place_of
 from longmem.types import AttentionKV, Memory, RetrievedMemory
 
 
@@ -35,8 +34,7 @@ class LongMemOutput(CausalLMOutputWithPast):
         kv: position-free keys and values of the n memory layers, (B, n*Hkv, T, D); write them with
             ``bank.add(out.kv)``.
         reads: for each memory layer, what was found in it and the share that memory got; None without memory.
-        retrieved: what was found in the first memory layer.
-        share: (B, H, T), the share that memory got of each head's output, at the first memory layer.
+        retrieved, share: those of the first memory layer.
         explanation: what each token and head read, with ``explain=True``.
     """
 
@@ -88,7 +86,7 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
         config.backbone_fingerprint = fingerprint or fingerprint_of(backbone)
         # models with a recurrent state cannot take tokens back: generate refuses what needs that
         self._is_stateful = bool(getattr(backbone, "_is_stateful", False))
-        self._also_known: frozenset[str] | None = None
+        self._also_known: set[str] | None = None
         self.config = config
         self.generation_config = LongMemGenerationConfig.over(backbone.generation_config)
 
@@ -121,8 +119,7 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
                 the last position of call i chose the i-th new token.
             position_ids: (B, T), for backbones that take them; others need none.
             logits_to_keep: positions from the end that get logits, or which ones; 0 is all.
-            num_items_in_batch: the number of labels in all parts of an accumulated batch. The loss is then the sum of
-                this call's cross entropies, divided by it.
+            num_items_in_batch: labels in all parts of an accumulated batch, by which the sum of losses is divided.
             keep: give ``kv``; ``generate`` writes none of it.
             **options: go to the backbone (past_key_values, use_cache, output_hidden_states, ...).
 
@@ -138,7 +135,7 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
         out = self.backbone.head(hidden, run, labels=labels, logits_to_keep=logits_to_keep, **divisor)
 
         reads = None if reading is None else tuple(read for _, read in sorted(reading.reads.items()))
-        explanation = reading.explanation() if reading is not None and reading.explain else None
+        explanation = None if reading is None else reading.explanation()
         if isinstance(explain, list) and explanation is not None:
             explain.append(explanation)
         return LongMemOutput(
@@ -183,8 +180,7 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
         if fingerprint == self.fingerprint:
             return True
         if self._also_known is None:
-            model = self.backbone.model
-            self._also_known = frozenset((fingerprint_of(model), legacy_fingerprint(model)))
+            self._also_known = {fingerprint_of(self.backbone.model), legacy_fingerprint(self.backbone.model)}
         return fingerprint in self._also_known
 
     @property

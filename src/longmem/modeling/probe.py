@@ -21,12 +21,9 @@ from longmem.errors import BackboneError
 
 @dataclass(frozen=True)
 class QKV:
-    """Position-free queries, keys and values of one layer, with what turns products into scores.
+    """Queries (B, H, T, D), keys and values (B, Hkv, T, D) of one layer before any rotary embedding.
 
     Attributes:
-        queries: (B, H, T, D), before any rotary embedding.
-        keys: (B, Hkv, T, D).
-        values: (B, Hkv, T, D).
         scaling: factor on every query-key product.
         softcap: c of ``c * tanh(score / c)``, None where the family has none.
     """
@@ -145,11 +142,6 @@ def scaling_of(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> floa
     return float(scaling)
 
 
-def _alibi_gpt(attention: Any, hidden: Tensor) -> QKV:
-    queries, keys, values = attention.project(hidden)
-    return QKV(queries, keys, values, attention.scaling)
-
-
 def _bloom(attention: Any, hidden: Tensor) -> QKV:
     queries, keys, values = attention._reshape(attention.query_key_value(hidden))
     return QKV(queries, keys, values, attention.inv_norm_factor)
@@ -183,7 +175,6 @@ def _gptj(attention: Any, hidden: Tensor) -> QKV:
 
 
 ADAPTERS: dict[str, Callable[[Any, Tensor], QKV]] = {
-    "AlibiGPTAttention": _alibi_gpt,
     "BloomAttention": _bloom,
     "MptAttention": _mpt,
     "FalconAttention": _falcon,

@@ -36,7 +36,6 @@ class LayerRead:
 
     Attributes:
         layer: the memory layer whose keys were searched.
-        retrieved: what was found.
         share: (B, H, T), the share of each head's output that memory got.
         parts: (B, H, T, R), how each head's attention over memory was divided among the chunks; only to explain.
         queries: (B, H, T, D), position-free, what was searched with; a loss on the search itself starts from them.
@@ -122,7 +121,8 @@ class MemoryReader:
         layer: the memory layer that is searched.
         place: its place among the memory layers.
         fusion: how local and memory attention are mixed.
-        gate: gives what decides the shares at a place: the logits (H,) of its heads, or a ``TokenGate``.
+        owner: has what decides the shares: ``gates``, a ``TokenGate`` for each place, or else logits in
+            ``memory_gate`` (n*H,).
         probe: gives the position-free projections of a call of ``attention``.
     """
 
@@ -133,15 +133,14 @@ class MemoryReader:
         layer: int,
         place: int,
         fusion: Fusion,
-        gate: Callable[[int], Tensor | TokenGate],
+        owner: Any,
         probe: Callable[[Call], QKV],
     ) -> None:
         self.layer, self.place, self.fusion = layer, place, fusion
-        self.gate, self.probe = gate, probe
+        self.owner, self.probe = owner, probe
         self.num_heads = int(family.config.num_attention_heads)
         name = type(attention).__name__
-        # classes with an adapter do not use the attention interface; AlibiGPT, this package's own, has both
-        if name not in ADAPTERS or name == "AlibiGPTAttention":
+        if name not in ADAPTERS:  # it uses transformers' attention interface
             _fuse_in_interface(attention)
         elif fusion != "gate":
             raise BackboneError(
@@ -190,15 +189,17 @@ def fuse_pending(reading: Reading, local_out: Tensor, lse: Callable[[], Tensor] 
     assert reading._pending is not None
     reader, qkv, memory = reading._pending
     reading._pending = None
-    gate = reader.gate(reader.place)
+    logits: Tensor = reader.owner.memory_gate.view(-1, reader.num_heads)[reader.place]
     if reader.fusion == "gate":
-        fused = fuse(local_out, memory.out, memory.found, cast(Tensor, gate))
+        fused = fuse(local_out, memory.out, memory.found, logits)
     else:
         assert lse is not None
-        if isinstance(gate, TokenGate):
-            fused = gate(qkv.queries, local_out, lse(), memory.out, memory.lse, memory.found)
+        both = (local_out, lse(), memory.out, memory.lse, memory.found)
+        if reader.fusion == "softmax":
+            fused = fuse_softmax(*both, logits)
         else:
-            fused = fuse_softmax(local_out, lse(), memory.out, memory.lse, memory.found, gate)
+            gate: TokenGate = reader.owner.gates[reader.place]
+            fused = gate(qkv.queries, *both)
     reading.reads[reader.place].share = fused.share.detach()
     return fused.out
 

@@ -21,12 +21,11 @@ from longmem.evaluation.layers import best_layers
 from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
 from longmem.modeling.baselines import MemTRM
 from longmem.modeling.families import Family
-from longmem.modeling.fingerprint import sketch_of
 from longmem.modeling.loading import load_backbone
 from longmem.modeling.longmem import LongMem
-from longmem.modeling.placement import quantization
-from longmem.modeling.vocabulary import change_vocabulary, same_vocabulary
+from longmem.modeling.weights import quantization, sketch_of
 from longmem.training.recipe import OptimSection, Recipe
+from longmem.training.vocabulary import change_vocabulary, same_vocabulary
 
 AUTO_DOCUMENTS, AUTO_TOKENS = 4, 4096  # of text on which memory_layers = "auto" measures
 

@@ -8,7 +8,7 @@ its rows. A short further training then mends the rest.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -23,20 +23,10 @@ def change_vocabulary(
 ) -> PreTrainedModel:
     """Resize embedding and head to a new tokenizer, in place, and fill them from the old rows."""
     pieces = spelled(old, new)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    assert isinstance(embedding, nn.Embedding)
-    tied = isinstance(head, nn.Linear) and head.weight is embedding.weight
-    rows = _means(embedding.weight, pieces)
-    head_rows = _means(head.weight, pieces) if isinstance(head, nn.Linear) and not tied else None
-    biases = _means(head.bias[:, None], pieces)[:, 0] if isinstance(head, nn.Linear) and head.bias is not None else None
+    rows = [_means(table, pieces) for table in _tables(model)]
     model.resize_token_embeddings(len(new), mean_resizing=False)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    assert isinstance(embedding, nn.Embedding) and (head is None or isinstance(head, nn.Linear))
-    embedding.weight.copy_(rows)
-    if head is not None and head_rows is not None:
-        head.weight.copy_(head_rows)
-    if head is not None and biases is not None:
-        head.bias.copy_(biases)
+    for table, means in zip(_tables(model), rows, strict=True):
+        table.copy_(means)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.config, name, getattr(new, name))
         if model.generation_config is not None:
@@ -58,7 +48,14 @@ def spelled(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> list[
     return found
 
 
+def _tables(model: PreTrainedModel) -> list[Tensor]:
+    """What has a row for each token: the weights of embedding and head, once where they are tied, and the bias."""
+    parts = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = (parameter for part in parts if part is not None for parameter in part.parameters())
+    return list({id(parameter): parameter for parameter in found}.values())
+
+
 def _means(table: Tensor, pieces: list[list[int]]) -> Tensor:
-    """(V old, C) -> (V new, C); a token that nothing spells gets the mean of all."""
+    """(V old, ...) -> (V new, ...); a token that nothing spells gets the mean of all."""
     everything = table.mean(dim=0)
     return torch.stack([table[torch.tensor(ids)].mean(dim=0) if ids else everything for ids in pieces])

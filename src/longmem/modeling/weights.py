@@ -1,23 +1,29 @@
-"""Where a backbone's weights are, and real, trainable copies of its modules wherever that is.
+"""The weights of a backbone: where they are, copies of its modules, and by what the same weights are known again.
 
 A backbone may be spread over devices (``device_map``), keep its weights elsewhere until they are needed (accelerate's
 offload, where the parameters themselves are empty) or hold them in 4 or 8 bits (bitsandbytes). A SideNet layer is an
 ordinary module in a trainable dtype, on the device where its source layer runs.
+
+Memory and SideNets belong to one backbone: its fingerprint says which, and a sketch of its weights recognises it in
+another precision.
 """
 
 from __future__ import annotations
 
+import base64
 import copy
 import functools
+import hashlib
+import json
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.import_utils import is_bitsandbytes_available
 
 from longmem.errors import BackboneError
@@ -26,6 +32,16 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", 
 # what accelerate writes onto a module whose inputs or weights it moves
 _MOVED = ("_hf_hook", "_old_forward", "forward")
 _QUANTISED = ("Linear4bit", "Linear8bitLt")
+_SAMPLES, _SKETCHED = 64, 8  # values of each weight in a fingerprint, and in a sketch
+# relative differences, of all weights and of each, up to which they are the same in another precision; weights of 4
+# bits differ by about 0.08
+_CLOSE, _CLOSE_EACH = 0.15, 0.35
+# fields of a config that say how a model was loaded or is used, not what it computes
+_INCIDENTAL = {
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "return_dict",
+    "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "problem_type", "id2label", "label2id",
+}  # fmt: skip
+_UNUSED = ("dropout", "pdrop", "_token_id", "initializer", "init_std", "quantization", "router_aux", "tie_word")
 
 
 def quantization(bits: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -33,10 +49,8 @@ def quantization(bits: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     check_bitsandbytes()
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )  # fmt: skip
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute_dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, **nf4)
 
 
 def check_bitsandbytes(method: str = "bitsandbytes") -> None:
@@ -172,3 +186,72 @@ def _linear(quantised: Any) -> nn.Linear:
     if bias is not None:
         plain.bias.copy_(bias)
     return plain
+
+
+def fingerprint_of(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = None) -> str:
+    """16 hex digits of a SHA-256 over the architecture and a sample of every weight.
+
+    Two backbones with equal fingerprints give equal keys and values. Settings on which these do not depend (token ids,
+    dropout, initialisation, fields of the user's own) do not count. ``weights`` are in place of its parameters.
+    """
+    text = model.config.get_text_config(decoder=True)
+    known = set(type(text)().to_dict())  # a field of the user's own is none of the architecture's
+    counts = {name for name in known if not any(part in name for part in _UNUSED)}
+    fields = {name: value for name, value in _without_incidental(text.to_dict()).items() if name in counts}
+    return _digest(fields, model, weights)
+
+
+def legacy_fingerprint(model: PreTrainedModel, config: PreTrainedConfig | None = None) -> str:
+    """The fingerprint that releases before 0.2 wrote; ``config`` may be the one that was saved with it."""
+    fields = (model.config if config is None else config).get_text_config(decoder=True).to_dict()
+    return _digest(_without_incidental(fields), model, None)
+
+
+def sketch_of(model: PreTrainedModel) -> str:
+    """A few values of every weight, as text: 16 bytes a weight."""
+    named = sorted(real_parameters(model), key=lambda pair: pair[0])
+    values = [_sample(parameter, _SKETCHED).to(torch.float16) for _, parameter in named]
+    padded = [torch.nn.functional.pad(each, (0, _SKETCHED - len(each))) for each in values]
+    return base64.b64encode(torch.stack(padded).numpy().tobytes()).decode()
+
+
+def same_weights(sketch: str, other: str) -> bool:
+    """Whether two sketches are of the same weights up to rounding, of 4 bits at the coarsest."""
+    one, two = (
+        torch.frombuffer(bytearray(base64.b64decode(each)), dtype=torch.float16).float().view(-1, _SKETCHED)
+        for each in (sketch, other)
+    )
+    if one.shape != two.shape:
+        return False
+    difference, size = (one - two).norm(dim=1), torch.minimum(one.norm(dim=1), two.norm(dim=1))
+    return bool(difference.norm() <= _CLOSE * size.norm()) and bool((difference <= _CLOSE_EACH * size + 1e-3).all())
+
+
+def _digest(fields: Any, model: PreTrainedModel, weights: Mapping[str, Tensor] | None) -> str:
+    sampled = {}
+    # one by one: what is kept elsewhere is there for a moment only
+    for name, parameter in weights.items() if weights else real_parameters(model):
+        # bf16 is the coarsest type a backbone is loaded in; the same weights must agree with themselves
+        values = _sample(parameter, _SAMPLES).to(torch.bfloat16).view(torch.int16).tolist()
+        sampled[name] = f"{name}{tuple(parameter.shape)}{values}"
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    for name in sorted(sampled):
+        digest.update(sampled[name].encode())
+    return digest.hexdigest()[:16]
+
+
+def _sample(parameter: Tensor, count: int) -> Tensor:
+    if parameter.is_meta:
+        raise BackboneError(
+            "the backbone's weights are on the meta device, which holds no values; load it onto a real one"
+        )
+    flat = parameter.detach().flatten()
+    return flat[:: max(1, flat.numel() // count)][:count].to("cpu")
+
+
+def _without_incidental(fields: Any) -> Any:
+    """A config's dict without what saving, loading and using a model may change."""
+    if not isinstance(fields, dict):
+        return fields
+    kept = {k: _without_incidental(v) for k, v in fields.items() if k not in _INCIDENTAL and not str(k).startswith("_")}
+    return {k: v for k, v in kept.items() if v is not None}

@@ -1,4 +1,4 @@
-"""What the bank says when something does not fit: one line, the value, the rule, the way out."""
+"""What memories say when something does not fit: one line, the value, the rule, the way out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from longmem.errors import ConfigError, MemoryBankError
 from longmem.memory import MemoryBank
+from longmem.memory.session import JoinedMemory, SessionMemory
 from longmem.types import AttentionKV
 
 
@@ -18,22 +19,6 @@ def kv(*shape: int, mask: torch.Tensor | None = None) -> AttentionKV:
 
 def bank(rows: int = 2, **settings) -> MemoryBank:
     return MemoryBank(rows, 16, 2, 3, 4, **settings)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "settings", "message"),
-    [
-        ((1, 50, 2, 3, 4), {}, "capacity_tokens (50) must be a multiple of chunk_size (4); try 48 or 52"),
-        ((1, 3, 2, 3, 4), {}, "capacity_tokens (3) must be a multiple of chunk_size (4); try 4"),
-        ((0, 8, 0, 3, 4), {}, "rows (0) must be at least 1; heads_kv (0) must be at least 1"),
-        ((1, 8, 2, 3, 4), {"memory_layers": (5, 3)}, "memory_layers ([5, 3]) must name each layer once, ascending"),
-        ((1, 8, 2, 3, 4), {"index": "two_stage"}, "index ('two_stage') must be one of exact, faiss"),
-    ],
-)
-def test_settings_that_break_a_rule_are_refused(arguments, settings, message):
-    with pytest.raises(ConfigError) as caught:
-        MemoryBank(*arguments, **settings)
-    assert str(caught.value) == message
 
 
 def spoiled(which: int, number: float, token: int = 1) -> AttentionKV:
@@ -91,9 +76,19 @@ def test_padding_may_hold_anything_and_what_a_dtype_holds_is_taken():
         bank().add(spoiled(0, 3e38))  # four of them are added up for their mean
 
 
+def of(rows: int, size: int = 4, **settings) -> MemoryBank:
+    """A bank of other sizes."""
+    return MemoryBank(rows, 8, 2, 3, size, **settings)
+
+
 @pytest.mark.parametrize(
     ("act", "message"),
     [
+        (lambda: MemoryBank(1, 50, 2, 3), "capacity_tokens (50) must be a multiple of chunk_size (4); try 48 or 52"),
+        (lambda: MemoryBank(1, 3, 2, 3), "capacity_tokens (3) must be a multiple of chunk_size (4); try 4"),
+        (lambda: MemoryBank(0, 8, 0, 3), "rows (0) must be at least 1; heads_kv (0) must be at least 1"),
+        (lambda: of(1, memory_layers=(5, 3)), "memory_layers ([5, 3]) must name each layer once, ascending"),
+        (lambda: of(1, index="two_stage"), "index ('two_stage') must be one of exact, faiss"),
         (lambda: bank().search(torch.zeros(2, 2, 5, 4), 1), "queries (2, 2, 5, 4) must be (B, H, T, 3), with the head"),
         (lambda: bank().search(torch.zeros(2, 3, 5, 3), 1), "queries have 3 heads, which must be a multiple of the"),
         (lambda: bank().search(torch.zeros(1, 2, 5, 3), 1), "queries have 1 rows, the bank has 2; pass rows= to say"),
@@ -109,10 +104,16 @@ def test_padding_may_hold_anything_and_what_a_dtype_holds_is_taken():
             lambda: bank(fingerprint="llama-def").load_state_dict(bank(fingerprint="gpt2-abc").state_dict()),
             "saved bank is written by another backbone: its fingerprint is gpt2-abc, this bank's is llama-def; use the",
         ),
+        (lambda: SessionMemory(of(2), of(3)), "the memory has 2 rows, the session 3; pass base_rows="),
+        (lambda: SessionMemory(of(1), of(1, size=2)), "chunk_size differs among memories that are read together: "),
+        (lambda: SessionMemory(of(1, fingerprint="a"), of(1, fingerprint="b")), "fingerprint differs among"),
+        (lambda: JoinedMemory([None]), "a list of 1 banks must hold one; pass memory=None to read nothing"),
+        (lambda: JoinedMemory([of(1, memory_layers=(1,)), of(1, memory_layers=(2,))]), "memory_layers differs"),
+        (lambda: JoinedMemory([of(1), None]).provenance(1, 0), "row 1 has no memory, so no chunk 0"),
     ],
 )
-def test_what_a_bank_cannot_do_is_said_in_one_line(act, message):
-    with pytest.raises(MemoryBankError) as caught:
+def test_what_memories_cannot_do_is_said_in_one_line(act, message):
+    with pytest.raises((ConfigError, MemoryBankError)) as caught:
         act()
     assert message in str(caught.value) and "\n" not in str(caught.value)
 

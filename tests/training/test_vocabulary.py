@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from longmem.data.tokens import train_tokenizer
 from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
-from longmem.modeling.vocabulary import change_vocabulary, same_vocabulary, spelled
+from longmem.training.vocabulary import change_vocabulary, same_vocabulary, spelled
 
 
 @pytest.fixture(scope="module")
