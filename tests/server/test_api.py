@@ -205,15 +205,6 @@ def test_no_key_sees_anothers_memories(live: Any) -> None:
     assert httpx.get(live.url + "/v1/memories").status_code == 401
 
 
-def test_memories_survive_a_restart(start: Any, tmp_path: Path) -> None:
-    with start(tmp_path) as live:
-        live.memory("kept", boat=BOAT)
-        live.memory("empty")
-    with start(tmp_path) as live:
-        found = live.http().get("/v1/memories").json()["data"]
-        assert [(each["id"], each["documents"]) for each in found] == [("empty", 0), ("kept", 1)]
-
-
 @pytest.mark.parametrize(
     ("filename", "content", "names"),
     [

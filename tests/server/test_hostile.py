@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import httpx
@@ -65,22 +64,17 @@ def test_fields_of_any_kind(client: httpx.Client, path: str, changed: dict[str, 
         checked(answer)
 
 
-@pytest.mark.parametrize("count", [250, pytest.param(2000, marks=pytest.mark.slow)])
-def test_bytes_and_paths_of_any_kind(count: int, client: httpx.Client) -> None:
-    drawn = random.Random(count)
+TRICKS = ["..%2f..%2fetc%2fpasswd", "%00", "a" * 300, "%ff", "<script>", "~responses", ".", "other%2fsecret", "é", "x"]
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_paths_and_bytes_that_mean_nothing(trick: str, client: httpx.Client) -> None:
     memory = "/v1/memories/fuzz"
-    paths = [*GOOD, memory, f"{memory}/export", f"{memory}/documents/a", "/v1/models/x", "/x"]
-    tricks = ["..%2f..%2fetc%2fpasswd", "%00", "a" * 300, "%ff", "<script>", "~responses", ".", "bob%2fsecret", "é"]
-    for turn in range(count):
-        path = drawn.choice(paths)
-        if turn % 3 == 0:
-            path = path.replace("fuzz", drawn.choice(tricks)).replace("/x", "/" + drawn.choice(tricks))
-        method = drawn.choice(["GET", "POST", "DELETE", "PUT", "PATCH", "OPTIONS"])
-        if method == "DELETE" and path == memory:
-            continue
-        content = bytes(drawn.randrange(256) for _ in range(drawn.randrange(60)))
-        kind = drawn.choice(["application/json", "text/plain", "multipart/form-data", "x"])
-        checked(client.request(method, path, content=content, headers={"content-type": kind}))
+    paths = [f"/{trick}", f"/v1/models/{trick}", f"/v1/memories/{trick}", f"/v1/memories/{trick}/export"]
+    for path in (*paths, f"/v1/memories/{trick}/search", f"{memory}/documents/{trick}", f"/v1/responses/{trick}"):
+        for method in ("GET", "POST", "DELETE", "PUT", "PATCH", "OPTIONS"):
+            for kind in ("application/json", "multipart/form-data", "x"):
+                checked(client.request(method, path, content=b"\xff{\x00", headers={"content-type": kind}))
 
 
 HI = '"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1'

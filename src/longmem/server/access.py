@@ -86,14 +86,9 @@ def read_keys(file: Path) -> dict[str, str]:
 
 
 def owner_of(keys: dict[str, str], authorization: str | None) -> str:
-    """Whose key an ``Authorization`` header carries; memories belong to the name of the key that made them.
+    """Whose key an ``Authorization: Bearer KEY`` carries; memories belong to the name of the key that made them.
 
-    Args:
-        keys: see ``read_keys``; empty lets everybody in, as one owner.
-        authorization: ``Bearer KEY``.
-
-    Raises:
-        Refused: nobody's.
+    Without ``keys`` (see ``read_keys``) everybody is let in, as one owner.
     """
     if not keys:
         return "local"
@@ -107,11 +102,7 @@ def owner_of(keys: dict[str, str], authorization: str | None) -> str:
 
 
 def new_key(file: Path, name: str) -> str:
-    """Make a key, append its hash to the file, and return the key: nothing else ever shows it.
-
-    Raises:
-        ConfigError: the name is not one, or is taken.
-    """
+    """Make a key, append its hash to the file, and return the key: nothing else ever shows it."""
     if NAME.fullmatch(name) is None:
         raise ConfigError(f"{name!r} is no name for a key; use letters, digits, '.', '_' and '-', at most 64")
     if file.exists() and name in read_keys(file):

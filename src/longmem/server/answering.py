@@ -37,7 +37,6 @@ class Answer(Job):
         pieces: spell its tokens.
         stop: words that end it, and are not part of it.
         text: so far, without what may yet turn out to be a stop word.
-        tokens: so far.
         finish: ``stop`` or ``length``, at the end.
         bank: the memory that is read, as it was opened last.
         read: on request, for each new token: its text, the nats that memory gained or lost it, and the chunks read.
@@ -106,15 +105,12 @@ class Service:
     def answers(
         self, ids: list[int], body: Any, most: int | None, namespace: str | None, *, first: int = 0, chat: bool = True
     ) -> list[Answer]:
-        """As many answers to a prompt as its request asks for, none of them begun.
+        """As many answers to a prompt as its request asks for, none of them begun; refused if it is too long.
 
         Args:
             most: tokens of each; None is what is left of the window, within ``ANSWER_TOKENS``.
             first: number of the first of them.
             chat: the next speaker's name ends an answer.
-
-        Raises:
-            Refused: the prompt is too long.
         """
         longest = MOST_WINDOWS * int(getattr(self.model.config, "max_position_embeddings", None) or 4096)
         if len(ids) > longest:

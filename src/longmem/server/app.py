@@ -8,9 +8,8 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Request, UploadFile
 from fastapi import Path as PathParameter
@@ -86,8 +85,7 @@ routes = APIRouter()
 # who asks, and for what
 
 
-@dataclass
-class Caller:
+class Caller(NamedTuple):
     """A request, the service that it came to, and whose key it carries."""
 
     request: Request
@@ -104,11 +102,11 @@ Who = Annotated[Caller, Depends(caller)]
 
 
 def own_memory(who: Who, memory: str) -> str:
+    """The namespace of the memory in the path."""
     return who.service.memories.own(who.owner, memory)
 
 
 Mine = Annotated[str, Depends(own_memory)]
-"""The namespace of the memory in the path."""
 MemoryHeader = Annotated[str | None, Header(alias="X-Memory-Id", pattern=f"^{NAME.pattern}$")]
 ResponseId = Annotated[str, PathParameter(pattern=schemas.RESPONSE)]
 
@@ -157,7 +155,7 @@ async def respond(body: schemas.ResponsesRequest, who: Who, x_memory_id: MemoryH
     place = memory or f"{who.owner}/{RESPONSES}"
     messages = [message.plain for message in body.messages]
     if body.previous_response_id is not None:
-        earlier = await asyncio.to_thread(stored_response, who.service, place, body.previous_response_id)
+        earlier = await asyncio.to_thread(who.service.memories.document, place, body.previous_response_id)
         messages = [*earlier.metadata["messages"], *messages]
     told = [{"role": "system", "content": body.instructions}] if body.instructions else []
     prompt = await asyncio.to_thread(who.service.prompt, [*told, *messages], memory, body.recall)
@@ -168,25 +166,15 @@ async def respond(body: schemas.ResponsesRequest, who: Who, x_memory_id: MemoryH
 @routes.get("/v1/responses/{response}")
 def show_response(response: ResponseId, who: Who, x_memory_id: MemoryHeader = None) -> Any:
     """A stored response; of one that named a memory, with its ``X-Memory-Id``."""
-    return stored_response(who.service, f"{who.owner}/{x_memory_id or RESPONSES}", response).metadata["response"]
+    found = who.service.memories.document(f"{who.owner}/{x_memory_id or RESPONSES}", response)
+    return found.metadata["response"]
 
 
 @routes.delete("/v1/responses/{response}")
 async def forget_response(response: ResponseId, who: Who, x_memory_id: MemoryHeader = None) -> Any:
     """Forget a stored response."""
-    place = f"{who.owner}/{x_memory_id or RESPONSES}"
-    await asyncio.to_thread(stored_response, who.service, place, response)
-    await who.service.engine.call(lambda: who.service.memories.forget(place, response))
+    await forgotten(who.service, f"{who.owner}/{x_memory_id or RESPONSES}", response)
     return {"id": response, "object": "response", "deleted": True}
-
-
-def stored_response(service: Service, place: str, response: str) -> Any:
-    """The document that keeps a response."""
-    try:
-        return service.memories.document(place, response)
-    except Refused:
-        said = f"you have no response {response!r} here; one that named a memory is in that memory"
-        raise Refused(404, said, param="previous_response_id", code="not_found") from None
 
 
 async def answered(request: Request, exchange: shapes.Chat | shapes.Response) -> Response:
@@ -224,16 +212,12 @@ async def answered(request: Request, exchange: shapes.Chat | shapes.Response) ->
 
 
 async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Do something for a client; when it leaves first, the work is cancelled.
-
-    Raises:
-        Refused: it has left; nobody reads this.
-    """
+    """Do something for a client; when it leaves first, the work is cancelled."""
     task = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait({task}, timeout=LOOK))[0]:
             if await request.is_disconnected():
-                raise Refused(499, "the client has left")
+                raise Refused(499, "the client has left")  # nobody reads this
         return task.result()
     finally:
         task.cancel()
@@ -245,8 +229,7 @@ async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
 @routes.get("/v1/models")
 async def list_models(who: Who) -> Any:
     """The one model that is served."""
-    card = {"id": who.service.name, "object": "model", "created": 0, "owned_by": "longmem"}
-    return {"object": "list", "data": [card]}
+    return {"object": "list", "data": [await one_model(who.service.name, who)]}
 
 
 @routes.get("/v1/models/{model_id:path}")
@@ -255,7 +238,7 @@ async def one_model(model_id: str, who: Who) -> Any:
     if model_id != who.service.name:
         said = f"there is no model {model_id[:100]!r} here; this is {who.service.name}"
         raise Refused(404, said, code="model_not_found")
-    return (await list_models(who))["data"][0]
+    return {"id": model_id, "object": "model", "created": 0, "owned_by": "longmem"}
 
 
 # memories
@@ -311,9 +294,7 @@ def show_document(memory: Mine, document: str, who: Who) -> Any:
 @routes.delete("/v1/memories/{memory}/documents/{document:path}")
 async def forget_document(memory: Mine, document: str, who: Who) -> Any:
     """Forget a document: no search and no answer finds it any more."""
-    info = await asyncio.to_thread(who.service.memories.document, memory, document)
-    await who.service.engine.call(lambda: who.service.memories.forget(memory, info.name))
-    return {"name": info.name, "object": "document", "deleted": True}
+    return {"name": await forgotten(who.service, memory, document), "object": "document", "deleted": True}
 
 
 @routes.post("/v1/memories/{memory}/search")
@@ -335,27 +316,27 @@ def export(memory: Mine, who: Who) -> Response:
     return PlainTextResponse(lines, media_type="application/x-ndjson")
 
 
+async def forgotten(service: Service, memory: str, document: str) -> str:
+    """Forget a document that is there; returns its name."""
+    info = await asyncio.to_thread(service.memories.document, memory, document)
+    await service.engine.call(lambda: service.memories.forget(memory, info.name))
+    return str(info.name)
+
+
 async def added(service: Service, memory: str, documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add documents, all in one call of the engine."""
     receipts = await service.engine.call(lambda: [service.memories.add(memory, **each) for each in documents])
     service.written.inc(sum(receipt.tokens for receipt in receipts))
     return [
-        {"object": "document", "name": receipt.name, "status": receipt.status, "tokens": receipt.tokens}
-        for receipt in receipts
+        {"object": "document", "name": each.name, "status": each.status, "tokens": each.tokens} for each in receipts
     ]
 
 
 def document_card(info: Any) -> dict[str, Any]:
     """A document without its text."""
-    return {
-        "object": "document",
-        "name": info.name,
-        "tokens": info.tokens,
-        "chunks": info.chunks,
-        "added": info.added,
-        "revision": info.revision,
-        "metadata": {key: value for key, value in info.metadata.items() if key not in KEPT},
-    }
+    about = {key: getattr(info, key) for key in ("name", "tokens", "chunks", "added", "revision")}
+    metadata = {key: value for key, value in info.metadata.items() if key not in KEPT}
+    return {"object": "document", **about, "metadata": metadata}
 
 
 # the server itself

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import TopPLogitsWarper
 
 from longmem.server.access import Refused
 from longmem.types import Memory
@@ -47,11 +48,8 @@ class Job:
     Attributes:
         ids: the prompt.
         memory: opens what it reads, in the worker, each time that the row begins or goes on; None reads nothing.
-        max_tokens: new ones at most.
-        temperature, top_p: how tokens are drawn; temperature 0 takes the likeliest.
         seed: of this row's own draws; None draws anew each time.
         top: how many likeliest tokens are told beside each chosen one.
-        stop_ids: tokens that end it.
         explain: takes what each step read, one ``Explanation`` a step, if given; such a job runs alone.
         made: new tokens so far.
         ended: no more tokens come.
@@ -86,18 +84,14 @@ class Job:
         """The next token from log probabilities (V,)."""
         if self.temperature < COLDEST:
             return int(logprobs.argmax())
-        probabilities = (logprobs / self.temperature).softmax(-1)
+        scores = logprobs / self.temperature
         if self.top_p < 1:
-            likeliest, order = probabilities.sort(descending=True)
-            # the smallest set that holds top_p: the token that crosses it belongs to it, and the likeliest always does
-            beyond = likeliest.cumsum(0) - likeliest >= self.top_p
-            beyond[0] = False
-            probabilities[order[beyond]] = 0.0
-        return int(torch.multinomial(probabilities.cpu(), 1, generator=self.random))
+            scores = TopPLogitsWarper(self.top_p)(torch.empty(0), scores[None])[0]  # it looks at no text
+        return int(torch.multinomial(scores.softmax(-1).cpu(), 1, generator=self.random))
 
 
 class Engine:
-    """The worker thread and its two queues.
+    """The worker thread and its two queues, of jobs and of calls.
 
     Rows run together in batches. A batch gives way when others wait and it has decoded for some multiple of the time
     that its prompts took; what it has not finished goes on behind those, from its own text, with the same draws. So
@@ -129,10 +123,8 @@ class Engine:
     async def generate(self, jobs: Sequence[J]) -> AsyncGenerator[tuple[J, Token | None], None]:
         """The tokens of jobs as they come, None at the end of each; leaving the iteration gives them up.
 
-        A job whose ``left`` is set meanwhile counts as ended. The first that fails ends all of them.
-
-        Raises:
-            Refused: the queue is full, or the engine is closing.
+        A job whose ``left`` is set meanwhile counts as ended. The first that fails ends all of them. They are refused
+        when the queue is full or the engine is closing.
         """
         self._loop, results = asyncio.get_running_loop(), asyncio.Queue[Any]()
         for job in jobs:
@@ -153,12 +145,7 @@ class Engine:
     async def call(self, work: Callable[[], T], *, follows: bool = False) -> T:
         """Run something in the worker thread, between two steps. Once accepted it is done, also if the caller leaves.
 
-        Args:
-            work: what to run.
-            follows: it ends a request that was accepted, and is not refused for a full queue.
-
-        Raises:
-            Refused: the queue is full, or the engine is closing.
+        ``follows``: it ends a request that was accepted, and is not refused for a full queue.
         """
         done: Future[T] = Future()
 
@@ -195,8 +182,7 @@ class Engine:
                 while not self._calls and 0 < len(self._jobs) < self.rows and self._change.wait(GATHER):
                     pass
             self._between()
-            if batch := self._batch():
-                self._run(batch)
+            self._run(self._batch())
 
     def _between(self) -> None:
         """Run the call that has waited longest, if there is one."""
@@ -275,11 +261,9 @@ class Engine:
         )
 
     def gives_way(self, reading: float, decoding: float, active: int) -> bool:
-        """Whether a batch has run long enough for those that wait.
+        """Whether a batch has run long enough for those that wait: seconds of its prompts, and seconds since.
 
-        Args:
-            reading, decoding: seconds that its prompts took, and seconds since.
-            active: rows that go on; where there is room beside them, those that wait may come earlier.
+        Where there is room beside the rows that are ``active``, those that wait may come earlier.
         """
         return bool(self._jobs) and decoding >= reading * (1 if active < self.rows else 3)
 

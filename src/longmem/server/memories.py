@@ -27,12 +27,9 @@ OPEN_RECALLS = 64
 
 
 class Memories:
-    """The store, and what is open of it.
+    """The store, opened with the model and its tokenizer, and what is open of it.
 
     ``namespace`` is that of a memory; ``own`` makes it of an owner and the name that they call the memory by.
-
-    Args:
-        store: opened with the model and its tokenizer.
     """
 
     def __init__(self, store: Any) -> None:
@@ -48,21 +45,13 @@ class Memories:
         return namespace in self._created or namespace in self.store.namespaces()
 
     def own(self, owner: str, memory: str) -> str:
-        """The namespace of a memory.
-
-        Raises:
-            Refused: the owner has none of this name; whether another has one is not told.
-        """
+        """The namespace of a memory; refused where the owner has none of this name, whether or not another has one."""
         if NAME.fullmatch(memory) is None or not self.exists(f"{owner}/{memory}"):
             raise Refused(404, f"you have no memory {memory[:100]!r}; make it with POST /v1/memories", code="not_found")
         return f"{owner}/{memory}"
 
     def create(self, owner: str, memory: str) -> str:
-        """Make an empty memory; returns its namespace.
-
-        Raises:
-            Refused: it is there.
-        """
+        """Make an empty memory, unless it is there; returns its namespace."""
         namespace = f"{owner}/{memory}"
         with self._lock:
             if self.exists(namespace):
@@ -89,15 +78,11 @@ class Memories:
         }
 
     def document(self, namespace: str, name: str) -> Any:
-        """A document of a memory.
-
-        Raises:
-            Refused: it has none of this name.
-        """
+        """A document of a memory; refused where it has none of this name."""
         for info in self.store.documents(namespace):
             if info.name == name:
                 return info
-        raise Refused(404, f"this memory has no document {name[:100]!r}", code="not_found")
+        raise Refused(404, f"this memory has no document and no response {name[:100]!r}", code="not_found")
 
     def recall(self, namespace: str) -> Recall:
         """The text search of a memory; of the memories used last it stays open."""
@@ -145,11 +130,7 @@ class Memories:
 
 
 def texts_of(filename: str, data: bytes) -> list[tuple[str, str]]:
-    """Names and texts of the documents in a file that a user sent; nothing of its name becomes a path.
-
-    Raises:
-        Refused: a kind that is not read, or no text in UTF-8.
-    """
+    """Names and texts of the documents in a file that a user sent; nothing of its name becomes a path."""
     name = PurePosixPath(filename.replace("\\", "/")).name[:200]
     suffix = PurePosixPath(name).suffix.lower()
     if suffix not in SUFFIXES:

@@ -28,14 +28,10 @@ def event(data: dict[str, Any], kind: str | None = None) -> str:
 
 @dataclass
 class Exchange:
-    """A request and its answers; subclasses give them their shape, whole and as events.
+    """A request and its answers. Subclasses give them their shape: ``whole``, and piece by piece as ``events``.
 
     Attributes:
-        service: that answers.
-        body: the request.
-        answers: to it.
         place: namespace where it is kept, if it asks for that.
-        messages: that are answered.
         recalled: passages that were put into the window.
         written: tokens that were written to memory.
     """
@@ -83,12 +79,10 @@ class Chat(Exchange):
     kind, whole_object, part_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def whole(self) -> dict[str, Any]:
-        """The answers at once."""
         choices = [self._choice(answer, self.text(answer), answer.tokens) for answer in self.answers]
         return self._shape(self.whole_object, choices, self.usage())
 
     async def events(self, pieces: Pieces) -> AsyncGenerator[str, None]:
-        """The answers piece by piece."""
         begun = set[Answer]()
         async for answer, piece, tokens in pieces:
             text = self.part(answer, piece, first=answer not in begun)
@@ -116,9 +110,8 @@ class Chat(Exchange):
             text = self.service.tokenizer.decode([number])
             return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
-        tops = ([shown(*each) for each in token.top] for token in tokens)
         content = [
-            {**shown(token.id, token.logprob), "top_logprobs": top} for token, top in zip(tokens, tops, strict=True)
+            {**shown(token.id, token.logprob), "top_logprobs": [shown(*each) for each in token.top]} for token in tokens
         ]
         return {"content": content, "refusal": None}
 
@@ -166,12 +159,10 @@ class Response(Exchange):
         return int(self.service.memories.add(str(self.place), self.id, transcript(said), metadata=about).tokens)
 
     def whole(self) -> dict[str, Any]:
-        """The answer at once."""
         status = "completed" if self.answers[0].finish == "stop" else "incomplete"
         return self._shape(status, self._message("completed", self._part()))
 
     async def events(self, pieces: Pieces) -> AsyncGenerator[str, None]:
-        """The answer piece by piece."""
         count = 0
 
         def told(kind: str, **fields: Any) -> str:
