@@ -16,8 +16,8 @@ from longmem import AlibiGPTForCausalLM, TrainingFree
 from longmem.cli.main import main
 from longmem.data.tokens import train_tokenizer
 from longmem.errors import ConfigError, DataError
+from longmem.evaluation.copying import random_tokens
 from longmem.evaluation.layers import best_layers, conclusion, explain_layers, layers_report, measure_layers, text_rows
-from longmem.modeling.copying import random_tokens
 
 SMALL: dict[str, Any] = {"num_retrieved": 8, "chunk_size": 2, "quiet": True}
 

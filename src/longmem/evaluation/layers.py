@@ -5,8 +5,8 @@ memory, while one layer, or a set of layers, reads memory without any training (
 tokens). What the whole context in the window is worth is measured too. Sets grow by the layer that adds most.
 
 By their keys, which explains the effect: every head of every layer is asked, with its position-free queries, for the
-token that followed an earlier occurrence of the current one, see ``longmem.modeling.copying``. What is not found cannot
-help; what is found need not.
+token that followed an earlier occurrence of the current one, see ``evaluation.copying``. What is not found cannot help;
+what is found need not.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from longmem.config import TrainingFreeConfig, side_layout
 from longmem.data.facts import asked_ids, told_ids, told_session
 from longmem.data.tokens import check_tokenizer
 from longmem.errors import BackboneError, ConfigError, DataError
+from longmem.evaluation.copying import copy_loss, random_tokens, retrieval_by_layer
 from longmem.evaluation.results import Json, write_json
 from longmem.memory import MemoryBank
 from longmem.modeling.baselines import TrainingFree
-from longmem.modeling.copying import copy_loss, default_memory_layer, random_tokens, retrieval_by_layer
 from longmem.modeling.families import Family
 from longmem.progress import Progress, track
 from longmem.types import AttentionKV
@@ -316,7 +316,7 @@ def layers_report(
         "memory_layers": family.memory_layers(),
         "allowed": list(_candidates(model, stride)),
         "recommended": effect["best"],
-        "default": default_memory_layer(model, stride or 2),
+        "default": family.default_memory_layer(stride or 2),
         "effect": effect,
         **explained,
     }

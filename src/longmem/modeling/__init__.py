@@ -9,6 +9,6 @@
 ``baselines``: the backbone's own layers read memory. What a search does is in ``longmem.memory``: ``chunks``, then
 ``index``. ``families`` knows how architectures name their parts, ``probe`` computes keys without positions, ``weights``
 copies layers and recognises a backbone. ``loading`` and ``gguf`` are about files. ``generating`` is ``generate`` with
-memory, ``explain`` what was read, ``copying`` which layers find earlier text, ``alibi_gpt`` the paper's backbone. The
-same method in loops is in the tests, ``tests/modeling/naive.py``.
+memory, ``explain`` what was read, ``alibi_gpt`` the paper's backbone. The same method in loops is in the tests,
+``tests/modeling/naive.py``.
 """

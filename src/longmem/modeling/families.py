@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from longmem.config import layer_types
+from longmem.config import layer_types, side_layout
 from longmem.errors import BackboneError
 from longmem.modeling.probe import PositionFreeProbe
 
@@ -132,6 +132,19 @@ class Family:
         own = [i for i, layer in enumerate(self.layers) if attention_of(layer) is not None]
         full = [i for i in own if types[i] == "full_attention"]
         return full or [i for i in own if types[i] == "sliding_attention"]
+
+    def default_memory_layer(self, stride: int) -> int:
+        """The paper's choice for any depth, counted from 0: 17 of 24 (its layer 18, read by SideNet layer 9 of 12).
+
+        Where the family does not allow it, as in hybrid models: the nearest that it does, of those that the SideNet
+        copies if there are any.
+        """
+        sources = side_layout(self.config, stride).sources
+        wanted = sources[max(0, int(0.75 * len(sources) + 0.5) - 1)] if sources else 0
+        allowed = self.memory_layers()
+        if wanted in allowed or not allowed:
+            return wanted
+        return min(allowed, key=lambda layer: (layer not in sources, abs(layer - wanted)))
 
     def kv_heads(self, layer: int) -> int:
         """Hkv of a layer; in Gemma 4 layers differ."""

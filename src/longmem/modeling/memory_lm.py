@@ -17,8 +17,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from longmem.config import LongMemConfig, LongMemGenerationConfig, MemoryConfig
 from longmem.errors import BackboneError, ConfigError
 from longmem.modeling.backbone import Backbone, BackboneRun
-from longmem.modeling.copying import default_memory_layer
 from longmem.modeling.explain import Explanation
+from longmem.modeling.families import Family
 from longmem.modeling.generating import MemoryGenerationMixin
 from longmem.modeling.loading import Checkpointed
 from longmem.modeling.reading import LayerRead, Reading
@@ -78,7 +78,8 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
         config = copy.deepcopy(config)
         config.backbone_config = backbone.config
         if config.memory_layers is None:
-            config.memory_layers = (default_memory_layer(backbone, getattr(config, "stride", LongMemConfig().stride)),)
+            stride = getattr(config, "stride", LongMemConfig().stride)
+            config.memory_layers = (Family.of(backbone).default_memory_layer(stride),)
         if problems := config.problems():
             raise ConfigError(problems)
         super().__init__(config)

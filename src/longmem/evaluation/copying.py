@@ -19,9 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from longmem.config import side_layout
 from longmem.modeling.backbone import position_free_qkv
-from longmem.modeling.families import Family
 
 
 @dataclass(frozen=True)
@@ -97,21 +95,6 @@ def retrieval_by_layer(
         recall = (by_chunk <= num_chunks).float().mean(dim=1)
         found[layer] = HeadRanks(by_token.median(dim=1).values, recall, length, chance)
     return found
-
-
-def default_memory_layer(model: PreTrainedModel, stride: int) -> int:
-    """The paper's choice for any depth, counted from 0: 17 of 24 (its layer 18, read by SideNet layer 9 of 12).
-
-    Where the family does not allow it, as in hybrid models: the nearest that it does, of those that the SideNet copies
-    if there are any.
-    """
-    family = Family.of(model)
-    sources = side_layout(family.config, stride).sources
-    wanted = sources[max(0, int(0.75 * len(sources) + 0.5) - 1)] if sources else 0
-    allowed = family.memory_layers()
-    if wanted in allowed or not allowed:
-        return wanted
-    return min(allowed, key=lambda layer: (layer not in sources, abs(layer - wanted)))
 
 
 def random_tokens(vocab_size: int, rows: int, length: int, *, seed: int = 0, special: Sequence[int] = ()) -> Tensor:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longmem.modeling import copying
+from longmem.evaluation import copying
+from longmem.evaluation.copying import copy_loss, random_tokens, retrieval_by_layer
 from longmem.modeling.alibi_gpt import AlibiGPTForCausalLM
 from longmem.modeling.backbone import position_free_qkv
-from longmem.modeling.copying import copy_loss, random_tokens, retrieval_by_layer
 from longmem.modeling.probe import QKV
 
 VOCAB = 260
