@@ -209,7 +209,6 @@ def test_what_cannot_be_run_is_one_line(
 def test_without_the_extra_one_line_says_so(
     sidenet_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "longmem.evaluation.harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     status, out, err = run(capsys, "--model", sidenet_dir, "--tasks", "boolq")
     assert (status, out) == (1, "")

@@ -86,8 +86,7 @@ def test_every_position_is_scored_once_and_sees_window_minus_stride_to_window_to
     length: int, window: int, data: st.DataObject
 ) -> None:
     plan = list(windows(length, window, data.draw(st.integers(1, window), label="stride")))
-    assert [i for w in plan for i in range(w.scored_from, w.end)] == list(range(length))
-    for w, following in pairwise(plan):
-        stride = following.start - w.start
-        for position in range(following.scored_from, following.end):
-            assert window - stride < position - following.start + 1 <= window
+    assert [i for _, end, scored_from in plan for i in range(scored_from, end)] == list(range(length))
+    for (before, *_), (start, end, scored_from) in pairwise(plan):
+        for position in range(scored_from, end):
+            assert window - (start - before) < position - start + 1 <= window

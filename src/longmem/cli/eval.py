@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from itertools import islice
 from typing import Any
 
@@ -82,12 +83,10 @@ def harness(tasks: list[str], include: tuple[str, ...], **given: Any) -> None:
     The harness cuts off the beginning of contexts that do not fit the window. With memory it is read instead, into a
     memory that belongs to the request alone: try more examples (--num-fewshot) than fit.
     """
-    try:
-        from longmem.evaluation.harness import harness as evaluate
-    except ImportError as problem:
-        if (problem.name or "").partition(".")[0] != "lm_eval":
-            raise
-        raise ConfigError("lm-evaluation-harness is not installed; pip install 'longmem-lm[eval]'") from problem
+    if find_spec("lm_eval") is None:
+        raise ConfigError("lm-evaluation-harness is not installed; pip install 'longmem-lm[eval]'")
+    from longmem.evaluation.harness import harness as evaluate
+
     _, askers, about = load(given)
     settings = {name: given[name] for name in ("num_fewshot", "limit", "seed", "resamples")}
     result = evaluate(askers, tasks, include=include, **settings, config=about)

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,15 +169,11 @@ def measure(
 # streaming
 
 
-class Window(NamedTuple):
-    """Input positions ``[start, end)`` of a document; those from ``scored_from`` are scored, by the token after each.
+Window = tuple[int, int, int]
+"""Start, end, and the first position between them that is scored, by the token after it, as all further ones are.
 
-    Everything before ``start`` has left the window: it is what memory may hold.
-    """
-
-    start: int
-    scored_from: int
-    end: int
+Everything before the start has left the window: it is what memory may hold.
+"""
 
 
 def windows(length: int, window: int, stride: int) -> Iterator[Window]:
@@ -189,7 +185,7 @@ def windows(length: int, window: int, stride: int) -> Iterator[Window]:
     start, scored = 0, 0
     while scored < length:
         end = min(start + window, length)
-        yield Window(start, scored, end)
+        yield start, end, scored
         start, scored = start + stride, end
 
 
@@ -249,17 +245,17 @@ def stream_nll(
         for number, memory in banks.items() if moved else ():
             keys, values = torch.stack([lane.held[number][:, :, :stride] for lane in moved], dim=1)
             memory.add(AttentionKV(keys, values), rows=torch.tensor([lane.row for lane in moved]))
-        width = max(lane.window.end - lane.window.start for lane in lanes)
+        width = max(end - start for start, end, _ in (lane.window for lane in lanes))
+        skipped = min(scored_from - start for start, _, scored_from in (lane.window for lane in lanes))
         input_ids = documents[0].new_zeros(len(lanes), width)
         for b, lane in enumerate(lanes):
-            start, _, end = lane.window
+            start, end, _ = lane.window
             input_ids[b, : end - start] = documents[lane.document][start:end]
-        skipped = min(lane.window.scored_from - lane.window.start for lane in lanes)
         scored: list[list[Tensor]] = [[] for _ in lanes]
         outputs = forward(input_ids, torch.tensor([lane.row for lane in lanes]), width - skipped)
         for number, (logits, kv) in enumerate(outputs):
             for b, lane in enumerate(lanes):
-                start, scored_from, end = lane.window
+                start, end, scored_from = lane.window
                 first, last = scored_from - start, end - start
                 targets = documents[lane.document][scored_from + 1 : end + 1]
                 scored[b].append(_nll(logits[b, first - skipped : last - skipped], targets))
