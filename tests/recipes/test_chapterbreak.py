@@ -1,4 +1,4 @@
-"""The benchmark of chapter boundaries made from books."""
+"""Chapters found in plain text, and the benchmark of chapter boundaries made from books."""
 
 from __future__ import annotations
 
@@ -7,14 +7,110 @@ import json
 import re
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from recipes.data.chapterbreak import ChapterBreakSettings, build_chapterbreak, main, write_chapterbreak
+from recipes.data.chapterbreak import (
+    Chapter,
+    ChapterBreakSettings,
+    Heading,
+    build_chapterbreak,
+    chapters_of,
+    find_chapters,
+    main,
+    write_chapterbreak,
+)
 
+from longmem.data.text import read_documents
 from longmem.errors import ConfigError, DataError
 
+MakeText = Callable[..., str]
 SMALL = ChapterBreakSettings(prefix=500, words=30, per_book=3)
+
+# chapters
+
+
+def chaptered(headings: list[str], made_text: MakeText, words: int = 600) -> str:
+    return "\n\n".join(f"{heading}\n\n{made_text(words, seed)}" for seed, heading in enumerate(headings))
+
+
+def begins(text: str, chapters: list[Chapter]) -> list[str]:
+    """The first line of each chapter's headings."""
+    return [text[chapter.boundary :].split("\n")[0] for chapter in chapters]
+
+
+SIX = [f"CHAPTER {number}" for number in range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    "headings",
+    [
+        ["CHAPTER I", "CHAPTER II.", "CHAPTER III - IN WHICH WE DINE", "CHAPTER IV", "Chapter V: Home", "CHAPTER VI"],
+        ["Chapter One", "Chapter Two", "Chapter Three", "Chapter the Fourth", "CHAPTER TWENTY-ONE", "Epilogue"],
+        ["# Begin", "## The Road", "## The Inn", "## Snow", "## A Letter", "# End"],
+        ["I", "II", "III", "IV", "V", "VI"],
+        ["I. THE LETTER", "II. The _Boat_", "III. Fog", "IV. Sand", "V. Wreck", "VI. Shore"],
+        ["Prologue", "Stave One", "Stave Two", "Stave Three", "Letter 4", "PART THE SECOND"],
+    ],
+)
+def test_headings_of_many_forms_are_found(headings: list[str], made_text: MakeText) -> None:
+    text = chaptered(headings, made_text)
+    found = find_chapters(text)
+    assert begins(text, found) == headings
+    assert [chapter.end for chapter in found] == [*(chapter.boundary for chapter in found[1:]), len(text)]
+
+
+def test_numbers_head_chapters_but_not_pages(made_text: MakeText) -> None:
+    chapters = chaptered([str(number) for number in range(1, 8)], made_text, words=1200)
+    assert begins(chapters, find_chapters(chapters)) == list("1234567")
+    assert find_chapters(chaptered([str(number) for number in range(1, 30)], made_text, words=450)) == []
+
+
+def test_what_only_looks_like_a_heading_is_none(made_text: MakeText) -> None:
+    text = chaptered(SIX, made_text)
+    burnt = text.replace("\n\nCHAPTER 3", "\n\nChapter two was burnt by her aunt.\n\nCHAPTER 3")
+    assert begins(burnt, find_chapters(burnt)) == SIX
+    contents = "\n\n".join(SIX)
+    chapters = find_chapters(f"{contents}\n\n{'-' * 300}\n\n{text}")
+    assert len(chapters) == 6 and chapters[0].boundary > len(contents)
+    start, end = (f"*** {word} OF THE PROJECT GUTENBERG EBOOK X ***" for word in ("START", "END"))
+    framed = f"CHAPTER 0\n\n{made_text(600)}\n\n{start}\n\n{text}\n\n{end}\n\nCHAPTER 7\n\n{made_text(600)}"
+    chapters = find_chapters(framed)
+    assert begins(framed, chapters) == SIX and chapters[-1].end == framed.index(end)
+
+
+def test_parts_titles_and_subtitles_belong_to_the_boundary() -> None:
+    body = "It was late when they came. " * 100
+    text = f"{body}\n\nPART II\n\nCHAPTER III\n\nTHE RETURN.\n\nIn which nothing happens\n\n{body}"
+    headings = [Heading(at := text.index(words), at + len(words)) for words in ("PART II", "CHAPTER III")]
+    (chapter,) = chapters_of(text, headings)
+    assert text[chapter.boundary :].startswith("PART II")
+    assert text[chapter.body :].startswith("It was late")
+
+
+def test_a_chapter_needs_enough_text() -> None:
+    text = "".join(f"CHAPTER {number}\n\n{'x' * size}\n\n" for number, size in enumerate((300, 1990, 2100)))
+    headings = [Heading(at := text.index(f"CHAPTER {number}"), at + 9) for number in range(3)]
+    assert begins(text, chapters_of(text, headings)) == ["CHAPTER 2"]
+    assert begins(text, chapters_of(text, headings, minimum=250)) == ["CHAPTER 0", "CHAPTER 1", "CHAPTER 2"]
+
+
+@pytest.mark.shared
+def test_found_chapters_are_those_of_the_index(shared_dir: Any) -> None:
+    lines = (shared_dir / "data" / "books" / "index.jsonl").read_text(encoding="utf-8").splitlines()
+    index = {record["member"]: record["headings"] for record in map(json.loads, lines)}
+    right = given = found = 0
+    for document in read_documents([shared_dir / "data" / "books" / "test.tar.xz"]):
+        headings = [Heading(start, start + len(words)) for start, _, words in index[document.id]]
+        true = {chapter.boundary for chapter in chapters_of(document.text, headings)}
+        mine = {chapter.boundary for chapter in find_chapters(document.text)}
+        right, given, found = right + len(true & mine), given + len(true), found + len(mine)
+    assert right > 0.97 * given and right > 0.99 * found
+
+
+# examples
 
 
 def words(count: int, seed: int, tag: str) -> str:
@@ -36,18 +132,16 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_examples_have_the_official_shape(folder: Path, tmp_path: Path) -> None:
-    made = build_chapterbreak([folder], SMALL)
-    data, sources = write_chapterbreak(made, tmp_path / "out")
+    data, sources = write_chapterbreak(build_chapterbreak([folder], SMALL), tmp_path / "out")
     assert data.name == "chapterbreak_ctx_500.json"
     splits = json.loads(data.read_text())
-    assert list(splits) == ["books"]
-    assert set(splits["books"]) == {"long.txt", "other.md"}
+    assert list(splits) == ["books"] and set(splits["books"]) == {"long.txt", "other.md"}
     for examples in splits["books"].values():
         assert 0 < len(examples) <= 3
         for example in examples:
-            assert set(example) == {"ctx", "pos", "negs"}
-            assert len(example["negs"]) == 5
-            assert [len(text.split()) for text in (example["pos"], *example["negs"])] == [30] * 6
+            assert set(example) == {"ctx", "pos", "negs"} and len(example["negs"]) == 5
+            for text in (example["pos"], *example["negs"]):
+                assert len(text.split()) == 30 and not re.search("CHAPTER|##", text), "no suffix tells its number"
     said = json.loads(sources.read_text())
     assert [(b["id"], b["skipped"]) for b in said["books"] if b["skipped"]] == [
         ("short.txt", "5 chapters of 2,000 characters; 6 are needed")
@@ -66,12 +160,6 @@ def test_the_gold_suffix_follows_the_prefix_and_negatives_begin_other_chapters(f
         assert not any(negative in example["ctx"] for negative in example["negs"])
 
 
-def test_no_suffix_tells_its_number(folder: Path) -> None:
-    for examples in build_chapterbreak([folder], SMALL).works.values():
-        for example in examples:
-            assert not any(re.search("CHAPTER|##", text) for text in (example["pos"], *example["negs"]))
-
-
 def test_equal_seeds_make_equal_files_whatever_stands_beside(folder: Path) -> None:
     whole, alone = build_chapterbreak([folder], SMALL), build_chapterbreak([folder / "long.txt"], SMALL)
     assert whole.works["long.txt"] == alone.works["long.txt"]
@@ -86,13 +174,6 @@ def test_chapters_that_begin_alike_are_not_held_against_each_other(tmp_path: Pat
     made = build_chapterbreak([tmp_path / "twin.txt"], ChapterBreakSettings(prefix=500, words=30, per_book=14))
     for example in made.works["twin.txt"]:
         assert sum(text.startswith("z99w0") for text in (example["pos"], *example["negs"])) <= 1
-
-
-def test_a_book_that_comes_twice_counts_once(folder: Path) -> None:
-    (folder / "again.txt").write_text((folder / "long.txt").read_text())
-    made = build_chapterbreak([folder], SMALL)
-    assert {"again.txt", "other.md"} == set(made.works)
-    assert [b.skipped for b in made.books if b.id == "long.txt"] == ["the same text as again.txt"]
 
 
 def test_headings_of_an_index_beside_an_archive_are_used(tmp_path: Path) -> None:
@@ -114,22 +195,15 @@ def test_headings_of_an_index_beside_an_archive_are_used(tmp_path: Path) -> None
         build_chapterbreak([tmp_path], SMALL)
 
 
-def test_books_come_as_json_lines_too(tmp_path: Path) -> None:
-    lines = [json.dumps({"id": name, "text": book(9, name)}) for name in ("x", "y")]
+def test_books_come_as_json_lines_too_and_count_once(tmp_path: Path) -> None:
+    lines = [json.dumps({"id": name, "text": book(9, name[0])}) for name in ("x", "y", "x again")]
     (tmp_path / "books.jsonl").write_text("\n".join(lines))
-    assert set(build_chapterbreak([tmp_path / "books.jsonl"], SMALL).works) == {"x", "y"}
+    made = build_chapterbreak([tmp_path / "books.jsonl"], SMALL)
+    assert set(made.works) == {"x", "y"}
+    assert [b.skipped for b in made.books if b.id == "x again"] == ["the same text as x"]
 
 
-def test_what_cannot_be_used_is_said(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no chapter begins after 60,000 characters"):
-        build_chapterbreak([folder / "long.txt"], ChapterBreakSettings(prefix=10_000))
-    with pytest.raises(DataError, match="no books in this folder"):
-        build_chapterbreak([(tmp_path / "empty").mkdir() or tmp_path / "empty"])
-    with pytest.raises(ConfigError, match=r"words \(0\) must be at least 1.*per_book \(0\)"):
-        ChapterBreakSettings(words=0, per_book=0)
-
-
-def test_the_script_writes_and_names_what_it_left_out(
+def test_the_script_writes_and_names_what_cannot_be_used(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [str(folder), "--out", str(tmp_path / "out"), "--prefix", "500", "--words", "30", "--per-book", "2"]
@@ -141,3 +215,10 @@ def test_the_script_writes_and_names_what_it_left_out(
     monkeypatch.setattr(sys, "argv", ["chapterbreak.py", *arguments, "--words", "0"])
     with pytest.raises(SystemExit, match="error: words \\(0\\) must be at least 1"):
         main()
+    with pytest.raises(DataError, match="no chapter begins after 60,000 characters"):
+        build_chapterbreak([folder / "long.txt"], ChapterBreakSettings(prefix=10_000))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no books in this folder"):
+        build_chapterbreak([tmp_path / "empty"])
+    with pytest.raises(ConfigError, match=r"words \(0\) must be at least 1.*per_book \(0\)"):
+        ChapterBreakSettings(words=0, per_book=0)

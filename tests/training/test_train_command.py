@@ -48,24 +48,16 @@ def test_a_run_prints_its_model_and_tells_its_progress_on_stderr(pretrain: Make,
     assert any(line.startswith("pre-training ") for line in lines)
     assert any(line.startswith("step 2/2 · loss ") for line in lines)
     assert lines[-1].startswith("finished: 2 steps, 64 tokens")
-
-
-def test_the_result_comes_as_json(pretrain: Make, tmp_path: Path, run: Run) -> None:
-    path = write(pretrain(), tmp_path / "recipe.toml")
-    status, out, err = run(path, "--set", "optim.steps=2", "--json", "--quiet")
+    status, out, err = run(path, "--set", "optim.steps=2", "--json", "--quiet", "--overwrite")
     result: dict[str, Any] = json.loads(out)
     assert (status, err) == (0, "")
     assert (result["step"], result["tokens"], result["model_dir"]) == (2, 64, f"{tmp_path}/run/final")
     assert "loss" in result["evaluation"]
 
 
-def test_check_trains_nothing(pretrain: Make, tmp_path: Path, run: Run) -> None:
-    path = write(pretrain(), tmp_path / "recipe.toml")
-    assert run(path, "--check") == (0, f"{path}: pretrain, no problems found\n", "")
-    assert not (tmp_path / "run").exists()
-
-
-def test_estimate_tells_memory_and_hours(adapt: Make, tmp_path: Path, run: Run) -> None:
-    status, out, _ = run(write(adapt(), tmp_path / "recipe.toml"), "--estimate", "a100-80gb")
-    assert status == 0
+def test_check_and_estimate_train_nothing(adapt: Make, tmp_path: Path, run: Run) -> None:
+    path = write(adapt(), tmp_path / "recipe.toml")
+    assert run(path, "--check") == (0, f"{path}: adapt, no problems found\n", "")
+    status, out, _ = run(path, "--estimate", "a100-80gb")
+    assert status == 0 and not (tmp_path / "run").exists()
     assert [line.split()[0] for line in out.splitlines()] == ["parameters", "memory", "work", "time", "speed", "cost"]

@@ -8,6 +8,7 @@ shape tells is an assumption: ``RESERVE``, and the share of its peak that a devi
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -27,29 +28,23 @@ REACHED = 0.4
 """Share of the peak that training reaches; 0.35 to 0.5 is usual for models of this size."""
 
 
-class Hardware(NamedTuple):
-    """Of each of a machine's devices: GiB of memory, dense peaks in TFLOP/s, bandwidth of memory in TB/s.
-
-    ``bf16``: whether it multiplies in bf16, so that a recipe's ``precision = "auto"`` takes it.
-    """
+class Device(NamedTuple):
+    """GiB of memory, dense peaks in TFLOP/s, bandwidth of memory in TB/s, and whether it multiplies in bf16, so that a
+    recipe's ``precision = "auto"`` takes it."""
 
     memory: int
     half: float
     single: float
     bandwidth: float
-    devices: int = 1
     bf16: bool = True
 
 
 HARDWARE = {
-    "2-cpu-cores": Hardware(16, 0.19, 0.19, 0.02, bf16=False),
-    "rtx-4090": Hardware(24, 165, 83, 1.0),
-    "v100-32gb": Hardware(32, 125, 15.7, 0.9, bf16=False),
-    "16x-v100-32gb": Hardware(32, 125, 15.7, 0.9, devices=16, bf16=False),
-    "a100-80gb": Hardware(80, 312, 19.5, 2.0),
-    "8x-a100-80gb": Hardware(80, 312, 19.5, 2.0, devices=8),
-    "h100-80gb": Hardware(80, 989, 67, 3.35),
-    "8x-h100-80gb": Hardware(80, 989, 67, 3.35, devices=8),
+    "2-cpu-cores": Device(16, 0.19, 0.19, 0.02, bf16=False),
+    "rtx-4090": Device(24, 165, 83, 1.0),
+    "v100-32gb": Device(32, 125, 15.7, 0.9, bf16=False),
+    "a100-80gb": Device(80, 312, 19.5, 2.0),
+    "h100-80gb": Device(80, 989, 67, 3.35),
 }
 """Vendors' figures: dense half precision (fp16 on V100, else bf16) with float32 accumulation, and float32 without
 TF32. The CPU: two cores that finish 32 float32 operations per clock of 3 GHz."""
@@ -67,6 +62,8 @@ class Estimate(NamedTuple):
     """
 
     machine: str
+    device: Device
+    devices: int
     parameters: int
     trained: int
     tokens: int
@@ -80,37 +77,40 @@ class Estimate(NamedTuple):
 
     @property
     def hours(self) -> float:
-        return self.tokens * self.seconds / HARDWARE[self.machine].devices / 3600
+        return self.tokens * self.seconds / self.devices / 3600
 
     @property
     def fits(self) -> bool:
-        return self.gib <= HARDWARE[self.machine].memory
+        return self.gib <= self.device.memory
 
     def lines(self) -> list[str]:
         """The estimate as a table."""
-        devices, memory = HARDWARE[self.machine].devices, HARDWARE[self.machine].memory
         parts = ", ".join(f"{name} {count / GIB:.2f}" for name, count in self.bytes.items() if count)
         work = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in self.flops.items() if count)
         fits = "fits" if self.fits else "DOES NOT FIT"
         return [
             f"parameters  {self.parameters:,} in the backbone, {self.trained:,} trained",
-            f"memory      {self.gib:.2f} of {memory} GiB per device, {fits} ({parts})",
+            f"memory      {self.gib:.2f} of {self.device.memory} GiB per device, {fits} ({parts})",
             f"work        {sum(self.flops.values()) / 1e9:.2f} GFLOP a token ({work})",
             f"time        {clock(3600 * self.hours)} on {self.machine} for {self.tokens:,} tokens",
-            f"speed       {devices / self.seconds:,.0f} tokens/s at {REACHED:.0%} of the peak",
-            f"cost        {self.hours * devices:,.1f} device-hours",
+            f"speed       {self.devices / self.seconds:,.0f} tokens/s at {REACHED:.0%} of the peak",
+            f"cost        {self.hours * self.devices:,.1f} device-hours",
         ]
 
 
 def estimate(recipe: Recipe, machine: str, backbone: PreTrainedConfig | None = None) -> Estimate:
-    """Memory and hours of a recipe on a machine of ``HARDWARE``; ``backbone`` is in place of ``backbone.path``.
+    """Memory and hours of a recipe on a device of ``HARDWARE``, or on several, as ``8x-a100-80gb``.
 
     FSDP2 is counted as weights, gradients and moments divided among the devices; what moves between them is not.
+    ``backbone`` is in place of ``backbone.path``.
     """
-    if machine not in HARDWARE:
-        raise ConfigError(f"hardware ({machine!r}) is not known; try one of {', '.join(HARDWARE)}")
-    hardware, optim, side, window = HARDWARE[machine], recipe.optim, recipe.sidenet, recipe.data.window
-    tokens = optim.tokens or (optim.steps or 0) * optim.rows * optim.accumulate * window * hardware.devices
+    several = re.match(r"([1-9]\d*)x-", machine)
+    name, devices = (machine[several.end() :], int(several[1])) if several else (machine, 1)
+    if name not in HARDWARE:
+        raise ConfigError(f"hardware ({machine!r}) is not known; try one of {', '.join(HARDWARE)}, 8x-a100-80gb")
+    hardware = HARDWARE[name]
+    optim, side, window = recipe.optim, recipe.sidenet, recipe.data.window
+    tokens = optim.tokens or (optim.steps or 0) * optim.rows * optim.accumulate * window * devices
     if not tokens:
         raise ConfigError("optim.tokens and optim.steps are both missing; an estimate needs one of them")
     half = hardware.bf16 if optim.precision == "auto" else optim.precision == "bf16"
@@ -146,7 +146,7 @@ def estimate(recipe: Recipe, machine: str, backbone: PreTrainedConfig | None = N
     seconds = sum(flops.values()) / ((hardware.half if half else hardware.single) * 1e12 * REACHED)
     seconds += moved / (hardware.bandwidth * 1e12)
 
-    world = hardware.devices if optim.parallel == "fsdp" else 1
+    world = devices if optim.parallel == "fsdp" else 1
     positions, kept = optim.rows * window, {"8bit": 1.0, "4bit": 0.53}.get(recipe.backbone.quantised or "")
     stored = {"float32": 4, "bfloat16": 2, "float16": 2}
     one = 2 * width + 2 * dim * (heads + heads_kv) + inner * (3 if gated else 2)
@@ -164,7 +164,7 @@ def estimate(recipe: Recipe, machine: str, backbone: PreTrainedConfig | None = N
         "bank": bank,
         "reserve": RESERVE,
     }
-    return Estimate(machine, total, trained, tokens, sizes, flops, seconds)
+    return Estimate(machine, hardware, devices, total, trained, tokens, sizes, flops, seconds)
 
 
 def _config(recipe: Recipe) -> PreTrainedConfig:

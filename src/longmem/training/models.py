@@ -154,15 +154,21 @@ def _memory(
 def _longmem(recipe: Recipe, device: torch.device, memory: dict[str, Any]) -> LongMem:
     side, named, half = recipe.sidenet, recipe.backbone, half_or_single(recipe, device)
     dtype = half if named.dtype is None else named_dtype(named.dtype)
+    path = str(named.path)
     if side.start is not None:
-        return _go_on(recipe, dtype)
+        # trained before: how much it retrieves, and from how much, may be another number
+        model = LongMem.from_pretrained(side.start, backbone=path, dtype=dtype, side_dtype=torch.float32)
+        model.config.update({name: memory[name] for name in ("chunk_size", "num_retrieved", "memory_size")})
+        model.config.backbone_name_or_path = os.path.abspath(path) if os.path.isdir(path) else path
+        model.config.backbone_revision = named.revision or model.config.backbone_revision
+        return model
     if side.final_state is not None:
         memory["final_state"] = side.final_state
     loading: dict[str, Any] = {} if named.device_map is None else {"device_map": named.device_map}
     if named.quantised is not None:
         loading = {"device_map": {"": device}, **loading, "quantization_config": quantization(named.quantised, half)}
     model = LongMem.from_backbone(
-        str(named.path),
+        path,
         dtype=dtype,
         side_dtype=torch.float32,
         backbone_kwargs=loading,
@@ -174,27 +180,6 @@ def _longmem(recipe: Recipe, device: torch.device, memory: dict[str, Any]) -> Lo
     biases = [gate.bias for gate in model.sidenet.gates] if model.sidenet.gates else [model.sidenet.memory_gate]
     for bias in biases:
         nn.init.constant_(bias, math.log(side.gate / (1 - side.gate)))  # type: ignore[arg-type]
-    return model
-
-
-def _go_on(recipe: Recipe, dtype: torch.dtype | None) -> LongMem:
-    """A SideNet that was trained before; how much it retrieves, and from how much, may be another number."""
-    side, backbone = recipe.sidenet, str(recipe.backbone.path)
-    model = LongMem.from_pretrained(str(side.start), backbone=backbone, dtype=dtype, side_dtype=torch.float32)
-    fixed: dict[str, Any] = {"stride": side.stride, "fusion": side.fusion}
-    if side.memory_layers is not None:
-        fixed["memory_layers"] = side.memory_layers
-    other = [
-        f"sidenet.{name} ({value!r}) is {found!r} in sidenet.start ({side.start}); set it so"
-        for name, value in fixed.items()
-        if value != (found := getattr(model.config, name))
-    ]
-    if other:
-        raise ConfigError(other)
-    for name in ("chunk_size", "num_retrieved", "memory_size"):
-        setattr(model.config, name, getattr(side, name))
-    model.config.backbone_name_or_path = os.path.abspath(backbone) if os.path.isdir(backbone) else backbone
-    model.config.backbone_revision = recipe.backbone.revision or model.config.backbone_revision
     return model
 
 
@@ -222,10 +207,9 @@ def wants_sharding(parallel: str) -> bool:
 def shard(model: nn.Module, compute_dtype: torch.dtype | None = None) -> None:
     """FSDP2: divide a ``LongMem``, or a causal language model that is trained itself, among the processes, in place.
 
-    Every backbone layer and every SideNet layer is a unit: gathered when it runs, let go afterwards. Frozen units keep
-    the backbone's dtype and are never reduced. Trained ones keep float32 weights, are gathered in ``compute_dtype``
-    (None is their own), and are reduced in float32. accelerate's own wrapping gives all units one dtype and reduces
-    them all, which is why it is not used.
+    Every layer is a unit: gathered when it runs, let go afterwards. Frozen units keep the backbone's dtype and are
+    never reduced. Trained ones keep float32 weights, are gathered in ``compute_dtype`` (None is their own), and are
+    reduced in float32. accelerate's own wrapping gives all units one dtype and reduces them all.
 
     Build the optimiser afterwards: every parameter is another object then. The model is equal in all processes.
     """

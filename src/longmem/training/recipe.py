@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from longmem.config import Fusion, Init, Trained
 from longmem.data.text import TEXT_SUFFIXES, TextSource
@@ -22,6 +22,11 @@ Share = typing.Annotated[float, Field(ge=0, le=1)]
 Count = typing.Annotated[int, Field(ge=1)]
 CountOrZero = typing.Annotated[int, Field(ge=0)]
 Positive = typing.Annotated[float, Field(gt=0)]
+Layers = typing.Annotated[
+    tuple[CountOrZero, ...] | Literal["auto"] | None,
+    BeforeValidator(lambda layers: [layers] if isinstance(layers, int) else layers),
+    Field(validation_alias=AliasChoices("memory_layers", "memory_layer")),
+]
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -113,12 +118,12 @@ class BackboneSection(Section):
 class SideNetSection(Section):
     """Adaptation: the SideNet and its memory. With ``method = "memtrm"`` what is said of memory holds all the same."""
 
-    memory_layers: tuple[CountOrZero, ...] | Literal["auto"] | None = None
+    memory_layers: Layers = None
     """Backbone layers that are remembered, 0-based; None: the one at three quarters of the depth; auto: up to four
     whose memory is worth most on the recipe's text, as ``longmem layers`` measures. ``memory_layer = 3`` means
     ``memory_layers = [3]``."""
     start: str | None = None
-    """SideNet checkpoint to go on from, over the same backbone; layers, fusion and gates are then its own."""
+    """SideNet checkpoint to go on from, over the same backbone; memory_layers, stride, fusion and gate are its own."""
     stride: Count = 2
     """Backbone layers for each SideNet layer; MemTRM has none, as it has no init and no final_state."""
     init: Init = "copy"
@@ -144,16 +149,6 @@ class SideNetSection(Section):
     """What a row's memory does when its next text begins."""
     memory_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of stored keys and values; None: bfloat16 where a GPU computes in it, else float32."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_layer(cls, settings: Any) -> Any:
-        """``memory_layer``, and a number for ``memory_layers``, are lists of one."""
-        if isinstance(settings, dict) and not {"memory_layer", "memory_layers"}.isdisjoint(settings):
-            settings = dict(settings)
-            layers = settings.pop("memory_layer", settings.get("memory_layers"))
-            settings["memory_layers"] = [layers] if isinstance(layers, int) else layers
-        return settings
 
 
 class OptimSection(Section):

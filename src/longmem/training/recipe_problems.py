@@ -44,21 +44,21 @@ def broken_rules(recipe: Any) -> list[str]:
     for one, other, way_out in CONFLICTS:
         if (first := _named(recipe, one)) and (second := _named(recipe, other)):
             found.append(f"{first} and {second} do not go together: {way_out}")
-    multiples = []
-    if adapt:
-        multiples += [("sidenet.num_retrieved", "sidenet.chunk_size"), ("sidenet.memory_size", "sidenet.chunk_size")]
-    elif recipe.model.init is None:
-        multiples += [("model.hidden_size", "model.heads")]
-    if needles.share:
-        multiples += [("data.window", "sidenet.chunk_size"), ("needles.context", "sidenet.chunk_size")]
-        if needles.least_tokens > needles.most_tokens:
-            least, most = needles.least_tokens, needles.most_tokens
-            found.append(f"needles.least_tokens ({least}) must not exceed needles.most_tokens ({most})")
-    if recipe.eval.best and recipe.eval.every:
-        multiples += [("checkpoint.every", "eval.every")]  # the best weights are taken from a checkpoint
-    for name, of in multiples:
+    if needles.share and needles.least_tokens > needles.most_tokens:
+        least, most = needles.least_tokens, needles.most_tokens
+        found.append(f"needles.least_tokens ({least}) must not exceed needles.most_tokens ({most})")
+    multiples = [
+        (adapt, "sidenet.num_retrieved", "sidenet.chunk_size"),
+        (adapt, "sidenet.memory_size", "sidenet.chunk_size"),
+        (needles.share, "data.window", "sidenet.chunk_size"),
+        (needles.share, "needles.context", "sidenet.chunk_size"),
+        (not adapt and recipe.model.init is None, "model.hidden_size", "model.heads"),
+        # the best weights are taken from a checkpoint
+        (recipe.eval.best and recipe.eval.every, "checkpoint.every", "eval.every"),
+    ]
+    for asked, name, of in multiples:
         value, size = (attrgetter(each)(recipe) for each in (name, of))
-        if value % size:
+        if asked and value % size:
             below = value - value % size
             tries = f"{below} or {below + size}" if below else f"{size}"
             found.append(f"{name} ({value}) must be a multiple of {of} ({size}); try {tries}")

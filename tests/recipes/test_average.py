@@ -1,0 +1,51 @@
+"""The mean of SideNets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from recipes.average import average
+from transformers import PreTrainedTokenizerFast
+
+from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem
+from longmem.errors import CheckpointError
+
+SHAPE = {"vocab_size": 260, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+
+
+def side(folder: Path, seed: int, tokenizer: PreTrainedTokenizerFast, backbone: int = 0, memory_layer: int = 3) -> str:
+    """A SideNet of random weights over a tiny backbone."""
+    torch.manual_seed(backbone)
+    AlibiGPTForCausalLM(AlibiGPTConfig(**SHAPE)).save_pretrained(folder.parent / f"backbone-{backbone}")
+    model = LongMem.from_backbone(
+        str(folder.parent / f"backbone-{backbone}"), memory_layer=memory_layer, chunk_size=seed + 1, num_retrieved=8
+    )
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.sidenet.parameters():
+            parameter.normal_()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(str(folder))
+    return str(folder)
+
+
+def test_every_weight_is_the_mean_and_the_last_ones_settings_stay(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folders = [side(tmp_path / f"{seed}", seed, byte_tokenizer) for seed in (0, 1)]
+    average(folders, tmp_path / "mean")
+    first, second = (LongMem.from_pretrained(folder).sidenet.state_dict() for folder in folders)
+    mean = LongMem.from_pretrained(tmp_path / "mean")
+    for name, weight in mean.sidenet.state_dict().items():
+        assert torch.allclose(weight, (first[name] + second[name]) / 2, atol=1e-6), name
+    assert mean.config.chunk_size == 2
+    assert (tmp_path / "mean" / "tokenizer.json").is_file()
+
+
+def test_sidenets_that_are_not_alike_are_refused(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    first = side(tmp_path / "a", 0, byte_tokenizer)
+    for message, other in {"has another backbone": {"backbone": 1}, "layer is 3, that of": {"memory_layer": 1}}.items():
+        with pytest.raises(CheckpointError, match=f"a: .*{message}"):
+            average([first, side(tmp_path / "b", 0, byte_tokenizer, **other)], tmp_path / "mean")
