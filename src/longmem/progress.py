@@ -77,9 +77,11 @@ class Progress:
         return f"{self.what}: {self.done:,} of {self.total:,}{unit} ({100 * self.done // self.total} %){left}{note}"
 
 
-def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "") -> Iterator[T]:
+def track(
+    items: Iterable[T], what: str, total: int | None = None, unit: str = "", *, quiet: bool = False
+) -> Iterator[T]:
     """The same items, with progress."""
-    with Progress(what, total, unit) as progress:
+    with Progress(what, total, unit, quiet=quiet) as progress:
         for item in items:
             yield item
             progress.advance()

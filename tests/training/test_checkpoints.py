@@ -153,29 +153,25 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run(adapt: Make, record
     assert all(torch.equal(kept[name], of_best[name]) for name in kept)
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """Two checkpoints; the path of the second."""
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path: Path) -> None:
     for step in (1, 2):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(bytes(range(200)))
-        complete(folder)
-    return tmp_path / "checkpoint-2"
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_bytes(bytes(range(200)))
+        complete(tmp_path / f"checkpoint-{step}")
+    second = tmp_path / "checkpoint-2"
+    verify(second)
 
+    def refused() -> None:
+        with pytest.raises(CheckpointError, match=r"checkpoint-2.*delete checkpoint-2 to resume from checkpoint-1$"):
+            verify(second)
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("model.safetensors", bytes(100)), ("model.safetensors", bytes(200)), ("complete.json", b"{"), ("lost", b"")],
-)
-def test_a_damaged_checkpoint_is_named_with_the_way_out(saved: Path, name: str, content: bytes) -> None:
-    verify(saved)
-    if name == "lost":
-        (saved / "model.safetensors").unlink()
-    else:
-        (saved / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"checkpoint-2.*delete checkpoint-2 to resume from checkpoint-1$"):
-        verify(saved)
+    for content in (bytes(100), bytes(200)):
+        (second / "model.safetensors").write_bytes(content)
+        refused()
+    (second / "model.safetensors").unlink()
+    refused()
+    (second / "complete.json").write_bytes(b"{")
+    refused()
 
 
 def test_a_crash_while_writing_leaves_the_checkpoint_before(adapt: Make, monkeypatch: pytest.MonkeyPatch) -> None:

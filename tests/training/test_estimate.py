@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from longmem import AlibiGPTConfig, LongMem
 from longmem.errors import ConfigError
@@ -42,8 +42,6 @@ def test_what_it_counts_is_what_a_model_has(stride: int) -> None:
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2,
     )  # fmt: skip
-    from transformers import LlamaForCausalLM
-
     model = LongMem.from_backbone(LlamaForCausalLM(config), stride=stride, side_dtype=torch.float32)
     settings = {
         "task": "adapt", "data": {"paths": ["x"], "window": 16}, "backbone": {"path": "x"},

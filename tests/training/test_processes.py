@@ -31,36 +31,20 @@ ROWS = 4
 FP32, BF16 = 2e-5, 2e-2
 COMMON = {"steps": 3, "dropout": 0.0, "accumulate": 2}
 SLOW = pytest.mark.slow
-RECOMPUTE = {"gradient_checkpointing": True}
-
-
-def cases(adapt: Make, pretrain: Make, families: Callable[[str], str]) -> dict[str, tuple[Make, dict[str, Any], float]]:
-    """Name -> what makes the recipe, its changes, how close gradients must be."""
-    bf16 = {"dtype": "bfloat16"}
-    return {
-        "ddp": (adapt, {"optim": {"parallel": "ddp"}}, FP32),
-        "ddp-bf16": (adapt, {"optim": {"parallel": "ddp", **RECOMPUTE}, "backbone": bf16}, BF16),
-        "ddp-control": (adapt, {"optim": {"parallel": "ddp"}, "sidenet": {"memory": False}}, FP32),
-        "ddp-memtrm": (adapt, {"optim": {"parallel": "ddp"}, "method": "memtrm"}, FP32),
-        "ddp-pretrain": (pretrain, {"optim": {"parallel": "ddp"}}, FP32),
-        "fsdp": (adapt, {"optim": {"parallel": "fsdp"}}, FP32),
-        "fsdp-bf16": (adapt, {"optim": {"parallel": "fsdp", **RECOMPUTE}, "backbone": bf16}, BF16),
-        "fsdp-llama": (
-            adapt,
-            {"optim": {"parallel": "fsdp", **RECOMPUTE}, "backbone": {"path": families("llama")}},
-            FP32,
-        ),
-        "fsdp-gpt2-softmax": (
-            adapt,
-            {
-                "optim": {"parallel": "fsdp"},
-                "backbone": {"path": families("gpt2")},
-                "sidenet": {"fusion": "softmax", "boundary": "reset"},
-            },
-            FP32,
-        ),
-        "fsdp-pretrain": (pretrain, {"optim": {"parallel": "fsdp", "optimiser": "muon", "muon_lr": 1e-5}}, FP32),
-    }
+HALF: dict[str, Any] = {"optim": {"gradient_checkpointing": True}, "backbone": {"dtype": "bfloat16"}}
+CASES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "ddp-bf16": HALF,
+    "ddp-control": {"sidenet": {"memory": False}},
+    "ddp-memtrm": {"method": "memtrm"},
+    "ddp-pretrain": {},
+    "fsdp": {},
+    "fsdp-bf16": HALF,
+    "fsdp-llama": {"optim": {"gradient_checkpointing": True}, "backbone": {"path": "llama"}},
+    "fsdp-gpt2-softmax": {"backbone": {"path": "gpt2"}, "sidenet": {"fusion": "softmax", "boundary": "reset"}},
+    "fsdp-pretrain": {"optim": {"optimiser": "muon", "muon_lr": 1e-5}},
+}
+QUICK = ("ddp", "ddp-memtrm", "fsdp-llama", "fsdp-gpt2-softmax")
 
 
 def launch(*command: object, processes: int = 2) -> None:
@@ -81,42 +65,41 @@ def furthest(mine: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]]) -> 
     return max(found)
 
 
-QUICK = ("ddp", "ddp-memtrm", "fsdp-llama", "fsdp-gpt2-softmax")
-
-
 @pytest.mark.parametrize(
     ("processes", "quick"), [(2, True), pytest.param(2, False, marks=SLOW), pytest.param(4, False, marks=SLOW)]
 )
 def test_processes_compute_the_gradients_of_one(
-    processes: int, quick: bool, adapt: Make, pretrain: Make, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    processes: int,
+    quick: bool,
+    adapt: Make,
+    pretrain: Make,
+    byte_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def family(name: str) -> str:
-        folder = tmp_path / name
-        kind, fields = FAMILIES[name]
+    monkeypatch.chdir(tmp_path)  # backbones are named by their families
+    for family in ("llama", "gpt2"):
+        kind, fields = FAMILIES[family]
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**fields, "vocab_size": 260}))
-        model.save_pretrained(folder)
-        byte_tokenizer.save_pretrained(str(folder))
-        return str(folder)
-
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**fields, "vocab_size": 260})).save_pretrained(
+            family
+        )
+        byte_tokenizer.save_pretrained(family)
     together = tmp_path / "together"
     together.mkdir()
-    expected, tolerance = {}, {}
-    for name, (make, changes, close) in cases(adapt, pretrain, family).items():
+    expected = {}
+    for name, changes in CASES.items():
         if quick != (name in QUICK) and processes == 2:
             continue
-        for rows, run in ((ROWS, f"one-{name}"), (ROWS // processes, name)):
-            # texts that end in the middle of a segment: rows have unequally many targets
-            settings = {"data": {"piece_tokens": 40}, "eval": {"every": 0}, **changes}
-            parallel = {} if rows != ROWS else {"parallel": "auto"}
-            recipe = make(run, **{**settings, "optim": {**COMMON, **changes["optim"], "rows": rows, **parallel}})
-            if run == name:
-                write(recipe, together / f"{name}.toml")
-            else:
-                expected[name], tolerance[name] = gradients(recipe), close
+        make, optim = pretrain if "pretrain" in name else adapt, {**COMMON, **changes.get("optim", {})}
+        # texts that end in the middle of a segment: rows have unequally many targets
+        settings = {"data": {"piece_tokens": 40}, "eval": {"every": 0}, **changes}
+        expected[name] = gradients(make(f"one-{name}", **{**settings, "optim": {**optim, "rows": ROWS}}))
+        optim |= {"rows": ROWS // processes, "parallel": name.split("-")[0]}
+        write(make(name, **{**settings, "optim": optim}), together / f"{name}.toml")
     launch(Path(__file__).with_name("gradients.py"), together, processes=processes)
     far = {name: furthest(torch.load(together / f"{name}.gradients"), expected[name]) for name in expected}
-    assert {name: share for name, share in far.items() if share > tolerance[name]} == {}, far
+    assert {name: share for name, share in far.items() if share > (BF16 if "bf16" in name else FP32)} == {}, far
 
 
 @pytest.mark.slow

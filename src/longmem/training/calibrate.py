@@ -24,7 +24,7 @@ from longmem.data.facts import asked_ids, told_ids, told_session
 from longmem.errors import ConfigError, DataError
 from longmem.memory import MemoryBank
 from longmem.modeling.baselines import TrainingFree
-from longmem.progress import Progress
+from longmem.progress import Progress, track
 from longmem.types import AttentionKV
 
 CLOSED = -30.0
@@ -170,9 +170,7 @@ def calibrate(
     work = _Work(model, settings, quiet)
     draw, weight = work.draw, settings.facts if tokenizer is not None else 0.0
     passages = {kind: work.passages(kind, some) for kind, some in texts.items()}
-    checks = [
-        work.window(kind, passage, last=True) for kind, some in valid.items() for passage in work.passages(kind, some)
-    ]
+    checks = [work.window(kind, each, last=True) for kind, some in valid.items() for each in work.passages(kind, some)]
     asked: list[_Example] = []
     if weight:
         asked = work.facts(tokenizer, settings.sessions, "training")
@@ -227,30 +225,22 @@ class _Work:
 
     def passages(self, kind: str, some: Sequence[Tensor]) -> list[_Passage]:
         """Passages, cut to their length and encoded."""
-        window, length = self.settings.window, self.settings.passage
+        length = self.settings.passage
         long = [ids[:length] for ids in some if len(ids) >= length]
         if not long:
             raise DataError(f"{kind}: no document has {length} tokens; take longer ones, or a smaller memory")
-        made = []
-        with Progress(f"encoding {kind}", len(long), "passages", quiet=self.quiet) as progress:
-            for ids in long:
-                parts = [self._encode(ids[at : at + window]) for at in range(0, self.settings.memory, window)]
-                keys, values = (torch.cat([getattr(p, name) for p in parts], dim=2) for name in ("keys", "values"))
-                made.append(_Passage(ids, AttentionKV(keys, values)))
-                progress.advance()
-        return made
+        found = track(long, f"encoding {kind}", len(long), "passages", quiet=self.quiet)
+        return [_Passage(ids, self._encode(ids[: self.settings.memory])) for ids in found]
 
     def facts(self, tokenizer: Any, count: int, name: str) -> list[_Example]:
         """Sessions that told facts, each with a later conversation that asks for some of them."""
         draw, made = random.Random(f"{name} {self.settings.seed}"), []
-        with Progress("encoding facts", count, "conversations", quiet=self.quiet) as progress:
-            for _ in range(count):
-                session = told_session(draw, draw.randrange(4, 13))
-                ids = torch.tensor(told_ids(session, tokenizer))
-                asked = asked_ids(draw.sample(session.facts, draw.choice((1, 2, 4))), tokenizer)
-                scored = torch.tensor([at - 1 for first, end in asked.values for at in range(first, end)])
-                made.append(_Example(FACTS, torch.tensor(asked.ids), scored, [(self._encode(ids), len(ids))]))
-                progress.advance()
+        for _ in track(range(count), "encoding facts", count, "conversations", quiet=self.quiet):
+            session = told_session(draw, draw.randrange(4, 13))
+            ids = torch.tensor(told_ids(session, tokenizer))
+            asked = asked_ids(draw.sample(session.facts, draw.choice((1, 2, 4))), tokenizer)
+            scored = torch.tensor([at - 1 for first, end in asked.values for at in range(first, end)])
+            made.append(_Example(FACTS, torch.tensor(asked.ids), scored, [(self._encode(ids), len(ids))]))
         return made
 
     def window(self, kind: str, passage: _Passage, *, last: bool = False) -> _Example:
@@ -289,4 +279,6 @@ class _Work:
 
     @torch.no_grad()
     def _encode(self, ids: Tensor) -> AttentionKV:
-        return self.model.encode(ids[None].to(self.model.device))
+        """What a text (t,) leaves in memory, window by window."""
+        parts = [self.model.encode(part[None].to(self.model.device)) for part in ids.split(self.settings.window)]
+        return AttentionKV(torch.cat([p.keys for p in parts], dim=2), torch.cat([p.values for p in parts], dim=2))
