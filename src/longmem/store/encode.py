@@ -14,9 +14,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import threading
 import time
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +33,8 @@ from longmem.errors import DataError, StoreError
 from longmem.store.disk import DTYPES, Dtype, Layout, StoredChunks, pack
 
 Ids = NDArray[np.uint32]
+_SURROGATE = re.compile("[\ud800-\udfff]")  # no Unicode
+_UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # and what would break lines and terminals
 
 
 @dataclass(frozen=True)
@@ -52,21 +54,15 @@ class NewDocument:
         """Raises StoreError where something cannot be a namespace, a name, a source or a moment; lists all of it."""
         wrong = []
         for what, value in (("namespace", namespace), ("name", self.name)):
-            # control characters would break lines and terminals; a surrogate is no Unicode
-            if not isinstance(value, str) or not 0 < len(value) <= 1000 or _holds(value, "Cc", "Cs", "Zl", "Zp"):
+            if not isinstance(value, str) or not 0 < len(value) <= 1000 or _UNFIT.search(value):
                 wrong.append(f"{what} ({value!r:.60}) must be 1 to 1000 characters, none of them for control")
-        if self.source is not None and (not isinstance(self.source, str) or _holds(self.source, "Cs")):
+        if self.source is not None and (not isinstance(self.source, str) or _SURROGATE.search(self.source)):
             wrong.append(f"source ({self.source!r:.60}) must be a text")
         for what, moment in (("time", self.time), ("expires", self.expires)):
             if moment is not None and not (isinstance(moment, int | float) and math.isfinite(moment)):
                 wrong.append(f"{what} ({moment!r}) must be seconds since the epoch")
         if wrong:
             raise StoreError("; ".join(wrong))
-
-
-def _holds(value: str, *kinds: str) -> bool:
-    """Whether a character is of one of these categories of Unicode."""
-    return any(unicodedata.category(character) in kinds for character in value)
 
 
 def metadata_text(metadata: Mapping[str, Any] | None, name: str) -> str:
