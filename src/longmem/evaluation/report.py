@@ -263,7 +263,7 @@ def pictures_of(result: Json, name: str = "") -> Iterator[Picture]:
         yield Picture(f"{name}perplexity-by-position", alt, position_figure(result))
         if any(map(sized, result["systems"])):
             yield Picture(f"{name}perplexity-by-memory-size", "perplexity by memory size", memory_figure(result))
-    elif kind == "layers":
+    elif kind == "layers" and "ranks" in result:
         yield Picture(f"{name}layers", "what the heads of each layer find", layers_figure(result))
     elif kind == "task" and result["header"]["task"] == "needle":
         for metric in result["metrics"]:

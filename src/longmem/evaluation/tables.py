@@ -277,7 +277,7 @@ def efficiency_tables(result: Json) -> Iterator[Table]:
 
 
 def layer_tables(result: Json) -> Iterator[Table]:
-    """What reading at each layer is worth, what its keys find, and the loss of tokens read once and twice."""
+    """What reading at each layer is worth, and the loss of tokens read once and twice."""
     if effect := result.get("effect"):
         kinds = list(effect["alone"]["nats"])
         lines = [("none", effect["alone"]), ("none, all in the window", effect["context"])]
@@ -287,6 +287,18 @@ def layer_tables(result: Json) -> Iterator[Table]:
         ]
         caption = "Loss of facts told earlier and of text, by the layers that read memory without training."
         yield Table(["layers", *(f"{kind}, nats" for kind in kinds), "of the window's gain"], rows, caption)
+    if "ranks" in result:
+        yield key_table(result)
+    rows = [
+        [f"{one['source']}, {one['distance']} tokens apart", f"{one['first_loss']:.2f}", f"{one['second_loss']:.2f}"]
+        for one in result["copying"]
+    ]
+    if rows:
+        yield Table(["nats per token", "first time", "second time"], rows)
+
+
+def key_table(result: Json) -> Table:
+    """Of older results: what the keys of each layer find."""
     far, rows = farthest(result), []
     for layer, score in result["scores"].items():
         remembered, allowed = (int(layer) in result[field] for field in ("memory_layers", "allowed"))
@@ -308,13 +320,7 @@ def layer_tables(result: Json) -> Iterator[Table]:
         for head in (f"{source}: rank of {ranks['distance']}", f"{source}: found (chance {ranks['chance']:.2f})")
     ]
     caption = "How well keys find what followed an earlier occurrence: best head (all heads)."
-    yield Table(["layer", *heads, "score", ""], rows, caption)
-    rows = [
-        [f"{one['source']}, {one['distance']} tokens apart", f"{one['first_loss']:.2f}", f"{one['second_loss']:.2f}"]
-        for one in result["copying"]
-    ]
-    if rows:
-        yield Table(["nats per token", "first time", "second time"], rows)
+    return Table(["layer", *heads, "score", ""], rows, caption)
 
 
 def farthest(result: Json) -> Json:
@@ -355,7 +361,7 @@ KINDS: dict[str, tuple[tuple[str, ...], Any]] = {
     "perplexity": (("protocols", "systems"), perplexity_tables),
     "efficiency": (("points", "ratios"), efficiency_tables),
     "task": (("metrics", "groups", "systems"), task_tables),
-    "layers": (("ranks", "recommended"), layer_tables),
+    "layers": (("copying", "recommended"), layer_tables),
     "harness": (("tasks", "systems"), harness_tables),
 }
 """Kinds of results: the fields that each has, and what makes its tables."""
