@@ -58,12 +58,6 @@ def test_beyond_the_window_memory_off_sees_the_window_of_that_moment(llama: Long
     assert gains == pytest.approx([a - b for a, b in zip(on, off, strict=True)], abs=1e-4)
 
 
-def test_an_empty_memory_does_nothing(llama: LongMem) -> None:
-    _, gains, readings = generate_explained(llama, ids(1, 6), MemoryBank.for_model(llama), max_new_tokens=3, **GREEDY)
-    assert gains == pytest.approx([0, 0, 0], abs=1e-5)
-    assert [(each.share, each.chunks) for each in readings] == [(0, [])] * 3
-
-
 def test_every_layer_says_what_it_read() -> None:
     """Two layers of one head; the token reads chunk 0 in both and chunk 1 in the second."""
     found = torch.tensor([[0, -1], [1, 0]]).view(1, 2, 1, 2)

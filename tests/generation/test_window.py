@@ -126,14 +126,6 @@ def test_the_rest_of_a_text_can_be_remembered_and_the_text_gone_on_with(llama: L
     assert remember(llama, session, ids(1, 9, seed=6)[0]) == 9 and len(session.followed(0)) == 9
 
 
-def test_another_text_in_the_same_session_begins_anew_and_finds_the_first(llama: LongMem) -> None:
-    session = SessionMemory.for_model(llama, bank_of(llama))
-    llama.generate(ids(1, 20), memory=session, max_new_tokens=1, **WINDOW, **GREEDY)
-    llama.generate(ids(1, 20, seed=3), memory=session, max_new_tokens=1, **WINDOW, **GREEDY)
-    assert session.tokens.tolist() == [24] and len(session.followed(0)) == 12
-    assert torch.equal(session.followed(0), ids(1, 20, seed=3)[0, :12])
-
-
 def test_sampling_and_several_sequences_of_one_prompt(llama: LongMem) -> None:
     def sampled(**more: Any) -> Tensor:
         torch.manual_seed(5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -57,15 +56,8 @@ def test_threads_that_share_a_model_never_read_each_others_memory(kind: Any, fus
                 torch.testing.assert_close(answer.result(), alone[tenant], atol=1e-6, rtol=0)
 
 
-def _by_torch(model: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), _by_torch])
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize(("kind", "fusion"), MODELS)
 @pytest.mark.parametrize("used", [False, True])
 def test_a_copy_answers_alike_and_is_its_own(way: Callable[[Any], Any], kind: Any, fusion: str, used: bool) -> None:

@@ -147,7 +147,8 @@ class MemoryBank:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors on the device."""
-        return self._slots.nbytes + self._tail.nbytes
+        slots = self._slots
+        return sum(each.nbytes for each in (slots.storage, slots.keys, slots.lengths, self._tail))
 
     def search(
         self, queries: Tensor, num_chunks: int, rows: Tensor | None = None, *, layer: int = 0

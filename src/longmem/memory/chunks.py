@@ -51,11 +51,6 @@ class Slots:
         self.written = [0] * rows
         self.runs: list[list[Run]] = [[] for _ in range(rows)]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of storage, keys and lengths."""
-        return self.storage.nbytes + self.keys.nbytes + self.lengths.nbytes
-
     def live(self, row: int) -> int:
         """Chunks in use in this row."""
         return min(self.written[row], self.slots)
@@ -136,11 +131,7 @@ class Slots:
 
 
 def joined(kv: AttentionKV, heads: int, head_dim: int) -> Tensor:
-    """Keys and values next to each other, (B, Hkv, 2, T, D), as they came and without gradient.
-
-    Raises:
-        MemoryBankError: shapes do not fit each other or this memory.
-    """
+    """Keys and values next to each other, (B, Hkv, 2, T, D), without gradient; a MemoryBankError if they do not fit."""
     if kv.keys.dim() != 4 or (kv.keys.shape[1], kv.keys.shape[3]) != (heads, head_dim):
         shape = tuple(kv.keys.shape)
         raise MemoryBankError(f"keys {shape} must be (B, {heads}, T, {head_dim}), as this bank was made for")
@@ -155,14 +146,11 @@ def joined(kv: AttentionKV, heads: int, head_dim: int) -> Tensor:
 def refuse_unfit(
     pair: Tensor, mask: Tensor | None, dtype: torch.dtype, key_dtype: torch.dtype, chunk_size: int
 ) -> None:
-    """Refuse numbers that memory cannot hold: one of them would make every later answer NaN.
+    """Refuse, with a MemoryBankError, numbers that memory cannot hold: one would make every later answer NaN.
 
     Args:
         pair: keys and values (B, Hkv, 2, T, D), to be stored as ``dtype``, their means as ``key_dtype``.
         mask: (B, T) bool, True at real tokens; padding may hold anything.
-
-    Raises:
-        MemoryBankError: names the row and the largest number.
     """
     if mask is not None and not bool(mask.all()):
         pair = pair.masked_fill(~mask.to(pair.device, torch.bool)[:, None, None, :, None], 0.0)

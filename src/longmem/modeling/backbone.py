@@ -138,12 +138,9 @@ class Backbone(nn.Module):
     def head(self, hidden: Tensor, run: BackboneRun, **options: Any) -> CausalLMOutputWithPast:
         """The backbone's own way from final states to its output: head, caps, scales, loss.
 
-        The whole model runs once more, with a decoder that computes nothing and returns ``hidden``.
-
-        Args:
-            hidden: (B, T, C), in place of the run's own last state.
-            run: gives the rest of the output: cache, hidden states, attentions.
-            **options: ``labels``, ``logits_to_keep`` and what else the loss takes.
+        The whole model runs once more, with a decoder that computes nothing. It returns ``hidden`` (B, T, C), and of
+        the run all the rest: cache, hidden states, attentions. ``options``: ``labels``, ``logits_to_keep`` and what
+        else the loss takes.
         """
         assert run.output is not None
         output = type(run.output)(**{**run.output, "last_hidden_state": hidden})

@@ -10,7 +10,6 @@ segment alone. Keys of a later memory layer would depend on what the earlier one
 
 from __future__ import annotations
 
-import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,15 +66,14 @@ class AugmentedLM(MemoryLM):
 
     def _attach(self, attention: nn.Module, layer: int) -> None:
         """Let the attention of a memory layer, in the backbone's mirror, read memory."""
-        place, probe = self.memory_layers.index(layer), functools.partial(_found_before, layer)
-        MemoryReader(attention, self.backbone.family, layer, place, self.config.fusion, self, probe)
 
+        def projected(call: Call) -> QKV:  # the backbone's own hook, registered earlier, has just computed them
+            run = current_run()
+            assert run is not None
+            return run.qkv[layer]
 
-def _found_before(layer: int, call: Call) -> QKV:
-    """The projections that the backbone's own hook, registered earlier, has just computed."""
-    run = current_run()
-    assert run is not None
-    return run.qkv[layer]
+        place = self.memory_layers.index(layer)
+        MemoryReader(attention, self.backbone.family, layer, place, self.config.fusion, self, projected)
 
 
 class MemTRM(AugmentedLM):

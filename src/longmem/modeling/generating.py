@@ -1,8 +1,7 @@
 """``MemoryGenerationMixin``: transformers' own ``generate`` with memory, for texts of any length.
 
-The decoding loops stay transformers': they see the whole text, and the model sees what
-``prepare_inputs_for_generation`` makes of it: the tokens in the local window (``longmem.generation.window``). All that
-a call needs is among its arguments; nothing of it is kept on the model.
+The decoding loops stay transformers' and see the whole text; the model sees the tokens in the local window
+(``longmem.generation.window``). All that a call needs is among its arguments; nothing of it is kept on the model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Any ``.gguf`` file is a backbone: converted once into a folder of safetensors in the user's cache.
 
-transformers reads GGUF by turning its quantised tensors back into plain floats. That takes half a minute for 135
-million parameters, and such a model cannot be saved (its config says that it is quantised, which it no longer is). So
-it is read once and kept as an ordinary model folder, named by the file's SHA-256.
+transformers turns the quantised tensors of a GGUF file back into plain floats, half a minute for 135 million
+parameters. So it is read once and kept as an ordinary model folder, named by the file's SHA-256.
 """
 
 from __future__ import annotations

@@ -247,8 +247,7 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
 def _padding(attention_mask: Tensor | None, input_ids: Tensor | None) -> Tensor | None:
     """(B, T) bool, False at the pads among the T tokens of a call; None where all are real.
 
-    With a static cache, generation passes masks (B, 1, T, slots), which say what each token sees. They give None:
-    ``generate`` keeps nothing.
+    Also None for masks (B, 1, T, slots), which generation with a static cache passes: it keeps nothing.
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or input_ids is None:
         return None

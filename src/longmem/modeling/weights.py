@@ -31,7 +31,6 @@ from longmem.errors import BackboneError
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 # what accelerate writes onto a module whose inputs or weights it moves
 _MOVED = ("_hf_hook", "_old_forward", "forward")
-_QUANTISED = ("Linear4bit", "Linear8bitLt")
 _SAMPLES, _SKETCHED = 64, 8  # values of each weight in a fingerprint, and in a sketch
 # relative differences, of all weights and of each, up to which they are the same in another precision; weights of 4
 # bits differ by about 0.08
@@ -168,7 +167,7 @@ def _dequantised(module: Any) -> Any:
     if hasattr(module, "base_layer") and hasattr(module, "merge"):
         module.merge()
         module = module.base_layer
-    if type(module).__name__ in _QUANTISED:
+    if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
         return _linear(module)
     for name, child in module.named_children():
         setattr(module, name, _dequantised(child))
