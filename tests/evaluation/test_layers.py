@@ -92,7 +92,7 @@ def test_copying_is_the_loss_of_each_pass_over_the_same_tokens(tiny_backbone: Al
     assert text["distance"] == drawn["distance"] == 16 and drawn["first_loss"] != text["first_loss"]
 
 
-def test_the_command_prints_tables_and_writes_json_and_heat_map(
+def test_the_command_prints_tables_and_writes_json(
     folder: Path, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     byte_tokenizer.save_pretrained(folder)
