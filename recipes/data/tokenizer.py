@@ -2,8 +2,7 @@
 
 Usage: python recipes/data/tokenizer.py books/train.tar.xz data/python/train.jsonl --out data/tokenizer
 
-A recipe uses it by data.tokenizer. A model that was trained with another tokenizer (model.init) is given this one, its
-embeddings made from the old ones.
+A recipe uses it by data.tokenizer.
 """
 
 from __future__ import annotations

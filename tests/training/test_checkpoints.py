@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.training.test_needles import ASK
 
 from longmem import LongMem
 from longmem.errors import CheckpointError
@@ -20,10 +21,6 @@ from longmem.training.trainer import StreamTrainer, complete, list_checkpoints, 
 
 Make = Callable[..., Recipe]
 Records = Callable[..., list[dict[str, Any]]]
-ASK = {
-    "share": 0.7, "rows": 4, "repeats": 2, "context": 48, "text_tokens": 512, "least_tokens": 32, "most_tokens": 256,
-    "grows": 4,
-}  # fmt: skip
 
 
 def history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -50,7 +47,7 @@ def crash_after(recipe: Recipe, step: int) -> None:
         ("adapt", {"method": "memtrm"}),
         ("adapt", {"sidenet": {"memory": False}}),
         ("adapt", {"sidenet": {"memory_layers": [1, 2]}}),
-        ("adapt", {"needles": ASK}),
+        ("adapt", {"needles": ASK | {"share": 0.7}}),
     ],
     ids=["pretrain", "sidenet", "memtrm", "control", "two layers", "needles"],
 )

@@ -165,6 +165,11 @@ def test_bf16_gives_nearly_the_losses_of_fp32(task: str, request: pytest.Fixture
         ("pretrain", {"optim": {"lr": 1e30, "clip": 0.0, "warmup": 0.0}}, "the loss is nan at step "),
         ("pretrain", {"data": {"window": 99_999}}, "which is less than two windows of data.window (99999)"),
         ("adapt", {"backbone": {"path": "nowhere"}}, "nowhere: no tokenizer"),
+        (
+            "pretrain",
+            {"data": {"tokenizer": "large"}, "model": {"init": "backbone"}},
+            "has other tokens than that of mod",
+        ),
         ("adapt", {"data": {"tokenizer": "large"}}, "large: a tokenizer of 268 tokens, the model knows 260: "),
     ],
 )
@@ -173,11 +178,11 @@ def test_what_a_run_cannot_do_is_said_in_one_line(
     changes: dict[str, Any],
     message: str,
     request: pytest.FixtureRequest,
-    tmp_path: Path,
+    backbone_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     make: Make = request.getfixturevalue(task)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(backbone_dir.parent)
     train_tokenizer(["some words " * 50], 270).save_pretrained("large")
     with pytest.raises(LongMemError) as raised:
         train(make(**changes), quiet=True)

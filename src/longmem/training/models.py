@@ -25,7 +25,6 @@ from longmem.modeling.loading import load_backbone
 from longmem.modeling.longmem import LongMem
 from longmem.modeling.weights import quantization, sketch_of
 from longmem.training.recipe import OptimSection, Recipe
-from longmem.training.vocabulary import change_vocabulary, same_vocabulary
 
 AUTO_DOCUMENTS, AUTO_TOKENS = 4, 4096  # of text on which memory_layers = "auto" measures
 
@@ -107,15 +106,19 @@ def named_dtype(name: str | None) -> torch.dtype | None:
 
 
 def _causal(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Fresh weights drawn from the global generator, or those of ``model.init`` with this tokenizer."""
+    """Fresh weights drawn from the global generator, or those of ``model.init``."""
     shape = recipe.model
     if shape.init is not None:
         try:
             model = load_backbone(shape.init, None, torch.float32)
         except BackboneError as error:
             raise BackboneError(f"model.init: {error}") from error
-        before = load_tokenizer(shape.init)
-        return model if same_vocabulary(before, tokenizer) else change_vocabulary(model, before, tokenizer)
+        if load_tokenizer(shape.init).get_vocab() != tokenizer.get_vocab():
+            raise ConfigError(
+                f"data.tokenizer ({recipe.data.tokenizer}) has other tokens than that of model.init ({shape.init}); "
+                "leave it out"
+            )
+        return model
     if shape.vocab_size is not None and shape.vocab_size < len(tokenizer):
         raise ConfigError(f"model.vocab_size ({shape.vocab_size}) must be at least the tokenizer's ({len(tokenizer)})")
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
