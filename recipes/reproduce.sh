@@ -68,7 +68,7 @@ python -m benchmarks.ablation "${model[@]}" --data "$latex/test.tar.xz" --max-to
 python -m benchmarks.efficiency --random hidden=512,layers=12,heads=8,vocab=8192 --contexts 1024,4096,16384 --new-tokens 16 --budget 240 \
     --out runs/results/efficiency
 for text in "$latex/valid.tar.xz" "$python/valid.jsonl"; do
-    longmem layers runs/small-backbone/final --data "$text" --rows 4 \
+    longmem layers runs/small-backbone/final --data "$text" --distances 128,256 --rows 4 \
         --out "runs/results/layers-$(basename "$(dirname "$text")")"
 done
 longmem report runs/results --out runs/results

@@ -1,4 +1,4 @@
-"""Which layers are worth remembering, whether a backbone copies, and ``longmem layers`` from a folder to JSON."""
+"""Which layers are worth remembering, by effect and by keys; and ``longmem layers`` from a folder to table and JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from longmem import AlibiGPTForCausalLM, TrainingFree
 from longmem.cli.main import main
 from longmem.data.tokens import train_tokenizer
 from longmem.errors import ConfigError, DataError
-from longmem.evaluation.layers import best_layers, conclusion, copying, layers_report, measure_layers, text_rows
+from longmem.evaluation.copying import random_tokens
+from longmem.evaluation.layers import best_layers, conclusion, explain_layers, layers_report, measure_layers, text_rows
 
 SMALL: dict[str, Any] = {"num_retrieved": 8, "chunk_size": 2, "quiet": True}
 
@@ -42,10 +43,13 @@ def texts() -> list[torch.Tensor]:
 def test_every_family_is_measured_at_every_layer_that_can_be_remembered(name: str) -> None:
     model = make_backbone(name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    report = layers_report(model, texts()[0][None], num_retrieved=16)
+    report = layers_report(model, random_tokens(V, 1, 40).repeat(1, 2), distances=(40,), rows=1, num_retrieved=16)
+    heads = model.config.get_text_config().num_attention_heads
     layers = report["memory_layers"]
     assert report["allowed"] == layers == [layer for each in report["effect"]["single"] for layer in each["layers"]]
-    assert [copied["source"] for copied in report["copying"]] == ["text", "random"]
+    assert {*layers} <= set(report["scores"])
+    assert {len(rank) for ranks in report["ranks"] for rank in ranks["rank"].values()} == {heads}
+    assert [copied["distance"] for copied in report["copying"]] == [40, 40]
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
@@ -82,37 +86,41 @@ def test_facts_are_measured_where_there_is_a_tokenizer() -> None:
         measure_layers(model)
 
 
-def test_copying_is_the_loss_of_each_pass_over_the_same_tokens(tiny_backbone: AlibiGPTForCausalLM) -> None:
-    ids = texts()[0][None, :16]  # half of the window
-    with torch.no_grad():
-        logits = tiny_backbone(ids.repeat(1, 2)).logits[0].log_softmax(-1)
-    expected = [-logits[start : start + 15].gather(1, ids[0, 1:, None]).mean().item() for start in (0, 16)]
-    text, drawn = copying(tiny_backbone, ids)
-    assert [text["first_loss"], text["second_loss"]] == pytest.approx(expected, rel=1e-4)
-    assert text["distance"] == drawn["distance"] == 16 and drawn["first_loss"] != text["first_loss"]
+def test_text_and_random_tokens_are_ranked_at_every_distance(tiny_backbone: AlibiGPTForCausalLM) -> None:
+    text = random_tokens(260, 2, 200, seed=3)
+    report = explain_layers(tiny_backbone, text, distances=(64, 128, 192, 512), num_retrieved=32, rows=2)
+    assert [(ranks["source"], ranks["distance"]) for ranks in report["ranks"]] == [
+        *(("text", distance) for distance in (64, 128, 192)),
+        *(("random", distance) for distance in (64, 128, 192, 512)),
+    ]
+    assert all(ranks["chance"] == 8 / (ranks["distance"] // 4) for ranks in report["ranks"])
+    assert report["copying"] == []  # twice 64 tokens exceed the segment
 
 
-def test_the_command_prints_tables_and_writes_json(
+def test_the_command_prints_tables_and_writes_json_and_heat_map(
     folder: Path, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     byte_tokenizer.save_pretrained(folder)
-    small = ("--rows", 2, "--stride", 2)
+    small = ("--distances", "96,128", "--rows", 2, "--stride", 2)
     assert run(folder, *small, "--out", tmp_path / "out") == 0
     printed = capsys.readouterr().out
-    assert "none, all in the window" in printed and "second time" in printed
+    assert "none, all in the window" in printed and "How well keys find what followed" in printed
+    assert (tmp_path / "out" / "layers.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     written = json.loads((tmp_path / "out" / "layers.json").read_text())
     assert conclusion(written) in printed
     assert (written["num_layers"], written["allowed"], written["default"]) == (4, [1, 3], 3)
     assert written["effect"]["alone"]["nats"].keys() == {"text", "facts"}
-    assert written["header"]["config"]["num_retrieved"] == 64
+    assert written["header"]["config"]["distances"] == [96, 128]
 
 
 def test_what_cannot_be_measured_is_told_in_one_line(
     tiny_backbone: AlibiGPTForCausalLM, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    with pytest.raises(DataError, match=r"--data has 5 tokens, 128 are needed; give more text"):
+    with pytest.raises(DataError, match=r"--data has 5 tokens, 128 are needed; give more text, or smaller --distances"):
         text_rows(["short"], byte_tokenizer, 2, 128)
     with pytest.raises(ConfigError, match=r"num_retrieved \(50\) must be a multiple of chunk_size \(4\)"):
-        layers_report(tiny_backbone, texts()[0][None], num_retrieved=50)
+        layers_report(tiny_backbone, random_tokens(260, 1, 64), distances=(64,), num_retrieved=50)
+    with pytest.raises(ConfigError, match=r"distances \(64\) must all exceed num_retrieved \(64\)"):
+        explain_layers(tiny_backbone, random_tokens(260, 1, 64), distances=(64,))
     assert conclusion({"recommended": None, "default": 3}).startswith("no layer is worth reading")
     assert conclusion({"recommended": [1, 3], "default": 3}) == "remember 1, 3 (the paper's rule gives 3)"

@@ -56,16 +56,16 @@ def test_every_kind_of_result_is_on_both_pages(results: Path, tmp_path: Path) ->
     for said in (
         "61.258 (-9.50 [-11.23, -7.89])", "-10.71 [-12.24, -9.37]", "17 documents, 174,063 tokens", "; 1.",
         "24.3 [18.6, 29.7]", "95.5 % (191 of 200; worst depth 92 %)", "0.5000 ± 0.0100", "0.6250", "seeds 0",
-        "longmem eval perplexity --model models/small/sidenet", "second time", "4, default", "each new token",
+        "longmem eval perplexity --model models/small/sidenet", "best head (all heads)", "4, default", "each new token",
         "greedy answer names the value",
     ):  # fmt: skip
         assert said in text and said in html, said
-    assert len(report.pictures) == 4
+    assert len(report.pictures) == 5
     for path in report.pictures:
         assert f"({path})" in text
         assert (tmp_path / "out" / path).read_text().startswith("<?xml")
     assert not re.findall(r"<script|<link|@import|url\(|https?://", re.sub(r'src="data[^"]*"', "", html))
-    assert html.count('src="data:image/svg+xml;base64,') == 4
+    assert html.count('src="data:image/svg+xml;base64,') == 5
 
 
 def test_what_is_no_result_is_named_in_one_line_and_the_rest_is_shown(

@@ -4,7 +4,9 @@ By their effect: facts are told in one conversation and asked for in another, an
 memory, while one layer, or a set of layers, reads memory without any training (one softmax over local and retrieved
 tokens). What the whole context in the window is worth is measured too. Sets grow by the layer that adds most.
 
-Memory helps a backbone that copies from its context: so its loss on tokens that it has just read is measured as well.
+By their keys, which explains the effect: every head of every layer is asked, with its position-free queries, for the
+token that followed an earlier occurrence of the current one, see ``evaluation.copying``. What is not found cannot help;
+what is found need not.
 """
 
 from __future__ import annotations
@@ -24,13 +26,16 @@ from longmem.config import TrainingFreeConfig, side_layout
 from longmem.data.facts import asked_ids, told_ids, told_session
 from longmem.data.tokens import check_tokenizer
 from longmem.errors import BackboneError, ConfigError, DataError
+from longmem.evaluation.copying import copy_loss, random_tokens, retrieval_by_layer
 from longmem.evaluation.results import Json, write_json
 from longmem.memory import MemoryBank
 from longmem.modeling.baselines import TrainingFree
 from longmem.modeling.families import Family
-from longmem.progress import Progress
+from longmem.progress import Progress, track
 from longmem.types import AttentionKV
 
+DISTANCES = (128, 256, 512, 1024)
+MOST_PIECES = 4  # of a row, for distances shorter than it
 MOST_LAYERS = 4  # of a set
 SESSIONS, FACTS = 4, 8  # conversations, and facts that each tells
 WINDOW = 512  # tokens of text, of which the second half is predicted
@@ -217,44 +222,95 @@ class _Work:
 
 
 @torch.no_grad()
-def copying(model: Any, text: Tensor, seed: int = 0) -> list[Json]:
-    """Loss of tokens that are read twice within one window: text (rows, n), and as many drawn at random.
+def explain_layers(
+    model: Any,
+    text: Tensor,
+    *,
+    distances: Sequence[int] = DISTANCES,
+    rows: int = 4,
+    chunk_size: int = 4,
+    num_retrieved: int = 64,
+    seed: int = 0,
+) -> Json:
+    """Rank the keys of every layer and head of a causal language model.
+
+    Args:
+        text: (rows, n) token ids, n at least the smallest distance; random tokens are ranked beside it.
+        distances: tokens between the two occurrences.
+        rows: of random tokens.
 
     Returns:
-        for each ``source`` the tokens between the two passes (``distance``), and the nats per token of either pass,
-        ``first_loss`` and ``second_loss``.
+        ``scores`` of each layer, 0 is chance and 1 is best. ``ranks``: for each source and distance, by layer and head,
+        the median ``rank`` of the right key and the share of queries that find the right chunk (``recall``; ``chance``
+        is a blind head's). ``copying``: nats per token on the first and the second pass of the same tokens within one
+        window.
+
+    Raises:
+        ConfigError: a query could retrieve everything there is.
+        BackboneError: a model that cannot be remembered.
     """
+    if not distances or min(distances) <= num_retrieved:
+        raise ConfigError(
+            f"distances ({', '.join(map(str, distances))}) must all exceed num_retrieved ({num_retrieved}): a query "
+            "may not retrieve everything there is"
+        )
     config = Family.of(model).config
     segment = min(getattr(config, "max_position_embeddings", None) or LONGEST_SEGMENT, LONGEST_SEGMENT)
-    half, found = min(segment // 2, text.shape[1]), []
-    random_ids = torch.randint(config.vocab_size, text.shape, generator=torch.Generator().manual_seed(seed))
-    for source, ids in (("text", text), ("random", random_ids)):
-        twice = ids[:, :half].repeat(1, 2).to(model.device)
-        logits, targets = model(twice, use_cache=False).logits[:, :-1].float(), twice[:, 1:]
-        losses = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-        # the first token has no context in the first pass, so it is left out of both
-        first, second = losses[:, : half - 1].mean().item(), losses[:, half:].mean().item()
-        found.append({"source": source, "distance": half, "first_loss": first, "second_loss": second})
-    return found
+    special = [token for token in (model.config.bos_token_id, model.config.eos_token_id) if isinstance(token, int)]
+    drawn = random_tokens(config.vocab_size, rows, max(distances), seed=seed, special=special)
+    sources = {"text": text, "random": drawn}
+    jobs = [(source, d) for source, t in sources.items() for d in sorted(set(distances)) if d <= t.shape[1]]
+    scores: dict[int, list[float]] = {}
+    ranks, copying = [], []
+    for source, distance in track(jobs, "ranking keys", len(jobs), "distances"):
+        count = min(MOST_PIECES, sources[source].shape[1] // distance)
+        pieces = sources[source][:, : count * distance].reshape(-1, distance).to(model.device)
+        chunks = num_retrieved // chunk_size
+        heads = retrieval_by_layer(model, pieces, segment=segment, chunk_size=chunk_size, num_chunks=chunks)
+        for layer, head in heads.items():
+            scores.setdefault(layer, []).append(head.score)
+        first = next(iter(heads.values()))
+        ranks.append(
+            {
+                "source": source,
+                "distance": first.keys,
+                "chance": first.chance,
+                "rank": {layer: head.rank.tolist() for layer, head in heads.items()},
+                "recall": {layer: head.recall.tolist() for layer, head in heads.items()},
+            }
+        )
+        if 2 * distance <= segment:
+            losses = dict(zip(("first_loss", "second_loss"), copy_loss(model, pieces), strict=True))
+            copying.append({"source": source, "distance": distance, **losses})
+    means = {layer: sum(some) / len(some) for layer, some in scores.items()}
+    return {"scores": means, "ranks": ranks, "copying": copying}
 
 
 def layers_report(
-    model: Any, text: Tensor, tokenizer: Any = None, *, stride: int | None = None, seed: int = 0, **common: Any
+    model: Any,
+    text: Tensor,
+    tokenizer: Any = None,
+    *,
+    stride: int | None = None,
+    distances: Sequence[int] = DISTANCES,
+    rows: int = 4,
+    **common: Any,
 ) -> Json:
-    """What ``longmem layers`` keeps of a backbone in eval mode.
+    """Both measurements of a backbone, as ``longmem layers`` keeps them.
 
     Args:
         text: (rows, n) token ids.
         stride: of the SideNet to be, for which only layers that it copies are taken; None is a reader without one.
-        common: ``chunk_size`` and ``num_retrieved`` of ``measure_layers``.
+        common: ``chunk_size``, ``num_retrieved`` and ``seed`` of both.
 
     Returns:
-        ``effect``, what ``measure_layers`` returns, and ``copying``; ``num_layers`` of the backbone; ``memory_layers``
-        that the family can remember, ``allowed``, those of them that may be taken; ``recommended``, the layers whose
-        memory is worth most together, None where it is worth nothing; ``default``, the paper's choice.
+        what ``explain_layers`` returns; ``effect``, what ``measure_layers`` returns; ``num_layers`` of the backbone;
+        ``memory_layers`` that the family can remember, ``allowed``, those of them that may be taken; ``recommended``,
+        the layers whose memory is worth most together, None where it is worth nothing; ``default``, the paper's choice.
     """
     family = Family.of(model)
-    effect = measure_layers(model, list(text), tokenizer, stride=stride, seed=seed, **common)
+    explained = explain_layers(model, text, distances=distances, rows=rows, **common)
+    effect = measure_layers(model, list(text), tokenizer, stride=stride, **common)
     return {
         "num_layers": len(family.layers),
         "memory_layers": family.memory_layers(),
@@ -262,7 +318,7 @@ def layers_report(
         "recommended": effect["best"],
         "default": family.default_memory_layer(stride or 2),
         "effect": effect,
-        "copying": copying(model, text, seed),
+        **explained,
     }
 
 
@@ -287,6 +343,8 @@ def text_rows(documents: Iterable[str], tokenizer: Any, rows: int, length: int) 
         token for text in documents for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     ]
     if len(ids) < length:
-        raise DataError(f"--data has {len(ids):,} tokens, {length:,} are needed; give more text")
+        raise DataError(
+            f"--data has {len(ids):,} tokens, {length:,} are needed; give more text, or smaller --distances"
+        )
     starts = [(len(ids) - length) * (2 * row + 1) // (2 * rows) for row in range(rows)]
     return torch.tensor([ids[start : start + length] for start in starts])

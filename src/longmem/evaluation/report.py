@@ -35,10 +35,12 @@ from longmem.evaluation.systems import (
 from longmem.evaluation.tables import (
     beside,
     escaped,
+    farthest,
     kind_of,
     markdown,
     paper,
     protocol_title,
+    recommended,
     tables_of,
 )
 from longmem.files import write_whole
@@ -261,6 +263,8 @@ def pictures_of(result: Json, name: str = "") -> Iterator[Picture]:
         yield Picture(f"{name}perplexity-by-position", alt, position_figure(result))
         if any(map(sized, result["systems"])):
             yield Picture(f"{name}perplexity-by-memory-size", "perplexity by memory size", memory_figure(result))
+    elif kind == "layers":
+        yield Picture(f"{name}layers", "what the heads of each layer find", layers_figure(result))
     elif kind == "task" and result["header"]["task"] == "needle":
         for metric in result["metrics"]:
             alt = f"{metric['label']} by depth and length"
@@ -343,6 +347,23 @@ def needle_figure(result: Json, metric: Json) -> Figure:
     return figure
 
 
+def layers_figure(result: Json) -> Figure:
+    """Recall of every head, layers from bottom to top, at the greatest distance of each source."""
+    layers, far = sorted(result["scores"], key=int), farthest(result)
+    figure, (axes,) = panels(len(far), height=max(3.0, 0.22 * len(layers) + 1.2))
+    for axis, ranks in zip(axes, far.values(), strict=True):
+        widest = max(len(row) for row in ranks["recall"].values())
+        rows = [[100 * value for value in ranks["recall"][layer]] for layer in layers]
+        rows = [row + [float("nan")] * (widest - len(row)) for row in rows]
+        names = [f"▸ {layer}" if int(layer) in recommended(result) else str(layer) for layer in layers]
+        heat_map(axis, rows, [str(head) for head in range(widest)], names)
+        axis.invert_yaxis()
+        axis.set_title(f"{ranks['source']}, {ranks['distance']} tokens apart: right chunk found (%)", fontsize=9)
+        axis.set_xlabel("head")
+    axes[0].set_ylabel("layer")
+    return figure
+
+
 def heat_map(axis: Axes, grid: Sequence[Sequence[float]], columns: Sequence[str], rows: Sequence[str]) -> None:
     """0 to 100 in viridis, every cell with its number."""
     axis.imshow(grid, cmap="viridis", vmin=0, vmax=100, aspect="auto", interpolation="nearest")
@@ -351,16 +372,17 @@ def heat_map(axis: Axes, grid: Sequence[Sequence[float]], columns: Sequence[str]
     axis.set_yticks(range(len(rows)), rows)
     for i, line in enumerate(grid):
         for j, value in enumerate(line):
-            colour = "#1d1f21" if value > 60 else "#f4f4f4"
-            axis.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7)
+            if value == value:  # not NaN
+                colour = "#1d1f21" if value > 60 else "#f4f4f4"
+                axis.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7)
 
 
-def panels(columns: int, rows: int = 1) -> tuple[Figure, list[list[Axes]]]:
+def panels(columns: int, *, rows: int = 1, height: float = 3.3) -> tuple[Figure, list[list[Axes]]]:
     """A figure of axes with a quiet grid, rows in one scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(5.6, 4.6 * columns), 3.3 * rows), layout="constrained")
+    figure = Figure(figsize=(max(5.6, 4.6 * columns), height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes: list[list[Axes]] = figure.subplots(rows, columns, squeeze=False, sharey="row").tolist()
     for axis in (axis for row in axes for axis in row):

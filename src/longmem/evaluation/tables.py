@@ -277,7 +277,7 @@ def efficiency_tables(result: Json) -> Iterator[Table]:
 
 
 def layer_tables(result: Json) -> Iterator[Table]:
-    """What reading at each layer is worth, and the loss of tokens read once and twice."""
+    """What reading at each layer is worth, what its keys find, and the loss of tokens read once and twice."""
     if effect := result.get("effect"):
         kinds = list(effect["alone"]["nats"])
         lines = [("none", effect["alone"]), ("none, all in the window", effect["context"])]
@@ -287,12 +287,45 @@ def layer_tables(result: Json) -> Iterator[Table]:
         ]
         caption = "Loss of facts told earlier and of text, by the layers that read memory without training."
         yield Table(["layers", *(f"{kind}, nats" for kind in kinds), "of the window's gain"], rows, caption)
+    far, rows = farthest(result), []
+    for layer, score in result["scores"].items():
+        remembered, allowed = (int(layer) in result[field] for field in ("memory_layers", "allowed"))
+        remarks = {
+            "recommended": int(layer) in recommended(result),
+            "paper's rule": result["default"] == int(layer),
+            "cannot be remembered": not remembered,
+            "not copied by the SideNet": remembered and not allowed,
+        }
+        found = list[str]()
+        for ranks in far.values():
+            rank, recall = sorted(ranks["rank"][layer]), ranks["recall"][layer]
+            found.append(f"{rank[0]:.1f} ({rank[len(rank) // 2]:.0f})")
+            found.append(f"{max(recall):.2f} ({sum(recall) / len(recall):.2f})")
+        rows.append([str(layer), *found, f"{score:.3f}", ", ".join(said for said, true in remarks.items() if true)])
+    heads = [
+        head
+        for source, ranks in far.items()
+        for head in (f"{source}: rank of {ranks['distance']}", f"{source}: found (chance {ranks['chance']:.2f})")
+    ]
+    caption = "How well keys find what followed an earlier occurrence: best head (all heads)."
+    yield Table(["layer", *heads, "score", ""], rows, caption)
     rows = [
         [f"{one['source']}, {one['distance']} tokens apart", f"{one['first_loss']:.2f}", f"{one['second_loss']:.2f}"]
         for one in result["copying"]
     ]
     if rows:
         yield Table(["nats per token", "first time", "second time"], rows)
+
+
+def farthest(result: Json) -> Json:
+    """By source, the ranks of keys at the greatest distance."""
+    return {ranks["source"]: ranks for ranks in sorted(result["ranks"], key=lambda ranks: ranks["distance"])}
+
+
+def recommended(result: Json) -> Sequence[int]:
+    """Layers to remember; older results have one alone."""
+    found = result["recommended"]
+    return found if isinstance(found, list) else [found]
 
 
 # the paper's
@@ -322,7 +355,7 @@ KINDS: dict[str, tuple[tuple[str, ...], Any]] = {
     "perplexity": (("protocols", "systems"), perplexity_tables),
     "efficiency": (("points", "ratios"), efficiency_tables),
     "task": (("metrics", "groups", "systems"), task_tables),
-    "layers": (("copying", "recommended"), layer_tables),
+    "layers": (("ranks", "recommended"), layer_tables),
     "harness": (("tasks", "systems"), harness_tables),
 }
 """Kinds of results: the fields that each has, and what makes its tables."""

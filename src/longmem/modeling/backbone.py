@@ -250,3 +250,13 @@ def _accepted(module: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
 @functools.lru_cache(maxsize=64)
 def _parameters_of(kind: type[nn.Module]) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def position_free_qkv(model: PreTrainedModel, input_ids: Tensor) -> dict[int, QKV]:
+    """Position-free q (B, H, T, D), k, v (B, Hkv, T, D) of every layer of any backbone that has keys."""
+    family, mirror, run = Family.of(model), mirror_of(model), BackboneRun()
+    for index in family.memory_layers():
+        _record_projections(family, index, find(mirror, family.layers_path)[index])
+    with run.active(), torch.no_grad():
+        find(mirror, family.decoder_path)(input_ids=input_ids, use_cache=False)
+    return run.qkv
