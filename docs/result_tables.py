@@ -148,7 +148,9 @@ def _others(system: str, systems: Mapping[str, str]) -> dict[str, str]:
     }
     windows = sorted((found[1], name) for name in systems if (found := sized(name)) and found[0] == WINDOW)
     named |= {name: f"its backbone with a window of {count:,}" for count, name in windows}
-    named |= {name: f"{systems[name].split(',')[0]}, nothing trained" for name in free}
+    for name in free:
+        label = systems[name].split(",")[0]
+        named[name] = label if "calibrated" in label else f"{label}, nothing trained"
     return {name: words for name, words in named.items() if name in systems}
 
 
@@ -166,10 +168,11 @@ def kept_back_table(result: dict[str, Any]) -> Table:
 
 
 def effect_table(result: dict[str, Any]) -> Table:
-    """Of reading memory at one layer, and at sets of layers, without training."""
+    """Of reading memory without training: at the five single layers that recall facts best, and at sets of layers."""
     effect = result["effect"]
     rows = [("none", effect["alone"]), ("none, everything in the window", effect["context"])]
-    rows += [(", ".join(map(str, found["layers"])), found) for found in effect["single"]]
+    best = sorted(effect["single"], key=lambda found: -found["facts"])[:5]
+    rows += [(", ".join(map(str, found["layers"])), found) for found in best]
     for found in effect["sets"]:
         bias = f", bias {found['bias']:+g}" if found["bias"] else ""
         rows.append((f"{', '.join(map(str, found['layers'])) or 'none'}{bias} ({found['questions']} questions)", found))
