@@ -74,7 +74,7 @@ def test_modeling_and_memory_never_import_each_other() -> None:
 def test_no_file_is_too_long_to_be_read_at_once() -> None:
     long = {name: count for name, path in FILES.items() if (count := len(path.read_text().splitlines())) > MOST_LINES}
     assert not long
-    assert len(FILES) <= 103  # may only become fewer; the plan is 80
+    assert len(FILES) <= 102  # may only become fewer; the plan is 80
 
 
 @pytest.mark.parametrize("heavy", ["torch", "transformers", "matplotlib", "fastapi"])
