@@ -118,6 +118,13 @@ def test_faiss_finds_nearly_all_and_keeps_up_with_changes():
     assert not index._rows
 
 
+def test_a_faiss_index_of_ones_own_serves_several_layers():
+    pytest.importorskip("faiss")
+    first, second = make_indexes(FaissIndex(least=512, share=0.3), 2)
+    assert (second.least, second.few, second.share) == (512, 8, 0.3)
+    assert second._rows is not first._rows
+
+
 def test_faiss_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ConfigError, match="needs faiss, which is not installed; pip install"):

@@ -310,6 +310,14 @@ def test_a_refresh_that_cannot_read_is_made_up_for_by_the_next_search(store: Mem
     same(bank.search(queries(bank), 100), store.bank("alice").search(queries(bank), 100))
 
 
+def test_a_search_that_cannot_read_leaves_what_was_forgotten_out_of_the_next_one(store: MemoryStore) -> None:
+    bank = store.bank("alice").load()
+    store.forget("alice", name="letter 1")
+    with patch.object(runs, "read_into", side_effect=OSError("gone")), pytest.raises(OSError, match="gone"):
+        bank.search(queries(bank), 100)
+    assert found_names(bank) == {"letter 0", "letter 2", "letter 3"}
+
+
 def test_what_is_held_of_the_forgotten_is_let_go_and_the_rest_read_once(store: MemoryStore) -> None:
     bank = store.bank("alice", keep="memory").load()
     store.forget("alice", name="letter 1")

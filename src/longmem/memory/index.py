@@ -164,6 +164,9 @@ class FaissIndex(Index):
         self._rows: dict[int, _Files] = {}
         self._building = threading.Lock()
 
+    def __deepcopy__(self, _: Any) -> FaissIndex:  # for each remembered layer, before anything is written
+        return FaissIndex(least=self.least, few=self.few, share=self.share)
+
     @torch.no_grad()
     def search(
         self, queries: Tensor, keys: Tensor, rows: Sequence[int], live: Sequence[int], num: int

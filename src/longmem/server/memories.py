@@ -82,7 +82,8 @@ class Memories:
         for info in self.store.documents(namespace):
             if info.name == name:
                 return info
-        raise Refused(404, f"this memory has no document and no response {name[:100]!r}", code="not_found")
+        said = f"no document and no response {name[:100]!r} is here; a response that named a memory is in that memory"
+        raise Refused(404, said, code="not_found")
 
     def recall(self, namespace: str) -> Recall:
         """The text search of a memory; of the memories used last it stays open."""

@@ -139,10 +139,9 @@ class StoreBank:
         with self._lock:
             if self._catalog.version() == self._read_at:
                 return
-            before, self._loaded = self._loaded, None  # where this fails, the next search loads anew
             self._read()
-            if before is not None:
-                self._load(before)
+            if self._loaded is not None:
+                self._load(self._loaded)
 
     # reading
 
@@ -293,6 +292,7 @@ class StoreBank:
         self._expires, self._seen = self._runs.expires(), seen
 
     def _load(self, before: Loaded | None = None) -> None:
+        self._loaded = None  # where this fails, the next search loads anew: what was loaded has what is forgotten
         self._loaded = Loaded(self._runs, self._indexes, self.device, self.keep == "memory", before)
 
 
