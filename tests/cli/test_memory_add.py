@@ -33,6 +33,13 @@ def test_a_folder_is_added_and_the_same_call_again_changes_nothing(memory: Memor
 
 
 @pytest.mark.usefixtures("model")
+def test_other_files_of_a_folder_are_named_by_their_path(memory: Memory, notes: Path) -> None:
+    (notes / "main.js").write_text("one")
+    (notes / "inner/main.js").write_text("two")
+    assert names(memory("add", notes, "--suffix", "js", "--json")) == ["inner/main.js", "main.js"]
+
+
+@pytest.mark.usefixtures("model")
 def test_files_archives_json_lines_and_standard_input(
     memory: Memory, notes: Path, piped: Callable[[bytes], None]
 ) -> None:

@@ -58,6 +58,7 @@ def command() -> None:
 @click.option("--jsonl", is_flag=True, help="Standard input is JSON lines, not one text.")
 @click.option("--field", default="text", help="The text in JSON lines.")
 @click.option("--keep", multiple=True, metavar="FIELD", help="A field of JSON lines to keep as metadata; repeatable.")
+@click.option("--suffix", multiple=True, help="Of text in folders; repeatable. Default: .txt .md .rst .tex .py")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Take only these names; repeatable.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these names out; repeatable.")
 @click.option(
@@ -121,6 +122,8 @@ def _read(paths: tuple[str, ...], name: str | None, given: dict[str, Any]) -> It
         raise StoreError("a text from standard input needs a --name (or --jsonl, if it is JSON lines)")
     settings = {each: given[each] for each in ("include", "exclude", "field", "undecodable")}
     settings["option"] = "pass --{} {}"
+    if given["suffix"]:
+        settings["suffixes"] = tuple(f".{each.removeprefix('.')}" for each in given["suffix"])
     if files := tuple(each for each in paths if each != STDIN):
         yield from read_documents(TextSource(files, **settings))
     if STDIN in paths:
