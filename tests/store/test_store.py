@@ -370,6 +370,8 @@ def manifest(**fields: Any) -> Callable[[str, bytes], bytes]:
         (lambda name, data: data if name.startswith("p") else b"{", "no whole export of a memory store"),
         (manifest(format="longmem-export-9"), "this version reads longmem-export-2, longmem-export-1"),
         (manifest(contents={}), "is incomplete; nothing was imported"),
+        (manifest(contents={"no digest": ""}), "no whole export of a memory store"),
+        (manifest(documents=1), "no whole export of a memory store"),
     ],
 )
 def test_a_damaged_export_is_refused_and_nothing_imported(

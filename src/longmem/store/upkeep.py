@@ -326,8 +326,8 @@ class Archive:
             self._folder = FORMATS[fields["format"]]
             self.namespace = str(fields["namespace"])
             self.layout = Layout.from_fields(fields["layout"])
-            self.sums: dict[str, str] = dict(fields["contents"])
-            self.documents: list[dict[str, Any]] = fields["documents"]
+            self.sums = {bytes.fromhex(digest).hex(): str(each) for digest, each in fields["contents"].items()}
+            self.documents: list[dict[str, Any]] = list(fields["documents"])
         except _BAD as error:
             raise StoreError(f"{path}: no whole export of a memory store ({error}); export it again") from error
 
