@@ -24,7 +24,7 @@ SIZES = re.compile(r"<!-- sizes -->\n.*?<!-- /sizes -->\n", re.DOTALL)
 
 def main() -> None:
     pages = {ROOT / "docs" / "recipe.md": recipe()}
-    for path in (ROOT / "README.md", ROOT / "docs" / "experiments.md", ROOT / "models" / "small" / "README.md"):
+    for path in (ROOT / "README.md", ROOT / "docs" / "experiments.md", *(ROOT / "models").glob("*/README.md")):
         pages[path] = with_results(path.read_text(encoding="utf-8"))
     operations = ROOT / "docs" / "operations.md"
     pages[operations] = with_sizes(operations.read_text(encoding="utf-8"))

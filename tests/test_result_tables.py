@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 from result_tables import results_report, with_results
 
 ROOT = Path(__file__).parents[1]
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/experiments.md", "models/small/README.md")}
+CARDS = (f"models/{name}/README.md" for name in ("small", "smollm2-135m-longmem"))
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/experiments.md", *CARDS)}
 SAID = " ".join(PAGES["docs/experiments.md"].split())
 
 
