@@ -115,6 +115,18 @@ def test_layers_may_be_a_number_or_have_the_name_of_earlier_versions() -> None:
         assert parsed(**ADAPT, sidenet=given).sidenet.memory_layers == layers
 
 
+@pytest.mark.parametrize(
+    ("written", "override"), [("memory_layers", "memory_layer"), ("memory_layer", "memory_layers")]
+)
+def test_either_name_of_the_layers_overrides_the_other(tmp_path: Path, written: str, override: str) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        'task = "adapt"\n[data]\npaths = ["a"]\n[backbone]\npath = "b"\n[optim]\nsteps = 5\n'
+        f"[sidenet]\n{written} = [3]\n"
+    )
+    assert Recipe.load(path, [f"sidenet.{override}=5"]).sidenet.memory_layers == (5,)
+
+
 def test_a_recipe_of_the_package_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = Recipe.load("tiny-cpu")
