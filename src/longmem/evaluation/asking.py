@@ -274,6 +274,18 @@ class _Part(NamedTuple):
     new: int
 
 
+def refuse_unfit(model: Any, window: int, longer: int, name: str, option: str) -> None:
+    """Refuse a longer window that is not, or for which the backbone has no positions."""
+    most: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0  # 0: as many as one likes
+    if model.config.model_type in LINEAR_POSITIONS:
+        most = 0
+    if longer <= window or 0 < most < longer:
+        within = f" and at most the backbone's positions ({most})" if most else ""
+        raise ConfigError(
+            f"{name} ({longer}) must be above the window ({window}){within}; change {option} or leave it away"
+        )
+
+
 def askers(
     comparison: Comparison, tokenizer: Any, *, window: int, rows: int = 8, full_context: int | None = None
 ) -> list[Asker]:
@@ -285,14 +297,7 @@ def askers(
     found = [Asker(**vars(each), tokenizer=tokenizer, window=window, rows=rows) for each in comparison.systems]
     if full_context is None:
         return found
-    config, most = comparison.model.config, float("inf")
-    if config.model_type not in LINEAR_POSITIONS:
-        most = getattr(config.get_text_config(), "max_position_embeddings", None) or most
-    if not window < full_context <= most:
-        raise ConfigError(
-            f"full context ({full_context}) must be above the window ({window}) and at most the backbone's positions "
-            f"({most}); change --full-context or leave it away"
-        )
+    refuse_unfit(comparison.model, window, full_context, "full context", "--full-context")
     backbone = found[0]
     full = replace(
         backbone,

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longmem.errors import ConfigError
+from longmem.evaluation.asking import refuse_unfit
 from longmem.evaluation.loading import TokenizedDocument
 from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, as_json, header, percent
 from longmem.evaluation.systems import BACKBONE, WINDOW, Comparison, Forward, compared
@@ -94,10 +95,15 @@ def perplexity(
         records: JSONL file of finished documents; what it already holds is not measured again.
         config: what else the result should say about its making (paths, dtype).
 
+    Raises:
+        ConfigError: the backbone has no positions for one of the ``windows``, or it is no longer than the window.
+
     Returns:
         the JSON of the result file: ``header``, ``systems`` (name -> label), ``protocols`` (see ``protocol_scores``),
         ``documents`` with their negative log-likelihood in nats, ``nll[protocol][system]``.
     """
+    for size in settings.windows:
+        refuse_unfit(comparison.model, settings.window, size, "longer window", "--windows")
     ledger = Ledger(records)
     tables = {protocol: measure(comparison, documents, settings, protocol, ledger) for protocol in settings.protocols}
     systems = {system.name: system.label for system in comparison.systems}
