@@ -1,21 +1,14 @@
-"""Facts told in one conversation and asked for in another: how often an answer names the value.
+"""Facts told to a running server and asked for after a restart: how often an answer names the value.
 
-Usage: python -m benchmarks.remembering --model FILE.gguf [--facts 100] [--seed 0] [--server READER] [--out JSON]
+Usage: python -m benchmarks.remembering --model FILE.gguf --server READER [--facts 100] [--seed 0] [--out JSON]
 
-Kinds and values of facts are those held out from calibration. Each conversation tells ten facts and is kept as a
-document of a store, as `longmem chat` keeps it. In a new conversation each fact is asked for, and answered greedily
-
-    alone      without memory
-    window     with the whole first conversation in the window
-    recall     with five passages of the store that share words with the question
-
-With ``--server`` a running ``longmem serve`` is told and asked: every fact is told in a request
-that is remembered, the server is stopped and started again, and the facts are asked for
+Kinds and values of facts are those held out from calibration. Every fact is told to ``longmem serve`` in a request that
+is remembered, ten to a user; the server is stopped and started again, and the facts are asked for
 
     memory     with the memory of the user who told them
     forgotten  the same, after the exchange that told this fact was forgotten
 
-The facts are those of the run without a server, which has what the backbone says alone and with its window.
+``longmem eval facts`` has what the backbone says alone, with its window, and with passages found by text search.
 """
 
 from __future__ import annotations
@@ -29,61 +22,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from tests.server.test_process import Process
 
 from benchmarks.measure import made_by
-from longmem import LongMem, MemoryStore, TrainingFree
-from longmem.chat import chat_prompt, keep
+from longmem import LongMem, TrainingFree
 from longmem.data.facts import told_session
-from longmem.data.tokens import load_tokenizer
 from longmem.evaluation.loading import checkpoint_folder, model_type
 from longmem.evaluation.results import write_json
 from longmem.progress import Progress
-from longmem.store.recall import Recall
 
 Outcome = tuple[dict[str, int], list[dict[str, str]]]
 """How often each way named the value, and every question with its answers."""
-WAYS = ("alone", "window", "recall")
-
-
-def answer(model: Any, tokenizer: Any, ids: list[int]) -> str:
-    """Up to 24 likeliest tokens."""
-    given = torch.tensor([ids])
-    out = model.backbone.model.generate(given, max_new_tokens=24, do_sample=False, pad_token_id=0)
-    return str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
-
-
-def directly(given: Any) -> Outcome:
-    """Ask the model in this process."""
-    folder = checkpoint_folder(given.model)
-    model, tokenizer = TrainingFree.from_backbone(folder, gate=0.0).eval(), load_tokenizer(folder)
-    draw, asked = random.Random(given.seed), []
-    right = dict.fromkeys(WAYS, 0)
-    with (
-        tempfile.TemporaryDirectory() as root,
-        Progress("asking", given.facts, "facts") as progress,
-        MemoryStore.open(Path(root) / "store", model=model, tokenizer=tokenizer) as store,
-    ):
-        while len(asked) < given.facts:
-            session = told_session(draw, min(10, given.facts - len(asked)), held_out=True)
-            namespace = f"user-{len(asked)}"
-            told = [dict(message) for message in session.messages]
-            keep(store, namespace, "first", told)
-            recall = Recall(store, namespace)
-            for fact in session.facts:
-                question = [{"role": "user", "content": fact.asked}]
-                prompts = {
-                    "alone": chat_prompt(tokenizer, question),
-                    "window": chat_prompt(tokenizer, [*told, *question]),
-                    "recall": chat_prompt(tokenizer, question, recall=recall),
-                }
-                answers = {way: answer(model, tokenizer, prompt.ids) for way, prompt in prompts.items()}
-                for way, text in answers.items():
-                    right[way] += fact.value.lower() in text.lower()
-                asked.append({"question": fact.asked, "value": fact.value, **answers})
-                progress.advance(note=", ".join(f"{way} {count}" for way, count in right.items()))
-    return right, asked
 
 
 def through_server(given: Any) -> Outcome:
@@ -144,13 +93,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--model", required=True)
     parser.add_argument("--facts", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--server", metavar="READER", help="folder of a reader, to be asked through a server")
-    parser.add_argument("--out", type=Path, help="default: results/smollm2/remembering[-server].json")
+    parser.add_argument("--server", metavar="READER", required=True, help="folder of the reader that is served")
+    parser.add_argument("--out", type=Path, default=Path("results/smollm2/remembering-server.json"))
     given = parser.parse_args(arguments)
-    out = given.out or Path(f"results/smollm2/remembering{'-server' if given.server else ''}.json")
-    right, asked = through_server(given) if given.server else directly(given)
+    right, asked = through_server(given)
     result = made_by("remembering", arguments) | {"facts": len(asked), "right": right, "asked": asked}
-    write_json(out, result)
+    write_json(given.out, result)
     print(f"of {len(asked)} facts: " + ", ".join(f"{way} {count}" for way, count in right.items()))
     return result
 
