@@ -28,7 +28,7 @@ from longmem.data.facts import chat_text as chat  # the same words that calibrat
 WINDOW, SEGMENTS = 1024, 8
 PIECE = WINDOW * SEGMENTS
 TEXT, DULL, SAID, ANSWER = 4, 1, 8, 16
-"""Weights, in quarters: of text, of what surrounds an answer, of the words that give it, of its value."""
+"""Weights, in quarters: of text and replies to what is told, of what surrounds an answer, of its words, of its value."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Asked:
     ids: list[int]
     links: list[tuple[int, int, int]] = field(default_factory=list)  # (place, group's part, place in that part)
     answers: list[tuple[int, int]] = field(default_factory=list)
-    said: tuple[int, int] = (0, 0)  # the whole reply, where it is to be learned beside the value
+    said: tuple[int, int] = (0, 0)  # the whole reply
 
 
 @dataclass
@@ -47,6 +47,7 @@ class Group:
 
     parts: list[list[int]]
     asked: list[Asked]
+    replies: list[tuple[int, int]] = field(default_factory=list)  # in the first part
 
 
 class Maker:
@@ -59,7 +60,6 @@ class Maker:
         words: that stand for values of facts beside their own.
         seed: decides everything.
         held_out: facts of kinds and values that training never sees.
-        replies: draw more conversations, and give weight to all words of a reply, not to the value alone.
     """
 
     def __init__(
@@ -71,10 +71,9 @@ class Maker:
         seed: int,
         *,
         held_out: bool = False,
-        replies: bool = False,
     ) -> None:
-        self.replies = replies
         self.tokenizer, self.documents, self.stories, self.words = tokenizer, documents, stories, words
+        self.short = sorted(stories, key=lambda story: len(story[0]))[: 1 + len(stories) // 4]
         self.draw, self.random, self.held_out = random.Random(seed), np.random.default_rng(seed), held_out
 
     def text(self, kind: str) -> NDArray[np.uint16]:
@@ -91,10 +90,8 @@ class Maker:
     def asking(self, kind: str) -> tuple[NDArray[np.uint16], NDArray[np.uint8], list[tuple[int, int]]]:
         """A piece in which things are told and asked for."""
         text = self.text(kind).astype(np.int64).tolist()
-        makers = (self.told, self.told, self.hidden, self.hidden, self.story)
-        if self.replies:
-            makers = (self.told, self.told, self.told, self.hidden, self.story)
-        groups = [make() for make in self.draw.sample(makers, 3)]
+        makers = (*[self.told] * 3, self.hidden, *[self.story] * 3)
+        groups = [make() for make in self.draw.sample(makers, 4)]
         first = self.draw.randrange(1, SEGMENTS)
         asking = sorted({first, SEGMENTS - 1})
         inserts: dict[int, list[tuple[int, int]]] = {segment: [] for segment in range(SEGMENTS)}
@@ -125,6 +122,8 @@ class Maker:
                 places[number, part] = len(ids)
                 ids += groups[number].parts[part]
                 weights += [DULL] * len(groups[number].parts[part])
+                for first, last in groups[number].replies:  # only a conversation has some, and it is one part
+                    weights[places[number, part] + first : places[number, part] + last] = [TEXT] * (last - first)
             missing = (segment + 1) * WINDOW - len(ids)
             ids += taken[at : at + missing]
             weights += [TEXT // 2] * missing
@@ -186,23 +185,29 @@ class Maker:
             for old, new in renamed.items():
                 content = content.replace(old, new)
             messages.append({**message, "content": content})
-        told = self._ids(chat(self.tokenizer, messages, answer=False))[: WINDOW - 8]
+        told: list[int] = []
+        replies = []
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = len(self._ids(chat(self.tokenizer, messages[:number], answer=True)))
+                told = self._ids(chat(self.tokenizer, messages[: number + 1], answer=False))
+                replies.append((before, len(told)))
+            if len(told) > WINDOW - 128:
+                break
         asked = []
-        left = list(facts)
+        left = facts[: len(replies)]
         self.draw.shuffle(left)
         while left:
-            count = 1 if self.replies else self.draw.choice((1, 1, 2, 4))
-            some = [left.pop() for _ in range(min(len(left), count))]
-            conversation = asked_ids(some, self.tokenizer)
+            fact = left.pop()
+            conversation = asked_ids([fact], self.tokenizer)
             one = Asked(conversation.ids, answers=conversation.values)
-            if self.replies:
-                one.said = len(question_ids(some[0], self.tokenizer)), len(one.ids)
+            one.said = len(question_ids(fact, self.tokenizer)), len(one.ids)
             for first, last in conversation.values:
                 at = _find(told, conversation.ids[first:last])
                 if at is not None:
                     one.links += [(first + n, 0, at + n) for n in range(last - first)]
             asked.append(one)
-        return Group([told], asked)
+        return Group([told], asked, replies)
 
     def _other_value(self, fact: ToldFact) -> ToldFact:
         """The fact with another word in place of its value, half of the time: what is told need not make sense."""
@@ -227,11 +232,13 @@ class Maker:
         return Group(parts, [one])
 
     def story(self) -> Group:
-        """A story of bAbI, its sentences apart, and its question."""
+        """A story of bAbI, its sentences apart, and its question; before it none, one or two others with answers."""
         sentences, question, answer, evidence = self.draw.choice(self.stories)
         around = self.draw.choice(("\n{}\n", " {}", " {}"))  # a line of its own, or among the sentences of the text
         parts = [self._ids(around.format(sentence)) for sentence in sentences]
-        asked, said = self._ids(f"\nQuestion: {question}\nAnswer:"), self._ids(f" {answer}")
+        shown = [self.draw.choice(self.short) for _ in range(self.draw.choice((0, 0, 1, 2)))]
+        before = "".join(f"Story: {' '.join(s[0])}\nQuestion: {s[1]}\nAnswer: {s[2]}\n\n" for s in shown)
+        asked, said = self._ids(f"\n\n{before}Question: {question}\nAnswer:"), self._ids(f" {answer}")
         one = Asked(asked + said + self._ids("\n"), answers=[(len(asked), len(asked) + len(said))])
         for part in evidence:
             at = _find(parts[part], said)
@@ -291,7 +298,6 @@ def main() -> None:
     parser.add_argument("--asking", default="books=450,latex=225,python=225")
     parser.add_argument("--tokens", type=int, default=12_000_000, help="of each kind of document, at most")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--replies", action="store_true", help="learn whole replies, from more conversations")
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     documents: dict[str, list[NDArray[np.uint16]]] = {}
@@ -312,7 +318,7 @@ def main() -> None:
             words = sorted(set(names))[::2] + sorted(set(common))[::3]
     told = list(stories(Path(given.babi), f"qa[1-5]_*_{given.split}.txt", 30))
     print(len(words), "words", len(told), "stories", flush=True)
-    maker = Maker(tokenizer, documents, told, words, given.seed, held_out=given.split != "train", replies=given.replies)
+    maker = Maker(tokenizer, documents, told, words, given.seed, held_out=given.split != "train")
     ids, weights, links, kinds = [], [], [], []
     for asking, counts in ((False, given.plain), (True, given.asking)):
         for kind, count in (each.split("=") for each in counts.split(",")):

@@ -65,6 +65,7 @@ PROMPTS = [
     Prompt((text(12, 12),), (text(1, 13),), memory=SHARED),
     Prompt((text(20, 14),), (text(2, 15),), memory=SHARED),
     Prompt((text(8, 8),), (text(1, 10), text(1, 11)), memory=SHARED),
+    Prompt((text(9, 15),), tuple(text(1 + number % 4, 20 + number) for number in range(17)), memory=SHARED),
 ]
 
 

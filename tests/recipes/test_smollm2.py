@@ -28,11 +28,11 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "PIECE", WINDOW * SEGMENTS)
 
 
-def maker_of(**more: Any) -> pieces_recipe.Maker:
+def maker_of() -> pieces_recipe.Maker:
     tokenizer: Any = AutoTokenizer.from_pretrained(ROOT / "models/small/backbone")
     words = np.random.default_rng(0).integers(300, 4000, 3 * WINDOW * SEGMENTS).astype(np.uint16)
     story = (["Mary went to the kitchen.", "John took the milk."], "Where is Mary?", "kitchen", [0])
-    return pieces_recipe.Maker(tokenizer, {"books": [words]}, [story], ["Jasper", "walnut"], seed=1, **more)
+    return pieces_recipe.Maker(tokenizer, {"books": [words]}, [story], ["Jasper", "walnut"], seed=1)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_every_asked_token_was_told_before(folder: Path) -> None:
 
 
 def test_whole_replies_are_learned_where_they_are_asked_for() -> None:
-    maker = maker_of(replies=True)
+    maker = maker_of()
     ids, weights, _ = maker.asking("books")
     text = "".join(
         maker.tokenizer.decode(ids[place + 1]) if weight >= 8 else "|" for place, weight in enumerate(weights)

@@ -7,6 +7,7 @@ B sequences of one batch · T window tokens · V vocabulary
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ from longmem.types import AttentionKV, Memory
 LINEAR_POSITIONS = ("alibi_gpt", "bloom", "mpt")  # ALiBi has no last position
 
 Tokens = tuple[int, ...]
+_MANY = 8  # options from which on reading their context once is faster than reading all of them in one batch
 
 
 class LongText(Protocol):
@@ -198,8 +200,11 @@ class Asker(System):
         for part in parts:
             of_part: dict[Tokens, list[int]] = {}
             for number, tokens in enumerate(part.options):
-                of_part.setdefault((*part.local, *tokens[:-1]), []).append(number)
-            sequences += [(part, inputs, numbers) for inputs, numbers in of_part.items()]
+                of_part.setdefault(tokens[:-1], []).append(number)
+            if len(of_part) > _MANY:
+                yield part, self._score_many(part, of_part, reads)
+                continue
+            sequences += [(part, (*part.local, *read), numbers) for read, numbers in of_part.items()]
         sequences.sort(key=lambda sequence: -len(sequence[1]))
         scores: dict[int, dict[int, tuple[float, bool, int]]] = {}
         for at in range(0, len(sequences), self.rows):
@@ -208,19 +213,33 @@ class Asker(System):
             first = min(len(part.local) for part, _, _ in batch) - 1  # its logits score the first token
             logits = last_logits(self.model, ids, ids.shape[1] - first, **reads(part for part, _, _ in batch))
             for (part, inputs, numbers), of_row in zip(batch, logits, strict=True):
-                scored = of_row[len(part.local) - 1 - first : len(inputs) - first].float().log_softmax(-1)
-                best, mine = scored.argmax(-1), scores.setdefault(id(part), {})  # hashing a part reads all of its text
-                for number in numbers:
-                    option = torch.tensor(part.options[number], device=scored.device)
-                    logprob = scored.gather(1, option[:, None]).double().sum().item()
-                    mine[number] = (logprob, bool((best == option).all()), int(best[0]))
+                mine = scores.setdefault(id(part), {})  # hashing a part reads all of its text
+                mine |= _score(of_row[len(part.local) - 1 - first : len(inputs) - first], part, numbers)
                 if len(mine) == len(part.options):
-                    logprobs, greedy, choice = zip(*(mine[n] for n in range(len(mine))), strict=True)
-                    yield part, Scored(logprobs, greedy, choice[0])
+                    yield part, _scored(mine)
         continued = sorted((part for part in parts if part.new), key=lambda part: -len(part.local))
         for at in range(0, len(continued), self.rows):
             some = continued[at : at + self.rows]
             yield from zip(some, self._continue(some, reads(some)), strict=True)
+
+    def _score_many(self, part: _Part, of_part: dict[Tokens, list[int]], reads: Any) -> Scored:
+        """The context goes through the model once, and what it left in the cache serves all options."""
+        ids, found = torch.tensor([part.local], device=self.model.device), dict[int, tuple[float, bool, int]]()
+        begun = self.model(input_ids=ids, use_cache=True, **reads([part]))
+        first = begun.logits[0, -1:]
+        tails = sorted(of_part, key=len)
+        for at in range(0, len(tails), self.rows):
+            some = tails[at : at + self.rows]
+            logits = first[:, None].expand(len(some), -1, -1)
+            if some[-1]:
+                cache = copy.deepcopy(begun.past_key_values)
+                cache.reorder_cache(torch.zeros(len(some), dtype=torch.long, device=ids.device))
+                more, _ = padded(some, ids.device)
+                after = self.model(input_ids=more, past_key_values=cache, use_cache=True, **reads([part] * len(some)))
+                logits = torch.cat((logits, after.logits), dim=1)
+            for tail, of_row in zip(some, logits, strict=True):
+                found |= _score(of_row[: len(tail) + 1], part, of_part[tail])
+        return _scored(found)
 
     def _continue(self, batch: Sequence[_Part], reads: dict[str, Any]) -> Iterator[Tokens]:
         # padded on the left, so that every continuation begins at one position
@@ -263,6 +282,22 @@ class Asker(System):
                 "without; give it a larger --memory-sizes"
             )
         return bank
+
+
+def _score(logits: Tensor, part: _Part, numbers: Sequence[int]) -> dict[int, tuple[float, bool, int]]:
+    """For options that these logits (T, V) predict: log probability, whether it is greedy, the first choice."""
+    scored = logits.float().log_softmax(-1)
+    best, found = scored.argmax(-1), {}
+    for number in numbers:
+        option = torch.tensor(part.options[number], device=scored.device)
+        logprob = scored.gather(1, option[:, None]).double().sum().item()
+        found[number] = (logprob, bool((best == option).all()), int(best[0]))
+    return found
+
+
+def _scored(found: dict[int, tuple[float, bool, int]]) -> Scored:
+    logprobs, greedy, choice = zip(*(found[number] for number in range(len(found))), strict=True)
+    return Scored(logprobs, greedy, choice[0])
 
 
 class _Part(NamedTuple):
