@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.calling import Command, Done
+from tests.family_table import tiny_gpt
 from transformers import PreTrainedTokenizerFast
 
-from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem
+from longmem import AlibiGPTForCausalLM, LongMem
+from longmem.cli.main import main
 
 SHARED = Path(os.environ.get("LONGMEM_SHARED_DIR") or Path(__file__).parents[1] / ".." / "shared")
 
@@ -21,13 +24,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
-    parser.addoption("--network", action="store_true", help="also run tests marked network")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     reasons = {
         "slow": None if config.getoption("--slow") else "takes more than a minute; pass --slow",
-        "network": None if config.getoption("--network") else "needs the internet; pass --network",
         "gpu": None if torch.cuda.is_available() else "needs a GPU",
         "shared": None if SHARED.is_dir() else "the shared texts are not here; name their folder in LONGMEM_SHARED_DIR",
     }
@@ -46,14 +47,23 @@ def shared_dir() -> Path:
 
 
 @pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """``command("memory", "add", "notes")``: what ``longmem memory add notes`` leaves behind."""
+
+    def call(*arguments: object) -> Done:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([*map(str, arguments)])
+        shown = capsys.readouterr()
+        return Done(int(stop.value.code or 0), shown.out, shown.err)
+
+    return call
+
+
+@pytest.fixture
 def tiny_backbone() -> AlibiGPTForCausalLM:
-    """A random AlibiGPT over bytes: 4 layers, width 32, 4 heads, the same weights every time."""
-    torch.manual_seed(0)
-    config = AlibiGPTConfig(
-        vocab_size=260, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=32,
-        initializer_range=0.1,
-    )  # fmt: skip
-    return AlibiGPTForCausalLM(config).eval()
+    """See ``tiny_gpt``; the same weights every time."""
+    return tiny_gpt()
 
 
 @pytest.fixture(scope="session")
@@ -96,30 +106,12 @@ def made_text() -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory, made_text: Callable[..., str]) -> Path:
-    """A standard library in small: ``email`` and ``http``, to be held out, and ``alpha``, ``beta`` and ``gamma``."""
-    root = tmp_path_factory.mktemp("lib")
-    for seed, name in enumerate(("email", "http", "alpha", "beta")):
-        (root / name / "inner").mkdir(parents=True)
-        (root / name / "__init__.py").write_text(made_text(900, seed))
-        (root / name / "inner" / "part.py").write_text(made_text(900, seed + 10))
-    (root / "gamma.py").write_text(made_text(900, 20))
-    (root / "test").mkdir()
-    (root / "test" / "test_email.py").write_text(made_text(900, 21))
-    (root / "tiny.py").write_text("x = 1\n")
-    return root
-
-
-@pytest.fixture(scope="session")
 def demo_folder(
     tmp_path_factory: pytest.TempPathFactory, made_text: Callable[..., str], byte_tokenizer: PreTrainedTokenizerFast
 ) -> Path:
     """A folder with a random pair in ``models/small``, and in ``runs/demo/text`` what ``make demo`` would leave."""
     root = tmp_path_factory.mktemp("work")
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 256}
-    backbone = AlibiGPTForCausalLM(AlibiGPTConfig(vocab_size=260, initializer_range=0.1, **shape))
-    backbone.save_pretrained(root / "models" / "small" / "backbone")
+    tiny_gpt(max_position_embeddings=256).save_pretrained(root / "models" / "small" / "backbone")
     byte_tokenizer.save_pretrained(root / "models" / "small" / "backbone")
     model = LongMem.from_backbone(root / "models" / "small" / "backbone", num_retrieved=16, memory_size=4096)
     model.config.backbone_name_or_path = "../backbone"

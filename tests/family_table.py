@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-import longmem.modeling.alibi_gpt  # noqa: F401  registers alibi_gpt
-from longmem import MemoryBank
+from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, MemoryBank
 
 V, C, H, L = 97, 32, 4, 4
 
@@ -93,20 +92,25 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 RECURRENT = ("qwen3.5", "lfm2", "granite4-hybrid")
 
 
-def make_config(name: str) -> Any:
-    model_type, fields = FAMILIES[name]
-    return AutoConfig.for_model(model_type, **fields)
-
-
-def make_backbone(name: str, seed: int = 0) -> PreTrainedModel:
+def make_backbone(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A tiny random model, in eval mode, with weights large enough that every part matters."""
+    model_type, fields = FAMILIES[name]
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(make_config(name)).eval()
+    config = AutoConfig.for_model(model_type, **{**fields, **changes})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.15)
     return model
+
+
+def tiny_gpt(seed: int = 0, **shape: Any) -> AlibiGPTForCausalLM:
+    """A random AlibiGPT over the byte tokenizer: 4 layers, width 32, 4 heads, 32 positions unless told otherwise."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 32}
+    config = AlibiGPTConfig(**{"vocab_size": 260, "initializer_range": 0.1, **sizes, **shape})
+    return AlibiGPTForCausalLM(config).eval()
 
 
 # what most tests give a model to remember with, to read and to have read

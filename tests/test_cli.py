@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
+from tests.calling import Command
 
 from longmem.cli import main as frame
 from longmem.errors import ConfigError, LongMemError
@@ -14,19 +15,11 @@ from longmem.errors import ConfigError, LongMemError
 WAY_OUT = "check the path, its permissions and the space that is left"
 
 
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        frame.main([*map(str, arguments)])
-    return int(stop.value.code or 0)
-
-
 @pytest.mark.parametrize("name", list(frame.COMMANDS))
-def test_each_command_is_in_the_list_and_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--help") == 0
-    shown = capsys.readouterr().out
-    assert f"{name} " in shown and frame.COMMANDS[name][1] in shown
-    assert run(name, "--help") == 0
-    assert f"Usage: longmem {name}" in capsys.readouterr().out
+def test_each_command_is_in_the_list_and_has_help(name: str, command: Command) -> None:
+    every, one = command("--help"), command(name, "--help")
+    assert f"{name} " in every.out and frame.COMMANDS[name][1] in every.out
+    assert every.status == one.status == 0 and f"Usage: longmem {name}" in one.out
 
 
 @pytest.mark.parametrize(
@@ -40,15 +33,14 @@ def test_each_command_is_in_the_list_and_has_help(name: str, capsys: pytest.Capt
     ids=lambda value: type(value).__name__,
 )
 def test_an_expected_error_is_one_line_on_stderr(
-    error: BaseException, status: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: BaseException, status: int, line: str, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
     def fail() -> None:
         raise error
 
     monkeypatch.setattr(frame.pkgutil, "resolve_name", lambda name: click.Command("act", callback=fail))
-    assert run("demo") == status
-    out, err = capsys.readouterr()
-    assert (out, err.strip()) == ("", line)
+    done = command("demo")
+    assert (done.status, done.out, done.err.strip()) == (status, "", line)
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,23 +50,21 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         frame.main(["demo"])
 
 
-def test_an_unknown_command_is_refused_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("remember") == 2
-    assert "No such command 'remember'" in capsys.readouterr().err
+def test_an_unknown_command_is_refused_with_status_2(command: Command) -> None:
+    done = command("remember")
+    assert done.status == 2 and "No such command 'remember'" in done.err
 
 
 @pytest.mark.parametrize(
-    "command",
+    "name",
     ["eval perplexity", "eval chapterbreak", "eval icl", "eval squad", "eval needle", "eval dialogue", "eval harness",
      "report", "demo", "layers"],
 )  # fmt: skip
 def test_a_file_where_a_folder_should_be_is_named_before_hours_have_passed(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, command: Command
 ) -> None:
     (tmp_path / "taken").write_text("mine")
     out = tmp_path / "taken" / "x"
-    assert run(*command.split(), "--out", out) == 1
-    assert capsys.readouterr() == ("", (
-        f"error: --out ({out}): {tmp_path}/taken is not such a folder; name a folder that can be written in, or a new "
-        "one\n"
-    ))  # fmt: skip
+    done = command(*name.split(), "--out", out)
+    line = f"--out ({out}): {tmp_path}/taken is not such a folder; name a folder that can be written in, or a new one"
+    assert done == (1, "", f"error: {line}\n")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.calling import Command
 
 import longmem.demo
 from longmem import MemoryStore, TrainingFree
 from longmem.chat import Reply
-from longmem.cli.main import main
 from longmem.default_model import DefaultModel
 from longmem.demo import FACTS, MEMORY_SIZES, NAMESPACE, NEW, PROMPT, TALK, find_texts, run_demo
 from longmem.errors import BackboneError, DataError
@@ -24,7 +23,7 @@ def side(demo_folder: Path) -> Path:
 
 
 def test_beginnings_are_kept_measured_and_continued(
-    demo_folder: Path, side: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_folder: Path, side: Path, tmp_path: Path, command: Command
 ) -> None:
     texts = [str(demo_folder / "runs" / "demo" / "text" / f"{name}.txt") for name in ("http", "email")]
     said: list[str] = []
@@ -47,9 +46,7 @@ def test_beginnings_are_kept_measured_and_continued(
     assert made["page"].read_text().startswith("<!doctype html>")
 
     # a second run encodes nothing again, and prints
-    with pytest.raises(SystemExit, match=r"^0$"):
-        main(["demo", texts[0], "--model", str(side), "--out", str(tmp_path / "again"), "--json"])
-    found = json.loads(capsys.readouterr().out)
+    found = command("demo", texts[0], "--model", side, "--out", tmp_path / "again", "--json").json
     assert Path(found["page"]).exists() and len(found["read"]) == NEW
     assert found["perplexity"]["header"]["task"] == "perplexity"
 
@@ -72,7 +69,7 @@ def default(demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_facts_are_told_asked_for_and_forgotten(
-    default: DefaultModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    default: DefaultModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
     def reply(model: Any, tokenizer: Any, messages: Any, *, bank: Any = None, recall: Any = None, **how: Any) -> Reply:
         """A model that says again what it has recalled."""
@@ -96,9 +93,7 @@ def test_facts_are_told_asked_for_and_forgotten(
     monkeypatch.setattr(longmem.demo, "default_model", lambda say: default)
     monkeypatch.setattr(longmem.demo, "FACTS", 2)
     monkeypatch.setattr(longmem.demo, "REAL_TOKENS", 600)
-    with pytest.raises(SystemExit, match=r"^0$"):
-        main(["demo", "--out", str(tmp_path / "out")])
-    out = capsys.readouterr().out
+    out = command("demo", "--out", tmp_path / "out").out
     assert "2 facts were told" in out and "of 2 with memory, 0 without" in out and "read            passages of" in out
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import click
 import pytest
+from tests.calling import Command
 
-from longmem.cli.main import COMMANDS, cli, main
-from longmem.training.recipe import Recipe
+from longmem.cli.main import COMMANDS, cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -109,19 +109,10 @@ def test_the_help_of_every_command_has_examples_that_are_understood(name: str) -
 
 @pytest.mark.parametrize("block", DEMO, ids=lambda block: " · ".join(" ".join(line[:2]) for line in block))
 @pytest.mark.usefixtures("at_the_demo")
-def test_commands_on_the_demo_run(block: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_on_the_demo_run(block: list[list[str]], command: Command) -> None:
     for arguments in block:
-        with pytest.raises(SystemExit) as stop:
-            main(arguments)
-        said = capsys.readouterr()
-        assert stop.value.code == 0, (arguments, said.err)
-        assert said.out, arguments
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.name)
-def test_every_recipe_has_a_header_and_no_mistake(path: Path) -> None:
-    assert path.read_text(encoding="utf-8").startswith("# ")
-    Recipe.load(path)
+        done = command(*arguments)
+        assert done.status == 0 and done.out, (arguments, done.err)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in GENERATED], ids=lambda page: page.name)

@@ -7,19 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.efficiency import (
-    FULL,
-    LONGMEM,
-    WINDOWED,
-    Settings,
-    Timeline,
-    efficiency,
-    load,
-    main,
-    peak,
-    roomy_cache,
-    run,
-)
+from benchmarks.efficiency import FULL, LONGMEM, WINDOWED, Settings, efficiency, load, main, peak, roomy_cache
 from transformers import DynamicCache
 
 from longmem import ConfigError, LongMem
@@ -57,16 +45,6 @@ def test_full_attention_over_a_roomy_cache_says_what_it_says_over_a_growing_one(
         for part in (ids[:, :20], ids[:, 20:]):
             said[name] = inner(input_ids=part, past_key_values=cache, use_cache=True).logits
     torch.testing.assert_close(said["roomy"], said["growing"])
-
-
-def test_moves_fall_where_the_window_is_full_and_a_token_bears_its_share(model: LongMem) -> None:
-    twelve = Settings(shape=SHAPE, window=16, new_tokens=12)
-    assert run(model, LONGMEM, 40, twelve).moved == (True, *[False] * 7, True, *[False] * 2)
-    assert not any(run(model, LONGMEM, 4, SMALL).moved) and not any(run(model, FULL, 40, twelve).moved)
-    line = Timeline(first=1.0, gaps=(5.0, 1.0, 1.0, 1.0), moved=(True, False, False, False))
-    assert (line.plain, line.moving, line.each(8)) == (1.0, 4.0, 1.5)
-    still = Timeline(first=1.0, gaps=(1.0, 2.0, 3.0), moved=(False,) * 3)
-    assert (still.plain, still.moving, still.each(8)) == (2.0, None, 2.0)
 
 
 @pytest.mark.slow

@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tests.cli.calling import Done, Memory
+from tests.calling import Command
+from tests.family_table import tiny_gpt
 
-from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem
-from longmem.cli import main as frame
+from longmem import LongMem
 
 
 @pytest.fixture(scope="session")
@@ -22,9 +23,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) -> Pat
     """Random, over bytes: ``backbone``, ``other``; over the first ``side/final``, and ``low``, of another layer."""
     home = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("backbone", "other")):
-        torch.manual_seed(seed)
-        shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 32}
-        AlibiGPTForCausalLM(AlibiGPTConfig(vocab_size=260, initializer_range=0.1, **shape)).save_pretrained(home / name)
+        tiny_gpt(seed).save_pretrained(home / name)
         byte_tokenizer.save_pretrained(home / name)
     torch.manual_seed(7)
     sizes = {"chunk_size": 4, "num_retrieved": 8, "memory_size": 64}
@@ -34,18 +33,10 @@ def models(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) -> Pat
 
 
 @pytest.fixture
-def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Memory:
+def memory(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """``memory("add", "notes", ...)`` in an empty folder, where the store is ``memory/``."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> Done:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            frame.main(["memory", *map(str, arguments)])
-        shown = capsys.readouterr()
-        return Done(int(stop.value.code or 0), shown.out, shown.err)
-
-    return call
+    return partial(command, "memory")
 
 
 @pytest.fixture
@@ -73,7 +64,7 @@ def notes(tmp_path: Path, made_text: Callable[..., str]) -> Path:
 
 
 @pytest.fixture
-def filled(memory: Memory, model: Path, notes: Path) -> Path:
+def filled(memory: Command, model: Path, notes: Path) -> Path:
     """A store ``memory/`` with these three in the namespace ``ada``, and two of them in ``bob`` with metadata."""
     assert memory("add", notes, "--namespace", "ada").status == 0
     done = memory(

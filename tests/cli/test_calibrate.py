@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.calling import Command
 from tests.family_table import make_backbone
 
 from longmem import TrainingFree
-from longmem.cli.main import main
 from longmem.data.tokens import train_tokenizer
 from longmem.training import calibrate as calibrating
 
@@ -36,14 +36,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _run(arguments: list[str]) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    return int(ended.value.code or 0)
-
-
 def test_a_reader_is_made_saved_and_loaded(
-    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: Command, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, windows = tmp_path / "reader", []
     calibrate = calibrating.calibrate
@@ -53,19 +47,15 @@ def test_a_reader_is_made_saved_and_loaded(
         return calibrate(model, texts, valid, *rest)
 
     monkeypatch.setattr(calibrating, "calibrate", counted)
-    sizes = [*SIZES, "--validation-windows", "5"]
-    arguments = ["calibrate", str(model), "--data", f"rain={text}", "--layers", "1", "--out", str(out), *sizes]
-    assert _run(arguments) == 0
+    sizes = (*SIZES, "--validation-windows", "5")
+    done = command("calibrate", model, "--data", f"rain={text}", "--layers", "1", "--out", out, *sizes)
+    assert done.status == 0 and "backbone alone" in done.out
     assert windows == [{"rain": 5}], "of the two texts that are held out"
     assert TrainingFree.from_pretrained(out).memory_layers == (1,)
     record = json.loads((out / "calibration.json").read_text(encoding="utf-8"))
     assert set(record["alone"]) == {"rain", "facts"} and record["header"]["config"]["memory_layers"] == [1]
-    assert "backbone alone" in capsys.readouterr().out
 
 
-def test_layers_that_are_no_numbers_are_refused(
-    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["calibrate", str(model), "--data", str(text), "--layers", "top", "--out", str(tmp_path), *SIZES]
-    assert _run(arguments) == 1
-    assert '--layers (top) must be "auto" or numbers such as 18,20,23' in capsys.readouterr().err
+def test_layers_that_are_no_numbers_are_refused(command: Command, model: Path, text: Path, tmp_path: Path) -> None:
+    done = command("calibrate", model, "--data", text, "--layers", "top", "--out", tmp_path, *SIZES)
+    assert '--layers (top) must be "auto" or numbers such as 18,20,23' in done.error

@@ -9,37 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cli.calling import Done, Memory
+from tests.calling import Command
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from longmem import LongMem
-from longmem.cli import common, main
+from longmem.cli import common
 from longmem.generation import LocalWindow
 
 PROMPT = "a key for the old map, and no answer from the seven stones"  # longer than the window of 32
-Generate = Callable[..., Done]
 
 
 @pytest.fixture
-def generate(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Generate:
+def generate(command: Command, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """``generate("a prompt", "-m", 5)`` with the LongMem of the fixtures, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object, model: object = models / "side") -> Done:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main.main(["generate", str(model), *map(str, arguments), "--device", "cpu"])
-        shown = capsys.readouterr()
-        return Done(int(stop.value.code or 0), shown.out, shown.err)
-
-    return call
+    return lambda *given, model=models / "side": command("generate", model, *given, "--device", "cpu")
 
 
-def test_it_says_what_generate_says(generate: Generate, models: Path) -> None:
+def test_it_says_what_generate_says(generate: Command, models: Path) -> None:
     done = generate(PROMPT, "-m", 40, "--ignore-end")
     model = LongMem.from_pretrained(models / "side" / "final")
     tokenizer = AutoTokenizer.from_pretrained(models / "backbone")
@@ -53,7 +42,7 @@ def test_it_says_what_generate_says(generate: Generate, models: Path) -> None:
 
 
 def test_the_prompt_is_an_argument_a_file_or_standard_input(
-    generate: Generate, piped: Callable[[bytes], None], tmp_path: Path
+    generate: Command, piped: Callable[[bytes], None], tmp_path: Path
 ) -> None:
     expected = generate(PROMPT, "-m", 8)
     (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8")
@@ -69,7 +58,7 @@ def test_the_prompt_is_an_argument_a_file_or_standard_input(
 
 
 def test_it_reads_the_documents_of_a_store_and_texts_of_its_own(
-    generate: Generate, filled: Path, tmp_path: Path
+    generate: Command, filled: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "more.txt").write_text("the gate opens at dawn " * 3)
     done = generate(
@@ -89,7 +78,7 @@ def test_it_reads_the_documents_of_a_store_and_texts_of_its_own(
 
 
 def test_passages_of_the_store_are_read_once_more_and_prompt_and_answer_kept(
-    generate: Generate, filled: Path, memory: Memory
+    generate: Command, filled: Path, memory: Command
 ) -> None:
     there = (filled.parent / "notes" / "one.txt").read_text().splitlines()[0].split(". ")[0]
     asked = (there, "-m", 4, "--memory", filled, "-n", "ada", "--json", "--ignore-end")
@@ -110,7 +99,7 @@ def test_passages_of_the_store_are_read_once_more_and_prompt_and_answer_kept(
         assert "need a store; name it with --memory" in generate(there, *option).err
 
 
-def test_what_was_read_is_shown_as_a_table_and_as_a_page(generate: Generate, tmp_path: Path) -> None:
+def test_what_was_read_is_shown_as_a_table_and_as_a_page(generate: Command, tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text("</script><b>not markup</b> " * 2)
     shown = ("--explain", "--page", "page.html")
     done = generate("the <i>prompt</i>", "--read", "more.txt", "-m", 5, "--ignore-end", *shown)
@@ -126,7 +115,7 @@ def test_what_was_read_is_shown_as_a_table_and_as_a_page(generate: Generate, tmp
     assert "leave out --endless" in generate(PROMPT, "--endless", "--explain").err
 
 
-def test_sampling_and_windows(generate: Generate) -> None:
+def test_sampling_and_windows(generate: Command) -> None:
     def said(*arguments: object) -> str:
         done = generate(PROMPT, "-m", 12, "--ignore-end", *arguments)
         assert done.status == 0, done.err
@@ -141,7 +130,7 @@ def test_sampling_and_windows(generate: Generate) -> None:
 
 
 def test_the_command_line_says_where_in_a_folder_the_backbone_is_and_in_what_precision(
-    generate: Generate, models: Path, tmp_path: Path
+    generate: Command, models: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(models / "backbone", tmp_path / "home" / "deep")
     plain = generate(PROMPT, "-m", 8).out
@@ -154,7 +143,7 @@ def test_the_command_line_says_where_in_a_folder_the_backbone_is_and_in_what_pre
 
 
 def test_wrong_names_show_before_a_model_is_loaded(
-    generate: Generate, filled: Path, monkeypatch: pytest.MonkeyPatch
+    generate: Command, filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(common, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     assert "no memory store here" in generate(PROMPT, "--memory", "nowhere").error
@@ -162,7 +151,7 @@ def test_wrong_names_show_before_a_model_is_loaded(
 
 
 def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt_and_another_models_is_refused(
-    generate: Generate, models: Path, tmp_path: Path
+    generate: Command, models: Path, tmp_path: Path
 ) -> None:
     def saved(name: str, single: str, *tokens: str) -> tuple[str, Path]:
         tokenizer = AutoTokenizer.from_pretrained(models / "backbone")
@@ -179,7 +168,7 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt_and_another_mo
     assert "the prompt has the token id 260, the model knows 260" in line
 
 
-def test_endless_generation_ends_when_it_is_interrupted(generate: Generate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_generation_ends_when_it_is_interrupted(generate: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, calls = LocalWindow.inputs, list[int]()
 
     def interrupted(self: LocalWindow, ids: Tensor, *more: Any) -> Any:

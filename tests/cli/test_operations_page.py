@@ -8,13 +8,13 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from tests.cli.calling import Memory, names
+from tests.calling import Command, names
 
 from longmem.store.store import MemoryStore
 
 
 @pytest.mark.usefixtures("filled")
-def test_a_copied_folder_is_a_store_wherever_it_stands(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copied_folder_is_a_store_wherever_it_stands(memory: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree("memory", "elsewhere/copy")
     shutil.rmtree("memory")
     monkeypatch.setenv("LONGMEM_STORE", "elsewhere/copy")
@@ -23,7 +23,7 @@ def test_a_copied_folder_is_a_store_wherever_it_stands(memory: Memory, monkeypat
     assert memory("add", "notes", "-n", "carl").status == 0
 
 
-def test_a_backup_beside_a_writer_is_a_store(memory: Memory, filled: Path) -> None:
+def test_a_backup_beside_a_writer_is_a_store(memory: Command, filled: Path) -> None:
     Path("copy").mkdir()
     with MemoryStore.open(filled) as store:
         store.forget("ada", name="one.txt")  # in the write-ahead log
@@ -39,7 +39,7 @@ def test_a_backup_beside_a_writer_is_a_store(memory: Memory, filled: Path) -> No
     assert memory("compact", "--store", "copy").status == 0
 
 
-def test_a_catalog_alone_is_all_of_the_text(memory: Memory, filled: Path) -> None:
+def test_a_catalog_alone_is_all_of_the_text(memory: Command, filled: Path) -> None:
     Path("copy").mkdir()
     shutil.copy(filled / "catalog.sqlite", "copy")
     assert memory("show", "two.md", "-n", "ada", "--text", "--store", "copy").out == Path("notes/two.md").read_text()
@@ -49,7 +49,7 @@ def test_a_catalog_alone_is_all_of_the_text(memory: Memory, filled: Path) -> Non
     assert ours == theirs
 
 
-def test_a_read_only_folder_can_be_read(memory: Memory, filled: Path) -> None:
+def test_a_read_only_folder_can_be_read(memory: Command, filled: Path) -> None:
     before = sorted(path.name for path in filled.iterdir())
     filled.chmod(0o555)
     try:

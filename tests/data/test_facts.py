@@ -7,16 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from longmem.data.facts import (
-    KINDS,
-    OPTIONS,
-    _table,
-    _values,
-    asked_ids,
-    draw_facts,
-    told_ids,
-    told_session,
-)
+from longmem.data.facts import KINDS, OPTIONS, _table, _values, asked_ids, draw_facts, told_ids, told_session
 from longmem.data.tokens import train_tokenizer
 
 TEMPLATE = (

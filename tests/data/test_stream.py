@@ -56,24 +56,9 @@ def test_every_token_but_the_first_of_each_document_is_a_target_once_in_a_pass()
 
 def test_long_documents_can_be_dealt_out_in_pieces() -> None:
     stream = SegmentStream(corpus_of(40, 10), window=4, rows=1, seed=None, piece_tokens=10)
-    assert [piece.name for piece in stream.pieces] == ["doc0@0", "doc0@10", "doc0@20", "doc0@30", "doc1"]
-    assert [(piece.offset, piece.last - piece.first) for piece in stream.pieces[1:]] == [
-        (10, 10),
-        (20, 10),
-        (30, 10),
-        (0, 10),
-    ]
-
-
-def test_a_saved_position_continues_exactly() -> None:
-    corpus = corpus_of(13, 9, 30, 22, 8, 17)
-    stream = SegmentStream(corpus, window=4, rows=2, seed=3)
-    steps(stream, 5)
-    state = stream.state_dict()
-    expected = steps(stream, 20)
-    resumed = SegmentStream(corpus, window=4, rows=2, seed=3)
-    resumed.load_state_dict(state)
-    assert steps(resumed, 20) == expected
+    assert [(piece.name, piece.offset, piece.last - piece.first) for piece in stream.pieces] == [
+        *((f"doc0@{offset}", offset, 10) for offset in (0, 10, 20, 30)), ("doc1", 0, 10)
+    ]  # fmt: skip
 
 
 def test_two_processes_read_what_one_with_all_rows_reads() -> None:

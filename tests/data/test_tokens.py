@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from longmem.data.text import Document, TextSource
-from longmem.data.tokens import (
-    TokenCorpus,
-    check_ids,
-    check_tokenizer,
-    encoded,
-    first_text,
-    load_tokenizer,
-    tokenize,
-    train_tokenizer,
-)
+from longmem.data.tokens import TokenCorpus, encoded, first_text, load_tokenizer, tokenize, train_tokenizer
 from longmem.errors import DataError
 
 
@@ -61,22 +51,6 @@ def test_the_cache_is_used_while_text_and_tokenizer_are_the_same(
         tokenize(source, byte_tokenizer, cache)
     text.write_text("other text")
     assert tokenize(source, byte_tokenizer, cache).document(0).tolist() != first.document(0).tolist()
-
-
-def test_another_models_tokenizer_is_refused(
-    byte_tokenizer: PreTrainedTokenizerFast, tiny_backbone: Any, tmp_path: Path, made_text: Callable[..., str]
-) -> None:
-    check_tokenizer(byte_tokenizer, tiny_backbone)
-    train_tokenizer([made_text(500)], 300).save_pretrained(str(tmp_path))
-    with pytest.raises(DataError) as raised:
-        load_tokenizer(tmp_path, tiny_backbone)
-    assert str(raised.value) == (
-        f"{tmp_path}: a tokenizer of 300 tokens, the model knows 260: it is another model's; name the right one with "
-        "--tokenizer"
-    )
-    check_ids([0, 259], tiny_backbone, "the prompt")
-    with pytest.raises(DataError, match="the prompt has the token id 260, the model knows 260: the tokenizer is"):
-        check_ids([5, 260, 300], tiny_backbone, "the prompt")
 
 
 def test_a_beginning_has_the_tokens_of_the_whole_text(

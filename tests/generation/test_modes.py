@@ -10,7 +10,6 @@ import pytest
 import torch
 from tests.family_table import FAMILIES, RECURRENT
 from tests.generation.models import bank_of, ids, longmem
-from torch import Tensor
 from transformers import MaxTimeCriteria, PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
 
 from longmem import AlibiGPTForCausalLM, LongMem, MemoryBank, MemoryBankError
@@ -93,7 +92,8 @@ def test_one_bank_of_one_row_serves_every_prompt(llama: LongMem) -> None:
 def test_processors_criteria_scores_and_a_given_cache(llama: LongMem) -> None:
     bank = bank_of(llama)
     settings: dict[str, Any] = {**GREEDY, "memory": bank}
-    only = llama.generate(ids(1, 6), logits_processor=[lambda _, scores: one_hot(5, scores)], **settings)
+    five = [lambda _, scores: scores.masked_fill(torch.arange(scores.shape[1]) != 5, -torch.inf)]
+    only = llama.generate(ids(1, 6), logits_processor=five, **settings)
     assert only[0, 6:].tolist() == [5] * 5
     stopped = llama.generate(ids(1, 6), stopping_criteria=[MaxTimeCriteria(0.0)], **settings)
     assert stopped.shape == (1, 7)
@@ -105,11 +105,6 @@ def test_processors_criteria_scores_and_a_given_cache(llama: LongMem) -> None:
     assert torch.equal(llama.generate(first.sequences, **{**settings, **rest}), plain)
     penalised = {**settings, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
     assert torch.equal(llama.generate(ids(1, 6), **penalised), llama.generate(ids(1, 6), use_cache=False, **penalised))
-
-
-def one_hot(token: int, scores: Tensor) -> Tensor:
-    """Scores that allow one token."""
-    return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([token]), 0.0)
 
 
 @pytest.fixture

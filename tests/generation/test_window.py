@@ -191,14 +191,6 @@ def test_hidden_states_come_back_and_cache_and_session_stay_within_their_bounds(
     assert len(out.hidden_states) == 120 and len(out.hidden_states[0]) == 5 and out.hidden_states[0][0].shape[-1] == 32
 
 
-def test_every_new_token_is_explained_although_the_window_moves(llama: LongMem) -> None:
-    readings: list[Any] = []
-    llama.generate(ids(1, 9), memory=bank_of(llama), max_new_tokens=12, explain=readings, **WINDOW, **GREEDY)
-    assert len(readings) == 12
-    documents = [{origin.document for origin in reading.origins.values()} for reading in readings]
-    assert documents[0] == {"before"} and "(this text)" in documents[-1]
-
-
 def test_a_whole_text_is_read_into_a_session_under_its_name(llama: LongMem) -> None:
     session, told = SessionMemory.for_model(llama), list[int]()
     text = ids(1, 27)[0]

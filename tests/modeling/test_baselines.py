@@ -27,14 +27,6 @@ def backbone(request: pytest.FixtureRequest) -> PreTrainedModel:
     return make_backbone(request.param)
 
 
-def trained(backbone: PreTrainedModel) -> MemTRM:
-    model = MemTRM.from_backbone(backbone, **SETTINGS).train()
-    with torch.no_grad():
-        for parameter in model.trainable_parameters():
-            parameter += 0.01
-    return model.eval()
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("made", BOTH)
 def test_gate_shut_is_the_plain_backbone(made: Any, backbone: PreTrainedModel) -> None:
@@ -59,9 +51,9 @@ def test_gradient_reaches_the_whole_memtrm_and_through_its_queries(name: str) ->
     assert len(changed) > len(before) / 2
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
-def test_recomputing_layers_gives_the_same_gradients(name: str) -> None:
-    model = MemTRM.from_backbone(make_backbone(name), **SETTINGS).train()
+@pytest.mark.parametrize(("kind", "name"), [*((MemTRM, name) for name in FAMILIES), (LongMem, "llama")])
+def test_recomputing_layers_gives_the_same_gradients(kind: Any, name: str) -> None:
+    model = kind.from_backbone(make_backbone(name), **SETTINGS).train()
     bank = filled(model, ids(seed=1))
 
     def gradients() -> list[Tensor]:

@@ -16,23 +16,6 @@ from longmem.modeling.gguf import gguf_folder, is_gguf
 
 gguf = pytest.importorskip("gguf")
 
-_PARTS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-} | {f"model.layers.{i}.{ours}.weight": f"blk.{i}.{theirs}.weight" for i in range(L) for ours, theirs in _PARTS.items()}
-
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -55,8 +38,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out.add_token_merges(["A B"])
     out.add_bos_token_id(1)
     out.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, L)
     for name, tensor in model.state_dict().items():
-        out.add_tensor(_NAMES[name], tensor.float().numpy())
+        out.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.float().numpy())
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
-from tests.parity.released import ReleasedBank
 from torch import Tensor
 
 from longmem.errors import MemoryBankError
@@ -110,16 +109,6 @@ def test_autocast_changes_nothing():
         (gradient,) = torch.autograd.grad(cast.out.sum(), queries)
     assert torch.equal(cast.out, plain.out)
     assert torch.equal(gradient, reference)
-
-
-def test_missing_chunks_of_a_released_bank_take_part_with_score_zero():
-    bank = ReleasedBank(1, 32, 1, 2, 2)
-    bank.add(AttentionKV(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2)))
-    queries = torch.ones(1, 1, 1, 2)
-    result = memory_attention(queries, bank.search(queries, 3), scaling=1.0)
-    e = torch.tensor(2.0).exp()
-    torch.testing.assert_close(result.out, (2 * e / (2 * e + 4)).expand(1, 1, 1, 2))
-    torch.testing.assert_close(result.lse, (2 * e + 4).log().view(1, 1, 1))
 
 
 def test_writing_between_forward_and_backward_is_refused():

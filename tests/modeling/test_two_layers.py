@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.family_table import SETTINGS, V, filled, ids, make_backbone
 
-from longmem import LongMem, LongMemConfig, MemoryBank, MemoryStore, MemTRM, SessionMemory, TrainingFree
+from longmem import LongMem, LongMemConfig, MemoryBank, MemTRM, SessionMemory, TrainingFree
 from longmem.errors import MemoryBankError
 
 FAMILIES = {"llama": (1, 3), "gpt2": (1, 3), "gemma2": (1, 3), "qwen3": (1, 3), "alibi_gpt": (1, 3), "lfm2": (2, 5)}
@@ -113,27 +113,6 @@ def test_save_and_load_give_the_same_logits(model: Any, tmp_path: Path) -> None:
     other = MemoryBank.for_model(loaded, rows=2, capacity_tokens=64)
     other.load_state_dict(bank.state_dict())
     assert torch.equal(loaded(ids(), memory=other).logits, model(ids(), memory=bank).logits)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
-def test_a_stores_bank_is_a_memory_bank(model: Any, dtype: str, tmp_path: Path) -> None:
-    tokens = ids(1, 40, seed=2)
-    with MemoryStore.open(tmp_path, model=model, segment_tokens=16, dtype=dtype) as store:
-        store.add_document("ada", ids=tokens[0].tolist(), name="a")
-        kept = store.bank("ada")
-        bank = MemoryBank.for_model(model, rows=1, capacity_tokens=64)
-        for segment in tokens.split(16, dim=1):
-            bank.add(model.encode(segment), documents=["a"])
-        bank.end_document()
-        found = model(ids(1), memory=kept, explain=True)
-        # a store encodes segments together, which rounds otherwise; equal numbers are searched alike: tests/store
-        close = {"float32": 2e-6, "float16": 2e-3, "int8": 5e-2}[dtype]
-        torch.testing.assert_close(found.logits, model(ids(1), memory=bank).logits, atol=close, rtol=close)
-        origin = found.explanation.token(0)[0].origin
-        assert (origin.document, origin.namespace) == ("a", "ada")
-        store.forget("ada", name="a")
-        assert torch.equal(model(ids(1), memory=kept).logits, model(ids(1)).logits)
 
 
 def test_files_of_one_layer_load() -> None:

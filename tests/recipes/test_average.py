@@ -7,18 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from recipes.average import average
+from tests.family_table import tiny_gpt
 from transformers import PreTrainedTokenizerFast
 
-from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem
+from longmem import LongMem
 from longmem.errors import CheckpointError
-
-SHAPE = {"vocab_size": 260, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
 
 
 def side(folder: Path, seed: int, tokenizer: PreTrainedTokenizerFast, backbone: int = 0, memory_layer: int = 3) -> str:
     """A SideNet of random weights over a tiny backbone."""
-    torch.manual_seed(backbone)
-    AlibiGPTForCausalLM(AlibiGPTConfig(**SHAPE)).save_pretrained(folder.parent / f"backbone-{backbone}")
+    tiny_gpt(backbone).save_pretrained(folder.parent / f"backbone-{backbone}")
     model = LongMem.from_backbone(
         str(folder.parent / f"backbone-{backbone}"), memory_layer=memory_layer, chunk_size=seed + 1, num_retrieved=8
     )

@@ -8,6 +8,7 @@ import re
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from recipes.data.chapterbreak import (
 )
 
 from longmem.data.text import read_documents
-from longmem.errors import ConfigError, DataError
+from longmem.errors import DataError
 
 MakeText = Callable[..., str]
 SMALL = ChapterBreakSettings(prefix=500, words=30, per_book=3)
@@ -81,16 +82,13 @@ def test_what_only_looks_like_a_heading_is_none(made_text: MakeText) -> None:
     assert begins(framed, chapters) == SIX and chapters[-1].end == framed.index(end)
 
 
-def test_parts_titles_and_subtitles_belong_to_the_boundary() -> None:
+def test_parts_titles_and_subtitles_belong_to_the_boundary_and_a_chapter_needs_enough_text() -> None:
     body = "It was late when they came. " * 100
     text = f"{body}\n\nPART II\n\nCHAPTER III\n\nTHE RETURN.\n\nIn which nothing happens\n\n{body}"
     headings = [Heading(at := text.index(words), at + len(words)) for words in ("PART II", "CHAPTER III")]
     (chapter,) = chapters_of(text, headings)
     assert text[chapter.boundary :].startswith("PART II")
     assert text[chapter.body :].startswith("It was late")
-
-
-def test_a_chapter_needs_enough_text() -> None:
     text = "".join(f"CHAPTER {number}\n\n{'x' * size}\n\n" for number, size in enumerate((300, 1990, 2100)))
     headings = [Heading(at := text.index(f"CHAPTER {number}"), at + 9) for number in range(3)]
     assert begins(text, chapters_of(text, headings)) == ["CHAPTER 2"]
@@ -128,43 +126,32 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "books" / "long.txt").write_text(book(12))
     (tmp_path / "books" / "other.md").write_text(book(10, "b", "## Title {}"))
     (tmp_path / "books" / "short.txt").write_text(book(5, "c"))
+    (tmp_path / "books" / "twice.jsonl").write_text(json.dumps({"text": book(12)}))
     return tmp_path / "books"
 
 
-def test_examples_have_the_official_shape(folder: Path, tmp_path: Path) -> None:
-    data, sources = write_chapterbreak(build_chapterbreak([folder], SMALL), tmp_path / "out")
-    assert data.name == "chapterbreak_ctx_500.json"
+def test_examples_have_the_official_shape_and_gold_suffixes_follow_their_prefix(folder: Path, tmp_path: Path) -> None:
+    made = build_chapterbreak([folder], SMALL)
+    data, sources = write_chapterbreak(made, tmp_path / "out")
     splits = json.loads(data.read_text())
-    assert list(splits) == ["books"] and set(splits["books"]) == {"long.txt", "other.md"}
-    for examples in splits["books"].values():
-        assert 0 < len(examples) <= 3
-        for example in examples:
-            assert set(example) == {"ctx", "pos", "negs"} and len(example["negs"]) == 5
-            for text in (example["pos"], *example["negs"]):
-                assert len(text.split()) == 30 and not re.search("CHAPTER|##", text), "no suffix tells its number"
-    said = json.loads(sources.read_text())
-    assert [(b["id"], b["skipped"]) for b in said["books"] if b["skipped"]] == [
-        ("short.txt", "5 chapters of 2,000 characters; 6 are needed")
-    ]
-    assert said["settings"]["seed"] == 0
-
-
-def test_the_gold_suffix_follows_the_prefix_and_negatives_begin_other_chapters(folder: Path) -> None:
+    assert data.name == "chapterbreak_ctx_500.json" and list(splits) == ["books"]
+    assert {name: len(examples) for name, examples in splits["books"].items()} == {"long.txt": 3, "other.md": 3}
     text = (folder / "long.txt").read_text()
-    openings = [" ".join(words(400, number, "a").split()[:30]) for number in range(12)]
-    for example in build_chapterbreak([folder / "long.txt"], SMALL).works["long.txt"]:
+    openings = [" ".join(words(400, number, "a").split()[:30]) for number in range(12)]  # no suffix tells its number
+    for example in splits["books"]["long.txt"]:
+        assert set(example) == {"ctx", "pos", "negs"} and 2950 < len(example["ctx"]) <= 3000
         number = openings.index(example["pos"])
-        assert 2950 < len(example["ctx"]) <= 3000
         assert text[text.index(example["ctx"]) + len(example["ctx"]) :].startswith(f"\n\nCHAPTER {number + 1}\n")
         assert len({openings.index(negative) for negative in example["negs"]} - {number}) == 5
         assert not any(negative in example["ctx"] for negative in example["negs"])
-
-
-def test_equal_seeds_make_equal_files_whatever_stands_beside(folder: Path) -> None:
-    whole, alone = build_chapterbreak([folder], SMALL), build_chapterbreak([folder / "long.txt"], SMALL)
-    assert whole.works["long.txt"] == alone.works["long.txt"]
-    other = build_chapterbreak([folder], ChapterBreakSettings(prefix=500, words=30, per_book=3, seed=1))
-    assert other.works != whole.works
+    said = json.loads(sources.read_text())
+    skipped = {book["id"]: book["skipped"] for book in said["books"] if book["skipped"]}
+    assert skipped == {
+        "short.txt": "5 chapters of 2,000 characters; 6 are needed", "twice.jsonl:1": "the same text as long.txt"
+    }  # fmt: skip
+    # of equal seeds, whatever is beside
+    assert build_chapterbreak([folder / "long.txt"], SMALL).works["long.txt"] == made.works["long.txt"]
+    assert build_chapterbreak([folder], replace(SMALL, seed=1)).works != made.works
 
 
 def test_chapters_that_begin_alike_are_not_held_against_each_other(tmp_path: Path) -> None:
@@ -195,14 +182,6 @@ def test_headings_of_an_index_beside_an_archive_are_used(tmp_path: Path) -> None
         build_chapterbreak([tmp_path], SMALL)
 
 
-def test_books_come_as_json_lines_too_and_count_once(tmp_path: Path) -> None:
-    lines = [json.dumps({"id": name, "text": book(9, name[0])}) for name in ("x", "y", "x again")]
-    (tmp_path / "books.jsonl").write_text("\n".join(lines))
-    made = build_chapterbreak([tmp_path / "books.jsonl"], SMALL)
-    assert set(made.works) == {"x", "y"}
-    assert [b.skipped for b in made.books if b.id == "x again"] == ["the same text as x"]
-
-
 def test_the_script_writes_and_names_what_cannot_be_used(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,15 +189,13 @@ def test_the_script_writes_and_names_what_cannot_be_used(
     monkeypatch.setattr(sys, "argv", ["chapterbreak.py", *arguments])
     main()
     said = capsys.readouterr()
-    assert said.out.strip().endswith("chapterbreak_ctx_500.json: 4 examples of 2 books (1 left out)")
+    assert said.out.strip().endswith("chapterbreak_ctx_500.json: 4 examples of 2 books (2 left out)")
     assert "left out: short.txt: 5 chapters" in said.err
-    monkeypatch.setattr(sys, "argv", ["chapterbreak.py", *arguments, "--words", "0"])
-    with pytest.raises(SystemExit, match="error: words \\(0\\) must be at least 1"):
+    monkeypatch.setattr(sys, "argv", ["chapterbreak.py", *arguments, "--words", "0", "--per-book", "0"])
+    with pytest.raises(SystemExit, match=r"error: words \(0\) must be at least 1.*per_book \(0\)"):
         main()
     with pytest.raises(DataError, match="no chapter begins after 60,000 characters"):
         build_chapterbreak([folder / "long.txt"], ChapterBreakSettings(prefix=10_000))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no books in this folder"):
         build_chapterbreak([tmp_path / "empty"])
-    with pytest.raises(ConfigError, match=r"words \(0\) must be at least 1.*per_book \(0\)"):
-        ChapterBreakSettings(words=0, per_book=0)

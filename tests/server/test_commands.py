@@ -6,39 +6,32 @@ import importlib.util
 import io
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.calling import Command, Done
 
 import longmem.default_model as defaults
 from longmem import TrainingFree
-from longmem.cli import main as frame
 from longmem.errors import BackboneError
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def longmem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """``longmem("chat", ..., lines=[...])`` in an empty folder, where note.txt is: status, stdout, stderr."""
+def longmem(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """``longmem("chat", ..., lines=[...])`` in an empty folder, where note.txt is."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "note.txt").write_text("The cellar door is green.")
 
-    def call(*arguments: object, lines: tuple[str, ...] = ()) -> tuple[int, str, str]:
+    def call(*arguments: object, lines: tuple[str, ...] = ()) -> Done:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            frame.main(list(map(str, arguments)))
-        shown = capsys.readouterr()
-        return int(stop.value.code or 0), shown.out, shown.err
+        return command(*arguments)
 
     return call
 
 
 def test_without_a_model_chat_takes_the_default_one_again_and_says_where_it_cannot_be_had(
-    longmem: Run, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    longmem: Command, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone, asked = pair.parent / "backbone", []
     TrainingFree.from_backbone(backbone, fusion="token", chunk_size=4, num_retrieved=8).save_pretrained(tmp_path / "g")
@@ -60,7 +53,7 @@ def test_without_a_model_chat_takes_the_default_one_again_and_says_where_it_cann
     assert not (tmp_path / "new").exists()
 
 
-def test_chat_remembers_across_two_runs_and_forgets(longmem: Run, pair: Path) -> None:
+def test_chat_remembers_across_two_runs_and_forgets(longmem: Command, pair: Path) -> None:
     talk = ("chat", pair, "-n", "ann", "-m", "3")
     lines = ("My sister keeps three bees.", "/remember note.txt", "/forget nothing", "/why", "/quit", "never")
     status, _, told = longmem(*talk, lines=lines)
@@ -78,7 +71,7 @@ def test_chat_remembers_across_two_runs_and_forgets(longmem: Run, pair: Path) ->
     assert "namespace ann: 0 documents" in told and "the last answer read no memory" in out
 
 
-def test_a_model_without_trained_gates_gets_passages_alone(longmem: Run, pair: Path) -> None:
+def test_a_model_without_trained_gates_gets_passages_alone(longmem: Command, pair: Path) -> None:
     plain = ("chat", pair.parent / "backbone", "-m", "3")
     _, out, told = longmem(*plain, lines=("/remember note.txt", "Is the cellar door green?", "/why"))
     assert "has no trained gates, so memory reaches it as passages" in told and "longmem calibrate" in told
@@ -101,7 +94,7 @@ def test_a_model_without_trained_gates_gets_passages_alone(longmem: Run, pair: P
         (("--model", "no-such-model", "--port", "TAKEN"), "choose another --port"),
     ],
 )
-def test_serve_refuses(longmem: Run, tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+def test_serve_refuses(longmem: Command, tmp_path: Path, options: tuple[str, ...], said: str) -> None:
     (tmp_path / "bad").write_text("ann 1234\n")
     (tmp_path / "none").write_text("# nobody\n")
     (tmp_path / "good").write_text(f"ann {'0' * 64}\n")
@@ -111,7 +104,7 @@ def test_serve_refuses(longmem: Run, tmp_path: Path, options: tuple[str, ...], s
     assert status == 1 and said in told and told.count("error: ") == 1 and "Traceback" not in told
 
 
-def test_serve_names_what_is_missing(longmem: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_names_what_is_missing(longmem: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else there(name))
     status, _, told = longmem("serve")

@@ -21,10 +21,8 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 
 pytest.importorskip("fastapi")
-from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem
 from longmem.server.access import new_key
 
 SECRET = re.compile(r"zq\d{3}q")
@@ -78,19 +76,6 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
-
-
-def tiny_pair(home: Path, tokenizer: Any) -> Path:
-    """The folder of a random SideNet over a random backbone."""
-    torch.manual_seed(0)
-    config = AlibiGPTConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    AlibiGPTForCausalLM(config).save_pretrained(home / "backbone")
-    tokenizer.save_pretrained(home / "backbone")
-    LongMem.from_backbone(home / "backbone", chunk_size=4, num_retrieved=16).save_pretrained(home / "side")
-    return home / "side"
 
 
 @pytest.fixture(scope="module")

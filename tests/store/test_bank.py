@@ -48,20 +48,6 @@ def fill(store: MemoryStore, namespace: str = "alice", documents: list[tuple[str
 # the same as a bank in memory
 
 
-@pytest.mark.parametrize("keep", KEEPS)
-def test_searches_equal_those_of_a_memory_bank_to_the_last_bit(store: MemoryStore, model: LongMem, keep: str) -> None:
-    bank, twin = store.bank("alice", keep=keep), memory_bank(store, model, DOCUMENTS)
-    assert torch.equal(bank.tokens, twin.tokens)
-    assert torch.equal(bank.chunks, twin.chunks)
-    for length, num in ((1, 4), (7, 4), (3, 200)):
-        asked = queries(bank, length=length)
-        same(bank.search(asked, num), twin.search(asked, num))
-    for chunk in range(int(bank.chunks[0])):
-        ours, theirs = bank.provenance(0, chunk), twin.provenance(0, chunk)
-        assert (ours.document, ours.start_token, ours.length) == (theirs.document, theirs.start_token, theirs.length)
-        assert ours.number == chunk
-
-
 @pytest.mark.parametrize(
     ("name", "layers", "keep"),
     [
@@ -72,9 +58,10 @@ def test_searches_equal_those_of_a_memory_bank_to_the_last_bit(store: MemoryStor
         ("gemma2", (1, 3), "map"),
         ("qwen3", (1, 3), "map"),
         ("alibi_gpt", (1, 3), "memory"),
+        ("lfm2", (2, 5), "map"),
     ],
 )
-def test_a_model_reads_a_store_as_it_reads_a_memory_bank(
+def test_a_store_is_searched_and_read_as_a_memory_bank_to_the_last_bit(
     tmp_path: Path, name: str, layers: tuple[int, ...], keep: str
 ) -> None:
     model = make_model(name, memory_layers=layers)
@@ -83,9 +70,15 @@ def test_a_model_reads_a_store_as_it_reads_a_memory_bank(
         fill(small)
         bank, twin = store.bank("alice", keep=keep), memory_bank(store, model, DOCUMENTS)
         assert store.layout.memory_layers == bank.memory_layers == layers
-        asked = queries(bank, heads=2 * bank.heads_kv)
+        assert torch.equal(bank.tokens, twin.tokens) and torch.equal(bank.chunks, twin.chunks)
+        for chunk in range(int(bank.chunks[0])):
+            ours, theirs = bank.provenance(0, chunk), twin.provenance(0, chunk)
+            assert ours.number == chunk and ours.document == theirs.document
+            assert (ours.start_token, ours.length) == (theirs.start_token, theirs.length)
         for layer in range(len(layers)):
-            same(bank.search(asked, 5, layer=layer), twin.search(asked, 5, layer=layer))
+            for length, num in ((1, 4), (7, 4), (3, 200)):
+                asked = queries(bank, length=length, heads=2 * bank.heads_kv)
+                same(bank.search(asked, num, layer=layer), twin.search(asked, num, layer=layer))
             found = small.bank("alice", keep=keep).search(asked, 5, layer=layer)
             assert torch.equal(found.chunks, bank.search(asked, 5, layer=layer).chunks)
         with pytest.raises(MemoryBankError, match=rf"layer \({len(layers)}\) must lie in 0"):
@@ -425,29 +418,16 @@ def test_a_text_is_searched_by_the_heads_of_the_model(
 # what is refused
 
 
-@pytest.mark.parametrize(
-    ("heads", "num", "chosen", "message"),
-    [
-        (4, 2, [0, 2], r"rows \(2\) must lie in 0..0"),
-        (4, 2, [0], r"rows \(1 entries\) must have one per row of the queries \(2\)"),
-        (3, 2, None, "a multiple of the bank's 2 key/value heads"),
-        (4, 0, None, r"num_chunks \(0\)"),
-    ],
-)
-def test_queries_that_do_not_fit_are_refused_in_one_line(
-    store: MemoryStore, heads: int, num: int, chosen: list[int] | None, message: str
-) -> None:
-    bank = store.bank("alice")
-    with pytest.raises(MemoryBankError, match=message):
-        bank.search(queries(bank, 2, heads=heads), num, None if chosen is None else torch.tensor(chosen))
-
-
 def test_wrong_settings_are_refused_in_one_line(store: MemoryStore) -> None:
     bank = store.bank("alice")
     with pytest.raises(MemoryBankError, match=r"chunk \(99\) is not there; the bank has 52"):
         bank.provenance(0, 99)
     with pytest.raises(MemoryBankError, match=r"row \(2\) must be 0"):
         bank.provenance(2, 0)
+    with pytest.raises(MemoryBankError, match=r"rows \(2\) must lie in 0..0"):
+        bank.search(queries(bank, 2), 2, torch.tensor([0, 2]))
+    with pytest.raises(MemoryBankError, match="a multiple of the bank's 2 key/value heads"):
+        bank.search(queries(bank, heads=3), 2)
     for settings, message in (
         ({"keep": "disk"}, r"keep \('disk'\) must be map or memory"),
         ({"documents": "letter 1"}, r"write \['letter 1'\]"),

@@ -249,8 +249,9 @@ def live(path: Path, seed: int, start: int, told: int) -> None:
             os.write(told, f"{number}\n".encode())
 
 
-def kill_at_random(kills: int, seed: int = 0) -> None:
-    """Kill a writer again and again; another one goes on with what was left."""
+@pytest.mark.parametrize(("kills", "seed"), [(30, 0), pytest.param(300, 1, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_nothing_that_returned_is_lost(kills: int, seed: int) -> None:
+    """A writer is killed again and again; another one goes on with what was left."""
     draw, done, model, middle = random.Random(seed), 0, Model(), 0
     script = steps(seed)
     upcoming = next(script)
@@ -282,15 +283,6 @@ def kill_at_random(kills: int, seed: int = 0) -> None:
                 model, upcoming, done, middle = apply(model, *upcoming), next(script), done + 1, middle + 1
             assert found == model, f"after {done} steps"
     assert done > kills / 3
-
-
-def test_killed_at_random_moments_nothing_that_returned_is_lost() -> None:
-    kill_at_random(30)
-
-
-@pytest.mark.slow
-def test_killed_at_many_random_moments_nothing_that_returned_is_lost() -> None:
-    kill_at_random(300, seed=1)
 
 
 # readers beside a writer
@@ -339,7 +331,10 @@ def write_beside(path: Path, ends: float, result: Path) -> None:
     result.write_text(json.dumps(number))
 
 
-def beside(seconds: float, readers: int) -> tuple[int, int]:
+@pytest.mark.parametrize(
+    ("seconds", "readers", "least"), [(4.0, 3, 10), pytest.param(60.0, 8, 200, marks=pytest.mark.slow)]
+)
+def test_readers_beside_a_writer_see_whole_states_only(seconds: float, readers: int, least: int) -> None:
     with quick_folder() as folder:
         with open_small(folder / "memory") as store:
             store.add_document("alice", "00000000", name="clock", time=0.0)
@@ -361,15 +356,4 @@ def beside(seconds: float, readers: int) -> tuple[int, int]:
         counts = [json.loads((folder / f"{number}").read_text()) for number in range(readers + 1)]
         with open_small(folder / "memory") as store:
             assert store.verify().problems == []
-    return counts[0], sum(counts[1:])
-
-
-def test_readers_beside_a_writer_see_whole_states_only() -> None:
-    changes, reads = beside(4.0, 3)
-    assert changes > 10 and reads > 10
-
-
-@pytest.mark.slow
-def test_eight_readers_beside_a_writer_for_a_minute() -> None:
-    changes, reads = beside(60.0, 8)
-    assert changes > 200 and reads > 200
+    assert counts[0] > least and sum(counts[1:]) > least

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import torch
 from tests.family_table import V, make_backbone
-from tests.store.small import NumberModel
 
 from longmem import LongMem, MemoryStore
-from longmem.store import encode
 from longmem.store.disk import Layout
 from longmem.store.encode import Encoder, new_layout
 
@@ -55,22 +53,6 @@ def test_a_real_tokenizer_and_backbone_keep_every_character(
         assert byte_tokenizer.decode(ids.tolist()) == text + text[:33]
         store.add_document("alice", ids=ids, name="as ids")
         assert store.text("alice", "as ids") == text + text[:33]
-
-
-def test_batches_have_a_shape_for_each_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(encode.BATCH_TOKENS, "cpu", 400)
-    model = NumberModel()
-    seen = set()
-    plain = model.encode
-
-    def watched(input_ids: torch.Tensor) -> object:
-        seen.add(tuple(input_ids.shape))
-        return plain(input_ids)
-
-    model.encode = watched  # type: ignore[assignment]
-    layout = Layout("0", "f", "n", (1,), 2, 4, 2, 100, "float32", 0.0)
-    list(Encoder(model, layout).encode([np.zeros(size, dtype=np.uint32) for size in (1, 16, 17, 33, 65, 100, 1000)]))
-    assert seen == {(25, 16), (12, 32), (6, 64), (4, 100)}
 
 
 def test_the_tokenizer_is_found_where_a_checkpoint_names_its_backbone_from_its_own_folder(

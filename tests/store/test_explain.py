@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.family_table import V
+from tests.family_table import ids
 from tests.store.banks import make_model as make
 from torch import Tensor
 
 from longmem import LongMem, MemoryBank
 from longmem.modeling.probe import Call
 from longmem.types import RetrievedMemory
-
-
-def ids(rows: int = 2, length: int = 12, seed: int = 0) -> Tensor:
-    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def filled(model: LongMem, rows: int = 2, length: int = 15, **settings: object) -> MemoryBank:

@@ -2,65 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from tests.store.small import open_small
 
+from longmem.store import MemoryStore
 from longmem.store.recall import Recall, passages
 
 
-@dataclass(frozen=True)
-class Info:
-    name: str
-    added: float
-    tokens: int
-
-
-@dataclass
-class Notes:
-    """A store of texts without a model."""
-
-    texts: dict[str, dict[str, str]] = field(default_factory=dict)
-
-    def documents(self, namespace: str) -> list[Info]:
-        return [Info(name, 0.0, len(text)) for name, text in self.texts.get(namespace, {}).items()]
-
-    def text(self, namespace: str, name: str) -> str:
-        return self.texts[namespace][name]
-
-
 @pytest.fixture
-def notes() -> Notes:
+def notes(tmp_path: Path) -> Iterator[MemoryStore]:
     monday = "user: My sister Ada keeps three bees.\nassistant: Noted.\nuser: The boat is called Petrel."
-    return Notes(
-        {"ann": {"monday": monday, "tuesday": "user: I paint on Sundays."}, "bob": {"m": "Bob's boat is Gull."}}
-    )
+    with open_small(tmp_path / "memory") as store:
+        store.add_document("ann", monday, name="monday")
+        store.add_document("ann", "user: I paint on Sundays.", name="tuesday")
+        store.add_document("bob", "Bob's boat is Gull.", name="m")
+        yield store
 
 
-def test_the_line_that_answers_comes_first_with_its_place(notes: Notes) -> None:
+def test_the_line_that_answers_comes_first_with_its_place(notes: MemoryStore) -> None:
     (first, *_) = Recall(notes, "ann").search("What is the name of my boat?", 3)
     assert (first.document, first.text) == ("monday", "user: The boat is called Petrel.")
     assert notes.text("ann", "monday")[first.start :] == first.text
 
 
-def test_no_namespace_sees_another(notes: Notes) -> None:
+def test_no_namespace_sees_another(notes: MemoryStore) -> None:
     assert not [p for p in Recall(notes, "ann").search("boat Gull bees paint", 10) if "Gull" in p.text]
     assert Recall(notes, "nobody").search("boat") == []
 
 
-def test_words_of_a_question_are_no_operators(notes: Notes) -> None:
+def test_words_of_a_question_are_no_operators(notes: MemoryStore) -> None:
     for query in ('boat" OR "x', "NEAR(boat bees)", "boat*", "-boat", "text:boat", "??", ""):
         assert len(Recall(notes, "ann").search(query, 5)) == (1 if "boat" in query and "bees" not in query else
                                                               2 if "bees" in query else 0)  # fmt: skip
 
 
-def test_what_is_forgotten_or_changed_is_noticed(notes: Notes) -> None:
+def test_what_is_forgotten_or_changed_is_noticed(notes: MemoryStore) -> None:
     recall = Recall(notes, "ann")
     assert recall.search("Petrel")
     assert not recall.search("Petrel", without=["monday"])
-    notes.texts["ann"]["monday"] = "user: The boat is called Heron now."
+    notes.add_document("ann", "user: The boat is called Heron now.", name="monday", replace=True)
     assert not recall.search("Petrel") and recall.search("Heron")
-    del notes.texts["ann"]["monday"]
+    notes.forget("ann", name="monday")
     assert not recall.search("Heron")
 
 

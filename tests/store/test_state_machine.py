@@ -63,17 +63,14 @@ class Life(RuleBasedStateMachine):
 
     # what changes it
 
-    @rule(namespace=SPACE, name=NAME, seed=SEED, length=LENGTH, as_ids=some.booleans(), replaces=some.booleans())
-    def add(self, namespace: str, name: str, seed: int, length: int, as_ids: bool, replaces: bool) -> None:
-        self._add(namespace, name, seed, length, as_ids, None, replaces)
-
-    @rule(namespace=SPACE, name=NAME, seed=SEED, length=LENGTH, age=AGE, replaces=some.booleans())
-    def add_for_a_while(self, namespace: str, name: str, seed: int, length: int, age: float, replaces: bool) -> None:
-        self._add(namespace, name, seed, length, False, self.now + age, replaces)
-
-    def _add(
-        self, namespace: str, name: str, seed: int, length: int, as_ids: bool, expires: float | None, replaces: bool
+    @rule(
+        namespace=SPACE, name=NAME, seed=SEED, length=LENGTH, as_ids=some.booleans(), age=some.none() | AGE,
+        replaces=some.booleans(),
+    )  # fmt: skip
+    def add(
+        self, namespace: str, name: str, seed: int, length: int, as_ids: bool, age: float | None, replaces: bool
     ) -> None:
+        expires = None if age is None else self.now + age
         self.added += 1
         new = make_document(self.added, name, seed, length, as_ids, self.now)
         old = self.twin.find(namespace, name, self.now)
@@ -127,25 +124,15 @@ class Life(RuleBasedStateMachine):
         else:
             self._forgotten(namespace, self.store.forget(namespace, name=name), lambda row: row.name == name)
 
-    @rule(namespace=SPACE, kind=some.sampled_from(["note", "letter"]))
-    def forget_where(self, namespace: str, kind: str) -> None:
-        found = self.store.forget(namespace, where={"kind": kind})
-        self._forgotten(namespace, found, lambda row: row.metadata.get("kind") == kind)
+    @rule(namespace=SPACE, age=some.none() | AGE, kind=some.sampled_from([None, "note", "letter"]))
+    def forget_several(self, namespace: str, age: float | None, kind: str | None) -> None:
+        before, where = None if age is None else self.now - age, None if kind is None else {"kind": kind}
+        found = self.store.forget(namespace, before=before, where=where, everything=before is None and where is None)
 
-    @rule(namespace=SPACE, age=AGE)
-    def forget_before(self, namespace: str, age: float) -> None:
-        moment = self.now - age
-        self._forgotten(namespace, self.store.forget(namespace, before=moment), lambda row: row.added < moment)
+        def gone(row: Document) -> bool:
+            return (before is None or row.added < before) and (kind is None or row.metadata.get("kind") == kind)
 
-    @rule(namespace=SPACE, age=AGE, kind=some.sampled_from(["note", "letter"]))
-    def forget_where_before(self, namespace: str, age: float, kind: str) -> None:
-        moment = self.now - age
-        found = self.store.forget(namespace, before=moment, where={"kind": kind})
-        self._forgotten(namespace, found, lambda row: row.added < moment and row.metadata.get("kind") == kind)
-
-    @rule(namespace=SPACE)
-    def forget_everything(self, namespace: str) -> None:
-        self._forgotten(namespace, self.store.forget(namespace, everything=True), lambda row: True)
+        self._forgotten(namespace, found, gone)
 
     def _forgotten(self, namespace: str, found: list[DocumentInfo], which: Callable[[Document], bool]) -> None:
         gone = [row for row in self.twin.rows.get(namespace, {}).values() if which(row)]
@@ -253,8 +240,8 @@ FOLDER: list[Path] = []
 """Where lives are lived."""
 
 
-def live(examples: int, steps: int) -> None:
-    """Try so many lives of so many steps."""
+@pytest.mark.parametrize(("examples", "steps"), [(8, 12), pytest.param(150, 50, marks=pytest.mark.slow)])
+def test_lives_are_as_in_the_model(examples: int, steps: int) -> None:
     quick = settings(
         max_examples=examples,
         stateful_step_count=steps,
@@ -266,13 +253,3 @@ def live(examples: int, steps: int) -> None:
         FOLDER.append(folder)
         run_state_machine_as_test(Life, settings=quick)
         FOLDER.pop()
-
-
-def test_lives_are_as_in_the_model() -> None:
-    live(8, 12)
-
-
-@pytest.mark.slow
-def test_many_long_lives_are_as_in_the_model(record_property: Callable[[str, object], None]) -> None:
-    live(150, 50)
-    record_property("lives", 150)

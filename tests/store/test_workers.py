@@ -10,10 +10,10 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-import torch
+from tests.family_table import tiny_gpt
 from tests.store.small import open_small, state_of
 
-from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemoryStore
+from longmem import LongMem, MemoryStore
 from longmem.errors import StoreError
 from longmem.store import NewDocument, adding
 
@@ -21,10 +21,7 @@ from longmem.store import NewDocument, adding
 @pytest.fixture(scope="module")
 def model() -> LongMem:
     """Over a backbone that has no name: workers are given its weights."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "max_position_embeddings": 32}
-    backbone = AlibiGPTForCausalLM(AlibiGPTConfig(vocab_size=64, initializer_range=0.1, **shape))
-    return LongMem.from_backbone(backbone, chunk_size=4, num_retrieved=8, memory_size=64).eval()
+    return LongMem.from_backbone(tiny_gpt(), chunk_size=4, num_retrieved=8, memory_size=64).eval()
 
 
 class IdTokenizer:

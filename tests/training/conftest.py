@@ -15,6 +15,8 @@ from longmem import AlibiGPTForCausalLM
 from longmem.training.recipe import Recipe
 
 Settings = dict[str, dict[str, Any]]
+Make = Callable[..., Recipe]
+Records = Callable[..., list[dict[str, Any]]]
 
 OPTIM = {"steps": 8, "rows": 2, "lr": 1e-2, "dropout": 0.1, "precision": "fp32"}
 OFTEN = {
@@ -56,7 +58,7 @@ def data(tmp_path: Path, text_dir: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def pretrain(tmp_path: Path, data: dict[str, Any]) -> Callable[..., Recipe]:
+def pretrain(tmp_path: Path, data: dict[str, Any]) -> Make:
     """``pretrain("name", optim={"steps": 3})``: a pre-training recipe."""
 
     def make(name: str = "run", **changes: dict[str, Any]) -> Recipe:
@@ -73,7 +75,7 @@ def pretrain(tmp_path: Path, data: dict[str, Any]) -> Callable[..., Recipe]:
 
 
 @pytest.fixture
-def adapt(tmp_path: Path, data: dict[str, Any], backbone_dir: Path) -> Callable[..., Recipe]:
+def adapt(tmp_path: Path, data: dict[str, Any], backbone_dir: Path) -> Make:
     """``adapt("name", sidenet={"memory": False})``: an adaptation recipe over the tiny backbone."""
 
     def make(name: str = "run", method: str = "longmem", **changes: dict[str, Any]) -> Recipe:
@@ -96,7 +98,7 @@ def merged(settings: Settings, changes: Settings) -> Settings:
 
 
 @pytest.fixture(scope="session")
-def records() -> Callable[..., list[dict[str, Any]]]:
+def records() -> Records:
     """``records(out_dir, "train")``: what a run wrote into its metrics."""
 
     def read(out_dir: Path, kind: str) -> list[dict[str, Any]]:

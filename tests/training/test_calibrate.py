@@ -8,7 +8,6 @@ from tests.family_table import V, make_backbone
 from torch import Tensor
 
 from longmem import MemoryBank, TrainingFree
-from longmem.data.tokens import train_tokenizer
 from longmem.errors import ConfigError, DataError
 from longmem.training import calibrate as calibrating
 from longmem.training.calibrate import CLOSED, CalibrationSettings, calibrate
@@ -54,15 +53,6 @@ def test_where_nothing_helps_the_gates_are_closed_and_the_model_is_its_backbone(
     bank.add(model.encode(ids))
     with torch.no_grad():
         torch.testing.assert_close(model(ids, memory=bank).logits, model(ids).logits)
-
-
-def test_facts_are_asked_for_beside_text() -> None:
-    tokenizer = train_tokenizer(["My dog is called Comet."] * 20, 280)
-    backbone = make_backbone("llama")
-    backbone.resize_token_embeddings(300)
-    model = TrainingFree.from_backbone(backbone, memory_layers=(1,), chunk_size=2, num_retrieved=8, fusion="token")
-    done = calibrate(model, _texts(0), _texts(1), tokenizer, SMALL, quiet=True)
-    assert set(done.alone) == {"text", "facts"} and all(set(v.change) == {"text", "facts"} for v in done.validations)
 
 
 def test_refusals() -> None:

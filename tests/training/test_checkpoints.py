@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.training.conftest import Make, Records
 from tests.training.test_needles import ASK
 
 from longmem import LongMem
@@ -18,9 +18,6 @@ from longmem.errors import CheckpointError
 from longmem.training.recipe import Recipe
 from longmem.training.run import train
 from longmem.training.trainer import StreamTrainer, complete, list_checkpoints, verify
-
-Make = Callable[..., Recipe]
-Records = Callable[..., list[dict[str, Any]]]
 
 
 def history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from tests.training.conftest import Make
 
 from longmem import LongMem
 from longmem.data.stream import IGNORE
@@ -20,8 +20,6 @@ from longmem.training.adapt import NeedleTrainer, Questions
 from longmem.training.recipe import Recipe
 from longmem.training.run import build_trainer, train
 from longmem.types import AttentionKV
-
-Make = Callable[..., Recipe]
 
 ASK: dict[str, Any] = {
     "share": 1.0, "rows": 4, "repeats": 2, "context": 48, "text_tokens": 512, "least_tokens": 32, "most_tokens": 256,

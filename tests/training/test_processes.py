@@ -5,26 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.family_table import FAMILIES
+from tests.family_table import make_backbone
+from tests.training.conftest import Make, Records
 from tests.training.gradients import gradients
 from tests.training.test_checkpoints import crash_after
 from tests.training.test_train_command import write
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from longmem.errors import ConfigError
 from longmem.training.models import wants_sharding
-from longmem.training.recipe import Recipe
 from longmem.training.trainer import list_checkpoints
-
-Make = Callable[..., Recipe]
-Records = Callable[..., list[dict[str, Any]]]
 
 ROWS = 4
 # the backbone's matrix products in bf16 round differently for another number of rows
@@ -79,11 +75,7 @@ def test_processes_compute_the_gradients_of_one(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # backbones are named by their families
     for family in ("llama", "gpt2"):
-        kind, fields = FAMILIES[family]
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**fields, "vocab_size": 260})).save_pretrained(
-            family
-        )
+        make_backbone(family, vocab_size=260).save_pretrained(family)
         byte_tokenizer.save_pretrained(family)
     together = tmp_path / "together"
     together.mkdir()

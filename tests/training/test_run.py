@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.training.conftest import Make, Records
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longmem import AlibiGPTForCausalLM, LongMem, MemTRM
@@ -20,42 +20,6 @@ from longmem.memory import MemoryBank
 from longmem.training.adapt import LongMemTrainer
 from longmem.training.recipe import Recipe
 from longmem.training.run import train
-
-Make = Callable[..., Recipe]
-Records = Callable[..., list[dict[str, Any]]]
-
-
-def test_pre_training_learns_and_its_model_loads_like_any_other(pretrain: Make) -> None:
-    recipe = pretrain(optim={"steps": 60, "rows": 8, "dropout": 0.0}, data={"repeat_fraction": 0.0})
-    result = train(recipe, quiet=True)
-    assert sum(result.losses[-5:]) / 5 < result.losses[0] - 0.5
-    assert result.model_dir == recipe.out_dir / "final"
-    model = AutoModelForCausalLM.from_pretrained(result.model_dir)
-    tokenizer = AutoTokenizer.from_pretrained(result.model_dir)
-    assert isinstance(model, AlibiGPTForCausalLM)
-    assert (model.config.vocab_size, model.config.max_position_embeddings) == (len(tokenizer), 16)
-
-
-def test_adaptation_learns_and_its_final_folder_names_the_backbone(adapt: Make, backbone_dir: Path) -> None:
-    recipe = adapt(optim={"steps": 40, "accumulate": 1, "dropout": 0.0, "rows": 4})
-    result = train(recipe, quiet=True)
-    assert sum(result.losses[-5:]) / 5 < sum(result.losses[:5]) / 5 - 0.1
-    assert result.evaluation["loss"] < result.evaluation["loss_backbone"]
-    assert "loss_memory_off" in result.evaluation
-    final = recipe.out_dir / "final"
-    assert LongMem.from_pretrained(final).memory_layers == (1,)
-    named = json.loads((final / "config.json").read_text())["backbone_name_or_path"]
-    assert named == "../../backbone", "so that both can move"
-    assert len(AutoTokenizer.from_pretrained(final)) == 260
-
-
-def test_auto_remembers_the_layers_whose_memory_is_worth_most_on_the_text(adapt: Make) -> None:
-    recipe = adapt(sidenet={"memory_layers": "auto"}, optim={"steps": 1})
-    result = train(recipe, quiet=True)
-    found = json.loads((recipe.out_dir / "layers.json").read_text())
-    assert [each["layers"] for each in found["single"]] == [[1], [3]], "those that the SideNet copies"
-    assert found["alone"]["nats"].keys() == {"facts", "text"} and result.model_dir is not None
-    assert LongMem.from_pretrained(result.model_dir).memory_layers == tuple(found["best"] or [3])
 
 
 @pytest.fixture
@@ -73,11 +37,42 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[LongMemTrainer]:
     return found
 
 
-def test_adaptation_changes_no_byte_of_the_backbone(adapt: Make, trainers: list[Any]) -> None:
-    train(adapt(), quiet=True)
+def test_pre_training_learns_and_its_model_loads_like_any_other(pretrain: Make) -> None:
+    recipe = pretrain(optim={"steps": 60, "rows": 8, "dropout": 0.0}, data={"repeat_fraction": 0.0})
+    result = train(recipe, quiet=True)
+    assert sum(result.losses[-5:]) / 5 < result.losses[0] - 0.5
+    assert result.model_dir == recipe.out_dir / "final"
+    model = AutoModelForCausalLM.from_pretrained(result.model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(result.model_dir)
+    assert isinstance(model, AlibiGPTForCausalLM)
+    assert (model.config.vocab_size, model.config.max_position_embeddings) == (len(tokenizer), 16)
+
+
+def test_adaptation_learns_in_the_sidenet_alone_and_its_final_folder_names_the_backbone(
+    adapt: Make, trainers: list[Any]
+) -> None:
+    recipe = adapt(optim={"steps": 40, "accumulate": 1, "dropout": 0.0, "rows": 4})
+    result = train(recipe, quiet=True)
+    assert sum(result.losses[-5:]) / 5 < sum(result.losses[:5]) / 5 - 0.1
+    assert result.evaluation["loss"] < result.evaluation["loss_backbone"]
+    assert "loss_memory_off" in result.evaluation
     before, after = trainers[0].before, trainers[0].longmem.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == set(trainers[0].longmem.trainable_parameter_names())
+    assert changed == set(trainers[0].longmem.trainable_parameter_names()), "no byte of the backbone"
+    final = recipe.out_dir / "final"
+    assert LongMem.from_pretrained(final).memory_layers == (1,)
+    named = json.loads((final / "config.json").read_text())["backbone_name_or_path"]
+    assert named == "../../backbone", "so that both can move"
+    assert len(AutoTokenizer.from_pretrained(final)) == 260
+
+
+def test_auto_remembers_the_layers_whose_memory_is_worth_most_on_the_text(adapt: Make) -> None:
+    recipe = adapt(sidenet={"memory_layers": "auto"}, optim={"steps": 1})
+    result = train(recipe, quiet=True)
+    found = json.loads((recipe.out_dir / "layers.json").read_text())
+    assert [each["layers"] for each in found["single"]] == [[1], [3]], "those that the SideNet copies"
+    assert found["alone"]["nats"].keys() == {"facts", "text"} and result.model_dir is not None
+    assert LongMem.from_pretrained(result.model_dir).memory_layers == tuple(found["best"] or [3])
 
 
 @pytest.mark.parametrize("method", ["longmem", "memtrm"])

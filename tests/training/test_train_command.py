@@ -4,30 +4,13 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.calling import Command
+from tests.training.conftest import Make
 
-from longmem.cli import main as frame
 from longmem.training.recipe import Recipe
-
-Make = Callable[..., Recipe]
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """``run(path, "--check")``: status, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            frame.main(["train", *map(str, arguments)])
-        shown = capsys.readouterr()
-        return int(stop.value.code or 0), shown.out, shown.err
-
-    return call
 
 
 def write(recipe: Recipe, path: Path) -> Path:
@@ -40,24 +23,26 @@ def write(recipe: Recipe, path: Path) -> Path:
     return path
 
 
-def test_a_run_prints_its_model_and_tells_its_progress_on_stderr(pretrain: Make, tmp_path: Path, run: Run) -> None:
+def test_a_run_prints_its_model_and_tells_its_progress_on_stderr(
+    pretrain: Make, tmp_path: Path, command: Command
+) -> None:
     path = write(pretrain(), tmp_path / "recipe.toml")
-    status, out, err = run(path, "--set", "optim.steps=2")
+    status, out, err = command("train", path, "--set", "optim.steps=2")
     assert (status, out) == (0, f"{tmp_path}/run/final\n")
     lines = err.splitlines()
     assert any(line.startswith("pre-training ") for line in lines)
     assert any(line.startswith("step 2/2 · loss ") for line in lines)
     assert lines[-1].startswith("finished: 2 steps, 64 tokens")
-    status, out, err = run(path, "--set", "optim.steps=2", "--json", "--quiet", "--overwrite")
-    result: dict[str, Any] = json.loads(out)
-    assert (status, err) == (0, "")
+    done = command("train", path, "--set", "optim.steps=2", "--json", "--quiet", "--overwrite")
+    result: dict[str, Any] = done.json
+    assert (done.status, done.err) == (0, "")
     assert (result["step"], result["tokens"], result["model_dir"]) == (2, 64, f"{tmp_path}/run/final")
     assert "loss" in result["evaluation"]
 
 
-def test_check_and_estimate_train_nothing(adapt: Make, tmp_path: Path, run: Run) -> None:
+def test_check_and_estimate_train_nothing(adapt: Make, tmp_path: Path, command: Command) -> None:
     path = write(adapt(), tmp_path / "recipe.toml")
-    assert run(path, "--check") == (0, f"{path}: adapt, no problems found\n", "")
-    status, out, _ = run(path, "--estimate", "a100-80gb")
+    assert command("train", path, "--check") == (0, f"{path}: adapt, no problems found\n", "")
+    status, out, _ = command("train", path, "--estimate", "a100-80gb")
     assert status == 0 and not (tmp_path / "run").exists()
     assert [line.split()[0] for line in out.splitlines()] == ["parameters", "memory", "work", "time", "speed", "cost"]

@@ -100,19 +100,6 @@ def test_it_trains_what_reading_and_writing_by_hand_trains(
     assert 0 < said["memory_fill"] <= 1 and all(0 < share < 1 for share in said["share"])
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(documents: Documents, backbone_dir: Path, tmp_path: Path) -> None:
-    settings = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
-    whole = made(tmp_path / "whole", documents, backbone_dir, boundary="reset", **settings)
-    whole.train()
-    folder = tmp_path / "whole" / "checkpoint-3"
-    assert {path.name for path in folder.iterdir()} >= {"sidenet.safetensors", "rank-0-of-1.pt", "trainer_state.json"}
-    cut = made(tmp_path / "cut", documents, backbone_dir, boundary="reset", **settings)
-    cut.train(resume_from_checkpoint=str(folder))
-    assert losses(cut) == losses(whole)
-    expected = dict(whole.model.sidenet.named_parameters())
-    assert all(torch.equal(expected[name], weight) for name, weight in cut.model.sidenet.named_parameters())
-
-
 def test_other_rows_or_texts_are_not_resumed(documents: Documents, backbone_dir: Path, tmp_path: Path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     made(tmp_path / "run", documents, backbone_dir, **settings).train()

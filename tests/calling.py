@@ -1,4 +1,4 @@
-"""What a call of ``longmem memory`` gives to a test."""
+"""What a call of the command line leaves to a test; the fixture ``command`` makes the calls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Done(NamedTuple):
         return lines[0].removeprefix("error: ")
 
 
-Memory = Callable[..., Done]
+Command = Callable[..., Done]
 
 
 def names(done: Done) -> list[str]:

@@ -1,16 +1,18 @@
-"""The examples about training run, and fit on a page."""
+"""The examples run, and fit on a page."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from tests.family_table import make_backbone
+from transformers import PreTrainedTokenizerFast
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -18,10 +20,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.fixture
 def backbone(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
     """A tiny Llama over bytes."""
-    config = AutoConfig.for_model(
-        "llama", vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "backbone")
+    make_backbone("llama", vocab_size=260).save_pretrained(tmp_path / "backbone")
     byte_tokenizer.save_pretrained(str(tmp_path / "backbone"))
     return tmp_path / "backbone"
 
@@ -62,9 +61,22 @@ def test_a_quantised_backbone(backbone: Path) -> None:
     assert "trained parameters on cpu" in run("large_backbone.py", backbone, "--bits", "4bit")
 
 
-@pytest.mark.parametrize("name", ["train_with_trainer.py", "large_backbone.py", "ddp.yaml", "fsdp2.yaml"])
-def test_an_example_has_at_most_60_lines(name: str) -> None:
-    assert len((EXAMPLES / name).read_text().splitlines()) <= 60
+def test_the_example_goes_from_layer_to_generation_on_a_page() -> None:
+    said = run("your_model.py")
+    assert "layers whose keys can be remembered: [0, 1, 2, 3, 4, 5, 6, 7]" in said
+    assert "layer 5 is remembered, read by SideNet layer 2" in said
+    match = re.search(r"4,096 tokens take ([\d,]+) bytes by arithmetic, ([\d,]+) in the bank", said)
+    assert match is not None
+    by_hand, real = (int(number.replace(",", "")) for number in match.groups())
+    assert by_hand == 4096 * 2 * 16 * 2 * 4 + 1024 * 2 * 16 * 4
+    assert by_hand < real < 1.05 * by_hand
+    assert "GiB per device" in said and " on a100-80gb for " in said
+    assert "segment 3: loss" in said and "384 tokens remembered" in said
+    assert re.search(r"generated: \[\d+(, \d+){7}\]", said)
+
+
+def test_an_example_has_at_most_60_lines() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.*") if len(path.read_text().splitlines()) > 60} == set()
 
 
 @pytest.mark.parametrize(("name", "kind"), [("ddp.yaml", "MULTI_GPU"), ("fsdp2.yaml", "FSDP")])
