@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,10 @@ from torch import Tensor, nn
 from longmem import LongMem, MemoryBank
 from longmem.data.text import TextSource, read_documents
 from longmem.errors import CheckpointError, ConfigError
-from longmem.evaluation.loading import (
-    TokenizedDocument,
-    checkpoint_folder,
-    load_comparison,
-    load_tokenizer,
-    tokenize_documents,
-)
+from longmem.evaluation.loading import TokenizedDocument, checkpoint_folder, load_systems, tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings, measure, scores
 from longmem.evaluation.results import Bootstrap, Ledger, as_json, header, write_json
-from longmem.evaluation.systems import BACKBONE, MEMORY_OFF, Comparison, System
+from longmem.evaluation.systems import BACKBONE, MEMORY_OFF, System, systems_of
 from longmem.evaluation.tables import plain, tables_of
 from longmem.types import AttentionKV
 
@@ -135,13 +130,12 @@ class Int8Bank(MemoryBank):
         return torch.cat(parts, dim=2).to(states)
 
 
-def untrained(model: LongMem, size: int, axes: dict[str, list[Any]]) -> tuple[Comparison, list[Planned]]:
+def untrained(model: LongMem, size: int, axes: dict[str, list[Any]]) -> tuple[list[System], list[Planned]]:
     """Systems that differ from the default in one setting, all on one pass of the backbone."""
-    base = Comparison.of_longmem(model, [size])
-    backbone, off, on = base.systems
+    backbone, off, on = systems_of(model, [size])
     default = replace(on, name=DEFAULT)
     own = {"memory_size": size, "memory_dtype": str(model.dtype).removeprefix("torch."), "gate_share": None}
-    planned, kinds = list[Planned](), dict[int, tuple[type[MemoryBank], dict[str, Any]]]()
+    planned = list[Planned]()
     for axis, value in ((axis, value) for axis, values in axes.items() for value in values):
         said = f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
         if value == own.get(axis, getattr(model.config, axis, None)):  # it needs no system of its own
@@ -149,19 +143,13 @@ def untrained(model: LongMem, size: int, axes: dict[str, list[Any]]) -> tuple[Co
             continue
         other = varied(model, **({axis: value} if axis in ("chunk_size", "num_retrieved", "gate_share") else {}))
         remembered = value if axis == "memory_size" else size
+        make: Any = MemoryBank.for_model
         if axis == "memory_dtype":
-            kinds[id(other)] = (Int8Bank, {}) if value == "int8" else (MemoryBank, {"dtype": getattr(torch, value)})
+            make = Int8Bank.for_model if value == "int8" else partial(make, dtype=getattr(torch, value))
         identity = on.identity | {"memory": remembered, axis: value}
-        system = System(f"{axis}={value}", f"{AXES[axis]}: {said}", identity, other, memory_size=remembered)
+        system = System(f"{axis}={value}", f"{AXES[axis]}: {said}", identity, other, remembered, make)
         planned.append(Planned(system, axis, said))
-
-    def make_memory(reader: Any, rows: int, capacity_tokens: int) -> MemoryBank:
-        kind, settings = kinds.get(id(reader), (MemoryBank, {}))
-        bank: MemoryBank = kind.for_model(reader, rows, capacity_tokens, **settings)
-        return bank
-
-    systems = (backbone, off, default, *(one.system for one in planned if one.system is not default))
-    return replace(base, systems=systems, make_memory=make_memory), planned
+    return [backbone, off, default, *(one.system for one in planned if one.system is not default)], planned
 
 
 def trained(named: Sequence[str], model: LongMem, size: int) -> list[Planned]:
@@ -176,7 +164,7 @@ def trained(named: Sequence[str], model: LongMem, size: int) -> list[Planned]:
         other: Any = LongMem.from_pretrained(checkpoint_folder(folder), backbone=model.backbone.model)
         if other.fingerprint != model.fingerprint:
             raise CheckpointError(f"{folder}: its backbone is {other.fingerprint}, the default's {model.fingerprint}")
-        system = Comparison.of_longmem(other.to(model.device).eval(), [size]).systems[-1]
+        system = systems_of(other.to(model.device).eval(), [size])[-1]
         mine, its = (_config(each) for each in (other, model))
         differs = ", ".join(f"{name} {mine[name]} (default {its[name]})" for name in TRAINED if mine[name] != its[name])
         axis = axis or "other SideNets"
@@ -201,16 +189,16 @@ def ablate(
 ) -> dict[str, Any]:
     """Measure every value of every axis on every document: the JSON of ``ablate.json``."""
     began, size, ledger = time.monotonic(), memory_size or model.config.memory_size, Ledger(records)
-    comparison, planned = untrained(model, size, chosen(of, model, size))
+    together, planned = untrained(model, size, chosen(of, model, size))
     others = trained(also, model, size)
     planned += others
     # each by itself: another memory layer has keys and values of its own
-    apart = [replace(Comparison.of_longmem(one.system.model, [size]), systems=(one.system,)) for one in others]
+    apart = [[one.system] for one in others]
     names = dict.fromkeys([BACKBONE, MEMORY_OFF, DEFAULT, *(one.system.name for one in planned)])
     scored: dict[str, dict[str, Any]] = {name: {} for name in names}
     for protocol in settings.protocols:
         table: dict[str, list[dict[str, Any]]] = {}
-        for some in (comparison, *apart):
+        for some in (together, *apart):
             table |= measure(some, documents, settings, protocol, ledger)
         found = scores("all", documents, table, [(name, DEFAULT) for name in names], settings)
         perplexities = {one["system"]: one["perplexity"] for one in found["systems"]}
@@ -221,7 +209,7 @@ def ablate(
         "header": header(
             "ablate",
             asdict(settings) | {"memory_size": size, "of": list(of), "also": list(also)} | (config or {}),
-            {system.name: system.identity for each in (comparison, *apart) for system in each.systems},
+            {system.name: system.identity for each in (together, *apart) for system in each},
             {"documents": len(documents), "tokens": sum(document.scored for document in documents)},
             [settings.bootstrap.seed],
             time.monotonic() - began,
@@ -268,25 +256,25 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
     texts = list(islice(read_documents(TextSource(tuple(given.data))), given.num_documents))
-    loaded = load_comparison(given.model, device=given.device)
-    if loaded.comparison.main is None:
+    system = load_systems(given.model, device=given.device, window=given.window)[-1]
+    model = system.model
+    if not isinstance(model, LongMem):
         raise ConfigError(f"{given.model}: no LongMem checkpoint; ablations change the settings of one")
-    tokenizer = load_tokenizer(loaded.tokenizer, loaded.comparison.model)
     settings = PerplexitySettings(
-        window=given.window or loaded.window,
+        window=system.window,
         protocols=tuple(given.protocols.split(",")),
         rows=given.rows,
         bootstrap=Bootstrap(resamples=given.resamples),
     )
     result = ablate(
-        loaded.comparison.main,
-        tokenize_documents(texts, tokenizer, max_tokens=given.max_tokens),
+        model,
+        tokenize_documents(texts, system.tokenizer, max_tokens=given.max_tokens),
         settings,
         given.of,
         given.also,
         memory_size=given.memory_size,
         records=given.out / "records.jsonl",
-        config={"model": loaded.model, "data": given.data, "max_tokens": given.max_tokens},
+        config={"model": given.model, "data": given.data, "max_tokens": given.max_tokens},
     )
     write_json(given.out / "ablate.json", result)
     for table in tables_of(as_json(result)):

@@ -33,7 +33,7 @@ from transformers.cache_utils import DynamicLayer
 
 from longmem import LongMem
 from longmem.errors import ConfigError
-from longmem.evaluation.loading import checked_device, load_comparison
+from longmem.evaluation.loading import checked_device, checkpoint_folder
 from longmem.evaluation.results import as_json, header, write_json
 from longmem.evaluation.tables import plain, tables_of
 from longmem.progress import track
@@ -92,10 +92,9 @@ def load(settings: Settings) -> LongMem:
     device = checked_device(settings.device)
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     if settings.model:
-        main = load_comparison(settings.model, device=device, dtype=dtype).comparison.main
-        if main is None:
-            raise ConfigError(f"{settings.model}: no LongMem checkpoint; LongMem is compared with its own backbone")
-        return main
+        said = "no LongMem checkpoint; LongMem is compared with its own backbone"
+        main = LongMem.from_pretrained(checkpoint_folder(settings.model, "longmem", said))
+        return main.to(device=device, dtype=dtype).eval()
     shape = SHAPE | (settings.shape or {})
     torch.manual_seed(settings.seed)
     config = LlamaConfig(

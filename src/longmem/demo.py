@@ -16,7 +16,7 @@ from longmem.data.facts import told_session
 from longmem.data.text import Document, numbered, package_text, read_documents
 from longmem.default_model import default_model, shipped
 from longmem.errors import BackboneError, DataError
-from longmem.evaluation.loading import load_comparison, load_tokenizer, tokenize_documents
+from longmem.evaluation.loading import load_systems, tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.results import write_json
 from longmem.generation.page import log_probabilities, page, read_tokens, reading_at
@@ -106,15 +106,14 @@ def run_demo(
     named = named[:1] if large and not texts else named
     most = max_tokens or (REAL_TOKENS if large else MAX_TOKENS)
     sizes = MEMORY_SIZES[-1:] if large else MEMORY_SIZES
-    loaded = load_comparison(path, backbone=backbone, default_sizes=sizes)
-    reader: Any = loaded.comparison.systems[-1].model
+    systems = load_systems(path, backbone=backbone, default_sizes=sizes)
+    reader, tokenizer = systems[-1].model, systems[-1].tokenizer
     if not hasattr(reader, "memory_layers"):
-        raise DataError(f"{loaded.model} reads no memory; name the folder of a LongMem with --model")
-    tokenizer = load_tokenizer(loaded.tokenizer, loaded.comparison.model)
+        raise DataError(f"{path} reads no memory; name the folder of a LongMem with --model")
     kept = [_beginning(text, tokenizer, most) for text in named]
     # the memories of another model are kept in another store
     place = out / "-".join(["memory", reader.fingerprint[:8], *map(str, reader.memory_layers)])
-    made: dict[str, Any] = {"model": loaded.model, "store": place, "page": out / "memory.html"}
+    made: dict[str, Any] = {"model": path, "store": place, "page": out / "memory.html"}
     with MemoryStore.open(place, model=reader, tokenizer=tokenizer) as store:
         for text, whole in zip(kept, named, strict=True):
             file = out / "text" / (text.id if Path(text.id).suffix else f"{text.id}.txt")
@@ -128,15 +127,15 @@ def run_demo(
             made |= _conversation(reader, tokenizer, store, seed, say)
     note = f"The tokens are those that follow the prompt in {kept[0].id}; the text before the prompt is in memory."
     held = f"memory: {made['tokens']:,} tokens of {', '.join(text.id for text in kept)}"
-    made["page"].write_text(page(loaded.model, held, made["prompt"], made["read"], [note]), encoding="utf-8")
+    made["page"].write_text(page(path, held, made["prompt"], made["read"], [note]), encoding="utf-8")
     documents = tokenize_documents(kept, tokenizer)
     say(f"\nmeasuring {sum(document.scored for document in documents):,} tokens with every system")
     made["perplexity"] = perplexity(
-        loaded.comparison,
+        systems,
         documents,
         # segments would take the text before each of them from the backbone, and flatter the memory
-        PerplexitySettings(window=loaded.window, protocols=("sliding",)),
-        config={"model": loaded.model, "texts": [text.id for text in kept], "max_tokens": most},
+        PerplexitySettings(window=systems[0].window, protocols=("sliding",)),
+        config={"model": path, "texts": [text.id for text in kept], "max_tokens": most},
     )
     write_json(out / "perplexity.json", made["perplexity"])
     return made

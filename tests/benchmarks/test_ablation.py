@@ -16,7 +16,7 @@ from tests.evaluation.pairs import TEXT, TOKENIZER, backbone, disturbed, documen
 from longmem import CheckpointError, ConfigError, LongMem
 from longmem.evaluation.loading import TokenizedDocument
 from longmem.evaluation.perplexity import perplexity
-from longmem.evaluation.systems import Comparison
+from longmem.evaluation.systems import systems_of
 
 SETTINGS = replace(BOTH, protocols=("sliding",))
 SHAPE: dict[str, Any] = {"chunk_size": 4, "num_retrieved": 8, "memory_size": 64}
@@ -35,7 +35,7 @@ def score(result: dict[str, Any], axis: str, value: str) -> float:
 
 def alone(model: LongMem, some: list[TokenizedDocument], size: int = 64) -> float:
     """Perplexity of the model with its own settings."""
-    found = perplexity(Comparison.of_longmem(model, [size]), some, SETTINGS)
+    found = perplexity(systems_of(model, [size]), some, SETTINGS)
     scores = found["protocols"]["sliding"]["all"]["systems"]
     return float(next(score["perplexity"] for score in scores if score["system"] == f"memory_{size}"))
 

@@ -12,7 +12,7 @@ from longmem.data.tokens import train_tokenizer
 from longmem.evaluation.loading import TokenizedDocument, tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings
 from longmem.evaluation.results import Bootstrap
-from longmem.evaluation.systems import Comparison
+from longmem.evaluation.systems import System, systems_of
 
 TEXT = "Words of a small text, and more words of it; then the same words again. "
 TOKENIZER = train_tokenizer([TEXT], 290)
@@ -52,13 +52,13 @@ def memtrm(seed: int = 2, *, start: int = 0) -> MemTRM:
     return made
 
 
-def everything(*sizes: int) -> tuple[Comparison, dict[str, Any]]:
+def everything(*sizes: int) -> tuple[list[System], dict[str, Any]]:
     """All kinds of systems over one backbone, and their models by kind of memory."""
     side, trained = longmem(), memtrm()
     free = TrainingFree.from_backbone(side.backbone.model, gate=0.3, **SHAPE)
-    comparison = Comparison.of_longmem(side, sizes, control=longmem(5)).beside(trained, sizes)
+    systems = systems_of(side, sizes, control=longmem(5)) + systems_of(trained, sizes) + systems_of(free, sizes)
     models = {"memory": side, "memtrm": trained, "training_free_0.3": free}
-    return comparison.beside(free, sizes), models
+    return systems, models
 
 
 def documents(*repeats: int) -> list[TokenizedDocument]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from longmem import LongMem, MemoryBank
 from longmem.errors import ConfigError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, askers, encode_after, start_tokens
-from longmem.evaluation.systems import Comparison
+from longmem.evaluation.systems import systems_of
 
 WINDOW = 16
 TOKENIZER = SimpleNamespace(eos_token_id=1, pad_token_id=0)
@@ -144,14 +144,14 @@ def test_prompts_that_cannot_be_asked_are_refused(model: LongMem, prompt: Prompt
 
 
 def test_every_system_and_the_full_context_is_asked(model: LongMem) -> None:
-    found = askers(Comparison.of_longmem(model, [16, 32]), TOKENIZER, window=WINDOW, rows=8, full_context=32)
+    found = askers(systems_of(model, [16, 32]), TOKENIZER, window=WINDOW, rows=8, full_context=32)
     assert [each.name for each in found] == ["backbone", "memory_off", "memory_16", "memory_32", "full_32"]
     assert [each.memory_size for each in found] == [None, None, 16, 32, None]
     assert found[-1].rows == 4
     with pytest.raises(ConfigError, match=r"full context \(8\) must be above the window \(16\)"):
-        askers(Comparison.of_longmem(model, [16]), TOKENIZER, window=WINDOW, full_context=8)
+        askers(systems_of(model, [16]), TOKENIZER, window=WINDOW, full_context=8)
     with pytest.raises(ConfigError, match="at most the backbone's positions"):
-        askers(Comparison.of_longmem(model, [16]), TOKENIZER, window=WINDOW, full_context=1 << 20)
+        askers(systems_of(model, [16]), TOKENIZER, window=WINDOW, full_context=1 << 20)
 
 
 def test_tokens_are_those_of_the_joined_text(byte_tokenizer: Any) -> None:

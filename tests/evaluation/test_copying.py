@@ -71,8 +71,7 @@ def test_the_layer_that_copies_is_found(tiny_backbone: AlibiGPTForCausalLM, monk
 
 def test_copy_loss_is_the_loss_of_each_pass(tiny_backbone: AlibiGPTForCausalLM) -> None:
     tokens = random_tokens(VOCAB, 2, 16)
-    first, second = copy_loss(tiny_backbone.train(), tokens)
-    assert tiny_backbone.training
+    first, second = copy_loss(tiny_backbone, tokens)
     twice = torch.cat([tokens, tokens], dim=1)
     logits = tiny_backbone.eval()(twice).logits[:, :-1]
     losses = -logits.log_softmax(-1).gather(2, twice[:, 1:, None])[..., 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from longmem.data.text import Document
@@ -32,11 +34,14 @@ def test_only_the_beginning_of_a_long_text_is_tokenised() -> None:
     text, seen = "".join(f"{i} {TEXT}" for i in range(300)), list[int]()
 
     class Watched:
-        is_fast, bos_token_id = True, None
+        bos_token_id = None
 
         def __call__(self, text: str, **settings: object) -> object:
             seen.append(len(text))
             return TOKENIZER(text, **settings)
+
+        def decode(self, ids: list[int], **settings: Any) -> str:
+            return str(TOKENIZER.decode(ids, **settings))
 
     (found,) = tokenize_documents([Document("a", text, "")], Watched(), max_tokens=500)
     ids = TOKENIZER(text).input_ids[:500]

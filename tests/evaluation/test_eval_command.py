@@ -97,7 +97,7 @@ def test_a_baseline_or_a_backbone_is_measured_by_itself(
     assert [(d["id"], d["tokens"]) for d in result["documents"]] == [("one__a.txt", 29), ("one__b.txt", 29)]
 
 
-@pytest.mark.parametrize("option", ["--protocol=rolling", "--protocol=", "--window=1", "--batch=0", "--resamples=0"])
+@pytest.mark.parametrize("option", ["--protocol=rolling", "--protocol=", "--windows=", "--batch=0"])
 def test_a_wrong_value_is_refused_by_its_option_before_anything_is_read(option: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as done:
         main(["eval", "perplexity", "--model", "nowhere", "--data", "nowhere", option])
@@ -122,14 +122,13 @@ def test_a_wrong_value_is_refused_by_its_option_before_anything_is_read(option: 
         ("--model memtrm --control side", "--control, --memory-sizes and --backbone are of a LongMem checkpoint; "),
         ("--model side --training-free 1.5", "gate (1.5) must be between 0 (memory unread) and 1"),
         ("--model side --training-free backbone", "no training-free settings; --training-free takes a share"),
-        ("--model side --training-free 0.1 --training-free 0.10", "training-free 0.1 is compared twice"),
-        ("--model side --memory-sizes 64,17", "memory size (17) must be a multiple of chunk_size (2), 0 is"),
+        ("--model side --training-free 0.1 --training-free 0.10", "training-free 0.1, 64 tokens: compared twice"),
+        ("--model side --memory-sizes 64,17", "memory size (17) must be a multiple of chunk_size (2); try 16"),
         ("--model backbone --memory-sizes 64", "is a causal language model by itself"),
         ("--model side --stride 40", "stride (40) must be between 1 and the window (16); try 8"),
         ("--model side --device meta", "device (meta) cannot be used ("),
         ("--model side --device cuda:99", "; try --device cpu"),
         ("--model side --tokenizer larger", "it is another model's; name the right one with --tokenizer"),
-        ("--model side --group-by-prefix=", "the sign that ends a group's name must not be empty; try"),
         ("--model side --max-tokens 2 --data short.txt", "no text to measure: 1 documents read, none has two tokens"),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from longmem.data.text import Document
-from longmem.evaluation.loading import load_comparison, load_tokenizer, tokenize_documents
+from longmem.evaluation.loading import load_systems, tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.results import Bootstrap
 
@@ -18,7 +18,7 @@ GOLDEN = json.loads((Path(__file__).parent / "perplexity_golden.json").read_text
 
 
 def test_every_number_is_as_before(made_text: Callable[..., str]) -> None:
-    loaded = load_comparison(
+    systems = load_systems(
         str(MODELS / "small" / "sidenet"),
         control=str(MODELS / "small" / "control"),
         memtrm=str(MODELS / "small-memtrm"),
@@ -27,9 +27,9 @@ def test_every_number_is_as_before(made_text: Callable[..., str]) -> None:
     )
     made = zip(("one__a.txt", "one__b.txt", "two__a.txt"), ((250, 1), (120, 2), (180, 3)), strict=True)
     texts = [Document(name, made_text(*size), "") for name, size in made]
-    documents = tokenize_documents(texts, load_tokenizer(loaded.tokenizer), group_separator="__")
+    documents = tokenize_documents(texts, systems[0].tokenizer, group_separator="__")
     settings = PerplexitySettings(window=128, rows=2, bootstrap=Bootstrap(resamples=20))
-    found = perplexity(loaded.comparison, documents, settings)
+    found = perplexity(systems, documents, settings)
     for document, expected in zip(found["documents"], GOLDEN["documents"], strict=True):
         for name in ("id", "tokens", "words", "bytes", "digest"):
             assert document[name] == expected[name]

@@ -25,16 +25,16 @@ from longmem import LongMem, MemoryBank
 from longmem.errors import ConfigError
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.report import plot_all
-from longmem.evaluation.systems import Comparison, compared, sized
+from longmem.evaluation.systems import compared, shared_forward, sized, systems_of
 from longmem.progress import Progress
 
 
 def test_longer_windows_are_the_backbone_measured_with_them(tmp_path: Path) -> None:
-    comparison, _ = everything(8, 64)
+    systems, _ = everything(8, 64)
     some, settings = documents(3, 2), replace(SETTINGS, windows=(32,))
-    found = perplexity(comparison, some, settings)
+    found = perplexity(systems, some, settings)
     assert found["systems"]["window_32"] == "backbone, window of 32"
-    alone = perplexity(Comparison(comparison.systems[:1]), some, replace(SETTINGS, window=32))
+    alone = perplexity(systems[:1], some, replace(SETTINGS, window=32))
     for mine, its in zip(found["documents"], alone["documents"], strict=True):
         for protocol, nll in mine["nll"].items():
             assert nll["window_32"] == pytest.approx(its["nll"][protocol]["backbone"], rel=1e-5)
@@ -44,9 +44,9 @@ def test_longer_windows_are_the_backbone_measured_with_them(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("size", [8, 1 << 20])
 def test_a_longer_window_that_is_not_or_has_no_positions_is_refused(size: int) -> None:
-    comparison = Comparison.of_backbone(make_backbone("gpt2"))
+    systems = systems_of(make_backbone("gpt2"))
     with pytest.raises(ConfigError, match=rf"longer window \({size}\) must be above the window .* change --windows"):
-        perplexity(comparison, documents(3), replace(SETTINGS, windows=(size,)))
+        perplexity(systems, documents(3), replace(SETTINGS, windows=(size,)))
 
 
 def stopped_at(what: str, share: float) -> Callable[..., None]:
@@ -63,9 +63,9 @@ def stopped_at(what: str, share: float) -> Callable[..., None]:
 @torch.no_grad()
 def test_every_system_scores_as_its_model_alone() -> None:
     """Also those that share one pass of the backbone, window by window."""
-    comparison, models = everything(8, 64)
+    systems, models = everything(8, 64)
     (document,) = documents(3)
-    found, ids = perplexity(comparison, [document], SETTINGS), document.ids
+    found, ids = perplexity(systems, [document], SETTINGS), document.ids
     assert list(found["systems"]) == [
         "backbone", "memory_off", "control", "memory_8", "memory_64", "memtrm_off", "memtrm_8", "memtrm_64",
         "training_free_0.3_8", "training_free_0.3_64",
@@ -93,11 +93,11 @@ def test_every_system_scores_as_its_model_alone() -> None:
 @pytest.mark.parametrize("fusion", ["gate", "softmax"])
 def test_rows_of_a_batch_score_as_alone(fusion: str) -> None:
     """Law 4, with rows that begin and end at different times and banks that overflow."""
-    comparison = everything(16, 64)[0] if fusion == "gate" else Comparison.of_longmem(longmem(fusion=fusion), [16, 64])
+    systems = everything(16, 64)[0] if fusion == "gate" else systems_of(longmem(fusion=fusion), [16, 64])
     several = documents(5, 1, 3, 2, 4)
-    together = perplexity(comparison, several, SETTINGS)
+    together = perplexity(systems, several, SETTINGS)
     for i, document in enumerate(several):
-        alone = perplexity(comparison, [document], SETTINGS)
+        alone = perplexity(systems, [document], SETTINGS)
         for protocol in together["protocols"]:
             for system in together["systems"]:
                 (expected,) = nll_of(alone, system, protocol)
@@ -106,32 +106,32 @@ def test_rows_of_a_batch_score_as_alone(fusion: str) -> None:
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, several = longmem(), documents(4, 2, 3)
-    comparison = Comparison.of_longmem(model, [64])
-    whole = perplexity(comparison, several, SETTINGS)
+    systems = systems_of(model, [64])
+    whole = perplexity(systems, several, SETTINGS)
     path = tmp_path / "records.jsonl"
     with monkeypatch.context() as patched:
         patched.setattr(Progress, "advance", stopped_at("perplexity, sliding", 0.9))
         with pytest.raises(KeyboardInterrupt):
-            perplexity(comparison, several, SETTINGS, records=path)
+            perplexity(systems, several, SETTINGS, records=path)
     kept = len([line for line in path.read_text().splitlines() if line])
     assert 9 < kept < 18, "all of the first protocol, and what was finished of the second"
-    found = perplexity(comparison, several, SETTINGS, records=path)
+    found = perplexity(systems, several, SETTINGS, records=path)
     for system in whole["systems"]:
         assert nll_of(found, system, "sliding") == pytest.approx(nll_of(whole, system, "sliding"), rel=1e-5)
     written = path.read_text()
-    again = perplexity(comparison, several, SETTINGS, records=path)
+    again = perplexity(systems, several, SETTINGS, records=path)
     assert path.read_text() == written, "nothing is measured twice"
     assert again["header"]["seconds"] == found["header"]["seconds"] > 0, "the time of all runs together"
 
 
 def test_records_of_other_settings_or_weights_are_not_reused(tmp_path: Path) -> None:
     several, path = documents(2, 1), tmp_path / "records.jsonl"
-    perplexity(Comparison.of_longmem(longmem(1), [64]), several, SETTINGS, records=path)
+    perplexity(systems_of(longmem(1), [64]), several, SETTINGS, records=path)
 
     def scored_anew(model: LongMem, sizes: Sequence[int], settings: PerplexitySettings, own: Any = None) -> set[str]:
         before = len(path.read_text().splitlines())
-        comparison = Comparison.of_longmem(model, sizes)
-        perplexity(comparison if own is None else comparison.beside(own, [8]), several, settings, records=path)
+        systems = systems_of(model, sizes) + ([] if own is None else systems_of(own, [8]))
+        perplexity(systems, several, settings, records=path)
         return {json.loads(line)["system"] for line in path.read_text().splitlines()[before:] if line}
 
     assert scored_anew(longmem(1), [64], SETTINGS) == set()
@@ -148,8 +148,7 @@ def test_records_of_other_settings_or_weights_are_not_reused(tmp_path: Path) -> 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt"])
 def test_one_backbone_pass_serves_all_systems_in_every_family(family: str) -> None:
     model = LongMem.from_backbone(make_backbone(family), chunk_size=2, num_retrieved=4, memory_size=32).eval()
-    comparison = Comparison.of_longmem(model, [32])
-    forward, memories = comparison.prepare([system.name for system in comparison.systems], 2, 100)
+    forward, memories = shared_forward(systems_of(model, [32]), 2, 100)
     ids = torch.randint(60, (2, 16))
     with torch.no_grad():
         written = model(ids).kv

@@ -113,13 +113,17 @@ def token_count(least: int = 1) -> Parsed:
 
 
 def by_comma(kind: Callable[[str], Any], said: str) -> Callable[..., Any]:
-    """Callback of options that take several values by comma; None stays None."""
+    """Callback of options that take one or more values by comma, each once; None stays None."""
 
     def read(context: click.Context, parameter: click.Parameter, value: str | None) -> list[Any] | None:
+        if value is None:
+            return None
         try:
-            return None if value is None else [kind(word.strip()) for word in value.split(",") if word.strip()]
+            if found := [kind(word.strip()) for word in value.split(",") if word.strip()]:
+                return list(dict.fromkeys(found))
         except ValueError:
-            raise click.BadParameter(f"{value!r} is not a list of {said}") from None
+            pass
+        raise click.BadParameter(f"{value!r} is not a list of {said}")
 
     return read
 

@@ -31,7 +31,7 @@ def command() -> None:
 @option("--max-tokens", type=token_count(2), help="Take the first so many tokens of each document.")
 @option("--protocol", type=PROTOCOLS, default="segments,sliding", help="One, or both.")
 @option("--stride", least=1, help="How far the sliding window moves; default: half of it.")
-@option("--windows", default="", callback=token_counts, help="Longer windows that the backbone alone is measured with "
+@option("--windows", callback=token_counts, help="Longer windows that the backbone alone is measured with "
         "too, by comma.")  # fmt: skip
 @option("--group-by-prefix", "separator", help="Report documents apart by their file name up to this string. Without "
          "it they are projects up to __, of which intervals draw.")  # fmt: skip
@@ -50,18 +50,18 @@ def perplexity(data: tuple[str, ...], max_tokens: int | None, **given: Any) -> N
 
     # before the model: wrong paths show at once
     texts = list(islice(read_documents(TextSource(data, include=given["include"])), given["num_documents"]))
-    comparison, (asker, *_), about = load(given)
+    systems, about = load(given)
     settings = evaluation.PerplexitySettings(
         window=about["window"],
         stride=given["stride"],
         protocols=tuple(given["protocol"].split(",")),
         rows=given["rows"],
         bootstrap=Bootstrap(resamples=given["resamples"], seed=given["seed"]),
-        windows=given["windows"],
+        windows=given["windows"] or (),
     )
     result = evaluation.perplexity(
-        comparison,
-        tokenize_documents(texts, asker.tokenizer, max_tokens=max_tokens, group_separator=given["separator"]),
+        systems,
+        tokenize_documents(texts, systems[0].tokenizer, max_tokens=max_tokens, group_separator=given["separator"]),
         settings,
         records=given["out"] and given["out"] / "records.jsonl",
         config=about | {"data": list(data), "max_tokens": max_tokens},
@@ -87,7 +87,7 @@ def harness(tasks: list[str], include: tuple[str, ...], **given: Any) -> None:
         raise ConfigError("lm-evaluation-harness is not installed; pip install 'longmem-lm[eval]'")
     from longmem.evaluation.harness import harness as evaluate
 
-    _, askers, about = load(given)
+    askers, about = load(given)
     settings = {name: given[name] for name in ("num_fewshot", "limit", "seed", "resamples")}
     result = evaluate(askers, tasks, include=include, **settings, config=about)
     save_and_show(result, given)

@@ -16,7 +16,6 @@ from longmem.cli.common import by_comma, folder_option, options, print_json, tog
 
 if TYPE_CHECKING:
     from longmem.evaluation.asking import Asker
-    from longmem.evaluation.systems import Comparison
     from longmem.evaluation.tables import Table
     from longmem.evaluation.tasks import Task
 
@@ -54,8 +53,8 @@ RUN = together(
 names = by_comma(str, "names")
 
 
-def load(given: Given, remembered: int = 0) -> tuple[Comparison, list[Asker], Given]:
-    """The systems that the options of ``MODEL`` name, those to be asked, and for the result what it is made with.
+def load(given: Given, remembered: int = 0) -> tuple[list[Asker], Given]:
+    """The systems that the options name, and for the result what it is made with.
 
     Raises:
         LongMemError: settings, checkpoints or their tokenizer are at fault.
@@ -63,23 +62,19 @@ def load(given: Given, remembered: int = 0) -> tuple[Comparison, list[Asker], Gi
     import torch
     from transformers.utils import logging
 
-    from longmem.evaluation.asking import askers
-    from longmem.evaluation.loading import load_comparison, load_tokenizer
+    from longmem.evaluation.loading import load_systems
     from longmem.evaluation.systems import chosen
 
     logging.disable_progress_bar()
     dtype = None if given["dtype"] == "auto" else getattr(torch, given["dtype"])
-    compared = ("backbone", "control", "memtrm", "training_free", "memory_sizes", "tokenizer")
-    named: Given = {name: given[name] for name in ("device", *compared)}
-    sizes = [remembered] if remembered else None
-    loaded = load_comparison(given["model"], dtype=dtype, default_sizes=sizes, **named)
-    tokenizer = load_tokenizer(loaded.tokenizer, loaded.comparison.model)
-    window, full = given["window"] or loaded.window, given.get("full_context")
-    found = askers(loaded.comparison, tokenizer, window=window, rows=given["rows"], full_context=full)
+    names = ("backbone", "control", "memtrm", "training_free", "memory_sizes", "tokenizer", "device", "window", "rows")
+    named: Given = {name: given[name] for name in names} | {"full_context": given.get("full_context")}
+    found = load_systems(given["model"], dtype=dtype, default_sizes=[remembered] if remembered else None, **named)
     about = {name: value for name, value in given.items() if name not in ("out", "as_json", "resamples")}
-    about |= {"model": loaded.model, "tokenizer": loaded.tokenizer, "window": window}
-    about["device"] = str(loaded.comparison.model.device)
-    return loaded.comparison, chosen(found, given.get("systems", ())), about
+    backbone = found[0]
+    about |= {"tokenizer": backbone.tokenizer.name_or_path, "window": backbone.window}
+    about["device"] = str(backbone.model.device)
+    return chosen(found, given.get("systems") or ()), about
 
 
 def save_and_show(result: Any, given: Given) -> None:
@@ -121,7 +116,7 @@ def _task(name: str, task: str, help: str, example: str, *own: Option) -> click.
             settings["limit"] = None
         # before the models are loaded: wrong paths and settings show at once
         made: Task = getattr(import_module(f"longmem.evaluation.tasks.{module}"), kind)(**settings)
-        _, askers, about = load(given, made.remembered)
+        askers, about = load(given, made.remembered)
         result = run_task(
             made,
             askers,
@@ -136,7 +131,7 @@ def _task(name: str, task: str, help: str, example: str, *own: Option) -> click.
     more = together(
         option("--full-context", least=2, help="Also the backbone with a window of so many tokens, which holds what "
                "the others have in memory."),
-        option("--systems", default="", callback=names, help="Ask only systems whose names begin so, by comma, e.g. "
+        option("--systems", callback=names, help="Ask only systems whose names begin so, by comma, e.g. "
                "memory,backbone."),
     )  # fmt: skip
     module, kind = task.split(".")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError
-from longmem.evaluation.systems import CONTROL, MEMORY_OFF, Comparison, System, last_logits
+from longmem.evaluation.systems import CONTROL, MEMORY_OFF, System, last_logits
 from longmem.memory import MemoryBank
 from longmem.types import AttentionKV, Memory
 
@@ -322,17 +322,17 @@ def refuse_unfit(model: Any, window: int, longer: int, name: str, option: str) -
 
 
 def askers(
-    comparison: Comparison, tokenizer: Any, *, window: int, rows: int = 8, full_context: int | None = None
+    systems: Sequence[System], tokenizer: Any, *, window: int, rows: int = 8, full_context: int | None = None
 ) -> list[Asker]:
-    """Every system of a comparison, and with ``full_context`` the backbone with a window that needs no memory.
+    """Every system, and with ``full_context`` the backbone with a window that needs no memory.
 
     Raises:
         ConfigError: the backbone has no positions for so long a window, or it is no longer than ``window``.
     """
-    found = [Asker(**vars(each), tokenizer=tokenizer, window=window, rows=rows) for each in comparison.systems]
+    found = [Asker(**vars(each), tokenizer=tokenizer, window=window, rows=rows) for each in systems]
     if full_context is None:
         return found
-    refuse_unfit(comparison.model, window, full_context, "full context", "--full-context")
+    refuse_unfit(systems[0].model, window, full_context, "full context", "--full-context")
     backbone = found[0]
     full = replace(
         backbone,

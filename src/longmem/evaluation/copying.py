@@ -8,11 +8,9 @@ repeated: the loss of the second pass against the first, and the rank of the rig
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,19 +47,20 @@ class HeadRanks:
         return 1 - best.log().mean().item() / math.log(blind)
 
 
+@torch.no_grad()
 def copy_loss(model: PreTrainedModel, token_ids: Tensor) -> tuple[float, float]:
     """Mean loss, in nats, of the first and the second pass of text (B, n) that is read twice in one window.
 
     Both passes are scored on the same n-1 targets; the first token has no context in the first pass.
     """
     length = token_ids.shape[1]
-    with _evaluating(model):
-        logits = model(torch.cat([token_ids, token_ids], dim=1), use_cache=False).logits[:, :-1]
+    logits = model(torch.cat([token_ids, token_ids], dim=1), use_cache=False).logits[:, :-1]
     targets = torch.cat([token_ids[:, 1:], token_ids], dim=1)
     losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
     return losses[:, : length - 1].mean().item(), losses[:, length:].mean().item()
 
 
+@torch.no_grad()
 def retrieval_by_layer(
     model: PreTrainedModel, token_ids: Tensor, *, segment: int, chunk_size: int = 4, num_chunks: int = 16
 ) -> dict[int, HeadRanks]:
@@ -79,15 +78,14 @@ def retrieval_by_layer(
     segment = min(segment, token_ids.shape[1])
     length = token_ids.shape[1] // segment * segment
     ranks: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    with _evaluating(model):
-        for row in token_ids[:, :length]:  # row by row: all layers' keys are held at once
-            first = position_free_qkv(model, row.view(-1, segment))
-            second = position_free_qkv(model, row.roll(-(segment // 2)).view(-1, segment))
-            for layer in first:
-                # (segments, H, T, D) -> (H, segments * T, D)
-                queries = second[layer].queries.transpose(0, 1).flatten(1, 2).roll(segment // 2, dims=1)
-                keys = first[layer].keys.transpose(0, 1).flatten(1, 2)
-                ranks.setdefault(layer, []).append(_ranks(queries, keys, chunk_size))
+    for row in token_ids[:, :length]:  # row by row: all layers' keys are held at once
+        first = position_free_qkv(model, row.view(-1, segment))
+        second = position_free_qkv(model, row.roll(-(segment // 2)).view(-1, segment))
+        for layer in first:
+            # (segments, H, T, D) -> (H, segments * T, D)
+            queries = second[layer].queries.transpose(0, 1).flatten(1, 2).roll(segment // 2, dims=1)
+            keys = first[layer].keys.transpose(0, 1).flatten(1, 2)
+            ranks.setdefault(layer, []).append(_ranks(queries, keys, chunk_size))
     chance = min(1.0, num_chunks / max(1, length // chunk_size))
     found = {}
     for layer, rows in ranks.items():
@@ -130,15 +128,3 @@ def _rank(scores: Tensor, right: Tensor) -> Tensor:
     wanted = scores.gather(1, right[:, None])
     above, level = (scores > wanted).sum(dim=1), (scores == wanted).sum(dim=1)
     return above.float() + (level + 1) / 2
-
-
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """No gradient, no dropout; the model's own mode comes back afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

@@ -7,18 +7,17 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from longmem.data.tokens import first_text
-from longmem.data.tokens import load_tokenizer as load_tokenizer
+from longmem.data.tokens import first_text, load_tokenizer
 from longmem.errors import CheckpointError, ConfigError, DataError, first_line
-from longmem.evaluation.asking import start_tokens
-from longmem.evaluation.systems import Comparison
+from longmem.evaluation.asking import Asker, askers, start_tokens
+from longmem.evaluation.systems import systems_of
 from longmem.modeling.baselines import MemTRM, TrainingFree
 from longmem.modeling.gguf import gguf_folder, is_gguf
 from longmem.modeling.loading import load_backbone, named_backbone, resolve_folder
@@ -33,16 +32,7 @@ LONGEST_DEFAULT_WINDOW = 1024  # the paper's; long-context backbones would other
 PROJECT_SEPARATOR = "__"
 
 
-class Loaded(NamedTuple):
-    """The comparison, the folder that was read, the tokenizer's, and the window where none is given."""
-
-    comparison: Comparison
-    model: str
-    tokenizer: str
-    window: int
-
-
-def load_comparison(
+def load_systems(
     path: str,
     *,
     backbone: str | None = None,
@@ -54,8 +44,11 @@ def load_comparison(
     tokenizer: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
-) -> Loaded:
-    """Load a LongMem checkpoint, a baseline, or a causal LM by itself (then there is the backbone only to measure).
+    window: int | None = None,
+    rows: int = 8,
+    full_context: int | None = None,
+) -> list[Asker]:
+    """Load a LongMem checkpoint, a baseline, or a causal LM by itself, and what is compared with it; see ``askers``.
 
     Args:
         path: of a LongMem, a MemTRM, training-free settings or a causal LM, see ``checkpoint_folder``.
@@ -63,10 +56,11 @@ def load_comparison(
         memtrm: a MemTRM checkpoint whose training started from the same backbone.
         training_free: for each training-free model the share of its heads that memory gets, or the folder of its
             settings; by share, it remembers and retrieves as the LongMem (or else the MemTRM) beside it does.
-        memory_sizes: tokens; None is ``default_sizes``. 0, memory switched off, is always measured.
+        memory_sizes: tokens; None is ``default_sizes``.
         default_sizes: None is the size in the model's config.
         tokenizer: folder or hub id, if not beside the model or its backbone.
         dtype: of the weights; None is as saved.
+        window: None is the backbone's positions, at most 1024.
 
     Raises:
         ConfigError: settings that do not go together, or a device that is not here.
@@ -84,18 +78,18 @@ def load_comparison(
         raise ConfigError(
             f"--control, --memory-sizes and --backbone are of a LongMem checkpoint; {where} is a {itself} by itself"
         )
-    sizes = memory_sizes or default_sizes
     # everything is loaded as it was saved, because a backbone is known by its weights; then it is converted
-    main = beside = trained = None
+    main = beside = settings = None
     if kind == "longmem":
         main = LongMem.from_pretrained(where, backbone=backbone)
-        bare, named = main.backbone.model, main.config.backbone_name_or_path
+        bare, named, settings = main.backbone.model, main.config.backbone_name_or_path, main.config
         if control is not None:
             said = "not a LongMem checkpoint; --control takes a SideNet trained without memory"
             beside = LongMem.from_pretrained(checkpoint_folder(control, "longmem", said), backbone=bare)
     else:
         named, revision = (backbone, None) if backbone else backbone_of(where)
         bare = load_backbone(named, revision, None).eval()
+    others: list[Any] = []
     if memtrm is not None:
         said = "not a MemTRM checkpoint; --memtrm takes one trained with method = 'memtrm'"
         trained = MemTRM.from_pretrained(checkpoint_folder(memtrm, "memtrm", said))
@@ -105,20 +99,23 @@ def load_comparison(
                 f"MemTRM was made from backbone {start}, the others stand on {fingerprint_of(bare)}; compare models of "
                 "one backbone"
             )
-    settings = main.config if main else trained.config if trained else None
-    others = [*filter(None, [trained]), *(_load_training_free(gate, bare, settings) for gate in training_free)]
+        others.append(trained)
+        settings = settings or trained.config
+    others += [_load_training_free(gate, bare, settings) for gate in training_free]
     for each in filter(None, (main or bare, beside, *others)):
         torch.nn.Module.to(each, device=device, dtype=dtype)
-    if main is None:
-        comparison = Comparison.of_backbone(bare)
-    else:
-        comparison = Comparison.of_longmem(main, _sizes(sizes, main.config), control=beside)
+    sizes = memory_sizes or default_sizes
+    systems = systems_of(main or bare, _sizes(sizes, settings) if main else (), control=beside)
     for other in others:
-        comparison = comparison.beside(other, _sizes(sizes, other.config))
+        systems += systems_of(other, _sizes(sizes, other.config))
+    names = [system.name for system in systems]
+    if twice := [system.label for system in systems if names.count(system.name) > 1]:
+        raise ConfigError(f"{twice[0]}: compared twice; leave one of them away")
     config: Any = bare.config
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST_DEFAULT_WINDOW
-    tokenizer = tokenizer or tokenizer_beside(where, named)
-    return Loaded(comparison, where, tokenizer, min(positions, LONGEST_DEFAULT_WINDOW))
+    reader = load_tokenizer(tokenizer or tokenizer_beside(where, named), bare)
+    window = window or min(positions, LONGEST_DEFAULT_WINDOW)
+    return askers(systems, reader, window=window, rows=rows, full_context=full_context)
 
 
 def _load_training_free(gate: str, backbone: Any, settings: Any) -> Any:
@@ -134,15 +131,13 @@ def _load_training_free(gate: str, backbone: Any, settings: Any) -> Any:
 
 
 def _sizes(sizes: Sequence[int] | None, config: Any) -> list[int]:
-    """Sorted, without 0, which is the system with memory switched off."""
+    """Of memory, sorted; None is the size in the config."""
     chunk = config.chunk_size
     for size in sizes or ():
-        if size < 0 or size % chunk:
+        if size < 1 or size % chunk:
             near = max(chunk, round(size / chunk) * chunk)
-            raise ConfigError(
-                f"memory size ({size}) must be a multiple of chunk_size ({chunk}), 0 is memory switched off; try {near}"
-            )
-    return sorted({config.memory_size} if sizes is None else set(sizes) - {0})
+            raise ConfigError(f"memory size ({size}) must be a multiple of chunk_size ({chunk}); try {near}")
+    return sorted(set(sizes or [config.memory_size]))
 
 
 def checked_device(device: str) -> str:
@@ -266,20 +261,19 @@ def tokenize_documents(
             The group is its project too. None: no groups; the project is the name up to ``__``.
 
     Raises:
-        ConfigError: an empty ``group_separator``.
         DataError: no document has two tokens.
     """
-    if group_separator == "":
-        raise ConfigError("the sign that ends a group's name must not be empty; try --group-by-prefix __")
     kept, prefix = [], start_tokens(tokenizer)
     first = 0 if prefix else 1
     for document in documents:
-        ids, starts, ends = _spans(tokenizer, document.text, max_tokens)
+        part = document.text if max_tokens is None else first_text(document.text, tokenizer, max_tokens)
+        ids = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
         if len(ids) <= first:
             log.warning("%s: skipped, %d tokens leave nothing to predict", document.id, len(ids))
             continue
-        text, ids = document.text[starts[first] : ends[-1]], [*prefix, *ids]
-        group = None if group_separator is None else _group(document.id, group_separator)
+        text = tokenizer.decode(ids[first:], clean_up_tokenization_spaces=False)
+        ids = [*prefix, *ids]
+        group = _group(document.id, group_separator) if group_separator else None
         project = _group(document.id, PROJECT_SEPARATOR) if PROJECT_SEPARATOR in document.id else document.id
         kept.append(
             TokenizedDocument(
@@ -289,7 +283,7 @@ def tokenize_documents(
                 bytes=len(text.encode("utf-8", errors="surrogatepass")),
                 digest=hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()[:32],
                 group=group,
-                project=project if group is None else group,
+                project=group or project,
             )
         )
     if not kept:
@@ -303,17 +297,3 @@ def tokenize_documents(
 def _group(name: str, separator: str) -> str:
     """Separator ``__``: ``test/clowder__02-sets.tex`` belongs to ``clowder``; folders count only if it has a ``/``."""
     return (name if "/" in separator else name.rsplit("/", 1)[-1]).split(separator)[0]
-
-
-def _spans(tokenizer: Any, text: str, most: int | None) -> tuple[list[int], list[int], list[int]]:
-    """The first ``most`` ids, and the span of characters of each; those of a slow tokenizer are spread evenly."""
-    part = text if most is None else first_text(text, tokenizer, most)
-    if getattr(tokenizer, "is_fast", False):
-        encoded = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids = list(encoded["input_ids"])
-        starts, ends = ([span[side] for span in encoded["offset_mapping"]] for side in (0, 1))
-    else:
-        ids = list(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
-        edges = [round(i * len(part) / max(len(ids), 1)) for i in range(len(ids) + 1)]
-        starts, ends = edges[:-1], edges[1:]
-    return ids[:most], starts[:most], ends[:most]

@@ -30,13 +30,12 @@ from torch import Tensor
 from longmem.errors import ConfigError
 from longmem.evaluation.asking import refuse_unfit
 from longmem.evaluation.loading import TokenizedDocument
-from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, as_json, header, percent
-from longmem.evaluation.systems import BACKBONE, WINDOW, Comparison, Forward, compared
+from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, header, percent
+from longmem.evaluation.systems import BACKBONE, WINDOW, Forward, System, compared, shared_forward
 from longmem.progress import Progress
 from longmem.types import AttentionKV
 
 RECORDS_VERSION = 1  # part of every record's key; raised when a record's meaning changes
-BLOCK = 4096  # tokens of a block, the unit of the second bootstrap
 FIRST_BIN = 128  # tokens before the second position bin; each further one is twice as wide
 AT_ONE_TIME = 512  # tokens whose (tokens, V) float32 logits exist
 LENGTHS = (0, 5_000, 10_000, 100_000, 500_000, 1_000_000, math.inf)
@@ -55,7 +54,7 @@ class PerplexitySettings:
         window: tokens the model sees at once.
         stride: how far the sliding window moves; None is half the window.
         rows: documents in one batch.
-        block: tokens of a block for the block bootstrap.
+        block: tokens of a block, the unit of the second bootstrap.
         windows: longer ones that the backbone alone is measured with too.
 
     Raises:
@@ -66,7 +65,7 @@ class PerplexitySettings:
     stride: int | None = None
     protocols: tuple[str, ...] = ("segments", "sliding")
     rows: int = 8
-    block: int = BLOCK
+    block: int = 4096
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     windows: tuple[int, ...] = ()
 
@@ -82,7 +81,7 @@ class PerplexitySettings:
 
 
 def perplexity(
-    comparison: Comparison,
+    systems: Sequence[System],
     documents: Sequence[TokenizedDocument],
     settings: PerplexitySettings,
     *,
@@ -92,6 +91,7 @@ def perplexity(
     """Measure every system on every document under every protocol.
 
     Args:
+        systems: the first of them is the backbone alone, the baseline of all differences.
         records: JSONL file of finished documents; what it already holds is not measured again.
         config: what else the result should say about its making (paths, dtype).
 
@@ -100,49 +100,53 @@ def perplexity(
 
     Returns:
         the JSON of the result file: ``header``, ``systems`` (name -> label), ``protocols`` (see ``protocol_scores``),
-        ``documents`` with their negative log-likelihood in nats, ``nll[protocol][system]``.
+        ``documents`` with their ``nll[protocol][system]`` in nats.
     """
     for size in settings.windows:
-        refuse_unfit(comparison.model, settings.window, size, "longer window", "--windows")
+        refuse_unfit(systems[0].model, settings.window, size, "longer window", "--windows")
     ledger = Ledger(records)
-    tables = {protocol: measure(comparison, documents, settings, protocol, ledger) for protocol in settings.protocols}
-    systems = {system.name: system.label for system in comparison.systems}
-    alone = replace(comparison, systems=comparison.systems[:1])
+    tables = {protocol: measure(systems, documents, settings, protocol, ledger) for protocol in settings.protocols}
+    labels = {system.name: system.label for system in systems}
     for size in settings.windows:
         rows = max(1, settings.rows * settings.window // size)  # as many tokens in a batch
         longer = replace(settings, window=size, stride=None, rows=rows)
         for protocol, table in tables.items():
-            table[f"{WINDOW}_{size}"] = measure(alone, documents, longer, protocol, ledger)[BACKBONE]
-        systems[f"{WINDOW}_{size}"] = f"backbone, window of {size:,}"
-    pairs = compared(list(systems))
+            table[f"{WINDOW}_{size}"] = measure(systems[:1], documents, longer, protocol, ledger)[BACKBONE]
+        labels[f"{WINDOW}_{size}"] = f"backbone, window of {size:,}"
+    pairs = compared(list(labels))
     about = ("id", "group", "project", "words", "bytes", "digest")
-    result: Json = as_json(
-        {
-            "header": header(
-                "perplexity",
-                asdict(settings) | (config or {}),
-                comparison.described(),
-                {"documents": len(documents), **_counts(documents)},
-                [settings.bootstrap.seed],
-                sum(each["seconds"] for table in tables.values() for some in table.values() for each in some),
-            ),
-            "systems": systems,
-            "protocols": {p: protocol_scores(p, settings, documents, table, pairs) for p, table in tables.items()},
-            "documents": [
-                {name: getattr(document, name) for name in about}
-                | {
-                    "tokens": document.scored,
-                    "nll": {p: {name: some[i]["nll"] for name, some in table.items()} for p, table in tables.items()},
-                }
-                for i, document in enumerate(documents)
-            ],
-        }
-    )
-    return result
+    return {
+        "header": header(
+            "perplexity",
+            asdict(settings) | (config or {}),
+            {system.name: _described(system) for system in systems},
+            {"documents": len(documents), **_counts(documents)},
+            [settings.bootstrap.seed],
+            sum(each["seconds"] for table in tables.values() for some in table.values() for each in some),
+        ),
+        "systems": labels,
+        "protocols": {p: protocol_scores(p, settings, documents, table, pairs) for p, table in tables.items()},
+        "documents": [
+            {name: getattr(document, name) for name in about}
+            | {
+                "tokens": document.scored,
+                "nll": {p: {name: some[i]["nll"] for name, some in table.items()} for p, table in tables.items()},
+            }
+            for i, document in enumerate(documents)
+        ],
+    }
+
+
+def _described(system: System) -> Json:
+    """Identity and number of parameters, for the header of a result."""
+    found = system.identity | {"parameters": sum(p.numel() for p in system.model.parameters())}
+    if hasattr(system.model, "sidenet"):
+        found["trained_parameters"] = sum(p.numel() for p in system.model.trainable_parameters())
+    return found
 
 
 def measure(
-    comparison: Comparison,
+    systems: Sequence[System],
     documents: Sequence[TokenizedDocument],
     settings: PerplexitySettings,
     protocol: str,
@@ -152,7 +156,7 @@ def measure(
     window, stride = settings.window, settings.stride_of(protocol)
     about = {"version": RECORDS_VERSION, "protocol": protocol, "window": window, "stride": stride}
     keys = {}
-    for system in comparison.systems:  # hashes of everything that a document's numbers depend on besides its ids
+    for system in systems:  # hashes of everything that a document's numbers depend on besides its ids
         parts = about | {"block": settings.block, "system": system.name, "identity": system.identity}
         keys[system.name] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     lacking = [(name, d) for name, key in keys.items() for d in documents if (key, d.digest) not in ledger.records]
@@ -161,8 +165,9 @@ def measure(
     total = len(names) * sum(document.scored for document in some)
     with Progress(f"perplexity, {protocol}", total, "tokens, all systems") as progress:
         rows, began = min(settings.rows, len(some)), time.monotonic()
-        forward, memories = comparison.prepare(names, rows, max((document.scored for document in some), default=0))
-        ids = [document.ids.to(comparison.model.device) for document in some]
+        asked = [system for system in systems if system.name in names]
+        forward, memories = shared_forward(asked, rows, max((document.scored for document in some), default=0))
+        ids = [document.ids.to(systems[0].model.device) for document in some]
         for i, nll in stream_nll(forward, memories, ids, progress, window=window, stride=stride, rows=rows):
             now = time.monotonic()
             each, began = (now - began) / len(names), now
@@ -175,18 +180,13 @@ def measure(
 # streaming
 
 
-Window = tuple[int, int, int]
-"""Start, end, and the first position between them that is scored, by the token after it, as all further ones are.
+def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Cover ``length`` input positions so that each is scored exactly once, by the token after it.
 
-Everything before the start has left the window: it is what memory may hold.
-"""
+    The first window scores all it sees, each later one its last ``stride`` positions.
 
-
-def windows(length: int, window: int, stride: int) -> Iterator[Window]:
-    """Cover ``length`` input positions so that each is scored exactly once.
-
-    The first window scores all it sees. Each later one starts ``stride`` further on and scores its last ``stride``
-    positions, which therefore see ``window - stride`` to ``window`` tokens.
+    Yields:
+        start, end, and the first position between them that is scored. Memory may hold all before the start.
     """
     start, scored = 0, 0
     while scored < length:
@@ -201,8 +201,8 @@ class _Lane:
 
     row: int
     document: int
-    plan: Iterator[Window]
-    window: Window
+    plan: Iterator[tuple[int, int, int]]
+    window: tuple[int, int, int]
     nll: list[NDArray[np.float64]] = field(default_factory=list)  # one (Q, t) for each window
     held: dict[int, Tensor] = field(default_factory=dict)  # by system, keys and values (2, Hkv, t, D) of its window
 
@@ -293,8 +293,7 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
 def record(nll: Floats, block: int, seconds: float = 0.0) -> Json:
     """One document, one system, one protocol, from the negative log-likelihoods (n - 1,) of tokens 1 ... n-1 in nats.
 
-    ``blocks`` and ``positions`` are their sums by ``block_bins`` and ``position_bins``. ``seconds`` is this system's
-    share of the time from the document before to this one.
+    ``blocks`` and ``positions`` are their sums by ``block_bins`` and ``position_bins``.
     """
     return {
         "tokens": len(nll),
@@ -360,17 +359,18 @@ def scores(
     block_tokens = np.concatenate([np.bincount(block_bins(d.scored, block)) for d in documents]).astype(float)
     several = len(block_tokens) > len(documents)  # else the second interval would be the first one again
 
-    def difference(system: str, against: str) -> Json:
+    units, differences = f"blocks of {block} tokens", []
+    for system, against in pairs:
         gaps, of_blocks = nll[system] - nll[against], blocks[system] - blocks[against]
-        units = f"blocks of {block} tokens"
-        return {
-            "system": system,
-            "against": against,
-            "percent": float(percent(gaps.sum() / tokens.sum())),
-            "documents": interval(gaps, tokens, "documents", projects, percent),
-            "blocks": interval(of_blocks, block_tokens, units, of=percent) if several else None,
-        }
-
+        differences.append(
+            {
+                "system": system,
+                "against": against,
+                "percent": float(percent(gaps.sum() / tokens.sum())),
+                "documents": interval(gaps, tokens, "documents", projects, percent),
+                "blocks": interval(of_blocks, block_tokens, units, of=percent) if several else None,
+            }
+        )
     return {
         "name": name,
         "documents": len(documents),
@@ -386,7 +386,7 @@ def scores(
             }
             for system, values in nll.items()
         ],
-        "differences": [difference(*pair) for pair in pairs],
+        "differences": differences,
         "by_position": _positions(documents, table),
     }
 

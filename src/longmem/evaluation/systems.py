@@ -9,12 +9,11 @@ import hashlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from longmem.errors import ConfigError
 from longmem.memory import MemoryBank
@@ -22,7 +21,6 @@ from longmem.modeling.reading import Reading
 from longmem.types import AttentionKV
 
 if TYPE_CHECKING:
-    from longmem.modeling.baselines import MemTRM, TrainingFree
     from longmem.modeling.longmem import LongMem
 
 BACKBONE, MEMORY_OFF, CONTROL = "backbone", "memory_off", "control"
@@ -45,6 +43,7 @@ class System:
         identity: what its numbers depend on, hashed into the key of its records.
         model: any causal language model, or one that can read memory.
         memory_size: tokens of memory a row holds; None is no memory.
+        make_memory: makes its bank from model, rows and tokens.
     """
 
     name: str
@@ -52,6 +51,7 @@ class System:
     identity: dict[str, Any]
     model: Any
     memory_size: int | None = None
+    make_memory: Callable[..., MemoryBank] = MemoryBank.for_model
 
 
 SystemT = TypeVar("SystemT", bound=System)
@@ -99,112 +99,64 @@ def compared(names: Sequence[str]) -> list[tuple[str, str]]:
     return pairs + [(name, other) for other, name in same.items() if name in names]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Systems over one backbone; the first of them is the backbone alone, the baseline of all differences."""
+def systems_of(model: Any, memory_sizes: Sequence[int] = (), *, control: LongMem | None = None) -> list[System]:
+    """What is measured of a model.
 
-    systems: tuple[System, ...]
-    make_memory: Callable[..., MemoryBank] = MemoryBank.for_model
-
-    @property
-    def model(self) -> Any:
-        """The backbone."""
-        return self.systems[0].model
-
-    @property
-    def main(self) -> LongMem | None:
-        """The LongMem that is compared, where there is one."""
-        return next((system.model for system in self.systems if hasattr(system.model, "sidenet")), None)
-
-    @classmethod
-    def of_backbone(cls, model: PreTrainedModel) -> Comparison:
-        """A causal language model by itself."""
-        return cls((System(BACKBONE, "backbone alone", {"backbone": digest(model.state_dict().items())}, model),))
-
-    @classmethod
-    def of_longmem(cls, model: LongMem, memory_sizes: Sequence[int], *, control: LongMem | None = None) -> Comparison:
-        """Backbone alone, memory switched off, a control SideNet, and memory at each size."""
-        mine = _identity(model)
-        backbone = {name: mine[name] for name in ("backbone", "dtype")}
-        systems = [
-            System(BACKBONE, "backbone alone", backbone, model.backbone.model),
-            System(MEMORY_OFF, "SideNet, memory off", mine, model),
-        ]
+    A causal language model is the backbone alone. A LongMem comes with its backbone, memory switched off, the control,
+    and memory at each size. A Memorizing Transformer was trained, and is measured without memory too; training-free
+    attention without memory is the backbone.
+    """
+    if not hasattr(model, "memory_layers"):
+        return [System(BACKBONE, "backbone alone", {"backbone": digest(model.state_dict().items())}, model)]
+    identity, systems = _identity(model), list[System]()
+    if hasattr(model, "sidenet"):
+        kind, label = LONGMEM, "LongMem"
+        alone = {name: identity[name] for name in ("backbone", "dtype")}
+        systems.append(System(BACKBONE, "backbone alone", alone, model.backbone.model))
+        systems.append(System(MEMORY_OFF, "SideNet, memory off", identity, model))
         if control is not None:
             systems.append(System(CONTROL, "SideNet trained without memory", _identity(control), control))
-        return cls((*systems, *_with_memory(LONGMEM, "LongMem", mine, model, memory_sizes)))
-
-    def beside(self, model: MemTRM | TrainingFree, memory_sizes: Sequence[int]) -> Comparison:
-        """And a model that reads memory in its own layers, at each size.
-
-        A Memorizing Transformer was trained, and is measured without memory too; training-free attention without memory
-        is the backbone.
-
-        Raises:
-            ConfigError: there is one of this kind already.
-        """
-        identity, more = _identity(model), list[System]()
-        if model.frozen:
-            calibrated = model.config.fusion == "token"
-            share = "calibrated" if calibrated else f"{float(model.memory_share.mean()):.4g}"
-            kind, label = f"{TRAINING_FREE}_{share}", f"training-free {share}"
-        else:
-            kind, label = MEMTRM, "MemTRM"
-            more = [System(MEMTRM_OFF, "MemTRM, memory off", identity, model)]
-        more += _with_memory(kind, label, identity, model, memory_sizes)
-        if {system.name for system in self.systems} & {system.name for system in more}:
-            raise ConfigError(f"{label} is compared twice; leave one of them away")
-        return replace(self, systems=(*self.systems, *more))
-
-    def described(self) -> dict[str, dict[str, Any]]:
-        """Every system's identity and number of parameters, for the header of a result."""
-        found = {}
-        for system in self.systems:
-            model = system.model
-            found[system.name] = system.identity | {"parameters": sum(p.numel() for p in model.parameters())}
-            if hasattr(model, "sidenet"):
-                found[system.name]["trained_parameters"] = sum(p.numel() for p in model.trainable_parameters())
-        return found
-
-    def prepare(self, names: Sequence[str], rows: int, longest: int) -> tuple[Forward, list[MemoryBank | None]]:
-        """The named systems with fresh, empty memories, for documents of at most ``longest`` tokens."""
-        systems = [system for system in self.systems if system.name in names]
-        memories: list[MemoryBank | None] = [None] * len(systems)
-        for at, system in enumerate(systems):
-            if system.memory_size:
-                chunk = system.model.config.chunk_size
-                # a bank larger than the longest document is never filled: do not reserve it
-                capacity = min(system.memory_size, -(-longest // chunk) * chunk)
-                memories[at] = self.make_memory(system.model, rows, capacity)
-        backbone = None if self.main is None else self.main.backbone
-
-        def forward(input_ids: Tensor, rows: Tensor, keep: int) -> Iterator[tuple[Tensor, AttentionKV | None]]:
-            run: Any = None  # the pass of the backbone that its SideNets share
-            for system, memory in zip(systems, memories, strict=True):
-                model, shares = system.model, hasattr(system.model, "sidenet")
-                if backbone is not None and (shares or model is backbone.model):
-                    run = run or backbone.run(input_ids, use_cache=False)
-                    state = run.output.last_hidden_state
-                    if shares:
-                        run.reading = Reading.of(model, memory, rows, explain=False)
-                        state = model.read(run)
-                    logits: Any = backbone.head(state, run, logits_to_keep=keep).logits
-                    yield logits[:, -keep:], run.kv(None)
-                elif hasattr(model, "memory_layers"):  # it reads in its own layers
-                    given = {"memory": memory, "memory_rows": rows, "use_cache": False, "logits_to_keep": keep}
-                    out = model(input_ids, **given)
-                    yield out.logits[:, -keep:], out.kv
-                else:
-                    yield last_logits(model, input_ids, keep), None
-
-        return forward, memories
+    elif model.frozen:
+        share = "calibrated" if model.config.fusion == "token" else f"{float(model.memory_share.mean()):.4g}"
+        kind, label = f"{TRAINING_FREE}_{share}", f"training-free {share}"
+    else:
+        kind, label = MEMTRM, "MemTRM"
+        systems.append(System(MEMTRM_OFF, "MemTRM, memory off", identity, model))
+    for size in memory_sizes:
+        systems.append(System(f"{kind}_{size}", f"{label}, {size:,} tokens", identity | {"memory": size}, model, size))
+    return systems
 
 
-def _with_memory(kind: str, label: str, identity: dict[str, Any], model: Any, sizes: Sequence[int]) -> list[System]:
-    return [
-        System(f"{kind}_{size}", f"{label}, {size:,} tokens", identity | {"memory": size}, model, size)
-        for size in sizes
-    ]
+def shared_forward(systems: Sequence[System], rows: int, longest: int) -> tuple[Forward, list[MemoryBank | None]]:
+    """The systems as one function, and their fresh, empty memories, for documents of at most ``longest`` tokens."""
+    memories: list[MemoryBank | None] = [None] * len(systems)
+    for at, system in enumerate(systems):
+        if system.memory_size:
+            chunk = system.model.config.chunk_size
+            # a bank larger than the longest document is never filled: do not reserve it
+            memories[at] = system.make_memory(system.model, rows, min(system.memory_size, -(-longest // chunk) * chunk))
+    backbone = next((system.model.backbone for system in systems if hasattr(system.model, "sidenet")), None)
+
+    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> Iterator[tuple[Tensor, AttentionKV | None]]:
+        run: Any = None  # the pass of the backbone that its SideNets share
+        for system, memory in zip(systems, memories, strict=True):
+            model, shares = system.model, hasattr(system.model, "sidenet")
+            if backbone is not None and (shares or model is backbone.model):
+                run = run or backbone.run(input_ids, use_cache=False)
+                state = run.output.last_hidden_state
+                if shares:
+                    run.reading = Reading.of(model, memory, rows, explain=False)
+                    state = model.read(run)
+                logits: Any = backbone.head(state, run, logits_to_keep=keep).logits
+                yield logits[:, -keep:], run.kv(None)
+            elif hasattr(model, "memory_layers"):  # it reads in its own layers
+                given = {"memory": memory, "memory_rows": rows, "use_cache": False, "logits_to_keep": keep}
+                out = model(input_ids, **given)
+                yield out.logits[:, -keep:], out.kv
+            else:
+                yield last_logits(model, input_ids, keep), None
+
+    return forward, memories
 
 
 def last_logits(model: Any, input_ids: Tensor, keep: int, **reads: Any) -> Tensor:

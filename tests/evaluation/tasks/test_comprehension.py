@@ -105,8 +105,6 @@ def test_demonstrations_show_no_passage_twice_and_none_that_is_asked(
         made.shots(1, 200)
     with pytest.raises(DataError, match=r"dev.json: 1 demonstrations .* there are 0"):
         task(files | {"train": files["data"]}, byte_tokenizer).examples()
-    with pytest.raises(ConfigError, match=r"memory_shots \(none\)"):
-        task(files, byte_tokenizer, memory_shots=())
 
 
 @pytest.mark.parametrize(

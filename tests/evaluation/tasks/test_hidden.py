@@ -13,7 +13,7 @@ import torch
 from longmem import AlibiGPTForCausalLM, LongMem
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Asker, askers
-from longmem.evaluation.systems import Comparison
+from longmem.evaluation.systems import systems_of
 from longmem.evaluation.tasks.hidden import BabiTask, NeedleTask, Story, Trial, answered, read_babi, read_haystack
 from longmem.memory import MemoryBank
 
@@ -86,14 +86,8 @@ def test_the_default_text_is_the_source_of_the_standard_library(byte_tokenizer: 
 
 def test_settings_that_break_rules_are_reported_together(needles: Begun) -> None:
     with pytest.raises(ConfigError) as error:
-        NeedleTask(kinds=["riddle"], depths=[120, 0, 0], lengths=[])
-    for rule in (
-        "kind ('riddle') must be one of passkey",
-        "depth (120)",
-        "lengths (none) must",
-        "depths (120,0,0) must",
-    ):
-        assert rule in str(error.value)  # a trial that comes twice would count twice
+        NeedleTask(kinds=["riddle"], depths=[120, 0])
+    assert "kind ('riddle') must be one of passkey" in str(error.value) and "depth (120)" in str(error.value)
     with pytest.raises(ConfigError, match=r"length \(100\) must be a multiple of the window \(16\); try 96"):
         needles(lengths=[100])
     with pytest.raises(DataError, match="too short to hide"):
@@ -105,7 +99,7 @@ def test_what_is_hidden_is_in_memory_as_if_the_whole_text_were_read(
     model: LongMem, needles: Begun, byte_tokenizer: Any, most: int
 ) -> None:
     task = needles(kinds=["passkey", "multi"], lengths=[1024])
-    (asker,) = (a for a in askers(Comparison.of_longmem(model, [most]), byte_tokenizer, window=64) if a.reads_memory)
+    (asker,) = (a for a in askers(systems_of(model, [most]), byte_tokenizer, window=64) if a.reads_memory)
     examples = task.examples()
     prompts = [task.prompt(example, asker) for example in examples]
     for number, answer in asker.ask(prompts):

@@ -7,8 +7,7 @@ import json
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby, islice
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from longmem.errors import ConfigError, DataError
+from longmem.errors import DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, rereading
 from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, header
 from longmem.evaluation.systems import compared
@@ -61,19 +60,12 @@ class Task(ABC):
         remembered: tokens that memory should hold where no size is given; 0 is the model's own.
         recall: passages for the systems ``+recall``; 0 leaves them out.
         tokenizer, window: of all systems.
-
-    Raises:
-        ConfigError: lists every setting that breaks a rule, see ``problems``.
     """
 
     name: ClassVar[str]
     remembered = recall = 0
     tokenizer: Any = field(init=False, repr=False)
     window: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        if found := list(self.problems()):
-            raise ConfigError(found)
 
     @property
     @abstractmethod
@@ -88,18 +80,8 @@ class Task(ABC):
     def settings(self) -> Json:
         return {each.name: getattr(self, each.name) for each in fields(self) if each.init}
 
-    def problems(self) -> Iterator[str]:
-        """What is wrong with the settings; of each list that it is empty, or names a value twice."""
-        for name, values in self.settings().items():
-            if (
-                isinstance(values, list | tuple)
-                and name not in ("data", "text")
-                and len({*values}) < max(1, len(values))
-            ):
-                yield f"{name} ({','.join(map(str, values)) or 'none'}) must be one or more, all different"
-
     def begin(self, askers: Sequence[Asker]) -> Sequence[Asker]:
-        """Take the systems of a comparison; returns those that are asked."""
+        """Take the systems; returns those that are asked."""
         self.tokenizer, self.window = askers[0].tokenizer, askers[0].window
         return rereading(askers, self.recall)
 
@@ -151,23 +133,6 @@ def digest_of(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@contextmanager
-def of_form(path: Path, form: str, way_out: str) -> Iterator[list[str]]:
-    """Say of a file that is not of its form in one line what is wrong; the last item of the list says where.
-
-    Raises:
-        DataError: the file cannot be read, or reading it failed.
-    """
-    where = ["the file"]
-    try:
-        yield where
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); {way_out}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        said = f"{type(error).__name__}: {error}"
-        raise DataError(f"{path}: {where[-1]} is not of {form} ({said}); {way_out}") from error
-
-
 class Source(NamedTuple):
     """A file of questions: its name, its hash, and what is in it."""
 
@@ -178,6 +143,28 @@ class Source(NamedTuple):
     def about(self) -> Json:
         """For the result file."""
         return {"file": self.name, "sha256": self.sha256, "items": len(self.items)}
+
+
+def read_source(
+    path: str | Path, form: str, way_out: str, parse: Callable[[bytes, list[str]], Iterable[Any]]
+) -> Source:
+    """A file as ``parse`` reads its bytes; that adds to a list where it is reading.
+
+    Raises:
+        DataError: no such file, something in it is not of this form, or nothing is in it; says where.
+    """
+    path, where = Path(path), ["the file"]
+    try:
+        raw = path.read_bytes()
+        items = list(parse(raw, where))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); {way_out}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: {where[-1]} is not of {form} ({said}); {way_out}") from error
+    if not items:
+        raise DataError(f"{path}: nothing in it; {way_out}")
+    return Source(path.name, hashlib.sha256(raw).hexdigest(), items)
 
 
 def run_task(

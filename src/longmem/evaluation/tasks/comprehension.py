@@ -7,38 +7,21 @@ lose their left end. SQuAD's scores are those of ``evaluate-v1.1.py``.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from longmem.errors import ConfigError, DataError
+from longmem.errors import ConfigError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode, encode_after, start_tokens
 from longmem.evaluation.results import Bootstrap, Json
-from longmem.evaluation.tasks import Example, Metric, Source, Task, drawn, of_form
+from longmem.evaluation.tasks import Example, Metric, Source, Task, drawn, read_source
 from longmem.evaluation.tasks.icl import Asked, ShotsTask, draw, means_by
-
-
-def _read(path: str | Path, form: str, way_out: str, parse: Callable[[Any, list[str]], Iterable[Any]]) -> Source:
-    """A JSON file; ``parse`` takes its content, and a list whose last item says where it is reading.
-
-    Raises:
-        DataError: no such file, something in it is not of this form, or nothing is in it.
-    """
-    path = Path(path)
-    with of_form(path, form, way_out) as where:
-        raw = path.read_bytes()
-        items = list(parse(json.loads(raw), where))
-    if not items:
-        raise DataError(f"{path}: nothing in it; {way_out}")
-    return Source(path.name, hashlib.sha256(raw).hexdigest(), items)
-
 
 # ChapterBreak
 
@@ -59,11 +42,11 @@ class Item(NamedTuple):
 def read_chapterbreak(path: str | Path) -> Source:
     """Read ``chapterbreak_ctx_<N>.json``: split -> work -> examples, each with ``ctx``, ``pos`` and ``negs``."""
     form = 'ChapterBreak\'s form, {split: {work: [{"ctx", "pos", "negs"}, ...]}}'
-    return _read(path, form, "name a chapterbreak_ctx_<N>.json file, or make it again", _items)
+    return read_source(path, form, "name a chapterbreak_ctx_<N>.json file, or make it again", _items)
 
 
-def _items(splits: Any, where: list[str]) -> Iterator[Item]:
-    for split, works in splits.items():
+def _items(raw: bytes, where: list[str]) -> Iterator[Item]:
+    for split, works in json.loads(raw).items():
         for work, examples in works.items():
             for number, one in enumerate(examples):
                 where.append(f"{split}, work {work}, example {number + 1}")
@@ -78,6 +61,11 @@ class ChapterBreakTask(Task):
     """Six-way suffix identification. Groups are a split and a prefix length, units are works."""
 
     name = "chapterbreak"
+    metrics = (
+        Metric("accuracy", "accuracy by likelihood", "%", chance=100 / 6),
+        Metric("accuracy_per_token", "accuracy by likelihood per token", "%", chance=100 / 6),
+        Metric("gold_nats", "true suffix, per token", "nats", "lower"),
+    )
     data: str
     prefixes: Sequence[int] = (4096, 6144, 8192)
     suffix_tokens: int = 128
@@ -85,21 +73,10 @@ class ChapterBreakTask(Task):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.file = read_chapterbreak(self.data)
         named = re.search(r"_ctx_(\d+)\.json$", self.file.name)
         if named and int(named[1]) < max(self.prefixes):
             raise ConfigError(f"--prefix {max(self.prefixes)} is longer than the prefixes of {self.file.name}")
-
-    @property
-    def metrics(self) -> list[Metric]:
-        options = {len(item.options) for item in self.file.items}
-        chance = 100 / options.pop() if len(options) == 1 else None
-        return [
-            Metric("accuracy", "accuracy by likelihood", "%", chance=chance),
-            Metric("accuracy_per_token", "accuracy by likelihood per token", "%", chance=chance),
-            Metric("gold_nats", "true suffix, per token", "nats", "lower"),
-        ]
 
     def source(self) -> Json:
         return self.file.about()
@@ -161,11 +138,11 @@ class SquadQuestion(NamedTuple):
 
 def read_squad(path: str | Path) -> Source:
     """Read ``train-v1.1.json`` or ``dev-v1.1.json``, or a file of the same form."""
-    return _read(path, "SQuAD v1.1's form", "name a SQuAD v1.1 JSON file", _questions)
+    return read_source(path, "SQuAD v1.1's form", "name a SQuAD v1.1 JSON file", _questions)
 
 
-def _questions(content: Any, where: list[str]) -> Iterator[SquadQuestion]:
-    for a, article in enumerate(content["data"]):
+def _questions(raw: bytes, where: list[str]) -> Iterator[SquadQuestion]:
+    for a, article in enumerate(json.loads(raw)["data"]):
         where.append(f"data[{a}]")
         for p, paragraph in enumerate(article["paragraphs"]):
             for q, asked in enumerate(paragraph["qas"]):
@@ -196,7 +173,6 @@ class SquadTask(ShotsTask):
     max_answer_tokens: int = 32
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.shown, self.asked = read_squad(self.train), read_squad(self.data)
 
     def source(self) -> Json:

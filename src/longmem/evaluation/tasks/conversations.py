@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import re
@@ -14,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longmem.data.facts import ToldFact, asked_ids, question_ids, session_of, told_ids, told_session
-from longmem.errors import ConfigError, DataError
+from longmem.errors import ConfigError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after, start_tokens
 from longmem.evaluation.results import Json
 from longmem.evaluation.systems import BACKBONE
-from longmem.evaluation.tasks import Example, Metric, Source, Task, digest_of, drawn, of_form
+from longmem.evaluation.tasks import Example, Metric, Source, Task, digest_of, drawn, read_source
 from longmem.evaluation.tasks.comprehension import f1_score
 from longmem.evaluation.tasks.hidden import notes_on, read_haystack
 
@@ -30,13 +29,6 @@ OFFERED = " (a) {a} (b) {b}. Select the correct answer by writing (a) or (b)."
 WITH_DATE = " Use DATE of CONVERSATION to answer with an approximate date."
 NOTHING = "No information available"
 REFUSALS = ("no information available", "not mentioned")
-
-LOCOMO = (
-    "LoCoMo's form: conversation and qa, turns with speaker and text, questions with question, category (1 to 5) and "
-    "answer (category 5: adversarial_answer)"
-)
-MSC = "MSC's form: lines with dialog and previous_dialogs, and a text in every turn"
-WAY_OUT = "name a locomo10.json or an MSC session_N/test.txt"
 
 
 class Question(NamedTuple):
@@ -92,31 +84,29 @@ def read_dialogues(path: str | Path) -> Source:
     Raises:
         DataError: no such file, or something in it is not of either form.
     """
-    path, found = Path(path), list[Conversation]()
-    with of_form(path, "UTF-8", WAY_OUT):
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
+    forms = "LoCoMo's form (conversation, qa) or MSC's (dialog, previous_dialogs)"
+    found = read_source(path, forms, "name a locomo10.json or an MSC session_N/test.txt", _conversations)
+    msc = found.items[0].questions[0].category is None
+    return found._replace(name=f"{Path(path).absolute().parent.name}/{found.name}") if msc else found
+
+
+def _conversations(raw: bytes, where: list[str]) -> Iterator[Conversation]:
+    """Those about which something is asked."""
+    text = raw.decode("utf-8-sig")
     try:
         content = json.loads(text)
     except ValueError:  # more than one JSON object: lines
         content = None
-    msc = content is None or (isinstance(content, dict) and "previous_dialogs" in content)
-    with of_form(path, MSC if msc else LOCOMO, WAY_OUT) as where:
-        if msc:
-            # only \n ends a line: people's texts hold other signs that str.splitlines would take for one
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    where.append(f"line {number}")
-                    found.append(_msc(number, json.loads(line)))
-        else:
-            for number, sample in enumerate(content if isinstance(content, list) else [content]):
-                where.append(f"sample {number}")
-                found.append(_locomo(number, sample))
-    found = [conversation for conversation in found if conversation.questions]
-    if not found:
-        raise DataError(f"{path}: no questions in it; {WAY_OUT}")
-    name = f"{path.absolute().parent.name}/{path.name}" if msc else path.name
-    return Source(name, hashlib.sha256(raw).hexdigest(), found)
+    msc = content is None or "previous_dialogs" in content
+    # only \n ends a line: people's texts hold other signs that str.splitlines would take for one
+    samples = text.split("\n") if msc else content if isinstance(content, list) else [content]
+    for number, sample in enumerate(samples, 1 if msc else 0):
+        where.append(f"{'line' if msc else 'sample'} {number}")
+        if msc and not sample.strip():
+            continue
+        found = _msc(number, json.loads(sample)) if msc else _locomo(number, sample)
+        if found.questions:
+            yield found
 
 
 def _locomo(number: int, sample: dict[str, Any]) -> Conversation:
@@ -187,7 +177,6 @@ class DialogueTask(Task):
     with_bleu: bool = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.with_bleu:
             bleu("", "")  # an extra that is missing shows at once
         self.files = [read_dialogues(path) for path in self.data]
@@ -309,18 +298,17 @@ def read_told(path: str | Path) -> list[ToldFact]:
     Raises:
         DataError: no such file, nothing in it, or a line is not of that form; names it.
     """
-    path, found = Path(path), list[ToldFact]()
-    with of_form(path, f"the form {TOLD}", "name a file of such lines") as where:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+
+    def parse(raw: bytes, where: list[str]) -> Iterator[ToldFact]:
+        for number, line in enumerate(raw.decode("utf-8").splitlines(), 1):
             where.append(f"line {number}")
             fact = json.loads(line)
             parts = re.fullmatch(r"([^{}]*)\{([^{}]+)\}([^{}]*)", fact["answer"])
             if parts is None:
                 raise ValueError("the answer has no value in braces")
-            found.append(ToldFact(_text(fact["said"]), _text(fact["asked"]), *parts.groups()))
-        if not found:
-            raise ValueError("nothing is in it")
-    return found
+            yield ToldFact(_text(fact["said"]), _text(fact["asked"]), *parts.groups())
+
+    return read_source(path, f"the form {TOLD}", "name a file of such lines", parse).items
 
 
 @dataclass(eq=False, kw_only=True)
@@ -351,7 +339,6 @@ class FactsTask(Task):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         draw = random.Random(f"{self.seed} facts")
         if self.told is not None:
             own = read_told(self.told)

@@ -188,10 +188,11 @@ class NeedleTask(HiddenTask):
     kinds: Sequence[str] = ("passkey",)
     depths: Sequence[float] = (0, 25, 50, 75, 100)
 
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        yield from (f"kind ({k!r}) must be one of {', '.join(KINDS)}" for k in self.kinds if k not in KINDS)
-        yield from (f"depth ({d:g}) must be from 0 to 100 %" for d in self.depths if not 0 <= d <= 100)
+    def __post_init__(self) -> None:
+        problems = [f"kind ({k!r}) must be one of {', '.join(KINDS)}" for k in self.kinds if k not in KINDS]
+        problems += [f"depth ({d:g}) must be from 0 to 100 %" for d in self.depths if not 0 <= d <= 100]
+        if problems:
+            raise ConfigError(problems)
 
     def examples(self) -> list[Example]:
         """Every kind at every length and depth.
@@ -323,7 +324,6 @@ class BabiTask(HiddenTask):
     recall: int = 0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.sets = read_babi(self.data, self.tasks)
 
     def source(self) -> Json:

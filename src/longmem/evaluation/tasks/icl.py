@@ -26,7 +26,7 @@ import numpy as np
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after, start_tokens
 from longmem.evaluation.results import Bootstrap, Json
-from longmem.evaluation.tasks import Example, Metric, Task, drawn, group_scores, of_form
+from longmem.evaluation.tasks import Example, Metric, Task, drawn, group_scores, read_source
 
 
 class Asked(NamedTuple):
@@ -234,12 +234,16 @@ def read_icl(folder: str | Path, name: str) -> IclSet:
         DataError: a file is missing, or a line is not what its format says; names file and line.
     """
     kind = KINDS[name]
-    files = [Path(folder) / kind.folder / file for file in dict.fromkeys((kind.train, kind.test))]
+    files = [Path(folder) / kind.folder / file for file in (kind.train, kind.test)]
     labels = kind.labels
     if labels:
         train, test = (read_labelled(file, len(labels)) for file in files)
     else:
-        labels, train, test = _read_named(files)
+        named = [_read_named(file, part) for file, part in zip(files, ("train", "test"), strict=True)]
+        labels = tuple(sorted({label for _, label in named[0]}))
+        train, test = (
+            [Labelled(text, labels.index(label)) for text, label in part if label in labels] for part in named
+        )
     taken, usable = {example.text for example in test}, dict[str, Labelled]()
     for example in train:
         if example.text and example.text not in taken:
@@ -247,9 +251,10 @@ def read_icl(folder: str | Path, name: str) -> IclSet:
     asked = tuple(example for example in test if example.text)
     if not usable or not asked:
         raise DataError(f"{files[0].parent}: {len(usable)} texts to show and {len(asked)} to ask; both need some")
+    different = list(dict.fromkeys(files))
     source = {
-        "files": [f"{kind.folder}/{file.name}" for file in files],
-        "sha256": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16],
+        "files": [f"{kind.folder}/{file.name}" for file in different],
+        "sha256": hashlib.sha256(b"".join(file.read_bytes() for file in different)).hexdigest()[:16],
         "train": len(usable),
         "train_left_out": len(train) - len(usable),  # empty, there twice, or tested
         "test": len(asked),
@@ -267,10 +272,10 @@ def read_labelled(path: Path, classes: int) -> list[Labelled]:
     Raises:
         DataError: no such file, or a line without label or with one that is not 0 ... ``classes - 1``.
     """
-    found = []
-    with of_form(path, f"text with a label from 0 to {classes - 1}", "fetch the file again") as where:
+
+    def parse(raw: bytes, where: list[str]) -> Iterator[Labelled]:
         # only \n ends a line: some texts hold other signs that str.splitlines would take for one
-        lines = [line.rstrip("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
+        lines = [line.rstrip("\r") for line in raw.decode("utf-8-sig").split("\n")]
         tabbed = lines[0] == "sentence\tlabel"
         for number, line in enumerate(lines, 1):
             if not line or (tabbed and number == 1):
@@ -282,23 +287,22 @@ def read_labelled(path: Path, classes: int) -> list[Labelled]:
                 label, text = line.rsplit("\t", 1)[::-1] if tabbed else line.split(" ", 1)
             if int(label) not in range(classes):
                 raise ValueError("there is no such label")
-            found.append(Labelled(text.strip(), int(label)))
-    return found
+            yield Labelled(text.strip(), int(label))
+
+    return read_source(path, f"text with a label from 0 to {classes - 1}", "fetch the file again", parse).items
 
 
-def _read_named(files: Sequence[Path]) -> tuple[tuple[str, ...], list[Labelled], list[Labelled]]:
-    """Names of classes, train and test."""
-    with of_form(files[0], "what is published", "fetch the files again"):
-        if len(files) == 1:
-            content = json.loads(gzip.decompress(files[0].read_bytes()))
-            parts = [content["train"], content["test"]]
+def _read_named(path: Path, part: str) -> list[tuple[str, str]]:
+    """Texts and the names of their classes; ``part`` of a JSON file, all of another."""
+
+    def parse(raw: bytes, where: list[str]) -> Iterator[tuple[str, str]]:
+        if path.suffix == ".gz":
+            pairs = json.loads(gzip.decompress(raw))[part]
         else:
-            parts = [list(csv.reader(io.StringIO(file.read_text("utf-8-sig"))))[1:] for file in files]
-        named = [[(" ".join(text.split()), label.replace("_", " ")) for text, label in part] for part in parts]
-    labels = tuple(sorted({label for _, label in named[0]}))
-    number = {label: at for at, label in enumerate(labels)}
-    train, test = ([Labelled(text, number[label]) for text, label in part if label in number] for part in named)
-    return labels, train, test
+            pairs = list(csv.reader(io.StringIO(raw.decode("utf-8-sig"))))[1:]
+        return ((" ".join(text.split()), label.replace("_", " ")) for text, label in pairs)
+
+    return read_source(path, "what is published", "fetch the file again", parse).items
 
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # of Zhao et al.; their label probabilities are averaged
@@ -323,7 +327,6 @@ class IclTask(ShotsTask):
     limit: int | None = 30
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if unknown := set(self.datasets) - KINDS.keys():
             raise ConfigError(f"datasets ({','.join(sorted(unknown))}) must be some of {', '.join(KINDS)}")
         self.sets = [read_icl(self.data, name) for name in self.datasets]
