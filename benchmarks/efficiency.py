@@ -33,9 +33,9 @@ from transformers.cache_utils import DynamicLayer
 
 from longmem import LongMem
 from longmem.errors import ConfigError
-from longmem.evaluation.loading import checked_device, checkpoint_folder
 from longmem.evaluation.results import as_json, header, write_json
 from longmem.evaluation.tables import plain, tables_of
+from longmem.modeling.checkpoints import checked_device, checkpoint_folder
 from longmem.progress import track
 
 LONGMEM, FULL, WINDOWED = "longmem", "full", "windowed"

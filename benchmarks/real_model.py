@@ -165,7 +165,7 @@ def tokens_of(short: str) -> int:
 
 
 def model_kind(folder: str) -> str:
-    from longmem.evaluation.loading import checkpoint_folder, model_type
+    from longmem.modeling.checkpoints import checkpoint_folder, model_type
 
     return model_type(checkpoint_folder(folder))
 
@@ -258,7 +258,8 @@ def retrieved(arguments: list[str], folder: Path) -> None:
     import torch
 
     from longmem.data.text import TextSource, read_documents
-    from longmem.evaluation.loading import load_tokenizer, tokenize_documents
+    from longmem.data.tokens import load_tokenizer
+    from longmem.evaluation.loading import tokenize_documents
     from longmem.evaluation.results import write_json
     from longmem.modeling.loading import load_backbone
     from longmem.store.recall import PlainTexts, Recall

@@ -27,8 +27,8 @@ from tests.server.test_process import Process
 from benchmarks.measure import made_by
 from longmem import LongMem, TrainingFree
 from longmem.data.facts import told_session
-from longmem.evaluation.loading import checkpoint_folder, model_type
 from longmem.evaluation.results import write_json
+from longmem.modeling.checkpoints import checkpoint_folder, model_type
 from longmem.progress import Progress
 
 Outcome = tuple[dict[str, int], list[dict[str, str]]]

@@ -17,7 +17,7 @@ import torch
 from longmem import LongMem
 from longmem.data import load_tokenizer
 from longmem.errors import CheckpointError
-from longmem.evaluation.loading import checkpoint_folder
+from longmem.modeling.checkpoints import checkpoint_folder
 
 READING = ("memory_layer", "stride", "fusion", "final_state")
 """Settings that say what the weights mean."""

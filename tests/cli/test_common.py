@@ -34,7 +34,7 @@ def test_durations_moments_and_expiries() -> None:
 @pytest.mark.parametrize(("said", "count"), [("8192", 8192), ("8k", 8192), ("2M", 2 << 20), (" 1k ", 1024), (5, 5)])
 def test_a_count_may_be_short(said: object, count: int) -> None:
     assert token_count().convert(said, None, None) == count
-    assert counts(None, None, f"{said},8k,") == [count, 8192]  # type: ignore[arg-type]
+    assert counts(None, None, f"{said},3k,3k,") == [count, 3072]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("said", ["8q", "k", "0", "1"])

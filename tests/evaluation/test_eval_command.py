@@ -97,12 +97,10 @@ def test_a_baseline_or_a_backbone_is_measured_by_itself(
     assert [(d["id"], d["tokens"]) for d in result["documents"]] == [("one__a.txt", 29), ("one__b.txt", 29)]
 
 
-@pytest.mark.parametrize("option", ["--protocol=rolling", "--protocol=", "--windows=", "--batch=0"])
-def test_a_wrong_value_is_refused_by_its_option_before_anything_is_read(option: str, capsys: Capture) -> None:
+def test_an_empty_list_is_refused_by_its_option_before_anything_is_read(capsys: Capture) -> None:
     with pytest.raises(SystemExit) as done:
-        main(["eval", "perplexity", "--model", "nowhere", "--data", "nowhere", option])
-    assert done.value.code == 2
-    assert f"'{option.split('=')[0]}'" in capsys.readouterr().err
+        main(["eval", "perplexity", "--model", "nowhere", "--data", "nowhere", "--windows="])
+    assert done.value.code == 2 and "'--windows'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

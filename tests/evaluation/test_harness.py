@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.evaluation.pairs import disturbed
 from transformers import PreTrainedTokenizerFast
 
 from longmem import LongMem, MemoryBank
@@ -75,11 +76,7 @@ def sidenet_dir(tmp_path: Path, tiny_backbone: Any, byte_tokenizer: PreTrainedTo
     tiny_backbone.save_pretrained(tmp_path / "backbone")
     byte_tokenizer.save_pretrained(str(tmp_path / "backbone"))
     model = LongMem.from_backbone(tmp_path / "backbone", memory_layer=1, num_retrieved=8, memory_size=64)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.trainable_parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    model.save_pretrained(tmp_path / "sidenet")
+    disturbed(model).save_pretrained(tmp_path / "sidenet")
     return tmp_path / "sidenet"
 
 

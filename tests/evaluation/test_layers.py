@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,29 @@ from typing import Any
 import pytest
 import torch
 from tests.family_table import FAMILIES, V, make_backbone
+from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from longmem import AlibiGPTForCausalLM, TrainingFree
 from longmem.cli.main import main
 from longmem.data.tokens import train_tokenizer
 from longmem.errors import ConfigError, DataError
-from longmem.evaluation.copying import random_tokens
-from longmem.evaluation.layers import best_layers, conclusion, explain_layers, layers_report, measure_layers, text_rows
+from longmem.evaluation import layers
+from longmem.evaluation.layers import (
+    best_layers,
+    conclusion,
+    copy_loss,
+    explain_layers,
+    findability,
+    layers_report,
+    measure_layers,
+    random_tokens,
+    rank_keys,
+    text_rows,
+)
+from longmem.modeling.backbone import position_free_qkv
+from longmem.modeling.probe import QKV
 
 SMALL: dict[str, Any] = {"num_retrieved": 8, "chunk_size": 2, "quiet": True}
 
@@ -45,9 +61,9 @@ def test_every_family_is_measured_at_every_layer_that_can_be_remembered(name: st
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     report = layers_report(model, random_tokens(V, 1, 40).repeat(1, 2), distances=(40,), rows=1, num_retrieved=16)
     heads = model.config.get_text_config().num_attention_heads
-    layers = report["memory_layers"]
-    assert report["allowed"] == layers == [layer for each in report["effect"]["single"] for layer in each["layers"]]
-    assert {*layers} <= set(report["scores"])
+    remembered = report["memory_layers"]
+    assert report["allowed"] == remembered == [layer for each in report["effect"]["single"] for layer in each["layers"]]
+    assert {*remembered} <= set(report["scores"])
     assert {len(rank) for ranks in report["ranks"] for rank in ranks["rank"].values()} == {heads}
     assert [copied["distance"] for copied in report["copying"]] == [40, 40]
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
@@ -84,6 +100,64 @@ def test_facts_are_measured_where_there_is_a_tokenizer() -> None:
     assert found["alone"]["nats"].keys() == {"facts"} and found["single"][0]["nats"] != found["alone"]["nats"]
     with pytest.raises(ConfigError, match="nothing to measure with"):
         measure_layers(model)
+
+
+def test_ranks_equal_counting_by_hand(tiny_backbone: AlibiGPTForCausalLM) -> None:
+    tokens = random_tokens(260, 1, 24, seed=1)
+    found = rank_keys(tiny_backbone, tokens, segment=24, chunk_size=4, num_chunks=2)
+    first = position_free_qkv(tiny_backbone, tokens)
+    second = position_free_qkv(tiny_backbone, tokens.roll(-12, dims=1))
+    for layer, (rank, recall) in found.items():
+        keys, queries = first[layer].keys[0], second[layer].queries[0].roll(12, dims=1)
+        for head in range(4):
+            ranks, hits = [], 0
+            for t in range(23):
+                scores = [float(queries[head, t] @ keys[head, j]) for j in range(24)]
+                ranks.append(1 + sum(score > scores[t + 1] for score in scores))
+                means = [keys[head, 4 * c : 4 * c + 4].mean(dim=0) for c in range(6)]
+                by_chunk = [float(queries[head, t] @ mean) for mean in means]
+                hits += sum(score > by_chunk[(t + 1) // 4] for score in by_chunk) < 2
+            assert rank[head].item() == statistics.median(ranks)
+            assert recall[head].item() == pytest.approx(hits / 23)
+
+
+def _layer_one_copies(model: object, input_ids: Tensor) -> dict[int, QKV]:
+    """Layer 1: a key is the token before it, a query the token itself; other layers: noise."""
+    generator = torch.Generator().manual_seed(int(input_ids.sum()))
+    before = functional.pad(input_ids, (1, 0))[:, :-1]
+
+    def one_hot(ids: Tensor) -> Tensor:
+        return functional.one_hot(ids, 260)[:, None].float().expand(-1, 4, -1, -1)
+
+    noise = torch.randn(4, len(input_ids), 4, input_ids.shape[1], 8, generator=generator)
+    found = {layer: QKV(noise[layer], noise[layer].flip(2), noise[layer], 1.0) for layer in range(4)}
+    found[1] = QKV(one_hot(input_ids), one_hot(before), one_hot(before), 1.0)
+    return found
+
+
+def test_the_layer_that_copies_is_found(tiny_backbone: AlibiGPTForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "position_free_qkv", _layer_one_copies)
+    tokens = random_tokens(260, 2, 256, special=range(4))
+    found = rank_keys(tiny_backbone, tokens, segment=256, chunk_size=1)
+    assert [each.tolist() for each in found[1]] == [[1.0] * 4] * 2
+    scores = {layer: findability(rank, 256) for layer, (rank, _) in found.items()}
+    assert scores[1] == pytest.approx(1.0) and all(abs(scores[layer]) < 0.1 for layer in (0, 2, 3))
+
+
+def test_copy_loss_is_the_loss_of_each_pass(tiny_backbone: AlibiGPTForCausalLM) -> None:
+    tokens = random_tokens(260, 2, 16)
+    first, second = copy_loss(tiny_backbone, tokens)
+    twice = torch.cat([tokens, tokens], dim=1)
+    logits = tiny_backbone.eval()(twice).logits[:, :-1]
+    losses = -logits.log_softmax(-1).gather(2, twice[:, 1:, None])[..., 0]
+    assert first == pytest.approx(losses[:, :15].mean().item(), abs=1e-5)
+    assert second == pytest.approx(losses[:, 16:].mean().item(), abs=1e-5)
+
+
+def test_random_tokens_do_not_repeat_while_the_vocabulary_lasts() -> None:
+    tokens = random_tokens(100, 3, 96, special=(0, 1, 2))
+    assert all(len(set(row)) == 96 for row in tokens.tolist()) and tokens.min() >= 3
+    assert random_tokens(10, 1, 25).shape == (1, 25)
 
 
 def test_text_and_random_tokens_are_ranked_at_every_distance(tiny_backbone: AlibiGPTForCausalLM) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from longmem import ConfigError, DataError
 from longmem.cli.main import main
-from longmem.evaluation.report import build_report, plot_all, write_report
+from longmem.evaluation.report import build_report, write_report
 from longmem.evaluation.results import write_json
 from longmem.evaluation.systems import System, chosen, largest
 from longmem.evaluation.tables import Table, caveat, paper, plain
@@ -36,16 +36,21 @@ def harness_result(label: str = "backbone alone") -> dict[str, Any]:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """One file of every kind, two that are damaged, one that is something else, and a checkpoint's config."""
+    """One file of every kind, six that are damaged, one that is something else, and a checkpoint's config."""
     folder = tmp_path / "results"
     for name in SHIPPED:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "results" / f"{name}.json", folder / f"{name}.json")
-    broken = shipped("small-books/perplexity") | {"header": {"task": "perplexity"}}
-    made = {"harness": harness_result(), "broken/perplexity": broken, "other": {"hello": "world"}, "model/config": {}}
+    made = {"harness": harness_result(), "other": {"hello": "world"}, "model/config": {}}
+    made["bad0/perplexity"] = shipped("small-books/perplexity") | {"header": {"task": "perplexity"}}
+    needle = shipped("needle-books/needle")
+    made["bad1/needle"] = needle | {"header": needle["header"] | {"seconds": "long"}}
+    made["bad2/needle"] = needle | {"systems": {name: ["no text"] for name in needle["systems"]}}
+    made["bad3/needle"] = needle | {"groups": [{"group": "no scores, depth 1 %"}]}
     for name, result in made.items():
         write_json(folder / f"{name}.json", result)
     (folder / "cut.json").write_text('{"header": {"task"')
+    (folder / "deep.json").write_text("[" * 100_000)
     return folder
 
 
@@ -77,9 +82,11 @@ def test_what_is_no_result_is_named_in_one_line_and_the_rest_is_shown(
     assert not done.value.code
     assert captured.out.split() == [str(tmp_path / "out" / f"report.{kind}") for kind in ("md", "html")]
     lines = [line.removeprefix(f"not shown: {results}/") for line in captured.err.splitlines()]
-    assert [line.split(":")[0] for line in lines] == ["broken/perplexity.json", "cut.json", "other.json"]
-    assert "not JSON" in lines[1] and lines[2].endswith("not a result of longmem that can be shown")
+    damaged = [f"bad{number}/{name}.json" for number, name in enumerate(("perplexity", "needle", "needle", "needle"))]
+    assert [line.split(":")[0] for line in lines] == [*damaged, "cut.json", "deep.json", "other.json"]
     assert lines[0].endswith("a damaged result ('samples' is missing); measure it again")
+    assert all("a damaged result (" in line for line in lines[1:4]) and all("not JSON (" in line for line in lines[4:6])
+    assert lines[6].endswith("not a result of longmem that can be shown")
     for wrong, said in ((results / "cut.json", "cut.json: not JSON"), (results / "nowhere", "no such file or folder")):
         with pytest.raises(SystemExit) as done:
             main(["report", str(wrong), "--out", str(tmp_path / "other")])
@@ -87,23 +94,6 @@ def test_what_is_no_result_is_named_in_one_line_and_the_rest_is_shown(
     assert not (tmp_path / "other").exists()
     with pytest.raises(DataError, match="no result files in"):
         build_report([results / "model"])
-
-
-def test_damaged_results_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
-    good = shipped("needle-books/needle")
-    damages: list[dict[str, Any]] = [
-        {"header": good["header"] | {"samples": 3}},
-        {"header": good["header"] | {"seconds": "long"}},
-        {"systems": {name: ["no text"] for name in good["systems"]}},
-        {"groups": [{"group": "no scores, depth 1 %"}]},
-    ]
-    for number, damage in enumerate(damages):
-        write_json(tmp_path / f"bad{number}" / "needle.json", good | damage)
-    write_json(tmp_path / "good" / "needle.json", good)
-    (tmp_path / "deep.json").write_text("[" * 100_000)
-    report = build_report([tmp_path])
-    assert [Path(path).parent.name for path in report.shown] == ["good"]
-    assert [line.split(": ", 1)[1][:9] for line in report.problems] == ["a damaged"] * 4 + ["not JSON "]
 
 
 def test_text_of_a_result_is_never_markup(tmp_path: Path) -> None:
@@ -132,12 +122,6 @@ def test_what_intervals_say_is_beside_them() -> None:
     assert "say nothing about others" in caveat(3, 1)
     assert "2 projects say little" in caveat(3, 2)
     assert caveat(300, 20) == "Intervals draw projects, then their documents."
-
-
-def test_pictures_are_written_for_an_out_folder(tmp_path: Path) -> None:
-    written = plot_all(shipped("needle-books/needle"), tmp_path)
-    assert written == [tmp_path / "needle-exact.png", tmp_path / "needle-choice.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
 def test_systems_are_chosen_by_the_beginnings_of_their_names() -> None:

@@ -21,7 +21,7 @@ from longmem.evaluation.perplexity import (
     record,
     scores,
 )
-from longmem.evaluation.results import Bootstrap, Ledger, as_json, header, percent, write_json
+from longmem.evaluation.results import Bootstrap, as_json, header, percent, write_json
 
 
 def document(name: str, tokens: int, group: str = "") -> TokenizedDocument:
@@ -121,19 +121,6 @@ def test_groups_widen_an_interval_and_groups_of_one_unit_do_not_change_it() -> N
     assert alone == apart and (alone["groups"], grouped["count"], grouped["groups"]) == (12, 12, 2)
     assert edges(grouped) == pytest.approx((math.exp(2), math.exp(3)), rel=0.02)
     assert grouped["low"] < alone["low"] < alone["high"] < grouped["high"]
-
-
-def test_a_line_cut_by_an_interruption_loses_only_itself(tmp_path: Path) -> None:
-    path = tmp_path / "records.jsonl"
-    ledger = Ledger(path)
-    for name in ("a", "b"):
-        ledger.append("key", name, nll=1.5)
-    path.write_bytes(path.read_bytes()[:-9] + b"\xff")
-    again = Ledger(path)
-    assert again.records["key", "a"] == ledger.records["key", "a"]
-    assert ("key", "b") not in again.records
-    again.append("key", "b", nll=1.5)
-    assert Ledger(path).records == ledger.records
 
 
 def test_a_result_says_how_it_was_made_and_is_complete_or_as_it_was(tmp_path: Path) -> None:

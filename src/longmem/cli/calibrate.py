@@ -45,9 +45,9 @@ def command(model: str, data: tuple[str, ...], valid: tuple[str, ...], layers: s
 
     from longmem.data import check_tokenizer, load_tokenizer
     from longmem.evaluation.layers import best_layers
-    from longmem.evaluation.loading import checked_device
     from longmem.evaluation.results import header, write_json
     from longmem.modeling.baselines import TrainingFree
+    from longmem.modeling.checkpoints import checked_device
     from longmem.modeling.gguf import gguf_folder, is_gguf
     from longmem.training.calibrate import CalibrationSettings, calibrate, passages_of
 

@@ -293,7 +293,7 @@ def load_model(
 
     from longmem import TrainingFree
     from longmem.default_model import default_checkpoint, default_model
-    from longmem.evaluation.loading import MODELS, checked_device, checkpoint_folder, model_type, tokenizer_beside
+    from longmem.modeling.checkpoints import MODELS, checked_device, checkpoint_folder, model_type, tokenizer_beside
 
     logging.disable_progress_bar()
     if talking and name is None and (layout is None or default_checkpoint(layout)):

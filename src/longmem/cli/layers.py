@@ -41,9 +41,9 @@ def command(model: str, data: tuple[str, ...], tokenizer: str | None, **given: A
 
     from longmem.data import load_tokenizer, read_documents
     from longmem.evaluation.layers import conclusion, layers_report, text_rows
-    from longmem.evaluation.loading import backbone_of, checked_device, checkpoint_folder
     from longmem.evaluation.results import header
     from longmem.evaluation.tasks.hidden import standard_library
+    from longmem.modeling.checkpoints import backbone_of, checked_device, checkpoint_folder
     from longmem.modeling.loading import load_backbone
 
     logging.disable_progress_bar()

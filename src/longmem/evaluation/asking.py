@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError
-from longmem.evaluation.systems import CONTROL, MEMORY_OFF, System, last_logits
+from longmem.evaluation.systems import System, last_logits
 from longmem.memory import MemoryBank
 from longmem.types import AttentionKV, Memory
 
@@ -344,16 +344,6 @@ def askers(
         whole=True,
     )
     return [*found, full]
-
-
-def rereading(askers: Sequence[Asker], passages: int) -> list[Asker]:
-    """These systems, and each once more with so many recalled passages in its window; 0 adds none."""
-    more = [
-        replace(asker, name=f"{asker.name}+recall", label=f"{asker.label}, {passages} passages", recall=passages)
-        for asker in askers
-        if passages and not asker.whole and asker.name not in (MEMORY_OFF, CONTROL)
-    ]
-    return [*askers, *more]
 
 
 # tokens

@@ -4,14 +4,15 @@ By their effect: facts are told in one conversation and asked for in another, an
 memory, while one layer, or a set of layers, reads memory without any training (one softmax over local and retrieved
 tokens). What the whole context in the window is worth is measured too. Sets grow by the layer that adds most.
 
-By their keys, which explains the effect: every head of every layer is asked, with its position-free queries, for the
-token that followed an earlier occurrence of the current one, see ``evaluation.copying``. What is not found cannot help;
-what is found need not.
+By their keys, which explains the effect: a model that has learned to copy from its context finds, from the current
+token, the token that followed an earlier occurrence of it. Every head of every layer is asked for that token's key with
+its position-free query, as memory is searched. What is not found cannot help; what is found need not.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,9 +27,9 @@ from longmem.config import TrainingFreeConfig, side_layout
 from longmem.data.facts import asked_ids, told_ids, told_session
 from longmem.data.tokens import check_tokenizer
 from longmem.errors import BackboneError, ConfigError, DataError
-from longmem.evaluation.copying import copy_loss, random_tokens, retrieval_by_layer
 from longmem.evaluation.results import Json, write_json
 from longmem.memory import MemoryBank
+from longmem.modeling.backbone import position_free_qkv
 from longmem.modeling.baselines import TrainingFree
 from longmem.modeling.families import Family
 from longmem.progress import Progress, track
@@ -79,15 +80,13 @@ def measure_layers(
     work = _Work(model, candidates, {"num_retrieved": num_retrieved, "chunk_size": chunk_size})
     for ids in texts:
         seen = min(WINDOW, work.positions, len(ids) // 2)
-        work.add("text", ids[-seen - 1 :], range(seen // 2, seen), ids[: -seen - 1])
+        work.add("text", ids[: -seen - 1], [(ids[-seen - 1 :], range(seen // 2, seen))])
     draw = random.Random(seed)
     for _ in range(SESSIONS if tokenizer is not None else 0):
         session = told_session(draw, FACTS)
-        before = torch.tensor(told_ids(session, tokenizer))
-        for fact in session.facts:
-            asked = asked_ids([fact], tokenizer)
-            first, end = asked.values[0]
-            work.add("facts", torch.tensor(asked.ids), range(first - 1, end - 1), before)
+        facts = [asked_ids([fact], tokenizer) for fact in session.facts]
+        spoken = [(torch.tensor(fact.ids), range(fact.values[0][0] - 1, fact.values[0][1] - 1)) for fact in facts]
+        work.add("facts", torch.tensor(told_ids(session, tokenizer)), spoken)
     without, within = work.losses(()), work.losses((), in_context=True)
     most_worth = sum(without.values()) - sum(within.values())
 
@@ -183,14 +182,12 @@ class _Work:
             self.all = self._reader(candidates)
 
     @torch.no_grad()
-    def add(self, kind: str, ids: Tensor, scored: range, before: Tensor) -> None:
-        if self.cases and self.cases[-1].before is before:  # facts of one conversation follow each other
-            kv = self.cases[-1].kv
-        else:
-            segments = before[None].to(self.all.device).split(min(self.positions, LONGEST_SEGMENT), dim=1)
-            parts = [self.all.encode(segment) for segment in segments]
-            kv = AttentionKV(torch.cat([p.keys for p in parts], dim=2), torch.cat([p.values for p in parts], dim=2))
-        self.cases.append(_Case(kind, ids, torch.tensor(list(scored)), before, kv))
+    def add(self, kind: str, before: Tensor, texts: Iterable[tuple[Tensor, range]]) -> None:
+        """Texts with their scored places, all behind what was read before."""
+        segments = before[None].to(self.all.device).split(min(self.positions, LONGEST_SEGMENT), dim=1)
+        parts = [self.all.encode(segment) for segment in segments]
+        kv = AttentionKV(torch.cat([p.keys for p in parts], dim=2), torch.cat([p.values for p in parts], dim=2))
+        self.cases += [_Case(kind, ids, torch.tensor(list(scored)), before, kv) for ids, scored in texts]
 
     @torch.no_grad()
     def losses(self, layers: tuple[int, ...], *, in_context: bool = False) -> dict[str, float]:
@@ -261,29 +258,121 @@ def explain_layers(
     sources = {"text": text, "random": drawn}
     jobs = [(source, d) for source, t in sources.items() for d in sorted(set(distances)) if d <= t.shape[1]]
     scores: dict[int, list[float]] = {}
-    ranks, copying = [], []
+    ranks, copying, chunks = [], [], num_retrieved // chunk_size
     for source, distance in track(jobs, "ranking keys", len(jobs), "distances"):
         count = min(MOST_PIECES, sources[source].shape[1] // distance)
         pieces = sources[source][:, : count * distance].reshape(-1, distance).to(model.device)
-        chunks = num_retrieved // chunk_size
-        heads = retrieval_by_layer(model, pieces, segment=segment, chunk_size=chunk_size, num_chunks=chunks)
-        for layer, head in heads.items():
-            scores.setdefault(layer, []).append(head.score)
-        first = next(iter(heads.values()))
+        length = distance - distance % min(segment, distance)  # of whole segments
+        heads = rank_keys(model, pieces[:, :length], segment=segment, chunk_size=chunk_size, num_chunks=chunks)
+        for layer, (rank, _) in heads.items():
+            scores.setdefault(layer, []).append(findability(rank, length))
         ranks.append(
             {
                 "source": source,
-                "distance": first.keys,
-                "chance": first.chance,
-                "rank": {layer: head.rank.tolist() for layer, head in heads.items()},
-                "recall": {layer: head.recall.tolist() for layer, head in heads.items()},
+                "distance": length,
+                "chance": min(1.0, chunks / max(1, length // chunk_size)),
+                "rank": {layer: rank.tolist() for layer, (rank, _) in heads.items()},
+                "recall": {layer: recall.tolist() for layer, (_, recall) in heads.items()},
             }
         )
         if 2 * distance <= segment:
-            losses = dict(zip(("first_loss", "second_loss"), copy_loss(model, pieces), strict=True))
-            copying.append({"source": source, "distance": distance, **losses})
+            first, second = copy_loss(model, pieces)
+            copying.append({"source": source, "distance": distance, "first_loss": first, "second_loss": second})
     means = {layer: sum(some) / len(some) for layer, some in scores.items()}
     return {"scores": means, "ranks": ranks, "copying": copying}
+
+
+def findability(rank: Tensor, keys: int) -> float:
+    """How far the best quarter of the heads gets from a blind median rank, half of the keys (0), to the first (1), on a
+    log scale.
+
+    A quarter, because memory has a gate for every head: a few that find the right key are enough.
+    """
+    best = rank.topk(max(1, len(rank) // 4), largest=False).values
+    return 1 - best.log().mean().item() / math.log(keys / 2)
+
+
+@torch.no_grad()
+def copy_loss(model: Any, token_ids: Tensor) -> tuple[float, float]:
+    """Mean loss, in nats, of the first and the second pass of text (B, n) that is read twice in one window.
+
+    Both passes are scored on the same n-1 targets; the first token has no context in the first pass.
+    """
+    length = token_ids.shape[1]
+    logits = model(torch.cat([token_ids, token_ids], dim=1), use_cache=False).logits[:, :-1]
+    targets = torch.cat([token_ids[:, 1:], token_ids], dim=1)
+    losses = functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    return losses[:, : length - 1].mean().item(), losses[:, length:].mean().item()
+
+
+@torch.no_grad()
+def rank_keys(
+    model: Any, token_ids: Tensor, *, segment: int, chunk_size: int = 4, num_chunks: int = 16
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """How well the heads of every layer find the token that followed an earlier occurrence.
+
+    Text of n tokens is encoded twice, in separate segments, as memory and the text that reads it are. The right key for
+    the query of token t in the second pass is that of token t+1 in the first, where the model should look to copy. The
+    second pass is cut half a segment later, so that no query has the context of its key.
+
+    Args:
+        token_ids: (B, n) text; n is the distance over which it repeats.
+        segment: tokens encoded at once; n has whole segments, or is shorter than one.
+
+    Returns:
+        by layer, the median rank (H,) of the right key among the n of the first pass, 1 is best, and the share (H,) of
+        queries whose right chunk is among the best ``num_chunks``.
+    """
+    segment = min(segment, token_ids.shape[1])
+    ranks: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for row in token_ids:  # row by row: all layers' keys are held at once
+        first = position_free_qkv(model, row.view(-1, segment))
+        second = position_free_qkv(model, row.roll(-(segment // 2)).view(-1, segment))
+        for layer in first:
+            # (segments, H, T, D) -> (H, segments * T, D)
+            queries = second[layer].queries.transpose(0, 1).flatten(1, 2).roll(segment // 2, dims=1)
+            keys = first[layer].keys.transpose(0, 1).flatten(1, 2)
+            ranks.setdefault(layer, []).append(_ranks(queries, keys, chunk_size))
+    found = {}
+    for layer, rows in ranks.items():
+        by_token, by_chunk = (torch.cat(each, dim=1) for each in zip(*rows, strict=True))
+        found[layer] = (by_token.median(dim=1).values, (by_chunk <= num_chunks).float().mean(dim=1))
+    return found
+
+
+def random_tokens(vocab_size: int, rows: int, length: int, *, seed: int = 0, special: Sequence[int] = ()) -> Tensor:
+    """(rows, length) token ids drawn at random, none twice in a row of the result while the vocabulary lasts."""
+    generator = torch.Generator().manual_seed(seed)
+    ordinary = torch.tensor([token for token in range(vocab_size) if token not in set(special)])
+    times = range(math.ceil(length / len(ordinary)))
+    draws = [[ordinary[torch.randperm(len(ordinary), generator=generator)] for _ in times] for _ in range(rows)]
+    return torch.stack([torch.cat(parts)[:length] for parts in draws])
+
+
+def _ranks(queries: Tensor, keys: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Ranks (H, n-1) of the next token's key and (H, n') of its chunk, from queries (H, n, D) and keys (Hkv, n, D).
+
+    Equal scores share their mean rank. A last, short chunk is left out, and so are the queries that look for it.
+    """
+    heads, length, _ = queries.shape
+    whole = length // chunk_size * chunk_size
+    group = heads // keys.shape[0]
+    following = torch.arange(1, length, device=keys.device)
+    by_token, by_chunk = [], []
+    for head in range(heads):
+        own = keys[head // group].float()
+        chunks = own[:whole].view(-1, chunk_size, own.shape[1]).mean(dim=1)
+        asked = queries[head, :-1].float()
+        by_token.append(_rank(asked @ own.T, following))
+        by_chunk.append(_rank(asked[: whole - 1] @ chunks.T, following[: whole - 1] // chunk_size))
+    return torch.stack(by_token).cpu(), torch.stack(by_chunk).cpu()
+
+
+def _rank(scores: Tensor, right: Tensor) -> Tensor:
+    """(Q, N) scores, (Q,) right answers -> (Q,) ranks."""
+    wanted = scores.gather(1, right[:, None])
+    above, level = (scores > wanted).sum(dim=1), (scores == wanted).sum(dim=1)
+    return above.float() + (level + 1) / 2
 
 
 def layers_report(

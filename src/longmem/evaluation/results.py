@@ -76,14 +76,9 @@ def as_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def to_json(record: Any) -> str:
-    """The text of a result file, see ``as_json``."""
-    return json.dumps(as_json(record), indent=1, ensure_ascii=False)
-
-
 def write_json(path: Path, record: Any) -> None:
-    """Complete or absent."""
-    write_whole(path, [to_json(record), "\n"])
+    """A result file, see ``as_json``; complete or absent."""
+    write_whole(path, [json.dumps(as_json(record), indent=1, ensure_ascii=False), "\n"])
 
 
 class Ledger:

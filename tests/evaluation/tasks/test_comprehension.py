@@ -10,7 +10,7 @@ import pytest
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Scored
-from longmem.evaluation.tasks.comprehension import ChapterBreakTask, SquadTask, f1_score, normalise_answer, shown
+from longmem.evaluation.tasks.comprehension import ChapterBreakTask, SquadTask, f1_score, normalise_answer
 
 
 @pytest.fixture
@@ -79,16 +79,6 @@ def task(files: dict[str, Path], tokenizer: Any, **settings: Any) -> SquadTask:
     made = SquadTask(**files, **wanted)
     made.begin([Asker("memory_200", "", {}, None, 200, tokenizer=tokenizer, window=2000)])
     return made
-
-
-def test_a_question_is_shown_with_its_answer_or_without(files: dict[str, Path], byte_tokenizer: Any) -> None:
-    question = task(files, byte_tokenizer).asked.items[1]
-    told = "Context: The Ada d00 came to the hill.\nQuestion: Where is d00?\nAnswer:"
-    assert shown(question, answered=True) == f"{told} the hill\n\n"
-    assert shown(question, answered=False) == told
-    telling = question._replace(answers=("Answer: {hill}",))
-    assert shown(telling, answered=True) == f"{told} Answer: {{hill}}\n\n"
-    assert shown(telling, answered=False) == told
 
 
 def test_demonstrations_show_no_passage_twice_and_none_that_is_asked(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 
 from longmem.errors import DataError
 from longmem.evaluation.tasks.comprehension import read_chapterbreak, read_squad
-from longmem.evaluation.tasks.conversations import read_dialogues
+from longmem.evaluation.tasks.conversations import read_dialogues, read_told
+from longmem.evaluation.tasks.icl import read_labelled
 
 TALK: dict[str, Any] = {"sample_id": "conv-1", "conversation": {}, "qa": []}
 PAST = {"previous_dialogs": [], "dialog": [{"text": None}]}
@@ -29,6 +31,13 @@ SQUAD = '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "questio
         ),
         (read_chapterbreak, '{"pg19": {"7": [{"ctx": "a", "pos": " ", "negs": ["c"]}]}}', "none of them empty"),
         (read_chapterbreak, "{}", "nothing in it"),
+        (
+            partial(read_labelled, classes=2),
+            "0 fine\n2 bad",
+            r"line 2 \('2 bad'\) is not of text with a label",
+        ),
+        (partial(read_labelled, classes=2), "sentence\tlabel\nfine 1", r"line 2 \('fine 1'\) is not"),
+        (read_told, '{"said": "a", "asked": "b", "answer": "c"}', "line 1 is not of the form .*no value in braces"),
         (read_squad, "{", r"the file is not of SQuAD v1.1's form \(JSONDecodeError"),
         (read_squad, '{"data": []}', "nothing in it"),
         (read_squad, SQUAD % "[]", r"data\[0\].paragraphs\[0\].qas\[0\].*no answer; SQuAD v1.1 has one or more"),
@@ -37,7 +46,7 @@ SQUAD = '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "questio
         (read_dialogues, "[]", "nothing in it"),
         (read_dialogues, json.dumps([TALK | {"qa": [{"question": "?", "category": 6}]}]), "sample 0 is not"),
         (read_dialogues, json.dumps([TALK | {"qa": [{"question": "?", "category": 1, "answer": None}]}]), "is null"),
-        (read_dialogues, json.dumps(PAST), "line 1 .* a text is a NoneType"),
+        (read_dialogues, json.dumps(PAST), "line 1 .*NoneType"),
     ],
 )
 def test_other_files_are_refused_by_what_is_wrong(

@@ -6,12 +6,11 @@ import gzip
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from longmem.errors import ConfigError, DataError
-from longmem.evaluation.asking import Answer, Asker, Prompt, Scored
+from longmem.evaluation.asking import Asker
 from longmem.evaluation.tasks.icl import (
     Asked,
     IclTask,
@@ -58,19 +57,6 @@ def test_every_form_gives_the_same_examples(name: str, lines: list[str], tmp_pat
     assert read_labelled(write(tmp_path, name, lines), 2) == [Labelled(text, label) for text, label in TEXTS]
     # empty lines at the end are no examples
     assert len(read_labelled(write(tmp_path, name, [*lines, "", ""]), 2)) == len(TEXTS)
-
-
-@pytest.mark.parametrize(
-    ("name", "lines", "message"),
-    [
-        ("test.csv", ["0,a,b"], r"test.csv: line 1 \('0,a,b'\) is not of text with a label from 0 to 1"),
-        ("stsa.fine.dev", ["0 fine", "2 bad"], r"stsa.fine.dev: line 2 \('2 bad'\) is not"),
-        ("dev.tsv", ["sentence\tlabel", "fine 1"], r"dev.tsv: line 2 \('fine 1'\) is not"),
-    ],
-)
-def test_a_wrong_line_is_named(name: str, lines: list[str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=message):
-        read_labelled(write(tmp_path, name, lines), 2)
 
 
 def test_nothing_is_shown_that_is_empty_there_twice_or_asked(tmp_path: Path) -> None:
@@ -134,20 +120,6 @@ def test_calibration_divides_by_what_labels_get_for_nothing() -> None:
     found = calibrated([math.log(0.6), math.log(0.3)], free)
     assert [math.exp(value) for value in found] == pytest.approx([0.6 / 0.7, 0.3 / 0.3])
     assert calibrated([-1.0, -2.0], [[0.0, -2000.0]])[1] == pytest.approx(-2 - math.log(1e-300))
-
-
-def test_an_answer_is_judged_in_three_ways(tmp_path: Path, byte_tokenizer: Any) -> None:
-    for part in ("train", "test"):
-        write(tmp_path / "mr", f"{part}.csv", quoted([(f"{part} film {n}", n % 2) for n in range(20)]))
-    task = IclTask(data=tmp_path, datasets=["mr"], local_shots=[1], memory_shots=[0], draws=1)
-    task.begin([Asker("it", "it", {}, None, tokenizer=byte_tokenizer, window=160)])
-    negative, positive = (next(e for e in task.examples() if e.item.about[1] == label) for label in (0, 1))
-    begins = byte_tokenizer("p")["input_ids"][0]
-    scored = Scored((math.log(0.2), math.log(0.1)), (False, False), begins)
-    answer = Answer((scored, Scored((math.log(0.9), math.log(0.1)), (False, False), 0)))
-    prompt = Prompt(((1,),))
-    assert task.measure(negative, prompt, answer) == {"first_token": 0, "likelihood": 100, "calibrated": 0}
-    assert task.measure(positive, prompt, answer) == {"first_token": 100, "likelihood": 0, "calibrated": 100}
 
 
 # demonstrations

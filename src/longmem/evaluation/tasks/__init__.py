@@ -8,7 +8,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from longmem.errors import DataError
-from longmem.evaluation.asking import Answer, Asker, Prompt, rereading
+from longmem.evaluation.asking import Answer, Asker, Prompt
 from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, header
-from longmem.evaluation.systems import compared
+from longmem.evaluation.systems import CONTROL, MEMORY_OFF, compared
 from longmem.progress import Progress
 
 RECORDS_VERSION = 2  # part of every record's key; raised when a record's meaning changes
@@ -81,9 +81,16 @@ class Task(ABC):
         return {each.name: getattr(self, each.name) for each in fields(self) if each.init}
 
     def begin(self, askers: Sequence[Asker]) -> Sequence[Asker]:
-        """Take the systems; returns those that are asked."""
+        """Take the systems; returns those that are asked, with ``recall`` each of them once more with passages."""
         self.tokenizer, self.window = askers[0].tokenizer, askers[0].window
-        return rereading(askers, self.recall)
+        more = [
+            replace(
+                asker, name=f"{asker.name}+recall", label=f"{asker.label}, {self.recall} passages", recall=self.recall
+            )
+            for asker in askers
+            if self.recall and not asker.whole and asker.name not in (MEMORY_OFF, CONTROL)
+        ]
+        return [*askers, *more]
 
     @abstractmethod
     def source(self) -> Json:
