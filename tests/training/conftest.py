@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,13 @@ def records() -> Records:
         return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
     return read
+
+
+def write(recipe: Recipe, path: Path) -> Path:
+    """The recipe as a TOML file."""
+    lines = [f'task = "{recipe.task}"', f'method = "{recipe.method}"']
+    for name, section in recipe.model_dump(mode="json", exclude={"task", "method"}, exclude_none=True).items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in section.items())]
+    path.write_text("\n".join(lines))
+    tomllib.loads(path.read_text())
+    return path

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from tests.family_table import make_backbone
-from tests.training.conftest import Make, Records
+from tests.training.conftest import Make, Records, write
 from tests.training.gradients import gradients
 from tests.training.test_checkpoints import crash_after
-from tests.training.test_train_command import write
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
