@@ -28,7 +28,7 @@ from longmem.data.facts import chat_text as chat  # the same words that calibrat
 WINDOW, SEGMENTS = 1024, 8
 PIECE = WINDOW * SEGMENTS
 TEXT, DULL, SAID, ANSWER = 4, 1, 8, 16
-"""Weights in quarters: of text and replies to what is told, of what surrounds an answer, of its words, of its value."""
+"""Weights, in quarters: of text and replies to what is told, of what surrounds an answer, its words, its value."""
 
 
 @dataclass

@@ -29,15 +29,17 @@ def side(folder: Path, seed: int, tokenizer: PreTrainedTokenizerFast, backbone: 
     return str(folder)
 
 
+@pytest.mark.parametrize(("shares", "gates", "part"), [(None, False, 0.5), ([1.0, 3.0], True, 0.75)])
 def test_every_weight_is_the_mean_and_the_last_ones_settings_stay(
-    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, shares: list[float] | None, gates: bool, part: float
 ) -> None:
     folders = [side(tmp_path / f"{seed}", seed, byte_tokenizer) for seed in (0, 1)]
-    average(folders, tmp_path / "mean")
+    average(folders, tmp_path / "mean", shares, gates_of_last=gates)
     first, second = (LongMem.from_pretrained(folder).sidenet.state_dict() for folder in folders)
     mean = LongMem.from_pretrained(tmp_path / "mean")
     for name, weight in mean.sidenet.state_dict().items():
-        assert torch.allclose(weight, (first[name] + second[name]) / 2, atol=1e-6), name
+        share = 1.0 if gates and name == "memory_gate" else part
+        assert torch.allclose(weight, (1 - share) * first[name] + share * second[name], atol=1e-6), name
     assert mean.config.chunk_size == 2
     assert (tmp_path / "mean" / "tokenizer.json").is_file()
 
