@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.family_table import V, make_backbone
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from longmem import LongMem, MemoryBank
 from longmem.errors import ConfigError
@@ -164,3 +164,19 @@ def test_tokens_are_those_of_the_joined_text(byte_tokenizer: Any) -> None:
     spaced = PreTrainedTokenizerFast(tokenizer_object=inner)
     assert spaced("ab")["input_ids"] == [0, 1, 2]
     assert encode_after(spaced, "a.", ["b", " a"]) == [(2,), (0, 1)]
+
+
+def test_many_options_ask_for_one_position_of_the_context_and_need_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = Prompt((text(12, 1),), tuple((number, 3) for number in range(3, 18)))
+    torch.manual_seed(0)
+    backbone, seen = make_backbone("llama").eval(), list[int]()
+    backbone.lm_head.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    (cached,) = asked(asker(backbone, memory=None), prompt)
+    assert max(seen) == 1
+    monkeypatch.setattr("longmem.evaluation.asking._MANY", 100)
+    (alone,) = asked(asker(backbone, memory=None), prompt)
+    assert cached.scored[0].logprobs == pytest.approx(alone.scored[0].logprobs, abs=1e-4)
+    monkeypatch.undo()
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
+    (scored,) = asked(asker(mamba, memory=None), prompt)[0].scored
+    assert len(scored.logprobs) == len(prompt.options)

@@ -25,7 +25,7 @@ from longmem import LongMem, MemoryBank
 from longmem.errors import ConfigError
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.report import plot_all
-from longmem.evaluation.systems import compared, sized, systems_of
+from longmem.evaluation.systems import compared, shared_forward, sized, systems_of
 
 
 def test_longer_windows_are_the_backbone_measured_with_them(tmp_path: Path) -> None:
@@ -126,3 +126,32 @@ def test_records_of_other_settings_or_weights_are_not_reused(tmp_path: Path) -> 
     assert scored_anew(longmem(1), [64], SETTINGS, memtrm(2)) == set()
     assert scored_anew(longmem(1), [64], SETTINGS, memtrm(9)) == {"memtrm_off", "memtrm_8"}
     assert scored_anew(longmem(1).to(torch.bfloat16), [64], SETTINGS) == {"backbone", "memory_off", "memory_64"}
+
+
+def test_a_control_of_other_layers_leaves_memory_its_own_when_work_goes_on(tmp_path: Path) -> None:
+    model, some, records = longmem(1, memory_layers=[1]), documents(4, 2), tmp_path / "records.jsonl"
+    systems = systems_of(model, [64], control=longmem(2, memory_layers=[2]))
+    whole = perplexity(systems, some, SETTINGS)
+    perplexity(systems_of(model, []), some, SETTINGS, records=records)
+    resumed = perplexity(systems, some, SETTINGS, records=records)
+    for name in ("control", "memory_64"):
+        assert nll_of(resumed, name, "sliding") == pytest.approx(nll_of(whole, name, "sliding"), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt"])
+def test_one_backbone_pass_serves_all_systems_in_every_family(family: str) -> None:
+    model = LongMem.from_backbone(make_backbone(family), chunk_size=2, num_retrieved=4, memory_size=32).eval()
+    forward, memories = shared_forward(systems_of(model, [32]), 2, 100)
+    ids = torch.randint(60, (2, 16))
+    with torch.no_grad():
+        written = model(ids).kv
+        bank = MemoryBank.for_model(model, rows=2, capacity_tokens=32)
+        for memory in (bank, memories[-1]):
+            assert memory is not None
+            memory.add(written)
+        together = list(forward(ids, torch.tensor([0, 1]), 5))
+        alone = [model.backbone.model(ids).logits, model(ids).logits, model(ids, memory=bank).logits]
+    for (one, kv), other in zip(together, alone, strict=True):
+        assert kv is not None
+        torch.testing.assert_close(kv.keys, written.keys)
+        torch.testing.assert_close(one, other[:, -5:], rtol=1e-4, atol=1e-5)

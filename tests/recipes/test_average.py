@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,17 @@ from longmem import LongMem
 from longmem.errors import CheckpointError
 
 
-def side(folder: Path, seed: int, tokenizer: PreTrainedTokenizerFast, backbone: int = 0, memory_layer: int = 3) -> str:
+def side(
+    folder: Path, seed: int, tokenizer: PreTrainedTokenizerFast, backbone: int = 0, memory_layer: int = 3, **more: Any
+) -> str:
     """A SideNet of random weights over a tiny backbone."""
     tiny_gpt(backbone).save_pretrained(folder.parent / f"backbone-{backbone}")
     model = LongMem.from_backbone(
-        str(folder.parent / f"backbone-{backbone}"), memory_layer=memory_layer, chunk_size=seed + 1, num_retrieved=8
+        str(folder.parent / f"backbone-{backbone}"),
+        memory_layer=memory_layer,
+        chunk_size=seed + 1,
+        num_retrieved=8,
+        **more,
     )
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -33,12 +40,13 @@ def side(folder: Path, seed: int, tokenizer: PreTrainedTokenizerFast, backbone: 
 def test_every_weight_is_the_mean_and_the_last_ones_settings_stay(
     tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, shares: list[float] | None, gates: bool, part: float
 ) -> None:
-    folders = [side(tmp_path / f"{seed}", seed, byte_tokenizer) for seed in (0, 1)]
+    fusion = {"fusion": "token"} if gates else {}
+    folders = [side(tmp_path / f"{seed}", seed, byte_tokenizer, **fusion) for seed in (0, 1)]
     average(folders, tmp_path / "mean", shares, gates_of_last=gates)
     first, second = (LongMem.from_pretrained(folder).sidenet.state_dict() for folder in folders)
     mean = LongMem.from_pretrained(tmp_path / "mean")
     for name, weight in mean.sidenet.state_dict().items():
-        share = 1.0 if gates and name == "memory_gate" else part
+        share = 1.0 if gates and "gate" in name else part
         assert torch.allclose(weight, (1 - share) * first[name] + share * second[name], atol=1e-6), name
     assert mean.config.chunk_size == 2
     assert (tmp_path / "mean" / "tokenizer.json").is_file()

@@ -144,7 +144,7 @@ def _task(name: str, task: str, help: str, example: str, *own: Option) -> click.
 def _depths(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
     """``0,50,100``, or one number: so many, evenly spaced."""
     depths: list[float] = by_comma(float, "numbers; try 0,50,100 or 11")(context, parameter, value)
-    if len(depths) != 1:
+    if "," in value:
         return depths
     last = int(depths[0]) - 1
     return [round(100 * at / last, 3) for at in range(last + 1)] if last else [50.0]

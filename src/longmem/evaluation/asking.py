@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError
-from longmem.evaluation.systems import System, last_logits
+from longmem.evaluation.systems import System, last_logits, read_once
 from longmem.memory import MemoryBank
 from longmem.types import AttentionKV, Memory
 
@@ -201,8 +201,8 @@ class Asker(System):
             of_part: dict[Tokens, list[int]] = {}
             for number, tokens in enumerate(part.options):
                 of_part.setdefault(tokens[:-1], []).append(number)
-            if len(of_part) > _MANY:
-                yield part, self._score_many(part, of_part, reads)
+            if len(of_part) > _MANY and (many := self._score_many(part, of_part, reads)):
+                yield part, many
                 continue
             sequences += [(part, (*part.local, *read), numbers) for read, numbers in of_part.items()]
         sequences.sort(key=lambda sequence: -len(sequence[1]))
@@ -222,17 +222,18 @@ class Asker(System):
             some = continued[at : at + self.rows]
             yield from zip(some, self._continue(some, reads(some)), strict=True)
 
-    def _score_many(self, part: _Part, of_part: dict[Tokens, list[int]], reads: Any) -> Scored:
-        """The context goes through the model once, and what it left in the cache serves all options."""
+    def _score_many(self, part: _Part, of_part: dict[Tokens, list[int]], reads: Any) -> Scored | None:
+        """The context goes through the model once, and its cache serves all options; None of a model without one."""
         ids, found = torch.tensor([part.local], device=self.model.device), dict[int, tuple[float, bool, int]]()
-        begun = self.model(input_ids=ids, use_cache=True, **reads([part]))
-        first = begun.logits[0, -1:]
+        first, begun = read_once(self.model, ids, **reads([part]))
+        if begun is None:
+            return None
         tails = sorted(of_part, key=len)
         for at in range(0, len(tails), self.rows):
             some = tails[at : at + self.rows]
-            logits = first[:, None].expand(len(some), -1, -1)
+            logits = first.expand(len(some), -1, -1)
             if some[-1]:
-                cache = copy.deepcopy(begun.past_key_values)
+                cache = copy.deepcopy(begun)
                 cache.reorder_cache(torch.zeros(len(some), dtype=torch.long, device=ids.device))
                 more, _ = padded(some, ids.device)
                 after = self.model(input_ids=more, past_key_values=cache, use_cache=True, **reads([part] * len(some)))

@@ -135,7 +135,8 @@ def shared_forward(systems: Sequence[System], rows: int, longest: int) -> tuple[
             chunk = system.model.config.chunk_size
             # a bank larger than the longest document is never filled: do not reserve it
             memories[at] = system.make_memory(system.model, rows, min(system.memory_size, -(-longest // chunk) * chunk))
-    backbone = next((system.model.backbone for system in systems if hasattr(system.model, "sidenet")), None)
+    # of the last of them: a memory is written from this pass, and a control may remember other layers
+    backbone = next((each.model.backbone for each in reversed(systems) if hasattr(each.model, "sidenet")), None)
 
     def forward(input_ids: Tensor, rows: Tensor, keep: int) -> Iterator[tuple[Tensor, AttentionKV | None]]:
         run: Any = None  # the pass of the backbone that its SideNets share
@@ -165,6 +166,13 @@ def last_logits(model: Any, input_ids: Tensor, keep: int, **reads: Any) -> Tenso
     some = {"logits_to_keep": keep} if known else {}
     logits: Tensor = model(input_ids=input_ids, use_cache=False, **some, **reads).logits
     return logits[:, -keep:]
+
+
+def read_once(model: Any, input_ids: Tensor, **reads: Any) -> tuple[Tensor, Any]:
+    """Logits of the last position, (B, 1, V), and the cache; None of a model that has none."""
+    known = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    out = model(input_ids=input_ids, use_cache=True, **({"logits_to_keep": 1} if known else {}), **reads)
+    return out.logits[:, -1:], getattr(out, "past_key_values", None)
 
 
 def _identity(model: Any) -> dict[str, Any]:

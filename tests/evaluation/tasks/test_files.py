@@ -17,6 +17,7 @@ from longmem.evaluation.tasks.icl import read_labelled
 
 TALK: dict[str, Any] = {"sample_id": "conv-1", "conversation": {}, "qa": []}
 PAST = {"previous_dialogs": [], "dialog": [{"text": None}]}
+UNSAID = {"session_1": [{"speaker": "A", "text": None}]}
 SQUAD = '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "question": "q", "answers": %s}]}]}]}'
 
 
@@ -29,7 +30,12 @@ SQUAD = '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "questio
             '{"pg19": {"7": [{"pos": "b", "negs": []}]}}',
             "work 7, example 1 is not .*KeyError: 'ctx'",
         ),
-        (read_chapterbreak, '{"pg19": {"7": [{"ctx": "a", "pos": " ", "negs": ["c"]}]}}', "none of them empty"),
+        (
+            read_chapterbreak,
+            '{"pg19": {"7": [{"ctx": "a", "pos": " ", "negs": ["c", "d", "e", "f", "g"]}]}}',
+            "none of them empty",
+        ),
+        (read_chapterbreak, '{"pg19": {"7": [{"ctx": "a", "pos": "b", "negs": ["c"]}]}}', "five negs"),
         (read_chapterbreak, "{}", "nothing in it"),
         (
             partial(read_labelled, classes=2),
@@ -38,6 +44,7 @@ SQUAD = '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "questio
         ),
         (partial(read_labelled, classes=2), "sentence\tlabel\nfine 1", r"line 2 \('fine 1'\) is not"),
         (read_told, '{"said": "a", "asked": "b", "answer": "c"}', "line 1 is not of the form .*no value in braces"),
+        (read_told, '{"said": 5, "asked": "b", "answer": "{c}"}', "line 1 is not of .*a text is a int"),
         (read_squad, "{", r"the file is not of SQuAD v1.1's form \(JSONDecodeError"),
         (read_squad, '{"data": []}', "nothing in it"),
         (read_squad, SQUAD % "[]", r"data\[0\].paragraphs\[0\].qas\[0\].*no answer; SQuAD v1.1 has one or more"),
@@ -46,6 +53,7 @@ SQUAD = '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "questio
         (read_dialogues, "[]", "nothing in it"),
         (read_dialogues, json.dumps([TALK | {"qa": [{"question": "?", "category": 6}]}]), "sample 0 is not"),
         (read_dialogues, json.dumps([TALK | {"qa": [{"question": "?", "category": 1, "answer": None}]}]), "is null"),
+        (read_dialogues, json.dumps([TALK | {"conversation": UNSAID}]), "a text is a NoneType"),
         (read_dialogues, json.dumps(PAST), "line 1 .*NoneType"),
     ],
 )

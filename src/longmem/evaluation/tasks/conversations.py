@@ -117,7 +117,7 @@ def _locomo(number: int, sample: dict[str, Any]) -> Conversation:
         for turn in spoken[f"session_{at}"]:
             # of a picture, what LoCoMo's own evaluation shows of it
             picture = f" [shares {turn['blip_caption']}]" if turn.get("blip_caption") else ""
-            lines.append(f'{turn["speaker"]} said, "{turn["text"]}"{picture}')
+            lines.append(f'{turn["speaker"]} said, "{_text(turn["text"])}"{picture}')
         if len(lines) > 2:
             sessions.append("\n".join(lines) + "\n\n")
     for at, qa in enumerate(sample["qa"]):
@@ -128,6 +128,12 @@ def _locomo(number: int, sample: dict[str, Any]) -> Conversation:
         text = qa["question"] + (WITH_DATE if category == TEMPORAL else "")
         questions.append(Question(str(at), CATEGORIES[category], "", text, str(qa[named]).strip(), category))
     return Conversation(str(sample.get("sample_id", number)), tuple(sessions), tuple(questions))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a text is a {type(value).__name__}")
+    return value
 
 
 def _msc(number: int, record: dict[str, Any]) -> Conversation:
@@ -300,7 +306,7 @@ def read_told(path: str | Path) -> list[ToldFact]:
             parts = re.fullmatch(r"([^{}]*)\{([^{}]+)\}([^{}]*)", fact["answer"])
             if parts is None:
                 raise ValueError("the answer has no value in braces")
-            yield ToldFact(fact["said"], fact["asked"], *parts.groups())
+            yield ToldFact(_text(fact["said"]), _text(fact["asked"]), *parts.groups())
 
     return read_source(path, f"the form {TOLD}", "name a file of such lines", parse).items
 
