@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError
-from longmem.evaluation.systems import System, last_logits, read_once
+from longmem.evaluation.systems import System, last_logits
 from longmem.memory import MemoryBank
 from longmem.types import AttentionKV, Memory
 
@@ -211,7 +211,7 @@ class Asker(System):
             batch = sequences[at : at + self.rows]
             ids, _ = padded([inputs for _, inputs, _ in batch], self.model.device)
             first = min(len(part.local) for part, _, _ in batch) - 1  # its logits score the first token
-            logits = last_logits(self.model, ids, ids.shape[1] - first, **reads(part for part, _, _ in batch))
+            logits, _ = last_logits(self.model, ids, ids.shape[1] - first, **reads(part for part, _, _ in batch))
             for (part, inputs, numbers), of_row in zip(batch, logits, strict=True):
                 mine = scores.setdefault(id(part), {})  # hashing a part reads all of its text
                 mine |= _score(of_row[len(part.local) - 1 - first : len(inputs) - first], part, numbers)
@@ -225,7 +225,7 @@ class Asker(System):
     def _score_many(self, part: _Part, of_part: dict[Tokens, list[int]], reads: Any) -> Scored | None:
         """The context goes through the model once, and its cache serves all options; None of a model without one."""
         ids, found = torch.tensor([part.local], device=self.model.device), dict[int, tuple[float, bool, int]]()
-        first, begun = read_once(self.model, ids, **reads([part]))
+        first, begun = last_logits(self.model, ids, 1, use_cache=True, **reads([part]))
         if begun is None:
             return None
         tails = sorted(of_part, key=len)

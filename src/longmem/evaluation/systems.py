@@ -155,24 +155,20 @@ def shared_forward(systems: Sequence[System], rows: int, longest: int) -> tuple[
                 out = model(input_ids, **given)
                 yield out.logits[:, -keep:], out.kv
             else:
-                yield last_logits(model, input_ids, keep), None
+                yield last_logits(model, input_ids, keep)[0], None
 
     return forward, memories
 
 
-def last_logits(model: Any, input_ids: Tensor, keep: int, **reads: Any) -> Tensor:
-    """Of the last ``keep`` positions, (B, keep, V); a model that does not know ``logits_to_keep`` gives all."""
+def last_logits(
+    model: Any, input_ids: Tensor, keep: int, *, use_cache: bool = False, **reads: Any
+) -> tuple[Tensor, Any]:
+    """Of the last ``keep`` positions, (B, keep, V), and the cache, None where there is none; a model that does not know
+    ``logits_to_keep`` gives all."""
     known = "logits_to_keep" in inspect.signature(type(model).forward).parameters
     some = {"logits_to_keep": keep} if known else {}
-    logits: Tensor = model(input_ids=input_ids, use_cache=False, **some, **reads).logits
-    return logits[:, -keep:]
-
-
-def read_once(model: Any, input_ids: Tensor, **reads: Any) -> tuple[Tensor, Any]:
-    """Logits of the last position, (B, 1, V), and the cache; None of a model that has none."""
-    known = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-    out = model(input_ids=input_ids, use_cache=True, **({"logits_to_keep": 1} if known else {}), **reads)
-    return out.logits[:, -1:], getattr(out, "past_key_values", None)
+    out = model(input_ids=input_ids, use_cache=use_cache, **some, **reads)
+    return out.logits[:, -keep:], getattr(out, "past_key_values", None)
 
 
 def _identity(model: Any) -> dict[str, Any]:
