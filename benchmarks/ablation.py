@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from longmem import LongMem, MemoryBank
 from longmem.data.text import TextSource, read_documents
 from longmem.errors import CheckpointError, ConfigError
+from longmem.evaluation.asking import Asker
 from longmem.evaluation.loading import TokenizedDocument, load_systems, tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings, measure, scores
 from longmem.evaluation.results import Bootstrap, Ledger, as_json, header, write_json
-from longmem.evaluation.systems import BACKBONE, MEMORY_OFF, System, systems_of
+from longmem.evaluation.systems import BACKBONE, MEMORY_OFF, systems_of
 from longmem.evaluation.tables import plain, tables_of
 from longmem.modeling.checkpoints import checkpoint_folder
 from longmem.types import AttentionKV
@@ -53,7 +54,7 @@ TRAINED = ("init", "fusion", "final_state", "stride", "chunk_size", "num_retriev
 class Planned:
     """A system, the value of the axis that it has, and how it was trained otherwise than the default."""
 
-    system: System
+    system: Asker
     axis: str
     value: str
     differs: str = ""
@@ -131,9 +132,9 @@ class Int8Bank(MemoryBank):
         return torch.cat(parts, dim=2).to(states)
 
 
-def untrained(model: LongMem, size: int, axes: dict[str, list[Any]]) -> tuple[list[System], list[Planned]]:
+def untrained(model: LongMem, size: int, axes: dict[str, list[Any]], **how: Any) -> tuple[list[Asker], list[Planned]]:
     """Systems that differ from the default in one setting, all on one pass of the backbone."""
-    backbone, off, on = systems_of(model, [size])
+    backbone, off, on = systems_of(model, [size], **how)
     default = replace(on, name=DEFAULT)
     own = {"memory_size": size, "memory_dtype": str(model.dtype).removeprefix("torch."), "gate_share": None}
     planned = list[Planned]()
@@ -148,12 +149,12 @@ def untrained(model: LongMem, size: int, axes: dict[str, list[Any]]) -> tuple[li
         if axis == "memory_dtype":
             make = Int8Bank.for_model if value == "int8" else partial(make, dtype=getattr(torch, value))
         identity = on.identity | {"memory": remembered, axis: value}
-        system = System(f"{axis}={value}", f"{AXES[axis]}: {said}", identity, other, remembered, make)
+        system = Asker(f"{axis}={value}", f"{AXES[axis]}: {said}", identity, other, remembered, make, **how)
         planned.append(Planned(system, axis, said))
     return [backbone, off, default, *(one.system for one in planned if one.system is not default)], planned
 
 
-def trained(named: Sequence[str], model: LongMem, size: int) -> list[Planned]:
+def trained(named: Sequence[str], model: LongMem, size: int, **how: Any) -> list[Planned]:
     """``LABEL=FOLDER`` or ``AXIS:LABEL=FOLDER``: SideNets over the same backbone.
 
     Raises:
@@ -165,7 +166,7 @@ def trained(named: Sequence[str], model: LongMem, size: int) -> list[Planned]:
         other: Any = LongMem.from_pretrained(checkpoint_folder(folder), backbone=model.backbone.model)
         if other.fingerprint != model.fingerprint:
             raise CheckpointError(f"{folder}: its backbone is {other.fingerprint}, the default's {model.fingerprint}")
-        system = systems_of(other.to(model.device).eval(), [size])[-1]
+        system = systems_of(other.to(model.device).eval(), [size], **how)[-1]
         mine, its = (_config(each) for each in (other, model))
         differs = ", ".join(f"{name} {mine[name]} (default {its[name]})" for name in TRAINED if mine[name] != its[name])
         axis = axis or "other SideNets"
@@ -187,11 +188,12 @@ def ablate(
     memory_size: int | None = None,
     records: Path | None = None,
     config: dict[str, Any] | None = None,
+    **how: Any,
 ) -> dict[str, Any]:
-    """Measure every value of every axis on every document: the JSON of ``ablate.json``."""
+    """Measure every value of every axis on every document: the JSON of ``ablate.json``; ``how``: window and rows."""
     began, size, ledger = time.monotonic(), memory_size or model.config.memory_size, Ledger(records)
-    together, planned = untrained(model, size, chosen(of, model, size))
-    others = trained(also, model, size)
+    together, planned = untrained(model, size, chosen(of, model, size), **how)
+    window, others = together[0].window, trained(also, model, size, **how)
     planned += others
     # each by itself: another memory layer has keys and values of its own
     apart = [[one.system] for one in others]
@@ -209,7 +211,7 @@ def ablate(
     return {
         "header": header(
             "ablate",
-            asdict(settings) | {"memory_size": size, "of": list(of), "also": list(also)} | (config or {}),
+            asdict(settings) | how | {"memory_size": size, "of": list(of), "also": list(also)} | (config or {}),
             {system.name: system.identity for each in (together, *apart) for system in each},
             {"documents": len(documents), "tokens": sum(document.scored for document in documents)},
             [settings.bootstrap.seed],
@@ -217,7 +219,7 @@ def ablate(
         ),
         "default": _config(model) | {"memory_size": size, "gate_share": model.memory_share.tolist()},
         "protocols": {
-            name: {"protocol": name, "window": settings.window, "stride": settings.stride_of(name)}
+            name: {"protocol": name, "window": window, "stride": settings.stride_of(name, window)}
             for name in settings.protocols
         },
         "without": {name: scored[name] for name in (BACKBONE, MEMORY_OFF)},
@@ -262,9 +264,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if not isinstance(model, LongMem):
         raise ConfigError(f"{given.model}: no LongMem checkpoint; ablations change the settings of one")
     settings = PerplexitySettings(
-        window=system.window,
         protocols=tuple(given.protocols.split(",")),
-        rows=given.rows,
         bootstrap=Bootstrap(resamples=given.resamples),
     )
     result = ablate(
@@ -276,6 +276,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         memory_size=given.memory_size,
         records=given.out / "records.jsonl",
         config={"model": given.model, "data": given.data, "max_tokens": given.max_tokens},
+        window=system.window,
+        rows=given.rows,
     )
     write_json(given.out / "ablate.json", result)
     for table in tables_of(as_json(result)):

@@ -134,7 +134,7 @@ def run_demo(
         systems,
         documents,
         # segments would take the text before each of them from the backbone, and flatter the memory
-        PerplexitySettings(window=systems[0].window, protocols=("sliding",)),
+        PerplexitySettings(protocols=("sliding",)),
         config={"model": path, "texts": [text.id for text in kept], "max_tokens": most},
     )
     write_json(out / "perplexity.json", made["perplexity"])

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.ablation import ablate, main, varied
+from tests.evaluation.pairs import HOW, TEXT, TOKENIZER, backbone, disturbed, documents, systems
 from tests.evaluation.pairs import SETTINGS as BOTH
-from tests.evaluation.pairs import TEXT, TOKENIZER, backbone, disturbed, documents
 
 from longmem import CheckpointError, ConfigError, LongMem
 from longmem.evaluation.loading import TokenizedDocument
 from longmem.evaluation.perplexity import perplexity
-from longmem.evaluation.systems import systems_of
 
 SETTINGS = replace(BOTH, protocols=("sliding",))
 SHAPE: dict[str, Any] = {"chunk_size": 4, "num_retrieved": 8, "memory_size": 64}
@@ -35,7 +34,7 @@ def score(result: dict[str, Any], axis: str, value: str) -> float:
 
 def alone(model: LongMem, some: list[TokenizedDocument], size: int = 64) -> float:
     """Perplexity of the model with its own settings."""
-    found = perplexity(systems_of(model, [size]), some, SETTINGS)
+    found = perplexity(systems(model, size), some, SETTINGS)
     scores = found["protocols"]["sliding"]["all"]["systems"]
     return float(next(score["perplexity"] for score in scores if score["system"] == f"memory_{size}"))
 
@@ -43,7 +42,7 @@ def alone(model: LongMem, some: list[TokenizedDocument], size: int = 64) -> floa
 def test_each_value_scores_as_a_model_made_with_it(tmp_path: Path) -> None:
     some, model = documents(4, 2), longmem()
     of = ["chunk_size=2", "num_retrieved=4", "memory_size=16", "memory_dtype=float32,int8", "gate_share=0,0.3"]
-    result = ablate(model, some, SETTINGS, of)
+    result = ablate(model, some, SETTINGS, of, **HOW)
     default = alone(model, some)
     assert score(result, "chunk_size", "4") == score(result, "memory_dtype", "float32") == pytest.approx(default)
     assert score(result, "gate_share", "as trained") == pytest.approx(default)
@@ -56,9 +55,9 @@ def test_each_value_scores_as_a_model_made_with_it(tmp_path: Path) -> None:
         forced.sidenet.memory_gate.fill_(torch.logit(torch.tensor(0.3)))
     assert score(result, "gate_share", "0.3") == pytest.approx(alone(forced, some))
     records = tmp_path / "records.jsonl"
-    ablate(model, some, SETTINGS, ["chunk_size=2"], records=records)
+    ablate(model, some, SETTINGS, ["chunk_size=2"], records=records, **HOW)
     lines = records.read_text()
-    ablate(model, some, SETTINGS, ["chunk_size=2"], records=records)
+    ablate(model, some, SETTINGS, ["chunk_size=2"], records=records, **HOW)
     assert records.read_text() == lines, "nothing is measured again"
     off = result["without"]["memory_off"]["sliding"]
     assert score(result, "gate_share", "0") == pytest.approx(off["perplexity"])

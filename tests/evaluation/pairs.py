@@ -9,14 +9,16 @@ import torch
 from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemTRM, TrainingFree
 from longmem.data.text import Document
 from longmem.data.tokens import train_tokenizer
+from longmem.evaluation.asking import Asker
 from longmem.evaluation.loading import TokenizedDocument, tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings
 from longmem.evaluation.results import Bootstrap
-from longmem.evaluation.systems import System, systems_of
+from longmem.evaluation.systems import systems_of
 
 TEXT = "Words of a small text, and more words of it; then the same words again. "
 TOKENIZER = train_tokenizer([TEXT], 290)
-SETTINGS = PerplexitySettings(window=16, rows=2, block=32, bootstrap=Bootstrap(resamples=50))
+SETTINGS = PerplexitySettings(block=32, bootstrap=Bootstrap(resamples=50))
+HOW: dict[str, Any] = {"window": 16, "rows": 2}
 SHAPE: dict[str, Any] = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
 
 
@@ -52,13 +54,17 @@ def memtrm(seed: int = 2, *, start: int = 0) -> MemTRM:
     return made
 
 
-def everything(*sizes: int) -> tuple[list[System], dict[str, Any]]:
+def systems(model: Any, *sizes: int, control: LongMem | None = None, **how: Any) -> list[Asker]:
+    return systems_of(model, sizes, control=control, **HOW | how)
+
+
+def everything(*sizes: int) -> tuple[list[Asker], dict[str, Any]]:
     """All kinds of systems over one backbone, and their models by kind of memory."""
     side, trained = longmem(), memtrm()
     free = TrainingFree.from_backbone(side.backbone.model, gate=0.3, **SHAPE)
-    systems = systems_of(side, sizes, control=longmem(5)) + systems_of(trained, sizes) + systems_of(free, sizes)
+    all_of_them = systems(side, *sizes, control=longmem(5)) + systems(trained, *sizes) + systems(free, *sizes)
     models = {"memory": side, "memtrm": trained, "training_free_0.3": free}
-    return systems, models
+    return all_of_them, models
 
 
 def documents(*repeats: int) -> list[TokenizedDocument]:

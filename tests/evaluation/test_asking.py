@@ -13,8 +13,8 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from longmem import LongMem, MemoryBank
 from longmem.errors import ConfigError
-from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, askers, encode_after, start_tokens
-from longmem.evaluation.systems import systems_of
+from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after, start_tokens
+from longmem.evaluation.systems import systems_of, with_window
 
 WINDOW = 16
 TOKENIZER = SimpleNamespace(eos_token_id=1, pad_token_id=0)
@@ -143,15 +143,14 @@ def test_prompts_that_cannot_be_asked_are_refused(model: LongMem, prompt: Prompt
         asked(asker(model, memory=None), prompt)
 
 
-def test_every_system_and_the_full_context_is_asked(model: LongMem) -> None:
-    found = askers(systems_of(model, [16, 32]), TOKENIZER, window=WINDOW, rows=8, full_context=32)
-    assert [each.name for each in found] == ["backbone", "memory_off", "memory_16", "memory_32", "full_32"]
-    assert [each.memory_size for each in found] == [None, None, 16, 32, None]
-    assert found[-1].rows == 4
+def test_a_full_context_is_the_backbone_with_as_many_tokens_in_a_batch(model: LongMem) -> None:
+    alone = systems_of(model, tokenizer=TOKENIZER, window=WINDOW)[0]
+    full = with_window(alone, 32, whole=True)
+    assert (full.name, full.label, full.rows) == ("full_32", "backbone, full context of 32", 4)
     with pytest.raises(ConfigError, match=r"full context \(8\) must be above the window \(16\)"):
-        askers(systems_of(model, [16]), TOKENIZER, window=WINDOW, full_context=8)
+        with_window(alone, 8, whole=True)
     with pytest.raises(ConfigError, match="at most the backbone's positions"):
-        askers(systems_of(model, [16]), TOKENIZER, window=WINDOW, full_context=1 << 20)
+        with_window(alone, 1 << 20, whole=True)
 
 
 def test_tokens_are_those_of_the_joined_text(byte_tokenizer: Any) -> None:

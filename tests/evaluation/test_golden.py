@@ -24,11 +24,13 @@ def test_every_number_is_as_before(made_text: Callable[..., str]) -> None:
         memtrm=str(MODELS / "small-memtrm"),
         training_free=["0.4"],
         memory_sizes=[64, 256],
+        window=128,
+        rows=2,
     )
     made = zip(("one__a.txt", "one__b.txt", "two__a.txt"), ((250, 1), (120, 2), (180, 3)), strict=True)
     texts = [Document(name, made_text(*size), "") for name, size in made]
     documents = tokenize_documents(texts, systems[0].tokenizer, group_separator="__")
-    settings = PerplexitySettings(window=128, rows=2, bootstrap=Bootstrap(resamples=20))
+    settings = PerplexitySettings(bootstrap=Bootstrap(resamples=20))
     found = perplexity(systems, documents, settings)
     for document, expected in zip(found["documents"], GOLDEN["documents"], strict=True):
         for name in ("id", "tokens", "words", "bytes", "digest"):

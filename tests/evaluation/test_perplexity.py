@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,23 +16,23 @@ from tests.evaluation.pairs import (
     longmem,
     memtrm,
     nll_of,
+    systems,
 )
 from tests.family_table import make_backbone
 from torch import Tensor
 
 from longmem import LongMem, MemoryBank
 from longmem.errors import ConfigError
-from longmem.evaluation.perplexity import PerplexitySettings, perplexity
+from longmem.evaluation.perplexity import perplexity
 from longmem.evaluation.report import plot_all
-from longmem.evaluation.systems import compared, shared_forward, sized, systems_of
+from longmem.evaluation.systems import compared, shared_forward, sized, with_window
 
 
 def test_longer_windows_are_the_backbone_measured_with_them(tmp_path: Path) -> None:
-    systems, _ = everything(8, 64)
-    some, settings = documents(3, 2), replace(SETTINGS, windows=(32,))
-    found = perplexity(systems, some, settings)
+    side, some = systems(longmem(), 64), documents(3, 2)
+    found = perplexity([*side, with_window(side[0], 32)], some, replace(SETTINGS, stride=4))
     assert found["systems"]["window_32"] == "backbone, window of 32"
-    alone = perplexity(systems[:1], some, replace(SETTINGS, window=32))
+    alone = perplexity([replace(side[0], window=32)], some, SETTINGS)
     for mine, its in zip(found["documents"], alone["documents"], strict=True):
         for protocol, nll in mine["nll"].items():
             assert nll["window_32"] == pytest.approx(its["nll"][protocol]["backbone"], rel=1e-5)
@@ -43,17 +42,17 @@ def test_longer_windows_are_the_backbone_measured_with_them(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("size", [8, 1 << 20])
 def test_a_longer_window_that_is_not_or_has_no_positions_is_refused(size: int) -> None:
-    systems = systems_of(make_backbone("gpt2"))
+    (alone,) = systems(make_backbone("gpt2"))
     with pytest.raises(ConfigError, match=rf"longer window \({size}\) must be above the window .* change --windows"):
-        perplexity(systems, documents(3), replace(SETTINGS, windows=(size,)))
+        with_window(alone, size)
 
 
 @torch.no_grad()
 def test_every_system_scores_as_its_model_alone() -> None:
     """Also those that share one pass of the backbone, window by window."""
-    systems, models = everything(8, 64)
+    compared, models = everything(8, 64)
     (document,) = documents(3)
-    found, ids = perplexity(systems, [document], SETTINGS), document.ids
+    found, ids = perplexity(compared, [document], SETTINGS), document.ids
     assert list(found["systems"]) == [
         "backbone", "memory_off", "control", "memory_8", "memory_64", "memtrm_off", "memtrm_8", "memtrm_64",
         "training_free_0.3_8", "training_free_0.3_64",
@@ -81,11 +80,11 @@ def test_every_system_scores_as_its_model_alone() -> None:
 @pytest.mark.parametrize("fusion", ["gate", "softmax"])
 def test_rows_of_a_batch_score_as_alone(fusion: str) -> None:
     """Law 4, with rows that begin and end at different times and banks that overflow."""
-    systems = everything(16, 64)[0] if fusion == "gate" else systems_of(longmem(fusion=fusion), [16, 64])
+    compared = everything(16, 64)[0] if fusion == "gate" else systems(longmem(fusion=fusion), 16, 64)
     several = documents(5, 1, 3, 2, 4)
-    together = perplexity(systems, several, SETTINGS)
+    together = perplexity(compared, several, SETTINGS)
     for i, document in enumerate(several):
-        alone = perplexity(systems, [document], SETTINGS)
+        alone = perplexity(compared, [document], SETTINGS)
         for protocol in together["protocols"]:
             for system in together["systems"]:
                 (expected,) = nll_of(alone, system, protocol)
@@ -93,47 +92,46 @@ def test_rows_of_a_batch_score_as_alone(fusion: str) -> None:
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    systems, several, path = systems_of(longmem(), [64]), documents(4, 2, 3), tmp_path / "records.jsonl"
-    whole = perplexity(systems, several, SETTINGS, records=path)
+    compared, several, path = systems(longmem(), 64), documents(4, 2, 3), tmp_path / "records.jsonl"
+    whole = perplexity(compared, several, SETTINGS, records=path)
     lines = [line for line in path.read_text().splitlines() if line]
     path.write_text("\n".join(lines[:12]) + "\n")
-    found = perplexity(systems, several, SETTINGS, records=path)
+    found = perplexity(compared, several, SETTINGS, records=path)
     for system in whole["systems"]:
         assert nll_of(found, system, "sliding") == pytest.approx(nll_of(whole, system, "sliding"), rel=1e-5)
     written = path.read_text()
     assert len([line for line in written.splitlines() if line]) == len(lines), "what was there is not measured again"
-    again = perplexity(systems, several, SETTINGS, records=path)
+    again = perplexity(compared, several, SETTINGS, records=path)
     assert path.read_text() == written
     assert again["header"]["seconds"] == found["header"]["seconds"] > 0, "the time of all runs together"
 
 
 def test_records_of_other_settings_or_weights_are_not_reused(tmp_path: Path) -> None:
     several, path = documents(2, 1), tmp_path / "records.jsonl"
-    perplexity(systems_of(longmem(1), [64]), several, SETTINGS, records=path)
+    perplexity(systems(longmem(1), 64), several, SETTINGS, records=path)
 
-    def scored_anew(model: LongMem, sizes: Sequence[int], settings: PerplexitySettings, own: Any = None) -> set[str]:
+    def scored_anew(model: LongMem, *sizes: int, own: Any = None, window: int = 16) -> set[str]:
         before = len(path.read_text().splitlines())
-        systems = systems_of(model, sizes) + ([] if own is None else systems_of(own, [8]))
-        perplexity(systems, several, settings, records=path)
+        compared = systems(model, *sizes, window=window) + ([] if own is None else systems(own, 8))
+        perplexity(compared, several, SETTINGS, records=path)
         return {json.loads(line)["system"] for line in path.read_text().splitlines()[before:] if line}
 
-    assert scored_anew(longmem(1), [64], SETTINGS) == set()
-    assert scored_anew(longmem(1), [16, 64], SETTINGS) == {"memory_16"}
-    assert scored_anew(longmem(2), [64], SETTINGS) == {"memory_off", "memory_64"}
-    other = PerplexitySettings(window=12, rows=2, block=32, bootstrap=SETTINGS.bootstrap)
-    assert scored_anew(longmem(1), [64], other) == {"backbone", "memory_off", "memory_64"}
-    assert scored_anew(longmem(1), [64], SETTINGS, memtrm(2)) == {"memtrm_off", "memtrm_8"}
-    assert scored_anew(longmem(1), [64], SETTINGS, memtrm(2)) == set()
-    assert scored_anew(longmem(1), [64], SETTINGS, memtrm(9)) == {"memtrm_off", "memtrm_8"}
-    assert scored_anew(longmem(1).to(torch.bfloat16), [64], SETTINGS) == {"backbone", "memory_off", "memory_64"}
+    assert scored_anew(longmem(1), 64) == set()
+    assert scored_anew(longmem(1), 16, 64) == {"memory_16"}
+    assert scored_anew(longmem(2), 64) == {"memory_off", "memory_64"}
+    assert scored_anew(longmem(1), 64, window=12) == {"backbone", "memory_off", "memory_64"}
+    assert scored_anew(longmem(1), 64, own=memtrm(2)) == {"memtrm_off", "memtrm_8"}
+    assert scored_anew(longmem(1), 64, own=memtrm(2)) == set()
+    assert scored_anew(longmem(1), 64, own=memtrm(9)) == {"memtrm_off", "memtrm_8"}
+    assert scored_anew(longmem(1).to(torch.bfloat16), 64) == {"backbone", "memory_off", "memory_64"}
 
 
 def test_a_control_of_other_layers_leaves_memory_its_own_when_work_goes_on(tmp_path: Path) -> None:
     model, some, records = longmem(1, memory_layers=[1]), documents(4, 2), tmp_path / "records.jsonl"
-    systems = systems_of(model, [64], control=longmem(2, memory_layers=[2]))
-    whole = perplexity(systems, some, SETTINGS)
-    perplexity(systems_of(model, []), some, SETTINGS, records=records)
-    resumed = perplexity(systems, some, SETTINGS, records=records)
+    compared = systems(model, 64, control=longmem(2, memory_layers=[2]))
+    whole = perplexity(compared, some, SETTINGS)
+    perplexity(systems(model), some, SETTINGS, records=records)
+    resumed = perplexity(compared, some, SETTINGS, records=records)
     for name in ("control", "memory_64"):
         assert nll_of(resumed, name, "sliding") == pytest.approx(nll_of(whole, name, "sliding"), rel=1e-5)
 
@@ -141,7 +139,7 @@ def test_a_control_of_other_layers_leaves_memory_its_own_when_work_goes_on(tmp_p
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt"])
 def test_one_backbone_pass_serves_all_systems_in_every_family(family: str) -> None:
     model = LongMem.from_backbone(make_backbone(family), chunk_size=2, num_retrieved=4, memory_size=32).eval()
-    forward, memories = shared_forward(systems_of(model, [32]), 2, 100)
+    forward, memories = shared_forward(systems(model, 32), 2, 100)
     ids = torch.randint(60, (2, 16))
     with torch.no_grad():
         written = model(ids).kv

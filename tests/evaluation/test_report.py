@@ -12,9 +12,10 @@ import pytest
 
 from longmem import ConfigError, DataError
 from longmem.cli.main import main
+from longmem.evaluation.asking import Asker
 from longmem.evaluation.report import build_report, write_report
 from longmem.evaluation.results import write_json
-from longmem.evaluation.systems import System, chosen, largest
+from longmem.evaluation.systems import chosen, largest
 from longmem.evaluation.tables import Table, caveat, paper, plain
 
 ROOT = Path(__file__).parents[2]
@@ -127,7 +128,7 @@ def test_what_intervals_say_is_beside_them() -> None:
 def test_systems_are_chosen_by_the_beginnings_of_their_names() -> None:
     names = ["backbone", "memory_off", "memory_8", "memory_64", "memtrm_8"]
     assert largest(names) == ["backbone", "memory_off", "memory_64", "memtrm_8"]
-    systems = [System(name, name, {}, None) for name in names]
+    systems = [Asker(name, name, {}, None) for name in names]
     assert chosen(systems, []) == systems
     assert [system.name for system in chosen(systems, ["memory_6", "back"])] == ["backbone", "memory_64"]
     with pytest.raises(ConfigError, match=r"--systems \(memory_1\) begins no system's name; there are backbone, "):

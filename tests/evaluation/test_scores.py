@@ -17,9 +17,9 @@ from longmem.evaluation.perplexity import (
     bin_edges,
     block_bins,
     position_bins,
-    protocol_scores,
     record,
     scores,
+    scores_of_parts,
 )
 from longmem.evaluation.results import Bootstrap, as_json, header, percent, write_json
 
@@ -38,7 +38,7 @@ TABLE = {
 
 
 def settings(block: int = 100) -> PerplexitySettings:
-    return PerplexitySettings(window=64, block=block, bootstrap=Bootstrap(resamples=50))
+    return PerplexitySettings(block=block, bootstrap=Bootstrap(resamples=50))
 
 
 def score(pairs: list[tuple[str, str]], block: int = 100) -> Any:
@@ -65,7 +65,7 @@ def test_difference_has_an_interval_over_documents_of_projects_and_one_over_bloc
 
 
 def test_groups_the_papers_length_buckets_and_positions_are_apart() -> None:
-    found = protocol_scores("segments", settings(), DOCUMENTS, TABLE, [])
+    found = scores_of_parts(DOCUMENTS, TABLE, [], settings())
     assert [(g["name"], g["documents"], g["tokens"]) for g in found["groups"]] == [("a", 2, 6400), ("b", 1, 20_000)]
     assert [(b["name"], b["documents"]) for b in found["by_length"]] == [("<5k", 1), ("5k-10k", 1), ("10k-100k", 1)]
     parts = found["all"]["by_position"]

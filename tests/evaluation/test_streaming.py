@@ -31,9 +31,8 @@ class RecordingBank:
             assert torch.equal(kv.keys[b], kv.values[b])
             self.held[row] += kv.keys[b, 0, :, 0].int().tolist()
 
-    def reset(self, rows: Tensor) -> None:
-        for row in rows.tolist():
-            self.held[row] = []
+    def reset(self) -> None:
+        self.held = [[] for _ in self.held]
 
 
 def id_forward(input_ids: Tensor, rows: Tensor, keep: int) -> list[tuple[Tensor, AttentionKV]]:

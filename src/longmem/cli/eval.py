@@ -52,12 +52,9 @@ def perplexity(data: tuple[str, ...], max_tokens: int | None, **given: Any) -> N
     texts = list(islice(read_documents(TextSource(data, include=given["include"])), given["num_documents"]))
     systems, about = load(given)
     settings = evaluation.PerplexitySettings(
-        window=about["window"],
         stride=given["stride"],
         protocols=tuple(given["protocol"].split(",")),
-        rows=given["rows"],
         bootstrap=Bootstrap(resamples=given["resamples"], seed=given["seed"]),
-        windows=given["windows"] or (),
     )
     result = evaluation.perplexity(
         systems,

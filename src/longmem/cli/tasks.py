@@ -69,6 +69,7 @@ def load(given: Given, remembered: int = 0) -> tuple[list[Asker], Given]:
     dtype = None if given["dtype"] == "auto" else getattr(torch, given["dtype"])
     names = ("backbone", "control", "memtrm", "training_free", "memory_sizes", "tokenizer", "device", "window", "rows")
     named: Given = {name: given[name] for name in names} | {"full_context": given.get("full_context")}
+    named["windows"] = given.get("windows") or ()
     found = load_systems(given["model"], dtype=dtype, default_sizes=[remembered] if remembered else None, **named)
     about = {name: value for name, value in given.items() if name not in ("out", "as_json", "resamples")}
     backbone = found[0]

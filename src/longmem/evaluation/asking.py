@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError
-from longmem.evaluation.systems import System, last_logits
 from longmem.memory import MemoryBank
 from longmem.types import AttentionKV, Memory
-
-LINEAR_POSITIONS = ("alibi_gpt", "bloom", "mpt")  # ALiBi has no last position
 
 Tokens = tuple[int, ...]
 _MANY = 8  # options from which on reading their context once is faster than reading all of them in one batch
@@ -84,22 +82,43 @@ class Answer(NamedTuple):
     said: Tokens = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Asker(System):
-    """A system that is ready to be asked.
+@dataclass(frozen=True)
+class Asker:
+    """One of the systems that are compared: a model with its memory and its window.
 
     Attributes:
+        name: its key in results: ``backbone``, ``memory_off``, ``memory_<tokens>``, ``control``, ``memtrm_off``,
+            ``memtrm_<tokens>``, ``training_free_<share>_<tokens>``, ``window_<tokens>``, ``full_<tokens>``.
+        label: its name for people.
+        identity: what its numbers depend on, hashed into the key of its records.
+        model: any causal language model, or one that can read memory.
+        memory_size: tokens of memory a row holds; None is no memory.
+        make_memory: makes its bank from model, rows and tokens.
         window: T; also the length of the segments in which text is read into memory.
         rows: B.
         whole: ``memory`` of a prompt is put in front of its context, as far as the window goes.
         recall: passages that text search finds are put into the window, at most so many.
     """
 
-    tokenizer: Any
-    window: int
+    name: str
+    label: str
+    identity: dict[str, Any]
+    model: Any
+    memory_size: int | None = None
+    make_memory: Callable[..., MemoryBank] = MemoryBank.for_model
+    tokenizer: Any = None
+    window: int = 1024
     rows: int = 8
     whole: bool = False
     recall: int = 0
+
+    def bank(self, rows: int, longest: int) -> MemoryBank | None:
+        """A fresh bank for texts of at most ``longest`` tokens; None where there is no memory, or nothing to read."""
+        if self.memory_size is None or longest == 0:
+            return None
+        chunk = self.model.config.chunk_size
+        # a bank larger than the longest text is never filled: do not reserve it
+        return self.make_memory(self.model, rows, min(self.memory_size, -(-longest // chunk) * chunk))
 
     @property
     def reads_memory(self) -> bool:
@@ -263,14 +282,12 @@ class Asker(System):
     def read(self, texts: Sequence[Tokens]) -> MemoryBank | None:
         """A bank with a row for each text, read segment by segment, all rows in one batch; None where there is nothing
         to read, or the system has no memory."""
-        longest = max(map(len, texts))
-        if self.memory_size is None or longest == 0:
+        bank, window = self.bank(len(texts), max(map(len, texts))), self.window
+        if bank is None:
             return None
-        chunk, window = self.model.config.chunk_size, self.window
-        bank = MemoryBank.for_model(self.model, len(texts), min(self.memory_size, -(-longest // chunk) * chunk))
         # segments that memory would have evicted by the end are not read: they do not change what is in it
-        step = 0 if window % chunk else window
-        kept = [text[max(0, len(text) - self.memory_size) // window * step :] for text in texts]
+        step = 0 if window % bank.chunk_size else window
+        kept = [text[max(0, len(text) - bank.capacity_tokens) // window * step :] for text in texts]
         for start in range(0, max(map(len, kept)), window):
             parts = {row: text[start : start + window] for row, text in enumerate(kept) if len(text) > start}
             ids, real = padded(list(parts.values()), self.model.device)
@@ -310,41 +327,15 @@ class _Part(NamedTuple):
     new: int
 
 
-def refuse_unfit(model: Any, window: int, longer: int, name: str, option: str) -> None:
-    """Refuse a longer window that is not, or for which the backbone has no positions."""
-    most: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0  # 0: as many as one likes
-    if model.config.model_type in LINEAR_POSITIONS:
-        most = 0
-    if longer <= window or 0 < most < longer:
-        within = f" and at most the backbone's positions ({most})" if most else ""
-        raise ConfigError(
-            f"{name} ({longer}) must be above the window ({window}){within}; change {option} or leave it away"
-        )
-
-
-def askers(
-    systems: Sequence[System], tokenizer: Any, *, window: int, rows: int = 8, full_context: int | None = None
-) -> list[Asker]:
-    """Every system, and with ``full_context`` the backbone with a window that needs no memory.
-
-    Raises:
-        ConfigError: the backbone has no positions for so long a window, or it is no longer than ``window``.
-    """
-    found = [Asker(**vars(each), tokenizer=tokenizer, window=window, rows=rows) for each in systems]
-    if full_context is None:
-        return found
-    refuse_unfit(systems[0].model, window, full_context, "full context", "--full-context")
-    backbone = found[0]
-    full = replace(
-        backbone,
-        name=f"full_{full_context}",
-        label=f"backbone, full context of {full_context:,}",
-        identity=backbone.identity | {"window": full_context},
-        window=full_context,
-        rows=max(1, rows * window // full_context),  # as many tokens in a batch as the others have
-        whole=True,
-    )
-    return [*found, full]
+def last_logits(
+    model: Any, input_ids: Tensor, keep: int, *, use_cache: bool = False, **reads: Any
+) -> tuple[Tensor, Any]:
+    """Of the last ``keep`` positions, (B, keep, V), and the cache, None where there is none; a model that does not know
+    ``logits_to_keep`` gives all."""
+    known = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    some = {"logits_to_keep": keep} if known else {}
+    out = model(input_ids=input_ids, use_cache=use_cache, **some, **reads)
+    return out.logits[:, -keep:], getattr(out, "past_key_values", None)
 
 
 # tokens

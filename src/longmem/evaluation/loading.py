@@ -14,8 +14,8 @@ from torch import Tensor
 
 from longmem.data.tokens import first_text, load_tokenizer
 from longmem.errors import CheckpointError, ConfigError, DataError
-from longmem.evaluation.asking import Asker, askers, start_tokens
-from longmem.evaluation.systems import systems_of
+from longmem.evaluation.asking import Asker, start_tokens
+from longmem.evaluation.systems import systems_of, with_window
 from longmem.modeling.baselines import MemTRM, TrainingFree
 from longmem.modeling.checkpoints import (
     MODELS,
@@ -49,9 +49,10 @@ def load_systems(
     dtype: torch.dtype | None = None,
     window: int | None = None,
     rows: int = 8,
+    windows: Sequence[int] = (),
     full_context: int | None = None,
 ) -> list[Asker]:
-    """Load a LongMem checkpoint, a baseline, or a causal LM by itself, and what is compared with it; see ``askers``.
+    """Load a LongMem checkpoint, a baseline, or a causal LM by itself, and what is compared with it.
 
     Args:
         path: of a LongMem, a MemTRM, training-free settings or a causal LM, see ``checkpoint_folder``.
@@ -64,6 +65,8 @@ def load_systems(
         tokenizer: folder or hub id, if not beside the model or its backbone.
         dtype: of the weights; None is as saved.
         window: None is the backbone's positions, at most 1024.
+        windows: longer ones that the backbone alone has too.
+        full_context: a window of the backbone alone that has what others have in memory.
 
     Raises:
         ConfigError: settings that do not go together, or a device that is not here.
@@ -107,18 +110,22 @@ def load_systems(
     others += [_load_training_free(gate, bare, settings) for gate in training_free]
     for each in filter(None, (main or bare, beside, *others)):
         torch.nn.Module.to(each, device=device, dtype=dtype)
+    config: Any = bare.config
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST_DEFAULT_WINDOW
+    how: dict[str, Any] = {
+        "tokenizer": load_tokenizer(tokenizer or tokenizer_beside(where, named), bare),
+        "window": window or min(positions, LONGEST_DEFAULT_WINDOW),
+        "rows": rows,
+    }
     sizes = memory_sizes or default_sizes
-    systems = systems_of(main or bare, _sizes(sizes, settings) if main else (), control=beside)
+    systems = systems_of(main or bare, _sizes(sizes, settings) if main else (), control=beside, **how)
     for other in others:
-        systems += systems_of(other, _sizes(sizes, other.config))
+        systems += systems_of(other, _sizes(sizes, other.config), **how)
     names = [system.name for system in systems]
     if twice := [system.label for system in systems if names.count(system.name) > 1]:
         raise ConfigError(f"{twice[0]}: compared twice; leave one of them away")
-    config: Any = bare.config
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST_DEFAULT_WINDOW
-    reader = load_tokenizer(tokenizer or tokenizer_beside(where, named), bare)
-    window = window or min(positions, LONGEST_DEFAULT_WINDOW)
-    return askers(systems, reader, window=window, rows=rows, full_context=full_context)
+    longer = [with_window(systems[0], size) for size in windows]
+    return systems + longer + ([with_window(systems[0], full_context, whole=True)] if full_context else [])
 
 
 def _load_training_free(gate: str, backbone: Any, settings: Any) -> Any:

@@ -16,9 +16,9 @@ import hashlib
 import json
 import math
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from longmem.errors import ConfigError
-from longmem.evaluation.asking import refuse_unfit
+from longmem.evaluation.asking import Asker
 from longmem.evaluation.loading import TokenizedDocument
 from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, header, percent
-from longmem.evaluation.systems import BACKBONE, WINDOW, Forward, System, compared, shared_forward
+from longmem.evaluation.systems import Forward, compared, shared_forward
 from longmem.progress import Progress
 from longmem.types import AttentionKV
 
@@ -51,37 +52,22 @@ class PerplexitySettings:
     """How documents are streamed and intervals drawn.
 
     Attributes:
-        window: tokens the model sees at once.
         stride: how far the sliding window moves; None is half the window.
-        rows: documents in one batch.
         block: tokens of a block, the unit of the second bootstrap.
-        windows: longer ones that the backbone alone is measured with too.
-
-    Raises:
-        ConfigError: the stride is longer than the window.
     """
 
-    window: int
     stride: int | None = None
     protocols: tuple[str, ...] = ("segments", "sliding")
-    rows: int = 8
     block: int = 4096
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
-    windows: tuple[int, ...] = ()
 
-    def __post_init__(self) -> None:
-        if self.stride is not None and not 1 <= self.stride <= self.window:
-            raise ConfigError(
-                f"stride ({self.stride}) must be between 1 and the window ({self.window}); try {self.window // 2}"
-            )
-
-    def stride_of(self, protocol: str) -> int:
+    def stride_of(self, protocol: str, window: int) -> int:
         """Segments are a window that moves by its whole width."""
-        return {"segments": self.window, "sliding": self.stride or self.window // 2}[protocol]
+        return {"segments": window, "sliding": self.stride or window // 2}[protocol]
 
 
 def perplexity(
-    systems: Sequence[System],
+    systems: Sequence[Asker],
     documents: Sequence[TokenizedDocument],
     settings: PerplexitySettings,
     *,
@@ -91,41 +77,44 @@ def perplexity(
     """Measure every system on every document under every protocol.
 
     Args:
-        systems: the first of them is the backbone alone, the baseline of all differences.
+        systems: the first of them is the backbone alone, the baseline of all differences. Longer windows than its own
+            are moved by their half.
         records: JSONL file of finished documents; what it already holds is not measured again.
         config: what else the result should say about its making (paths, dtype).
 
     Raises:
-        ConfigError: the backbone has no positions for one of the ``windows``, or it is no longer than the window.
+        ConfigError: the stride is longer than the window.
 
     Returns:
-        the JSON of the result file: ``header``, ``systems`` (name -> label), ``protocols`` (see ``protocol_scores``),
-        ``documents`` with their ``nll[protocol][system]`` in nats.
+        the JSON of the result file: ``header``, ``systems`` (name -> label), ``protocols`` (``protocol``, ``window``,
+        ``stride``, and what ``scores_of_parts`` returns), ``documents`` with their ``nll[protocol][system]`` in nats.
     """
-    for size in settings.windows:
-        refuse_unfit(systems[0].model, settings.window, size, "longer window", "--windows")
-    ledger = Ledger(records)
-    tables = {protocol: measure(systems, documents, settings, protocol, ledger) for protocol in settings.protocols}
-    labels = {system.name: system.label for system in systems}
-    for size in settings.windows:
-        rows = max(1, settings.rows * settings.window // size)  # as many tokens in a batch
-        longer = replace(settings, window=size, stride=None, rows=rows)
+    window, stride = systems[0].window, settings.stride
+    if stride is not None and not 1 <= stride <= window:
+        raise ConfigError(f"stride ({stride}) must be between 1 and the window ({window}); try {window // 2}")
+    ledger, tables = Ledger(records), {protocol: dict[str, list[Json]]() for protocol in settings.protocols}
+    for size, some in groupby(systems, lambda system: system.window):
+        together, how = list(some), settings if size == window else replace(settings, stride=None)
         for protocol, table in tables.items():
-            table[f"{WINDOW}_{size}"] = measure(systems[:1], documents, longer, protocol, ledger)[BACKBONE]
-        labels[f"{WINDOW}_{size}"] = f"backbone, window of {size:,}"
+            table |= measure(together, documents, how, protocol, ledger)
+    labels = {system.name: system.label for system in systems}
     pairs = compared(list(labels))
     about = ("id", "group", "project", "words", "bytes", "digest")
     return {
         "header": header(
             "perplexity",
-            asdict(settings) | (config or {}),
+            asdict(settings) | {"window": window, "rows": systems[0].rows} | (config or {}),
             {system.name: _described(system) for system in systems},
             {"documents": len(documents), **_counts(documents)},
             [settings.bootstrap.seed],
             sum(each["seconds"] for table in tables.values() for some in table.values() for each in some),
         ),
         "systems": labels,
-        "protocols": {p: protocol_scores(p, settings, documents, table, pairs) for p, table in tables.items()},
+        "protocols": {
+            protocol: {"protocol": protocol, "window": window, "stride": settings.stride_of(protocol, window)}
+            | scores_of_parts(documents, table, pairs, settings)
+            for protocol, table in tables.items()
+        },
         "documents": [
             {name: getattr(document, name) for name in about}
             | {
@@ -137,7 +126,7 @@ def perplexity(
     }
 
 
-def _described(system: System) -> Json:
+def _described(system: Asker) -> Json:
     """Identity and number of parameters, for the header of a result."""
     found = system.identity | {"parameters": sum(p.numel() for p in system.model.parameters())}
     if hasattr(system.model, "sidenet"):
@@ -146,14 +135,15 @@ def _described(system: System) -> Json:
 
 
 def measure(
-    systems: Sequence[System],
+    systems: Sequence[Asker],
     documents: Sequence[TokenizedDocument],
     settings: PerplexitySettings,
     protocol: str,
     ledger: Ledger,
 ) -> dict[str, list[Json]]:
-    """Every system under one protocol: a record for each document, taken from the ledger where it is there."""
-    window, stride = settings.window, settings.stride_of(protocol)
+    """Systems of one window under one protocol: a record for each document, from the ledger where it is there."""
+    window, rows = systems[0].window, systems[0].rows
+    stride = settings.stride_of(protocol, window)
     about = {"version": RECORDS_VERSION, "protocol": protocol, "window": window, "stride": stride}
     keys = {}
     for system in systems:  # hashes of everything that a document's numbers depend on besides its ids
@@ -164,7 +154,7 @@ def measure(
     some = list({document.digest: document for _, document in lacking}.values())
     total = len(names) * sum(document.scored for document in some)
     with Progress(f"perplexity, {protocol}", total, "tokens, all systems") as progress:
-        rows, began = min(settings.rows, len(some)), time.monotonic()
+        rows, began = max(1, min(rows, len(some))), time.monotonic()
         asked = [system for system in systems if system.name in names]
         forward, memories = shared_forward(asked, rows, max((document.scored for document in some), default=0))
         ids = [document.ids.to(systems[0].model.device) for document in some]
@@ -195,18 +185,6 @@ def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, i
         start, scored = start + stride, end
 
 
-@dataclass(eq=False)
-class _Lane:
-    """One row of the batch: a document part way through."""
-
-    row: int
-    document: int
-    plan: Iterator[tuple[int, int, int]]
-    window: tuple[int, int, int]
-    nll: list[NDArray[np.float64]] = field(default_factory=list)  # one (Q, t) for each window
-    held: dict[int, Tensor] = field(default_factory=dict)  # by system, keys and values (2, Hkv, t, D) of its window
-
-
 @torch.inference_mode()
 def stream_nll(
     forward: Forward,
@@ -220,8 +198,8 @@ def stream_nll(
 ) -> Iterator[tuple[int, NDArray[np.float64]]]:
     """Score every token of every document but its first, which nothing precedes.
 
-    Documents are rows of one batch, the longest first; a finished row is reset and given to the next document, so a row
-    never reads another document. Rows are padded at their ends, where a causal model cannot look.
+    Documents of about the same length are rows of one batch, whose windows move together; a row never reads another.
+    Rows are padded at their ends, where a causal model cannot look.
 
     What memory holds when window ``[start, end)`` is scored is exactly the tokens before ``start``. The keys and values
     of a token are computed once, in the window in which the token is scored (so with at least ``window - stride``
@@ -237,48 +215,35 @@ def stream_nll(
         document index and its negative log-likelihoods in nats, (Q, n - 1), in the order in which documents finish.
     """
     banks = {number: memory for number, memory in enumerate(memories) if memory is not None}
-    waiting = deque(sorted(range(len(documents)), key=lambda i: -len(documents[i])))
-    free = list(range(rows))[::-1]
-    lanes: list[_Lane] = []
-    while waiting or lanes:
-        while waiting and free:
-            row, document = free.pop(), waiting.popleft()
-            for memory in banks.values():
-                memory.reset(rows=torch.tensor([row]))
-            plan = windows(len(documents[document]) - 1, window, stride)
-            lanes.append(_Lane(row, document, plan, next(plan)))
-        moved = [lane for lane in lanes if lane.held]
-        for number, memory in banks.items() if moved else ():
-            keys, values = torch.stack([lane.held[number][:, :, :stride] for lane in moved], dim=1)
-            memory.add(AttentionKV(keys, values), rows=torch.tensor([lane.row for lane in moved]))
-        width = max(end - start for start, end, _ in (lane.window for lane in lanes))
-        skipped = min(scored_from - start for start, _, scored_from in (lane.window for lane in lanes))
-        input_ids = documents[0].new_zeros(len(lanes), width)
-        for b, lane in enumerate(lanes):
-            start, end, _ = lane.window
-            input_ids[b, : end - start] = documents[lane.document][start:end]
-        scored: list[list[Tensor]] = [[] for _ in lanes]
-        outputs = forward(input_ids, torch.tensor([lane.row for lane in lanes]), width - skipped)
-        for number, (logits, kv) in enumerate(outputs):
-            for b, lane in enumerate(lanes):
-                start, end, scored_from = lane.window
-                first, last = scored_from - start, end - start
-                targets = documents[lane.document][scored_from + 1 : end + 1]
-                scored[b].append(_nll(logits[b, first - skipped : last - skipped], targets))
+    longest_first = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
+    for first in range(0, len(documents), rows):
+        batch = longest_first[first : first + rows]
+        lengths = [len(documents[i]) - 1 for i in batch]
+        for memory in banks.values():
+            memory.reset()
+        found = [list[Tensor]() for _ in batch]  # of each document, (Q, t) for each window
+        waiting: dict[int, Tensor] = {}  # by system, keys and values (2, B, Hkv, t, D) of what is still in the window
+        for start, end, scored_from in windows(lengths[0], window, stride):
+            going_on = torch.arange(sum(length > scored_from for length in lengths))  # the longest, so the first rows
+            for number, states in waiting.items():
+                states = states[:, : len(going_on)]
+                banks[number].add(AttentionKV(*states[:, :, :, :stride]), rows=going_on)
+                waiting[number] = states[:, :, :, stride:]
+            ids = [documents[i] for i in batch[: len(going_on)]]
+            inputs = pad_sequence([each[:-1][start:end] for each in ids], batch_first=True)
+            targets = [each[scored_from + 1 : end + 1] for each in ids]
+            nll: list[list[Tensor]] = [[] for _ in ids]
+            for number, (logits, kv) in enumerate(forward(inputs, going_on, end - scored_from)):
+                for of_row, scored, wanted in zip(nll, logits, targets, strict=True):
+                    of_row.append(_nll(scored[: len(wanted)], wanted))
                 if number in banks and kv is not None:
-                    new = torch.stack([kv.keys[b, :, first:last], kv.values[b, :, first:last]])
-                    waited = lane.held[number][:, :, stride:] if number in lane.held else new[:, :, :0]
-                    lane.held[number] = torch.cat([waited, new], dim=2)
-        for lane, nll in zip(list(lanes), scored, strict=True):
-            lane.nll.append(torch.stack(nll).double().cpu().numpy())
-            progress.advance(lane.nll[-1].size)
-            following = next(lane.plan, None)
-            if following is None:
-                lanes.remove(lane)
-                free.append(lane.row)
-                yield lane.document, np.concatenate(lane.nll, axis=1)
-            else:
-                lane.window = following
+                    states = torch.stack([kv.keys, kv.values])[:, :, :, scored_from - start :]
+                    waiting[number] = torch.cat([waiting[number], states], dim=3) if number in waiting else states
+            for row, of_row in enumerate(nll):
+                found[row].append(torch.stack(of_row).double().cpu())
+                progress.advance(found[row][-1].numel())
+                if lengths[row] <= end:
+                    yield batch[row], torch.cat(found[row], dim=1).numpy()
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -304,12 +269,11 @@ def record(nll: Floats, block: int, seconds: float = 0.0) -> Json:
     }
 
 
-def protocol_scores(
-    protocol: str,
-    settings: PerplexitySettings,
+def scores_of_parts(
     documents: Sequence[TokenizedDocument],
     table: Records,
     pairs: Sequence[tuple[str, str]],
+    settings: PerplexitySettings,
 ) -> Json:
     """``scores`` of ``all`` documents, of each group of them (``groups``), and of each length (``by_length``)."""
 
@@ -324,9 +288,6 @@ def protocol_scores(
         if document.group is not None:
             groups.setdefault(document.group, []).append(i)
     return {
-        "protocol": protocol,
-        "window": settings.window,
-        "stride": settings.stride_of(protocol),
         "all": part("all", range(len(documents))),
         "groups": [part(name, groups[name]) for name in sorted(groups)],
         "by_length": [part(name, which) for name, which in lengths.items() if which],

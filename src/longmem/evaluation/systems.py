@@ -6,16 +6,16 @@ B rows · T window tokens · V vocabulary · Q systems that run together
 from __future__ import annotations
 
 import hashlib
-import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError
+from longmem.evaluation.asking import Asker, last_logits
 from longmem.memory import MemoryBank
 from longmem.modeling.reading import Reading
 from longmem.types import AttentionKV
@@ -26,35 +26,11 @@ if TYPE_CHECKING:
 BACKBONE, MEMORY_OFF, CONTROL = "backbone", "memory_off", "control"
 LONGMEM, MEMTRM, TRAINING_FREE, WINDOW = "memory", "memtrm", "training_free", "window"
 MEMTRM_OFF = f"{MEMTRM}_off"
+LINEAR_POSITIONS = ("alibi_gpt", "bloom", "mpt")  # ALiBi has no last position
 
 Forward = Callable[[Tensor, Tensor, int], Iterable[tuple[Tensor, AttentionKV | None]]]
 """``forward(input_ids (B, T), rows (B,), keep)`` gives for each of Q systems, one after another, the logits of the last
 ``keep`` positions, (B, keep, V), and the memory layers' keys and values of all T, or None where there is no memory."""
-
-
-@dataclass(frozen=True)
-class System:
-    """One of those compared.
-
-    Attributes:
-        name: its key in results: ``backbone``, ``memory_off``, ``memory_<tokens>``, ``control``, ``memtrm_off``,
-            ``memtrm_<tokens>``, ``training_free_<share>_<tokens>``, ``window_<tokens>``.
-        label: its name for people.
-        identity: what its numbers depend on, hashed into the key of its records.
-        model: any causal language model, or one that can read memory.
-        memory_size: tokens of memory a row holds; None is no memory.
-        make_memory: makes its bank from model, rows and tokens.
-    """
-
-    name: str
-    label: str
-    identity: dict[str, Any]
-    model: Any
-    memory_size: int | None = None
-    make_memory: Callable[..., MemoryBank] = MemoryBank.for_model
-
-
-SystemT = TypeVar("SystemT", bound=System)
 
 
 def sized(name: str) -> tuple[str, int] | None:
@@ -70,7 +46,7 @@ def largest(names: Iterable[str]) -> list[str]:
     return [name for name in names if (memory := sized(name)) is None or most[memory[0]] == memory[1]]
 
 
-def chosen(systems: Sequence[SystemT], beginnings: Sequence[str]) -> list[SystemT]:
+def chosen(systems: Sequence[Asker], beginnings: Sequence[str]) -> list[Asker]:
     """The systems whose names begin so; without beginnings all.
 
     Raises:
@@ -99,42 +75,69 @@ def compared(names: Sequence[str]) -> list[tuple[str, str]]:
     return pairs + [(name, other) for other, name in same.items() if name in names]
 
 
-def systems_of(model: Any, memory_sizes: Sequence[int] = (), *, control: LongMem | None = None) -> list[System]:
+def systems_of(
+    model: Any, memory_sizes: Sequence[int] = (), *, control: LongMem | None = None, **how: Any
+) -> list[Asker]:
     """What is measured of a model.
 
     A causal language model is the backbone alone. A LongMem comes with its backbone, memory switched off, the control,
     and memory at each size. A Memorizing Transformer was trained, and is measured without memory too; training-free
     attention without memory is the backbone.
+
+    Args:
+        how: ``tokenizer``, ``window`` and ``rows`` of all of them.
     """
     if not hasattr(model, "memory_layers"):
-        return [System(BACKBONE, "backbone alone", {"backbone": digest(model.state_dict().items())}, model)]
-    identity, systems = _identity(model), list[System]()
+        return [Asker(BACKBONE, "backbone alone", {"backbone": digest(model.state_dict().items())}, model, **how)]
+    identity, found = _identity(model), list[tuple[str, str, dict[str, Any], Any, int | None]]()
     if hasattr(model, "sidenet"):
         kind, label = LONGMEM, "LongMem"
         alone = {name: identity[name] for name in ("backbone", "dtype")}
-        systems.append(System(BACKBONE, "backbone alone", alone, model.backbone.model))
-        systems.append(System(MEMORY_OFF, "SideNet, memory off", identity, model))
+        found.append((BACKBONE, "backbone alone", alone, model.backbone.model, None))
+        found.append((MEMORY_OFF, "SideNet, memory off", identity, model, None))
         if control is not None:
-            systems.append(System(CONTROL, "SideNet trained without memory", _identity(control), control))
+            found.append((CONTROL, "SideNet trained without memory", _identity(control), control, None))
     elif model.frozen:
         share = "calibrated" if model.config.fusion == "token" else f"{float(model.memory_share.mean()):.4g}"
         kind, label = f"{TRAINING_FREE}_{share}", f"training-free {share}"
     else:
         kind, label = MEMTRM, "MemTRM"
-        systems.append(System(MEMTRM_OFF, "MemTRM, memory off", identity, model))
+        found.append((MEMTRM_OFF, "MemTRM, memory off", identity, model, None))
     for size in memory_sizes:
-        systems.append(System(f"{kind}_{size}", f"{label}, {size:,} tokens", identity | {"memory": size}, model, size))
-    return systems
+        found.append((f"{kind}_{size}", f"{label}, {size:,} tokens", identity | {"memory": size}, model, size))
+    return [Asker(*each, **how) for each in found]
 
 
-def shared_forward(systems: Sequence[System], rows: int, longest: int) -> tuple[Forward, list[MemoryBank | None]]:
+def with_window(backbone: Asker, window: int, *, whole: bool = False) -> Asker:
+    """The backbone with a longer window; ``whole``: one that has what others have in memory.
+
+    Raises:
+        ConfigError: it is no longer, or the backbone has no positions for it.
+    """
+    name, said, option = ("full", "full context", "--full-context") if whole else (WINDOW, "longer window", "--windows")
+    config = backbone.model.config
+    most: int = getattr(config.get_text_config(), "max_position_embeddings", None) or 0  # 0: as many as one likes
+    if config.model_type in LINEAR_POSITIONS:
+        most = 0
+    if window <= backbone.window or 0 < most < window:
+        within = f" and at most the backbone's positions ({most})" if most else ""
+        raise ConfigError(
+            f"{said} ({window}) must be above the window ({backbone.window}){within}; change {option} or leave it away"
+        )
+    return replace(
+        backbone,
+        name=f"{name}_{window}",
+        label=f"backbone, {said.removeprefix('longer ')} of {window:,}",
+        identity=backbone.identity | {"window": window},
+        window=window,
+        rows=max(1, backbone.rows * backbone.window // window),  # as many tokens in a batch as the others have
+        whole=whole,
+    )
+
+
+def shared_forward(systems: Sequence[Asker], rows: int, longest: int) -> tuple[Forward, list[MemoryBank | None]]:
     """The systems as one function, and their fresh, empty memories, for documents of at most ``longest`` tokens."""
-    memories: list[MemoryBank | None] = [None] * len(systems)
-    for at, system in enumerate(systems):
-        if system.memory_size:
-            chunk = system.model.config.chunk_size
-            # a bank larger than the longest document is never filled: do not reserve it
-            memories[at] = system.make_memory(system.model, rows, min(system.memory_size, -(-longest // chunk) * chunk))
+    memories = [system.bank(rows, longest) for system in systems]
     # of the last of them: a memory is written from this pass, and a control may remember other layers
     backbone = next((each.model.backbone for each in reversed(systems) if hasattr(each.model, "sidenet")), None)
 
@@ -158,17 +161,6 @@ def shared_forward(systems: Sequence[System], rows: int, longest: int) -> tuple[
                 yield last_logits(model, input_ids, keep)[0], None
 
     return forward, memories
-
-
-def last_logits(
-    model: Any, input_ids: Tensor, keep: int, *, use_cache: bool = False, **reads: Any
-) -> tuple[Tensor, Any]:
-    """Of the last ``keep`` positions, (B, keep, V), and the cache, None where there is none; a model that does not know
-    ``logits_to_keep`` gives all."""
-    known = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-    some = {"logits_to_keep": keep} if known else {}
-    out = model(input_ids=input_ids, use_cache=use_cache, **some, **reads)
-    return out.logits[:, -keep:], getattr(out, "past_key_values", None)
 
 
 def _identity(model: Any) -> dict[str, Any]:
