@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import make_byte_tokenizer
-from tests.server.test_process import Process, many_users, tiny_pair
+from tests.server.conftest import make_pair
+from tests.server.test_process import Process, many_users
 
 from benchmarks.measure import made_by
 from longmem.evaluation.results import write_json
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, default=Path("results/isolation.json"))
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as root:
-        process = Process(Path(root), tiny_pair(Path(root), make_byte_tokenizer()), given.clients)
+        process = Process(Path(root), make_pair(Path(root), make_byte_tokenizer()), given.clients)
         try:
             process.begin()
             found = many_users(process, given.clients, given.seconds, (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL))

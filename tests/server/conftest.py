@@ -28,8 +28,11 @@ HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture(scope="session")
 def pair(byte_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pair(tmp_path_factory.mktemp("pair"), byte_tokenizer)
+
+
+def make_pair(home: Path, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
     """The folder of a random SideNet, with its backbone, which ends no text, beside it."""
-    home = tmp_path_factory.mktemp("pair")
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     tiny_gpt(max_position_embeddings=256, initializer_range=0.02, **ends).save_pretrained(home / "backbone")
     byte_tokenizer.save_pretrained(home / "backbone")
