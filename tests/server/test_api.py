@@ -21,7 +21,7 @@ from tests.store.small import open_small
 from longmem import TrainingFree
 from longmem.generation.page import Pieces
 from longmem.server.access import Limits
-from longmem.server.answering import Answer
+from longmem.server.answers import Answer
 from longmem.server.engine import Engine, Token
 from longmem.server.memories import Memories
 
@@ -280,6 +280,7 @@ def test_names_that_could_be_paths_are_refused(name: str, live: Any) -> None:
         ("/v1/completions", {"prompt": "a", "logprobs": 21}, 400),
         ("/v1/completions", {"prompt": []}, 400),
         *((CHAT, body, 400) for body in (b"", b"{", b"[]", b"\xff\xfe", {"messages": []}, {"messages": [{}]})),
+        (CHAT, {"messages": [{"role": "user", "content": "x" * (32 * 256)}]}, 400),  # more than 32 windows
         (CHAT, b"x" * (9 << 20), 413),
     ],
 )

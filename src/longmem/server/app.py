@@ -8,6 +8,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -20,11 +21,11 @@ from starlette.exceptions import HTTPException
 
 from longmem import __version__
 from longmem.errors import LongMemError
-from longmem.server import openai_api as shapes
 from longmem.server import schemas
 from longmem.server.access import NAME, Limits, Refused, error, owner_of
-from longmem.server.answering import Answer, Service
+from longmem.server.answers import Answer, Chat, Completion, ModelResponse, Service
 from longmem.server.memories import RESPONSES, texts_of
+from longmem.store import DocumentInfo, MemoryStore, Receipt
 
 T = TypeVar("T")
 PAGE = Path(__file__).parent / "page.html"
@@ -40,7 +41,7 @@ KEPT = ("messages", "response")
 def create_app(
     model: Any,
     tokenizer: Any,
-    store: Any,
+    store: MemoryStore,
     *,
     keys: dict[str, str] | None = None,
     name: str = "longmem",
@@ -131,7 +132,7 @@ async def chat(body: schemas.ChatRequest, who: Who, x_memory_id: MemoryHeader = 
     messages = [message.plain for message in body.messages]
     prompt = await asyncio.to_thread(who.service.prompt, messages, memory, body.recall)
     made = who.service.answers(prompt.ids, body, body.max_completion_tokens or body.max_tokens, memory)
-    return await answered(who.request, shapes.Chat(who.service, body, made, memory, messages, prompt.recalled))
+    return await answered(who.request, Chat(who.service, body, made, memory, messages, prompt.recalled))
 
 
 @routes.post("/v1/completions")
@@ -145,7 +146,7 @@ async def complete(body: schemas.CompletionRequest, who: Who, x_memory_id: Memor
             ids = ids[:-1]
         made += who.service.answers(ids, body, most, memory, first=len(made), chat=False)
     messages = [{"role": "user", "content": body.prompt[0]}]
-    return await answered(who.request, shapes.Completion(who.service, body, made, memory, messages))
+    return await answered(who.request, Completion(who.service, body, made, memory, messages))
 
 
 @routes.post("/v1/responses")
@@ -160,7 +161,7 @@ async def respond(body: schemas.ResponsesRequest, who: Who, x_memory_id: MemoryH
     told = [{"role": "system", "content": body.instructions}] if body.instructions else []
     prompt = await asyncio.to_thread(who.service.prompt, [*told, *messages], memory, body.recall)
     made = who.service.answers(prompt.ids, body, body.max_output_tokens, memory)
-    return await answered(who.request, shapes.Response(who.service, body, made, place, messages, prompt.recalled))
+    return await answered(who.request, ModelResponse(who.service, body, made, place, messages, prompt.recalled))
 
 
 @routes.get("/v1/responses/{response}")
@@ -177,36 +178,28 @@ async def forget_response(response: ResponseId, who: Who, x_memory_id: MemoryHea
     return {"id": response, "object": "response", "deleted": True}
 
 
-async def answered(request: Request, exchange: shapes.Chat | shapes.Response) -> Response:
+async def answered(request: Request, exchange: Chat | ModelResponse) -> Response:
     """The answers at once or as server-sent events; the first piece is waited for, so that errors have a status."""
-    service = exchange.service
-
-    async def pieces() -> AsyncGenerator[Any, None]:
-        async with aclosing(service.pieces(exchange.answers)) as found:
-            async for piece in found:
-                yield piece
-        if getattr(exchange.body, "store", exchange.body.remember):  # a response is kept unless it asks for none
-            exchange.written = await service.engine.call(exchange.keep, follows=True)
-            service.written.inc(exchange.written)
+    seconds = exchange.service.seconds
 
     async def whole() -> Response:
-        async for _ in pieces():
+        async for _ in exchange.pieces():
             pass
         return JSONResponse(exchange.whole())
 
     async def sse(events: AsyncGenerator[str, None], first: str) -> AsyncIterator[str]:
         try:
             yield first
-            async with aclosing(events), asyncio.timeout(service.seconds):
+            async with aclosing(events), asyncio.timeout(seconds):
                 async for event in events:
                     yield event
         except Exception as problem:
             yield f"data: {bytes(error(problem).body).decode()}\n\n"
 
-    async with asyncio.timeout(service.seconds):
+    async with asyncio.timeout(seconds):
         if not exchange.body.stream:
             return await while_there(request, whole())
-        events = exchange.events(pieces())
+        events = exchange.events()
         first = await while_there(request, anext(events))
     return StreamingResponse(sse(events, first), media_type="text/event-stream")
 
@@ -266,22 +259,23 @@ def show_memory(memory: Mine, who: Who) -> Any:
 @routes.delete("/v1/memories/{memory}")
 async def forget_memory(memory: Mine, who: Who) -> Any:
     """Forget all of a memory."""
-    count = await who.service.engine.call(lambda: who.service.memories.forget(memory))
-    return {"id": memory.partition("/")[2], "object": "memory", "deleted": True, "documents": count}
+    gone = await forgotten(who.service, memory)
+    return {"id": memory.partition("/")[2], "object": "memory", "deleted": True, "documents": len(gone)}
 
 
 @routes.post("/v1/memories/{memory}/documents", status_code=201)
 async def add_document(memory: Mine, body: schemas.NewText, who: Who) -> Any:
     """Add a text; when this is answered it is on the disk."""
-    return (await added(who.service, memory, [body.model_dump(exclude_defaults=True)]))[0]
+    (receipt,) = await who.service.add(memory, [body.model_dump(exclude_defaults=True)])
+    return receipt_card(receipt)
 
 
 @routes.post("/v1/memories/{memory}/files", status_code=201)
 async def add_file(memory: Mine, file: UploadFile, who: Who) -> Any:
     """Add the texts of a file: .txt, .md, .rst, .tex, .py, or .jsonl with a field text."""
     texts = await asyncio.to_thread(texts_of, file.filename or "", await file.read())
-    found = await added(who.service, memory, [{"name": name, "text": text} for name, text in texts])
-    return {"object": "list", "data": found}
+    receipts = await who.service.add(memory, [{"name": name, "text": text} for name, text in texts])
+    return {"object": "list", "data": [receipt_card(receipt) for receipt in receipts]}
 
 
 @routes.get("/v1/memories/{memory}/documents/{document:path}")
@@ -294,7 +288,8 @@ def show_document(memory: Mine, document: str, who: Who) -> Any:
 @routes.delete("/v1/memories/{memory}/documents/{document:path}")
 async def forget_document(memory: Mine, document: str, who: Who) -> Any:
     """Forget a document: no search and no answer finds it any more."""
-    return {"name": await forgotten(who.service, memory, document), "object": "document", "deleted": True}
+    (gone,) = await forgotten(who.service, memory, document)
+    return {"name": gone.name, "object": "document", "deleted": True}
 
 
 @routes.post("/v1/memories/{memory}/search")
@@ -316,23 +311,17 @@ def export(memory: Mine, who: Who) -> Response:
     return PlainTextResponse(lines, media_type="application/x-ndjson")
 
 
-async def forgotten(service: Service, memory: str, document: str) -> str:
-    """Forget a document that is there; returns its name."""
-    info = await asyncio.to_thread(service.memories.document, memory, document)
-    await service.engine.call(lambda: service.memories.forget(memory, info.name))
-    return str(info.name)
+async def forgotten(service: Service, memory: str, document: str | None = None) -> list[DocumentInfo]:
+    """Forget a document, or all of a memory; returns what is gone."""
+    return await service.engine.call(partial(service.memories.forget, memory, document))
 
 
-async def added(service: Service, memory: str, documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add documents, all in one call of the engine."""
-    receipts = await service.engine.call(lambda: [service.memories.add(memory, **each) for each in documents])
-    service.written.inc(sum(receipt.tokens for receipt in receipts))
-    return [
-        {"object": "document", "name": each.name, "status": each.status, "tokens": each.tokens} for each in receipts
-    ]
+def receipt_card(receipt: Receipt) -> dict[str, Any]:
+    """What became of a document that was added."""
+    return {"object": "document", "name": receipt.name, "status": receipt.status, "tokens": receipt.tokens}
 
 
-def document_card(info: Any) -> dict[str, Any]:
+def document_card(info: DocumentInfo) -> dict[str, Any]:
     """A document without its text."""
     about = {key: getattr(info, key) for key in ("name", "tokens", "chunks", "added", "revision")}
     metadata = {key: value for key, value in info.metadata.items() if key not in KEPT}

@@ -11,9 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from longmem.data.text import TEXT_SUFFIXES, read_stream
-from longmem.errors import DataError
+from longmem.errors import DataError, StoreError
 from longmem.files import write_whole
 from longmem.server.access import NAME, Refused
+from longmem.store import DocumentInfo, MemoryStore, Receipt
 from longmem.store.recall import Recall
 
 REGISTRY = "memories.json"
@@ -32,7 +33,7 @@ class Memories:
     ``namespace`` is that of a memory; ``own`` makes it of an owner and the name that they call the memory by.
     """
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: MemoryStore) -> None:
         self.store = store
         self._recalls: OrderedDict[str, Recall] = OrderedDict()
         self._open: OrderedDict[str, Any] = OrderedDict()
@@ -77,13 +78,14 @@ class Memories:
             "created": int(self._created.get(namespace, min((info.added for info in documents), default=0))),
         }
 
-    def document(self, namespace: str, name: str) -> Any:
+    def document(self, namespace: str, name: str) -> DocumentInfo:
         """A document of a memory; refused where it has none of this name."""
-        for info in self.store.documents(namespace):
-            if info.name == name:
-                return info
-        said = f"no document and no response {name[:100]!r} is here; a response that named a memory is in that memory"
-        raise Refused(404, said, code="not_found")
+        try:
+            return self.store.document(namespace, name)
+        except StoreError:
+            said = f"no document and no response {name[:100]!r} is here; "
+            way_out = "a response that named a memory is in that memory"
+            raise Refused(404, said + way_out, code="not_found") from None
 
     def recall(self, namespace: str) -> Recall:
         """The text search of a memory; of the memories used last it stays open."""
@@ -108,23 +110,22 @@ class Memories:
             self._open.popitem(last=False)
         return bank
 
-    def add(self, namespace: str, name: str, text: str, *, append: bool = False, **settings: Any) -> Any:
+    def add(self, namespace: str, name: str, text: str, *, append: bool = False, **settings: Any) -> Receipt:
         """Add a document, or with ``append`` to one that is there; durable when this returns."""
         if append and any(info.name == name for info in self.store.documents(namespace)):
             return self.store.append(namespace, text, name=name)
         return self.store.add_document(namespace, text, name=name, **settings)
 
-    def forget(self, namespace: str, document: str | None = None) -> int:
-        """Forget a document, or the whole memory; returns how many documents are gone."""
-        known = [info.name for info in self.store.documents(namespace) if document in (None, info.name)]
-        if known:
-            self.store.forget(namespace, **({"everything": True} if document is None else {"name": document}))
+    def forget(self, namespace: str, document: str | None = None) -> list[DocumentInfo]:
+        """Forget a document, refused where there is none, or the whole memory; returns what is gone."""
+        which: Any = {"everything": True} if document is None else {"name": self.document(namespace, document).name}
+        gone = self.store.forget(namespace, **which)
         with self._lock:
             self._recalls.pop(namespace, None)  # its index holds the text
             if document is None and self._created.pop(namespace, None) is not None:
                 self._write()
         self._open.pop(namespace, None)
-        return len(known)
+        return gone
 
     def _write(self) -> None:
         write_whole(self._file, [json.dumps(self._created, indent=1, sort_keys=True) + "\n"])
