@@ -51,6 +51,15 @@ RUN = together(
 )
 """Options that say where models run, how much runs at once, and where results go."""
 names = by_comma(str, "names")
+TASK = together(
+    MODEL,
+    option("--full-context", least=2, help="Also the backbone with a window of so many tokens, which holds what the "
+           "others have in memory."),
+    option("--systems", callback=names, help="Ask only systems whose names begin so, by comma, e.g. "
+           "memory,backbone."),
+    RUN,
+)  # fmt: skip
+"""Options of every task, behind its own."""
 
 
 def load(given: Given, remembered: int = 0) -> tuple[list[Asker], Given]:
@@ -66,16 +75,15 @@ def load(given: Given, remembered: int = 0) -> tuple[list[Asker], Given]:
     from longmem.evaluation.systems import chosen
 
     logging.disable_progress_bar()
-    dtype = None if given["dtype"] == "auto" else getattr(torch, given["dtype"])
-    names = ("backbone", "control", "memtrm", "training_free", "memory_sizes", "tokenizer", "device", "window", "rows")
-    named: Given = {name: given[name] for name in names} | {"full_context": given.get("full_context")}
-    named["windows"] = given.get("windows") or ()
-    found = load_systems(given["model"], dtype=dtype, default_sizes=[remembered] if remembered else None, **named)
+    how = "backbone control memtrm training_free memory_sizes tokenizer device window windows rows full_context".split()
+    named: Given = {name: given[name] for name in how if given.get(name) is not None}
+    if given["dtype"] != "auto":
+        named["dtype"] = getattr(torch, given["dtype"])
+    found = load_systems(given["model"], default_sizes=[remembered] if remembered else None, **named)
     about = {name: value for name, value in given.items() if name not in ("out", "as_json", "resamples")}
     backbone = found[0]
-    about |= {"tokenizer": backbone.tokenizer.name_or_path, "window": backbone.window}
-    about["device"] = str(backbone.model.device)
-    return chosen(found, given.get("systems") or ()), about
+    used = {"tokenizer": backbone.tokenizer.name_or_path, "window": backbone.window}
+    return chosen(found, given.get("systems") or ()), about | used | {"device": str(backbone.model.device)}
 
 
 def save_and_show(result: Any, given: Given) -> None:
@@ -129,15 +137,9 @@ def _task(name: str, task: str, help: str, example: str, *own: Option) -> click.
         for note in () if given["as_json"] else made.notes(result):
             click.echo(note)
 
-    more = together(
-        option("--full-context", least=2, help="Also the backbone with a window of so many tokens, which holds what "
-               "the others have in memory."),
-        option("--systems", callback=names, help="Ask only systems whose names begin so, by comma, e.g. "
-               "memory,backbone."),
-    )  # fmt: skip
     module, kind = task.split(".")
     epilog = f"Example: longmem eval {name} --model models/small/sidenet {example} --out results/{name}"
-    command = click.command(name, help=help, epilog=epilog)(together(*own, MODEL, more, RUN)(run))
+    command = click.command(name, help=help, epilog=epilog)(together(*own, TASK)(run))
     settings_of_task = [str(parameter.name) for parameter in command.params[: len(own)]]
     return command
 

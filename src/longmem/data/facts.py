@@ -7,7 +7,7 @@ one (``told_session``).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.resources import files
@@ -185,7 +185,11 @@ def told_session(draw: random.Random, count: int, *, held_out: bool = False) -> 
 
 def session_of(facts: Sequence[ToldFact], draw: random.Random) -> Session:
     """A conversation that tells these facts."""
-    return Session(tuple(facts), tuple(_messages(facts, draw)))
+    messages = list[Message]()
+    for fact in facts:
+        messages.append({"role": "user", "content": draw.choice(_BEFORE) + fact.said + draw.choice(_AFTER)})
+        messages.append({"role": "assistant", "content": draw.choice(_REPLIES)})
+    return Session(tuple(facts), tuple(messages))
 
 
 def told_ids(session: Session, tokenizer: Any) -> list[int]:
@@ -226,12 +230,6 @@ def chat_text(tokenizer: Any, messages: Sequence[Message], *, answer: bool) -> s
     return lines + "Assistant: " * answer
 
 
-def _messages(facts: Sequence[ToldFact], draw: random.Random) -> Iterator[Message]:
-    for fact in facts:
-        yield {"role": "user", "content": draw.choice(_BEFORE) + fact.said + draw.choice(_AFTER)}
-        yield {"role": "assistant", "content": draw.choice(_REPLIES)}
-
-
 def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -245,15 +243,9 @@ def _table(name: str) -> list[list[str]]:
 
 @lru_cache
 def _values(pool: str, held_out: bool) -> list[str]:
-    """Of a line of told_values.tsv, of a range of numbers (``2-30``), or times of day."""
-    words = dict(_table("told_values.tsv")).get(pool)
-    if pool == "times":
-        values = [f"{hour}:{minute:02d}" for hour in range(1, 13) for minute in (5, 10, 20, 25, 35, 40, 50, 55)]
-    elif words is not None:
-        values = words.split()
-    else:
-        first, last = map(int, pool.split("-"))
-        values = [str(number) for number in range(first, last + 1)]
+    """Of a line of told_values.tsv, or of a range of numbers (``2-30``)."""
+    first, _, last = pool.partition("-")
+    values = list(map(str, range(int(first), int(last) + 1))) if last else dict(_table("told_values.tsv"))[pool].split()
     if pool in _ALWAYS:
         return values
     values = random.Random(pool).sample(values, len(values))  # lists of neighbours are not held out in a pattern

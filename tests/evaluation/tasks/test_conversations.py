@@ -146,7 +146,7 @@ def test_sessions_are_in_memory_and_their_newest_tokens_in_the_window(locomo: Pa
     assert found == {"f1": 100, "answer_nats": 12.0 / len(" a dog")}
     everything = DialogueTask(data=[locomo], recent=10_000, with_bleu=False)
     everything.begin([asker])
-    assert everything.prompt(example, asker).memory == ()
+    assert everything.prompt(everything.examples()[0], asker).memory == ()
 
 
 # facts

@@ -18,6 +18,7 @@ from longmem.evaluation.tasks.icl import read_labelled
 TALK: dict[str, Any] = {"sample_id": "conv-1", "conversation": {}, "qa": []}
 PAST = {"previous_dialogs": [], "dialog": [{"text": None}]}
 UNSAID = {"session_1": [{"speaker": "A", "text": None}]}
+read_numbered = partial(read_labelled, labels=("no", "yes"))
 SQUAD = '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "question": "q", "answers": %s}]}]}]}'
 
 
@@ -37,12 +38,8 @@ SQUAD = '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "questio
         ),
         (read_chapterbreak, '{"pg19": {"7": [{"ctx": "a", "pos": "b", "negs": ["c"]}]}}', "five negs"),
         (read_chapterbreak, "{}", "nothing in it"),
-        (
-            partial(read_labelled, classes=2),
-            "0 fine\n2 bad",
-            r"line 2 \('2 bad'\) is not of text with a label",
-        ),
-        (partial(read_labelled, classes=2), "sentence\tlabel\nfine 1", r"line 2 \('fine 1'\) is not"),
+        (read_numbered, "0 fine\n2 bad", r"text 2 \(\['bad', '2'\]\) is not of text with a label from 0 to 1"),
+        (read_numbered, "sentence\tlabel\nfine 1", r"text 1 \(\['fine 1'\]\) is not"),
         (read_told, '{"said": "a", "asked": "b", "answer": "c"}', "line 1 is not of the form .*no value in braces"),
         (read_told, '{"said": 5, "asked": "b", "answer": "{c}"}', "line 1 is not of .*a text is a int"),
         (read_squad, "{", r"the file is not of SQuAD v1.1's form \(JSONDecodeError"),

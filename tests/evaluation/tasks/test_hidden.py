@@ -141,19 +141,19 @@ def test_facts_stand_in_order_in_the_text_and_recall_finds_them(babi: BabiTask, 
     asked = babi.begin([Asker("memory_512", "", {}, None, 512, tokenizer=byte_tokenizer, window=64)])
     assert [each.name for each in asked] == ["memory_512", "memory_512+recall"]
     for example in babi.examples():
-        trial, story, _ = example.item
+        trial, _ = example.item
         text = byte_tokenizer.decode(trial.text())
-        places = [text.index(fact) for fact in story.facts]
+        facts = [byte_tokenizer.decode(tokens).strip() for _, tokens in trial.hidden]
+        assert Story(tuple(facts), *example.gold.values()) in babi.sets[0].test
+        places = [text.index(fact) for fact in facts]
         assert places == sorted(places) and len(trial.text()) == trial.length
-        assert byte_tokenizer.decode(trial.options[0]) == f" {story.answer}"
+        assert byte_tokenizer.decode(trial.options[0]) == f" {example.gold['expected']}"
         context = byte_tokenizer.decode(babi.prompt(example, asked[1]).contexts[0])
-        assert story.question.removesuffix("?") in context
-        assert any(fact.split()[0] in context.split("Notes")[1] for fact in story.facts)
+        assert example.gold["asked"].removesuffix("?") in context
+        assert any(fact.split()[0] in context.split("Notes")[1] for fact in facts)
 
 
 def test_an_answer_names_the_right_label_alone() -> None:
-    story, labels = Story((), "Where is Ann?", "attic"), ("attic", "cave", "Ann")
-    assert answered(" The Attic. Not the cave.", story, labels)
-    assert answered("Ann is in the attic", story, labels)
-    assert not answered("the attic or the cave", story, labels)
-    assert not answered("nowhere", story, labels)
+    asked = ("Where is Ann?", "attic", ("attic", "cave", "Ann"))
+    assert answered(" The Attic. Not the cave.", *asked) and answered("Ann is in the attic", *asked)
+    assert not answered("the attic or the cave", *asked) and not answered("nowhere", *asked)

@@ -23,50 +23,40 @@ from longmem.evaluation.tasks.icl import (
     starts_label,
 )
 
-TEXTS = [("a dull , long film", 0), ('she said " never " again', 1), ("so-so\u2028and more", 1)]
+SAID = [("a dull , long film", "no"), ('she said " never " again', "yes"), ("so-so\u2028and more", "yes")]
+FORMS = {
+    "dev.tsv": "sentence\tlabel\n" + "".join(f"{text}\t{int(label == 'yes')}\n" for text, label in SAID),
+    "test.tsv": "".join(f"{int(label == 'yes')} {text} \r\n" for text, label in SAID),
+    "test.csv": "".join('{},"{}"\n'.format(int(label == "yes"), text.replace('"', '""')) for text, label in SAID),
+    "named.csv": "text,category\n" + "".join('"{}\n",{}\n'.format(text.replace('"', '""'), at) for text, at in SAID),
+    "all.json.gz": gzip.compress(json.dumps({"train": [], "test": SAID}).encode()),
+}
 
 
-def write(folder: Path, name: str, lines: list[str]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder / name
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
 
 
-def plain(texts: list[tuple[str, int]]) -> list[str]:
-    return [f"{label} {text} " for text, label in texts]
-
-
-def quoted(texts: list[tuple[str, int]]) -> list[str]:
-    return [f'{label},"{text.replace(chr(34), chr(34) * 2)}"' for text, label in texts]
-
-
-def tabbed(texts: list[tuple[str, int]]) -> list[str]:
-    return ["sentence\tlabel", *(f"{text}\t{label}" for text, label in texts)]
-
-
-@pytest.mark.parametrize(
-    ("name", "lines"),
-    [
-        ("train.tsv", tabbed(TEXTS)),
-        ("test.tsv", plain(TEXTS)),  # the test file of SST-2 has no header
-        ("test.csv", quoted(TEXTS)),
-        ("stsa.fine.test", plain(TEXTS)),
-    ],
-)
-def test_every_form_gives_the_same_examples(name: str, lines: list[str], tmp_path: Path) -> None:
-    assert read_labelled(write(tmp_path, name, lines), 2) == [Labelled(text, label) for text, label in TEXTS]
-    # empty lines at the end are no examples
-    assert len(read_labelled(write(tmp_path, name, [*lines, "", ""]), 2)) == len(TEXTS)
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_gives_the_same_texts(name: str, tmp_path: Path) -> None:
+    named = name in ("named.csv", "all.json.gz")
+    found = read_labelled(write(tmp_path / name, FORMS[name]), () if named else ("no", "yes"), "test")
+    assert found.items == [Labelled(" ".join(text.split()) if named else text, label) for text, label in SAID]
 
 
 def test_nothing_is_shown_that_is_empty_there_twice_or_asked(tmp_path: Path) -> None:
-    train = [("same", 0), ("same", 1), ("", 1), ("asked", 0), ("other", 1)]
-    write(tmp_path / "mpqa", "train.csv", quoted(train))
-    write(tmp_path / "mpqa", "test.csv", quoted([("asked", 0), ("", 1), ("new", 1), ("new", 1)]))
+    write(tmp_path / "mpqa" / "train.csv", '0,same\n1,same\n1,""\n0,asked\n1,other\n')
+    write(tmp_path / "mpqa" / "test.csv", '0,asked\n1,""\n1,new\n1,new\n')
     data = read_icl(tmp_path, "mpqa")
-    assert data.train == (Labelled("same", 0), Labelled("other", 1))
+    assert data.train == (Labelled("same", "negative"), Labelled("other", "positive"))
     assert [example.text for example in data.test] == ["asked", "new", "new"]
-    assert (data.source["train_left_out"], data.source["test_left_out"]) == (3, 1)
+    assert (data.source["train"]["left_out"], data.source["test"]["left_out"]) == (3, 1)
+    parts = {"train": [["a b", "x_y"], ["c", "z"]], "test": [["d", "z"], ["e", "oos"]]}
+    write(tmp_path / "icl_clinc150" / "data_full.json.gz", gzip.compress(json.dumps(parts).encode()))
+    data = read_icl(tmp_path, "clinc150")
+    assert (data.labels, data.test) == (("x y", "z"), (Labelled("d", "z"),))  # no example shows the class oos
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
@@ -80,38 +70,13 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 def test_the_official_files_have_as_many_examples_as_their_page_says(shared_dir: Path) -> None:
     sizes = {"sst2": (6920, 872), "mr": (8662, 2000), "subj": (8000, 2000), "sst5": (8544, 1101), "mpqa": (8606, 2000)}
     for data in (read_icl(shared_dir / "data" / "icl", name) for name in sizes):
-        train, test = (len(getattr(data, part)) + data.source[f"{part}_left_out"] for part in ("train", "test"))
-        assert (train, test) == sizes[data.name]
-
-
-def test_intents_are_read_from_csv_and_from_json(tmp_path: Path) -> None:
-    write(tmp_path / "icl_banking77", "train.csv", ["text,category", '"Where, oh', 'where?",card_lost', "How?,pin"])
-    write(tmp_path / "icl_banking77", "test.csv", ["text,category", "Why?,pin", "Lost!,card_lost"])
-    parts = {"train": [["a b", "x_y"], ["c", "z"]], "test": [["d", "z"], ["e", "oos"]]}
-    clinc = write(tmp_path / "icl_clinc150", "data_full.json.gz", [])
-    clinc.write_bytes(gzip.compress(json.dumps(parts).encode()))
-    first, second = (read_icl(tmp_path, name) for name in ("banking77", "clinc150"))
-    assert first.labels == ("card lost", "pin")
-    assert first.train == (Labelled("Where, oh where?", 0), Labelled("How?", 1))
-    assert first.test == (Labelled("Why?", 1), Labelled("Lost!", 0))
-    assert (second.labels, second.test) == (("x y", "z"), (Labelled("d", 1),))
-    clinc.write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"data_full.json.gz: cannot be read"):
-        read_icl(tmp_path, "clinc150")
+        assert tuple(data.source[part]["items"] for part in ("train", "test")) == sizes[data.name]
 
 
 def test_the_first_token_must_be_a_prefix_of_the_label() -> None:
     # a blank is empty once stripped, though every text begins with nothing
-    right = {
-        " positive": True,
-        " pos": True,
-        "": False,
-        " ": False,
-        " Positive": False,
-        "positively": False,
-        " neg": False,
-    }
-    assert {first: starts_label(first, "positive") for first in right} == right
+    assert all(starts_label(first, "positive") for first in (" positive", " pos"))
+    assert not any(starts_label(first, "positive") for first in ("", " ", " Positive", "positively", " neg"))
 
 
 def test_calibration_divides_by_what_labels_get_for_nothing() -> None:
@@ -144,13 +109,7 @@ def test_a_draw_has_no_demonstration_twice_and_more_contain_fewer() -> None:
     ("window", "whole", "local", "memory", "context"),
     [
         (12, False, 3, 0, (0, 1, 1, 1, 2, 2, 3, 3, 7, 8)),
-        (
-            11,
-            False,
-            2,
-            0,
-            (0, 2, 2, 3, 3, 7, 8),
-        ),  # one token short of the farthest demonstration: it is gone as a whole
+        (11, False, 2, 0, (0, 2, 2, 3, 3, 7, 8)),  # a token short of the farthest demonstration: all of it is gone
         (8, False, 1, 0, (0, 3, 3, 7, 8)),
         (6, False, 0, 0, (0, 7, 8)),
         (16, True, 3, 2, (0, 11, 11, 12, 12, 1, 1, 1, 2, 2, 3, 3, 7, 8)),  # those of memory in front

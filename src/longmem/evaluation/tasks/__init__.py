@@ -25,17 +25,20 @@ RECORDS_VERSION = 2  # part of every record's key; raised when a record's meanin
 TOGETHER = 64  # prompts without memory that are laid out and asked at one time
 
 
-class Example(NamedTuple):
+@dataclass(frozen=True)
+class Example:
     """One thing asked of every system.
 
     ``group`` is what is reported apart (a split, a length, a category), ``unit`` what is drawn for intervals (a book, a
-    conversation), ``item`` what the task knows about it, ``seed`` that of its demonstrations.
+    conversation), ``item`` what the task knows about it, ``seed`` that of its demonstrations. ``gold`` is what
+    ``measure`` compares answers with, where the prompt does not say it; for people, what was asked.
     """
 
     id: str
     group: str
     unit: str
     item: Any
+    gold: Json = field(default_factory=dict)
     seed: int = 0
 
 
@@ -106,19 +109,13 @@ class Task(ABC):
 
     @abstractmethod
     def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
-        """Every metric of an answer. It may depend on ``gold``, the prompt and the answer alone."""
-
-    def gold(self, example: Example) -> Json:
-        """What ``measure`` compares answers with, where the prompt does not say it; for people, what was asked."""
-        return {}
+        """Every metric of an answer. It may depend on the example's ``gold``, the prompt and the answer alone."""
 
     def said(self, answer: Answer) -> str:
         """The text that was generated."""
         return str(self.tokenizer.decode(answer.said, skip_special_tokens=True))
 
-    def summarise(
-        self, result: Json, examples: Sequence[Example], askers: Sequence[Asker], bootstrap: Bootstrap
-    ) -> None:
+    def finish(self, result: Json, examples: Sequence[Example], bootstrap: Bootstrap) -> None:
         """Add to the result what else the task has to say, under ``extra``."""
         result["extra"] = {}
 
@@ -205,9 +202,10 @@ def run_task(
     seconds: dict[tuple[str, str], float] = {}
     for asker in askers:
         with Progress(f"{task.name}, {asker.label}", len(examples), "examples") as progress:
-            for number, names in _answers(task, asker, examples, ledger):
-                values[number][asker.name], seconds[names] = (ledger.records[names][n] for n in ("values", "seconds"))
-                progress.advance()
+            for batch in _batches(task, asker, examples):
+                for number, names in _answer(task, asker, examples, batch, ledger, progress).items():
+                    values[number][asker.name] = ledger.records[names]["values"]
+                    seconds[names] = ledger.records[names]["seconds"]
     groups = {"all": list(range(len(examples)))}
     for number, example in enumerate(examples):
         groups.setdefault(example.group, []).append(number)
@@ -233,7 +231,7 @@ def run_task(
             for example, found in zip(examples, values, strict=True)
         ],
     }
-    task.summarise(result, examples, askers, bootstrap)
+    task.finish(result, examples, bootstrap)
     return result
 
 
@@ -282,37 +280,38 @@ def group_scores(
     }
 
 
-def _answers(
-    task: Task, asker: Asker, examples: Sequence[Example], ledger: Ledger
-) -> Iterator[tuple[int, tuple[str, str]]]:
-    """(number of an example, names of its record), in the order in which they are done; what is equal is asked once."""
-    for batch in _batches(task, asker, examples):
-        named: dict[tuple[str, str], list[int]] = {}
-        for number, prompt in batch.items():
-            seen, remembers = asker.seen(prompt)
-            # a system whose memory stays empty answers as the same model without memory
-            system = asker.identity if remembers else asker.identity | {"memory": None}
-            key = digest_of(RECORDS_VERSION, task.name, asker.window, system)
-            named.setdefault((key, digest_of(seen, task.gold(examples[number]))), []).append(number)
-        waiting = [names for names in named if names not in ledger.records]
-        yield from ((number, names) for names in named if names not in waiting for number in named[names])
-        began = time.monotonic()
-        for at, answer in asker.ask([batch[named[names][0]] for names in waiting]):
-            names, now = waiting[at], time.monotonic()
-            example, prompt = examples[named[names][0]], batch[named[names][0]]
-            about: dict[str, Any] = {"example": example.id, "system": asker.name, "seconds": round(now - began, 4)}
-            ledger.append(*names, **about, values=task.measure(example, prompt, answer))
-            began = now
-            if prompt.new_tokens and ledger.path is not None:
-                line = {"system": asker.name, "example": example.id} | task.gold(example) | {"said": task.said(answer)}
-                with ledger.path.with_name("answers.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            yield from ((number, names) for number in named[names])
-
-
 def _batches(task: Task, asker: Asker, examples: Sequence[Example]) -> Iterator[dict[int, Prompt]]:
     """Neighbours of equal memory, which is read once for all of them; without memory so many as fit."""
     prompts = ((number, task.prompt(example, asker)) for number, example in enumerate(examples))
     for memory, some in groupby(prompts, key=lambda prompt: prompt[1].memory):
         while batch := dict(islice(some, TOGETHER if memory == () else None)):
             yield batch
+
+
+def _answer(
+    task: Task, asker: Asker, examples: Sequence[Example], batch: dict[int, Prompt], ledger: Ledger, progress: Progress
+) -> dict[int, tuple[str, str]]:
+    """Number of every example of a batch -> names of its record; what has none yet is asked, what is equal once."""
+    names, new = dict[int, tuple[str, str]](), dict[tuple[str, str], int]()
+    for number, prompt in batch.items():
+        seen, remembers = asker.seen(prompt)
+        # a system whose memory stays empty answers as the same model without memory
+        system = asker.identity if remembers else asker.identity | {"memory": None}
+        key = digest_of(RECORDS_VERSION, task.name, asker.window, system)
+        names[number] = key, digest_of(seen, examples[number].gold)
+        if names[number] not in ledger.records:
+            new.setdefault(names[number], number)
+    asked, began = list(new.values()), time.monotonic()
+    progress.advance(len(batch) - len(asked))
+    for at, answer in asker.ask([batch[number] for number in asked]):
+        now, number = time.monotonic(), asked[at]
+        example, prompt = examples[number], batch[number]
+        about: Json = {"example": example.id, "system": asker.name, "seconds": round(now - began, 4)}
+        ledger.append(*names[number], **about, values=task.measure(example, prompt, answer))
+        if prompt.new_tokens and ledger.path is not None:
+            line = {"system": asker.name, "example": example.id} | example.gold | {"said": task.said(answer)}
+            with ledger.path.with_name("answers.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        progress.advance()
+        began = now
+    return names

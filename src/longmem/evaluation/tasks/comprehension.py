@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 from longmem.errors import ConfigError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode, encode_after, start_tokens
-from longmem.evaluation.results import Bootstrap, Json
+from longmem.evaluation.results import Json
 from longmem.evaluation.tasks import Example, Metric, Source, Task, drawn, read_source
-from longmem.evaluation.tasks.icl import Asked, ShotsTask, draw, means_by
+from longmem.evaluation.tasks.icl import Asked, ShotsTask, draw
 
 # ChapterBreak
 
@@ -191,9 +191,10 @@ class SquadTask(ShotsTask):
             for memory in self.memory_shots:
                 group, shots = f"{self.local_shots} + {memory}", self.shots(seed, memory)
                 for question, query in zip(chosen, queries, strict=True):
-                    item = Asked(*shots, [query], new_tokens=self.max_answer_tokens, about=question)
+                    asked = Asked(*shots, [query], new_tokens=self.max_answer_tokens)
+                    gold = {"asked": question.question, "expected": question.answers}
                     name = f"{question.id}, {group}, seed {seed}"
-                    found.append(Example(name, group, question.article, item, seed))
+                    found.append(Example(name, group, question.article, asked, gold, seed))
         return found
 
     def shots(self, seed: int, memory: int) -> tuple[list[Tokens], list[Tokens]]:
@@ -210,25 +211,11 @@ class SquadTask(ShotsTask):
         encoded = encode_after(self.tokenizer, "\n\n", [shown(which[n], answered=True) for n in (*near, *far)])
         return encoded[: len(near)], encoded[len(near) :]
 
-    def gold(self, example: Example) -> Json:
-        question = example.item.about
-        return {"asked": question.question, "expected": question.answers}
-
     def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
         """The metrics of the first line of what was generated, 0 to 100."""
-        said, answers = self.said(answer).partition("\n")[0].strip(), example.item.about.answers
+        said, answers = self.said(answer).partition("\n")[0].strip(), example.gold["expected"]
         exact = normalise_answer(said) in map(normalise_answer, answers)
         return {"exact_match": 100.0 * exact, "f1": 100 * f1_score(said, answers)}
-
-    def summarise(
-        self, result: Json, examples: Sequence[Example], askers: Sequence[Asker], bootstrap: Bootstrap
-    ) -> None:
-        """``extra`` has means ``per_seed`` and ``by_article``, and ``shots`` (see ``shots_seen``)."""
-        result["extra"] = {
-            "per_seed": means_by(examples, result, lambda example: example.seed),
-            "by_article": means_by(examples, result, lambda example: example.unit),
-            "shots": self.shots_seen(examples, askers),
-        }
 
 
 def shown(question: SquadQuestion, *, answered: bool) -> str:

@@ -7,7 +7,6 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,27 +85,23 @@ def read_dialogues(path: str | Path) -> Source:
     """
     forms = "LoCoMo's form (conversation, qa) or MSC's (dialog, previous_dialogs)"
     found = read_source(path, forms, "name a locomo10.json or an MSC session_N/test.txt", _conversations)
-    msc = found.items[0].questions[0].category is None
+    msc = any(question.category is None for each in found.items for question in each.questions)
     return found._replace(name=f"{Path(path).absolute().parent.name}/{found.name}") if msc else found
 
 
 def _conversations(raw: bytes, where: list[str]) -> Iterator[Conversation]:
-    """Those about which something is asked."""
+    """LoCoMo is one list of samples; MSC is lines, of which only \\n ends one: people's texts hold other signs that
+    str.splitlines would take for one."""
     text = raw.decode("utf-8-sig")
-    try:
-        content = json.loads(text)
-    except ValueError:  # more than one JSON object: lines
-        content = None
-    msc = content is None or "previous_dialogs" in content
-    # only \n ends a line: people's texts hold other signs that str.splitlines would take for one
-    samples = text.split("\n") if msc else content if isinstance(content, list) else [content]
-    for number, sample in enumerate(samples, 1 if msc else 0):
-        where.append(f"{'line' if msc else 'sample'} {number}")
-        if msc and not sample.strip():
-            continue
-        found = _msc(number, json.loads(sample)) if msc else _locomo(number, sample)
-        if found.questions:
-            yield found
+    if text.lstrip().startswith("["):
+        for number, sample in enumerate(json.loads(text)):
+            where.append(f"sample {number}")
+            yield _locomo(number, sample)
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        where.append(f"line {number}")
+        if line.strip():
+            yield _msc(number, json.loads(line))
 
 
 def _locomo(number: int, sample: dict[str, Any]) -> Conversation:
@@ -180,7 +175,6 @@ class DialogueTask(Task):
         if self.with_bleu:
             bleu("", "")  # an extra that is missing shows at once
         self.files = [read_dialogues(path) for path in self.data]
-        self._parts = lru_cache(maxsize=2)(self._divided)
 
     @property
     def metrics(self) -> list[Metric]:
@@ -203,47 +197,44 @@ class DialogueTask(Task):
         return {"files": [file.about() for file in self.files]} | sizes | rules
 
     def examples(self) -> list[Example]:
-        """Items are a conversation and a question."""
+        """Items are a conversation, its tokens for memory and for the window, and a question."""
         found = []
         for file in self.files:
             for conversation in file.items[: self.conversations]:
                 name = f"{file.name}/{conversation.id}"
                 # a conversation whose sessions are in several files is drawn as one
-                unit = conversation.of or name
+                unit, parts = conversation.of or name, self._parts(conversation)
                 for n in drawn(f"{self.seed} {name}", len(conversation.questions), self.questions):
                     question = conversation.questions[n]
                     if question.category == ADVERSARIAL:
                         swapped = random.Random(f"{self.seed} {name} {question.id}").random() < 0.5
                         pair = (question.answer, NOTHING) if swapped else (NOTHING, question.answer)
                         question = question._replace(offered=dict(zip("ab", pair, strict=True)))
-                    found.append(Example(f"{name}/{question.id}", question.group, unit, (conversation, question)))
+                    gold = {"asked": question.words, "expected": question.expected}
+                    gold |= {"answer": question.answer, "category": question.category}
+                    item = (conversation, *parts, question)
+                    found.append(Example(f"{name}/{question.id}", question.group, unit, item, gold))
         return found
 
     def prompt(self, example: Example, asker: Asker) -> Prompt:
         """To score the reference answer, and to have one generated."""
-        conversation, question = example.item
-        memory, recent = self._parts(conversation)
-        if notes := notes_on(question.text, conversation.sessions, self.tokenizer, asker.recall):
+        conversation, memory, recent, question = example.item
+        if notes := notes_on(question.text, "".join(conversation.sessions), self.tokenizer, asker.recall):
             recent = (*encode_after(self.tokenizer, "\n", [f"{notes}\n\n"])[0], *recent)
         (words,) = encode_after(self.tokenizer, "\n", [question.before + question.words])
         (answer,) = encode_after(self.tokenizer, "x:", [f" {question.expected}"])
         context = (*(() if memory else start_tokens(self.tokenizer)), *recent, *words)
         return Prompt((context,), (answer[: self.answer_tokens],), self.most, memory)
 
-    def _divided(self, conversation: Conversation) -> tuple[Tokens, Tokens]:
+    def _parts(self, conversation: Conversation) -> tuple[Tokens, Tokens]:
         """The sessions' tokens: those that only memory holds, and the newest ones, which are in the window."""
         parts = encode_after(self.tokenizer, "\n", list(conversation.sessions))
         tokens = tuple(token for part in parts for token in part)
         cut = max(0, len(tokens) - self.near)
         return (*start_tokens(self.tokenizer), *tokens[:cut]) if cut else (), tokens[cut:]
 
-    def gold(self, example: Example) -> Json:
-        _, question = example.item
-        about = {"asked": question.words, "expected": question.expected}
-        return about | {"answer": question.answer, "category": question.category}
-
     def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
-        (_, question), (scored,) = example.item, answer.scored
+        (*_, question), (scored,) = example.item, answer.scored
         # an answer ends with the first line that has something on it
         said = next((line.strip() for line in self.said(answer).splitlines() if line.strip()), "")
         words = word_scores(said, question, self.with_bleu)
@@ -363,7 +354,7 @@ class FactsTask(Task):
         """Items are the number of a session, one of its facts, and the tokens between."""
         return [
             Example(f"{length}-conversation {at}-{number}", f"{length:,} tokens between", f"conversation {at}",
-                    (at - 1, fact, length))
+                    (at - 1, fact, length), {"asked": fact.asked, "expected": fact.value})
             for length in self.between
             for at, session in enumerate(self.telling, 1)
             for number, fact in enumerate(session.facts)
@@ -377,8 +368,8 @@ class FactsTask(Task):
             before = self.telling[session].messages
         elif asker.recall:
             told = "".join(f"{message['role']}: {message['content']}\n" for message in self.telling[session].messages)
-            texts = (told, self.tokenizer.decode(self._between(session, between)))
-            notes = notes_on(fact.asked, texts, self.tokenizer, asker.recall)
+            text = told + self.tokenizer.decode(self._between(session, between))
+            notes = notes_on(fact.asked, text, self.tokenizer, asker.recall)
             before = ({"role": "system", "content": notes},) if notes else ()
         whole = asked_ids([fact], self.tokenizer, before)
         (first, end), question = whole.values[0], question_ids(fact, self.tokenizer, before)
@@ -391,10 +382,6 @@ class FactsTask(Task):
         text = self.haystack.ids.reshape(-1)
         start = random.Random(f"{self.seed} {session} {tokens}").randrange(len(text) - tokens + 1)
         return tuple(text[start : start + tokens].tolist())
-
-    def gold(self, example: Example) -> Json:
-        _, fact, _ = example.item
-        return {"asked": fact.asked, "expected": fact.value}
 
     def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
         scored, (_, fact, _) = answer.scored[1], example.item

@@ -75,14 +75,14 @@ def read_haystack(paths: Sequence[str], tokenizer: Any, tokens: int, window: int
     return Haystack(np.array(found[:wanted], dtype=np.int64).reshape(-1, window), places)
 
 
-def notes_on(question: str, texts: Sequence[str], tokenizer: Any, passages: int) -> str:
-    """So many passages of these texts that share words with the question, as they are put into a window."""
-    return _search(tuple(texts)).notes(question, tokenizer, passages)[0] if passages else ""
+def notes_on(question: str, text: str, tokenizer: Any, passages: int) -> str:
+    """So many passages of the text that share words with the question, as they are put into a window."""
+    return _search(text).notes(question, tokenizer, passages)[0] if passages else ""
 
 
 @lru_cache(maxsize=2)
-def _search(texts: tuple[str, ...]) -> Recall:
-    return Recall(PlainTexts({str(number): text for number, text in enumerate(texts)}), "")
+def _search(text: str) -> Recall:
+    return Recall(PlainTexts({"text": text}), "")
 
 
 def standard_library() -> Iterator[str]:
@@ -331,14 +331,15 @@ class BabiTask(HiddenTask):
         return self.haystack.source() | {"stories_digest": digest_of(stories)}
 
     def examples(self) -> list[Example]:
-        """Items are a trial, its story, and the task of bAbI that it is of."""
+        """Items are a trial and the task of bAbI that it is of."""
         found = []
         for task in self.sets:
             for length in self.lengths:
                 for number in range(self.trials):
                     name = f"qa{task.number}-{length}-{number:04d}"
-                    item = (*self._trial(task, length, number), task)
-                    found.append(Example(name, f"qa{task.number}, {length:,} tokens", name, item))
+                    trial, story = self._trial(task, length, number)
+                    gold = {"asked": story.question, "expected": story.answer}
+                    found.append(Example(name, f"qa{task.number}, {length:,} tokens", name, (trial, task), gold))
         return found
 
     def _trial(self, task: BabiSet, length: int, number: int) -> tuple[Trial, Story]:
@@ -375,31 +376,28 @@ class BabiTask(HiddenTask):
         return np.roll(np.isin(ids.reshape(-1), ends), 1)
 
     def prompt(self, example: Example, asker: Asker) -> Prompt:
-        trial, story, task = example.item
+        trial, task = example.item
         short = sorted(task.train, key=lambda story: len(story.facts))[: max(self.shots, len(task.train) // 4)]
         shown = random.Random(f"{self.seed} {task.number} shots").sample(short, min(self.shots, len(short)))
         texts = (SHOWN.format(facts=" ".join(each.facts), question=each.question, answer=each.answer) for each in shown)
         (before,) = encode_after(self.tokenizer, "\n\n", ["\n\n" + "".join(texts)])
         if asker.recall:
-            notes = notes_on(story.question, (self.tokenizer.decode(trial.text()),), self.tokenizer, asker.recall)
+            text = self.tokenizer.decode(trial.text())
+            notes = notes_on(example.gold["asked"], text, self.tokenizer, asker.recall)
             before += encode_after(self.tokenizer, "\n\n", [f"{notes}\n\n" if notes else "\n"])[0]
         return self.asked(trial, asker, before, NEW_TOKENS)
 
-    def gold(self, example: Example) -> Json:
-        _, story, _ = example.item
-        return {"asked": story.question, "expected": story.answer}
-
     def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
-        (scored,), (_, story, task) = answer.scored, example.item
+        (scored,), (_, task) = answer.scored, example.item
         return {
             "choice": 100.0 * (scored.best == 0),
-            "answered": 100.0 * answered(self.said(answer), story, task.labels),
+            "answered": 100.0 * answered(self.said(answer), **example.gold, labels=task.labels),
             "answer_nats": -scored.logprobs[0],
         }
 
 
-def answered(said: str, story: Story, labels: Sequence[str]) -> bool:
+def answered(said: str, asked: str, expected: str, labels: Sequence[str]) -> bool:
     """BABILong's rule: of all labels that the question does not name, the first sentence has the right one alone."""
-    first, question = said.strip().lower().split("\n")[0].split(".")[0], story.question.lower()
+    first, question = said.strip().lower().split("\n")[0].split(".")[0], asked.lower()
     named = {label.lower() for label in labels if label.lower() in first and label.lower() not in question}
-    return named == {story.answer.lower()}
+    return named == {expected.lower()}

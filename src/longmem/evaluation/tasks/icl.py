@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
-import io
 import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice, product
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +25,7 @@ import numpy as np
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after, start_tokens
 from longmem.evaluation.results import Bootstrap, Json
-from longmem.evaluation.tasks import Example, Metric, Task, drawn, group_scores, read_source
+from longmem.evaluation.tasks import Example, Metric, Source, Task, drawn, group_scores, read_source
 
 
 class Asked(NamedTuple):
@@ -37,7 +36,7 @@ class Asked(NamedTuple):
         memory: demonstrations for memory, the last newest.
         queries: the question first, then what takes its place to calibrate.
         options: to score; without any ``new_tokens`` are generated.
-        about: what the task knows about the question.
+        right: number of the true option.
     """
 
     local: Sequence[Tokens]
@@ -45,12 +44,12 @@ class Asked(NamedTuple):
     queries: Sequence[Tokens]
     options: tuple[Tokens, ...] = ()
     new_tokens: int = 0
-    about: Any = None
+    right: int = 0
 
 
 class LaidOut(NamedTuple):
-    """Every query behind the demonstrations that fit; how many of them are of ``local`` and of ``memory``; tokens of
-    the question that did not fit (``cut``)."""
+    """Every query behind the demonstrations that fit. How many of them are of ``local``, how many of ``memory`` are in
+    memory or in a full context; tokens of the question that did not fit (``cut``)."""
 
     contexts: tuple[Tokens, ...]
     local: int
@@ -78,7 +77,8 @@ def lay_out(asked: Asked, asker: Asker, start: Tokens) -> LaidOut:
     room -= sum(map(len, local))
     far = fitting(asked.memory, room) if asker.whole and near == len(asked.local) else 0
     before = (*start, *chain.from_iterable((*asked.memory[len(asked.memory) - far :], *local)))
-    return LaidOut(tuple((*before, *query) for query in shown), near, far, len(asked.queries[0]) - len(shown[0]))
+    held = fitting(asked.memory, asker.memory_size or 0)
+    return LaidOut(tuple((*before, *query) for query in shown), near, far + held, len(asked.queries[0]) - len(shown[0]))
 
 
 def fitting(texts: Sequence[Tokens], room: int) -> int:
@@ -122,29 +122,29 @@ class ShotsTask(Task):
     def seeds(self) -> Sequence[int]:
         return range(1, self.draws + 1)
 
+    def begin(self, askers: Sequence[Asker]) -> Sequence[Asker]:
+        self._laid: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
+        return super().begin(askers)
+
     def prompt(self, example: Example, asker: Asker) -> Prompt:
         asked, start = example.item, start_tokens(self.tokenizer)
+        laid = lay_out(asked, asker, start)
+        self._laid.setdefault((example.group, asker.name), []).append(laid[1:])
         memory = (*start, *chain.from_iterable(asked.memory)) if asked.memory and asker.reads_memory else ()
-        return Prompt(lay_out(asked, asker, start).contexts, asked.options, asked.new_tokens, memory)
+        return Prompt(laid.contexts, asked.options, asked.new_tokens, memory)
 
-    def shots_seen(self, examples: Sequence[Example], askers: Sequence[Asker]) -> Json:
-        """group -> system -> mean numbers of demonstrations in its ``window``, and in its ``memory`` or, of those for
-        memory, in a full-context window; ``cut``: mean tokens of the question that did not fit."""
-        found: Json = {}
-        for example in examples:
-            for asker in askers:
-                laid = lay_out(example.item, asker, start_tokens(self.tokenizer))
-                held = fitting(example.item.memory, asker.memory_size or 0)
-                seen = (laid.local, laid.memory + held, laid.cut)
-                found.setdefault(example.group, {}).setdefault(asker.name, []).append(seen)
-        names = ("window", "memory", "cut")
-        means: Json = leaves(found, lambda s: dict(zip(names, np.mean(s, axis=0).round(2).tolist(), strict=True)))
-        return means
+    def finish(self, result: Json, examples: Sequence[Example], bootstrap: Bootstrap) -> None:
+        """``extra`` has ``shots``: group -> system -> means of what ``LaidOut`` counts."""
+        shots: Json = {}
+        result["extra"] = {"shots": shots}
+        for (group, system), laid in self._laid.items():
+            numbers = np.mean(laid, axis=0).round(2).tolist()
+            shots.setdefault(group, {})[system] = dict(zip(("window", "memory", "cut"), numbers, strict=True))
 
     def notes(self, result: Json) -> Iterator[str]:
         """What of demonstrations and questions did not fit, where something did not."""
         for group, systems in result["extra"]["shots"].items():
-            local, memory = (int(number) for number in group.rpartition(", ")[2].split(" + "))
+            local, memory = map(int, shots_of(group).split(" + "))
             for name, seen in systems.items():
                 if seen["window"] < local or 0 < seen["memory"] < memory or seen["cut"]:
                     yield (
@@ -153,21 +153,9 @@ class ShotsTask(Task):
                     )
 
 
-def means_by(examples: Sequence[Example], result: Json, part: Callable[[Example], Any], digits: int = 3) -> Json:
-    """group -> system -> metric -> part (a seed, an article) -> mean over examples."""
-    found: Json = {}
-    for example, of_example in zip(examples, result["examples"], strict=True):
-        for system, of_metrics in of_example["values"].items():
-            for metric, value in of_metrics.items():
-                place = found.setdefault(example.group, {}).setdefault(system, {}).setdefault(metric, {})
-                place.setdefault(str(part(example)), []).append(value)
-    means: Json = leaves(found, lambda numbers: round(float(np.mean(numbers)), digits))
-    return means
-
-
-def leaves(tree: Any, change: Callable[[Any], Any]) -> Any:
-    """Nested dicts with every value changed that is no dict."""
-    return {key: leaves(inner, change) for key, inner in tree.items()} if isinstance(tree, dict) else change(tree)
+def shots_of(group: str) -> str:
+    """The numbers of demonstrations in the name of a group."""
+    return group.rpartition(", ")[2]
 
 
 # labelled sets
@@ -177,8 +165,7 @@ class Kind(NamedTuple):
     """Of a set: its folder, the files to show and to ask, its classes, the template's words before a text and a label.
 
     Files are those of ``data/icl/original`` in the released code, and as its script has it the dev files of SST-2 and
-    SST-5 are asked: see ``read_labelled``. Without ``labels`` every text has the name of its class, in
-    ``text,category`` lines below a heading, or in JSON lists ``train`` and ``test``.
+    SST-5 are asked. Without ``labels`` the files name the class of every text.
     """
 
     folder: str
@@ -186,6 +173,10 @@ class Kind(NamedTuple):
     test: str = "test.csv"
     labels: tuple[str, ...] = ("negative", "positive")
     words: tuple[str, str] = ("Review:", "Sentiment:")
+
+    def asked(self, text: str) -> str:
+        """A text, with the space that parts it from the one before, up to where its label begins."""
+        return f" {self.words[0]} {text} {self.words[1]}"
 
 
 FIVE = ("terrible", "bad", "okay", "good", "great")
@@ -202,29 +193,24 @@ KINDS = {
 
 
 class Labelled(NamedTuple):
-    """A text and the number of its class."""
+    """A text and the name of its class."""
 
     text: str
-    label: int
+    label: str
 
 
 class IclSet(NamedTuple):
     """A set as it is used: names of classes in label order, texts to show and texts to ask, neither empty.
 
-    No text of ``train`` is there twice or tested. ``source``: the files read, their hash, and how many texts were left
-    out. ``words``: the template's, before a text and before a label.
+    No text of ``train`` is there twice or tested. ``source``: the files, and how many texts were left out.
     """
 
     name: str
+    kind: Kind
     labels: tuple[str, ...]
     train: tuple[Labelled, ...]
     test: tuple[Labelled, ...]
     source: Json
-    words: tuple[str, str]
-
-    def asked(self, text: str) -> str:
-        """A text, with the space that parts it from the one before, up to where its label begins."""
-        return f" {self.words[0]} {text} {self.words[1]}"
 
 
 def read_icl(folder: str | Path, name: str) -> IclSet:
@@ -234,75 +220,61 @@ def read_icl(folder: str | Path, name: str) -> IclSet:
         DataError: a file is missing, or a line is not what its format says; names file and line.
     """
     kind = KINDS[name]
-    files = [Path(folder) / kind.folder / file for file in (kind.train, kind.test)]
-    labels = kind.labels
-    if labels:
-        train, test = (read_labelled(file, len(labels)) for file in files)
-    else:
-        named = [_read_named(file, part) for file, part in zip(files, ("train", "test"), strict=True)]
-        labels = tuple(sorted({label for _, label in named[0]}))
-        train, test = (
-            [Labelled(text, labels.index(label)) for text, label in part if label in labels] for part in named
-        )
-    taken, usable = {example.text for example in test}, dict[str, Labelled]()
-    for example in train:
-        if example.text and example.text not in taken:
-            usable.setdefault(example.text, example)
-    asked = tuple(example for example in test if example.text)
+    place = Path(folder) / kind.folder
+    train, test = read_labelled(place / kind.train, kind.labels), read_labelled(place / kind.test, kind.labels, "test")
+    labels = kind.labels or tuple(sorted({each.label for each in train.items}))
+    asked = tuple(each for each in test.items if each.text and each.label in labels)
+    taken, usable = {each.text for each in asked}, dict[str, Labelled]()
+    for each in train.items:
+        if each.text and each.text not in taken:
+            usable.setdefault(each.text, each)
     if not usable or not asked:
-        raise DataError(f"{files[0].parent}: {len(usable)} texts to show and {len(asked)} to ask; both need some")
-    different = list(dict.fromkeys(files))
+        raise DataError(f"{place}: {len(usable)} texts to show and {len(asked)} to ask; both need some")
     source = {
-        "files": [f"{kind.folder}/{file.name}" for file in different],
-        "sha256": hashlib.sha256(b"".join(file.read_bytes() for file in different)).hexdigest()[:16],
-        "train": len(usable),
-        "train_left_out": len(train) - len(usable),  # empty, there twice, or tested
-        "test": len(asked),
-        "test_left_out": len(test) - len(asked),  # empty
+        "train": train.about() | {"left_out": len(train.items) - len(usable)},  # empty, there twice, or tested
+        "test": test.about() | {"left_out": len(test.items) - len(asked)},  # empty, or of a class that is not shown
     }
-    return IclSet(name, labels, tuple(usable.values()), asked, source, kind.words)
+    return IclSet(name, kind, labels, tuple(usable.values()), asked, source)
 
 
-def read_labelled(path: Path, classes: int) -> list[Labelled]:
-    """Every line of a file, texts stripped, empty ones too.
+def read_labelled(path: Path, labels: Sequence[str] = (), part: str = "train") -> Source:
+    """Every ``Labelled`` text of a file, empty ones too, in any of the forms in which these sets are published.
 
-    A ``.csv`` has ``label,text`` with normal quoting and no heading, a file that begins with ``sentence<TAB>label`` has
-    such lines, every other one ``label<space>text``.
+    A ``.gz`` is JSON with lists of text and class, of which ``part`` is read; ``text,category`` heads a CSV file of
+    such lines, ``sentence<TAB>label`` a file of those. Any other ``.csv`` has ``label,text`` without a heading, any
+    other file ``label<space>text``.
+
+    Args:
+        labels: names of the classes that the file numbers from 0; without them it names the classes itself.
 
     Raises:
-        DataError: no such file, or a line without label or with one that is not 0 ... ``classes - 1``.
+        DataError: no such file, or a line without label or with one that is not known.
     """
 
     def parse(raw: bytes, where: list[str]) -> Iterator[Labelled]:
-        # only \n ends a line: some texts hold other signs that str.splitlines would take for one
-        lines = [line.rstrip("\r") for line in raw.decode("utf-8-sig").split("\n")]
-        tabbed = lines[0] == "sentence\tlabel"
-        for number, line in enumerate(lines, 1):
-            if not line or (tabbed and number == 1):
-                continue
-            where.append(f"line {number} ({line[:40]!r})")
-            if path.suffix == ".csv":
-                label, text = next(csv.reader([line]))
+        for number, record in enumerate(records(raw), 1):
+            where.append(f"text {number} ({str(record)[:60]})")
+            text, label = record
+            if labels:
+                yield Labelled(text.strip(), dict(enumerate(labels))[int(label)])
             else:
-                label, text = line.rsplit("\t", 1)[::-1] if tabbed else line.split(" ", 1)
-            if int(label) not in range(classes):
-                raise ValueError("there is no such label")
-            yield Labelled(text.strip(), int(label))
+                yield Labelled(" ".join(text.split()), label.replace("_", " "))
 
-    return read_source(path, f"text with a label from 0 to {classes - 1}", "fetch the file again", parse).items
-
-
-def _read_named(path: Path, part: str) -> list[tuple[str, str]]:
-    """Texts and the names of their classes; ``part`` of a JSON file, all of another."""
-
-    def parse(raw: bytes, where: list[str]) -> Iterator[tuple[str, str]]:
+    def records(raw: bytes) -> Iterable[Sequence[str]]:
         if path.suffix == ".gz":
-            pairs = json.loads(gzip.decompress(raw))[part]
-        else:
-            pairs = list(csv.reader(io.StringIO(raw.decode("utf-8-sig"))))[1:]
-        return ((" ".join(text.split()), label.replace("_", " ")) for text, label in pairs)
+            pairs: list[tuple[str, str]] = json.loads(gzip.decompress(raw))[part]
+            return pairs
+        # only \n ends a line: some texts hold other signs that str.splitlines would take for one
+        lines = [line for line in raw.decode("utf-8-sig").replace("\r\n", "\n").split("\n") if line]
+        if lines[:1] == ["sentence\tlabel"]:
+            return (line.rsplit("\t", 1) for line in lines[1:])
+        if path.suffix == ".csv":
+            rows = csv.reader(f"{line}\n" for line in lines)
+            return islice(rows, 1, None) if lines[:1] == ["text,category"] else (row[::-1] for row in rows)
+        return (line.split(" ", 1)[::-1] for line in lines)
 
-    return read_source(path, "what is published", "fetch the file again", parse).items
+    form = f"text with a label from 0 to {len(labels) - 1}" if labels else "what is published"
+    return read_source(path, form, "fetch the file again", parse)
 
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # of Zhao et al.; their label probabilities are averaged
@@ -335,7 +307,7 @@ class IclTask(ShotsTask):
         return {
             "sets": {data.name: data.source for data in self.sets},
             "test_texts": "drawn without replacement, not stratified, the same for all seeds and systems",
-            "templates": {data.name: f"{data.asked('{text}')} {{label}}." for data in self.sets},
+            "templates": {data.name: f"{data.kind.asked('{text}')} {{label}}." for data in self.sets},
             "content_free": list(CONTENT_FREE),
         }
 
@@ -348,65 +320,84 @@ class IclTask(ShotsTask):
         return [example for data in self.sets for example in self._examples(data)]
 
     def _examples(self, data: IclSet) -> Iterator[Example]:
-        reader, free = self.tokenizer, CONTENT_FREE if len(data.labels) <= MOST_CALIBRATED else ()
-        options = tuple(encode_after(reader, data.words[1], [f" {label}" for label in data.labels]))
-        known = encode_after(reader, ".", [f"{data.asked(text)} {data.labels[at]}." for text, at in data.train])
+        reader, kind, free = self.tokenizer, data.kind, CONTENT_FREE if len(data.labels) <= MOST_CALIBRATED else ()
+        options = tuple(encode_after(reader, kind.words[1], [f" {label}" for label in data.labels]))
+        known = encode_after(reader, ".", [f"{kind.asked(text)} {label}." for text, label in data.train])
         chosen = drawn(f"{data.name} test", len(data.test), self.limit)
         texts = (*free, *(data.test[n].text for n in chosen))
-        queries = encode_after(reader, ".", [data.asked(text) for text in texts])
-        for seed, memory, local in [(s, m, n) for s in self.seeds for m in self.memory_shots for n in self.local_shots]:
+        queries = encode_after(reader, ".", [kind.asked(text) for text in texts])
+        for seed, memory, local in product(self.seeds, self.memory_shots, self.local_shots):
             near, far = draw(data.name, seed, len(data.train), local, memory)
             shots, said = ([known[n] for n in near], [known[n] for n in far]), f"{local} + {memory}"
             for n, query in zip(chosen, queries[len(free) :], strict=True):
-                asked = Asked(*shots, [query, *queries[: len(free)]], options, about=(data, data.test[n].label))
-                unit = f"{data.name}/{n}"
-                yield Example(f"{unit}, {said}, seed {seed}", f"{data.name}, {said}", unit, asked, seed)
-
-    def gold(self, example: Example) -> Json:
-        data, label = example.item.about
-        return {"expected": data.labels[label]}
+                unit, label = f"{data.name}/{n}", data.test[n].label
+                asked = Asked(*shots, [query, *queries[: len(free)]], options, right=data.labels.index(label))
+                about = f"{data.name}, {said}", unit, asked, {"expected": label}, seed
+                yield Example(f"{unit}, {said}, seed {seed}", *about)
 
     def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
         """Each 0 or 100; of equal scores the first label is taken."""
-        (data, label), (scored, *free) = example.item.about, answer.scored
+        right, (scored, *free) = example.item.right, answer.scored
         corrected = calibrated(scored.logprobs, [each.logprobs for each in free])
         return {
-            "first_token": 100.0 * starts_label(self.tokenizer.decode([scored.next_token]), data.labels[label]),
-            "likelihood": 100.0 * (scored.best == label),
-            "calibrated": 100.0 * (int(np.argmax(corrected)) == label),
+            "first_token": 100.0 * starts_label(self.tokenizer.decode([scored.next_token]), example.gold["expected"]),
+            "likelihood": 100.0 * (scored.best == right),
+            "calibrated": 100.0 * (int(np.argmax(corrected)) == right),
         }
 
-    def summarise(
-        self, result: Json, examples: Sequence[Example], askers: Sequence[Asker], bootstrap: Bootstrap
-    ) -> None:
+    def finish(self, result: Json, examples: Sequence[Example], bootstrap: Bootstrap) -> None:
         """With ``average, 20 + 2000`` groups, in which every set has the same weight; examples averaged over seeds.
 
-        ``extra`` has ``per_seed`` (group -> system -> metric -> values by seed, their mean and population standard
-        deviation), ``shots`` (see ``ShotsTask.shots_seen``) and ``sets`` (chance and largest class in %).
+        ``extra`` also has ``per_seed`` (group -> system -> metric -> values by seed, their mean and population standard
+        deviation) and ``sets`` (chance and largest class in %).
         """
+        super().finish(result, examples, bootstrap)
         values = [one["values"] for one in result["examples"]]
-        per_seed = means_by(examples, result, lambda example: example.seed, digits=9)
-        spread = {group: _spread([of_group]) for group, of_group in per_seed.items()}
-        shots = [example.group.rpartition(", ")[2] for example in examples]
-        for said in dict.fromkeys(shots) if len(self.sets) > 1 else ():
-            some, name = [n for n, each in enumerate(shots) if each == said], f"average, {said}"
-            sizes = Counter(examples[n].group for n in some)
-            weights = [1 / sizes[examples[n].group] for n in some]
-            chosen = [examples[n] for n in some], [values[n] for n in some]
-            result["groups"].append(group_scores(name, *chosen, self.metrics, bootstrap, weights=weights))
-            spread[name] = _spread([per_seed[group] for group in sizes])
-        means = means_by(examples, result, lambda example: example.unit, digits=2)
+        by_seed = means(lambda each: (each.group, each.seed), examples, values, digits=9)
+        sizes = Counter(each.group for each in examples)
+        spread = {group: self._spread(by_seed, [group]) for group in sizes}
+        for said in dict.fromkeys(map(shots_of, sizes)) if len(self.sets) > 1 else ():
+            some, name = [n for n, each in enumerate(examples) if shots_of(each.group) == said], f"average, {said}"
+            chosen, weights = [examples[n] for n in some], [1 / sizes[examples[n].group] for n in some]
+            of_chosen = [values[n] for n in some]
+            result["groups"].append(group_scores(name, chosen, of_chosen, self.metrics, bootstrap, weights=weights))
+            spread[name] = self._spread(by_seed, [group for group in sizes if shots_of(group) == said])
         result["examples"] = [
-            {"id": f"{one.unit}, {said}", "group": one.group, "unit": one.unit, "values": {
-                system: {metric: parts[one.unit] for metric, parts in metrics.items()}
-                for system, metrics in means[one.group].items()}}
-            for one, said in zip(examples, shots, strict=True) if one.seed == examples[0].seed
-        ]  # fmt: skip
-        about: Json = {}
+            {"id": f"{unit}, {shots_of(group)}", "group": group, "unit": unit, "values": mean}
+            for (group, unit), mean in means(lambda each: (each.group, each.unit), examples, values, digits=2).items()
+        ]
+        about = result["extra"]["sets"] = {}
         for data in self.sets:
-            largest = max(Counter(example.label for example in data.test).values())
+            (_, largest), *_ = Counter(each.label for each in data.test).most_common(1)
             about[data.name] = {"chance": 100 / len(data.labels), "majority": round(100 * largest / len(data.test), 2)}
-        result["extra"] = {"per_seed": spread, "shots": self.shots_seen(examples, askers), "sets": about}
+        result["extra"]["per_seed"] = spread
+
+    def _spread(self, by_seed: dict[Any, Json], groups: Sequence[str]) -> Json:
+        """system -> metric -> its value for each seed, their mean and deviation; groups have the same weight."""
+        found: Json = {}
+        for system, metrics in by_seed[groups[0], self.seeds[0]].items():
+            for metric in metrics:
+                table = [[by_seed[group, seed][system][metric] for seed in self.seeds] for group in groups]
+                values = np.mean(table, axis=0)
+                numbers = {"values": values, "mean": values.mean(), "std": values.std()}
+                found.setdefault(system, {})[metric] = {name: np.round(of, 3).tolist() for name, of in numbers.items()}
+        return found
+
+
+def means(
+    part: Callable[[Example], Hashable], examples: Sequence[Example], values: Sequence[Json], digits: int
+) -> dict[Any, Json]:
+    """part (a text, a seed) -> system -> metric -> mean over the examples that are of this part."""
+    parts: dict[Hashable, list[Json]] = {}
+    for example, of_example in zip(examples, values, strict=True):
+        parts.setdefault(part(example), []).append(of_example)
+    return {
+        name: {
+            system: {metric: round(fmean(each[system][metric] for each in some), digits) for metric in metrics}
+            for system, metrics in some[0].items()
+        }
+        for name, some in parts.items()
+    }
 
 
 def starts_label(first: str, label: str) -> bool:
@@ -427,14 +418,3 @@ def calibrated(logprobs: Sequence[float], content_free: Sequence[Sequence[float]
     prior = (weights / weights.sum(axis=1, keepdims=True)).mean(axis=0)
     # a label that nothing makes likely has no prior to divide by: the smallest number stands for it
     return [value - math.log(max(share, 1e-300)) for value, share in zip(logprobs, prior.tolist(), strict=True)]
-
-
-def _spread(sets: Sequence[Json]) -> Json:
-    """Of each set system -> metric -> seed -> mean: over the sets, the value of each seed, their mean and deviation."""
-    found: Json = {}
-    for system, metrics in sets[0].items():
-        for metric in metrics:
-            values = np.mean([list(each[system][metric].values()) for each in sets], axis=0)
-            numbers = {"values": values, "mean": values.mean(), "std": values.std()}
-            found.setdefault(system, {})[metric] = leaves(numbers, lambda number: np.round(number, 3).tolist())
-    return found
