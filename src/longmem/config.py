@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import field
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -38,6 +39,8 @@ class MemoryConfig(PreTrainedConfig):
         fusion: ``gate`` (paper): one share per head; ``softmax``: one softmax over local and memory scores with a
             bias per head, so that each token chooses its own share; ``token``: a trained choice of every token, see
             ``TokenGate`` (not for ``MemTRM``).
+        recency: added to the attention scores of the newest chunk that a query found, see ``memory_attention``: of two
+            facts that say otherwise, the newer one is read. 0 (paper): age does not count.
 
     Raises:
         ConfigError: lists every setting that breaks a rule.
@@ -57,6 +60,7 @@ class MemoryConfig(PreTrainedConfig):
     num_retrieved: int = 64
     memory_size: int = 65536
     fusion: Fusion = "gate"
+    recency: float = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         given: Any = self.backbone_config
@@ -97,6 +101,8 @@ class MemoryConfig(PreTrainedConfig):
                 tries = f"{value - rest} or {value - rest + size}" if value > size else f"{size}"
                 found.append(f"{name} ({value}) must be a multiple of chunk_size ({size}); try {tries}")
         found += _choices(self, fusion=Fusion)
+        if not 0 <= self.recency < math.inf:
+            found.append(f"recency ({self.recency}) must be a number from 0 on; 0 reads old and new alike")
         if self.fusion == "token" and not self.token_gates:
             found.append(f'fusion ("token") is not for {type(self).__name__}; use "gate" or "softmax"')
         layers = self.memory_layers

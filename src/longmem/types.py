@@ -46,7 +46,7 @@ class RetrievedMemory:
         version: the bank's write counter at search time, compared again in backward.
         live_version: returns the bank's write counter now.
         sources: (rows, slots) long, what ``Memory.provenance`` calls the chunk in every slot, -1 at slots that stand
-            for nothing; None where a chunk is called by its slot.
+            for nothing; None where a chunk is called by its slot. Of two chunks the newer one has the larger number.
         memory_rows: (B,) long, the row of that memory which each batch row read; None where it is ``rows``.
         first_head: where in ``storage`` the heads of the layer that was searched begin.
         layer_heads: Hkv of that layer; None: all heads in ``storage`` are its.
@@ -72,6 +72,11 @@ class RetrievedMemory:
         if self.sources is not None:
             found = self.sources[self.rows.view(-1, 1, 1, 1), found]
         return found.masked_fill(~self.chunk_mask, -1)
+
+    @property
+    def newer(self) -> Tensor:
+        """(B, H, T, R) long: how many of the chunks that a query found are newer than this one; numbers go by age."""
+        return self.chunks.argsort(dim=-1, descending=True).argsort(dim=-1)
 
     @property
     def chunk_size(self) -> int:

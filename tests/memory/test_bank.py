@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
+from longmem.errors import MemoryBankError
 from longmem.memory import ChunkOrigin, MemoryBank
 from longmem.types import AttentionKV
 
@@ -32,7 +34,8 @@ def same(first, second) -> None:
 
 
 def origins(memory: MemoryBank, row: int = 0) -> list[ChunkOrigin]:
-    return [memory.provenance(row, slot) for slot in range(int(memory.chunks[row]))]
+    there = memory.search(queries(memory.rows), int(memory.chunks[row])).chunks[row].unique()
+    return [memory.provenance(row, chunk) for chunk in there.tolist() if chunk >= 0]
 
 
 def test_chunk_keys_are_averaged_before_rounding():
@@ -103,6 +106,22 @@ def test_what_is_known_of_chunks_does_not_pile_up():
         memory.add(kv(1, 2), documents=[str(number)])
     assert len(memory.state_dict()["slots"]["runs"][0]) == 2
     assert {origin.document for origin in origins(memory)} == {"498", "499"}
+
+
+def test_chunks_are_numbered_by_age_when_old_ones_were_overwritten():
+    memory = bank(2, capacity=6)
+    for number in range(5):  # three chunks fit a row; the second row is given two
+        memory.add(kv(1, 2, number), rows=torch.tensor([0]), documents=[str(number)])
+        if number < 2:
+            memory.add(kv(1, 2, number), rows=torch.tensor([1]), documents=[str(number)])
+    found = memory.search(queries(2), 3)
+    for row in range(2):
+        for chunks, newer in zip(found.chunks[row].view(-1, 3).tolist(), found.newer[row].view(-1, 3), strict=True):
+            names = [memory.provenance(row, chunk).document for chunk in chunks if chunk >= 0]
+            assert set(names) == ({"2", "3", "4"} if row == 0 else {"0", "1"})
+            assert [name for _, name in sorted(zip(newer.tolist(), names, strict=False))] == sorted(names)[::-1]
+    with pytest.raises(MemoryBankError, match=r"chunk \(0\) is not in row 0; it holds 2 to 4"):
+        memory.provenance(0, 0)
 
 
 def test_each_layer_is_searched_by_its_own_heads():

@@ -169,8 +169,8 @@ def test_a_loaded_bank_goes_on_as_the_saved_one(history, after, slots, size):
             each.add(padded(tokens_of(write, 50 + number), write.left), documents=write.documents, time=1.0)
     assert_same(bank, copy)
     for row, live in enumerate(bank.chunks.tolist()):
-        for slot in range(live):
-            assert bank.provenance(row, slot) == copy.provenance(row, slot)
+        for chunk in bank.search(ask(2), max(1, live)).chunks[row].unique().tolist():
+            assert chunk < 0 or bank.provenance(row, chunk) == copy.provenance(row, chunk)
 
 
 @settings(max_examples=30, deadline=None)

@@ -94,7 +94,7 @@ def of(rows: int, size: int = 4, **settings) -> MemoryBank:
         (lambda: bank().search(torch.zeros(1, 2, 5, 3), 1), "queries have 1 rows, the bank has 2; pass rows= to say"),
         (lambda: bank().search(torch.zeros(2, 2, 5, 3), 0), "num_chunks (0) must be at least 1"),
         (lambda: bank().search(torch.zeros(2, 2, 1, 3), 1, layer=1), "layer (1) must lie in 0..0"),
-        (lambda: bank().provenance(1, 0), "slot (0) of row 1 holds no chunk; slots in use: 0, counted from 0"),
+        (lambda: bank().provenance(1, 0), "chunk (0) is not in row 1; it is empty"),
         (lambda: bank(shared=True).reset(torch.tensor([1])), "rows ([1]) of a shared bank cannot be reset alone"),
         (
             lambda: bank(3).load_state_dict(bank(2).state_dict()),

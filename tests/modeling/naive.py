@@ -57,6 +57,7 @@ def joint_attention(
     gate: Tensor,
     scaling: float,
     slopes: Sequence[float],
+    recency: float,
 ) -> Tensor:
     """Local attention mixed with attention over what each token retrieves (section 3.3), for one row.
 
@@ -65,6 +66,7 @@ def joint_attention(
         memory: the chunks of each head.
         gate: (H,); its sigmoid is the share given to memory.
         slopes: ALiBi slope of each head.
+        recency: added to the scores of the newest chunk that is found, nothing to those of the last of num_chunks.
 
     Returns:
         (H, T, D).
@@ -80,7 +82,12 @@ def joint_attention(
                 out[head, token] = local
                 continue
             remembered: Chunk = [pair for index in found for pair in memory[head][index]]
-            read = attend(query, remembered, [0.0] * len(remembered), scaling)
+            biases = [
+                recency * (1 - sum(other > index for other in found) / max(1, num_chunks - 1))
+                for index in found
+                for _ in memory[head][index]
+            ]
+            read = attend(query, remembered, biases, scaling)
             share = torch.sigmoid(gate[head])
             out[head, token] = (1 - share) * local + share * read
     return out
@@ -130,8 +137,9 @@ class NaiveLongMem:
         empty: list[list[Chunk]] = [[] for _ in range(heads)]
         slopes = alibi_slopes(heads).tolist()
         mixed = joint_attention(
-            queries, keys, values, memory or empty, self.config.num_chunks, gate, block.attn.scaling, slopes
-        )
+            queries, keys, values, memory or empty, self.config.num_chunks, gate, block.attn.scaling, slopes,
+            self.config.recency,
+        )  # fmt: skip
         attended: Tensor = block.attn.out_proj(mixed.transpose(0, 1).flatten(1))
         out: Tensor = hidden + attended + block.mlp(normed)
         return out

@@ -15,12 +15,18 @@ from longmem.modeling.attention import memory_attention
 from longmem.types import AttentionKV, RetrievedMemory
 
 
-def over_copies(queries: Tensor, retrieved: RetrievedMemory, scaling: float, softcap: float | None):
+def over_copies(
+    queries: Tensor, retrieved: RetrievedMemory, scaling: float, softcap: float | None, recency: float = 0.0
+):
     """The plain formula over (B, H, T, K, D) copies; differentiable by autograd."""
     keys, values = (part.to(queries.dtype) for part in (retrieved.keys, retrieved.values))
     scores = torch.einsum("bhtd,bhtkd->bhtk", queries, keys) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    chunks = retrieved.chunks
+    newer = (chunks[..., None, :] > chunks[..., :, None]).sum(-1)  # than each of them
+    bonus = recency * (1 - newer / max(1, chunks.shape[-1] - 1)) if chunks.shape[-1] > 1 else 0.0 * newer
+    scores = scores + bonus.repeat_interleave(retrieved.chunk_size, dim=-1)
     found = retrieved.mask.any(-1)
     scores = scores.masked_fill(~retrieved.mask, torch.finfo(scores.dtype).min)
     out = torch.einsum("bhtk,bhtkd->bhtd", scores.softmax(-1), values) * found[..., None]
@@ -55,9 +61,12 @@ def asked(rows: int, heads: int, length: int, dim: int, dtype: torch.dtype = tor
     num=some.integers(1, 6),
     block=some.sampled_from([1, 500, 1 << 20]),
     softcap=some.sampled_from([None, 2.0]),
+    recency=some.sampled_from([0.0, 1.5]),
 )
-def test_outputs_and_gradient_equal_those_over_copies(rows, heads_kv, groups, length, size, num, block, softcap):
-    bank = MemoryBank(rows, 10 * size, heads_kv, 3, size, dtype=torch.float64)
+def test_outputs_and_gradient_equal_those_over_copies(
+    rows, heads_kv, groups, length, size, num, block, softcap, recency
+):
+    bank = MemoryBank(rows, 3 * size, heads_kv, 3, size, dtype=torch.float64)
     draw = torch.Generator().manual_seed(size)
     filling, total = 3 * size + 1, rows * heads_kv
     keys, values = (torch.randn(total * filling * 3, generator=draw).view(rows, heads_kv, filling, 3) for _ in range(2))
@@ -67,8 +76,8 @@ def test_outputs_and_gradient_equal_those_over_copies(rows, heads_kv, groups, le
     retrieved = bank.search(queries, num)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(attention._BLOCK_BYTES, "cpu", block)
-        ours = memory_attention(queries, retrieved, scaling=0.4, softcap=softcap)
-        out, lse, found = over_copies(queries, retrieved, 0.4, softcap)
+        ours = memory_attention(queries, retrieved, scaling=0.4, softcap=softcap, recency=recency)
+        out, lse, found = over_copies(queries, retrieved, 0.4, softcap, recency)
         assert torch.equal(ours.found, found)
         torch.testing.assert_close(ours.out, out)
         torch.testing.assert_close(ours.lse[found], lse[found])

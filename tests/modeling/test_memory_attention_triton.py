@@ -56,7 +56,11 @@ def searched(
 
 
 def answers(
-    retrieved: RetrievedMemory, asking: torch.dtype, softcap: float | None, transposed: bool = False
+    retrieved: RetrievedMemory,
+    asking: torch.dtype,
+    softcap: float | None,
+    transposed: bool = False,
+    recency: float = 0.0,
 ) -> list[Tensor]:
     """Output, log-sum-exp and gradient of a loss of both."""
     batch, heads, length, _ = retrieved.chunk_ids.shape
@@ -66,21 +70,21 @@ def answers(
     if transposed:
         queries = queries.transpose(1, 2).contiguous().transpose(1, 2)
     queries.requires_grad_()
-    out, lse, found = memory_attention(queries, retrieved, scaling=0.3, softcap=softcap)
+    out, lse, found = memory_attention(queries, retrieved, scaling=0.3, softcap=softcap, recency=recency)
     loss = (out.float() * weights).sum() + lse[found].sin().sum()
     return [out, lse, *torch.autograd.grad(loss, queries)]
 
 
-def compare(kernels, monkeypatch, retrieved, asking=torch.float32, softcap=None, transposed=False) -> None:
+def compare(kernels, monkeypatch, retrieved, asking=torch.float32, softcap=None, transposed=False, recency=0.0):
     ran = []
     with monkeypatch.context() as patch:
         launch = kernels._launch
         patch.setattr(kernels, "_launch", lambda *args: (ran.append(1), launch(*args)))
-        fused = answers(retrieved, asking, softcap, transposed)
+        fused = answers(retrieved, asking, softcap, transposed, recency)
     assert len(ran) == 2
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "ENABLED", False)
-        plain = answers(retrieved, asking, softcap)
+        plain = answers(retrieved, asking, softcap, recency=recency)
     exact = asking == torch.float32
     for ours, reference in zip(fused, plain, strict=True):
         assert ours.dtype == reference.dtype
@@ -104,9 +108,10 @@ def compare(kernels, monkeypatch, retrieved, asking=torch.float32, softcap=None,
     ids=str,
 )
 def test_outputs_and_gradient_equal_those_of_plain_torch(kernels, monkeypatch, shape):
-    compare(kernels, monkeypatch, searched(**shape))
+    compare(kernels, monkeypatch, searched(**shape), recency=2.0)
     if not shape:
-        compare(kernels, monkeypatch, searched(), softcap=1.5, transposed=True)
+        compare(kernels, monkeypatch, searched())
+        compare(kernels, monkeypatch, searched(), softcap=1.5, transposed=True, recency=2.0)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])

@@ -19,16 +19,18 @@ from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemoryBank
     num_chunks=st.integers(1, 5),
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     final_state=st.sampled_from(["pre_norm", "normed"]),
+    recency=st.sampled_from([0.0, 3.0]),
 )
 def test_fast_equals_naive(
-    seed: int, heads: int, layers: int, chunk_size: int, num_chunks: int, lengths: list[int], final_state: str
-) -> None:
+    seed: int, heads: int, layers: int, chunk_size: int, num_chunks: int, lengths: list[int], final_state: str,
+    recency: float,
+) -> None:  # fmt: skip
     torch.manual_seed(seed)
     config = AlibiGPTConfig(vocab_size=23, hidden_size=4 * heads, num_hidden_layers=layers, num_attention_heads=heads)
     backbone = AlibiGPTForCausalLM(config)
     model = LongMem.from_backbone(
         backbone, chunk_size=chunk_size, num_retrieved=chunk_size * num_chunks, memory_size=64 * chunk_size,
-        final_state=final_state,
+        final_state=final_state, recency=recency,
     ).eval()  # fmt: skip
     with torch.no_grad():
         for parameter in model.parameters():

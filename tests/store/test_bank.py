@@ -65,6 +65,7 @@ def test_a_store_is_searched_and_read_as_a_memory_bank_to_the_last_bit(
     tmp_path: Path, name: str, layers: tuple[int, ...], keep: str
 ) -> None:
     model = make_model(name, memory_layers=layers)
+    model.config.recency = 2.0
     with make_store(tmp_path / "memory", model) as store, make_store(tmp_path / "int8", model, dtype="int8") as small:
         fill(store)
         fill(small)

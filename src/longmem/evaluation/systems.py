@@ -165,7 +165,7 @@ def shared_forward(systems: Sequence[Asker], rows: int, longest: int) -> tuple[F
 
 def _identity(model: Any) -> dict[str, Any]:
     """The weights beside the frozen backbone's, and the settings that outputs depend on besides them."""
-    names = ("memory_layers", "stride", "chunk_size", "num_retrieved", "final_state", "fusion")
+    names = ("memory_layers", "stride", "chunk_size", "num_retrieved", "final_state", "fusion", "recency")
     found: dict[str, Any] = {"backbone": model.fingerprint, "dtype": str(model.dtype).removeprefix("torch.")}
     trained = zip(model.trainable_parameter_names(), model.trainable_parameters(), strict=True)
     if hasattr(model, "sidenet"):

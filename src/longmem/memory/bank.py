@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time as clock
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -159,7 +159,7 @@ class MemoryBank:
             MemoryBankError: queries, rows or layer do not fit the bank.
         """
         read = [self._line[row] for row in rows_of(rows, queries.shape[0], self.rows, "queries")]
-        return search_chunks(
+        found = search_chunks(
             self._indexes[layer if 0 <= layer < self.layers else 0],
             queries,
             num_chunks,
@@ -170,14 +170,17 @@ class MemoryBank:
             heads_kv=self.heads_kv,
             live_version=lambda: self._version,
         )
+        return replace(found, sources=self._slots.numbers)
 
-    def provenance(self, row: int, slot: int) -> ChunkOrigin:
-        """Where the chunk in this slot of a row came from."""
+    def provenance(self, row: int, chunk: int) -> ChunkOrigin:
+        """Where a chunk of a row came from; ``chunk`` is numbered as in ``RetrievedMemory.chunks``, by age."""
         stored = self._line[rows_of([row], 1, self.rows, "rows")[0]]
-        live = self._slots.live(stored)
-        if not 0 <= slot < live:
-            raise MemoryBankError(f"slot ({slot}) of row {row} holds no chunk; slots in use: {live}, counted from 0")
-        return self._slots.origin(stored, slot)
+        end = self._slots.written[stored]
+        first = end - self._slots.live(stored)
+        if not first <= chunk < end:
+            there = f"it holds {first} to {end - 1}" if end else "it is empty"
+            raise MemoryBankError(f"chunk ({chunk}) is not in row {row}; {there}")
+        return self._slots.origin(stored, chunk)
 
     # writing
 

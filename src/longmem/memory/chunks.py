@@ -89,14 +89,21 @@ class Slots:
         self.written[row], self.runs[row] = 0, []
         self.lengths[row, : self.slots] = 0
 
-    def origin(self, row: int, slot: int) -> ChunkOrigin:
-        """Where the chunk in a slot in use came from."""
-        last = self.written[row] - 1
-        number = last - (last - slot) % self.slots  # the newest chunk that this slot was given
+    @property
+    def numbers(self) -> Tensor | None:
+        """(rows, slots + 1) long, number of the chunk in each slot, -1 of none; None while each is that of its slot."""
+        if max(self.written) <= self.slots:
+            return None
+        last = torch.tensor(self.written, device=self.storage.device)[:, None] - 1
+        held = last - (last - torch.arange(self.slots, device=last.device)) % self.slots
+        return torch.nn.functional.pad(held.clamp_min(-1), (0, 1), value=-1)
+
+    def origin(self, row: int, number: int) -> ChunkOrigin:
+        """Where a chunk that is still there came from."""
         runs = self.runs[row]
         begin, document, first, time = runs[bisect_right(runs, number, key=itemgetter(0)) - 1]
         start = first + (number - begin) * self.storage.shape[4]
-        return ChunkOrigin(document, start, int(self.lengths[row, slot]), number, time)
+        return ChunkOrigin(document, start, int(self.lengths[row, number % self.slots]), number, time)
 
     def state_dict(self) -> dict[str, Any]:
         """What is in use, as copies."""

@@ -24,7 +24,7 @@ from longmem.memory.index import rows_of
 from longmem.types import AttentionKV, ChunkOrigin, Memory, RetrievedMemory
 
 OVERLAY = 1 << 39
-"""Chunk numbers from here on are the session's own; smaller ones are the base memory's."""
+"""Chunk numbers from here on are the session's own, which is newer; smaller ones are the base memory's."""
 
 
 class SessionMemory:
@@ -47,7 +47,7 @@ class SessionMemory:
         if base_rows is None:
             base_rows = rows_under(base, self.rows, "the session", "base_rows")
         self.base_rows = base_rows.cpu()
-        numbers = torch.arange(bank.capacity_tokens // bank.chunk_size + 1, device=bank.device) + OVERLAY
+        numbers = torch.arange(bank.capacity_tokens // bank.chunk_size + 1, device=bank.device)
         self._numbers = numbers.expand(self.rows, -1)
         self._followed: list[list[Tensor]] = [[] for _ in range(self.rows)]
 
@@ -86,7 +86,8 @@ class SessionMemory:
         on_device = chosen.to(queries.device)
         if not bool(self.bank.chunks[chosen].any()):
             return replace(below, memory_rows=on_device)
-        own = replace(self.bank.search(queries, num_chunks, chosen, layer=layer), sources=self._numbers)
+        own = self.bank.search(queries, num_chunks, chosen, layer=layer)
+        own = replace(own, sources=OVERLAY + (self._numbers if own.sources is None else own.sources))
         return replace(best_of((below, own), num_chunks), memory_rows=on_device)
 
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:

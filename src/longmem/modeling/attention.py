@@ -40,7 +40,7 @@ class MemoryAttentionOutput(NamedTuple):
 
 
 def memory_attention(
-    queries: Tensor, retrieved: RetrievedMemory, *, scaling: float, softcap: float | None = None
+    queries: Tensor, retrieved: RetrievedMemory, *, scaling: float, softcap: float | None = None, recency: float = 0.0
 ) -> MemoryAttentionOutput:
     """Softmax attention of every query over its own retrieved tokens, without any position term.
 
@@ -52,15 +52,31 @@ def memory_attention(
         queries: (B, H, T, D).
         retrieved: what ``Memory.search`` found for them.
         scaling, softcap: of the scores, the backbone's own; see ``QKV``.
+        recency: added to the scores of the newest chunk that a query found, nothing to those of the oldest, and even
+            steps between: of two chunks that match alike the newer one is read.
     """
+    bonus = recency_bonus(retrieved, recency)
     with torch.autocast(queries.device.type, enabled=False):
-        out, lse = _MemoryAttention.apply(queries, retrieved, scaling, softcap)  # type: ignore[no-untyped-call]
+        out, lse = _MemoryAttention.apply(queries, retrieved, scaling, softcap, bonus)  # type: ignore[no-untyped-call]
     return MemoryAttentionOutput(out, lse, lse != -torch.inf)
 
 
 @torch.no_grad()
+def recency_bonus(retrieved: RetrievedMemory, recency: float) -> Tensor | None:
+    """(B, H, T, R), what is added to the scores of every chunk that was found; None for nothing."""
+    chunks = retrieved.chunk_ids.shape[3]
+    return recency * (1 - retrieved.newer / (chunks - 1)) if recency and chunks > 1 else None
+
+
+@torch.no_grad()
 def chunk_parts(
-    queries: Tensor, retrieved: RetrievedMemory, lse: Tensor, *, scaling: float, softcap: float | None = None
+    queries: Tensor,
+    retrieved: RetrievedMemory,
+    lse: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    recency: float = 0.0,
 ) -> Tensor:
     """How the memory attention of every query is divided among its chunks.
 
@@ -71,7 +87,8 @@ def chunk_parts(
     Returns:
         (B, H, T, R), 0 where masked; sums to 1 over R wherever anything was found.
     """
-    gather, flat, lse = _Gather.of(retrieved), queries.reshape(-1, queries.shape[-1]), lse.flatten()
+    gather = _Gather.of(retrieved, recency_bonus(retrieved, recency))
+    flat, lse = queries.reshape(-1, queries.shape[-1]), lse.flatten()
     parts = torch.empty(gather.lines.shape, dtype=lse.dtype, device=flat.device)
     with torch.autocast(flat.device.type, enabled=False):
         for block in gather.blocks():
@@ -89,16 +106,18 @@ class _Gather:
         table: (rows * slots * heads of all remembered layers, 2*S*D), a line per row, slot and head: keys, then values.
         lines: (Q, R) long, the line of each retrieved chunk.
         real: (Q, R, S) bool, or None where every retrieved token is real.
+        bonus: (Q, R, 1), added to the scores of newer chunks; None for nothing.
         shape: of a gathered chunk, (R, 2, S, D).
     """
 
     table: Tensor
     lines: Tensor
     real: Tensor | None
+    bonus: Tensor | None
     shape: tuple[int, int, int, int]
 
     @classmethod
-    def of(cls, retrieved: RetrievedMemory) -> _Gather:
+    def of(cls, retrieved: RetrievedMemory, bonus: Tensor | None) -> _Gather:
         chunks, (size, dim) = retrieved.chunk_ids.shape[3], retrieved.storage.shape[4:]
         sizes = retrieved.sizes.view(-1, chunks, 1)
         # the usual case, a memory of full chunks, needs no mask at all
@@ -107,6 +126,7 @@ class _Gather:
             table=retrieved.storage.view(-1, 2 * size * dim),
             lines=retrieved.lines.view(-1, chunks),
             real=None if full else torch.arange(size, device=sizes.device) < sizes,
+            bonus=None if bonus is None else bonus.view(-1, chunks, 1),
             shape=(chunks, 2, size, dim),
         )
 
@@ -127,6 +147,8 @@ class _Gather:
         scores = products * scaling
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
+        if self.bonus is not None:
+            scores = scores + self.bonus[block]
         return scores if self.real is None else scores.masked_fill(~self.real[block], -torch.inf)
 
 
@@ -137,15 +159,20 @@ class _MemoryAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, retrieved: RetrievedMemory, scaling: float, softcap: float | None
+        ctx: Any,
+        queries: Tensor,
+        retrieved: RetrievedMemory,
+        scaling: float,
+        softcap: float | None,
+        bonus: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.retrieved, ctx.scaling, ctx.softcap = retrieved, scaling, softcap
+        ctx.retrieved, ctx.scaling, ctx.softcap, ctx.bonus = retrieved, scaling, softcap, bonus
         ctx.kernels = kernels = _kernels(queries, retrieved.storage)
         if kernels is not None:
-            out, lse = kernels.forward(queries, retrieved, scaling, softcap)
+            out, lse = kernels.forward(queries, retrieved, scaling, softcap, bonus)
             ctx.save_for_backward(queries, out, lse)
             return out, lse
-        gather = ctx.gather = _Gather.of(retrieved)
+        gather = ctx.gather = _Gather.of(retrieved, bonus)
         dtype = torch.promote_types(torch.promote_types(queries.dtype, retrieved.storage.dtype), torch.float32)
         flat = queries.reshape(-1, queries.shape[-1])
         out = torch.empty_like(flat)
@@ -164,7 +191,7 @@ class _MemoryAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, None, None, None, None]:
         retrieved: RetrievedMemory = ctx.retrieved
         if retrieved.live_version() != retrieved.version:
             raise MemoryBankError(
@@ -174,7 +201,8 @@ class _MemoryAttention(torch.autograd.Function):
         queries, out, lse = ctx.saved_tensors
         if ctx.kernels is not None:
             tensors = (queries, out, lse, grad_out, grad_lse)
-            return ctx.kernels.backward(tensors, retrieved, ctx.scaling, ctx.softcap), None, None, None
+            grad = ctx.kernels.backward(tensors, retrieved, ctx.scaling, ctx.softcap, ctx.bonus)
+            return grad, None, None, None, None
         gather, scaling, softcap, dtype = ctx.gather, ctx.scaling, ctx.softcap, lse.dtype
         flat, lse = queries.reshape(-1, queries.shape[-1]), lse.flatten()
         grad_out, grad_lse = grad_out.reshape(flat.shape).to(dtype), grad_lse.flatten().to(dtype)
@@ -190,11 +218,12 @@ class _MemoryAttention(torch.autograd.Function):
                 scores = gather.scores(products[:, 0, :, 0], block, scaling, softcap)
                 slope = _softmax(scores, lse[block]) * (products[:, 1, :, 1] + offset[block, None, None])
                 if softcap is not None:  # the slope of tanh; clamped since scores are -inf at what is not there
-                    slope = slope * (1 - (scores.clamp(min=-softcap) / softcap) ** 2)
+                    capped = scores if gather.bonus is None else scores - gather.bonus[block]
+                    slope = slope * (1 - (capped.clamp(min=-softcap) / softcap) ** 2)
                 slopes = torch.zeros_like(products[:, 0])
                 slopes[:, :, 0] = slope * scaling
                 grad[block] = torch.bmm(slopes.flatten(1)[:, None], pairs).squeeze(1).to(grad.dtype)
-        return grad.view(queries.shape), None, None, None
+        return grad.view(queries.shape), None, None, None, None
 
 
 def _kernels(queries: Tensor, storage: Tensor) -> ModuleType | None:

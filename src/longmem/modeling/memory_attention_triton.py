@@ -37,13 +37,16 @@ def serves(queries: Tensor, storage: Tensor) -> bool:
 
 
 def forward(
-    queries: Tensor, retrieved: RetrievedMemory, scaling: float, softcap: float | None
+    queries: Tensor, retrieved: RetrievedMemory, scaling: float, softcap: float | None, bonus: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, T, D) in the queries' dtype and its log-sum-exp (B, H, T) in float32."""
+    """Output (B, H, T, D) in the queries' dtype and its log-sum-exp (B, H, T) in float32.
+
+    ``bonus`` (B, H, T, R) is added to the scores of every chunk; None for nothing.
+    """
     queries = queries.contiguous()
     out = torch.empty_like(queries)
     lse = torch.empty(queries.shape[:3], dtype=torch.float32, device=queries.device)
-    _launch(_forward, (queries, out, lse), retrieved, scaling, softcap)
+    _launch(_forward, (queries, out, lse), retrieved, scaling, softcap, bonus)
     return out, lse
 
 
@@ -52,15 +55,21 @@ def backward(
     retrieved: RetrievedMemory,
     scaling: float,
     softcap: float | None,
+    bonus: Tensor | None,
 ) -> Tensor:
     """Gradient of the queries, from queries, output, log-sum-exp and the gradients of the latter two."""
     grad = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
-    _launch(_backward, (*(each.contiguous() for each in tensors), grad), retrieved, scaling, softcap)
+    _launch(_backward, (*(each.contiguous() for each in tensors), grad), retrieved, scaling, softcap, bonus)
     return grad
 
 
 def _launch(
-    kernel: Any, tensors: tuple[Tensor, ...], retrieved: RetrievedMemory, scaling: float, softcap: float | None
+    kernel: Any,
+    tensors: tuple[Tensor, ...],
+    retrieved: RetrievedMemory,
+    scaling: float,
+    softcap: float | None,
+    bonus: Tensor | None,
 ) -> None:
     _, heads, length, chunks = retrieved.chunk_ids.shape
     _, slots, heads_kv, _, size, dim = retrieved.storage.shape
@@ -70,6 +79,7 @@ def _launch(
         retrieved.chunk_ids.contiguous(),
         retrieved.chunk_mask.contiguous().view(torch.uint8),
         retrieved.rows.contiguous(),
+        tensors[0] if bonus is None else bonus.float().contiguous(),  # without any, it is not read
     )
     memory = (retrieved.storage, retrieved.lengths.contiguous(), slots, heads_kv, retrieved.first_head)
     group = heads // (heads_kv if retrieved.layer_heads is None else retrieved.layer_heads)
@@ -78,7 +88,7 @@ def _launch(
         with torch.cuda.device_of(tensors[0]):
             kernel[(queries,)](
                 *tensors, *found, *memory, group, heads, length, float(scaling), float(softcap or 1.0),
-                CAPPED=softcap is not None, R=chunks, S=size, D=dim, N=at_once * size,
+                CAPPED=softcap is not None, NEWER=bonus is not None, R=chunks, S=size, D=dim, N=at_once * size,
                 num_warps=min(8, max(1, at_once * line_bytes // _TILE_BYTES)),
             )  # fmt: skip
 
@@ -103,10 +113,11 @@ def _double(number):
 
 @triton.jit
 def _read(
-    start, ids, mask, rows, storage, lengths, slots, heads_kv, first_head, group, heads, length,
-    R: tl.constexpr, S: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    start, ids, mask, rows, bonus, storage, lengths, slots, heads_kv, first_head, group, heads, length,
+    NEWER: tl.constexpr, R: tl.constexpr, S: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values (N, D) of the chunks from ``start`` on, in float32, and which of the tokens are real (N,)."""
+    """Keys and values (N, D) of the chunks from ``start`` on, in float32; of their tokens (N,), which are real, and
+    what is added to their scores."""
     query = tl.program_id(0).to(tl.int64)
     kv_head = first_head + query // length % heads // group
     row = tl.load(rows + query // length // heads).to(tl.int64)
@@ -121,21 +132,25 @@ def _read(
     pointers = storage + at[:, None] + tl.arange(0, D)[None, :]
     keys = tl.load(pointers, mask=found[:, None], other=0.0)
     values = tl.load(pointers + S * D, mask=found[:, None], other=0.0)
-    return keys.to(tl.float32), values.to(tl.float32), real
+    more = tl.zeros((N,), dtype=tl.float32)
+    if NEWER:
+        more = tl.load(bonus + query * R + chunk, mask=inside, other=0.0)
+    return keys.to(tl.float32), values.to(tl.float32), real, more
 
 
 @triton.jit
-def _scores(asked, keys, real, scaling, softcap, CAPPED: tl.constexpr):
+def _scores(asked, keys, real, more, scaling, softcap, CAPPED: tl.constexpr):
     scores = tl.sum(asked[None, :] * keys, axis=1) * scaling
     if CAPPED:  # tanh(x) = 2 sigmoid(2x) - 1
         scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
-    return tl.where(real, scores, float("-inf"))
+    return tl.where(real, scores + more, float("-inf"))
 
 
 @triton.jit
 def _forward(
-    queries, out, lse, ids, mask, rows, storage, lengths, slots, heads_kv, first_head, group, heads, length,
-    scaling, softcap, CAPPED: tl.constexpr, R: tl.constexpr, S: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    queries, out, lse, ids, mask, rows, bonus, storage, lengths, slots, heads_kv, first_head, group, heads, length,
+    scaling, softcap, CAPPED: tl.constexpr, NEWER: tl.constexpr, R: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
+    N: tl.constexpr,
 ):  # fmt: skip
     query = tl.program_id(0).to(tl.int64)
     line = query * D + tl.arange(0, D)
@@ -144,10 +159,11 @@ def _forward(
     total = tl.full((), 0.0, dtype=tl.float32)
     largest = tl.full((), float("-inf"), dtype=tl.float32)
     for start in range(0, R, N // S):
-        keys, values, real = _read(
-            start, ids, mask, rows, storage, lengths, slots, heads_kv, first_head, group, heads, length, R, S, D, N
-        )
-        scores = _scores(asked, keys, real, scaling, softcap, CAPPED)
+        keys, values, real, more = _read(
+            start, ids, mask, rows, bonus, storage, lengths, slots, heads_kv, first_head, group, heads, length,
+            NEWER, R, S, D, N,
+        )  # fmt: skip
+        scores = _scores(asked, keys, real, more, scaling, softcap, CAPPED)
         before, largest = largest, tl.maximum(largest, tl.max(scores, axis=0))
         # as long as nothing was found both are -inf, and -inf - -inf is no number
         shift = tl.where(largest == float("-inf"), 0.0, largest)
@@ -162,9 +178,9 @@ def _forward(
 
 @triton.jit
 def _backward(
-    queries, out, lse, grad_out, grad_lse, grad, ids, mask, rows, storage, lengths, slots, heads_kv, first_head, group,
-    heads, length, scaling, softcap, CAPPED: tl.constexpr, R: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
-    N: tl.constexpr,
+    queries, out, lse, grad_out, grad_lse, grad, ids, mask, rows, bonus, storage, lengths, slots, heads_kv, first_head,
+    group, heads, length, scaling, softcap, CAPPED: tl.constexpr, NEWER: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     query = tl.program_id(0).to(tl.int64)
     line = query * D + tl.arange(0, D)
@@ -176,13 +192,14 @@ def _backward(
     offset = tl.load(grad_lse + query).to(tl.float32) - tl.sum(weights * tl.load(out + line).to(tl.float32), axis=0)
     slopes = tl.zeros((D,), dtype=tl.float32)
     for start in range(0, R, N // S):
-        keys, values, real = _read(
-            start, ids, mask, rows, storage, lengths, slots, heads_kv, first_head, group, heads, length, R, S, D, N
-        )
-        scores = _scores(asked, keys, real, scaling, softcap, CAPPED)
+        keys, values, real, more = _read(
+            start, ids, mask, rows, bonus, storage, lengths, slots, heads_kv, first_head, group, heads, length,
+            NEWER, R, S, D, N,
+        )  # fmt: skip
+        scores = _scores(asked, keys, real, more, scaling, softcap, CAPPED)
         slope = tl.exp(scores - log_total) * (tl.sum(weights[None, :] * values, axis=1) + offset)
         if CAPPED:  # the slope of tanh; scores are -inf at what is not there
-            capped = tl.where(real, scores, 0.0) / softcap
+            capped = tl.where(real, scores - more, 0.0) / softcap
             slope = slope * (1 - capped * capped)
         slopes += tl.sum(slope[:, None] * keys, axis=0)
     tl.store(grad + line, (slopes * scaling).to(grad.dtype.element_ty))

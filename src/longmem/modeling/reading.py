@@ -56,6 +56,7 @@ class Reading:
         memory: what is searched.
         rows: (B,) the memory's row of every batch row; None is row b for batch row b.
         num_chunks: R.
+        recency: see ``memory_attention``.
         explain: whether ``LayerRead.parts`` are wanted.
         reads: what each layer read, by the place of its memory layer among the memory layers.
     """
@@ -63,6 +64,7 @@ class Reading:
     memory: Memory
     rows: Tensor | None
     num_chunks: int
+    recency: float = 0.0
     explain: bool = False
     reads: dict[int, LayerRead] = field(default_factory=dict)
     # of the layer that is running: set before its attention, taken when its local heads are there
@@ -91,7 +93,7 @@ class Reading:
                 f"the memory's chunk_size ({memory.chunk_size}) must not exceed num_retrieved "
                 f"({retrieved}); make the bank with chunk_size {model.config.chunk_size}"
             )
-        return cls(memory, rows, retrieved // memory.chunk_size, explain)
+        return cls(memory, rows, retrieved // memory.chunk_size, model.config.recency, explain)
 
     def explanation(self) -> Explanation | None:
         """What every layer read, with its origin looked up now, before memory may change."""
@@ -158,10 +160,11 @@ class MemoryReader:
         # the first layer is the default of ``search``, so a memory of one layer need not have the argument
         which = {"layer": self.place} if self.place else {}
         retrieved = reading.memory.search(qkv.queries.detach(), reading.num_chunks, reading.rows, **which)
-        memory = memory_attention(qkv.queries, retrieved, scaling=qkv.scaling, softcap=qkv.softcap)
+        settings: Any = {"scaling": qkv.scaling, "softcap": qkv.softcap, "recency": reading.recency}
+        memory = memory_attention(qkv.queries, retrieved, **settings)
         read = reading.reads[self.place] = LayerRead(self.layer, retrieved, queries=qkv.queries)
         if reading.explain:
-            read.parts = chunk_parts(qkv.queries, retrieved, memory.lse, scaling=qkv.scaling, softcap=qkv.softcap)
+            read.parts = chunk_parts(qkv.queries, retrieved, memory.lse, **settings)
         reading._pending = (self, qkv, memory)
 
     def _before_output(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
