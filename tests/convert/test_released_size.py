@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longmem.convert.fairseq import (
+from longmem.convert import (
     FairseqCheckpoint,
     backbone_config,
     backbone_name,

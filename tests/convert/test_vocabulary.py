@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from longmem.convert.write import convert, tokenizer_from_fairseq
+from longmem.convert import convert, tokenizer_from_fairseq
 from longmem.errors import CheckpointError
 
 BACKBONE = Path(__file__).parents[1] / "parity" / "data" / "fixture_a_backbone_plain.pt"

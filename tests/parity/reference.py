@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 from tests.parity.released import ReleasedBank
 from torch import Tensor
 
-from longmem.convert.fairseq import read_fairseq, side_name
-from longmem.convert.write import longmem_from_fairseq
+from longmem.convert import backbone_from_fairseq, longmem_from_fairseq, read_fairseq, side_name
 from longmem.modeling.longmem import LongMem
 from longmem.types import AttentionKV, RetrievedMemory
 
@@ -55,7 +54,8 @@ class Reference:
         return sorted(self.path.parent.glob(f"{self.path.stem}_{kind}*.pt"))
 
     def model(self) -> LongMem:
-        return longmem_from_fairseq(read_fairseq(self.file("longmem.safetensors"), self.path)).to(DEVICE)
+        checkpoint = read_fairseq(self.file("longmem.safetensors"), self.path)
+        return longmem_from_fairseq(checkpoint, backbone_from_fairseq(checkpoint)).to(DEVICE)
 
 
 @dataclass(frozen=True)

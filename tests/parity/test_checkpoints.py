@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from longmem import LongMem, LongMemConfig
 from longmem.cli.convert import command
-from longmem.convert.fairseq import SHARED, SIDE_NORM_EPS, backbone_from_fairseq, backbone_name, read_fairseq, side_name
+from longmem.convert import SHARED, SIDE_NORM_EPS, backbone_from_fairseq, backbone_name, read_fairseq, side_name
 
 
 def convert(*arguments: object) -> dict[str, object]:

@@ -14,8 +14,7 @@ from longmem.cli.common import FOLDER, options, show
 @click.command(epilog="Example: longmem convert checkpoint_last.pt --vocabulary gpt2_bpe --out models/longmem")
 @click.argument("checkpoint", type=FOLDER)
 @click.option("--out", required=True, type=FOLDER, help="Folder to write; new or empty.")
-@click.option("--backbone", type=FOLDER, help="The backbone's own checkpoint, or a folder it was converted to. Not "
-              "needed where CHECKPOINT holds it.")  # fmt: skip
+@click.option("--backbone", type=FOLDER, help="Checkpoint of the backbone, where CHECKPOINT holds a SideNet alone.")
 @click.option("--settings", type=FOLDER, help="JSON with heads and memory settings, for a state dict in safetensors. "
               "Default: the JSON beside it.")  # fmt: skip
 @click.option("--vocabulary", type=FOLDER, help="Folder with the released encoder.json, vocab.bpe and dict.txt: the "
@@ -29,6 +28,6 @@ def command(checkpoint: Path, out: Path, dtype: str, as_json: bool, **given: Any
     """
     import torch
 
-    from longmem.convert.write import convert
+    from longmem.convert import convert
 
     show(as_json, asdict(convert(checkpoint, out, dtype=None if dtype == "auto" else getattr(torch, dtype), **given)))

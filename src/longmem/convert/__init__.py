@@ -1,1 +1,0 @@
-"""Checkpoints of other code into ours."""
