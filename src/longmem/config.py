@@ -111,15 +111,19 @@ class MemoryConfig(PreTrainedConfig):
         return found
 
     @classmethod
-    def check_settings(cls, given: Iterable[str]) -> None:
-        """Refuse settings that this config does not have, with the nearest that it has.
+    def settings_among(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Take this config's settings out of ``given``; what is left is for transformers.
 
         Raises:
-            ConfigError: names them.
+            ConfigError: a name that is left is nearly that of a setting.
         """
-        known = set(cls().to_dict()) | {"memory_layer"}
-        if unknown := sorted(set(given) - known):
-            raise ConfigError([f"{name} is no setting of {cls.__name__}{nearest(name, known)}" for name in unknown])
+        fields = set(cls().to_dict()) - set(PreTrainedConfig().to_dict())
+        known = {name for name in fields if not name.startswith(("backbone_", "start_"))} | {"memory_layer"}
+        own = {name: given.pop(name) for name in known & given.keys()}
+        meant = {name: nearest(name, known) for name in sorted(given)}
+        if any(meant.values()):
+            raise ConfigError([f"{name} is no setting of {cls.__name__}{like}" for name, like in meant.items() if like])
+        return own
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The backbone's own: caches are as deep as it is."""
@@ -331,8 +335,6 @@ class LongMemGenerationConfig(GenerationConfig):
             where it has none.
         window_move: how many of the oldest tokens move when it is full, a multiple of the memory's chunk size; None is
             half the window.
-        window_overlap: how many tokens before those that move their keys and values may see. They are read once more
-            for this and not written twice. 0: every piece is read alone, as in training.
         session_tokens: most tokens that what has moved may take in memory, oldest out; None is the model's
             ``memory_size``.
         **kwargs: fields of ``GenerationConfig``.
@@ -343,13 +345,11 @@ class LongMemGenerationConfig(GenerationConfig):
         *,
         window: int | None = None,
         window_move: int | None = None,
-        window_overlap: int = 0,
         session_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.window = window
         self.window_move = window_move
-        self.window_overlap = window_overlap
         self.session_tokens = session_tokens
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
 

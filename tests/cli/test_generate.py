@@ -112,7 +112,6 @@ def test_what_was_read_is_shown_as_a_table_and_as_a_page(generate: Command, tmp_
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert data["prompt"] == "the <i>prompt</i>" and len(data["tokens"]) == 5
     assert data["memory"] == "memory: 54 tokens of more.txt"
-    assert "leave out --endless" in generate(PROMPT, "--endless", "--explain").err
 
 
 def test_sampling_and_windows(generate: Command) -> None:
@@ -125,21 +124,19 @@ def test_sampling_and_windows(generate: Command) -> None:
     assert said("--temperature", 0) == said("--top-k", 1) == greedy
     assert said("--temperature", 1.5, "--seed", 1) == said("--temperature", 1.5, "--seed", 1) != greedy
     assert said("--temperature", 1.5, "--seed", 1) != said("--temperature", 1.5, "--seed", 2)
-    assert said("--window", 24, "--window-move", 8, "--window-overlap", 8)
+    assert said("--window", 24, "--window-move", 8)
     assert "window (300) must not exceed the backbone's 32 positions" in generate(PROMPT, "--window", 300).error
 
 
-def test_the_command_line_says_where_in_a_folder_the_backbone_is_and_in_what_precision(
+def test_the_command_line_says_which_backbone_and_in_what_precision(
     generate: Command, models: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(models / "backbone", tmp_path / "home" / "deep")
-    plain = generate(PROMPT, "-m", 8).out
-    assert generate(PROMPT, "-m", 8, "--backbone", tmp_path / "home", "--subfolder", "deep").out == plain
-    # a causal language model by itself reads memory untrained
-    inside = generate(PROMPT, "-m", 8, "--subfolder", "backbone", model=models)
-    assert (inside.status, inside.out) == (0, generate(PROMPT, "-m", 8, model=models / "backbone").out)
+    shutil.copytree(models / "backbone", tmp_path / "home")
+    assert generate(PROMPT, "-m", 8, "--backbone", tmp_path / "home").out == generate(PROMPT, "-m", 8).out
     assert generate(PROMPT, "-m", 8, "--dtype", "bfloat16").status == 0
-    assert f"{models}/nowhere" in generate(PROMPT, "--subfolder", "nowhere", model=models).error
+    # a causal language model by itself reads memory untrained
+    assert generate(PROMPT, "-m", 8, model=models / "backbone").status == 0
+    assert f"{models}/nowhere" in generate(PROMPT, model=models / "nowhere").error
 
 
 def test_wrong_names_show_before_a_model_is_loaded(
@@ -168,7 +165,7 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt_and_another_mo
     assert "the prompt has the token id 260, the model knows 260" in line
 
 
-def test_endless_generation_ends_when_it_is_interrupted(generate: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_ends_when_it_is_interrupted(generate: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, calls = LocalWindow.inputs, list[int]()
 
     def interrupted(self: LocalWindow, ids: Tensor, *more: Any) -> Any:
@@ -178,5 +175,5 @@ def test_endless_generation_ends_when_it_is_interrupted(generate: Command, monke
         return inputs(self, ids, *more)
 
     monkeypatch.setattr(LocalWindow, "inputs", interrupted)
-    done = generate(PROMPT, "--endless", "--ignore-end")
+    done = generate(PROMPT, "-m", 1_000_000, "--ignore-end")
     assert done.status == 130 and "interrupted" in done.err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from longmem import ConfigError, LongMem, MemoryBank, MemoryBankError, MemorySto
 from longmem.config import LongMemGenerationConfig
 from longmem.generation import read, remember
 from longmem.memory.session import SessionMemory
-from longmem.types import AttentionKV
 
 WINDOW = {"window": 12, "window_move": 6}
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -31,7 +29,7 @@ def llama() -> LongMem:
 
 @torch.no_grad()
 def reference(
-    model: Any, prompt: Tensor, new: int, window: int, move: int, overlap: int = 0, bank: MemoryBank | None = None
+    model: Any, prompt: Tensor, new: int, window: int, move: int, bank: MemoryBank | None = None
 ) -> list[int]:
     """One row, greedy: every step a forward over the window alone, in a memory that holds all that has left it.
 
@@ -40,9 +38,7 @@ def reference(
     bank, text, start = bank_of(model, capacity=256) if bank is None else bank, prompt.tolist(), 0
     for _ in range(new):
         while len(text) - start > window:
-            context = min(overlap, start)
-            kv = model.encode(torch.tensor([text[start - context : start + move]]))
-            bank.add(AttentionKV(kv.keys[:, :, context:], kv.values[:, :, context:]), documents=["after"])
+            bank.add(model.encode(torch.tensor([text[start : start + move]])), documents=["after"])
             start += move
         text.append(int(model(torch.tensor([text[start:]]), memory=bank).logits[0, -1].argmax()))
     return text
@@ -54,8 +50,8 @@ def test_generating_beyond_the_window_equals_the_same_steps_without_any_cache(na
     """The prompt is read into memory in two pieces, two more move while 14 tokens are generated."""
     model = reader(kind, name)
     bank = bank_of(model)
-    got = model.generate(ids(1, 20), memory=bank, max_new_tokens=14, window_overlap=2, **WINDOW, **GREEDY)
-    assert got[0].tolist() == reference(model, ids(1, 20)[0], 14, 12, 6, overlap=2)
+    got = model.generate(ids(1, 20), memory=bank, max_new_tokens=14, **WINDOW, **GREEDY)
+    assert got[0].tolist() == reference(model, ids(1, 20)[0], 14, 12, 6)
     assert bank.tokens.tolist() == [20]
 
 
@@ -64,7 +60,7 @@ def test_generating_beyond_the_window_equals_the_same_steps_without_any_cache(na
     [
         {"window_move": 2},
         {"window_move": 10},
-        {"window_move": 4, "window_overlap": 8},
+        {"window_move": 4},
         {"window_move": 6, "cache_implementation": "static"},
         {"window_move": 6, "use_cache": False},
     ],
@@ -72,8 +68,7 @@ def test_generating_beyond_the_window_equals_the_same_steps_without_any_cache(na
 )
 def test_every_policy_and_cache_gives_the_tokens_of_the_reference(llama: LongMem, settings: dict[str, Any]) -> None:
     got = llama.generate(ids(1, 5), memory=bank_of(llama), max_new_tokens=30, window=12, **settings, **GREEDY)
-    move, overlap = settings["window_move"], settings.get("window_overlap", 0)
-    assert got[0].tolist() == reference(llama, ids(1, 5)[0], 30, 12, move, overlap)
+    assert got[0].tolist() == reference(llama, ids(1, 5)[0], 30, 12, settings["window_move"])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bloom", "alibi_gpt", "mistral-sliding"])
@@ -171,17 +166,6 @@ def test_what_stands_behind_the_end_of_a_text_is_not_remembered(llama: LongMem) 
     assert len(session.followed(1)) == 30 and len(session.followed(0)) <= length
 
 
-def test_threads_that_share_a_model_share_no_window(llama: LongMem) -> None:
-    def answer(seed: int) -> list[int]:
-        memory = bank_of(llama, seed=seed) if seed else None
-        got: Tensor = llama.generate(ids(1, 14, seed), memory=memory, max_new_tokens=16, **WINDOW, **GREEDY)
-        return got[0].tolist()
-
-    alone = [answer(seed) for seed in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(answer, [0, 1, 2, 3] * 6)) == alone * 6
-
-
 def test_hidden_states_come_back_and_cache_and_session_stay_within_their_bounds(llama: LongMem) -> None:
     session = SessionMemory.for_model(llama, capacity_tokens=20)
     size, settings = session.bank.nbytes, {"return_dict_in_generate": True, "output_hidden_states": True, **GREEDY}
@@ -192,20 +176,17 @@ def test_hidden_states_come_back_and_cache_and_session_stay_within_their_bounds(
 
 
 def test_a_whole_text_is_read_into_a_session_under_its_name(llama: LongMem) -> None:
-    session, told = SessionMemory.for_model(llama), list[int]()
-    text = ids(1, 27)[0]
-    assert read(llama, session, text, document="book", segment=8, progress=told.append) == 27
-    expected = MemoryBank.for_model(llama)
-    for segment in text.split(8):
+    session, text = SessionMemory.for_model(llama, capacity_tokens=256), ids(1, 153)[0]
+    assert read(llama, session, text, document="book") == 153
+    expected = MemoryBank.for_model(llama, capacity_tokens=256)
+    for segment in text.split(128):
         expected.add(llama.encode(segment[None]), documents=["book"])
     expected.end_document()
-    assert told == [24, 27] and session.tokens.tolist() == expected.tokens.tolist() == [27]
+    assert session.tokens.tolist() == expected.tokens.tolist() == [153]
     with torch.no_grad():
         logits = [llama(ids(1, 5, seed=4), memory=memory).logits for memory in (session, expected)]
     torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
-    assert session.provenance(0, 13).document == "book" and session.provenance(0, 13).length == 1
-    with pytest.raises(ConfigError, match=r"segment \(100\) and overlap \(40\) must fit the backbone's 128 positions"):
-        read(llama, session, text, document="book", segment=100, overlap=40)
+    assert session.provenance(0, 76).document == "book" and session.provenance(0, 76).length == 1
 
 
 @pytest.mark.parametrize(
@@ -215,7 +196,6 @@ def test_a_whole_text_is_read_into_a_session_under_its_name(llama: LongMem) -> N
         ({"window": 200}, "window (200) must not exceed the backbone's 128 positions"),
         ({"window_move": 5}, "window_move (5) must be a multiple of the memory's chunk size (2); try 4"),
         ({"window": 12, "window_move": 12}, "window_move (12) must leave something in the window (12); try 6"),
-        ({"window": 12, "window_overlap": 7}, "window_overlap (7) must lie in 0..6"),
         ({"session_tokens": 31}, "session_tokens (31) must be a multiple of the memory's chunk size (2); try 30"),
     ],
 )
@@ -232,7 +212,7 @@ def test_the_policy_is_saved_with_the_model(llama: LongMem, tmp_path: Path) -> N
     model.save_pretrained(tmp_path / "side")
     loaded = LongMem.from_pretrained(tmp_path / "side", backbone=tmp_path / "backbone")
     assert isinstance(loaded.generation_config, LongMemGenerationConfig)
-    assert loaded.generation_config.window == 12 and loaded.generation_config.window_overlap == 0
+    assert loaded.generation_config.window == 12
     got = loaded.generate(ids(1, 20), memory=bank_of(loaded), max_new_tokens=14, **GREEDY)
     assert got[0].tolist() == reference(llama, ids(1, 20)[0], 14, 12, 6)
     plain = GenerationConfig(max_new_tokens=14, window=10, **GREEDY)  # transformers' own, with one of ours in it

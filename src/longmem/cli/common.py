@@ -199,8 +199,6 @@ _OPTIONS: dict[str, Any] = {
     ),
     "backbone": click.option("--backbone", help="Where the backbone is, if not where the checkpoint says."),
     "revision": click.option("--revision", help="Of a hub id."),
-    "subfolder": click.option("--subfolder", help="Where in its folder or hub id the backbone is."),
-    "gguf_file": click.option("--gguf-file", help="Name of the GGUF file in the backbone's folder or hub id."),
     "dtype": click.option(
         "--dtype", type=click.Choice(("auto", "float32", "bfloat16", "float16")), default="auto",
         help="Of the weights; auto: as saved.",
@@ -271,7 +269,6 @@ def load_model(
     revision: str | None = None,
     dtype: str = "auto",
     talking: bool = False,
-    **parts: str | None,
 ) -> tuple[Any, str]:
     """The model that the options name, for a store of this layout, and where its tokenizer is.
 
@@ -282,7 +279,6 @@ def load_model(
         layout: None is a new store.
         talking: without a name, a new store or one of its backbone gets the default model, which may be fetched; and
             heads that nothing was trained for take nothing from memory.
-        **parts: ``subfolder`` and ``gguf_file`` of ``backbone``, or else of ``name``, which then is a backbone.
 
     Raises:
         StoreError: no model is named, or the one that the store names cannot be loaded.
@@ -303,27 +299,22 @@ def load_model(
         raise StoreError("a new store needs the model whose memory it is to hold; name it with --model")
     place, folder = checked_device(device), name or (layout.backbone if layout else "")
     how: dict[str, Any] = {"revision": revision, "dtype": None if dtype == "auto" else getattr(torch, dtype)}
-    inside: dict[str, Any] = {key: part for key, part in parts.items() if part is not None}
-    bare = name is None or (bool(inside) and backbone is None)
-    if inside and Path(backbone or folder).is_dir():
-        joined, inside = checkpoint_folder(str(Path(backbone or folder, *inside.values()))), {}
-        folder, backbone = (folder, joined) if backbone else (joined, None)
     try:
-        folder = folder if bare else checkpoint_folder(folder)
-        kind = MODELS.get("" if bare else model_type(folder))
+        folder = folder if name is None else checkpoint_folder(folder)
+        kind = MODELS.get("" if name is None else model_type(folder))
         if kind is not None:
-            model = kind.from_pretrained(folder, backbone=backbone, backbone_kwargs=inside, **how)
+            model = kind.from_pretrained(folder, backbone=backbone, **how)
         elif backbone is not None:
             raise StoreError(f"--backbone is for a checkpoint of ours; {folder} is a causal language model by itself")
         else:
             if name is None and not Path(folder).is_dir():
-                inside["local_files_only"] = True  # --model is there to ask for a download
+                how["local_files_only"] = True  # --model is there to ask for a download
             if talking:
                 how["gate"] = 0.0
                 say(f"{folder} has no trained gates, so memory reaches it as passages in its window, not by its heads; "
                     "longmem calibrate trains some")  # fmt: skip
             layers = None if layout is None else layout.memory_layers
-            model = TrainingFree.from_backbone(folder, memory_layers=layers, backbone_kwargs=inside, **how)
+            model = TrainingFree.from_backbone(folder, memory_layers=layers, **how)
     except (CheckpointError, BackboneError) as error:
         if name is not None:
             raise

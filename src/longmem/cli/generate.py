@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from longmem.generation.page import ReadToken
     from longmem.store.recall import RecalledPassage
 
-ENDLESS = 1 << 40  # tokens; nobody waits for the last
 QUERY_WORDS = 60
 
 
@@ -40,7 +39,6 @@ QUERY_WORDS = 60
 @click.option("--read", "texts", multiple=True, metavar="FILE", help="Read a text into memory first; repeatable.")
 @click.option("--keep", metavar="NAME", help="Keep prompt and answer in the store as a document of this name.")
 @options("max_new_tokens")
-@click.option("--endless", is_flag=True, help="Go on until the model ends the text, or you do (Ctrl-C).")
 @click.option("--ignore-end", is_flag=True, help="Do not stop at the end-of-text token.")
 @click.option("--temperature", type=click.FloatRange(min=0), help="Sample; 0, the default, takes the likeliest token.")
 @click.option("--top-p", type=click.FloatRange(min=0, max=1), help="Sample from the likeliest tokens of this much.")
@@ -49,11 +47,10 @@ QUERY_WORDS = 60
 @options("seed")
 @click.option("--window", type=int, help="Tokens attended to directly; default: what the backbone was made for.")
 @click.option("--window-move", type=int, help="Oldest tokens that move to memory when it is full; default: half.")
-@click.option("--window-overlap", type=int, help="Tokens before them that their keys may see; default: none.")
 @click.option(
     "--session-tokens", type=token_count(), help="Most tokens of this session in memory; default: the model's."
 )
-@options("backbone", "revision", "subfolder", "gguf_file", "dtype", "tokenizer", "device")
+@options("backbone", "revision", "dtype", "tokenizer", "device")
 @click.option("--explain", is_flag=True, help="Show as a table what memory did to each token, and what was read.")
 @click.option("--page", type=FOLDER, help="The same as an HTML page, with tokens shaded by what memory did to them.")
 @options("json")
@@ -72,8 +69,6 @@ def command(model: str, prompt: str | None, explain: bool, page: Path | None, as
 
     folder, namespace, keep = asked["store"], asked["namespace"], asked["keep"]
     explained = explain or page is not None
-    if explained and asked["endless"]:
-        raise click.UsageError("--explain and --page follow one text to its end; leave out --endless")
     if folder is None and (keep is not None or asked["recall"]):
         raise click.UsageError("--keep and --recall need a store; name it with --memory")
     prompt = _prompt(prompt, asked["file"])
@@ -176,7 +171,7 @@ def _load(name: str, asked: dict[str, Any]) -> tuple[Any, Any]:
                 raise StoreError(f"namespace {asked['namespace']!r} has a document {keep!r} already; "
                                  "choose another name for --keep")  # fmt: skip
             layout = store.layout
-    how = {each: asked[each] for each in ("device", "backbone", "revision", "subfolder", "gguf_file", "dtype")}
+    how = {each: asked[each] for each in ("device", "backbone", "revision", "dtype")}
     model, beside = shared.load_model(name, layout, **how)
     return model, load_tokenizer(asked["tokenizer"] or beside, model)
 
@@ -229,14 +224,14 @@ def _settings(asked: dict[str, Any], tokenizer: Any, *, shown: bool) -> dict[str
 
     sampling = {name: asked[name] for name in ("temperature", "top_p", "top_k")}
     drawn = asked["temperature"] != 0 and any(value is not None for value in sampling.values())
-    names = ("repetition_penalty", "window", "window_move", "window_overlap", "session_tokens")
+    names = ("repetition_penalty", "window", "window_move", "session_tokens")
     settings = {name: asked[name] for name in names if asked[name] is not None}
     settings |= {name: value if drawn else None for name, value in sampling.items() if value is not None or not drawn}
     settings |= {"eos_token_id": None} if asked["ignore_end"] else {}
     settings |= {"streamer": TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)} if shown else {}
     return settings | {
         "do_sample": drawn,
-        "max_new_tokens": ENDLESS if asked["endless"] else asked["max_new_tokens"],
+        "max_new_tokens": asked["max_new_tokens"],
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     }
 

@@ -28,7 +28,7 @@ MOST_CHUNKS = 6
 """Chunks shown for a token."""
 
 
-class Reading(NamedTuple):
+class TokenReading(NamedTuple):
     """What one position read."""
 
     share: float
@@ -39,12 +39,12 @@ class Reading(NamedTuple):
     """``ChunkReading`` of the chunks with the largest shares."""
 
 
-def reading_at(explanation: Any, position: int) -> Reading:
+def reading_at(explanation: Any, position: int) -> TokenReading:
     """What a position of the first row read, from the ``Explanation`` of a forward pass."""
     shares = explanation.share[0, :, position]  # (n*H,)
     layers = shares.view(len(explanation.layers), -1).mean(1).tolist()
     chunks = [each for each in explanation.token(position, top=MOST_CHUNKS) if each.share > 0]
-    return Reading(float(shares.mean()), dict(zip(explanation.layers, layers, strict=True)), chunks)
+    return TokenReading(float(shares.mean()), dict(zip(explanation.layers, layers, strict=True)), chunks)
 
 
 class Readings(list[Any]):
@@ -58,8 +58,8 @@ def generate_explained(model: Any, ids: Tensor, memory: Any, **settings: Any) ->
     """``model.generate`` for one prompt ``ids`` (1, T), with what memory (a session) did to every new token.
 
     Returns:
-        the whole text (T,), the gain in nats of every new token, and its ``Reading``. The gain is the log probability
-        of the token that was chosen, less its log probability with memory off and the same window: one more pass.
+        the whole text (T,), the gain in nats of every new token, and its ``TokenReading``. The gain is the log
+        probability of the token, less its log probability with memory off and the same window: one more pass.
     """
     readings = Readings()
     out = model.generate(
@@ -68,9 +68,7 @@ def generate_explained(model: Any, ids: Tensor, memory: Any, **settings: Any) ->
     whole, first = out.sequences[0], ids.shape[1]
     scores = torch.cat(out.logits)  # (new tokens, V)
     with_memory = log_probabilities(scores, whole[first:].to(scores.device))
-    config = copy.deepcopy(model.generation_config)
-    config.update(**settings)
-    without = without_memory(model, whole, first, WindowPolicy.of(config, model, memory))
+    without = without_memory(model, whole, first, memory, **settings)
     return whole, (with_memory - without).tolist(), list(readings)
 
 
@@ -80,8 +78,14 @@ def log_probabilities(scores: Tensor, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def without_memory(model: Any, ids: Tensor, first: int, policy: WindowPolicy | None) -> Tensor:
-    """Log probabilities of ``ids[first:]`` with memory off, each behind the window that it was generated behind."""
+def without_memory(model: Any, ids: Tensor, first: int, memory: Any, **settings: Any) -> Tensor:
+    """Log probabilities of ``ids[first:]`` with memory off, each behind the window that it was generated behind.
+
+    ``memory`` and ``settings`` are those of the ``generate`` that made them.
+    """
+    config = copy.deepcopy(model.generation_config)
+    config.update(**settings)
+    policy = WindowPolicy.of(config, model, memory)
     found = [torch.zeros(0)]
     starts = (0 if policy is None else policy.pieces_over(place) * policy.move for place in range(first, len(ids)))
     for start, places in groupby(starts):
@@ -94,7 +98,7 @@ def without_memory(model: Any, ids: Tensor, first: int, policy: WindowPolicy | N
 
 @dataclass(frozen=True)
 class FoundChunk:
-    """A chunk that a token read: its place, its shares as in ``Reading``, its text and the text around it."""
+    """A chunk that a token read: its place, its shares as in ``TokenReading``, its text and the text around it."""
 
     document: str | None
     start_token: int
@@ -107,7 +111,7 @@ class FoundChunk:
 
 @dataclass(frozen=True)
 class ReadToken:
-    """A token, what it adds to the text, and what was read to choose it (see ``Reading``)."""
+    """A token, what it adds to the text, and what was read to choose it (see ``TokenReading``)."""
 
     token: int
     text: str
@@ -157,7 +161,7 @@ def read_tokens(
     ids: Sequence[int],
     before: Sequence[int],
     gains: Sequence[float],
-    readings: Sequence[Reading],
+    readings: Sequence[TokenReading],
     tokenizer: Any,
     ids_of: Callable[[str | None, str], Any],
 ) -> list[ReadToken]:
@@ -181,7 +185,7 @@ def read_tokens(
         return ["" if known is None else decode(known[begin:end]) for begin, end in spans]
 
     pieces = Pieces(tokenizer, before, skip_special_tokens=False)
-    tokens, nothing = [], [Reading(0.0, {}, [])] * (len(ids) - len(readings))
+    tokens, nothing = [], [TokenReading(0.0, {}, [])] * (len(ids) - len(readings))
     for token, gain, each in zip(ids, gains, [*readings, *nothing], strict=True):
         found = [
             FoundChunk(

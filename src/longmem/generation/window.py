@@ -1,4 +1,6 @@
-"""The local window of a running ``generate``: the oldest tokens of a text that outgrows it move to memory.
+"""Text longer than the local window: the oldest tokens of a running ``generate`` move to memory.
+
+``read`` and ``remember`` write a text to a session; ``LocalWindow`` does so with what leaves the window.
 
 B rows of the batch · T tokens of the text so far · t tokens that the model sees next
 """
@@ -7,16 +9,99 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from itertools import groupby, islice, zip_longest
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from transformers import Cache, StoppingCriteriaList
 
 from longmem.errors import ConfigError, MemoryBankError
-from longmem.generation.reading import THIS_TEXT, already_written, cut, positions, write
 from longmem.memory.session import JoinedMemory, SessionMemory, rows_under
-from longmem.types import Memory
+from longmem.types import AttentionKV, Memory
+
+TOKENS_AT_ONCE = 8192  # encoded together: enough to keep a device busy, little beside what a forward pass holds
+LONGEST_SEGMENT = 1024  # the paper's window
+THIS_TEXT = "(this text)"
+"""The document name of a text's own earlier part."""
+
+
+class Piece(NamedTuple):
+    """Tokens (t,) that are encoded together and written to a row of a session."""
+
+    session: SessionMemory
+    row: int
+    ids: Tensor
+    offset: int
+    """Place of the first of them in the text."""
+
+
+def read(model: Any, session: SessionMemory, ids: Tensor, *, document: str, row: int = 0) -> int:
+    """Read a whole text (t,) into a row of a session, window by window; returns how many tokens were written.
+
+    ``document`` is the name of the text in provenances.
+    """
+    session.end_document(torch.tensor([row]))
+    written = write(model, cut(session, row, ids, 0, len(ids), _segment(model)), document)
+    session.end_document(torch.tensor([row]))
+    return written
+
+
+def remember(model: Any, session: SessionMemory, ids: Tensor, *, row: int = 0) -> int:
+    """Write the part of a text to its session that ``generate`` has left in the local window; returns how many tokens.
+
+    Afterwards the session holds the whole text, so a session over a store can be committed. ``generate`` may go on
+    with the text; its window then begins after what is written. ``ids`` (t,) are of the whole text, including the part
+    that is in the session already.
+    """
+    known = already_written(session, row, ids)
+    written = write(model, cut(session, row, ids, known, len(ids), _segment(model)), THIS_TEXT)
+    session.end_document(torch.tensor([row]))  # closes the last chunk, so that it is found although it is not full
+    session.follow(row, ids)
+    return written
+
+
+def already_written(session: SessionMemory, row: int, ids: Tensor) -> int:
+    """How many tokens of a text (t,) its session holds already; another text ends the one before it."""
+    known = session.followed(row)
+    if torch.equal(known, ids[: len(known)].cpu()):
+        return len(known)
+    session.end_document(torch.tensor([row]))
+    return 0
+
+
+@torch.no_grad()
+def write(model: Any, pieces: Sequence[Piece], document: str) -> int:
+    """Encode and write pieces, those of one row in the order given; returns how many tokens were written."""
+    for size, alike in groupby(pieces, key=lambda piece: len(piece.ids)):
+        while batch := list(islice(alike, max(1, TOKENS_AT_ONCE // size))):
+            kv = model.encode(torch.stack([piece.ids for piece in batch]).to(model.device))
+            for piece, keys, values in zip(batch, kv.keys.split(1), kv.values.split(1), strict=True):
+                piece.session.add(
+                    AttentionKV(keys, values),
+                    rows=torch.tensor([piece.row]),
+                    documents=[document],
+                    offsets=[piece.offset],
+                    ids=[piece.ids],
+                )
+    return sum(len(piece.ids) for piece in pieces)
+
+
+def cut(session: SessionMemory, row: int, ids: Tensor, begin: int, end: int, size: int) -> list[Piece]:
+    """Tokens ``[begin, end)`` of a text (t,) in pieces of ``size``; the last one may be shorter."""
+    return [Piece(session, row, ids[start : min(start + size, end)], start) for start in range(begin, end, size)]
+
+
+def positions(model: Any) -> int | None:
+    """The longest text that the backbone was made for; None where its architecture knows no limit."""
+    config = model.backbone.model.config.get_text_config(decoder=True)
+    found = getattr(config, "max_position_embeddings", None)
+    return int(found) if isinstance(found, int) and found > 0 else None
+
+
+def _segment(model: Any) -> int:
+    """Tokens of a text that are encoded together."""
+    return min(LONGEST_SEGMENT, positions(model) or LONGEST_SEGMENT)
 
 
 @dataclass(frozen=True)
@@ -26,13 +111,11 @@ class WindowPolicy:
     Attributes:
         window: most tokens attended to directly.
         move: oldest tokens that move together.
-        overlap: tokens before those that move that their keys and values may see.
         session_tokens: most tokens that moved text takes in memory.
     """
 
     window: int
     move: int
-    overlap: int
     session_tokens: int
 
     @classmethod
@@ -40,14 +123,13 @@ class WindowPolicy:
         """The policy for a model and its memory; None where nothing limits the text."""
         chunk = model.config.chunk_size if memory is None else memory.chunk_size
         limit = positions(model)
-        named = ("window", "window_move", "window_overlap", "session_tokens")
-        window, move, overlap, capacity = (getattr(settings, name, None) for name in named)
+        window, move, capacity = (getattr(settings, n, None) for n in ("window", "window_move", "session_tokens"))
         window = limit if window is None else window
         if window is None:
             return None
         move = max(chunk, window // 2 // chunk * chunk) if move is None else move
         capacity = model.config.memory_size // chunk * chunk if capacity is None else capacity
-        policy = cls(int(window), int(move), int(overlap or 0), int(capacity))
+        policy = cls(int(window), int(move), int(capacity))
         if problems := policy._problems(chunk, limit):
             raise ConfigError(problems)
         return policy
@@ -57,7 +139,7 @@ class WindowPolicy:
         return max(0, -(-(local - self.window) // self.move))
 
     def _problems(self, chunk: int, limit: int | None) -> list[str]:
-        window, move, overlap, capacity = self.window, self.move, self.overlap, self.session_tokens
+        window, move, capacity = self.window, self.move, self.session_tokens
         found, multiple = [], f"must be a multiple of the memory's chunk size ({chunk}); try"
         if window < 2 * chunk:
             found.append(f"window ({window}) must hold two chunks of {chunk} tokens; try {2 * chunk}")
@@ -67,9 +149,6 @@ class WindowPolicy:
             found.append(f"window_move ({move}) {multiple} {max(chunk, round(move / chunk) * chunk)}")
         elif move >= window:
             found.append(f"window_move ({move}) must leave something in the window ({window}); try {window // 2}")
-        left = max(0, window - move)
-        if not 0 <= overlap <= left:
-            found.append(f"window_overlap ({overlap}) must lie in 0..{left}: the window less the {move} that move")
         if capacity < chunk or capacity % chunk:
             found.append(f"session_tokens ({capacity}) {multiple} {max(chunk, capacity // chunk * chunk)}")
         return found
@@ -160,12 +239,9 @@ class LocalWindow:
             self._starts[line] += count * self.policy.move
             if count and not self._ended[line]:
                 text, end = self._text(input_ids, line), self._starts[line]
-                turns.append(cut(session, row, text, begin, end, self.policy.move, self.policy.overlap))
+                turns.append(cut(session, row, text, begin, end, self.policy.move))
                 session.follow(row, text[begin:end])
-        longest = max(map(len, turns), default=0)
-        pieces = [some[turn] for turn in range(longest) for some in turns if turn < len(some)]
-        for _ in write(self.model, pieces, THIS_TEXT):
-            pass
+        write(self.model, [piece for turn in zip_longest(*turns) for piece in turn if piece is not None], THIS_TEXT)
         return any(counts)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 import uuid
@@ -18,8 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from longmem.chat import Message, Prompt, chat_prompt, conversation_name, stop_words, transcript
 from longmem.generation.page import Pieces, Readings, read_tokens, without_memory
-from longmem.generation.reading import positions
-from longmem.generation.window import WindowPolicy
+from longmem.generation.window import positions
 from longmem.server.access import Refused
 from longmem.server.engine import Engine, Job, Token
 from longmem.server.memories import Memories
@@ -165,8 +163,7 @@ class Service:
     def read(self, answer: Answer, readings: list[Any]) -> list[dict[str, Any]]:
         """What each new token read, and what that did to it: one more pass, with memory off and the same window."""
         ids = torch.tensor([*answer.ids, *(token.id for token in answer.tokens)])
-        policy = WindowPolicy.of(copy.copy(self.model.generation_config), self.model, answer.bank)
-        without = without_memory(self.model, ids, len(answer.ids), policy).tolist()
+        without = without_memory(self.model, ids, len(answer.ids), answer.bank).tolist()
         gains = [token.logprob - alone for token, alone in zip(answer.tokens, without, strict=True)]
 
         def ids_of(namespace: str | None, document: str) -> Any:  # what has left the window is in no namespace
