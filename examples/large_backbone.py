@@ -26,7 +26,7 @@ if asked.bits:
     loading["quantization_config"] = quantization(asked.bits, torch.bfloat16)
 if asked.device_map:
     loading["device_map"] = asked.device_map
-model = LongMem.from_backbone(asked.backbone, side_dtype=torch.float32, backbone_kwargs=loading).train()
+model = LongMem.from_backbone(asked.backbone, side_dtype=torch.float32, **loading).train()
 tokenizer = AutoTokenizer.from_pretrained(asked.backbone)
 optimiser = torch.optim.AdamW(model.trainable_parameters(), lr=1e-3)
 bank = MemoryBank.for_model(model, rows=1)

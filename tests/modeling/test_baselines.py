@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from tests.family_table import FAMILIES, SETTINGS, filled, ids, make_backbone
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
@@ -49,26 +48,6 @@ def test_gradient_reaches_the_whole_memtrm_and_through_its_queries(name: str) ->
     torch.optim.SGD(model.trainable_parameters(), lr=0.1).step()
     changed = [name for name, tensor in backbone.state_dict().items() if not torch.equal(before[name], tensor)]
     assert len(changed) > len(before) / 2
-
-
-@pytest.mark.parametrize(("kind", "name"), [*((MemTRM, name) for name in FAMILIES), (LongMem, "llama")])
-def test_recomputing_layers_gives_the_same_gradients(kind: Any, name: str) -> None:
-    model = kind.from_backbone(make_backbone(name), **SETTINGS).train()
-    bank = filled(model, ids(seed=1))
-
-    def gradients() -> list[Tensor]:
-        model.zero_grad()
-        model(ids(), labels=ids(), memory=bank, use_cache=False).loss.backward()
-        return [p.grad.clone() for p in model.trainable_parameters() if p.grad is not None]
-
-    plain = gradients()
-    assert model.supports_gradient_checkpointing is (name != "alibi_gpt")
-    if name == "alibi_gpt":
-        return
-    model.gradient_checkpointing_enable()
-    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
-    model.gradient_checkpointing_disable()
-    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
 
 
 def test_keys_of_a_memtrm_go_stale_and_those_of_a_longmem_do_not() -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
 from longmem.modeling.families import Family
-from longmem.modeling.probe import Call
+from longmem.modeling.probe import arguments_of
 
 SOFTMAX = [name for name in FAMILIES if not name.startswith(("bloom", "mpt", "falcon", "gptj"))]
 
@@ -129,7 +129,7 @@ def test_residuals_telescope_for_every_stride(stride: int) -> None:
 def test_copied_layer_replayed_is_the_backbones_layer(model: LongMem) -> None:
     run = model.backbone.run(ids(), use_cache=False)
     for layer, source in zip(model.sidenet.layers, model.sidenet.sources, strict=True):
-        out = layer(**run.calls[source].arguments)
+        out = layer(**run.calls[source])
         assert torch.equal(out[0] if isinstance(out, tuple) else out, run.inputs[source + 1])
     assert len(model.sidenet.sources) == 2
 
@@ -163,28 +163,28 @@ def test_retrieving_everything_with_an_open_gate_is_dense_position_free_attentio
     probe = family.probe(source, attention if kind is LongMem else None)
     handles = [
         attention.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.update(call=Call.record(module, args, kwargs)), with_kwargs=True
+            lambda module, args, kwargs: seen.update(call=(module, args, kwargs)), with_kwargs=True
         ),
         family.output_projection(attention).register_forward_pre_hook(lambda module, args: seen.update(fused=args[0])),
     ]
     model(ids(), memory=bank)
     for handle in handles:
         handle.remove()
-    kv, qkv = model.encode(ids(seed=1)), probe(seen["call"])
+    kv, qkv = model.encode(ids(seed=1)), probe(*seen["call"])
     group = model.num_heads // kv.keys.shape[1]
     keys, values = (part.repeat_interleave(group, 1) for part in (kv.keys, kv.values))
     scores = qkv.queries @ keys.transpose(-1, -2) * qkv.scaling
     if qkv.softcap is not None:
         scores = qkv.softcap * torch.tanh(scores / qkv.softcap)
-    dense = (scores.softmax(-1) @ values).transpose(1, 2).flatten(2) * output_gate(attention, seen["call"])
+    dense = (scores.softmax(-1) @ values).transpose(1, 2).flatten(2) * output_gate(*seen["call"])
     torch.testing.assert_close(seen["fused"], dense, atol=1e-5, rtol=1e-4)
 
 
-def output_gate(attention: Any, call: Call) -> Tensor | float:
+def output_gate(attention: Any, args: Any, kwargs: Any) -> Tensor | float:
     """What a family multiplies its heads by after attention (Qwen3.5: the second half of each head's query)."""
     if not type(attention).__name__.startswith("Qwen3_5"):
         return 1.0
-    mixed: Tensor = attention.q_proj(call.arguments["hidden_states"])
+    mixed: Tensor = attention.q_proj(arguments_of(attention, args, kwargs)["hidden_states"])
     return torch.sigmoid(mixed.unflatten(-1, (-1, 2, attention.head_dim))[..., 1, :].flatten(2))
 
 

@@ -32,7 +32,7 @@ def bank_of(model: Any, seed: int) -> MemoryBank:
 
 
 @pytest.mark.parametrize(("kind", "fusion"), MODELS)
-def test_threads_that_share_a_model_never_read_each_others_memory(kind: Any, fusion: str) -> None:
+def test_threads_that_share_a_model_never_read_each_others_memory_or_window(kind: Any, fusion: str) -> None:
     model, segment = made(kind, fusion), ids(1, 16, seed=99)
     banks: dict[int | None, MemoryBank | None] = {None: None, **{seed: bank_of(model, seed) for seed in range(3)}}
 
@@ -42,7 +42,8 @@ def test_threads_that_share_a_model_never_read_each_others_memory(kind: Any, fus
         return out
 
     def continued(tenant: int | None) -> Tensor:
-        settings: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        settings: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None,
+                                    "window": 12, "window_move": 6}  # fmt: skip
         out: Tensor = model.generate(segment, memory=banks[tenant], output_logits=True, return_dict_in_generate=True,
                                      **settings).logits[-1]  # fmt: skip
         return out

@@ -247,7 +247,7 @@ def test_a_run_over_a_spread_backbone_is_the_same_run(adapt: Make) -> None:
 def test_a_run_over_a_quantised_backbone_saves_a_sidenet_that_loads(bits: str, adapt: Make) -> None:
     result = train(adapt(backbone={"quantised": bits}, optim={"steps": 6, "dropout": 0.0}), quiet=True)
     assert result.losses[-1] < result.losses[0]
-    loaded = LongMem.from_pretrained(str(result.model_dir), backbone_kwargs={"device_map": {"": "cpu"}})
+    loaded = LongMem.from_pretrained(str(result.model_dir), device_map={"": "cpu"})
     assert loaded.config.backbone_config.quantization_config is not None
 
 

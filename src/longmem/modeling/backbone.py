@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.output_capturing import CompileableContextVar
 
 from longmem.modeling.families import Family, find
-from longmem.modeling.probe import QKV, Call
+from longmem.modeling.probe import QKV, arguments_of
 from longmem.modeling.weights import mirror_of
 from longmem.types import AttentionKV
 
@@ -35,7 +35,7 @@ class BackboneRun:
     Attributes:
         inputs: ``inputs[i]`` is the input of layer i, (B, T, C): H_LLM(i) of the paper; ``inputs[L]`` is the last
             layer's output, before the final norm.
-        calls: the arguments of every layer's call: mask, rotary tables, ALiBi, cache. SideNet layers are called with
+        calls: the arguments of every layer's call by name: mask, rotary tables, ALiBi, cache. SideNet layers get
             the same.
         qkv: position-free projections of each memory layer.
         output: what the decoder gave: ``last_hidden_state`` (B, T, C) after the final norm, the cache, and the
@@ -45,7 +45,7 @@ class BackboneRun:
     """
 
     inputs: dict[int, Tensor] = field(default_factory=dict)
-    calls: dict[int, Call] = field(default_factory=dict)
+    calls: dict[int, dict[str, Any]] = field(default_factory=dict)
     qkv: dict[int, QKV] = field(default_factory=dict)
     output: BaseModelOutputWithPast | None = None
     reading: Any = None  # a Reading; its module imports this one
@@ -123,11 +123,11 @@ class Backbone(nn.Module):
         return run
 
     @torch.no_grad()
-    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> BackboneRun:
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BackboneRun:
         """Position-free q, k, v of the memory layers for ids (B, T); no layer above the last of them runs."""
         run = BackboneRun(stop_after=self.memory_layers[-1] if self.stops_early else None)
         with suppress(_Stop):
-            self._decode(run, input_ids, {"attention_mask": attention_mask, "use_cache": False, **options})
+            self._decode(run, input_ids, {"attention_mask": attention_mask, "use_cache": False})
         return run
 
     def _decode(self, run: BackboneRun, input_ids: Tensor | None, options: dict[str, Any]) -> Any:
@@ -208,8 +208,8 @@ def _with_decoder(model: nn.Module, path: str, decoder: nn.Module) -> nn.Module:
 def _before_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     run = current_run()
     if run is not None and run.stop_after is None:  # a run that stops early is for keys and values alone
-        run.calls[index] = Call.record(module, args, kwargs)
-        run.inputs[index] = run.calls[index].arguments["hidden_states"]
+        run.calls[index] = arguments_of(module, args, kwargs)
+        run.inputs[index] = run.calls[index]["hidden_states"]
 
 
 def _after_layer(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -226,7 +226,7 @@ def _record_projections(family: Family, index: int, layer: nn.Module) -> None:
     def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         run = current_run()
         if run is not None:
-            run.qkv[index] = probe(Call.record(module, args, kwargs))
+            run.qkv[index] = probe(module, args, kwargs)
             if run.stop_after == index:
                 raise _Stop
 

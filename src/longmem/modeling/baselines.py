@@ -18,14 +18,13 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longmem.config import AugmentedConfig, MemoryConfig, MemTRMConfig, TrainingFreeConfig
 from longmem.errors import BackboneError
 from longmem.modeling.backbone import BackboneRun, current_run
 from longmem.modeling.fusion import TokenGate
 from longmem.modeling.memory_lm import MemoryLM
-from longmem.modeling.probe import QKV, Call
+from longmem.modeling.probe import QKV
 from longmem.modeling.reading import MemoryReader
 from longmem.modeling.weights import fingerprint_of, packed_by, place_of
 from longmem.types import AttentionKV
@@ -67,7 +66,7 @@ class AugmentedLM(MemoryLM):
     def _attach(self, attention: nn.Module, layer: int) -> None:
         """Let the attention of a memory layer, in the backbone's mirror, read memory."""
 
-        def projected(call: Call) -> QKV:  # the backbone's own hook, registered earlier, has just computed them
+        def projected(*_: Any) -> QKV:  # the backbone's own hook, registered earlier, has just computed them
             run = current_run()
             assert run is not None
             return run.qkv[layer]
@@ -112,9 +111,6 @@ class MemTRM(AugmentedLM):
         super().__init__(config, backbone, fingerprint=fingerprint)
         self.memory_gate = nn.Parameter(self._gate_logits().to(self.backbone.model.dtype))
         self._trained_since = False
-        model, layers = self.backbone.model, self.backbone.family.layers
-        layerwise = all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
-        self.supports_gradient_checkpointing = model.supports_gradient_checkpointing and layerwise
         if self.config.start_fingerprint is None:
             self.config.start_name_or_path = self.config.backbone_name_or_path
             self.config.start_fingerprint = self.fingerprint
@@ -133,23 +129,6 @@ class MemTRM(AugmentedLM):
         self._trained_since = mode or self._trained_since
         super().train(mode)
         return self
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
-        """Recompute every layer in backward but those that read memory."""
-        model = self.backbone.model
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable(gradient_checkpointing_kwargs)
-        # recomputed outside of the forward, they would not find their memory
-        for layer in self.memory_layers:
-            self.backbone.family.layers[layer].gradient_checkpointing = False  # type: ignore[assignment]
-        self.backbone.rebuild()
-
-    def gradient_checkpointing_disable(self) -> None:
-        model = self.backbone.model
-        self.backbone.rebuild()
-        getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
 
     def own_weights(self) -> dict[str, Tensor]:
         """The gates; the backbone is a model by itself."""

@@ -19,24 +19,19 @@ class ChunkReading:
     """One chunk, as one token or several read it.
 
     Attributes:
-        row: the memory's row it lies in.
-        chunk: its number there, as ``Memory.provenance`` counts; a bank that is written or refreshed may number anew.
+        chunk: its number in its row, as ``Memory.provenance`` counts; a bank that is written may number anew.
         origin: its document, offset and time, looked up when it was read.
         share: part of the heads' output that came from it, the mean over tokens, heads and layers. Over all chunks
             these sum to the mean share that was given to memory.
         score: largest inner product of a query with its mean key.
-        layers: for every remembered layer whose heads found it, their mean part, largest first.
-        heads: for every head that found it, its part (the mean over tokens), largest first; the heads of the second
-            remembered layer are numbered after those of the first.
+        layers: for every remembered layer whose heads found it, their mean part.
     """
 
-    row: int
     chunk: int
     origin: ChunkOrigin
     share: float
     score: float
     layers: dict[int, float]
-    heads: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -97,31 +92,26 @@ class Explanation:
         at = torch.arange(self.chunks.shape[2]) if positions is None else torch.tensor([*positions], dtype=torch.long)
         chunks, shares, scores = (each[row][:, at].flatten(1) for each in (self.chunks, self.shares, self.scores))
         numbers, inverse = torch.unique(chunks, return_inverse=True)
-        # (H, chunks) sums of parts; the slot of "nothing found" is dropped below
-        parts = torch.zeros(chunks.shape[0], len(numbers)).scatter_add_(1, inverse, shares) / max(1, len(at))
+        # (n, H, chunks); the slot of "nothing found" is dropped below
+        shape = (len(self.layers), -1, len(numbers))
+        parts = torch.zeros(chunks.shape[0], len(numbers)).scatter_add_(1, inverse, shares).view(shape) / max(
+            1, len(at)
+        )
+        found = torch.zeros(chunks.shape[0], len(numbers), dtype=torch.bool).scatter_(1, inverse, True).view(shape)
         best = torch.full((len(numbers),), -torch.inf).scatter_reduce_(0, inverse.flatten(), scores.flatten(), "amax")
-        finders = torch.zeros(parts.shape, dtype=torch.bool).scatter_(1, inverse, True)
-        means = parts.mean(0)
-        order = [slot for slot in means.argsort(descending=True, stable=True).tolist() if int(numbers[slot]) >= 0]
-        stored = int(self.rows[row])
+        share, by_layer, finders = parts.mean((0, 1)), parts.mean(1), found.any(1)
+        order = [slot for slot in share.argsort(descending=True, stable=True).tolist() if int(numbers[slot]) >= 0]
         return [
             ChunkReading(
-                row=stored,
                 chunk=int(numbers[slot]),
-                origin=self.origins[stored, int(numbers[slot])],
-                share=float(means[slot]),
+                origin=self.origins[int(self.rows[row]), int(numbers[slot])],
+                share=float(share[slot]),
                 score=float(best[slot]),
-                layers=self._by_layer(parts[:, slot], finders[:, slot]),
-                heads=_largest_first(parts[:, slot], finders[:, slot]),
+                layers={
+                    layer: float(by_layer[place, slot])
+                    for place, layer in enumerate(self.layers)
+                    if finders[place, slot]
+                },
             )
             for slot in order[:top]
         ]
-
-    def _by_layer(self, parts: Tensor, finders: Tensor) -> dict[int, float]:
-        means, found = parts.view(len(self.layers), -1).mean(1), finders.view(len(self.layers), -1).any(1)
-        return {self.layers[place]: part for place, part in _largest_first(means, found).items()}
-
-
-def _largest_first(parts: Tensor, finders: Tensor) -> dict[int, float]:
-    heads = {head: float(parts[head]) for head in finders.nonzero().flatten().tolist()}
-    return dict(sorted(heads.items(), key=lambda pair: -pair[1]))

@@ -21,7 +21,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 import longmem.modeling.alibi_gpt  # noqa: F401  the paper's own backbone, which transformers' Auto classes must know
-from longmem.config import LongMemGenerationConfig, MemoryConfig, nearest
+from longmem.config import LongMemGenerationConfig, MemoryConfig
 from longmem.errors import BackboneError, CheckpointError, ConfigError, first_line
 from longmem.files import to_disk
 from longmem.modeling.backbone import Backbone
@@ -34,12 +34,6 @@ _LOADING = threading.RLock()
 
 _FINDING = ("subfolder", "gguf_file", "variant")  # where a backbone is; kept in a checkpoint's config
 _FROM_AUTO = ("adapter_kwargs", "code_revision", "_commit_hash", "_from_auto")  # transformers' Auto classes add these
-# how a backbone is loaded this time
-_LOADED = (
-    "attn_implementation", "cache_dir", "device_map", "experts_implementation", "force_download", "local_files_only",
-    "low_cpu_mem_usage", "max_memory", "offload_buffers", "offload_folder", "proxies", "quantization_config", "token",
-    "tp_plan", "trust_remote_code", "use_safetensors",
-)  # fmt: skip
 
 
 class Checkpointed(PreTrainedModel):
@@ -59,7 +53,6 @@ class Checkpointed(PreTrainedModel):
         revision: str | None = None,
         dtype: torch.dtype | None = None,
         side_dtype: torch.dtype | None = None,
-        backbone_kwargs: dict[str, Any] | None = None,
         **settings: Any,
     ) -> Self:
         """The model over a frozen backbone, which it uses itself and does not copy.
@@ -72,17 +65,17 @@ class Checkpointed(PreTrainedModel):
             revision: hub revision of the backbone.
             dtype: of the backbone; None keeps that of its checkpoint.
             side_dtype: of a ``LongMem``'s SideNet; None is the backbone's.
-            backbone_kwargs: more arguments for ``AutoModelForCausalLM.from_pretrained``.
-            **settings: fields of the model's config; and arguments of ``AutoModelForCausalLM.from_pretrained``, such as
-                ``device_map``, ``attn_implementation`` or ``quantization_config``.
+            **settings: fields of the model's config; all others are arguments of
+                ``AutoModelForCausalLM.from_pretrained``, such as ``device_map``, ``attn_implementation`` or
+                ``quantization_config``.
 
         Raises:
             BackboneError: if the backbone cannot be loaded or used.
             ConfigError: if settings contradict each other, or there is none of that name.
         """
         memory_layers = settings.pop("memory_layer", None) if memory_layers is None else memory_layers
-        dtype, how, own = _how_to_load(settings, dtype, backbone_kwargs)
-        cls.config_class.check_settings(own)
+        own = cls.config_class.settings_among(settings)
+        dtype, how = _how_to_load(settings, dtype)
         if isinstance(memory_layers, str):
             raise ConfigError(
                 f"memory_layers ({memory_layers!r}) must be layers, or a function that chooses them; "
@@ -114,7 +107,6 @@ class Checkpointed(PreTrainedModel):
         revision: str | None = None,
         dtype: torch.dtype | None = None,
         side_dtype: torch.dtype | None = None,
-        backbone_kwargs: dict[str, Any] | None = None,
         config: MemoryConfig | None = None,
         **kwargs: Any,
     ) -> Self:
@@ -125,19 +117,15 @@ class Checkpointed(PreTrainedModel):
             backbone: path or model to use in place of the one named. The same weights in another precision are taken
                 with a warning, other weights are refused.
             revision: of a hub id.
-            dtype, side_dtype, backbone_kwargs: as in ``from_backbone``.
+            dtype, side_dtype: as in ``from_backbone``.
             config: in place of the one in the folder.
-            **kwargs: as ``backbone_kwargs``, one by one: ``device_map``, ``attn_implementation``, ...
+            **kwargs: arguments of ``AutoModelForCausalLM.from_pretrained`` for the backbone.
 
         Raises:
             CheckpointError: if the checkpoint is incomplete or damaged, or belongs to another backbone.
             BackboneError: if the backbone cannot be loaded.
-            ConfigError: if an argument is not known.
         """
-        dtype, how, rest = _how_to_load(kwargs, dtype, backbone_kwargs)
-        if rest:
-            known = ("backbone", "revision", "dtype", "side_dtype", "backbone_kwargs", "config", *_FINDING, *_LOADED)
-            raise ConfigError([f"from_pretrained has no argument {name}{nearest(name, known)}" for name in rest])
+        dtype, how = _how_to_load(kwargs, dtype)
         folder = resolve_folder(str(pretrained_model_name_or_path), revision)
         try:
             if config is None and not (folder / "config.json").is_file():  # transformers would take the defaults
@@ -266,25 +254,22 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     return {name: tensor for each in files for name, tensor in load_file(each).items()}
 
 
-def _how_to_load(
-    given: dict[str, Any], dtype: torch.dtype | str | None, backbone_kwargs: dict[str, Any] | None
-) -> tuple[torch.dtype | None, dict[str, Any], dict[str, Any]]:
-    """The dtype, the arguments of ``AutoModelForCausalLM.from_pretrained``, and all others."""
-    how = {name: value for name, value in given.items() if name in _FINDING + _LOADED} | (backbone_kwargs or {})
-    rest = {name: value for name, value in given.items() if name not in how and name not in _FROM_AUTO}
-    asked = rest.pop("torch_dtype", None) or how.pop("torch_dtype", None) or how.pop("dtype", None)
+def _how_to_load(given: dict[str, Any], dtype: torch.dtype | str | None) -> tuple[torch.dtype | None, dict[str, Any]]:
+    """The dtype, and the arguments of ``AutoModelForCausalLM.from_pretrained``."""
+    how = {name: value for name, value in given.items() if name not in _FROM_AUTO}
+    asked = how.pop("torch_dtype", None)
     dtype = asked if dtype is None else dtype
     if isinstance(dtype, str):
         dtype = None if dtype == "auto" else getattr(torch, dtype)
-    return dtype, how, rest
+    return dtype, how
 
 
 def _checked(model: nn.Module, dtype: torch.dtype | None, how: dict[str, Any]) -> PreTrainedModel:
     """A model that was given as it is, in this dtype."""
     if how:
         raise ConfigError(
-            f"{', '.join(how)}: says how to load a backbone, and the one given is loaded already; give its name, or "
-            "load it so"
+            f"{', '.join(how)}: no setting of the model; arguments of transformers come too late for a backbone "
+            "that is loaded already: give its name, or load it so"
         )
     if hasattr(model, "merge_and_unload"):
         raise BackboneError(
@@ -368,10 +353,10 @@ def load_backbone(
     try:
         with _LOADING:
             return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(name, revision=revision, **kwargs))
-    except (OSError, ValueError, ImportError, SafetensorError) as problem:
+    except (OSError, ValueError, TypeError, ImportError, SafetensorError) as problem:  # TypeError: no such argument
         raise BackboneError(
             f"backbone {name!r} could not be loaded ({first_line(problem)}); give a folder with config.json and "
-            "weights, or a hub id that can be reached, and with backbone_kwargs what else is needed to find it"
+            "weights, or a hub id that can be reached, and what else transformers needs to find it"
         ) from problem
 
 
@@ -389,11 +374,10 @@ def resolve_folder(name: str, revision: str | None) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder.absolute()
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"{name} is not a folder; give one written by save_pretrained, or a hub id (owner/name)")
     try:
         return Path(snapshot_download(name, revision=revision))
     except Exception as problem:
         raise CheckpointError(
-            f"{name} is neither a folder nor a hub id that can be reached ({first_line(problem)})"
+            f"{name} is neither a folder written by save_pretrained nor a hub id that can be reached "
+            f"({first_line(problem)})"
         ) from problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import UserDict
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,6 @@ from longmem.modeling.backbone import Backbone, BackboneRun
 from longmem.modeling.families import attention_of
 from longmem.modeling.fusion import TokenGate
 from longmem.modeling.memory_lm import MemoryLM
-from longmem.modeling.probe import Call
 from longmem.modeling.reading import MemoryReader
 from longmem.modeling.weights import copy_module, packed_by, place_of
 
@@ -170,7 +170,7 @@ class SideNet(nn.Module):
         for index, (layer, source) in enumerate(zip(self.layers, self.sources, strict=True)):
             device = next(layer.parameters()).device if self.spread else None
             # a copied layer gets the mask, positions and cache that its source got; only the hidden states differ
-            call = run.calls[source].cast(dtype, device)
+            call = _cast(run.calls[source], dtype, device)
             _ensure_cache(call, backbone.num_layers, self.sources)
             hidden = self._layer(layer, call, hidden.to(device), run)
             # delta: the layer stands for its source, so the backbone's part is that of the layers in between
@@ -180,10 +180,10 @@ class SideNet(nn.Module):
                 hidden = hidden + (states[index + 1].to(device, dtype) - before.to(device, dtype))
         return hidden
 
-    def _layer(self, layer: nn.Module, call: Call, hidden: Tensor, run: BackboneRun) -> Tensor:
+    def _layer(self, layer: nn.Module, call: dict[str, Any], hidden: Tensor, run: BackboneRun) -> Tensor:
         def replay(hidden: Tensor) -> Tensor:
             with run.active():  # the MemoryReader asks for it; backward recomputes long after forward ended
-                output = layer(**call.replace(hidden_states=hidden).arguments)
+                output = layer(**{**call, "hidden_states": hidden})
             return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
         if self.gradient_checkpointing and self.training:
@@ -208,9 +208,21 @@ def _override(sidenet: SideNet, activation: str | None, norm_eps: float | None) 
                     setattr(module, name, norm_eps)
 
 
-def _ensure_cache(call: Call, num_layers: int, sources: list[int]) -> None:
+def _cast(value: Any, dtype: torch.dtype, device: torch.device | None) -> Any:
+    """Arguments of a call with floating tensors in ``dtype``, and all tensors on ``device`` if one is given."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_cast(item, dtype, device) for item in value)
+    # layers of Gemma 4 share keys and values in a UserDict: a copied layer writes into this copy, not the backbone's
+    if isinstance(value, dict | UserDict):
+        return {name: _cast(item, dtype, device) for name, item in value.items()}
+    return value
+
+
+def _ensure_cache(call: dict[str, Any], num_layers: int, sources: list[int]) -> None:
     """Append a place for every SideNet layer to a cache that was built for the backbone alone."""
-    cache = next((value for value in call.arguments.values() if isinstance(value, Cache)), None)
+    cache = next((value for value in call.values() if isinstance(value, Cache)), None)
     if cache is None or cache.layer_class_to_replicate is not None:  # such a cache grows by itself
         return
     # SideNet layers that have their place from an earlier call are left out

@@ -23,7 +23,7 @@ from longmem.modeling.generating import MemoryGenerationMixin
 from longmem.modeling.loading import Checkpointed
 from longmem.modeling.reading import LayerRead, Reading
 from longmem.modeling.weights import fingerprint_of, legacy_fingerprint, place_of
-from longmem.types import AttentionKV, Memory, RetrievedMemory
+from longmem.types import AttentionKV, Memory
 
 
 @dataclass
@@ -34,13 +34,12 @@ class LongMemOutput(CausalLMOutputWithPast):
         kv: position-free keys and values of the n memory layers, (B, n*Hkv, T, D); write them with
             ``bank.add(out.kv)``.
         reads: for each memory layer, what was found in it and the share that memory got; None without memory.
-        retrieved, share: those of the first memory layer.
+        share: that of the first memory layer.
         explanation: what each token and head read, with ``explain=True``.
     """
 
     kv: AttentionKV | None = None
     reads: tuple[LayerRead, ...] | None = None
-    retrieved: RetrievedMemory | None = None
     share: Tensor | None = None
     explanation: Explanation | None = None
 
@@ -147,7 +146,6 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
             attentions=out.attentions,
             kv=self.kept(run, input_ids, attention_mask) if keep else None,
             reads=reads,
-            retrieved=reads[0].retrieved if reads else None,
             share=reads[0].share if reads else None,
             explanation=explanation,
         )

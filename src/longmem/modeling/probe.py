@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,41 +34,15 @@ class QKV:
     softcap: float | None = None
 
 
-@dataclass(frozen=True)
-class Call:
-    """The recorded arguments of one module call, by name."""
-
-    arguments: dict[str, Any]
-
-    @classmethod
-    def record(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Bind the call to the signature of the module's own forward, below the decorators of transformers."""
-        signature = inspect.signature(inspect.unwrap(type(module).forward))
-        bound = signature.bind(module, *args, **kwargs).arguments
-        bound.pop("self")
-        for name, parameter in signature.parameters.items():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                bound.update(bound.pop(name, {}))
-        return cls(dict(bound))
-
-    def replace(self, **changes: Any) -> Call:
-        """The same call with changed values; changes to arguments that it does not have are ignored."""
-        return Call({**self.arguments, **{k: v for k, v in changes.items() if k in self.arguments}})
-
-    def cast(self, dtype: torch.dtype, device: torch.device | None = None) -> Call:
-        """The same call with floating tensors in ``dtype``, and all tensors on ``device`` if one is given."""
-        return Call({name: _cast(value, dtype, device) for name, value in self.arguments.items()})
-
-
-def _cast(value: Any, dtype: torch.dtype, device: torch.device | None) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_cast(item, dtype, device) for item in value)
-    # the keys and values that layers share (Gemma 4): a copied layer writes into this copy, not into the backbone's
-    if isinstance(value, UserDict):
-        return {name: _cast(item, dtype, device) for name, item in value.items()}
-    return value
+def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names in the module's own forward, below the decorators of transformers."""
+    signature = inspect.signature(inspect.unwrap(type(module).forward))
+    bound = signature.bind(module, *args, **kwargs).arguments
+    bound.pop("self")
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound.update(bound.pop(name, {}))
+    return dict(bound)
 
 
 class PositionFreeProbe:
@@ -92,11 +65,11 @@ class PositionFreeProbe:
             self._module.config = copy.deepcopy(attention.config)
             self._module.config._attn_implementation = _RECORDER  # type: ignore[union-attr]
 
-    def __call__(self, call: Call) -> QKV:
-        """The projections for recorded arguments of the module's forward."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> QKV:
+        """The projections in a call of the module, given what a forward pre-hook is given."""
+        arguments = arguments_of(module, args, kwargs)
         if self._adapter is not None:
-            return self._adapter(self._module, call.arguments["hidden_states"])
-        arguments = dict(call.arguments)
+            return self._adapter(self._module, arguments["hidden_states"])
         # the second call must not write to the cache, and ends before a mask is needed
         for name in ("attention_mask", "past_key_values", "layer_past"):
             if name in arguments:

@@ -26,7 +26,7 @@ from longmem.modeling.backbone import current_run
 from longmem.modeling.explain import Explanation
 from longmem.modeling.families import Family
 from longmem.modeling.fusion import TokenGate, fuse, fuse_softmax, local_lse
-from longmem.modeling.probe import ADAPTERS, QKV, Call, scaling_of
+from longmem.modeling.probe import ADAPTERS, QKV, scaling_of
 from longmem.types import Memory, RetrievedMemory
 
 
@@ -125,7 +125,7 @@ class MemoryReader:
         fusion: how local and memory attention are mixed.
         owner: has what decides the shares: ``gates``, a ``TokenGate`` for each place, or else logits in
             ``memory_gate`` (n*H,).
-        probe: gives the position-free projections of a call of ``attention``.
+        probe: gives the position-free projections of a call of ``attention``, from what a forward pre-hook is given.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class MemoryReader:
         place: int,
         fusion: Fusion,
         owner: Any,
-        probe: Callable[[Call], QKV],
+        probe: Callable[..., QKV],
     ) -> None:
         self.layer, self.place, self.fusion = layer, place, fusion
         self.owner, self.probe = owner, probe
@@ -156,7 +156,7 @@ class MemoryReader:
         if run is None or run.reading is None:
             return
         reading: Reading = run.reading
-        qkv = self.probe(Call.record(module, args, kwargs))
+        qkv = self.probe(module, args, kwargs)
         # the first layer is the default of ``search``, so a memory of one layer need not have the argument
         which = {"layer": self.place} if self.place else {}
         retrieved = reading.memory.search(qkv.queries.detach(), reading.num_chunks, reading.rows, **which)

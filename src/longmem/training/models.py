@@ -174,10 +174,10 @@ def _longmem(recipe: Recipe, device: torch.device, memory: dict[str, Any]) -> Lo
         path,
         dtype=dtype,
         side_dtype=torch.float32,
-        backbone_kwargs=loading,
         stride=side.stride,
         init=side.init,
         trained=side.trained,
+        **loading,
         **memory,
     )
     biases = [gate.bias for gate in model.sidenet.gates] if model.sidenet.gates else [model.sidenet.memory_gate]
