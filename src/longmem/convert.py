@@ -51,19 +51,6 @@ SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_t
 """Ids 0 to 3 of every fairseq dictionary."""
 
 
-@dataclass(frozen=True)
-class Converted:
-    """What was written."""
-
-    kind: str  # ``backbone`` or ``longmem``
-    out: str
-    backbone: str  # its folder; the same as ``out`` for a backbone
-    parameters: int
-    trained: int  # those of the SideNet; 0 for a backbone
-    dtype: str
-    ignored: list[str]  # tensors of the file that mean nothing to us
-
-
 def convert(
     checkpoint: str | Path,
     out: str | Path,
@@ -71,7 +58,7 @@ def convert(
     settings: str | Path | None = None,
     dtype: torch.dtype | None = None,
     vocabulary: str | Path | None = None,
-) -> Converted:
+) -> dict[str, Any]:
     """Convert a released checkpoint; a LongMem goes to ``out`` and its backbone to ``out/backbone``.
 
     Args:
@@ -81,6 +68,11 @@ def convert(
         settings: JSON with the settings of a ``.safetensors``.
         dtype: of the weights; None keeps the file's.
         vocabulary: folder of ``encoder.json``, ``vocab.bpe`` and ``dict.txt``, to write the tokenizer too.
+
+    Returns:
+        what was written: ``kind`` (``backbone`` or ``longmem``), ``out``, ``backbone`` (its folder; ``out`` for a
+        backbone), ``parameters``, ``trained`` (those of the SideNet), ``dtype``, and ``ignored``: names of tensors that
+        mean nothing to us.
 
     Raises:
         CheckpointError: a file is missing, damaged or foreign, or ``out`` is not empty.
@@ -104,15 +96,15 @@ def convert(
     if tokenizer is not None:
         for folder in {out, place}:
             tokenizer.save_pretrained(str(folder))
-    return Converted(
-        kind="backbone" if longmem is None else "longmem",
-        out=str(out),
-        backbone=str(place),
-        parameters=sum(each.numel() for each in (longmem or base).parameters()),
-        trained=sum(value.numel() for value in read.side.values()),
-        dtype=str(next(base.parameters()).dtype).removeprefix("torch."),
-        ignored=read.ignored,
-    )
+    return {
+        "kind": "backbone" if longmem is None else "longmem",
+        "out": str(out),
+        "backbone": str(place),
+        "parameters": sum(each.numel() for each in (longmem or base).parameters()),
+        "trained": sum(value.numel() for value in read.side.values()),
+        "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
+        "ignored": read.ignored,
+    }
 
 
 # reading the file

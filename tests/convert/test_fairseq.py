@@ -87,7 +87,7 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path: Path, zipped: bool, monkeypatc
 
 
 def test_half_weights_stay_half_unless_told_otherwise(tmp_path: Path) -> None:
-    assert convert(NAMESPACE, tmp_path / "half").dtype == "float16"
+    assert convert(NAMESPACE, tmp_path / "half")["dtype"] == "float16"
     half = edited(tmp_path, lambda it: it.update(model={name: each.half() for name, each in it["model"].items()}))
     convert(half, tmp_path / "out", dtype=torch.float32)
     model = LongMem.from_pretrained(tmp_path / "out", dtype=torch.float32)

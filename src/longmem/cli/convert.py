@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,4 +29,4 @@ def command(checkpoint: Path, out: Path, dtype: str, as_json: bool, **given: Any
 
     from longmem.convert import convert
 
-    show(as_json, asdict(convert(checkpoint, out, dtype=None if dtype == "auto" else getattr(torch, dtype), **given)))
+    show(as_json, convert(checkpoint, out, dtype=None if dtype == "auto" else getattr(torch, dtype), **given))
