@@ -11,21 +11,22 @@ prefix, is left out and named.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
 import re
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import click
+
 from longmem.data.text import ARCHIVES, COMPRESSED, TEXT_SUFFIXES, Document, expand, read_documents
-from longmem.errors import ConfigError, DataError, LongMemError
+from longmem.errors import DataError, LongMemError
 from longmem.files import write_whole
 
 INDEX = "index.jsonl"
@@ -53,45 +54,10 @@ class ChapterBreakSettings:
     per_book: int = 8
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        wrong = [
-            f"{name} ({value}) must be at least 1; leave it out for the default"
-            for name, value in asdict(self).items()
-            if name != "seed" and value < 1
-        ]
-        if wrong:
-            raise ConfigError(wrong)
 
-
-@dataclass(frozen=True)
-class Book:
-    """A book and what became of it.
-
-    Attributes:
-        headings: ``index`` where they were given beside the text, ``found`` where they were looked for in it.
-        chapters: with enough text.
-        examples: made of it.
-        skipped: why there is none.
-    """
-
-    id: str
-    sha256: str
-    headings: str
-    chapters: int
-    examples: int
-    skipped: str | None = None
-
-
-@dataclass(frozen=True)
-class ChapterBreakData:
-    """``works``: work -> examples, each with ``ctx``, ``pos`` and ``negs``; ``books``: every book that was read."""
-
-    settings: ChapterBreakSettings
-    works: dict[str, list[dict[str, Any]]]
-    books: list[Book] = field(default_factory=list)
-
-
-def build_chapterbreak(paths: Iterable[str | Path], settings: ChapterBreakSettings | None = None) -> ChapterBreakData:
+def build_chapterbreak(
+    paths: Iterable[str | Path], settings: ChapterBreakSettings
+) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     """Examples from the chapter boundaries of books.
 
     A prefix ends before the heading, a suffix begins behind it, so no chapter number tells the answer. Negatives begin
@@ -100,18 +66,20 @@ def build_chapterbreak(paths: Iterable[str | Path], settings: ChapterBreakSettin
     Args:
         paths: files, folders, archives or JSON lines of books. Where an ``index.jsonl`` with headings lies beside them,
             and the text is the one it speaks of (by its sha256), its headings are used.
-        settings: default if None.
+
+    Returns:
+        work -> examples, each with ``ctx``, ``pos`` and ``negs``; and what became of every book: whether its headings
+        were in the ``index`` or ``found`` in the text, how many chapters are long enough, how many examples there are,
+        and why there is none (``skipped``).
 
     Raises:
         DataError: a path is missing or holds no text, or no book gives an example.
     """
-    settings = settings or ChapterBreakSettings()
     works: dict[str, list[dict[str, Any]]] = {}
-    books: list[Book] = []
+    books: list[dict[str, Any]] = []
     seen: dict[str, str] = {}
     for book, headings in _books(paths):
         sha = hashlib.sha256(book.text.encode()).hexdigest()
-        where = "found" if headings is None else "index"
         if headings is None:
             chapters = find_chapters(book.text, settings.minimum)
         else:
@@ -120,23 +88,17 @@ def build_chapterbreak(paths: Iterable[str | Path], settings: ChapterBreakSettin
         if sha in seen:
             examples, reason = [], f"the same text as {seen[sha]}"
         seen.setdefault(sha, book.id)
-        work = _unused(book.id, works)
+        work, number = book.id, 2
+        while work in works:  # another book has this name
+            work, number = f"{book.id} ({number})", number + 1
         if examples:
             works[work] = examples
-        books.append(Book(work, sha, where, len(chapters), len(examples), reason))
+        about = {"headings": "found" if headings is None else "index", "chapters": len(chapters)}
+        books.append({"id": work, "sha256": sha, **about, "examples": len(examples), "skipped": reason})
     if not works:
-        reasons = "; ".join(f"{book.id}: {book.skipped}" for book in books[:3])
+        reasons = "; ".join(f"{book['id']}: {book['skipped']}" for book in books[:3])
         raise DataError(f"no book gives an example ({reasons}); bring longer books, or pass a smaller --prefix")
-    return ChapterBreakData(settings, works, books)
-
-
-def write_chapterbreak(made: ChapterBreakData, out: Path) -> tuple[Path, Path]:
-    """``chapterbreak_ctx_<N>.json``, as the official files, and ``sources.json``, which says what it was made from."""
-    data, sources = out / f"chapterbreak_ctx_{made.settings.prefix}.json", out / "sources.json"
-    write_whole(data, [json.dumps({SPLIT: made.works}, ensure_ascii=False, indent=0), "\n"])
-    said = {"settings": asdict(made.settings), "books": [asdict(book) for book in made.books]}
-    write_whole(sources, [json.dumps(said, ensure_ascii=False, indent=1), "\n"])
-    return data, sources
+    return works, books
 
 
 def _examples(
@@ -173,10 +135,9 @@ def _examples(
 
 def _opening(text: str, chapter: Chapter, words: int) -> str:
     """The first words of a chapter, as they stand."""
-    end = chapter.body
-    for _, found in zip(range(words), re.finditer(r"\S+", text[chapter.body : chapter.end]), strict=False):
-        end = chapter.body + found.end()
-    return text[chapter.body : end]
+    body = text[chapter.body : chapter.end]
+    *_, last = [0, *(found.end() for found in islice(re.finditer(r"\S+", body), words))]
+    return body[:last]
 
 
 def _different(gold: str, others: Iterable[str]) -> list[str]:
@@ -196,15 +157,6 @@ def _different(gold: str, others: Iterable[str]) -> list[str]:
 def _shingles(text: str) -> set[tuple[str, ...]]:
     words = re.findall(r"\w+", text.lower())
     return {tuple(words[at : at + SHINGLE]) for at in range(max(1, len(words) - SHINGLE + 1))}
-
-
-def _unused(name: str, names: Iterable[str]) -> str:
-    """The name, or with a number behind it where another work has it."""
-    taken, number = set(names), 2
-    plain = name
-    while name in taken:
-        name, number = f"{plain} ({number})", number + 1
-    return name
 
 
 # where books come from, and the headings that are given beside them
@@ -391,21 +343,11 @@ def _named(paragraphs: Paragraphs) -> Iterator[Heading]:
 
 
 def _roman(paragraphs: Paragraphs) -> list[Heading]:
-    found = []
-    for start, words in paragraphs:
-        match = ROMAN_NUMBER.match(words.lstrip("_*[ "))
-        if match and len(words) < 120:
-            found.append((_value(match[1]), Heading(start, start + len(words))))
-    return _counting(found)
+    return _counting(paragraphs, ROMAN_NUMBER, _value)
 
 
 def _numbered(paragraphs: Paragraphs) -> list[Heading]:
-    found = []
-    for start, words in paragraphs:
-        match = NUMBER.match(words.lstrip("_*[ "))
-        if match and len(words) < 120:
-            found.append((int(match[1]), Heading(start, start + len(words))))
-    headings = _counting(found)
+    headings = _counting(paragraphs, NUMBER, int)
     gaps = [after.start - before.end for before, after in pairwise(headings)]
     return headings if gaps and statistics.median(gaps) >= PAGES else []
 
@@ -416,14 +358,16 @@ def _capitals(paragraphs: Paragraphs) -> Iterator[Heading]:
             yield Heading(start, start + len(words))
 
 
-def _counting(found: Sequence[tuple[int, Heading]]) -> list[Heading]:
-    """Those whose numbers go on (one or two may be missing) or begin again at 1."""
+def _counting(paragraphs: Paragraphs, number: re.Pattern[str], value: Callable[[str], int]) -> list[Heading]:
+    """Short paragraphs that begin with numbers which go on (one or two may be missing) or begin again at 1."""
     kept: list[Heading] = []
     last = 0
-    for number, heading in found:
-        if number == 1 or (last and 0 < number - last <= 3):
-            kept.append(heading)
-            last = number
+    for start, words in paragraphs:
+        match = number.match(words.lstrip("_*[ "))
+        now = value(match[1]) if match and len(words) < 120 else 0
+        if now == 1 or (last and 0 < now - last <= 3):
+            kept.append(Heading(start, start + len(words)))
+            last = now
     return kept
 
 
@@ -432,27 +376,29 @@ def _value(roman: str) -> int:
     return sum(-digit if digit < after else digit for digit, after in zip(digits, [*digits[1:], 0], strict=True))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("books", nargs="+", help="Files, folders, archives or JSON lines of books.")
-    parser.add_argument("--out", type=Path, required=True, help="Folder for the two files.")
-    parser.add_argument("--prefix", type=int, default=8192, help="Tokens that prefixes are long enough for.")
-    parser.add_argument("--words", type=int, default=150, help="Of every suffix.")
-    parser.add_argument("--min-chapter", type=int, default=MINIMUM, help="Characters that a chapter has at least.")
-    parser.add_argument("--per-book", type=int, default=8, help="Examples of one book, at most.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the choice of boundaries and negatives.")
-    given = parser.parse_args()
+@click.command(help=__doc__)
+@click.argument("books", nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the two files.")
+@click.option("--prefix", default=8192, type=click.IntRange(1), help="Tokens that prefixes are long enough for.")
+@click.option("--words", default=150, type=click.IntRange(1), help="Of every suffix.")
+@click.option("--min-chapter", "minimum", default=MINIMUM, type=click.IntRange(1), help="Characters of its text.")
+@click.option("--per-book", default=8, type=click.IntRange(1), help="Examples of one book, at most.")
+@click.option("--seed", default=0, help="Of the choice of boundaries and negatives.")
+def main(books: Sequence[str], out: Path, **given: int) -> None:
+    settings = ChapterBreakSettings(**given)
     try:
-        settings = ChapterBreakSettings(given.prefix, given.words, given.min_chapter, given.per_book, given.seed)
-        made = build_chapterbreak(given.books, settings)
-        data, _ = write_chapterbreak(made, given.out)
+        works, made = build_chapterbreak(books, settings)
     except LongMemError as error:
         sys.exit(f"error: {error}")
-    for book in made.books:
-        if book.skipped:
-            print(f"left out: {book.id}: {book.skipped}", file=sys.stderr)
-    examples, taken = sum(book.examples for book in made.books), len(made.works)
-    print(f"{data}: {examples} examples of {taken} books ({len(made.books) - taken} left out)")
+    data = out / f"chapterbreak_ctx_{settings.prefix}.json"
+    write_whole(data, [json.dumps({SPLIT: works}, ensure_ascii=False, indent=0), "\n"])
+    sources = {"settings": asdict(settings), "books": made}
+    write_whole(out / "sources.json", [json.dumps(sources, ensure_ascii=False, indent=1), "\n"])
+    for book in made:
+        if book["skipped"]:
+            click.echo(f"left out: {book['id']}: {book['skipped']}", err=True)
+    examples = sum(book["examples"] for book in made)
+    print(f"{data}: {examples} examples of {len(works)} books ({len(made) - len(works)} left out)")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +20,6 @@ from recipes.data.chapterbreak import (
     chapters_of,
     find_chapters,
     main,
-    write_chapterbreak,
 )
 
 from longmem.data.text import read_documents
@@ -131,35 +129,31 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_examples_have_the_official_shape_and_gold_suffixes_follow_their_prefix(folder: Path, tmp_path: Path) -> None:
-    made = build_chapterbreak([folder], SMALL)
-    data, sources = write_chapterbreak(made, tmp_path / "out")
-    splits = json.loads(data.read_text())
-    assert data.name == "chapterbreak_ctx_500.json" and list(splits) == ["books"]
-    assert {name: len(examples) for name, examples in splits["books"].items()} == {"long.txt": 3, "other.md": 3}
+    works, books = build_chapterbreak([folder], SMALL)
+    assert {name: len(examples) for name, examples in works.items()} == {"long.txt": 3, "other.md": 3}
     text = (folder / "long.txt").read_text()
     openings = [" ".join(words(400, number, "a").split()[:30]) for number in range(12)]  # no suffix tells its number
-    for example in splits["books"]["long.txt"]:
+    for example in works["long.txt"]:
         assert set(example) == {"ctx", "pos", "negs"} and 2950 < len(example["ctx"]) <= 3000
         number = openings.index(example["pos"])
         assert text[text.index(example["ctx"]) + len(example["ctx"]) :].startswith(f"\n\nCHAPTER {number + 1}\n")
         assert len({openings.index(negative) for negative in example["negs"]} - {number}) == 5
         assert not any(negative in example["ctx"] for negative in example["negs"])
-    said = json.loads(sources.read_text())
-    skipped = {book["id"]: book["skipped"] for book in said["books"] if book["skipped"]}
+    skipped = {book["id"]: book["skipped"] for book in books if book["skipped"]}
     assert skipped == {
         "short.txt": "5 chapters of 2,000 characters; 6 are needed", "twice.jsonl:1": "the same text as long.txt"
     }  # fmt: skip
     # of equal seeds, whatever is beside
-    assert build_chapterbreak([folder / "long.txt"], SMALL).works["long.txt"] == made.works["long.txt"]
-    assert build_chapterbreak([folder], replace(SMALL, seed=1)).works != made.works
+    assert build_chapterbreak([folder / "long.txt"], SMALL)[0]["long.txt"] == works["long.txt"]
+    assert build_chapterbreak([folder], replace(SMALL, seed=1))[0] != works
 
 
 def test_chapters_that_begin_alike_are_not_held_against_each_other(tmp_path: Path) -> None:
     same = words(60, 99, "z")
     parts = [f"CHAPTER {n + 1}\n\n{same if n % 2 else ''} {words(400, n, 'a')}" for n in range(14)]
     (tmp_path / "twin.txt").write_text("\n\n".join(parts))
-    made = build_chapterbreak([tmp_path / "twin.txt"], ChapterBreakSettings(prefix=500, words=30, per_book=14))
-    for example in made.works["twin.txt"]:
+    works, _ = build_chapterbreak([tmp_path / "twin.txt"], replace(SMALL, per_book=14))
+    for example in works["twin.txt"]:
         assert sum(text.startswith("z99w0") for text in (example["pos"], *example["negs"])) <= 1
 
 
@@ -175,27 +169,26 @@ def test_headings_of_an_index_beside_an_archive_are_used(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"test/one\.txt: 0 chapters"):
         build_chapterbreak([tmp_path / "books.tar.xz"], SMALL)
     (tmp_path / "index.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
-    made = build_chapterbreak([tmp_path], SMALL)
-    assert [(b.id, b.headings, b.chapters) for b in made.books] == [("test/one.txt", "index", 9)]
+    _, (made,) = build_chapterbreak([tmp_path], SMALL)
+    assert (made["id"], made["headings"], made["chapters"]) == ("test/one.txt", "index", 9)
     (tmp_path / "index.jsonl").write_text('{"id": "one"}\n')
     with pytest.raises(DataError, match=r"index\.jsonl, line 1: no headings"):
         build_chapterbreak([tmp_path], SMALL)
 
 
 def test_the_script_writes_and_names_what_cannot_be_used(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [str(folder), "--out", str(tmp_path / "out"), "--prefix", "500", "--words", "30", "--per-book", "2"]
-    monkeypatch.setattr(sys, "argv", ["chapterbreak.py", *arguments])
-    main()
+    main(arguments, standalone_mode=False)
     said = capsys.readouterr()
     assert said.out.strip().endswith("chapterbreak_ctx_500.json: 4 examples of 2 books (2 left out)")
     assert "left out: short.txt: 5 chapters" in said.err
-    monkeypatch.setattr(sys, "argv", ["chapterbreak.py", *arguments, "--words", "0", "--per-book", "0"])
-    with pytest.raises(SystemExit, match=r"error: words \(0\) must be at least 1.*per_book \(0\)"):
-        main()
+    splits = json.loads((tmp_path / "out" / "chapterbreak_ctx_500.json").read_text())
+    assert splits == {"books": build_chapterbreak([folder], replace(SMALL, per_book=2))[0]}
+    assert len(json.loads((tmp_path / "out" / "sources.json").read_text())["books"]) == 4
     with pytest.raises(DataError, match="no chapter begins after 60,000 characters"):
         build_chapterbreak([folder / "long.txt"], ChapterBreakSettings(prefix=10_000))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no books in this folder"):
-        build_chapterbreak([tmp_path / "empty"])
+        build_chapterbreak([tmp_path / "empty"], SMALL)
