@@ -167,8 +167,10 @@ def _books(paths: Iterable[str | Path]) -> Iterator[tuple[Document, list[Heading
         files = [path] if not path.is_dir() else _files(path)
         if not files:
             raise DataError(f"{path}: no books in this folder; looked for text files, .jsonl and tar archives")
+        index: dict[str, list[Heading]] = {}  # by the sha256 of the text
+        for beside in path.rglob(INDEX) if path.is_dir() else [path.parent / INDEX]:
+            index |= _read_index(beside) if beside.is_file() else {}
         for file in files:
-            index = _index(file.parent, path)
             for document in read_documents([file]):
                 name = file.relative_to(path).as_posix() if file != path and document.id == file.name else document.id
                 book = Document(name, document.text, document.source)
@@ -180,16 +182,6 @@ def _files(folder: Path) -> list[Path]:
     kinds = (*TEXT_SUFFIXES, *ARCHIVES, *COMPRESSED, ".jsonl")
     found = (file for file in folder.rglob("*") if file.is_file() and file.name.endswith(kinds) and file.name != INDEX)
     return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
-
-
-def _index(folder: Path, top: Path) -> dict[str, list[Heading]]:
-    """sha256 of a text -> its headings, of the index beside a file, or in a folder above up to ``top``."""
-    for place in (folder, *folder.parents):
-        if (place / INDEX).is_file():
-            return _read_index(place / INDEX)
-        if place == top or not top.is_dir():
-            break
-    return {}
 
 
 def _read_index(file: Path) -> dict[str, list[Heading]]:

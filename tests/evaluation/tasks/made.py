@@ -71,7 +71,7 @@ def make_home(home: Path, tokenizer: Any, made_text: Callable[..., str]) -> Path
     (home / "text.txt").write_text(made_text(800))
     _chapters(home, made_text)
     _short_texts(home)
-    _questions(home, made_text)
+    make_questions(home, made_text)
     _talks(home)
     _stories(home)
     return home
@@ -97,7 +97,8 @@ def _short_texts(home: Path) -> None:
             (home / "icl" / name / f"{part}.csv").write_text("\n".join(lines) + "\n")
 
 
-def _questions(home: Path, made_text: Callable[..., str]) -> None:
+def make_questions(home: Path, made_text: Callable[..., str]) -> None:
+    """SQuAD's form: two questions about each of 15 passages to show and of 6 to ask."""
     for part, (name, paragraphs) in enumerate((("train", 5), ("dev", 2))):
         data = []
         for a in range(3):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.evaluation.tasks.made import make_questions
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Scored
@@ -56,45 +58,30 @@ def test_prefixes_lose_their_left_end_and_suffixes_their_right(chapters: Chapter
 # SQuAD
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> dict[str, Path]:
-    """The shape of the official files: two questions about each paragraph, answered by one person or by two."""
-    for name, paragraphs in (("train", 5), ("dev", 1)):
-        data = []
-        for a in range(2):
-            made = []
-            for place in (f"{name[0]}{a}{p}" for p in range(paragraphs)):
-                qas = [
-                    {"id": f"{place}-0", "question": "Who came?", "answers": [{"text": f"Ada {place}"}]},
-                    {"id": f"{place}-1", "question": f"Where is {place}?", "answers": [{"text": "the hill"}]},
-                ]
-                made.append({"context": f"The Ada {place}\n came to the  hill.", "qas": qas})
-            data.append({"title": f"Article_{a}", "paragraphs": made})
-        (tmp_path / f"{name}.json").write_text(json.dumps({"version": "1.1", "data": data}))
-    return {"train": tmp_path / "train.json", "data": tmp_path / "dev.json"}
-
-
-def task(files: dict[str, Path], tokenizer: Any, **settings: Any) -> SquadTask:
-    wanted: dict[str, Any] = {"local_shots": 1, "memory_shots": (0, 4), "draws": 2, "limit": None} | settings
-    made = SquadTask(**files, **wanted)
-    made.begin([Asker("memory_200", "", {}, None, 200, tokenizer=tokenizer, window=2000)])
-    return made
-
-
 def test_demonstrations_show_no_passage_twice_and_none_that_is_asked(
-    files: dict[str, Path], byte_tokenizer: Any
+    tmp_path: Path, byte_tokenizer: Any, made_text: Callable[..., str]
 ) -> None:
-    made = task(files, byte_tokenizer)
+    make_questions(tmp_path, made_text)
+    train, dev = tmp_path / "train.json", tmp_path / "dev.json"
+
+    def task(train: Path) -> SquadTask:
+        made = SquadTask(train=train, data=dev, local_shots=1, memory_shots=(0, 4), draws=2, limit=None)
+        made.begin([Asker("memory_200", "", {}, None, 200, tokenizer=byte_tokenizer, window=2000)])
+        return made
+
+    made = task(train)
+    passages = {question.passage for question in made.shown.items}
+    assert len(passages) == 15 and not passages & {question.passage for question in made.asked.items}
     for seed in made.seeds:
         local, memory = made.shots(seed, 4)
         texts = [str(byte_tokenizer.decode(ids)) for ids in (*local, *memory)]
-        assert len({text.splitlines()[0] for text in texts}) == 5
-        assert all("Ada t" in text and text.endswith("\n\n") for text in texts)
+        shown = {text.splitlines()[0].removeprefix("Context: ") for text in texts}
+        assert len(shown) == 5 and shown <= passages and all(text.endswith("\n\n") for text in texts)
         assert made.shots(seed, 0)[0] == local
-    with pytest.raises(DataError, match=r"train.json: 1 demonstrations .* there are 10"):
+    with pytest.raises(DataError, match=r"train.json: 1 demonstrations .* there are 15"):
         made.shots(1, 200)
     with pytest.raises(DataError, match=r"dev.json: 1 demonstrations .* there are 0"):
-        task(files | {"train": files["data"]}, byte_tokenizer).examples()
+        task(dev).examples()
 
 
 @pytest.mark.parametrize(

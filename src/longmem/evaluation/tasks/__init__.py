@@ -105,7 +105,7 @@ class Task(ABC):
 
     @abstractmethod
     def prompt(self, example: Example, asker: Asker) -> Prompt:
-        """What this system is asked."""
+        """What this system is asked; called once for each example and system."""
 
     @abstractmethod
     def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:

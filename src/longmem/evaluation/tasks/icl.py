@@ -251,12 +251,14 @@ def read_labelled(path: Path, labels: Sequence[str] = (), part: str = "train") -
         DataError: no such file, or a line without label or with one that is not known.
     """
 
+    names = dict(enumerate(labels))
+
     def parse(raw: bytes, where: list[str]) -> Iterator[Labelled]:
         for number, record in enumerate(records(raw), 1):
             where.append(f"text {number} ({str(record)[:60]})")
             text, label = record
-            if labels:
-                yield Labelled(text.strip(), dict(enumerate(labels))[int(label)])
+            if names:
+                yield Labelled(text.strip(), names[int(label)])
             else:
                 yield Labelled(" ".join(text.split()), label.replace("_", " "))
 
