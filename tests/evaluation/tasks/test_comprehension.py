@@ -52,7 +52,7 @@ def test_prefixes_lose_their_left_end_and_suffixes_their_right(chapters: Chapter
         decoded = [decode(option) for option in prompt.options]
         assert decoded == [f"The {item.number}th da", *(f"Then {k} cam" for k in "abcde")]
     with pytest.raises(ConfigError, match=r"--prefix 65 is longer than the prefixes of chapterbreak_ctx_64.json"):
-        ChapterBreakTask(data=chapters.data, prefixes=(20, 65))
+        ChapterBreakTask(data=chapters.data, prefixes=(20, 65), suffix_tokens=10)
 
 
 # SQuAD
@@ -65,7 +65,8 @@ def test_demonstrations_show_no_passage_twice_and_none_that_is_asked(
     train, dev = tmp_path / "train.json", tmp_path / "dev.json"
 
     def task(train: Path) -> SquadTask:
-        made = SquadTask(train=train, data=dev, local_shots=1, memory_shots=(0, 4), draws=2, limit=None)
+        shots: dict[str, Any] = {"local_shots": 1, "memory_shots": (0, 4), "draws": 2}
+        made = SquadTask(train=train, data=dev, **shots, limit=None, max_answer_tokens=6)
         made.begin([Asker("memory_200", "", {}, None, 200, tokenizer=byte_tokenizer, window=2000)])
         return made
 

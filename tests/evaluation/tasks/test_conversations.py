@@ -192,7 +192,7 @@ def test_facts_of_ones_own_are_told(made_text: Callable[..., str], tmp_path: Pat
         for n in range(3)
     ]
     own.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    task = FactsTask(text=[str(text)], told=str(own), between=[64], facts=2, recall=2, new_tokens=4)
+    task = FactsTask(text=[str(text)], told=str(own), between=[64], sessions=1, facts=2, recall=2, new_tokens=4)
     task.begin([asker])
     assert [example.item[:2] for example in task.examples()] == [
         (session, ToldFact(line["said"], line["asked"], "It is the ", "Heron", "."))

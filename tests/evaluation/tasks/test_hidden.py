@@ -42,7 +42,12 @@ def text(made_text: Callable[..., str], tmp_path: Path) -> str:
 @pytest.fixture
 def needles(text: str, byte_tokenizer: Any) -> Begun:
     def make(**settings: Any) -> NeedleTask:
-        wanted: dict[str, Any] = {"lengths": [512], "depths": [0, 50, 100], "trials": 2} | settings
+        wanted: dict[str, Any] = {
+            "kinds": ["passkey"],
+            "lengths": [512],
+            "depths": [0, 50, 100],
+            "trials": 2,
+        } | settings
         task = NeedleTask(text=[text], **wanted)
         task.begin([Asker("it", "it", {}, None, tokenizer=byte_tokenizer, window=WINDOW)])
         return task
@@ -86,7 +91,7 @@ def test_the_default_text_is_the_source_of_the_standard_library(byte_tokenizer: 
 
 def test_settings_that_break_rules_are_reported_together(needles: Begun) -> None:
     with pytest.raises(ConfigError) as error:
-        NeedleTask(kinds=["riddle"], depths=[120, 0])
+        needles(kinds=["riddle"], depths=[120, 0])
     assert "kind ('riddle') must be one of passkey" in str(error.value) and "depth (120)" in str(error.value)
     with pytest.raises(ConfigError, match=r"length \(100\) must be a multiple of the window \(16\); try 96"):
         needles(lengths=[100])

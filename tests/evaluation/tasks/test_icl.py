@@ -63,7 +63,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"mr/train.csv: cannot be read \(No such file or directory\); fetch"):
         read_icl(tmp_path, "mr")
     with pytest.raises(ConfigError, match=r"datasets \(imdb\) must be some of sst2, mr, subj, sst5, mpqa"):
-        IclTask(data=tmp_path, datasets=["mr", "imdb"])
+        IclTask(data=tmp_path, datasets=["mr", "imdb"], local_shots=[1], memory_shots=[0], draws=1, limit=None)
 
 
 @pytest.mark.shared

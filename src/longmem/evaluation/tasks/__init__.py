@@ -56,8 +56,8 @@ class Metric(NamedTuple):
 class Task(ABC):
     """An evaluation: ``run_task`` asks every system every example and averages ``measure``.
 
-    A task is a dataclass. Its fields are the options of its command, ``longmem.cli.tasks`` says what they mean. It
-    reads its files when it is made, and begins when the systems are there.
+    A task is a dataclass. Its fields are the options of its command; ``longmem.cli.tasks`` says what they mean, and
+    what they are unless told otherwise. It reads its files when it is made, and begins when the systems are there.
 
     Attributes:
         remembered: tokens that memory should hold where no size is given; 0 is the model's own.

@@ -67,8 +67,8 @@ class ChapterBreakTask(Task):
         Metric("gold_nats", "true suffix, per token", "nats", "lower"),
     )
     data: str
-    prefixes: Sequence[int] = (4096, 6144, 8192)
-    suffix_tokens: int = 128
+    prefixes: Sequence[int]
+    suffix_tokens: int
     limit: int | None = None
     seed: int = 0
 
@@ -167,10 +167,10 @@ class SquadTask(ShotsTask):
     metrics = (Metric("exact_match", "exact match", "%"), Metric("f1", "F1", "%"))
     train: str
     data: str
-    local_shots: int = 3
-    memory_shots: Sequence[int] = (0, 200)
-    limit: int | None = 200
-    max_answer_tokens: int = 32
+    local_shots: int
+    memory_shots: Sequence[int]
+    limit: int | None
+    max_answer_tokens: int
 
     def __post_init__(self) -> None:
         self.shown, self.asked = read_squad(self.train), read_squad(self.data)

@@ -322,11 +322,11 @@ class FactsTask(Task):
     )
     text: Sequence[str] = ()
     told: str | None = None
-    between: Sequence[int] = (1024, 16_384, 131_072)
-    sessions: int = 10
-    facts: int = 10
-    recall: int = 5
-    new_tokens: int = 24
+    between: Sequence[int]
+    sessions: int
+    facts: int
+    recall: int
+    new_tokens: int
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -142,8 +142,8 @@ class HiddenTask(Task):
     """
 
     text: Sequence[str] = ()
-    lengths: Sequence[int] = (4096, 16_384, 65_536)
-    trials: int = 40
+    lengths: Sequence[int]
+    trials: int
     seed: int = 0
 
     @property
@@ -185,8 +185,8 @@ class NeedleTask(HiddenTask):
         Metric("exact", "exact answer", "%", chance=0.0),
         Metric("choice", f"true answer likeliest of {OPTIONS}", "%", chance=100 / OPTIONS),
     )
-    kinds: Sequence[str] = ("passkey",)
-    depths: Sequence[float] = (0, 25, 50, 75, 100)
+    kinds: Sequence[str]
+    depths: Sequence[float]
 
     def __post_init__(self) -> None:
         problems = [f"kind ({k!r}) must be one of {', '.join(KINDS)}" for k in self.kinds if k not in KINDS]
@@ -317,10 +317,8 @@ class BabiTask(HiddenTask):
         Metric("answer_nats", "true answer", "nats", "lower"),
     )
     data: str
-    tasks: Sequence[int] = (1, 2, 3, 4, 5)
-    lengths: Sequence[int] = (1024, 4096, 16_384, 65_536)
-    trials: int = 50
-    shots: int = 2
+    tasks: Sequence[int]
+    shots: int
     recall: int = 0
 
     def __post_init__(self) -> None:

@@ -116,7 +116,7 @@ class ShotsTask(Task):
     window and in memory. The last part of a group's name says how many: ``4 + 200``. Draws are numbered from 1.
     """
 
-    draws: int = 1
+    draws: int
 
     @property
     def seeds(self) -> Sequence[int]:
@@ -294,11 +294,10 @@ class IclTask(ShotsTask):
         Metric("calibrated", "accuracy by calibrated label likelihood", "%"),  # uncalibrated where classes are many
     )
     data: str
-    datasets: Sequence[str] = ("sst2", "mr", "subj", "sst5", "mpqa")
-    local_shots: Sequence[int] = (4, 20)
-    memory_shots: Sequence[int] = (0, 200, 2000)
-    draws: int = 6
-    limit: int | None = 30
+    datasets: Sequence[str]
+    local_shots: Sequence[int]
+    memory_shots: Sequence[int]
+    limit: int | None
 
     def __post_init__(self) -> None:
         if unknown := set(self.datasets) - KINDS.keys():
