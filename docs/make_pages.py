@@ -1,4 +1,4 @@
-"""Write what the documentation takes from the source: docs/recipe.md, docs/results.md, and tables on other pages.
+"""Write what the documentation takes from the source: docs/recipe.md, and tables on other pages.
 
 ``python docs/make_pages.py`` writes; ``--check`` writes nothing and fails where a page is not what the source says.
 """
@@ -12,9 +12,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from result_tables import results_report, text_of, with_results
+from result_tables import FOLDER, with_results
 
-from longmem.evaluation.tables import Table
+from longmem.evaluation.tables import Table, markdown
 from longmem.store.disk import token_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -23,18 +23,18 @@ SIZES = re.compile(r"<!-- sizes -->\n.*?<!-- /sizes -->\n", re.DOTALL)
 
 
 def main() -> None:
-    pages = {ROOT / "docs" / "recipe.md": recipe()}
-    for path in (ROOT / "README.md", ROOT / "docs" / "experiments.md", *(ROOT / "models").glob("*/README.md")):
-        pages[path] = with_results(path.read_text(encoding="utf-8"))
-    operations = ROOT / "docs" / "operations.md"
-    pages[operations] = with_sizes(operations.read_text(encoding="utf-8"))
-    results = results_report()
-    pages[ROOT / "docs" / "results.md"] = results.text
+    docs, pages, pictures = ROOT / "docs", dict[Path, str](), dict[str, str]()
+    for path in (ROOT / "README.md", *docs.glob("*.md"), *(ROOT / "models").glob("*/README.md")):
+        pages[path] = with_sizes(with_results(path.read_text(encoding="utf-8"), pictures))
+    pages[docs / "recipe.md"] = recipe()
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv[1:]:
         sys.exit("".join(f"{path.relative_to(ROOT)} is not up to date; run make docs\n" for path in stale) or 0)
-    if ROOT / "docs" / "results.md" in stale:
-        results.write_pictures(ROOT / "docs")
+    if docs / "results.md" in stale:
+        for old in (docs / FOLDER).glob("*.svg"):
+            old.unlink()
+        for picture, svg in pictures.items():
+            (docs / picture).write_text(svg, encoding="utf-8")
     for path in stale:
         path.write_text(pages[path], encoding="utf-8")
         print(f"wrote {path.relative_to(ROOT)}")
@@ -104,7 +104,7 @@ def with_sizes(page: str) -> str:
         "which an open bank holds; a full cache of all layers in 16 bits, to compare.\n"
         "In all: on disk, in 16 / in 8 bits, text and token ids included."
     )
-    return SIZES.sub(lambda _: f"<!-- sizes -->\n{text_of([table]).strip()}\n\n{made}\n<!-- /sizes -->\n", page)
+    return SIZES.sub(lambda _: f"<!-- sizes -->\n{markdown(table)}\n\n{made}\n<!-- /sizes -->\n", page)
 
 
 def _in_bytes(number: float) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemTRM, TrainingFree
+from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemoryBank, MemTRM, TrainingFree
 from longmem.data.text import Document
 from longmem.data.tokens import train_tokenizer
 from longmem.evaluation.asking import Asker
@@ -70,6 +71,25 @@ def everything(*sizes: int) -> tuple[list[Asker], dict[str, Any]]:
 def documents(*repeats: int) -> list[TokenizedDocument]:
     texts = [Document(f"test/{'ab'[i % 2]}__{i}.txt", f"{i} " + TEXT * n, "") for i, n in enumerate(repeats)]
     return tokenize_documents(texts, TOKENIZER, group_separator="__")
+
+
+@torch.no_grad()
+def remembered(model: Any, before: Sequence[int], window: int = 16, size: int = 64) -> MemoryBank | None:
+    """A bank that has read a text in segments of a window; None where there is no text."""
+    bank = MemoryBank.for_model(model, 1, size) if before else None
+    for start in range(0, len(before), window):
+        bank.add(model.encode(torch.tensor([before[start : start + window]])))  # type: ignore[union-attr]
+    if bank is not None:
+        bank.end_document()
+    return bank
+
+
+@torch.no_grad()
+def by_hand(model: Any, bank: MemoryBank | None, local: Sequence[int], option: Sequence[int]) -> float:
+    """Log probability of an option, in one forward pass, alone."""
+    reads = {} if bank is None else {"memory": bank}
+    logits = model(torch.tensor([[*local, *option[:-1]]]), **reads).logits[0, -len(option) :].log_softmax(-1)
+    return float(logits.gather(1, torch.tensor(option)[:, None]).sum())
 
 
 def nll_of(found: Any, system: str, protocol: str) -> list[float]:

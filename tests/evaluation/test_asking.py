@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.evaluation.pairs import by_hand, remembered
 from tests.family_table import V, make_backbone
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
@@ -39,24 +40,6 @@ def asked(asker: Asker, *prompts: Prompt) -> list[Answer]:
     return [found[number] for number in range(len(prompts))]
 
 
-def read(model: LongMem, before: Tokens, size: int = 64) -> MemoryBank | None:
-    if not before:
-        return None
-    bank = MemoryBank.for_model(model, 1, size)
-    for start in range(0, len(before), WINDOW):
-        bank.add(model.encode(torch.tensor([before[start : start + WINDOW]])))
-    bank.end_document()
-    return bank
-
-
-def by_hand(model: LongMem, before: Tokens, local: Tokens, option: Tokens, size: int = 64) -> float:
-    """Alone, from the parts: segments into a bank, then one forward pass."""
-    with torch.no_grad():
-        ids = torch.tensor([[*local, *option[:-1]]])
-        logits = model(ids, memory=read(model, before, size)).logits[0, -len(option) :].log_softmax(-1)
-    return logits.gather(1, torch.tensor(option)[:, None]).sum().item()
-
-
 SHARED = text(37, 9)
 PROMPTS = [
     Prompt((text(5, 1),), (text(1, 2), text(3, 3), text(3, 4))),
@@ -75,8 +58,8 @@ def test_with_memory_each_option_is_scored_as_if_it_were_alone(model: LongMem, r
         room = WINDOW - max(map(len, prompt.options)) + 1
         for context, scored in zip(prompt.contexts, answer.scored, strict=True):
             cut = max(0, len(context) - room)
-            before = (*prompt.memory, *context[:cut])  # type: ignore[misc]
-            expected = [by_hand(model, before, context[cut:], option) for option in prompt.options]
+            bank = remembered(model, (*prompt.memory, *context[:cut]))  # type: ignore[misc]
+            expected = [by_hand(model, bank, context[cut:], option) for option in prompt.options]
             assert scored.logprobs == pytest.approx(expected, abs=1e-4)
             assert scored.best == expected.index(max(expected))
 
@@ -86,7 +69,7 @@ def test_without_memory_only_the_window_counts(model: LongMem) -> None:
     for prompt, answer in zip(PROMPTS, asked(off, *PROMPTS), strict=True):
         room = WINDOW - max(map(len, prompt.options)) + 1
         for context, scored in zip(prompt.contexts, answer.scored, strict=True):
-            expected = by_hand(model, (), context[-room:], prompt.options[0])
+            expected = by_hand(model, None, context[-room:], prompt.options[0])
             assert scored.logprobs[0] == pytest.approx(expected, abs=1e-4)
     seen, far, other = (Prompt((text(n, 3)[-20:],), ((5,),)) for n in (20, 40, 21))
     far = Prompt((text(9, 7) + seen.contexts[0],), seen.options)
@@ -100,12 +83,11 @@ def test_a_full_context_has_memory_in_front_and_only_what_memory_can_hold_is_rea
     memory, context, option = text(100, 1), text(10, 2), text(2, 3)
     whole = asker(model.backbone.model, memory=None, whole=True, window=128)
     (found,) = asked(whole, Prompt((context,), (option,), memory=memory))
-    with torch.no_grad():
-        logits = model.backbone.model(torch.tensor([[*memory, *context, option[0]]])).logits[0, -2:].log_softmax(-1)
-    expected = logits.gather(1, torch.tensor(option)[:, None]).sum().item()
+    expected = by_hand(model.backbone.model, None, (*memory, *context), option)
     assert found.scored[0].logprobs[0] == pytest.approx(expected, abs=1e-4)
     (found,) = asked(asker(model, memory=24), Prompt((context,), (option,), memory=memory))
-    assert found.scored[0].logprobs[0] == pytest.approx(by_hand(model, memory, context, option, size=24), abs=1e-4)
+    expected = by_hand(model, remembered(model, memory, size=24), context, option)
+    assert found.scored[0].logprobs[0] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("memory", [None, 64])
@@ -116,7 +98,7 @@ def test_continuations_are_those_of_each_prompt_alone(model: LongMem, memory: in
     for prompt, answer in zip(prompts, together, strict=True):
         (context,), ids = prompt.contexts, list[int]()
         cut = max(0, len(context) - (WINDOW - prompt.new_tokens))
-        bank = read(model, (*prompt.memory, *context[:cut])) if memory else None  # type: ignore[misc]
+        bank = remembered(model, (*prompt.memory, *context[:cut])) if memory else None  # type: ignore[misc]
         while len(ids) < prompt.new_tokens and TOKENIZER.eos_token_id not in ids:
             with torch.no_grad():
                 logits = model(torch.tensor([[*context[cut:], *ids]]), memory=bank).logits

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tests.evaluation.pairs import disturbed
+from tests.evaluation.pairs import by_hand, disturbed, remembered
 from transformers import PreTrainedTokenizerFast
 
-from longmem import LongMem, MemoryBank
+from longmem import LongMem
 from longmem.cli import main as frame
 from longmem.evaluation.asking import Asker
 
@@ -43,16 +42,10 @@ metadata: {version: 2}""",
 }
 
 
-def by_hand(model: LongMem, tokens: list[int], scored: int, window: int) -> float:
-    """Log-probability of the last tokens: what does not fit is read in segments into a bank, one text alone."""
-    cut = max(0, len(tokens) - 1 - window)
-    bank = MemoryBank.for_model(model, 1, 64)
-    for start in range(0, cut, window):
-        bank.add(model.encode(torch.tensor([tokens[start : min(start + window, cut)]])))
-    bank.end_document()
-    with torch.no_grad():
-        logits = model(torch.tensor([tokens[cut:-1]]), memory=bank).logits[0, -scored:].log_softmax(-1)
-    return logits.gather(1, torch.tensor(tokens[-scored:])[:, None]).sum().item()
+def long_text(model: LongMem, tokens: list[int], scored: int) -> float:
+    """Of the last tokens: what does not fit the window is in memory."""
+    cut = max(0, len(tokens) - 1 - 32)
+    return by_hand(model, remembered(model, tokens[:cut], window=32), tokens[cut:-scored], tokens[-scored:])
 
 
 @pytest.fixture
@@ -141,7 +134,7 @@ def test_what_does_not_fit_is_read_into_a_memory_of_the_request_alone(
     found = [logprob for logprob, _ in lm.loglikelihood(requests("loglikelihood", *pairs))]
     for (text, answer), logprob in zip(pairs, found, strict=True):
         tokens = lm.asker.tokenizer(text + answer)["input_ids"]
-        assert logprob == pytest.approx(by_hand(lm.asker.model, tokens, len(answer), 32), abs=1e-4)
+        assert logprob == pytest.approx(long_text(lm.asker.model, tokens, len(answer)), abs=1e-4)
     without = memory_lm(None, batch).loglikelihood(requests("loglikelihood", *pairs))
     long = [len(text + answer) > 33 for text, answer in pairs]
     assert [abs(a - b) > 1e-4 for a, (b, _) in zip(found, without, strict=True)] == long
@@ -154,7 +147,7 @@ def test_what_does_not_fit_is_read_into_a_memory_of_the_request_alone(
     for text, logprob in zip(whole, found, strict=True):
         tokens = lm.asker.tokenizer(text)["input_ids"]
         windows = ([lm.prefix_token_id, *tokens[:32]], tokens[:64], tokens)
-        assert logprob == pytest.approx(sum(by_hand(lm.asker.model, w, 32, 32) for w in windows), abs=1e-3)
+        assert logprob == pytest.approx(sum(long_text(lm.asker.model, w, 32) for w in windows), abs=1e-3)
 
 
 @needs_harness

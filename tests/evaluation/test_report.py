@@ -13,7 +13,7 @@ import pytest
 from longmem import ConfigError, DataError
 from longmem.cli.main import main
 from longmem.evaluation.asking import Asker
-from longmem.evaluation.report import build_report, write_report
+from longmem.evaluation.report import build_report
 from longmem.evaluation.results import write_json
 from longmem.evaluation.systems import chosen, largest
 from longmem.evaluation.tables import Table, caveat, paper, plain
@@ -56,8 +56,8 @@ def results(tmp_path: Path) -> Path:
 
 
 def test_every_kind_of_result_is_on_both_pages(results: Path, tmp_path: Path) -> None:
-    report = build_report([results], base=tmp_path)
-    write_report(report, tmp_path / "out")
+    report = build_report([results])
+    report.write(tmp_path / "out")
     text, html = ((tmp_path / "out" / f"report.{kind}").read_text() for kind in ("md", "html"))
     for said in (
         "61.258 (-9.50 [-11.23, -7.89])", "-10.71 [-12.24, -9.37]", "17 documents, 174,063 tokens", "; 1.",

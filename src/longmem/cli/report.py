@@ -20,10 +20,10 @@ def command(results: tuple[str, ...], out: Path, title: str, as_json: bool) -> N
     Takes what `longmem eval`, `longmem layers` and the benches write. The paper's own numbers stand beside ours where
     the setting is the same kind. A file that is no result, or a damaged one, is named in one line and left out.
     """
-    from longmem.evaluation.report import build_report, write_report
+    from longmem.evaluation.report import build_report
 
     report = build_report(results, title=title)
-    written = write_report(report, out)
+    written = report.write(out)
     for problem in report.problems:
         click.echo(f"not shown: {problem}", err=True)
     if as_json:

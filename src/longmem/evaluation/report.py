@@ -11,9 +11,8 @@ import base64
 import html
 import io
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -96,79 +95,75 @@ class Report(NamedTuple):
         page = (files("longmem.evaluation") / "report.html").read_text(encoding="utf-8")
         return page.replace("{title}", html.escape(self.title)).replace("{body}", body)
 
-    def write_pictures(self, out: Path) -> list[Path]:
-        """Write the pictures of a page in ``out``; those of other pages are removed from their folders."""
-        written = {out / path: svg for path, svg in self.pictures.items()}
-        for folder in {path.parent for path in written}:
-            folder.mkdir(parents=True, exist_ok=True)
-            for old in set(folder.glob("*.svg")) - written.keys():
-                old.unlink()
-        for path, svg in written.items():
-            path.write_text(svg, encoding="utf-8")
-        return list(written)
+    def write(self, out: Path) -> list[Path]:
+        """``report.md``, ``report.html``, and the pictures in their folder; returns the files."""
+        made = {"report.md": self.text, "report.html": self.html(), **self.pictures}
+        for path, text in made.items():
+            write_whole(out / path, [text])
+        return [out / path for path in made]
 
 
-def build_report(
-    paths: Sequence[str | Path],
-    *,
-    title: str = "Results",
-    intro: Sequence[str] = (),
-    base: Path | None = None,
-    folder: str = "pictures",
-    most_tables: Mapping[str, int] | None = None,
-) -> Report:
+class Section(NamedTuple):
+    """One result on a page: Markdown, pictures as in ``Report``, and whether a table of the paper is beside it."""
+
+    text: str
+    pictures: dict[str, str]
+    compared: bool
+
+
+def build_report(paths: Sequence[str | Path], *, title: str = "Results") -> Report:
     """Read results, files and folders that are searched to their ends, and lay them out.
-
-    Args:
-        intro: paragraphs below the title.
-        base: paths are shown as seen from there.
-        folder: of pictures, as seen from the page.
-        most_tables: of each result by its kind, else one; None is all.
 
     Raises:
         DataError: a path is not there, or none of the files is a result.
     """
     found: dict[str, list[str]] = {kind: [] for kind in TITLES}
-    report = Report(title, "", {}, [], [])
-    named = {Path(file if base is None else os.path.relpath(file, base)).as_posix(): file for file in _files(paths)}
-    compared = False
-    for path, file in sorted(named.items()):
+    report, compared = Report(title, "", {}, [], []), False
+    for path in sorted(set(_files(paths))):
+        name = path.as_posix()
         try:
-            kind, result = _read(file)
-            name = _name(path, kind)
-            tables = tables_of(result)[: None if most_tables is None else most_tables.get(kind, 1)]
-            pictures = list(pictures_of(result, re.sub(r"[^\w.-]+", "-", f"{name}-")))
-            drawn = {f"{folder}/{picture.name}.svg": picture for picture in pictures}
-            section = [f"### {escaped(name)}", *map(markdown, tables)]
-            section += [f"![{escaped(picture.alt)}]({where})" for where, picture in drawn.items()]
-            papers = beside(kind, f"{name} {result.get('header', {}).get('config', {}).get('data')}")
-            section += [*map(markdown, papers), _origin(path, result)]
-            svgs = {where: picture.svg() for where, picture in drawn.items()}
+            result = _read(path)
+            kind = str(kind_of(result))
+            made = section(name, result)
         except (DataError, OSError) as problem:
-            report.problems.append(f"{path}: {problem}")
+            report.problems.append(f"{name}: {problem}")
         except Exception as error:  # a result that lacks what its kind has raises anything
             what = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
-            report.problems.append(f"{path}: a damaged result ({what}); measure it again")
+            report.problems.append(f"{name}: a damaged result ({what}); measure it again")
         else:
-            found.setdefault(kind, []).extend(section)
-            report.pictures.update(svgs)
-            report.shown.append(path)
-            compared = compared or bool(papers)
+            found.setdefault(kind, []).extend([f"### {escaped(_name(name, kind))}", made.text])
+            report.pictures.update(made.pictures)
+            report.shown.append(name)
+            compared = compared or made.compared
     if not report.shown:
         raise DataError("; ".join(report.problems) or f"no result files in {', '.join(map(str, paths))}")
-    text = [f"# {escaped(title)}", *intro, *([paper()["setting"]] if compared else [])]
+    text = [f"# {escaped(title)}", *([paper()["setting"]] if compared else [])]
     for kind, sections in found.items():
         text += [f"## {escaped(TITLES.get(kind, kind))}", *sections] if sections else []
     text += ["## Not shown", *map(escaped, report.problems)] if report.problems else []
     return report._replace(text="\n\n".join(text) + "\n")
 
 
-def write_report(report: Report, out: Path) -> list[Path]:
-    """``report.md`` with its pictures in a folder, and ``report.html``; returns the files."""
-    pictures = report.write_pictures(out)
-    write_whole(out / "report.md", [report.text])
-    write_whole(out / "report.html", [report.html()])
-    return [out / "report.md", out / "report.html", *pictures]
+def section(path: str, result: Json, *, folder: str = "pictures", most_tables: int | None = None) -> Section:
+    """A result as Markdown: tables, pictures, the paper's table of the same kind, and how it was made.
+
+    Args:
+        path: of its file, as it is named on the page.
+        folder: of pictures, as seen from the page.
+        most_tables: the first so many; None is all.
+    """
+    kind = str(kind_of(result))
+    name = _name(path, kind)
+    pictures = {f"{folder}/{p.name}.svg": p for p in pictures_of(result, re.sub(r"[^\w.-]+", "-", f"{name}-"))}
+    papers = beside(kind, f"{name} {result.get('header', {}).get('config', {}).get('data')}")
+    parts = [
+        *map(markdown, tables_of(result)[:most_tables]),
+        *(f"![{escaped(picture.alt)}]({where})" for where, picture in pictures.items()),
+        *map(markdown, papers),
+        _origin(path, result),
+    ]
+    drawn = {where: picture.svg() for where, picture in pictures.items()}
+    return Section("\n\n".join(parts), drawn, bool(papers))
 
 
 def _files(paths: Sequence[str | Path]) -> Iterator[Path]:
@@ -180,16 +175,14 @@ def _files(paths: Sequence[str | Path]) -> Iterator[Path]:
         yield from () if path.is_dir() else (path,)
 
 
-def _read(file: Path) -> tuple[str, Json]:
-    """Kind, a task's own name among them, and content."""
+def _read(file: Path) -> Json:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        result = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # what is nested a thousand times deep is not ours either
         raise DataError(f"not JSON ({error}); it was cut short or is something else") from error
-    kind = kind_of(data) if isinstance(data, dict) else None
-    if kind is None:
+    if not isinstance(result, dict) or kind_of(result) is None:
         raise DataError("not a result of longmem that can be shown")
-    return str(data["header"]["task"]) if kind == "task" else kind, data
+    return result
 
 
 def _name(path: str, kind: str) -> str:
@@ -265,7 +258,7 @@ def pictures_of(result: Json, name: str = "") -> Iterator[Picture]:
             yield Picture(f"{name}perplexity-by-memory-size", "perplexity by memory size", memory_figure(result))
     elif kind == "layers":
         yield Picture(f"{name}layers", "what the heads of each layer find", layers_figure(result))
-    elif kind == "task" and result["header"]["task"] == "needle":
+    elif kind == "needle":
         for metric in result["metrics"]:
             alt = f"{metric['label']} by depth and length"
             yield Picture(f"{name}needle-{metric['name']}", alt, needle_figure(result, metric))

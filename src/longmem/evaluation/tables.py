@@ -6,9 +6,9 @@ import json
 import re
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from longmem.evaluation.results import Json
 from longmem.evaluation.systems import BACKBONE, largest
@@ -61,16 +61,17 @@ def escaped(text: str, in_table: bool = False) -> str:
 
 
 def kind_of(result: Json) -> str | None:
-    """``bench`` is any measurement of ``benchmarks/``, which has no tables; None is no result."""
-    if not isinstance(result.get("header"), dict):
+    """The name of its task; ``bench`` is any measurement of ``benchmarks/``, which has no tables; None is no result."""
+    if not isinstance(header := result.get("header"), dict):
         return "bench" if isinstance(result.get("command"), str) else None
-    return next((kind for kind, (fields, _) in KINDS.items() if all(field in result for field in fields)), None)
+    task = header.get("task")
+    return str(task) if task in KINDS or "metrics" in result else None
 
 
 def tables_of(result: Json) -> list[Table]:
     """All tables of a result, the main one first."""
     kind = kind_of(result)
-    return list(KINDS[kind][1](result)) if kind in KINDS else []
+    return list(KINDS.get(kind, task_tables)(result)) if kind not in (None, "bench") else []
 
 
 # perplexity
@@ -182,14 +183,11 @@ def _ranged(value: float | None, edges: Json | None, form: str) -> str:
 
 
 def task_tables(result: Json) -> Iterator[Table]:
-    """For each metric: groups down, systems across; needles by length; paired differences of the first metric.
+    """For each metric: groups down, systems across; paired differences of the first metric.
 
     Where there are averages over groups only those are shown.
     """
     systems, groups = result["systems"], result["groups"]
-    if result["header"]["task"] == "needle":
-        yield from (needle_table(result, metric) for metric in result["metrics"])
-        return
     groups = [group for group in groups if group["group"].startswith("average")] or groups
     for metric in result["metrics"]:
         form, rows = ".2f" if metric["unit"] == "nats" else ".1f", []
@@ -211,8 +209,12 @@ def task_tables(result: Json) -> Iterator[Table]:
         yield Table([f"difference, {everything['group']}", first["label"]], rows)
 
 
-def needle_table(result: Json, metric: Json) -> Table:
-    """Right answers by length, all depths together and the worst of them."""
+def needle_tables(result: Json) -> Iterator[Table]:
+    """Right answers by length, all depths together and the worst of them, for each metric."""
+    yield from (_needle_table(result, metric) for metric in result["metrics"])
+
+
+def _needle_table(result: Json, metric: Json) -> Table:
     found: dict[str, dict[str, list[tuple[float, int]]]] = defaultdict(lambda: defaultdict(list))
     for group in result["groups"]:
         what, _, depth = group["group"].partition(", depth ")
@@ -350,12 +352,12 @@ def beside(kind: str, said: str) -> list[Table]:
     return [table for name, table in paper().items() if name == kind]
 
 
-KINDS: dict[str, tuple[tuple[str, ...], Any]] = {
-    "ablate": (("axes", "protocols"), ablation_tables),
-    "perplexity": (("protocols", "systems"), perplexity_tables),
-    "efficiency": (("points", "ratios"), efficiency_tables),
-    "task": (("metrics", "groups", "systems"), task_tables),
-    "layers": (("ranks", "recommended"), layer_tables),
-    "harness": (("tasks", "systems"), harness_tables),
+KINDS: dict[str | None, Callable[[Json], Iterator[Table]]] = {
+    "ablate": ablation_tables,
+    "perplexity": perplexity_tables,
+    "efficiency": efficiency_tables,
+    "layers": layer_tables,
+    "harness": harness_tables,
+    "needle": needle_tables,
 }
-"""Kinds of results: the fields that each has, and what makes its tables."""
+"""Makers of tables, by the name of a task; every other has those of ``task_tables``."""
