@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.calling import Command
 from tests.evaluation.pairs import SHAPE, TEXT, TOKENIZER, backbone, disturbed
 
 from longmem import LongMem, MemTRM, TrainingFree
-from longmem.cli.main import main
 from longmem.data.tokens import train_tokenizer
-
-Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -38,23 +36,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def run(capsys: Capture, *arguments: object, status: int = 0) -> str:
-    """What is printed, or of an error its one line."""
-    with pytest.raises(SystemExit) as done:
-        main(["eval", "perplexity", *map(str, arguments)])
-    captured = capsys.readouterr()
-    assert (done.value.code or 0) == status, captured.err
-    if not status:
-        return captured.out
-    (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    return line.removeprefix("error: ") + captured.out
-
-
-def test_all_systems_from_run_folders_to_table_json_and_pictures(home: Path, capsys: Capture, tmp_path: Path) -> None:
+def test_all_systems_from_run_folders_to_table_json_and_pictures(home: Path, command: Command, tmp_path: Path) -> None:
     given: list[Any] = ["--model", home / "side", "--control", home / "control", "--memtrm", home / "memtrm"]
     given += ["--training-free", "0.1", "--training-free", home / "free", "--memory-sizes", "16,64"]
     given += ["--data", home / "texts", "--group-by-prefix", "__", "--batch", 2, "--resamples", 20, "--out", tmp_path]
-    shown = run(capsys, *given)
+    shown = command("eval", "perplexity", *given).out
     for words in (
         "backbone alone", "SideNet, memory off", "SideNet trained without memory", "LongMem, 16 tokens",
         "MemTRM, 64 tokens", "training-free 0.1, 16 tokens", "training-free 0.25, 64", "segments of 16",
@@ -72,8 +58,7 @@ def test_all_systems_from_run_folders_to_table_json_and_pictures(home: Path, cap
         "perplexity-by-position.png",
         "perplexity-by-memory-size.png",
     }
-    again = json.loads(run(capsys, *given, "--json"))
-    assert again["protocols"] == result["protocols"]
+    assert command("eval", "perplexity", *given, "--json").json["protocols"] == result["protocols"]
 
 
 @pytest.mark.parametrize(
@@ -87,20 +72,19 @@ def test_all_systems_from_run_folders_to_table_json_and_pictures(home: Path, cap
     ],
 )
 def test_a_baseline_or_a_backbone_is_measured_by_itself(
-    model: str, options: list[str], systems: list[str], home: Path, capsys: Capture
+    model: str, options: list[str], systems: list[str], home: Path, command: Command
 ) -> None:
     data = ["--data", home / "texts", "--num-documents", 2, "--max-tokens", 30, "--protocol", "sliding"]
-    found = run(capsys, "--model", home / model, *data, "--resamples", 20, "--json", *options)
-    result = json.loads(found)
+    given = ("--model", home / model, *data, "--resamples", 20, "--json", *options)
+    result = command("eval", "perplexity", *given).json
     assert list(result["systems"]) == systems
     assert list(result["protocols"]) == ["sliding"]
     assert [(d["id"], d["tokens"]) for d in result["documents"]] == [("one__a.txt", 29), ("one__b.txt", 29)]
 
 
-def test_an_empty_list_is_refused_by_its_option_before_anything_is_read(capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as done:
-        main(["eval", "perplexity", "--model", "nowhere", "--data", "nowhere", "--windows="])
-    assert done.value.code == 2 and "'--windows'" in capsys.readouterr().err
+def test_an_empty_list_is_refused_by_its_option_before_anything_is_read(command: Command) -> None:
+    done = command("eval", "perplexity", "--model", "nowhere", "--data", "nowhere", "--windows=")
+    assert done.status == 2 and "'--windows'" in done.err
 
 
 @pytest.mark.parametrize(
@@ -131,8 +115,8 @@ def test_an_empty_list_is_refused_by_its_option_before_anything_is_read(capsys: 
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(
-    options: str, says: str, home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    options: str, says: str, home: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(home)
     data = [] if "--data" in options else ["--data", "texts"]
-    assert says in run(capsys, *options.split(), *data, status=1)
+    assert says in command("eval", "perplexity", *options.split(), *data).error

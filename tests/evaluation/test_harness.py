@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.calling import Command
 from tests.evaluation.pairs import by_hand, disturbed, remembered
 from transformers import PreTrainedTokenizerFast
 
 from longmem import LongMem
-from longmem.cli import main as frame
 from longmem.evaluation.asking import Asker
 
 WITHOUT = importlib.util.find_spec("lm_eval") is None
@@ -71,13 +71,6 @@ def sidenet_dir(tmp_path: Path, tiny_backbone: Any, byte_tokenizer: PreTrainedTo
     model = LongMem.from_backbone(tmp_path / "backbone", memory_layer=1, num_retrieved=8, memory_size=64)
     disturbed(model).save_pretrained(tmp_path / "sidenet")
     return tmp_path / "sidenet"
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stop:
-        frame.main(["eval", "harness", *map(str, arguments)])
-    shown = capsys.readouterr()
-    return int(stop.value.code or 0), shown.out, shown.err
 
 
 def requests(kind: str, *arguments: Any) -> list[Any]:
@@ -161,13 +154,11 @@ def test_generation_reads_what_was_cut_off(memory_lm: Make, texts: list[str]) ->
 
 @needs_harness
 def test_the_command_runs_tasks_of_a_folder_on_every_system(
-    sidenet_dir: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    sidenet_dir: Path, folder: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     chosen = ("--model", sidenet_dir, "--tasks", ",".join(TASKS), "--include", folder, "--window", 32, "--batch", 2)
-    status, out, _ = run(capsys, *chosen, "--json", "--out", tmp_path / "out")
-    assert status == 0
-    result = json.loads(out)
+    result = command("eval", "harness", *chosen, "--json", "--out", tmp_path / "out").json
     assert result == json.loads((tmp_path / "out" / "harness.json").read_text())
     assert list(result["systems"]) == ["backbone", "memory_off", "memory_64"]
     assert {task: list(metrics) for task, metrics in result["tasks"].items()} == {
@@ -178,28 +169,26 @@ def test_the_command_runs_tasks_of_a_folder_on_every_system(
     assert len(set(rolling.values())) == 3 and all(math.isfinite(value) for value in rolling.values())
     assert result["versions"]["names_rolling"] == 2
     assert result["header"]["samples"] == dict.fromkeys(TASKS, 4)
-    status, out, _ = run(capsys, *chosen, "--limit", 1)
-    assert status == 0 and "names_rolling" in out and "SideNet, memory off" in out
+    shown = command("eval", "harness", *chosen, "--limit", 1).out
+    assert "names_rolling" in shown and "SideNet, memory off" in shown
 
 
 @needs_harness
 def test_what_cannot_be_run_is_one_line(
-    sidenet_dir: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    sidenet_dir: Path, folder: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "data.jsonl").unlink()
     for tasks, said in (
         ("names_choice,nothing_like_it", "tasks (nothing_like_it) is not known to lm-evaluation-harness nor in"),
-        ("names_choice", "error: the data of names_choice cannot be read"),
+        ("names_choice", "the data of names_choice cannot be read"),
     ):
-        status, _, err = run(capsys, "--model", sidenet_dir, "--tasks", tasks, "--include", folder)
-        assert status == 1 and said in err.splitlines()[-1]
+        assert said in command("eval", "harness", "--model", sidenet_dir, "--tasks", tasks, "--include", folder).error
 
 
 def test_without_the_extra_one_line_says_so(
-    sidenet_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    sidenet_dir: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    status, out, err = run(capsys, "--model", sidenet_dir, "--tasks", "boolq")
-    assert (status, out) == (1, "")
-    assert err.splitlines()[-1] == "error: lm-evaluation-harness is not installed; pip install 'longmem-lm[eval]'"
+    done = command("eval", "harness", "--model", sidenet_dir, "--tasks", "boolq")
+    assert done.error == "lm-evaluation-harness is not installed; pip install 'longmem-lm[eval]'"

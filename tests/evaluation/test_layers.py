@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.calling import Command
 from tests.family_table import FAMILIES, V, make_backbone
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from longmem import AlibiGPTForCausalLM, TrainingFree
-from longmem.cli.main import main
 from longmem.data.tokens import train_tokenizer
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation import layers
@@ -36,18 +36,6 @@ from longmem.modeling.backbone import position_free_qkv
 from longmem.modeling.probe import QKV
 
 SMALL: dict[str, Any] = {"num_retrieved": 8, "chunk_size": 2, "quiet": True}
-
-
-@pytest.fixture
-def folder(tiny_backbone: AlibiGPTForCausalLM, tmp_path: Path) -> Path:
-    tiny_backbone.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main(["layers", *map(str, arguments)])
-    return int(stopped.value.code or 0)
 
 
 def texts() -> list[torch.Tensor]:
@@ -154,12 +142,6 @@ def test_copy_loss_is_the_loss_of_each_pass(tiny_backbone: AlibiGPTForCausalLM) 
     assert second == pytest.approx(losses[:, 16:].mean().item(), abs=1e-5)
 
 
-def test_random_tokens_do_not_repeat_while_the_vocabulary_lasts() -> None:
-    tokens = random_tokens(100, 3, 96, special=(0, 1, 2))
-    assert all(len(set(row)) == 96 for row in tokens.tolist()) and tokens.min() >= 3
-    assert random_tokens(10, 1, 25).shape == (1, 25)
-
-
 def test_text_and_random_tokens_are_ranked_at_every_distance(tiny_backbone: AlibiGPTForCausalLM) -> None:
     text = random_tokens(260, 2, 200, seed=3)
     report = explain_layers(tiny_backbone, text, distances=(64, 128, 192, 512), num_retrieved=32, rows=2)
@@ -172,12 +154,12 @@ def test_text_and_random_tokens_are_ranked_at_every_distance(tiny_backbone: Alib
 
 
 def test_the_command_prints_tables_and_writes_json_and_heat_map(
-    folder: Path, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_backbone: AlibiGPTForCausalLM, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, command: Command
 ) -> None:
-    byte_tokenizer.save_pretrained(folder)
+    for part in (tiny_backbone, byte_tokenizer):
+        part.save_pretrained(tmp_path / "model")
     small = ("--distances", "96,128", "--rows", 2, "--stride", 2)
-    assert run(folder, *small, "--out", tmp_path / "out") == 0
-    printed = capsys.readouterr().out
+    printed = command("layers", tmp_path / "model", *small, "--out", tmp_path / "out").out
     assert "none, all in the window" in printed and "How well keys find what followed" in printed
     assert (tmp_path / "out" / "layers.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     written = json.loads((tmp_path / "out" / "layers.json").read_text())

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.calling import Command
 
 from longmem import ConfigError, DataError
-from longmem.cli.main import main
 from longmem.evaluation.asking import Asker
 from longmem.evaluation.report import build_report
 from longmem.evaluation.results import write_json
@@ -75,23 +75,19 @@ def test_every_kind_of_result_is_on_both_pages(results: Path, tmp_path: Path) ->
 
 
 def test_what_is_no_result_is_named_in_one_line_and_the_rest_is_shown(
-    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    results: Path, tmp_path: Path, command: Command
 ) -> None:
-    with pytest.raises(SystemExit) as done:
-        main(["report", str(results), "--out", str(tmp_path / "out")])
-    captured = capsys.readouterr()
-    assert not done.value.code
-    assert captured.out.split() == [str(tmp_path / "out" / f"report.{kind}") for kind in ("md", "html")]
-    lines = [line.removeprefix(f"not shown: {results}/") for line in captured.err.splitlines()]
+    done = command("report", results, "--out", tmp_path / "out")
+    assert done.status == 0
+    assert done.out.split() == [str(tmp_path / "out" / f"report.{kind}") for kind in ("md", "html")]
+    lines = [line.removeprefix(f"not shown: {results}/") for line in done.err.splitlines()]
     damaged = [f"bad{number}/{name}.json" for number, name in enumerate(("perplexity", "needle", "needle", "needle"))]
     assert [line.split(":")[0] for line in lines] == [*damaged, "cut.json", "deep.json", "other.json"]
     assert lines[0].endswith("a damaged result ('samples' is missing); measure it again")
     assert all("a damaged result (" in line for line in lines[1:4]) and all("not JSON (" in line for line in lines[4:6])
     assert lines[6].endswith("not a result of longmem that can be shown")
     for wrong, said in ((results / "cut.json", "cut.json: not JSON"), (results / "nowhere", "no such file or folder")):
-        with pytest.raises(SystemExit) as done:
-            main(["report", str(wrong), "--out", str(tmp_path / "other")])
-        assert done.value.code == 1 and said in capsys.readouterr().err
+        assert said in command("report", wrong, "--out", tmp_path / "other").error
     assert not (tmp_path / "other").exists()
     with pytest.raises(DataError, match="no result files in"):
         build_report([results / "model"])

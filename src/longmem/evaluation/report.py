@@ -372,16 +372,12 @@ def heat_map(axis: Axes, grid: Sequence[Sequence[float]], columns: Sequence[str]
 
 def panels(columns: int, *, rows: int = 1, height: float = 3.3) -> tuple[Figure, list[list[Axes]]]:
     """A figure of axes with a quiet grid, rows in one scale."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(5.6, 4.6 * columns), height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     axes: list[list[Axes]] = figure.subplots(rows, columns, squeeze=False, sharey="row").tolist()
     for axis in (axis for row in axes for axis in row):
-        axis.patch.set_alpha(0)
         axis.grid(True, linewidth=0.7, alpha=0.3)
-        axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["bottom", "left"]].set_color(INK)
         axis.tick_params(colors=INK, labelsize=9)
