@@ -22,12 +22,19 @@ def side(demo_folder: Path) -> Path:
     return demo_folder / "models" / "small" / "sidenet"
 
 
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The beginnings of texts that are remembered are short."""
+    monkeypatch.setattr(longmem.demo, "MAX_TOKENS", 1500)
+    monkeypatch.setattr(longmem.demo, "REAL_TOKENS", 600)
+
+
 def test_beginnings_are_kept_measured_and_continued(
     demo_folder: Path, side: Path, tmp_path: Path, command: Command
 ) -> None:
     texts = [str(demo_folder / "runs" / "demo" / "text" / f"{name}.txt") for name in ("http", "email")]
     said: list[str] = []
-    made = run_demo(tmp_path, texts, model=side, max_tokens=1500, say=said.append)
+    made = run_demo(tmp_path, texts, model=side, say=said.append)
     assert [line.split(":")[0] for line in said[:2]] == ["http.txt", "email.txt"]
     with MemoryStore.open(made["store"], mode="read", create=False) as store:
         kept = store.text(NAMESPACE, "http.txt")
@@ -77,7 +84,7 @@ def test_facts_are_told_asked_for_and_forgotten(
         return Reply(" ".join(each.text for each in found) or "nothing", found, [])
 
     monkeypatch.setattr(longmem.demo, "reply", reply)
-    made = run_demo(tmp_path / "out", ["json"], max_tokens=600, say=lambda line: None)
+    made = run_demo(tmp_path / "out", ["json"], say=lambda line: None)
     assert set(made["perplexity"]["systems"]) == {"backbone", f"training_free_calibrated_{MEMORY_SIZES[-1]}"}
     assert len(made["asked"]) == FACTS and all(each["without"] == "nothing" for each in made["asked"])
     first = next(each for each in made["asked"] if each["named"])
@@ -89,10 +96,8 @@ def test_facts_are_told_asked_for_and_forgotten(
         assert first["document"] not in [each.name for each in store.documents(TALK)]
 
     # with the model itself, on the command line
-    monkeypatch.undo()
-    monkeypatch.setattr(longmem.demo, "default_model", lambda say: default)
+    monkeypatch.setattr(longmem.demo, "reply", longmem.chat.reply)
     monkeypatch.setattr(longmem.demo, "FACTS", 2)
-    monkeypatch.setattr(longmem.demo, "REAL_TOKENS", 600)
     out = command("demo", "--out", tmp_path / "out").out
     assert "2 facts were told" in out and "of 2 with memory, 0 without" in out and "read            passages of" in out
 
@@ -106,7 +111,7 @@ def test_without_the_registry_the_small_pair_takes_its_place(
     monkeypatch.setattr(longmem.demo, "default_model", missing)
     monkeypatch.setattr(longmem.demo, "shipped", lambda name: side)
     said: list[str] = []
-    made = run_demo(tmp_path / "out", ["json"], max_tokens=400, say=said.append)
+    made = run_demo(tmp_path / "out", ["json"], say=said.append)
     assert said[0].startswith("it cannot be fetched (no network); going on with the pair of 5 million parameters")
     assert made["model"] == str(side) and "asked" not in made
     monkeypatch.setattr(longmem.demo, "shipped", lambda name: None)

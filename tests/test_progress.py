@@ -19,7 +19,8 @@ from longmem.progress import Progress, clock
     ],
 )
 def test_the_time_left_is_that_of_what_was_done_since(done: int, total: int | None, more: int, line: str) -> None:
-    progress = Progress("x", total, "steps", done=done, quiet=True)
+    progress = Progress("x", total, "steps", quiet=True)
+    progress.done = progress.before = done
     progress.advance(more)
     assert progress.line(10.0) == line
 
@@ -29,13 +30,13 @@ def test_in_a_log_file_a_line_comes_when_its_time_has_come(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr("longmem.progress.time.monotonic", lambda: now[0])
-    with Progress("encoding", 40, "tokens", done=20) as progress:
+    with Progress("encoding", 40, "tokens") as progress:
         for seconds in (9.0, 10.0, 15.0, 20.0):
             now[0] = seconds
             progress.advance(1, "book.txt")
     assert capsys.readouterr().err.splitlines() == [
-        "encoding: 22 of 40 tokens (55 %), 1 min 30 s left, book.txt",
-        "encoding: 24 of 40 tokens (60 %), 1 min 20 s left, book.txt",
+        "encoding: 2 of 40 tokens (5 %), 3 min 10 s left, book.txt",
+        "encoding: 4 of 40 tokens (10 %), 3 min 00 s left, book.txt",
     ]
 
 

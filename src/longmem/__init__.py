@@ -70,37 +70,30 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AlibiGPTConfig": "longmem.modeling.alibi_gpt",
-    "AlibiGPTForCausalLM": "longmem.modeling.alibi_gpt",
-    "AttentionKV": "longmem.types",
-    "Explanation": "longmem.modeling.explain",
-    "LongMem": "longmem.modeling.longmem",
-    "LongMemConfig": "longmem.config",
-    "LongMemGenerationConfig": "longmem.config",
-    "MemTRM": "longmem.modeling.baselines",
-    "MemTRMConfig": "longmem.config",
-    "MemoryBank": "longmem.memory.bank",
-    "MemoryStore": "longmem.store.store",
-    "Recall": "longmem.store.recall",
-    "RetrievedMemory": "longmem.types",
-    "SessionBank": "longmem.store.bank",
-    "SessionMemory": "longmem.memory.session",
-    "StoreBank": "longmem.store.bank",
-    "TrainingFree": "longmem.modeling.baselines",
-    "TrainingFreeConfig": "longmem.config",
+    "config": ("LongMemConfig", "LongMemGenerationConfig", "MemTRMConfig", "TrainingFreeConfig"),
+    "memory.bank": ("MemoryBank",),
+    "memory.session": ("SessionMemory",),
+    "modeling.alibi_gpt": ("AlibiGPTConfig", "AlibiGPTForCausalLM"),
+    "modeling.baselines": ("MemTRM", "TrainingFree"),
+    "modeling.explain": ("Explanation",),
+    "modeling.longmem": ("LongMem",),
+    "store.bank": ("SessionBank", "StoreBank"),
+    "store.recall": ("Recall",),
+    "store.store": ("MemoryStore",),
+    "types": ("AttentionKV", "RetrievedMemory"),
 }
-_MODELS = tuple(f"longmem.modeling.{name}" for name in ("alibi_gpt", "longmem", "baselines"))
+_MODELS = ("modeling.alibi_gpt", "modeling.longmem", "modeling.baselines")
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if home.startswith(("longmem.modeling.", "longmem.config")):
-        for model in _MODELS:
-            import_module(model)
-    value = globals()[name] = getattr(import_module(home), name)
-    return value
+    for home, names in _HOMES.items():
+        if name in names:
+            # a model brings the others, so that the Auto classes know the checkpoints of all
+            for each in _MODELS if home.startswith(("modeling.", "config")) else ():
+                import_module(f"longmem.{each}")
+            value = globals()[name] = getattr(import_module(f"longmem.{home}"), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

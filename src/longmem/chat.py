@@ -1,6 +1,6 @@
 """Conversations: prompts from messages, passages of memory read once more, and what was said kept.
 
-Used by ``longmem chat`` and by the server; no state is kept between two calls but in the store.
+Used by ``longmem chat``, ``longmem demo`` and the server; no state is kept between two calls but in the store.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from longmem.generation.page import Readings
+from longmem.store import MemoryStore
 from longmem.store.recall import NOTES_TOKENS, Recall, RecalledPassage
 
 Message = dict[str, str]
@@ -119,9 +120,8 @@ def conversation_name() -> str:
     return time.strftime("chat-%Y%m%d-%H%M%S", time.gmtime(moment)) + f"-{int(moment % 1 * 1e6):06}"
 
 
-def keep(store: Any, namespace: str, name: str, messages: Sequence[Message]) -> int:
-    """Append messages to a conversation's document, or begin it; returns the tokens that were added."""
-    text = transcript(messages)
-    known = {info.name: info.tokens for info in store.documents(namespace)}
-    add = store.append if name in known else store.add_document
-    return int(add(namespace, text, name=name).tokens - known.get(name, 0))
+def keep(store: MemoryStore, namespace: str, name: str, messages: Sequence[Message]) -> None:
+    """Append messages to a conversation's document, or begin it."""
+    begun = any(info.name == name for info in store.documents(namespace))
+    add = store.append if begun else store.add_document
+    add(namespace, transcript(messages), name=name)

@@ -26,10 +26,9 @@ from longmem.store.recall import Recall
 DEFAULT_TEXTS = ("http", "email")
 """Packages of the standard library; the small pair has not been trained on them."""
 NAMESPACE, TALK = "demo", "demo-talk"
-MAX_TOKENS = 8_192
 MEMORY_SIZES = (1024, 8_192)
-REAL_TOKENS = 3_072
-"""Of one text, with the default model: what two cores measure in a minute."""
+MAX_TOKENS, REAL_TOKENS = 8_192, 3_072
+"""Of each text that are remembered and measured; of the default model, what two cores measure in a minute."""
 PROMPT, NEW = 96, 64
 """Tokens of the prompt, and of its continuation."""
 FACTS = 10
@@ -78,7 +77,6 @@ def run_demo(
     texts: Sequence[str] = (),
     *,
     model: str | Path | None = None,
-    max_tokens: int | None = None,
     seed: int = 0,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
@@ -88,8 +86,6 @@ def run_demo(
         out: folder for the store, the texts, ``perplexity.json`` and ``memory.html``.
         texts: see ``find_texts``; none are ``DEFAULT_TEXTS``, of the default model the first of them.
         model: folder or hub id of a model that reads memory; None is the default one, or the small pair.
-        max_tokens: of each text that are remembered and measured; None is ``REAL_TOKENS`` of the default model, or
-            else ``MAX_TOKENS``.
         seed: draws the facts.
         say: called with every line of the story as it happens.
 
@@ -102,10 +98,9 @@ def run_demo(
     """
     named = find_texts(texts or DEFAULT_TEXTS)
     path, backbone = demo_model(say) if model is None else (str(model), None)
-    large = backbone is not None  # a hundred times as large as the small pair: it reads less in as much time
-    named = named[:1] if large and not texts else named
-    most = max_tokens or (REAL_TOKENS if large else MAX_TOKENS)
-    sizes = MEMORY_SIZES[-1:] if large else MEMORY_SIZES
+    most, sizes = MAX_TOKENS, MEMORY_SIZES
+    if backbone is not None:  # a hundred times as large as the small pair: it reads less in as much time
+        most, sizes, named = REAL_TOKENS, MEMORY_SIZES[-1:], named if texts else named[:1]
     systems = load_systems(path, backbone=backbone, default_sizes=sizes)
     reader, tokenizer = systems[-1].model, systems[-1].tokenizer
     if not hasattr(reader, "memory_layers"):
@@ -238,11 +233,5 @@ def _continued(
     }
     for title, text in told.items():
         say("\n".join([f"\n{title}:", *(f"  │ {line}" for line in text.splitlines())]))
-    say("\nwhat helped most:")
-    for token in sorted(read, key=lambda token: -token.gain)[:4]:
-        say(f"  {token.text!r} {token.gain:+.2f} nats, read:")
-        for chunk in token.found[:2]:
-            around = _line(f"{chunk.before}[[{chunk.text}]]{chunk.after}")
-            say(f"    {chunk.share:5.1%}  {chunk.document}, token {chunk.start_token:,}: {around}")
     prompt_text, real, *_ = told.values()
     return {"prompt": prompt_text, "real": real, "with_memory": made[0], "without": made[1], "read": read}

@@ -22,16 +22,13 @@ class Progress:
         what: the work, as a verb: "encoding".
         total: how much there is to do; None where that is not known, then no time left is shown.
         unit: of ``total``.
-        done: how much of it was done before, of work that is resumed.
         quiet: report nothing.
     """
 
-    def __init__(
-        self, what: str, total: int | None = None, unit: str = "", *, done: int = 0, quiet: bool = False
-    ) -> None:
-        self.what, self.total, self.unit, self.done, self.quiet = what, total, unit, done, quiet
+    def __init__(self, what: str, total: int | None = None, unit: str = "", *, quiet: bool = False) -> None:
+        self.what, self.total, self.unit, self.quiet = what, total, unit, quiet
         self.started = self._shown = time.monotonic()
-        self.before = done
+        self.done = self.before = 0  # before: of work that is resumed, what was done in another run
         self._terminal = sys.stderr.isatty()
         self._width = 0
 

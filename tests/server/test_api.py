@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 import socket
 import time
 import weakref
@@ -239,6 +240,13 @@ def test_the_documentation_has_every_call(live: Any) -> None:
         for given, told in names.items():
             path = path.replace(given, told)
         assert f"{path}`" in page, path
+
+
+def test_the_page_finds_its_elements_and_puts_texts_in_as_text(live: Any) -> None:
+    page = httpx.get(live.url)
+    assert "default-src 'self'" in page.headers["content-security-policy"] and "innerHTML" not in page.text
+    there, used = (set(re.findall(form, page.text)) for form in (r'\bid="([\w-]+)"', r'\$\("([\w-]+)"\)'))
+    assert used <= there and len(used) > 10
 
 
 def test_models_health_metrics_and_methods(live: Any) -> None:

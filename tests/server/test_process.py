@@ -80,7 +80,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def process(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> Iterator[Process]:
-    made = Process(tmp_path_factory.mktemp("process"), pair, 50)
+    made = Process(tmp_path_factory.mktemp("process"), pair, 8)
     made.begin()
     yield made
     made.close()
@@ -238,20 +238,12 @@ def many_users(process: Process, clients: int, seconds: float, ends: Sequence[in
     }
 
 
-@pytest.mark.parametrize(
-    ("clients", "seconds", "ends"),
-    [
-        pytest.param(8, 3, (signal.SIGKILL, signal.SIGTERM), id="few"),
-        pytest.param(50, 45, (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL), id="many", marks=pytest.mark.slow),
-    ],
-)
-def test_nothing_acknowledged_is_lost_and_nothing_of_others_is_shown(
-    process: Process, clients: int, seconds: float, ends: tuple[int, ...]
-) -> None:
-    found = many_users(process, clients, seconds, ends)
+def test_nothing_acknowledged_is_lost_and_nothing_of_others_is_shown(process: Process) -> None:
+    """``python -m benchmarks.isolation`` is the same with 50 users."""
+    found = many_users(process, 8, 3, (signal.SIGKILL, signal.SIGTERM))
     known = found["acknowledged"]
     assert found["compared_at_the_end"] == sum(known.values()) - known["responses"]
-    assert known["documents"] >= clients / 2 and known["forgotten"] and known["conversations"]
+    assert known["documents"] >= 4 and known["forgotten"] and known["conversations"]
 
 
 def test_what_was_accepted_before_sigterm_is_done_and_answered(process: Process, made_text: Callable[..., str]) -> None:

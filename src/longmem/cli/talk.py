@@ -197,7 +197,7 @@ def serve(host: str, port: int, keys: Path | None, new_key: str | None, **given:
 def demo(texts: tuple[str, ...], model: str | None, out: Path, seed: int, as_json: bool) -> None:
     """Let a small model remember texts and what it was told.
 
-    A TEXT is a file, a folder, an archive, or the name of a Python package (json, sqlite3, rich); by default
+    A TEXT is a file, a folder, an archive, or the name of a Python package (json, sqlite3); by default
     packages of the standard library. Their beginnings go into a memory store. Then: perplexity with and without memory,
     and how the first text goes on, with what every token of that reads. A model with a chat template is also told ten
     facts that were drawn at random, and asked for them in another conversation; one of them is forgotten.
