@@ -13,7 +13,7 @@ import torch
 
 from longmem.generation.page import Readings
 from longmem.store import MemoryStore
-from longmem.store.recall import NOTES_TOKENS, Recall, RecalledPassage
+from longmem.store.recall import Recall, RecalledPassage
 
 Message = dict[str, str]
 """``role`` (``system``, ``user`` or ``assistant``) and ``content``."""
@@ -43,7 +43,6 @@ def chat_prompt(
     *,
     recall: Recall | None = None,
     passages: int = 5,
-    budget: int = NOTES_TOKENS,
     without: Sequence[str] = (),
 ) -> Prompt:
     """Messages as the model's chat template has them, or plainly where it has none, up to the answer to be given.
@@ -51,14 +50,12 @@ def chat_prompt(
     Args:
         messages: oldest first; the last is the one to answer.
         recall: where passages are looked up that share words with the last message; None leaves them out.
-        passages: how many at most.
-        budget: tokens that they may take together.
+        passages: how many at most; together they have at most ``NOTES_TOKENS`` tokens.
         without: documents whose passages are not wanted, such as this very conversation.
     """
     notes, found = "", list[RecalledPassage]()
-    if recall is not None and messages:
-        query = messages[-1]["content"]
-        notes, found = recall.notes(query, tokenizer, passages, budget=budget, without=without)
+    if recall is not None:
+        notes, found = recall.notes(messages[-1]["content"], tokenizer, passages, without=without)
     said = list(messages)
     if notes and said[0]["role"] == "system":
         said[0] = {"role": "system", "content": f"{said[0]['content']}\n\n{notes}"}

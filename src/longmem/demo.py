@@ -19,14 +19,14 @@ from longmem.errors import BackboneError, DataError
 from longmem.evaluation.loading import load_systems, tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.results import write_json
-from longmem.generation.page import log_probabilities, page, read_tokens, reading_at
+from longmem.generation.page import generate_explained, page, read_tokens
 from longmem.store import MemoryStore
 from longmem.store.recall import Recall
 
 DEFAULT_TEXTS = ("http", "email")
 """Packages of the standard library; the small pair has not been trained on them."""
 NAMESPACE, TALK = "demo", "demo-talk"
-MEMORY_SIZES = (1024, 8_192)
+MEMORY_SIZES = [1024, 8_192]
 MAX_TOKENS, REAL_TOKENS = 8_192, 3_072
 """Of each text that are remembered and measured; of the default model, what two cores measure in a minute."""
 PROMPT, NEW = 96, 64
@@ -120,7 +120,7 @@ def run_demo(
         made |= _continued(reader, tokenizer, store, named[0].text[len(kept[0].text) :], say)
         if getattr(tokenizer, "chat_template", None):
             made |= _conversation(reader, tokenizer, store, seed, say)
-    note = f"The tokens are those that follow the prompt in {kept[0].id}; the text before the prompt is in memory."
+    note = f"The prompt is what follows in {kept[0].id} after the part that is in memory; the model goes on with it."
     held = f"memory: {made['tokens']:,} tokens of {', '.join(text.id for text in kept)}"
     made["page"].write_text(page(path, held, made["prompt"], made["read"], [note]), encoding="utf-8")
     documents = tokenize_documents(kept, tokenizer)
@@ -191,47 +191,35 @@ def _line(text: str) -> str:
 
 
 def _beginning(document: Document, tokenizer: Any, most: int) -> Document:
-    """What is remembered: so much that a prompt and its continuation come next."""
+    """What is remembered: so much that a prompt comes next."""
     encoded = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     spans = encoded["offset_mapping"]
-    kept = min(most, len(spans) - PROMPT - NEW)
+    kept = min(most, len(spans) - PROMPT)
     if kept < PROMPT:
         raise DataError(
-            f"{document.id}: {len(spans)} tokens are too few to remember and to continue; it needs {2 * PROMPT + NEW}"
+            f"{document.id}: {len(spans)} tokens are too few to remember and to continue; it needs {2 * PROMPT}"
         )
     return replace(document, text=document.text[: spans[kept][0]])
 
 
-@torch.no_grad()
 def _continued(
     model: Any, tokenizer: Any, store: MemoryStore, rest: str, say: Callable[[str], object]
 ) -> dict[str, Any]:
     """Continue what was remembered.
 
     Returns:
-        ``prompt``, the first tokens of ``rest``; ``real``, those that follow; ``with_memory`` and ``without``, what the
-        model writes instead; ``read``, for each token of ``real`` what memory did to it and what was read.
+        ``prompt``, the first tokens of ``rest``; ``with_memory`` and ``without``, what the model writes after it;
+        ``read``, for each token that it wrote with memory what memory did to it and what was read.
     """
-    start = rest[: 40 * (PROMPT + NEW)]
-    ids = tokenizer(start, add_special_tokens=False, return_tensors="pt").input_ids[:, : PROMPT + NEW]
-    prompt, bank = ids[:, :PROMPT], store.bank(NAMESPACE)
-    settings = {"attention_mask": torch.ones_like(prompt), "pad_token_id": tokenizer.pad_token_id, "do_sample": False}
-    made, passes = [], []
-    for memory in (bank, None):
-        new = model.generate(prompt, memory=memory, max_new_tokens=NEW, **settings)
-        made.append(tokenizer.decode(new[0, PROMPT:], skip_special_tokens=True))
-        passes.append(model(ids[:, :-1], memory=memory, explain=memory is not None))
-    scores = [log_probabilities(each.logits[0, PROMPT - 1 :], ids[0, PROMPT:]) for each in passes]
-    readings = [reading_at(passes[0].explanation, at) for at in range(PROMPT - 1, ids.shape[1] - 1)]
-    before, after, gains = prompt[0].tolist(), ids[0, PROMPT:].tolist(), (scores[0] - scores[1]).tolist()
-    read = read_tokens(after, before, gains, readings, tokenizer, lambda _, name: store.token_ids(NAMESPACE, name))
-    told = {
-        "the text goes on after the part that was remembered": tokenizer.decode(before),
-        f"the text itself (with memory {sum(gains) / NEW:+.2f} nats a token likelier)": tokenizer.decode(after),
-        "with memory": made[0],
-        "without": made[1],
-    }
-    for title, text in told.items():
+    ids = tokenizer(rest[: 40 * PROMPT], add_special_tokens=False, return_tensors="pt").input_ids[:, :PROMPT]
+    how: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "pad_token_id": tokenizer.pad_token_id}
+    how |= {"max_new_tokens": NEW, "do_sample": False}
+    whole, gains, readings = generate_explained(model, ids, store.bank(NAMESPACE), **how)
+    before, new = ids[0].tolist(), whole[PROMPT:].tolist()
+    read = read_tokens(new, before, gains, readings, tokenizer, lambda _, name: store.token_ids(NAMESPACE, name))
+    written = (new, model.generate(ids, **how)[0, PROMPT:])
+    texts = [tokenizer.decode(before), *(tokenizer.decode(each, skip_special_tokens=True) for each in written)]
+    titles = ("the text goes on after the part that was remembered", "with memory", "without")
+    for title, text in zip(titles, texts, strict=True):
         say("\n".join([f"\n{title}:", *(f"  │ {line}" for line in text.splitlines())]))
-    prompt_text, real, *_ = told.values()
-    return {"prompt": prompt_text, "real": real, "with_memory": made[0], "without": made[1], "read": read}
+    return dict(zip(("prompt", "with_memory", "without"), texts, strict=True)) | {"read": read}

@@ -1,47 +1,39 @@
-"""The command ``longmem``: a group whose commands are imported when they are called."""
+"""The command ``longmem``. Its commands import torch and the like when they run, so that ``--help`` answers at once."""
 
 from __future__ import annotations
 
-import pkgutil
 import sys
 
 import click
 
 from longmem import __version__
+from longmem.cli import calibrate, convert, eval, generate, layers, memory, report, talk, train
 from longmem.errors import LongMemError
 
 COMMANDS = {
-    "train": ("longmem.cli.train:command", "Train a backbone or a SideNet from a recipe file."),
-    "calibrate": ("longmem.cli.calibrate:command", "Let a backbone read memory without a SideNet, in minutes."),
-    "eval": ("longmem.cli.eval:command", "Measure a model on long text."),
-    "report": ("longmem.cli.report:command", "Make a page of results, the paper's numbers beside ours."),
-    "layers": ("longmem.cli.layers:command", "Find the layers whose memory is worth most."),
-    "generate": ("longmem.cli.generate:command", "Continue a text with memory, for as long as you like."),
-    "chat": ("longmem.cli.talk:chat", "Talk with a model that remembers."),
-    "serve": ("longmem.cli.talk:serve", "Serve a model and its memories over HTTP."),
-    "memory": ("longmem.cli.memory:command", "Keep texts that a model remembers: add, search, forget, check."),
-    "convert": ("longmem.cli.convert:command", "Load checkpoints of the released code."),
-    "demo": ("longmem.cli.talk:demo", "Let a small model remember texts and what it was told."),
+    "train": (train.command, "Train a backbone or a SideNet from a recipe file."),
+    "calibrate": (calibrate.command, "Let a backbone read memory without a SideNet, in minutes."),
+    "eval": (eval.command, "Measure a model on long text."),
+    "report": (report.command, "Make a page of results, the paper's numbers beside ours."),
+    "layers": (layers.command, "Find the layers whose memory is worth most."),
+    "generate": (generate.command, "Continue a text with memory, for as long as you like."),
+    "chat": (talk.chat, "Talk with a model that remembers."),
+    "serve": (talk.serve, "Serve a model and its memories over HTTP."),
+    "memory": (memory.command, "Keep texts that a model remembers: add, search, forget, check."),
+    "convert": (convert.command, "Load checkpoints of the released code."),
+    "demo": (talk.demo, "Let a small model remember texts and what it was told."),
 }
-"""Where each command is, and what the list of ``longmem --help`` says of it."""
+"""Each command, and what the list of ``longmem --help`` says of it."""
 
 
-class LazyGroup(click.Group):
-    """Lists its commands from the table and imports one only to run it, so that ``--help`` answers at once."""
+class InOrder(click.Group):
+    """Lists its commands as they were added."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        found: click.Command | None = pkgutil.resolve_name(COMMANDS[cmd_name][0]) if cmd_name in COMMANDS else None
-        return found
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+        return list(self.commands)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="longmem")
 def cli() -> None:
     """Give any frozen causal language model a long-term memory.
@@ -51,6 +43,11 @@ def cli() -> None:
     longmem train tiny-cpu                          train from a recipe
     longmem eval perplexity --model runs/x --data book.txt
     """
+
+
+for name, (command, summary) in COMMANDS.items():
+    command.short_help = summary
+    cli.add_command(command, name)
 
 
 def main(arguments: list[str] | None = None) -> None:
