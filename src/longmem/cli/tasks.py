@@ -260,6 +260,8 @@ COMMANDS = [
         "--between 1k,16k,128k",
         option("--data", "text", multiple=True, help="Text between, see needle. Default: Python's standard library."),
         option("--told", help="Your own facts: JSON lines of said, asked, and answer with the value in {braces}."),
+        option("--changed", is_flag=True, default=False, help="Facts are told again after the text, with other values: "
+               "the newer ones are asked for."),
         option("--between", default="1k,16k,128k", callback=token_counts, help="Tokens between, by comma."),
         option("--sessions", default=10, least=1, help="Conversations that tell facts."),
         option("--facts", default=10, least=1, help="Told in each conversation."),

@@ -183,6 +183,19 @@ def told_session(draw: random.Random, count: int, *, held_out: bool = False) -> 
     return session_of(facts, draw)
 
 
+def changed_session(session: Session, draw: random.Random, *, held_out: bool = False) -> Session:
+    """A later conversation: the facts of a ``told_session`` once more, in another order and each with another value."""
+    kinds = {asked: (said, pool) for said, asked, _, pool in _table("told_facts.tsv")}
+    facts, used = [], {fact.value for fact in session.facts}
+    for fact in draw.sample(session.facts, len(session.facts)):
+        said, pool = kinds[fact.asked]
+        some = (_values(pool, of) for of in (held_out, not held_out))  # of a few kinds one value is held out
+        value = draw.choice(next(left for values in some if (left := [each for each in values if each not in used])))
+        used.add(value)
+        facts.append(fact._replace(said=said.format(value), value=value))
+    return session_of(facts, draw)
+
+
 def session_of(facts: Sequence[ToldFact], draw: random.Random) -> Session:
     """A conversation that tells these facts."""
     messages = list[Message]()

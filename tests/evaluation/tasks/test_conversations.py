@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from longmem.data.facts import ToldFact
+from longmem.errors import ConfigError
 from longmem.evaluation.asking import Answer, Asker, Scored
 from longmem.evaluation.tasks.conversations import (
     IN_WINDOW,
@@ -182,6 +183,27 @@ def test_memory_has_the_conversation_then_the_text_and_others_have_it_or_passage
             assert fact.said in decode(facts.prompt(example, each).contexts[0])
     assert facts.prompt(example, asked[4]).memory == ()
     assert names("in ROME.", "Rome") and not names("Romeo", "Rome") and not names("130", "30")
+
+
+def test_a_changed_fact_is_told_again_later_and_the_newer_value_is_the_answer(facts: FactsTask, asker: Asker) -> None:
+    changed = replace(facts, changed=True, between=[64])
+    decode, memory = asker.tokenizer.decode, replace(asker, name="memory_4096", memory_size=4096)
+    *_, in_window = changed.begin([memory, asker])
+    for example in changed.examples():
+        number, fact, _ = example.item
+        (older,) = (each for each in changed.telling[number][0].facts if each.asked == fact.asked)
+        assert older.value != fact.value and older in facts.telling[number][0].facts
+        prompt = changed.prompt(example, memory)
+        for text in (decode(prompt.memory), decode(changed.prompt(example, in_window).contexts[0])):
+            assert 0 <= text.index(older.said) < text.index(fact.said)
+        said = {value: changed.tokenizer(f"It is {value}.")["input_ids"] for value in (older.value, fact.value)}
+        scored = Scored((-1.0,), (False,), 0)
+        for value, wanted in ((fact.value, (100.0, 0.0)), (older.value, (0.0, 100.0))):
+            found = changed.measure(example, prompt, Answer((scored, scored), tuple(said[value])))
+            assert (found["named"], found["older"]) == wanted
+    assert [metric.name for metric in changed.metrics][-2:] == ["named", "older"]
+    with pytest.raises(ConfigError, match="leave one away"):
+        replace(facts, changed=True, told="own.jsonl")
 
 
 def test_facts_of_ones_own_are_told(made_text: Callable[..., str], tmp_path: Path, asker: Asker) -> None:

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longmem.data.facts import ToldFact, asked_ids, question_ids, session_of, told_ids, told_session
+from longmem.data.facts import ToldFact, asked_ids, changed_session, question_ids, session_of, told_ids, told_session
 from longmem.errors import ConfigError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after, start_tokens
 from longmem.evaluation.results import Json
@@ -311,17 +311,15 @@ class FactsTask(Task):
     no text between: what the model could know at best. Systems named ``+recall`` also have passages in their window
     that text search finds for the question, in the conversation and in the text between. ``told`` is a file of one's
     own facts, ``facts`` of them in each conversation.
+
+    With ``changed``, a second conversation and as much text again follow: it tells every fact with another value, and
+    that one is the answer.
     """
 
     name = "facts"
-    metrics = (
-        Metric("value_nats", "value", "nats", "lower"),
-        Metric("first_token", "first token of the value is the first choice", "%"),
-        Metric("exact", "every token of the value is the first choice", "%"),
-        Metric("named", "greedy answer names the value", "%"),
-    )
     text: Sequence[str] = ()
     told: str | None = None
+    changed: bool = False
     between: Sequence[int]
     sessions: int
     facts: int
@@ -331,15 +329,32 @@ class FactsTask(Task):
 
     def __post_init__(self) -> None:
         draw = random.Random(f"{self.seed} facts")
+        if self.told is not None and self.changed:
+            raise ConfigError("--changed draws another value for each fact, --told has one of its own; leave one away")
         if self.told is not None:
             own = read_told(self.told)
-            self.telling = [session_of(own[n : n + self.facts], draw) for n in range(0, len(own), self.facts)]
+            first = [session_of(own[n : n + self.facts], draw) for n in range(0, len(own), self.facts)]
         else:
-            self.telling = [told_session(draw, self.facts, held_out=True) for _ in range(self.sessions)]
+            first = [told_session(draw, self.facts, held_out=True) for _ in range(self.sessions)]
+        # for each trial the conversations that tell its facts, the newest last
+        self.telling = [[each] for each in first]
+        for sessions in self.telling if self.changed else ():
+            sessions.append(changed_session(sessions[0], draw, held_out=True))
+
+    @property
+    def metrics(self) -> Sequence[Metric]:
+        older = Metric("older", "greedy answer names the older value", "%", "lower")
+        return (
+            Metric("value_nats", "value", "nats", "lower"),
+            Metric("first_token", "first token of the value is the first choice", "%"),
+            Metric("exact", "every token of the value is the first choice", "%"),
+            Metric("named", "greedy answer names the value", "%"),
+            *([older] if self.changed else []),
+        )
 
     @property
     def remembered(self) -> int:  # type: ignore[override]
-        return max(self.between) + TELLING
+        return (max(self.between) + TELLING) * (1 + self.changed)
 
     def begin(self, askers: Sequence[Asker]) -> Sequence[Asker]:
         found, label = super().begin(askers), "backbone, the conversation in its window"
@@ -347,7 +362,7 @@ class FactsTask(Task):
         return [*found, *(replace(a, name=IN_WINDOW, label=label, whole=True) for a in askers if a.name == BACKBONE)]
 
     def source(self) -> Json:
-        told = [session.messages for session in self.telling]
+        told = [session.messages for sessions in self.telling for session in sessions]
         return self.haystack.source() | {"told_digest": digest_of(told)}
 
     def examples(self) -> list[Example]:
@@ -356,41 +371,49 @@ class FactsTask(Task):
             Example(f"{length}-conversation {at}-{number}", f"{length:,} tokens between", f"conversation {at}",
                     (at - 1, fact, length), {"asked": fact.asked, "expected": fact.value})
             for length in self.between
-            for at, session in enumerate(self.telling, 1)
-            for number, fact in enumerate(session.facts)
+            for at, sessions in enumerate(self.telling, 1)
+            for number, fact in enumerate(sessions[-1].facts)
         ]  # fmt: skip
 
     def prompt(self, example: Example, asker: Asker) -> Prompt:
         """To score the value where it stands in the answer, and to have the whole answer generated."""
-        session, fact, between = example.item
+        number, fact, between = example.item
+        sessions = self.telling[number]
+        books = [self._between(number, between, part) for part in range(len(sessions))]
         before: Sequence[dict[str, str]] = ()
         if asker.name == IN_WINDOW:
-            before = self.telling[session].messages
+            before = [message for session in sessions for message in session.messages]
         elif asker.recall:
-            told = "".join(f"{message['role']}: {message['content']}\n" for message in self.telling[session].messages)
-            text = told + self.tokenizer.decode(self._between(session, between))
+            text = ""
+            for session, book in zip(sessions, books, strict=True):
+                text += "".join(f"{message['role']}: {message['content']}\n" for message in session.messages)
+                text += self.tokenizer.decode(book) + "\n" * self.changed
             notes = notes_on(fact.asked, text, self.tokenizer, asker.recall)
             before = ({"role": "system", "content": notes},) if notes else ()
         whole = asked_ids([fact], self.tokenizer, before)
         (first, end), question = whole.values[0], question_ids(fact, self.tokenizer, before)
         contexts, value = (tuple(question), tuple(whole.ids[:first])), tuple(whole.ids[first:end])
-        told_before = (*told_ids(self.telling[session], self.tokenizer), *self._between(session, between))
-        memory = () if asker.name == IN_WINDOW else told_before
-        return Prompt(contexts, (value,), self.new_tokens, memory)
+        pairs = zip(sessions, books, strict=True)
+        read = [token for session, book in pairs for token in (*told_ids(session, self.tokenizer), *book)]
+        return Prompt(contexts, (value,), self.new_tokens, () if asker.name == IN_WINDOW else tuple(read))
 
-    def _between(self, session: int, tokens: int) -> Tokens:
+    def _between(self, session: int, tokens: int, part: int) -> Tokens:
         text = self.haystack.ids.reshape(-1)
-        start = random.Random(f"{self.seed} {session} {tokens}").randrange(len(text) - tokens + 1)
+        start = random.Random(f"{self.seed} {session} {tokens}{part or ''}").randrange(len(text) - tokens + 1)
         return tuple(text[start : start + tokens].tolist())
 
     def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
-        scored, (_, fact, _) = answer.scored[1], example.item
-        return {
+        scored, (number, fact, _), said = answer.scored[1], example.item, self.said(answer)
+        found = {
             "value_nats": -scored.logprobs[0],
             "first_token": 100.0 * (scored.next_token == prompt.options[0][0]),
             "exact": 100.0 * scored.greedy[0],
-            "named": 100.0 * names(self.said(answer), fact.value),
+            "named": 100.0 * names(said, fact.value),
         }
+        if self.changed:
+            (older,) = (each.value for each in self.telling[number][0].facts if each.asked == fact.asked)
+            found["older"] = 100.0 * names(said, older)
+        return found
 
 
 def names(said: str, value: str) -> bool:
