@@ -35,8 +35,16 @@ class Drawn:
 
     def __init__(self, heads: int, dim: int) -> None:
         self.memory_heads, self.memory_head_dim = heads, dim
-        self.config = SimpleNamespace(chunk_size=4, max_position_embeddings=SEGMENT, _name_or_path="drawn")
+        backbone = SimpleNamespace(max_position_embeddings=SEGMENT, model_type="drawn", _name_or_path="")
+        backbone.get_text_config = lambda: backbone
+        self.config = SimpleNamespace(chunk_size=4, backbone_config=backbone, backbone_name_or_path=None)
         self.table = torch.randn(4096, 2, heads, dim, generator=torch.Generator().manual_seed(0))
+
+    def accepts(self, fingerprint: str) -> bool:
+        return fingerprint == self.fingerprint
+
+    def get_input_embeddings(self) -> SimpleNamespace:
+        return SimpleNamespace(weight=torch.empty(1 << 20, 0))
 
     def encode(self, input_ids: torch.Tensor) -> SimpleNamespace:
         """Keys and values (B, H, T, D) of segments (B, T)."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -87,19 +85,6 @@ def test_every_write_counts_as_a_new_version_and_searching_changes_nothing():
     assert memory.version == seen[-1] and not first.scores.requires_grad and not first.keys.requires_grad
 
 
-def test_a_shared_bank_shows_every_row_to_every_other_and_keeps_the_newest():
-    memory, given = bank(2, shared=True), kv(2, 4)
-    memory.add(given, documents=["a", "b"])
-    assert memory.chunks.tolist() == [4, 4]
-    keys = memory.search(queries(1), 4, rows=torch.tensor([0])).keys[0, 0, 0]
-    assert {tuple(key.tolist()) for key in keys} == {tuple(key.tolist()) for key in given.keys[:, 0].flatten(0, 1)}
-    assert [origin.document for origin in origins(memory)] == ["a", "a", "b", "b"]
-    full = bank(2, capacity=4, shared=True)
-    full.add(given)
-    kept = full.search(queries(1, 1), 2, rows=torch.tensor([0])).keys[0, 0, 0]
-    assert {tuple(key.tolist()) for key in kept} == {tuple(key.tolist()) for key in given.keys[1, 0]}
-
-
 def test_what_is_known_of_chunks_does_not_pile_up():
     memory = bank(capacity=4)
     for number in range(500):
@@ -139,19 +124,3 @@ def test_each_layer_is_searched_by_its_own_heads():
         assert torch.equal(found.chunk_ids, wanted.chunk_ids)
         assert (found.first_head, found.layer_heads) == (2 * layer, 2)
     assert together.provenance(1, 0).document == "b"  # a chunk is of all layers
-
-
-def test_a_bank_of_version_0_1_is_loaded():
-    saved = torch.load(Path(__file__).parents[1] / "golden" / "bank-0.1.pt", weights_only=True)
-    settings = {"capacity": 12, "memory_layers": (3,), "fingerprint": "f", "dtype": torch.float16}
-    loaded, again = bank(2, **settings), bank(2, **settings)
-    loaded.load_state_dict(saved)
-    draw = torch.Generator().manual_seed(0)
-    for step in range(4):
-        pair = AttentionKV(*(torch.randn(2, 2, 5, 3, generator=draw) for _ in range(2)))
-        again.add(pair, documents=["a", f"b{step // 2}"], time=float(step))
-    for last in range(2):
-        same(loaded.search(queries(2), 6), again.search(queries(2), 6))
-        assert [origins(loaded, row) for row in range(2)] == [origins(again, row) for row in range(2)]
-        for each in (loaded, again):
-            each.add(kv(2, 3, last), time=9.0)

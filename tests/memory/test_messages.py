@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -95,7 +93,7 @@ def of(rows: int, size: int = 4, **settings) -> MemoryBank:
         (lambda: bank().search(torch.zeros(2, 2, 5, 3), 0), "num_chunks (0) must be at least 1"),
         (lambda: bank().search(torch.zeros(2, 2, 1, 3), 1, layer=1), "layer (1) must lie in 0..0"),
         (lambda: bank().provenance(1, 0), "chunk (0) is not in row 1; it is empty"),
-        (lambda: bank(shared=True).reset(torch.tensor([1])), "rows ([1]) of a shared bank cannot be reset alone"),
+        (lambda: bank().load_state_dict({"settings": {"memory_layer": 3}}), "saved bank is of version 0.1, which is"),
         (
             lambda: bank(3).load_state_dict(bank(2).state_dict()),
             "saved bank is of another shape: its rows is 2, this bank's is 3; make the bank with rows=2 to load it",
@@ -118,9 +116,5 @@ def test_what_memories_cannot_do_is_said_in_one_line(act, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_saved_bank_is_loaded_by_one_without_a_name_and_with_a_model_that_knows_its_own():
-    state = bank(fingerprint="old").state_dict()
-    bank().load_state_dict(state)
-    bank(fingerprint="new").load_state_dict(state, model=SimpleNamespace(accepts={"old", "new"}.__contains__))
-    with pytest.raises(MemoryBankError, match="another backbone"):
-        bank(fingerprint="new").load_state_dict(state, model=SimpleNamespace(accepts={"new"}.__contains__))
+def test_a_saved_bank_is_loaded_by_one_without_a_name() -> None:
+    bank().load_state_dict(bank(fingerprint="old").state_dict())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import tempfile
@@ -20,7 +19,7 @@ from longmem.store import MemoryStore
 from longmem.store.catalog import Selection
 from longmem.store.disk import StoredChunks, until_found
 from longmem.store.encode import Encoder
-from longmem.store.runs import read_runs
+from longmem.store.held import read_held
 from longmem.types import AttentionKV
 
 SEGMENT = 8
@@ -37,9 +36,17 @@ class NumberModel:
     def __init__(self, heads: int = 2, dim: int = 4, seed: int = 0) -> None:
         self.memory_heads, self.memory_head_dim = heads, dim
         self.fingerprint = f"numbers-{heads}-{dim}-{seed}"
-        self.config = SimpleNamespace(chunk_size=2, max_position_embeddings=64, _name_or_path="numbers")
+        backbone = SimpleNamespace(max_position_embeddings=64, model_type="numbers", _name_or_path="")
+        backbone.get_text_config = lambda: backbone
+        self.config = SimpleNamespace(chunk_size=2, backbone_config=backbone, backbone_name_or_path=None)
         draw = torch.Generator().manual_seed(seed)
         self.table = torch.randn(BEGIN + 1, 2, heads, dim, generator=draw)
+
+    def accepts(self, fingerprint: str) -> bool:
+        return fingerprint == self.fingerprint
+
+    def get_input_embeddings(self) -> SimpleNamespace:
+        return SimpleNamespace(weight=self.table)
 
     def encode(self, input_ids: Tensor) -> AttentionKV:
         """Keys and values (B, H, T, D) of segments (B, T)."""
@@ -53,7 +60,7 @@ class NumberModel:
 class ByteTokenizer:
     """One token per byte of ASCII text, behind a beginning."""
 
-    is_fast = True
+    is_fast, vocab_size = True, BEGIN + 1
     bos_token_id = BEGIN
 
     def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[Any]]:
@@ -88,29 +95,28 @@ def words(seed: int, characters: int) -> str:
     return text[:characters]
 
 
-def chunks_of(store: MemoryStore, namespace: str) -> Iterator[tuple[str, int, StoredChunks]]:
-    """Name, first token and stored chunks of every run of a namespace's documents."""
-    runs = until_found(lambda: read_runs(store.catalog, namespace, Selection()))
-    for run, first in enumerate(runs.first.tolist()):
-        chunks = runs.stored.run(first, int(runs.left[run]))
-        yield runs.documents[runs.document[run]].name, int(runs.first_token[run]), chunks
+def chunks_of(store: MemoryStore, namespace: str) -> dict[str, StoredChunks]:
+    """The stored chunks of every document of a namespace, by its name."""
+    held = until_found(lambda: read_held(store.catalog, namespace, Selection()))
+    kv, keys, scales = held.stored.kv, held.stored.keys, held.stored.scales
+    found = {}
+    for at, document in enumerate(held.documents):
+        some = held.records[held.begins[at] : held.begins[at + 1]]
+        found[document.name] = StoredChunks(kv[some], keys[some], None if scales is None else scales[some])
+    return found
 
 
 def state_of(store: MemoryStore) -> dict[str, Any]:
     """Everything that can be read of a store: documents, their token ids, text, and a hash of their chunks."""
     state: dict[str, Any] = {}
     for namespace in store.namespaces():
-        digests: dict[str, Any] = {}
-        for name, first_token, chunks in chunks_of(store, namespace):
-            digest = digests.setdefault(name, hashlib.sha256())
-            digest.update(first_token.to_bytes(8, "little"))
-            digest.update(chunks.crc().to_bytes(4, "little"))
+        chunks = chunks_of(store, namespace)
         state[namespace] = [
             {
                 **vars(info),
                 "ids": store.token_ids(namespace, info.name).tolist(),
                 "text": store.text(namespace, info.name),
-                "chunks": digests[info.name].hexdigest(),
+                "chunks": chunks[info.name].crc(),
             }
             for info in store.documents(namespace)
         ]

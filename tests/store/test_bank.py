@@ -20,11 +20,10 @@ from longmem import LongMem
 from longmem.errors import ConfigError, MemoryBankError, StoreError
 from longmem.memory.index import ExactIndex
 from longmem.memory.session import JoinedMemory
-from longmem.store import runs
+from longmem.store import held
 from longmem.store.store import MemoryStore
 from longmem.types import AttentionKV, RetrievedMemory
 
-KEEPS = ["map", "memory"]
 DOCUMENTS = [(f"letter {number}", ids(21 + 3 * number, seed=number)) for number in range(4)]
 
 
@@ -49,27 +48,26 @@ def fill(store: MemoryStore, namespace: str = "alice", documents: list[tuple[str
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "keep"),
+    ("name", "layers"),
     [
-        ("llama", (3,), "map"),
-        ("gpt2", (3,), "memory"),
-        ("llama", (1, 3), "map"),
-        ("gpt2", (1, 3), "memory"),
-        ("gemma2", (1, 3), "map"),
-        ("qwen3", (1, 3), "map"),
-        ("alibi_gpt", (1, 3), "memory"),
-        ("lfm2", (2, 5), "map"),
+        ("llama", (3,)),
+        ("llama", (1, 3)),
+        ("gpt2", (1, 3)),
+        ("gemma2", (1, 3)),
+        ("qwen3", (1, 3)),
+        ("alibi_gpt", (1, 3)),
+        ("lfm2", (2, 5)),
     ],
 )
 def test_a_store_is_searched_and_read_as_a_memory_bank_to_the_last_bit(
-    tmp_path: Path, name: str, layers: tuple[int, ...], keep: str
+    tmp_path: Path, name: str, layers: tuple[int, ...]
 ) -> None:
     model = make_model(name, memory_layers=layers)
     model.config.recency = 2.0
     with make_store(tmp_path / "memory", model) as store, make_store(tmp_path / "int8", model, dtype="int8") as small:
         fill(store)
         fill(small)
-        bank, twin = store.bank("alice", keep=keep), memory_bank(store, model, DOCUMENTS)
+        bank, twin = store.bank("alice"), memory_bank(store, model, DOCUMENTS)
         assert store.layout.memory_layers == bank.memory_layers == layers
         assert torch.equal(bank.tokens, twin.tokens) and torch.equal(bank.chunks, twin.chunks)
         for chunk in range(int(bank.chunks[0])):
@@ -80,7 +78,7 @@ def test_a_store_is_searched_and_read_as_a_memory_bank_to_the_last_bit(
             for length, num in ((1, 4), (7, 4), (3, 200)):
                 asked = queries(bank, length=length, heads=2 * bank.heads_kv)
                 same(bank.search(asked, num, layer=layer), twin.search(asked, num, layer=layer))
-            found = small.bank("alice", keep=keep).search(asked, 5, layer=layer)
+            found = small.bank("alice").search(asked, 5, layer=layer)
             assert torch.equal(found.chunks, bank.search(asked, 5, layer=layer).chunks)
         with pytest.raises(MemoryBankError, match=rf"layer \({len(layers)}\) must lie in 0"):
             bank.search(asked, 5, layer=len(layers))
@@ -102,13 +100,12 @@ def test_a_store_is_searched_and_read_as_a_memory_bank_to_the_last_bit(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
-@pytest.mark.parametrize("keep", KEEPS)
 def test_rounded_numbers_are_those_of_a_memory_bank_and_the_chunks_the_same(
-    tmp_path: Path, model: LongMem, dtype: str, keep: str
+    tmp_path: Path, model: LongMem, dtype: str
 ) -> None:
     with make_store(tmp_path / "memory", model, dtype=dtype) as store, make_store(tmp_path / "exact", model) as exact:
         fill(store)
-        bank, full = store.bank("alice", keep=keep), memory_bank(exact, model, DOCUMENTS)
+        bank, full = store.bank("alice"), memory_bank(exact, model, DOCUMENTS)
         ours, theirs = bank.search(queries(bank), 4), full.search(queries(bank), 4)
         assert torch.equal(ours.chunks, theirs.chunks)
         assert torch.equal(ours.scores, theirs.scores)
@@ -120,11 +117,9 @@ def test_rounded_numbers_are_those_of_a_memory_bank_and_the_chunks_the_same(
 
 
 def test_an_empty_bank_equals_no_bank_bit_for_bit(store: MemoryStore, model: LongMem) -> None:
-    for keep in KEEPS:
-        bank = store.bank("nobody", keep=keep)
-        assert bank.tokens.tolist() == [0]
-        prompt = ids(12, seed=3)[None]
-        assert torch.equal(model(prompt, memory=bank).logits, model(prompt).logits)
+    bank, prompt = store.bank("nobody"), ids(12, seed=3)[None]
+    assert bank.tokens.tolist() == [0]
+    assert torch.equal(model(prompt, memory=bank).logits, model(prompt).logits)
 
 
 def test_training_reads_a_bank_and_gradients_equal_those_with_a_memory_bank(store: MemoryStore, model: LongMem) -> None:
@@ -140,17 +135,15 @@ def test_training_reads_a_bank_and_gradients_equal_those_with_a_memory_bank(stor
 # opening
 
 
-@pytest.mark.parametrize("keep", KEEPS)
-def test_opening_reads_nothing_and_a_search_keys_and_what_it_finds(store: MemoryStore, keep: str) -> None:
-    bank = store.bank("alice", keep=keep)
+def test_opening_reads_nothing_and_a_search_keys_and_what_it_finds(store: MemoryStore) -> None:
+    bank = store.bank("alice")
     assert bank.tokens.tolist() == [sum(len(tokens) for _, tokens in DOCUMENTS)]
     assert bank.provenance(0, 5).document == "letter 0"
     assert bank.nbytes == 0
     found = bank.search(queries(bank, length=1), 3)
     assert bank.load() is bank
-    if keep == "map":
-        assert bank.nbytes == int(bank.chunks) * bank.heads_kv * bank.head_dim * 4
-        assert found.storage.shape[1] <= 4 * 3 + 1 and found.storage.shape[2] == 1
+    assert bank.nbytes == int(bank.chunks) * bank.heads_kv * bank.head_dim * 4
+    assert found.storage.shape[1] <= 4 * 3 + 1 and found.storage.shape[2] == 1
 
 
 def test_rows_of_several_namespaces_see_each_its_own(store: MemoryStore) -> None:
@@ -203,13 +196,13 @@ def test_filters_choose_the_documents_before_the_search(
 
 def test_after_compact_a_bank_reads_on_and_lets_the_old_files_go(store: MemoryStore, model: LongMem) -> None:
     bank = store.bank("alice").load()
-    held = weakref.ref(bank._runs.stored)
+    files = weakref.ref(bank._held.stored)
     store.forget("alice", name="letter 0")
     store.compact()
     scores = bank.search(queries(bank), 200).scores
     assert torch.equal(scores, memory_bank(store, model, DOCUMENTS[1:]).search(queries(bank), 200).scores)
     gc.collect()
-    assert held() is None, "its mapping would keep bytes that compact has removed"
+    assert files() is None, "its mapping would keep bytes that compact has removed"
 
 
 WRITER = """
@@ -233,21 +226,19 @@ def test_what_another_process_forgets_is_masked_from_the_next_search_on(store: M
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer,
         MemoryStore.open(path, model=model, mode="read") as reader,
     ):
-        banks = [reader.bank("alice", keep=keep) for keep in KEEPS]
-        late = [reader.bank("alice", keep=keep) for keep in KEEPS]  # these have read nothing when the files go
+        bank = reader.bank("alice")
+        late = reader.bank("alice")  # has read nothing when the files go
         left = list(DOCUMENTS)
         for name in ("letter 2", "compact", "letter 0", "letter 1", "compact", "letter 3"):
             writer.stdin.write(f"{name}\n")
             writer.stdin.flush()
             assert writer.stdout.readline() == "done\n"
             left = [document for document in left if document[0] != name]
-            scores = memory_bank(reader, model, left).search(queries(banks[0]), 200).scores
-            for bank in banks:
-                assert torch.equal(bank.search(queries(bank), 200).scores, scores)
-                assert found_names(bank) == {each for each, _ in left}
+            scores = memory_bank(reader, model, left).search(queries(bank), 200).scores
+            assert torch.equal(bank.search(queries(bank), 200).scores, scores)
+            assert found_names(bank) == {each for each, _ in left}
             if name == "letter 1":
-                for bank in late:
-                    assert torch.equal(bank.search(queries(bank), 200).scores, scores)
+                assert torch.equal(late.search(queries(bank), 200).scores, scores)
         writer.stdin.close()
 
 
@@ -274,9 +265,9 @@ def test_refresh_reads_only_what_is_new(store: MemoryStore, monkeypatch: pytest.
     bank = store.bank("alice").load()
     store.forget("alice", name="letter 0")
     bank.search(queries(bank), 1)
-    read, plain = list[int](), runs.read_into
-    monkeypatch.setattr(runs, "AT_ONCE", 3)
-    monkeypatch.setattr(runs, "read_into", lambda *given: (read.append(len(given[2])), plain(*given))[1])
+    read, plain = list[int](), held.read_into
+    monkeypatch.setattr(held, "AT_ONCE", 3)
+    monkeypatch.setattr(held, "read_into", lambda *given: (read.append(len(given[2])), plain(*given))[1])
     store.add_document("alice", ids=ids(9, seed=32), name="new")
     bank.refresh()
     assert read == [5]
@@ -298,7 +289,7 @@ def test_a_refresh_that_fails_leaves_what_was_forgotten_out(store: MemoryStore) 
 def test_a_refresh_that_cannot_read_is_made_up_for_by_the_next_search(store: MemoryStore) -> None:
     bank = store.bank("alice").load()
     store.add_document("alice", ids=ids(9, seed=31), name="first", time=0.0)
-    with patch.object(runs, "read_into", side_effect=OSError("gone")), pytest.raises(OSError, match="gone"):
+    with patch.object(held, "read_into", side_effect=OSError("gone")), pytest.raises(OSError, match="gone"):
         bank.refresh()
     assert "first" in found_names(bank)
     same(bank.search(queries(bank), 100), store.bank("alice").search(queries(bank), 100))
@@ -307,21 +298,9 @@ def test_a_refresh_that_cannot_read_is_made_up_for_by_the_next_search(store: Mem
 def test_a_search_that_cannot_read_leaves_what_was_forgotten_out_of_the_next_one(store: MemoryStore) -> None:
     bank = store.bank("alice").load()
     store.forget("alice", name="letter 1")
-    with patch.object(runs, "read_into", side_effect=OSError("gone")), pytest.raises(OSError, match="gone"):
+    with patch.object(held, "read_into", side_effect=OSError("gone")), pytest.raises(OSError, match="gone"):
         bank.search(queries(bank), 100)
     assert found_names(bank) == {"letter 0", "letter 2", "letter 3"}
-
-
-def test_what_is_held_of_the_forgotten_is_let_go_and_the_rest_read_once(store: MemoryStore) -> None:
-    bank = store.bank("alice", keep="memory").load()
-    store.forget("alice", name="letter 1")
-    bank.search(queries(bank), 100)
-    held = bank._loaded.kv
-    assert held is not None and len(held) == int(bank.chunks) < len(bank._runs)
-    store.add_document("bob", ids=ids(9, seed=32), name="new")
-    bank.refresh()
-    assert bank._loaded.kv is held
-    same(bank.search(queries(bank), 100), store.bank("alice").search(queries(bank), 100))
 
 
 # an index of one's own
@@ -346,7 +325,7 @@ def test_an_index_hears_of_every_change(store: MemoryStore) -> None:
     bank = store.bank("alice", index=index).load()
     total = int(bank.chunks[0])
     assert index.told == [("cleared", 0), ("written", 0, list(range(total)))]
-    first = int(bank._runs.begins[1])
+    first = int(bank._held.begins[1])
     store.forget("alice", name="letter 0")
     bank.search(queries(bank), 1)
     left = total - first
@@ -430,7 +409,6 @@ def test_wrong_settings_are_refused_in_one_line(store: MemoryStore) -> None:
     with pytest.raises(MemoryBankError, match="a multiple of the bank's 2 key/value heads"):
         bank.search(queries(bank, heads=3), 2)
     for settings, message in (
-        ({"keep": "disk"}, r"keep \('disk'\) must be map or memory"),
         ({"documents": "letter 1"}, r"write \['letter 1'\]"),
         ({"index": "fast"}, r"index \('fast'\) must be one of exact"),
         ({"namespace": ["alice"]}, "for several, make a bank of each"),
@@ -455,12 +433,11 @@ def test_a_closed_store_closes_its_banks(store: MemoryStore) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
-def test_a_bank_on_a_gpu_finds_what_one_on_the_cpu_finds(tmp_path: Path, model: LongMem, keep: str, dtype: str) -> None:
+def test_a_bank_on_a_gpu_finds_what_one_on_the_cpu_finds(tmp_path: Path, model: LongMem, dtype: str) -> None:
     with make_store(tmp_path / "memory", model, dtype=dtype) as store:
         fill(store)
-        bank, twin = store.bank("alice", device="cuda", keep=keep), store.bank("alice")
+        bank, twin = store.bank("alice", device="cuda"), store.bank("alice")
         for forget in (None, "letter 1"):
             if forget:
                 store.forget("alice", name=forget)

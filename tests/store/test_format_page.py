@@ -65,15 +65,14 @@ def test_a_reader_written_from_the_page_finds_what_the_store_says(tmp_path: Path
         store.compact()
         expected = {}
         for namespace in ("alice", "bob"):
-            for name, _, chunks in chunks_of(store, namespace):
-                expected.setdefault((namespace, name), []).append(chunks)
+            for name, chunks in chunks_of(store, namespace).items():
+                expected[namespace, name] = chunks
         ids = {key: store.token_ids(*key).tolist() for key in expected}
         text = store.text("alice", "a")
     found = read(tmp_path / "memory")
     assert found.keys() == expected.keys()
     assert found["alice", "a"]["text"] == text == words(1, 500) + words(2, 77)
-    for key, runs in expected.items():
+    for key, chunks in expected.items():
         assert found[key]["ids"] == ids[key]
-        assert np.array_equal(found[key]["kv"], np.concatenate([run.kv for run in runs]))
-        small = [run.raw()[1].view("<f4") for run in runs]
-        assert np.array_equal(found[key]["small"], np.concatenate(small))
+        assert np.array_equal(found[key]["kv"], chunks.kv)
+        assert np.array_equal(found[key]["small"], chunks.raw()[1].view("<f4"))

@@ -72,19 +72,19 @@ def test_a_full_session_forgets_the_oldest_and_commits_all_also_to_a_document(
     for part in ids(24, seed=20).split(8):
         say(session, model, part, rows=torch.tensor([1]))
     assert session.tokens.tolist() == [0, 8, 0]
-    counts = session.search(queries(session.documents, rows=3), 99).chunk_mask.sum(-1)[:, 0, 0]
+    counts = session.search(queries(session.base, rows=3), 99).chunk_mask.sum(-1)[:, 0, 0]
     assert counts.tolist() == [11, 15, 11]  # each of three conversations reads the one bank underneath
     assert session.commit("letter", row=1, append=True).status == "appended"
     assert store.document("alice", "letter").tokens == 45
-    assert session.documents.tokens.tolist() == [45]
+    assert session.base.tokens.tolist() == [45]
 
 
 def test_what_is_forgotten_underneath_is_gone_from_a_running_session(store: MemoryStore, model: LongMem) -> None:
     session = store.bank("alice").session()
     say(session, model, ids(8, seed=20))
-    session.search(queries(session.documents), 4)
+    session.search(queries(session.base), 4)
     store.forget("alice", name="letter")
-    found = session.search(queries(session.documents), 99)
+    found = session.search(queries(session.base), 99)
     assert {session.provenance(0, chunk).document_id for chunk in found.chunks[found.chunk_mask].tolist()} == {None}
 
 

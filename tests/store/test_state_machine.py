@@ -159,9 +159,9 @@ class Life(RuleBasedStateMachine):
         self.store = open_small(self.path)
         self.reader = open_small(self.path, mode="read")
 
-    @rule(keep=some.sampled_from(["map", "memory"]), beside=some.booleans(), load=some.booleans())
-    def hold_a_bank(self, keep: str, beside: bool, load: bool) -> None:
-        banks = [(self.reader if beside else self.store).bank(namespace, keep=keep) for namespace in NAMESPACES]
+    @rule(beside=some.booleans(), load=some.booleans())
+    def hold_a_bank(self, beside: bool, load: bool) -> None:
+        banks = [(self.reader if beside else self.store).bank(namespace) for namespace in NAMESPACES]
         self.banks = [*self.banks, *(bank.load() if load else bank for bank in banks)][-6:]
 
     @rule()

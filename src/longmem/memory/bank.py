@@ -35,21 +35,19 @@ class MemoryBank:
 
     Reading (``search``) never changes the bank, and several threads may read at once. Writing (``add``) is left to the
     caller: after the read and, in training, after ``backward``. Tokens short of a chunk wait for the row's next
-    ``add``; the end of a document closes them as a short chunk. A full row drops its oldest chunks. No row sees another
-    unless ``shared``.
+    ``add``; the end of a document closes them as a short chunk. A full row drops its oldest chunks. No row sees
+    another.
 
     Args:
         rows: batch lanes.
-        capacity_tokens: M, tokens each row holds; with ``shared``, tokens held in all.
+        capacity_tokens: M, tokens each row holds.
         heads_kv: Hkv of one remembered layer.
         head_dim: D.
         chunk_size: S.
         memory_layers: 0-based backbone layers whose keys and values are stored, ascending; a model that remembers other
             layers refuses the bank. None: one layer, not known which.
-        dtype: of the stored keys and values.
-        key_dtype: of the mean keys that are searched; they are averaged in float32 before rounding.
+        dtype: of the stored keys and values; their means, which are searched, are float32, taken before rounding.
         device: of all tensors.
-        shared: one storage that every row writes to and searches.
         fingerprint: of the backbone that wrote the keys; another one's saved bank is refused.
         index: how keys are searched: "exact", "faiss", or an index that was never used.
 
@@ -67,9 +65,7 @@ class MemoryBank:
         *,
         memory_layers: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
-        key_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        shared: bool = False,
         fingerprint: str | None = None,
         index: str | Index = "exact",
     ) -> None:
@@ -93,12 +89,9 @@ class MemoryBank:
         self.memory_layers = None if memory_layers is None else tuple(memory_layers)
         self.layers = 1 if self.memory_layers is None else len(self.memory_layers)
         self.device = torch.device(device)
-        self.shared = shared
         self.fingerprint = fingerprint
         heads = self.layers * heads_kv
-        self._line = [0] * rows if shared else list(range(rows))  # of the storage, for every row
-        shape = (self._line[-1] + 1, capacity_tokens // chunk_size, heads, head_dim, chunk_size)
-        self._slots = Slots(*shape, dtype, key_dtype, self.device)
+        self._slots = Slots(rows, capacity_tokens // chunk_size, heads, head_dim, chunk_size, dtype, self.device)
         self._indexes = make_indexes(index, self.layers)
         self._lanes = [_Lane() for _ in range(rows)]
         # the tail is kept unrounded: the mean key of its chunk is taken before rounding
@@ -131,13 +124,12 @@ class MemoryBank:
     @property
     def chunks(self) -> Tensor:
         """(rows,) chunks that each row can find."""
-        return torch.tensor([self._slots.live(line) for line in self._line])
+        return torch.tensor([self._slots.live(row) for row in range(self.rows)])
 
     @property
     def tokens(self) -> Tensor:
         """(rows,) tokens that each row can find; a waiting tail is not counted."""
-        stored = self._slots.lengths[:, : self._slots.slots].sum(1).cpu()
-        return stored[self._line]
+        return self._slots.lengths.sum(1).cpu()
 
     @property
     def waiting(self) -> Tensor:
@@ -158,14 +150,14 @@ class MemoryBank:
         Raises:
             MemoryBankError: queries, rows or layer do not fit the bank.
         """
-        read = [self._line[row] for row in rows_of(rows, queries.shape[0], self.rows, "queries")]
+        read = rows_of(rows, queries.shape[0], self.rows, "queries")
         found = search_chunks(
             self._indexes[layer if 0 <= layer < self.layers else 0],
             queries,
             num_chunks,
             self._slots,
             read,
-            [self._slots.live(line) for line in read],
+            [self._slots.live(row) for row in read],
             layer=layer,
             heads_kv=self.heads_kv,
             live_version=lambda: self._version,
@@ -174,13 +166,13 @@ class MemoryBank:
 
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:
         """Where a chunk of a row came from; ``chunk`` is numbered as in ``RetrievedMemory.chunks``, by age."""
-        stored = self._line[rows_of([row], 1, self.rows, "rows")[0]]
-        end = self._slots.written[stored]
-        first = end - self._slots.live(stored)
+        (row,) = rows_of([row], 1, self.rows, "rows")
+        end = self._slots.written[row]
+        first = end - self._slots.live(row)
         if not first <= chunk < end:
             there = f"it holds {first} to {end - 1}" if end else "it is empty"
             raise MemoryBankError(f"chunk ({chunk}) is not in row {row}; {there}")
-        return self._slots.origin(stored, chunk)
+        return self._slots.origin(row, chunk)
 
     # writing
 
@@ -216,7 +208,7 @@ class MemoryBank:
                 raise MemoryBankError(f"{name} ({len(given)} entries) must have one per row written ({len(lanes)})")
         if len(set(lanes)) != len(lanes):
             raise MemoryBankError(f"rows ({lanes}) must name each row once")
-        refuse_unfit(pair, kv.mask, self._slots.storage.dtype, self._slots.keys.dtype, self.chunk_size)
+        refuse_unfit(pair, kv.mask, self._slots.storage.dtype, self.chunk_size)
         pair = pair.to(device=self.device, dtype=self._tail.dtype)
         mask = None if kv.mask is None or bool(kv.mask.all()) else kv.mask.to(self.device, torch.bool)
         now = clock.time() if time is None else time
@@ -242,14 +234,11 @@ class MemoryBank:
 
     def reset(self, rows: Tensor | None = None) -> None:
         """Empty these rows (default: all)."""
-        lanes = rows_of(rows, None, self.rows, "rows")
-        if self.shared and len(lanes) != self.rows:
-            raise MemoryBankError(f"rows ({lanes}) of a shared bank cannot be reset alone; call reset() for all")
-        for row in lanes:
+        for row in rows_of(rows, None, self.rows, "rows"):
             self._lanes[row] = _Lane()
-            self._slots.clear(self._line[row])
+            self._slots.clear(row)
             for index in self._indexes:
-                index.cleared(self._line[row])
+                index.cleared(row)
         self._version += 1
 
     # saving
@@ -264,40 +253,32 @@ class MemoryBank:
             "version": self._version,
         }
 
-    def load_state_dict(self, state: dict[str, Any], *, model: Any = None) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Make this bank what the saved one was.
-
-        Args:
-            state: of ``state_dict``, also of version 0.1 (with ``memory_layer``).
-            model: may accept fingerprints other than the bank's: those of the same weights.
 
         Raises:
             MemoryBankError: other settings or another backbone; the bank is as it was.
         """
-        theirs = dict(state["settings"])
-        if "memory_layer" in theirs:  # version 0.1
-            layer = theirs.pop("memory_layer")
-            theirs["memory_layers"] = None if layer is None else (layer,)
-        if theirs.get("eviction", "oldest") != "oldest":
-            raise MemoryBankError(f"saved bank has eviction {theirs['eviction']!r}, which is no more; fill it anew")
+        theirs = state["settings"]
+        if "memory_layers" not in theirs:
+            raise MemoryBankError("saved bank is of version 0.1, which is not read any more; fill it anew")
         for name, mine in self._settings().items():
             saved = tuple(theirs[name]) if isinstance(theirs[name], list) else theirs[name]
             if mine == saved or (name in ("fingerprint", "memory_layers") and None in (mine, saved)):
                 continue
-            if name != "fingerprint":
-                raise MemoryBankError(
-                    f"saved bank is of another shape: its {name} is {saved}, this bank's is {mine}; "
-                    f"make the bank with {name}={saved} to load it"
-                )
-            if model is None or not model.accepts(saved):
+            if name == "fingerprint":
                 raise MemoryBankError(
                     f"saved bank is written by another backbone: its fingerprint is {saved}, this bank's is {mine}; "
                     "use the backbone that wrote it, or fill the bank anew"
                 )
+            raise MemoryBankError(
+                f"saved bank is of another shape: its {name} is {saved}, this bank's is {mine}; "
+                f"make the bank with {name}={saved} to load it"
+            )
         self._slots.load_state_dict(state["slots"])
         for index in self._indexes:
-            for line in set(self._line):
-                index.cleared(line)
+            for row in range(self.rows):
+                index.cleared(row)
         self._tail.copy_(state["tail"])
         self._lanes = [_Lane(**lane) for lane in state["lanes"]]
         self._version = max(self._version, state["version"]) + 1
@@ -325,13 +306,12 @@ class MemoryBank:
 
     def _write(self, row: int, chunks: Tensor, lengths: Tensor, now: float) -> None:
         """Store chunks (m, n*Hkv, 2, S, D) that begin with what waits in a row."""
-        lane, line = self._lanes[row], self._line[row]
-        slots = self._slots.write(line, chunks, lengths, lane.document, lane.next_token - lane.waiting, now)
+        lane = self._lanes[row]
+        slots = self._slots.write(row, chunks, lengths, lane.document, lane.next_token - lane.waiting, now)
         for index in self._indexes:
-            index.written(line, slots)
+            index.written(row, slots)
 
     def _settings(self) -> dict[str, Any]:
         """What a saved bank must share with the one that loads it."""
         names = ("fingerprint", "memory_layers", "rows", "capacity_tokens", "heads_kv", "head_dim", "chunk_size")
-        dtypes = {"dtype": str(self._slots.storage.dtype), "key_dtype": str(self._slots.keys.dtype)}
-        return {name: getattr(self, name) for name in (*names, "shared")} | dtypes
+        return {name: getattr(self, name) for name in names} | {"dtype": str(self._slots.storage.dtype)}

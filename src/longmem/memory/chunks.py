@@ -41,12 +41,11 @@ class Slots:
         head_dim: int,
         chunk_size: int,
         dtype: torch.dtype,
-        key_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.slots = slots
         self.storage = torch.zeros(rows, slots + 1, heads, 2, chunk_size, head_dim, dtype=dtype, device=device)
-        self.keys = torch.zeros(rows, heads, slots, head_dim, dtype=key_dtype, device=device)
+        self.keys = torch.zeros(rows, heads, slots, head_dim, device=device)
         self.lengths = torch.zeros(rows, slots + 1, dtype=torch.long, device=device)
         self.written = [0] * rows
         self.runs: list[list[Run]] = [[] for _ in range(rows)]
@@ -117,24 +116,14 @@ class Slots:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of ``state_dict``; also of states of version 0.1, with a table of chunks."""
+        """The inverse of ``state_dict``."""
         used = state["storage"].shape[1]
         self.lengths.zero_()
         self.storage[:, :used].copy_(state["storage"])
         self.keys[:, :, :used].copy_(state["keys"])
         self.lengths[:, :used].copy_(state["lengths"])
         self.written = list(state["written"])
-        if "ledger" in state:
-            self.runs = [self._runs_of(state["ledger"], row) for row in range(len(self.written))]
-        else:
-            self.runs = [[(int(n), name, int(at), float(time)) for n, name, at, time in runs] for runs in state["runs"]]
-
-    def _runs_of(self, table: dict[str, Any], row: int) -> list[Run]:
-        """A run for every chunk of a table of version 0.1: document, start, number and time of each slot."""
-        spelled = {number: name for name, number in table["names"].items()}
-        columns = (table[name][row, : self.live(row)].tolist() for name in ("number", "document", "start", "time"))
-        runs = [(n, spelled.get(document), start, time) for n, document, start, time in zip(*columns, strict=True)]
-        return sorted(runs, key=itemgetter(0))
+        self.runs = [list(runs) for runs in state["runs"]]
 
 
 def joined(kv: AttentionKV, heads: int, head_dim: int) -> Tensor:
@@ -150,13 +139,11 @@ def joined(kv: AttentionKV, heads: int, head_dim: int) -> Tensor:
     return torch.stack((kv.keys.detach(), kv.values.detach()), dim=2)
 
 
-def refuse_unfit(
-    pair: Tensor, mask: Tensor | None, dtype: torch.dtype, key_dtype: torch.dtype, chunk_size: int
-) -> None:
+def refuse_unfit(pair: Tensor, mask: Tensor | None, dtype: torch.dtype, chunk_size: int) -> None:
     """Refuse, with a MemoryBankError, numbers that memory cannot hold: one would make every later answer NaN.
 
     Args:
-        pair: keys and values (B, Hkv, 2, T, D), to be stored as ``dtype``, their means as ``key_dtype``.
+        pair: keys and values (B, Hkv, 2, T, D), to be stored as ``dtype``.
         mask: (B, T) bool, True at real tokens; padding may hold anything.
     """
     if mask is not None and not bool(mask.all()):
@@ -164,17 +151,17 @@ def refuse_unfit(
     if not pair.numel():
         return
     most = torch.finfo(dtype).max
-    mean = min(torch.finfo(key_dtype).max, torch.finfo(torch.float32).max / chunk_size)  # S keys are added in float32
+    most_key = min(most, torch.finfo(torch.float32).max / chunk_size)  # S keys are added in float32
     low, high = torch.aminmax(pair)
-    if -low.item() <= min(most, mean) and high.item() <= min(most, mean):  # NaN is below no limit
+    if -low.item() <= most_key and high.item() <= most_key:  # NaN is below no limit
         return
     largest = pair.abs().amax(dim=(1, 3, 4)).double().cpu()  # (B, 2)
     for row, (key, value) in enumerate(largest.tolist()):
-        for name, number, limit in (("keys", key, min(most, mean)), ("values", value, most)):
+        for name, number, limit in (("keys", key, most_key), ("values", value, most)):
             if not number <= limit:
                 raise MemoryBankError(
                     f"{name} of row {row} reach {number:.3g}, a bank of {dtype} holds {limit:.3g} at most; look for an "
-                    "overflow in the model, or make the bank with dtype and key_dtype torch.bfloat16 or torch.float32"
+                    "overflow in the model, or make the bank with dtype torch.bfloat16 or torch.float32"
                 )
 
 

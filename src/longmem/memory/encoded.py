@@ -47,7 +47,7 @@ class EncodedText:
         self.per_segment = ids.shape[1] // size
         heads, dim = len(model.memory_layers) * model.memory_heads, model.memory_head_dim
         count, device = len(ids) * self.per_segment, model.memory_device
-        self.chunks = Slots(1, count, heads, dim, size, model.dtype, torch.float32, device)
+        self.chunks = Slots(1, count, heads, dim, size, model.dtype, device)
         for number, segment in enumerate(ids):
             self._write(number, segment)
             progress(number + 1)
@@ -87,7 +87,7 @@ class EncodedText:
         # one at a time: other batch sizes round differently, and changed segments come alone
         kv, storage = self.model.encode(segment[None].to(self.model.device)), self.chunks.storage
         pair = joined(kv, storage.shape[2], storage.shape[5])
-        refuse_unfit(pair, None, storage.dtype, self.chunks.keys.dtype, self.chunk_size)
+        refuse_unfit(pair, None, storage.dtype, self.chunk_size)
         chunks, _ = split(pair[0].to(storage.device, torch.float32), self.chunk_size)
         slots = torch.arange(self.per_segment) + number * self.per_segment
         self.chunks.put(0, slots, chunks, torch.full_like(slots, self.chunk_size))

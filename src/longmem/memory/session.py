@@ -50,6 +50,7 @@ class SessionMemory:
         numbers = torch.arange(bank.capacity_tokens // bank.chunk_size + 1, device=bank.device)
         self._numbers = numbers.expand(self.rows, -1)
         self._followed: list[list[Tensor]] = [[] for _ in range(self.rows)]
+        self._ids: list[list[Tensor | None]] = [[] for _ in range(self.rows)]  # of all adds; None where not given
 
     @classmethod
     def for_model(
@@ -65,7 +66,7 @@ class SessionMemory:
         if base is not None:
             settings.setdefault("chunk_size", base.chunk_size)
             theirs = getattr(base, "fingerprint", None)  # another fingerprint of the same weights will do
-            if theirs is not None and getattr(model, "accepts", model.fingerprint.__eq__)(theirs):
+            if theirs is not None and model.accepts(theirs):
                 settings.setdefault("fingerprint", theirs)
         return cls(base, MemoryBank.for_model(model, rows, capacity_tokens, **settings), base_rows)
 
@@ -106,15 +107,28 @@ class SessionMemory:
         documents: Sequence[str | None] | None = None,
         offsets: Sequence[int] | None = None,
         time: float | None = None,
-        ids: Sequence[Tensor] | None = None,
+        ids: Sequence[Tensor] | Tensor | None = None,
     ) -> None:
-        """Remember keys and values in the session's own bank, see ``MemoryBank.add``.
+        """Remember keys and values (B, H, T, D) in the session's own bank, see ``MemoryBank.add``.
 
         Args:
-            ids: the token ids behind them, one tensor for each row written; a bank has no use for them, a session over
-                a store needs them to be committed.
+            ids: the token ids of them: (B, T) as the model was given them, or one tensor of real tokens for each row
+                written. A session over a store cannot be committed without them.
         """
+        lanes = rows_of(rows, kv.keys.shape[0], self.rows, "keys")
+        given: Sequence[Tensor | None] = [None] * len(lanes)
+        if ids is not None:
+            given = real = [each.detach().flatten().to("cpu", torch.long) for each in ids]
+            if isinstance(ids, Tensor) and kv.mask is not None:
+                given = real = [each[keep.cpu()] for each, keep in zip(real, kv.mask.bool(), strict=True)]
+            counts = [kv.keys.shape[2]] * len(lanes) if kv.mask is None else kv.mask.sum(1).tolist()
+            if (lengths := [len(each) for each in real]) != counts:
+                raise MemoryBankError(
+                    f"ids of {lengths} tokens must be those of the keys, {counts} real tokens in each row"
+                )
         self.bank.add(kv, rows=rows, documents=documents, offsets=offsets, time=time)
+        for row, each in zip(lanes, given, strict=True):
+            self._ids[row].append(each)
 
     def end_document(self, rows: Tensor | None = None) -> None:
         """What comes next in these rows (default: all) is another document."""
@@ -122,10 +136,11 @@ class SessionMemory:
         for row in rows_of(rows, None, self.rows, "rows"):
             self._followed[row] = []
 
-    def drop(self) -> None:
-        """Forget all that the session wrote; the base memory is as it was."""
-        self.bank.reset()
-        self._followed = [[] for _ in range(self.rows)]
+    def drop(self, rows: Tensor | None = None) -> None:
+        """Forget what these rows (default: all) of the session wrote; the base memory is as it was."""
+        self.bank.reset(rows)
+        for row in rows_of(rows, None, self.rows, "rows"):
+            self._followed[row], self._ids[row] = [], []
 
     def followed(self, row: int) -> Tensor:
         """(t,) the beginning of the row's text that is in memory already, so that it is not written twice."""
@@ -165,13 +180,14 @@ class JoinedMemory:
         lines: dict[int, list[int]] = {}
         for line, place in enumerate(places):
             lines.setdefault(id(self.banks[place]), []).append(line)
-        parts = []
+        any_bank, parts = next(bank for bank in self.banks if bank is not None), []
         for some in lines.values():
             bank, asked = self.banks[places[some[0]]], queries if len(lines) == 1 else queries[some]
-            if bank is None:
-                parts.append(_nothing(asked, num_chunks, self.chunk_size))
-            else:
-                parts.append(bank.search(asked, num_chunks, torch.zeros(len(some), dtype=torch.long), layer=layer))
+            first_row = torch.zeros(len(some), dtype=torch.long)
+            found = (any_bank if bank is None else bank).search(asked, num_chunks, first_row, layer=layer)
+            if bank is None:  # nothing, in the shape of what another bank has found
+                found = _packed([torch.zeros_like(each) for each in next(_found([found]))], [found])
+            parts.append(found)
         found = parts[0]
         if len(parts) > 1:
             back = torch.tensor([line for some in lines.values() for line in some]).argsort().to(queries.device)
@@ -224,22 +240,6 @@ def best_of(parts: Sequence[RetrievedMemory], num_chunks: int) -> RetrievedMemor
     # a stable order, so that equal scores are taken from the first part
     order = scores.masked_fill(~mask, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :num_chunks]
     return _packed([each.gather(-1, order) for each in together], parts)
-
-
-def _nothing(queries: Tensor, num_chunks: int, chunk_size: int) -> RetrievedMemory:
-    """What queries (B, H, T, D) find where there is no memory at all."""
-    batch, heads, length, dim = queries.shape
-    shape, device = (batch, heads, length, num_chunks), queries.device
-    return RetrievedMemory(
-        chunk_ids=torch.zeros(shape, dtype=torch.long, device=device),
-        chunk_mask=torch.zeros(shape, dtype=torch.bool, device=device),
-        scores=torch.zeros(shape, device=device),
-        storage=torch.zeros(1, 1, 1, 2, chunk_size, dim, dtype=queries.dtype, device=device),
-        lengths=torch.zeros(1, 1, dtype=torch.long, device=device),
-        rows=torch.zeros(batch, dtype=torch.long, device=device),
-        version=0,
-        live_version=lambda: 0,
-    )
 
 
 def _found(parts: Sequence[RetrievedMemory]) -> Iterator[tuple[Tensor, ...]]:

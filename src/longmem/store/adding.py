@@ -14,14 +14,14 @@ import sqlite3
 import tempfile
 import time as clock
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -53,13 +53,11 @@ class Planned:
 
     namespace: str
     new: NewDocument  # as given, without text and ids
-    metadata: str  # JSON
     tokens: int  # in it when it is written
     digest: bytes  # of the whole; unused by an append
-    pieces: list[tuple[bytes, int]] = field(default_factory=list)  # its new ones: digest, and how many of its tokens
+    pieces: list[tuple[bytes, int]] = field(default_factory=list)  # digest, and how many of its tokens
     revision: int = 1  # of a new document
     onto: DocumentInfo | None = None  # the document that is appended to, as it was then
-    kept: list[tuple[int, int]] = field(default_factory=list)  # what stays of it: pieces, and how many tokens of each
 
 
 @dataclass
@@ -95,18 +93,16 @@ def append(catalog: Catalog, encoder: Encoder, namespace: str, new: NewDocument,
     tokens = encoder.tokens(new, begin=False)
     with catalog.read():
         document = catalog.live(namespace, new.name)
-        kept = [(part.piece, part.tokens) for part in catalog.parts(document.id)]
-        piece, used = kept.pop()
-        last, whole = catalog.tokens(piece), used // size * size
+        *kept, end = catalog.parts(document.id)
+        last, whole = catalog.tokens(end.piece), end.tokens // size * size
     if (last.text is None) != (tokens.text is None):
         was, way_out = ("token ids", "ids=") if last.text is None else ("text", "text")
         raise StoreError(f"document {new.name!r} was added as {was}; append {way_out} to it")
-    if whole:
-        kept.append((piece, whole))
-    if whole < used:
-        tokens = joined_tokens([last.slice(whole, used), tokens])
-    length = sum(count for _, count in kept) + len(tokens)
-    plan = Planned(namespace, NewDocument(new.name), "", length, b"", onto=document, kept=kept)
+    if whole < end.tokens:
+        tokens = joined_tokens([last.slice(whole, end.tokens), tokens])
+    pieces = [(part.digest, part.tokens) for part in kept] + [(end.digest, whole)] * (whole > 0)
+    length = end.first_token + whole + len(tokens)
+    plan = Planned(namespace, NewDocument(new.name), length, b"", pieces, onto=document)
     (receipt,) = _added(catalog, encoder, iter([(plan, tokens)]), progress, 1)
     return receipt
 
@@ -114,8 +110,8 @@ def append(catalog: Catalog, encoder: Encoder, namespace: str, new: NewDocument,
 def _planned(catalog: Catalog, encoder: Encoder, namespace: str, new: NewDocument) -> tuple[Planned, Tokens]:
     new = replace(new, name=composed(new.name))
     new.check(namespace)
-    tokens, metadata = encoder.tokens(new), metadata_text(new.metadata, new.name)
-    plan = Planned(namespace, replace(new, text=None, ids=None), metadata, len(tokens), tokens.digest())
+    tokens = encoder.tokens(new)
+    plan = Planned(namespace, replace(new, text=None, ids=None), len(tokens), tokens.digest())
     with catalog.read():
         status_of(catalog, plan)  # refused before any work
     return plan, tokens
@@ -131,15 +127,13 @@ def _added(
     """Encode and commit, batch by batch."""
     done, me, pinned = 0, object(), set[int]()
     catalog.pinned[me] = pinned
-    batches = _batches(catalog, planned, pinned)
-    ids = ((batch, [tokens.ids for tokens in batch.pieces.values()]) for batch in batches)
     try:
-        with closing(encoded(encoder, ids, workers)) as made:
+        with closing(_encoded(encoder, _batches(catalog, planned, pinned), workers)) as made:
             for batch, chunks in made:
                 done += batch.tokens
                 if progress is not None:
                     progress(Progress("encode", done, None, "tokens", batch.name))
-                yield from commit(catalog, pinned, list(batch.pieces.values()), chunks, batch.documents)
+                yield from commit(catalog, zip(batch.pieces.values(), chunks, strict=True), batch.documents, pinned)
     finally:
         del catalog.pinned[me]
 
@@ -180,40 +174,34 @@ def known(catalog: Catalog, digest: bytes, pinned: set[int]) -> int | None:
 
 def commit(
     catalog: Catalog,
-    pinned: set[int],
-    pieces: Sequence[Tokens],
-    chunks: Sequence[StoredChunks],
-    documents: Iterable[Planned],
-) -> list[Receipt]:
-    """Write pieces with their chunks, and the documents that are complete with them; durable when this returns."""
-    with catalog.writing():
-        made = [pair for pair in zip(pieces, chunks, strict=True) if known(catalog, pair[0].digest(), pinned) is None]
-        generation, first = catalog.end()
-        if made:
-            append_chunks(catalog.folder, catalog.layout, generation, first, [run for _, run in made])
-        return enter(catalog, first, [(tokens, len(run), run.crc()) for tokens, run in made], documents, pinned)
-
-
-def enter(
-    catalog: Catalog,
-    first: int,
-    pieces: Sequence[tuple[Tokens, int, int]],
+    pieces: Iterable[tuple[Tokens, StoredChunks]],
     documents: Iterable[Planned],
     pinned: set[int],
 ) -> list[Receipt]:
-    """One transaction: pieces whose chunks are the records from ``first`` on, each given with the number of its chunks
-    and their check sum, and documents that are complete with them.
+    """Write pieces that are not there yet, and in one transaction the documents that are complete with them.
+
+    All is durable when this returns.
     """
-    with catalog.write() as db:
-        for tokens, count, crc in pieces:
-            starts = None if tokens.starts is None else tokens.starts.astype("<u4").tobytes()
-            words = (tokens.ids.astype("<u4").tobytes(), tokens.text, starts)
-            row = (None, tokens.digest(), len(tokens), first, count, crc, *words)
-            pinned.add(_insert(db, "piece", row))
-            first += count
-        if pieces:
-            db.execute("UPDATE meta SET value = ? WHERE key = 'records'", (first,))
-        return [_write_document(catalog, db, pinned, document) for document in documents]
+    rows: list[tuple[Any, ...]] = []
+
+    def fresh() -> Iterator[StoredChunks]:
+        place = first
+        for tokens, chunks in pieces:
+            if known(catalog, digest := tokens.digest(), pinned) is None:
+                starts = None if tokens.starts is None else tokens.starts.astype("<u4").tobytes()
+                words = (tokens.ids.astype("<u4").tobytes(), tokens.text, starts)
+                rows.append((None, digest, len(tokens), place, len(chunks), chunks.crc(), *words))
+                place += len(chunks)
+                yield chunks
+
+    with catalog.writing():
+        generation, first = catalog.end()
+        end = append_chunks(catalog.folder, catalog.layout, generation, first, fresh())
+        with catalog.write() as db:
+            pinned.update(_insert(db, "piece", row) for row in rows)
+            if rows:
+                db.execute("UPDATE meta SET value = ? WHERE key = 'records'", (end,))
+            return [_write_document(catalog, db, document) for document in documents]
 
 
 REPLACE = "choose another name, or replace it (replace=True, `--replace`)"
@@ -231,8 +219,8 @@ def status_of(catalog: Catalog, plan: Planned, way_out: str = REPLACE) -> tuple[
         return "appended", old
     if old is None or old.expired(clock.time()):
         return "added", old
-    given = (plan.tokens, new.source, plan.metadata, old.added if new.time is None else new.time)
-    same = (old.tokens, old.source, metadata_text(old.metadata, old.name), old.added) == given
+    given = (plan.tokens, new.source, metadata_text(new.metadata), old.added if new.time is None else new.time)
+    same = (old.tokens, old.source, metadata_text(old.metadata), old.added) == given
     if same and catalog.whole(old).digest() == plan.digest:
         kept = new.expires == old.expires or (new.expires is None and not new.replace)
         return "unchanged" if kept else "updated", old
@@ -244,8 +232,11 @@ def status_of(catalog: Catalog, plan: Planned, way_out: str = REPLACE) -> tuple[
     return "replaced", old
 
 
-def _write_document(catalog: Catalog, db: sqlite3.Connection, pinned: set[int], plan: Planned) -> Receipt:
-    """Bring a document into the catalog, where its pieces are."""
+def _write_document(catalog: Catalog, db: sqlite3.Connection, plan: Planned) -> Receipt:
+    """Bring a document into the catalog, where its pieces are.
+
+    Raises StoreError where these do not make the document, which only an archive can bring about.
+    """
     status, old = status_of(catalog, plan)
     new, tokens, revision = plan.new, plan.tokens, plan.revision
     if old is not None and status in ("unchanged", "updated"):
@@ -261,13 +252,19 @@ def _write_document(catalog: Catalog, db: sqlite3.Connection, pinned: set[int], 
     else:
         db.execute("DELETE FROM document WHERE namespace = ? AND name = ?", (plan.namespace, new.name))
         added = clock.time() if new.time is None else new.time
-        row = (plan.namespace, new.name, new.source, plan.metadata, added, new.expires, tokens, revision)
-        number = _insert(db, "document", (None, *row))
-    first_token = 0
-    pieces = [*plan.kept, *((known(catalog, digest, pinned), count) for digest, count in plan.pieces)]
-    for ordinal, (piece, count) in enumerate(pieces):
+        about = (new.source, metadata_text(new.metadata), added, new.expires, tokens, revision)
+        number = _insert(db, "document", (None, plan.namespace, new.name, *about))
+    first_token, size = 0, catalog.layout.segment_tokens
+    incomplete = StoreError(f"document {new.name!r} of the archive is incomplete; nothing was imported")
+    for ordinal, (digest, count) in enumerate(plan.pieces):
+        piece, full = catalog.row("SELECT id, tokens FROM piece WHERE digest = ?", digest) or (None, 0)
+        last = ordinal == len(plan.pieces) - 1
+        if not (0 < count <= full and (count % size == 0 or (last and count == full))):
+            raise incomplete
         db.execute("INSERT INTO part VALUES (?, ?, ?, ?, ?)", (number, ordinal, piece, first_token, count))
         first_token += count
+    if first_token != tokens:
+        raise incomplete
     return Receipt(plan.namespace, new.name, status, tokens, catalog.layout.chunks(tokens), revision)
 
 
@@ -280,55 +277,69 @@ def _insert(db: sqlite3.Connection, table: str, row: tuple[Any, ...]) -> int:
 
 # who encodes
 
-Batch = TypeVar("Batch")
-Chunks = list[StoredChunks]  # of a batch of pieces
-Wait = Callable[[], Chunks]
+Submit = Callable[[list[Ids]], "Future[list[StoredChunks]]"]
 
 
-def encoded(
-    encoder: Encoder, batches: Iterator[tuple[Batch, list[Ids]]], workers: int | str
-) -> Generator[tuple[Batch, Chunks], None, None]:
-    """Every batch, given with its pieces, with their chunks, in order.
+def _encoded(
+    encoder: Encoder, batches: Iterable[_Batch], workers: int | str
+) -> Generator[tuple[_Batch, list[StoredChunks]], None, None]:
+    """Every batch with the chunks of its pieces, in order.
 
     Args:
         workers: processes on this machine, ``ray``, or ``ray:N`` for so many actors of a Ray cluster; they start when
             there is something to encode.
 
     Raises:
-        StoreError: a worker failed or was killed, a model that other processes cannot have, or Ray is not installed.
+        StoreError: a worker failed or was killed, or Ray is not installed.
     """
-
-    def send(pieces: list[Ids]) -> Wait:
-        return partial(encoder.encode, pieces)
-
-    ahead, under_way = 0, deque[tuple[Batch, Wait]]()
+    submit: Submit | None = None
+    ahead, under_way = 0, deque[tuple[_Batch, Any]]()
     with ExitStack() as ends:
-        for batch, pieces in batches:
-            if pieces and workers != 1 and not ahead:
-                ahead, send = (_ray if isinstance(workers, str) else _processes)(encoder, workers, ends)  # type: ignore[assignment, arg-type]
-            under_way.append((batch, send(pieces)))
+        for batch in batches:
+            ids = [tokens.ids for tokens in batch.pieces.values()]
+            if workers == 1:
+                yield batch, encoder.encode(ids)
+                continue
+            if ids and submit is None:
+                start: Any = _ray if isinstance(workers, str) else _processes
+                submit, ahead = start(encoder, workers, ends)
+            with _worker_errors():
+                under_way.append((batch, submit(ids) if ids and submit else None))
             while len(under_way) > ahead:
-                first, wait = under_way.popleft()
-                yield first, wait()
-        for first, wait in under_way:
-            yield first, wait()
+                yield _finished(*under_way.popleft())
+        for each in under_way:
+            yield _finished(*each)
 
 
-def _processes(encoder: Encoder, workers: int, ends: ExitStack) -> tuple[int, Callable[[list[Ids]], Wait]]:
-    """How many batches are under way at a time, and what sends one."""
+@contextmanager
+def _worker_errors() -> Iterator[None]:
+    try:
+        yield
+    except LongMemError:
+        raise
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[-1]
+        raise StoreError(
+            f"a worker failed or was killed ({type(error).__name__}: {line:.200}); what has a receipt is stored; "
+            "add again to go on from there"
+        ) from error
+
+
+def _finished(batch: _Batch, future: Future[list[StoredChunks]] | None) -> tuple[_Batch, list[StoredChunks]]:
+    with _worker_errors():
+        return batch, [] if future is None else future.result()
+
+
+def _processes(encoder: Encoder, workers: int, ends: ExitStack) -> tuple[Submit, int]:
+    """What encodes pieces elsewhere, and how many batches to have under way."""
     folder = ends.enter_context(tempfile.TemporaryDirectory(prefix="longmem-"))
     recipe = _Recipe.of(encoder, folder, max(1, torch.get_num_threads() // workers))
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     ends.callback(pool.shutdown, cancel_futures=True)
-
-    @_worker_errors()
-    def send(pieces: list[Ids]) -> Wait:
-        return _worker_errors()(pool.submit(_encode, recipe, pieces).result)
-
-    return 2 * workers, send
+    return lambda pieces: pool.submit(_encode, recipe, pieces), 2 * workers
 
 
-def _ray(encoder: Encoder, workers: str, ends: ExitStack) -> tuple[int, Callable[[list[Ids]], Wait]]:
+def _ray(encoder: Encoder, workers: str, ends: ExitStack) -> tuple[Submit, int]:
     """See ``_processes``."""
     try:
         import ray
@@ -346,26 +357,7 @@ def _ray(encoder: Encoder, workers: str, ends: ExitStack) -> tuple[int, Callable
     actors = [kind.remote(recipe, files) for _ in range(count)]
     ends.callback(lambda: [ray.kill(actor) for actor in actors])
     turns = cycle(actors)
-
-    @_worker_errors()
-    def send(pieces: list[Ids]) -> Wait:
-        return _worker_errors()(partial(ray.get, next(turns).encode.remote(pieces)))
-
-    return 2 * count, send
-
-
-@contextmanager
-def _worker_errors() -> Iterator[None]:
-    try:
-        yield
-    except LongMemError:
-        raise
-    except Exception as error:
-        line = (str(error).strip().splitlines() or [""])[-1]
-        raise StoreError(
-            f"a worker failed or was killed ({type(error).__name__}: {line:.200}); what has a receipt is stored; "
-            "add again to go on from there"
-        ) from error
+    return lambda pieces: next(turns).encode.remote(pieces).future(), 2 * count
 
 
 class _Recipe(NamedTuple):
@@ -380,12 +372,9 @@ class _Recipe(NamedTuple):
 
     @classmethod
     def of(cls, encoder: Encoder, folder: str, threads: int) -> _Recipe:
-        model: Any = encoder.needed()
-        backbone: Any = getattr(getattr(model, "backbone", None), "model", None)
-        if not hasattr(backbone, "save_pretrained"):
-            raise StoreError(f"a {type(model).__name__} cannot be given to other processes; use workers=1")
+        backbone = encoder.needed().backbone.model
         backbone.save_pretrained(folder)
-        attention, device = getattr(backbone.config, "_attn_implementation", None), str(model.device.type)
+        attention, device = backbone.config._attn_implementation, str(backbone.device.type)
         return cls(folder, backbone.dtype, attention, device, threads, encoder.layout)
 
 
@@ -412,7 +401,7 @@ def _encoder(recipe: _Recipe) -> Encoder:
     return encoder
 
 
-def _encode(recipe: _Recipe, pieces: list[Ids]) -> Chunks:
+def _encode(recipe: _Recipe, pieces: list[Ids]) -> list[StoredChunks]:
     return _encoder(recipe).encode(pieces)
 
 
@@ -425,5 +414,5 @@ class _Actor:
             (Path(self._folder.name) / name).write_bytes(data)
         self._recipe = recipe._replace(folder=self._folder.name)
 
-    def encode(self, pieces: list[Ids]) -> Chunks:
+    def encode(self, pieces: list[Ids]) -> list[StoredChunks]:
         return _encode(self._recipe, pieces)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import threading
 import time as clock
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -19,16 +18,14 @@ from torch import Tensor
 
 from longmem.errors import ConfigError, MemoryBankError, StoreError
 from longmem.memory.bank import MemoryBank
-from longmem.memory.index import Index, make_indexes, refuse_queries, rows_of
+from longmem.memory.index import Index, make_indexes, rows_of, search_chunks
 from longmem.memory.session import SessionMemory
 from longmem.store.adding import Receipt
 from longmem.store.catalog import Selection, composed
 from longmem.store.disk import until_found
 from longmem.store.encode import NewDocument
-from longmem.store.runs import Loaded, Runs, read_runs
-from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory
-
-Keep = Literal["map", "memory"]
+from longmem.store.held import Held, Loaded, read_held
+from longmem.types import ChunkOrigin, RetrievedMemory
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class StoreBank:
     For a batch of several namespaces ``generate`` takes a list of banks, and the model a ``JoinedMemory`` of them.
 
     Opening reads the catalog alone. Chunk keys are read at the first search (or by ``load``); keys and values stay in
-    the memory map unless ``keep`` says otherwise, and of them only the heads and chunks that were found are read.
+    the memory map, and of them only the heads and chunks that were found are read.
 
     A bank holds the documents of the moment when it was opened. What is added, appended or replaced later it finds
     after ``refresh``; what is forgotten, replaced or expired, by any process, it misses from the next search on.
@@ -66,7 +63,6 @@ class StoreBank:
         store: an open ``MemoryStore``; closing it closes the bank.
         namespace: whose documents.
         device: where to search.
-        keep: where keys and values are: ``map`` on disk, in the memory map; ``memory`` of the device.
         index: how keys are searched: "exact", "faiss", or an index that was never used.
         **selection: ``documents``, ``where``, ``after``, ``before``, see ``Selection``.
 
@@ -86,15 +82,14 @@ class StoreBank:
         namespace: str,
         *,
         device: torch.device | str = "cpu",
-        keep: Keep = "map",
         index: str | Index = "exact",
         **selection: Any,
     ) -> None:
         self.selection = Selection(**selection)
-        _check(namespace, self.selection, keep)
+        _check(namespace, self.selection)
         self.store, self._catalog = store, store.catalog
         self.namespace, self.rows = composed(namespace), 1
-        self.device, self.keep = torch.device(device), keep
+        self.device = torch.device(device)
         layout = self._catalog.layout
         self.chunk_size, self.heads_kv, self.head_dim = layout.chunk_size, layout.heads_kv, layout.head_dim
         self.fingerprint, self.memory_layers = layout.fingerprint, layout.memory_layers
@@ -109,23 +104,21 @@ class StoreBank:
     @property
     def chunks(self) -> Tensor:
         """(1,) chunks that can be found, as of the last search."""
-        return torch.tensor([int(self._runs.left.sum())])
+        return torch.tensor([len(self._held.alive())])
 
     @property
     def tokens(self) -> Tensor:
         """(1,) tokens that can be found, as of the last search."""
-        runs = self._runs
-        whole = runs.left == np.diff(runs.begins)
-        return torch.tensor([int(np.where(whole, runs.tokens, runs.left * self.chunk_size).sum())])
+        return torch.tensor([int(self._held.lengths[self._held.alive()].sum())])
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in memory and on the device; what is in the map does not count."""
+        """Bytes of the chunk keys, where they have been read."""
         with self._lock:
-            return 0 if self._loaded is None else self._loaded.nbytes
+            return 0 if self._loaded is None else self._loaded.keys.nbytes
 
     def load(self) -> StoreBank:
-        """Read now what the first search would read: chunk keys, and keys and values that are not left in the map."""
+        """Read now the chunk keys, which the first search would read."""
         with self._lock:
             if self._loaded is None:
                 self._load()
@@ -141,7 +134,7 @@ class StoreBank:
                 return
             self._read()
             if self._loaded is not None:
-                self._load(self._loaded)
+                self._load()
 
     # reading
 
@@ -161,42 +154,40 @@ class StoreBank:
             MemoryBankError: queries or rows that do not fit the bank.
             StoreError: the store was closed.
         """
-        sizes = {"layers": self.layers, "heads_kv": self.heads_kv, "head_dim": self.head_dim, "device": self.device}
-        refuse_queries(queries, num_chunks, layer, **sizes)
-        batch, heads, length, _ = queries.shape
-        rows_of([0] * batch if rows is None else rows, batch, 1, "queries")
-        grouped = queries.detach().reshape(batch, self.heads_kv, -1, self.head_dim)
-        wanted = (batch, heads, length, num_chunks)
-        with self._lock, torch.autocast(queries.device.type, enabled=False):
+        lines = rows_of([0] * len(queries) if rows is None else rows, len(queries), 1, "queries")
+        with self._lock:
             self._notice()
-            self.load()
-            assert self._loaded is not None
-            scores, slots, exists = self._loaded.search(grouped, num_chunks, layer)
-            mask = exists.expand(wanted).contiguous()
-            return self._retrieved(scores.view(wanted), slots.view(wanted), mask, self._loaded, layer)
+            loaded = self._load() if self._loaded is None else self._loaded
+            found = search_chunks(
+                self._indexes[layer if 0 <= layer < self.layers else 0],
+                queries,
+                num_chunks,
+                loaded,
+                lines,
+                [len(loaded.chunks)] * len(lines),
+                layer=layer,
+                heads_kv=self.heads_kv,
+            )
+            return self._retrieved(found, loaded)
 
-    def _retrieved(self, scores: Tensor, slots: Tensor, mask: Tensor, loaded: Loaded, layer: int) -> RetrievedMemory:
+    def _retrieved(self, found: RetrievedMemory, loaded: Loaded) -> RetrievedMemory:
         """Each pair of a chunk and a head once, as storage (1, M + 1, 1, 2, S, D) with the null chunk last.
 
         A head reads only its own part of a chunk: storing heads apart takes Hkv times fewer bytes from disk.
         """
-        device, rows = slots.device, torch.zeros(len(slots), dtype=torch.long, device=slots.device)
-        head = torch.arange(slots.shape[1], device=device) // (slots.shape[1] // self.heads_kv)
-        asked = (slots * self.heads_kv + head.view(1, -1, 1, 1))[mask]
-        pairs, places = torch.unique(asked, return_inverse=True)
-        found, heads = (each.cpu().numpy() for each in (pairs // self.heads_kv, pairs % self.heads_kv))
-        chunks = loaded.chunks[found]
-        return RetrievedMemory(
-            chunk_ids=torch.full_like(slots, len(found)).masked_scatter_(mask, places),
-            chunk_mask=mask,
-            scores=scores,
-            storage=loaded.take(found, heads + layer * self.heads_kv)[None, :, None],
-            lengths=torch.from_numpy(np.append(self._runs.lengths(chunks), 0)).to(device)[None],
-            rows=rows,
-            version=0,
-            live_version=lambda: 0,  # a copy: it stays what it is
+        mask, heads_in_all = found.chunk_mask, loaded.storage.shape[2]
+        pairs, places = torch.unique(found.lines[mask], return_inverse=True)
+        slots, heads = (each.cpu().numpy() for each in (pairs // heads_in_all, pairs % heads_in_all))
+        chunks, device = loaded.chunks[slots], mask.device
+        return replace(
+            found,
+            chunk_ids=torch.full_like(found.chunk_ids, len(pairs)).masked_scatter_(mask, places),
+            storage=loaded.take(slots, heads)[None, :, None],
+            lengths=torch.from_numpy(np.append(loaded.held.lengths[chunks], 0)).to(device)[None],
             sources=torch.from_numpy(np.append(chunks, -1)).to(device)[None],
-            memory_rows=rows,
+            memory_rows=found.rows,
+            first_head=0,
+            layer_heads=None,
         )
 
     # where something is from
@@ -206,9 +197,9 @@ class StoreBank:
         with self._lock:
             if row != 0:
                 raise MemoryBankError(f"row ({row}) must be 0, the row of this bank")
-            if not 0 <= chunk < len(self._runs):
-                raise MemoryBankError(f"chunk ({chunk}) is not there; the bank has {len(self._runs)}, counted from 0")
-            return self._runs.origin(chunk)
+            if not 0 <= chunk < len(self._held):
+                raise MemoryBankError(f"chunk ({chunk}) is not there; the bank has {len(self._held)}, counted from 0")
+            return self._held.origin(chunk)
 
     def passage(self, origin: ChunkOrigin, around: int = 12) -> Passage:
         """The text of a chunk, with ``around`` tokens on either side, inside of its document.
@@ -273,37 +264,34 @@ class StoreBank:
     # keeping up with the store
 
     def _read(self) -> None:
-        # the version before the runs, so that no change between is missed
+        # the version before the chunks, so that no change between is missed
         seen = self._catalog.version()
-        self._runs: Runs = until_found(lambda: read_runs(self._catalog, self.namespace, self.selection))
+        self._held: Held = until_found(lambda: read_held(self._catalog, self.namespace, self.selection))
         self._read_at = self._seen = seen
-        self._expires = self._runs.expires()
 
     def _notice(self) -> None:
         """Let go of what was forgotten or has expired since the last search; microseconds where nothing happened."""
         seen = self._catalog.version()
-        if seen == self._seen and clock.time() < self._expires:
+        if seen == self._seen and clock.time() < self._held.expires:
             return
-        before, self._runs = self._runs, until_found(lambda: self._runs.now(self._catalog, self.namespace))
-        if self._loaded is not None and np.array_equal(before.left, self._runs.left):
-            self._loaded.runs = self._runs  # the same chunks, perhaps in other files
-        elif self._loaded is not None:
-            self._load(self._loaded)
-        self._expires, self._seen = self._runs.expires(), seen
+        self._held = until_found(lambda: self._held.now(self._catalog, self.namespace))
+        self._seen = seen
+        if self._loaded is not None:
+            self._load()
 
-    def _load(self, before: Loaded | None = None) -> None:
-        self._loaded = None  # where this fails, the next search loads anew: what was loaded has what is forgotten
-        self._loaded = Loaded(self._runs, self._indexes, self.device, self.keep == "memory", before)
+    def _load(self) -> Loaded:
+        # where this fails, the next search loads anew: what was loaded has what is forgotten
+        before, self._loaded = self._loaded, None
+        self._loaded = Loaded(self._held, self._indexes, self.device, before)
+        return self._loaded
 
 
-def _check(namespace: object, selection: Selection, keep: str) -> None:
+def _check(namespace: object, selection: Selection) -> None:
     problems, documents = [], selection.documents
     if not isinstance(namespace, str):
         problems.append(f"namespace ({namespace!r}) must be a name; for several, make a bank of each")
     if isinstance(documents, str):
         problems.append(f"documents ({documents!r}) must be a list of names; write [{documents!r}]")
-    if keep not in ("map", "memory"):
-        problems.append(f"keep ({keep!r}) must be map or memory")
     if problems:
         raise ConfigError(problems)
 
@@ -323,43 +311,12 @@ class SessionBank(SessionMemory):
         ConfigError: a capacity that is no multiple of the chunk size.
     """
 
+    base: StoreBank
+
     def __init__(self, base: StoreBank, *, capacity_tokens: int = 65536, rows: int = 1) -> None:
         sizes = (capacity_tokens, base.heads_kv, base.head_dim, base.chunk_size)
         about = {"device": base.device, "fingerprint": base.fingerprint, "memory_layers": base.memory_layers}
         super().__init__(base, MemoryBank(rows, *sizes, **about))
-        self.documents, self.store = base, base.store
-        self._ids: list[list[Tensor | None]] = [[] for _ in range(self.rows)]  # None where they were not given
-
-    def add(
-        self,
-        kv: AttentionKV,
-        *,
-        rows: Tensor | None = None,
-        documents: Sequence[str | None] | None = None,
-        offsets: Sequence[int] | None = None,
-        time: float | None = None,
-        ids: Sequence[Tensor] | Tensor | None = None,
-    ) -> None:
-        """Remember keys and values (B, H, T, D) in the session, see ``MemoryBank.add``.
-
-        Args:
-            ids: the token ids of them: (B, T) as the model was given them, or one tensor of real tokens for each row
-                written. Without them the session cannot be committed.
-        """
-        lanes = rows_of(rows, kv.keys.shape[0], self.rows, "keys")
-        counts = [kv.keys.shape[2]] * len(lanes) if kv.mask is None else kv.mask.sum(1).tolist()
-        given: Sequence[Tensor | None] = [None] * len(lanes)
-        if ids is not None:
-            given = real = [each.detach().flatten().to("cpu", torch.long) for each in ids]
-            if isinstance(ids, Tensor) and kv.mask is not None:
-                given = real = [each[keep.cpu()] for each, keep in zip(real, kv.mask.bool(), strict=True)]
-            if (lengths := [len(each) for each in real]) != counts:
-                raise MemoryBankError(
-                    f"ids of {lengths} tokens must be those of the keys, {counts} real tokens in each row"
-                )
-        super().add(kv, rows=rows, documents=documents, offsets=offsets, time=time)
-        for row, each in zip(lanes, given, strict=True):
-            self._ids[row].append(each)
 
     def commit(self, name: str, *, row: int = 0, append: bool = False, **about: Any) -> Receipt:
         """Write all that was added to a row as a document of its namespace, and empty the row.
@@ -382,15 +339,9 @@ class SessionBank(SessionMemory):
         if not given or len(ids) < len(given):
             what = "tokens were added without their ids" if given else "nothing was added"
             raise StoreError(f"row {row} of the session cannot be committed: {what}; pass ids= to add")
-        write = self.store.append if append else self.store.add_document
-        receipt: Receipt = write(self.documents.namespace, name=name, ids=torch.cat(ids), **about)
+        store = self.base.store
+        write = store.append if append else store.add_document
+        receipt: Receipt = write(self.base.namespace, name=name, ids=torch.cat(ids), **about)
         self.drop(torch.tensor([row]))
-        self.documents.refresh()
+        self.base.refresh()
         return receipt
-
-    def drop(self, rows: Tensor | None = None) -> None:
-        """Forget what was added to these rows (default: all); the documents underneath are as they were."""
-        chosen = rows_of(rows, None, self.rows, "rows")
-        self.bank.reset(torch.tensor(chosen))
-        for row in chosen:
-            self._followed[row], self._ids[row] = [], []

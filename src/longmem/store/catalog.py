@@ -120,6 +120,7 @@ class Part(NamedTuple):
     piece: int
     first_token: int
     tokens: int
+    digest: bytes  # of the whole piece
 
 
 class Piece(NamedTuple):
@@ -403,7 +404,10 @@ class Catalog:
     def parts(self, document: int) -> list[Part]:
         """Of a document, in order."""
         with self.read() as db:
-            query = "SELECT piece, first_token, tokens FROM part WHERE document = ? ORDER BY ordinal"
+            query = (
+                "SELECT piece, first_token, part.tokens, digest FROM part LEFT JOIN piece ON piece.id = piece "
+                "WHERE document = ? ORDER BY ordinal"
+            )
             return [Part(*row) for row in db.execute(query, (document,))]
 
     def pieces(self) -> list[Piece]:
@@ -425,7 +429,7 @@ class Catalog:
         with self.read():
             runs = [
                 self.tokens(piece).slice(max(0, start - first), min(tokens, stop - first))
-                for piece, first, tokens in self.parts(document.id)
+                for piece, first, tokens, _ in self.parts(document.id)
                 if first < stop and start < first + tokens
             ]
         return joined_tokens(runs)

@@ -18,10 +18,11 @@ import socket
 import sqlite3
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -326,35 +327,46 @@ def _mapped(path: Path, dtype: str, *shape: int) -> NDArray[Any]:
         raise
 
 
-def append_chunks(folder: Path, layout: Layout, generation: int, first: int, runs: Sequence[StoredChunks]) -> None:
+def append_chunks(folder: Path, layout: Layout, generation: int, first: int, runs: Iterable[StoredChunks]) -> int:
     """Write chunks as the records from ``first`` on; durable when this returns, known once the catalog counts them.
+
+    Returns:
+        the first record after them.
 
     Raises:
         StoreFull: no room; both files are as they were.
     """
-    made = False
-    sizes = (layout.record_bytes, layout.key_bytes)
-    raw = zip(*(run.raw() for run in runs), strict=True)
-    for path, size, parts in zip(paths_of(folder, generation), sizes, raw, strict=True):
-        with file_errors(path, "writing"):
-            made |= not path.exists()
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                os.ftruncate(handle, first * size)
-                place = first * size
-                for part in parts:
-                    rest = part.reshape(-1).data
-                    while rest:  # a full disk may take a part first and refuse the rest
-                        done = os.pwrite(handle, rest, place)
-                        rest, place = rest[done:], place + done
+    coming = iter(runs)
+    if (head := next(coming, None)) is None:
+        return first
+    paths, sizes = paths_of(folder, generation), (layout.record_bytes, layout.key_bytes)
+    made, end = not all(path.exists() for path in paths), first
+    with ExitStack() as ends:
+        handles = []
+        for path, size in zip(paths, sizes, strict=True):
+            with file_errors(path, "writing"):
+                handles.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+                ends.callback(os.close, handles[-1])
+                os.ftruncate(handles[-1], first * size)  # bytes behind the last record are of an add that failed
+        try:
+            for run in chain([head], coming):
+                for path, handle, size, data in zip(paths, handles, sizes, run.raw(), strict=True):
+                    place, rest = end * size, data.reshape(-1).data
+                    with file_errors(path, "writing"):
+                        while rest:  # a full disk may take a part first and refuse the rest
+                            done = os.pwrite(handle, rest, place)
+                            rest, place = rest[done:], place + done
+                end += len(run)
+            with file_errors(folder, "writing"):
                 failpoint("append.written")
-                os.fsync(handle)
-            except BaseException:
+                for handle in handles:
+                    os.fsync(handle)
+        except BaseException:
+            for handle, size in zip(handles, sizes, strict=True):
                 with suppress(OSError):
                     os.ftruncate(handle, first * size)
-                raise
-            finally:
-                os.close(handle)
+            raise
     if made:
         to_disk(folder)
     failpoint("append.synced")
+    return end

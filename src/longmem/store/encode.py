@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longmem.data.tokens import load_tokenizer
+from longmem.data.tokens import check_ids, load_tokenizer
 from longmem.errors import DataError, StoreError
 from longmem.store.disk import DTYPES, Dtype, Layout, StoredChunks, pack
 
@@ -51,7 +51,7 @@ class NewDocument:
     replace: bool = False  # whether it may take the place of another text of this name
 
     def check(self, namespace: str) -> None:
-        """Raises StoreError where something cannot be a namespace, a name, a source or a moment; lists all of it."""
+        """Raises StoreError where something cannot be what it should; lists all of it."""
         wrong = []
         for what, value in (("namespace", namespace), ("name", self.name)):
             if not isinstance(value, str) or not 0 < len(value) <= 1000 or _UNFIT.search(value):
@@ -61,19 +61,17 @@ class NewDocument:
         for what, moment in (("time", self.time), ("expires", self.expires)):
             if moment is not None and not (isinstance(moment, int | float) and math.isfinite(moment)):
                 wrong.append(f"{what} ({moment!r}) must be seconds since the epoch")
+        try:
+            metadata_text(self.metadata).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            wrong.append(f"metadata of {self.name!r} must be a JSON object ({error}); use strings, numbers, lists")
         if wrong:
             raise StoreError("; ".join(wrong))
 
 
-def metadata_text(metadata: Mapping[str, Any] | None, name: str) -> str:
-    """Metadata as the catalog keeps it; StoreError if it is no JSON object."""
-    try:
-        text = json.dumps(dict(metadata or {}), sort_keys=True, ensure_ascii=False, allow_nan=False)
-        text.encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        message = f"metadata of {name!r} must be a JSON object ({error}); use strings, numbers, lists"
-        raise StoreError(message) from error
-    return text
+def metadata_text(metadata: Mapping[str, Any] | None) -> str:
+    """Metadata as the catalog keeps it."""
+    return json.dumps(dict(metadata or {}), sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -177,17 +175,14 @@ class Encoder:
         self.model, self.layout, self._tokenizer = model, layout, tokenizer
         self._busy = threading.Lock()  # held while the model encodes
         self._batch_tokens = BATCH_TOKENS["cpu" if model is None or model.device.type == "cpu" else "gpu"]
-        config = None if model is None else _text_config(model)
+        config = None if model is None else model.config.backbone_config.get_text_config()
         counts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
         # experts get some of the tokens: the shapes of their products would depend on a segment's company
         self._alone = any((getattr(config, name, None) or 0) > 1 for name in counts)
-        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-        self._vocabulary = getattr(getattr(embeddings, "weight", None), "shape", (1 << 32,))[0]
 
     def accepts(self, fingerprint: str) -> bool:
         """Whether the model's backbone is the one of this fingerprint: a model may know several of the same weights."""
-        known = getattr(self.model, "fingerprint", None)
-        return bool(getattr(self.model, "accepts", lambda theirs: theirs == known)(fingerprint))
+        return self.model is not None and bool(self.model.accepts(fingerprint))
 
     def needed(self) -> Any:
         """The model; StoreError if the store was opened without it."""
@@ -203,8 +198,7 @@ class Encoder:
 
         Raises DataError where it cannot be loaded and is ``needed``.
         """
-        name = backbone_of(self.model) if self._tokenizer is None and self.model is not None else None
-        if name:
+        if self._tokenizer is None and self.model is not None and (name := backbone_of(self.model)):
             try:
                 self._tokenizer = load_tokenizer(name)
             except DataError:
@@ -219,8 +213,8 @@ class Encoder:
             begin: whether a document begins here: what the tokenizer puts before a text comes first, as in training.
 
         Raises:
-            StoreError: nothing to remember, both or neither given, a tokenizer that gives no offsets, or token ids
-                that the backbone does not know.
+            StoreError: nothing to remember, both or neither given, or a tokenizer that gives no offsets.
+            DataError: token ids that the backbone does not know.
         """
         if (new.text is None) == (new.ids is None):
             both = "neither" if new.ids is None else "both"
@@ -231,11 +225,8 @@ class Encoder:
             tokens = _of_text(new.name, new.text, self.find_tokenizer(needed=True), begin)
         if not len(tokens):
             raise StoreError(f"document {new.name!r} has no tokens; there is nothing to remember")
-        if int(tokens.ids.max()) >= self._vocabulary:
-            raise StoreError(
-                f"document {new.name!r}: token id {int(tokens.ids.max())} is outside of the backbone's vocabulary of "
-                f"{self._vocabulary}; use the tokenizer that belongs to the backbone"
-            )
+        if self.model is not None:
+            check_ids([int(tokens.ids.max())], self.model, f"document {new.name!r}")
         return tokens
 
     def encode(self, pieces: Sequence[Ids]) -> list[StoredChunks]:
@@ -298,7 +289,7 @@ def new_layout(
     """
     if dtype not in (None, *DTYPES):
         raise StoreError(f"dtype ({dtype!r}) must be one of {', '.join(DTYPES)}")
-    window = getattr(_text_config(model), "max_position_embeddings", None)
+    window = getattr(model.config.backbone_config.get_text_config(), "max_position_embeddings", None)
     size = int(model.config.chunk_size) if chunk_size is None else chunk_size
     segment = segment_tokens
     if segment is None:
@@ -315,16 +306,9 @@ def new_layout(
     return Layout(*about, heads, dim, size, segment, dtype or "float16", created=time.time())
 
 
-def _text_config(model: Any) -> Any:
-    config = getattr(model.config, "backbone_config", None) or model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def backbone_of(model: Any) -> str | None:
     """Where a model's backbone is, as others can find it: a folder, or a name of the hub; None where nothing says."""
-    named = getattr(model.config, "backbone_name_or_path", None)
-    inner = getattr(getattr(getattr(model, "backbone", None), "model", None), "config", None)
-    loaded = getattr(inner, "_name_or_path", None)
+    named, loaded = model.config.backbone_name_or_path, model.config.backbone_config._name_or_path
     # a checkpoint names its backbone from its own folder, which means another place from here, or none
     found = next((Path(name).resolve() for name in (loaded, named) if name and Path(name).is_dir()), named or loaded)
     return str(found) if found else None
@@ -332,5 +316,4 @@ def backbone_of(model: Any) -> str | None:
 
 def name_of(model: Any) -> str:
     """The backbone's name; of one without, what kind it is."""
-    kind = getattr(getattr(model.config, "backbone_config", None), "model_type", None)
-    return backbone_of(model) or getattr(model.config, "_name_or_path", None) or kind or type(model).__name__
+    return backbone_of(model) or str(model.config.backbone_config.model_type)

@@ -116,7 +116,7 @@ class MemoryStore:
             encoder = Encoder(model, catalog.layout, tokenizer)
             if model is not None:
                 _check_model(folder, encoder, model)
-                if hasattr(tokenizer, "vocab_size") and hasattr(model, "get_input_embeddings"):
+                if tokenizer is not None:
                     check_tokenizer(tokenizer, model, way_out="open the store with the model's own")
         except BaseException:
             catalog.close()
@@ -355,8 +355,7 @@ class MemoryStore:
         """What a model searches: ``model(ids, memory=store.bank("alice"))``; read-only.
 
         Args:
-            **settings: see ``StoreBank``: ``documents``, ``where``, ``after``, ``before``, ``device``, ``keep``,
-                ``index``.
+            **settings: see ``StoreBank``: ``documents``, ``where``, ``after``, ``before``, ``device``, ``index``.
         """
         return StoreBank(self, namespace, **settings)
 

@@ -27,7 +27,7 @@ from safetensors.torch import load, save
 
 from longmem.errors import StoreDamaged, StoreError
 from longmem.files import to_disk, whole
-from longmem.store.adding import Planned, Receipt, enter, known, status_of
+from longmem.store.adding import Planned, Receipt, commit, known, status_of
 from longmem.store.catalog import CATALOG, Catalog, DocumentInfo, Piece, Selection, composed
 from longmem.store.disk import (
     DTYPES,
@@ -43,10 +43,7 @@ from longmem.store.disk import (
     paths_of,
     until_found,
 )
-from longmem.store.encode import Encoder, NewDocument, Tokens, joined_tokens, metadata_text
-
-AT_ONCE = 64 << 20
-"""Bytes that compacting and importing hold at a time."""
+from longmem.store.encode import Encoder, NewDocument, Tokens, joined_tokens
 
 
 @dataclass(frozen=True)
@@ -99,43 +96,44 @@ def compact(catalog: Catalog, progress: Report | None) -> CompactReport:
         files = catalog.sizes()[0]
         # what an interrupted add left after the last record goes, too
         if dead or files > sum(each.chunks for each in living) * catalog.layout.chunk_bytes:
-            places = _copy(catalog, generation + 1, living, progress)
-            failpoint("compact.copied")
-            with catalog.write() as db:
-                db.executemany("DELETE FROM piece WHERE id = ?", [(each.id,) for each in dead])
-                moved = zip(places, (each.id for each in living), strict=False)
-                db.executemany("UPDATE piece SET first = ? WHERE id = ?", moved)
-                changed = [(generation + 1, "generation"), (places[-1], "records")]
-                db.executemany("UPDATE meta SET value = ? WHERE key = ?", changed)
-            failpoint("compact.committed")
-            catalog.remove(paths_of(catalog.folder, generation))
+            _rewrite(catalog, generation, living, dead, progress)
         catalog.vacuum()
         failpoint("compact.vacuumed")
         emptied = catalog.empty_log()
         return CompactReport(expired, sum(each.tokens for each in dead), before, sum(catalog.sizes()), emptied)
 
 
-def _copy(catalog: Catalog, generation: int, living: list[Piece], progress: Report | None) -> list[int]:
-    """Write the living pieces, one after the other, as the next generation; where each is then, and where they end."""
-    for path in paths_of(catalog.folder, generation):  # of a compact that failed
+def _rewrite(
+    catalog: Catalog, generation: int, living: list[Piece], dead: list[Piece], progress: Report | None
+) -> None:
+    """Copy the living pieces, one after the other, into the next generation, and make that the catalog's."""
+    new, layout = paths_of(catalog.folder, generation + 1), catalog.layout
+    for path in new:  # of a compact that failed
         path.unlink(missing_ok=True)
     places = [*accumulate((each.chunks for each in living), initial=0)]
-    if not living:
-        return places
-    with catalog.read():
-        chunks = catalog.chunks()
-    held: list[StoredChunks] = []
-    done, size = 0, catalog.layout.chunk_bytes
-    for piece, end in zip(living, places[1:], strict=True):
-        held.append(chunks.run(piece.first, piece.chunks))
-        if held[-1].crc() != piece.crc:
-            raise StoreDamaged(f"{_place(catalog, piece)}: these bytes are not what was written; {REPAIR}")
-        if end == places[-1] or (end - done) * size > AT_ONCE:
-            append_chunks(catalog.folder, catalog.layout, generation, done, held)
-            done, held = end, []
+
+    def copied() -> Iterator[StoredChunks]:
+        with catalog.read():
+            chunks = catalog.chunks()
+        for piece, end in zip(living, places[1:], strict=True):
+            run = chunks.run(piece.first, piece.chunks)
+            if run.crc() != piece.crc:
+                raise StoreDamaged(f"{_place(catalog, piece)}: these bytes are not what was written; {REPAIR}")
+            yield run
             if progress is not None:
-                progress(Progress("rewrite", done * size, places[-1] * size, "bytes", "data files"))
-    return places
+                size = layout.chunk_bytes
+                progress(Progress("rewrite", end * size, places[-1] * size, "bytes", "data files"))
+
+    append_chunks(catalog.folder, layout, generation + 1, 0, copied() if living else ())
+    failpoint("compact.copied")
+    with catalog.write() as db:
+        db.executemany("DELETE FROM piece WHERE id = ?", [(each.id,) for each in dead])
+        moved = zip(places, (each.id for each in living), strict=False)
+        db.executemany("UPDATE piece SET first = ? WHERE id = ?", moved)
+        changed = [(generation + 1, "generation"), (places[-1], "records")]
+        db.executemany("UPDATE meta SET value = ? WHERE key = ?", changed)
+    failpoint("compact.committed")
+    catalog.remove(paths_of(catalog.folder, generation))
 
 
 def verify(catalog: Catalog, encoder: Encoder, *, repair: bool, progress: Report | None) -> VerifyReport:
@@ -211,10 +209,10 @@ def _repair(catalog: Catalog, encoder: Encoder, piece: Piece) -> None:
     chunks = encoder.encode([catalog.tokens(piece.id).ids])[0]
     with catalog.writing():
         generation, first = catalog.end()
-        append_chunks(catalog.folder, catalog.layout, generation, first, [chunks])
+        end = append_chunks(catalog.folder, catalog.layout, generation, first, [chunks])
         with catalog.write() as db:
             db.execute("UPDATE piece SET first = ?, crc = ? WHERE id = ?", (first, chunks.crc(), piece.id))
-            db.execute("UPDATE meta SET value = ? WHERE key = 'records'", (first + len(chunks),))
+            db.execute("UPDATE meta SET value = ? WHERE key = 'records'", (end,))
 
 
 def _place(catalog: Catalog, piece: Piece) -> str:
@@ -258,13 +256,12 @@ def _export(
         raise StoreError(
             f"namespace {namespace!r} has no documents to export; `longmem memory list` shows what there is"
         )
-    chunks, digests, sums = catalog.chunks(), dict[int, str](), dict[str, str]()
+    chunks, sums = catalog.chunks(), dict[str, str]()
     parts = {each.id: catalog.parts(each.id) for each in documents}
     needed = {part.piece for each in parts.values() for part in each}
     for number, piece in enumerate((each for each in catalog.pieces() if each.id in needed), 1):
-        digest = digests[piece.id] = piece.digest.hex()
-        run = chunks.run(piece.first, piece.chunks)
-        data = _piece_bytes(catalog.tokens(piece.id), run, catalog.layout)
+        digest = piece.digest.hex()
+        data = _piece_bytes(catalog.tokens(piece.id), chunks.run(piece.first, piece.chunks), catalog.layout)
         sums[digest] = hashlib.sha256(data).hexdigest()
         _add(tar, f"pieces/{digest}.safetensors", data)
         if progress is not None:
@@ -273,7 +270,7 @@ def _export(
     entries = [
         {
             **{field: getattr(each, field) for field in kept},
-            "pieces": [(digests[part.piece], part.tokens) for part in parts[each.id]],
+            "pieces": [(part.digest.hex(), part.tokens) for part in parts[each.id]],
         }
         for each in documents
     ]
@@ -362,9 +359,9 @@ class Archive:
         for entry in self.documents:
             try:
                 name, pieces = composed(entry["name"]), [(bytes.fromhex(d), int(n)) for d, n in entry["pieces"]]
-                new = NewDocument(name, source=entry["source"], time=entry["added"], expires=entry["expires"])
-                about = (metadata_text(entry["metadata"], name), int(entry["tokens"]))
-                plan = Planned(namespace, new, *about, b"", pieces, int(entry["revision"]))
+                about = {"source": entry["source"], "metadata": entry["metadata"]}
+                new = NewDocument(name, **about, time=entry["added"], expires=entry["expires"])
+                plan = Planned(namespace, new, int(entry["tokens"]), b"", pieces, int(entry["revision"]))
             except _BAD as error:
                 raise StoreError(f"{self.path}: no whole export of a memory store ({error}); export again") from error
             new.check(namespace)
@@ -404,35 +401,18 @@ def import_archive(
 ) -> list[Receipt]:
     """See ``MemoryStore.import_``."""
     with catalog.writing(), file_errors(path, "reading"), path.open("rb") as stream:
-        archive, layout = Archive(stream, path), catalog.layout
-        _check_layout(archive, layout, encoder)
+        archive = Archive(stream, path)
+        _check_layout(archive, catalog.layout, encoder)
         plans = archive.planned(catalog, composed(namespace or archive.namespace))
-        generation, first = catalog.end()
-        # no bytes of chunks are part of the store before the one transaction at the end
-        pieces: list[tuple[Tokens, int, int]] = []
-        held: list[StoredChunks] = []
         missing = [digest for digest in archive.sums if known(catalog, bytes.fromhex(digest), set()) is None]
-        end = first
-        for number, digest in enumerate(missing, 1):
-            tokens, chunks = archive.piece(digest)
-            pieces.append((tokens, len(chunks), chunks.crc()))
-            held.append(chunks)
-            count = sum(map(len, held))
-            if number == len(missing) or count * layout.chunk_bytes > AT_ONCE:
-                append_chunks(catalog.folder, layout, generation, end, held)
-                end, held = end + count, []
-            if progress is not None:
-                progress(Progress("copy", number, len(missing), "pieces", path.name))
-        sizes = {tokens.digest(): len(tokens) for tokens, *_ in pieces}
-        for plan in plans:
-            complete = bool(plan.pieces) and sum(used for _, used in plan.pieces) == plan.tokens
-            for place, (piece, used) in enumerate(plan.pieces, 1):
-                (full,) = catalog.row("SELECT tokens FROM piece WHERE digest = ?", piece) or (sizes.get(piece, 0),)
-                last = used == full and place == len(plan.pieces)
-                complete &= 0 < used <= full and (last or used % layout.segment_tokens == 0)
-            if not complete:
-                raise StoreError(f"document {plan.new.name!r} of the archive is incomplete; nothing was imported")
-        return enter(catalog, first, pieces, plans, set())
+
+        def pieces() -> Iterator[tuple[Tokens, StoredChunks]]:
+            for number, digest in enumerate(missing, 1):
+                yield archive.piece(digest)
+                if progress is not None:
+                    progress(Progress("copy", number, len(missing), "pieces", path.name))
+
+        return commit(catalog, pieces(), plans, set())
 
 
 def _check_layout(archive: Archive, ours: Layout, encoder: Encoder) -> None:
