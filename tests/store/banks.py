@@ -11,8 +11,9 @@ from torch import Tensor
 
 from longmem import LongMem, MemoryBank
 from longmem.store.bank import StoreBank
+from longmem.store.encode import Encoder
 from longmem.store.store import MemoryStore
-from longmem.types import RetrievedMemory
+from longmem.types import AttentionKV, RetrievedMemory
 
 SEGMENT = 8
 """Tokens that the backbone sees together when it writes."""
@@ -43,16 +44,12 @@ def make_store(path: Path, model: LongMem, **settings: Any) -> MemoryStore:
 
 def memory_bank(store: MemoryStore, model: LongMem, documents: list[tuple[str, Tensor]]) -> MemoryBank:
     """What a MemoryBank holds of these documents, encoded as the store encodes them."""
-    from longmem.store.encode import Encoder
-
     encoder = Encoder(model, store.layout)
     bank = MemoryBank.for_model(model, rows=1, capacity_tokens=4096, chunk_size=store.layout.chunk_size)
     for name, tokens in documents:
         chunks = encoder.encode([tokens.numpy().astype("uint32")])[0]
         kv = torch.from_numpy(chunks.kv)  # (n, Hkv, 2, S, D)
         pair = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : len(tokens)]
-        from longmem.types import AttentionKV
-
         bank.add(AttentionKV(pair[None, :, 0], pair[None, :, 1]), documents=[name], time=0.0)
         bank.end_document()
     return bank

@@ -279,7 +279,7 @@ def search_chunks(
     """
     keys, device = chunks.keys, chunks.keys.device
     layers, dim = keys.shape[1] // heads_kv, keys.shape[3]
-    refuse_queries(queries, num_chunks, layer, layers=layers, heads_kv=heads_kv, head_dim=dim, device=device)
+    _refuse_unfit(queries, num_chunks, layer, keys, heads_kv)
     batch, heads, length, _ = queries.shape
     first = layer * heads_kv
     version = live_version()
@@ -303,10 +303,9 @@ def search_chunks(
     )
 
 
-def refuse_queries(
-    queries: Tensor, num: int, layer: int, *, layers: int, heads_kv: int, head_dim: int, device: torch.device
-) -> None:
+def _refuse_unfit(queries: Tensor, num: int, layer: int, keys: Tensor, heads_kv: int) -> None:
     """Refuse, with a ``MemoryBankError``, a search that does not fit the memory."""
+    layers, head_dim, device = keys.shape[1] // heads_kv, keys.shape[3], keys.device
     if not 0 <= layer < layers:
         raise MemoryBankError(f"layer ({layer}) must lie in 0..{layers - 1}, the remembered layers of this bank")
     if queries.dim() != 4 or queries.shape[3] != head_dim:
