@@ -230,7 +230,8 @@ class Asker:
             batch = sequences[at : at + self.rows]
             ids, _ = padded([inputs for _, inputs, _ in batch], self.model.device)
             first = min(len(part.local) for part, _, _ in batch) - 1  # its logits score the first token
-            logits, _ = last_logits(self.model, ids, ids.shape[1] - first, **reads(part for part, _, _ in batch))
+            keep, of_rows = ids.shape[1] - first, reads(part for part, _, _ in batch)
+            logits, _ = last_logits(self.model, ids, keep, use_cache=False, **of_rows)
             for (part, inputs, numbers), of_row in zip(batch, logits, strict=True):
                 mine = scores.setdefault(id(part), {})  # hashing a part reads all of its text
                 mine |= _score(of_row[len(part.local) - 1 - first : len(inputs) - first], part, numbers)
@@ -244,8 +245,8 @@ class Asker:
     def _score_many(self, part: _Part, of_part: dict[Tokens, list[int]], reads: Any) -> Scored | None:
         """The context goes through the model once, and its cache serves all options; None of a model without one."""
         ids, found = torch.tensor([part.local], device=self.model.device), dict[int, tuple[float, bool, int]]()
-        first, begun = last_logits(self.model, ids, 1, use_cache=True, **reads([part]))
-        if begun is None:
+        first, out = last_logits(self.model, ids, 1, use_cache=True, **reads([part]))
+        if (begun := getattr(out, "past_key_values", None)) is None:
             return None
         tails = sorted(of_part, key=len)
         for at in range(0, len(tails), self.rows):
@@ -327,15 +328,13 @@ class _Part(NamedTuple):
     new: int
 
 
-def last_logits(
-    model: Any, input_ids: Tensor, keep: int, *, use_cache: bool = False, **reads: Any
-) -> tuple[Tensor, Any]:
-    """Of the last ``keep`` positions, (B, keep, V), and the cache, None where there is none; a model that does not know
+def last_logits(model: Any, input_ids: Tensor, keep: int, **given: Any) -> tuple[Tensor, Any]:
+    """Of the last ``keep`` positions, (B, keep, V), and all that the model returned; one that does not know
     ``logits_to_keep`` gives all."""
     known = "logits_to_keep" in inspect.signature(type(model).forward).parameters
     some = {"logits_to_keep": keep} if known else {}
-    out = model(input_ids=input_ids, use_cache=use_cache, **some, **reads)
-    return out.logits[:, -keep:], getattr(out, "past_key_values", None)
+    out = model(input_ids=input_ids, **some, **given)
+    return out.logits[:, -keep:], out
 
 
 # tokens

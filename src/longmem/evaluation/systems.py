@@ -153,12 +153,10 @@ def shared_forward(systems: Sequence[Asker], rows: int, longest: int) -> tuple[F
                     state = model.read(run)
                 logits: Any = backbone.head(state, run, logits_to_keep=keep).logits
                 yield logits[:, -keep:], run.kv(None)
-            elif hasattr(model, "memory_layers"):  # it reads in its own layers
-                given = {"memory": memory, "memory_rows": rows, "use_cache": False, "logits_to_keep": keep}
-                out = model(input_ids, **given)
-                yield out.logits[:, -keep:], out.kv
-            else:
-                yield last_logits(model, input_ids, keep)[0], None
+            else:  # one with memory reads in its own layers
+                reads = {"memory": memory, "memory_rows": rows} if hasattr(model, "memory_layers") else {}
+                logits, out = last_logits(model, input_ids, keep, use_cache=False, **reads)
+                yield logits, getattr(out, "kv", None)
 
     return forward, memories
 
