@@ -11,7 +11,6 @@ import lzma
 import sys
 import tarfile
 import types
-import unicodedata
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -110,15 +109,6 @@ def test_a_relative_path_means_the_folder_of_the_call(folder: Path, monkeypatch:
     assert [d.source for d in documents] == [str(folder / "a/deep/three.md"), str(folder / "a/one.txt")]
 
 
-@pytest.mark.parametrize(("on_disk", "typed"), [("NFD", "NFC"), ("NFC", "NFD")])
-def test_accents_may_be_composed_or_not(tmp_path: Path, on_disk: str, typed: str) -> None:
-    here, asked = (unicodedata.normalize(form, "Zoë") for form in (on_disk, typed))
-    (tmp_path / f"{here}.txt").write_text("text")
-    assert pairs(tmp_path / f"{asked}.txt") == [(f"{here}.txt", "text")]
-    assert pairs(tmp_path, include=(f"{asked}*",)) == [(f"{here}.txt", "text")]
-    assert "no text is left" in failure(tmp_path, exclude=(f"{asked}*",))
-
-
 def test_equal_text_has_an_equal_fingerprint_wherever_it_is(tmp_path: Path) -> None:
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
@@ -160,20 +150,6 @@ def test_compressed_files_are_read_also_inside_of_folders(tmp_path: Path, suffix
     expected = [(f"D.TXT{suffix}", "four"), (f"a.txt{suffix}", "one"), (f"b.jsonl{suffix}:1", "two")]
     assert pairs(tmp_path) == expected
     assert pairs(tmp_path / f"c.csv{suffix}") == [(f"c.csv{suffix}", "3")], "named itself"
-
-
-def test_packed_text_that_cannot_be_read_is_never_left_out_without_a_word(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for name in ("a.txt", "b.jsonl.zst", "c.7z", "d.txt.rar"):
-        (tmp_path / name).write_bytes(b"text")
-    (tmp_path / "f.gz").write_bytes(gzip.compress(b"x"))
-    with caplog.at_level(logging.WARNING):
-        assert pairs(tmp_path) == [("a.txt", "text")]
-    said = " ".join(record.getMessage() for record in caplog.records)
-    assert all(name in said for name in ("b.jsonl.zst", "c.7z", "d.txt.rar", "f.gz"))
-    assert failure(tmp_path / "b.jsonl.zst").endswith("b.jsonl.zst: .zst files are not read; unpack it first")
-    assert pairs(tmp_path / "f.gz") == [("f.gz", "x")]
 
 
 @pytest.mark.parametrize("kind", ["tar.gz", "tar.xz", "tar.bz2", "zip", "txt.gz", "jsonl.xz", "txt.bz2"])

@@ -77,14 +77,3 @@ def test_the_example_goes_from_layer_to_generation_on_a_page() -> None:
 
 def test_an_example_has_at_most_60_lines() -> None:
     assert {path.name for path in EXAMPLES.glob("*.*") if len(path.read_text().splitlines()) > 60} == set()
-
-
-@pytest.mark.parametrize(("name", "kind"), [("ddp.yaml", "MULTI_GPU"), ("fsdp2.yaml", "FSDP")])
-def test_accelerate_reads_the_launch_files(name: str, kind: str) -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    config = load_config_from_file(str(EXAMPLES / name))
-    assert config.distributed_type.value == kind
-    if kind == "FSDP":
-        assert config.fsdp_config["fsdp_version"] == 2
-        assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False

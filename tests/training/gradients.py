@@ -11,47 +11,36 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from longmem.training import run
 from longmem.training.models import undivided
 from longmem.training.recipe import Recipe
 
 
-class Watch(TrainerCallback):
-    """Keeps the gradients of every step, before they are clipped."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.found: list[dict[str, Tensor]] = []
-        self._trainer = trainer
-        clip = trainer._clip_grad_norm
-
-        def seen(model: Any) -> Any:
-            grads = [(name, weight.grad) for name, weight in trainer.trained() if weight.grad is not None]
-            self.found.append({name: undivided(grad).cpu().clone() for name, grad in grads})
-            return clip(model)
-
-        trainer._clip_grad_norm = seen
-
-
 def gradients(recipe: Recipe) -> list[dict[str, Tensor]]:
-    """Of every step of a run."""
-    watches: list[Watch] = []
+    """Of every step of a run, before they are clipped."""
+    found: list[dict[str, Tensor]] = []
     build = run.build_trainer
 
     def watched(*arguments: Any, **settings: Any) -> Any:
         trainer = build(*arguments, **settings)
-        watches.append(Watch(trainer))
+        clip = trainer._clip_grad_norm
+
+        def seen(model: Any) -> Any:
+            grads = [(name, weight.grad) for name, weight in trainer.trained() if weight.grad is not None]
+            found.append({name: undivided(grad).cpu().clone() for name, grad in grads})
+            return clip(model)
+
+        trainer._clip_grad_norm = seen
         return trainer
 
-    run.build_trainer = watched
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "build_trainer", watched)
         run.train(recipe, overwrite=True, quiet=True)
-    finally:
-        run.build_trainer = build
-    return watches[0].found
+    return found
 
 
 def main(folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from longmem.errors import ConfigError
-from longmem.training.models import wants_sharding
+from longmem.training.run import train
 from longmem.training.trainer import list_checkpoints
 
 ROWS = 4
@@ -117,17 +117,7 @@ def test_each_process_keeps_and_resumes_its_own_memory(
     assert "written by 2 processes, there are 1; start as many" in refused.stderr
 
 
-def test_a_launch_file_decides_where_the_recipe_says_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not wants_sharding("auto")
-    assert wants_sharding("fsdp")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    assert wants_sharding("auto")
-    with pytest.raises(ConfigError, match=r"set optim\.parallel = 'auto'"):
-        wants_sharding("ddp")
-    monkeypatch.setenv("FSDP_VERSION", "1")
-    with pytest.raises(ConfigError, match="longmem needs FSDP2: fsdp_version: 2"):
-        wants_sharding("auto")
+def test_a_launch_that_would_divide_the_model_itself_is_refused(adapt: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigError, match="launched for DEEPSPEED"):
-        wants_sharding("auto")
+    with pytest.raises(ConfigError, match=r"launched for DEEPSPEED: that cannot divide .* optim\.parallel = 'fsdp'"):
+        train(adapt(), quiet=True)

@@ -14,7 +14,6 @@ import logging
 import lzma
 import re
 import tarfile
-import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,10 +31,10 @@ log = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py")
 COMPRESSED: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 ARCHIVES = (".tar", ".tgz", ".txz", ".tbz2", ".zip")  # and compressed ones, as .tar.xz
-FOREIGN = (".zst", ".7z", ".rar", ".lz4", ".br")  # packed in ways that Python's library does not read
 HUB = "hub:"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, NotImplementedError)
+# a RuntimeError is what a password or a compression that Python lacks comes to
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,8 @@ class TextSource:
 
     def wants(self, name: str) -> bool:
         """Whether the patterns let this document id through."""
-        included = not self.include or any(_matches(name, pattern) for pattern in self.include)
-        return included and not any(_matches(name, pattern) for pattern in self.exclude)
+        included = not self.include or any(fnmatchcase(name, pattern) for pattern in self.include)
+        return included and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
     def fingerprint(self) -> str:
         """Hash of every file's bytes and of the settings: equal text gives an equal fingerprint."""
@@ -148,12 +147,10 @@ def expand(paths: Sequence[str]) -> list[str]:
     found: list[str] = []
     missing: list[str] = []
     for path in paths:
-        # some file systems decompose the accents of a name that was typed composed
-        forms = {path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)}
         if path.startswith(HUB):
             found.append(path)
         # an empty name, of a variable that was never set, would be the current folder
-        elif path and (there := [f for f in forms if Path(f).exists()][:1] or sorted(glob.glob(path, recursive=True))):
+        elif path and (there := [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))):
             found += [str(Path(each).absolute()) for each in there]
         else:
             missing.append(path or "''")
@@ -184,7 +181,7 @@ def _read_path(path: str, source: TextSource) -> Iterator[Document]:
         return
     for file, name in _files_of(Path(path)):
         # a file that is named itself is read whatever its name
-        if str(file) == path or _is_text(name, str(file), source):
+        if str(file) == path or _is_text(name, source):
             with file.open("rb") as stream:
                 yield from _read(stream, name, _whole(str(file)), source)
 
@@ -196,14 +193,12 @@ def _read(stream: BinaryIO, name: str, where: str, source: TextSource, kind: str
     if suffix in ARCHIVES or _unpacked(kind).endswith(".tar"):  # tarfile decompresses by itself
         zipped = suffix == ".zip"
         with _undamaged(where, f"{'zip' if zipped else 'tar'} archive"):
-            for content, member in _zip_members(stream, where) if zipped else _tar_members(stream):
-                if _is_text(member, f"{where}:{member}", source):
+            for content, member in _zip_members(stream) if zipped else _tar_members(stream):
+                if _is_text(member, source):
                     yield from _read(content, _whole(member), f"{where}:{_whole(member)}", source)
     elif suffix in COMPRESSED:
         with _undamaged(where, f"{suffix} file"), COMPRESSED[suffix](stream) as content:
             yield from _read(content, name, where, source, kind.removesuffix(suffix))
-    elif suffix in FOREIGN:
-        raise DataError(f"{where}: {suffix} files are not read; unpack it first")
     elif suffix == ".jsonl":
         yield from _read_lines(stream, name, where, source)
     elif source.wants(name):
@@ -220,11 +215,9 @@ def _tar_members(stream: BinaryIO) -> Iterator[tuple[Any, str]]:
             pass
 
 
-def _zip_members(stream: BinaryIO, where: str) -> Iterator[tuple[Any, str]]:
+def _zip_members(stream: BinaryIO) -> Iterator[tuple[Any, str]]:
     with zipfile.ZipFile(stream) as archive:
         for member in archive.infolist():
-            if member.flag_bits & 1:
-                raise DataError(f"{where}:{member.filename}: locked by a password; unpack it first")
             if not member.is_dir():
                 yield archive.open(member), member.filename
 
@@ -249,15 +242,11 @@ def _unpacked(name: str) -> str:
     return name
 
 
-def _is_text(name: str, where: str, source: TextSource) -> bool:
-    """Whether a file of a folder or archive is read, by its name; warns of packed files that may hold text."""
-    if _is_hidden(PurePosixPath(name)):
-        return False
-    kind = _unpacked(name.lower())
-    suffix = PurePosixPath(kind).suffix
-    if suffix in FOREIGN or (not suffix and kind != name.lower()):
-        log.warning("%s: left out; it may hold text, but cannot be looked into; unpack it", _whole(where))
-    return bool(suffix) and suffix in (".jsonl", *ARCHIVES, *map(str.lower, source.suffixes))
+def _is_text(name: str, source: TextSource) -> bool:
+    """Whether a file of a folder or archive is read, by its name."""
+    suffix = PurePosixPath(_unpacked(name.lower())).suffix
+    wanted = bool(suffix) and suffix in (".jsonl", *ARCHIVES, *map(str.lower, source.suffixes))
+    return wanted and not _is_hidden(PurePosixPath(name))
 
 
 class _Unreadable(Exception):
@@ -362,11 +351,6 @@ def _files_of(path: Path) -> list[tuple[Path, str]]:
 def _is_hidden(path: PurePath) -> bool:
     """What begins with a dot, and what Python and macOS leave beside their files."""
     return any(part in ("__pycache__", "__MACOSX") or (part[0] == "." and part != "..") for part in path.parts)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Whether a pattern matches a name; composed and decomposed accents are the same."""
-    return fnmatchcase(unicodedata.normalize("NFC", name), unicodedata.normalize("NFC", pattern))
 
 
 def _nothing_in(path: str, source: TextSource) -> str:

@@ -206,22 +206,18 @@ class TokenCorpus:
             raise DataError(f"{folder}: damaged token cache ({error}); delete the folder, it is made again") from error
 
 
-def tokenize(source: TextSource, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> TokenCorpus:
+def tokenize(source: TextSource, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> TokenCorpus:
     """The tokens of a source: from the cache where text and tokenizer are the same, else made and kept there.
 
     Raises:
         DataError: see ``read_documents``.
     """
     fingerprint = hashlib.sha256(f"{FORMAT} {source.fingerprint()} {_hash(tokenizer)}".encode()).hexdigest()
-    folder = cache_dir / f"ids-{fingerprint[:16]}" if cache_dir else None
-    if folder is not None and folder.exists():
-        return TokenCorpus.load(folder)
-    log.info("tokenising %s", ", ".join(source.paths))
-    nothing = "no document with text; check data.paths, data.include and data.exclude"
-    corpus = TokenCorpus.from_parts(encoded(read_documents(source), tokenizer), nothing, fingerprint)
-    if folder is None:
-        return corpus
-    corpus.save(folder)
+    folder = cache_dir / f"ids-{fingerprint[:16]}"
+    if not folder.exists():
+        log.info("tokenising %s", ", ".join(source.paths))
+        nothing = "no document with text; check data.paths, data.include and data.exclude"
+        TokenCorpus.from_parts(encoded(read_documents(source), tokenizer), nothing, fingerprint).save(folder)
     return TokenCorpus.load(folder)
 
 

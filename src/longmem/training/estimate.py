@@ -168,9 +168,9 @@ def estimate(recipe: Recipe, machine: str, backbone: PreTrainedConfig | None = N
 
 
 def _config(recipe: Recipe) -> PreTrainedConfig:
-    path = recipe.model.init if recipe.task == "pretrain" else recipe.backbone.path
-    if path is None:
+    if recipe.task == "pretrain":
         return backbone_shape(recipe)
+    path = str(recipe.backbone.path)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, revision=recipe.backbone.revision or "main")
     except (OSError, ValueError) as error:

@@ -10,18 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longmem.data.tokens import TokenCorpus, load_tokenizer
-from longmem.errors import BackboneError, ConfigError
+from longmem.data.tokens import TokenCorpus
+from longmem.errors import ConfigError
 from longmem.evaluation.layers import best_layers
 from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
 from longmem.modeling.baselines import MemTRM
 from longmem.modeling.families import Family
-from longmem.modeling.loading import load_backbone
 from longmem.modeling.longmem import LongMem
 from longmem.modeling.weights import quantization, sketch_of
 from longmem.training.recipe import OptimSection, Recipe
@@ -106,19 +104,8 @@ def named_dtype(name: str | None) -> torch.dtype | None:
 
 
 def _causal(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Fresh weights drawn from the global generator, or those of ``model.init``."""
+    """Fresh weights drawn from the global generator."""
     shape = recipe.model
-    if shape.init is not None:
-        try:
-            model = load_backbone(shape.init, None, torch.float32)
-        except BackboneError as error:
-            raise BackboneError(f"model.init: {error}") from error
-        if load_tokenizer(shape.init).get_vocab() != tokenizer.get_vocab():
-            raise ConfigError(
-                f"data.tokenizer ({recipe.data.tokenizer}) has other tokens than that of model.init ({shape.init}); "
-                "leave it out"
-            )
-        return model
     if shape.vocab_size is not None and shape.vocab_size < len(tokenizer):
         raise ConfigError(f"model.vocab_size ({shape.vocab_size}) must be at least the tokenizer's ({len(tokenizer)})")
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -189,24 +176,6 @@ def _longmem(recipe: Recipe, device: torch.device, memory: dict[str, Any]) -> Lo
 # its division among processes
 
 
-def wants_sharding(parallel: str) -> bool:
-    """Whether to divide the model: the recipe says so, or says ``auto`` and the launch file does."""
-
-    def launched(name: str) -> bool:
-        return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
-
-    for name in ("DEEPSPEED", "MEGATRON_LM"):
-        if launched(name):
-            raise ConfigError(
-                f"launched for {name}; longmem trains with DDP or FSDP2, choose one in `accelerate config`"
-            )
-    if launched("FSDP") and (version := os.environ.get("FSDP_VERSION", "1")) != "2":
-        raise ConfigError(f"launched for FSDP{version}; longmem needs FSDP2: fsdp_version: 2 in the launch file")
-    if launched("FSDP") and parallel == "ddp":
-        raise ConfigError("optim.parallel is 'ddp', but launched for FSDP2; set optim.parallel = 'auto'")
-    return parallel == "fsdp" or (parallel == "auto" and launched("FSDP"))
-
-
 def shard(model: nn.Module, compute_dtype: torch.dtype | None = None) -> None:
     """FSDP2: divide a ``LongMem``, or a causal language model that is trained itself, among the processes, in place.
 
@@ -220,39 +189,30 @@ def shard(model: nn.Module, compute_dtype: torch.dtype | None = None) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     state = PartialState()
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)  # reads the launch file's settings
     mesh = init_device_mesh(state.device.type, (state.num_processes,))
-    whole: dict[str, Any] = {"mesh": mesh, "offload_policy": plugin.cpu_offload}
-    layerwise = {**whole, "reshard_after_forward": bool(plugin.reshard_after_forward)}
     # inputs keep their dtype: under autocast the residual stream is float32, and so it must reach every layer
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    trained = {**layerwise, "mp_policy": policy}
     root: Any = model
     side = getattr(root, "sidenet", None)
-    if side is None:
-        for layer in Family.of(root).layers:
-            fully_shard(layer, **trained)
-    else:
+    for layer in Family.of(root).layers if side is None else side.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if side is not None:
         # one process alone saves the model, and could not gather what the others hold
         root.config.backbone_sketch = sketch_of(root.backbone.model)
         for layer in Family.of(root.backbone.model).layers:
-            fully_shard(layer, **layerwise)
-        for layer in side.layers:
-            fully_shard(layer, **trained)
+            fully_shard(layer, mesh=mesh)
         # the gate is read again where a layer is recomputed, the final norm after the SideNet's forward
-        fully_shard(side, **whole, reshard_after_forward=False)
+        fully_shard(side, mesh=mesh, reshard_after_forward=False)
         # a run that ends early would leave later units waiting for their turn
         root.backbone.stops_early = False
         root.backbone.rebuild()
     # with what is left: embeddings and head, which may be tied, gathered for the whole of a step
-    fully_shard(root, **whole)
+    fully_shard(root, mesh=mesh)
 
 
 def undivided(tensor: Any) -> Any:
-    """The whole of a tensor, on the device that it is gathered on; all processes call this."""
-    # where parameters wait on the CPU, they are gathered over the devices all the same
-    divided = isinstance(tensor, DTensor)
-    return tensor.to(tensor.device_mesh.device_type).full_tensor() if divided else tensor
+    """The whole of a tensor; all processes call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 # its optimiser

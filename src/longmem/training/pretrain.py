@@ -1,14 +1,13 @@
-"""Pre-training: an ``AlibiGPT``, or any causal model to go on from, on random windows of text."""
+"""Pre-training: an ``AlibiGPT`` on random windows of text."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import reduce
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from longmem.data.stream import IGNORE, WindowBatch, WindowSampler
@@ -73,10 +72,3 @@ class Pretrainer(StreamTrainer):
                 scores.add(losses, torch.ones_like(targets, dtype=torch.bool))
                 progress.advance(ids.numel())
         return self.told({f"{metric_key_prefix}_loss": scores.mean})
-
-    def save_weights(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Weights that are tied have both their names."""
-        model: Any = self.accelerator.unwrap_model(self.model)
-        names = {id(parameter): name for name, parameter in self.trained()}
-        shared = model.named_parameters(remove_duplicate=False)
-        super().save_weights(folder, model.state_dict() | {n: weights[names[id(weight)]] for n, weight in shared})

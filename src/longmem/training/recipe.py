@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from longmem.config import Fusion, Init, Trained
 from longmem.data.text import TEXT_SUFFIXES, TextSource
@@ -25,7 +25,6 @@ Positive = typing.Annotated[float, Field(gt=0)]
 Layers = typing.Annotated[
     tuple[CountOrZero, ...] | Literal["auto"] | None,
     BeforeValidator(lambda layers: [layers] if isinstance(layers, int) else layers),
-    Field(validation_alias=AliasChoices("memory_layers", "memory_layer")),
 ]
 
 PACKAGE = Path(__file__).parents[1]
@@ -96,8 +95,6 @@ class ModelSection(Section):
     """Width of the feed-forward; None: four times the hidden size."""
     vocab_size: Count | None = None
     """Rows of embedding and head; None: as many as the tokenizer has tokens."""
-    init: str | None = None
-    """Folder or hub id of a model to go on from, instead of fresh weights."""
 
 
 class BackboneSection(Section):
@@ -120,8 +117,7 @@ class SideNetSection(Section):
 
     memory_layers: Layers = None
     """Backbone layers that are remembered, 0-based; None: the one at three quarters of the depth; auto: up to four
-    whose memory is worth most on the recipe's text, as ``longmem layers`` measures. ``memory_layer = 3`` means
-    ``memory_layers = [3]``."""
+    whose memory is worth most on the recipe's text, as ``longmem layers`` measures."""
     start: str | None = None
     """SideNet checkpoint to go on from, over the same backbone; memory_layers, stride, fusion and gate are its own."""
     stride: Count = 2
@@ -196,9 +192,8 @@ class OptimSection(Section):
     """Recompute the trained layers in backward: less memory, more time."""
     compile: bool = False
     """torch.compile the pre-trained model; needs a C++ compiler on a CPU."""
-    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """Several processes: ddp, the whole model in each; fsdp, weights and optimiser divided among them (FSDP2). auto: as
-    `accelerate launch` was told, else ddp."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Several processes: ddp, the whole model in each; fsdp, weights and optimiser divided among them (FSDP2)."""
 
     @property
     def by_time(self) -> bool:

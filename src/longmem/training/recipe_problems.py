@@ -9,6 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from longmem.config import LongMemConfig, MemTRMConfig
+from longmem.errors import ConfigError
+
 CONFLICTS = (
     ("data.valid", "data.held_out", "keep one of them"),
     ("optim.steps", "optim.tokens", "keep one of them"),
@@ -48,11 +51,9 @@ def broken_rules(recipe: Any) -> list[str]:
         least, most = needles.least_tokens, needles.most_tokens
         found.append(f"needles.least_tokens ({least}) must not exceed needles.most_tokens ({most})")
     multiples = [
-        (adapt, "sidenet.num_retrieved", "sidenet.chunk_size"),
-        (adapt, "sidenet.memory_size", "sidenet.chunk_size"),
         (needles.share, "data.window", "sidenet.chunk_size"),
         (needles.share, "needles.context", "sidenet.chunk_size"),
-        (not adapt and recipe.model.init is None, "model.hidden_size", "model.heads"),
+        (not adapt, "model.hidden_size", "model.heads"),
         # the best weights are taken from a checkpoint
         (recipe.eval.best and recipe.eval.every, "checkpoint.every", "eval.every"),
     ]
@@ -62,9 +63,30 @@ def broken_rules(recipe: Any) -> list[str]:
             below = value - value % size
             tries = f"{below} or {below + size}" if below else f"{size}"
             found.append(f"{name} ({value}) must be a multiple of {of} ({size}); try {tries}")
+    if adapt:
+        found += _model_rules(recipe)
     if optim.schedule == "wsd" and optim.warmup + optim.decay_fraction > 1:
         found.append(f"optim.warmup ({optim.warmup}) and optim.decay_fraction ({optim.decay_fraction}) exceed the run")
     return found
+
+
+def _model_rules(recipe: Any) -> list[str]:
+    """Rules of the model's own config, for what it gets from [sidenet]."""
+    side, longmem = recipe.sidenet, recipe.method == "longmem"
+    names = (
+        "fusion",
+        "chunk_size",
+        "num_retrieved",
+        "memory_size",
+        *(("stride", "init", "trained") if longmem else ()),
+    )
+    settings = {name: getattr(side, name) for name in names}
+    settings["memory_layers"] = None if side.memory_layers == "auto" else side.memory_layers
+    try:
+        (LongMemConfig if longmem else MemTRMConfig)(**settings)
+    except ConfigError as error:
+        return [f"sidenet.{problem}" for problem in error.problems]
+    return []
 
 
 def _named(recipe: Any, condition: str) -> str | None:
@@ -85,8 +107,6 @@ def override(settings: dict[str, Any], text: str) -> str | None:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
             return f"--set {text}: {part} is a value, not a section"
-    for other in {"memory_layer": ["memory_layers"], "memory_layers": ["memory_layer"]}.get(key, ()):
-        table.pop(other, None)  # two names of one setting
     try:
         table[key] = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -27,10 +28,10 @@ from longmem.data.tokens import check_tokenizer, load_tokenizer, tokenize, train
 from longmem.errors import ConfigError
 from longmem.progress import Progress, clock
 from longmem.training.adapt import LongMemTrainer, NeedleTrainer
-from longmem.training.models import build_model, half_or_single, named_dtype, runs_bf16, wants_sharding
+from longmem.training.models import build_model, build_optimiser, half_or_single, lr_share, named_dtype, runs_bf16
 from longmem.training.pretrain import Pretrainer
 from longmem.training.recipe import Recipe
-from longmem.training.trainer import StreamTrainer, agreed, list_checkpoints
+from longmem.training.trainer import StreamTrainer, list_checkpoints, refuse_launch
 
 log = logging.getLogger(__name__)
 SAME_TO_RESUME = ("data", "model", "backbone", "sidenet", "needles")
@@ -73,16 +74,14 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
     Raises:
         LongMemError: settings, text, backbone or checkpoint are at fault.
     """
-    divided = wants_sharding(recipe.optim.parallel)
-    # the division is ours, see `shard`; and every process loads its weights
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    refuse_launch()
     state = PartialState(cpu=not torch.accelerator.is_available())
     resume = resume and bool(list_checkpoints(recipe.out_dir / "checkpoints"))
     if not resume and state.is_main_process:
         _clear(recipe.out_dir, overwrite)
     state.wait_for_everyone()
     set_seed(recipe.run.seed)
-    trainer = build_trainer(recipe, state, divided=divided and state.num_processes > 1, quiet=quiet)
+    trainer = build_trainer(recipe, state, quiet=quiet)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if recipe.eval.patience:
@@ -102,12 +101,29 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
         took = f"{step:,} steps, {tokens:,} tokens, {clock(trainer.seconds)}"
         progress.say(f"finished: {took}; model in {model_dir}" if model_dir else
                      f"stopped by a signal: {took}; checkpoint saved, go on with --resume")  # fmt: skip
+    history = trainer.state.log_history
+    losses = [record["loss"] for record in history if "loss" in record and record["step"] > run.began]
+    [last] = [record for record in history if "eval_loss" in record][-1:] or [{}]
+    evaluation = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
     return TrainResult(
-        recipe.out_dir, model_dir, step, tokens, trainer.seconds, run.losses, run.evaluation, state.is_main_process
+        recipe.out_dir, model_dir, step, tokens, trainer.seconds, losses, evaluation, state.is_main_process
     )
 
 
-def build_trainer(recipe: Recipe, state: PartialState, *, divided: bool = False, quiet: bool = False) -> Any:
+def build_trainer(recipe: Recipe, state: PartialState, *, quiet: bool = False) -> Any:
+    """The trainer of a recipe, with the recipe's optimiser and schedule."""
+    trainer, optim = _trainer(recipe, state, quiet), recipe.optim
+
+    def share(step: int) -> float:
+        """Of the rate, in the middle of a step's slice of the run, so that no step has rate 0."""
+        return lr_share(optim, _time_used(trainer, recipe) if optim.by_time else (step + 0.5) / trainer.args.max_steps)
+
+    trainer.optimizer = build_optimiser(trainer.trained(), optim)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, share)
+    return trainer
+
+
+def _trainer(recipe: Recipe, state: PartialState, quiet: bool) -> Any:
     """Tokenizer, token cache, model and trainer of a recipe; the main process makes what others then read."""
     data, optim, side, backbone = recipe.data, recipe.optim, recipe.sidenet, recipe.backbone
     with state.main_process_first():
@@ -126,10 +142,9 @@ def build_trainer(recipe: Recipe, state: PartialState, *, divided: bool = False,
     now = recipe.model_dump(mode="json", exclude={"data": {"cache_dir"}})
     same = {f"{section}.{name}": value for section in SAME_TO_RESUME for name, value in now[section].items()}
     common: dict[str, Any] = {
-        "optim": optim,
         "same": same | {"task": recipe.task, "method": recipe.method},
         "tokenizer": tokenizer,
-        "divided": divided,
+        "divided": optim.parallel == "fsdp" and state.num_processes > 1,
         # what is quantised or spread has been put in its place
         "placed": backbone.quantised is not None or backbone.device_map is not None,
         "eval_tokens": recipe.eval.tokens,
@@ -157,6 +172,11 @@ def build_trainer(recipe: Recipe, state: PartialState, *, divided: bool = False,
         piece_tokens=data.piece_tokens,
         **common,
     )
+
+
+def _time_used(trainer: StreamTrainer, recipe: Recipe) -> float:
+    """Share of the recipe's minutes that are over; 0 where there is no such limit."""
+    return trainer.seconds / 60 / recipe.optim.max_minutes if recipe.optim.max_minutes else 0.0
 
 
 def _tokens_per_step(recipe: Recipe, state: PartialState) -> int:
@@ -212,29 +232,33 @@ class _Run(TrainerCallback):
         self.path = recipe.out_dir / "metrics.jsonl"
         self.tokens_per_step = _tokens_per_step(recipe, PartialState())
         self.stopped = False
-        self.losses: list[float] = []
-        self.evaluation: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        step, kept = state.global_step, []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.resume and self.path.exists() else []:
-            with suppress(ValueError, KeyError):  # a line that a crash cut in half
-                if (record := json.loads(line))["step"] <= step:
-                    kept.append(line + "\n")
-                    if record["kind"] == "eval":  # the last one still
-                        self.evaluation = {k: v for k, v in record.items() if k not in ("kind", "step", "tokens")}
+        # how often to log, measure and save is what the recipe says now, not what it said before
+        state.compute_steps(args, state.max_steps)
+        self.began = step = state.global_step
         if state.is_world_process_zero:
+            kept = []
+            for line in (
+                self.path.read_text(encoding="utf-8").splitlines() if self.resume and self.path.exists() else []
+            ):
+                with suppress(ValueError):  # a line that a crash cut in half
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
             self.path.write_text("".join(kept), encoding="utf-8")
         if self.resume:
             self.progress.say(f"resumed at step {step:,}, {step * self.tokens_per_step:,} tokens")
         self.progress.total = None if state.max_steps >= ENDLESS else state.max_steps
         self.progress.done = self.progress.before = step
-        self.since = (step, self.trainer.seconds)
+        self.since, self.clock = (step, self.trainer.seconds), time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        self.trainer.tick()
-        over = control.should_training_stop or self.trainer.time_used() >= 1
-        self.stopped = not over and agreed(bool(self.caught))
+        now = time.monotonic()
+        # the main process's clock, and a signal that it got, in all processes
+        found = [self.trainer.seconds + now - self.clock, bool(self.caught)]
+        (self.trainer.seconds, caught), self.clock = broadcast_object_list(found), now
+        over = control.should_training_stop or _time_used(self.trainer, self.recipe) >= 1
+        self.stopped = not over and caught
         if over or self.stopped:
             control.should_training_stop = control.should_log = control.should_save = True
         valid = self.recipe.valid_source() is not None
@@ -251,7 +275,6 @@ class _Run(TrainerCallback):
                 f"the loss is {loss} at step {step}; lower optim.lr ({optim.lr:g}), lengthen optim.warmup "
                 f"({optim.warmup:g}) or set optim.precision = 'fp32'"
             )
-        self.losses.append(loss)
         tokens = (step - self.since[0]) * self.tokens_per_step
         speed, self.since = tokens / max(seconds - self.since[1], 1e-9), (step, seconds)
         record = {"seconds": round(seconds, 2), "perplexity": _perplexity(loss), "tokens_per_second": round(speed, 1)}
@@ -262,13 +285,13 @@ class _Run(TrainerCallback):
         parts += [form.format(record[name]) for name, form in SHOWN.items() if name in record]
         if "share" in record:
             parts.append(f"share {min(record['share']):.2f} to {max(record['share']):.2f}")
-        left = seconds / max(step / state.max_steps, self.trainer.time_used(), 1e-9) - seconds
+        left = seconds / max(step / state.max_steps, _time_used(self.trainer, self.recipe), 1e-9) - seconds
         self.progress.say(" · ".join([*parts, f"{clock(max(0.0, left))} left"]))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **_: Any) -> None:
-        self.evaluation = {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()}
-        self._record("eval", state, self.evaluation)
-        losses = (f"{name} {value:.4f} (ppl {_perplexity(value):.3f})" for name, value in self.evaluation.items())
+        found = {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()}
+        self._record("eval", state, found)
+        losses = (f"{name} {value:.4f} (ppl {_perplexity(value):.3f})" for name, value in found.items())
         self.progress.say(" · ".join([f"step {state.global_step:,}", "valid", *losses]))
 
     def _record(self, kind: str, state: Any, record: dict[str, Any]) -> None:
@@ -316,7 +339,7 @@ def _about(trainer: Any, recipe: Recipe) -> str:
 
 def _tokenizer(recipe: Recipe, main: bool) -> Any:
     """The named tokenizer, the backbone's, or one learned from the training text and kept in the run's folder."""
-    named = recipe.data.tokenizer or (recipe.backbone.path if recipe.task == "adapt" else recipe.model.init)
+    named = recipe.data.tokenizer or (recipe.backbone.path if recipe.task == "adapt" else None)
     if named is not None:
         return load_tokenizer(named)
     folder = recipe.out_dir / "tokenizer"

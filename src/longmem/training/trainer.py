@@ -1,19 +1,16 @@
 """``StreamTrainer``: transformers.Trainer whose batches come one after the other, from a place that is saved.
 
-Trainer's own are the loop, accumulation, precision, DDP, callbacks, logging and the choice of the best model. Changed
-are the order of the data, the optimiser of recipes, FSDP2 layer by layer, and checkpoints.
+Trainer's own are the loop, optimiser, accumulation, precision, DDP, callbacks, logging and the choice of the best
+model. Changed are the order of the data, FSDP2 layer by layer, and checkpoints.
 
 A folder is a checkpoint once ``complete.json`` is in it, which is written when all other bytes are on the disk: a crash
-leaves the checkpoint before or the one after. Damage is found before anything is read.
+leaves the checkpoint before or the one after.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, reduce
+from accelerate.utils import reduce
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
@@ -34,10 +32,10 @@ from transformers.trainer_utils import rotate_checkpoints
 from longmem.data.stream import IGNORE
 from longmem.errors import CheckpointError, ConfigError, first_line
 from longmem.files import to_disk, whole
-from longmem.training.models import build_optimiser, lr_share, shard, undivided
-from longmem.training.recipe import OptimSection
+from longmem.training.models import shard, undivided
 
 COMPLETE = "complete.json"
+NOT_DIVIDED = "cannot divide a model with a backbone in it; leave it out, and set optim.parallel = 'fsdp' of a recipe"
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -71,11 +69,6 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return losses.view_as(targets)
 
 
-def agreed(value: Any) -> Any:
-    """The main process's value in all processes."""
-    return broadcast_object_list([value])[0]
-
-
 class StreamTrainer(Trainer):
     """See the module. A subclass gives ``compute_loss`` and ``evaluate``.
 
@@ -83,7 +76,6 @@ class StreamTrainer(Trainer):
         model: whose parameters with ``requires_grad`` are trained.
         args: as ever; ``max_steps`` must be set.
         stream: gives the batches: ``next``, ``epoch``, ``state_dict``, ``load_state_dict``.
-        optim: optimiser and schedule of a recipe; None takes those of ``args``.
         same: what a checkpoint must agree with to be resumed from, by name.
         tokenizer: saved with the model.
         divided: FSDP2, see ``shard``.
@@ -95,7 +87,10 @@ class StreamTrainer(Trainer):
     """
 
     model: Any
+    optimizer: Any
     lr_scheduler: Any
+    seconds = 0.0
+    """Wall time of a run, over all its resumed parts; whoever runs it counts them."""
 
     def __init__(
         self,
@@ -103,13 +98,13 @@ class StreamTrainer(Trainer):
         args: TrainingArguments,
         *,
         stream: Any,
-        optim: OptimSection | None = None,
         same: Mapping[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         divided: bool = False,
         placed: bool = False,
         **trainer: Any,
     ) -> None:
+        refuse_launch()
         _refuse(args, trainer)
         # the place in the text is ours to restore, and so is what happens between processes
         args.ignore_data_skip, args.use_cache, args.logging_nan_inf_filter = True, True, False
@@ -122,10 +117,8 @@ class StreamTrainer(Trainer):
         # says that the model has its place and reduces its gradients itself
         self.is_distributed_loading_by_transformers = divided
         self.stream, self.tokenizer, self.divided = stream, tokenizer, divided
-        self.optim: Any = optim
         self.same = {"processes": args.world_size, "rows": args.per_device_train_batch_size, **(same or {})}
         self.scores, self.practice = Scores(), Scores()
-        self.seconds, self._since = 0.0, time.monotonic()
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not self._placed:
@@ -141,20 +134,16 @@ class StreamTrainer(Trainer):
         """The stream, which has no end; as long as the run for whoever asks."""
         return _Batches(self)
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The batches of a step. They say themselves how many targets they have."""
-        return [next(epoch_iterator) for _ in range(num_batches)], None
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs  # ``compute_loss`` takes to the device what it needs there
 
     # a step
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward over one batch; ``after_backward`` may write memory."""
-        model.train()
-        loss: Any = self.compute_loss(model, inputs)
-        loss = loss / self.current_gradient_accumulation_steps
-        self.accelerator.backward(loss)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.after_backward(inputs)
-        return loss.detach()  # type: ignore[no-any-return]
+        return loss
 
     def after_backward(self, batch: Any) -> None:
         """Nothing."""
@@ -168,45 +157,12 @@ class StreamTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """That of the recipe."""
-        if self.optim is None:
-            return super().create_optimizer(model)
-        if self.optimizer is None:
-            self.optimizer = build_optimiser(self.trained(), self.optim)
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """That of the recipe."""
-        if self.optim is None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        if self.lr_scheduler is None:
-            self._created_lr_scheduler = True
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.create_optimizer(), self._rate)
-        return self.lr_scheduler
-
-    def _rate(self, step: int) -> float:
-        """The rate in the middle of a step's slice of the run, so that no step has rate 0."""
-        done = self.time_used() if self.optim.by_time else (step + 0.5) / self.args.max_steps
-        return lr_share(self.optim, done)
-
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         return undivided(super()._get_grad_norm(model, grad_norm))  # type: ignore[no-untyped-call]
 
     def _defer_fsdp_gradient_reduction(self) -> Any:
         # divided gradients are added up reduced: a whole one for every layer may not fit
         return nullcontext()
-
-    # wall time, over all parts of a run; every process reads the main one's
-
-    def tick(self) -> None:
-        """Read the clock, in all processes at once."""
-        now = time.monotonic()
-        self.seconds, self._since = agreed(self.seconds + now - self._since), now
-
-    def time_used(self) -> float:
-        """Share of the recipe's minutes that are over; 0 where there is no such limit."""
-        return self.seconds / 60 / self.optim.max_minutes if self.optim and self.optim.max_minutes else 0.0
 
     # what is said
 
@@ -252,16 +208,16 @@ class StreamTrainer(Trainer):
         """As ever; ``True`` takes the newest checkpoint.
 
         Raises:
-            CheckpointError: there is none, it is damaged, or of another run.
+            CheckpointError: there is none, or it is of another run.
         """
         if resume_from_checkpoint is True:
             found = list_checkpoints(Path(str(self.args.output_dir)))
-            if not found:
-                raise CheckpointError(f"{self.args.output_dir}: no checkpoint; train without resuming")
-            resume_from_checkpoint = str(found[-1])
+            resume_from_checkpoint = str(found[-1] if found else self.args.output_dir)
         if resume_from_checkpoint:
-            verify(Path(str(resume_from_checkpoint)))
-            self._own = self._read_own(Path(str(resume_from_checkpoint)))
+            folder = Path(str(resume_from_checkpoint))
+            if not (folder / COMPLETE).is_file():
+                raise CheckpointError(f"{folder}: no checkpoint; train without resuming")
+            self._own = self._read_own(folder)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
@@ -281,12 +237,18 @@ class StreamTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        weights = ((name, undivided(weight.detach())) for name, weight in self.trained())  # in all processes
-        kept = {name: weight.cpu() for name, weight in weights if self.args.should_save}
-        if self.args.should_save:
+        folder, main = Path(output_dir or str(self.args.output_dir)), self.args.should_save
+        model = self.accelerator.unwrap_model(self.model)
+        # all processes gather; weights that are tied have both their names
+        named = [(n, weight) for n, weight in model.named_parameters(remove_duplicate=False) if weight.requires_grad]
+        weights: dict[int, Tensor] = {}
+        for _, weight in named:
+            found = undivided(weight.detach())
+            if main:
+                weights[id(weight)] = found.cpu()
+        if main:
             folder.mkdir(parents=True, exist_ok=True)
-            self.save_weights(folder, kept)
+            self.save_weights(folder, {name: weights[id(weight)] for name, weight in named})
             if (tokenizer := self.tokenizer or self.processing_class) is not None:
                 tokenizer.save_pretrained(str(folder))
 
@@ -301,7 +263,7 @@ class StreamTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.divided:
-            state = get_optimizer_state_dict(self.model, self.create_optimizer(), options=_FULL)
+            state = get_optimizer_state_dict(self.model, self.optimizer, options=_FULL)
             if self.args.should_save:
                 torch.save(state, Path(output_dir) / "optimizer.pt")
 
@@ -309,9 +271,8 @@ class StreamTrainer(Trainer):
         if checkpoint is None:
             return
         if self.divided:
-            optimiser: Any = self.create_optimizer()
             state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
-            set_optimizer_state_dict(self.model, optimiser.optimizer, state, options=_FULL)
+            set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=_FULL)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -328,19 +289,12 @@ class StreamTrainer(Trainer):
                 if isinstance(weight, DTensor):  # each process takes its own part, nothing is sent
                     value = distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None)
                 weight.copy_(value)
-        except (KeyError, RuntimeError) as problem:
-            said = f"weights of another model ({first_line(problem)})"
-            raise CheckpointError(f"{folder}: {said}; {way_out(folder)}") from problem
+        except (KeyError, RuntimeError, SafetensorError) as problem:
+            said = f"not the weights of this model ({first_line(problem)})"
+            raise CheckpointError(f"{folder}: {said}; delete it to resume from an older checkpoint") from problem
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-    def _init_training_state(self, max_steps: int, *args: Any) -> Any:
-        # how often to log, measure and save is what the arguments say now, not what they said before
-        found = super()._init_training_state(max_steps, *args)
-        self.state.compute_steps(self.args, max_steps)
-        self._since = time.monotonic()
-        return found
 
     def _read_own(self, folder: Path) -> dict[str, Any]:
         if not (file := folder / self._own_file()).is_file():
@@ -374,14 +328,19 @@ class _Batches:
             yield self.trainer.next_batch()
 
 
+def refuse_launch() -> None:
+    """Refuse a process that a launcher has told to divide the model, before anything is loaded."""
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}") == "true":
+            raise ConfigError(f"launched for {name}: that {NOT_DIVIDED}")
+
+
 def _refuse(args: TrainingArguments, given: Mapping[str, Any]) -> None:
     """What would tear rows out of their order, or is not done here, one line each."""
-    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     rules = [
         (args.max_steps <= 0, "max_steps is not set; a stream of texts has no end by itself"),
         (args.n_gpu > 1, f"one process sees {args.n_gpu} GPUs; start one for each: accelerate launch, or torchrun"),
-        (args.fsdp or launched, "args.fsdp gives all layers one dtype; use `longmem train`, optim.parallel = 'fsdp'"),
-        (args.deepspeed, "deepspeed cannot wrap a model inside of another; use DDP, or `longmem train` for FSDP2"),
+        (args.fsdp or args.deepspeed, f"fsdp and deepspeed of args {NOT_DIVIDED}"),
         (args.auto_find_batch_size, "auto_find_batch_size would change the rows; set it to False"),
     ]
     names = ("model_init", "compute_loss_func", "compute_metrics", "data_collator")
@@ -400,34 +359,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def complete(folder: Path) -> None:
-    """Write ``complete.json``, the SHA-256 of each file, once all bytes are on the disk."""
-    inside = sorted(folder.rglob("*"))
-    for path in [*inside, folder, folder.parent]:
+    """Write ``complete.json`` once all bytes are on the disk."""
+    for path in [*folder.rglob("*"), folder, folder.parent]:
         to_disk(path)
     with whole(folder / COMPLETE) as part:
-        part.write_text(json.dumps({str(p.relative_to(folder)): _hash(p) for p in inside if p.is_file()}, indent=1))
+        part.write_text("{}\n")
         to_disk(part)
     to_disk(folder)
-
-
-def verify(folder: Path) -> None:
-    """Read a checkpoint through."""
-    try:
-        hashes = json.loads((folder / COMPLETE).read_text())
-    except (OSError, ValueError) as problem:
-        raise CheckpointError(f"{folder}: {COMPLETE} is missing or damaged; {way_out(folder)}") from problem
-    for name, known in hashes.items():
-        # earlier versions wrote the size too
-        if not (folder / name).is_file() or _hash(folder / name) != (known if isinstance(known, str) else known[1]):
-            raise CheckpointError(f"{folder / name}: is not what was written; {way_out(folder)}")
-
-
-def way_out(folder: Path) -> str:
-    """What to do about a checkpoint that is of no use."""
-    others = [other.name for other in list_checkpoints(folder.parent) if other != folder]
-    return f"delete {folder.name} to resume from {others[-1]}" if others else f"delete {folder.name} to begin anew"
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
