@@ -43,7 +43,7 @@ def crash_after(recipe: Recipe, step: int) -> None:
         ("adapt", {"method": "memtrm"}),
         ("adapt", {"sidenet": {"memory": False}}),
         ("adapt", {"sidenet": {"memory_layers": [1, 2]}}),
-        ("adapt", {"needles": ASK | {"share": 0.7}}),
+        ("adapt", {"needles": ASK}),
     ],
     ids=["pretrain", "sidenet", "memtrm", "control", "two layers", "needles"],
 )

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
@@ -16,28 +15,26 @@ from longmem import LongMem
 from longmem.data.stream import IGNORE
 from longmem.memory import MemoryBank
 from longmem.memory.session import SessionMemory
-from longmem.training.adapt import NeedleTrainer, Questions
+from longmem.training.needles import NeedleStream
 from longmem.training.recipe import Recipe
 from longmem.training.run import build_trainer, train
 from longmem.types import AttentionKV
 
 ASK: dict[str, Any] = {
-    "share": 1.0, "rows": 4, "repeats": 2, "context": 48, "text_tokens": 512, "least_tokens": 32, "most_tokens": 256,
-    "grows": 4,
+    "kinds": ["passkey"], "rows": 4, "repeats": 2, "context": 48, "text_tokens": 512, "least_tokens": 32,
+    "most_tokens": 256, "grows": 4,
 }  # fmt: skip
 
 
-def _task(recipe: Recipe) -> NeedleTrainer:
-    trainer = build_trainer(recipe, PartialState(cpu=True), quiet=True)
-    assert isinstance(trainer, NeedleTrainer)
-    return trainer
+def _trainer(recipe: Recipe) -> Any:
+    return build_trainer(recipe, PartialState(cpu=True), quiet=True)
 
 
 def test_memory_of_a_question_is_the_common_text_and_its_own_facts_and_no_others(
     adapt: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every row finds what a bank of its own finds that was given both."""
-    task = _task(adapt(needles=ASK | {"kinds": ["passkey", "multi"]}))
+    trainer = _trainer(adapt(needles=ASK | {"kinds": ["passkey", "multi"]}))
     seen: list[tuple[Any, torch.Tensor, Any]] = []
     search = SessionMemory.search
 
@@ -47,13 +44,13 @@ def test_memory_of_a_question_is_the_common_text_and_its_own_facts_and_no_others
         return found
 
     monkeypatch.setattr(SessionMemory, "search", watch)
-    loss = task.compute_loss(task.model, task.next_batch())
+    loss = trainer.compute_loss(trainer.model, trainer.next_batch())
     assert math.isfinite(float(loss.detach()))
     memory, queries, found = seen[0]
     text = memory.base
     for row in range(4):
-        asked = task._asked[row]
-        alone = MemoryBank.for_model(task.longmem, 1, 4096)
+        asked = trainer.stream._asked[row]
+        alone = MemoryBank.for_model(trainer.longmem, 1, 4096)
         flat = text.storage[0].permute(1, 2, 0, 3, 4).flatten(2, 3)  # (Hkv, 2, tokens, D)
         own = (asked.keys.transpose(0, 1), asked.values.transpose(0, 1))
         for keys, values in ((flat[:, 0], flat[:, 1]), own):
@@ -68,28 +65,29 @@ def test_memory_of_a_question_is_the_common_text_and_its_own_facts_and_no_others
 def test_only_the_answer_is_scored_and_it_is_hidden_in_the_row_s_own_facts(
     adapt: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = _task(adapt(needles=ASK | {"kinds": ["passkey", "pair", "multi", "twohop"]}))
+    stream: NeedleStream = _trainer(adapt(needles=ASK | {"kinds": ["passkey", "pair", "multi", "twohop"]})).stream
     encoded: list[torch.Tensor] = []
     encode = LongMem.encode
     monkeypatch.setattr(LongMem, "encode", lambda model, ids: (encoded.append(ids), encode(model, ids))[1])
     for number in range(20):
-        ids, targets, keys, _ = task._question(number)
+        ids, targets, keys, _ = stream._question(number)
         answer = targets[targets != IGNORE]
         assert encoded[-1].shape[1] == 48 and len(keys) == encoded[-1].numel()
-        assert task.tokenizer.decode(answer).split()[-1] in task.tokenizer.decode(encoded[-1].flatten())
+        assert stream.tokenizer.decode(answer).split()[-1] in stream.tokenizer.decode(encoded[-1].flatten())
         assert targets[-len(answer) :].tolist() == answer.tolist()
         assert ids[1:].tolist() == [*ids[1 : -len(answer) + 1].tolist(), *answer[:-1].tolist()]
-    batch = task.next_batch()
+    batch = stream.next()
     assert batch.ids.shape == batch.targets.shape and len(batch.ids) == 4
 
 
-def test_a_share_of_the_steps_asks_and_memory_grows_from_the_least_to_the_most(adapt: Make) -> None:
-    task = _task(adapt(needles=ASK | {"share": 0.5}))
-    assert 0 < sum(isinstance(task.next_batch(), Questions) for _ in range(12)) < 12
-    sizes = [
-        max(task._background(number, np.random.default_rng(seed)).keys.shape[2] for seed in range(8)) * 4
-        for number in (0, 2, 4, 9)
-    ]
+def test_memory_grows_from_the_least_to_the_most(adapt: Make) -> None:
+    stream = _trainer(adapt(needles=ASK)).stream
+    sizes = []
+    for number in (0, 2, 4, 9):
+        found = []
+        for stream.seed in range(8):
+            found.append(stream._background(number).keys.shape[2] * 4)
+        sizes.append(max(found))
     assert sizes[0] == 32
     assert sizes[0] < sizes[1] < sizes[2] == sizes[3] == 256
 

@@ -85,15 +85,15 @@ RULES: dict[str, dict[str, Any]] = {
         "optim": {"steps": 1, "schedule": "wsd", "warmup": 0.5, "decay_fraction": 0.6}
     },
     "a MemTRM has no SideNet; leave it away": {**ADAPT, "method": "memtrm", "sidenet": {"start": "z"}},
-    "needles.kinds ('riddle') should be 'passkey', 'pair'": {**ADAPT, "needles": {"share": 1.0, "kinds": ["riddle"]}},
-    "needles.context (50) must be a multiple of": {**ADAPT, "needles": {"share": 1.0, "context": 50}},
+    "needles.kinds ('riddle') should be 'passkey', 'pair'": {**ADAPT, "needles": {"kinds": ["riddle"]}},
+    "needles.context (50) must be a multiple of": {**ADAPT, "needles": {"kinds": ["passkey"], "context": 50}},
     'sidenet.init ("zero") needs a feed-forward of its own; ': {
         **ADAPT,
         "sidenet": {"init": "zero", "trained": "attention"},
     },
     "sidenet.memory_layers ([3, 1]) must be different layers": {**ADAPT, "sidenet": {"memory_layers": [3, 1]}},
     'sidenet.fusion ("token") is not for MemTRMConfig; ': {**ADAPT, "method": "memtrm", "sidenet": {"fusion": "token"}},
-    "facts are hidden in memory; ": {**ADAPT, "needles": {"share": 1.0}, "sidenet": {"memory": False}},
+    "facts are hidden in memory; ": {**ADAPT, "needles": {"kinds": ["pair"]}, "sidenet": {"memory": False}},
 }
 
 

@@ -202,16 +202,12 @@ class OptimSection(Section):
 
 
 class NeedlesSection(Section):
-    """Adaptation to facts hidden in memory, see ``NeedleTrainer``. Not in the paper."""
+    """Adaptation to facts hidden in memory, see ``NeedleStream``. Not in the paper."""
 
-    share: Share = 0.0
-    """Share of the steps that ask for hidden facts; the others read text as ever. 0: none."""
-    kinds: typing.Annotated[tuple[Literal["passkey", "pair", "multi", "twohop"], ...], Field(min_length=1)] = (
-        "passkey",
-    )
-    """Of facts, see ``draw_facts``: passkey, pair, multi, twohop."""
+    kinds: tuple[Literal["passkey", "pair", "multi", "twohop"], ...] = ()
+    """Of facts that are asked for, see ``draw_facts``: passkey, pair, multi, twohop. Empty: text is read, as ever."""
     rows: Count = 32
-    """Questions of such a step."""
+    """Questions of a step."""
     repeats: Count = 4
     """In how many steps, one after the other, each question is asked; its facts are encoded once."""
     context: Count = 64

@@ -23,9 +23,9 @@ CONFLICTS = (
     ("backbone.quantised", "optim.parallel = fsdp", "both divide the backbone; keep one of them"),
     ("backbone.device_map", "optim.parallel = fsdp", "both divide the backbone; keep one of them"),
     ("sidenet.start", "method = memtrm", "a MemTRM has no SideNet; leave it away"),
-    ("needles.share", "sidenet.memory = False", "facts are hidden in memory; set one of them otherwise"),
-    ("needles.share", "method = memtrm", "facts are encoded once, by a backbone that stays as it is; leave one away"),
-    ("needles.share", "optim.parallel = fsdp", "facts are not encoded by divided backbones; use 'ddp'"),
+    ("needles.kinds", "sidenet.memory = False", "facts are hidden in memory; set one of them otherwise"),
+    ("needles.kinds", "method = memtrm", "facts are encoded once, by a backbone that stays as it is; leave one away"),
+    ("needles.kinds", "optim.parallel = fsdp", "facts are not encoded by divided backbones; use 'ddp'"),
     ("eval.best", "eval.every = 0", "the best weights are those of an evaluation; set eval.every"),
     ("eval.best", "checkpoint.every = 0", "the best weights are taken from a checkpoint; set checkpoint.every"),
     ("eval.patience", "eval.every = 0", "patience counts evaluations; set eval.every"),
@@ -47,12 +47,12 @@ def broken_rules(recipe: Any) -> list[str]:
     for one, other, way_out in CONFLICTS:
         if (first := _named(recipe, one)) and (second := _named(recipe, other)):
             found.append(f"{first} and {second} do not go together: {way_out}")
-    if needles.share and needles.least_tokens > needles.most_tokens:
+    if needles.kinds and needles.least_tokens > needles.most_tokens:
         least, most = needles.least_tokens, needles.most_tokens
         found.append(f"needles.least_tokens ({least}) must not exceed needles.most_tokens ({most})")
     multiples = [
-        (needles.share, "data.window", "sidenet.chunk_size"),
-        (needles.share, "needles.context", "sidenet.chunk_size"),
+        (needles.kinds, "data.window", "sidenet.chunk_size"),
+        (needles.kinds, "needles.context", "sidenet.chunk_size"),
         (not adapt, "model.hidden_size", "model.heads"),
         # the best weights are taken from a checkpoint
         (recipe.eval.best and recipe.eval.every, "checkpoint.every", "eval.every"),

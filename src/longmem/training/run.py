@@ -27,8 +27,9 @@ from longmem.data.text import read_documents
 from longmem.data.tokens import check_tokenizer, load_tokenizer, tokenize, train_tokenizer
 from longmem.errors import ConfigError
 from longmem.progress import Progress, clock
-from longmem.training.adapt import LongMemTrainer, NeedleTrainer
+from longmem.training.adapt import LongMemTrainer
 from longmem.training.models import build_model, build_optimiser, half_or_single, lr_share, named_dtype, runs_bf16
+from longmem.training.needles import NeedleStream
 from longmem.training.pretrain import Pretrainer
 from longmem.training.recipe import Recipe
 from longmem.training.trainer import StreamTrainer, list_checkpoints, refuse_launch
@@ -157,9 +158,13 @@ def _trainer(recipe: Recipe, state: PartialState, quiet: bool) -> Any:
             special_ids=3 if data.tokenizer is None else 0, vocab_size=len(tokenizer),
         )  # fmt: skip
         return Pretrainer(model, args, sampler=sampler, valid=valid, **common)
-    if recipe.needles.share:
-        common["needles"] = recipe.needles
-    return (NeedleTrainer if recipe.needles.share else LongMemTrainer)(
+    memory_dtype = named_dtype(side.memory_dtype) or half_or_single(recipe, state.device)
+    if recipe.needles.kinds:
+        common["stream"] = NeedleStream(
+            model, texts, tokenizer, recipe.needles, window=data.window, memory_dtype=memory_dtype,
+            seed=recipe.run.seed, rank=state.process_index, quiet=common["quiet"],
+        )  # fmt: skip
+    return LongMemTrainer(
         model,
         args,
         train_dataset=texts,
@@ -167,7 +172,7 @@ def _trainer(recipe: Recipe, state: PartialState, quiet: bool) -> Any:
         window=data.window,
         memory=side.memory,
         memory_size=side.memory_size,
-        memory_dtype=named_dtype(side.memory_dtype) or half_or_single(recipe, state.device),
+        memory_dtype=memory_dtype,
         boundary=side.boundary,
         piece_tokens=data.piece_tokens,
         **common,
@@ -180,10 +185,10 @@ def _time_used(trainer: StreamTrainer, recipe: Recipe) -> float:
 
 
 def _tokens_per_step(recipe: Recipe, state: PartialState) -> int:
-    """Of all rows and processes; with needles on average, because questions have no fixed length."""
+    """Of all rows and processes; of needles the facts, because questions have no fixed length."""
     needles, optim = recipe.needles, recipe.optim
-    asked, text = 2 * needles.rows * needles.context, optim.rows * recipe.data.window
-    return round(needles.share * asked + (1 - needles.share) * text) * optim.accumulate * int(state.num_processes)
+    of_one = 2 * needles.rows * needles.context if needles.kinds else optim.rows * recipe.data.window
+    return of_one * optim.accumulate * int(state.num_processes)
 
 
 def _arguments(recipe: Recipe, state: PartialState) -> TrainingArguments:
@@ -334,7 +339,7 @@ def _about(trainer: Any, recipe: Recipe) -> str:
     what = "training a MemTRM" if recipe.method == "memtrm" else "adapting a SideNet"
     layers = ", ".join(map(str, trainer.longmem.memory_layers))
     memory = f"memory of layer {layers}" if recipe.sidenet.memory else "no memory (control)"
-    return f"{what} of {count}, {memory}, on {text}, {len(trainer.stream.pieces):,} texts"
+    return f"{what} of {count}, {memory}, on {text}"
 
 
 def _tokenizer(recipe: Recipe, main: bool) -> Any:
