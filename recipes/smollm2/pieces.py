@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
+from longmem.data import read_documents
 from longmem.data.facts import KINDS, ToldFact, asked_ids, draw_facts, question_ids, told_session
 from longmem.data.facts import chat_text as chat  # the same words that calibration uses
 
@@ -302,7 +303,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     documents: dict[str, list[NDArray[np.uint16]]] = {}
     for kind in ("books", "latex", "python"):
-        texts = list(_texts(Path(getattr(given, kind))))
+        texts = [document.text for document in read_documents([getattr(given, kind)])]
         random.Random(given.seed).shuffle(texts)
         documents[kind], total = [], 0
         for text in texts:
@@ -335,13 +336,6 @@ def main() -> None:
     np.save(out / "links.npy", np.array(links, np.int32))
     (out / "kinds.json").write_text(json.dumps(kinds))
     print(len(ids), "pieces", len(links), "links", flush=True)
-
-
-def _texts(path: Path) -> Iterator[str]:
-    if path.suffix == ".jsonl":
-        yield from (json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines())
-    else:
-        yield from (file.read_text(encoding="utf-8") for file in sorted(path.rglob("*.t*x*")))
 
 
 if __name__ == "__main__":

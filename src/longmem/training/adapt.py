@@ -236,9 +236,12 @@ class LongMemTrainer(StreamTrainer):
         if self.bank is not None:
             self.bank.load_state_dict(state["bank"])
 
-    def save_weights(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """A backbone that is a folder is named relative to the checkpoint's, so that both can move."""
-        super().save_weights(folder, weights)
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        # a backbone that is a folder is named relative to the checkpoint's, so that both can move
+        folder = Path(output_dir or str(self.args.output_dir))
         file = folder / "config.json"
         settings = json.loads(file.read_text(encoding="utf-8"))
         for name in ("backbone_name_or_path", "start_name_or_path"):

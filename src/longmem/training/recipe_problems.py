@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from operator import attrgetter
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from longmem.config import LongMemConfig, MemTRMConfig
+from longmem.config import LongMemConfig, MemTRMConfig, nearest
 from longmem.errors import ConfigError
 
 CONFLICTS = (
@@ -137,8 +136,7 @@ def _nearest(name: str, recipe: type[BaseModel]) -> str:
     }
     known = [*sections, *(f"{section}.{key}" for section, fields in sections.items() for key in fields)]
     same = [each for each in known if each.endswith("." + name.rpartition(".")[2])]
-    near = same or difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else "remove it"
+    return (f"did you mean {same[0]}?" if same else nearest(name, known).removeprefix("; ")) or "remove it"
 
 
 def without(settings: dict[str, Any], error: ValidationError) -> dict[str, Any]:

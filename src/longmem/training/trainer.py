@@ -248,13 +248,9 @@ class StreamTrainer(Trainer):
                 weights[id(weight)] = found.cpu()
         if main:
             folder.mkdir(parents=True, exist_ok=True)
-            self.save_weights(folder, {name: weights[id(weight)] for name, weight in named})
+            model.save_pretrained(folder, state_dict={name: weights[id(weight)] for name, weight in named})
             if (tokenizer := self.tokenizer or self.processing_class) is not None:
                 tokenizer.save_pretrained(str(folder))
-
-    def save_weights(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """The model, with these undivided weights."""
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=weights)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
