@@ -42,7 +42,7 @@ class LongMemTrainer(StreamTrainer):
         model: best with ``side_dtype=torch.float32``.
         args: as ever; without ``max_steps``, an epoch reads as many tokens as the documents have.
         train_dataset: a ``TokenCorpus``, or records with ``input_ids``, a whole document each.
-        eval_dataset: the same, or a dict of such; every evaluation begins with an empty memory.
+        eval_dataset: the same; every evaluation begins with an empty memory.
         window: T, tokens of a segment.
         memory: False trains the control, the same model without memory.
         memory_size: M, tokens that each row remembers; None is the model's.
@@ -64,7 +64,7 @@ class LongMemTrainer(StreamTrainer):
         args: TrainingArguments | None = None,
         *,
         train_dataset: Documents,
-        eval_dataset: Documents | dict[str, Documents] | None = None,
+        eval_dataset: Documents | None = None,
         window: int = 1024,
         memory: bool = True,
         memory_size: int | None = None,
@@ -101,7 +101,7 @@ class LongMemTrainer(StreamTrainer):
             or SegmentStream(
                 corpus, window, rows, seed, piece_tokens=piece_tokens, rank=rank, world=world, pad_id=self.pad_id
             ),
-            eval_dataset=_corpora(eval_dataset),
+            eval_dataset=[] if eval_dataset is None else as_corpus(eval_dataset),
             **trainer,
         )
         self.boundary, self.eval_tokens, self.quiet = boundary, eval_tokens, quiet or rank > 0
@@ -110,9 +110,9 @@ class LongMemTrainer(StreamTrainer):
         self.bank = self.new_bank(rows) if memory else None
         self._unwritten: AttentionKV | None = None
         self._share: Tensor | None = None
-        # a MemTRM is measured before it changes
-        first: Any = self.eval_dataset if isinstance(model, MemTRM) else {}
-        self.backbone_losses = {text.fingerprint: self.validate(text, memory=False) for text in first.values()}
+        self.backbone_losses: dict[str, float] = {}
+        if isinstance(model, MemTRM) and (valid := self.eval_dataset):  # before it changes
+            self.backbone_losses[valid.fingerprint] = self.validate(valid, memory=False)
 
     @property
     def longmem(self) -> Any:
@@ -184,19 +184,17 @@ class LongMemTrainer(StreamTrainer):
             ``eval_loss``; ``eval_loss_backbone``, of the backbone alone (a MemTRM's as it was before training, on the
             trainer's own ``eval_dataset``); and at the end of a run ``eval_loss_memory_off``.
         """
-        chosen: Any = self.eval_dataset if eval_dataset is None else _corpora(eval_dataset)
-        metrics: dict[str, float] = {}
-        for name, corpus in chosen.items():
-            prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
-            metrics[f"{prefix}loss"] = self.validate(corpus, memory=self.bank is not None)
-            text, known = corpus.fingerprint, self.backbone_losses
-            if text not in known and isinstance(self.longmem, LongMem):
-                known[text] = self.validate(corpus, memory=False, backbone=True)
-            if text in known:
-                metrics[f"{prefix}loss_backbone"] = known[text]
-            if self.bank is not None and self.control.should_training_stop:
-                metrics[f"{prefix}loss_memory_off"] = self.validate(corpus, memory=False)
-        return self.told(metrics)
+        corpus = self.eval_dataset if eval_dataset is None else as_corpus(eval_dataset)
+        if not corpus:
+            return {}
+        found, known = {"loss": self.validate(corpus, memory=self.bank is not None)}, self.backbone_losses
+        if corpus.fingerprint not in known and isinstance(self.longmem, LongMem):
+            known[corpus.fingerprint] = self.validate(corpus, memory=False, backbone=True)
+        if corpus.fingerprint in known:
+            found["loss_backbone"] = known[corpus.fingerprint]
+        if self.bank is not None and self.control.should_training_stop:
+            found["loss_memory_off"] = self.validate(corpus, memory=False)
+        return self.told({f"{metric_key_prefix}_{name}": loss for name, loss in found.items()})
 
     @torch.no_grad()
     def validate(self, corpus: TokenCorpus, memory: bool, backbone: bool = False) -> float:
@@ -249,8 +247,3 @@ class LongMemTrainer(StreamTrainer):
             if named and os.path.isabs(named) and os.path.isdir(named):
                 settings[name] = os.path.relpath(named, folder)
         file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _corpora(documents: Any) -> dict[str, TokenCorpus]:
-    named = documents if isinstance(documents, dict) else {} if documents is None else {"": documents}
-    return {name: as_corpus(each) for name, each in named.items()}

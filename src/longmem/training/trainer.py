@@ -87,6 +87,7 @@ class StreamTrainer(Trainer):
     """
 
     model: Any
+    eval_dataset: Any
     optimizer: Any
     lr_scheduler: Any
     seconds = 0.0
@@ -112,7 +113,7 @@ class StreamTrainer(Trainer):
         if divided:
             shard(model, torch.bfloat16 if args.bf16 else None)
         self._placed = divided or placed
-        # without a dataset Trainer takes evaluation for a mistake
+        # without a dataset Trainer takes evaluation for a mistake, but an empty one will do
         super().__init__(model=model, args=args, **{"eval_dataset": [], **trainer})
         # says that the model has its place and reduces its gradients itself
         self.is_distributed_loading_by_transformers = divided
