@@ -139,7 +139,8 @@ class LongMemTrainer(StreamTrainer):
         self._unwritten = None if asked else out.kv
         self._share = None if out.share is None else out.share.detach()
         # DDP takes the mean of the processes' gradients
-        loss = losses.sum() * (1 / counted.sum() if asked else self.args.world_size / inputs.targets_in_all)
+        loss = losses.sum()
+        loss = loss / counted.sum() if asked else loss * (self.args.world_size / inputs.targets_in_all)
         return (loss, out) if return_outputs else loss
 
     def after_backward(self, batch: Any) -> None:

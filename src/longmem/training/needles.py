@@ -126,6 +126,7 @@ class NeedleStream:
     def _background(self, number: int) -> TextMemory:
         """A run of the text: its length grows from the least to the most, and now and then is shorter."""
         random = np.random.default_rng([self.seed, _STEP, number, self.rank])
+        random.random()  # runs that mixed in steps of text drew it: the same seed still gives the same run
         settings, segments = self.settings, len(self._text.ids)
         done = min(1.0, number / settings.grows) if settings.grows else 1.0
         least, most = settings.least_tokens, settings.most_tokens
