@@ -84,6 +84,7 @@ RULES: dict[str, dict[str, Any]] = {
     "optim.warmup (0.5) and optim.decay_fraction (0.6) exceed the run": {
         "optim": {"steps": 1, "schedule": "wsd", "warmup": 0.5, "decay_fraction": 0.6}
     },
+    "only a SideNet is recomputed; take fewer": {"optim": {"steps": 1, "gradient_checkpointing": True}},
     "a MemTRM has no SideNet; leave it away": {**ADAPT, "method": "memtrm", "sidenet": {"start": "z"}},
     "needles.kinds ('riddle') should be 'passkey', 'pair'": {**ADAPT, "needles": {"kinds": ["riddle"]}},
     "needles.context (50) must be a multiple of": {**ADAPT, "needles": {"kinds": ["passkey"], "context": 50}},

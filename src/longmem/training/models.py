@@ -47,11 +47,6 @@ def build_model(
             trained = model.sidenet
     set_dropout(trained, recipe.optim.dropout)
     if recipe.optim.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise ConfigError(
-                f"optim.gradient_checkpointing is true, but {type(model).__name__} cannot recompute its layers; set it "
-                "to false and take fewer optim.rows with more optim.accumulate"
-            )
         model.gradient_checkpointing_enable()
     return model  # type: ignore[no-any-return]
 

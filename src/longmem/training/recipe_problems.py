@@ -15,6 +15,8 @@ CONFLICTS = (
     ("data.valid", "data.held_out", "keep one of them"),
     ("optim.steps", "optim.tokens", "keep one of them"),
     ("optim.compile", "task = adapt", "adaptation hooks into its backbone; set it to false"),
+    ("optim.gradient_checkpointing", "task = pretrain", "only a SideNet is recomputed; take fewer optim.rows"),
+    ("optim.gradient_checkpointing", "method = memtrm", "only a SideNet is recomputed; take fewer optim.rows"),
     ("method = memtrm", "task = pretrain", "pre-training has no memory; leave method away"),
     ("method = memtrm", "optim.parallel = fsdp", "a MemTRM trains what writes its memory; use 'ddp'"),
     ("backbone.quantised", "method = memtrm", "a MemTRM trains its backbone; leave it away"),
