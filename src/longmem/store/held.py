@@ -143,7 +143,7 @@ class Loaded:
         self.chunks = held.alive()  # (n,) number of the chunk in each slot, ascending
         self.ids, had = held.ids[self.chunks], np.zeros(0) if before is None else before.ids
         shared, count = min(len(had), len(self.ids)), len(self.ids)
-        self.storage = torch.empty(1, count + 1, *stored.kv.shape[1:], device="meta")
+        self.storage = torch.zeros(()).expand(1, count + 1, *stored.kv.shape[1:])
         self.lengths = torch.from_numpy(np.append(held.lengths[self.chunks], 0)).to(device)[None]
         same = int(np.append(had[:shared] != self.ids[:shared], True).argmax())  # leading slots that are what they were
         if before is not None and same == len(had) == count:
