@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -124,3 +126,19 @@ def test_each_layer_is_searched_by_its_own_heads():
         assert torch.equal(found.chunk_ids, wanted.chunk_ids)
         assert (found.first_head, found.layer_heads) == (2 * layer, 2)
     assert together.provenance(1, 0).document == "b"  # a chunk is of all layers
+
+
+def test_a_bank_of_version_0_1_is_loaded():
+    saved = torch.load(Path(__file__).parents[1] / "golden" / "bank-0.1.pt", weights_only=True)
+    settings = {"capacity": 12, "memory_layers": (3,), "fingerprint": "f", "dtype": torch.float16}
+    loaded, again = bank(2, **settings), bank(2, **settings)
+    loaded.load_state_dict(saved)
+    draw = torch.Generator().manual_seed(0)
+    for step in range(4):
+        pair = AttentionKV(*(torch.randn(2, 2, 5, 3, generator=draw) for _ in range(2)))
+        again.add(pair, documents=["a", f"b{step // 2}"], time=float(step))
+    for last in range(2):
+        same(loaded.search(queries(2), 6), again.search(queries(2), 6))
+        assert [origins(loaded, row) for row in range(2)] == [origins(again, row) for row in range(2)]
+        for each in (loaded, again):
+            each.add(kv(2, 3, last), time=9.0)

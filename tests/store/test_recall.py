@@ -33,6 +33,14 @@ def test_no_namespace_sees_another(notes: MemoryStore) -> None:
     assert Recall(notes, "nobody").search("boat") == []
 
 
+def test_passages_stand_in_the_order_of_their_age(notes: MemoryStore) -> None:
+    notes.add_document("ann", "user: The name of my boat is Heron: the boat is called Heron.", name="aloud")
+    recall = Recall(notes, "ann")
+    text, found = recall.notes("What is the name of my boat?", lambda text, **_: {"input_ids": text.split()}, 3)
+    assert [passage.document for passage in found][:2] == ["aloud", "monday"]
+    assert text.index("Petrel") < text.index("Heron")
+
+
 def test_words_of_a_question_are_no_operators(notes: MemoryStore) -> None:
     for query in ('boat" OR "x', "NEAR(boat bees)", "boat*", "-boat", "text:boat", "??", ""):
         assert len(Recall(notes, "ann").search(query, 5)) == (1 if "boat" in query and "bees" not in query else

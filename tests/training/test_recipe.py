@@ -59,7 +59,7 @@ def test_three_mistakes_are_reported_together() -> None:
 @pytest.mark.parametrize(
     ("sections", "line"),
     [
-        ({"sidenet": {"memory_layer": 3}}, "sidenet.memory_layer is no setting; did you mean sidenet.memory_layers?"),
+        ({"sidenet": {"memory_layerz": 3}}, "sidenet.memory_layerz is no setting; did you mean sidenet.memory_layers?"),
         ({"run": {"lr": 1e-3}}, "run.lr is no setting; did you mean optim.lr?"),
         ({"optmi": {"lr": 1e-3}}, "optmi is no setting; did you mean optim?"),
         ({"zebra": {"x": 1}}, "zebra is no setting; remove it"),
@@ -135,3 +135,17 @@ def test_a_recipe_of_the_package_is_found_by_its_name(tmp_path: Path, monkeypatc
     (tmp_path / "broken.toml").write_text("task = \n")
     with pytest.raises(ConfigError, match=r"broken\.toml: not TOML"):
         Recipe.load("broken.toml")
+
+
+@pytest.mark.parametrize(
+    ("written", "override"), [("memory_layers", "memory_layer"), ("memory_layer", "memory_layers")]
+)
+def test_layers_may_have_the_name_of_earlier_versions_and_either_overrides_the_other(
+    tmp_path: Path, written: str, override: str
+) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f'task = "adapt"\n[data]\npaths = ["a"]\n[backbone]\npath = "b"\n[optim]\nsteps = 5\n[sidenet]\n{written} = 3\n'
+    )
+    assert Recipe.load(path).sidenet.memory_layers == (3,)
+    assert Recipe.load(path, [f"sidenet.{override}=5"]).sidenet.memory_layers == (5,)

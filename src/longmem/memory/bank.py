@@ -254,14 +254,17 @@ class MemoryBank:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Make this bank what the saved one was.
+        """Make this bank what the saved one was, also one of version 0.1.
 
         Raises:
             MemoryBankError: other settings or another backbone; the bank is as it was.
         """
-        theirs = state["settings"]
-        if "memory_layers" not in theirs:
-            raise MemoryBankError("saved bank is of version 0.1, which is not read any more; fill it anew")
+        theirs = dict(state["settings"])
+        if "memory_layer" in theirs:  # version 0.1
+            layer = theirs.pop("memory_layer")
+            theirs["memory_layers"] = None if layer is None else (layer,)
+        if theirs.get("eviction", "oldest") != "oldest":
+            raise MemoryBankError(f"saved bank has eviction {theirs['eviction']!r}, which is no more; fill it anew")
         for name, mine in self._settings().items():
             saved = tuple(theirs[name]) if isinstance(theirs[name], list) else theirs[name]
             if mine == saved or (name in ("fingerprint", "memory_layers") and None in (mine, saved)):

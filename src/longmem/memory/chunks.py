@@ -116,14 +116,24 @@ class Slots:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of ``state_dict``."""
+        """The inverse of ``state_dict``; also of states of version 0.1, with a table of chunks."""
         used = state["storage"].shape[1]
         self.lengths.zero_()
         self.storage[:, :used].copy_(state["storage"])
         self.keys[:, :, :used].copy_(state["keys"])
         self.lengths[:, :used].copy_(state["lengths"])
         self.written = list(state["written"])
-        self.runs = [list(runs) for runs in state["runs"]]
+        if "ledger" in state:
+            self.runs = [self._runs_of(state["ledger"], row) for row in range(len(self.written))]
+        else:
+            self.runs = [list(runs) for runs in state["runs"]]
+
+    def _runs_of(self, table: dict[str, Any], row: int) -> list[Run]:
+        """A run for every chunk of a table of version 0.1: document, start, number and time of each slot."""
+        spelled = {number: name for name, number in table["names"].items()}
+        columns = (table[name][row, : self.live(row)].tolist() for name in ("number", "document", "start", "time"))
+        runs = [(n, spelled.get(document), start, time) for n, document, start, time in zip(*columns, strict=True)]
+        return sorted(runs, key=itemgetter(0))
 
 
 def joined(kv: AttentionKV, heads: int, head_dim: int) -> Tensor:

@@ -75,7 +75,8 @@ class Recall:
         """The best passages, as many as have at most ``budget`` tokens together; see ``search``.
 
         Returns:
-            the passages as lines below ``NOTES``, an empty text where nothing was found; and the passages.
+            the passages as lines below ``NOTES``, the newest last, an empty text where nothing was found; and the
+            passages, the best first.
         """
         found = []
         for passage in self.search(query, top, without=without):
@@ -83,18 +84,21 @@ class Recall:
             if budget < 0:
                 break
             found.append(passage)
-        return "\n".join([NOTES, *(f"- {passage.text}" for passage in found)]) if found else "", found
+        age = {name: number for number, name in enumerate(self._known)}
+        lines = sorted(found, key=lambda passage: (age.get(passage.document, len(age)), passage.start))
+        return "\n".join([NOTES, *(f"- {passage.text}" for passage in lines)]) if found else "", found
 
     def _refresh(self) -> None:
         now = {info.name: info for info in self._store.documents(self._namespace)}
         for name in [name for name, info in self._known.items() if now.get(name) != info]:
             self._index.execute("DELETE FROM passage WHERE document = ?", (name,))
             del self._known[name]
-        for name in now.keys() - self._known.keys():
+        for name in [name for name in now if name not in self._known]:
             text = self._store.text(self._namespace, name)
             rows = ((passage, name, start) for start, passage in passages(text, self._words))
             self._index.executemany("INSERT INTO passage (text, document, start) VALUES (?, ?, ?)", rows)
             self._known[name] = now[name]
+        self._known = now  # the oldest document first
 
 
 @dataclass(frozen=True)

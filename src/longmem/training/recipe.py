@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from longmem.config import Fusion, Init, Trained
 from longmem.data.text import TEXT_SUFFIXES, TextSource
@@ -25,6 +25,7 @@ Positive = typing.Annotated[float, Field(gt=0)]
 Layers = typing.Annotated[
     tuple[CountOrZero, ...] | Literal["auto"] | None,
     BeforeValidator(lambda layers: [layers] if isinstance(layers, int) else layers),
+    Field(validation_alias=AliasChoices("memory_layers", "memory_layer")),
 ]
 
 PACKAGE = Path(__file__).parents[1]
@@ -117,7 +118,8 @@ class SideNetSection(Section):
 
     memory_layers: Layers = None
     """Backbone layers that are remembered, 0-based; None: the one at three quarters of the depth; auto: up to four
-    whose memory is worth most on the recipe's text, as ``longmem layers`` measures."""
+    whose memory is worth most on the recipe's text, as ``longmem layers`` measures. ``memory_layer = 3`` means
+    ``memory_layers = [3]``."""
     start: str | None = None
     """SideNet checkpoint to go on from, over the same backbone; memory_layers, stride, fusion and gate are its own."""
     stride: Count = 2

@@ -108,6 +108,8 @@ def override(settings: dict[str, Any], text: str) -> str | None:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
             return f"--set {text}: {part} is a value, not a section"
+    for other in {"memory_layer": ["memory_layers"], "memory_layers": ["memory_layer"]}.get(key, ()):
+        table.pop(other, None)  # two names of one setting
     try:
         table[key] = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
