@@ -132,9 +132,11 @@ def test_only_the_newest_checkpoints_are_kept_and_each_is_a_model(adapt: Make) -
     assert LongMem.from_pretrained(folder / "checkpoint-8").memory_layers == (1,)
 
 
-def test_the_best_weights_are_kept_and_patience_ends_the_run(adapt: Make, records: Records) -> None:
+def test_the_best_weights_are_kept_and_patience_ends_the_run_also_one_that_was_resumed(
+    adapt: Make, records: Records
+) -> None:
     optim = {"steps": 60, "lr": 0.3, "schedule": "constant", "clip": 0.0, "accumulate": 1}
-    every = {"every": 2, "keep_last": 1}
+    every = {"every": 2, "keep_last": 30}
     recipe = adapt(optim=optim, eval={"every": 2, "best": True, "patience": 3}, checkpoint=every)
     result = train(recipe, quiet=True)
     assert result.step < 60
@@ -144,6 +146,8 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run(adapt: Make, record
     kept = weights(recipe)
     of_best = load_file(recipe.out_dir / "checkpoints" / f"checkpoint-{best}" / "sidenet.safetensors")
     assert all(torch.equal(kept[name], of_best[name]) for name in kept)
+    crash_after(recipe, result.step - 2)
+    assert train(recipe, resume=True, quiet=True).step == result.step
 
 
 def test_a_checkpoint_whose_weights_are_cut_short_is_named_with_the_way_out(adapt: Make) -> None:
@@ -155,6 +159,21 @@ def test_a_checkpoint_whose_weights_are_cut_short_is_named_with_the_way_out(adap
         CheckpointError, match=r"checkpoint-8: not the weights of this model \(.*\); delete it to resume"
     ):
         train(recipe, resume=True, quiet=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rank-0-of-1.pt", "rng_state.pth", "trainer_state.json"]
+)
+def test_a_checkpoint_with_another_file_cut_short_is_named_in_one_line(name: str, adapt: Make) -> None:
+    recipe = adapt()
+    train(recipe, quiet=True)
+    file = recipe.out_dir / "checkpoints" / "checkpoint-8" / name
+    file.write_bytes(file.read_bytes()[:-60])
+    with pytest.raises(
+        CheckpointError, match=rf"{name}: damaged; delete checkpoint-8 to resume from an older"
+    ) as raised:
+        train(recipe, resume=True, quiet=True)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_crash_while_writing_leaves_the_checkpoint_before(adapt: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if recipe.eval.patience:
-        trainer.add_callback(EarlyStoppingCallback(recipe.eval.patience))
+        trainer.add_callback(_Patience(recipe.eval.patience))
     silent = quiet or not state.is_main_process
     with _signals() as caught, Progress(f"{recipe.task} {recipe.run.name}", unit="steps", quiet=silent) as progress:
         progress.say(_about(trainer, recipe))
@@ -221,6 +221,15 @@ def _arguments(recipe: Recipe, state: PartialState) -> TrainingArguments:
         use_cpu=state.device.type == "cpu",
         disable_tqdm=True,
     )
+
+
+class _Patience(EarlyStoppingCallback):
+    """Ends a run after so many evaluations without a better one; a resumed run counts on."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        super().on_train_begin(args, state, control, **rest)  # type: ignore[no-untyped-call]
+        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        vars(self).update(saved)
 
 
 class _Run(TrainerCallback):

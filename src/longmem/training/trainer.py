@@ -9,6 +9,7 @@ leaves the checkpoint before or the one after.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from accelerate.utils import reduce
@@ -27,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from longmem.data.stream import IGNORE
@@ -218,6 +221,7 @@ class StreamTrainer(Trainer):
             folder = Path(str(resume_from_checkpoint))
             if not (folder / COMPLETE).is_file():
                 raise CheckpointError(f"{folder}: no checkpoint; train without resuming")
+            _refuse_damaged(folder)
             self._own = self._read_own(folder)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -353,6 +357,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Those that are complete, oldest first."""
     found = [file.parent for file in folder.glob(f"checkpoint-*/{COMPLETE}")]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def _refuse_damaged(folder: Path) -> None:
+    """Refuse a checkpoint with a file that is cut short; the reader of safetensors says so itself."""
+    problems = [file for file in sorted(folder.glob("*.pt*")) if not is_zipfile(file)]
+    state = folder / TRAINER_STATE_NAME
+    try:
+        json.loads(state.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        problems.append(state)
+    if problems:
+        raise CheckpointError(f"{problems[0]}: damaged; delete {folder.name} to resume from an older checkpoint")
 
 
 def complete(folder: Path) -> None:
