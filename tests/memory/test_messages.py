@@ -98,6 +98,10 @@ def of(rows: int, size: int = 4, **settings) -> MemoryBank:
             "saved bank has eviction 'released', which is no more; fill it anew",
         ),
         (
+            lambda: bank().load_state_dict({"settings": bank().state_dict()["settings"] | {"shared": True}}),
+            "saved bank is one memory for all its rows, which is no more; fill one of a row anew",
+        ),
+        (
             lambda: bank(3).load_state_dict(bank(2).state_dict()),
             "saved bank is of another shape: its rows is 2, this bank's is 3; make the bank with rows=2 to load it",
         ),

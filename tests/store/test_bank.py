@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import PropertyMock, patch
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from longmem.errors import ConfigError, MemoryBankError, StoreError
 from longmem.memory.index import ExactIndex
 from longmem.memory.session import JoinedMemory
 from longmem.store import held
+from longmem.store.bank import StoreBank
 from longmem.store.store import MemoryStore
 from longmem.types import AttentionKV, RetrievedMemory
 
@@ -144,6 +145,16 @@ def test_opening_reads_nothing_and_a_search_keys_and_what_it_finds(store: Memory
     assert bank.load() is bank
     assert bank.nbytes == int(bank.chunks) * bank.heads_kv * bank.head_dim * 4
     assert found.storage.shape[1] <= 4 * 3 + 1 and found.storage.shape[2] == 1
+
+
+def test_tokens_are_those_of_one_moment_while_another_thread_refreshes(store: MemoryStore) -> None:
+    bank = store.bank("alice")
+    before, count = bank._held, int(bank.tokens)
+    store.add_document("alice", ids=ids(40, seed=33), name="new")
+    bank.refresh()
+    moments = [before, bank._held]
+    with patch.object(StoreBank, "_held", new_callable=PropertyMock, create=True, side_effect=moments):
+        assert int(bank.tokens) == count
 
 
 def test_rows_of_several_namespaces_see_each_its_own(store: MemoryStore) -> None:

@@ -265,6 +265,8 @@ class MemoryBank:
             theirs["memory_layers"] = None if layer is None else (layer,)
         if theirs.get("eviction", "oldest") != "oldest":
             raise MemoryBankError(f"saved bank has eviction {theirs['eviction']!r}, which is no more; fill it anew")
+        if theirs.get("shared") and theirs["rows"] > 1:
+            raise MemoryBankError("saved bank is one memory for all its rows, which is no more; fill one of a row anew")
         for name, mine in self._settings().items():
             saved = tuple(theirs[name]) if isinstance(theirs[name], list) else theirs[name]
             if mine == saved or (name in ("fingerprint", "memory_layers") and None in (mine, saved)):

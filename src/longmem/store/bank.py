@@ -109,7 +109,8 @@ class StoreBank:
     @property
     def tokens(self) -> Tensor:
         """(1,) tokens that can be found, as of the last search."""
-        return torch.tensor([int(self._held.lengths[self._held.alive()].sum())])
+        held = self._held  # another thread may refresh the bank meanwhile
+        return torch.tensor([int(held.lengths[held.alive()].sum())])
 
     @property
     def nbytes(self) -> int:
