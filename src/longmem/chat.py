@@ -13,6 +13,7 @@ import torch
 
 from longmem.generation.page import Readings
 from longmem.store import MemoryStore
+from longmem.store.catalog import composed
 from longmem.store.recall import Recall, RecalledPassage
 
 Message = dict[str, str]
@@ -119,6 +120,6 @@ def conversation_name() -> str:
 
 def keep(store: MemoryStore, namespace: str, name: str, messages: Sequence[Message]) -> None:
     """Append messages to a conversation's document, or begin it."""
-    begun = any(info.name == name for info in store.documents(namespace))
+    begun = any(info.name == composed(name) for info in store.documents(namespace))
     add = store.append if begun else store.add_document
     add(namespace, transcript(messages), name=name)

@@ -15,6 +15,7 @@ from longmem.errors import DataError, StoreError
 from longmem.files import write_whole
 from longmem.server.access import NAME, Refused
 from longmem.store import DocumentInfo, MemoryStore, Receipt
+from longmem.store.catalog import composed
 from longmem.store.recall import Recall
 
 REGISTRY = "memories.json"
@@ -112,7 +113,7 @@ class Memories:
 
     def add(self, namespace: str, name: str, text: str, *, append: bool = False, **settings: Any) -> Receipt:
         """Add a document, or with ``append`` to one that is there; durable when this returns."""
-        if append and any(info.name == name for info in self.store.documents(namespace)):
+        if append and any(info.name == composed(name) for info in self.store.documents(namespace)):
             return self.store.append(namespace, text, name=name)
         return self.store.add_document(namespace, text, name=name, **settings)
 
