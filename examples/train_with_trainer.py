@@ -1,7 +1,7 @@
 """Adapt a SideNet with ``transformers.Trainer``: texts are read in order, each row with its own memory.
 
     python examples/train_with_trainer.py BACKBONE TEXTS OUT --steps 1000
-    accelerate launch --config_file examples/ddp.yaml examples/train_with_trainer.py BACKBONE TEXTS OUT --steps 1000
+    accelerate launch --num_processes 8 examples/train_with_trainer.py BACKBONE TEXTS OUT --steps 1000
 
 BACKBONE is a folder or hub id of any causal language model, TEXTS a folder of .txt files.
 """

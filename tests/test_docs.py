@@ -127,6 +127,12 @@ def test_recipes_and_make_targets_and_links_exist(page: Path) -> None:
         assert (page.parent / link).exists(), link
 
 
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "examples").glob("*.py"))], ids=lambda page: page.name)
+def test_examples_that_are_named_exist(page: Path) -> None:
+    for name in re.findall(r"(?<![\w/])examples/[\w-]+\.\w+", page.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), name
+
+
 def test_every_documented_module_of_the_tree_exists() -> None:
     tree = next(block for block in re.findall(r"(?s)```\n(src/longmem/.*?)```", (ROOT / "README.md").read_text()))
     for name in re.findall(r"(?m)^  (\w+)/", tree):

@@ -70,6 +70,17 @@ def test_a_file_is_converted_once(file: Path, monkeypatch: pytest.MonkeyPatch) -
     assert gguf_folder(file) == folder
 
 
+def test_reading_a_large_file_to_know_it_shows_progress(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gguf_folder(file)
+    monkeypatch.setattr("longmem.progress.EVERY", {True: 0.0, False: 0.0})
+    capsys.readouterr()
+    gguf_folder(file)
+    size = file.stat().st_size
+    assert f"checking: {size:,} of {size:,} bytes" in capsys.readouterr().err
+
+
 def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path: Path, cache: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF but not really")

@@ -40,9 +40,7 @@ def gguf_folder(file: str | Path) -> Path:
     path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise BackboneError(f"{file} is not a file; give the path of a .gguf file")
-    with path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    folder = cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}"
+    folder = cache_folder() / "gguf" / f"{path.stem}-{_sha256_of(path)[:16]}"
     if folder.is_dir():
         return folder
     if importlib.util.find_spec("gguf") is None:
@@ -60,6 +58,15 @@ def gguf_folder(file: str | Path) -> Path:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def _sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file, Progress("checking", path.stat().st_size, "bytes") as progress:
+        while block := file.read(1 << 24):
+            digest.update(block)
+            progress.advance(len(block), path.name)
+    return digest.hexdigest()
 
 
 def _convert(path: Path, folder: Path) -> None:

@@ -191,7 +191,7 @@ class OptimSection(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the hardware multiplies in it, else fp32. Many CPUs emulate bf16, many times slower."""
     gradient_checkpointing: bool = False
-    """Recompute the trained layers in backward: less memory, more time."""
+    """Recompute the layers of a SideNet in backward: less memory, more time."""
     compile: bool = False
     """torch.compile the pre-trained model; needs a C++ compiler on a CPU."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
