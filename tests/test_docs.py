@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -131,6 +132,13 @@ def test_recipes_and_make_targets_and_links_exist(page: Path) -> None:
 def test_examples_that_are_named_exist(page: Path) -> None:
     for name in re.findall(r"(?<![\w/])examples/[\w-]+\.\w+", page.read_text(encoding="utf-8")):
         assert (ROOT / name).exists(), name
+
+
+def test_a_card_says_that_its_model_reads_by_age() -> None:
+    for config in sorted((ROOT / "models").rglob("config.json")):
+        recency = json.loads(config.read_text(encoding="utf-8")).get("recency", 0)
+        card = next(folder / "README.md" for folder in config.parents if (folder / "README.md").exists())
+        assert not recency or f"`recency` {recency:g}" in card.read_text(encoding="utf-8"), card
 
 
 def test_every_documented_module_of_the_tree_exists() -> None:
