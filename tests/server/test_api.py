@@ -12,6 +12,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import openai
@@ -22,6 +23,7 @@ from tests.store.small import open_small
 
 from longmem import TrainingFree
 from longmem.chat import keep
+from longmem.errors import StoreDamaged
 from longmem.generation.page import Pieces
 from longmem.server.access import Limits
 from longmem.server.answers import Answer
@@ -259,6 +261,15 @@ def test_what_is_appended_finds_a_name_in_either_form(tmp_path: Path) -> None:
         keep(store, "ann", apart, [{"role": "user", "content": "bye"}])
         assert store.text("ann", with_accent).endswith("bye\n")
         assert len(store.documents("ann")) == 1
+
+
+def test_a_damaged_store_is_not_taken_for_one_without_the_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_small(tmp_path / "memory") as store:
+        monkeypatch.setattr(store.catalog, "row", Mock(side_effect=StoreDamaged("database disk image is malformed")))
+        with pytest.raises(StoreDamaged, match="malformed"):
+            Memories(store).document("ann", "letter")
 
 
 def test_models_health_metrics_and_methods(live: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from longmem.data.text import TEXT_SUFFIXES, read_stream
-from longmem.errors import DataError, StoreError
+from longmem.errors import DataError, StoreDamaged, StoreError
 from longmem.files import write_whole
 from longmem.server.access import NAME, Refused
 from longmem.store import DocumentInfo, MemoryStore, Receipt
@@ -83,6 +83,8 @@ class Memories:
         """A document of a memory; refused where it has none of this name."""
         try:
             return self.store.document(namespace, name)
+        except StoreDamaged:
+            raise
         except StoreError:
             said = f"no document and no response {name[:100]!r} is here; "
             way_out = "a response that named a memory is in that memory"
