@@ -52,8 +52,8 @@ def memory_attention(
         queries: (B, H, T, D).
         retrieved: what ``Memory.search`` found for them.
         scaling, softcap: of the scores, the backbone's own; see ``QKV``.
-        recency: added to the scores of the newest chunk that a query found, nothing to those of the oldest, and even
-            steps between: of two chunks that match alike the newer one is read.
+        recency: added to the scores of the newest chunk that a query found, less by 1/(R-1) of it for each chunk that
+            is newer: of two chunks that match alike the newer one is read.
     """
     bonus = recency_bonus(retrieved, recency)
     with torch.autocast(queries.device.type, enabled=False):
