@@ -1,6 +1,7 @@
 """Every task through its command, on systems of every kind: the numbers of the tagged commit ``house-before``.
 
-``golden.json`` is what ``measured`` returned at that tag, for each task.
+``golden.json`` is what ``measured`` returned at that tag, for each task; but for facts with passages in the window, which
+have stood in the order of their age since then.
 """
 
 from __future__ import annotations
