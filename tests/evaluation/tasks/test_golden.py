@@ -1,7 +1,7 @@
 """Every task through its command, on systems of every kind: the numbers of the tagged commit ``house-before``.
 
-``golden.json`` is what ``measured`` returned at that tag, for each task; but for facts with passages in the window, which
-have stood in the order of their age since then.
+``golden.json`` is what ``measured`` returned at that tag, for each task. Facts with passages in the window are newer:
+passages stand in the order of their age now.
 """
 
 from __future__ import annotations
