@@ -13,7 +13,6 @@ import torch
 
 from longmem.generation.page import Readings
 from longmem.store import MemoryStore
-from longmem.store.catalog import composed
 from longmem.store.recall import Recall, RecalledPassage
 
 Message = dict[str, str]
@@ -120,6 +119,5 @@ def conversation_name() -> str:
 
 def keep(store: MemoryStore, namespace: str, name: str, messages: Sequence[Message]) -> None:
     """Append messages to a conversation's document, or begin it."""
-    begun = any(info.name == composed(name) for info in store.documents(namespace))
-    add = store.append if begun else store.add_document
+    add = store.append if store.has(namespace, name) else store.add_document
     add(namespace, transcript(messages), name=name)

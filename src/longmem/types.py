@@ -76,7 +76,10 @@ class RetrievedMemory:
     @property
     def newer(self) -> Tensor:
         """(B, H, T, R) long: how many of the chunks that a query found are newer than this one; numbers go by age."""
-        return self.chunks.argsort(dim=-1, descending=True).argsort(dim=-1)
+        order = self.chunks.argsort(dim=-1, descending=True)
+        return torch.empty_like(order).scatter_(
+            -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+        )
 
     @property
     def chunk_size(self) -> int:

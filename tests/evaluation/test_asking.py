@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from longmem import LongMem, MemoryBank
+from longmem.data.tokens import start_tokens
 from longmem.errors import ConfigError
-from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after, start_tokens
+from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after
 from longmem.evaluation.systems import systems_of, with_window
 
 WINDOW = 16

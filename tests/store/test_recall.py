@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 from tests.store.small import open_small
 
 from longmem.store import MemoryStore
-from longmem.store.recall import Recall, passages
+from longmem.store.recall import PlainTexts, Recall, passages
 
 
 @pytest.fixture
@@ -39,6 +41,32 @@ def test_passages_stand_in_the_order_of_their_age(notes: MemoryStore) -> None:
     text, found = recall.notes("What is the name of my boat?", lambda text, **_: {"input_ids": text.split()}, 3)
     assert [passage.document for passage in found][:2] == ["aloud", "monday"]
     assert text.index("Petrel") < text.index("Heron")
+
+
+def test_threads_search_while_documents_come_and_go() -> None:
+    texts = {f"d{number}": f"the boat is called name{number}" for number in range(50)}
+    recall, failed = Recall(PlainTexts(texts), ""), list[Exception]()
+
+    def ask(number: int) -> None:
+        try:
+            for turn in range(40):
+                texts.pop(f"d{number}-{turn - 1}", None)
+                texts[f"d{number}-{turn}"] = f"the boat is called name{number}x{turn}"
+                recall.notes("How is the boat called?", lambda text, **_: {"input_ids": text.split()}, 3)
+        except Exception as problem:
+            failed.append(problem)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not failed
 
 
 def test_words_of_a_question_are_no_operators(notes: MemoryStore) -> None:

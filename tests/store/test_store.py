@@ -362,6 +362,14 @@ def manifest(**fields: Any) -> Callable[[str, bytes], bytes]:
     return change
 
 
+def without_pieces(name: str, data: bytes) -> bytes:
+    if name != "manifest.json":
+        return data
+    found = json.loads(data)
+    found["documents"] = [entry | {"tokens": 0, "pieces": []} for entry in found["documents"]]
+    return json.dumps(found).encode()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -369,6 +377,7 @@ def manifest(**fields: Any) -> Callable[[str, bytes], bytes]:
         (lambda name, data: data if name.startswith("p") else b"{", "no whole export of a memory store"),
         (manifest(format="longmem-export-9"), "this version reads longmem-export-2, longmem-export-1"),
         (manifest(contents={}), "is incomplete; nothing was imported"),
+        (without_pieces, "is incomplete; nothing was imported"),
         (manifest(contents={"no digest": ""}), "no whole export of a memory store"),
         (manifest(documents=1), "no whole export of a memory store"),
     ],

@@ -65,9 +65,10 @@ def test_a_resumed_run_has_the_losses_and_weights_of_an_uninterrupted_one(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 3), (signal.SIGTERM, 4)])  # an evaluation is due at 4
 def test_a_signal_saves_and_stops_and_the_run_goes_on_as_if_nothing_had_been(
     number: signal.Signals,
+    step: int,
     adapt: Make,
     records: Records,
     monkeypatch: pytest.MonkeyPatch,
@@ -78,7 +79,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_as_if_nothing_had_been(
     batch = StreamTrainer.next_batch
 
     def interrupted(self: Any) -> Any:
-        if self.state.global_step == 2 and not raised:
+        if self.state.global_step == step - 1 and not raised:
             raised.append(number)
             signal.raise_signal(number)
         return batch(self)
@@ -87,13 +88,14 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_as_if_nothing_had_been(
     with monkeypatch.context() as patch:
         patch.setattr(StreamTrainer, "next_batch", interrupted)
         result = train(stopped)
-    assert (result.step, result.model_dir) == (3, None)
+    assert (result.step, result.model_dir) == (step, None)
     assert not (stopped.out_dir / "final").exists()
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("stopped by a signal: 3 steps, 192 tokens")
+    assert last.startswith(f"stopped by a signal: {step} steps, {64 * step} tokens")
     assert last.endswith("checkpoint saved, go on with --resume")
     assert train(stopped, resume=True, quiet=True).model_dir is not None
-    assert history(records(stopped.out_dir, "train")) == history(records(whole.out_dir, "train"))
+    for kind in ("train", "eval"):
+        assert history(records(stopped.out_dir, kind)) == history(records(whole.out_dir, kind))
 
 
 def test_a_finished_run_can_be_given_a_larger_budget_or_none(

@@ -35,6 +35,7 @@ def test_memory_of_a_question_is_the_common_text_and_its_own_facts_and_no_others
 ) -> None:
     """Every row finds what a bank of its own finds that was given both."""
     trainer = _trainer(adapt(needles=ASK | {"kinds": ["passkey", "multi"]}))
+    assert trainer.bank is None  # of which a run of questions writes nothing
     seen: list[tuple[Any, torch.Tensor, Any]] = []
     search = SessionMemory.search
 

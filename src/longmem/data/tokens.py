@@ -226,7 +226,7 @@ def encoded(
 ) -> Iterator[tuple[str, NDArray[np.unsignedinteger[Any]]]]:
     """Name and token ids of each document, with what the tokenizer puts in front of a text, and its end token."""
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    prefix = _prefix(tokenizer)
+    prefix = list(start_tokens(tokenizer))
     suffix = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     remaining = iter(documents)
     while some := list(islice(remaining, _TOGETHER)):
@@ -261,10 +261,10 @@ def _hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of everything that decides which ids a text gets."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(f"{content} {_prefix(tokenizer)} {tokenizer.eos_token_id}".encode()).hexdigest()
+    return hashlib.sha256(f"{content} {list(start_tokens(tokenizer))} {tokenizer.eos_token_id}".encode()).hexdigest()
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def start_tokens(tokenizer: Any) -> tuple[int, ...]:
     """What the tokenizer itself puts in front of a text (``<s>`` of Llama, nothing of GPT-2)."""
     ids: list[int] = tokenizer("")["input_ids"]
-    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+    return (int(ids[0]),) if ids and ids[0] == tokenizer.bos_token_id else ()

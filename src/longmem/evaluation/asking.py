@@ -349,12 +349,6 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[T
     return ids.to(device), real.to(device)
 
 
-def start_tokens(tokenizer: Any) -> Tokens:
-    """The start token, where the tokenizer itself puts one before a text (Llama's does, GPT-2's does not)."""
-    ids = tokenizer("")["input_ids"]
-    return (int(ids[0]),) if ids and ids[0] == tokenizer.bos_token_id else ()
-
-
 def encode(tokenizer: Any, text: str) -> Tokens:
     """Token ids without special ones."""
     return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longmem.data.tokens import first_text, load_tokenizer
+from longmem.data.tokens import first_text, load_tokenizer, start_tokens
 from longmem.errors import CheckpointError, ConfigError, DataError
-from longmem.evaluation.asking import Asker, start_tokens
+from longmem.evaluation.asking import Asker
 from longmem.evaluation.systems import systems_of, with_window
 from longmem.modeling.baselines import MemTRM, TrainingFree
 from longmem.modeling.checkpoints import (

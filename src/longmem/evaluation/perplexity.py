@@ -237,7 +237,7 @@ def stream_nll(
                 for of_row, scored, wanted in zip(nll, logits, targets, strict=True):
                     of_row.append(_nll(scored[: len(wanted)], wanted))
                 if number in banks and kv is not None:
-                    states = torch.stack([kv.keys, kv.values])[:, :, :, scored_from - start :]
+                    states = torch.stack([each[:, :, scored_from - start :] for each in (kv.keys, kv.values)])
                     waiting[number] = torch.cat([waiting[number], states], dim=3) if number in waiting else states
             for row, of_row in enumerate(nll):
                 found[row].append(torch.stack(of_row).double().cpu())

@@ -152,7 +152,7 @@ def shared_forward(systems: Sequence[Asker], rows: int, longest: int) -> tuple[F
                     run.reading = Reading.of(model, memory, rows, explain=False)
                     state = model.read(run)
                 logits: Any = backbone.head(state, run, logits_to_keep=keep).logits
-                yield logits[:, -keep:], run.kv(None)
+                yield logits[:, -keep:], None if memory is None else run.kv(None)
             else:  # one with memory reads in its own layers
                 reads = {"memory": memory, "memory_rows": rows} if hasattr(model, "memory_layers") else {}
                 logits, out = last_logits(model, input_ids, keep, use_cache=False, **reads)

@@ -29,6 +29,7 @@ class Slots:
         storage: (rows, slots + 1, Hkv, 2, S, D), keys and values.
         keys: (rows, Hkv, slots, D), mean key of each chunk.
         lengths: (rows, slots + 1) long, real tokens in each chunk; 0 where a slot is not in use.
+        numbers: (rows, slots + 1) long, of the chunk that ``write`` put in each slot; -1 of none.
         written: per row, chunks it was ever given; the next chunk's number.
         runs: per row, the runs of chunks that are still there, oldest first.
     """
@@ -47,6 +48,7 @@ class Slots:
         self.storage = torch.zeros(rows, slots + 1, heads, 2, chunk_size, head_dim, dtype=dtype, device=device)
         self.keys = torch.zeros(rows, heads, slots, head_dim, device=device)
         self.lengths = torch.zeros(rows, slots + 1, dtype=torch.long, device=device)
+        self.numbers = torch.full_like(self.lengths, -1)
         self.written = [0] * rows
         self.runs: list[list[Run]] = [[] for _ in range(rows)]
 
@@ -72,7 +74,9 @@ class Slots:
         runs, oldest = self.runs[row], self.written[row] - self.slots
         del runs[: max(0, bisect_right(runs, oldest, key=itemgetter(0)) - 1)]
         kept = min(len(chunks), self.slots)
-        slots = torch.arange(self.written[row] - kept, self.written[row]) % self.slots
+        numbers = torch.arange(self.written[row] - kept, self.written[row], device=self.numbers.device)
+        slots = numbers % self.slots
+        self.numbers[row][slots] = numbers
         self.put(row, slots, chunks[-kept:], lengths[-kept:])
         return slots
 
@@ -86,16 +90,8 @@ class Slots:
     def clear(self, row: int) -> None:
         """Empty a row; its chunk numbers start again at zero."""
         self.written[row], self.runs[row] = 0, []
-        self.lengths[row, : self.slots] = 0
-
-    @property
-    def numbers(self) -> Tensor | None:
-        """(rows, slots + 1) long, number of the chunk in each slot, -1 of none; None while each is that of its slot."""
-        if max(self.written) <= self.slots:
-            return None
-        last = torch.tensor(self.written, device=self.storage.device)[:, None] - 1
-        held = last - (last - torch.arange(self.slots, device=last.device)) % self.slots
-        return torch.nn.functional.pad(held.clamp_min(-1), (0, 1), value=-1)
+        self.lengths[row] = 0
+        self.numbers[row] = -1
 
     def origin(self, row: int, number: int) -> ChunkOrigin:
         """Where a chunk that is still there came from."""
@@ -123,6 +119,10 @@ class Slots:
         self.keys[:, :, :used].copy_(state["keys"])
         self.lengths[:, :used].copy_(state["lengths"])
         self.written = list(state["written"])
+        self.numbers.fill_(-1)
+        for row, end in enumerate(self.written):
+            numbers = torch.arange(end - self.live(row), end, device=self.numbers.device)
+            self.numbers[row][numbers % self.slots] = numbers
         if "ledger" in state:
             self.runs = [self._runs_of(state["ledger"], row) for row in range(len(self.written))]
         else:

@@ -47,10 +47,7 @@ class SessionMemory:
         if base_rows is None:
             base_rows = rows_under(base, self.rows, "the session", "base_rows")
         self.base_rows = base_rows.cpu()
-        numbers = torch.arange(bank.capacity_tokens // bank.chunk_size + 1, device=bank.device)
-        self._numbers = numbers.expand(self.rows, -1)
         self._followed: list[list[Tensor]] = [[] for _ in range(self.rows)]
-        self._ids: list[list[Tensor | None]] = [[] for _ in range(self.rows)]  # of all adds; None where not given
 
     @classmethod
     def for_model(
@@ -88,7 +85,8 @@ class SessionMemory:
         if not bool(self.bank.chunks[chosen].any()):
             return replace(below, memory_rows=on_device)
         own = self.bank.search(queries, num_chunks, chosen, layer=layer)
-        own = replace(own, sources=OVERLAY + (self._numbers if own.sources is None else own.sources))
+        assert own.sources is not None
+        own = replace(own, sources=own.sources + OVERLAY)
         return replace(best_of((below, own), num_chunks), memory_rows=on_device)
 
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:
@@ -111,24 +109,9 @@ class SessionMemory:
     ) -> None:
         """Remember keys and values (B, H, T, D) in the session's own bank, see ``MemoryBank.add``.
 
-        Args:
-            ids: the token ids of them: (B, T) as the model was given them, or one tensor of real tokens for each row
-                written. A session over a store cannot be committed without them.
+        ``ids``, the token ids of them, are what a session over a store commits; without one they are not kept.
         """
-        lanes = rows_of(rows, kv.keys.shape[0], self.rows, "keys")
-        given: Sequence[Tensor | None] = [None] * len(lanes)
-        if ids is not None:
-            given = real = [each.detach().flatten().to("cpu", torch.long) for each in ids]
-            if isinstance(ids, Tensor) and kv.mask is not None:
-                given = real = [each[keep.cpu()] for each, keep in zip(real, kv.mask.bool(), strict=True)]
-            counts = [kv.keys.shape[2]] * len(lanes) if kv.mask is None else kv.mask.sum(1).tolist()
-            if (lengths := [len(each) for each in real]) != counts:
-                raise MemoryBankError(
-                    f"ids of {lengths} tokens must be those of the keys, {counts} real tokens in each row"
-                )
         self.bank.add(kv, rows=rows, documents=documents, offsets=offsets, time=time)
-        for row, each in zip(lanes, given, strict=True):
-            self._ids[row].append(each)
 
     def end_document(self, rows: Tensor | None = None) -> None:
         """What comes next in these rows (default: all) is another document."""
@@ -140,7 +123,7 @@ class SessionMemory:
         """Forget what these rows (default: all) of the session wrote; the base memory is as it was."""
         self.bank.reset(rows)
         for row in rows_of(rows, None, self.rows, "rows"):
-            self._followed[row], self._ids[row] = [], []
+            self._followed[row] = []
 
     def followed(self, row: int) -> Tensor:
         """(t,) the beginning of the row's text that is in memory already, so that it is not written twice."""
@@ -180,18 +163,21 @@ class JoinedMemory:
         lines: dict[int, list[int]] = {}
         for line, place in enumerate(places):
             lines.setdefault(id(self.banks[place]), []).append(line)
+        nowhere = lines.pop(id(None), [])
+        order = [line for some in lines.values() for line in some]
+        if not order:  # nothing, in the shape of what any bank finds
+            lines[0] = [0]
         any_bank, parts = next(bank for bank in self.banks if bank is not None), []
         for some in lines.values():
-            bank, asked = self.banks[places[some[0]]], queries if len(lines) == 1 else queries[some]
+            bank, asked = self.banks[places[some[0]]], queries if len(some) == len(places) else queries[some]
             first_row = torch.zeros(len(some), dtype=torch.long)
-            found = (any_bank if bank is None else bank).search(asked, num_chunks, first_row, layer=layer)
-            if bank is None:  # nothing, in the shape of what another bank has found
-                found = _packed([torch.zeros_like(each) for each in next(_found([found]))], [found])
-            parts.append(found)
+            parts.append((any_bank if bank is None else bank).search(asked, num_chunks, first_row, layer=layer))
         found = parts[0]
-        if len(parts) > 1:
-            back = torch.tensor([line for some in lines.values() for line in some]).argsort().to(queries.device)
-            found = _packed([torch.cat(each)[back] for each in zip(*_found(parts), strict=True)], parts)
+        if nowhere or len(parts) > 1:
+            together = [torch.cat(each)[: len(order)] for each in zip(*_found(parts), strict=True)]
+            padded = [torch.cat((each, each.new_zeros(len(nowhere), *each.shape[1:]))) for each in together]
+            back = torch.tensor(order + nowhere).argsort().to(queries.device)
+            found = _packed([each[back] for each in padded], parts)
         return replace(found, memory_rows=torch.tensor(places, device=queries.device))
 
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:

@@ -11,11 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from longmem.data.text import TEXT_SUFFIXES, read_stream
-from longmem.errors import DataError, StoreDamaged, StoreError
+from longmem.errors import DataError
 from longmem.files import write_whole
 from longmem.server.access import NAME, Refused
 from longmem.store import DocumentInfo, MemoryStore, Receipt
-from longmem.store.catalog import composed
 from longmem.store.recall import Recall
 
 REGISTRY = "memories.json"
@@ -81,14 +80,11 @@ class Memories:
 
     def document(self, namespace: str, name: str) -> DocumentInfo:
         """A document of a memory; refused where it has none of this name."""
-        try:
-            return self.store.document(namespace, name)
-        except StoreDamaged:
-            raise
-        except StoreError:
+        if not self.store.has(namespace, name):
             said = f"no document and no response {name[:100]!r} is here; "
             way_out = "a response that named a memory is in that memory"
-            raise Refused(404, said + way_out, code="not_found") from None
+            raise Refused(404, said + way_out, code="not_found")
+        return self.store.document(namespace, name)
 
     def recall(self, namespace: str) -> Recall:
         """The text search of a memory; of the memories used last it stays open."""
@@ -115,7 +111,7 @@ class Memories:
 
     def add(self, namespace: str, name: str, text: str, *, append: bool = False, **settings: Any) -> Receipt:
         """Add a document, or with ``append`` to one that is there; durable when this returns."""
-        if append and any(info.name == composed(name) for info in self.store.documents(namespace)):
+        if append and self.store.has(namespace, name):
             return self.store.append(namespace, text, name=name)
         return self.store.add_document(namespace, text, name=name, **settings)
 

@@ -254,17 +254,17 @@ def _write_document(catalog: Catalog, db: sqlite3.Connection, plan: Planned) -> 
         added = clock.time() if new.time is None else new.time
         about = (new.source, metadata_text(new.metadata), added, new.expires, tokens, revision)
         number = _insert(db, "document", (None, plan.namespace, new.name, *about))
-    first_token, size = 0, catalog.layout.segment_tokens
-    incomplete = StoreError(f"document {new.name!r} of the archive is incomplete; nothing was imported")
+    first_token, size, complete = 0, catalog.layout.segment_tokens, bool(plan.pieces)
     for ordinal, (digest, count) in enumerate(plan.pieces):
         piece, full = catalog.row("SELECT id, tokens FROM piece WHERE digest = ?", digest) or (None, 0)
         last = ordinal == len(plan.pieces) - 1
         if not (0 < count <= full and (count % size == 0 or (last and count == full))):
-            raise incomplete
+            complete = False
+            break
         db.execute("INSERT INTO part VALUES (?, ?, ?, ?, ?)", (number, ordinal, piece, first_token, count))
         first_token += count
-    if first_token != tokens:
-        raise incomplete
+    if not complete or first_token != tokens:
+        raise StoreError(f"document {new.name!r} of the archive is incomplete; nothing was imported")
     return Receipt(plan.namespace, new.name, status, tokens, catalog.layout.chunks(tokens), revision)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time as clock
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -25,7 +26,7 @@ from longmem.store.catalog import Selection, composed
 from longmem.store.disk import until_found
 from longmem.store.encode import NewDocument
 from longmem.store.held import Held, Loaded, read_held
-from longmem.types import ChunkOrigin, RetrievedMemory
+from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory
 
 
 @dataclass(frozen=True)
@@ -318,6 +319,41 @@ class SessionBank(SessionMemory):
         sizes = (capacity_tokens, base.heads_kv, base.head_dim, base.chunk_size)
         about = {"device": base.device, "fingerprint": base.fingerprint, "memory_layers": base.memory_layers}
         super().__init__(base, MemoryBank(rows, *sizes, **about))
+        self._ids: list[list[Tensor | None]] = [[] for _ in range(rows)]  # of all adds; None where not given
+
+    def add(
+        self,
+        kv: AttentionKV,
+        *,
+        rows: Tensor | None = None,
+        ids: Sequence[Tensor] | Tensor | None = None,
+        **about: Any,
+    ) -> None:
+        """Remember keys and values (B, H, T, D) in the session's own bank, see ``MemoryBank.add``.
+
+        Args:
+            ids: the token ids of them: (B, T) as the model was given them, or one tensor of real tokens for each row
+                written. Without them a row cannot be committed.
+        """
+        lanes = rows_of(rows, kv.keys.shape[0], self.rows, "keys")
+        given: Sequence[Tensor | None] = [None] * len(lanes)
+        if ids is not None:
+            given = real = [each.detach().flatten().to("cpu", torch.long) for each in ids]
+            if isinstance(ids, Tensor) and kv.mask is not None:
+                given = real = [each[keep.cpu()] for each, keep in zip(real, kv.mask.bool(), strict=True)]
+            counts = [kv.keys.shape[2]] * len(lanes) if kv.mask is None else kv.mask.sum(1).tolist()
+            if (lengths := [len(each) for each in real]) != counts:
+                raise MemoryBankError(
+                    f"ids of {lengths} tokens must be those of the keys, {counts} real tokens in each row"
+                )
+        super().add(kv, rows=rows, **about)
+        for row, each in zip(lanes, given, strict=True):
+            self._ids[row].append(each)
+
+    def drop(self, rows: Tensor | None = None) -> None:
+        super().drop(rows)
+        for row in rows_of(rows, None, self.rows, "rows"):
+            self._ids[row] = []
 
     def commit(self, name: str, *, row: int = 0, append: bool = False, **about: Any) -> Receipt:
         """Write all that was added to a row as a document of its namespace, and empty the row.

@@ -84,20 +84,20 @@ class Recall:
             if budget < 0:
                 break
             found.append(passage)
-        age = {name: number for number, name in enumerate(self._known)}
-        lines = sorted(found, key=lambda passage: (age.get(passage.document, len(age)), passage.start))
+        known = list(self._known)  # of this moment: other threads search too
+        age = {passage.document: known.index(passage.document) for passage in found if passage.document in known}
+        lines = sorted(found, key=lambda passage: (age.get(passage.document, -1), passage.start))
         return "\n".join([NOTES, *(f"- {passage.text}" for passage in lines)]) if found else "", found
 
     def _refresh(self) -> None:
         now = {info.name: info for info in self._store.documents(self._namespace)}
-        for name in [name for name, info in self._known.items() if now.get(name) != info]:
-            self._index.execute("DELETE FROM passage WHERE document = ?", (name,))
-            del self._known[name]
-        for name in [name for name in now if name not in self._known]:
-            text = self._store.text(self._namespace, name)
-            rows = ((passage, name, start) for start, passage in passages(text, self._words))
-            self._index.executemany("INSERT INTO passage (text, document, start) VALUES (?, ?, ?)", rows)
-            self._known[name] = now[name]
+        with self._index:  # all of it, or nothing where a text cannot be read
+            for name in (name for name, info in self._known.items() if now.get(name) != info):
+                self._index.execute("DELETE FROM passage WHERE document = ?", (name,))
+            for name in (name for name, info in now.items() if self._known.get(name) != info):
+                text = self._store.text(self._namespace, name)
+                rows = ((passage, name, start) for start, passage in passages(text, self._words))
+                self._index.executemany("INSERT INTO passage (text, document, start) VALUES (?, ?, ?)", rows)
         self._known = now  # the oldest document first
 
 

@@ -308,6 +308,11 @@ class MemoryStore:
         """Documents of a namespace that can be found now, by time and number; ``where``: with this metadata."""
         return self.catalog.documents(composed(namespace), Selection(where=where))
 
+    def has(self, namespace: str, name: str) -> bool:
+        """Whether there is a document of this name."""
+        found = self.catalog.find(composed(namespace), composed(name))
+        return found is not None and not found.expired(clock.time())
+
     def document(self, namespace: str, name: str) -> DocumentInfo:
         """One document; StoreError if there is none of that name."""
         return self.catalog.live(composed(namespace), composed(name))

@@ -107,7 +107,8 @@ class LongMemTrainer(StreamTrainer):
         self.boundary, self.eval_tokens, self.quiet = boundary, eval_tokens, quiet or rank > 0
         self.memory_size = memory_size or model.config.memory_size
         self.memory_dtype = memory_dtype or model.backbone.model.dtype
-        self.bank = self.new_bank(rows) if memory else None
+        self.memory = memory
+        self.bank = self.new_bank(rows) if memory and stream is None else None  # questions bring their own
         self._unwritten: AttentionKV | None = None
         self._share: Tensor | None = None
         self.backbone_losses: dict[str, float] = {}
@@ -165,14 +166,15 @@ class LongMemTrainer(StreamTrainer):
 
     def status(self) -> dict[str, Any]:
         """How full memory is, and the share that each head gave it in the newest segment."""
-        if self.bank is None:
+        if not self.memory:
             return {}
         shares = self.longmem.memory_share if self._share is None else self._share.float().mean(dim=(0, 2))
-        return {
-            "memory_fill": float(self.bank.tokens.float().mean()) / self.bank.capacity_tokens,
-            "memory_tokens": self.bank.tokens.tolist(),
-            "share": [round(share, 4) for share in shares.tolist()],
-        }
+        found: dict[str, Any] = {"share": [round(share, 4) for share in shares.tolist()]}
+        if self.bank is not None:
+            tokens = self.bank.tokens
+            found["memory_fill"] = float(tokens.float().mean()) / self.bank.capacity_tokens
+            found["memory_tokens"] = tokens.tolist()
+        return found
 
     # evaluation
 
@@ -183,17 +185,18 @@ class LongMemTrainer(StreamTrainer):
 
         Returns:
             ``eval_loss``; ``eval_loss_backbone``, of the backbone alone (a MemTRM's as it was before training, on the
-            trainer's own ``eval_dataset``); and at the end of a run ``eval_loss_memory_off``.
+            trainer's own ``eval_dataset``); and at the end of a run, but one that patience ends,
+            ``eval_loss_memory_off``.
         """
         corpus = self.eval_dataset if eval_dataset is None else as_corpus(eval_dataset)
         if not corpus:
             return {}
-        found, known = {"loss": self.validate(corpus, memory=self.bank is not None)}, self.backbone_losses
+        found, known = {"loss": self.validate(corpus, memory=self.memory)}, self.backbone_losses
         if corpus.fingerprint not in known and isinstance(self.longmem, LongMem):
             known[corpus.fingerprint] = self.validate(corpus, memory=False, backbone=True)
         if corpus.fingerprint in known:
             found["loss_backbone"] = known[corpus.fingerprint]
-        if self.bank is not None and self.control.should_training_stop:
+        if self.memory and self.control.should_training_stop:
             found["loss_memory_off"] = self.validate(corpus, memory=False)
         return self.told({f"{metric_key_prefix}_{name}": loss for name, loss in found.items()})
 

@@ -273,12 +273,17 @@ class _Run(TrainerCallback):
         (self.trainer.seconds, caught), self.clock = broadcast_object_list(found), now
         over = control.should_training_stop or _time_used(self.trainer, self.recipe) >= 1
         self.stopped = not over and caught
+        control.should_training_stop = over
         if over or self.stopped:
-            control.should_training_stop = control.should_log = control.should_save = True
+            control.should_log = control.should_save = True
         valid = self.recipe.valid_source() is not None
         control.should_evaluate = valid and (over or control.should_evaluate)
         self.progress.advance()
         return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # not before: an evaluation that was due would take a signal for the end of the run
+        control.should_training_stop |= self.stopped
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs is None or "loss" not in logs:

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from longmem.data.tokens import start_tokens
 from longmem.errors import ConfigError
-from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode, encode_after, start_tokens
+from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode, encode_after
 from longmem.evaluation.results import Json
 from longmem.evaluation.tasks import Example, Metric, Source, Task, drawn, read_source
 from longmem.evaluation.tasks.icl import Asked, ShotsTask, draw

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longmem.data.facts import ToldFact, asked_ids, changed_session, question_ids, session_of, told_ids, told_session
+from longmem.data.tokens import start_tokens
 from longmem.errors import ConfigError
-from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after, start_tokens
+from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after
 from longmem.evaluation.results import Json
 from longmem.evaluation.systems import BACKBONE
 from longmem.evaluation.tasks import Example, Metric, Source, Task, digest_of, drawn, read_source

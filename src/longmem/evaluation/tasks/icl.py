@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from longmem.data.tokens import start_tokens
 from longmem.errors import ConfigError, DataError
-from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after, start_tokens
+from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after
 from longmem.evaluation.results import Bootstrap, Json
 from longmem.evaluation.tasks import Example, Metric, Source, Task, drawn, group_scores, read_source
 
