@@ -66,6 +66,8 @@ def test_all_systems_from_run_folders_to_table_json_and_pictures(home: Path, com
     [
         ("backbone", [], ["backbone"]),
         ("memtrm", ["--dtype", "float16"], ["backbone", "memtrm_off", "memtrm_64"]),
+        ("memtrm", ["--systems", "backbone,memtrm_64"], ["backbone", "memtrm_64"]),
+        ("memtrm", ["--systems", "memtrm_6"], ["memtrm_64"]),
         ("memtrm", ["--training-free", "0.5"], ["backbone", "memtrm_off", "memtrm_64", "training_free_0.5_64"]),
         ("free", ["--memory-sizes", "8", "--dtype", "float16"], ["backbone", "training_free_0.25_8"]),
         ("backbone", ["--training-free", "0.5", "--memory-sizes", "8"], ["backbone", "training_free_0.5_8"]),

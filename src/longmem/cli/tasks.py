@@ -29,6 +29,7 @@ def option(*names: str, help: str, default: Any = None, least: int | None = None
     return click.option(*names, default=default, help=help, **more)
 
 
+names = by_comma(str, "names")
 MODEL = together(
     option("--model", required=True, help="LongMem or MemTRM checkpoint, run folder, or a causal LM."),
     options("backbone"),
@@ -39,6 +40,8 @@ MODEL = together(
     options("tokenizer"),
     option("--memory-sizes", callback=token_counts, help="Tokens a row remembers, e.g. 1k,8k,64k; default: the "
             "model's own."),
+    option("--systems", callback=names, help="Ask only systems whose names begin so, by comma, e.g. "
+            "backbone,memory."),
 )  # fmt: skip
 """Options that say which systems are compared."""
 RUN = together(
@@ -50,13 +53,10 @@ RUN = together(
     options("json"),
 )
 """Options that say where models run, how much runs at once, and where results go."""
-names = by_comma(str, "names")
 TASK = together(
     MODEL,
     option("--full-context", least=2, help="Also the backbone with a window of so many tokens, which holds what the "
            "others have in memory."),
-    option("--systems", callback=names, help="Ask only systems whose names begin so, by comma, e.g. "
-           "memory,backbone."),
     RUN,
 )  # fmt: skip
 """Options of every task, behind its own."""

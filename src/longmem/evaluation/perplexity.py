@@ -77,8 +77,8 @@ def perplexity(
     """Measure every system on every document under every protocol.
 
     Args:
-        systems: the first of them is the backbone alone, the baseline of all differences. Longer windows than its own
-            are moved by their half.
+        systems: the first, in general the backbone alone, is what others are compared with at every position. Longer
+            windows than its own are moved by their half.
         records: JSONL file of finished documents; what it already holds is not measured again.
         config: what else the result should say about its making (paths, dtype).
 
