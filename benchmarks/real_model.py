@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from longmem.evaluation.loading import PROJECT_SEPARATOR
+from longmem.evaluation.documents import PROJECT_SEPARATOR
 from longmem.evaluation.results import Bootstrap, percent
 
 SETS = ("books", "latex", "python")
@@ -148,7 +148,7 @@ def jobs(given: argparse.Namespace) -> list[Job]:
             asked = ["--data", data / "icl", "--datasets", dataset, *many, *limit]
             add(4, f"icl-{dataset}-{name}", "icl", *known, *some, *asked)
         spoken = ["--data", data / "locomo.json", "--questions", max(1, size.questions // 5), "--recall", 5]
-        spoken += ["--no-bleu", "--new-tokens", 24, *(["--conversations", 1] if given.size == "tiny" else [])]
+        spoken += ["--new-tokens", 24, *(["--conversations", 1] if given.size == "tiny" else [])]
         add(3, f"locomo-{name}", "dialogue", *known, *some, *spoken, "--batch", 16)
         asked = ["--train", data / "squad-train.json", "--data", data / "squad-dev.json", "--local-shots", 2]
         asked += ["--memory-shots", f"0,{min(100, size.shots)}", "--limit", size.questions, "--batch", 16]
@@ -259,7 +259,7 @@ def retrieved(arguments: list[str], folder: Path) -> None:
 
     from longmem.data.text import TextSource, read_documents
     from longmem.data.tokens import load_tokenizer
-    from longmem.evaluation.loading import tokenize_documents
+    from longmem.evaluation.documents import tokenize_documents
     from longmem.evaluation.results import write_json
     from longmem.modeling.loading import load_backbone
     from longmem.store.recall import PlainTexts, Recall

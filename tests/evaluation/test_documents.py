@@ -7,7 +7,7 @@ import pytest
 from longmem.data.text import Document
 from longmem.data.tokens import train_tokenizer
 from longmem.errors import DataError
-from longmem.evaluation.loading import tokenize_documents
+from longmem.evaluation.documents import tokenize_documents
 
 TEXT = "Häuser am Fluss, und Fluss am Haus. " * 8
 TOKENIZER = train_tokenizer([TEXT], 300)

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from longmem.data.text import Document
-from longmem.evaluation.loading import load_systems, tokenize_documents
+from longmem.evaluation.documents import tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.results import Bootstrap
+from longmem.evaluation.systems import load_systems
 
 MODELS = Path(__file__).parents[2] / "models"
 GOLDEN = json.loads((Path(__file__).parent / "perplexity_golden.json").read_text())

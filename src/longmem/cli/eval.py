@@ -1,21 +1,295 @@
-"""``longmem eval``: measurements of a model on long text."""
+"""``longmem eval``, ``longmem layers`` and ``longmem report``. Imports of torch wait until a command runs."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from longmem.cli.common import options, token_count, token_counts
-from longmem.cli.tasks import COMMANDS, MODEL, RUN, load, names, option, save_and_show
+from longmem.cli.common import by_comma, folder_option, options, print_json, together, token_count, token_counts
 from longmem.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longmem.evaluation.asking import Asker
+    from longmem.evaluation.tables import Table
+    from longmem.evaluation.tasks import Task
+
+Given = dict[str, Any]
+Option = Callable[[Any], Any]
+
+
+def option(*names: str, help: str, default: Any = None, least: int | None = None, **more: Any) -> Option:
+    if least is not None:
+        more["type"] = click.IntRange(min=least)
+    return click.option(*names, default=default, help=help, **more)
+
+
+names = by_comma(str, "names")
+MODEL = together(
+    option("--model", required=True, help="LongMem or MemTRM checkpoint, run folder, or a causal LM."),
+    options("backbone"),
+    option("--control", help="SideNet trained equally long without memory, over the same backbone."),
+    option("--memtrm", help="MemTRM checkpoint or run folder, trained from the same backbone."),
+    option("--training-free", multiple=True, metavar="GATE", help="Also memory attention on the bare backbone: "
+            "the share (0 to 1) of its heads that memory gets, or the folder of a TrainingFree; may be repeated."),
+    options("tokenizer"),
+    option("--memory-sizes", callback=token_counts, help="Tokens a row remembers, e.g. 1k,8k,64k; default: the "
+            "model's own."),
+    option("--systems", callback=names, help="Ask only systems whose names begin so, by comma, e.g. "
+            "backbone,memory."),
+)  # fmt: skip
+"""Options that say which systems are compared."""
+RUN = together(
+    options("device", "dtype"),
+    option("--window", least=2, help="Tokens seen at once; default: the backbone's positions, at most 1024."),
+    option("--batch", "rows", least=1, default=8, help="Texts side by side."),
+    option("--resamples", least=1, default=2000, help="Of the bootstrap."),
+    folder_option("--out", help="Folder for the result, pictures, and records to resume from."),
+    options("json"),
+)
+"""Options that say where models run, how much runs at once, and where results go."""
+TASK = together(
+    MODEL,
+    option("--full-context", least=2, help="Also the backbone with a window of so many tokens, which holds what the "
+           "others have in memory."),
+    RUN,
+)  # fmt: skip
+"""Options of every task, behind its own."""
+
+
+def load(given: Given, remembered: int = 0) -> tuple[list[Asker], Given]:
+    """The systems that the options name, and for the result what it is made with.
+
+    Raises:
+        LongMemError: settings, checkpoints or their tokenizer are at fault.
+    """
+    import torch
+    from transformers.utils import logging
+
+    from longmem.evaluation.systems import chosen, load_systems
+
+    logging.disable_progress_bar()
+    how = "backbone control memtrm training_free memory_sizes tokenizer device window windows rows full_context".split()
+    named: Given = {name: given[name] for name in how if given.get(name) is not None}
+    if given["dtype"] != "auto":
+        named["dtype"] = getattr(torch, given["dtype"])
+    found = load_systems(given["model"], default_sizes=[remembered] if remembered else None, **named)
+    about = {name: value for name, value in given.items() if name not in ("out", "as_json", "resamples")}
+    backbone = found[0]
+    used = {"tokenizer": backbone.tokenizer.name_or_path, "window": backbone.window}
+    return chosen(found, given.get("systems") or ()), about | used | {"device": str(backbone.model.device)}
+
+
+def save_and_show(result: Any, given: Given) -> None:
+    """Write ``OUT/<task>.json`` and pictures, and print tables, or with ``--json`` the result."""
+    from longmem.evaluation.report import plot_all
+    from longmem.evaluation.results import as_json, write_json
+    from longmem.evaluation.tables import tables_of
+
+    result = as_json(result)
+    if given["out"] is not None:
+        path = given["out"] / f"{result['header']['task']}.json"
+        write_json(path, result)
+        for written in (path, *plot_all(result, given["out"])):
+            click.echo(f"wrote {written}", err=True)
+    if given["as_json"]:
+        print_json(result)
+    else:
+        show(tables_of(result))
+
+
+def show(tables: Sequence[Table]) -> None:
+    """Tables on stdout, as wide as the terminal, or ``COLUMNS``, or 120; wider ones row by row."""
+    from longmem.evaluation.tables import plain
+
+    width = shutil.get_terminal_size((120, 24)).columns
+    for table in tables:
+        click.echo("\n" + plain(table, width))
+
+
+def _task(name: str, task: str, help: str, example: str, *own: Option) -> click.Command:
+    """A command whose own options are the settings of a task (``module.Class``)."""
+
+    def run(**given: Any) -> None:
+        from longmem.evaluation.results import Bootstrap
+        from longmem.evaluation.tasks import run_task
+
+        settings = {setting: given.pop(setting) for setting in settings_of_task}
+        if settings.get("limit") == 0:
+            settings["limit"] = None
+        # before the models are loaded: wrong paths and settings show at once
+        made: Task = getattr(import_module(f"longmem.evaluation.tasks.{module}"), kind)(**settings)
+        askers, about = load(given, made.remembered)
+        result = run_task(
+            made,
+            askers,
+            records=given["out"] and given["out"] / "records.jsonl",
+            bootstrap=Bootstrap(resamples=given["resamples"]),
+            config=about,
+        )
+        save_and_show(result, given)
+        for note in () if given["as_json"] else made.notes(result):
+            click.echo(note)
+
+    module, kind = task.split(".")
+    epilog = f"Example: longmem eval {name} --model models/small/sidenet {example} --out results/{name}"
+    command = click.command(name, help=help, epilog=epilog)(together(*own, TASK)(run))
+    settings_of_task = [str(parameter.name) for parameter in command.params[: len(own)]]
+    return command
+
+
+def _depths(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
+    """``0,50,100``, or one number: so many, evenly spaced."""
+    depths: list[float] = by_comma(float, "numbers; try 0,50,100 or 11")(context, parameter, value)
+    if "," in value:
+        return depths
+    last = int(depths[0]) - 1
+    return [round(100 * at / last, 3) for at in range(last + 1)] if last else [50.0]
+
+
+def _recalled(default: int) -> Option:
+    return option("--recall", default=default, least=0, help="Passages found by text search, for further systems "
+                  "that have them in their window (+recall); 0: no such systems.")  # fmt: skip
+
+
+_numbers = by_comma(int, "numbers; try 0,200")
+_SEED: Option = options("seed")
+
+TASKS = [
+    _task(
+        "chapterbreak", "comprehension.ChapterBreakTask",
+        """ChapterBreak: the true beginning of the next chapter against five of other chapters.
+
+        The likeliest of six suffixes wins; chance is 16.7 %. Of the prefix, the window has what fits beside the
+        suffix; systems with memory read the rest, others lose it.
+        """,
+        "--data data/chapterbreak_ctx_8192.json",
+        option("--data", required=True, help="chapterbreak_ctx_<N>.json, official or self-made."),
+        option("--prefix", "prefixes", default="4k,6k,8k", callback=token_counts, help="Tokens before the boundary, "
+               "by comma; at most N."),
+        option("--suffix-tokens", default=128, least=1, help="Of each suffix, the first ones."),
+        option("--limit", least=1, help="Examples of each split, drawn with a seed; default: all."),
+        _SEED,
+    ),
+    _task(
+        "icl", "icl.IclTask",
+        """In-context learning: sentiment, subjectivity or intent of short texts, after labelled examples.
+
+        Every seed draws demonstrations, the same for every system: some for the window, nearest to the question, and
+        others that only memory holds. Those that do not fit the window are left out from the far end, and the result
+        says how many are left.
+        """,
+        "--data data/icl --datasets sst2,subj --limit 20",
+        option("--data", required=True, help="Folder with folders SST-2, mr, subj, sst-5, mpqa, icl_banking77, "
+               "icl_clinc150; see the docs."),
+        option("--datasets", default="sst2,mr,subj,sst5,mpqa", callback=names, help="Which sets, by comma; also "
+               "banking77, clinc150."),
+        option("--local-shots", default="4,20", callback=_numbers, help="Demonstrations in the window, by comma."),
+        option("--memory-shots", default="0,200,2000", callback=_numbers, help="Demonstrations in memory, by comma."),
+        option("--seeds", "draws", default=6, least=1, help="Draws of demonstrations."),
+        option("--limit", default=30, least=0, help="Test texts of each set, drawn once, not stratified; 0 takes all."),
+    ),
+    _task(
+        "squad", "comprehension.SquadTask",
+        """SQuAD v1.1: exact match and F1 of greedy answers, after questions that were answered before.
+
+        Demonstrations are one question for each passage, the same for every system: some for the window, others that
+        only memory holds. What does not fit the window is left out from the far end, and the result says how much.
+        """,
+        "--train squad/train-v1.1.json --data squad/dev-v1.1.json",
+        option("--train", required=True, help="SQuAD v1.1 JSON file that demonstrations are drawn from."),
+        option("--data", required=True, help="SQuAD v1.1 JSON file whose questions are asked."),
+        option("--local-shots", default=3, least=0, help="Demonstrations in the window."),
+        option("--memory-shots", default="0,200", callback=_numbers, help="Demonstrations in memory, by comma."),
+        option("--seeds", "draws", default=1, least=1, help="Draws of demonstrations."),
+        option("--limit", default=200, least=0, help="Questions, drawn once; 0 takes all."),
+        option("--max-answer-tokens", default=32, least=1, help="Where an answer without a line end is cut."),
+    ),
+    _task(
+        "needle", "hidden.NeedleTask",
+        """Facts hidden in 4k to 1M tokens of real text, and asked for at its end.
+
+        A system with memory reads the text into it and has the question alone in its window; one without has the end
+        of the text there. An answer is exact when greedy decoding writes every token of it. Default of --memory-sizes:
+        the longest text.
+        """,
+        "--lengths 4k,16k,64k,1m --depths 5 --trials 40",
+        option("--data", "text", multiple=True, help="File, folder, .jsonl or archive of text; may be repeated. "
+               "Default: Python's standard library."),
+        option("--kinds", default="passkey", callback=names, help="Of facts, by comma: passkey, pair, multi (one of "
+               "several pairs is asked for), twohop."),
+        option("--lengths", default="4k,16k,64k", callback=token_counts, help="Tokens of text; k is 1,024 and m is "
+               "1,024k."),
+        option("--depths", default="5", callback=_depths, help="Where the fact is, in % of the text, e.g. 0,25,50; one "
+               "number: so many, evenly spaced."),
+        option("--trials", default=40, least=1, help="For each kind, length and depth."),
+        _SEED,
+    ),
+    _task(
+        "dialogue", "conversations.DialogueTask",
+        """Questions about conversations of several sessions (LoCoMo).
+
+        Sessions go to memory; the newest tokens of them and the question are in the window of every system. Scored by
+        F1 of words and by the likelihood of the reference answer.
+        """,
+        "--data data/conversations.json",
+        option("--data", multiple=True, required=True, help="locomo10.json, or one of its form; may be repeated."),
+        option("--recent", least=0, help="Tokens of the newest session that are in the window; default: half of it. "
+               "All before is for memory."),
+        option("--new-tokens", least=1, help="Of an answer, at most; default: 50, or a quarter of the window."),
+        option("--conversations", least=1, help="The first so many of each file; default: all."),
+        option("--questions", least=1, help="Of each conversation, drawn with a seed; default: all."),
+        _recalled(0),
+        _SEED,
+    ),
+    _task(
+        "facts", "conversations.FactsTask",
+        """Facts told in one conversation and asked for in another, with other text between.
+
+        Kinds and values of facts are those held out from calibration. Compared are also the backbone with the
+        conversation in its window, and systems with passages in their window that text search finds (+recall).
+        """,
+        "--between 1k,16k,128k",
+        option("--data", "text", multiple=True, help="Text between, see needle. Default: Python's standard library."),
+        option("--told", help="Your own facts: JSON lines of said, asked, and answer with the value in {braces}."),
+        option("--changed", is_flag=True, default=False, help="Facts are told again after the text, with other values: "
+               "the newer ones are asked for."),
+        option("--between", default="1k,16k,128k", callback=token_counts, help="Tokens between, by comma."),
+        option("--sessions", default=10, least=1, help="Conversations that tell facts."),
+        option("--facts", default=10, least=1, help="Told in each conversation."),
+        option("--new-tokens", default=24, least=1, help="Of an answer, at most."),
+        _recalled(5),
+        _SEED,
+    ),
+    _task(
+        "babi", "hidden.BabiTask",
+        """bAbI questions whose facts are hidden in the text of books, as in BABILong.
+
+        A system with memory reads the whole text into it; one without has the end of the text in its window.
+        """,
+        "--data data/babi --text data/books/test.tar.xz --lengths 4k,64k",
+        option("--data", required=True, help="Folder or archive of bAbI's English tasks."),
+        option("--text", multiple=True, required=True, help="Text that hides the facts; may be repeated."),
+        option("--tasks", default="1,2,3,4,5", callback=_numbers, help="Numbers of tasks, by comma."),
+        option("--lengths", default="1k,4k,16k,64k", callback=token_counts, help="Tokens of text, by comma."),
+        option("--trials", default=50, least=1, help="Questions for each task and length."),
+        option("--shots", default=2, least=0, help="Short stories with answers before the question."),
+        _recalled(0),
+        _SEED,
+    ),
+]  # fmt: skip
+
 
 PROTOCOLS = click.Choice(("segments,sliding", "segments", "sliding"))
 
 
-@click.group(commands=COMMANDS)
+@click.group(commands=TASKS)
 def command() -> None:
     """Measure a model on long text."""
 
@@ -45,7 +319,7 @@ def perplexity(data: tuple[str, ...], max_tokens: int | None, **given: Any) -> N
     """
     from longmem.data.text import TextSource, read_documents
     from longmem.evaluation import perplexity as evaluation
-    from longmem.evaluation.loading import tokenize_documents
+    from longmem.evaluation.documents import tokenize_documents
     from longmem.evaluation.results import Bootstrap
 
     # before the model: wrong paths show at once
@@ -88,3 +362,82 @@ def harness(tasks: list[str], include: tuple[str, ...], **given: Any) -> None:
     settings = {name: given[name] for name in ("num_fewshot", "limit", "seed", "resamples")}
     result = evaluate(askers, tasks, include=include, **settings, config=about)
     save_and_show(result, given)
+
+
+# beside longmem eval
+
+
+@click.command(epilog="Example: longmem layers models/small/backbone --data latex/valid.tar.xz --out runs/layers")
+@click.argument("model")
+@click.option("--data", multiple=True, help="Text: file, folder, .jsonl or archive; default: Python's own sources.")
+@options("tokenizer")
+@click.option(
+    "--distances", callback=token_counts, default="128,256,512,1024", help="Tokens between occurrences that keys find."
+)
+@click.option("--rows", type=click.IntRange(min=1), default=4, help="Passages of text.")
+@click.option("--stride", type=click.IntRange(min=1), help="Of the SideNet to be: take only layers that it copies.")
+@click.option("--chunk-size", type=int, default=4)
+@click.option("--num-retrieved", type=int, default=64, help="Tokens that a query may retrieve.")
+@options("seed")
+@options("device", "dtype", "json")
+@folder_option("--out", help="Folder for layers.json and the heat map layers.png.")
+def layers(model: str, data: tuple[str, ...], tokenizer: str | None, **given: Any) -> None:
+    """Find the layers whose memory is worth most.
+
+    For every layer of MODEL (a causal language model, or the backbone of a LongMem): what is predicted better when it
+    reads memory, of facts told in an earlier conversation and of text. Then for sets of up to four layers: the best
+    one, and the one that adds most to it, and so on. It takes minutes.
+
+    That is explained by the keys: for every layer and head, how well position-free queries find the token that followed
+    an earlier occurrence of the current one. Keys can be remembered to advantage only where a backbone can copy, so its
+    loss on text that it has just read is shown as well.
+    """
+    import torch
+    from transformers.utils import logging
+
+    from longmem.data import load_tokenizer, read_documents
+    from longmem.evaluation.layers import conclusion, layers_report, text_rows
+    from longmem.evaluation.results import header
+    from longmem.evaluation.tasks.hidden import standard_library
+    from longmem.modeling.checkpoints import backbone_of, checked_device, checkpoint_folder
+    from longmem.modeling.loading import load_backbone
+
+    logging.disable_progress_bar()
+    dtype = None if given["dtype"] == "auto" else getattr(torch, given["dtype"])
+    device, (where, revision) = checked_device(given["device"]), backbone_of(checkpoint_folder(model))
+    backbone: Any = load_backbone(where, revision, dtype)
+    backbone.to(device).eval()
+    reader = load_tokenizer(tokenizer or where, backbone)
+    texts = (document.text for document in read_documents(list(data))) if data else islice(standard_library(), 4)
+    text = text_rows(texts, reader, given["rows"], max(given["distances"]))
+    settings = {n: given[n] for n in ("distances", "rows", "stride", "chunk_size", "num_retrieved", "seed")}
+    models = {"backbone": model, "class": type(backbone).__name__}
+    about = header("layers", settings, models, {"text": len(text), "random": given["rows"]}, [given["seed"]])
+    result = {"header": about, **layers_report(backbone, text, reader, **settings)}
+    save_and_show(result, given)
+    if not given["as_json"]:
+        click.echo(f"\n{conclusion(result)}")
+
+
+@click.command(epilog="Example: longmem report results --out runs/report")
+@click.argument("results", nargs=-1, required=True, metavar="RESULTS...")
+@folder_option("--out", required=True, help="Folder for report.md, report.html, pictures/.")
+@click.option("--title", default="Results", help="Of the page.")
+@options("json")
+def report(results: tuple[str, ...], out: Path, title: str, as_json: bool) -> None:
+    """Make a Markdown page and one self-contained HTML page of RESULTS, files or folders of them.
+
+    Takes what `longmem eval`, `longmem layers` and the benches write. The paper's own numbers stand beside ours where
+    the setting is the same kind. A file that is no result, or a damaged one, is named in one line and left out.
+    """
+    from longmem.evaluation.report import build_report
+
+    report = build_report(results, title=title)
+    written = report.write(out)
+    for problem in report.problems:
+        click.echo(f"not shown: {problem}", err=True)
+    if as_json:
+        print_json({"written": written, "shown": report.shown, "not_shown": report.problems})
+    else:
+        click.echo(out / "report.md")
+        click.echo(out / "report.html")

@@ -7,15 +7,15 @@ import sys
 import click
 
 from longmem import __version__
-from longmem.cli import calibrate, convert, eval, generate, layers, memory, report, talk, train
+from longmem.cli import calibrate, convert, eval, generate, memory, talk, train
 from longmem.errors import LongMemError
 
 COMMANDS = {
     "train": (train.command, "Train a backbone or a SideNet from a recipe file."),
     "calibrate": (calibrate.command, "Let a backbone read memory without a SideNet, in minutes."),
     "eval": (eval.command, "Measure a model on long text."),
-    "report": (report.command, "Make a page of results, the paper's numbers beside ours."),
-    "layers": (layers.command, "Find the layers whose memory is worth most."),
+    "report": (eval.report, "Make a page of results, the paper's numbers beside ours."),
+    "layers": (eval.layers, "Find the layers whose memory is worth most."),
     "generate": (generate.command, "Continue a text with memory, for as long as you like."),
     "chat": (talk.chat, "Talk with a model that remembers."),
     "serve": (talk.serve, "Serve a model and its memories over HTTP."),

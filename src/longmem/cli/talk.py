@@ -207,7 +207,7 @@ def demo(texts: tuple[str, ...], model: str | None, out: Path, seed: int, as_jso
     """
     from transformers.utils import logging
 
-    from longmem.cli.tasks import show
+    from longmem.cli.eval import show
     from longmem.demo import run_demo
     from longmem.evaluation.tables import tables_of
 

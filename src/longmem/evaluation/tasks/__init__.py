@@ -56,7 +56,7 @@ class Metric(NamedTuple):
 class Task(ABC):
     """An evaluation: ``run_task`` asks every system every example and averages ``measure``.
 
-    A task is a dataclass. Its fields are the options of its command; ``longmem.cli.tasks`` says what they mean, and
+    A task is a dataclass. Its fields are the options of its command; ``longmem.cli.eval`` says what they mean, and
     what they are unless told otherwise. It reads its files when it is made, and begins when the systems are there.
 
     Attributes:

@@ -350,52 +350,33 @@ class IclTask(ShotsTask):
     def finish(self, result: Json, examples: Sequence[Example], bootstrap: Bootstrap) -> None:
         """With ``average, 20 + 2000`` groups, in which every set has the same weight; examples averaged over seeds.
 
-        ``extra`` also has ``per_seed`` (group -> system -> metric -> values by seed, their mean and population standard
-        deviation) and ``sets`` (chance and largest class in %).
+        ``extra`` also has ``per_seed``: group -> seed -> system -> metric -> value.
         """
         super().finish(result, examples, bootstrap)
-        values = [one["values"] for one in result["examples"]]
-        by_seed = means(lambda each: (each.group, each.seed), examples, values, digits=9)
-        sizes = Counter(each.group for each in examples)
-        spread = {group: self._spread(by_seed, [group]) for group in sizes}
+        values, sizes = [one["values"] for one in result["examples"]], Counter(each.group for each in examples)
         for said in dict.fromkeys(map(shots_of, sizes)) if len(self.sets) > 1 else ():
-            some, name = [n for n, each in enumerate(examples) if shots_of(each.group) == said], f"average, {said}"
-            chosen, weights = [examples[n] for n in some], [1 / sizes[examples[n].group] for n in some]
-            of_chosen = [values[n] for n in some]
+            some = [n for n, each in enumerate(examples) if shots_of(each.group) == said]
+            chosen, of_chosen = [examples[n] for n in some], [values[n] for n in some]
+            weights, name = [1 / sizes[each.group] for each in chosen], f"average, {said}"
             result["groups"].append(group_scores(name, chosen, of_chosen, self.metrics, bootstrap, weights=weights))
-            spread[name] = self._spread(by_seed, [group for group in sizes if shots_of(group) == said])
         result["examples"] = [
             {"id": f"{unit}, {shots_of(group)}", "group": group, "unit": unit, "values": mean}
-            for (group, unit), mean in means(lambda each: (each.group, each.unit), examples, values, digits=2).items()
+            for (group, unit), mean in means(lambda each: (each.group, each.unit), examples, values).items()
         ]
-        about = result["extra"]["sets"] = {}
-        for data in self.sets:
-            (_, largest), *_ = Counter(each.label for each in data.test).most_common(1)
-            about[data.name] = {"chance": 100 / len(data.labels), "majority": round(100 * largest / len(data.test), 2)}
-        result["extra"]["per_seed"] = spread
-
-    def _spread(self, by_seed: dict[Any, Json], groups: Sequence[str]) -> Json:
-        """system -> metric -> its value for each seed, their mean and deviation; groups have the same weight."""
-        found: Json = {}
-        for system, metrics in by_seed[groups[0], self.seeds[0]].items():
-            for metric in metrics:
-                table = [[by_seed[group, seed][system][metric] for seed in self.seeds] for group in groups]
-                values = np.mean(table, axis=0)
-                numbers = {"values": values, "mean": values.mean(), "std": values.std()}
-                found.setdefault(system, {})[metric] = {name: np.round(of, 3).tolist() for name, of in numbers.items()}
-        return found
+        per_seed: Json = {}
+        result["extra"]["per_seed"] = per_seed
+        for (group, seed), mean in means(lambda each: (each.group, each.seed), examples, values).items():
+            per_seed.setdefault(group, {})[seed] = mean
 
 
-def means(
-    part: Callable[[Example], Hashable], examples: Sequence[Example], values: Sequence[Json], digits: int
-) -> dict[Any, Json]:
+def means(part: Callable[[Example], Hashable], examples: Sequence[Example], values: Sequence[Json]) -> dict[Any, Json]:
     """part (a text, a seed) -> system -> metric -> mean over the examples that are of this part."""
     parts: dict[Hashable, list[Json]] = {}
     for example, of_example in zip(examples, values, strict=True):
         parts.setdefault(part(example), []).append(of_example)
     return {
         name: {
-            system: {metric: round(fmean(each[system][metric] for each in some), digits) for metric in metrics}
+            system: {metric: round(fmean(each[system][metric] for each in some), 2) for metric in metrics}
             for system, metrics in some[0].items()
         }
         for name, some in parts.items()
