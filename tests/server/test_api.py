@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import re
 import socket
@@ -17,7 +16,6 @@ from unittest.mock import Mock
 import httpx
 import openai
 import pytest
-from prometheus_client import CollectorRegistry, Counter
 from tests.server.conftest import HELLO
 from tests.store.small import open_small
 
@@ -25,10 +23,9 @@ from longmem import TrainingFree
 from longmem.chat import keep
 from longmem.errors import StoreDamaged
 from longmem.generation.page import Pieces
-from longmem.server.access import Limits
 from longmem.server.answers import Answer
 from longmem.server.engine import Engine, Token
-from longmem.server.memories import Memories
+from longmem.server.users import Memories
 
 CHAT = "/v1/chat/completions"
 BOAT = "The boat is called Petrel. " * 20
@@ -210,30 +207,6 @@ def test_no_key_sees_anothers_memories(live: Any) -> None:
     assert httpx.get(live.url + "/v1/memories").status_code == 401
 
 
-@pytest.mark.parametrize(
-    ("filename", "content", "names"),
-    [
-        ("a.txt", b"The boat is called Petrel.", ["a.txt"]),
-        ("../../etc/b.md", b"The boat is called Petrel.", ["b.md"]),
-        ("c.jsonl", b'{"text": "One."}\n{"text": "Two."}\n', ["c.jsonl:1", "c.jsonl:2"]),
-        ("a.pdf", b"x", "kinds"),
-        ("a.txt.gz", b"x", "kinds"),
-        ("a.txt", b"\xff\xfe\xfa", "UTF-8"),
-        ("a.txt", b"", "no text"),
-        ("a.jsonl", b"{", "JSON"),
-    ],
-)
-def test_files_become_documents_or_are_refused(live: Any, filename: str, content: bytes, names: Any) -> None:
-    live.http().post("/v1/memories", json={"id": "files"})
-    answer = live.http().post("/v1/memories/files/files", files={"file": (filename, content)})
-    if isinstance(names, str):
-        assert answer.status_code == 400 and names in answer.json()["error"]["message"] and "/tmp" not in answer.text
-        return
-    assert answer.status_code == 201 and [each["name"] for each in answer.json()["data"]] == names
-    text = live.http().get(f"/v1/memories/files/documents/{names[0]}").json()["text"]
-    assert text in ("The boat is called Petrel.", "One.")
-
-
 # limits and refusals
 
 
@@ -392,26 +365,3 @@ def idle(live: Any) -> None:
     live.chat(max_tokens=2)
     assert time.monotonic() - began < 20
     assert httpx.get(live.url + "/health").json()["waiting"] == 0
-
-
-def test_what_a_stopping_server_gives_up_is_told_to_come_again() -> None:
-    sent: list[Any] = []
-
-    async def slow(*_: Any) -> None:
-        await asyncio.sleep(60)
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    async def run() -> None:
-        requests = Counter("requests", "", ["path", "status"], registry=CollectorRegistry())
-        limits = Limits(slow, most_bytes=1, anybody=False, requests=requests)
-        scope = {"type": "http", "path": "/", "method": "GET", "headers": []}
-        task = asyncio.create_task(limits(scope, None, send))  # type: ignore[arg-type]
-        await asyncio.sleep(0)
-        task.cancel()
-        await task
-
-    asyncio.run(run())
-    start, body = sent
-    assert start["status"] == 503 and (b"retry-after", b"2") in start["headers"] and b"is stopping" in body["body"]

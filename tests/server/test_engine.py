@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from longmem.server import engine as engines
-from longmem.server.access import Refused
 from longmem.server.engine import Engine, Job
+from longmem.server.schemas import Refused
 
 
 @pytest.fixture

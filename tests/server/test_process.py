@@ -23,7 +23,7 @@ import httpx
 import pytest
 
 pytest.importorskip("fastapi")
-from longmem.server.access import new_key
+from longmem.server.users import new_key
 
 SECRET = re.compile(r"zq\d{3}q")
 

@@ -153,14 +153,14 @@ def serve(host: str, port: int, keys: Path | None, new_key: str | None, **given:
     reads the memory that its field memory_id or its header X-Memory-Id names, and none without. The page at / shows
     memories and has a chat; /docs lists every call.
     """
-    needed = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
+    needed = ("fastapi", "uvicorn", "prometheus_client")
     if missing := [each for each in needed if importlib.util.find_spec(each) is None]:
         raise ConfigError(f"the server needs {', '.join(missing)}; pip install 'longmem-lm[server]'")
     import uvicorn
 
-    from longmem.server.access import new_key as make_key
-    from longmem.server.access import read_keys
     from longmem.server.app import create_app
+    from longmem.server.users import new_key as make_key
+    from longmem.server.users import read_keys
 
     if new_key is not None:
         if keys is None:

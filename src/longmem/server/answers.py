@@ -18,10 +18,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from longmem.chat import Message, Prompt, chat_prompt, conversation_name, stop_words, transcript
 from longmem.generation.page import Pieces, Readings, read_tokens, without_memory
 from longmem.generation.window import positions
-from longmem.server.access import Refused
 from longmem.server.engine import Engine, Job, Token
-from longmem.server.memories import Memories
-from longmem.server.schemas import ChatRequest
+from longmem.server.schemas import ChatRequest, Refused
+from longmem.server.users import Memories
 from longmem.store import Receipt
 from longmem.store.recall import RecalledPassage
 

@@ -12,19 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Request, UploadFile
+from fastapi import APIRouter, Depends, FastAPI, Header, Request
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
-from prometheus_client import generate_latest
+from prometheus_client import Counter, generate_latest
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from longmem import __version__
 from longmem.errors import LongMemError
 from longmem.server import schemas
-from longmem.server.access import NAME, Limits, Refused, error, owner_of
 from longmem.server.answers import Answer, Chat, Completion, ModelResponse, Service
-from longmem.server.memories import RESPONSES, texts_of
+from longmem.server.schemas import Refused, error
+from longmem.server.users import RESPONSES, owner_of
 from longmem.store import DocumentInfo, MemoryStore, Receipt
 
 T = TypeVar("T")
@@ -36,6 +38,14 @@ LOOK = 0.2
 COMPLETION_TOKENS = 16  # as in the OpenAI API
 KEPT = ("messages", "response")
 """Metadata of stored responses, which no list of documents shows."""
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "")
+SECURITY = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+    "Content-Security-Policy": "default-src 'self'; img-src data:; "
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'",
+}
 
 
 def create_app(
@@ -54,7 +64,7 @@ def create_app(
     Args:
         model, tokenizer: any model of ours, in eval mode, and what its backbone reads with.
         store: a ``MemoryStore`` opened for writing with both; closed when the app shuts down.
-        keys: see ``access.owner_of``.
+        keys: see ``users.owner_of``.
         name: by which the model is listed.
         most_waiting: requests that may wait for the model; one more gets 429.
         rows: answers that are generated together at most.
@@ -73,12 +83,47 @@ def create_app(
 
     app = FastAPI(title="LongMem", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
     app.state.service = service
-    app.add_middleware(Limits, most_bytes=MOST_BYTES, anybody=not keys, requests=service.requests)
+    app.add_middleware(Limits, anybody=not keys, requests=service.requests)
     # starlette looks for the nearest class, and raises again what only ``Exception`` is for
     for kind in (HTTPException, RequestValidationError, LongMemError, TimeoutError, Exception):
         app.add_exception_handler(kind, failed)
     app.include_router(routes)
     return app
+
+
+class Limits:
+    """Around the application: what no handler sees, the headers of every answer, and a count of them.
+
+    Args:
+        anybody: no keys are asked for; then only names of this machine are answered, so that no page of another site
+            can reach the server through a name of its own (DNS rebinding).
+        requests: counts answers by path and status.
+    """
+
+    def __init__(self, app: ASGIApp, *, anybody: bool, requests: Counter) -> None:
+        self.app, self.anybody, self.requests = app, anybody, requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", "other")
+                self.requests.labels(route, message["status"]).inc()
+                if not scope["path"].startswith("/docs"):
+                    MutableHeaders(scope=message).update(SECURITY)
+            await send(message)
+
+        refused = self._refused(Headers(scope=scope)) if scope["type"] == "http" else None
+        await (self.app if refused is None else error(refused))(scope, receive, answer)
+
+    def _refused(self, headers: Headers) -> Refused | None:
+        length, host = headers.get("content-length", "0"), headers.get("host", "")
+        known = length.isascii() and length.isdigit() and "transfer-encoding" not in headers
+        if not known or int(length) > MOST_BYTES:
+            return Refused(413, f"the body must say its length, and be of at most {MOST_BYTES:,} bytes")
+        name = host[: host.index("]") + 1] if "]" in host else host.partition(":")[0].lower()
+        if self.anybody and name not in LOOPBACK:
+            return Refused(403, "without keys this server answers to localhost alone; make keys to serve other names")
+        return None
 
 
 routes = APIRouter()
@@ -108,7 +153,7 @@ def own_memory(who: Who, memory: str) -> str:
 
 
 Mine = Annotated[str, Depends(own_memory)]
-MemoryHeader = Annotated[str | None, Header(alias="X-Memory-Id", pattern=f"^{NAME.pattern}$")]
+MemoryHeader = Annotated[str | None, Header(alias="X-Memory-Id", pattern=f"^{schemas.NAME}$")]
 ResponseId = Annotated[str, PathParameter(pattern=schemas.RESPONSE)]
 
 
@@ -268,14 +313,6 @@ async def add_document(memory: Mine, body: schemas.NewText, who: Who) -> Any:
     """Add a text; when this is answered it is on the disk."""
     (receipt,) = await who.service.add(memory, [body.model_dump(exclude_defaults=True)])
     return receipt_card(receipt)
-
-
-@routes.post("/v1/memories/{memory}/files", status_code=201)
-async def add_file(memory: Mine, file: UploadFile, who: Who) -> Any:
-    """Add the texts of a file: .txt, .md, .rst, .tex, .py, or .jsonl with a field text."""
-    texts = await asyncio.to_thread(texts_of, file.filename or "", await file.read())
-    receipts = await who.service.add(memory, [{"name": name, "text": text} for name, text in texts])
-    return {"object": "list", "data": [receipt_card(receipt) for receipt in receipts]}
 
 
 @routes.get("/v1/memories/{memory}/documents/{document:path}")

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TopPLogitsWarper
 
-from longmem.server.access import Refused
+from longmem.server.schemas import Refused
 from longmem.types import Memory
 
 T = TypeVar("T")

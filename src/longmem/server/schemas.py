@@ -1,16 +1,26 @@
-"""What requests may hold. Fields that are not known here are passed over, as the OpenAI API does."""
+"""What requests may hold, and how they are refused.
+
+Fields that are not known here are passed over, as the OpenAI API does.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from typing import Annotated, Any, Literal
 
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, Field, StringConstraints, field_validator, model_validator
+from starlette.exceptions import HTTPException
 
-from longmem.server.access import NAME
+from longmem.errors import LongMemError, StoreFull, StoreLocked
 
-MemoryId = Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$")]
+LOG = logging.getLogger(__name__)
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+"""What names of keys and memories may be: no path can be made of them."""
+MemoryId = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 RESPONSE = r"^resp_[0-9a-f]{32}$"
 MOST_DEPTH = 24
 """Levels of a body."""
@@ -166,3 +176,38 @@ class SearchRequest(Body):
 
     query: Annotated[str, StringConstraints(min_length=1, max_length=4000)]
     top: int = Field(10, ge=1, le=100)
+
+
+# refusals
+
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "2"}, 503: {"Retry-After": "2"}}
+FAILURES = (  # the first kind that fits
+    (TimeoutError, 504, "this took too long and was given up; ask for fewer tokens"),
+    (StoreFull, 507, "there is no room left to remember this; nothing of it was kept"),
+    (StoreLocked, 503, "the memory is being written by another process; try again in a moment"),
+    (LongMemError, 400, "the memory cannot do this: another text has this name already, or the text is empty"),
+)
+
+
+class Refused(HTTPException):
+    """An answer that is an error: status, one line for the user, and the field it is about."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(status, message, HEADERS.get(status))
+        self.param, self.code = param, code
+
+
+def error(problem: BaseException) -> JSONResponse:
+    """A failure in the shape of the OpenAI API: one line that says nothing of paths, of other users or of the code."""
+    if isinstance(problem, RequestValidationError):
+        wrong = problem.errors()[0]
+        where = ".".join(str(part) for part in wrong["loc"] if part != "body") or None
+        problem = Refused(400, f"{where or 'body'}: {wrong['msg']}", param=where, code="invalid_value")
+    elif not isinstance(problem, HTTPException):
+        known = next((said for kind, *said in FAILURES if isinstance(problem, kind)), None)
+        LOG.error("failed", exc_info=problem) if known is None else LOG.warning("refused: %s", problem)
+        problem = Refused(*(known or (500, "something went wrong here; the server's log says what")))
+    status, param, code = problem.status_code, getattr(problem, "param", None), getattr(problem, "code", None)
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    said = {"message": str(problem.detail), "type": kind, "param": param, "code": code}
+    return JSONResponse({"error": said}, status, problem.headers)

@@ -1,37 +1,96 @@
-"""Memories of the server's users: namespaces ``OWNER/MEMORY`` of one store, each reachable by its owner alone."""
+"""The users of a server: API keys by the names of their owners, and the memories that belong to each name.
+
+A memory is the namespace ``OWNER/MEMORY`` of one store. ``namespace`` is that; ``Memories.own`` makes it of an owner
+and the name that they call the memory by.
+"""
 
 from __future__ import annotations
 
-import io
+import hashlib
+import hmac
 import json
+import re
+import secrets
 import threading
 import time
 from collections import OrderedDict
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from longmem.data.text import TEXT_SUFFIXES, read_stream
-from longmem.errors import DataError
+from longmem.errors import ConfigError
 from longmem.files import write_whole
-from longmem.server.access import NAME, Refused
+from longmem.server.schemas import NAME, Refused
 from longmem.store import DocumentInfo, MemoryStore, Receipt
 from longmem.store.recall import Recall
 
 REGISTRY = "memories.json"
+"""Beside the store: when memories were made, also those that are empty."""
 RESPONSES = "~responses"
 """Where a user's stored responses are kept that name no memory; no user's memory can be called so."""
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")
 OPEN_BYTES = 2 << 30
 """Of banks that are kept open; those used longest ago are closed beyond it."""
 OPEN_RECALLS = 64
 """Text searches that are kept, likewise."""
 
+# keys
+
+
+def read_keys(file: Path) -> dict[str, str]:
+    """SHA-256 hashes of keys in hexadecimal, by their names, from a file of lines ``name hash``.
+
+    Raises:
+        ConfigError: no file, no key, or a line that is none.
+    """
+    if not file.is_file():
+        raise ConfigError(f"{file}: there is no such file; make it with longmem serve --keys {file} --new-key NAME")
+    found: dict[str, str] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = re.fullmatch(rf"({NAME})\s+([0-9a-f]{{64}})", line.strip())
+        if match is None:
+            raise ConfigError(f"{file}:{number}: a line is a name and a hash, as longmem serve --new-key writes it")
+        found[match[1]] = match[2]
+    if not found:
+        raise ConfigError(f"{file}: no key in it; make one with longmem serve --keys {file} --new-key NAME")
+    return found
+
+
+def owner_of(keys: dict[str, str], authorization: str | None) -> str:
+    """Whose key an ``Authorization: Bearer KEY`` carries; memories belong to the name of the key that made them.
+
+    Without ``keys`` (see ``read_keys``) everybody is let in, as one owner.
+    """
+    if not keys:
+        return "local"
+    scheme, _, key = (authorization or "").partition(" ")
+    given = hashlib.sha256(key.strip().encode()).hexdigest() if scheme.lower() == "bearer" else ""
+    # all of them are compared, so that the time tells nothing
+    found = [name for name, digest in keys.items() if hmac.compare_digest(given, digest)]
+    if not found:
+        raise Refused(401, "no valid API key; send Authorization: Bearer KEY", code="invalid_api_key")
+    return found[0]
+
+
+def new_key(file: Path, name: str) -> str:
+    """Make a key, append its hash to the file, and return the key: nothing else ever shows it."""
+    if re.fullmatch(NAME, name) is None:
+        raise ConfigError(f"{name!r} is no name for a key; use letters, digits, '.', '_' and '-', at most 64")
+    if file.exists() and name in read_keys(file):
+        raise ConfigError(f"{file} has a key named {name}; remove its line, or choose another name")
+    key = f"lm-{secrets.token_urlsafe(32)}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch(mode=0o600)
+    with file.open("a", encoding="utf-8") as out:
+        out.write(f"{name} {hashlib.sha256(key.encode()).hexdigest()}\n")
+    return key
+
+
+# memories
+
 
 class Memories:
-    """The store, opened with the model and its tokenizer, and what is open of it.
-
-    ``namespace`` is that of a memory; ``own`` makes it of an owner and the name that they call the memory by.
-    """
+    """The store, opened with the model and its tokenizer, and what is open of it."""
 
     def __init__(self, store: MemoryStore) -> None:
         self.store = store
@@ -47,7 +106,7 @@ class Memories:
 
     def own(self, owner: str, memory: str) -> str:
         """The namespace of a memory; refused where the owner has none of this name, whether or not another has one."""
-        if NAME.fullmatch(memory) is None or not self.exists(f"{owner}/{memory}"):
+        if re.fullmatch(NAME, memory) is None or not self.exists(f"{owner}/{memory}"):
             raise Refused(404, f"you have no memory {memory[:100]!r}; make it with POST /v1/memories", code="not_found")
         return f"{owner}/{memory}"
 
@@ -128,17 +187,3 @@ class Memories:
 
     def _write(self) -> None:
         write_whole(self._file, [json.dumps(self._created, indent=1, sort_keys=True) + "\n"])
-
-
-def texts_of(filename: str, data: bytes) -> list[tuple[str, str]]:
-    """Names and texts of the documents in a file that a user sent; nothing of its name becomes a path."""
-    name = PurePosixPath(filename.replace("\\", "/")).name[:200]
-    suffix = PurePosixPath(name).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise Refused(400, f"files of these kinds are read: {', '.join(SUFFIXES)}", param="file")
-    try:
-        found = list(read_stream(io.BytesIO(data), name, lines=suffix == ".jsonl"))
-    except DataError:
-        said = "the file holds no text in UTF-8, or a line of it is no JSON object with a field text"
-        raise Refused(400, said, param="file") from None
-    return [(name if each.line is None else f"{name}:{each.line}", each.text) for each in found]
