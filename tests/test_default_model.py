@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from longmem import default_model as module
-from longmem.default_model import FILE, READERS, default_checkpoint, default_model, shipped
 from longmem.errors import BackboneError
+from longmem.modeling import gguf as module
+from longmem.modeling.gguf import FILE, READERS, default_checkpoint, default_model, shipped
 
 CONTENT = b"GGUF, let us say"
 
@@ -79,7 +79,7 @@ def test_the_sidenet_is_found_in_the_tree_and_the_gates_in_the_wheel(
     assert [shipped(name) for name in READERS] == [models / name for name in READERS]
     assert default_checkpoint() == models / READERS[0]
     package = tmp_path / "site-packages" / "longmem"
-    monkeypatch.setattr(module, "_HERE", package)
+    monkeypatch.setattr(module, "_PACKAGE", package)
     assert shipped(gates) is None and default_checkpoint() is None
     with pytest.raises(BackboneError, match=r"models/\S+ is not here; install the package again"):
         default_model(lambda line: None)

@@ -12,9 +12,9 @@ from tests.calling import Command
 import longmem.demo
 from longmem import MemoryStore, TrainingFree
 from longmem.chat import Reply
-from longmem.default_model import DefaultModel
 from longmem.demo import FACTS, MEMORY_SIZES, NAMESPACE, NEW, PROMPT, TALK, find_texts, run_demo
 from longmem.errors import BackboneError, DataError
+from longmem.modeling.gguf import DefaultModel
 
 
 @pytest.fixture

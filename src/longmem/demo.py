@@ -14,13 +14,13 @@ import torch
 from longmem.chat import keep, reply
 from longmem.data.facts import told_session
 from longmem.data.text import Document, numbered, package_text, read_documents
-from longmem.default_model import default_model, shipped
 from longmem.errors import BackboneError, DataError
 from longmem.evaluation.documents import tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.results import write_json
 from longmem.evaluation.systems import load_systems
 from longmem.generation.page import generate_explained, page, read_tokens
+from longmem.modeling.gguf import default_model, shipped
 from longmem.store import MemoryStore
 from longmem.store.recall import Recall
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,35 @@ def test_export_and_import_move_documents(memory: Command, monkeypatch: pytest.M
     assert "cut.tar: no whole export" in memory("import", "cut.tar").error
     assert "no.tar: No such file" in memory("import", "no.tar").error
     assert "no namespace 'eve'; there are: ada, carl" in memory("export", "eve.tar", "-n", "eve").error
+
+
+# what docs/operations.md says of copies and backups
+
+
+@pytest.mark.usefixtures("filled")
+def test_a_copied_folder_is_a_store_wherever_it_stands(memory: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree("memory", "elsewhere/copy")
+    shutil.rmtree("memory")
+    monkeypatch.setenv("LONGMEM_STORE", "elsewhere/copy")
+    assert memory("verify", "--json").json["clean"] is True
+    assert memory("search", "the old map", "-n", "ada").status == 0
+    assert memory("add", "notes", "-n", "carl").status == 0
+
+
+def test_a_backup_beside_a_writer_is_a_store(memory: Command, filled: Path) -> None:
+    Path("copy").mkdir()
+    with MemoryStore.open(filled) as store:
+        store.forget("ada", name="one.txt")  # in the write-ahead log
+        source, target = sqlite3.connect(filled / "catalog.sqlite"), sqlite3.connect("copy/catalog.sqlite")
+        with target:
+            source.backup(target)
+        source.close()
+        target.close()
+        for path in filled.glob("*.bin"):
+            shutil.copy(path, "copy")
+    assert memory("verify", "--store", "copy", "--json").json["problems"] == []
+    assert names(memory("list", "--store", "copy", "-n", "ada", "--json")) == ["inner/three.txt", "two.md"]
+    assert memory("compact", "--store", "copy").status == 0
 
 
 # what goes wrong is one line: the value, the rule, the way out

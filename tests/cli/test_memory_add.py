@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tarfile
 import time
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,13 +188,3 @@ def test_another_models_tokenizer_is_refused_wherever_text_is_read(
     for name in ("layers", "calibrate"):
         done = command(name, models / "backbone", *"--data notes --tokenizer wrong --out out".split())
         assert done.error == f"{said}name the right one with --tokenizer"
-
-
-@pytest.mark.usefixtures("model")
-def test_a_name_may_be_composed_or_not(memory: Command) -> None:
-    written, typed = unicodedata.normalize("NFD", "Zoë.txt"), unicodedata.normalize("NFC", "Zoë.txt")
-    Path(written).write_text("hello there")
-    assert memory("add", written, "-n", typed).status == 0
-    assert memory("show", typed, "-n", written, "--text").out == "hello there"
-    assert memory("search", "hello", "-n", written, "--document", written).status == 0
-    assert memory("forget", "-n", written, "--name", written).status == 0

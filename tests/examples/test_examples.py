@@ -46,7 +46,6 @@ def test_training_with_trainer(backbone: Path, made_text: Any, tmp_path: Path) -
     chosen = (backbone, tmp_path / "texts", tmp_path / "out", "--steps", 8, "--window", 32, "--rows", 2)
     assert "eval_loss" in run("train_with_trainer.py", *chosen)
     assert (tmp_path / "out" / "final" / "sidenet.safetensors").exists()
-    assert "eval_loss" in run("train_with_trainer.py", *chosen, "--resume")
 
 
 def test_a_spread_backbone(backbone: Path) -> None:

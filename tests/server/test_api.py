@@ -6,12 +6,10 @@ import gc
 import re
 import socket
 import time
-import unicodedata
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import httpx
 import openai
@@ -20,8 +18,6 @@ from tests.server.conftest import HELLO
 from tests.store.small import open_small
 
 from longmem import TrainingFree
-from longmem.chat import keep
-from longmem.errors import StoreDamaged
 from longmem.generation.page import Pieces
 from longmem.server.answers import Answer
 from longmem.server.engine import Engine, Token
@@ -224,25 +220,6 @@ def test_the_page_finds_its_elements_and_puts_texts_in_as_text(live: Any) -> Non
     assert "default-src 'self'" in page.headers["content-security-policy"] and "innerHTML" not in page.text
     there, used = (set(re.findall(form, page.text)) for form in (r'\bid="([\w-]+)"', r'\$\("([\w-]+)"\)'))
     assert used <= there and len(used) > 10
-
-
-def test_what_is_appended_finds_a_name_in_either_form(tmp_path: Path) -> None:
-    with_accent, apart = (unicodedata.normalize(form, "Zoë") for form in ("NFC", "NFD"))
-    with open_small(tmp_path / "memory") as store:
-        store.add_document("ann", "hello there", name=with_accent)
-        assert Memories(store).add("ann", apart, " and more", append=True).status == "appended"
-        keep(store, "ann", apart, [{"role": "user", "content": "bye"}])
-        assert store.text("ann", with_accent).endswith("bye\n")
-        assert len(store.documents("ann")) == 1
-
-
-def test_a_damaged_store_is_not_taken_for_one_without_the_document(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with open_small(tmp_path / "memory") as store:
-        monkeypatch.setattr(store.catalog, "row", Mock(side_effect=StoreDamaged("database disk image is malformed")))
-        with pytest.raises(StoreDamaged, match="malformed"):
-            Memories(store).document("ann", "letter")
 
 
 def test_models_health_metrics_and_methods(live: Any) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from tests.calling import Command, Done
 
-import longmem.default_model as defaults
 from longmem import TrainingFree
 from longmem.errors import BackboneError
+from longmem.modeling import gguf as defaults
 
 
 @pytest.fixture

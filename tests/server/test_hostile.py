@@ -39,9 +39,8 @@ def test_paths_and_bytes_that_mean_nothing(trick: str, client: httpx.Client) -> 
     memory = "/v1/memories/fuzz"
     paths = [f"/{trick}", f"/v1/models/{trick}", f"/v1/memories/{trick}", f"/v1/memories/{trick}/export"]
     for path in (*paths, f"/v1/memories/{trick}/search", f"{memory}/documents/{trick}", f"/v1/responses/{trick}"):
-        for method in ("GET", "POST", "DELETE", "PUT", "PATCH", "OPTIONS"):
-            for kind in ("application/json", "multipart/form-data", "x"):
-                checked(client.request(method, path, content=b"\xff{\x00", headers={"content-type": kind}))
+        for method in ("GET", "POST", "DELETE", "OPTIONS"):
+            checked(client.request(method, path, content=b"\xff{\x00", headers={"content-type": "application/json"}))
 
 
 HI = '"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1'

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +23,7 @@ import httpx
 import pytest
 
 pytest.importorskip("fastapi")
+from longmem import MemoryStore
 from longmem.server.users import new_key
 
 SECRET = re.compile(r"zq\d{3}q")
@@ -76,14 +77,6 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> Iterator[Process]:
-    made = Process(tmp_path_factory.mktemp("process"), pair, 8)
-    made.begin()
-    yield made
-    made.close()
 
 
 class Client:
@@ -238,30 +231,35 @@ def many_users(process: Process, clients: int, seconds: float, ends: Sequence[in
     }
 
 
-def test_nothing_acknowledged_is_lost_and_nothing_of_others_is_shown(process: Process) -> None:
+def test_nothing_acknowledged_is_lost_and_nothing_of_others_is_shown(tmp_path: Path, pair: Path) -> None:
     """``python -m benchmarks.isolation`` is the same with 50 users."""
-    found = many_users(process, 8, 3, (signal.SIGKILL, signal.SIGTERM))
-    known = found["acknowledged"]
-    assert found["compared_at_the_end"] == sum(known.values()) - known["responses"]
-    assert known["documents"] >= 4 and known["forgotten"] and known["conversations"]
+    process = Process(tmp_path, pair, 8)
+    try:
+        process.begin()
+        found = many_users(process, 8, 3, (signal.SIGKILL,))
+        known = found["acknowledged"]
+        assert found["compared_at_the_end"] == sum(known.values()) - known["responses"]
+        assert known["documents"] >= 4 and known["forgotten"] and known["conversations"]
+        assert process.stop(signal.SIGTERM) in (0, -signal.SIGTERM)
+    finally:
+        process.close()
 
 
-def test_what_was_accepted_before_sigterm_is_done_and_answered(process: Process, made_text: Callable[..., str]) -> None:
-    process.call(0, "POST", "/v1/memories", {"id": "kept"})
-    answers: list[httpx.Response] = []
+def test_what_was_accepted_before_the_end_is_done_and_answered(
+    start: Any, tmp_path: Path, made_text: Callable[..., str]
+) -> None:
+    with ThreadPoolExecutor(6) as pool, start(tmp_path) as live:
+        live.memory("kept")
 
-    def write(number: int) -> None:
-        body = {"name": f"d{number}", "text": made_text(3000, number)}
-        answers.append(process.call(0, "POST", "/v1/memories/kept/documents", body))
+        def write(number: int) -> int:
+            headers = {"Authorization": f"Bearer {live.keys['ann']}"}
+            body = {"name": f"d{number}", "text": made_text(3000, number)}
+            url = f"{live.url}/v1/memories/kept/documents"
+            return httpx.post(url, json=body, headers=headers, timeout=90).status_code
 
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    while process.http.get("/health").json()["waiting"] < 5:
-        time.sleep(0.005)
-    assert process.stop(signal.SIGTERM) in (0, -signal.SIGTERM)
-    for thread in threads:
-        thread.join()
-    assert [answer.status_code for answer in answers] == [201] * 6
-    process.begin()
-    assert process.call(0, "GET", "/v1/memories/kept").json()["documents"] == 6
+        answers = [pool.submit(write, number) for number in range(6)]
+        while httpx.get(f"{live.url}/health").json()["waiting"] < 5:
+            time.sleep(0.005)
+    assert [answer.result() for answer in answers] == [201] * 6
+    with MemoryStore.open(tmp_path / "store", mode="read", create=False) as store:
+        assert len(store.documents("ann/kept")) == 6

@@ -288,8 +288,8 @@ def load_model(
     from transformers.utils import logging
 
     from longmem import TrainingFree
-    from longmem.default_model import default_checkpoint, default_model
     from longmem.modeling.checkpoints import MODELS, checked_device, checkpoint_folder, model_type, tokenizer_beside
+    from longmem.modeling.gguf import default_checkpoint, default_model
 
     logging.disable_progress_bar()
     if talking and name is None and (layout is None or default_checkpoint(layout)):
