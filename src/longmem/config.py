@@ -96,10 +96,7 @@ class MemoryConfig(PreTrainedConfig):
         names = ("chunk_size", "num_retrieved", "memory_size")
         found = [f"{name} ({getattr(self, name)}) must be at least 1" for name in names if getattr(self, name) < 1]
         for name in names[1:] if not found else ():
-            value, size = getattr(self, name), self.chunk_size
-            if rest := value % size:
-                tries = f"{value - rest} or {value - rest + size}" if value > size else f"{size}"
-                found.append(f"{name} ({value}) must be a multiple of chunk_size ({size}); try {tries}")
+            found += not_a_multiple(name, getattr(self, name), "chunk_size", self.chunk_size)
         found += _choices(self, fusion=Fusion)
         if not 0 <= self.recency < math.inf:
             found.append(f"recency ({self.recency}) must be a number from 0 on; 0 reads old and new alike")
@@ -310,6 +307,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean X?``, or nothing."""
     like = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {like[0]}?" if like else ""
+
+
+def not_a_multiple(name: str, value: int, of: str, size: int) -> list[str]:
+    """The broken rule, if the value of ``name`` is no multiple of that of ``of``, which is ``size``."""
+    below = value - value % size
+    tries = f"{below} or {below + size}" if below else f"{size}"
+    return [f"{name} ({value}) must be a multiple of {of} ({size}); try {tries}"] if below < value else []
 
 
 def _choices(config: Any, **allowed: Any) -> list[str]:

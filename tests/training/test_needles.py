@@ -94,13 +94,13 @@ def test_memory_grows_from_the_least_to_the_most(adapt: Make) -> None:
 
 
 def test_a_sidenet_goes_on_from_another_one(adapt: Make, backbone_dir: Path) -> None:
-    first = adapt("first", optim={"steps": 2})
+    first = adapt("first", optim={"steps": 2}, sidenet={"recency": 1.5})
     train(first, quiet=True)
     start = {"start": str(first.out_dir / "final"), "num_retrieved": 16}
     second = adapt("second", sidenet=start, optim={"steps": 2, "lr": 1e-12, "weight_decay": 0.0})
     train(second, quiet=True)
     models = [LongMem.from_pretrained(run.out_dir / "final") for run in (first, second)]
-    assert models[1].config.num_retrieved == 16
+    assert (models[1].config.num_retrieved, models[1].config.recency) == (16, 1.5), "a recipe may change the first"
     assert models[1].config.backbone_name_or_path == models[0].config.backbone_name_or_path
     for one, two in zip(models[0].trainable_parameters(), models[1].trainable_parameters(), strict=True):
         assert torch.allclose(one, two, atol=1e-6)

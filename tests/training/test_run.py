@@ -206,7 +206,7 @@ def test_a_memtrm_learns_with_memory_older_than_its_weights(adapt: Make, trainer
     files = {file.name: file.read_bytes() for file in backbone.iterdir()}
     optim = {"steps": 40, "accumulate": 1, "dropout": 0.0, "rows": 4}
     frozen = train(adapt("frozen", optim=optim), quiet=True)
-    result = train(adapt("coupled", method="memtrm", optim=optim), quiet=True)
+    result = train(adapt("coupled", method="memtrm", optim=optim, sidenet={"recency": 0.5}), quiet=True)
     assert sum(result.losses[-5:]) / 5 < sum(result.losses[:5]) / 5 - 0.1
     assert {file.name: file.read_bytes() for file in backbone.iterdir()} == files
     assert result.evaluation["loss"] < result.evaluation["loss_backbone"]
@@ -219,6 +219,7 @@ def test_a_memtrm_learns_with_memory_older_than_its_weights(adapt: Make, trainer
     final = result.out_dir / "final"
     model = MemTRM.from_pretrained(final)
     assert model.memory_layers == (1,) and model.config.start_fingerprint != model.fingerprint
+    assert (model.config.recency, float(model.config.gate)) == (0.5, 0.5)
     named = json.loads((final / "config.json").read_text())["start_name_or_path"]
     assert (final / named).resolve() == backbone.resolve(), "so that both can move"
 

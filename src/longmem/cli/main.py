@@ -7,12 +7,12 @@ import sys
 import click
 
 from longmem import __version__
-from longmem.cli import calibrate, convert, eval, generate, memory, talk, train
+from longmem.cli import convert, eval, generate, memory, talk, train
 from longmem.errors import LongMemError
 
 COMMANDS = {
-    "train": (train.command, "Train a backbone or a SideNet from a recipe file."),
-    "calibrate": (calibrate.command, "Let a backbone read memory without a SideNet, in minutes."),
+    "train": (train.train, "Train a backbone or a SideNet from a recipe file."),
+    "calibrate": (train.calibrate, "Let a backbone read memory without a SideNet, in minutes."),
     "eval": (eval.command, "Measure a model on long text."),
     "report": (eval.report, "Make a page of results, the paper's numbers beside ours."),
     "layers": (eval.layers, "Find the layers whose memory is worth most."),

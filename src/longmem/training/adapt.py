@@ -17,16 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from longmem.data.stream import IGNORE, SegmentBatch, SegmentStream
+from longmem.data.stream import SegmentBatch, SegmentStream
 from longmem.data.tokens import TokenCorpus, as_corpus
 from longmem.errors import ConfigError
 from longmem.memory import MemoryBank
 from longmem.modeling.baselines import MemTRM
 from longmem.modeling.longmem import LongMem
-from longmem.progress import Progress
 from longmem.training.models import is_gate
-from longmem.training.needles import NeedleStream, Questions
-from longmem.training.trainer import Scores, StreamTrainer, token_losses
+from longmem.training.needles import NeedleStream
+from longmem.training.trainer import StreamTrainer
 from longmem.types import AttentionKV, Memory
 
 Documents = TokenCorpus | Iterable[Mapping[str, Any]]
@@ -50,8 +49,6 @@ class LongMemTrainer(StreamTrainer):
         boundary: whether a row's memory is kept when its next text begins.
         piece_tokens: longer documents are dealt out in pieces of so many tokens; 0 keeps them whole.
         stream: of batches, in place of segments of ``train_dataset``.
-        eval_tokens: of each evaluation; None reads every document to its end.
-        quiet: no progress on stderr.
         **trainer: further arguments of ``StreamTrainer`` and ``Trainer``.
 
     Raises:
@@ -72,8 +69,6 @@ class LongMemTrainer(StreamTrainer):
         boundary: Literal["keep", "reset"] = "keep",
         piece_tokens: int = 0,
         stream: NeedleStream | None = None,
-        eval_tokens: int | None = None,
-        quiet: bool = False,
         **trainer: Any,
     ) -> None:
         if not isinstance(model, LongMem | MemTRM):
@@ -88,26 +83,30 @@ class LongMemTrainer(StreamTrainer):
         for name, weight in model.named_parameters():
             if is_gate(name):
                 weight.requires_grad_(memory)
-        tokenizer = trainer.get("tokenizer") or trainer.get("processing_class")
-        seed, rank, world = args.seed if args.data_seed is None else args.data_seed, args.process_index, args.world_size
-        self.window, self.pad_id = window, getattr(tokenizer, "pad_token_id", None) or 0
-        trainer["same"] = trainer.get("same") or {
-            "window": window, "piece_tokens": piece_tokens, "boundary": boundary, "memory": memory,
-        }  # fmt: skip
+        self.pad_id = getattr(trainer.get("processing_class"), "pad_token_id", None) or 0
+        self.memory, self.boundary = memory, boundary
+        trainer.setdefault(
+            "same", {"window": window, "piece_tokens": piece_tokens, "boundary": boundary, "memory": memory}
+        )
         super().__init__(
             model,
             args,
             stream=stream
             or SegmentStream(
-                corpus, window, rows, seed, piece_tokens=piece_tokens, rank=rank, world=world, pad_id=self.pad_id
+                corpus,
+                window,
+                rows,
+                args.seed if args.data_seed is None else args.data_seed,
+                piece_tokens=piece_tokens,
+                rank=args.process_index,
+                world=args.world_size,
+                pad_id=self.pad_id,
             ),
-            eval_dataset=[] if eval_dataset is None else as_corpus(eval_dataset),
+            eval_dataset=None if eval_dataset is None else as_corpus(eval_dataset),
             **trainer,
         )
-        self.boundary, self.eval_tokens, self.quiet = boundary, eval_tokens, quiet or rank > 0
         self.memory_size = memory_size or model.config.memory_size
         self.memory_dtype = memory_dtype or model.backbone.model.dtype
-        self.memory = memory
         self.bank = self.new_bank(rows) if memory and stream is None else None  # questions bring their own
         self._unwritten: AttentionKV | None = None
         self._share: Tensor | None = None
@@ -129,40 +128,31 @@ class LongMemTrainer(StreamTrainer):
 
     # a step: read, backward, write
 
+    def read(self, model: nn.Module, batch: Any, memory: Memory | None = None) -> tuple[Any, Tensor]:
+        """The model's output over a batch, and the targets; rows that begin another text end the last one first."""
+        if isinstance(batch, SegmentBatch) and isinstance(memory, MemoryBank) and bool(batch.starts.any()):
+            rows = batch.starts.nonzero().flatten()
+            memory.end_document(rows)
+            if self.boundary == "reset":
+                memory.reset(rows)
+        return super().read(model, batch, memory)
+
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean cross entropy, in nats, over the targets of all processes; over this process's answers to questions."""
-        asked = isinstance(inputs, Questions)
-        out, targets = self.read(model, inputs, inputs.memory if asked else self.bank)
-        losses, counted = token_losses(out.logits, targets), targets != IGNORE
-        self.scores.add(losses, counted)
-        self._unwritten = None if asked else out.kv
+        """As ever; what is to be written, and the share that memory had, are kept."""
+        loss, out = super().compute_loss(model, inputs, return_outputs=True)
+        self._unwritten = out.kv
         self._share = None if out.share is None else out.share.detach()
-        # DDP takes the mean of the processes' gradients
-        loss = losses.sum()
-        loss = loss / counted.sum() if asked else loss * (self.args.world_size / inputs.targets_in_all)
         return (loss, out) if return_outputs else loss
 
-    def after_backward(self, batch: Any) -> None:
-        """Write the segment."""
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward over one segment of every row, which is then written."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.bank is not None and self._unwritten is not None:
-            self.bank.add(self._unwritten, documents=batch.documents, offsets=batch.offsets)
+            self.bank.add(self._unwritten, documents=inputs.documents, offsets=inputs.offsets)
         self._unwritten = None
-
-    def read(self, model: nn.Module, batch: SegmentBatch | Questions, memory: Memory | None) -> tuple[Any, Tensor]:
-        """The model's output over a batch, and the targets; rows that begin another text end the last one first."""
-        device, mask = self.args.device, None
-        if isinstance(batch, SegmentBatch):
-            if isinstance(memory, MemoryBank) and bool(batch.starts.any()):
-                rows = batch.starts.nonzero().flatten()
-                memory.end_document(rows)
-                if self.boundary == "reset":
-                    memory.reset(rows)
-            mask = None if batch.mask is None else batch.mask.to(device, non_blocking=True)
-        ids, targets = (part.to(device, non_blocking=True) for part in (batch.ids, batch.targets))
-        given = {} if memory is None else {"memory": memory}
-        return model(input_ids=ids, attention_mask=mask, use_cache=False, **given), targets
+        return loss
 
     def status(self) -> dict[str, Any]:
         """How full memory is, and the share that each head gave it in the newest segment."""
@@ -200,33 +190,26 @@ class LongMemTrainer(StreamTrainer):
             found["loss_memory_off"] = self.validate(corpus, memory=False)
         return self.told({f"{metric_key_prefix}_{name}": loss for name, loss in found.items()})
 
-    @torch.no_grad()
     def validate(self, corpus: TokenCorpus, memory: bool, backbone: bool = False) -> float:
         """Mean loss in nats over the text."""
-        self.longmem.train(False)
+        self.longmem.eval()
         # documents stay whole: each is read from its beginning with all its past
         together = min(self.args.per_device_eval_batch_size, len(corpus))
         rank, world = self.args.process_index, self.args.world_size
         if together % world:
             rank, world = 0, 1  # every process reads everything
-        stream = SegmentStream(corpus, self.window, together // world, None, rank=rank, world=world, pad_id=self.pad_id)
-        bank = self.new_bank(stream.rows) if memory else None
-        model = self.longmem.backbone.model if backbone else self.longmem
-        if backbone and self.divided:
+        window, rows = self.stream.window, together // world
+        stream = SegmentStream(corpus, window, rows, None, rank=rank, world=world, pad_id=self.pad_id)
+        steps = max(1, min(self.eval_tokens or corpus.num_tokens, corpus.num_tokens) // (together * window))
+        if backbone and self.is_distributed_loading_by_transformers:
             self.longmem.unshard()  # embeddings and head are the root's, which does not run here
-        scores, tokens = Scores(), min(self.eval_tokens or corpus.num_tokens, corpus.num_tokens)
-        steps = max(1, tokens // (together * self.window))
-        what = "validating the backbone" if backbone else "validating" if memory else "validating without memory"
-        with Progress(what, steps * together * self.window, "tokens", quiet=self.quiet) as progress:
-            for _ in range(steps):
-                batch = stream.next()
-                with self.accelerator.autocast():
-                    out, targets = self.read(model, batch, bank)
-                scores.add(token_losses(out.logits, targets), targets != IGNORE)
-                if bank is not None:
-                    bank.add(out.kv, documents=batch.documents, offsets=batch.offsets)
-                progress.advance(together * self.window)
-        return scores.gather(self.args.device).mean
+        return self.mean_loss(
+            self.longmem.backbone.model if backbone else self.longmem,
+            (stream.next() for _ in range(steps)),
+            "validating the backbone" if backbone else "validating" if memory else "validating without memory",
+            steps * rows * window,
+            self.new_bank(rows) if memory else None,
+        )
 
     # checkpoints
 

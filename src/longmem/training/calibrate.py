@@ -112,12 +112,13 @@ class _Passage(NamedTuple):
 
 
 class _Example(NamedTuple):
-    """Predict ``ids[p + 1]`` for every p of ``scored`` with parts of memory, each ``(kv, tokens)``."""
+    """Predict ``ids[p + 1]`` for every p of ``scored``; memory holds the first ``tokens`` of ``kv``."""
 
     kind: str
     ids: Tensor
     scored: Tensor
-    memory: list[tuple[AttentionKV, int]]
+    kv: AttentionKV
+    tokens: int
 
 
 def passages_of(texts: Iterable[str], tokenizer: Any, settings: CalibrationSettings, count: int) -> list[Tensor]:
@@ -201,10 +202,10 @@ def calibrate(
             optimizer.zero_grad()
             kind = kinds[update % len(kinds)]
             other = draw.choice(passages[draw.choice(kinds)]) if draw.random() < 0.3 else None
-            work.loss(work.among(work.window(kind, draw.choice(passages[kind])), other)).backward()
+            work.loss(work.window(kind, draw.choice(passages[kind])), other).backward()
             if asked:
                 filler = draw.choice(passages[draw.choice(kinds)]) if draw.random() < 0.7 else None
-                (weight * work.loss(work.among(draw.choice(asked), filler))).backward()
+                (weight * work.loss(draw.choice(asked), filler)).backward()
             optimizer.step()
             schedule.step()
             progress.advance(note=f"objective {done.validations[-1].objective:+.3f}")
@@ -240,7 +241,7 @@ class _Work:
             ids = torch.tensor(told_ids(session, tokenizer))
             asked = asked_ids(draw.sample(session.facts, draw.choice((1, 2, 4))), tokenizer)
             scored = torch.tensor([at - 1 for first, end in asked.values for at in range(first, end)])
-            made.append(_Example(FACTS, torch.tensor(asked.ids), scored, [(self._encode(ids), len(ids))]))
+            made.append(_Example(FACTS, torch.tensor(asked.ids), scored, self._encode(ids), len(ids)))
         return made
 
     def window(self, kind: str, passage: _Passage, *, last: bool = False) -> _Example:
@@ -250,19 +251,16 @@ class _Work:
         first = window // 4
         places = sorted(self.draw.sample(range(first, window), min(self.settings.scored, window - first)))
         ids = passage.ids[before : before + window + 1]
-        return _Example(kind, ids, torch.tensor(places), [(passage.kv, before)])
+        return _Example(kind, ids, torch.tensor(places), passage.kv, before)
 
-    def among(self, example: _Example, other: _Passage | None) -> _Example:
-        """The same, with something else in memory too."""
-        if other is None:
-            return example
-        length = self.draw.randrange(1, self.settings.memory // 256 + 2) * 256
-        return example._replace(memory=[*example.memory, (other.kv, min(length, self.settings.memory))])
-
-    def loss(self, example: _Example, *, memory: bool = True) -> Tensor:
-        """Mean nats per scored token."""
+    def loss(self, example: _Example, other: _Passage | None = None, *, memory: bool = True) -> Tensor:
+        """Mean nats per scored token; with ``other``, some of it is in memory too."""
+        parts = [(example.kv, example.tokens)] if memory else []
+        if other is not None:
+            length = self.draw.randrange(1, self.settings.memory // 256 + 2) * 256
+            parts.append((other.kv, min(length, self.settings.memory)))
         self.bank.reset()
-        for number, (kv, tokens) in enumerate(example.memory if memory else []):
+        for number, (kv, tokens) in enumerate(parts):
             self.bank.add(AttentionKV(kv.keys[:, :, :tokens], kv.values[:, :, :tokens]), documents=[str(number)])
         ids, scored = example.ids.to(self.model.device), example.scored.to(self.model.device)
         # an empty bank is no bank

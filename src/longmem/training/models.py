@@ -37,17 +37,21 @@ def build_model(
     if recipe.task == "pretrain":
         model = trained = _causal(recipe, tokenizer)
     else:
-        memory = _memory(recipe, tokenizer, device, texts, quiet)
+        settings = recipe.model_settings | {"revision": recipe.backbone.revision}
+        if recipe.sidenet.memory_layers == "auto":
+            settings["memory_layers"] = _measured(recipe, tokenizer, device, texts, quiet)
         if recipe.method == "memtrm":
             dtype = named_dtype(recipe.backbone.dtype or "float32")
-            model = MemTRM.from_backbone(str(recipe.backbone.path), dtype=dtype, gate=recipe.sidenet.gate, **memory)
+            model = MemTRM.from_backbone(str(recipe.backbone.path), dtype=dtype, **settings)
             trained = model.backbone.model
         else:
-            model = _longmem(recipe, device, memory)
+            model = _longmem(recipe, device, settings)
             trained = model.sidenet
     set_dropout(trained, recipe.optim.dropout)
     if recipe.optim.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if recipe.optim.parallel == "fsdp" and PartialState().num_processes > 1:
+        shard(model, torch.bfloat16 if runs_bf16(recipe.optim.precision, device) else None)
     return model  # type: ignore[no-any-return]
 
 
@@ -107,61 +111,47 @@ def _causal(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
     return AlibiGPTForCausalLM(backbone_shape(recipe, len(tokenizer), dropout=recipe.optim.dropout, **special))
 
 
-def _memory(
+def _measured(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, texts: TokenCorpus, quiet: bool
-) -> dict[str, Any]:
-    """Arguments of ``from_backbone``. Layers that are ``auto`` are measured on the longest documents, once: the run's
-    folder keeps what was found, also for a run that goes on."""
+) -> Callable[[PreTrainedModel], tuple[int, ...] | None]:
+    """The layers whose memory is worth most, measured on the longest documents, once: the run's folder keeps what was
+    found, also for a run that goes on."""
     side, named = recipe.sidenet, recipe.backbone
-    names = ("memory_layers", "fusion", "chunk_size", "num_retrieved", "memory_size")
-    settings = {name: getattr(side, name) for name in names} | {"revision": named.revision}
-    if side.memory_layers == "auto":
-        longest = np.argsort(-np.diff(texts.bounds), kind="stable")[:AUTO_DOCUMENTS]
-        choose = best_layers(
-            [torch.from_numpy(texts.document(int(number))[:AUTO_TOKENS]) for number in longest],
-            tokenizer,
-            kept=recipe.out_dir / "layers.json",
-            device=None if named.quantised or named.device_map else device,
-            stride=side.stride if recipe.method == "longmem" else None,
-            chunk_size=side.chunk_size,
-            num_retrieved=side.num_retrieved,
-            quiet=quiet,
-        )
+    longest = np.argsort(-np.diff(texts.bounds), kind="stable")[:AUTO_DOCUMENTS]
+    choose = best_layers(
+        [torch.from_numpy(texts.document(int(number))[:AUTO_TOKENS]) for number in longest],
+        tokenizer,
+        kept=recipe.out_dir / "layers.json",
+        device=None if named.quantised or named.device_map else device,
+        stride=side.stride if recipe.method == "longmem" else None,
+        chunk_size=side.chunk_size,
+        num_retrieved=side.num_retrieved,
+        quiet=quiet,
+    )
 
-        def once(model: PreTrainedModel) -> tuple[int, ...] | None:
-            with PartialState().main_process_first():
-                return choose(model)
+    def once(model: PreTrainedModel) -> tuple[int, ...] | None:
+        with PartialState().main_process_first():
+            return choose(model)
 
-        settings["memory_layers"] = once
-    return settings
+    return once
 
 
-def _longmem(recipe: Recipe, device: torch.device, memory: dict[str, Any]) -> LongMem:
+def _longmem(recipe: Recipe, device: torch.device, settings: dict[str, Any]) -> LongMem:
     side, named, half = recipe.sidenet, recipe.backbone, half_or_single(recipe, device)
     dtype = half if named.dtype is None else named_dtype(named.dtype)
     path = str(named.path)
     if side.start is not None:
         # trained before: how much it retrieves, and from how much, may be another number
         model = LongMem.from_pretrained(side.start, backbone=path, dtype=dtype, side_dtype=torch.float32)
-        model.config.update({name: memory[name] for name in ("chunk_size", "num_retrieved", "memory_size")})
+        own = {"chunk_size", "num_retrieved", "memory_size", "recency"}
+        model.config.update({name: value for name, value in settings.items() if name in own})
         model.config.backbone_name_or_path = os.path.abspath(path) if os.path.isdir(path) else path
         model.config.backbone_revision = named.revision or model.config.backbone_revision
         return model
-    if side.final_state is not None:
-        memory["final_state"] = side.final_state
     loading: dict[str, Any] = {} if named.device_map is None else {"device_map": named.device_map}
     if named.quantised is not None:
         loading = {"device_map": {"": device}, **loading, "quantization_config": quantization(named.quantised, half)}
-    model = LongMem.from_backbone(
-        path,
-        dtype=dtype,
-        side_dtype=torch.float32,
-        stride=side.stride,
-        init=side.init,
-        trained=side.trained,
-        **loading,
-        **memory,
-    )
+    model = LongMem.from_backbone(path, dtype=dtype, side_dtype=torch.float32, **loading, **settings)
     biases = [gate.bias for gate in model.sidenet.gates] if model.sidenet.gates else [model.sidenet.memory_gate]
     for bias in biases:
         nn.init.constant_(bias, math.log(side.gate / (1 - side.gate)))  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from longmem.config import Fusion, Init, Trained
+from longmem.config import Fusion, Init, LongMemConfig, MemTRMConfig, Trained
 from longmem.data.text import TEXT_SUFFIXES, TextSource
 from longmem.errors import ConfigError
 from longmem.training.recipe_problems import broken_rules, lines, override, without
@@ -135,6 +135,9 @@ class SideNetSection(Section):
     """Share of its output that a head takes from memory when training begins; the paper's is half."""
     final_state: Literal["pre_norm", "normed"] | None = None
     """None: as the backbone's family does it."""
+    recency: typing.Annotated[float, Field(ge=0)] | None = None
+    """Added to the scores of the newest chunk that a token found: of two facts that say otherwise, the newer is read.
+    None: 0 (paper), or that of ``start``."""
     chunk_size: Count = 4
     """S, tokens per chunk."""
     num_retrieved: Count = 64
@@ -197,11 +200,6 @@ class OptimSection(Section):
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Several processes: ddp, the whole model in each; fsdp, weights and optimiser divided among them (FSDP2)."""
 
-    @property
-    def by_time(self) -> bool:
-        """Whether minutes are the budget."""
-        return self.max_minutes is not None and self.steps is None and self.tokens is None
-
 
 class NeedlesSection(Section):
     """Adaptation to facts hidden in memory, see ``NeedleStream``. Not in the paper."""
@@ -238,8 +236,6 @@ class LogSection(Section):
 
     every: Count = 10
     """Steps between log lines."""
-    tensorboard: bool = False
-    """Also write TensorBoard files."""
 
 
 class EvalSection(Section):
@@ -334,6 +330,17 @@ class Recipe(Section):
     def cache_dir(self) -> Path:
         """Where token ids are kept."""
         return self.data.cache_dir or self.out_dir.parent / "cache"
+
+    @property
+    def config_class(self) -> type[LongMemConfig | MemTRMConfig]:
+        """Of the model that is adapted."""
+        return LongMemConfig if self.method == "longmem" else MemTRMConfig
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """Settings of the model's config that [sidenet] gives."""
+        given, known = self.sidenet.model_dump(exclude_none=True), self.config_class.__dataclass_fields__
+        return {name: value for name, value in given.items() if name in known}
 
     def train_source(self) -> TextSource:
         """The training text."""

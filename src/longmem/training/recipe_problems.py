@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from longmem.config import LongMemConfig, MemTRMConfig, nearest
+from longmem.config import nearest, not_a_multiple
 from longmem.errors import ConfigError
 
 CONFLICTS = (
@@ -48,9 +48,6 @@ def broken_rules(recipe: Any) -> list[str]:
     for one, other, way_out in CONFLICTS:
         if (first := _named(recipe, one)) and (second := _named(recipe, other)):
             found.append(f"{first} and {second} do not go together: {way_out}")
-    if needles.kinds and needles.least_tokens > needles.most_tokens:
-        least, most = needles.least_tokens, needles.most_tokens
-        found.append(f"needles.least_tokens ({least}) must not exceed needles.most_tokens ({most})")
     multiples = [
         (needles.kinds, "data.window", "sidenet.chunk_size"),
         (needles.kinds, "needles.context", "sidenet.chunk_size"),
@@ -59,35 +56,17 @@ def broken_rules(recipe: Any) -> list[str]:
         (recipe.eval.best and recipe.eval.every, "checkpoint.every", "eval.every"),
     ]
     for asked, name, of in multiples:
-        value, size = (attrgetter(each)(recipe) for each in (name, of))
-        if asked and value % size:
-            below = value - value % size
-            tries = f"{below} or {below + size}" if below else f"{size}"
-            found.append(f"{name} ({value}) must be a multiple of {of} ({size}); try {tries}")
+        if asked:
+            found += not_a_multiple(name, attrgetter(name)(recipe), of, attrgetter(of)(recipe))
     if adapt:
-        found += _model_rules(recipe)
+        layers = {} if recipe.sidenet.memory_layers != "auto" else {"memory_layers": None}
+        try:
+            recipe.config_class(**recipe.model_settings | layers)
+        except ConfigError as error:
+            found += [f"sidenet.{problem}" for problem in error.problems]
     if optim.schedule == "wsd" and optim.warmup + optim.decay_fraction > 1:
         found.append(f"optim.warmup ({optim.warmup}) and optim.decay_fraction ({optim.decay_fraction}) exceed the run")
     return found
-
-
-def _model_rules(recipe: Any) -> list[str]:
-    """Rules of the model's own config, for what it gets from [sidenet]."""
-    side, longmem = recipe.sidenet, recipe.method == "longmem"
-    names = (
-        "fusion",
-        "chunk_size",
-        "num_retrieved",
-        "memory_size",
-        *(("stride", "init", "trained") if longmem else ()),
-    )
-    settings = {name: getattr(side, name) for name in names}
-    settings["memory_layers"] = None if side.memory_layers == "auto" else side.memory_layers
-    try:
-        (LongMemConfig if longmem else MemTRMConfig)(**settings)
-    except ConfigError as error:
-        return [f"sidenet.{problem}" for problem in error.problems]
-    return []
 
 
 def _named(recipe: Any, condition: str) -> str | None:
@@ -100,16 +79,14 @@ def _named(recipe: Any, condition: str) -> str | None:
 def override(settings: dict[str, Any], text: str) -> str | None:
     """Set one value; returns the problem if it cannot be."""
     name, equals, value = text.partition("=")
-    *tables, key = name.strip().split(".")
+    section, _, key = name.strip().rpartition(".")
     if not equals or not key:
         return f"--set {text} is not section.name=value; write e.g. --set optim.lr=1e-3"
-    table = settings
-    for part in tables:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            return f"--set {text}: {part} is a value, not a section"
-    for other in {"memory_layer": ["memory_layers"], "memory_layers": ["memory_layer"]}.get(key, ()):
-        table.pop(other, None)  # two names of one setting
+    table = settings.setdefault(section, {}) if section else settings
+    if not isinstance(table, dict):
+        return f"--set {text}: {section} is a value, not a section"
+    other = {"memory_layer": "memory_layers", "memory_layers": "memory_layer"}.get(key, "")
+    table.pop(other, None)  # two names of one setting
     try:
         table[key] = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

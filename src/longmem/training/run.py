@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 import signal
 import time
@@ -30,7 +29,6 @@ from longmem.progress import Progress, clock
 from longmem.training.adapt import LongMemTrainer
 from longmem.training.models import build_model, build_optimiser, half_or_single, lr_share, named_dtype, runs_bf16
 from longmem.training.needles import NeedleStream
-from longmem.training.pretrain import Pretrainer
 from longmem.training.recipe import Recipe
 from longmem.training.trainer import StreamTrainer, list_checkpoints, refuse_launch
 
@@ -112,20 +110,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
 
 
 def build_trainer(recipe: Recipe, state: PartialState, *, quiet: bool = False) -> Any:
-    """The trainer of a recipe, with the recipe's optimiser and schedule."""
-    trainer, optim = _trainer(recipe, state, quiet), recipe.optim
-
-    def share(step: int) -> float:
-        """Of the rate, in the middle of a step's slice of the run, so that no step has rate 0."""
-        return lr_share(optim, _time_used(trainer, recipe) if optim.by_time else (step + 0.5) / trainer.args.max_steps)
-
-    trainer.optimizer = build_optimiser(trainer.trained(), optim)
-    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, share)
-    return trainer
-
-
-def _trainer(recipe: Recipe, state: PartialState, quiet: bool) -> Any:
-    """Tokenizer, token cache, model and trainer of a recipe; the main process makes what others then read."""
+    """The trainer of a recipe, with all that it needs; the main process makes what the others then read."""
     data, optim, side, backbone = recipe.data, recipe.optim, recipe.sidenet, recipe.backbone
     with state.main_process_first():
         tokenizer = _tokenizer(recipe, state.is_main_process)
@@ -139,17 +124,15 @@ def _trainer(recipe: Recipe, state: PartialState, quiet: bool) -> Any:
         )
     model: Any = build_model(recipe, tokenizer, state.device, texts, quiet=quiet)
     check_tokenizer(tokenizer, model, way_out="leave data.tokenizer out, or name the backbone's")
-    args = _arguments(recipe, state)
     now = recipe.model_dump(mode="json", exclude={"data": {"cache_dir"}})
     same = {f"{section}.{name}": value for section in SAME_TO_RESUME for name, value in now[section].items()}
     common: dict[str, Any] = {
+        "args": _arguments(recipe, state),
         "same": same | {"task": recipe.task, "method": recipe.method},
-        "tokenizer": tokenizer,
-        "divided": optim.parallel == "fsdp" and state.num_processes > 1,
-        # what is quantised or spread has been put in its place
-        "placed": backbone.quantised is not None or backbone.device_map is not None,
+        "eval_dataset": valid,
         "eval_tokens": recipe.eval.tokens,
-        "quiet": quiet or not state.is_main_process,
+        "processing_class": tokenizer,
+        "quiet": quiet,
     }
     if recipe.task == "pretrain":
         sampler = WindowSampler(
@@ -157,26 +140,26 @@ def _trainer(recipe: Recipe, state: PartialState, quiet: bool) -> Any:
             repeat_random=data.repeat_random, rank=state.process_index, world=state.num_processes,
             special_ids=3 if data.tokenizer is None else 0, vocab_size=len(tokenizer),
         )  # fmt: skip
-        return Pretrainer(model, args, sampler=sampler, valid=valid, **common)
-    memory_dtype = named_dtype(side.memory_dtype) or half_or_single(recipe, state.device)
-    if recipe.needles.kinds:
-        common["stream"] = NeedleStream(
-            model, texts, tokenizer, recipe.needles, window=data.window, memory_dtype=memory_dtype,
-            seed=recipe.run.seed, rank=state.process_index, quiet=common["quiet"],
+        trainer = StreamTrainer(model, stream=sampler, **common)
+    else:
+        memory_dtype = named_dtype(side.memory_dtype) or half_or_single(recipe, state.device)
+        if recipe.needles.kinds:
+            common["stream"] = NeedleStream(
+                model, texts, tokenizer, recipe.needles, window=data.window, memory_dtype=memory_dtype,
+                seed=recipe.run.seed, rank=state.process_index, quiet=quiet or not state.is_main_process,
+            )  # fmt: skip
+        trainer = LongMemTrainer(
+            model, train_dataset=texts, window=data.window, memory=side.memory, memory_size=side.memory_size,
+            memory_dtype=memory_dtype, boundary=side.boundary, piece_tokens=data.piece_tokens, **common,
         )  # fmt: skip
-    return LongMemTrainer(
-        model,
-        args,
-        train_dataset=texts,
-        eval_dataset=valid,
-        window=data.window,
-        memory=side.memory,
-        memory_size=side.memory_size,
-        memory_dtype=memory_dtype,
-        boundary=side.boundary,
-        piece_tokens=data.piece_tokens,
-        **common,
+    steps = trainer.args.max_steps
+    trainer.optimizer = build_optimiser(trainer.trained(), optim)
+    # in the middle of a step's slice of the run, so that no step has rate 0
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+        trainer.optimizer,
+        lambda step: lr_share(optim, _time_used(trainer, recipe) if steps == ENDLESS else (step + 0.5) / steps),
     )
+    return trainer
 
 
 def _time_used(trainer: StreamTrainer, recipe: Recipe) -> float:
@@ -195,8 +178,6 @@ def _arguments(recipe: Recipe, state: PartialState) -> TrainingArguments:
     """What Trainer is told."""
     optim, evaluation, saving = recipe.optim, recipe.eval, recipe.checkpoint
     steps = optim.steps or (-(-optim.tokens // _tokens_per_step(recipe, state)) if optim.tokens else ENDLESS)
-    if recipe.log.tensorboard:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.out_dir / "tensorboard")
     return TrainingArguments(
         str(recipe.out_dir / "checkpoints"),
         max_steps=steps,
@@ -217,7 +198,7 @@ def _arguments(recipe: Recipe, state: PartialState) -> TrainingArguments:
         metric_for_best_model="loss" if evaluation.best or evaluation.patience else None,
         greater_is_better=False,
         log_level="warning",
-        report_to=["tensorboard"] if recipe.log.tensorboard else [],
+        report_to=[],
         use_cpu=state.device.type == "cpu",
         disable_tqdm=True,
     )

@@ -1,7 +1,8 @@
 """``StreamTrainer``: transformers.Trainer whose batches come one after the other, from a place that is saved.
 
 Trainer's own are the loop, optimiser, accumulation, precision, DDP, callbacks, logging and the choice of the best
-model. Changed are the order of the data, FSDP2 layer by layer, and checkpoints.
+model. Changed are the order of the data, FSDP2 layer by layer, and checkpoints. As it is, the trainer pre-trains a
+causal language model; ``LongMemTrainer`` adds memory.
 
 A folder is a checkpoint once ``complete.json`` is in it, which is written when all other bytes are on the disk: a crash
 leaves the checkpoint before or the one after.
@@ -12,15 +13,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
+import numpy as np
 import torch
 from accelerate.utils import reduce
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -32,10 +35,13 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from longmem.data.stream import IGNORE
+from longmem.data.stream import IGNORE, WindowBatch
+from longmem.data.tokens import TokenCorpus
 from longmem.errors import CheckpointError, ConfigError, first_line
 from longmem.files import to_disk, whole
-from longmem.training.models import shard, undivided
+from longmem.memory import MemoryBank
+from longmem.progress import Progress
+from longmem.training.models import undivided
 
 COMPLETE = "complete.json"
 NOT_DIVIDED = "cannot divide a model with a backbone in it; leave it out, and set optim.parallel = 'fsdp' of a recipe"
@@ -73,16 +79,17 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class StreamTrainer(Trainer):
-    """See the module. A subclass gives ``compute_loss`` and ``evaluate``.
+    """See the module.
 
     Args:
-        model: whose parameters with ``requires_grad`` are trained.
+        model: whose parameters with ``requires_grad`` are trained; ``shard`` may have divided it.
         args: as ever; ``max_steps`` must be set.
-        stream: gives the batches: ``next``, ``epoch``, ``state_dict``, ``load_state_dict``.
+        stream: gives the batches: ``next``, ``window``, ``epoch``, ``state_dict``, ``load_state_dict``.
         same: what a checkpoint must agree with to be resumed from, by name.
-        tokenizer: saved with the model.
-        divided: FSDP2, see ``shard``.
-        placed: the model's parts are where they belong.
+        eval_dataset: text for evaluations.
+        eval_tokens: of each evaluation; None reads all of the text.
+        processing_class: the tokenizer, saved with the model.
+        quiet: no progress on stderr.
         **trainer: further arguments of ``Trainer``.
 
     Raises:
@@ -95,6 +102,8 @@ class StreamTrainer(Trainer):
     lr_scheduler: Any
     seconds = 0.0
     """Wall time of a run, over all its resumed parts; whoever runs it counts them."""
+    bank: MemoryBank | None = None
+    """What rows have read before, where there is a memory."""
 
     def __init__(
         self,
@@ -102,10 +111,11 @@ class StreamTrainer(Trainer):
         args: TrainingArguments,
         *,
         stream: Any,
-        same: Mapping[str, Any] | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        divided: bool = False,
-        placed: bool = False,
+        same: Mapping[str, Any],
+        eval_dataset: TokenCorpus | None = None,
+        eval_tokens: int | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        quiet: bool = False,
         **trainer: Any,
     ) -> None:
         refuse_launch()
@@ -113,19 +123,18 @@ class StreamTrainer(Trainer):
         # the place in the text is ours to restore, and so is what happens between processes
         args.ignore_data_skip, args.use_cache, args.logging_nan_inf_filter = True, True, False
         args.ddp_find_unused_parameters = args.ddp_broadcast_buffers = False
-        if divided:
-            shard(model, torch.bfloat16 if args.bf16 else None)
-        self._placed = divided or placed
         # without a dataset Trainer takes evaluation for a mistake, but an empty one will do
-        super().__init__(model=model, args=args, **{"eval_dataset": [], **trainer})
+        super().__init__(model=model, args=args, eval_dataset=eval_dataset or [], **trainer)
         # says that the model has its place and reduces its gradients itself
-        self.is_distributed_loading_by_transformers = divided
-        self.stream, self.tokenizer, self.divided = stream, tokenizer, divided
-        self.same = {"processes": args.world_size, "rows": args.per_device_train_batch_size, **(same or {})}
-        self.scores, self.practice = Scores(), Scores()
+        self.is_distributed_loading_by_transformers = isinstance(model, FSDPModule)
+        # not given to Trainer, which would change the model's settings to the tokenizer's
+        self.stream, self.tokenizer, self.quiet = stream, processing_class, quiet or args.process_index > 0
+        self.same = {"processes": args.world_size, "rows": args.per_device_train_batch_size, **same}
+        self.scores, self.practice, self.eval_tokens = Scores(), Scores(), eval_tokens
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if not self._placed:
+        # what is divided, spread or quantised has been put in its place
+        if not isinstance(model, FSDPModule) and getattr(model, "hf_device_map", None) is None:
             super()._move_model_to_device(model, device)
 
     # batches, in order
@@ -143,14 +152,30 @@ class StreamTrainer(Trainer):
 
     # a step
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward over one batch; ``after_backward`` may write memory."""
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self.after_backward(inputs)
-        return loss
+    def read(self, model: nn.Module, batch: Any, memory: Any = None) -> tuple[Any, Tensor]:
+        """The model's output over a batch, and its targets (B, T)."""
+        ids, targets = (part.to(self.args.device, non_blocking=True) for part in (batch.ids, batch.targets))
+        mask, given = getattr(batch, "mask", None), {} if memory is None else {"memory": memory}
+        mask = None if mask is None else mask.to(self.args.device, non_blocking=True)
+        return model(input_ids=ids, attention_mask=mask, use_cache=False, **given), targets
 
-    def after_backward(self, batch: Any) -> None:
-        """Nothing."""
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean cross entropy, in nats, over the targets of all processes."""
+        # questions about hidden facts bring a memory of their own
+        out, targets = self.read(model, inputs, getattr(inputs, "memory", self.bank))
+        losses, counted = token_losses(out.logits, targets), targets != IGNORE
+        practice = torch.zeros_like(counted)
+        if isinstance(inputs, WindowBatch):
+            practice |= inputs.practice.to(self.args.device)[:, None]
+        self.scores.add(losses, counted & ~practice)
+        self.practice.add(losses, counted & practice)
+        count = counted.sum()
+        if self.args.world_size > 1:  # DDP takes the mean of the processes' gradients
+            count = reduce(count, reduction="sum") / self.args.world_size
+        loss = losses.sum() / count.clamp(min=1)
+        return (loss, out) if return_outputs else loss
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: it would walk over all modules in every step."""
@@ -186,6 +211,39 @@ class StreamTrainer(Trainer):
     def status(self) -> dict[str, Any]:
         """Further numbers of a log record."""
         return {}
+
+    # evaluation
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Loss over windows spread evenly over the validation text, each read on its own."""
+        corpus = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not corpus:
+            return {}
+        window = self.stream.window
+        fits = max(1, (corpus.num_tokens - 1) // window)
+        wanted = min(fits, max(1, (self.eval_tokens or corpus.num_tokens) // window))
+        starts = np.unique(np.linspace(0, fits - 1, wanted).astype(np.int64)) * window
+        rows = self.args.per_device_eval_batch_size
+        batches = (_windows(corpus, some, window) for some in np.split(starts, range(rows, len(starts), rows)))
+        loss = self.mean_loss(self.accelerator.unwrap_model(self.model), batches, "validating", len(starts) * window)
+        return self.told({f"{metric_key_prefix}_loss": loss})
+
+    @torch.no_grad()
+    def mean_loss(
+        self, model: Any, batches: Iterable[Any], what: str, tokens: int, memory: MemoryBank | None = None
+    ) -> float:
+        """Mean loss in nats over batches, of all processes; ``memory`` remembers each batch once it is read."""
+        model.eval()
+        scores = Scores()
+        with Progress(what, tokens, "tokens", quiet=self.quiet) as progress:
+            for batch in batches:
+                with self.accelerator.autocast():
+                    out, targets = self.read(model, batch, memory)
+                scores.add(token_losses(out.logits, targets), targets != IGNORE)
+                if memory is not None:
+                    memory.add(out.kv, documents=batch.documents, offsets=batch.offsets)
+                progress.advance(targets.numel())
+        return scores.gather(self.args.device).mean
 
     def told(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Metrics of an evaluation, after everyone who listens has heard them."""
@@ -254,8 +312,8 @@ class StreamTrainer(Trainer):
         if main:
             folder.mkdir(parents=True, exist_ok=True)
             model.save_pretrained(folder, state_dict={name: weights[id(weight)] for name, weight in named})
-            if (tokenizer := self.tokenizer or self.processing_class) is not None:
-                tokenizer.save_pretrained(str(folder))
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(str(folder))
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -263,7 +321,7 @@ class StreamTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.divided:
+        if self.is_distributed_loading_by_transformers:
             state = get_optimizer_state_dict(self.model, self.optimizer, options=_FULL)
             if self.args.should_save:
                 torch.save(state, Path(output_dir) / "optimizer.pt")
@@ -271,7 +329,7 @@ class StreamTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        if self.divided:
+        if self.is_distributed_loading_by_transformers:
             state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
             set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=_FULL)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
@@ -313,6 +371,12 @@ class StreamTrainer(Trainer):
 
     def _own_file(self) -> str:
         return f"rank-{self.args.process_index}-of-{self.args.world_size}.pt"
+
+
+def _windows(corpus: TokenCorpus, starts: NDArray[np.int64], window: int) -> WindowBatch:
+    """The windows (B, T) of a text that begin at these tokens."""
+    tokens = torch.from_numpy(np.stack([corpus.ids[at : at + window + 1].astype(np.int64) for at in starts]))
+    return WindowBatch(tokens[:, :-1], tokens[:, 1:], torch.zeros(len(starts), dtype=torch.bool))
 
 
 @dataclass
