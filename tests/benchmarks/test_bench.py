@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.measure import interleaved, peak_bytes
+from benchmarks.measure import peak_bytes
 from benchmarks.released import ReleasedMemory, ReleasedStep
 from benchmarks.training import main as collect
 from tests.parity.released import ReleasedBank
@@ -35,12 +35,7 @@ def test_the_released_way_and_ours_compute_the_same_logits_through_evictions() -
         assert theirs.fill == int(bank.chunks[0])
 
 
-def test_runs_are_taken_in_turn_and_a_peak_counts_what_is_held_at_a_time() -> None:
-    order: list[str] = []
-    taken = interleaved({name: (lambda name=name: order.append(name)) for name in "ab"}, repeats=2, warmup=1)
-    assert order == ["a", "b"] * 3
-    assert [len(rounds) for rounds in taken.values()] == [2, 2]
-
+def test_a_peak_counts_what_is_held_at_a_time() -> None:
     def twice_a_mebibyte_in_turn() -> None:
         for _ in range(2):
             torch.zeros(1 << 18)

@@ -21,8 +21,14 @@ def model() -> LongMem:
     return load(SMALL)
 
 
-def test_every_system_is_measured_at_every_context_and_compared_with_longmem() -> None:
-    result = efficiency(SMALL)
+def test_every_system_is_measured_at_every_context_and_compared_with_longmem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = ",".join(f"{name}={value}" for name, value in SHAPE.items())
+    options = ["--contexts", "16,33", "--window", "16", "--new-tokens", "3", "--repeats", "2", "--no-memory"]
+    main(["--random", shape, *options, "--out", str(tmp_path)])
+    assert "each new token" in capsys.readouterr().out
+    result = json.loads((tmp_path / "efficiency.json").read_text())
     assert [(point["context"], point["system"]) for point in result["points"]] == [
         (context, system) for context in (16, 32) for system in (LONGMEM, FULL, WINDOWED)
     ]
@@ -31,10 +37,18 @@ def test_every_system_is_measured_at_every_context_and_compared_with_longmem() -
     assert [(one["context"], one["system"]) for one in result["ratios"]] == [
         (context, system) for context in (16, 32) for system in (FULL, WINDOWED)
     ]
+
+
+def test_what_takes_too_long_is_left_out_and_what_is_wrong_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     slow = efficiency(Settings(shape=SHAPE, contexts=(16, 4096), window=16, new_tokens=2, budget=1e-6, memory=False))
     assert {point["first_token"]["rounds"] for point in slow["points"]} == {1}, "the budget ends after one round"
     assert [one["system"] for one in slow["left_out"]] == [LONGMEM, FULL, WINDOWED]
     assert "more than --budget allows" in slow["left_out"][0]["reason"]
+    with pytest.raises(SystemExit):
+        main(["--random", "depth=3"])
+    assert "depth: shapes are NAME=NUMBER" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="name one model"):
+        load(Settings())
 
 
 @torch.no_grad()
@@ -54,17 +68,3 @@ def test_peak_memory_is_that_of_a_process_of_its_own(model: LongMem) -> None:
     assert 0 <= found["beyond"] < found["total"]
     failed = peak(model, FULL, 64, Settings(model="nowhere/at/all"))
     assert isinstance(failed, str) and "nowhere/at/all" in failed
-
-
-def test_from_a_shape_to_json_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shape = ",".join(f"{name}={value}" for name, value in SHAPE.items())
-    options = ["--contexts", "16,32", "--window", "16", "--new-tokens", "2", "--repeats", "1", "--no-memory"]
-    main(["--random", shape, *options, "--out", str(tmp_path)])
-    assert "each new token" in capsys.readouterr().out
-    result = json.loads((tmp_path / "efficiency.json").read_text())
-    assert result["header"]["config"]["shape"]["hidden"] == 32 and len(result["points"]) == 6
-    with pytest.raises(SystemExit):
-        main(["--random", "depth=3"])
-    assert "depth: shapes are NAME=NUMBER" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="name one model"):
-        load(Settings())

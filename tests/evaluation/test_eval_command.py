@@ -122,3 +122,13 @@ def test_what_is_wrong_is_told_in_one_line(
     monkeypatch.chdir(home)
     data = [] if "--data" in options else ["--data", "texts"]
     assert says in command("eval", "perplexity", *options.split(), *data).error
+
+
+def test_systems_without_the_backbone_have_tables_and_pictures_too(
+    home: Path, command: Command, tmp_path: Path
+) -> None:
+    given = ["--model", home / "side", "--systems", "memory_1,memory_off", "--memory-sizes", "16", "--resamples", 20]
+    given += ["--data", home / "texts", "--group-by-prefix", "__", "--protocol", "sliding", "--out", tmp_path]
+    shown = " ".join(command("eval", "perplexity", *given).out.split())
+    assert "By group (documents)" in shown and "LongMem, 16 tokens, against SideNet, memory off" in shown
+    assert (tmp_path / "perplexity-by-position.png").exists()

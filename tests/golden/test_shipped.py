@@ -6,11 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.golden.making import HERE
+
+from longmem.data.text import Document
+from longmem.evaluation.documents import tokenize_documents
+from longmem.evaluation.perplexity import PerplexitySettings, perplexity
+from longmem.evaluation.results import Bootstrap
+from longmem.evaluation.systems import load_systems
 
 MODELS = HERE.parents[1] / "models" / "small"
 PERPLEXITY = "--model {models}/sidenet --control {models}/control --memory-sizes 1k,4k --max-tokens 5120 \
@@ -40,6 +47,38 @@ def evaluate(task: str, options: str, shared: Path, out: Path, text: str = "book
     assert done.returncode == 0, done.stderr[-2000:]
     result: dict[str, Any] = json.loads((out / f"{task}.json").read_text(encoding="utf-8"))
     return result
+
+
+def test_every_system_over_the_shipped_backbone_scores_as_before(made_text: Callable[..., str]) -> None:
+    systems = load_systems(
+        str(MODELS / "sidenet"),
+        control=str(MODELS / "control"),
+        memtrm=f"{MODELS}-memtrm",
+        training_free=["0.4"],
+        memory_sizes=[64, 256],
+        window=128,
+        rows=2,
+    )
+    made = zip(("one__a.txt", "one__b.txt", "two__a.txt"), ((250, 1), (120, 2), (180, 3)), strict=True)
+    texts = [Document(name, made_text(*size), "") for name, size in made]
+    documents = tokenize_documents(texts, systems[0].tokenizer, group_separator="__")
+    found = perplexity(systems, documents, PerplexitySettings(bootstrap=Bootstrap(resamples=20)))
+    frozen = json.loads((HERE / "small-every-system.json").read_text(encoding="utf-8"))
+    for document, expected in zip(found["documents"], frozen["documents"], strict=True):
+        for name in ("id", "tokens", "words", "bytes", "digest"):
+            assert document[name] == expected[name]
+        for protocol, nll in expected["nll"].items():
+            assert document["nll"][protocol] == pytest.approx(nll, rel=1e-6)
+    for protocol, numbers in frozen["protocols"].items():
+        scores = found["protocols"][protocol]["all"]
+        for name in ("perplexity", "bits_per_byte"):
+            assert {s["system"]: s[name] for s in scores["systems"]} == pytest.approx(numbers[name], rel=1e-6)
+        for (system, against, percent), d in zip(numbers["percent"], scores["differences"], strict=True):
+            assert (d["system"], d["against"]) == (system, against)
+            assert d["percent"] == pytest.approx(percent, rel=1e-6, abs=1e-6)
+        for (low, tokens, value), part in zip(numbers["by_position"], scores["by_position"], strict=True):
+            assert (part["low"], part["tokens"]) == (low, tokens)
+            assert part["perplexity"]["memory_256"] == pytest.approx(value, rel=1e-6)
 
 
 @pytest.mark.slow

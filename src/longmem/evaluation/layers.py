@@ -354,16 +354,13 @@ def _ranks(queries: Tensor, keys: Tensor, chunk_size: int) -> tuple[Tensor, Tens
 
     Equal scores share their mean rank. A last, short chunk is left out, and so are the queries that look for it.
     """
-    heads, length, _ = queries.shape
-    whole = length // chunk_size * chunk_size
-    group = heads // keys.shape[0]
-    following = torch.arange(1, length, device=keys.device)
+    length = keys.shape[1]
+    whole, following = length // chunk_size * chunk_size, torch.arange(1, length, device=keys.device)
+    keys = keys.float().repeat_interleave(len(queries) // len(keys), dim=0)
     by_token, by_chunk = [], []
-    for head in range(heads):
-        own = keys[head // group].float()
-        chunks = own[:whole].view(-1, chunk_size, own.shape[1]).mean(dim=1)
-        asked = queries[head, :-1].float()
-        by_token.append(_rank(asked @ own.T, following))
+    for asked, own in zip(queries.float(), keys, strict=True):  # all scores (H, n, n) at once can be too many
+        chunks = own[:whole].unflatten(0, (-1, chunk_size)).mean(dim=1)
+        by_token.append(_rank(asked[:-1] @ own.T, following))
         by_chunk.append(_rank(asked[: whole - 1] @ chunks.T, following[: whole - 1] // chunk_size))
     return torch.stack(by_token).cpu(), torch.stack(by_chunk).cpu()
 

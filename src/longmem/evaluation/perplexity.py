@@ -16,9 +16,9 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -363,30 +363,27 @@ def _counts(documents: Sequence[TokenizedDocument]) -> dict[str, int]:
 
 def _positions(documents: Sequence[TokenizedDocument], table: Records) -> list[Json]:
     """Of every position bin that any document reaches."""
-    counts = _stacked([np.bincount(position_bins(document.scored)) for document in documents])
-    sums = {name: _stacked([record["positions"] for record in records]).sum(0) for name, records in table.items()}
+    tokens = [np.bincount(position_bins(document.scored)) for document in documents]
+    sums = {name: _summed([record["positions"] for record in records]) for name, records in table.items()}
     baseline = next(iter(sums.values()))
     return [
         {
             "low": bin_edges(index)[0],
             "high": bin_edges(index)[1],
-            "documents": int((counts[:, index] > 0).sum()),
-            "tokens": int(tokens),
-            "perplexity": {name: _exp(values[index] / tokens) for name, values in sums.items()},
+            "documents": sum(len(each) > index for each in tokens),
+            "tokens": int(count),
+            "perplexity": {name: _exp(values[index] / count) for name, values in sums.items()},
             "percent": {
-                name: float(percent((values[index] - baseline[index]) / tokens)) for name, values in sums.items()
+                name: float(percent((values[index] - baseline[index]) / count)) for name, values in sums.items()
             },
         }
-        for index, tokens in enumerate(counts.sum(0))
+        for index, count in enumerate(_summed(tokens))
     ]
 
 
-def _stacked(rows: Sequence[Sequence[float] | NDArray[Any]]) -> Floats:
-    """Rows of several lengths as one array, zeros behind the short ones."""
-    found = np.zeros((len(rows), max(map(len, rows))))
-    for at, row in enumerate(rows):
-        found[at, : len(row)] = row
-    return found
+def _summed(rows: Iterable[Iterable[float]]) -> list[float]:
+    """The sum of every column; some rows are shorter."""
+    return [sum(column) for column in zip_longest(*rows, fillvalue=0)]
 
 
 def block_bins(scored: int, block: int) -> NDArray[np.int64]:

@@ -254,7 +254,7 @@ def pictures_of(result: Json, name: str = "") -> Iterator[Picture]:
     if kind == "perplexity":
         alt = "perplexity by position in the document"
         yield Picture(f"{name}perplexity-by-position", alt, position_figure(result))
-        if any(map(sized, result["systems"])):
+        if BACKBONE in result["systems"] and any(map(sized, result["systems"])):
             yield Picture(f"{name}perplexity-by-memory-size", "perplexity by memory size", memory_figure(result))
     elif kind == "layers":
         yield Picture(f"{name}layers", "what the heads of each layer find", layers_figure(result))
@@ -288,7 +288,8 @@ def position_figure(result: Json) -> Figure:
             tokens_axis(axes[row][column], "position in the document (tokens)", [one["high"] for one in bins])
         axes[0][column].set_title(protocol_title(scores))
     axes[0][0].set_ylabel("perplexity per token")
-    axes[1][0].set_ylabel("% against the backbone")
+    first = next(iter(systems))
+    axes[1][0].set_ylabel("% against the backbone" if first == BACKBONE else f"% against {systems[first]}")
     return legend(figure)
 
 

@@ -139,15 +139,14 @@ def caveat(documents: int, projects: int) -> str:
 
 
 def _parts_table(systems: Json, scores: Json, field: str, what: str) -> Table:
-    """The backbone's perplexity in each group or bucket of lengths, and % against it."""
-    parts = scores[field]
-    base = [each["perplexity"] for part in parts for each in part["systems"] if each["system"] == BACKBONE]
-    rows = [[systems[BACKBONE], *(f"{perplexity:.3f}" for perplexity in base)]]
-    rows += [
-        [f"{label}, %", *(gap(difference(part, name, BACKBONE)) for part in parts)]
-        for name, label in systems.items()
-        if name != BACKBONE
-    ]
+    """The backbone's perplexity in each group or bucket of lengths, and % against it; without it every perplexity."""
+    parts, rows = scores[field], []
+    for name, label in systems.items():
+        if name == BACKBONE or BACKBONE not in systems:
+            found = [each["perplexity"] for part in parts for each in part["systems"] if each["system"] == name]
+            rows.append([label, *(f"{perplexity:.3f}" for perplexity in found)])
+        else:
+            rows.append([f"{label}, %", *(gap(difference(part, name, BACKBONE)) for part in parts)])
     heads = ["system", *(f"{part['name']} ({part['documents']})" for part in parts)]
     return Table(heads, rows, f"By {what} (documents): {protocol_title(scores)}.")
 

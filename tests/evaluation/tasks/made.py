@@ -25,14 +25,14 @@ ASKED = {
     "squad": ["--train", "train.json", "--data", "dev.json", "--local-shots", "1", "--memory-shots", "0,4", "--seeds",
               "2", "--limit", "12", "--max-answer-tokens", "6"],
     "needle": ["--data", "text.txt", "--kinds", "passkey,multi", "--lengths", "1k,2k", "--depths", "3", "--trials",
-               "4"],
+               "2"],
     "dialogue": ["--data", "locomo.json", "--new-tokens", "6", "--full-context", "384"],
     "facts": ["--data", "text.txt", "--between", "64,512", "--sessions", "2", "--facts", "5", "--recall", "2",
               "--new-tokens", "8"],
-    "babi": ["--data", "babi", "--text", "text.txt", "--tasks", "1,2", "--lengths", "512,1k", "--trials", "5",
+    "babi": ["--data", "babi", "--text", "text.txt", "--tasks", "1,2", "--lengths", "512,1k", "--trials", "2",
              "--recall", "1"],
 }  # fmt: skip
-"""Arguments of ``longmem eval TASK`` beside the systems; about 50 examples of each."""
+"""Arguments of ``longmem eval TASK`` beside the systems; some tens of examples of each."""
 
 
 def disturb(model: torch.nn.Module, seed: str, spread: float, names: Callable[[str], bool] = lambda name: True) -> None:
