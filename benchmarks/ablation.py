@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from longmem import LongMem, MemoryBank
 from longmem.data.text import TextSource, read_documents
+from longmem.data.tokens import TokenizedDocument, tokenize_documents
 from longmem.errors import CheckpointError, ConfigError
 from longmem.evaluation.asking import Asker
-from longmem.evaluation.documents import TokenizedDocument, tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings, measure, scores
 from longmem.evaluation.results import Bootstrap, Ledger, as_json, header, write_json
 from longmem.evaluation.systems import BACKBONE, MEMORY_OFF, load_systems, systems_of

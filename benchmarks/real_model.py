@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from longmem.evaluation.documents import PROJECT_SEPARATOR
+from longmem.data.tokens import PROJECT_SEPARATOR
 from longmem.evaluation.results import Bootstrap, percent
 
 SETS = ("books", "latex", "python")
@@ -258,8 +258,7 @@ def retrieved(arguments: list[str], folder: Path) -> None:
     import torch
 
     from longmem.data.text import TextSource, read_documents
-    from longmem.data.tokens import load_tokenizer
-    from longmem.evaluation.documents import tokenize_documents
+    from longmem.data.tokens import load_tokenizer, tokenize_documents
     from longmem.evaluation.results import write_json
     from longmem.modeling.loading import load_backbone
     from longmem.store.recall import PlainTexts, Recall

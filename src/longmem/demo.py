@@ -14,8 +14,8 @@ import torch
 from longmem.chat import keep, reply
 from longmem.data.facts import told_session
 from longmem.data.text import Document, numbered, package_text, read_documents
+from longmem.data.tokens import tokenize_documents
 from longmem.errors import BackboneError, DataError
-from longmem.evaluation.documents import tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.results import write_json
 from longmem.evaluation.systems import load_systems

@@ -14,7 +14,7 @@ from tests.evaluation.pairs import HOW, TEXT, TOKENIZER, backbone, disturbed, do
 from tests.evaluation.pairs import SETTINGS as BOTH
 
 from longmem import CheckpointError, ConfigError, LongMem
-from longmem.evaluation.documents import TokenizedDocument
+from longmem.data.tokens import TokenizedDocument
 from longmem.evaluation.perplexity import perplexity
 
 SETTINGS = replace(BOTH, protocols=("sliding",))

@@ -9,9 +9,8 @@ import torch
 
 from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemoryBank, MemTRM, TrainingFree
 from longmem.data.text import Document
-from longmem.data.tokens import train_tokenizer
+from longmem.data.tokens import TokenizedDocument, tokenize_documents, train_tokenizer
 from longmem.evaluation.asking import Asker
-from longmem.evaluation.documents import TokenizedDocument, tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings
 from longmem.evaluation.results import Bootstrap
 from longmem.evaluation.systems import systems_of

@@ -16,7 +16,7 @@ from longmem.evaluation.asking import Asker
 from longmem.evaluation.report import build_report
 from longmem.evaluation.results import write_json
 from longmem.evaluation.systems import chosen, largest
-from longmem.evaluation.tables import Table, caveat, paper, plain
+from longmem.evaluation.tables import Table, caveat, plain
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ("small-books/perplexity", "chapterbreak/chapterbreak", "needle-books/needle", "layers-small-python/layers",
@@ -135,12 +135,3 @@ def test_the_papers_tables_are_beside_results_of_the_same_kind(results: Path) ->
     text = build_report([results]).text
     assert "| LongMem | 21.29 (-6.5 %) | 23.01 (-5.7 %) |" in text and "GPT-3, window of 2k" in text
     assert "SQuAD" not in text
-    tables = paper()
-    for table in (tables["books"], tables["latex"]):
-        base, *others = [[float(cell.split()[0]) for cell in row[1:]] for row in table.rows]
-        for row, values in zip(table.rows[1:], others, strict=True):
-            for cell, value, start in zip(row[1:], values, base, strict=True):
-                assert f"{100 * (value / start - 1):+.1f} %" in cell
-    for row in tables["icl"].rows:
-        *sets, average = [float(cell.split()[0]) for cell in row[1:]]
-        assert sum(sets) / 5 == pytest.approx(average, abs=0.06)

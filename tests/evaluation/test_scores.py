@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from longmem.evaluation.documents import TokenizedDocument
+from longmem.data.tokens import TokenizedDocument
 from longmem.evaluation.perplexity import (
     PerplexitySettings,
     bin_edges,

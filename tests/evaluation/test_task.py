@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from longmem.evaluation.asking import Answer, Asker, Prompt, Scored
-from longmem.evaluation.results import Bootstrap
-from longmem.evaluation.tasks import Example, Metric, Task, group_scores, run_task
+from longmem.evaluation.tasks import Example, Metric, Task, run_task
 
 VALUES = {"backbone": [0.0, 0.0, 100.0, 0.0], "memory_off": [0.0, 100.0, 0.0, 0.0], "memory_8": [100.0] * 4}
 
@@ -68,12 +67,6 @@ def test_means_and_paired_differences_of_every_group() -> None:
     assert first["backbone"]["interval"] is None  # one unit says nothing of its spread
     assert result["examples"][1]["values"]["memory_off"] == {"accuracy": 100.0}
     assert result["header"]["task"] == "of-four"
-
-
-def test_weights_give_each_part_its_share() -> None:
-    examples, values = OfFour().examples(), [{"backbone": {"accuracy": v}} for v in (0.0, 0.0, 0.0, 100.0)]
-    weighed = group_scores("all", examples, values, OfFour.metrics, Bootstrap(), weights=[1, 1, 1, 3])
-    assert weighed["scores"][0]["value"] == 50
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:

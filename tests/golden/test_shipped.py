@@ -14,7 +14,7 @@ import pytest
 from tests.golden.making import HERE
 
 from longmem.data.text import Document
-from longmem.evaluation.documents import tokenize_documents
+from longmem.data.tokens import tokenize_documents
 from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.results import Bootstrap
 from longmem.evaluation.systems import load_systems

@@ -318,8 +318,8 @@ def perplexity(data: tuple[str, ...], max_tokens: int | None, **given: Any) -> N
     draw projects and then their documents. With --out, an interrupted run goes on where it stopped.
     """
     from longmem.data.text import TextSource, read_documents
+    from longmem.data.tokens import tokenize_documents
     from longmem.evaluation import perplexity as evaluation
-    from longmem.evaluation.documents import tokenize_documents
     from longmem.evaluation.results import Bootstrap
 
     # before the model: wrong paths show at once

@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from longmem.data.tokens import TokenizedDocument
 from longmem.errors import ConfigError
 from longmem.evaluation.asking import Asker
-from longmem.evaluation.documents import TokenizedDocument
 from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, header, percent
 from longmem.evaluation.systems import Forward, compared, shared_forward
 from longmem.progress import Progress
