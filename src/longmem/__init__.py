@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from longmem.modeling.baselines import MemTRM, TrainingFree
     from longmem.modeling.explain import Explanation
     from longmem.modeling.longmem import LongMem
-    from longmem.store.bank import SessionBank, StoreBank
+    from longmem.store.bank import StoreBank
     from longmem.store.recall import Recall
     from longmem.store.store import MemoryStore
     from longmem.types import AttentionKV, RetrievedMemory
@@ -57,7 +57,6 @@ __all__ = [
     "MemoryStore",
     "Recall",
     "RetrievedMemory",
-    "SessionBank",
     "SessionMemory",
     "StoreBank",
     "StoreDamaged",
@@ -77,7 +76,7 @@ _HOMES = {
     "modeling.baselines": ("MemTRM", "TrainingFree"),
     "modeling.explain": ("Explanation",),
     "modeling.longmem": ("LongMem",),
-    "store.bank": ("SessionBank", "StoreBank"),
+    "store.bank": ("StoreBank",),
     "store.recall": ("Recall",),
     "store.store": ("MemoryStore",),
     "types": ("AttentionKV", "RetrievedMemory"),

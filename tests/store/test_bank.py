@@ -276,8 +276,8 @@ def test_refresh_reads_only_what_is_new(store: MemoryStore, monkeypatch: pytest.
     bank = store.bank("alice").load()
     store.forget("alice", name="letter 0")
     bank.search(queries(bank), 1)
-    read, plain = list[int](), held.read_into
     monkeypatch.setattr(held, "AT_ONCE", 3)
+    read, plain = list[int](), held.read_into
     monkeypatch.setattr(held, "read_into", lambda *given: (read.append(len(given[2])), plain(*given))[1])
     store.add_document("alice", ids=ids(9, seed=32), name="new")
     bank.refresh()

@@ -10,9 +10,8 @@ import torch
 from tests.store.banks import found_names, ids, make_model, make_store, queries
 from torch import Tensor
 
-from longmem import LongMem
+from longmem import LongMem, SessionMemory
 from longmem.errors import ConfigError, MemoryBankError, StoreError
-from longmem.store.bank import SessionBank
 from longmem.store.store import MemoryStore
 
 LETTER = ids(21, seed=1)
@@ -30,7 +29,7 @@ def store(tmp_path: Path, model: LongMem) -> Iterator[MemoryStore]:
         yield made
 
 
-def say(session: SessionBank, model: LongMem, tokens: Tensor, **settings: object) -> None:
+def say(session: SessionMemory, model: LongMem, tokens: Tensor, **settings: object) -> None:
     session.add(model.encode(tokens[None]), ids=tokens[None], **settings)
 
 

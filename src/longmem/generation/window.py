@@ -56,8 +56,7 @@ def remember(model: Any, session: SessionMemory, ids: Tensor, *, row: int = 0) -
     """
     known = already_written(session, row, ids)
     written = write(model, cut(session, row, ids, known, len(ids), _segment(model)), THIS_TEXT)
-    session.end_document(torch.tensor([row]))  # closes the last chunk, so that it is found although it is not full
-    session.follow(row, ids)
+    session.bank.end_document(torch.tensor([row]))  # the last chunk is found then, although it is not full
     return written
 
 
@@ -238,9 +237,8 @@ class LocalWindow:
             (session, row), begin = self._places[line], self._starts[line]
             self._starts[line] += count * self.policy.move
             if count and not self._ended[line]:
-                text, end = self._text(input_ids, line), self._starts[line]
-                turns.append(cut(session, row, text, begin, end, self.policy.move))
-                session.follow(row, text[begin:end])
+                text = self._text(input_ids, line)
+                turns.append(cut(session, row, text, begin, self._starts[line], self.policy.move))
         write(self.model, [piece for turn in zip_longest(*turns) for piece in turn if piece is not None], THIS_TEXT)
         return any(counts)
 

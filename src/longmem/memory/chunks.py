@@ -5,6 +5,7 @@ Hkv key/value heads of all remembered layers · n chunks · S tokens per chunk �
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
 from operator import itemgetter
 from typing import Any
@@ -77,15 +78,20 @@ class Slots:
         numbers = torch.arange(self.written[row] - kept, self.written[row], device=self.numbers.device)
         slots = numbers % self.slots
         self.numbers[row][slots] = numbers
-        self.put(row, slots, chunks[-kept:], lengths[-kept:])
-        return slots
-
-    def put(self, row: int, slots: Tensor, chunks: Tensor, lengths: Tensor) -> None:
-        """Write chunks (M, Hkv, 2, S, D) to the slots (M,) of a row."""
-        slots, lengths = slots.to(self.storage.device), lengths.to(self.storage.device)
+        chunks, lengths = chunks[-kept:], lengths[-kept:].to(self.storage.device)
         self.storage[row][slots] = chunks.to(self.storage.dtype)
         self.keys[row][:, slots] = mean_keys(chunks, lengths).transpose(0, 1).to(self.keys.dtype)
         self.lengths[row][slots] = lengths
+        return slots
+
+    def run(self, start: int, stop: int) -> Slots:
+        """Chunks ``start`` to ``stop`` of full rows as slots of their own, of no document, in the same storage."""
+        part, count = copy.copy(self), stop - start
+        part.slots, part.storage, part.keys = count, self.storage[:, start:stop], self.keys[:, :, start:stop]
+        part.lengths = self.lengths[:, start:stop]
+        part.numbers = torch.arange(count, device=self.numbers.device).repeat(len(self.written), 1)
+        part.written, part.runs = [count] * len(self.written), [[(0, None, 0, 0.0)] for _ in self.written]
+        return part
 
     def clear(self, row: int) -> None:
         """Empty a row; its chunk numbers start again at zero."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longmem.errors import MemoryBankError
+from longmem.errors import MemoryBankError, StoreError
 from longmem.memory.bank import MemoryBank
 from longmem.memory.index import rows_of
 from longmem.types import AttentionKV, ChunkOrigin, Memory, RetrievedMemory
@@ -29,6 +29,8 @@ OVERLAY = 1 << 39
 
 class SessionMemory:
     """A bank of its own in front of a memory of any kind: searches find the best of both, writes go to the bank alone.
+
+    Over a bank of a store (``store.bank("alice").session()``) a row can be committed: it becomes a document there.
 
     Args:
         base: the memory that is only read; None is none.
@@ -47,7 +49,9 @@ class SessionMemory:
         if base_rows is None:
             base_rows = rows_under(base, self.rows, "the session", "base_rows")
         self.base_rows = base_rows.cpu()
-        self._followed: list[list[Tensor]] = [[] for _ in range(self.rows)]
+        # token ids of every add to each row; how many of these were of earlier texts; rows that lack some
+        self._ids: list[list[Tensor]] = [[] for _ in range(self.rows)]
+        self._before, self._lacking = [0] * self.rows, set[int]()
 
     @classmethod
     def for_model(
@@ -109,30 +113,78 @@ class SessionMemory:
     ) -> None:
         """Remember keys and values (B, H, T, D) in the session's own bank, see ``MemoryBank.add``.
 
-        ``ids``, the token ids of them, are what a session over a store commits; without one they are not kept.
+        Args:
+            ids: the token ids of them: (B, T) as the model was given them, or one tensor of real tokens for each row
+                written. Without them a row cannot be committed.
         """
+        lanes = rows_of(rows, kv.keys.shape[0], self.rows, "keys")
+        given = None if ids is None else _real(ids, kv)
         self.bank.add(kv, rows=rows, documents=documents, offsets=offsets, time=time)
+        if given is None:
+            self._lacking.update(lanes)
+            return
+        for row, each in zip(lanes, given, strict=True):
+            self._ids[row].append(each)
 
     def end_document(self, rows: Tensor | None = None) -> None:
         """What comes next in these rows (default: all) is another document."""
         self.bank.end_document(rows)
         for row in rows_of(rows, None, self.rows, "rows"):
-            self._followed[row] = []
+            self._before[row] = len(self._ids[row])
 
     def drop(self, rows: Tensor | None = None) -> None:
         """Forget what these rows (default: all) of the session wrote; the base memory is as it was."""
         self.bank.reset(rows)
         for row in rows_of(rows, None, self.rows, "rows"):
-            self._followed[row] = []
+            self._ids[row], self._before[row] = [], 0
+            self._lacking.discard(row)
 
     def followed(self, row: int) -> Tensor:
         """(t,) the beginning of the row's text that is in memory already, so that it is not written twice."""
-        pieces = self._followed[row]
-        return torch.cat(pieces).long() if pieces else torch.zeros(0, dtype=torch.long)
+        return torch.cat([torch.zeros(0, dtype=torch.long), *self._ids[row][self._before[row] :]])
 
-    def follow(self, row: int, ids: Tensor) -> None:
-        """Note that ids (t,) of the row's text have been written."""
-        self._followed[row].append(ids.to("cpu", torch.int32, copy=True))
+    def commit(self, name: str, *, row: int = 0, append: bool = False, **about: Any) -> Any:
+        """Write all that was added to a row as a document of the base's namespace, and empty the row.
+
+        The tokens are encoded again in the store's own segments, so that the document is what it would be had it been
+        added as a whole. The documents underneath are refreshed: what was committed goes on being found, unless their
+        filters leave it out.
+
+        Args:
+            name: of the document.
+            append: to the document of this name, instead of as a new one.
+            about: ``source``, ``metadata``, ``time``, ``expires``, ``replace``, see ``MemoryStore.add_document``.
+
+        Returns:
+            the store's ``Receipt``.
+
+        Raises:
+            StoreError: there is nothing to commit, token ids are missing, or there is no store or it cannot take it;
+                the session is then what it was.
+        """
+        base: Any = self.base
+        if not hasattr(base, "store"):
+            raise StoreError("this session is over no store; make it with store.bank(namespace).session()")
+        ids = self._ids[row]
+        if not ids or row in self._lacking:
+            what = "tokens were added without their ids" if row in self._lacking else "nothing was added"
+            raise StoreError(f"row {row} of the session cannot be committed: {what}; pass ids= to add")
+        write = base.store.append if append else base.store.add_document
+        receipt = write(base.namespace, name=name, ids=torch.cat(ids), **about)
+        self.drop(torch.tensor([row]))
+        base.refresh()
+        return receipt
+
+
+def _real(ids: Sequence[Tensor] | Tensor, kv: AttentionKV) -> list[Tensor]:
+    """The ids (t,) of the real tokens of every row of ``kv``; MemoryBankError where there are more or fewer."""
+    given = [each.detach().flatten().to("cpu", torch.long, copy=True) for each in ids]
+    if isinstance(ids, Tensor) and kv.mask is not None:
+        given = [each[keep.cpu()] for each, keep in zip(given, kv.mask.bool(), strict=True)]
+    counts = [kv.keys.shape[2]] * len(kv.keys) if kv.mask is None else kv.mask.sum(1).tolist()
+    if (lengths := [len(each) for each in given]) != counts:
+        raise MemoryBankError(f"ids of {lengths} tokens must be those of the keys, {counts} real tokens in each row")
+    return given
 
 
 class JoinedMemory:

@@ -1,4 +1,4 @@
-"""``StoreBank``: the documents of a store as a memory that a model searches; ``SessionBank``: a conversation over it.
+"""``StoreBank``: the documents of a store as a memory that a model searches.
 
 B batch rows · T tokens · H query heads · Hkv key/value heads of a layer · D head_dim · S tokens per chunk ·
 R retrieved chunks · M pairs of a chunk and a key/value head
@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time as clock
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -21,12 +20,11 @@ from longmem.errors import ConfigError, MemoryBankError, StoreError
 from longmem.memory.bank import MemoryBank
 from longmem.memory.index import Index, make_indexes, rows_of, search_chunks
 from longmem.memory.session import SessionMemory
-from longmem.store.adding import Receipt
 from longmem.store.catalog import Selection, composed
 from longmem.store.disk import until_found
 from longmem.store.encode import NewDocument
 from longmem.store.held import Held, Loaded, read_held
-from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory
+from longmem.types import ChunkOrigin, RetrievedMemory
 
 
 @dataclass(frozen=True)
@@ -248,9 +246,19 @@ class StoreBank:
         chosen = [(best[chunk], shares[chunk]) for chunk in sorted(shares, key=lambda chunk: -shares[chunk])[:top]]
         return [SearchHit(each.origin, self.passage(each.origin, around), share, each.score) for each, share in chosen]
 
-    def session(self, *, capacity_tokens: int = 65536, rows: int = 1) -> SessionBank:
-        """A memory over this one that takes what a running conversation adds, to be committed or dropped."""
-        return SessionBank(self, capacity_tokens=capacity_tokens, rows=rows)
+    def session(self, *, capacity_tokens: int = 65536, rows: int = 1) -> SessionMemory:
+        """A memory over this one that takes what a running conversation adds, to be committed or dropped.
+
+        Args:
+            capacity_tokens: what each row of the session holds at most; the newest stay. ``commit`` writes all of it.
+            rows: conversations over the same documents.
+
+        Raises:
+            ConfigError: a capacity that is no multiple of the chunk size.
+        """
+        sizes = (capacity_tokens, self.heads_kv, self.head_dim, self.chunk_size)
+        about = {"device": self.device, "fingerprint": self.fingerprint, "memory_layers": self.memory_layers}
+        return SessionMemory(self, MemoryBank(rows, *sizes, **about))
 
     def add(self, *_: object, **__: object) -> NoReturn:
         """A bank on a store is read-only.
@@ -296,89 +304,3 @@ def _check(namespace: object, selection: Selection) -> None:
         problems.append(f"documents ({documents!r}) must be a list of names; write [{documents!r}]")
     if problems:
         raise ConfigError(problems)
-
-
-class SessionBank(SessionMemory):
-    """What a running conversation adds, over documents of a store.
-
-    Searches find the best of both; ``add`` writes to a bank of the session alone, in memory. Nothing reaches the store
-    until ``commit``.
-
-    Args:
-        base: the documents underneath, a ``StoreBank``.
-        capacity_tokens: what each row of the session holds at most; the newest stay. ``commit`` writes all of it.
-        rows: conversations over the same documents.
-
-    Raises:
-        ConfigError: a capacity that is no multiple of the chunk size.
-    """
-
-    base: StoreBank
-
-    def __init__(self, base: StoreBank, *, capacity_tokens: int = 65536, rows: int = 1) -> None:
-        sizes = (capacity_tokens, base.heads_kv, base.head_dim, base.chunk_size)
-        about = {"device": base.device, "fingerprint": base.fingerprint, "memory_layers": base.memory_layers}
-        super().__init__(base, MemoryBank(rows, *sizes, **about))
-        self._ids: list[list[Tensor | None]] = [[] for _ in range(rows)]  # of all adds; None where not given
-
-    def add(
-        self,
-        kv: AttentionKV,
-        *,
-        rows: Tensor | None = None,
-        ids: Sequence[Tensor] | Tensor | None = None,
-        **about: Any,
-    ) -> None:
-        """Remember keys and values (B, H, T, D) in the session's own bank, see ``MemoryBank.add``.
-
-        Args:
-            ids: the token ids of them: (B, T) as the model was given them, or one tensor of real tokens for each row
-                written. Without them a row cannot be committed.
-        """
-        lanes = rows_of(rows, kv.keys.shape[0], self.rows, "keys")
-        given: Sequence[Tensor | None] = [None] * len(lanes)
-        if ids is not None:
-            given = real = [each.detach().flatten().to("cpu", torch.long) for each in ids]
-            if isinstance(ids, Tensor) and kv.mask is not None:
-                given = real = [each[keep.cpu()] for each, keep in zip(real, kv.mask.bool(), strict=True)]
-            counts = [kv.keys.shape[2]] * len(lanes) if kv.mask is None else kv.mask.sum(1).tolist()
-            if (lengths := [len(each) for each in real]) != counts:
-                raise MemoryBankError(
-                    f"ids of {lengths} tokens must be those of the keys, {counts} real tokens in each row"
-                )
-        super().add(kv, rows=rows, **about)
-        for row, each in zip(lanes, given, strict=True):
-            self._ids[row].append(each)
-
-    def drop(self, rows: Tensor | None = None) -> None:
-        super().drop(rows)
-        for row in rows_of(rows, None, self.rows, "rows"):
-            self._ids[row] = []
-
-    def commit(self, name: str, *, row: int = 0, append: bool = False, **about: Any) -> Receipt:
-        """Write all that was added to a row as a document of its namespace, and empty the row.
-
-        The tokens are encoded again in the store's own segments, so that the document is what it would be had it been
-        added as a whole. The documents underneath are refreshed: what was committed goes on being found, unless their
-        filters leave it out.
-
-        Args:
-            name: of the document.
-            append: to the document of this name, instead of as a new one.
-            about: ``source``, ``metadata``, ``time``, ``expires``, ``replace``, see ``MemoryStore.add_document``.
-
-        Raises:
-            StoreError: there is nothing to commit, token ids are missing, or the store cannot take it; the session is
-                then what it was.
-        """
-        given = self._ids[row]
-        ids = [each for each in given if each is not None]
-        if not given or len(ids) < len(given):
-            what = "tokens were added without their ids" if given else "nothing was added"
-            raise StoreError(f"row {row} of the session cannot be committed: {what}; pass ids= to add")
-        store = self.base.store
-        write = store.append if append else store.add_document
-        receipt: Receipt = write(self.base.namespace, name=name, ids=torch.cat(ids), **about)
-        self.drop(torch.tensor([row]))
-        self.base.refresh()
-        return receipt

@@ -9,12 +9,14 @@ M pairs of a slot and a head
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from longmem.memory.index import Index
@@ -23,7 +25,7 @@ from longmem.store.disk import Numbers, StoredChunks
 from longmem.types import ChunkOrigin
 
 _PARTS = """
-SELECT document.id, piece.id, piece.first, part.tokens
+SELECT document.id, first_token, piece.id, piece.first, part.tokens, expires
 FROM document JOIN part ON part.document = document.id JOIN piece ON piece.id = part.piece
 WHERE namespace = ? ORDER BY added, document.id, ordinal
 """
@@ -36,6 +38,8 @@ class Held:
     size: int  # S
     documents: list[DocumentInfo]
     begins: Numbers  # number of each document's first chunk, and N
+    parts: list[tuple[int, int, int]]  # document, first token there, and piece of each part, in the chunks' order
+    counts: Numbers  # chunks of each part
     lengths: Numbers  # (N,) real tokens of each chunk; only the last of a document may be short
     ids: Numbers  # (N,) its piece and its place in that, which stay the same when it gets another number or place
     records: Numbers  # (N,) where it is in the data files; -1 if it cannot be found any more
@@ -66,22 +70,24 @@ class Held:
     def now(self, catalog: Catalog, namespace: str) -> Held:
         """The same chunks where they are stored now, without those that were forgotten, replaced or cut back.
 
-        What was once gone stays gone, whatever becomes of its document.
+        What was once gone stays gone, whatever becomes of its document. Documents are not read again: this is what the
+        first search after any commit waits for.
         """
-        there = read_held(catalog, namespace, Selection())
-        number = {each.id: at for at, each in enumerate(there.documents)}
-        records, expires = np.full_like(self.records, -1), math.inf
-        for at, document in enumerate(self.documents):
-            found = number.get(document.id)
-            if found is None:
-                continue
-            old, new = self.begins[at], there.begins[found]
-            count = min(self.begins[at + 1] - old, there.begins[found + 1] - new)
-            mine, theirs = slice(old, old + count), slice(new, new + count)
-            same = (self.ids[mine] == there.ids[theirs]) & (self.records[mine] >= 0)
-            records[mine] = np.where(same, there.records[theirs], -1)
-            expires = min(expires, _end(there.documents[found]))
-        return replace(self, records=records, stored=there.stored, expires=expires)
+        moment = time.time()
+        with catalog.read() as db:
+            rows = {tuple(row[:3]): row[3:] for row in db.execute(_PARTS, (namespace,))}
+            stored = catalog.chunks()
+        found = [rows.get(part, (0, 0, None)) for part in self.parts]
+        found = [each if each[2] is None or each[2] > moment else (0, 0, None) for each in found]
+        first, tokens = np.array([each[:2] for each in found], dtype=np.int64).reshape(-1, 2).T
+        inside = self.ids & _PLACE
+        there = (inside < np.repeat(-(-tokens // self.size), self.counts)) & (self.records >= 0)
+        records = np.where(there, np.repeat(first, self.counts) + inside, -1)
+        expires = min((each[2] for each in found if each[2] is not None), default=math.inf)
+        return replace(self, records=records, stored=stored, expires=expires)
+
+
+_PLACE = (1 << 32) - 1
 
 
 def read_held(catalog: Catalog, namespace: str, selection: Selection) -> Held:
@@ -95,9 +101,9 @@ def read_held(catalog: Catalog, namespace: str, selection: Selection) -> Held:
     with catalog.read() as db:
         documents = catalog.documents(namespace, selection)
         wanted = {each.id for each in documents}
-        parts = [row[1:] for row in db.execute(_PARTS, (namespace,)) if row[0] in wanted]
+        rows = [row for row in db.execute(_PARTS, (namespace,)) if row[0] in wanted]
         stored = catalog.chunks()
-    piece, first, tokens = np.array(parts, dtype=np.int64).reshape(-1, 3).T
+    piece, first, tokens = np.array([row[2:5] for row in rows], dtype=np.int64).reshape(-1, 3).T
     counts = -(-tokens // size)
     ends = np.cumsum(counts)
     inside = np.arange(counts.sum()) - np.repeat(ends - counts, counts)
@@ -107,20 +113,18 @@ def read_held(catalog: Catalog, namespace: str, selection: Selection) -> Held:
         size,
         documents,
         begins=np.cumsum([0, *(each.chunks for each in documents)]),
+        parts=[row[:3] for row in rows],
+        counts=counts,
         lengths=lengths,
         ids=np.repeat(piece << 32, counts) + inside,
         records=np.repeat(first, counts) + inside,
         stored=stored,
-        expires=min(map(_end, documents), default=math.inf),
+        expires=min((each.expires for each in documents if each.expires is not None), default=math.inf),
     )
 
 
-def _end(document: DocumentInfo) -> float:
-    return math.inf if document.expires is None else document.expires
-
-
-AT_ONCE = 1 << 14
-"""Chunks that are read at a time: no second copy of everything."""
+AT_ONCE = 1 << 10
+"""Chunks that are read at a time: few enough to stay in a processor's cache between their two copies."""
 
 
 class Loaded:
@@ -176,10 +180,7 @@ class Loaded:
         return taken.to(device, non_blocking=True)
 
 
-def read_into(target: Tensor, stored: Any, records: Numbers) -> None:
+def read_into(target: Tensor, stored: NDArray[Any], records: Numbers) -> None:
     """Fill ``target`` with records of an array of the data files, in their order."""
     for begin in range(0, len(records), AT_ONCE):
-        some = records[begin : begin + AT_ONCE]
-        follow = bool((np.diff(some) == 1).all())
-        read = stored[some[0] : some[-1] + 1].copy() if follow else stored[some]
-        target[begin : begin + len(some)] = torch.from_numpy(read)
+        target[begin : begin + AT_ONCE] = torch.from_numpy(stored[records[begin : begin + AT_ONCE]])

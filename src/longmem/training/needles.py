@@ -21,8 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from longmem.data.facts import draw_facts
 from longmem.data.stream import IGNORE
 from longmem.data.tokens import TokenCorpus
-from longmem.memory import MemoryBank
-from longmem.memory.encoded import EncodedText, TextMemory
+from longmem.memory.bank import EncodedText, MemoryBank
 from longmem.memory.session import SessionMemory
 from longmem.progress import Progress
 from longmem.training.recipe import NeedlesSection
@@ -123,7 +122,7 @@ class NeedleStream:
         with Progress("encoding what facts are hidden in", len(ids), "segments", quiet=self.quiet) as progress:
             return EncodedText(self.model, ids, lambda done: progress.advance())
 
-    def _background(self, number: int) -> TextMemory:
+    def _background(self, number: int) -> MemoryBank:
         """A run of the text: its length grows from the least to the most, and now and then is shorter."""
         random = np.random.default_rng([self.seed, _STEP, number, self.rank])
         random.random()  # runs that mixed in steps of text drew it: the same seed still gives the same run
