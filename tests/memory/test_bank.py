@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.store.banks import same
 
 from longmem.errors import MemoryBankError
 from longmem.memory import ChunkOrigin, MemoryBank
@@ -23,14 +24,6 @@ def kv(rows: int, length: int, seed: int = 0) -> AttentionKV:
 
 def queries(rows: int, length: int = 4, heads: int = 4) -> torch.Tensor:
     return torch.randn(rows, heads, length, 3, generator=torch.Generator().manual_seed(99))
-
-
-def same(first, second) -> None:
-    """Two searches found the same."""
-    assert torch.equal(first.mask, second.mask)
-    assert torch.equal(first.scores, second.scores)
-    assert torch.equal(first.keys * first.mask[..., None], second.keys * second.mask[..., None])
-    assert torch.equal(first.values * first.mask[..., None], second.values * second.mask[..., None])
 
 
 def origins(memory: MemoryBank, row: int = 0) -> list[ChunkOrigin]:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from longmem.store import MemoryStore
+from longmem.store.bank import read_held
 from longmem.store.catalog import Selection
 from longmem.store.disk import StoredChunks, until_found
 from longmem.store.encode import Encoder
-from longmem.store.held import read_held
 from longmem.types import AttentionKV
 
 SEGMENT = 8

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from tests.store.small import NumberModel, chunks_of, open_small, words
+from tests.store.small import NumberModel, chunks_of, open_small, quick_folder, words
 
 from longmem.errors import DataError, StoreError
 from longmem.store import MemoryStore, NewDocument, Progress, adding
@@ -21,8 +21,8 @@ PIECE = 16 * 8
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[MemoryStore]:
-    with open_small(tmp_path / "memory") as opened:
+def store() -> Iterator[MemoryStore]:
+    with quick_folder() as folder, open_small(folder / "memory") as opened:
         yield opened
 
 

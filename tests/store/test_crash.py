@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -95,15 +96,21 @@ def state(path: Path) -> Any:
         return {space: [{**each, "id": 0} for each in rows] for space, rows in state_of(store).items()}, problems
 
 
-def in_child(act: Callable[[], object]) -> int:
-    """Run it in a process of its own; its exit status, negative where it was killed."""
+def forked(act: Callable[[], object]) -> int:
+    """Run it in a process of its own."""
     child = os.fork()
     if not child:
         try:
             act()
         except BaseException:
+            traceback.print_exc()
             os._exit(1)
         os._exit(0)
+    return child
+
+
+def status(child: int) -> int:
+    """The exit status of a process when it has ended, negative where it was killed."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -138,17 +145,17 @@ def test_killed_at_every_named_point_it_is_before_or_after(name: str) -> None:
             (folder / "out.tar").unlink(missing_ok=True)
             if name != "create":
                 shutil.copytree(origin, path)
-            return in_child(partial(changed, path, act, *failpoint))
+            return status(forked(partial(changed, path, act, *failpoint)))
 
         before = ({}, []) if name == "create" else state(origin)
         assert trial() == 0
         after = state(path)
         for point in FAILPOINTS:
             for count in range(1, 100):
-                status = trial(point, count)
-                if status == 0:
+                ended = trial(point, count)
+                if ended == 0:
                     break
-                assert status == -signal.SIGKILL
+                assert ended == -signal.SIGKILL
                 killed += 1
                 found = state(path)
                 if name == "add many":  # whole documents, one after the other
@@ -157,7 +164,7 @@ def test_killed_at_every_named_point_it_is_before_or_after(name: str) -> None:
                     assert found in (before, after), f"{point}:{count}"
                 assert not (folder / "out.tar").exists()  # whole or not at all
                 # the next one goes on
-                assert in_child(partial(changed, path, OPERATIONS["compact"] if found == after else act)) == 0
+                assert status(forked(partial(changed, path, OPERATIONS["compact"] if found == after else act))) == 0
         assert killed > 0
 
 
@@ -234,19 +241,29 @@ def apply(model: Model, what: str, namespace: str, name: str, text: str) -> Mode
 
 def live(path: Path, seed: int, start: int, told: int) -> None:
     """Do all steps from ``start`` on; says the number of each that is done."""
-    with open_small(path) as store:
-        for number, (what, namespace, name, text) in enumerate(steps(seed)):
-            if number < start:
-                continue
-            if what in ("add", "replace"):
-                store.add_document(namespace, text, name=name, replace=True)
-            elif what == "append":
-                store.append(namespace, text, name=name)
-            elif what == "forget":
-                store.forget(namespace, name=name)
-            else:
-                store.compact()
-            os.write(told, f"{number}\n".encode())
+    store = open_small(path)
+    for number, (what, namespace, name, text) in enumerate(steps(seed)):
+        if number < start:
+            continue
+        if what in ("add", "replace"):
+            store.add_document(namespace, text, name=name, replace=True)
+        elif what == "append":
+            store.append(namespace, text, name=name)
+        elif what == "forget":
+            store.forget(namespace, name=name)
+        else:
+            store.compact()
+            store.close()
+            store = open_small(path)
+        os.write(told, f"{number}\n".encode())
+
+
+def texts(store: MemoryStore) -> Model:
+    """What the store has, as the model says it."""
+    return {
+        space: {each.name: store.text(space, each.name) for each in store.documents(space)}
+        for space in store.namespaces()
+    }
 
 
 @pytest.mark.parametrize(("kills", "seed"), [(30, 0), pytest.param(300, 1, marks=pytest.mark.slow)])
@@ -259,26 +276,18 @@ def test_killed_at_random_moments_nothing_that_returned_is_lost(kills: int, seed
         path = folder / "memory"
         for _ in range(kills):
             reading, told = os.pipe()
-            child = os.fork()
-            if not child:
-                try:
-                    live(path, seed, done, told)
-                finally:
-                    os._exit(1)
+            child = forked(partial(live, path, seed, done, told))
             os.close(told)
             time.sleep(draw.uniform(0.01, 0.25))
             os.kill(child, signal.SIGKILL)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+            assert status(child) == -signal.SIGKILL
             with os.fdopen(reading) as stream:
                 lines = stream.read().splitlines()
             while lines and done <= int(lines[-1]):
                 model, upcoming, done = apply(model, *upcoming), next(script), done + 1
             with open_small(path) as store:
                 assert store.verify().problems == []
-                found = {
-                    space: {each.name: store.text(space, each.name) for each in store.documents(space)}
-                    for space in store.namespaces()
-                }
+                found = texts(store)
             if found != model:
                 model, upcoming, done, middle = apply(model, *upcoming), next(script), done + 1, middle + 1
             assert found == model, f"after {done} steps"
@@ -288,47 +297,24 @@ def test_killed_at_random_moments_nothing_that_returned_is_lost(kills: int, seed
 # readers beside a writer
 
 
-def read_beside(path: Path, ends: float, result: Path) -> None:
+def read_beside(path: Path, seed: int, ends: float, result: Path) -> None:
     """Every state that a reader sees is one that there was, and none is older than the one before."""
-    seen, last = 0, -1
+    script, model, done, seen = steps(seed), Model(), 0, 0
     with open_small(path, mode="read") as store:
         bank = store.bank("alice")
         while time.time() < ends:
             with store.catalog.read():
-                documents = {each.name: store.text("alice", each.name) for each in store.documents("alice")}
-            number = int(documents.pop("clock").strip() or 0)
-            assert number >= last, (number, last)
-            last, seen = number, seen + 1
-            for name, text in documents.items():
-                assert text == words(int(name.split(".")[0]), len(text)), name
+                there = texts(store)
+            while there != model:
+                model, done = apply(model, *next(script)), done + 1
+                assert done < 20_000, there
             found = bank.search(torch.ones(1, 2, 1, 4), 3)
             for chunk in found.chunks[found.chunk_mask].unique().tolist():
                 assert bank.provenance(0, chunk).namespace == "alice"
+            seen += 1
             if seen % 5 == 0:
                 bank.refresh()
-    result.write_text(json.dumps(seen))
-
-
-def write_beside(path: Path, ends: float, result: Path) -> None:
-    """Change, compact and reopen."""
-    draw, number, alive = random.Random(0), 0, list[str]()
-    store = open_small(path)
-    while time.time() < ends:
-        number += 1
-        what = draw.choice(["add", "add", "append", "forget", "compact", "reopen"])
-        if what == "add" or not alive:
-            alive.append(f"{number}.{draw.randrange(9)}")
-            store.add_document("alice", words(number, draw.choice([20, 90, 300])), name=alive[-1], time=1.0)
-        elif what == "forget":
-            store.forget("alice", name=alive.pop(draw.randrange(len(alive))))
-        elif what == "compact":
-            store.compact()
-        elif what == "reopen":
-            store.close()
-            store = open_small(path)
-        store.add_document("alice", f"{number:08d}", name="clock", time=0.0, replace=True)
-    store.close()
-    result.write_text(json.dumps(number))
+    result.write_text(json.dumps([seen, done]))
 
 
 @pytest.mark.parametrize(
@@ -336,24 +322,14 @@ def write_beside(path: Path, ends: float, result: Path) -> None:
 )
 def test_readers_beside_a_writer_see_whole_states_only(seconds: float, readers: int, least: int) -> None:
     with quick_folder() as folder:
-        with open_small(folder / "memory") as store:
-            store.add_document("alice", "00000000", name="clock", time=0.0)
-        ends = time.time() + seconds
-        children = []
-        for number in range(readers + 1):
-            child = os.fork()
-            if not child:
-                try:
-                    (read_beside if number else write_beside)(folder / "memory", ends, folder / f"{number}")
-                except BaseException:
-                    import traceback
-
-                    traceback.print_exc()
-                    os._exit(1)
-                os._exit(0)
-            children.append(child)
-        assert [os.waitpid(child, 0)[1] for child in children] == [0] * (readers + 1)
-        counts = [json.loads((folder / f"{number}").read_text()) for number in range(readers + 1)]
-        with open_small(folder / "memory") as store:
+        path, ends = folder / "memory", time.time() + seconds
+        open_small(path).close()
+        writer = forked(partial(live, path, 2, 0, os.open(os.devnull, os.O_WRONLY)))
+        children = [forked(partial(read_beside, path, 2, ends, folder / f"{number}")) for number in range(readers)]
+        assert [status(child) for child in children] == [0] * readers
+        os.kill(writer, signal.SIGKILL)
+        assert status(writer) == -signal.SIGKILL
+        seen, done = zip(*(json.loads((folder / f"{number}").read_text()) for number in range(readers)), strict=True)
+        with open_small(path) as store:
             assert store.verify().problems == []
-    assert counts[0] > least and sum(counts[1:]) > least
+    assert sum(seen) > least and max(done) > least

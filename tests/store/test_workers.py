@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -57,14 +58,12 @@ def test_workers_leave_what_one_process_leaves(tmp_path: Path, model: LongMem, w
     assert added(tmp_path / "many", model, workers) == added(tmp_path / "one", model, 1)
 
 
-def die(*_: object) -> None:
-    os._exit(1)
-
-
-def test_a_worker_that_is_killed_ends_the_call_with_one_line(tmp_path: Path, model: LongMem) -> None:
+def test_a_worker_that_is_killed_ends_the_call_with_one_line(tmp_path: Path) -> None:
+    killed: Future[Any] = Future()
+    killed.set_exception(BrokenProcessPool("A process in the process pool was terminated abruptly"))
     with (
-        MemoryStore.open(tmp_path / "memory", model=model, dtype="float32") as store,
-        patch.object(adding, "_encode", die),
+        open_small(tmp_path / "memory") as store,
+        patch.object(adding, "_processes", lambda *_: (lambda pieces: killed, 4)),
         pytest.raises(StoreError, match=r"^a worker failed or was killed \(BrokenProcessPool[^\n]*$"),
     ):
         list(store.add_documents("alice", documents(), workers=2))

@@ -26,9 +26,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from longmem.errors import LongMemError, StoreError
-from longmem.store.catalog import Catalog, DocumentInfo, composed
+from longmem.store.catalog import Catalog, DocumentInfo
 from longmem.store.disk import Layout, Progress, Report, StoredChunks, append_chunks
-from longmem.store.encode import Encoder, Ids, NewDocument, Tokens, joined_tokens, metadata_text
+from longmem.store.encode import Encoder, Ids, NewDocument, Tokens, composed, joined_tokens, metadata_text
 
 BATCH_DOCUMENTS = 1024
 """At most, in a batch, which else is full with the tokens of a piece; each is committed by itself."""
@@ -89,7 +89,7 @@ def add(
 def append(catalog: Catalog, encoder: Encoder, namespace: str, new: NewDocument, progress: Report | None) -> Receipt:
     """See ``MemoryStore.append``. The last segment, if it is short, is encoded again together with what is new."""
     catalog.writing()
-    new, size, namespace = replace(new, name=composed(new.name)), catalog.layout.segment_tokens, composed(namespace)
+    size, namespace = catalog.layout.segment_tokens, composed(namespace)
     tokens = encoder.tokens(new, begin=False)
     with catalog.read():
         document = catalog.live(namespace, new.name)
@@ -108,7 +108,6 @@ def append(catalog: Catalog, encoder: Encoder, namespace: str, new: NewDocument,
 
 
 def _planned(catalog: Catalog, encoder: Encoder, namespace: str, new: NewDocument) -> tuple[Planned, Tokens]:
-    new = replace(new, name=composed(new.name))
     new.check(namespace)
     tokens = encoder.tokens(new)
     plan = Planned(namespace, replace(new, text=None, ids=None), len(tokens), tokens.digest())

@@ -1,29 +1,35 @@
 """``StoreBank``: the documents of a store as a memory that a model searches.
 
-B batch rows · T tokens · H query heads · Hkv key/value heads of a layer · D head_dim · S tokens per chunk ·
-R retrieved chunks · M pairs of a chunk and a key/value head
+A bank holds (``Held``) the numbers of its chunks, where they are from and where they are stored, and once it is
+searched their mean keys (``Loaded``).
+
+B batch rows · T tokens · H query heads, or in storage the heads of all layers · Hkv key/value heads of a layer ·
+D head_dim · S tokens per chunk · R retrieved chunks · N chunks of a bank · n of them that can be found ·
+M pairs of a chunk and a key/value head
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time as clock
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from longmem.errors import ConfigError, MemoryBankError, StoreError
 from longmem.memory.bank import MemoryBank
 from longmem.memory.index import Index, make_indexes, rows_of, search_chunks
 from longmem.memory.session import SessionMemory
-from longmem.store.catalog import Selection, composed
-from longmem.store.disk import until_found
-from longmem.store.encode import NewDocument
-from longmem.store.held import Held, Loaded, read_held
+from longmem.store.catalog import Catalog, DocumentInfo, Selection
+from longmem.store.disk import Numbers, StoredChunks, until_found
+from longmem.store.encode import NewDocument, composed
 from longmem.types import ChunkOrigin, RetrievedMemory
 
 
@@ -84,8 +90,9 @@ class StoreBank:
         index: str | Index = "exact",
         **selection: Any,
     ) -> None:
+        if not isinstance(namespace, str):
+            raise ConfigError(f"namespace ({namespace!r}) must be a name; for several, make a bank of each")
         self.selection = Selection(**selection)
-        _check(namespace, self.selection)
         self.store, self._catalog = store, store.catalog
         self.namespace, self.rows = composed(namespace), 1
         self.device = torch.device(device)
@@ -260,17 +267,6 @@ class StoreBank:
         about = {"device": self.device, "fingerprint": self.fingerprint, "memory_layers": self.memory_layers}
         return SessionMemory(self, MemoryBank(rows, *sizes, **about))
 
-    def add(self, *_: object, **__: object) -> NoReturn:
-        """A bank on a store is read-only.
-
-        Raises:
-            StoreError: always.
-        """
-        raise StoreError(
-            "a bank on a store is read-only; add to bank.session(), whose commit(name) writes a document, "
-            "or use store.add_document"
-        )
-
     # keeping up with the store
 
     def _read(self) -> None:
@@ -296,11 +292,159 @@ class StoreBank:
         return self._loaded
 
 
-def _check(namespace: object, selection: Selection) -> None:
-    problems, documents = [], selection.documents
-    if not isinstance(namespace, str):
-        problems.append(f"namespace ({namespace!r}) must be a name; for several, make a bank of each")
-    if isinstance(documents, str):
-        problems.append(f"documents ({documents!r}) must be a list of names; write [{documents!r}]")
-    if problems:
-        raise ConfigError(problems)
+# what a bank holds
+
+_PARTS = """
+SELECT document.id, first_token, piece.id, piece.first, part.tokens, expires
+FROM document JOIN part ON part.document = document.id JOIN piece ON piece.id = part.piece
+WHERE namespace = ? ORDER BY added, document.id, ordinal
+"""
+
+
+@dataclass(frozen=True)
+class Held:
+    """The chunks of a bank at one moment, document after document; chunk i of one begins at its token i * S."""
+
+    size: int  # S
+    documents: list[DocumentInfo]
+    begins: Numbers  # number of each document's first chunk, and N
+    parts: list[tuple[int, int, int]]  # document, first token there, and piece of each part, in the chunks' order
+    counts: Numbers  # chunks of each part
+    lengths: Numbers  # (N,) real tokens of each chunk; only the last of a document may be short
+    ids: Numbers  # (N,) its piece and its place in that, which stay the same when it gets another number or place
+    records: Numbers  # (N,) where it is in the data files; -1 if it cannot be found any more
+    stored: StoredChunks  # the data files
+    expires: float  # the first moment at which a document expires; infinity if none does
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def alive(self) -> Numbers:
+        """(n,) the chunks that can be found."""
+        return np.flatnonzero(self.records >= 0)
+
+    def origin(self, chunk: int) -> ChunkOrigin:
+        """Where a chunk came from."""
+        at = int(np.searchsorted(self.begins, chunk, side="right")) - 1
+        document = self.documents[at]
+        return ChunkOrigin(
+            document=document.name,
+            start_token=int(chunk - self.begins[at]) * self.size,
+            length=int(self.lengths[chunk]),
+            number=chunk,
+            time=document.added,
+            namespace=document.namespace,
+            document_id=document.id,
+        )
+
+    def now(self, catalog: Catalog, namespace: str) -> Held:
+        """The same chunks where they are stored now, without those that were forgotten, replaced or cut back.
+
+        What was once gone stays gone, whatever becomes of its document. Documents are not read again: this is what the
+        first search after any commit waits for.
+        """
+        moment = clock.time()
+        with catalog.read() as db:
+            rows = {tuple(row[:3]): row[3:] for row in db.execute(_PARTS, (namespace,))}
+            stored = catalog.chunks()
+        found = [rows.get(part, (0, 0, None)) for part in self.parts]
+        found = [each if each[2] is None or each[2] > moment else (0, 0, None) for each in found]
+        first, tokens = np.array([each[:2] for each in found], dtype=np.int64).reshape(-1, 2).T
+        inside = self.ids & _PLACE
+        there = (inside < np.repeat(-(-tokens // self.size), self.counts)) & (self.records >= 0)
+        records = np.where(there, np.repeat(first, self.counts) + inside, -1)
+        expires = min((each[2] for each in found if each[2] is not None), default=math.inf)
+        return replace(self, records=records, stored=stored, expires=expires)
+
+
+_PLACE = (1 << 32) - 1
+
+
+def read_held(catalog: Catalog, namespace: str, selection: Selection) -> Held:
+    """The chunks of a selection's documents, in the order of the documents' times.
+
+    Raises:
+        StoreError: a document that was named is not there.
+        GenerationGone: see ``Catalog.chunks``.
+    """
+    size = catalog.layout.chunk_size
+    with catalog.read() as db:
+        documents = catalog.documents(namespace, selection)
+        wanted = {each.id for each in documents}
+        rows = [row for row in db.execute(_PARTS, (namespace,)) if row[0] in wanted]
+        stored = catalog.chunks()
+    piece, first, tokens = np.array([row[2:5] for row in rows], dtype=np.int64).reshape(-1, 3).T
+    counts = -(-tokens // size)
+    ends = np.cumsum(counts)
+    inside = np.arange(counts.sum()) - np.repeat(ends - counts, counts)
+    lengths = np.full(len(inside), size)
+    lengths[ends - 1] = tokens - (counts - 1) * size
+    return Held(
+        size,
+        documents,
+        begins=np.cumsum([0, *(each.chunks for each in documents)]),
+        parts=[row[:3] for row in rows],
+        counts=counts,
+        lengths=lengths,
+        ids=np.repeat(piece << 32, counts) + inside,
+        records=np.repeat(first, counts) + inside,
+        stored=stored,
+        expires=min((each.expires for each in documents if each.expires is not None), default=math.inf),
+    )
+
+
+AT_ONCE = 1 << 10
+"""Chunks that are read at a time: few enough to stay in a processor's cache between their two copies."""
+
+
+class Loaded:
+    """The mean keys of the chunks that can be found, next to each other in n slots; see ``memory.index.Chunks``.
+
+    Args:
+        held: the chunks of the bank.
+        indexes: one for each remembered layer.
+        before: what was loaded until now; keys before the first change are not read again.
+
+    Attributes:
+        storage: (1, n + 1, H, 2, S, D), a shape only; keys and values are read from the data files by ``take``.
+        keys: (1, H, n, D).
+        lengths: (1, n + 1), real tokens of each chunk, and 0.
+    """
+
+    def __init__(self, held: Held, indexes: Sequence[Index], device: torch.device, before: Loaded | None) -> None:
+        self.keys: Tensor
+        self.held, stored = held, held.stored
+        self.chunks = held.alive()  # (n,) number of the chunk in each slot, ascending
+        self.ids, had = held.ids[self.chunks], np.zeros(0) if before is None else before.ids
+        shared, count = min(len(had), len(self.ids)), len(self.ids)
+        self.storage = torch.zeros(()).expand(1, count + 1, *stored.kv.shape[1:])
+        self.lengths = torch.from_numpy(np.append(held.lengths[self.chunks], 0)).to(device)[None]
+        same = int(np.append(had[:shared] != self.ids[:shared], True).argmax())  # leading slots that are what they were
+        if before is not None and same == len(had) == count:
+            self.keys = before.keys
+            return
+        self.keys = torch.empty(1, stored.keys.shape[1], count, stored.keys.shape[2], device=device)
+        if before is not None:
+            self.keys[:, :, :same] = before.keys[:, :, :same]
+        read_into(self.keys[0].transpose(0, 1)[same:], stored.keys, held.records[self.chunks][same:])
+        if same < len(had) or before is None:
+            for index in indexes:
+                index.cleared(0)
+            same = 0
+        slots = torch.arange(same, count, device=device)
+        for index in indexes:
+            index.written(0, slots)
+
+    def take(self, slots: Numbers, heads: Numbers) -> Tensor:
+        """Keys and values (M + 1, 2, S, D) on the device, of slots (M,) and heads (M,); the last is zero."""
+        kv, device = self.held.stored.numbers(self.held.records[self.chunks[slots]], heads), self.keys.device
+        # page-locked, so that a GPU fetches it while the host goes on
+        taken = torch.zeros(len(kv) + 1, *kv.shape[1:], dtype=kv.dtype, pin_memory=device.type == "cuda")
+        taken[:-1] = kv
+        return taken.to(device, non_blocking=True)
+
+
+def read_into(target: Tensor, stored: NDArray[Any], records: Numbers) -> None:
+    """Fill ``target`` with records of an array of the data files, in their order."""
+    for begin in range(0, len(records), AT_ONCE):
+        target[begin : begin + AT_ONCE] = torch.from_numpy(stored[records[begin : begin + AT_ONCE]])

@@ -12,7 +12,6 @@ import os
 import sqlite3
 import threading
 import time
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from longmem.errors import StoreDamaged, StoreError
+from longmem.errors import ConfigError, StoreDamaged, StoreError
 from longmem.files import to_disk
 from longmem.store.disk import (
     BUSY_SECONDS,
@@ -36,7 +35,7 @@ from longmem.store.disk import (
     paths_of,
     sqlite_errors,
 )
-from longmem.store.encode import Tokens, joined_tokens
+from longmem.store.encode import Tokens, composed, joined_tokens
 
 CATALOG = "catalog.sqlite"
 READER_SECONDS = 2.0
@@ -86,6 +85,10 @@ class Selection:
     after: float | None = None  # added at this time (seconds since the epoch) or later
     before: float | None = None  # added before this time
 
+    def __post_init__(self) -> None:
+        if isinstance(self.documents, str):
+            raise ConfigError(f"documents ({self.documents!r}) must be a list of names; write [{self.documents!r}]")
+
     def of(self, namespace: str, found: list[DocumentInfo]) -> list[DocumentInfo]:
         """Those of the namespace's documents that are meant; StoreError if one that was named is not there."""
         if self.documents is not None:
@@ -102,11 +105,6 @@ class Selection:
             if after <= each.added < before
             and all(each.metadata.get(key, nothing) == value for key, value in wanted.items())
         ]
-
-
-def composed(name: str) -> str:
-    """A name in composed form (Unicode NFC), as all names are kept: what looks the same is the same."""
-    return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
 
 
 def no_document(namespace: str, name: str) -> StoreError:
@@ -371,7 +369,7 @@ class Catalog:
         self, namespace: str | None = None, selection: Selection | None = None, *, expired: bool = False
     ) -> list[DocumentInfo]:
         """Documents of a namespace, or of all, by time and number; ``expired``: also those past their time."""
-        where, given = ("", ()) if namespace is None else ("WHERE namespace = ?", (namespace,))
+        where, given = ("", ()) if namespace is None else ("WHERE namespace = ?", (composed(namespace),))
         with self.read() as db:
             rows = db.execute(f"SELECT {_FIELDS} FROM document {where} ORDER BY added, id", given)
             found = [self._info(row) for row in rows]
@@ -382,7 +380,8 @@ class Catalog:
 
     def find(self, namespace: str, name: str) -> DocumentInfo | None:
         """The document of this name, expired or not."""
-        row = self.row(f"SELECT {_FIELDS} FROM document WHERE namespace = ? AND name = ?", namespace, name)
+        names = composed(namespace), composed(name)
+        row = self.row(f"SELECT {_FIELDS} FROM document WHERE namespace = ? AND name = ?", *names)
         return None if row is None else self._info(row)
 
     def live(self, namespace: str, name: str) -> DocumentInfo:

@@ -239,6 +239,15 @@ class StoredChunks:
         some = slice(first, first + count)
         return StoredChunks(self.kv[some], self.keys[some], None if self.scales is None else self.scales[some])
 
+    def numbers(self, records: Numbers, heads: Numbers) -> Tensor:
+        """Keys and values (M, 2, S, D) of chunks (M,) and heads (M,), copied, as the numbers that they stand for."""
+        kv = torch.from_numpy(self.kv[records, heads])
+        if kv.dtype == torch.int16:  # the bits of bfloat16
+            return kv.view(torch.bfloat16)
+        if self.scales is None:
+            return kv
+        return kv.to(torch.float32) * torch.from_numpy(self.scales[records, heads])[..., None, None]
+
     def raw(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Records of the two files, (c, bytes) each."""
         small = [each.reshape(len(self), -1) for each in (self.keys, self.scales) if each is not None]

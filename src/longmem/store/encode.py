@@ -17,6 +17,7 @@ import os
 import re
 import threading
 import time
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,11 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # no Unicode
 _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # and what would break lines and terminals
 
 
+def composed(name: str) -> str:
+    """A name in composed form (Unicode NFC), as all names are kept: what looks the same is the same."""
+    return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
+
+
 @dataclass(frozen=True)
 class NewDocument:
     """A document to add: either ``text`` or ``ids``."""
@@ -49,6 +55,9 @@ class NewDocument:
     time: float | None = None  # seconds since the epoch, None is now; documents are in the order of their times
     expires: float | None = None  # seconds since the epoch from which on it is not found any more
     replace: bool = False  # whether it may take the place of another text of this name
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", composed(self.name))
 
     def check(self, namespace: str) -> None:
         """Raises StoreError where something cannot be what it should; lists all of it."""

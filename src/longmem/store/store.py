@@ -15,7 +15,7 @@ from longmem.data.tokens import check_tokenizer
 from longmem.errors import StoreError
 from longmem.store.adding import Receipt, add, append
 from longmem.store.bank import StoreBank
-from longmem.store.catalog import CATALOG, Catalog, DocumentInfo, Selection, composed
+from longmem.store.catalog import CATALOG, Catalog, DocumentInfo, Selection
 from longmem.store.disk import LOCK, Dtype, Report, file_errors
 from longmem.store.encode import Encoder, NewDocument, name_of, new_layout
 from longmem.store.upkeep import CompactReport, VerifyReport, compact, export, import_archive, verify
@@ -239,7 +239,7 @@ class MemoryStore:
             raise StoreError("forget needs to know what: a name, where, before, or everything; nothing was forgotten")
         selection = Selection(None if name is None else [name], where, before=before)
         with self.catalog.writing(), self.catalog.write() as db:
-            found = self.catalog.documents(composed(namespace), selection, expired=True)
+            found = self.catalog.documents(namespace, selection, expired=True)
             db.executemany("DELETE FROM document WHERE id = ?", [(each.id,) for each in found])
         return found
 
@@ -306,16 +306,16 @@ class MemoryStore:
 
     def documents(self, namespace: str, where: Mapping[str, Any] | None = None) -> list[DocumentInfo]:
         """Documents of a namespace that can be found now, by time and number; ``where``: with this metadata."""
-        return self.catalog.documents(composed(namespace), Selection(where=where))
+        return self.catalog.documents(namespace, Selection(where=where))
 
     def has(self, namespace: str, name: str) -> bool:
         """Whether there is a document of this name."""
-        found = self.catalog.find(composed(namespace), composed(name))
+        found = self.catalog.find(namespace, name)
         return found is not None and not found.expired(clock.time())
 
     def document(self, namespace: str, name: str) -> DocumentInfo:
         """One document; StoreError if there is none of that name."""
-        return self.catalog.live(composed(namespace), composed(name))
+        return self.catalog.live(namespace, name)
 
     def text(self, namespace: str, name: str) -> str:
         """The text of a document; of one that was added as token ids, what they decode to.
@@ -338,7 +338,7 @@ class MemoryStore:
         """How much there is, in a namespace (as if it shared nothing) or in the whole store."""
         now = clock.time()
         with self.catalog.read() as db:
-            every = self.catalog.documents(None if namespace is None else composed(namespace), expired=True)
+            every = self.catalog.documents(namespace, expired=True)
             found = [each for each in every if not each.expired(now)]
             chunks, whole = sum(each.chunks for each in found), list[int]()
             if namespace is None:

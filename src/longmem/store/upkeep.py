@@ -28,7 +28,7 @@ from safetensors.torch import load, save
 from longmem.errors import StoreDamaged, StoreError
 from longmem.files import to_disk, whole
 from longmem.store.adding import Planned, Receipt, commit, known, status_of
-from longmem.store.catalog import CATALOG, Catalog, DocumentInfo, Piece, Selection, composed
+from longmem.store.catalog import CATALOG, Catalog, DocumentInfo, Piece, Selection
 from longmem.store.disk import (
     DTYPES,
     REPAIR,
@@ -43,7 +43,7 @@ from longmem.store.disk import (
     paths_of,
     until_found,
 )
-from longmem.store.encode import Encoder, NewDocument, Tokens, joined_tokens
+from longmem.store.encode import Encoder, NewDocument, Tokens, composed, joined_tokens
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def export(
     def write() -> list[DocumentInfo]:
         with catalog.apart() as other, file_errors(path, "writing"), whole(path) as part:
             with tarfile.open(part, "w") as tar:
-                found = _export(other, composed(namespace), tar, Selection(names), progress)
+                found = _export(other, namespace, tar, Selection(names), progress)
             to_disk(part)
             failpoint("export.written")
         return found
@@ -306,7 +306,8 @@ class Archive:
     Attributes:
         namespace: that was exported.
         layout: of the store that it was exported from.
-        documents: entries of the manifest; ``pieces`` are digests (hex), each with how many of its tokens count.
+        plans: its documents, as they come into a catalog.
+        sums: SHA-256 of every member, by the digest (hex) of its piece.
 
     Raises:
         StoreError: it is damaged, or none.
@@ -324,7 +325,7 @@ class Archive:
             self.namespace = str(fields["namespace"])
             self.layout = Layout.from_fields(fields["layout"])
             self.sums = {bytes.fromhex(digest).hex(): str(each) for digest, each in fields["contents"].items()}
-            self.documents: list[dict[str, Any]] = list(fields["documents"])
+            self.plans = [self._plan(entry) for entry in fields["documents"]]
         except _BAD as error:
             raise StoreError(f"{path}: no whole export of a memory store ({error}); export it again") from error
 
@@ -349,28 +350,11 @@ class Archive:
             message = f"{self.path}: {name} is damaged ({error}); nothing was imported: export again"
             raise StoreError(message) from error
 
-    def planned(self, catalog: Catalog, namespace: str) -> list[Planned]:
-        """Its documents, as they come into a catalog.
-
-        Raises:
-            StoreError: one of them has the name of another one.
-        """
-        plans = []
-        for entry in self.documents:
-            try:
-                name, pieces = composed(entry["name"]), [(bytes.fromhex(d), int(n)) for d, n in entry["pieces"]]
-                about = {"source": entry["source"], "metadata": entry["metadata"]}
-                new = NewDocument(name, **about, time=entry["added"], expires=entry["expires"])
-                plan = Planned(namespace, new, int(entry["tokens"]), b"", pieces, int(entry["revision"]))
-            except _BAD as error:
-                raise StoreError(f"{self.path}: no whole export of a memory store ({error}); export again") from error
-            new.check(namespace)
-            if catalog.find(namespace, name) is not None:  # is it the same?
-                runs = [self.piece(digest.hex())[0].slice(0, tokens) for digest, tokens in pieces]
-                plan.digest = joined_tokens(runs).digest()
-                status_of(catalog, plan, "forget it first, or import into another namespace; nothing was imported")
-            plans.append(plan)
-        return plans
+    def _plan(self, entry: dict[str, Any]) -> Planned:
+        pieces = [(bytes.fromhex(digest), int(tokens)) for digest, tokens in entry["pieces"]]
+        about = {"source": entry["source"], "metadata": entry["metadata"]}
+        new = NewDocument(entry["name"], **about, time=entry["added"], expires=entry["expires"])
+        return Planned(self.namespace, new, int(entry["tokens"]), b"", pieces, int(entry["revision"]))
 
 
 def _piece(tensors: dict[str, torch.Tensor], digest: str, layout: Layout) -> tuple[Tokens, StoredChunks]:
@@ -403,7 +387,13 @@ def import_archive(
     with catalog.writing(), file_errors(path, "reading"), path.open("rb") as stream:
         archive = Archive(stream, path)
         _check_layout(archive, catalog.layout, encoder)
-        plans = archive.planned(catalog, composed(namespace or archive.namespace))
+        plans = [replace(plan, namespace=composed(namespace or plan.namespace)) for plan in archive.plans]
+        for plan in plans:
+            plan.new.check(plan.namespace)
+            if catalog.find(plan.namespace, plan.new.name) is not None:  # is it the same?
+                runs = [archive.piece(digest.hex())[0].slice(0, tokens) for digest, tokens in plan.pieces]
+                plan.digest = joined_tokens(runs).digest()
+                status_of(catalog, plan, "forget it first, or import into another namespace; nothing was imported")
         missing = [digest for digest in archive.sums if known(catalog, bytes.fromhex(digest), set()) is None]
 
         def pieces() -> Iterator[tuple[Tokens, StoredChunks]]:
