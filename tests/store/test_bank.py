@@ -143,15 +143,6 @@ def test_opening_reads_nothing_and_a_search_keys_and_what_it_finds(store: Memory
     assert found.storage.shape[1] <= 4 * 3 + 1 and found.storage.shape[2] == 1
 
 
-def test_a_bank_of_one_namespace_is_read_by_every_row_of_a_batch(store: MemoryStore, model: LongMem) -> None:
-    bank = store.bank("alice")
-    prompts = torch.stack([ids(12, seed=5), ids(12, seed=6)])
-    both = model(prompts, memory=bank).logits
-    for row in range(2):
-        alone = model(prompts[row : row + 1], memory=bank).logits
-        torch.testing.assert_close(both[row : row + 1], alone, atol=2e-6, rtol=0)
-
-
 # filters
 
 

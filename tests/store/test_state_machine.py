@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as some
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
-from tests.store.small import open_small, quick_folder
+from tests.store.small import MODEL, expected_chunks, open_small, quick_folder
 from tests.store.twin import Document, Twin, make_document
 from torch import Tensor
 
@@ -209,31 +209,29 @@ class Life(RuleBasedStateMachine):
         """All that can be found is of a document that is there now; how many chunks."""
         ids = {each.name: each.id for each in self.store.documents(bank.namespace)}
         found = bank.search(torch.ones(1, 2, 1, 4), int(bank.chunks) + 1)
-        both = torch.stack([found.keys, found.values], dim=-2) * found.mask[..., None, None]
-        both = both.unflatten(3, (-1, CHUNK))  # (1, head, 1, R, S, 2, D)
+        both = torch.stack([found.keys, found.values], dim=3) * found.mask[..., None, :, None]
+        both = both.unflatten(4, (-1, CHUNK))  # (1, head, 1, 2, R, S, D)
         chunks = found.chunks[found.chunk_mask].view(2, -1)
         numbers, order = chunks.sort(dim=1)
         assert numbers[0].equal(numbers[1])  # every head finds all
-        expected = torch.zeros(chunks.shape[1], CHUNK, 2, 2, 4)  # (chunk, S, 2, head, D)
         for at, chunk in enumerate(numbers[0].tolist()):
             origin = bank.provenance(0, chunk)
             assert origin.namespace == bank.namespace and origin.document is not None
             assert origin.document_id == ids.get(origin.document)
             row = self.twin.find(bank.namespace, origin.document, self.now)
             assert row is not None
-            begin = origin.start_token
-            expected[at, : origin.length] = self._remembered(row)[begin : begin + origin.length]
-        for head in range(2):
-            assert torch.equal(both[0, head, 0][order[head]], expected[:, :, :, head])
+            expected = self._chunks(row)[origin.start_token // CHUNK]
+            for head in range(2):
+                assert torch.equal(both[0, head, 0, :, order[head, at]], expected[head])
         return chunks.shape[1]
 
-    def _remembered(self, row: Document) -> Tensor:
-        found = self.tensors.get(row.ids)
-        if found is None:
-            found = self.tensors[row.ids] = row.keys_and_values()
-        return found
+    def _chunks(self, row: Document) -> Tensor:
+        """(n, head, 2, S, D): what memory holds of a document."""
+        if row.ids not in self.encoded:
+            self.encoded[row.ids] = torch.from_numpy(expected_chunks(self.store, MODEL, row.ids).kv)
+        return self.encoded[row.ids]
 
-    tensors: dict[tuple[int, ...], Tensor] = {}  # noqa: RUF012  of one test run; the same for all lives
+    encoded: dict[tuple[int, ...], Tensor] = {}  # noqa: RUF012  of one test run; the same for all lives
 
 
 FOLDER: list[Path] = []

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
-from tests.store.small import BEGIN, MODEL, SEGMENT, expected_chunks, words
-from torch import Tensor
+from tests.store.small import BEGIN, MODEL, expected_chunks, words
 
 from longmem.store import MemoryStore
 
@@ -42,14 +40,6 @@ class Document:
     def same(self, other: Document) -> bool:
         """Whether adding the other one adds nothing."""
         return (self.text, self.ids, self.metadata) == (other.text, other.ids, other.metadata)
-
-    def keys_and_values(self) -> Tensor:
-        """(tokens, 2, Hkv, D): what memory holds of every token."""
-        own = MODEL.table[torch.tensor(self.ids)]
-        before = torch.zeros_like(own)
-        before[1:] = own[:-1]
-        before[::SEGMENT] = 0  # no token sees another segment
-        return own + 0.25 * before
 
 
 def make_document(number: int, name: str, seed: int, length: int, as_ids: bool, now: float) -> Document:
