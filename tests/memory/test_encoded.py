@@ -7,7 +7,7 @@ import torch
 from tests.family_table import V, make_backbone
 
 from longmem import ConfigError, LongMem, MemoryBank, MemoryBankError
-from longmem.memory.bank import EncodedText
+from longmem.memory.session import EncodedText
 
 
 @pytest.fixture(scope="module", params=[(2,), (0, 2)])
@@ -25,7 +25,7 @@ def test_it_holds_what_a_bank_of_the_same_segments_would_hold(model: LongMem) ->
     ids, hidden = text(0), text(1, 1)[0]
     encoded, again = EncodedText(model, ids), EncodedText(model, ids)
     queries = torch.randn(2, 4, 3, 8, generator=torch.Generator().manual_seed(2))
-    before = encoded.bank.state_dict()["slots"]["storage"].clone()
+    before = encoded.bank.storage.clone()
     with encoded.holding(1, 3, {2: hidden.tolist()}) as changed:
         for memory, segments, capacity in (
             (changed, [ids[1], hidden, ids[3]], 64),
@@ -40,7 +40,7 @@ def test_it_holds_what_a_bank_of_the_same_segments_would_hold(model: LongMem) ->
                 wanted = expected.search(queries, 2, torch.zeros(2, dtype=torch.long), layer=layer)
                 assert torch.equal(found.scores, wanted.scores)
                 assert torch.equal(found.keys, wanted.keys) and torch.equal(found.values, wanted.values)
-    assert torch.equal(encoded.bank.state_dict()["slots"]["storage"], before)
+    assert torch.equal(encoded.bank.storage, before)
     assert again.run(1, 3).provenance(0, 5).start_token == 20
     with pytest.raises(MemoryBankError, match="is not in row 0; it holds 0 to 5"):
         again.run(1, 3).provenance(0, 6)

@@ -52,7 +52,7 @@ def test_memory_of_a_question_is_the_common_text_and_its_own_facts_and_no_others
     for row in range(4):
         asked = trainer.stream._asked[row]
         alone = MemoryBank.for_model(trainer.longmem, 1, 4096)
-        flat = text.state_dict()["slots"]["storage"][0].permute(1, 2, 0, 3, 4).flatten(2, 3)  # (Hkv, 2, tokens, D)
+        flat = text.storage[0].permute(1, 2, 0, 3, 4).flatten(2, 3)  # (Hkv, 2, tokens, D)
         own = (asked.keys.transpose(0, 1), asked.values.transpose(0, 1))
         for keys, values in ((flat[:, 0], flat[:, 1]), own):
             alone.add(AttentionKV(keys[None], values[None]))
@@ -87,7 +87,7 @@ def test_memory_grows_from_the_least_to_the_most(adapt: Make) -> None:
     for number in (0, 2, 4, 9):
         found = []
         for stream.seed in range(8):
-            found.append(stream._background(number).tokens.item())
+            found.append(stream._background(number).capacity_tokens)
         sizes.append(max(found))
     assert sizes[0] == 32
     assert sizes[0] < sizes[1] < sizes[2] == sizes[3] == 256

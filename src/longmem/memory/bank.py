@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import copy
 import time as clock
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError, MemoryBankError
-from longmem.memory.chunks import Slots, joined, refuse_unfit, split
+from longmem.memory.chunks import joined, mean_keys, refuse_unfit, split
 from longmem.memory.index import Index, make_indexes, rows_of, search_chunks
 from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory
+
+Run = tuple[int, str | None, int, float]
+"""Chunks written together: number of the first one, document, its first token there, time of writing."""
 
 
 @dataclass
@@ -40,6 +44,10 @@ class MemoryBank:
     ``add``; the end of a document closes them as a short chunk. A full row drops its oldest chunks. No row sees
     another.
 
+    Every row is a ring of chunk slots: chunk number n is in slot ``n % slots``, so that a new chunk overwrites the
+    oldest one once the ring is full, and the slots in use are always the first ones. The last slot is the null chunk,
+    always zero: "nothing found".
+
     Args:
         rows: batch lanes.
         capacity_tokens: M, tokens each row holds.
@@ -52,6 +60,12 @@ class MemoryBank:
         device: of all tensors.
         fingerprint: of the backbone that wrote the keys; another one's saved bank is refused.
         index: how keys are searched: "exact", "faiss", or an index that was never used.
+
+    Attributes:
+        storage: (rows, slots + 1, n*Hkv, 2, S, D), keys and values.
+        keys: (rows, n*Hkv, slots, D), mean key of each chunk.
+        lengths: (rows, slots + 1) long, real tokens in each chunk; 0 where a slot is not in use.
+        numbers: (rows, slots + 1) long, of the chunk in each slot; -1 of none.
 
     Raises:
         ConfigError: lists every setting that breaks a rule.
@@ -93,12 +107,19 @@ class MemoryBank:
         self.device = torch.device(device)
         self.fingerprint = fingerprint
         heads = self.layers * heads_kv
-        self._slots = Slots(rows, capacity_tokens // chunk_size, heads, head_dim, chunk_size, dtype, self.device)
+        slots = self._slots = capacity_tokens // chunk_size
+        pair = (2, chunk_size, head_dim)
+        self.storage = torch.zeros(rows, slots + 1, heads, *pair, dtype=dtype, device=self.device)
+        self.keys = torch.zeros(rows, heads, slots, head_dim, device=self.device)
+        self.lengths = torch.zeros(rows, slots + 1, dtype=torch.long, device=self.device)
+        self.numbers = torch.full_like(self.lengths, -1)
+        self._written = [0] * rows  # chunks that each row was ever given; the next chunk's number
+        self._runs: list[list[Run]] = [[] for _ in range(rows)]  # of the chunks that are still there, oldest first
         self._indexes = make_indexes(index, self.layers)
         self._lanes = [_Lane() for _ in range(rows)]
         # the tail is kept unrounded: the mean key of its chunk is taken before rounding
         working = torch.promote_types(dtype, torch.float32)
-        self._tail = torch.zeros(rows, heads, 2, chunk_size, head_dim, dtype=working, device=self.device)
+        self._tail = torch.zeros(rows, heads, *pair, dtype=working, device=self.device)
         self._version = 0
 
     @classmethod
@@ -126,12 +147,12 @@ class MemoryBank:
     @property
     def chunks(self) -> Tensor:
         """(rows,) chunks that each row can find."""
-        return torch.tensor([self._slots.live(row) for row in range(self.rows)])
+        return torch.tensor([self._live(row) for row in range(self.rows)])
 
     @property
     def tokens(self) -> Tensor:
         """(rows,) tokens that each row can find; a waiting tail is not counted."""
-        return self._slots.lengths.sum(1).cpu()
+        return self.lengths.sum(1).cpu()
 
     @property
     def waiting(self) -> Tensor:
@@ -141,8 +162,7 @@ class MemoryBank:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors on the device."""
-        slots = self._slots
-        return sum(each.nbytes for each in (slots.storage, slots.keys, slots.lengths, self._tail))
+        return sum(each.nbytes for each in (self.storage, self.keys, self.lengths, self._tail))
 
     def search(
         self, queries: Tensor, num_chunks: int, rows: Tensor | None = None, *, layer: int = 0
@@ -157,24 +177,40 @@ class MemoryBank:
             self._indexes[layer if 0 <= layer < self.layers else 0],
             queries,
             num_chunks,
-            self._slots,
+            self,
             read,
-            [self._slots.live(row) for row in read],
+            [self._live(row) for row in read],
             layer=layer,
             heads_kv=self.heads_kv,
             live_version=lambda: self._version,
         )
-        return replace(found, sources=self._slots.numbers)
+        return replace(found, sources=self.numbers)
 
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:
         """Where a chunk of a row came from; ``chunk`` is numbered as in ``RetrievedMemory.chunks``, by age."""
         (row,) = rows_of([row], 1, self.rows, "rows")
-        end = self._slots.written[row]
-        first = end - self._slots.live(row)
+        end = self._written[row]
+        first = end - self._live(row)
         if not first <= chunk < end:
             there = f"it holds {first} to {end - 1}" if end else "it is empty"
             raise MemoryBankError(f"chunk ({chunk}) is not in row {row}; {there}")
-        return self._slots.origin(row, chunk)
+        runs = self._runs[row]
+        begin, document, token, time = runs[bisect_right(runs, chunk, key=itemgetter(0)) - 1]
+        start = token + (chunk - begin) * self.chunk_size
+        return ChunkOrigin(document, start, int(self.lengths[row, chunk % self._slots]), chunk, time)
+
+    def run(self, start: int, stop: int) -> MemoryBank:
+        """The chunks in slots ``start`` to ``stop`` of full rows as a bank of its own, in the same storage.
+
+        It knows no documents: chunks and tokens are counted from its beginning.
+        """
+        part = copy.copy(self)
+        part._slots, part.capacity_tokens = stop - start, (stop - start) * self.chunk_size
+        part.storage, part.lengths = self.storage[:, start:stop], self.lengths[:, start:stop]
+        part.keys = self.keys[:, :, start:stop]
+        part.numbers = torch.arange(part._slots, device=self.device).repeat(self.rows, 1)
+        part._written, part._runs = [part._slots] * self.rows, [[(0, None, 0, 0.0)] for _ in range(self.rows)]
+        return part
 
     # writing
 
@@ -210,7 +246,7 @@ class MemoryBank:
                 raise MemoryBankError(f"{name} ({len(given)} entries) must have one per row written ({len(lanes)})")
         if len(set(lanes)) != len(lanes):
             raise MemoryBankError(f"rows ({lanes}) must name each row once")
-        refuse_unfit(pair, kv.mask, self._slots.storage.dtype, self.chunk_size)
+        refuse_unfit(pair, kv.mask, self.storage.dtype, self.chunk_size)
         pair = pair.to(device=self.device, dtype=self._tail.dtype)
         mask = None if kv.mask is None or bool(kv.mask.all()) else kv.mask.to(self.device, torch.bool)
         now = clock.time() if time is None else time
@@ -238,7 +274,8 @@ class MemoryBank:
         """Empty these rows (default: all)."""
         for row in rows_of(rows, None, self.rows, "rows"):
             self._lanes[row] = _Lane()
-            self._slots.clear(row)
+            self._written[row], self._runs[row] = 0, []
+            self.lengths[row], self.numbers[row] = 0, -1
             for index in self._indexes:
                 index.cleared(row)
         self._version += 1
@@ -247,9 +284,17 @@ class MemoryBank:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything in the bank: tensors (copies, only what is in use) and plain containers."""
+        used = max(self._live(row) for row in range(self.rows))
+        slots = {
+            "storage": self.storage[:, :used].clone(),
+            "keys": self.keys[:, :, :used].clone(),
+            "lengths": self.lengths[:, :used].clone(),
+            "written": list(self._written),
+            "runs": [list(runs) for runs in self._runs],
+        }
         return {
             "settings": self._settings(),
-            "slots": self._slots.state_dict(),
+            "slots": slots,
             "tail": self._tail.clone(),
             "lanes": [vars(lane).copy() for lane in self._lanes],
             "version": self._version,
@@ -282,7 +327,7 @@ class MemoryBank:
                 f"saved bank is of another shape: its {name} is {saved}, this bank's is {mine}; "
                 f"make the bank with {name}={saved} to load it"
             )
-        self._slots.load_state_dict(state["slots"])
+        self._load_slots(state["slots"])
         for index in self._indexes:
             for row in range(self.rows):
                 index.cleared(row)
@@ -290,7 +335,34 @@ class MemoryBank:
         self._lanes = [_Lane(**lane) for lane in state["lanes"]]
         self._version = max(self._version, state["version"]) + 1
 
+    def _load_slots(self, state: dict[str, Any]) -> None:
+        used = state["storage"].shape[1]
+        self.lengths.zero_()
+        self.numbers.fill_(-1)
+        self.storage[:, :used].copy_(state["storage"])
+        self.keys[:, :, :used].copy_(state["keys"])
+        self.lengths[:, :used].copy_(state["lengths"])
+        self._written = list(state["written"])
+        for row, end in enumerate(self._written):
+            numbers = torch.arange(end - self._live(row), end, device=self.device)
+            self.numbers[row][numbers % self._slots] = numbers
+        if "ledger" in state:
+            self._runs = [self._runs_of(state["ledger"], row) for row in range(self.rows)]
+        else:
+            self._runs = [list(runs) for runs in state["runs"]]
+
+    def _runs_of(self, table: dict[str, Any], row: int) -> list[Run]:
+        """A run for every chunk of a table of version 0.1: document, start, number and time of each slot."""
+        spelled = {number: name for name, number in table["names"].items()}
+        columns = (table[name][row, : self._live(row)].tolist() for name in ("number", "document", "start", "time"))
+        runs = [(n, spelled.get(document), start, time) for n, document, start, time in zip(*columns, strict=True)]
+        return sorted(runs, key=itemgetter(0))
+
     # how a segment becomes chunks
+
+    def _live(self, row: int) -> int:
+        """Chunks in use in this row."""
+        return min(self._written[row], self._slots)
 
     def _append(self, row: int, tokens: Tensor, now: float) -> None:
         """Put tokens (n*Hkv, 2, t, D) behind what waits in a row, and store all whole chunks."""
@@ -312,87 +384,24 @@ class MemoryBank:
             lane.waiting = 0
 
     def _write(self, row: int, chunks: Tensor, lengths: Tensor, now: float) -> None:
-        """Store chunks (m, n*Hkv, 2, S, D) that begin with what waits in a row."""
-        lane = self._lanes[row]
-        slots = self._slots.write(row, chunks, lengths, lane.document, lane.next_token - lane.waiting, now)
+        """Store chunks (m, n*Hkv, 2, S, D) that begin with what waits in a row; of more than fit, the newest stay."""
+        lane, runs = self._lanes[row], self._runs[row]
+        runs.append((self._written[row], lane.document, lane.next_token - lane.waiting, now))
+        self._written[row] += len(chunks)
+        # let go of runs whose last chunk is overwritten
+        oldest = self._written[row] - self._slots
+        del runs[: max(0, bisect_right(runs, oldest, key=itemgetter(0)) - 1)]
+        kept = min(len(chunks), self._slots)
+        chunks, lengths = chunks[-kept:], lengths[-kept:].to(self.device)
+        numbers = torch.arange(self._written[row] - kept, self._written[row], device=self.device)
+        slots = numbers % self._slots
+        self.numbers[row][slots], self.lengths[row][slots] = numbers, lengths
+        self.storage[row][slots] = chunks.to(self.storage.dtype)
+        self.keys[row][:, slots] = mean_keys(chunks, lengths).transpose(0, 1).to(self.keys.dtype)
         for index in self._indexes:
             index.written(row, slots)
 
     def _settings(self) -> dict[str, Any]:
         """What a saved bank must share with the one that loads it."""
         names = ("fingerprint", "memory_layers", "rows", "capacity_tokens", "heads_kv", "head_dim", "chunk_size")
-        return {name: getattr(self, name) for name in names} | {"dtype": str(self._slots.storage.dtype)}
-
-
-class EncodedText:
-    """What a text leaves in memory, segment by segment, and any run of its segments as a memory.
-
-    A segment's keys and values depend on that segment alone, since the model that writes memory never reads it. So the
-    text is encoded once; to hide something in it, only the segments that hold it are encoded again, and replace the old
-    ones for as long as the question takes.
-
-    Args:
-        model: a ``LongMem`` or another model with ``encode``.
-        ids: (n, T) token ids of the text; T a multiple of the model's chunk size.
-        progress: called with the number of segments done.
-
-    Raises:
-        ConfigError: chunks would straddle segments.
-    """
-
-    def __init__(self, model: Any, ids: Tensor, progress: Callable[[int], Any] = lambda done: None) -> None:
-        size = model.config.chunk_size
-        if ids.shape[1] % size:
-            raise ConfigError(
-                f"window ({ids.shape[1]}) must be a multiple of chunk_size ({size}), so that segments can be changed "
-                f"one by one; try {max(1, ids.shape[1] // size) * size}"
-            )
-        self.model, self.ids = model, ids
-        self.per_segment = ids.shape[1] // size
-        self.bank = MemoryBank.for_model(model, 1, ids.numel())
-        for number, segment in enumerate(ids, 1):
-            self.bank.add(self._encoded(segment))
-            progress(number)
-
-    def run(self, first: int, count: int, most_tokens: int | None = None) -> MemoryBank:
-        """A bank to read of ``count`` segments from number ``first`` on, or of their last ``most_tokens`` tokens.
-
-        It refers to the storage of the text; chunks are numbered, and tokens counted, from its beginning.
-        """
-        start, end = first * self.per_segment, (first + count) * self.per_segment
-        if most_tokens is not None:
-            start = max(start, end - most_tokens // self.bank.chunk_size)
-        run = copy.copy(self.bank)
-        run._slots = self.bank._slots.run(start, end)
-        return run
-
-    @contextmanager
-    def holding(
-        self, first: int, count: int, changed: Mapping[int, Sequence[int]], most_tokens: int | None = None
-    ) -> Iterator[MemoryBank]:
-        """While open, ``run`` of the same text with some segments of other tokens.
-
-        Args:
-            first: number of the first segment.
-            count: how many.
-            changed: token ids (T,) of changed segments, by their number in the whole text.
-            most_tokens: only the last so many tokens are remembered; None is all.
-        """
-        kept = []
-        try:
-            for number, ids in changed.items():
-                # one at a time: other batch sizes round differently
-                alone = MemoryBank.for_model(self.model, 1, len(ids), fingerprint=self.bank.fingerprint)
-                alone.add(self._encoded(torch.tensor(ids)))
-                place = self.bank._slots.run(number * self.per_segment, (number + 1) * self.per_segment)
-                kept.append((place, place.state_dict()))
-                place.load_state_dict(alone._slots.state_dict())
-            yield self.run(first, count, most_tokens)
-        finally:
-            for place, state in kept:
-                place.load_state_dict(state)
-
-    @torch.no_grad()
-    def _encoded(self, segment: Tensor) -> AttentionKV:
-        kv: AttentionKV = self.model.encode(segment[None].to(self.model.device))
-        return kv
+        return {name: getattr(self, name) for name in names} | {"dtype": str(self.storage.dtype)}

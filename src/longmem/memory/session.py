@@ -1,4 +1,5 @@
-"""Several memories as one: what is said now over what was said before, rows that read different memories.
+"""Memories made of others: what is said now over what was said before (``SessionMemory``), rows that read different
+memories (``JoinedMemory``), a text in which a few segments change from question to question (``EncodedText``).
 
 What a search found is in the storage of its own memory. Here the chunks that were really found are copied into one
 small storage, a key/value head at a time, because a head reads only its own part of a chunk.
@@ -9,7 +10,8 @@ B batch rows · H query heads · T tokens · R retrieved chunks · S tokens per 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
 from itertools import accumulate
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longmem.errors import MemoryBankError, StoreError
+from longmem.errors import ConfigError, MemoryBankError, StoreError
 from longmem.memory.bank import MemoryBank
 from longmem.memory.index import rows_of
 from longmem.types import AttentionKV, ChunkOrigin, Memory, RetrievedMemory
@@ -238,6 +240,75 @@ class JoinedMemory:
         if bank is None:
             raise MemoryBankError(f"row {row} has no memory, so no chunk {chunk}")
         return bank.provenance(0, chunk)
+
+
+class EncodedText:
+    """What a text leaves in memory, segment by segment, and any run of its segments as a memory.
+
+    A segment's keys and values depend on that segment alone, since the model that writes memory never reads it. So the
+    text is encoded once; to hide something in it, only the segments that hold it are encoded again, and replace the old
+    ones for as long as the question takes.
+
+    Args:
+        model: a ``LongMem`` or another model with ``encode``.
+        ids: (n, T) token ids of the text; T a multiple of the model's chunk size.
+        progress: called with the number of segments done.
+
+    Raises:
+        ConfigError: chunks would straddle segments.
+    """
+
+    def __init__(self, model: Any, ids: Tensor, progress: Callable[[int], Any] = lambda done: None) -> None:
+        size = model.config.chunk_size
+        if ids.shape[1] % size:
+            raise ConfigError(
+                f"window ({ids.shape[1]}) must be a multiple of chunk_size ({size}), so that segments can be changed "
+                f"one by one; try {max(1, ids.shape[1] // size) * size}"
+            )
+        self.model, self.ids = model, ids
+        self.per_segment = ids.shape[1] // size
+        self.bank = MemoryBank.for_model(model, 1, ids.numel())
+        for number, segment in enumerate(ids, 1):
+            self.bank.add(self._encoded(segment))
+            progress(number)
+
+    def run(self, first: int, count: int, most_tokens: int | None = None) -> MemoryBank:
+        """A bank to read of ``count`` segments from number ``first`` on, or of their last ``most_tokens`` tokens."""
+        start, end = first * self.per_segment, (first + count) * self.per_segment
+        if most_tokens is not None:
+            start = max(start, end - most_tokens // self.bank.chunk_size)
+        return self.bank.run(start, end)
+
+    @contextmanager
+    def holding(
+        self, first: int, count: int, changed: Mapping[int, Sequence[int]], most_tokens: int | None = None
+    ) -> Iterator[MemoryBank]:
+        """While open, ``run`` of the same text with some segments of other tokens.
+
+        Args:
+            first: number of the first segment.
+            count: how many.
+            changed: token ids (T,) of changed segments, by their number in the whole text.
+            most_tokens: only the last so many tokens are remembered; None is all.
+        """
+        kept = []
+        try:
+            for number, ids in changed.items():
+                # one at a time: other batch sizes round differently
+                alone = MemoryBank.for_model(self.model, 1, len(ids), fingerprint=self.bank.fingerprint)
+                alone.add(self._encoded(torch.tensor(ids)))
+                place = self.run(number, 1)
+                kept.append((place, place.state_dict()))
+                place.load_state_dict(alone.state_dict())
+            yield self.run(first, count, most_tokens)
+        finally:
+            for place, state in kept:
+                place.load_state_dict(state)
+
+    @torch.no_grad()
+    def _encoded(self, segment: Tensor) -> AttentionKV:
+        kv: AttentionKV = self.model.encode(segment[None].to(self.model.device))
+        return kv
 
 
 def rows_under(memory: Memory | None, count: int, reader: str, argument: str) -> Tensor:

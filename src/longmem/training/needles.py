@@ -21,8 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from longmem.data.facts import draw_facts
 from longmem.data.stream import IGNORE
 from longmem.data.tokens import TokenCorpus
-from longmem.memory.bank import EncodedText, MemoryBank
-from longmem.memory.session import SessionMemory
+from longmem.memory import MemoryBank
+from longmem.memory.session import EncodedText, SessionMemory
 from longmem.progress import Progress
 from longmem.training.recipe import NeedlesSection
 from longmem.types import AttentionKV

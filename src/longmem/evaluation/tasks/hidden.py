@@ -23,7 +23,7 @@ from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode, encode_after
 from longmem.evaluation.results import Json
 from longmem.evaluation.tasks import Example, Metric, Task, digest_of
-from longmem.memory.bank import EncodedText
+from longmem.memory.session import EncodedText
 from longmem.progress import Progress
 from longmem.store.recall import PlainTexts, Recall
 from longmem.types import Memory
