@@ -97,10 +97,10 @@ def measure(folder: Path, tokens: int, rounds: int) -> dict[str, dict[str, float
             draw = np.random.default_rng(turn)
             slots = np.sort(draw.integers(0, int(bank.chunks[0]), pairs))
             heads = draw.integers(0, bank.heads_kv, pairs)
-            bank._loaded.take(slots, heads)  # pages that nobody has read are the disk's time
+            bank._take(slots, heads)  # pages that nobody has read are the disk's time
             begin = time.process_time()
             for _ in range(200):
-                bank._loaded.take(slots, heads)
+                bank._take(slots, heads)
             seconds.setdefault(f"gather_{pairs}", []).append((time.process_time() - begin) / 200)
     store.close()
     return {part: spread(each) for part, each in seconds.items()}

@@ -1,7 +1,7 @@
 """``StoreBank``: the documents of a store as a memory that a model searches.
 
-A bank holds (``Held``) the numbers of its chunks, where they are from and where they are stored, and once it is
-searched their mean keys (``Loaded``).
+What a bank holds (``Held``) are the numbers of its chunks, where they are from and where they are stored; once it is
+searched, also their mean keys.
 
 B batch rows · T tokens · H query heads, or in storage the heads of all layers · Hkv key/value heads of a layer ·
 D head_dim · S tokens per chunk · R retrieved chunks · N chunks of a bank · n of them that can be found ·
@@ -14,7 +14,6 @@ import math
 import threading
 import time as clock
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,6 +73,10 @@ class StoreBank:
     Attributes:
         memory_layers: whose keys and values it holds; ``search`` takes the place of one of them as ``layer``.
         heads_kv: Hkv.
+        keys: (1, H, n, D), mean keys of the chunks that can be found, next to each other in n slots; None until they
+            are read.
+        lengths: (1, n + 1), real tokens of the chunk in each slot, and 0.
+        storage: (1, n + 1, H, 2, S, D), a shape only; keys and values are read from the data files by ``_take``.
 
     Raises:
         StoreError: a document that was named is not there, or the store is closed.
@@ -102,7 +105,9 @@ class StoreBank:
         self.layers = len(self.memory_layers)
         self._indexes = make_indexes(index, self.layers)
         self._lock = threading.RLock()
-        self._loaded: Loaded | None = None
+        self.keys: Any = None
+        self.lengths = self.storage = torch.zeros(0)
+        self._slots = self._ids = np.zeros(0, dtype=np.int64)  # (n,) number of the chunk in each slot, and its id
         self._read()
 
     # what it holds
@@ -122,12 +127,12 @@ class StoreBank:
     def nbytes(self) -> int:
         """Bytes of the chunk keys, where they have been read."""
         with self._lock:
-            return 0 if self._loaded is None else self._loaded.keys.nbytes
+            return 0 if self.keys is None else int(self.keys.nbytes)
 
     def load(self) -> StoreBank:
         """Read now the chunk keys, which the first search would read."""
         with self._lock:
-            if self._loaded is None:
+            if self.keys is None:
                 self._load()
         return self
 
@@ -140,7 +145,7 @@ class StoreBank:
             if self._catalog.version() == self._read_at:
                 return
             self._read()
-            if self._loaded is not None:
+            if self.keys is not None:
                 self._load()
 
     # reading
@@ -164,38 +169,47 @@ class StoreBank:
         lines = rows_of([0] * len(queries) if rows is None else rows, len(queries), 1, "queries")
         with self._lock:
             self._notice()
-            loaded = self._load() if self._loaded is None else self._loaded
+            if self.keys is None:
+                self._load()
             found = search_chunks(
                 self._indexes[layer if 0 <= layer < self.layers else 0],
                 queries,
                 num_chunks,
-                loaded,
+                self,
                 lines,
-                [len(loaded.chunks)] * len(lines),
+                [len(self._slots)] * len(lines),
                 layer=layer,
                 heads_kv=self.heads_kv,
             )
-            return self._retrieved(found, loaded)
+            return self._retrieved(found)
 
-    def _retrieved(self, found: RetrievedMemory, loaded: Loaded) -> RetrievedMemory:
+    def _retrieved(self, found: RetrievedMemory) -> RetrievedMemory:
         """Each pair of a chunk and a head once, as storage (1, M + 1, 1, 2, S, D) with the null chunk last.
 
         A head reads only its own part of a chunk: storing heads apart takes Hkv times fewer bytes from disk.
         """
-        mask, heads_in_all = found.chunk_mask, loaded.storage.shape[2]
+        mask, heads_in_all = found.chunk_mask, self.storage.shape[2]
         pairs, places = torch.unique(found.lines[mask], return_inverse=True)
         slots, heads = (each.cpu().numpy() for each in (pairs // heads_in_all, pairs % heads_in_all))
-        chunks, device = loaded.chunks[slots], mask.device
+        chunks, device = self._slots[slots], mask.device
         return replace(
             found,
             chunk_ids=torch.full_like(found.chunk_ids, len(pairs)).masked_scatter_(mask, places),
-            storage=loaded.take(slots, heads)[None, :, None],
-            lengths=torch.from_numpy(np.append(loaded.held.lengths[chunks], 0)).to(device)[None],
+            storage=self._take(slots, heads)[None, :, None],
+            lengths=torch.from_numpy(np.append(self._held.lengths[chunks], 0)).to(device)[None],
             sources=torch.from_numpy(np.append(chunks, -1)).to(device)[None],
             memory_rows=found.rows,
             first_head=0,
             layer_heads=None,
         )
+
+    def _take(self, slots: Numbers, heads: Numbers) -> Tensor:
+        """Keys and values (M + 1, 2, S, D) on the device, of slots (M,) and heads (M,); the last is zero."""
+        kv = self._held.stored.numbers(self._held.records[self._slots[slots]], heads)
+        # page-locked, so that a GPU fetches it while the host goes on
+        taken = torch.zeros(len(kv) + 1, *kv.shape[1:], dtype=kv.dtype, pin_memory=self.device.type == "cuda")
+        taken[:-1] = kv
+        return taken.to(self.device, non_blocking=True)
 
     # where something is from
 
@@ -282,14 +296,38 @@ class StoreBank:
             return
         self._held = until_found(lambda: self._held.now(self._catalog, self.namespace))
         self._seen = seen
-        if self._loaded is not None:
+        if self.keys is not None:
             self._load()
 
-    def _load(self) -> Loaded:
+    def _load(self) -> None:
+        """Read the mean keys of the chunks that can be found; those before the first change are not read again."""
+        held, stored = self._held, self._held.stored
         # where this fails, the next search loads anew: what was loaded has what is forgotten
-        before, self._loaded = self._loaded, None
-        self._loaded = Loaded(self._held, self._indexes, self.device, before)
-        return self._loaded
+        before, self.keys = self.keys, None
+        had = self._ids[:0] if before is None else self._ids
+        self._slots = held.alive()
+        self._ids = held.ids[self._slots]
+        shared, count = min(len(had), len(self._ids)), len(self._ids)
+        self.storage = torch.zeros(()).expand(1, count + 1, *stored.kv.shape[1:])
+        self.lengths = torch.from_numpy(np.append(held.lengths[self._slots], 0)).to(self.device)[None]
+        same = int(
+            np.append(had[:shared] != self._ids[:shared], True).argmax()
+        )  # leading slots that are what they were
+        if before is not None and same == len(had) == count:
+            self.keys = before
+            return
+        keys = torch.empty(1, stored.keys.shape[1], count, stored.keys.shape[2], device=self.device)
+        if before is not None:
+            keys[:, :, :same] = before[:, :, :same]
+        read_into(keys[0].transpose(0, 1)[same:], stored.keys, held.records[self._slots][same:])
+        if same < len(had) or before is None:
+            for index in self._indexes:
+                index.cleared(0)
+            same = 0
+        slots = torch.arange(same, count, device=self.device)
+        for index in self._indexes:
+            index.written(0, slots)
+        self.keys = keys
 
 
 # what a bank holds
@@ -395,53 +433,6 @@ def read_held(catalog: Catalog, namespace: str, selection: Selection) -> Held:
 
 AT_ONCE = 1 << 10
 """Chunks that are read at a time: few enough to stay in a processor's cache between their two copies."""
-
-
-class Loaded:
-    """The mean keys of the chunks that can be found, next to each other in n slots; see ``memory.index.Chunks``.
-
-    Args:
-        held: the chunks of the bank.
-        indexes: one for each remembered layer.
-        before: what was loaded until now; keys before the first change are not read again.
-
-    Attributes:
-        storage: (1, n + 1, H, 2, S, D), a shape only; keys and values are read from the data files by ``take``.
-        keys: (1, H, n, D).
-        lengths: (1, n + 1), real tokens of each chunk, and 0.
-    """
-
-    def __init__(self, held: Held, indexes: Sequence[Index], device: torch.device, before: Loaded | None) -> None:
-        self.keys: Tensor
-        self.held, stored = held, held.stored
-        self.chunks = held.alive()  # (n,) number of the chunk in each slot, ascending
-        self.ids, had = held.ids[self.chunks], np.zeros(0) if before is None else before.ids
-        shared, count = min(len(had), len(self.ids)), len(self.ids)
-        self.storage = torch.zeros(()).expand(1, count + 1, *stored.kv.shape[1:])
-        self.lengths = torch.from_numpy(np.append(held.lengths[self.chunks], 0)).to(device)[None]
-        same = int(np.append(had[:shared] != self.ids[:shared], True).argmax())  # leading slots that are what they were
-        if before is not None and same == len(had) == count:
-            self.keys = before.keys
-            return
-        self.keys = torch.empty(1, stored.keys.shape[1], count, stored.keys.shape[2], device=device)
-        if before is not None:
-            self.keys[:, :, :same] = before.keys[:, :, :same]
-        read_into(self.keys[0].transpose(0, 1)[same:], stored.keys, held.records[self.chunks][same:])
-        if same < len(had) or before is None:
-            for index in indexes:
-                index.cleared(0)
-            same = 0
-        slots = torch.arange(same, count, device=device)
-        for index in indexes:
-            index.written(0, slots)
-
-    def take(self, slots: Numbers, heads: Numbers) -> Tensor:
-        """Keys and values (M + 1, 2, S, D) on the device, of slots (M,) and heads (M,); the last is zero."""
-        kv, device = self.held.stored.numbers(self.held.records[self.chunks[slots]], heads), self.keys.device
-        # page-locked, so that a GPU fetches it while the host goes on
-        taken = torch.zeros(len(kv) + 1, *kv.shape[1:], dtype=kv.dtype, pin_memory=device.type == "cuda")
-        taken[:-1] = kv
-        return taken.to(device, non_blocking=True)
 
 
 def read_into(target: Tensor, stored: NDArray[Any], records: Numbers) -> None:
