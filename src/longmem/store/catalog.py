@@ -28,12 +28,12 @@ from longmem.store.disk import (
     FORMAT,
     Layout,
     StoredChunks,
-    WriterLock,
     failpoint,
     file_errors,
     mapped,
     paths_of,
     sqlite_errors,
+    writer_lock,
 )
 from longmem.store.encode import Tokens, composed, joined_tokens
 
@@ -155,18 +155,17 @@ class Catalog:
         self.path, self._log = folder / CATALOG, folder / f"{CATALOG}-wal"
         self.pinned: dict[object, set[int]] = {}
         self._guard, self._changing = threading.RLock(), threading.RLock()
-        self._lock: WriterLock | None = None
+        self._opener = os.getpid()
         self._mapped: tuple[int, StoredChunks] | None = None
         self._watched: list[object] | None = None  # where SQLite cannot tell us that a writer came
-        with ExitStack() as undo:
+        with ExitStack() as ends:
             if writable:
                 with file_errors(folder, "making the folder"):
                     folder.mkdir(parents=True, exist_ok=True)
-                self._lock = WriterLock(folder)
-                undo.callback(self._lock.release)
+                ends.enter_context(writer_lock(folder))
                 failpoint("create.folder")
             self._db = self._connect(new is not None)
-            undo.callback(self._db.close)
+            ends.callback(lambda: self._db.close())  # the connection of that moment
             with sqlite_errors(self.path):
                 if new is not None and not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                     self._make(new)
@@ -174,7 +173,7 @@ class Catalog:
             if writable:  # data files that the catalog does not name are of a compact that was interrupted
                 named = paths_of(folder, self.meta("generation"))
                 self.remove(path for path in folder.glob("k*-*.bin") if path not in named)
-            undo.pop_all()
+            self._ends = ends.pop_all()
 
     def _connect(self, create: bool = False) -> sqlite3.Connection:
         how = "mode=rwc" if create else "mode=rw" if self.writable else "mode=ro"
@@ -227,15 +226,10 @@ class Catalog:
 
     def close(self) -> None:
         """Close; a writer empties the write-ahead log if no reader needs it."""
-        with self._changing, self._guard:
-            try:
-                if self.writable:
-                    with suppress(StoreError):  # the log itself is durable
-                        self.empty_log(0.0)
-                self._db.close()
-            finally:
-                if self._lock is not None:
-                    self._lock.release()
+        with self._changing, self._guard, self._ends:
+            if self.writable:
+                with suppress(StoreError):  # the log itself is durable
+                    self.empty_log(0.0)
 
     # states and transactions
 
@@ -244,10 +238,10 @@ class Catalog:
 
         Raises StoreError where the store was opened to read, or by the parent of this process.
         """
-        if self._lock is None:
+        if not self.writable:
             raise StoreError(f"{self.folder}: opened to read; open it with mode='write'")
-        if self._lock.pid != os.getpid():
-            raise StoreError(f"{self.folder}: opened by process {self._lock.pid}; open it in this process")
+        if self._opener != os.getpid():
+            raise StoreError(f"{self.folder}: opened by process {self._opener}; open it in this process")
         return self._changing
 
     @contextmanager

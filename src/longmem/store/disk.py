@@ -163,39 +163,31 @@ def sqlite_errors(path: Path) -> Iterator[None]:
         raise kind(f"{path}: {said} ({name}); {way_out}") from error
 
 
-class WriterLock:
-    """The right to write, held (``flock``) until ``release`` or the end of the process.
+@contextmanager
+def writer_lock(folder: Path) -> Iterator[None]:
+    """The right to write (``flock``), held while the block lasts or until the process ends.
 
     Raises StoreLocked where another process, or another object in this one, has it, and names it.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.pid = os.getpid()
-        program, *arguments = sys.argv or [""]
-        command = " ".join([Path(program).name or "python", *arguments]).encode("ascii", "replace").decode()[:400]
-        since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-        me = f"process {self.pid} on {socket.gethostname()} (`{command}`) has been writing since {since}"
+    pid, (program, *arguments) = os.getpid(), sys.argv or [""]
+    command = " ".join([Path(program).name or "python", *arguments]).encode("ascii", "replace").decode()[:400]
+    since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    with ExitStack() as ends:
         with file_errors(folder / LOCK, "opening to write"):
-            self._file = (folder / LOCK).open("a")
+            file = ends.enter_context((folder / LOCK).open("a"))
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._file.truncate(0)
-                self._file.write(me)
-                self._file.flush()
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                self._file.close()
                 who = " ".join((folder / LOCK).read_text(errors="replace").split()) or "another process writes to it"
                 raise StoreLocked(f"{folder}: {who}; wait for it, or open the store with mode='read'") from error
-            except BaseException:
-                self._file.close()
-                raise
-
-    def release(self) -> None:
-        """Let others write."""
-        if not self._file.closed:
-            if os.getpid() == self.pid:  # a forked child has the same lock: its parent keeps it
-                fcntl.flock(self._file, fcntl.LOCK_UN)
-            self._file.close()
+            file.truncate(0)
+            file.write(f"process {pid} on {socket.gethostname()} (`{command}`) has been writing since {since}")
+            file.flush()
+        try:
+            yield
+        finally:
+            if os.getpid() == pid:  # a forked child has the same lock: its parent keeps it
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 Numbers = NDArray[np.int64]
