@@ -13,7 +13,7 @@ from tests.store.small import BEGIN, MODEL, expected_chunks, words
 from longmem.store import MemoryStore
 
 GRAM = 16
-"""Bytes that are not found by chance."""
+"""Bytes that are not found by chance; keys and values of a token and a head."""
 
 
 @dataclass(frozen=True)
@@ -103,36 +103,27 @@ class Twin:
     def left_of_buried(self, store: MemoryStore) -> list[str]:
         """What of buried documents is in any file, though no document has it."""
         disk = bytes_of(store)
-        grams = {disk[at : at + GRAM] for at in range(len(disk) - GRAM + 1)}
-        may = b"\0".join(part for rows in self.rows.values() for row in rows.values() for part in parts_of(row))
         living = [each for rows in self.rows.values() for row in rows.values() for each in (row, *row.shorter)]
-        records = {record for document in living for record in records_of(store, document)}
-        left = []
-        for document in self.buried:
-            for part in parts_of(document):
-                for at in range(0, len(part) - GRAM + 1, 3):
-                    if part[at : at + GRAM] in grams and part[at : at + GRAM] not in may:
-                        left.append(f"{part[at : at + GRAM]!r} of {document.name}")
-            for record in records_of(store, document) - records:
-                if record[:GRAM] in grams and record in disk:
-                    left.append(f"a chunk of {document.name}")
+        may = b"\0".join(trace for document in living for trace in traces(store, document))
+        left = [
+            f"{gram!r} of {document.name}"
+            for document in self.buried
+            for trace in traces(store, document)
+            for gram in (trace[at : at + GRAM] for at in range(0, len(trace) - GRAM + 1, GRAM))
+            if gram not in may and gram in disk
+        ]
         self.buried = [] if not left else self.buried
         return left
 
 
-def parts_of(document: Document) -> Iterator[bytes]:
-    """Everything that the catalog keeps of a document."""
+def traces(store: MemoryStore, document: Document) -> Iterator[bytes]:
+    """Everything that the files keep of a document: token ids, text, metadata, and its chunks."""
     yield np.array(document.ids, dtype="<u4").tobytes()
     yield (document.text or "").encode()
     yield document.metadata.get("secret", "").encode()
-
-
-def records_of(store: MemoryStore, document: Document) -> set[bytes]:
-    """Everything that data files keep of a document: keys and values of its chunks, and their means."""
     chunks = expected_chunks(store, MODEL, document.ids)
-    return {chunks.kv[at].tobytes() for at in range(len(chunks))} | {
-        chunks.keys[at].tobytes() for at in range(len(chunks))
-    }
+    yield chunks.kv.tobytes()
+    yield chunks.keys.tobytes()
 
 
 def bytes_of(store: MemoryStore) -> bytes:

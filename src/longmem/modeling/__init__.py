@@ -6,7 +6,7 @@
 4. ``reading``: one attention layer that searches memory before it runs and mixes in what it found afterwards.
 5. ``attention`` and ``fusion``: attention over the chunks found, and the mix with attention over the segment.
 
-``baselines``: the backbone's own layers read memory. What a search does is in ``longmem.memory``: ``chunks``, then
+``baselines``: the backbone's own layers read memory. What a search does is in ``longmem.memory``: ``bank``, then
 ``index``. ``families`` knows how architectures name their parts, ``probe`` computes keys without positions, ``weights``
 copies layers and recognises a backbone. ``loading`` and ``gguf`` are about files. ``generating`` is ``generate`` with
 memory, ``explain`` what was read, ``alibi_gpt`` the paper's backbone. The same method in loops is in the tests,
