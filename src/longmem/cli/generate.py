@@ -206,16 +206,14 @@ def _texts(paths: tuple[str, ...], tokenizer: Any, model: Any) -> dict[str, Tens
 
 def _ids(tokenizer: Any, model: Any, text: str, what: str, *, special: bool = True) -> list[int]:
     """The token ids of a text to be continued: what the tokenizer puts after a text (``</s>``) is left out."""
-    from longmem.data.tokens import check_ids
+    from longmem.data.tokens import check_ids, start_tokens
 
-    whole: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     plain: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not plain:
         raise DataError(f"{what} has no tokens")
-    while whole[-1] != plain[-1]:
-        whole.pop()
-    check_ids(whole, model, what)
-    return whole
+    ids = [*start_tokens(tokenizer), *plain] if special else plain
+    check_ids(ids, model, what)
+    return ids
 
 
 def _settings(asked: dict[str, Any], tokenizer: Any, *, shown: bool) -> dict[str, Any]:

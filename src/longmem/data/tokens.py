@@ -228,7 +228,7 @@ def encoded(
 ) -> Iterator[tuple[str, NDArray[np.unsignedinteger[Any]]]]:
     """Name and token ids of each document, with what the tokenizer puts in front of a text, and its end token."""
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    prefix = list(start_tokens(tokenizer))
+    prefix = start_tokens(tokenizer)
     suffix = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     remaining = iter(documents)
     while some := list(islice(remaining, _TOGETHER)):

@@ -150,14 +150,11 @@ class Service:
         answer.bank = self.memories.bank(namespace)
         return answer.bank if self.heads_read else None
 
-    async def add(self, namespace: str, documents: Sequence[dict[str, Any]], *, follows: bool = False) -> list[Receipt]:
-        """Add documents, as ``Memories.add`` takes them, in one call of the engine; see ``Engine.call``."""
-        memories = self.memories
-        receipts = await self.engine.call(
-            lambda: [memories.add(namespace, **each) for each in documents], follows=follows
-        )
-        self.written.inc(sum(receipt.tokens for receipt in receipts))
-        return receipts
+    async def add(self, namespace: str, document: dict[str, Any], *, follows: bool = False) -> Receipt:
+        """Add a document, as ``Memories.add`` takes it, in a call of the engine; see ``Engine.call``."""
+        receipt = await self.engine.call(partial(self.memories.add, namespace, **document), follows=follows)
+        self.written.inc(receipt.tokens)
+        return receipt
 
     def read(self, answer: Answer, readings: list[Any]) -> list[dict[str, Any]]:
         """What each new token read, and what that did to it: one more pass, with memory off and the same window."""
@@ -224,7 +221,7 @@ class Exchange:
                     yield answer, piece, fresh[answer]
                     fresh[answer] = []
         if getattr(self.body, "store", self.body.remember):  # a response is kept unless it asks for none
-            (receipt,) = await service.add(str(self.place), [self.document()], follows=True)
+            receipt = await service.add(str(self.place), self.document(), follows=True)
             self.written = receipt.tokens
 
     def document(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from longmem import __version__
+from longmem.data.tokens import start_tokens
 from longmem.errors import LongMemError
 from longmem.server import schemas
 from longmem.server.answers import Answer, Chat, Completion, ModelResponse, Service
@@ -185,10 +186,9 @@ async def complete(body: schemas.CompletionRequest, who: Who, x_memory_id: Memor
     """Continue one prompt or several, reading the memory that ``memory_id`` or ``X-Memory-Id`` names."""
     memory = await named_memory(who, body, x_memory_id)
     most, made = body.max_tokens or COMPLETION_TOKENS, list[Answer]()
+    tokenizer = who.service.tokenizer
     for prompt in body.prompt:
-        ids = who.service.tokenizer(prompt)["input_ids"]
-        if len(ids) > 1 and ids[-1] in who.service.stop_ids:  # some tokenizers end every text
-            ids = ids[:-1]
+        ids = [*start_tokens(tokenizer), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
         made += who.service.answers(ids, body, most, memory, first=len(made), chat=False)
     messages = [{"role": "user", "content": body.prompt[0]}]
     return await answered(who.request, Completion(who.service, body, made, memory, messages))
@@ -311,7 +311,7 @@ async def forget_memory(memory: Mine, who: Who) -> Any:
 @routes.post("/v1/memories/{memory}/documents", status_code=201)
 async def add_document(memory: Mine, body: schemas.NewText, who: Who) -> Any:
     """Add a text; when this is answered it is on the disk."""
-    (receipt,) = await who.service.add(memory, [body.model_dump(exclude_defaults=True)])
+    receipt = await who.service.add(memory, body.model_dump(exclude_defaults=True))
     return receipt_card(receipt)
 
 
