@@ -22,8 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.server.test_process import Process
-
+from benchmarks.isolation import Process
 from benchmarks.measure import made_by
 from longmem import LongMem, TrainingFree
 from longmem.data.facts import told_session

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from longmem import LongMem
-from longmem.data import load_tokenizer
+from longmem.data.tokens import load_tokenizer
 from longmem.errors import CheckpointError
 from longmem.modeling.checkpoints import checkpoint_folder
 

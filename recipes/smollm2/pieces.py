@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from longmem.data import read_documents
 from longmem.data.facts import KINDS, ToldFact, asked_ids, draw_facts, question_ids, told_session
 from longmem.data.facts import chat_text as chat  # the same words that calibration uses
+from longmem.data.text import read_documents
 
 WINDOW, SEGMENTS = 1024, 8
 PIECE = WINDOW * SEGMENTS

@@ -395,7 +395,8 @@ def layers(model: str, data: tuple[str, ...], tokenizer: str | None, **given: An
     import torch
     from transformers.utils import logging
 
-    from longmem.data import load_tokenizer, read_documents
+    from longmem.data.text import read_documents
+    from longmem.data.tokens import load_tokenizer
     from longmem.evaluation.layers import conclusion, layers_report, text_rows
     from longmem.evaluation.results import header
     from longmem.evaluation.tasks.hidden import standard_library

@@ -103,7 +103,7 @@ def calibrate(model: str, data: tuple[str, ...], valid: tuple[str, ...], layers:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from longmem.data import check_tokenizer, load_tokenizer
+    from longmem.data.tokens import check_tokenizer, load_tokenizer
     from longmem.evaluation.layers import best_layers
     from longmem.evaluation.results import header, write_json
     from longmem.modeling.baselines import TrainingFree
@@ -157,7 +157,7 @@ def calibrate(model: str, data: tuple[str, ...], valid: tuple[str, ...], layers:
 
 def _by_kind(options: tuple[str, ...]) -> dict[str, list[str]]:
     """Texts of every ``[KIND=]PATH``; a path without a kind is ``text``."""
-    from longmem.data import read_documents
+    from longmem.data.text import read_documents
 
     paths = defaultdict(list)
     for option in options:

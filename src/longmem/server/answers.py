@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -313,12 +312,10 @@ class Completion(Chat):
     def logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
         if self.body.logprobs is None:
             return None
-        texts = [self.service.tokenizer.decode([token.id]) for token in tokens]
         return {
-            "tokens": texts,
+            "tokens": [self.service.tokenizer.decode([token.id]) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [{self.service.tokenizer.decode([n]): value for n, value in token.top} for token in tokens],
-            "text_offset": list(accumulate(map(len, texts), initial=0))[:-1],
         }
 
 
