@@ -10,6 +10,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import openai
@@ -18,6 +19,7 @@ from tests.server.conftest import HELLO
 from tests.store.small import open_small
 
 from longmem import TrainingFree
+from longmem.errors import DataError
 from longmem.generation.page import Pieces
 from longmem.server.answers import Answer
 from longmem.server.engine import Engine, Token
@@ -189,6 +191,12 @@ def test_the_text_index_of_a_memory_goes_with_what_is_forgotten(tmp_path: Path) 
         assert index() is None
 
 
+def test_metadata_is_shown_whatever_it_is_called(live: Any) -> None:
+    place, metadata = f"/v1/memories/{live.memory('about')}", {"messages": 2, "from": "Ann"}
+    assert live.http().post(f"{place}/documents", json={"name": "a", "text": "One.", "metadata": metadata}).is_success
+    assert live.http().get(place).json()["data"][0]["metadata"] == metadata
+
+
 def test_no_key_sees_anothers_memories(live: Any) -> None:
     live.memory("secret", "ann", diary="The key lies under the seventh stone.")
     live.memory("own", "ann")
@@ -273,6 +281,13 @@ def test_edges_of_bodies(live: Any, path: str, body: Any, status: int) -> None:
         assert answer.json()["error"]["type"] == "invalid_request_error"
     elif body.get("logprobs") == 0:
         assert len(answer.json()["choices"][0]["logprobs"]["token_logprobs"]) == 2
+
+
+def test_messages_that_a_model_cannot_be_given_are_refused(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = Mock(side_effect=DataError("the model's chat template refuses these messages (roles must alternate)"))
+    monkeypatch.setattr("longmem.server.answers.chat_prompt", refusing)
+    with pytest.raises(openai.BadRequestError, match="refuses these messages"):
+        live.chat(max_tokens=1)
 
 
 def test_without_keys_only_names_of_this_machine_are_answered(start: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
 import socket
@@ -13,7 +14,8 @@ import pytest
 from tests.calling import Command, Done
 
 from longmem import TrainingFree
-from longmem.errors import BackboneError
+from longmem.chat import chat_prompt
+from longmem.errors import BackboneError, DataError
 from longmem.modeling import gguf as defaults
 
 
@@ -78,6 +80,24 @@ def test_a_model_without_trained_gates_gets_passages_alone(longmem: Command, pai
     assert "passage  note.txt: The cellar door is green." in out and "heads" not in out
     _, out, told = longmem("chat", pair, "-m", "3", lines=("Is the cellar door green?", "/why"))
     assert "no trained gates" not in told and "heads    note.txt" in out
+
+
+STRICT = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+"""As of models that know no system message."""
+
+
+def test_a_template_that_refuses_a_system_message_has_it_before_the_first_question(byte_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.chat_template = STRICT
+    talk = [{"role": role, "content": role[:2]} for role in ("system", "user", "assistant", "user")]
+    assert tokenizer.decode(chat_prompt(tokenizer, talk).ids) == "<user>sy\n\nus<assistant>as<user>us"
+    with pytest.raises(
+        DataError, match=r"chat template refuses these messages \(roles must alternate user/assistant\)"
+    ):
+        chat_prompt(tokenizer, [*talk, talk[-1]])
 
 
 @pytest.mark.parametrize(

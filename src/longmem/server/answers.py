@@ -15,6 +15,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from longmem.chat import Message, Prompt, chat_prompt, conversation_name, stop_words, transcript
+from longmem.errors import DataError
 from longmem.generation.page import Pieces, Readings, read_tokens, without_memory
 from longmem.generation.window import positions
 from longmem.server.engine import Engine, Job, Token
@@ -103,7 +104,10 @@ class Service:
     def prompt(self, messages: Sequence[Message], namespace: str | None, passages: int) -> Prompt:
         """The prompt of a conversation, with passages of its memory."""
         recall = self.memories.recall(namespace) if namespace is not None and passages else None
-        return chat_prompt(self.tokenizer, messages, recall=recall, passages=passages)
+        try:
+            return chat_prompt(self.tokenizer, messages, recall=recall, passages=passages)
+        except DataError as problem:
+            raise Refused(400, str(problem)) from problem
 
     def answers(
         self, ids: list[int], body: Any, most: int | None, namespace: str | None, *, first: int = 0, chat: bool = True

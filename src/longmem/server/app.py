@@ -6,6 +6,7 @@ thread; nothing of it blocks the event loop.
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
@@ -37,8 +38,6 @@ MOST_BYTES = 8 << 20
 LOOK = 0.2
 """Seconds between two looks whether a client is still there."""
 COMPLETION_TOKENS = 16  # as in the OpenAI API
-KEPT = ("messages", "response")
-"""Metadata of stored responses, which no list of documents shows."""
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "")
 SECURITY = {
     "X-Content-Type-Options": "nosniff",
@@ -359,9 +358,9 @@ def receipt_card(receipt: Receipt) -> dict[str, Any]:
 
 
 def document_card(info: DocumentInfo) -> dict[str, Any]:
-    """A document without its text."""
+    """A document without its text; the metadata of a stored response is its own record."""
     about = {key: getattr(info, key) for key in ("name", "tokens", "chunks", "added", "revision")}
-    metadata = {key: value for key, value in info.metadata.items() if key not in KEPT}
+    metadata = {} if re.fullmatch(schemas.RESPONSE, info.name) else info.metadata
     return {"object": "document", **about, "metadata": metadata}
 
 
