@@ -83,20 +83,20 @@ class _Talk:
         from longmem.chat import keep, reply
 
         model: Any = self.store.model
-        self.messages.append({"role": "user", "content": text})
+        asked = {"role": "user", "content": text}
         earlier = any(info.name != self.name for info in self.store.documents(self.namespace))
         reads = earlier and not getattr(model.config, "closed", False)
         said = reply(
             model,
             self.store.tokenizer,
-            self.messages,
+            [*self.messages, asked],  # one that cannot be answered was not said
             bank=self.store.bank(self.namespace) if reads else None,
             without=[self.name] if self.name else [],
             streamer=TextStreamer(self.store.tokenizer, skip_prompt=True, skip_special_tokens=True),
             **self.recall,
             **self.settings,
         )
-        self.messages.append({"role": "assistant", "content": said.text})
+        self.messages += [asked, {"role": "assistant", "content": said.text}]
         self.why = [f"passage  {each.document}: {one_line(each.text)}" for each in said.recalled]
         self.why += [
             f"heads    {each.origin.document} from token {each.origin.start_token}: {each.share:.1%} of the output"
