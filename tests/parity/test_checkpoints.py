@@ -13,7 +13,7 @@ from tests.parity.reference import Case, Reference, close
 from transformers import AutoModelForCausalLM
 
 from longmem import LongMem, LongMemConfig
-from longmem.cli.convert import command
+from longmem.cli.train import convert as command
 from longmem.convert import SHARED, SIDE_NORM_EPS, backbone_from_fairseq, backbone_name, read_fairseq, side_name
 
 

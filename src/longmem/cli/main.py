@@ -7,7 +7,7 @@ import sys
 import click
 
 from longmem import __version__
-from longmem.cli import convert, eval, generate, memory, talk, train
+from longmem.cli import eval, generate, memory, talk, train
 from longmem.errors import LongMemError
 
 COMMANDS = {
@@ -20,7 +20,7 @@ COMMANDS = {
     "chat": (talk.chat, "Talk with a model that remembers."),
     "serve": (talk.serve, "Serve a model and its memories over HTTP."),
     "memory": (memory.command, "Keep texts that a model remembers: add, search, forget, check."),
-    "convert": (convert.command, "Load checkpoints of the released code."),
+    "convert": (train.convert, "Load checkpoints of the released code."),
     "demo": (talk.demo, "Let a small model remember texts and what it was told."),
 }
 """Each command, and what the list of ``longmem --help`` says of it."""

@@ -1,4 +1,5 @@
-"""``longmem train``: a run from a recipe file. ``longmem calibrate``: a reader without a SideNet for any backbone."""
+"""Commands that make models: ``longmem train`` runs a recipe, ``calibrate`` makes a reader without a SideNet for any
+backbone, ``convert`` takes checkpoints of the released code."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 
 import click
 
-from longmem.cli.common import AT_LEAST_1, FOLDER, Parsed, folder_option, options, print_json
+from longmem.cli.common import AT_LEAST_1, FOLDER, Parsed, folder_option, options, print_json, show
 
 HELD = 8  # without --valid every eighth text is validated on
 
@@ -164,3 +165,25 @@ def _by_kind(options: tuple[str, ...]) -> dict[str, list[str]]:
         kind, equals, path = option.partition("=")
         paths[kind if equals else "text"].append(path if equals else option)
     return {kind: [document.text for document in read_documents(some)] for kind, some in paths.items()}
+
+
+@click.command(epilog="Example: longmem convert checkpoint_last.pt --vocabulary gpt2_bpe --out models/longmem")
+@click.argument("checkpoint", type=FOLDER)
+@click.option("--out", required=True, type=FOLDER, help="Folder to write; new or empty.")
+@click.option("--backbone", type=FOLDER, help="Checkpoint of the backbone, where CHECKPOINT holds a SideNet alone.")
+@click.option("--settings", type=FOLDER, help="JSON with heads and memory settings, for a state dict in safetensors. "
+              "Default: the JSON beside it.")  # fmt: skip
+@click.option("--vocabulary", type=FOLDER, help="Folder with the released encoder.json, vocab.bpe and dict.txt: the "
+              "tokenizer is written too.")  # fmt: skip
+@options("dtype", "json")
+def convert(checkpoint: Path, out: Path, dtype: str, as_json: bool, **given: Any) -> None:
+    """Convert a checkpoint of the released LongMem code.
+
+    CHECKPOINT is a fairseq file of the backbone (newgpt) or of LongMem. Nothing in it is executed, and fairseq is not
+    needed. A LongMem is written to OUT and its backbone to OUT/backbone.
+    """
+    import torch
+
+    from longmem.convert import convert as converted
+
+    show(as_json, converted(checkpoint, out, dtype=None if dtype == "auto" else getattr(torch, dtype), **given))
