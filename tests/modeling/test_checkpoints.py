@@ -219,11 +219,14 @@ OUT_OF_RANGE = "is out of range, the backbone has 4 layers counted from 0; these
         (made(TrainingFree, gate=[0.1, 0.2, 0.3]), "gate (3 shares) must be one share, or one for each of the 4 heads"),
         (made(backbone=t5), "not a decoder-only model"),
         (made(backbone=lambda: torch.nn.Linear(2, 2)), "no causal language model of transformers"),
-        (made(backbone=lambda: "nothing"), "could not be loaded"),
+        (made(backbone=lambda: "no/such/folder"), "could not be loaded"),
         (lambda _: TrainingFree(TrainingFreeConfig()), "use TrainingFree.from_backbone"),
         (lambda _: MemTRMConfig(gate=0), "gate (0) must be above 0 and below 1"),
         (lambda _: MemTRMConfig(fusion="token"), 'fusion ("token") is not for MemTRMConfig'),
         (loaded(nonsense=1), "unexpected keyword argument 'nonsense'"),
+        (loaded(stride=1), "stride (1) cannot be changed in a trained model, only recency, num_retrieved, chunk_size,"),
+        (loaded(recencey=1), "recencey is no setting of LongMemConfig; did you mean recency?"),
+        (loaded(recency=-1), "recency (-1) must be a number from 0 on"),
         (loaded(device_map={"": "meta"}), "meta device"),
         (lambda it: made()(it).save_pretrained(it, push_to_hub=True), "does not take push_to_hub"),
     ],
@@ -261,6 +264,17 @@ def test_a_backbone_named_by_a_relative_path_is_found_from_any_folder(
         monkeypatch.chdir(tmp_path / "elsewhere")
         assert LongMem.from_pretrained(tmp_path / "side" / "net").config.backbone_name_or_path == str(tmp_path / "bb")
         monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [LongMem, MemTRM, TrainingFree])
+def test_how_memory_is_read_may_be_changed_when_a_model_is_loaded(kind: Any, tmp_path: Path) -> None:
+    make_backbone("llama").save_pretrained(tmp_path / "bb")
+    model = kind.from_backbone(tmp_path / "bb", **SETTINGS).eval()
+    model.save_pretrained(tmp_path / "model")
+    loaded = kind.from_pretrained(tmp_path / "model", recency=3.0, num_retrieved=4)
+    assert (loaded.config.recency, loaded.config.num_retrieved) == (3.0, 4)
+    model.config.recency, model.config.num_retrieved = 3.0, 4
+    assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize("kind", [LongMem, TrainingFree])

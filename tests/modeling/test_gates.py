@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longmem.modeling.fusion import TokenGate, fuse_softmax, local_lse
+from longmem.modeling.fusion import TokenGate, competing, fuse, local_lse
 
 B, H, T, D = 2, 3, 5, 4
 
@@ -20,20 +20,18 @@ def _inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tens
 
 
 def test_with_bias_zero_it_starts_at_one_softmax() -> None:
-    _, local, local_lse, memory, memory_lse, found = inputs = _inputs()
-    fused = TokenGate(H, D)(*inputs)
-    expected = fuse_softmax(local, local_lse, memory, memory_lse, found, torch.zeros(H))
-    torch.testing.assert_close(fused.out, expected.out)
-    torch.testing.assert_close(fused.share, expected.share)
+    _, _, local_lse, _, memory_lse, found = inputs = _inputs()
+    expected = competing(local_lse, memory_lse, found, torch.zeros(H))
+    torch.testing.assert_close(TokenGate(H, D)(*inputs)[found], expected[found])
 
 
 def test_where_nothing_is_found_the_local_heads_stay_bit_for_bit_and_gradients_are_finite() -> None:
     gate, inputs = TokenGate(H, D), _inputs()
-    local, found = inputs[1], inputs[5]
-    fused = gate(*inputs)
-    assert torch.equal(fused.out[~found], local[~found])
-    assert (fused.share[~found] == 0).all()
-    fused.out.square().sum().backward()
+    local, memory, found = inputs[1], inputs[3], inputs[5]
+    out, share = fuse(local, memory, found, gate(*inputs))
+    assert torch.equal(out[~found], local[~found])
+    assert (share[~found] == 0).all()
+    out.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in gate.parameters())
 
 
@@ -42,12 +40,12 @@ def test_no_head_and_no_token_reads_another() -> None:
     with torch.no_grad():
         for parameter in gate.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    before, expected = gate(*inputs).share, inputs[5].new_zeros(B, H, T)
-    expected[0, 1, 2] = bool(inputs[5][0, 1, 2])
+    before, expected = gate(*inputs), torch.zeros(B, H, T, dtype=torch.bool)
+    expected[0, 1, 2] = True
     for number in range(3):
         changed = [tensor.clone() for tensor in inputs]
         changed[number][0, 1, 2] += 1.0
-        assert torch.equal(before != gate(*changed).share, expected)
+        assert torch.equal(before != gate(*changed), expected)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])

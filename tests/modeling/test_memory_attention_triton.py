@@ -70,7 +70,7 @@ def answers(
     if transposed:
         queries = queries.transpose(1, 2).contiguous().transpose(1, 2)
     queries.requires_grad_()
-    out, lse, found = memory_attention(queries, retrieved, scaling=0.3, softcap=softcap, recency=recency)
+    out, lse, found, _ = memory_attention(queries, retrieved, scaling=0.3, softcap=softcap, recency=recency)
     loss = (out.float() * weights).sum() + lse[found].sin().sum()
     return [out, lse, *torch.autograd.grad(loss, queries)]
 

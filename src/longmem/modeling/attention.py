@@ -32,15 +32,24 @@ class MemoryAttentionOutput(NamedTuple):
         out: (B, H, T, D) in the queries' dtype; zero where nothing was found.
         lse: (B, H, T) log of the sum of exponentials, at least float32; -inf where nothing was found.
         found: (B, H, T) bool.
+        parts: (B, H, T, R) how the attention of a query is divided among its chunks, if that was asked for; 0 where
+            masked, and a sum of 1 over R wherever anything was found.
     """
 
     out: Tensor
     lse: Tensor
     found: Tensor
+    parts: Tensor | None
 
 
 def memory_attention(
-    queries: Tensor, retrieved: RetrievedMemory, *, scaling: float, softcap: float | None = None, recency: float = 0.0
+    queries: Tensor,
+    retrieved: RetrievedMemory,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    recency: float = 0.0,
+    explain: bool = False,
 ) -> MemoryAttentionOutput:
     """Softmax attention of every query over its own retrieved tokens, without any position term.
 
@@ -54,48 +63,14 @@ def memory_attention(
         scaling, softcap: of the scores, the backbone's own; see ``QKV``.
         recency: added to the scores of the newest chunk that a query found, less by 1/(R-1) of it for each chunk that
             is newer: of two chunks that match alike the newer one is read.
+        explain: also give ``parts``.
     """
-    bonus = recency_bonus(retrieved, recency)
+    chunks, bonus = retrieved.chunk_ids.shape[3], None
+    if recency and chunks > 1:
+        bonus = recency * (1 - retrieved.newer / (chunks - 1))  # (B, H, T, R)
     with torch.autocast(queries.device.type, enabled=False):
-        out, lse = _MemoryAttention.apply(queries, retrieved, scaling, softcap, bonus)  # type: ignore[no-untyped-call]
-    return MemoryAttentionOutput(out, lse, lse != -torch.inf)
-
-
-@torch.no_grad()
-def recency_bonus(retrieved: RetrievedMemory, recency: float) -> Tensor | None:
-    """(B, H, T, R), what is added to the scores of every chunk that was found; None for nothing."""
-    chunks = retrieved.chunk_ids.shape[3]
-    return recency * (1 - retrieved.newer / (chunks - 1)) if recency and chunks > 1 else None
-
-
-@torch.no_grad()
-def chunk_parts(
-    queries: Tensor,
-    retrieved: RetrievedMemory,
-    lse: Tensor,
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    recency: float = 0.0,
-) -> Tensor:
-    """How the memory attention of every query is divided among its chunks.
-
-    Args:
-        queries: (B, H, T, D), and further arguments: as given to ``memory_attention``.
-        lse: (B, H, T), as it returned it.
-
-    Returns:
-        (B, H, T, R), 0 where masked; sums to 1 over R wherever anything was found.
-    """
-    gather = _Gather.of(retrieved, recency_bonus(retrieved, recency))
-    flat, lse = queries.reshape(-1, queries.shape[-1]), lse.flatten()
-    parts = torch.empty(gather.lines.shape, dtype=lse.dtype, device=flat.device)
-    with torch.autocast(flat.device.type, enabled=False):
-        for block in gather.blocks():
-            pairs = gather.read(block, lse.dtype)
-            products = torch.bmm(flat[block, None].to(lse.dtype), pairs.transpose(1, 2)).view(-1, *gather.shape[:3])
-            parts[block] = _softmax(gather.scores(products[:, :, 0], block, scaling, softcap), lse[block]).sum(-1)
-    return parts.view(retrieved.chunk_ids.shape)
+        out, lse, parts = _MemoryAttention.apply(queries, retrieved, scaling, softcap, bonus, explain)  # type: ignore[no-untyped-call]
+    return MemoryAttentionOutput(out, lse, lse != -torch.inf, parts)
 
 
 @dataclass(frozen=True)
@@ -165,18 +140,21 @@ class _MemoryAttention(torch.autograd.Function):
         scaling: float,
         softcap: float | None,
         bonus: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+        explain: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.retrieved, ctx.scaling, ctx.softcap, ctx.bonus = retrieved, scaling, softcap, bonus
-        ctx.kernels = kernels = _kernels(queries, retrieved.storage)
+        # the kernels keep no scores, of which parts are made
+        ctx.kernels = kernels = None if explain else _kernels(queries, retrieved.storage)
         if kernels is not None:
             out, lse = kernels.forward(queries, retrieved, scaling, softcap, bonus)
             ctx.save_for_backward(queries, out, lse)
-            return out, lse
+            return out, lse, None
         gather = ctx.gather = _Gather.of(retrieved, bonus)
         dtype = torch.promote_types(torch.promote_types(queries.dtype, retrieved.storage.dtype), torch.float32)
         flat = queries.reshape(-1, queries.shape[-1])
         out = torch.empty_like(flat)
         lse = torch.empty(flat.shape[0], dtype=dtype, device=flat.device)
+        parts = torch.empty(gather.lines.shape, dtype=dtype, device=flat.device) if explain else None
         for block in gather.blocks():
             pairs = gather.read(block, dtype)
             products = torch.bmm(flat[block, None].to(dtype), pairs.transpose(1, 2)).view(-1, *gather.shape[:3])
@@ -185,13 +163,18 @@ class _MemoryAttention(torch.autograd.Function):
             shares = torch.zeros_like(products)
             shares[:, :, 1] = _softmax(scores, lse[block])
             out[block] = torch.bmm(shares.flatten(1)[:, None], pairs).squeeze(1).to(out.dtype)
+            if parts is not None:
+                parts[block] = shares[:, :, 1].sum(-1)
         out, lse = out.view(queries.shape), lse.view(queries.shape[:3])
         ctx.save_for_backward(queries, out, lse)
-        return out, lse
+        if parts is not None:
+            parts = parts.view(retrieved.chunk_ids.shape)
+            ctx.mark_non_differentiable(parts)
+        return out, lse, parts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         retrieved: RetrievedMemory = ctx.retrieved
         if retrieved.live_version() != retrieved.version:
             raise MemoryBankError(
@@ -202,7 +185,7 @@ class _MemoryAttention(torch.autograd.Function):
         if ctx.kernels is not None:
             tensors = (queries, out, lse, grad_out, grad_lse)
             grad = ctx.kernels.backward(tensors, retrieved, ctx.scaling, ctx.softcap, ctx.bonus)
-            return grad, None, None, None, None
+            return grad, None, None, None, None, None
         gather, scaling, softcap, dtype = ctx.gather, ctx.scaling, ctx.softcap, lse.dtype
         flat, lse = queries.reshape(-1, queries.shape[-1]), lse.flatten()
         grad_out, grad_lse = grad_out.reshape(flat.shape).to(dtype), grad_lse.flatten().to(dtype)
@@ -223,7 +206,7 @@ class _MemoryAttention(torch.autograd.Function):
                 slopes = torch.zeros_like(products[:, 0])
                 slopes[:, :, 0] = slope * scaling
                 grad[block] = torch.bmm(slopes.flatten(1)[:, None], pairs).squeeze(1).to(grad.dtype)
-        return grad.view(queries.shape), None, None, None, None
+        return grad.view(queries.shape), None, None, None, None, None
 
 
 def _kernels(queries: Tensor, storage: Tensor) -> ModuleType | None:

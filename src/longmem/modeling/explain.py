@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from longmem.types import ChunkOrigin, Memory, RetrievedMemory
+from longmem.types import ChunkOrigin, Memory
+
+if TYPE_CHECKING:
+    from longmem.modeling.reading import LayerRead
 
 
 @dataclass(frozen=True)
@@ -56,21 +60,18 @@ class Explanation:
     layers: tuple[int, ...] = (0,)
 
     @classmethod
-    def of(cls, memory: Memory, reads: Sequence[tuple[int, RetrievedMemory, Tensor]]) -> Explanation:
-        """Look up what was found, now: the memory may be written, or forget, a moment later.
-
-        ``reads``: for each remembered layer its number, what it found, and the shares (B, H, T, R).
-        """
-        first = reads[0][1]
+    def of(cls, memory: Memory, reads: Sequence[LayerRead]) -> Explanation:
+        """Look up what the layers found, now: the memory may be written, or forget, a moment later."""
+        first = reads[0].retrieved
         rows = first.rows if first.memory_rows is None else first.memory_rows
-        chunks = torch.cat([retrieved.chunks for _, retrieved, _ in reads], dim=1)
-        scores = torch.cat([retrieved.scores.float() for _, retrieved, _ in reads], dim=1)
-        shares = torch.cat([each.float() for _, _, each in reads], dim=1)
+        chunks = torch.cat([read.retrieved.chunks for read in reads], dim=1)
+        scores = torch.cat([read.retrieved.scores.float() for read in reads], dim=1)
+        shares = torch.cat([cast(Tensor, read.shares).float() for read in reads], dim=1)
         # row and chunk in one integer; chunks stay below 1 << 40, a session's too (``memory.session.OVERLAY``)
         found = ((rows.view(-1, 1, 1, 1) << 40) + chunks)[chunks >= 0]
         pairs = [divmod(pair, 1 << 40) for pair in torch.unique(found).tolist()]
         origins = {(row, chunk): memory.provenance(row, chunk) for row, chunk in pairs}
-        layers = tuple(layer for layer, _, _ in reads)
+        layers = tuple(read.layer for read in reads)
         return cls(rows.cpu(), chunks.cpu(), scores.cpu(), shares.cpu(), origins, layers)
 
     @property

@@ -5,53 +5,46 @@ B rows · H heads · T tokens · D head_dim
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 
-class Fused(NamedTuple):
-    """The mixed heads (B, H, T, D), and the share (B, H, T) of each that comes from memory."""
-
-    out: Tensor
-    share: Tensor
-
-
-def fuse(local_out: Tensor, memory_out: Tensor, found: Tensor, memory_gate: Tensor) -> Fused:
-    """Mix local attention with attention over memory by a static gate per head.
+def fuse(local_out: Tensor, memory_out: Tensor, found: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Mix local attention with attention over memory: out = (1 - share) * local + share * memory.
 
     Args:
         local_out: causal attention over the segment, (B, H, T, D).
         memory_out: attention over the retrieved tokens, (B, H, T, D).
         found: (B, H, T) bool, False where a token retrieved nothing.
-        memory_gate: logit (H,); its sigmoid is the share given to memory, as in the released code.
+        logits: broadcast to (B, H, T); their sigmoid is the share given to memory. By the setting ``fusion`` they are
+            the gate of each head ("gate": the paper, with the sign of the released code), ``competing`` ("softmax"),
+            or a ``TokenGate``'s ("token").
 
     Returns:
-        the mixed heads, bit for bit ``local_out`` wherever nothing was found, and the shares, 0 there.
+        the mixed heads, bit for bit ``local_out`` wherever nothing was found, and the shares (B, H, T), 0 there.
     """
-    share = torch.sigmoid(memory_gate.float()).view(1, -1, 1).expand(found.shape)
-    return mix(local_out, memory_out, found, share)
+    share = torch.where(found, torch.sigmoid(logits), 0.0)
+    weight = share.unsqueeze(-1).to(local_out.dtype)
+    mixed = (1 - weight) * local_out + weight * memory_out.to(local_out.dtype)
+    # where() rather than a zero weight: an empty bank must give local_out bit for bit
+    return torch.where(found.unsqueeze(-1), mixed, local_out), share
 
 
-def fuse_softmax(
-    local_out: Tensor, local_lse: Tensor, memory_out: Tensor, memory_lse: Tensor, found: Tensor, memory_gate: Tensor
-) -> Fused:
-    """One softmax over local and retrieved tokens together, with a bias per head on the memory scores.
+def competing(local_lse: Tensor, memory_lse: Tensor, found: Tensor, memory_gate: Tensor) -> Tensor:
+    """The logits (B, H, T) with which ``fuse`` is one softmax over local and retrieved tokens together.
 
     Let a and b be the log-sum-exps of the local and the memory scores. One softmax over both is the local output and
     the memory output mixed with share sigmoid(b - a). So the share of a token depends on how well its query matches.
     FoT/LongLLaMA also attend to local and memory keys at once.
 
     Args:
-        local_out, memory_out, found: as in ``fuse``.
         local_lse: (B, H, T), log of the local softmax's denominator.
-        memory_lse: (B, H, T), the same over memory; -inf where nothing was found.
+        memory_lse: (B, H, T), the same over memory; -inf where nothing was ``found``.
         memory_gate: (H,), added to the memory scores.
     """
-    difference = torch.where(found, memory_lse.float(), 0.0) - local_lse.float()
-    share = torch.sigmoid(difference + memory_gate.float().view(1, -1, 1))
-    return mix(local_out, memory_out, found, share)
+    return torch.where(found, memory_lse.float(), 0.0) - local_lse.float() + memory_gate.float().view(1, -1, 1)
 
 
 class TokenGate(nn.Module):
@@ -61,7 +54,7 @@ class TokenGate(nn.Module):
                     + query_vector . q + local_vector . u + memory_vector . v)
 
     with l and m the log-sum-exps of local and memory scores, q the query without its position, u and v the two outputs.
-    Both weights 1 and all else 0 is one softmax over local and retrieved tokens (``fuse_softmax``). A layer has
+    Both weights 1 and all else 0 is one softmax over local and retrieved tokens (``competing``). A layer has
     3H + 3HD numbers.
 
     Args:
@@ -87,9 +80,9 @@ class TokenGate(nn.Module):
         memory_out: Tensor,
         memory_lse: Tensor,
         found: Tensor,
-    ) -> Fused:
-        """Mix both outputs: position-free ``queries`` (B, H, T, D), all else as in ``fuse_softmax``."""
-        logit = (
+    ) -> Tensor:
+        """Logits (B, H, T) for ``fuse``: position-free ``queries`` (B, H, T, D), all else as in the functions above."""
+        return (
             self.bias.float().view(-1, 1)
             + self.memory_lse_weight.float().view(-1, 1) * torch.where(found, memory_lse.float(), 0.0)
             - self.local_lse_weight.float().view(-1, 1) * local_lse.float()
@@ -97,16 +90,6 @@ class TokenGate(nn.Module):
             + torch.einsum("bhtd,hd->bht", local_out.float(), self.local_vector.float())
             + torch.einsum("bhtd,hd->bht", memory_out.float(), self.memory_vector.float())
         )
-        return mix(local_out, memory_out, found, torch.sigmoid(logit))
-
-
-def mix(local_out: Tensor, memory_out: Tensor, found: Tensor, share: Tensor) -> Fused:
-    """Local and memory outputs mixed by ``share`` (B, H, T), which counts only where something was found."""
-    share = torch.where(found, share, 0.0)
-    weight = share.unsqueeze(-1).to(local_out.dtype)
-    mixed = (1 - weight) * local_out + weight * memory_out.to(local_out.dtype)
-    # where() rather than a zero weight: an empty bank must give local_out bit for bit
-    return Fused(torch.where(found.unsqueeze(-1), mixed, local_out), share)
 
 
 def local_lse(

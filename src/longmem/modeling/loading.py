@@ -32,6 +32,8 @@ from longmem.modeling.weights import check_bitsandbytes, fingerprint_of, legacy_
 # leave the exchange in place, and no model of the process would be initialised or tied any more
 _LOADING = threading.RLock()
 
+# settings that any trained model can be read with
+_CHANGEABLE = ("recency", "num_retrieved", "chunk_size", "memory_size")
 _FINDING = ("subfolder", "gguf_file", "variant")  # where a backbone is; kept in a checkpoint's config
 _FROM_AUTO = ("adapter_kwargs", "code_revision", "_commit_hash", "_from_auto")  # transformers' Auto classes add these
 
@@ -119,24 +121,35 @@ class Checkpointed(PreTrainedModel):
             revision: of a hub id.
             dtype, side_dtype: as in ``from_backbone``.
             config: in place of the one in the folder.
-            **kwargs: arguments of ``AutoModelForCausalLM.from_pretrained`` for the backbone.
+            **kwargs: ``recency``, ``num_retrieved``, ``chunk_size`` or ``memory_size`` in place of what the checkpoint
+                says; all others are arguments of ``AutoModelForCausalLM.from_pretrained`` for the backbone.
 
         Raises:
             CheckpointError: if the checkpoint is incomplete or damaged, or belongs to another backbone.
             BackboneError: if the backbone cannot be loaded.
+            ConfigError: if a setting is given that belongs to the trained weights, or breaks a rule.
         """
+        changed = cls.config_class.settings_among(kwargs)
+        if fixed := sorted(changed.keys() - set(_CHANGEABLE)):
+            raise ConfigError(
+                f"{fixed[0]} ({changed[fixed[0]]!r}) cannot be changed in a trained model, only "
+                f"{', '.join(_CHANGEABLE)}; leave it out, or make a new model with {cls.__name__}.from_backbone"
+            )
         dtype, how = _how_to_load(kwargs, dtype)
         folder = resolve_folder(str(pretrained_model_name_or_path), revision)
         try:
             if config is None and not (folder / "config.json").is_file():  # transformers would take the defaults
                 raise FileNotFoundError(f"no config.json in {folder}")
-            settings = cls.config_class.from_pretrained(folder) if config is None else config
+            settings = cls.config_class.from_pretrained(folder) if config is None else copy.deepcopy(config)
             tensors = _read_weights(folder / cls.weights_file)
         except (OSError, SafetensorError, ValueError) as problem:
             raise CheckpointError(
                 f"{folder} is not a complete {cls.__name__} checkpoint ({first_line(problem)}); it needs config.json "
                 f"and {cls.weights_file} as written by save_pretrained"
             ) from problem
+        settings.update(changed)
+        if problems := settings.problems():
+            raise ConfigError(problems)
         base, fingerprint = _backbone_of(settings, folder, backbone, dtype, how)
         side = {} if side_dtype is None else {"side_dtype": side_dtype}
         model = cls(settings, base, fingerprint=fingerprint, **side)

@@ -16,10 +16,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longmem.config import LongMemConfig, LongMemGenerationConfig, MemoryConfig
 from longmem.errors import BackboneError, ConfigError
+from longmem.generation.window import MemoryGenerationMixin
 from longmem.modeling.backbone import Backbone, BackboneRun
 from longmem.modeling.explain import Explanation
 from longmem.modeling.families import Family
-from longmem.modeling.generating import MemoryGenerationMixin
 from longmem.modeling.loading import Checkpointed
 from longmem.modeling.reading import LayerRead, Reading
 from longmem.modeling.weights import fingerprint_of, legacy_fingerprint, place_of
@@ -135,7 +135,7 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
         out = self.backbone.head(hidden, run, labels=labels, logits_to_keep=logits_to_keep, **divisor)
 
         reads = None if reading is None else tuple(read for _, read in sorted(reading.reads.items()))
-        explanation = None if reading is None else reading.explanation()
+        explanation = None if memory is None or not reads or explain is False else Explanation.of(memory, reads)
         if isinstance(explain, list) and explanation is not None:
             explain.append(explanation)
         return LongMemOutput(

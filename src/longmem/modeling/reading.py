@@ -1,7 +1,7 @@
 """Memory attention inside an attention layer: search before it runs, fuse before its output projection.
 
-The order in one layer: ``MemoryReader._before_attention`` searches and attends to what was found, the layer's own local
-attention runs, ``fuse_pending`` mixes both.
+``MemoryReader`` has these steps in one layer: ``search`` looks up chunks and attends to them, the layer's own local
+attention runs, ``fuse`` mixes both. ``Reading`` is what one call of the model knows and finds.
 
 B rows · H heads · T tokens · D head_dim · R chunks per token and head
 """
@@ -21,11 +21,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longmem.config import Fusion
 from longmem.errors import BackboneError, MemoryBankError
-from longmem.modeling.attention import MemoryAttentionOutput, chunk_parts, memory_attention
+from longmem.modeling.attention import MemoryAttentionOutput, memory_attention
 from longmem.modeling.backbone import current_run
-from longmem.modeling.explain import Explanation
 from longmem.modeling.families import Family
-from longmem.modeling.fusion import TokenGate, fuse, fuse_softmax, local_lse
+from longmem.modeling.fusion import competing, fuse, local_lse
 from longmem.modeling.probe import ADAPTERS, QKV, scaling_of
 from longmem.types import Memory, RetrievedMemory
 
@@ -36,16 +35,21 @@ class LayerRead:
 
     Attributes:
         layer: the memory layer whose keys were searched.
-        share: (B, H, T), the share of each head's output that memory got.
-        parts: (B, H, T, R), how each head's attention over memory was divided among the chunks; only to explain.
         queries: (B, H, T, D), position-free, what was searched with; a loss on the search itself starts from them.
+        memory: attention over what was found.
+        share: (B, H, T), the share of each head's output that memory got; None until the layer has fused.
     """
 
     layer: int
+    queries: Tensor
     retrieved: RetrievedMemory
+    memory: MemoryAttentionOutput
     share: Tensor | None = None
-    parts: Tensor | None = None
-    queries: Tensor | None = None
+
+    @property
+    def shares(self) -> Tensor | None:
+        """(B, H, T, R), the share of each head's output that each chunk got; None unless the call explains."""
+        return None if self.memory.parts is None or self.share is None else self.memory.parts * self.share[..., None]
 
 
 @dataclass
@@ -57,8 +61,10 @@ class Reading:
         rows: (B,) the memory's row of every batch row; None is row b for batch row b.
         num_chunks: R.
         recency: see ``memory_attention``.
-        explain: whether ``LayerRead.parts`` are wanted.
+        explain: whether each layer also keeps how its attention was divided among chunks.
         reads: what each layer read, by the place of its memory layer among the memory layers.
+        fuse: of the layer that is running, from its search until its local heads are there: takes them and a function
+            of their log-sum-exp, see ``MemoryReader.fuse``.
     """
 
     memory: Memory
@@ -67,8 +73,7 @@ class Reading:
     recency: float = 0.0
     explain: bool = False
     reads: dict[int, LayerRead] = field(default_factory=dict)
-    # of the layer that is running: set before its attention, taken when its local heads are there
-    _pending: tuple[MemoryReader, QKV, MemoryAttentionOutput] | None = None
+    fuse: Callable[[Tensor, Callable[[], Tensor] | None], Tensor] | None = None
 
     @classmethod
     def of(cls, model: Any, memory: Memory | None, rows: Tensor | None, explain: bool) -> Reading | None:
@@ -95,15 +100,6 @@ class Reading:
             )
         return cls(memory, rows, retrieved // memory.chunk_size, model.config.recency, explain)
 
-    def explanation(self) -> Explanation | None:
-        """What every layer read, with its origin looked up now, before memory may change."""
-        reads = [
-            (read.layer, read.retrieved, read.parts * read.share.unsqueeze(-1))
-            for _, read in sorted(self.reads.items())
-            if read.parts is not None and read.share is not None
-        ]
-        return Explanation.of(self.memory, reads) if reads else None
-
 
 def _named(layers: Sequence[int]) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
@@ -112,10 +108,8 @@ def _named(layers: Sequence[int]) -> str:
 class MemoryReader:
     """Lets one attention module read memory, for every family alike.
 
-    Before the attention runs, its position-free queries search memory and attend to what they find. The result is mixed
-    into the local heads as soon as these are there: in transformers' attention interface, or, in families that do not
-    use it, before the output projection. Outside of a run with a ``Reading`` the module is what it was. Making one is
-    enough: its hooks on the module keep it alive.
+    Outside of a run with a ``Reading`` the module is what it was. Making one is enough: its hooks on the module keep it
+    alive.
 
     Args:
         attention: a SideNet's own, or that of the backbone's mirror.
@@ -141,70 +135,67 @@ class MemoryReader:
         self.layer, self.place, self.fusion = layer, place, fusion
         self.owner, self.probe = owner, probe
         self.num_heads = int(family.config.num_attention_heads)
+        attention.register_forward_pre_hook(self.search, with_kwargs=True)
         name = type(attention).__name__
-        if name not in ADAPTERS:  # it uses transformers' attention interface
+        if name not in ADAPTERS:  # it uses transformers' attention interface, where its local heads and scores are
             _fuse_in_interface(attention)
         elif fusion != "gate":
             raise BackboneError(
                 f'fusion "{fusion}" needs the local scores, which {name} does not give; use fusion "gate"'
             )
-        attention.register_forward_pre_hook(self._before_attention, with_kwargs=True)
-        family.output_projection(attention).register_forward_pre_hook(self._before_output)
+        else:
+            family.output_projection(attention).register_forward_pre_hook(self._before_projection)
 
-    def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        run = current_run()
-        if run is None or run.reading is None:
+    def search(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the attention runs: its position-free queries search memory and attend to what they find."""
+        if (reading := _current_reading()) is None:
             return
-        reading: Reading = run.reading
         qkv = self.probe(module, args, kwargs)
         # the first layer is the default of ``search``, so a memory of one layer need not have the argument
         which = {"layer": self.place} if self.place else {}
         retrieved = reading.memory.search(qkv.queries.detach(), reading.num_chunks, reading.rows, **which)
-        settings: Any = {"scaling": qkv.scaling, "softcap": qkv.softcap, "recency": reading.recency}
-        memory = memory_attention(qkv.queries, retrieved, **settings)
-        read = reading.reads[self.place] = LayerRead(self.layer, retrieved, queries=qkv.queries)
-        if reading.explain:
-            read.parts = chunk_parts(qkv.queries, retrieved, memory.lse, **settings)
-        reading._pending = (self, qkv, memory)
+        memory = memory_attention(
+            qkv.queries,
+            retrieved,
+            scaling=qkv.scaling,
+            softcap=qkv.softcap,
+            recency=reading.recency,
+            explain=reading.explain,
+        )
+        read = reading.reads[self.place] = LayerRead(self.layer, qkv.queries, retrieved, memory)
+        reading.fuse = functools.partial(self.fuse, read)
 
-    def _before_output(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
-        """Fuse in families that do not use the attention interface; in the others nothing is pending any more."""
-        if (reading := _pending_reading()) is None:
-            return None
-        local_out = args[0].unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        fused = fuse_pending(reading, local_out, None)
-        return (fused.transpose(1, 2).flatten(2), *args[1:])
+    def fuse(self, read: LayerRead, local_out: Tensor, lse: Callable[[], Tensor] | None) -> Tensor:
+        """When the local heads (B, H, T, D) are there: mix in what was found.
 
-
-def _pending_reading() -> Reading | None:
-    """How the current run reads, where a layer has searched and not fused yet."""
-    run = current_run()
-    reading: Reading | None = None if run is None else run.reading
-    return None if reading is None or reading._pending is None else reading
-
-
-def fuse_pending(reading: Reading, local_out: Tensor, lse: Callable[[], Tensor] | None) -> Tensor:
-    """Mix what the running layer found in memory into its local heads (B, H, T, D).
-
-    Args:
-        lse: computes the log-sum-exp (B, H, T) of the local scores; None where the family does not give them.
-    """
-    assert reading._pending is not None
-    reader, qkv, memory = reading._pending
-    reading._pending = None
-    logits: Tensor = reader.owner.memory_gate.view(-1, reader.num_heads)[reader.place]
-    if reader.fusion == "gate":
-        fused = fuse(local_out, memory.out, memory.found, logits)
-    else:
-        assert lse is not None
-        both = (local_out, lse(), memory.out, memory.lse, memory.found)
-        if reader.fusion == "softmax":
-            fused = fuse_softmax(*both, logits)
+        Args:
+            lse: computes the log-sum-exp (B, H, T) of the local scores; None where the family does not give them.
+        """
+        memory, gate = read.memory, self.owner.memory_gate.view(-1, self.num_heads)[self.place]
+        if self.fusion == "gate":
+            logits = gate.float().view(1, -1, 1)
+        elif self.fusion == "softmax":
+            logits = competing(cast(Any, lse)(), memory.lse, memory.found, gate)
         else:
-            gate: TokenGate = reader.owner.gates[reader.place]
-            fused = gate(qkv.queries, *both)
-    reading.reads[reader.place].share = fused.share.detach()
-    return fused.out
+            token_gate = self.owner.gates[self.place]
+            logits = token_gate(read.queries, local_out, cast(Any, lse)(), memory.out, memory.lse, memory.found)
+        out, share = fuse(local_out, memory.out, memory.found, logits)
+        read.share = share.detach()
+        return out
+
+    def _before_projection(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
+        """Fuse in families that do not use the attention interface: the projection is given the local heads."""
+        if (reading := _current_reading()) is None or reading.fuse is None:
+            return None
+        fuse_heads, reading.fuse = reading.fuse, None
+        local_out = args[0].unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return (fuse_heads(local_out, None).transpose(1, 2).flatten(2), *args[1:])
+
+
+def _current_reading() -> Reading | None:
+    """How the run that this thread is in reads memory."""
+    run = current_run()
+    return None if run is None else cast("Reading | None", run.reading)
 
 
 def _fuse_in_interface(attention: Any) -> None:
@@ -225,12 +216,13 @@ def _attend_and_fuse(
     wanted = module.__dict__["_longmem_config"]._attn_implementation
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(wanted, eager)
     out, weights = attend(module, query, key, value, attention_mask, **kwargs)
-    if (reading := _pending_reading()) is None:
+    if (reading := _current_reading()) is None or reading.fuse is None:
         return cast(Tensor, out), weights
+    fuse_heads, reading.fuse = reading.fuse, None
     scaling = scaling_of(module, query, kwargs)
     lse = functools.partial(local_lse, query, key, attention_mask, scaling=scaling, softcap=kwargs.get("softcap"))
     # the interface gives (B, T, H, D)
-    return fuse_pending(reading, out.transpose(1, 2), lse).transpose(1, 2), weights
+    return fuse_heads(out.transpose(1, 2), lse).transpose(1, 2), weights
 
 
 _FUSED = "longmem_fused"
