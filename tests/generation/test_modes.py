@@ -12,7 +12,7 @@ from tests.family_table import FAMILIES, RECURRENT
 from tests.generation.models import bank_of, ids, longmem
 from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
 
-from longmem import AlibiGPTForCausalLM, LongMem, MemoryBank, MemoryBankError
+from longmem import AlibiGPTForCausalLM, LongMem, MemoryBank
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 STATIC_FAILS_WITHOUT_US = ("falcon-alibi",)  # the bare backbone fails as well
@@ -78,15 +78,6 @@ def test_rows_as_a_list_prompts_read_in_parts_and_no_prompt_at_all(llama: LongMe
     assert torch.equal(llama.generate(ids(3, 9), memory=bank, prefill_chunk_size=4, **GREEDY), plain)
     begun = llama.generate(memory=bank_of(llama), bos_token_id=1, **GREEDY)
     assert torch.equal(begun, llama.generate(torch.tensor([[1]]), memory=bank_of(llama), **GREEDY))
-
-
-def test_one_bank_of_one_row_serves_every_prompt(llama: LongMem) -> None:
-    bank = bank_of(llama)
-    together = llama.generate(ids(3, 6), memory=bank, **GREEDY)
-    for row in range(3):
-        assert torch.equal(llama.generate(ids(3, 6)[row : row + 1], memory=bank, **GREEDY)[0], together[row])
-    with pytest.raises(MemoryBankError, match="the memory has 2 rows, the batch 3; pass memory_rows="):
-        llama.generate(ids(3, 6), memory=bank_of(llama, 2), **GREEDY)
 
 
 def test_scores_a_given_cache_and_processors_of_the_whole_text(llama: LongMem) -> None:

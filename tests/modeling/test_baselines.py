@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from tests.family_table import FAMILIES, SETTINGS, filled, ids, make_backbone
-from transformers import PreTrainedModel
 
 from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
 from longmem.errors import MemoryBankError
@@ -19,19 +18,6 @@ from longmem.modeling.weights import fingerprint_of
 
 BOTH = [MemTRM, TrainingFree]
 TWO = {"memory_layers": (1, 3), "chunk_size": 2, "num_retrieved": 8, "fusion": "token"}
-
-
-@pytest.fixture(params=list(FAMILIES), scope="module")
-def backbone(request: pytest.FixtureRequest) -> PreTrainedModel:
-    return make_backbone(request.param)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("made", BOTH)
-def test_gate_shut_is_the_plain_backbone(made: Any, backbone: PreTrainedModel) -> None:
-    model = made.from_backbone(backbone, **SETTINGS).eval()
-    model.memory_gate.fill_(-torch.inf)
-    assert torch.equal(model(ids(), memory=filled(model, ids(seed=1))).logits, backbone(ids()).logits)
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))

@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +108,10 @@ class Seen:
 
     logits: Tensor
     kv: AttentionKV
-    retrieved: RetrievedMemory | None = None
-    queries: Tensor | None = None
-    side_hidden: list[Tensor] = field(default_factory=list)
-    side_final: Tensor | None = None
+    retrieved: RetrievedMemory
+    queries: Tensor
+    side_hidden: list[Tensor]
+    side_final: Tensor
 
 
 def merge_heads(value: Tensor) -> Tensor:
@@ -122,46 +121,29 @@ def merge_heads(value: Tensor) -> Tensor:
 
 def watch(model: LongMem, bank: ReleasedBank, input_ids: Tensor) -> Seen:
     """One forward pass that reads the bank, with everything on its way written down."""
-    found: dict[str, Any] = {}
+    final: list[Tensor] = []
     states: list[Tensor] = []
-    search = bank.search
-
-    def recording_search(queries: Tensor, num_chunks: int, rows: Tensor | None = None) -> RetrievedMemory:
-        found["queries"], found["retrieved"] = queries.detach(), search(queries, num_chunks, rows)
-        return found["retrieved"]  # type: ignore[no-any-return]
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states.append((args[0] if args else kwargs["hidden_states"]).detach())
 
     def after(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        found["final"] = output.detach()
+        final.append(output.detach())
 
     with contextlib.ExitStack() as stack:
         for layer in (*model.sidenet.layers, model.sidenet.final_norm):
             stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
         stack.callback(model.sidenet.final_norm.register_forward_hook(after).remove)
-        stack.enter_context(_replaced(bank, "search", recording_search))
         out = model(input_ids, memory=bank)
-    return Seen(out.logits, out.kv, found.get("retrieved"), found.get("queries"), states, found.get("final"))
+    (read,) = out.reads
+    return Seen(out.logits, out.kv, read.retrieved, read.queries.detach(), states, final[0])
 
 
 def backbone_states(model: LongMem, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     """The backbone alone: hidden states (L+1, B, T, C) with the last one normed, and logits (B, T, V)."""
-    backbone = model.backbone.model
-    states: list[Tensor] = []
-
-    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states.append(args[0] if args else kwargs["hidden_states"])
-
-    def after(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        states.append(output)
-
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        for block in backbone.transformer.h:
-            stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
-        stack.callback(backbone.transformer.ln_f.register_forward_hook(after).remove)
-        logits = backbone(input_ids).logits
-    return torch.stack(states), logits
+    with torch.no_grad():
+        out = model.backbone.model(input_ids, output_hidden_states=True)
+    return torch.stack(out.hidden_states), out.logits
 
 
 def chunk_numbers(bank: ReleasedBank, retrieved: RetrievedMemory) -> Tensor:
@@ -178,15 +160,6 @@ def trained(model: LongMem, official: str) -> torch.nn.Parameter:
     name = side_name(official)
     assert name is not None, official
     return dict(model.sidenet.named_parameters())[name]
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        delattr(owner, name)
 
 
 def close(ours: Tensor, theirs: Tensor, name: str, atol: float = ATOL) -> None:

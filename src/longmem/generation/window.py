@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice, zip_longest
+from itertools import groupby, islice
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -62,7 +62,8 @@ def remember(model: Any, session: SessionMemory, ids: Tensor, *, row: int = 0) -
     """
     known = already_written(session, row, ids)
     written = write(model, cut(session, row, ids, known, len(ids), _segment(model)), THIS_TEXT)
-    session.bank.end_document(torch.tensor([row]))  # the last chunk is found then, although it is not full
+    session.end_document(torch.tensor([row]))  # closes the last chunk, so that it is found although it is not full
+    session.follow(row, ids)
     return written
 
 
@@ -236,16 +237,17 @@ class LocalWindow:
         return torch.cat((self._prompts[line], input_ids[line, self._width :]))
 
     def _move(self, input_ids: Tensor) -> bool:
-        """Move what no longer fits, the first piece of every row first; returns whether anything moved."""
+        """Move what no longer fits; returns whether anything moved."""
         counts = [self.policy.pieces_over(length) for length in self._lengths(input_ids)]
-        turns = []
+        pieces: list[Piece] = []
         for line, count in enumerate(counts):
             (session, row), begin = self._places[line], self._starts[line]
             self._starts[line] += count * self.policy.move
             if count and not self._ended[line]:
-                text = self._text(input_ids, line)
-                turns.append(cut(session, row, text, begin, self._starts[line], self.policy.move))
-        write(self.model, [piece for turn in zip_longest(*turns) for piece in turn if piece is not None], THIS_TEXT)
+                text, end = self._text(input_ids, line), self._starts[line]
+                pieces += cut(session, row, text, begin, end, self.policy.move)
+                session.follow(row, text[begin:end])
+        write(self.model, pieces, THIS_TEXT)
         return any(counts)
 
 

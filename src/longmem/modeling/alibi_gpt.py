@@ -159,20 +159,12 @@ class AlibiGPTPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        config = cast(AlibiGPTConfig, self.config)
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=config.initializer_range)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
         if isinstance(module, AlibiGPTBlock):
             # GPT-2's rule: the sum of 2L branches keeps the variance of one
+            scale = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             for projection in (module.attn.out_proj, module.mlp.fc_out):
-                nn.init.normal_(
-                    projection.weight, std=config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
-                )
+                nn.init.normal_(projection.weight, std=scale)
 
 
 class AlibiGPTModel(AlibiGPTPreTrainedModel):

@@ -41,6 +41,7 @@ class BackboneRun:
         output: what the decoder gave: ``last_hidden_state`` (B, T, C) after the final norm, the cache, and the
             hidden states and attentions that were asked for.
         reading: how memory is read in this call, see ``modeling.reading``; None without memory.
+        finished: what the decoder gives in place of running once more, see ``Backbone.head``.
         stop_after: the memory layer after whose projections the forward ends; None runs it whole.
     """
 
@@ -49,6 +50,7 @@ class BackboneRun:
     qkv: dict[int, QKV] = field(default_factory=dict)
     output: BaseModelOutputWithPast | None = None
     reading: Any = None  # a Reading; its module imports this one
+    finished: BaseModelOutputWithPast | None = None
     stop_after: int | None = None
 
     def kv(self, mask: Tensor | None) -> AttentionKV:
@@ -138,15 +140,18 @@ class Backbone(nn.Module):
     def head(self, hidden: Tensor, run: BackboneRun, **options: Any) -> CausalLMOutputWithPast:
         """The backbone's own way from final states to its output: head, caps, scales, loss.
 
-        The whole model runs once more, with a decoder that computes nothing. It returns ``hidden`` (B, T, C), and of
-        the run all the rest: cache, hidden states, attentions. ``options``: ``labels``, ``logits_to_keep`` and what
-        else the loss takes.
+        The whole model runs once more, but its decoder computes nothing: it gives ``hidden`` (B, T, C), and of the run
+        all the rest, cache, hidden states, attentions. ``options``: ``labels``, ``logits_to_keep`` and what else the
+        loss takes.
         """
         assert run.output is not None
-        output = type(run.output)(**{**run.output, "last_hidden_state": hidden})
-        model = _with_decoder(self.mirror, self.family.decoder_path, _FinishedDecoder(output))
+        run.finished = type(run.output)(**{**run.output, "last_hidden_state": hidden})
         unread = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        return cast(CausalLMOutputWithPast, model(input_ids=unread, **_accepted(model, options)))
+        try:
+            with run.active():
+                return cast(CausalLMOutputWithPast, self.mirror(input_ids=unread, **_accepted(self.mirror, options)))
+        finally:
+            run.finished = None  # the run may be read and finished again, by another SideNet
 
     def finish(self, hidden: Tensor, norm: nn.Module | None) -> Tensor:
         """The states (B, T, C) that the head takes, from those before the final norm, whose place ``norm`` takes."""
@@ -165,7 +170,8 @@ class Backbone(nn.Module):
     def mirror(self) -> nn.Module:
         """The modules that run, made at the first call; copies and pickles make their own."""
         mirror = mirror_of(self.model)
-        layers = find(mirror, self.family.layers_path)
+        decoder, layers = find(mirror, self.family.decoder_path), find(mirror, self.family.layers_path)
+        decoder.forward = functools.partial(_unless_finished, decoder.forward)
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(functools.partial(_before_layer, index), with_kwargs=True)
         layers[-1].register_forward_hook(functools.partial(_after_layer, len(layers)))
@@ -183,26 +189,10 @@ class Backbone(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "mirror"}
 
 
-class _FinishedDecoder(nn.Module):
-    """A decoder that has already run: it returns its output whatever it is called with."""
-
-    def __init__(self, output: BaseModelOutputWithPast) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return self.output
-
-
-def _with_decoder(model: nn.Module, path: str, decoder: nn.Module) -> nn.Module:
-    """``model`` with another decoder at the path; everything else is its own."""
-    name, _, rest = path.partition(".")
-    changed = object.__new__(type(model))
-    changed.__dict__.update(model.__dict__)
-    changed.__dict__.pop("forward", None)  # accelerate's, bound to the model with the other decoder
-    child = _with_decoder(model._modules[name], rest, decoder) if rest else decoder  # type: ignore[arg-type]
-    changed.__dict__["_modules"] = {**model._modules, name: child}
-    return changed
+def _unless_finished(decode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The forward of a mirror's decoder; in ``Backbone.head`` it has already run."""
+    run = current_run()
+    return decode(*args, **kwargs) if run is None or run.finished is None else run.finished
 
 
 def _before_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
