@@ -8,7 +8,7 @@
 
 ``baselines``: the backbone's own layers read memory. What a search does is in ``longmem.memory``: ``bank``, then
 ``index``. ``families`` knows how architectures name their parts, ``probe`` computes keys without positions, ``weights``
-copies layers and recognises a backbone. ``loading``, ``checkpoints`` and ``gguf`` are about files. ``explain`` says what was
-read, ``alibi_gpt`` is the paper's backbone; ``generate`` is in ``longmem.generation``. The same method in loops is in
-the tests, ``tests/modeling/naive.py``.
+copies layers and recognises a backbone. ``loading``, ``checkpoints`` and ``gguf`` are about files. ``explain`` says
+what was read, ``alibi_gpt`` is the paper's backbone; ``generate`` is in ``longmem.generation``. The same method in
+loops is in the tests, ``tests/modeling/naive.py``.
 """
