@@ -16,7 +16,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -233,28 +233,14 @@ def _take_apart(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any]
     return FairseqCheckpoint(path, settings, backbone, side, gates[0] if gates else None, ignored)
 
 
-def _count(tensors: dict[str, Tensor], pattern: str) -> int:
-    return max((int(found[1]) for name in tensors if (found := re.match(pattern, name))), default=-1) + 1
-
-
 # its models
 
 
 def backbone_from_fairseq(checkpoint: FairseqCheckpoint, dtype: torch.dtype | None = None) -> AlibiGPTForCausalLM:
-    """The backbone in a released backbone or LongMem checkpoint, with weights of ``dtype``, or of the file's."""
-    config = backbone_config(checkpoint)
-    with torch.device("meta"):
-        model = AlibiGPTForCausalLM(config)
-    dtype = dtype or checkpoint.backbone["transformer.wte.weight"].dtype
-    tensors = {name: value.to(dtype) for name, value in checkpoint.backbone.items()}
-    load_tensors(checkpoint.path, model, tensors, assign=True)
-    model.config.dtype = dtype
-    model.train(False)
-    return model
+    """The backbone in a released backbone or LongMem checkpoint, with weights of ``dtype``, or of the file's.
 
-
-def backbone_config(checkpoint: FairseqCheckpoint) -> AlibiGPTConfig:
-    """Shapes come from the tensors; the settings say only what tensors cannot: heads and window."""
+    Shapes come from the tensors; the settings say only what tensors cannot: heads and window.
+    """
     tensors, setting = checkpoint.backbone, checkpoint.setting
     if "transformer.wte.weight" not in tensors:
         raise CheckpointError(f"{checkpoint.path}: holds no backbone; name its checkpoint with --backbone")
@@ -262,15 +248,16 @@ def backbone_config(checkpoint: FairseqCheckpoint) -> AlibiGPTConfig:
         raise CheckpointError(
             f"{checkpoint.path}: newgpt_mode is {mode!r}; only 'alibi', the paper's backbone, can be converted"
         )
-    vocab, width = tensors["transformer.wte.weight"].shape
+    embeddings, inner = tensors["transformer.wte.weight"], tensors.get("transformer.h.0.mlp.fc_in.bias")
+    vocab, width = embeddings.shape
     heads = int(setting("num_attention_heads", "decoder_attention_heads", "num_heads"))
     if heads < 1 or width % heads:
         raise CheckpointError(f"{checkpoint.path}: {heads} heads do not divide the width {width}")
-    inner = tensors.get("transformer.h.0.mlp.fc_in.bias")
-    return AlibiGPTConfig(
+    layers = {int(name.split(".")[2]) for name in tensors if name.startswith("transformer.h.")}
+    config = AlibiGPTConfig(
         vocab_size=vocab,
         hidden_size=width,
-        num_hidden_layers=_count(tensors, r"transformer\.h\.(\d+)\."),
+        num_hidden_layers=max(layers, default=-1) + 1,
         num_attention_heads=heads,
         intermediate_size=None if inner is None else inner.shape[0],
         max_position_embeddings=int(setting("tokens_per_sample", "max_target_positions", default=1024)),
@@ -278,10 +265,19 @@ def backbone_config(checkpoint: FairseqCheckpoint) -> AlibiGPTConfig:
         pad_token_id=int(setting("pad", default=1)),
         eos_token_id=int(setting("eos", default=2)),
     )
+    with torch.device("meta"):
+        model = AlibiGPTForCausalLM(config)
+    dtype = dtype or embeddings.dtype
+    _load_tensors(checkpoint.path, model, {name: value.to(dtype) for name, value in tensors.items()}, assign=True)
+    model.config.dtype = dtype
+    model.train(False)
+    return model
 
 
-def longmem_config(checkpoint: FairseqCheckpoint, backbone: AlibiGPTConfig) -> LongMemConfig:
-    """The released SideNet's shape, activation, norms and memory layer."""
+def longmem_from_fairseq(
+    checkpoint: FairseqCheckpoint, backbone: AlibiGPTForCausalLM, dtype: torch.dtype | None = None
+) -> LongMem:
+    """The LongMem in a released checkpoint, over its backbone."""
     setting, path = checkpoint.setting, checkpoint.path
     memory_layer, stride = int(setting("retrieval_layer_index")), int(setting("layer_reduction_factor"))
     if memory_layer // stride != checkpoint.augmented_layer:
@@ -290,8 +286,8 @@ def longmem_config(checkpoint: FairseqCheckpoint, backbone: AlibiGPTConfig) -> L
             f"but the gate is in layer {checkpoint.augmented_layer}"
         )
     chunk_size = int(setting("chunk_size"))
-    return LongMemConfig(
-        backbone_config=backbone,
+    config = LongMemConfig(
+        backbone_config=backbone.config,
         memory_layers=(memory_layer,),
         stride=stride,
         chunk_size=chunk_size,
@@ -302,20 +298,14 @@ def longmem_config(checkpoint: FairseqCheckpoint, backbone: AlibiGPTConfig) -> L
         side_activation=str(setting("activation_fn", default="gelu")),
         side_norm_eps=SIDE_NORM_EPS,
     )
-
-
-def longmem_from_fairseq(
-    checkpoint: FairseqCheckpoint, backbone: AlibiGPTForCausalLM, dtype: torch.dtype | None = None
-) -> LongMem:
-    """The LongMem in a released checkpoint, over its backbone."""
-    model = LongMem(longmem_config(checkpoint, cast(AlibiGPTConfig, backbone.config)), backbone)
+    model = LongMem(config, backbone)
     model.sidenet.to(dtype or next(iter(checkpoint.side.values())).dtype)
-    load_tensors(checkpoint.path, model.sidenet, checkpoint.side)
+    _load_tensors(path, model.sidenet, checkpoint.side)
     model.train(False)
     return model
 
 
-def load_tensors(path: Path, model: nn.Module, tensors: dict[str, Tensor], *, assign: bool = False) -> None:
+def _load_tensors(path: Path, model: nn.Module, tensors: dict[str, Tensor], *, assign: bool = False) -> None:
     """``load_state_dict``; what is missing, foreign or of another shape is one line."""
     try:
         model.load_state_dict(tensors, assign=assign)

@@ -182,7 +182,9 @@ class SideNet(nn.Module):
 
     def _layer(self, layer: nn.Module, call: dict[str, Any], hidden: Tensor, run: BackboneRun) -> Tensor:
         def replay(hidden: Tensor) -> Tensor:
-            with run.active():  # the MemoryReader asks for it; backward recomputes long after forward ended
+            # `MemoryReader.search` and `fuse` find the run so, in the attention of an augmented layer (see `__init__`);
+            # backward recomputes long after forward ended
+            with run.active():
                 output = layer(**{**call, "hidden_states": hidden})
             return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
