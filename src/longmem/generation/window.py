@@ -13,8 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,25 +31,15 @@ THIS_TEXT = "(this text)"
 """The document name of a text's own earlier part."""
 
 
-class Piece(NamedTuple):
-    """Tokens (t,) that are encoded together and written to a row of a session."""
-
-    session: SessionMemory
-    row: int
-    ids: Tensor
-    offset: int
-    """Place of the first of them in the text."""
-
-
 def read(model: Any, session: SessionMemory, ids: Tensor, *, document: str, row: int = 0) -> int:
     """Read a whole text (t,) into a row of a session, window by window; returns how many tokens were written.
 
     ``document`` is the name of the text in provenances.
     """
     session.end_document(torch.tensor([row]))
-    written = write(model, cut(session, row, ids, 0, len(ids), _segment(model)), document)
+    write(model, session, row, ids, 0, _segment(model), document)
     session.end_document(torch.tensor([row]))
-    return written
+    return len(ids)
 
 
 def remember(model: Any, session: SessionMemory, ids: Tensor, *, row: int = 0) -> int:
@@ -61,10 +50,10 @@ def remember(model: Any, session: SessionMemory, ids: Tensor, *, row: int = 0) -
     that is in the session already.
     """
     known = already_written(session, row, ids)
-    written = write(model, cut(session, row, ids, known, len(ids), _segment(model)), THIS_TEXT)
+    write(model, session, row, ids[known:], known, _segment(model), THIS_TEXT)
     session.end_document(torch.tensor([row]))  # closes the last chunk, so that it is found although it is not full
     session.follow(row, ids)
-    return written
+    return len(ids) - known
 
 
 def already_written(session: SessionMemory, row: int, ids: Tensor) -> int:
@@ -77,25 +66,20 @@ def already_written(session: SessionMemory, row: int, ids: Tensor) -> int:
 
 
 @torch.no_grad()
-def write(model: Any, pieces: Sequence[Piece], document: str) -> int:
-    """Encode and write pieces, those of one row in the order given; returns how many tokens were written."""
-    for size, alike in groupby(pieces, key=lambda piece: len(piece.ids)):
-        while batch := list(islice(alike, max(1, TOKENS_AT_ONCE // size))):
-            kv = model.encode(torch.stack([piece.ids for piece in batch]).to(model.device))
-            for piece, keys, values in zip(batch, kv.keys.split(1), kv.values.split(1), strict=True):
-                piece.session.add(
-                    AttentionKV(keys, values),
-                    rows=torch.tensor([piece.row]),
-                    documents=[document],
-                    offsets=[piece.offset],
-                    ids=[piece.ids],
-                )
-    return sum(len(piece.ids) for piece in pieces)
+def write(model: Any, session: SessionMemory, row: int, ids: Tensor, offset: int, size: int, document: str) -> None:
+    """Encode tokens (t,) in pieces of ``size``, the last may be shorter, and write them to a row of a session.
 
-
-def cut(session: SessionMemory, row: int, ids: Tensor, begin: int, end: int, size: int) -> list[Piece]:
-    """Tokens ``[begin, end)`` of a text (t,) in pieces of ``size``; the last one may be shorter."""
-    return [Piece(session, row, ids[start : min(start + size, end)], start) for start in range(begin, end, size)]
+    ``offset`` is the place of the first of them in the document.
+    """
+    pieces = ids.split(size) if len(ids) else ()
+    while pieces:
+        some = [each for each in pieces[: max(1, TOKENS_AT_ONCE // size)] if len(each) == len(pieces[0])]
+        kv = model.encode(torch.stack(some).to(model.device))
+        # they follow one another, so they are added as one: (pieces, n*Hkv, size, D) -> (1, n*Hkv, t, D)
+        keys, values = (each.transpose(0, 1).flatten(1, 2)[None] for each in (kv.keys, kv.values))
+        place: dict[str, Any] = {"rows": torch.tensor([row]), "documents": [document], "offsets": [offset]}
+        session.add(AttentionKV(keys, values), ids=[torch.cat(some)], **place)
+        offset, pieces = offset + keys.shape[2], pieces[len(some) :]
 
 
 def positions(model: Any) -> int | None:
@@ -239,15 +223,13 @@ class LocalWindow:
     def _move(self, input_ids: Tensor) -> bool:
         """Move what no longer fits; returns whether anything moved."""
         counts = [self.policy.pieces_over(length) for length in self._lengths(input_ids)]
-        pieces: list[Piece] = []
         for line, count in enumerate(counts):
             (session, row), begin = self._places[line], self._starts[line]
             self._starts[line] += count * self.policy.move
             if count and not self._ended[line]:
                 text, end = self._text(input_ids, line), self._starts[line]
-                pieces += cut(session, row, text, begin, end, self.policy.move)
+                write(self.model, session, row, text[begin:end], begin, self.policy.move, THIS_TEXT)
                 session.follow(row, text[begin:end])
-        write(self.model, pieces, THIS_TEXT)
         return any(counts)
 
 

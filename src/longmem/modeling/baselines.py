@@ -182,10 +182,6 @@ class TrainingFree(AugmentedLM):
             )
         self.train(False)
 
-    def own_weights(self) -> dict[str, Tensor]:
-        """The gates, where tokens choose."""
-        return {} if self.gates is None else cast("dict[str, Tensor]", self.gates.state_dict())
-
 
 for config, model in ((MemTRMConfig, MemTRM), (TrainingFreeConfig, TrainingFree)):
     AutoConfig.register(config.model_type, config, exist_ok=True)

@@ -43,7 +43,7 @@ class Checkpointed(PreTrainedModel):
 
     config_class: type[MemoryConfig] = MemoryConfig
     weights_file: ClassVar[str] = ""  # what a checkpoint keeps ``own_weights`` in
-    weights_prefix: ClassVar[str] = ""  # what the names in that file lack to be those in ``state_dict``
+    weights_prefix: ClassVar[str] = ""  # of their names in ``state_dict``; the file leaves it out
     backbone: Backbone
 
     @classmethod
@@ -195,7 +195,8 @@ class Checkpointed(PreTrainedModel):
 
     def own_weights(self) -> dict[str, Tensor]:
         """What a checkpoint has beside its settings, by the names in its file: nothing of a frozen backbone."""
-        raise NotImplementedError
+        own = (pair for pair in self.state_dict().items() if pair[0].startswith(self.weights_prefix))
+        return {name.removeprefix(self.weights_prefix): tensor for name, tensor in own}
 
     def write_weights(self, folder: Path, given: Mapping[str, Tensor], max_shard_size: int | str) -> None:
         """Write what was trained, to the disk; ``given`` is in place of the model's own, by names in ``state_dict``."""

@@ -78,10 +78,6 @@ class LongMem(MemoryLM):
     def gradient_checkpointing_disable(self) -> None:
         self.sidenet.gradient_checkpointing = False
 
-    def own_weights(self) -> dict[str, Tensor]:
-        """The SideNet's."""
-        return cast("dict[str, Tensor]", self.sidenet.state_dict())
-
 
 class SideNet(nn.Module):
     """The trained part: copies of some backbone layers, their own final norm and the memory gate (section 3.2).
