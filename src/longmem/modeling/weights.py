@@ -168,23 +168,15 @@ def _dequantised(module: Any) -> Any:
         module.merge()
         module = module.base_layer
     if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
-        return _linear(module)
+        from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+        held = {"weight": dequantize_bnb_weight(module.weight, getattr(module, "state", None)), "bias": module.bias}
+        plain = nn.Linear(module.in_features, module.out_features, held["bias"] is not None)
+        plain.load_state_dict({name: value for name, value in held.items() if value is not None}, assign=True)
+        return plain
     for name, child in module.named_children():
         setattr(module, name, _dequantised(child))
     return module
-
-
-@torch.no_grad()
-def _linear(quantised: Any) -> nn.Linear:
-    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
-    weight = dequantize_bnb_weight(quantised.weight, getattr(quantised, "state", None))
-    bias = quantised.bias
-    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype)
-    plain.weight.copy_(weight)
-    if bias is not None:
-        plain.bias.copy_(bias)
-    return plain
 
 
 def fingerprint_of(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = None) -> str:
