@@ -51,8 +51,7 @@ def remember(model: Any, session: SessionMemory, ids: Tensor, *, row: int = 0) -
     """
     known = already_written(session, row, ids)
     write(model, session, row, ids[known:], known, _segment(model), THIS_TEXT)
-    session.end_document(torch.tensor([row]))  # closes the last chunk, so that it is found although it is not full
-    session.follow(row, ids)
+    session.bank.end_document(torch.tensor([row]))  # the last chunk is found then, although it is not full
     return len(ids) - known
 
 
@@ -229,7 +228,6 @@ class LocalWindow:
             if count and not self._ended[line]:
                 text, end = self._text(input_ids, line), self._starts[line]
                 write(self.model, session, row, text[begin:end], begin, self.policy.move, THIS_TEXT)
-                session.follow(row, text[begin:end])
         return any(counts)
 
 
