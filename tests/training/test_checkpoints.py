@@ -122,8 +122,6 @@ def test_a_run_with_other_data_model_or_method_is_not_resumed(pretrain: Make, ad
     train(adapt("side"), quiet=True)
     with pytest.raises(CheckpointError, match="method was 'longmem', is 'memtrm'"):
         train(adapt("side", method="memtrm"), resume=True, quiet=True)
-    with pytest.raises(CheckpointError, match="rows was 2, is 3"):
-        train(adapt("side", optim={"rows": 3}), resume=True, quiet=True)
 
 
 def test_only_the_newest_checkpoints_are_kept_and_each_is_a_model(adapt: Make) -> None:
@@ -152,30 +150,21 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run_also_one_that_was_r
     assert train(recipe, resume=True, quiet=True).step == result.step
 
 
-def test_a_checkpoint_whose_weights_are_cut_short_is_named_with_the_way_out(adapt: Make) -> None:
-    recipe = adapt()
-    train(recipe, quiet=True)
-    file = recipe.out_dir / "checkpoints" / "checkpoint-8" / "sidenet.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(
-        CheckpointError, match=r"checkpoint-8: not the weights of this model \(.*\); delete it to resume"
-    ):
-        train(recipe, resume=True, quiet=True)
+FILES = ["optimizer.pt", "scheduler.pt", "rank-0-of-1.pt", "rng_state.pth", "trainer_state.json", "sidenet.safetensors"]
 
 
-@pytest.mark.parametrize(
-    "name", ["optimizer.pt", "scheduler.pt", "rank-0-of-1.pt", "rng_state.pth", "trainer_state.json"]
-)
-def test_a_checkpoint_with_another_file_cut_short_is_named_in_one_line(name: str, adapt: Make) -> None:
+def test_a_checkpoint_with_a_file_cut_short_is_named_with_the_way_out(adapt: Make) -> None:
     recipe = adapt()
     train(recipe, quiet=True)
-    file = recipe.out_dir / "checkpoints" / "checkpoint-8" / name
-    file.write_bytes(file.read_bytes()[:-60])
-    with pytest.raises(
-        CheckpointError, match=rf"{name}: damaged; delete checkpoint-8 to resume from an older"
-    ) as raised:
-        train(recipe, resume=True, quiet=True)
-    assert "\n" not in str(raised.value)
+    for name in FILES:
+        file = recipe.out_dir / "checkpoints" / "checkpoint-8" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-100])
+        said = r"not the weights of this model \(.*\); delete it" if name == FILES[-1] else f"{name}: damaged; delete"
+        with pytest.raises(CheckpointError, match=f"checkpoint-8.*{said}.* to resume from an older") as raised:
+            train(recipe, resume=True, quiet=True)
+        assert "\n" not in str(raised.value)
+        file.write_bytes(whole)
 
 
 def test_a_crash_while_writing_leaves_the_checkpoint_before(adapt: Make, monkeypatch: pytest.MonkeyPatch) -> None:

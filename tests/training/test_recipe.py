@@ -118,11 +118,6 @@ def test_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> None:
     ]
 
 
-def test_one_layer_may_be_a_number() -> None:
-    for given, layers in ([1, 3], (1, 3)), (2, (2,)):
-        assert parsed(**ADAPT, sidenet={"memory_layers": given}).sidenet.memory_layers == layers
-
-
 def test_a_recipe_of_the_package_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = Recipe.load("tiny-cpu")
@@ -137,15 +132,11 @@ def test_a_recipe_of_the_package_is_found_by_its_name(tmp_path: Path, monkeypatc
         Recipe.load("broken.toml")
 
 
-@pytest.mark.parametrize(
-    ("written", "override"), [("memory_layers", "memory_layer"), ("memory_layer", "memory_layers")]
-)
-def test_layers_may_have_the_name_of_earlier_versions_and_either_overrides_the_other(
-    tmp_path: Path, written: str, override: str
-) -> None:
+@pytest.mark.parametrize("written", ["memory_layer", "memory_layers"])
+def test_layers_may_be_one_number_or_have_the_name_of_earlier_versions(tmp_path: Path, written: str) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(
         f'task = "adapt"\n[data]\npaths = ["a"]\n[backbone]\npath = "b"\n[optim]\nsteps = 5\n[sidenet]\n{written} = 3\n'
     )
-    assert Recipe.load(path).sidenet.memory_layers == (3,)
-    assert Recipe.load(path, [f"sidenet.{override}=5"]).sidenet.memory_layers == (5,)
+    for overrides, layers in ([], (3,)), (["memory_layer=5"], (5,)), (["memory_layers=[1, 3]"], (1, 3)):
+        assert Recipe.load(path, [f"sidenet.{each}" for each in overrides]).sidenet.memory_layers == layers

@@ -160,13 +160,13 @@ def test_a_plain_trainer_resumes_and_keeps_the_best_model(kind: Any, backbone_di
         return Trainer(model, args, train_dataset=rows, eval_dataset=rows[:4])
 
     # the highest loss is called the best, because it is not the last
-    best = plain("best", load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True)
-    best.train()
-    evaluated = [entry["eval_loss"] for entry in best.state.log_history if "eval_loss" in entry]
-    assert max(evaluated) > evaluated[-1]
-    assert best.evaluate()["eval_loss"] == pytest.approx(max(evaluated), abs=1e-6)
-    whole, cut = plain("whole"), plain("cut")
+    kept = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    whole, cut = plain("whole", **kept), plain("cut", **kept)
     whole.train()
+    evaluated = [entry["eval_loss"] for entry in whole.state.log_history if "eval_loss" in entry]
+    assert max(evaluated) > evaluated[-1]
+    assert whole.evaluate()["eval_loss"] == pytest.approx(max(evaluated), abs=1e-6)
     cut.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert [e["eval_loss"] for e in cut.state.log_history if "eval_loss" in e][: len(evaluated)] == evaluated
     expected = dict(whole.model.named_parameters())
     assert all(torch.equal(expected[name], weight) for name, weight in cut.model.named_parameters())

@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback
 
 from longmem.data.stream import WindowSampler
 from longmem.data.text import read_documents
@@ -81,8 +81,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
     state.wait_for_everyone()
     set_seed(recipe.run.seed)
     trainer = build_trainer(recipe, state, quiet=quiet)
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
+    trainer.remove_callback(PrinterCallback)
     if recipe.eval.patience:
         trainer.add_callback(_Patience(recipe.eval.patience))
     silent = quiet or not state.is_main_process
@@ -233,13 +232,10 @@ class _Run(TrainerCallback):
         state.compute_steps(args, state.max_steps)
         self.began = step = state.global_step
         if state.is_world_process_zero:
-            kept = []
-            for line in (
-                self.path.read_text(encoding="utf-8").splitlines() if self.resume and self.path.exists() else []
-            ):
-                with suppress(ValueError):  # a line that a crash cut in half
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
+            there = self.path.read_text(encoding="utf-8") if self.resume and self.path.exists() else ""
+            lines = there.splitlines(keepends=True)
+            # a line that a crash cut in half has no end
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             self.path.write_text("".join(kept), encoding="utf-8")
         if self.resume:
             self.progress.say(f"resumed at step {step:,}, {step * self.tokens_per_step:,} tokens")
@@ -257,8 +253,7 @@ class _Run(TrainerCallback):
         control.should_training_stop = over
         if over or self.stopped:
             control.should_log = control.should_save = True
-        valid = self.recipe.valid_source() is not None
-        control.should_evaluate = valid and (over or control.should_evaluate)
+        control.should_evaluate = bool(self.trainer.eval_dataset) and (over or control.should_evaluate)
         self.progress.advance()
         return control
 
