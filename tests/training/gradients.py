@@ -6,50 +6,40 @@ folder and writes ``NAME.gradients`` beside it.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
 from torch import Tensor
+from transformers import TrainerCallback
 
-from longmem.training import run
 from longmem.training.models import undivided
 from longmem.training.recipe import Recipe
+from longmem.training.run import build_trainer
 
 
 def gradients(recipe: Recipe) -> list[dict[str, Tensor]]:
-    """Of every step of a run, before they are clipped."""
+    """Of every step of a run that does not clip them."""
     found: list[dict[str, Tensor]] = []
-    build = run.build_trainer
+    set_seed(recipe.run.seed)
+    trainer = build_trainer(recipe, PartialState(cpu=True), quiet=True)
 
-    def watched(*arguments: Any, **settings: Any) -> Any:
-        trainer = build(*arguments, **settings)
-        clip = trainer._clip_grad_norm
-
-        def seen(model: Any) -> Any:
+    class Seen(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
             grads = [(name, weight.grad) for name, weight in trainer.trained() if weight.grad is not None]
             found.append({name: undivided(grad).cpu().clone() for name, grad in grads})
-            return clip(model)
 
-        trainer._clip_grad_norm = seen
-        return trainer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "build_trainer", watched)
-        run.train(recipe, overwrite=True, quiet=True)
+    trainer.add_callback(Seen())
+    trainer.train()
     return found
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    for path in sorted(folder.glob("*.toml")):
-        found = gradients(Recipe.load(path))
-        if os.environ["RANK"] == "0":
-            torch.save(found, path.with_suffix(".gradients"))
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    for path in sorted(Path(sys.argv[1]).glob("*.toml")):
+        steps = gradients(Recipe.load(path))
+        if PartialState().is_main_process:
+            torch.save(steps, path.with_suffix(".gradients"))

@@ -24,7 +24,7 @@ from longmem.training.trainer import list_checkpoints
 ROWS = 4
 # the backbone's matrix products in bf16 round differently for another number of rows
 FP32, BF16 = 2e-5, 2e-2
-COMMON = {"steps": 3, "dropout": 0.0, "accumulate": 2}
+COMMON = {"steps": 3, "dropout": 0.0, "accumulate": 2, "clip": 0.0}
 HALF: dict[str, Any] = {"optim": {"gradient_checkpointing": True}, "backbone": {"dtype": "bfloat16"}}
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {},
