@@ -108,7 +108,7 @@ class Reader:
             written by ``write`` after backward.
         """
         if number == 0 and self.bank is not None:
-            self.begun = self.bank._slots.written[0]
+            self.begun = int(self.bank.numbers[0].max()) + 1
         part = slice(number * WINDOW, (number + 1) * WINDOW)
         ids = pieces.ids[some, number * WINDOW : (number + 1) * WINDOW + 1].long()
         weight = pieces.weights[some, part].float()
@@ -153,7 +153,7 @@ class Reader:
         found = []
         for layer, read in enumerate(reads):
             queries = read.queries[row, :, place % WINDOW].float().unflatten(1, (heads, -1))  # (n, Hkv, G, D)
-            keys = self.bank._slots.keys[:, layer * heads : (layer + 1) * heads, :live].float()[row]
+            keys = self.bank.keys[:, layer * heads : (layer + 1) * heads, :live].float()[row]
             scores = torch.einsum("nhgd,nhcd->nhgc", queries, keys) * queries.shape[-1] ** -0.5
             right = scores.gather(-1, chunk.view(-1, 1, 1, 1).expand(*scores.shape[:3], 1)).squeeze(-1)
             found.append((right - scores.logsumexp(-1)).flatten(1))

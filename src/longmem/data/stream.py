@@ -32,7 +32,6 @@ class SegmentBatch(NamedTuple):
         documents: (B,) name of each row's text.
         offsets: (B,) token position of the segment in its document.
         starts: (B,) bool, True where a row has just moved on to another text.
-        targets_in_all: how many tokens are scored in this step over the rows of all processes.
     """
 
     ids: Tensor
@@ -41,7 +40,6 @@ class SegmentBatch(NamedTuple):
     documents: tuple[str, ...]
     offsets: tuple[int, ...]
     starts: Tensor
-    targets_in_all: int
 
 
 class Piece(NamedTuple):
@@ -99,7 +97,7 @@ class SegmentStream:
     def next(self) -> SegmentBatch:
         """The rows' segments; afterwards every row is at its next one."""
         lanes = [(self.pieces[piece], done) for piece, done in zip(self._piece, self._done, strict=True)]
-        batch = self._batch(lanes[self._mine], sum(min(self.window, p.last - p.first - d - 1) for p, d in lanes))
+        batch = self._batch(lanes[self._mine])
         for lane, (piece, done) in enumerate(lanes):
             self._done[lane] = done + self.window
             # the last token has no next token: it alone makes no segment
@@ -124,7 +122,7 @@ class SegmentStream:
         _refuse_other_text(state, self.corpus)
         self.taken, self._piece, self._done = int(state["taken"]), list(state["piece"]), list(state["done"])
 
-    def _batch(self, lanes: list[tuple[Piece, int]], targets_in_all: int) -> SegmentBatch:
+    def _batch(self, lanes: list[tuple[Piece, int]]) -> SegmentBatch:
         shape = (len(lanes), self.window)
         ids, targets = torch.full(shape, self.pad_id), torch.full(shape, IGNORE)
         mask = torch.zeros(shape, dtype=torch.bool)
@@ -143,7 +141,6 @@ class SegmentStream:
             documents=tuple(piece.name for piece, _ in lanes),
             offsets=tuple(piece.offset + done for piece, done in lanes),
             starts=torch.tensor([done == 0 for _, done in lanes]),
-            targets_in_all=targets_in_all,
         )
 
     def _take(self) -> int:
