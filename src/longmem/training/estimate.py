@@ -1,6 +1,6 @@
 """What a run needs, before it begins: memory of a device, hours, device-hours. Arithmetic over shapes, good to a fifth.
 
-Parameters are counted on the real architecture, built on torch's meta device. One FLOP is one addition or one
+Parameters are counted on the real models, built on torch's meta device. One FLOP is one addition or one
 multiplication: a matrix of P weights costs a token 2P forward and twice that backward where inputs and weights need
 gradients. Attention is counted over the whole segment, because kernels that take a mask compute all of it. What no
 shape tells is an assumption: ``RESERVE``, and the share of its peak that a device reaches.
@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from longmem.config import side_layout
+from longmem.config import LongMemConfig
 from longmem.errors import ConfigError, first_line
 from longmem.modeling.families import Family
+from longmem.modeling.longmem import LongMem
 from longmem.progress import clock
 from longmem.training.models import backbone_shape
 from longmem.training.recipe import Recipe
@@ -119,32 +120,38 @@ def estimate(recipe: Recipe, machine: str, backbone: PreTrainedConfig | None = N
         model = AutoModelForCausalLM.from_config(backbone or _config(recipe))
     family = Family.of(model)
     text: Any = family.config
-    layers = [_count(layer) for layer in family.layers]
     total, width, vocab = _count(model), int(text.hidden_size), int(text.vocab_size)
-    heads = int(text.num_attention_heads)
-    heads_kv = int(getattr(text, "num_key_value_heads", None) or heads)
-    dim = int(getattr(text, "head_dim", None) or width // heads)
+    heads, heads_kv, dim = int(text.num_attention_heads), family.kv_heads(0), family.head_dim(0)
     inner = int(getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * width)
     gated = any("gate" in name for name, _ in family.layers[0].named_parameters())
     active = [_active(layer, text) for layer in family.layers]
     frozen = recipe.task == "adapt" and recipe.method == "longmem"
+    chosen, trained, share, reading = list(range(len(active))), total, 1.0, 1
+    if isinstance(side.memory_layers, tuple):
+        reading = len(side.memory_layers)
+    if frozen:
+        measured = {"memory_layers": None} if side.memory_layers == "auto" else {}
+        config = LongMemConfig(backbone_config=model.config, **recipe.model_settings | measured)
+        sidenet = LongMem(config, model, fingerprint="not needed").sidenet
+        chosen, trained = sidenet.sources, sum(p.numel() for p in sidenet.parameters() if p.requires_grad)
+        # of the weights of its layers, those that have gradients: all, or the attention's
+        share = min(1.0, trained / sum(_count(family.layers[i]) for i in chosen))
     memory = side.memory_size if recipe.task == "adapt" and side.memory else 0
-    chosen = side_layout(text, side.stride).sources if frozen else list(range(len(layers)))
-    trained = sum(layers[i] for i in chosen) + (2 * width + heads if frozen else total - sum(layers))
 
     attention, local = width * dim * 2 * (heads + heads_kv), 4 * window * heads * dim
     again = 1 if optim.gradient_checkpointing else 0
+    weights = 2.0 * sum(active[i] for i in chosen)
     flops = {
-        "backbone": 2.0 * (sum(active) + attention) + len(layers) * local if frozen else 0.0,
-        "trained layers": (3 + again) * (2.0 * sum(active[i] for i in chosen) + len(chosen) * local),
+        "backbone": 2.0 * (sum(active) + attention) + len(active) * local if frozen else 0.0,
+        "trained layers": (2 + share + again) * weights + (3 + again) * len(chosen) * local,
         "head": (2 if frozen else 3) * 2.0 * vocab * width,
-        "search": (1 + again) * 2.0 * heads * dim * (memory // side.chunk_size),
-        "memory attention": 3.0 * 4 * side.num_retrieved * heads * dim + 6 * attention if memory else 0.0,
+        "search": (1 + again) * 2.0 * reading * heads * dim * (memory // side.chunk_size),
+        "memory attention": reading * (12.0 * side.num_retrieved * heads * dim + 6 * attention) if memory else 0.0,
     }
     # a score of each head and chunk is written and read; keys and values that were found are read twice
     moved = 8 * heads * memory // side.chunk_size + 4 * heads * side.num_retrieved * dim * number if memory else 0
     seconds = sum(flops.values()) / ((hardware.half if half else hardware.single) * 1e12 * REACHED)
-    seconds += moved / (hardware.bandwidth * 1e12)
+    seconds += reading * moved / (hardware.bandwidth * 1e12)
 
     world = devices if optim.parallel == "fsdp" else 1
     positions, kept = optim.rows * window, {"8bit": 1.0, "4bit": 0.53}.get(recipe.backbone.quantised or "")
@@ -152,8 +159,7 @@ def estimate(recipe: Recipe, machine: str, backbone: PreTrainedConfig | None = N
     one = 2 * width + 2 * dim * (heads + heads_kv) + inner * (3 if gated else 2)
     states = len(chosen) * width + one if optim.gradient_checkpointing else len(chosen) * one
     remembered = stored[side.memory_dtype or ("bfloat16" if half else "float32")]
-    kept_layers = len(side.memory_layers) if isinstance(side.memory_layers, tuple) else 1
-    bank = optim.rows * memory * heads_kv * dim * kept_layers * (2 * remembered + 4 / side.chunk_size)
+    bank = optim.rows * memory * heads_kv * dim * reading * (2 * remembered + 4 / side.chunk_size)
     sizes = {
         "backbone": total * (kept or stored.get(recipe.backbone.dtype or "", number)) / world if frozen else 0,
         # autocast keeps a cast copy of float32 weights; gradients and two moments are float32
