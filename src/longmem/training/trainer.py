@@ -133,8 +133,9 @@ class StreamTrainer(Trainer):
         self.scores, self.practice, self.eval_tokens = Scores(), Scores(), eval_tokens
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        # what is divided, spread or quantised has been put in its place
-        if not isinstance(model, FSDPModule) and getattr(model, "hf_device_map", None) is None:
+        # what is spread stays so; what is divided or quantised is there already, and quantised weights may not be moved
+        there = {weight.device for weight in model.parameters()}
+        if there != {device} and getattr(model, "hf_device_map", None) is None:
             super()._move_model_to_device(model, device)
 
     # batches, in order
