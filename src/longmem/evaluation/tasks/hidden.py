@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from longmem.data.facts import KINDS, OPTIONS, draw_facts
-from longmem.data.text import HELD_OUT, TextSource, packages, read_documents
+from longmem.data.text import HELD_OUT, TextSource, package_text, packages, read_documents
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode, encode_after
 from longmem.evaluation.results import Json
@@ -87,8 +87,9 @@ def _search(text: str) -> Recall:
 
 def standard_library() -> Iterator[str]:
     """Packages of this Python's own standard library; first those that are held out from training."""
-    named = dict(packages(Path(sysconfig.get_paths()["stdlib"])))
-    yield from (named[name] for name in sorted(named, key=lambda name: name not in HELD_OUT))
+    library = Path(sysconfig.get_paths()["stdlib"])
+    yield from (package_text(library / name, library) for name in HELD_OUT)
+    yield from (text for name, text in packages(library) if name not in HELD_OUT)
 
 
 @dataclass(frozen=True, eq=False)
