@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_reader_is_made_saved_and_loaded(command: Command, model: Path, text: Path, tmp_path: Path) -> None:
+def test_a_reader_is_made_saved_and_loaded(
+    command: Command, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrating, "CalibrationSettings", partial(CalibrationSettings, sessions=4))
     out, sizes = tmp_path / "reader", (*SIZES, "--validation-windows", "5")
     done = command("calibrate", model, "--data", f"rain={text}", "--layers", "1", "--out", out, *sizes)
     assert done.status == 0 and "backbone alone" in done.out

@@ -213,14 +213,6 @@ class LongMemTrainer(StreamTrainer):
 
     # checkpoints
 
-    def own_state(self) -> dict[str, Any]:
-        return super().own_state() | {"bank": None if self.bank is None else self.bank.state_dict()}
-
-    def load_own_state(self, state: Mapping[str, Any]) -> None:
-        super().load_own_state(state)
-        if self.bank is not None:
-            self.bank.load_state_dict(state["bank"])
-
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if not self.args.should_save:

@@ -258,15 +258,6 @@ class StreamTrainer(Trainer):
 
     # checkpoints
 
-    def own_state(self) -> dict[str, Any]:
-        """Of this process, beside what Trainer saves."""
-        return {"stream": self.stream.state_dict(), "same": self.same, "seconds": self.seconds}
-
-    def load_own_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``own_state`` gave."""
-        self.stream.load_state_dict(state["stream"])
-        self.seconds = state["seconds"]
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ever; ``True`` takes the newest checkpoint.
 
@@ -318,7 +309,9 @@ class StreamTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        torch.save(self.own_state(), Path(output_dir) / self._own_file())
+        own = {"stream": self.stream.state_dict(), "same": self.same, "seconds": self.seconds}
+        own["bank"] = None if self.bank is None else self.bank.state_dict()
+        torch.save(own, Path(output_dir) / self._own_file())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -336,7 +329,10 @@ class StreamTrainer(Trainer):
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
-        self.load_own_state(self._own)
+        self.stream.load_state_dict(self._own["stream"])
+        self.seconds = self._own["seconds"]
+        if self.bank is not None:
+            self.bank.load_state_dict(self._own["bank"])
 
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
