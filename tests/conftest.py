@@ -12,12 +12,14 @@ import torch
 from tests.calling import Command, Done
 from tests.family_table import tiny_gpt
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from longmem import AlibiGPTForCausalLM, LongMem
 from longmem.cli.main import main
 
 SHARED = Path(os.environ.get("LONGMEM_SHARED_DIR") or Path(__file__).parents[1] / ".." / "shared")
 
+disable_progress_bar()  # as the command line does, before it imports transformers
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the threads
 

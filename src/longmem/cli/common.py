@@ -284,21 +284,17 @@ def load_model(
         StoreError: no model is named, or the one that the store names cannot be loaded.
         ConfigError, CheckpointError, BackboneError: no such device, or no such model.
     """
-    import torch
-    from transformers.utils import logging
-
     from longmem import TrainingFree
     from longmem.modeling.checkpoints import MODELS, checked_device, checkpoint_folder, model_type, tokenizer_beside
     from longmem.modeling.gguf import default_checkpoint, default_model
 
-    logging.disable_progress_bar()
     if talking and name is None and (layout is None or default_checkpoint(layout)):
         chosen = default_model(say, layout)
         name, backbone = str(chosen.checkpoint), str(chosen.backbone)
     if name is None and layout is None:
         raise StoreError("a new store needs the model whose memory it is to hold; name it with --model")
     place, folder = checked_device(device), name or (layout.backbone if layout else "")
-    how: dict[str, Any] = {"revision": revision, "dtype": None if dtype == "auto" else getattr(torch, dtype)}
+    how: dict[str, Any] = {"revision": revision, "dtype": dtype}
     try:
         folder = folder if name is None else checkpoint_folder(folder)
         kind = MODELS.get("" if name is None else model_type(folder))

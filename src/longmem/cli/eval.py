@@ -70,11 +70,9 @@ def load(given: Given, remembered: int = 0) -> tuple[list[Asker], Given]:
         LongMemError: settings, checkpoints or their tokenizer are at fault.
     """
     import torch
-    from transformers.utils import logging
 
     from longmem.evaluation.systems import chosen, load_systems
 
-    logging.disable_progress_bar()
     how = "backbone control memtrm training_free memory_sizes tokenizer device window windows rows full_context".split()
     named: Given = {name: given[name] for name in how if given.get(name) is not None}
     if given["dtype"] != "auto":
@@ -393,7 +391,6 @@ def layers(model: str, data: tuple[str, ...], tokenizer: str | None, **given: An
     loss on text that it has just read is shown as well.
     """
     import torch
-    from transformers.utils import logging
 
     from longmem.data.text import read_documents
     from longmem.data.tokens import load_tokenizer
@@ -403,7 +400,6 @@ def layers(model: str, data: tuple[str, ...], tokenizer: str | None, **given: An
     from longmem.modeling.checkpoints import backbone_of, checked_device, checkpoint_folder
     from longmem.modeling.loading import load_backbone
 
-    logging.disable_progress_bar()
     dtype = None if given["dtype"] == "auto" else getattr(torch, given["dtype"])
     device, (where, revision) = checked_device(given["device"]), backbone_of(checkpoint_folder(model))
     backbone: Any = load_backbone(where, revision, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -52,6 +53,7 @@ for name, (command, summary) in COMMANDS.items():
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; expected errors, the system's among them, become one line on stderr and exit status 1."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of transformers too; we have progress of our own
     try:
         status = cli.main(args=arguments, prog_name="longmem", standalone_mode=False)
     except click.exceptions.Abort:  # Ctrl-C

