@@ -6,10 +6,8 @@ import pytest
 import torch
 from tests.family_table import ids
 from tests.store.banks import make_model as make
-from torch import Tensor
 
 from longmem import LongMem, MemoryBank
-from longmem.types import RetrievedMemory
 
 
 def filled(model: LongMem, rows: int = 2, length: int = 15, **settings: object) -> MemoryBank:
@@ -19,26 +17,13 @@ def filled(model: LongMem, rows: int = 2, length: int = 15, **settings: object) 
     return bank
 
 
-class Listener:
-    """Hands searches on and keeps the queries."""
-
-    def __init__(self, bank: MemoryBank) -> None:
-        self.bank, self.chunk_size = bank, bank.chunk_size
-        self.provenance = bank.provenance
-        self.queries = torch.empty(0)
-
-    def search(self, queries: Tensor, num_chunks: int, rows: Tensor | None = None) -> RetrievedMemory:
-        self.queries = queries
-        return self.bank.search(queries, num_chunks, rows)
-
-
 @pytest.mark.parametrize("fusion", ["gate", "softmax"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "alibi_gpt"])
 def test_shares_are_gate_times_attention_mass(name: str, fusion: str) -> None:
     model = make(name, fusion=fusion)
-    listener = Listener(filled(model))
+    bank = filled(model)
     with torch.no_grad():
-        out = model(ids(), memory=listener, explain=True)
+        out = model(ids(), memory=bank, explain=True)
     found, family, side = out.reads[0].retrieved, model.backbone.family, model.sidenet
     attention = family.attention(side.layers[model.augmented_layer])
     probe, seen = family.probe(side.sources[model.augmented_layer], attention), {}
@@ -46,9 +31,9 @@ def test_shares_are_gate_times_attention_mass(name: str, fusion: str) -> None:
         lambda module, args, kwargs: seen.update(qkv=probe(module, args, kwargs)), with_kwargs=True
     )
     with torch.no_grad():
-        model(ids(), memory=listener)
+        model(ids(), memory=bank)
     scaling, softcap = seen["qkv"].scaling, seen["qkv"].softcap
-    scores = torch.einsum("bhtd,bhtkd->bhtk", listener.queries, found.keys) * scaling
+    scores = torch.einsum("bhtd,bhtkd->bhtk", out.reads[0].queries, found.keys) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     mass = scores.masked_fill(~found.mask, -torch.inf).softmax(-1).unflatten(-1, (-1, 2)).sum(-1)
