@@ -82,8 +82,8 @@ class ReleasedBank:
     ) -> RetrievedMemory:
         batch, null = len(queries), self.storage.shape[1] - 1
         found = search_chunks(
-            ExactIndex(), queries, num_chunks, self, [0] * batch, [self.fill] * batch, layer=layer,
-            heads_kv=self.heads_kv, live_version=lambda: self.version,
+            [ExactIndex()], queries, num_chunks, self, [0] * batch, [self.fill] * batch, layer=layer,
+            live_version=lambda: self.version,
         )  # fmt: skip
         numbers = torch.arange(null + 1, device=queries.device)
         taking_part = torch.full_like(found.chunk_mask, self.fill > 0)

@@ -173,17 +173,8 @@ class MemoryBank:
             MemoryBankError: queries, rows or layer do not fit the bank.
         """
         read = rows_of(rows, queries.shape[0], self.rows, "queries")
-        found = search_chunks(
-            self._indexes[layer if 0 <= layer < self.layers else 0],
-            queries,
-            num_chunks,
-            self,
-            read,
-            [self._live(row) for row in read],
-            layer=layer,
-            heads_kv=self.heads_kv,
-            live_version=lambda: self._version,
-        )
+        live, version = [self._live(row) for row in read], lambda: self._version
+        found = search_chunks(self._indexes, queries, num_chunks, self, read, live, layer=layer, live_version=version)
         return replace(found, sources=self.numbers)
 
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:

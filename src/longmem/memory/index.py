@@ -255,7 +255,7 @@ class Chunks(Protocol):
 
 @torch.no_grad()
 def search_chunks(
-    index: Index,
+    indexes: Sequence[Index],
     queries: Tensor,
     num_chunks: int,
     chunks: Chunks,
@@ -263,29 +263,28 @@ def search_chunks(
     live: Sequence[int],
     *,
     layer: int,
-    heads_kv: int,
     live_version: Callable[[], int] = lambda: 0,
 ) -> RetrievedMemory:
     """The best chunks for every query head (B, H, T, D), from the heads of one remembered layer.
 
     Args:
-        index: of this layer.
+        indexes: one for each remembered layer.
         rows, live: (B) rows of ``chunks`` to read, and how many of their chunks are in use.
-        layer: its place among the remembered ones, each of ``heads_kv`` heads.
+        layer: its place among the remembered ones, which have equally many heads.
         live_version: see ``RetrievedMemory``.
 
     Raises:
         MemoryBankError: the queries do not fit the keys, or there is no such layer.
     """
-    keys, device = chunks.keys, chunks.keys.device
-    layers, dim = keys.shape[1] // heads_kv, keys.shape[3]
-    _refuse_unfit(queries, num_chunks, layer, keys, heads_kv)
+    keys, device, layers = chunks.keys, chunks.keys.device, len(indexes)
+    heads_kv, dim = keys.shape[1] // layers, keys.shape[3]
+    _refuse_unfit(queries, num_chunks, layer, layers, keys)
     batch, heads, length, _ = queries.shape
     first = layer * heads_kv
     version = live_version()
     grouped = queries.detach().reshape(batch, heads_kv, -1, dim)
     with torch.autocast(queries.device.type, enabled=False):
-        scores, slots = index.search(grouped, keys[:, first : first + heads_kv], rows, live, num_chunks)
+        scores, slots = indexes[layer].search(grouped, keys[:, first : first + heads_kv], rows, live, num_chunks)
     shape = (batch, heads, length, num_chunks)
     exists = torch.arange(num_chunks, device=device) < torch.tensor(live, device=device)[:, None]
     exists = exists[:, None, None, :].expand(shape)
@@ -303,9 +302,9 @@ def search_chunks(
     )
 
 
-def _refuse_unfit(queries: Tensor, num: int, layer: int, keys: Tensor, heads_kv: int) -> None:
+def _refuse_unfit(queries: Tensor, num: int, layer: int, layers: int, keys: Tensor) -> None:
     """Refuse, with a ``MemoryBankError``, a search that does not fit the memory."""
-    layers, head_dim, device = keys.shape[1] // heads_kv, keys.shape[3], keys.device
+    heads_kv, head_dim, device = keys.shape[1] // layers, keys.shape[3], keys.device
     if not 0 <= layer < layers:
         raise MemoryBankError(f"layer ({layer}) must lie in 0..{layers - 1}, the remembered layers of this bank")
     if queries.dim() != 4 or queries.shape[3] != head_dim:

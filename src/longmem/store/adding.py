@@ -381,12 +381,11 @@ class _Recipe(NamedTuple):
 def _encoder(recipe: _Recipe) -> Encoder:
     """In the other process; loads at the first batch, so that an error of loading reaches the writer."""
     from longmem.modeling.baselines import TrainingFree
-    from longmem.modeling.loading import load_backbone
 
     torch.set_num_threads(recipe.threads)
-    settings = {} if recipe.attention is None else {"attn_implementation": recipe.attention}
-    loaded = load_backbone(recipe.folder, None, recipe.dtype, **settings)
-    model: Any = TrainingFree.from_backbone(loaded, memory_layers=recipe.layout.memory_layers)
+    settings: Any = {} if recipe.attention is None else {"attn_implementation": recipe.attention}
+    settings |= {"dtype": recipe.dtype, "memory_layers": recipe.layout.memory_layers}
+    model: Any = TrainingFree.from_backbone(recipe.folder, **settings)
     model.train(False)
     if recipe.device == "cuda":  # GPUs in turn; Ray shows each actor its own GPU alone
         number = sum(multiprocessing.current_process()._identity)

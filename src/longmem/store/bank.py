@@ -102,8 +102,7 @@ class StoreBank:
         layout = self._catalog.layout
         self.chunk_size, self.heads_kv, self.head_dim = layout.chunk_size, layout.heads_kv, layout.head_dim
         self.fingerprint, self.memory_layers = layout.fingerprint, layout.memory_layers
-        self.layers = len(self.memory_layers)
-        self._indexes = make_indexes(index, self.layers)
+        self._indexes = make_indexes(index, len(self.memory_layers))
         self._lock = threading.RLock()
         self.keys: Any = None
         self.lengths = self.storage = torch.zeros(0)
@@ -171,17 +170,8 @@ class StoreBank:
             self._notice()
             if self.keys is None:
                 self._load()
-            found = search_chunks(
-                self._indexes[layer if 0 <= layer < self.layers else 0],
-                queries,
-                num_chunks,
-                self,
-                lines,
-                [len(self._slots)] * len(lines),
-                layer=layer,
-                heads_kv=self.heads_kv,
-            )
-            return self._retrieved(found)
+            live = [len(self._slots)] * len(lines)
+            return self._retrieved(search_chunks(self._indexes, queries, num_chunks, self, lines, live, layer=layer))
 
     def _retrieved(self, found: RetrievedMemory) -> RetrievedMemory:
         """Each pair of a chunk and a head once, as storage (1, M + 1, 1, 2, S, D) with the null chunk last.

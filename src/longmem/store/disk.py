@@ -305,15 +305,13 @@ def _mapped(path: Path, dtype: str, *shape: int) -> NDArray[Any]:
     if not shape[0]:
         return np.zeros(shape, dtype)
     wanted = math.prod(shape) * np.dtype(dtype).itemsize
-    try:
-        with file_errors(path, "opening"):
+    with file_errors(path, "opening"):
+        try:
             if (length := path.stat().st_size) < wanted:
                 raise StoreDamaged(f"{path}: {length} bytes where {wanted} were written; {REPAIR}")
             return np.asarray(np.memmap(path, dtype, "r", shape=shape))
-    except StoreError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
+        except FileNotFoundError as error:
             raise GenerationGone(f"{path}: this data file is missing; {REPAIR}") from error
-        raise
 
 
 def append_chunks(folder: Path, layout: Layout, generation: int, first: int, runs: Iterable[StoredChunks]) -> int:
