@@ -110,7 +110,7 @@ class Twin:
             for document in self.buried
             for trace in traces(store, document)
             for gram in (trace[at : at + GRAM] for at in range(0, len(trace) - GRAM + 1, GRAM))
-            if gram not in may and gram in disk
+            if any(gram) and gram not in may and gram in disk  # zeros fill up short chunks
         ]
         self.buried = [] if not left else self.buried
         return left
