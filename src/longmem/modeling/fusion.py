@@ -103,22 +103,21 @@ def local_lse(
         mask: additive or boolean (True = visible), broadcast to (B, H, T, T_keys); None is causal.
     """
     keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
-    length, past = queries.shape[2], keys.shape[2] - queries.shape[2]
-    if mask is None and length > 1 and past:
-        mask = torch.ones(length, keys.shape[2], dtype=torch.bool, device=queries.device).tril(past)
-    lowest = torch.finfo(queries.dtype).min
+    length, total, device = queries.shape[2], keys.shape[2], queries.device
+    square = mask is None and length in (1, total)  # what torch's fused attention knows as causal without a mask
+    fused = softcap is None and (device.type == "cpu" or (device.type == "cuda" and square))
+    if mask is None and length > 1 and not (fused and square):
+        mask = torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=queries.dtype, device=queries.device).masked_fill_(~mask, lowest)
+        lowest = torch.finfo(queries.dtype).min
+        mask = torch.zeros(mask.shape, dtype=queries.dtype, device=device).masked_fill_(~mask, lowest)
     if mask is not None:
-        mask = mask[..., : keys.shape[2]]
-    device = queries.device.type
-    if softcap is None and (device == "cpu" or (device == "cuda" and mask is None)):
+        mask = mask[..., :total]
+    if fused:
         return _fused_lse(queries, keys, mask, length > 1 and mask is None, scaling)
     scores = torch.matmul(queries, keys.transpose(-1, -2)).float() * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is None and length > 1:
-        mask = torch.full((length, length), lowest, device=queries.device).triu(1)
     return (scores if mask is None else scores + mask.float()).logsumexp(dim=-1)
 
 
