@@ -97,6 +97,7 @@ def _convert(path: Path, folder: Path) -> None:
                 "architecture that transformers converts from GGUF"
             ) from problem
         progress.advance(note=f"{path.name}: weights")
+        # transformers counts what it read from GGUF as quantised, and will not save it
         fields = {name: value for name, value in loaded.config.to_dict().items() if name != "quantization_config"}
         model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(fields), dtype=torch.float32)
         model.load_state_dict(loaded.state_dict())
