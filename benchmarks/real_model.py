@@ -148,7 +148,7 @@ def jobs(given: argparse.Namespace) -> list[Job]:
             asked = ["--data", data / "icl", "--datasets", dataset, *many, *limit]
             add(4, f"icl-{dataset}-{name}", "icl", *known, *some, *asked)
         spoken = ["--data", data / "locomo.json", "--questions", max(1, size.questions // 5), "--recall", 5]
-        spoken += ["--new-tokens", 24, *(["--conversations", 1] if given.size == "tiny" else [])]
+        spoken += ["--no-bleu", "--new-tokens", 24, *(["--conversations", 1] if given.size == "tiny" else [])]
         add(3, f"locomo-{name}", "dialogue", *known, *some, *spoken, "--batch", 16)
         asked = ["--train", data / "squad-train.json", "--data", data / "squad-dev.json", "--local-shots", 2]
         asked += ["--memory-shots", f"0,{min(100, size.shots)}", "--limit", size.questions, "--batch", 16]

@@ -231,18 +231,20 @@ TASKS = [
     ),
     _task(
         "dialogue", "conversations.DialogueTask",
-        """Questions about conversations of several sessions (LoCoMo).
+        """Conversations over several sessions: later questions (LoCoMo) and replies (MSC).
 
         Sessions go to memory; the newest tokens of them and the question are in the window of every system. Scored by
-        F1 of words and by the likelihood of the reference answer.
+        F1 of words, BLEU-4 (needs pip install 'longmem-lm[eval]') and the likelihood of the reference answer.
         """,
         "--data data/conversations.json",
-        option("--data", multiple=True, required=True, help="locomo10.json, or one of its form; may be repeated."),
+        option("--data", multiple=True, required=True, help="locomo10.json or one of its form, or session_N/test.txt "
+               "of MSC; may be repeated."),
         option("--recent", least=0, help="Tokens of the newest session that are in the window; default: half of it. "
                "All before is for memory."),
         option("--new-tokens", least=1, help="Of an answer, at most; default: 50, or a quarter of the window."),
         option("--conversations", least=1, help="The first so many of each file; default: all."),
         option("--questions", least=1, help="Of each conversation, drawn with a seed; default: all."),
+        option("--bleu/--no-bleu", "with_bleu", default=True, help="Measure BLEU-4, which needs sacrebleu."),
         _recalled(0),
         _SEED,
     ),

@@ -26,7 +26,7 @@ ASKED = {
               "2", "--limit", "12", "--max-answer-tokens", "6"],
     "needle": ["--data", "text.txt", "--kinds", "passkey,multi", "--lengths", "1k,2k", "--depths", "3", "--trials",
                "2"],
-    "dialogue": ["--data", "locomo.json", "--new-tokens", "6", "--full-context", "384"],
+    "dialogue": ["--data", "locomo.json", "--data", "msc.txt", "--new-tokens", "6", "--full-context", "384"],
     "facts": ["--data", "text.txt", "--between", "64,512", "--sessions", "2", "--facts", "5", "--recall", "2",
               "--new-tokens", "8"],
     "babi": ["--data", "babi", "--text", "text.txt", "--tasks", "1,2", "--lengths", "512,1k", "--trials", "2",
@@ -114,7 +114,7 @@ def make_questions(home: Path, made_text: Callable[..., str]) -> None:
 
 
 def _talks(home: Path) -> None:
-    """LoCoMo's form with all of its categories."""
+    """LoCoMo's form with all of its categories, and MSC's."""
     things = ("a dog", "a red boat", "an old piano, a canoe", "two cats; she likes them", "a tent")
     samples = []
     for c in range(4):
@@ -132,6 +132,20 @@ def _talks(home: Path) -> None:
         ]  # fmt: skip
         samples.append({"sample_id": f"talk-{c}", "conversation": spoken, "qa": qa})
     (home / "locomo.json").write_text(json.dumps(samples))
+    lines = [
+        {
+            "dialog": [
+                {"id": f"Speaker {n % 2 + 1}", "text": f"It is {n} days later, and I have {c}."} for n in range(5)
+            ],
+            "previous_dialogs": [
+                {"dialog": [{"text": f"Hello {c}."}, {"text": "Good day."}], "time_num": s, "time_unit": "days"}
+                for s in (3, 2)
+            ],
+            "metadata": {"initial_data_id": f"valid_{c}"},
+        }
+        for c in range(2)
+    ]
+    (home / "msc.txt").write_text("\n".join(map(json.dumps, lines)) + "\n")
 
 
 def _stories(home: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,10 @@ from longmem.evaluation.tasks.conversations import (
     DialogueTask,
     FactsTask,
     Question,
-    f1_of,
+    bleu,
     names,
     read_dialogues,
+    word_scores,
 )
 
 SAMPLE = {
@@ -44,6 +46,14 @@ SAMPLE = {
         {"question": "When?", "answer": 2023, "evidence": [], "category": 2},
         {"question": "What did Bo get?", "adversarial_answer": "a dog", "evidence": ["D1:1"], "category": 5},
     ],
+}
+MSC = {
+    "previous_dialogs": [
+        {"dialog": [{"text": "Hi."}, {"text": "Hello  you."}], "personas": [], "time_num": 5, "time_unit": "days"},
+        {"dialog": [{"text": "Again."}], "personas": []},
+    ],
+    "dialog": [{"id": "Speaker 1", "text": "How is the dog?"}, {"id": "Speaker 2", "text": "Fine."}],
+    "metadata": {"initial_data_id": "valid_3"},
 }
 
 
@@ -71,8 +81,32 @@ Bo said, "Look!" [shares a photo of a cat]
 """,
         'DATE: 2:00 pm on 2 July, 2023\nCONVERSATION:\nBo said, "Bye."\n\n',
     )
-    assert [(q.category, q.answer) for q in conversation.questions] == [(4, "a dog"), (2, "2023"), (5, "a dog")]
+    assert [(q.group, q.answer) for q in conversation.questions] == [
+        ("single-hop", "a dog"),
+        ("temporal", "2023"),
+        ("adversarial", "a dog"),
+    ]
     assert conversation.questions[1].text == "When? Use DATE of CONVERSATION to answer with an approximate date."
+
+
+def test_msc_is_read_with_earlier_sessions_and_every_turn_as_a_reply(tmp_path: Path) -> None:
+    path = tmp_path / "test.txt"
+    path.write_text(json.dumps(MSC) + "\n" + json.dumps(MSC | {"metadata": {}}) + "\n")
+    file = read_dialogues(path)
+    assert [conversation.id for conversation in file.items] == ["valid_3:1", "line:2"]
+    conversation = file.items[0]
+    assert conversation.sessions == (
+        "Speaker 1: Hi.\nSpeaker 2: Hello you.\n(5 days later)\n\n",
+        "Speaker 1: Again.\n\n",
+    )
+    assert [(q.group, q.before, q.text, q.answer) for q in conversation.questions] == [
+        ("session 3", "", "Speaker 1:", "How is the dog?"),
+        ("session 3", "Speaker 1: How is the dog?\n", "Speaker 2:", "Fine."),
+    ]
+    # only a line end parts conversations
+    line = json.dumps(MSC | {"dialog": [{"text": "one\u2028two\x85three"}]}, ensure_ascii=False)
+    path.write_text(f"{line}\r\n{line}\n", encoding="utf-8-sig", newline="")
+    assert [found.questions[0].answer for found in read_dialogues(path).items] == ["one two three"] * 2
 
 
 @pytest.mark.parametrize(
@@ -95,11 +129,21 @@ Bo said, "Look!" [shares a photo of a cat]
 )
 def test_f1_of_words_worked_by_hand(said: str, answer: str, category: int, f1: float) -> None:
     offered = {"a": NOTHING, "b": answer} if category == 5 else None
-    assert f1_of(said, Question("0", category, "?", answer, offered)) == pytest.approx(f1)
+    question = Question("0", "", "", "?", answer, category, offered)
+    assert word_scores(said, question, with_bleu=False)["f1"] == pytest.approx(100 * f1)
+
+
+def test_bleu_is_worked_by_hand_and_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    # of the orders 1 to 4: 6/7, 5/6, 4/5, 3/4, whose product is 3/7; two words have no more than two orders
+    assert bleu("a cat sat on the mat today", "a cat sat on the mat") == pytest.approx(100 * (3 / 7) ** 0.25)
+    assert bleu("a dog", "a dog") == pytest.approx(100) and bleu("", "a dog") == 0
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
+    with pytest.raises(ConfigError, match="longmem-lm\\[eval\\]"):
+        DialogueTask(data=[])
 
 
 def test_sessions_are_in_memory_and_their_newest_tokens_in_the_window(locomo: Path, asker: Asker) -> None:
-    task, decode = DialogueTask(data=[locomo], recent=20), asker.tokenizer.decode
+    task, decode = DialogueTask(data=[locomo], recent=20, with_bleu=False), asker.tokenizer.decode
     task.begin([asker])
     example = task.examples()[0]
     whole = "".join(example.item[0].sessions)
@@ -112,7 +156,7 @@ def test_sessions_are_in_memory_and_their_newest_tokens_in_the_window(locomo: Pa
     said = tuple(asker.tokenizer("\n a dog \nQuestion: what")["input_ids"])
     found = task.measure(example, prompt, Answer((Scored((-12.0,), (False,), 0),), said))
     assert found == {"f1": 100, "answer_nats": 12.0 / len(" a dog")}
-    everything = DialogueTask(data=[locomo], recent=10_000)
+    everything = DialogueTask(data=[locomo], recent=10_000, with_bleu=False)
     everything.begin([asker])
     assert everything.prompt(everything.examples()[0], asker).memory == ()
 

@@ -1,4 +1,4 @@
-"""What is asked after conversations: questions of LoCoMo, and facts told in an earlier conversation."""
+"""What is asked after conversations: questions of LoCoMo, replies of MSC, and facts told in an earlier conversation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,20 +35,27 @@ class Question(NamedTuple):
     """What is asked after the sessions.
 
     Attributes:
+        group: LoCoMo's category, or MSC's session.
+        before: text of the session that goes on; empty where all sessions are over.
+        text: the question, or the name before a reply.
         answer: the reference; of an adversarial question the wrong answer that it lures to.
+        category: of LoCoMo; None for a reply.
         offered: the two answers, ``a`` and ``b``, that an adversarial question offers.
     """
 
     id: str
-    category: int
+    group: str
+    before: str
     text: str
     answer: str
+    category: int | None = None
     offered: dict[str, str] | None = None
 
     @property
     def words(self) -> str:
         """What comes before the answer."""
-        return ASKED.format(self.text + ("" if self.offered is None else OFFERED.format(**self.offered)))
+        offer = "" if self.offered is None else OFFERED.format(**self.offered)
+        return self.text if self.category is None else ASKED.format(self.text + offer)
 
     @property
     def expected(self) -> str:
@@ -59,29 +67,45 @@ class Question(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """Sessions, oldest first, each a text with its date and a line for each turn, and what is asked about them."""
+    """Sessions, oldest first, each a text with its date and a line for each turn, and what is asked about them.
+
+    ``of`` names the conversation where other files have other parts of it: MSC's sessions.
+    """
 
     id: str
     sessions: tuple[str, ...]
     questions: tuple[Question, ...]
+    of: str | None = None
 
 
 def read_dialogues(path: str | Path) -> Source:
-    """Read ``locomo10.json``, or a file of its form.
+    """Read ``locomo10.json``, or ``session_N/test.txt`` of MSC, whose files are named with their folder.
 
     Raises:
-        DataError: no such file, or something in it is not of that form.
+        DataError: no such file, or something in it is not of either form.
     """
+    forms = "LoCoMo's form (conversation, qa) or MSC's (dialog, previous_dialogs)"
+    found = read_source(path, forms, "name a locomo10.json or an MSC session_N/test.txt", _conversations)
+    msc = any(question.category is None for each in found.items for question in each.questions)
+    return found._replace(name=f"{Path(path).absolute().parent.name}/{found.name}") if msc else found
 
-    def parse(raw: bytes, where: list[str]) -> Iterator[Conversation]:
-        for number, sample in enumerate(json.loads(raw)):
+
+def _conversations(raw: bytes, where: list[str]) -> Iterator[Conversation]:
+    """LoCoMo is one list of samples, MSC is lines."""
+    text = raw.decode("utf-8-sig")
+    if text.lstrip().startswith("["):
+        for number, sample in enumerate(json.loads(text)):
             where.append(f"sample {number}")
-            yield _conversation(number, sample)
+            yield _locomo(number, sample)
+        return
+    # only \n ends a line: some texts hold other signs that str.splitlines would take for one
+    for number, line in enumerate(text.split("\n"), 1):
+        where.append(f"line {number}")
+        if line.strip():
+            yield _msc(number, json.loads(line))
 
-    return read_source(path, "LoCoMo's form (conversation, qa)", "name a locomo10.json", parse)
 
-
-def _conversation(number: int, sample: dict[str, Any]) -> Conversation:
+def _locomo(number: int, sample: dict[str, Any]) -> Conversation:
     spoken, sessions, questions = sample["conversation"], [], []
     numbers = (key.removeprefix("session_") for key in spoken if key.startswith("session_"))
     for at in sorted(int(number) for number in numbers if number.isdecimal()):
@@ -94,13 +118,11 @@ def _conversation(number: int, sample: dict[str, Any]) -> Conversation:
             sessions.append("\n".join(lines) + "\n\n")
     for at, qa in enumerate(sample["qa"]):
         category = int(qa["category"])
-        if category not in CATEGORIES:
-            raise KeyError(f"category {category}")
         named = "adversarial_answer" if category == ADVERSARIAL and "adversarial_answer" in qa else "answer"
         if qa[named] is None:
             raise TypeError(f"the answer of question {at} is null")
         text = qa["question"] + (WITH_DATE if category == TEMPORAL else "")
-        questions.append(Question(str(at), category, text, str(qa[named]).strip()))
+        questions.append(Question(str(at), CATEGORIES[category], "", text, str(qa[named]).strip(), category))
     return Conversation(str(sample.get("sample_id", number)), tuple(sessions), tuple(questions))
 
 
@@ -110,20 +132,37 @@ def _text(value: Any) -> str:
     return value
 
 
+def _msc(number: int, record: dict[str, Any]) -> Conversation:
+    """Earlier sessions, with the time that passed after each; every turn of the last one is a reply to those before."""
+    sessions, questions, before = [], [], ""
+    for past in record["previous_dialogs"]:
+        spoken = "".join(f"{speaker}: {text}\n" for speaker, text in _speakers(past["dialog"]))
+        gap = f"({past['time_num']} {past['time_unit']} later)\n" if past.get("time_num") else ""
+        sessions.append(f"{spoken}{gap}\n")
+    for at, (speaker, text) in enumerate(_speakers(record["dialog"])):
+        if text:
+            questions.append(Question(str(at), f"session {len(sessions) + 1}", before, f"{speaker}:", text))
+        before += f"{speaker}: {text}\n"
+    of = (record.get("metadata") or {}).get("initial_data_id")
+    return Conversation(f"{of or 'line'}:{number}", tuple(sessions), tuple(questions), None if of is None else str(of))
+
+
+def _speakers(dialog: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Names and texts; speakers alternate where a turn does not say whose it is."""
+    for at, turn in enumerate(dialog):
+        yield str(turn.get("id") or f"Speaker {at % 2 + 1}"), " ".join(turn["text"].split())
+
+
 @dataclass(eq=False, kw_only=True)
 class DialogueTask(Task):
-    """Questions of LoCoMo. Groups are its categories, units conversations.
+    """Questions of LoCoMo, replies of MSC. Groups are LoCoMo's categories and MSC's sessions, units conversations.
 
-    In the window are the newest tokens of the sessions, and the question; what of that does not fit goes to memory too.
-    A system without memory sees the window alone, the full-context backbone the sessions in front of it, as far as they
-    fit.
+    In the window are the newest tokens of the sessions, the session that goes on (MSC), and the question; what of that
+    does not fit goes to memory too. A system without memory sees the window alone, the full-context backbone the
+    sessions in front of it, as far as they fit.
     """
 
     name = "dialogue"
-    metrics = (
-        Metric("f1", "F1 of words", "%"),
-        Metric("answer_nats", "reference answer, per token", "nats", "lower"),
-    )
     data: Sequence[str]
     recent: int | None = None
     new_tokens: int | None = None
@@ -131,9 +170,20 @@ class DialogueTask(Task):
     questions: int | None = None
     seed: int = 0
     recall: int = 0
+    with_bleu: bool = True
 
     def __post_init__(self) -> None:
+        if self.with_bleu:
+            bleu("", "")  # an extra that is missing shows at once
         self.files = [read_dialogues(path) for path in self.data]
+
+    @property
+    def metrics(self) -> Sequence[Metric]:
+        return (
+            Metric("f1", "F1 of words", "%"),
+            *([Metric("bleu", "BLEU-4", "%")] if self.with_bleu else []),
+            Metric("answer_nats", "reference answer, per token", "nats", "lower"),
+        )
 
     def begin(self, askers: Sequence[Asker]) -> Sequence[Asker]:
         found = super().begin(askers)
@@ -144,25 +194,30 @@ class DialogueTask(Task):
         return found
 
     def source(self) -> Json:
+        rules: Json = {"prompt": ASKED, "adversarial": OFFERED}
+        if self.with_bleu:
+            rules["bleu"] = f"case:mixed|eff:yes|tok:13a|smooth:exp|version:{metadata.version('sacrebleu')}"
         sizes = {"recent": self.near, "new_tokens": self.most, "answer_tokens": self.answer_tokens}
-        return {"files": [file.about() for file in self.files], "prompt": ASKED, "adversarial": OFFERED} | sizes
+        return {"files": [file.about() for file in self.files]} | sizes | rules
 
     def examples(self) -> list[Example]:
         """Items are a conversation, its tokens for memory and for the window, and a question."""
         found = []
         for file in self.files:
             for conversation in file.items[: self.conversations]:
-                unit, parts = f"{file.name}/{conversation.id}", self._parts(conversation)
-                for n in drawn(f"{self.seed} {unit}", len(conversation.questions), self.questions):
+                name = f"{file.name}/{conversation.id}"
+                # a conversation whose sessions are in several files is drawn as one
+                unit, parts = conversation.of or name, self._parts(conversation)
+                for n in drawn(f"{self.seed} {name}", len(conversation.questions), self.questions):
                     question = conversation.questions[n]
                     if question.category == ADVERSARIAL:
-                        swapped = random.Random(f"{self.seed} {unit} {question.id}").random() < 0.5
+                        swapped = random.Random(f"{self.seed} {name} {question.id}").random() < 0.5
                         pair = (question.answer, NOTHING) if swapped else (NOTHING, question.answer)
                         question = question._replace(offered=dict(zip("ab", pair, strict=True)))
                     gold = {"asked": question.words, "expected": question.expected}
                     gold |= {"answer": question.answer, "category": question.category}
                     item = (conversation, *parts, question)
-                    found.append(Example(f"{unit}/{question.id}", CATEGORIES[question.category], unit, item, gold))
+                    found.append(Example(f"{name}/{question.id}", question.group, unit, item, gold))
         return found
 
     def prompt(self, example: Example, asker: Asker) -> Prompt:
@@ -170,7 +225,7 @@ class DialogueTask(Task):
         conversation, memory, recent, question = example.item
         if notes := notes_on(question.text, "".join(conversation.sessions), self.tokenizer, asker.recall):
             recent = (*encode_after(self.tokenizer, "\n", [f"{notes}\n\n"])[0], *recent)
-        (words,) = encode_after(self.tokenizer, "\n", [question.words])
+        (words,) = encode_after(self.tokenizer, "\n", [question.before + question.words])
         (answer,) = encode_after(self.tokenizer, "x:", [f" {question.expected}"])
         context = (*(() if memory else start_tokens(self.tokenizer)), *recent, *words)
         return Prompt((context,), (answer[: self.answer_tokens],), self.most, memory)
@@ -186,25 +241,43 @@ class DialogueTask(Task):
         (*_, question), (scored,) = example.item, answer.scored
         # an answer ends with the first line that has something on it
         said = next((line.strip() for line in self.said(answer).splitlines() if line.strip()), "")
-        return {"f1": 100 * f1_of(said, question), "answer_nats": -scored.logprobs[0] / len(prompt.options[0])}
+        words = word_scores(said, question, self.with_bleu)
+        return {**words, "answer_nats": -scored.logprobs[0] / len(prompt.options[0])}
 
 
-def f1_of(said: str, question: Question) -> float:
-    """F1 of an answer's words (0 to 1); of an adversarial question 1 if it was refused, else 0.
+def word_scores(said: str, question: Question, with_bleu: bool = True) -> dict[str, float]:
+    """``f1`` and ``bleu`` of an answer in %; of an adversarial question ``f1`` is 100 if it was refused, else 0.
 
     A multi-hop answer is a list by commas: F1 is the mean over its parts of the best part of what was said. LoCoMo's
     own script also stems words and drops ``and``; this does not.
     """
+    expected = question.expected
     if question.offered is not None:
         # LoCoMo's rule: a letter, with or without brackets, stands for what it offers
-        said = said.strip().lower()
+        said, expected = said.strip().lower(), NOTHING
         if len(said) in (1, 3):
             said = question.offered["a" if said in ("a", "(a)") else "b"]
-        return float(any(words in said.lower() for words in REFUSALS))
-    if question.category == MULTI_HOP:
+        f1 = float(any(words in said.lower() for words in REFUSALS))
+    elif question.category == MULTI_HOP:
         parts, truths = (text.split(",") for text in (said, question.answer))
-        return sum(max(f1_score(part, [truth]) for part in parts) for truth in truths) / len(truths)
-    return f1_score(said, [question.expected])
+        f1 = sum(max(f1_score(part, [truth]) for part in parts) for truth in truths) / len(truths)
+    else:
+        f1 = f1_score(said, [expected])
+    return {"f1": 100 * f1} | ({"bleu": bleu(said, expected)} if with_bleu else {})
+
+
+def bleu(prediction: str, answer: str) -> float:
+    """Sentence BLEU-4 (0 to 100) as sacrebleu defines it: 13a tokens, exponential smoothing, effective order.
+
+    Raises:
+        ConfigError: sacrebleu is not installed.
+    """
+    try:
+        from sacrebleu.metrics.bleu import BLEU
+    except ImportError as problem:
+        raise ConfigError("sacrebleu is not installed; pip install 'longmem-lm[eval]'") from problem
+    # a short answer has no four words in a row: orders that cannot occur do not count
+    return min(100.0, float(BLEU(effective_order=True).sentence_score(prediction, [answer]).score))
 
 
 # facts told in another conversation

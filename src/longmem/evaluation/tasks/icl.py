@@ -350,7 +350,8 @@ class IclTask(ShotsTask):
     def finish(self, result: Json, examples: Sequence[Example], bootstrap: Bootstrap) -> None:
         """With ``average, 20 + 2000`` groups, in which every set has the same weight; examples averaged over seeds.
 
-        ``extra`` also has ``per_seed``: group -> seed -> system -> metric -> value.
+        ``extra`` also has ``per_seed`` (group -> seed -> system -> metric -> value) and ``sets`` (chance and largest
+        class in %).
         """
         super().finish(result, examples, bootstrap)
         values, sizes = [one["values"] for one in result["examples"]], Counter(each.group for each in examples)
@@ -367,6 +368,10 @@ class IclTask(ShotsTask):
         result["extra"]["per_seed"] = per_seed
         for (group, seed), mean in means(lambda each: (each.group, each.seed), examples, values).items():
             per_seed.setdefault(group, {})[seed] = mean
+        about = result["extra"]["sets"] = {}
+        for data in self.sets:
+            largest = max(Counter(each.label for each in data.test).values())
+            about[data.name] = {"chance": 100 / len(data.labels), "majority": round(100 * largest / len(data.test), 2)}
 
 
 def means(part: Callable[[Example], Hashable], examples: Sequence[Example], values: Sequence[Json]) -> dict[Any, Json]:
