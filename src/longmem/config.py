@@ -39,7 +39,7 @@ class MemoryConfig(PreTrainedConfig):
         fusion: ``gate`` (paper): one share per head; ``softmax``: one softmax over local and memory scores with a
             bias per head, so that each token chooses its own share; ``token``: a trained choice of every token, see
             ``TokenGate`` (not for ``MemTRM``).
-        recency: added to the attention scores of the newest chunk that a query found, see ``memory_attention``: of two
+        recency: what a chunk's attention scores lose to a newer one that matches as well, see ``recency_bonus``: of two
             facts that say otherwise, the newer one is read. 0 (paper): age does not count.
 
     Raises:

@@ -46,7 +46,9 @@ class RetrievedMemory:
         version: the bank's write counter at search time, compared again in backward.
         live_version: returns the bank's write counter now.
         sources: (rows, slots) long, what ``Memory.provenance`` calls the chunk in every slot, -1 at slots that stand
-            for nothing; None where a chunk is called by its slot. Of two chunks the newer one has the larger number.
+            for nothing; None where a chunk is called by its slot.
+        periods: (rows, slots) long, when the chunk in every slot was said: of a later document, or 1,024 tokens later
+            in the same one, the number is larger (``longmem.memory.chunks.period``). None: all are equally old.
         memory_rows: (B,) long, the row of that memory which each batch row read; None where it is ``rows``.
         first_head: where in ``storage`` the heads of the layer that was searched begin.
         layer_heads: Hkv of that layer; None: all heads in ``storage`` are its.
@@ -61,6 +63,7 @@ class RetrievedMemory:
     version: int
     live_version: Callable[[], int]
     sources: Tensor | None = None
+    periods: Tensor | None = None
     memory_rows: Tensor | None = None
     first_head: int = 0
     layer_heads: int | None = None
@@ -74,12 +77,11 @@ class RetrievedMemory:
         return found.masked_fill(~self.chunk_mask, -1)
 
     @property
-    def newer(self) -> Tensor:
-        """(B, H, T, R) long: how many of the chunks that a query found are newer than this one; numbers go by age."""
-        order = self.chunks.argsort(dim=-1, descending=True)
-        return torch.empty_like(order).scatter_(
-            -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-        )
+    def period(self) -> Tensor:
+        """(B, H, T, R) long: the period of each chunk that a query found, -1 where none was found."""
+        if self.periods is None:
+            return torch.zeros_like(self.chunk_ids).masked_fill_(~self.chunk_mask, -1)
+        return self.periods[self.rows.view(-1, 1, 1, 1), self.chunk_ids].masked_fill_(~self.chunk_mask, -1)
 
     @property
     def chunk_size(self) -> int:

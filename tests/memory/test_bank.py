@@ -96,10 +96,10 @@ def test_chunks_are_numbered_by_age_when_old_ones_were_overwritten():
             memory.add(kv(1, 2, number), rows=torch.tensor([1]), documents=[str(number)])
     found = memory.search(queries(2), 3)
     for row in range(2):
-        for chunks, newer in zip(found.chunks[row].view(-1, 3).tolist(), found.newer[row].view(-1, 3), strict=True):
+        for chunks, periods in zip(found.chunks[row].view(-1, 3).tolist(), found.period[row].view(-1, 3), strict=True):
             names = [memory.provenance(row, chunk).document for chunk in chunks if chunk >= 0]
             assert set(names) == ({"2", "3", "4"} if row == 0 else {"0", "1"})
-            assert [name for _, name in sorted(zip(newer.tolist(), names, strict=False))] == sorted(names)[::-1]
+            assert [name for _, name in sorted(zip(periods.tolist(), names, strict=False))] == sorted(names)
     with pytest.raises(MemoryBankError, match=r"chunk \(0\) is not in row 0; it holds 2 to 4"):
         memory.provenance(0, 0)
 

@@ -5,6 +5,7 @@ Everything is for one row, one head, one token at a time, on plain lists of vect
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +59,7 @@ def joint_attention(
     scaling: float,
     slopes: Sequence[float],
     recency: float,
+    segments: Sequence[int],
 ) -> Tensor:
     """Local attention mixed with attention over what each token retrieves (section 3.3), for one row.
 
@@ -66,7 +68,8 @@ def joint_attention(
         memory: the chunks of each head.
         gate: (H,); its sigmoid is the share given to memory.
         slopes: ALiBi slope of each head.
-        recency: added to the scores of the newest chunk that is found, nothing to those of the last of num_chunks.
+        recency: what a chunk loses to one of a later segment that is found and whose mean key matches as well.
+        segments: the segment of each chunk.
 
     Returns:
         (H, T, D).
@@ -82,11 +85,19 @@ def joint_attention(
                 out[head, token] = local
                 continue
             remembered: Chunk = [pair for index in found for pair in memory[head][index]]
-            biases = [
-                recency * (1 - sum(other > index for other in found) / max(1, num_chunks - 1))
-                for index in found
-                for _ in memory[head][index]
-            ]
+            means = {index: float(query @ chunk_key(memory[head][index])) * scaling for index in found}
+            lost = dict.fromkeys(found, 0.0)
+            for index in found:
+                for other in found:
+                    if segments[other] > segments[index]:
+                        alike = min(1.0, math.exp(means[other] - means[index]))
+                        lost[index] = max(lost[index], recency * alike)
+            # memory as a whole is not read less for it
+            back = math.log(
+                sum(math.exp(means[index]) for index in found)
+                / sum(math.exp(means[index] - lost[index]) for index in found)
+            )
+            biases = [back - lost[index] for index in found for _ in memory[head][index]]
             read = attend(query, remembered, biases, scaling)
             share = torch.sigmoid(gate[head])
             out[head, token] = (1 - share) * local + share * read
@@ -103,6 +114,7 @@ class NaiveLongMem:
     def __init__(self, model: Any) -> None:
         self.model, self.config = model, model.config
         self.memory: list[list[Chunk]] = [[] for _ in range(model.num_heads)]
+        self.segments: list[int] = []  # of each chunk
 
     def step(self, input_ids: Tensor) -> Tensor:
         """Logits (T, V) of one segment (T,); reads memory first, writes the segment afterwards."""
@@ -126,7 +138,9 @@ class NaiveLongMem:
         logits: Tensor = backbone.lm_head(side.final_norm(hidden))
         assert cached is not None
         for head, (keys, values) in enumerate(zip(*cached, strict=True)):
-            self.memory[head] += chunks_of(keys, values, self.config.chunk_size)
+            chunks = chunks_of(keys, values, self.config.chunk_size)
+            self.memory[head] += chunks
+        self.segments += [self.segments[-1] + 1 if self.segments else 0] * len(chunks)
         return logits
 
     def _block(self, block: Any, hidden: Tensor, memory: Sequence[Sequence[Chunk]] | None) -> Tensor:
@@ -138,7 +152,7 @@ class NaiveLongMem:
         slopes = alibi_slopes(heads).tolist()
         mixed = joint_attention(
             queries, keys, values, memory or empty, self.config.num_chunks, gate, block.attn.scaling, slopes,
-            self.config.recency,
+            self.config.recency, self.segments,
         )  # fmt: skip
         attended: Tensor = block.attn.out_proj(mixed.transpose(0, 1).flatten(1))
         out: Tensor = hidden + attended + block.mlp(normed)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError, MemoryBankError
-from longmem.memory.chunks import joined, mean_keys, refuse_unfit, split
+from longmem.memory.chunks import joined, mean_keys, period, refuse_unfit, split
 from longmem.memory.index import Index, make_indexes, rows_of, search_chunks
 from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory
 
@@ -66,6 +66,7 @@ class MemoryBank:
         keys: (rows, n*Hkv, slots, D), mean key of each chunk.
         lengths: (rows, slots + 1) long, real tokens in each chunk; 0 where a slot is not in use.
         numbers: (rows, slots + 1) long, of the chunk in each slot; -1 of none.
+        periods: (rows, slots + 1) long, when it was said, see ``longmem.memory.chunks.period``; -1 of none.
 
     Raises:
         ConfigError: lists every setting that breaks a rule.
@@ -113,6 +114,8 @@ class MemoryBank:
         self.keys = torch.zeros(rows, heads, slots, head_dim, device=self.device)
         self.lengths = torch.zeros(rows, slots + 1, dtype=torch.long, device=self.device)
         self.numbers = torch.full_like(self.lengths, -1)
+        self.periods = torch.full_like(self.lengths, -1)
+        self._documents = [0] * rows  # how many each row has had before the one that it is in
         self._written = [0] * rows  # chunks that each row was ever given; the next chunk's number
         self._runs: list[list[Run]] = [[] for _ in range(rows)]  # of the chunks that are still there, oldest first
         self._indexes = make_indexes(index, self.layers)
@@ -175,7 +178,7 @@ class MemoryBank:
         read = rows_of(rows, queries.shape[0], self.rows, "queries")
         live, version = [self._live(row) for row in read], lambda: self._version
         found = search_chunks(self._indexes, queries, num_chunks, self, read, live, layer=layer, live_version=version)
-        return replace(found, sources=self.numbers)
+        return replace(found, sources=self.numbers, periods=self.periods)
 
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:
         """Where a chunk of a row came from; ``chunk`` is numbered as in ``RetrievedMemory.chunks``, by age."""
@@ -200,6 +203,7 @@ class MemoryBank:
         part.storage, part.lengths = self.storage[:, start:stop], self.lengths[:, start:stop]
         part.keys = self.keys[:, :, start:stop]
         part.numbers = torch.arange(part._slots, device=self.device).repeat(self.rows, 1)
+        part.periods = period(0, part.numbers * self.chunk_size)
         part._written, part._runs = [part._slots] * self.rows, [[(0, None, 0, 0.0)] for _ in range(self.rows)]
         return part
 
@@ -265,8 +269,8 @@ class MemoryBank:
         """Empty these rows (default: all)."""
         for row in rows_of(rows, None, self.rows, "rows"):
             self._lanes[row] = _Lane()
-            self._written[row], self._runs[row] = 0, []
-            self.lengths[row], self.numbers[row] = 0, -1
+            self._written[row], self._runs[row], self._documents[row] = 0, [], 0
+            self.lengths[row], self.numbers[row], self.periods[row] = 0, -1, -1
             for index in self._indexes:
                 index.cleared(row)
         self._version += 1
@@ -330,17 +334,19 @@ class MemoryBank:
         used = state["storage"].shape[1]
         self.lengths.zero_()
         self.numbers.fill_(-1)
+        self.periods.fill_(-1)
         self.storage[:, :used].copy_(state["storage"])
         self.keys[:, :, :used].copy_(state["keys"])
         self.lengths[:, :used].copy_(state["lengths"])
         self._written = list(state["written"])
-        for row, end in enumerate(self._written):
-            numbers = torch.arange(end - self._live(row), end, device=self.device)
-            self.numbers[row][numbers % self._slots] = numbers
         if "ledger" in state:
             self._runs = [self._runs_of(state["ledger"], row) for row in range(self.rows)]
         else:
             self._runs = [list(runs) for runs in state["runs"]]
+        self._documents = [0] * self.rows
+        for row, runs in enumerate(self._runs):
+            for index, end in enumerate([*(run[0] for run in runs), self._written[row]][1:]):
+                self._number(row, index, end)
 
     def _runs_of(self, table: dict[str, Any], row: int) -> list[Run]:
         """A run for every chunk of a table of version 0.1: document, start, number and time of each slot."""
@@ -382,15 +388,24 @@ class MemoryBank:
         # let go of runs whose last chunk is overwritten
         oldest = self._written[row] - self._slots
         del runs[: max(0, bisect_right(runs, oldest, key=itemgetter(0)) - 1)]
-        kept = min(len(chunks), self._slots)
-        chunks, lengths = chunks[-kept:], lengths[-kept:].to(self.device)
-        numbers = torch.arange(self._written[row] - kept, self._written[row], device=self.device)
-        slots = numbers % self._slots
-        self.numbers[row][slots], self.lengths[row][slots] = numbers, lengths
+        slots = self._number(row, len(runs) - 1, self._written[row])
+        chunks, lengths = chunks[-len(slots) :], lengths[-len(slots) :].to(self.device)
+        self.lengths[row][slots] = lengths
         self.storage[row][slots] = chunks.to(self.storage.dtype)
         self.keys[row][:, slots] = mean_keys(chunks, lengths).transpose(0, 1).to(self.keys.dtype)
         for index in self._indexes:
             index.written(row, slots)
+
+    def _number(self, row: int, index: int, end: int) -> Tensor:
+        """Write numbers and periods of a run's chunks that are there, up to chunk ``end``; returns their slots."""
+        runs = self._runs[row]
+        begin, document, token, _ = runs[index]
+        self._documents[row] += index > 0 and document != runs[index - 1][1]
+        numbers = torch.arange(max(begin, self._written[row] - self._slots), end, device=self.device)
+        slots = numbers % self._slots
+        tokens = token + (numbers - begin) * self.chunk_size
+        self.numbers[row][slots], self.periods[row][slots] = numbers, period(self._documents[row], tokens)
+        return slots
 
     def _settings(self) -> dict[str, Any]:
         """What a saved bank must share with the one that loads it."""

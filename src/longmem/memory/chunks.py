@@ -5,11 +5,24 @@ Hkv key/value heads of all remembered layers · n chunks · S tokens per chunk �
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from longmem.errors import MemoryBankError
 from longmem.types import AttentionKV
+
+PERIOD_TOKENS = 1024
+
+
+def period(document: Any, token: Any) -> Any:
+    """When something was said, a number that grows: of the ``document``-th document (0-based), its token ``token``.
+
+    What is said together is of one age: that of ten facts told in one conversation one is told last says nothing. So
+    only another document, or ``PERIOD_TOKENS`` more of the same one, begins a new period. Of integers, tensors, arrays.
+    """
+    return (document << 20) + token // PERIOD_TOKENS
 
 
 def joined(kv: AttentionKV, heads: int, head_dim: int) -> Tensor:

@@ -91,8 +91,8 @@ class SessionMemory:
         if not bool(self.bank.chunks[chosen].any()):
             return replace(below, memory_rows=on_device)
         own = self.bank.search(queries, num_chunks, chosen, layer=layer)
-        assert own.sources is not None
-        own = replace(own, sources=own.sources + OVERLAY)
+        assert own.sources is not None and own.periods is not None
+        own = replace(own, sources=own.sources + OVERLAY, periods=own.periods + OVERLAY)
         return replace(best_of((below, own), num_chunks), memory_rows=on_device)
 
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:
@@ -352,16 +352,16 @@ def best_of(parts: Sequence[RetrievedMemory], num_chunks: int) -> RetrievedMemor
 
 
 def _found(parts: Sequence[RetrievedMemory]) -> Iterator[tuple[Tensor, ...]]:
-    """Of each part, (B, H, T, R) each: line of the chunk-head in all tables, mask, score, length, chunk number."""
+    """Of each part, (B, H, T, R) each: line of the chunk-head in all tables, mask, score, length, number, period."""
     first = 0
     for part in parts:
-        yield part.lines + first, part.chunk_mask, part.scores, part.sizes, part.chunks
+        yield part.lines + first, part.chunk_mask, part.scores, part.sizes, part.chunks, part.period
         first += math.prod(part.storage.shape[:3])
 
 
 def _packed(found: Sequence[Tensor], parts: Sequence[RetrievedMemory]) -> RetrievedMemory:
     """The found chunk-heads in a storage of their own, (1, P + 1, 1, 2, S, D); the last slot is the null chunk."""
-    line, mask, scores, length, number = found
+    line, mask, scores, length, number, period = found
     device = scores.device
     tables = [part.storage.flatten(0, 2) for part in parts]  # (lines, 2, S, D) of chunk-heads
     first = list(accumulate(map(len, tables), initial=0))
@@ -372,8 +372,8 @@ def _packed(found: Sequence[Tensor], parts: Sequence[RetrievedMemory]) -> Retrie
     for table, begin, end, at in zip(tables, ends, ends[1:], first, strict=False):
         storage[0, begin:end, 0] = table.index_select(0, (wanted[begin:end] - at).to(table.device)).to(storage)
     lengths = torch.zeros(1, len(wanted) + 1, dtype=torch.long, device=device)
-    numbers = torch.full_like(lengths, -1)
-    lengths[0, slots], numbers[0, slots] = length[mask], number[mask]
+    numbers, periods = torch.full_like(lengths, -1), torch.full_like(lengths, -1)
+    lengths[0, slots], numbers[0, slots], periods[0, slots] = length[mask], number[mask], period[mask]
     return RetrievedMemory(
         chunk_ids=torch.full(mask.shape, len(wanted), device=device).masked_scatter_(mask, slots),
         chunk_mask=mask,
@@ -384,4 +384,5 @@ def _packed(found: Sequence[Tensor], parts: Sequence[RetrievedMemory]) -> Retrie
         version=sum(part.version for part in parts),
         live_version=lambda: sum(part.live_version() for part in parts),
         sources=numbers,
+        periods=periods,
     )

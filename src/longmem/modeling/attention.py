@@ -61,16 +61,35 @@ def memory_attention(
         queries: (B, H, T, D).
         retrieved: what ``Memory.search`` found for them.
         scaling, softcap: of the scores, the backbone's own; see ``QKV``.
-        recency: added to the scores of the newest chunk that a query found, less by 1/(R-1) of it for each chunk that
-            is newer: of two chunks that match alike the newer one is read.
+        recency: how much newer chunks are preferred, see ``recency_bonus``.
         explain: also give ``parts``.
     """
-    chunks, bonus = retrieved.chunk_ids.shape[3], None
-    if recency and chunks > 1:
-        bonus = recency * (1 - retrieved.newer / (chunks - 1))  # (B, H, T, R)
+    bonus = recency_bonus(retrieved, recency, scaling, softcap) if recency else None
     with torch.autocast(queries.device.type, enabled=False):
         out, lse, parts = _MemoryAttention.apply(queries, retrieved, scaling, softcap, bonus, explain)  # type: ignore[no-untyped-call]
     return MemoryAttentionOutput(out, lse, lse != -torch.inf, parts)
+
+
+@torch.no_grad()
+def recency_bonus(retrieved: RetrievedMemory, recency: float, scaling: float, softcap: float | None = None) -> Tensor:
+    """(B, H, T, R), what is added to the scores of every chunk that was found; a constant in backward.
+
+    Let s be a chunk's score by its mean key, and n the best such score among chunks of a later period. The chunk loses
+    ``recency * min(1, exp(n - s))``: all of ``recency`` to a newer chunk that matches as well, next to nothing to newer
+    ones that match far less. What was lost is given back to all chunks alike, so that the share of memory as a whole
+    stays what it was.
+    """
+    scores = retrieved.scores * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~retrieved.chunk_mask, -1e30)  # finite: where nothing was found the bonus is 0
+    periods, order = retrieved.period.sort(dim=-1)
+    # the best score from each place on, in the order of time; beyond the last one there is nothing
+    best = scores.gather(-1, order).flip(-1).cummax(-1).values.flip(-1)
+    best = torch.nn.functional.pad(best, (0, 1), value=-1e30)
+    later = best.gather(-1, torch.searchsorted(periods, retrieved.period, right=True))
+    lost = recency * (later - scores).clamp(max=0).exp() * retrieved.chunk_mask
+    return scores.logsumexp(-1, keepdim=True) - (scores - lost).logsumexp(-1, keepdim=True) - lost
 
 
 @dataclass(frozen=True)
@@ -81,7 +100,7 @@ class _Gather:
         table: (rows * slots * heads of all remembered layers, 2*S*D), a line per row, slot and head: keys, then values.
         lines: (Q, R) long, the line of each retrieved chunk.
         real: (Q, R, S) bool, or None where every retrieved token is real.
-        bonus: (Q, R, 1), added to the scores of newer chunks; None for nothing.
+        bonus: (Q, R, 1), added to the scores of chunks; None for nothing.
         shape: of a gathered chunk, (R, 2, S, D).
     """
 

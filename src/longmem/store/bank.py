@@ -24,6 +24,7 @@ from torch import Tensor
 
 from longmem.errors import ConfigError, MemoryBankError, StoreError
 from longmem.memory.bank import MemoryBank
+from longmem.memory.chunks import period
 from longmem.memory.index import Index, make_indexes, rows_of, search_chunks
 from longmem.memory.session import SessionMemory
 from longmem.store.catalog import Catalog, DocumentInfo, Selection
@@ -188,6 +189,7 @@ class StoreBank:
             storage=self._take(slots, heads)[None, :, None],
             lengths=torch.from_numpy(np.append(self._held.lengths[chunks], 0)).to(device)[None],
             sources=torch.from_numpy(np.append(chunks, -1)).to(device)[None],
+            periods=torch.from_numpy(np.append(self._held.periods(chunks), -1)).to(device)[None],
             memory_rows=found.rows,
             first_head=0,
             layer_heads=None,
@@ -350,6 +352,12 @@ class Held:
     def alive(self) -> Numbers:
         """(n,) the chunks that can be found."""
         return np.flatnonzero(self.records >= 0)
+
+    def periods(self, chunks: Numbers) -> Numbers:
+        """When chunks were said, see ``longmem.memory.chunks.period``."""
+        at = np.searchsorted(self.begins, chunks, side="right") - 1
+        said: Numbers = period(at, (chunks - self.begins[at]) * self.size)
+        return said
 
     def origin(self, chunk: int) -> ChunkOrigin:
         """Where a chunk came from."""

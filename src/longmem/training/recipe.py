@@ -136,7 +136,7 @@ class SideNetSection(Section):
     final_state: Literal["pre_norm", "normed"] | None = None
     """None: as the backbone's family does it."""
     recency: typing.Annotated[float, Field(ge=0)] | None = None
-    """Added to the scores of the newest chunk that a token found: of two facts that say otherwise, the newer is read.
+    """What a chunk's scores lose to a newer one that matches as well: of two such facts the newer is read.
     None: 0 (paper), or that of ``start``."""
     chunk_size: Count = 4
     """S, tokens per chunk."""
