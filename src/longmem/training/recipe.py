@@ -236,6 +236,8 @@ class LogSection(Section):
 
     every: Count = 10
     """Steps between log lines."""
+    tensorboard: bool = False
+    """Also write TensorBoard files."""
 
 
 class EvalSection(Section):

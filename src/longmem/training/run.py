@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 import signal
 import time
@@ -177,6 +178,8 @@ def _arguments(recipe: Recipe, state: PartialState) -> TrainingArguments:
     """What Trainer is told."""
     optim, evaluation, saving = recipe.optim, recipe.eval, recipe.checkpoint
     steps = optim.steps or (-(-optim.tokens // _tokens_per_step(recipe, state)) if optim.tokens else ENDLESS)
+    if recipe.log.tensorboard:  # the argument for it is deprecated
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.out_dir / "tensorboard")
     return TrainingArguments(
         str(recipe.out_dir / "checkpoints"),
         max_steps=steps,
@@ -197,7 +200,7 @@ def _arguments(recipe: Recipe, state: PartialState) -> TrainingArguments:
         metric_for_best_model="loss" if evaluation.best or evaluation.patience else None,
         greater_is_better=False,
         log_level="warning",
-        report_to=[],
+        report_to=["tensorboard"] if recipe.log.tensorboard else [],
         use_cpu=state.device.type == "cpu",
         disable_tqdm=True,
     )
