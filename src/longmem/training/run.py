@@ -178,7 +178,7 @@ def _arguments(recipe: Recipe, state: PartialState) -> TrainingArguments:
     """What Trainer is told."""
     optim, evaluation, saving = recipe.optim, recipe.eval, recipe.checkpoint
     steps = optim.steps or (-(-optim.tokens // _tokens_per_step(recipe, state)) if optim.tokens else ENDLESS)
-    if recipe.log.tensorboard:  # the argument for it is deprecated
+    if recipe.log.tensorboard:  # Trainer takes it from there alone
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.out_dir / "tensorboard")
     return TrainingArguments(
         str(recipe.out_dir / "checkpoints"),
