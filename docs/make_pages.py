@@ -15,7 +15,7 @@ from pathlib import Path
 from result_tables import FOLDER, with_results
 
 from longmem.evaluation.tables import Table, markdown
-from longmem.store.disk import Dtype, Layout
+from longmem.store.disk import token_bytes
 
 ROOT = Path(__file__).parents[1]
 NOTE = "<!-- written by `make docs` from the source; edit that instead -->\n"
@@ -87,18 +87,6 @@ BACKBONES = {  # layers, key/value heads, head dimension, as the published confi
     "Phi-3-mini (3.8B)": (32, 32, 96),
 }
 TOKENS = {"65,536": 65_536, "1M": 1_000_000, "10M": 10_000_000}  # the paper's memory, a shelf of books, a library
-
-
-def token_bytes(heads_kv: int, head_dim: int, dtype: Dtype) -> dict[str, float]:
-    """Bytes that a token of one remembered layer takes, in chunks of four tokens.
-
-    Returns:
-        ``keys_values`` in the data files; ``chunk_keys``, float32: what a search reads, and what an open bank holds;
-        and ``disk``, all of it, with token ids and text in the catalog (an estimate of 12 bytes).
-    """
-    layout = Layout("", "", "", (0,), heads_kv, head_dim, 4, 4, dtype, created=0.0)
-    disk = layout.chunk_bytes / 4 + 12
-    return {"keys_values": layout.record_bytes / 4, "chunk_keys": float(heads_kv * head_dim), "disk": disk}
 
 
 def with_sizes(page: str) -> str:

@@ -75,6 +75,14 @@ def test_search_shows_chunks_and_stays_where_it_is_told(
     assert "no document 'two.md'" in memory("search", "old", "-n", "bob", "--document", "two.md").error
 
 
+def test_size_says_what_a_token_of_a_backbone_takes(memory: Command) -> None:
+    shape = ("--heads-kv", 2, "--head-dim", 8, "--layers", 3, "--tokens", "1000,2M")
+    half, small = memory("size", *shape, "--json").json["sizes"]
+    assert (half["keys_values"], small["keys_values"], half["chunk_keys"], half["cache"]) == (64, 32, 16, 192)
+    assert (half["1,000"], half["2,000,000"]) == (92_000, 184_000_000)  # 64 + 16 + 12
+    assert memory("size", *shape).out.splitlines()[1].split()[:2] == ["float16", "64"]
+
+
 def test_forget_and_compact_leave_no_byte_and_touch_no_other_namespace(
     memory: Command, filled: Path, notes: Path
 ) -> None:

@@ -372,3 +372,31 @@ def import_(archive: Path, path: Path, namespace: str | None, as_json: bool, mod
     with MemoryStore.open(path, create=bool(made), **made) as store, ShownProgress() as progress:
         receipts = store.import_(archive, namespace, progress=progress)
     show(as_json, {"documents": receipts}, ("status", "tokens", "name"))
+
+
+@command.command(epilog="Example: longmem memory size --heads-kv 8 --head-dim 128 --layers 32 --tokens 1M,50M")
+@click.option("--heads-kv", type=AT_LEAST_1, required=True, help="Key/value heads of the backbone.")
+@click.option("--head-dim", type=AT_LEAST_1, required=True, help="Its head dimension.")
+@click.option("--layers", type=AT_LEAST_1, default=1, help="Its layers, for the comparison with a cache.")
+@click.option(
+    "--tokens",
+    default="65536,1M,10M",
+    callback=shared.by_comma(lambda word: round(float(word.upper().replace("M", "e6"))), "counts; try 65536,1M,10M"),
+    help="How many to remember; M is a million.",
+)
+@options("json")
+def size(heads_kv: int, head_dim: int, layers: int, tokens: list[int], as_json: bool) -> None:
+    """Show how many bytes a memory of one layer takes.
+
+    By token: keys and values in 16 and in 8 bits; the chunks' mean keys, which an open bank holds (keys and values are
+    read for the chunks that are found); and, to compare, a full cache of all layers. In all, on disk: keys and values,
+    mean keys, token ids and text.
+    """
+    from longmem.store.disk import token_bytes
+
+    sizes: list[dict[str, Any]] = []
+    for dtype in ("float16", "int8"):
+        taken = token_bytes(heads_kv, head_dim, dtype)
+        on_disk = {f"{count:,}": round(taken["disk"] * count) for count in tokens}
+        sizes.append({"dtype": dtype, **taken, "cache": layers * 4 * heads_kv * head_dim, **on_disk})
+    show(as_json, {"sizes": sizes}, list(sizes[0]))

@@ -97,6 +97,18 @@ class Layout:
         return cls(**{**known, "memory_layers": tuple(known["memory_layers"]), "format": FORMAT})
 
 
+def token_bytes(heads_kv: int, head_dim: int, dtype: Dtype) -> dict[str, float]:
+    """Bytes that a token of one remembered layer takes, in chunks of four tokens.
+
+    Returns:
+        ``keys_values`` in the data files; ``chunk_keys``, float32: what a search reads, and what an open bank holds;
+        and ``disk``, all of it, with token ids and text in the catalog (an estimate of 12 bytes).
+    """
+    layout = Layout("", "", "", (0,), heads_kv, head_dim, 4, 4, dtype, created=0.0)
+    disk = layout.chunk_bytes / 4 + 12
+    return {"keys_values": layout.record_bytes / 4, "chunk_keys": float(heads_kv * head_dim), "disk": disk}
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a long piece of work is."""
