@@ -211,6 +211,30 @@ def test_no_key_sees_anothers_memories(live: Any) -> None:
     assert httpx.get(live.url + "/v1/memories").status_code == 401
 
 
+@pytest.mark.parametrize(
+    ("filename", "content", "names"),
+    [
+        ("a.txt", b"The boat is called Petrel.", ["a.txt"]),
+        ("../../etc/b.md", b"The boat is called Petrel.", ["b.md"]),
+        ("c.jsonl", b'{"text": "One."}\n{"text": "Two."}\n', ["c.jsonl:1", "c.jsonl:2"]),
+        ("a.pdf", b"x", "kinds"),
+        ("a.txt.gz", b"x", "kinds"),
+        ("a.txt", b"\xff\xfe\xfa", "UTF-8"),
+        ("a.txt", b"", "no text"),
+        ("a.jsonl", b"{", "JSON"),
+    ],
+)
+def test_files_become_documents_or_are_refused(live: Any, filename: str, content: bytes, names: Any) -> None:
+    live.http().post("/v1/memories", json={"id": "files"})
+    answer = live.http().post("/v1/memories/files/files", files={"file": (filename, content)})
+    if isinstance(names, str):
+        assert answer.status_code == 400 and names in answer.json()["error"]["message"] and "/tmp" not in answer.text
+        return
+    assert answer.status_code == 201 and [each["name"] for each in answer.json()["data"]] == names
+    text = live.http().get(f"/v1/memories/files/documents/{names[0]}").json()["text"]
+    assert text in ("The boat is called Petrel.", "One.")
+
+
 # limits and refusals
 
 

@@ -153,7 +153,7 @@ def serve(host: str, port: int, keys: Path | None, new_key: str | None, **given:
     reads the memory that its field memory_id or its header X-Memory-Id names, and none without. The page at / shows
     memories and has a chat; /docs lists every call.
     """
-    needed = ("fastapi", "uvicorn", "prometheus_client")
+    needed = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
     if missing := [each for each in needed if importlib.util.find_spec(each) is None]:
         raise ConfigError(f"the server needs {', '.join(missing)}; pip install 'longmem-lm[server]'")
     import uvicorn

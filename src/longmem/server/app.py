@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Request
+from fastapi import APIRouter, Depends, FastAPI, Header, Request, UploadFile
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -312,6 +312,16 @@ async def add_document(memory: Mine, body: schemas.NewText, who: Who) -> Any:
     """Add a text; when this is answered it is on the disk."""
     receipt = await who.service.add(memory, body.model_dump(exclude_defaults=True))
     return receipt_card(receipt)
+
+
+@routes.post("/v1/memories/{memory}/files", status_code=201)
+async def add_file(memory: Mine, file: UploadFile, who: Who) -> Any:
+    """Add the texts of a file: .txt, .md, .rst, .tex, .py, or .jsonl with a field text."""
+    receipts = list[Receipt]()
+    for name, text in await asyncio.to_thread(schemas.texts_of, file.filename or "", await file.read()):
+        # what was begun is not refused halfway because the queue is full
+        receipts.append(await who.service.add(memory, {"name": name, "text": text}, follows=bool(receipts)))
+    return {"object": "list", "data": [receipt_card(receipt) for receipt in receipts]}
 
 
 @routes.get("/v1/memories/{memory}/documents/{document:path}")

@@ -5,9 +5,11 @@ Fields that are not known here are passed over, as the OpenAI API does.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
@@ -15,7 +17,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, Field, StringConstraints, field_validator, model_validator
 from starlette.exceptions import HTTPException
 
-from longmem.errors import LongMemError, StoreFull, StoreLocked
+from longmem.data.text import TEXT_SUFFIXES, read_stream
+from longmem.errors import DataError, LongMemError, StoreFull, StoreLocked
 
 LOG = logging.getLogger(__name__)
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -176,6 +179,20 @@ class SearchRequest(Body):
 
     query: Annotated[str, StringConstraints(min_length=1, max_length=4000)]
     top: int = Field(10, ge=1, le=100)
+
+
+def texts_of(filename: str, data: bytes) -> list[tuple[str, str]]:
+    """Names and texts of the documents in a file that a user sent; nothing of its name becomes a path."""
+    name = PurePosixPath(filename.replace("\\", "/")).name[:200]
+    suffix, known = PurePosixPath(name).suffix.lower(), (*TEXT_SUFFIXES, ".jsonl")
+    if suffix not in known:
+        raise Refused(400, f"files of these kinds are read: {', '.join(known)}", param="file")
+    try:
+        found = list(read_stream(io.BytesIO(data), name, lines=suffix == ".jsonl"))
+    except DataError:
+        said = "the file holds no text in UTF-8, or a line of it is no JSON object with a field text"
+        raise Refused(400, said, param="file") from None
+    return [(name if each.line is None else f"{name}:{each.line}", each.text) for each in found]
 
 
 # refusals
