@@ -148,7 +148,7 @@ def test_memory_is_named_or_there_is_none(live: Any) -> None:
 
 def test_what_was_read_is_told_on_request(live: Any) -> None:
     name = live.memory("read", boat=BOAT)
-    found = live.chat(messages=WHICH_BOAT, max_tokens=3, extra_body={"memory_id": name, "explain": True})
+    found = live.chat(messages=WHICH_BOAT, max_tokens=3, temperature=0, extra_body={"memory_id": name, "explain": True})
     assert {each["document"] for each in found.memory["passages"]} == {"boat"}
     (tokens,) = found.memory["tokens"]
     assert len(tokens) == 3 and any(abs(token["gain"]) > 1e-4 for token in tokens)
