@@ -47,8 +47,8 @@ class RetrievedMemory:
         live_version: returns the bank's write counter now.
         sources: (rows, slots) long, what ``Memory.provenance`` calls the chunk in every slot, -1 at slots that stand
             for nothing; None where a chunk is called by its slot.
-        periods: (rows, slots) long, when the chunk in every slot was said: of a later document, or 1,024 tokens later
-            in the same one, the number is larger (``longmem.memory.chunks.period``). None: all are equally old.
+        periods: (rows, slots) long, when the chunk in every slot was said: larger is later, equal is together
+            (``longmem.memory.chunks.period``). None: all are equally old.
         memory_rows: (B,) long, the row of that memory which each batch row read; None where it is ``rows``.
         first_head: where in ``storage`` the heads of the layer that was searched begin.
         layer_heads: Hkv of that layer; None: all heads in ``storage`` are its.

@@ -10,6 +10,7 @@ from tests.store.banks import same
 
 from longmem.errors import MemoryBankError
 from longmem.memory import ChunkOrigin, MemoryBank
+from longmem.memory.chunks import PERIOD_TOKENS
 from longmem.types import AttentionKV
 
 
@@ -60,6 +61,19 @@ def test_a_document_goes_on_where_none_is_named_and_a_jump_closes_the_tail():
     assert [(each.document, each.start_token, each.length) for each in origins(memory)] == [
         ("a", 10, 2), ("a", 12, 2), ("a", 14, 1), ("a", 40, 2),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("a", "a"), (None, None)])
+def test_a_later_document_is_of_a_later_period_whatever_its_name(names):
+    memory = bank(capacity=4 * PERIOD_TOKENS)
+    for tokens, name in zip((2 * PERIOD_TOKENS + 3, 4), names, strict=True):
+        memory.add(kv(1, tokens), documents=None if name is None else [name])
+        memory.end_document()
+    loaded = bank(capacity=4 * PERIOD_TOKENS)
+    loaded.load_state_dict(memory.state_dict())
+    for each in (memory, loaded):
+        found = each.periods[0, each.numbers[0] >= 0].tolist()
+        assert found == sorted(found) and len(set(found)) == 4, "three of the first, one of the second"
 
 
 def test_every_write_counts_as_a_new_version_and_searching_changes_nothing():

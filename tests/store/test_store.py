@@ -65,6 +65,8 @@ def test_a_second_writer_is_refused_by_name(store: MemoryStore) -> None:
     with open_small(store.path, mode="read") as reader, pytest.raises(StoreError, match="opened to read; open it with"):
         reader.add_document("alice", "text", name="a")
     store.close()
+    left = open_small(store.path)
+    del left  # one that nobody closed holds the lock no longer than it lives
     open_small(store.path).close()
 
 

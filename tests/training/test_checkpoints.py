@@ -104,6 +104,8 @@ def test_a_finished_run_can_be_given_a_larger_budget_or_none(
     train(pretrain(optim={"steps": 4}), quiet=True)
     assert train(pretrain(optim={"steps": 4}), resume=True, quiet=True).losses == []
     longer = pretrain(optim={"steps": 9}, checkpoint={"every": 3, "keep_last": 9}, log={"every": 5})
+    with (longer.out_dir / "metrics.jsonl").open("a") as file:
+        file.write("\0\0\n")  # a disk that lost power
     result = train(longer, resume=True)
     assert (result.step, len(result.losses)) == (9, 2)
     said = capsys.readouterr().err

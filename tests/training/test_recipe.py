@@ -78,6 +78,10 @@ RULES: dict[str, dict[str, Any]] = {
     "only a SideNet is recomputed; take fewer": {"optim": {"steps": 1, "gradient_checkpointing": True}},
     "a MemTRM has no SideNet; leave it away": {**ADAPT, "method": "memtrm", "sidenet": {"start": "z"}},
     "needles.kinds ('riddle') should be 'passkey', 'pair'": {**ADAPT, "needles": {"kinds": ["riddle"]}},
+    "needles.least_tokens (9000) must not exceed needles.most_tokens (100)": {
+        **ADAPT,
+        "needles": {"kinds": ["passkey"], "least_tokens": 9000, "most_tokens": 100},
+    },
     "needles.context (50) must be a multiple of": {**ADAPT, "needles": {"kinds": ["passkey"], "context": 50}},
     'sidenet.init ("zero") needs a feed-forward of its own; ': {
         **ADAPT,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any, cast
 
 import torch
@@ -37,7 +38,7 @@ def read(model: Any, session: SessionMemory, ids: Tensor, *, document: str, row:
     ``document`` is the name of the text in provenances.
     """
     session.end_document(torch.tensor([row]))
-    write(model, session, row, ids, 0, _segment(model), document)
+    write(model, [(session, row, ids, 0)], _segment(model), document)
     session.end_document(torch.tensor([row]))
     return len(ids)
 
@@ -50,7 +51,7 @@ def remember(model: Any, session: SessionMemory, ids: Tensor, *, row: int = 0) -
     that is in the session already.
     """
     known = already_written(session, row, ids)
-    write(model, session, row, ids[known:], known, _segment(model), THIS_TEXT)
+    write(model, [(session, row, ids[known:], known)], _segment(model), THIS_TEXT)
     session.bank.end_document(torch.tensor([row]))  # the last chunk is found then, although it is not full
     return len(ids) - known
 
@@ -65,20 +66,21 @@ def already_written(session: SessionMemory, row: int, ids: Tensor) -> int:
 
 
 @torch.no_grad()
-def write(model: Any, session: SessionMemory, row: int, ids: Tensor, offset: int, size: int, document: str) -> None:
-    """Encode tokens (t,) in pieces of ``size``, the last may be shorter, and write them to a row of a session.
+def write(model: Any, texts: Sequence[tuple[SessionMemory, int, Tensor, int]], size: int, document: str) -> None:
+    """Encode texts in pieces of ``size``, the last of each may be shorter, and write them to their sessions.
 
-    ``offset`` is the place of the first of them in the document.
+    ``texts``: session, its row, tokens (t,), and the place of the first of them in the document.
     """
-    pieces = ids.split(size) if len(ids) else ()
-    while pieces:
-        some = [each for each in pieces[: max(1, TOKENS_AT_ONCE // size)] if len(each) == len(pieces[0])]
-        kv = model.encode(torch.stack(some).to(model.device))
-        # they follow one another, so they are added as one: (pieces, n*Hkv, size, D) -> (1, n*Hkv, t, D)
-        keys, values = (each.transpose(0, 1).flatten(1, 2)[None] for each in (kv.keys, kv.values))
-        place: dict[str, Any] = {"rows": torch.tensor([row]), "documents": [document], "offsets": [offset]}
-        session.add(AttentionKV(keys, values), ids=[torch.cat(some)], **place)
-        offset, pieces = offset + keys.shape[2], pieces[len(some) :]
+    pieces = [
+        (session, torch.tensor([row]), piece, offset + number * size)
+        for session, row, ids, offset in texts
+        for number, piece in enumerate(ids.split(size) if len(ids) else ())
+    ]
+    for length, alike in groupby(pieces, key=lambda piece: len(piece[2])):  # pieces of several rows go together
+        while batch := list(islice(alike, max(1, TOKENS_AT_ONCE // length))):
+            kv = model.encode(torch.stack([ids for _, _, ids, _ in batch]).to(model.device))
+            for (session, row, ids, place), *pair in zip(batch, kv.keys.split(1), kv.values.split(1), strict=True):
+                session.add(AttentionKV(*pair), rows=row, documents=[document], offsets=[place], ids=[ids])
 
 
 def positions(model: Any) -> int | None:
@@ -221,13 +223,14 @@ class LocalWindow:
 
     def _move(self, input_ids: Tensor) -> bool:
         """Move what no longer fits; returns whether anything moved."""
-        counts = [self.policy.pieces_over(length) for length in self._lengths(input_ids)]
+        counts, texts = [self.policy.pieces_over(length) for length in self._lengths(input_ids)], []
         for line, count in enumerate(counts):
-            (session, row), begin = self._places[line], self._starts[line]
+            begin = self._starts[line]
             self._starts[line] += count * self.policy.move
             if count and not self._ended[line]:
-                text, end = self._text(input_ids, line), self._starts[line]
-                write(self.model, session, row, text[begin:end], begin, self.policy.move, THIS_TEXT)
+                text = self._text(input_ids, line)[begin : self._starts[line]]
+                texts.append((*self._places[line], text, begin))
+        write(self.model, texts, self.policy.move, THIS_TEXT)
         return any(counts)
 
 

@@ -400,7 +400,9 @@ class MemoryBank:
         """Write numbers and periods of a run's chunks that are there, up to chunk ``end``; returns their slots."""
         runs = self._runs[row]
         begin, document, token, _ = runs[index]
-        self._documents[row] += index > 0 and document != runs[index - 1][1]
+        if index:  # another name, or a text that begins again
+            _, last, before, _ = runs[index - 1]
+            self._documents[row] += document != last or token <= before
         numbers = torch.arange(max(begin, self._written[row] - self._slots), end, device=self.device)
         slots = numbers % self._slots
         tokens = token + (numbers - begin) * self.chunk_size

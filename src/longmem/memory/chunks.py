@@ -20,7 +20,7 @@ def period(document: Any, token: Any) -> Any:
     """When something was said, a number that grows: of the ``document``-th document (0-based), its token ``token``.
 
     What is said together is of one age: that of ten facts told in one conversation one is told last says nothing. So
-    only another document, or ``PERIOD_TOKENS`` more of the same one, begins a new period. Of integers, tensors, arrays.
+    a document, or where it is longer each ``PERIOD_TOKENS`` of it, is one period. Of integers, tensors, arrays.
     """
     return (document << 20) + token // PERIOD_TOKENS
 

@@ -26,7 +26,9 @@ from longmem.memory.index import rows_of
 from longmem.types import AttentionKV, ChunkOrigin, Memory, RetrievedMemory
 
 OVERLAY = 1 << 39
-"""Chunk numbers from here on are the session's own, which is newer; smaller ones are the base memory's."""
+"""Chunk numbers from here on are the session's own; smaller ones are the base memory's."""
+LATER = 1 << 62
+"""Periods from here on are the session's, which is newer than any document of the base memory."""
 
 
 class SessionMemory:
@@ -92,7 +94,7 @@ class SessionMemory:
             return replace(below, memory_rows=on_device)
         own = self.bank.search(queries, num_chunks, chosen, layer=layer)
         assert own.sources is not None and own.periods is not None
-        own = replace(own, sources=own.sources + OVERLAY, periods=own.periods + OVERLAY)
+        own = replace(own, sources=own.sources + OVERLAY, periods=own.periods + LATER)
         return replace(best_of((below, own), num_chunks), memory_rows=on_device)
 
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:

@@ -76,8 +76,8 @@ def recency_bonus(retrieved: RetrievedMemory, recency: float, scaling: float, so
 
     Let s be a chunk's score by its mean key, and n the best such score among chunks of a later period. The chunk loses
     ``recency * min(1, exp(n - s))``: all of ``recency`` to a newer chunk that matches as well, next to nothing to newer
-    ones that match far less. What was lost is given back to all chunks alike, so that the share of memory as a whole
-    stays what it was.
+    ones that match far less. What was lost is given back to all chunks alike, so that memory as a whole gets about the
+    share that it had (mean keys stand for the tokens of a chunk).
     """
     scores = retrieved.scores * scaling
     if softcap is not None:

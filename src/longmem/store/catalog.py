@@ -165,7 +165,7 @@ class Catalog:
                 ends.enter_context(writer_lock(folder))
                 failpoint("create.folder")
             self._db = self._connect(new is not None)
-            ends.callback(lambda: self._db.close())  # the connection of that moment
+            ends.callback(self._db.close)
             with sqlite_errors(self.path):
                 if new is not None and not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                     self._make(new)
@@ -230,6 +230,7 @@ class Catalog:
             if self.writable:
                 with suppress(StoreError):  # the log itself is durable
                     self.empty_log(0.0)
+            self._db.close()  # the connection of this moment need not be the first
 
     # states and transactions
 

@@ -48,6 +48,9 @@ def broken_rules(recipe: Any) -> list[str]:
     for one, other, way_out in CONFLICTS:
         if (first := _named(recipe, one)) and (second := _named(recipe, other)):
             found.append(f"{first} and {second} do not go together: {way_out}")
+    if needles.kinds and needles.least_tokens > needles.most_tokens:
+        least, most = needles.least_tokens, needles.most_tokens
+        found.append(f"needles.least_tokens ({least}) must not exceed needles.most_tokens ({most})")
     multiples = [
         (needles.kinds, "data.window", "sidenet.chunk_size"),
         (needles.kinds, "needles.context", "sidenet.chunk_size"),

@@ -237,8 +237,11 @@ class _Run(TrainerCallback):
         if state.is_world_process_zero:
             there = self.path.read_text(encoding="utf-8") if self.resume and self.path.exists() else ""
             lines = there.splitlines(keepends=True)
-            # a line that a crash cut in half has no end
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            kept = []
+            for line in lines:
+                with suppress(ValueError):  # a line that a crash cut in half
+                    if json.loads(line)["step"] <= step and line.endswith("\n"):
+                        kept.append(line)
             self.path.write_text("".join(kept), encoding="utf-8")
         if self.resume:
             self.progress.say(f"resumed at step {step:,}, {step * self.tokens_per_step:,} tokens")
