@@ -74,6 +74,8 @@ def test_a_later_document_is_of_a_later_period_whatever_its_name(names):
     for each in (memory, loaded):
         found = each.periods[0, each.numbers[0] >= 0].tolist()
         assert found == sorted(found) and len(set(found)) == 4, "three of the first, one of the second"
+    memory.add(kv(1, 4), documents=["c"], offsets=[PERIOD_TOKENS])  # another name alone begins a document too
+    assert memory.periods[0, int(memory.chunks[0]) - 1] > found[-1] + PERIOD_TOKENS
 
 
 def test_every_write_counts_as_a_new_version_and_searching_changes_nothing():

@@ -21,7 +21,8 @@ def text(seed: int, segments: int = 5) -> torch.Tensor:
     return torch.randint(3, V, (segments, 8), generator=torch.Generator().manual_seed(seed))
 
 
-def test_it_holds_what_a_bank_of_the_same_segments_would_hold(model: LongMem) -> None:
+def test_it_holds_what_a_bank_of_the_same_segments_would_hold(model: LongMem, monkeypatch) -> None:
+    monkeypatch.setattr("longmem.memory.chunks.PERIOD_TOKENS", 8)
     ids, hidden = text(0), text(1, 1)[0]
     encoded, again = EncodedText(model, ids), EncodedText(model, ids)
     queries = torch.randn(2, 4, 3, 8, generator=torch.Generator().manual_seed(2))
@@ -40,6 +41,8 @@ def test_it_holds_what_a_bank_of_the_same_segments_would_hold(model: LongMem) ->
                 wanted = expected.search(queries, 2, torch.zeros(2, dtype=torch.long), layer=layer)
                 assert torch.equal(found.scores, wanted.scores)
                 assert torch.equal(found.keys, wanted.keys) and torch.equal(found.values, wanted.values)
+                if capacity == 64:
+                    assert torch.equal(found.period, wanted.period) and len(found.period.unique()) > 1
     assert torch.equal(encoded.bank.storage, before)
     assert again.run(1, 3).provenance(0, 5).start_token == 20
     with pytest.raises(MemoryBankError, match="is not in row 0; it holds 0 to 5"):

@@ -66,6 +66,7 @@ def same(first: RetrievedMemory, second: RetrievedMemory) -> None:
     assert torch.equal(first.mask, second.mask)
     assert torch.equal(first.scores, second.scores)
     assert torch.equal(first.chunks, second.chunks)
+    assert torch.equal(*(each.period[..., None] > each.period[..., None, :] for each in (first, second)))
     assert torch.equal(first.keys * first.mask[..., None], second.keys * second.mask[..., None])
     assert torch.equal(first.values * first.mask[..., None], second.values * second.mask[..., None])
 

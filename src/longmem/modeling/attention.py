@@ -83,11 +83,12 @@ def recency_bonus(retrieved: RetrievedMemory, recency: float, scaling: float, so
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~retrieved.chunk_mask, -1e30)  # finite: where nothing was found the bonus is 0
-    periods, order = retrieved.period.sort(dim=-1)
+    period = retrieved.period
+    periods, order = period.sort(dim=-1)
     # the best score from each place on, in the order of time; beyond the last one there is nothing
     best = scores.gather(-1, order).flip(-1).cummax(-1).values.flip(-1)
     best = torch.nn.functional.pad(best, (0, 1), value=-1e30)
-    later = best.gather(-1, torch.searchsorted(periods, retrieved.period, right=True))
+    later = best.gather(-1, torch.searchsorted(periods, period, right=True))
     lost = recency * (later - scores).clamp(max=0).exp() * retrieved.chunk_mask
     return scores.logsumexp(-1, keepdim=True) - (scores - lost).logsumexp(-1, keepdim=True) - lost
 

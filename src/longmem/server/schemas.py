@@ -183,10 +183,11 @@ class SearchRequest(Body):
 
 def texts_of(filename: str, data: bytes) -> list[tuple[str, str]]:
     """Names and texts of the documents in a file that a user sent; nothing of its name becomes a path."""
-    name = PurePosixPath(filename.replace("\\", "/")).name[:200]
+    name = PurePosixPath(filename.replace("\\", "/")).name
     suffix, known = PurePosixPath(name).suffix.lower(), (*TEXT_SUFFIXES, ".jsonl")
     if suffix not in known:
         raise Refused(400, f"files of these kinds are read: {', '.join(known)}", param="file")
+    name = name[:200]
     try:
         found = list(read_stream(io.BytesIO(data), name, lines=suffix == ".jsonl"))
     except DataError:

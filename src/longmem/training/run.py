@@ -239,7 +239,7 @@ class _Run(TrainerCallback):
             lines = there.splitlines(keepends=True)
             kept = []
             for line in lines:
-                with suppress(ValueError):  # a line that a crash cut in half
+                with suppress(ValueError, TypeError, KeyError):  # a line that a crash cut in half
                     if json.loads(line)["step"] <= step and line.endswith("\n"):
                         kept.append(line)
             self.path.write_text("".join(kept), encoding="utf-8")
