@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from longmem.errors import BackboneError
-from longmem.modeling import gguf as module
-from longmem.modeling.gguf import FILE, READERS, default_checkpoint, default_model, shipped
+from longmem.modeling import loading as module
+from longmem.modeling.loading import FILE, READERS, default_checkpoint, default_model, shipped
 
 CONTENT = b"GGUF, let us say"
 

@@ -14,7 +14,7 @@ from longmem import MemoryStore, TrainingFree
 from longmem.chat import Reply
 from longmem.demo import FACTS, MEMORY_SIZES, NAMESPACE, NEW, PROMPT, TALK, find_texts, run_demo
 from longmem.errors import BackboneError, DataError
-from longmem.modeling.gguf import DefaultModel
+from longmem.modeling.loading import DefaultModel
 
 
 @pytest.fixture

@@ -24,11 +24,11 @@ from longmem.errors import (
 
 if TYPE_CHECKING:
     from longmem.config import LongMemConfig, LongMemGenerationConfig, MemTRMConfig, TrainingFreeConfig
+    from longmem.generation.page import Explanation
     from longmem.memory.bank import MemoryBank
     from longmem.memory.session import SessionMemory
     from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
     from longmem.modeling.baselines import MemTRM, TrainingFree
-    from longmem.modeling.explain import Explanation
     from longmem.modeling.longmem import LongMem
     from longmem.store.bank import StoreBank
     from longmem.store.recall import Recall
@@ -70,11 +70,11 @@ __all__ = [
 
 _HOMES = {
     "config": ("LongMemConfig", "LongMemGenerationConfig", "MemTRMConfig", "TrainingFreeConfig"),
+    "generation.page": ("Explanation",),
     "memory.bank": ("MemoryBank",),
     "memory.session": ("SessionMemory",),
     "modeling.alibi_gpt": ("AlibiGPTConfig", "AlibiGPTForCausalLM"),
     "modeling.baselines": ("MemTRM", "TrainingFree"),
-    "modeling.explain": ("Explanation",),
     "modeling.longmem": ("LongMem",),
     "store.bank": ("StoreBank",),
     "store.recall": ("Recall",),

@@ -326,6 +326,12 @@ def _choices(config: Any, **allowed: Any) -> list[str]:
     ]
 
 
+CONFIGS: dict[str, type[MemoryConfig]] = {
+    each.model_type: each for each in (LongMemConfig, MemTRMConfig, TrainingFreeConfig)
+}
+"""By ``model_type`` of a config file; any other is of a causal language model by itself."""
+
+
 class LongMemGenerationConfig(GenerationConfig):
     """transformers' generation settings, and what happens when the local window is full.
 

@@ -20,7 +20,7 @@ from longmem.evaluation.perplexity import PerplexitySettings, perplexity
 from longmem.evaluation.results import write_json
 from longmem.evaluation.systems import load_systems
 from longmem.generation.page import generate_explained, page, read_tokens
-from longmem.modeling.gguf import default_model, shipped
+from longmem.modeling.loading import default_model, shipped
 from longmem.store import MemoryStore
 from longmem.store.recall import Recall
 

@@ -12,8 +12,7 @@ from tests.generation.models import bank_of, ids, longmem
 from transformers import PreTrainedTokenizerFast
 
 from longmem import LongMem, MemoryBank, SessionMemory
-from longmem.generation.page import generate_explained, page, read_tokens, reading_at
-from longmem.modeling.explain import Explanation
+from longmem.generation.page import Explanation, generate_explained, page, read_tokens, reading_at
 from longmem.types import ChunkOrigin
 
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from longmem.modeling.fusion import TokenGate, competing, fuse, local_lse
+from longmem.modeling.attention import local_lse
+from longmem.modeling.reading import TokenGate, competing, fuse
 
 B, H, T, D = 2, 3, 5, 4
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longmem import LongMem
 from longmem.errors import BackboneError
-from longmem.modeling import gguf as module
-from longmem.modeling.gguf import gguf_folder, is_gguf
+from longmem.modeling import loading as module
+from longmem.modeling.loading import gguf_folder, is_gguf
 
 gguf = pytest.importorskip("gguf")
 

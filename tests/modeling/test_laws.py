@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
-from longmem.modeling.families import Family
-from longmem.modeling.probe import arguments_of
+from longmem.modeling.families import Family, arguments_of
 
 SOFTMAX = [name for name in FAMILIES if not name.startswith(("bloom", "mpt", "falcon", "gptj"))]
 

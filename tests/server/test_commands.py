@@ -16,7 +16,7 @@ from tests.calling import Command, Done
 from longmem import TrainingFree
 from longmem.chat import chat_prompt
 from longmem.errors import BackboneError, DataError
-from longmem.modeling import gguf as defaults
+from longmem.modeling import loading as defaults
 
 
 @pytest.fixture

@@ -284,9 +284,9 @@ def load_model(
         StoreError: no model is named, or the one that the store names cannot be loaded.
         ConfigError, CheckpointError, BackboneError: no such device, or no such model.
     """
-    from longmem import TrainingFree
-    from longmem.modeling.checkpoints import MODELS, checked_device, checkpoint_folder, model_type, tokenizer_beside
-    from longmem.modeling.gguf import default_checkpoint, default_model
+    from longmem import LongMem, MemTRM, TrainingFree
+    from longmem.modeling.checkpoints import checked_device, checkpoint_folder, model_type, tokenizer_beside
+    from longmem.modeling.loading import default_checkpoint, default_model
 
     if talking and name is None and (layout is None or default_checkpoint(layout)):
         chosen = default_model(say, layout)
@@ -297,7 +297,8 @@ def load_model(
     how: dict[str, Any] = {"revision": revision, "dtype": dtype}
     try:
         folder = folder if name is None else checkpoint_folder(folder)
-        kind = MODELS.get("" if name is None else model_type(folder))
+        kinds = {each.config_class.model_type: each for each in (LongMem, MemTRM, TrainingFree)}
+        kind: Any = kinds.get("" if name is None else model_type(folder))
         if kind is not None:
             model = kind.from_pretrained(folder, backbone=backbone, **how)
         elif backbone is not None:

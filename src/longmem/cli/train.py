@@ -105,7 +105,7 @@ def calibrate(model: str, data: tuple[str, ...], valid: tuple[str, ...], layers:
     from longmem.evaluation.results import header, write_json
     from longmem.modeling.baselines import TrainingFree
     from longmem.modeling.checkpoints import checked_device
-    from longmem.modeling.gguf import gguf_folder, is_gguf
+    from longmem.modeling.loading import gguf_folder, is_gguf
     from longmem.training import calibrate as calibrating
 
     sizes = {name: chosen.pop(name) for name in ("chunk_size", "num_retrieved")}

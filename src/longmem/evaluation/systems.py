@@ -14,19 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longmem.config import CONFIGS
 from longmem.data.tokens import load_tokenizer
 from longmem.errors import CheckpointError, ConfigError
 from longmem.evaluation.asking import Asker, last_logits
 from longmem.memory import MemoryBank
 from longmem.modeling.baselines import MemTRM, TrainingFree
-from longmem.modeling.checkpoints import (
-    MODELS,
-    backbone_of,
-    checked_device,
-    checkpoint_folder,
-    model_type,
-    tokenizer_beside,
-)
+from longmem.modeling.checkpoints import backbone_of, checked_device, checkpoint_folder, model_type, tokenizer_beside
 from longmem.modeling.loading import load_backbone
 from longmem.modeling.longmem import LongMem
 from longmem.modeling.reading import Reading
@@ -133,8 +127,8 @@ def load_systems(
     if kind == "training_free":
         training_free = (where, *training_free)
     own = control or (memory_sizes and not (memtrm or training_free))
-    if (kind != "longmem" and own) or (kind not in MODELS and backbone):
-        itself = "baseline" if kind in MODELS else "causal language model"
+    if (kind != "longmem" and own) or (kind not in CONFIGS and backbone):
+        itself = "baseline" if kind in CONFIGS else "causal language model"
         raise ConfigError(
             f"--control, --memory-sizes and --backbone are of a LongMem checkpoint; {where} is a {itself} by itself"
         )

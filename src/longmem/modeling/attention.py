@@ -1,4 +1,4 @@
-"""Attention over retrieved chunks, straight from the bank's storage.
+"""Attention over retrieved chunks, straight from the bank's storage; and the log-sum-exp of a layer's own scores.
 
 B rows · H query heads · Hkv key/value heads · T tokens · D head_dim · R chunks per query · S tokens per chunk ·
 K = R*S retrieved tokens · Q = B*H*T queries in one list · n queries of one block
@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -247,3 +247,60 @@ def _installed_kernels() -> ModuleType | None:
 def _softmax(scores: Tensor, lse: Tensor) -> Tensor:
     """exp(scores - lse) of (n, R, S) and (n,); zero where nothing was found (there both are -inf)."""
     return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[:, None, None])
+
+
+def local_lse(
+    queries: Tensor, keys: Tensor, mask: Tensor | None, *, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """Log of the local softmax's denominator, (B, H, T).
+
+    Args:
+        queries: (B, H, T, D), with their positions.
+        keys: (B, Hkv, T_keys, D).
+        mask: additive or boolean (True = visible), broadcast to (B, H, T, T_keys); None is causal.
+    """
+    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+    length, total, device = queries.shape[2], keys.shape[2], queries.device
+    square = mask is None and length in (1, total)  # what torch's fused attention knows as causal without a mask
+    fused = softcap is None and (device.type == "cpu" or (device.type == "cuda" and square))
+    if mask is None and length > 1 and not (fused and square):
+        mask = torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)
+    if mask is not None and mask.dtype == torch.bool:
+        lowest = torch.finfo(queries.dtype).min
+        mask = torch.zeros(mask.shape, dtype=queries.dtype, device=device).masked_fill_(~mask, lowest)
+    if mask is not None:
+        mask = mask[..., :total]
+    if fused:
+        return _fused_lse(queries, keys, mask, length > 1 and mask is None, scaling)
+    scores = torch.matmul(queries, keys.transpose(-1, -2)).float() * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return (scores if mask is None else scores + mask.float()).logsumexp(dim=-1)
+
+
+def _fused_lse(queries: Tensor, keys: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> Tensor:
+    """The same from torch's fused attention, which keeps no scores; its own gradient leaves the log-sum-exp out.
+
+    With the keys as values, attention gives out = P K, which is the gradient of the log-sum-exp to the queries; and
+    what a gradient q of out gives to the values, P^T q, is its gradient to the keys.
+    """
+    device = queries.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        queries, keys = queries.to(dtype), keys.to(dtype)
+        mask = None if mask is None else mask.to(dtype)
+    fixed = queries.detach()
+    if device == "cuda":
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            fixed, keys.detach(), keys, None, True, 0.0, causal, scale=scaling
+        )
+        lse = lse[..., : queries.shape[2]]
+    else:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            fixed, keys.detach(), keys, 0.0, causal, attn_mask=mask, scale=scaling
+        )
+    if not (torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad)):
+        return cast(Tensor, lse)
+    # zero, with the gradients that the log-sum-exp has
+    slope = (queries * out.detach()).sum(-1) + (fixed * out).sum(-1) - 2 * (fixed * out.detach()).sum(-1)
+    return cast(Tensor, lse.detach() + scaling * slope.float())

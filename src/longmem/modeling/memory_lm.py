@@ -16,11 +16,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longmem.config import LongMemConfig, LongMemGenerationConfig, MemoryConfig
 from longmem.errors import BackboneError, ConfigError
+from longmem.generation.page import Explanation
 from longmem.generation.window import MemoryGenerationMixin
 from longmem.modeling.backbone import Backbone, BackboneRun
-from longmem.modeling.explain import Explanation
+from longmem.modeling.checkpoints import Checkpointed
 from longmem.modeling.families import Family
-from longmem.modeling.loading import Checkpointed
 from longmem.modeling.reading import LayerRead, Reading
 from longmem.modeling.weights import fingerprint_of, legacy_fingerprint, place_of
 from longmem.types import AttentionKV, Memory

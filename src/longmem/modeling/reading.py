@@ -1,7 +1,8 @@
-"""Memory attention inside an attention layer: search before it runs, fuse before its output projection.
+"""Memory inside an attention layer: search before it runs, fuse before its output projection.
 
 ``MemoryReader`` has these steps in one layer: ``search`` looks up chunks and attends to them, the layer's own local
-attention runs, ``fuse`` mixes both. ``Reading`` is what one call of the model knows and finds.
+attention runs, ``fuse`` mixes both, by the formula at the end of this file. ``Reading`` is what one call of the model
+knows and finds.
 
 B rows · H heads · T tokens · D head_dim · R chunks per token and head
 """
@@ -15,17 +16,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longmem.config import Fusion
 from longmem.errors import BackboneError, MemoryBankError
-from longmem.modeling.attention import MemoryAttentionOutput, memory_attention
+from longmem.modeling.attention import MemoryAttentionOutput, local_lse, memory_attention
 from longmem.modeling.backbone import current_run
-from longmem.modeling.families import Family
-from longmem.modeling.fusion import competing, fuse, local_lse
-from longmem.modeling.probe import ADAPTERS, QKV, scaling_of
+from longmem.modeling.families import ADAPTERS, QKV, Family, scaling_of
 from longmem.types import Memory, RetrievedMemory
 
 
@@ -227,3 +227,87 @@ def _attend_and_fuse(
 
 _FUSED = "longmem_fused"
 AttentionInterface.register(_FUSED, _attend_and_fuse)
+
+
+# how a head mixes what it sees with what it remembers (paper, section 3.3)
+
+
+def fuse(local_out: Tensor, memory_out: Tensor, found: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Mix local attention with attention over memory: out = (1 - share) * local + share * memory.
+
+    Args:
+        local_out: causal attention over the segment, (B, H, T, D).
+        memory_out: attention over the retrieved tokens, (B, H, T, D).
+        found: (B, H, T) bool, False where a token retrieved nothing.
+        logits: broadcast to (B, H, T); their sigmoid is the share given to memory. By the setting ``fusion`` they are
+            the gate of each head ("gate": the paper, with the sign of the released code), ``competing`` ("softmax"),
+            or a ``TokenGate``'s ("token").
+
+    Returns:
+        the mixed heads, bit for bit ``local_out`` wherever nothing was found, and the shares (B, H, T), 0 there.
+    """
+    share = torch.where(found, torch.sigmoid(logits), 0.0)
+    weight = share.unsqueeze(-1).to(local_out.dtype)
+    mixed = (1 - weight) * local_out + weight * memory_out.to(local_out.dtype)
+    # where() rather than a zero weight: an empty bank must give local_out bit for bit
+    return torch.where(found.unsqueeze(-1), mixed, local_out), share
+
+
+def competing(local_lse: Tensor, memory_lse: Tensor, found: Tensor, memory_gate: Tensor) -> Tensor:
+    """The logits (B, H, T) with which ``fuse`` is one softmax over local and retrieved tokens together.
+
+    Let a and b be the log-sum-exps of the local and the memory scores. One softmax over both is the local output and
+    the memory output mixed with share sigmoid(b - a). So the share of a token depends on how well its query matches.
+    FoT/LongLLaMA also attend to local and memory keys at once.
+
+    Args:
+        local_lse: (B, H, T), log of the local softmax's denominator.
+        memory_lse: (B, H, T), the same over memory; -inf where nothing was ``found``.
+        memory_gate: (H,), added to the memory scores.
+    """
+    return torch.where(found, memory_lse.float(), 0.0) - local_lse.float() + memory_gate.float().view(1, -1, 1)
+
+
+class TokenGate(nn.Module):
+    """Every token decides for itself how much of each head it gives to memory.
+
+    share = sigmoid(bias + memory_lse_weight * m - local_lse_weight * l
+                    + query_vector . q + local_vector . u + memory_vector . v)
+
+    with l and m the log-sum-exps of local and memory scores, q the query without its position, u and v the two outputs.
+    Both weights 1 and all else 0 is one softmax over local and retrieved tokens (``competing``). A layer has
+    3H + 3HD numbers.
+
+    Args:
+        heads: H.
+        head_dim: D.
+        bias: where the heads' biases start, (H,) or one for all. 0 is one softmax; at -8 memory is hardly read.
+    """
+
+    def __init__(self, heads: int, head_dim: int, *, bias: Tensor | float = 0.0) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.as_tensor(bias, dtype=torch.float32).expand(heads).clone())
+        self.local_lse_weight = nn.Parameter(torch.ones(heads))
+        self.memory_lse_weight = nn.Parameter(torch.ones(heads))
+        self.query_vector = nn.Parameter(torch.zeros(heads, head_dim))
+        self.local_vector = nn.Parameter(torch.zeros(heads, head_dim))
+        self.memory_vector = nn.Parameter(torch.zeros(heads, head_dim))
+
+    def forward(
+        self,
+        queries: Tensor,
+        local_out: Tensor,
+        local_lse: Tensor,
+        memory_out: Tensor,
+        memory_lse: Tensor,
+        found: Tensor,
+    ) -> Tensor:
+        """Logits (B, H, T) for ``fuse``: position-free ``queries`` (B, H, T, D), all else as in the functions above."""
+        return (
+            self.bias.float().view(-1, 1)
+            + self.memory_lse_weight.float().view(-1, 1) * torch.where(found, memory_lse.float(), 0.0)
+            - self.local_lse_weight.float().view(-1, 1) * local_lse.float()
+            + torch.einsum("bhtd,hd->bht", queries.float(), self.query_vector.float())
+            + torch.einsum("bhtd,hd->bht", local_out.float(), self.local_vector.float())
+            + torch.einsum("bhtd,hd->bht", memory_out.float(), self.memory_vector.float())
+        )
