@@ -33,7 +33,7 @@ import httpx
 
 from benchmarks.measure import made_by
 from longmem.evaluation.results import write_json
-from longmem.server.users import new_key
+from longmem.server.requests import new_key
 
 SECRET = re.compile(r"zq\d{3}q")
 

@@ -257,11 +257,11 @@ def retrieved(arguments: list[str], folder: Path) -> None:
     """
     import torch
 
+    from longmem.chat import PlainTexts, Recall
     from longmem.data.text import TextSource, read_documents
     from longmem.data.tokens import load_tokenizer, tokenize_documents
     from longmem.evaluation.results import write_json
     from longmem.modeling.loading import load_backbone
-    from longmem.store.recall import PlainTexts, Recall
 
     parser = argparse.ArgumentParser()
     for name in ("--backbone", "--device", "--dtype", "--max-tokens", "--resamples"):

@@ -27,7 +27,7 @@ from benchmarks.measure import made_by
 from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemoryStore
 from longmem.evaluation.results import write_json
 from longmem.server.app import create_app
-from longmem.server.users import Memories
+from longmem.server.engine import Memories
 
 SAID = [{"role": "user", "content": "What is the boat called?"}]
 

@@ -23,6 +23,7 @@ from longmem.errors import (
 )
 
 if TYPE_CHECKING:
+    from longmem.chat import Recall
     from longmem.config import LongMemConfig, LongMemGenerationConfig, MemTRMConfig, TrainingFreeConfig
     from longmem.generation.page import Explanation
     from longmem.memory.bank import MemoryBank
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from longmem.modeling.baselines import MemTRM, TrainingFree
     from longmem.modeling.longmem import LongMem
     from longmem.store.bank import StoreBank
-    from longmem.store.recall import Recall
     from longmem.store.store import MemoryStore
     from longmem.types import AttentionKV, RetrievedMemory
 
@@ -69,6 +69,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "chat": ("Recall",),
     "config": ("LongMemConfig", "LongMemGenerationConfig", "MemTRMConfig", "TrainingFreeConfig"),
     "generation.page": ("Explanation",),
     "memory.bank": ("MemoryBank",),
@@ -77,7 +78,6 @@ _HOMES = {
     "modeling.baselines": ("MemTRM", "TrainingFree"),
     "modeling.longmem": ("LongMem",),
     "store.bank": ("StoreBank",),
-    "store.recall": ("Recall",),
     "store.store": ("MemoryStore",),
     "types": ("AttentionKV", "RetrievedMemory"),
 }

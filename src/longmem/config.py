@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from longmem.errors import ConfigError
+from longmem.errors import ConfigError, not_a_multiple
 
 Init = Literal["copy", "zero", "delta"]
 Trained = Literal["all", "attention"]
@@ -307,13 +307,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean X?``, or nothing."""
     like = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {like[0]}?" if like else ""
-
-
-def not_a_multiple(name: str, value: int, of: str, size: int) -> list[str]:
-    """The broken rule, if the value of ``name`` is no multiple of that of ``of``, which is ``size``."""
-    below = value - value % size
-    tries = f"{below} or {below + size}" if below else f"{size}"
-    return [f"{name} ({value}) must be a multiple of {of} ({size}); try {tries}"] if below < value else []
 
 
 def _choices(config: Any, **allowed: Any) -> list[str]:

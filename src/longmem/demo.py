@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from longmem.chat import keep, reply
+from longmem.chat import Recall, keep, reply
 from longmem.data.facts import told_session
 from longmem.data.text import Document, numbered, package_text, read_documents
 from longmem.data.tokens import tokenize_documents
@@ -22,7 +22,6 @@ from longmem.evaluation.systems import load_systems
 from longmem.generation.page import generate_explained, page, read_tokens
 from longmem.modeling.loading import default_model, shipped
 from longmem.store import MemoryStore
-from longmem.store.recall import Recall
 
 DEFAULT_TEXTS = ("http", "email")
 """Packages of the standard library; the small pair has not been trained on them."""

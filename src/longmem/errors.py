@@ -66,3 +66,10 @@ class StoreFull(StoreError):
 def first_line(problem: BaseException) -> str:
     """What a message of ours quotes of another library's error."""
     return (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+
+
+def not_a_multiple(name: str, value: int, of: str, size: int) -> list[str]:
+    """The broken rule, if the value of ``name`` is no multiple of that of ``of``, which is ``size``."""
+    below = value - value % size
+    tries = f"{below} or {below + size}" if below else f"{size}"
+    return [f"{name} ({value}) must be a multiple of {of} ({size}); try {tries}"] if below < value else []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class RetrievedMemory:
         sources: (rows, slots) long, what ``Memory.provenance`` calls the chunk in every slot, -1 at slots that stand
             for nothing; None where a chunk is called by its slot.
         periods: (rows, slots) long, when the chunk in every slot was said: larger is later, equal is together
-            (``longmem.memory.chunks.period``). None: all are equally old.
+            (see ``period``). None: all are equally old.
         memory_rows: (B,) long, the row of that memory which each batch row read; None where it is ``rows``.
         first_head: where in ``storage`` the heads of the layer that was searched begin.
         layer_heads: Hkv of that layer; None: all heads in ``storage`` are its.
@@ -115,6 +115,18 @@ class RetrievedMemory:
     def mask(self) -> Tensor:
         """(B, H, T, K) bool, True at real retrieved tokens."""
         return (torch.arange(self.chunk_size, device=self.lengths.device) < self.sizes[..., None]).flatten(3)
+
+
+PERIOD_TOKENS = 1024
+
+
+def period(document: Any, token: Any) -> Any:
+    """When something was said, a number that grows: of the ``document``-th document (0-based), its token ``token``.
+
+    What is said together is of one age: that of ten facts told in one conversation one is told last says nothing. So
+    a document, or where it is longer each ``PERIOD_TOKENS`` of it, is one period. Of integers, tensors, arrays.
+    """
+    return (document << 20) + token // PERIOD_TOKENS
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from tests.store.banks import same
 
 from longmem.errors import MemoryBankError
 from longmem.memory import ChunkOrigin, MemoryBank
-from longmem.memory.chunks import PERIOD_TOKENS
-from longmem.types import AttentionKV
+from longmem.types import PERIOD_TOKENS, AttentionKV
 
 
 def bank(rows: int = 1, capacity: int = 16, size: int = 2, **settings) -> MemoryBank:
@@ -96,8 +95,9 @@ def test_every_write_counts_as_a_new_version_and_searching_changes_nothing():
     assert memory.version == seen[-1] and not first.scores.requires_grad and not first.keys.requires_grad
 
 
-def test_what_is_known_of_chunks_does_not_pile_up():
+def test_what_is_known_of_chunks_does_not_pile_up_and_every_tensor_is_counted():
     memory = bank(capacity=4)
+    assert memory.nbytes == sum(each.nbytes for each in vars(memory).values() if isinstance(each, torch.Tensor))
     for number in range(500):
         memory.add(kv(1, 2), documents=[str(number)])
     assert len(memory.state_dict()["slots"]["runs"][0]) == 2

@@ -22,7 +22,7 @@ def text(seed: int, segments: int = 5) -> torch.Tensor:
 
 
 def test_it_holds_what_a_bank_of_the_same_segments_would_hold(model: LongMem, monkeypatch) -> None:
-    monkeypatch.setattr("longmem.memory.chunks.PERIOD_TOKENS", 8)
+    monkeypatch.setattr("longmem.types.PERIOD_TOKENS", 8)
     ids, hidden = text(0), text(1, 1)[0]
     encoded, again = EncodedText(model, ids), EncodedText(model, ids)
     queries = torch.randn(2, 4, 3, 8, generator=torch.Generator().manual_seed(2))

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from longmem.errors import MemoryBankError
 from longmem.memory import ExactIndex
-from longmem.memory.chunks import joined, mean_keys, split
-from longmem.memory.index import search_chunks
+from longmem.memory.index import joined, mean_keys, search_chunks
 from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory
 
 
@@ -56,8 +55,9 @@ class ReleasedBank:
     @torch.no_grad()
     def add(self, kv: AttentionKV) -> None:
         tokens = joined(kv, self.heads_kv, self.head_dim).float()
-        chunks = split(tokens.permute(1, 2, 0, 3, 4).flatten(2, 3)[None], self.chunk_size)[0][0]
-        count = len(chunks)
+        flat = tokens.permute(1, 2, 0, 3, 4).flatten(2, 3)
+        count = flat.shape[2] // self.chunk_size
+        chunks = flat[:, :, : count * self.chunk_size].unflatten(2, (count, self.chunk_size)).movedim(2, 0)
         self._make_room(count, 2 * tokens.shape[0] * tokens.shape[3] // self.chunk_size)
         new = slice(self.fill, self.fill + count)
         self.lengths[0, new] = self.chunk_size

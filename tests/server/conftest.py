@@ -21,7 +21,7 @@ uvicorn = pytest.importorskip("uvicorn")
 
 from longmem import LongMem, MemoryStore  # noqa: E402
 from longmem.server.app import create_app  # noqa: E402
-from longmem.server.users import new_key, read_keys  # noqa: E402
+from longmem.server.requests import new_key, read_keys  # noqa: E402
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import re
 import socket
+import sqlite3
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import httpx
 import openai
@@ -22,8 +24,9 @@ from longmem import TrainingFree
 from longmem.errors import DataError
 from longmem.generation.page import Pieces
 from longmem.server.answers import Answer
-from longmem.server.engine import Engine, Token
-from longmem.server.users import Memories
+from longmem.server.app import export, show_document
+from longmem.server.engine import Engine, Memories, Token
+from longmem.store.catalog import Catalog
 
 CHAT = "/v1/chat/completions"
 BOAT = "The boat is called Petrel. " * 20
@@ -189,6 +192,27 @@ def test_the_text_index_of_a_memory_goes_with_what_is_forgotten(tmp_path: Path) 
         memories.forget("ann/talk", "one")
         gc.collect()
         assert index() is None
+
+
+def test_what_is_forgotten_while_it_is_looked_up_is_shown_whole(tmp_path: Path) -> None:
+    def forgetting(look: Any) -> Any:
+        def looked(catalog: Catalog, *given: Any, **how: Any) -> Any:
+            found = look(catalog, *given, **how)
+            with closing(sqlite3.connect(catalog.path)) as other, other:
+                other.execute("DELETE FROM document")
+            return found
+
+        return looked
+
+    with open_small(tmp_path / "memory") as store:
+        who: Any = Mock(service=Mock(memories=Memories(store)))
+        for look, show in (
+            ("find", lambda: show_document("ann/talk", "bees", who)["text"]),
+            ("documents", lambda: export("ann/talk", who).body.decode()),
+        ):
+            store.add_document("ann/talk", "My sister keeps three bees.", name="bees")
+            with patch.object(Catalog, look, forgetting(getattr(Catalog, look))):
+                assert "three bees" in show()
 
 
 def test_metadata_is_shown_whatever_it_is_called(live: Any) -> None:

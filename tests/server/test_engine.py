@@ -13,7 +13,7 @@ import pytest
 
 from longmem.server import engine as engines
 from longmem.server.engine import Engine, Job
-from longmem.server.schemas import Refused
+from longmem.server.requests import Refused
 
 
 @pytest.fixture

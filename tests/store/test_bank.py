@@ -59,7 +59,7 @@ def fill(store: MemoryStore, namespace: str = "alice", documents: list[tuple[str
 def test_a_store_is_searched_and_read_as_a_memory_bank_to_the_last_bit(
     tmp_path: Path, name: str, layers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longmem.memory.chunks.PERIOD_TOKENS", 8)  # so that documents are longer
+    monkeypatch.setattr("longmem.types.PERIOD_TOKENS", 8)  # so that documents are longer
     model = make_model(name, memory_layers=layers)
     model.config.recency = 2.0
     with make_store(tmp_path / "memory", model) as store, make_store(tmp_path / "int8", model, dtype="int8") as small:

@@ -11,6 +11,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import pytest
 import torch
 from tests.store.small import open_small, quick_folder, state_of, words
 
-from longmem.errors import StoreFull
+from longmem.errors import StoreFull, StoreLocked
 from longmem.store import MemoryStore, NewDocument, disk
 
 Act = Callable[[MemoryStore], object]
@@ -201,6 +202,19 @@ def test_a_disk_that_takes_a_part_of_a_write_leaves_the_store_as_it_was(tmp_path
         assert state_of(store) == before and store.verify().clean
         assert [path.stat().st_size for path in sorted(store.path.glob("*.bin"))] == sizes
         assert store.add_document("alice", words(7, 700), name="new").status == "added"
+
+
+def test_a_forked_child_neither_gives_up_its_parents_lock_nor_keeps_it(tmp_path: Path) -> None:
+    reading, told = os.pipe()
+    with ExitStack() as ends:
+        ends.enter_context(disk.writer_lock(tmp_path))
+        assert status(forked(ends.close)) == 0
+        with pytest.raises(StoreLocked), disk.writer_lock(tmp_path):
+            pass
+        child = forked(partial(os.read, reading, 1))  # lives on, with the file open
+    with disk.writer_lock(tmp_path):
+        os.write(told, b"x")
+    assert status(child) == 0
 
 
 # a long life with kills at random moments

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from tests.store.small import open_small
 
+from longmem.chat import PlainTexts, Recall, passages
 from longmem.store import MemoryStore
-from longmem.store.recall import PlainTexts, Recall, passages
 
 
 @pytest.fixture
@@ -83,6 +85,19 @@ def test_what_is_forgotten_or_changed_is_noticed(notes: MemoryStore) -> None:
     assert not recall.search("Petrel") and recall.search("Heron")
     notes.forget("ann", name="monday")
     assert not recall.search("Heron")
+
+
+def test_documents_are_read_again_only_after_a_change_or_when_one_expires(notes: MemoryStore) -> None:
+    later = time.time() + 60
+    notes.add_document("ann", "The boat is sold.", name="soon", expires=later)
+    recall = Recall(notes, "ann")
+    with patch.object(notes, "documents", wraps=notes.documents) as read:
+        for _ in range(3):
+            assert recall.search("sold")
+        assert read.call_count == 1
+        with patch("time.time", lambda: later):
+            assert not recall.search("sold") and not recall.search("sold")
+        assert read.call_count == 2
 
 
 def test_long_lines_are_cut_and_nothing_is_lost() -> None:

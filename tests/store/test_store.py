@@ -66,8 +66,11 @@ def test_a_second_writer_is_refused_by_name(store: MemoryStore) -> None:
         reader.add_document("alice", "text", name="a")
     store.close()
     left = open_small(store.path)
-    del left  # one that nobody closed holds the lock no longer than it lives
+    connection = left.catalog._db
+    del left  # one that nobody closed holds lock and connection no longer than it lives
     open_small(store.path).close()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        connection.execute("SELECT 1")
 
 
 @pytest.mark.parametrize(

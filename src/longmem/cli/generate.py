@@ -17,8 +17,8 @@ from longmem.errors import DataError, StoreError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from longmem.chat import RecalledPassage
     from longmem.generation.page import ReadToken
-    from longmem.store.recall import RecalledPassage
 
 QUERY_WORDS = 60
 
@@ -178,7 +178,7 @@ def _load(name: str, asked: dict[str, Any]) -> tuple[Any, Any]:
 
 def _recalled(store: Any, prompt: str, tokenizer: Any, asked: dict[str, Any]) -> tuple[str, list[RecalledPassage]]:
     """Passages that share words with the prompt, as text and by themselves."""
-    from longmem.store.recall import Recall
+    from longmem.chat import Recall
 
     if not asked["recall"]:
         return "", []

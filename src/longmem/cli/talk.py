@@ -65,8 +65,7 @@ class _Talk:
     """A conversation: its messages, and the document that keeps them, unless it is not to be kept."""
 
     def __init__(self, store: MemoryStore, namespace: str, given: dict[str, Any]) -> None:
-        from longmem.chat import conversation_name
-        from longmem.store.recall import Recall
+        from longmem.chat import Recall, conversation_name
 
         self.store, self.namespace = store, namespace
         self.name = None if given["no_keep"] else conversation_name()
@@ -159,8 +158,8 @@ def serve(host: str, port: int, keys: Path | None, new_key: str | None, **given:
     import uvicorn
 
     from longmem.server.app import create_app
-    from longmem.server.users import new_key as make_key
-    from longmem.server.users import read_keys
+    from longmem.server.requests import new_key as make_key
+    from longmem.server.requests import read_keys
 
     if new_key is not None:
         if keys is None:

@@ -12,18 +12,24 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from longmem.errors import ConfigError, MemoryBankError
-from longmem.memory.chunks import joined, mean_keys, period, refuse_unfit, split
-from longmem.memory.index import Index, make_indexes, rows_of, search_chunks
-from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory
+from longmem.errors import ConfigError, MemoryBankError, not_a_multiple
+from longmem.memory.index import Index, joined, make_indexes, mean_keys, refuse_overflow, rows_of, search_chunks
+from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory, period
 
-Run = tuple[int, str | None, int, float]
-"""Chunks written together: number of the first one, document, its first token there, time of writing."""
+
+class Run(NamedTuple):
+    """Chunks written together."""
+
+    first: int  # number of the first one
+    document: str | None
+    token: int  # where in the document it begins
+    time: float  # of writing
+    ordinal: int  # how many documents the row has had before this one
 
 
 @dataclass
@@ -66,7 +72,7 @@ class MemoryBank:
         keys: (rows, n*Hkv, slots, D), mean key of each chunk.
         lengths: (rows, slots + 1) long, real tokens in each chunk; 0 where a slot is not in use.
         numbers: (rows, slots + 1) long, of the chunk in each slot; -1 of none.
-        periods: (rows, slots + 1) long, when it was said, see ``longmem.memory.chunks.period``; -1 of none.
+        periods: (rows, slots + 1) long, when it was said, see ``longmem.types.period``; -1 of none.
 
     Raises:
         ConfigError: lists every setting that breaks a rule.
@@ -87,13 +93,10 @@ class MemoryBank:
         index: str | Index = "exact",
     ) -> None:
         sizes = {"rows": rows, "heads_kv": heads_kv, "head_dim": head_dim, "chunk_size": chunk_size}
+        sizes["capacity_tokens"] = capacity_tokens
         problems = [f"{name} ({value}) must be at least 1" for name, value in sizes.items() if value < 1]
-        if chunk_size >= 1 and (capacity_tokens < chunk_size or capacity_tokens % chunk_size):
-            below = capacity_tokens // chunk_size * chunk_size
-            problems.append(
-                f"capacity_tokens ({capacity_tokens}) must be a multiple of chunk_size ({chunk_size}); try "
-                f"{f'{below} or ' if below else ''}{below + chunk_size}"
-            )
+        if chunk_size >= 1:
+            problems += not_a_multiple("capacity_tokens", capacity_tokens, "chunk_size", chunk_size)
         if memory_layers is not None and (not memory_layers or list(memory_layers) != sorted(set(memory_layers))):
             problems.append(f"memory_layers ({list(memory_layers)}) must name each layer once, ascending")
         if problems:
@@ -115,7 +118,6 @@ class MemoryBank:
         self.lengths = torch.zeros(rows, slots + 1, dtype=torch.long, device=self.device)
         self.numbers = torch.full_like(self.lengths, -1)
         self.periods = torch.full_like(self.lengths, -1)
-        self._documents = [0] * rows  # how many each row has had before the one that it is in
         self._written = [0] * rows  # chunks that each row was ever given; the next chunk's number
         self._runs: list[list[Run]] = [[] for _ in range(rows)]  # of the chunks that are still there, oldest first
         self._indexes = make_indexes(index, self.layers)
@@ -165,7 +167,8 @@ class MemoryBank:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors on the device."""
-        return sum(each.nbytes for each in (self.storage, self.keys, self.lengths, self._tail))
+        tensors = (self.storage, self.keys, self.lengths, self.numbers, self.periods, self._tail)
+        return sum(each.nbytes for each in tensors)
 
     def search(
         self, queries: Tensor, num_chunks: int, rows: Tensor | None = None, *, layer: int = 0
@@ -189,9 +192,9 @@ class MemoryBank:
             there = f"it holds {first} to {end - 1}" if end else "it is empty"
             raise MemoryBankError(f"chunk ({chunk}) is not in row {row}; {there}")
         runs = self._runs[row]
-        begin, document, token, time = runs[bisect_right(runs, chunk, key=itemgetter(0)) - 1]
-        start = token + (chunk - begin) * self.chunk_size
-        return ChunkOrigin(document, start, int(self.lengths[row, chunk % self._slots]), chunk, time)
+        run = runs[bisect_right(runs, chunk, key=itemgetter(0)) - 1]
+        start = run.token + (chunk - run.first) * self.chunk_size
+        return ChunkOrigin(run.document, start, int(self.lengths[row, chunk % self._slots]), chunk, run.time)
 
     def run(self, start: int, stop: int) -> MemoryBank:
         """The chunks in slots ``start`` to ``stop`` of full rows as a bank of its own, in the same storage.
@@ -204,7 +207,7 @@ class MemoryBank:
         part.keys = self.keys[:, :, start:stop]
         part.numbers = torch.arange(part._slots, device=self.device).repeat(self.rows, 1)
         part.periods = period(0, part.numbers * self.chunk_size)
-        part._written, part._runs = [part._slots] * self.rows, [[(0, None, 0, 0.0)] for _ in range(self.rows)]
+        part._written, part._runs = [part._slots] * self.rows, [[Run(0, None, 0, 0.0, 0)] for _ in range(self.rows)]
         return part
 
     # writing
@@ -241,7 +244,7 @@ class MemoryBank:
                 raise MemoryBankError(f"{name} ({len(given)} entries) must have one per row written ({len(lanes)})")
         if len(set(lanes)) != len(lanes):
             raise MemoryBankError(f"rows ({lanes}) must name each row once")
-        refuse_unfit(pair, kv.mask, self.storage.dtype, self.chunk_size)
+        refuse_overflow(pair, kv.mask, self.storage.dtype, self.chunk_size)
         pair = pair.to(device=self.device, dtype=self._tail.dtype)
         mask = None if kv.mask is None or bool(kv.mask.all()) else kv.mask.to(self.device, torch.bool)
         now = clock.time() if time is None else time
@@ -269,7 +272,7 @@ class MemoryBank:
         """Empty these rows (default: all)."""
         for row in rows_of(rows, None, self.rows, "rows"):
             self._lanes[row] = _Lane()
-            self._written[row], self._runs[row], self._documents[row] = 0, [], 0
+            self._written[row], self._runs[row] = 0, []
             self.lengths[row], self.numbers[row], self.periods[row] = 0, -1, -1
             for index in self._indexes:
                 index.cleared(row)
@@ -285,7 +288,7 @@ class MemoryBank:
             "keys": self.keys[:, :, :used].clone(),
             "lengths": self.lengths[:, :used].clone(),
             "written": list(self._written),
-            "runs": [list(runs) for runs in self._runs],
+            "runs": [[run[:4] for run in runs] for runs in self._runs],  # ordinals follow from the order
         }
         return {
             "settings": self._settings(),
@@ -339,16 +342,16 @@ class MemoryBank:
         self.keys[:, :, :used].copy_(state["keys"])
         self.lengths[:, :used].copy_(state["lengths"])
         self._written = list(state["written"])
-        if "ledger" in state:
-            self._runs = [self._runs_of(state["ledger"], row) for row in range(self.rows)]
-        else:
-            self._runs = [list(runs) for runs in state["runs"]]
-        self._documents = [0] * self.rows
-        for row, runs in enumerate(self._runs):
-            for index, end in enumerate([*(run[0] for run in runs), self._written[row]][1:]):
-                self._number(row, index, end)
+        for row in range(self.rows):
+            saved = self._runs_of(state["ledger"], row) if "ledger" in state else state["runs"][row]
+            self._runs[row] = []
+            for run in saved:
+                self._begin_run(row, *run)
+            ends = [*(run.first for run in self._runs[row][1:]), self._written[row]]
+            for run, end in zip(self._runs[row], ends, strict=False):  # a row without runs has an end, too
+                self._number(row, run, end)
 
-    def _runs_of(self, table: dict[str, Any], row: int) -> list[Run]:
+    def _runs_of(self, table: dict[str, Any], row: int) -> list[tuple[int, str | None, int, float]]:
         """A run for every chunk of a table of version 0.1: document, start, number and time of each slot."""
         spelled = {number: name for name, number in table["names"].items()}
         columns = (table[name][row, : self._live(row)].tolist() for name in ("number", "document", "start", "time"))
@@ -364,12 +367,15 @@ class MemoryBank:
     def _append(self, row: int, tokens: Tensor, now: float) -> None:
         """Put tokens (n*Hkv, 2, t, D) behind what waits in a row, and store all whole chunks."""
         lane = self._lanes[row]
-        chunks, rest = split(torch.cat((self._tail[row, :, :, : lane.waiting], tokens), dim=2), self.chunk_size)
-        if len(chunks):
-            self._write(row, chunks, torch.full((len(chunks),), self.chunk_size), now)
+        together = torch.cat((self._tail[row, :, :, : lane.waiting], tokens), dim=2)
+        count, rest = divmod(together.shape[2], self.chunk_size)
+        whole = count * self.chunk_size
+        if count:
+            chunks = together[:, :, :whole].unflatten(2, (count, self.chunk_size)).movedim(2, 0)
+            self._write(row, chunks, torch.full((count,), self.chunk_size), now)
         lane.next_token += tokens.shape[2]
-        lane.waiting = rest.shape[2]
-        self._tail[row, :, :, : lane.waiting] = rest
+        lane.waiting = rest
+        self._tail[row, :, :, :rest] = together[:, :, whole:]
 
     def _close_tail(self, row: int, now: float) -> None:
         """Store what waits in a row as one short chunk."""
@@ -383,12 +389,12 @@ class MemoryBank:
     def _write(self, row: int, chunks: Tensor, lengths: Tensor, now: float) -> None:
         """Store chunks (m, n*Hkv, 2, S, D) that begin with what waits in a row; of more than fit, the newest stay."""
         lane, runs = self._lanes[row], self._runs[row]
-        runs.append((self._written[row], lane.document, lane.next_token - lane.waiting, now))
+        run = self._begin_run(row, self._written[row], lane.document, lane.next_token - lane.waiting, now)
         self._written[row] += len(chunks)
         # let go of runs whose last chunk is overwritten
         oldest = self._written[row] - self._slots
         del runs[: max(0, bisect_right(runs, oldest, key=itemgetter(0)) - 1)]
-        slots = self._number(row, len(runs) - 1, self._written[row])
+        slots = self._number(row, run, self._written[row])
         chunks, lengths = chunks[-len(slots) :], lengths[-len(slots) :].to(self.device)
         self.lengths[row][slots] = lengths
         self.storage[row][slots] = chunks.to(self.storage.dtype)
@@ -396,17 +402,21 @@ class MemoryBank:
         for index in self._indexes:
             index.written(row, slots)
 
-    def _number(self, row: int, index: int, end: int) -> Tensor:
+    def _begin_run(self, row: int, first: int, document: str | None, token: int, time: float) -> Run:
+        """Append a run; another name than before, or a text that begins again, is another document."""
+        runs, ordinal = self._runs[row], 0
+        if runs:
+            last = runs[-1]
+            ordinal = last.ordinal + (document != last.document or token <= last.token)
+        runs.append(Run(first, document, token, time, ordinal))
+        return runs[-1]
+
+    def _number(self, row: int, run: Run, end: int) -> Tensor:
         """Write numbers and periods of a run's chunks that are there, up to chunk ``end``; returns their slots."""
-        runs = self._runs[row]
-        begin, document, token, _ = runs[index]
-        if index:  # another name, or a text that begins again
-            _, last, before, _ = runs[index - 1]
-            self._documents[row] += document != last or token <= before
-        numbers = torch.arange(max(begin, self._written[row] - self._slots), end, device=self.device)
+        numbers = torch.arange(max(run.first, self._written[row] - self._slots), end, device=self.device)
         slots = numbers % self._slots
-        tokens = token + (numbers - begin) * self.chunk_size
-        self.numbers[row][slots], self.periods[row][slots] = numbers, period(self._documents[row], tokens)
+        tokens = run.token + (numbers - run.first) * self.chunk_size
+        self.numbers[row][slots], self.periods[row][slots] = numbers, period(run.ordinal, tokens)
         return slots
 
     def _settings(self) -> dict[str, Any]:

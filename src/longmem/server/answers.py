@@ -14,15 +14,13 @@ from typing import Any, ClassVar
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from longmem.chat import Message, Prompt, chat_prompt, conversation_name, stop_words, transcript
+from longmem.chat import Message, Prompt, RecalledPassage, chat_prompt, conversation_name, stop_words, transcript
 from longmem.errors import DataError
 from longmem.generation.page import Pieces, Readings, read_tokens, without_memory
 from longmem.generation.window import positions
-from longmem.server.engine import Engine, Job, Token
-from longmem.server.schemas import ChatRequest, Refused
-from longmem.server.users import Memories
+from longmem.server.engine import Engine, Job, Memories, Token
+from longmem.server.requests import ChatRequest, Refused
 from longmem.store import Receipt
-from longmem.store.recall import RecalledPassage
 
 ANSWER_TOKENS = (256, 1024)
 """What is left of the window, but at least and at most these: of an answer that asks for no number."""

@@ -25,10 +25,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from longmem import __version__
 from longmem.data.tokens import start_tokens
 from longmem.errors import LongMemError
-from longmem.server import schemas
+from longmem.server import requests
 from longmem.server.answers import Answer, Chat, Completion, ModelResponse, Service
-from longmem.server.schemas import Refused, error
-from longmem.server.users import RESPONSES, owner_of
+from longmem.server.engine import RESPONSES
+from longmem.server.requests import Refused, error, owner_of
 from longmem.store import DocumentInfo, MemoryStore, Receipt
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ def create_app(
     Args:
         model, tokenizer: any model of ours, in eval mode, and what its backbone reads with.
         store: a ``MemoryStore`` opened for writing with both; closed when the app shuts down.
-        keys: see ``users.owner_of``.
+        keys: see ``requests.owner_of``.
         name: by which the model is listed.
         most_waiting: requests that may wait for the model; one more gets 429.
         rows: answers that are generated together at most.
@@ -83,7 +83,7 @@ def create_app(
 
     app = FastAPI(title="LongMem", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
     app.state.service = service
-    app.add_middleware(Limits, anybody=not keys, requests=service.requests)
+    app.add_middleware(Limits, anybody=not keys, counts=service.requests)
     # starlette looks for the nearest class, and raises again what only ``Exception`` is for
     for kind in (HTTPException, RequestValidationError, LongMemError, TimeoutError, Exception):
         app.add_exception_handler(kind, failed)
@@ -97,17 +97,17 @@ class Limits:
     Args:
         anybody: no keys are asked for; then only names of this machine are answered, so that no page of another site
             can reach the server through a name of its own (DNS rebinding).
-        requests: counts answers by path and status.
+        counts: of answers, by path and status.
     """
 
-    def __init__(self, app: ASGIApp, *, anybody: bool, requests: Counter) -> None:
-        self.app, self.anybody, self.requests = app, anybody, requests
+    def __init__(self, app: ASGIApp, *, anybody: bool, counts: Counter) -> None:
+        self.app, self.anybody, self.counts = app, anybody, counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 route = getattr(scope.get("route"), "path", "other")
-                self.requests.labels(route, message["status"]).inc()
+                self.counts.labels(route, message["status"]).inc()
                 if not scope["path"].startswith("/docs"):
                     MutableHeaders(scope=message).update(SECURITY)
             await send(message)
@@ -153,11 +153,11 @@ def own_memory(who: Who, memory: str) -> str:
 
 
 Mine = Annotated[str, Depends(own_memory)]
-MemoryHeader = Annotated[str | None, Header(alias="X-Memory-Id", pattern=f"^{schemas.NAME}$")]
-ResponseId = Annotated[str, PathParameter(pattern=schemas.RESPONSE)]
+MemoryHeader = Annotated[str | None, Header(alias="X-Memory-Id", pattern=f"^{requests.NAME}$")]
+ResponseId = Annotated[str, PathParameter(pattern=requests.RESPONSE)]
 
 
-async def named_memory(who: Caller, body: schemas.GenerationRequest, header: str | None) -> str | None:
+async def named_memory(who: Caller, body: requests.GenerationRequest, header: str | None) -> str | None:
     """The namespace of the memory that a request names; without a name it has none, never a shared one."""
     named = body.memory_id or header
     if named is not None:
@@ -171,7 +171,7 @@ async def named_memory(who: Caller, body: schemas.GenerationRequest, header: str
 
 
 @routes.post("/v1/chat/completions")
-async def chat(body: schemas.ChatRequest, who: Who, x_memory_id: MemoryHeader = None) -> Response:
+async def chat(body: requests.ChatRequest, who: Who, x_memory_id: MemoryHeader = None) -> Response:
     """Answer a conversation, reading the memory that ``memory_id`` or ``X-Memory-Id`` names."""
     memory = await named_memory(who, body, x_memory_id)
     messages = [message.plain for message in body.messages]
@@ -181,7 +181,7 @@ async def chat(body: schemas.ChatRequest, who: Who, x_memory_id: MemoryHeader = 
 
 
 @routes.post("/v1/completions")
-async def complete(body: schemas.CompletionRequest, who: Who, x_memory_id: MemoryHeader = None) -> Response:
+async def complete(body: requests.CompletionRequest, who: Who, x_memory_id: MemoryHeader = None) -> Response:
     """Continue one prompt or several, reading the memory that ``memory_id`` or ``X-Memory-Id`` names."""
     memory = await named_memory(who, body, x_memory_id)
     most, made = body.max_tokens or COMPLETION_TOKENS, list[Answer]()
@@ -194,7 +194,7 @@ async def complete(body: schemas.CompletionRequest, who: Who, x_memory_id: Memor
 
 
 @routes.post("/v1/responses")
-async def respond(body: schemas.ResponsesRequest, who: Who, x_memory_id: MemoryHeader = None) -> Response:
+async def respond(body: requests.ResponsesRequest, who: Who, x_memory_id: MemoryHeader = None) -> Response:
     """Answer, going on from ``previous_response_id``; what is said is a document of the memory."""
     memory = await named_memory(who, body, x_memory_id)
     place = memory or f"{who.owner}/{RESPONSES}"
@@ -288,7 +288,7 @@ def list_memories(who: Who) -> Any:
 
 
 @routes.post("/v1/memories", status_code=201)
-def create_memory(body: schemas.NewMemory, who: Who) -> Any:
+def create_memory(body: requests.NewMemory, who: Who) -> Any:
     """Make an empty memory of your own."""
     return who.service.memories.shown(who.service.memories.create(who.owner, body.id))
 
@@ -308,7 +308,7 @@ async def forget_memory(memory: Mine, who: Who) -> Any:
 
 
 @routes.post("/v1/memories/{memory}/documents", status_code=201)
-async def add_document(memory: Mine, body: schemas.NewText, who: Who) -> Any:
+async def add_document(memory: Mine, body: requests.NewText, who: Who) -> Any:
     """Add a text; when this is answered it is on the disk."""
     receipt = await who.service.add(memory, body.model_dump(exclude_defaults=True))
     return receipt_card(receipt)
@@ -318,7 +318,7 @@ async def add_document(memory: Mine, body: schemas.NewText, who: Who) -> Any:
 async def add_file(memory: Mine, file: UploadFile, who: Who) -> Any:
     """Add the texts of a file: .txt, .md, .rst, .tex, .py, or .jsonl with a field text."""
     receipts = list[Receipt]()
-    for name, text in await asyncio.to_thread(schemas.texts_of, file.filename or "", await file.read()):
+    for name, text in await asyncio.to_thread(requests.texts_of, file.filename or "", await file.read()):
         # what was begun is not refused halfway because the queue is full
         receipts.append(await who.service.add(memory, {"name": name, "text": text}, follows=bool(receipts)))
     return {"object": "list", "data": [receipt_card(receipt) for receipt in receipts]}
@@ -327,8 +327,10 @@ async def add_file(memory: Mine, file: UploadFile, who: Who) -> Any:
 @routes.get("/v1/memories/{memory}/documents/{document:path}")
 def show_document(memory: Mine, document: str, who: Who) -> Any:
     """A document with its text."""
-    info = who.service.memories.document(memory, document)
-    return {**document_card(info), "text": who.service.memories.store.text(memory, info.name)}
+    store = who.service.memories.store
+    with store.catalog.read():  # of one moment: it may be forgotten meanwhile
+        info = who.service.memories.document(memory, document)
+        return {**document_card(info), "text": store.text(memory, info.name)}
 
 
 @routes.delete("/v1/memories/{memory}/documents/{document:path}")
@@ -339,7 +341,7 @@ async def forget_document(memory: Mine, document: str, who: Who) -> Any:
 
 
 @routes.post("/v1/memories/{memory}/search")
-def search(memory: Mine, body: schemas.SearchRequest, who: Who) -> Any:
+def search(memory: Mine, body: requests.SearchRequest, who: Who) -> Any:
     """Passages that share words with a query, best first."""
     found = who.service.memories.recall(memory).search(body.query, body.top)
     return {"object": "list", "data": [vars(passage) for passage in found]}
@@ -348,12 +350,11 @@ def search(memory: Mine, body: schemas.SearchRequest, who: Who) -> Any:
 @routes.get("/v1/memories/{memory}/export")
 def export(memory: Mine, who: Who) -> Response:
     """All documents with their texts, as JSON lines that ``longmem memory add`` reads."""
-    store = who.service.memories.store
-    records = (
-        {"id": info.name, "text": store.text(memory, info.name), "metadata": info.metadata}
-        for info in store.documents(memory)
-    )
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    tokenizer, lines = who.service.tokenizer, ""
+    with who.service.memories.store.catalog.apart() as moment:
+        for info in moment.documents(memory):
+            text = moment.whole(info).spelled(tokenizer)
+            lines += json.dumps({"id": info.name, "text": text, "metadata": info.metadata}, ensure_ascii=False) + "\n"
     return PlainTextResponse(lines, media_type="application/x-ndjson")
 
 
@@ -370,7 +371,7 @@ def receipt_card(receipt: Receipt) -> dict[str, Any]:
 def document_card(info: DocumentInfo) -> dict[str, Any]:
     """A document without its text; the metadata of a stored response is its own record."""
     about = {key: getattr(info, key) for key in ("name", "tokens", "chunks", "added", "revision")}
-    metadata = {} if re.fullmatch(schemas.RESPONSE, info.name) else info.metadata
+    metadata = {} if re.fullmatch(requests.RESPONSE, info.name) else info.metadata
     return {"object": "document", **about, "metadata": metadata}
 
 

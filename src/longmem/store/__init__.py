@@ -1,8 +1,8 @@
 """Memory that lasts: documents as attention keys and values on disk, in many namespaces, deletable.
 
 ``MemoryStore`` (``store.py``) is the outside. Its parts share the ``catalog`` (SQLite, and the data files) and the
-``encode``r. ``adding`` and ``upkeep`` (compact, verify, export, import) change it; ``bank`` is searched, and ``recall``
-searches texts by their words. docs/memory-format.md describes every byte.
+``encode``r. ``adding`` and ``upkeep`` (compact, verify, export, import) change it; ``bank`` is searched.
+docs/memory-format.md describes every byte.
 """
 
 from longmem.store.adding import Receipt

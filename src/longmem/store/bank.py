@@ -24,13 +24,12 @@ from torch import Tensor
 
 from longmem.errors import ConfigError, MemoryBankError, StoreError
 from longmem.memory.bank import MemoryBank
-from longmem.memory.chunks import period
 from longmem.memory.index import Index, make_indexes, rows_of, search_chunks
 from longmem.memory.session import SessionMemory
 from longmem.store.catalog import Catalog, DocumentInfo, Selection
 from longmem.store.disk import Numbers, StoredChunks, until_found
 from longmem.store.encode import NewDocument, composed
-from longmem.types import ChunkOrigin, RetrievedMemory
+from longmem.types import ChunkOrigin, RetrievedMemory, period
 
 
 @dataclass(frozen=True)
@@ -354,7 +353,7 @@ class Held:
         return np.flatnonzero(self.records >= 0)
 
     def periods(self, chunks: Numbers) -> Numbers:
-        """When chunks were said, see ``longmem.memory.chunks.period``."""
+        """When chunks were said, see ``longmem.types.period``."""
         at = np.searchsorted(self.begins, chunks, side="right") - 1
         said: Numbers = period(at, (chunks - self.begins[at]) * self.size)
         return said

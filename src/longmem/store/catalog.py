@@ -12,6 +12,7 @@ import os
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -173,7 +174,8 @@ class Catalog:
             if writable:  # data files that the catalog does not name are of a compact that was interrupted
                 named = paths_of(folder, self.meta("generation"))
                 self.remove(path for path in folder.glob("k*-*.bin") if path not in named)
-            self._ends = ends.pop_all()
+            # also what nobody closed gives lock and connection back when it is collected
+            self._end = weakref.finalize(self, ends.pop_all().close)
 
     def _connect(self, create: bool = False) -> sqlite3.Connection:
         how = "mode=rwc" if create else "mode=rw" if self.writable else "mode=ro"
@@ -226,11 +228,12 @@ class Catalog:
 
     def close(self) -> None:
         """Close; a writer empties the write-ahead log if no reader needs it."""
-        with self._changing, self._guard, self._ends:
+        with self._changing, self._guard:
             if self.writable:
                 with suppress(StoreError):  # the log itself is durable
                     self.empty_log(0.0)
             self._db.close()  # the connection of this moment need not be the first
+            self._end()
 
     # states and transactions
 

@@ -34,7 +34,7 @@ from torch.nn import functional
 
 from longmem.errors import StoreDamaged, StoreError, StoreFull, StoreLocked
 from longmem.files import to_disk
-from longmem.memory.chunks import mean_keys
+from longmem.memory.index import mean_keys
 
 Dtype = Literal["float32", "float16", "bfloat16", "int8"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}

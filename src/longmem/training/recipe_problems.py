@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from longmem.config import nearest, not_a_multiple
-from longmem.errors import ConfigError
+from longmem.config import nearest
+from longmem.errors import ConfigError, not_a_multiple
 
 CONFLICTS = (
     ("data.valid", "data.held_out", "keep one of them"),

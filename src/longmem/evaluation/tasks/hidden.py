@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from longmem.chat import PlainTexts, Recall
 from longmem.data.facts import KINDS, OPTIONS, draw_facts
 from longmem.data.text import HELD_OUT, TextSource, package_text, packages, read_documents
 from longmem.errors import ConfigError, DataError
@@ -25,7 +26,6 @@ from longmem.evaluation.results import Json
 from longmem.evaluation.tasks import Example, Metric, Task, digest_of
 from longmem.memory.session import EncodedText
 from longmem.progress import Progress
-from longmem.store.recall import PlainTexts, Recall
 from longmem.types import Memory
 
 

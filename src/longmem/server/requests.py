@@ -1,15 +1,18 @@
-"""What requests may hold, and how they are refused.
+"""What requests may hold, whose key they carry, and how they are refused.
 
 Fields that are not known here are passed over, as the OpenAI API does.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import io
 import json
 import logging
 import re
-from pathlib import PurePosixPath
+import secrets
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
@@ -18,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, Field, StringConstraints, field
 from starlette.exceptions import HTTPException
 
 from longmem.data.text import TEXT_SUFFIXES, read_stream
-from longmem.errors import DataError, LongMemError, StoreFull, StoreLocked
+from longmem.errors import ConfigError, DataError, LongMemError, StoreFull, StoreLocked
 
 LOG = logging.getLogger(__name__)
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -194,6 +197,60 @@ def texts_of(filename: str, data: bytes) -> list[tuple[str, str]]:
         said = "the file holds no text in UTF-8, or a line of it is no JSON object with a field text"
         raise Refused(400, said, param="file") from None
     return [(name if each.line is None else f"{name}:{each.line}", each.text) for each in found]
+
+
+# keys
+
+
+def read_keys(file: Path) -> dict[str, str]:
+    """SHA-256 hashes of keys in hexadecimal, by their names, from a file of lines ``name hash``.
+
+    Raises:
+        ConfigError: no file, no key, or a line that is none.
+    """
+    if not file.is_file():
+        raise ConfigError(f"{file}: there is no such file; make it with longmem serve --keys {file} --new-key NAME")
+    found: dict[str, str] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = re.fullmatch(rf"({NAME})\s+([0-9a-f]{{64}})", line.strip())
+        if match is None:
+            raise ConfigError(f"{file}:{number}: a line is a name and a hash, as longmem serve --new-key writes it")
+        found[match[1]] = match[2]
+    if not found:
+        raise ConfigError(f"{file}: no key in it; make one with longmem serve --keys {file} --new-key NAME")
+    return found
+
+
+def owner_of(keys: dict[str, str], authorization: str | None) -> str:
+    """Whose key an ``Authorization: Bearer KEY`` carries; memories belong to the name of the key that made them.
+
+    Without ``keys`` (see ``read_keys``) everybody is let in, as one owner.
+    """
+    if not keys:
+        return "local"
+    scheme, _, key = (authorization or "").partition(" ")
+    given = hashlib.sha256(key.strip().encode()).hexdigest() if scheme.lower() == "bearer" else ""
+    # all of them are compared, so that the time tells nothing
+    found = [name for name, digest in keys.items() if hmac.compare_digest(given, digest)]
+    if not found:
+        raise Refused(401, "no valid API key; send Authorization: Bearer KEY", code="invalid_api_key")
+    return found[0]
+
+
+def new_key(file: Path, name: str) -> str:
+    """Make a key, append its hash to the file, and return the key: nothing else ever shows it."""
+    if re.fullmatch(NAME, name) is None:
+        raise ConfigError(f"{name!r} is no name for a key; use letters, digits, '.', '_' and '-', at most 64")
+    if file.exists() and name in read_keys(file):
+        raise ConfigError(f"{file} has a key named {name}; remove its line, or choose another name")
+    key = f"lm-{secrets.token_urlsafe(32)}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch(mode=0o600)
+    with file.open("a", encoding="utf-8") as out:
+        out.write(f"{name} {hashlib.sha256(key.encode()).hexdigest()}\n")
+    return key
 
 
 # refusals
