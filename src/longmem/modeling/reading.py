@@ -1,8 +1,7 @@
 """Memory inside an attention layer: search before it runs, fuse before its output projection.
 
 ``MemoryReader`` has these steps in one layer: ``search`` looks up chunks and attends to them, the layer's own local
-attention runs, ``fuse`` mixes both, by the formula at the end of this file. ``Reading`` is what one call of the model
-knows and finds.
+attention runs, ``fuse`` mixes both, by the formula below it. ``Reading`` is what one call of the model knows and finds.
 
 B rows · H heads · T tokens · D head_dim · R chunks per token and head
 """
@@ -63,8 +62,6 @@ class Reading:
         recency: see ``memory_attention``.
         explain: whether each layer also keeps how its attention was divided among chunks.
         reads: what each layer read, by the place of its memory layer among the memory layers.
-        fuse: of the layer that is running, from its search until its local heads are there: takes them and a function
-            of their log-sum-exp, see ``MemoryReader.fuse``.
     """
 
     memory: Memory
@@ -73,7 +70,6 @@ class Reading:
     recency: float = 0.0
     explain: bool = False
     reads: dict[int, LayerRead] = field(default_factory=dict)
-    fuse: Callable[[Tensor, Callable[[], Tensor] | None], Tensor] | None = None
 
     @classmethod
     def of(cls, model: Any, memory: Memory | None, rows: Tensor | None, explain: bool) -> Reading | None:
@@ -138,7 +134,7 @@ class MemoryReader:
         attention.register_forward_pre_hook(self.search, with_kwargs=True)
         name = type(attention).__name__
         if name not in ADAPTERS:  # it uses transformers' attention interface, where its local heads and scores are
-            _fuse_in_interface(attention)
+            _fuse_in_interface(attention, self)
         elif fusion != "gate":
             raise BackboneError(
                 f'fusion "{fusion}" needs the local scores, which {name} does not give; use fusion "gate"'
@@ -162,15 +158,15 @@ class MemoryReader:
             recency=reading.recency,
             explain=reading.explain,
         )
-        read = reading.reads[self.place] = LayerRead(self.layer, qkv.queries, retrieved, memory)
-        reading.fuse = functools.partial(self.fuse, read)
+        reading.reads[self.place] = LayerRead(self.layer, qkv.queries, retrieved, memory)
 
-    def fuse(self, read: LayerRead, local_out: Tensor, lse: Callable[[], Tensor] | None) -> Tensor:
+    def fuse(self, reading: Reading, local_out: Tensor, lse: Callable[[], Tensor] | None) -> Tensor:
         """When the local heads (B, H, T, D) are there: mix in what was found.
 
         Args:
             lse: computes the log-sum-exp (B, H, T) of the local scores; None where the family does not give them.
         """
+        read = reading.reads[self.place]
         memory, gate = read.memory, self.owner.memory_gate.view(-1, self.num_heads)[self.place]
         if self.fusion == "gate":
             logits = gate.float().view(1, -1, 1)
@@ -185,51 +181,10 @@ class MemoryReader:
 
     def _before_projection(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
         """Fuse in families that do not use the attention interface: the projection is given the local heads."""
-        if (reading := _current_reading()) is None or reading.fuse is None:
+        if (reading := _current_reading()) is None:
             return None
-        fuse_heads, reading.fuse = reading.fuse, None
         local_out = args[0].unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        return (fuse_heads(local_out, None).transpose(1, 2).flatten(2), *args[1:])
-
-
-def _current_reading() -> Reading | None:
-    """How the run that this thread is in reads memory."""
-    run = current_run()
-    return None if run is None else cast("Reading | None", run.reading)
-
-
-def _fuse_in_interface(attention: Any) -> None:
-    """Make a module call ``_attend_and_fuse`` as its attention implementation."""
-    original = attention.config
-    attention.config = copy.deepcopy(original)
-    attention.config._attn_implementation = _FUSED
-    # names the implementation that attends locally, see ``_attend_and_fuse``
-    attention.__dict__["_longmem_config"] = original
-
-
-def _attend_and_fuse(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    """The model's own attention; then, in a call that reads memory, fusion."""
-    # every family has an eager attention of its own, which is not registered by name
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    wanted = module.__dict__["_longmem_config"]._attn_implementation
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(wanted, eager)
-    out, weights = attend(module, query, key, value, attention_mask, **kwargs)
-    if (reading := _current_reading()) is None or reading.fuse is None:
-        return cast(Tensor, out), weights
-    fuse_heads, reading.fuse = reading.fuse, None
-    scaling = scaling_of(module, query, kwargs)
-    lse = functools.partial(local_lse, query, key, attention_mask, scaling=scaling, softcap=kwargs.get("softcap"))
-    # the interface gives (B, T, H, D)
-    return fuse_heads(out.transpose(1, 2), lse).transpose(1, 2), weights
-
-
-_FUSED = "longmem_fused"
-AttentionInterface.register(_FUSED, _attend_and_fuse)
-
-
-# how a head mixes what it sees with what it remembers (paper, section 3.3)
+        return (self.fuse(reading, local_out, None).transpose(1, 2).flatten(2), *args[1:])
 
 
 def fuse(local_out: Tensor, memory_out: Tensor, found: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -311,3 +266,40 @@ class TokenGate(nn.Module):
             + torch.einsum("bhtd,hd->bht", local_out.float(), self.local_vector.float())
             + torch.einsum("bhtd,hd->bht", memory_out.float(), self.memory_vector.float())
         )
+
+
+# how fusing gets between a layer's attention and its output projection
+
+
+def _current_reading() -> Reading | None:
+    """How the run that this thread is in reads memory."""
+    run = current_run()
+    return None if run is None else cast("Reading | None", run.reading)
+
+
+def _fuse_in_interface(attention: Any, reader: MemoryReader) -> None:
+    """Make a module call ``_attend_and_fuse`` as its attention implementation."""
+    attention.__dict__["_longmem"] = reader, attention.config
+    attention.config = copy.deepcopy(attention.config)
+    attention.config._attn_implementation = _FUSED
+
+
+def _attend_and_fuse(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The model's own attention; then, in a call that reads memory, fusion."""
+    reader, config = module.__dict__["_longmem"]
+    # every family has an eager attention of its own, which is not registered by name
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+    out, weights = attend(module, query, key, value, attention_mask, **kwargs)
+    if (reading := _current_reading()) is None:
+        return cast(Tensor, out), weights
+    scaling = scaling_of(module, query, kwargs)
+    lse = functools.partial(local_lse, query, key, attention_mask, scaling=scaling, softcap=kwargs.get("softcap"))
+    # the interface gives (B, T, H, D)
+    return reader.fuse(reading, out.transpose(1, 2), lse).transpose(1, 2), weights
+
+
+_FUSED = "longmem_fused"
+AttentionInterface.register(_FUSED, _attend_and_fuse)
