@@ -46,22 +46,20 @@ def over_copies(
     return out, scores.logsumexp(-1), found
 
 
-def filled(rows: int = 2, heads_kv: int = 2, dim: int = 5, length: int = 14, size: int = 4, **settings) -> MemoryBank:
-    """A bank whose rows hold different amounts; the last of several rows holds nothing."""
-    bank = MemoryBank(rows, 40, heads_kv, dim, size, **settings)
-    draw = torch.Generator().manual_seed(length)
-    keys, values = (torch.randn(rows, heads_kv, length, dim, generator=draw, dtype=torch.float64) for _ in range(2))
-    mask = torch.arange(length) < (length - 3 * torch.arange(rows))[:, None]
-    if rows > 1:
-        mask[-1] = False
-    bank.add(AttentionKV(keys, values, mask))
+def drawn(*shape: int, seed: int = 7) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def filled(dtype: torch.dtype = torch.float32) -> MemoryBank:
+    """Two heads of 5 numbers; its last chunk is short."""
+    bank = MemoryBank(1, 40, 2, 5, 4, dtype=dtype)
+    bank.add(AttentionKV(*drawn(2, 1, 2, 14, 5, seed=14)))
     bank.end_document()
     return bank
 
 
-def asked(rows: int, heads: int, length: int, dim: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    draw = torch.Generator().manual_seed(7)
-    return torch.randn(rows, heads, length, dim, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+def asked(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return drawn(*shape).to(dtype).requires_grad_()
 
 
 @settings(max_examples=40, deadline=None)
@@ -80,15 +78,14 @@ def test_outputs_and_gradient_equal_those_over_copies(
     rows, heads_kv, groups, length, size, num, block, softcap, recency
 ):
     bank = MemoryBank(rows, 3 * size, heads_kv, 3, size, dtype=torch.float64)
-    draw = torch.Generator().manual_seed(size)
-    filling, total = 3 * size + 1, rows * heads_kv
-    keys, values = (torch.randn(total * filling * 3, generator=draw).view(rows, heads_kv, filling, 3) for _ in range(2))
+    filling = 3 * size + 1
+    keys, values = drawn(2, rows, heads_kv, filling, 3, seed=size).float()
     real = torch.arange(filling) < torch.tensor([filling, 0, size + 1])[:rows, None]
     for name, some_of_it in (("first", slice(0, size + 1)), ("second", slice(size + 1, filling))):
         part = AttentionKV(keys[:, :, some_of_it], values[:, :, some_of_it], real[:, some_of_it])
         bank.add(part, documents=[name] * rows)
     bank.end_document()
-    queries = asked(rows, heads_kv * groups, length, 3)
+    queries = asked(rows, heads_kv * groups, length, 3, dtype=torch.float64)
     retrieved = bank.search(queries, num)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(attention._BLOCK_BYTES, "cpu", block)
@@ -108,9 +105,8 @@ def test_outputs_and_gradient_equal_those_over_copies(
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("asking", [torch.float32, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(stored, asking):
-    bank = filled(1, dtype=stored)
-    queries = asked(1, 4, 6, 5, asking)
-    retrieved = bank.search(queries, 3)
+    queries = asked(1, 4, 6, 5, dtype=asking)
+    retrieved = filled(stored).search(queries, 3)
     result = memory_attention(queries, retrieved, scaling=0.4)
     out, lse, _ = over_copies(queries.float(), retrieved, 0.4, None)
     assert (result.out.dtype, result.lse.dtype) == (asking, torch.float32)
@@ -123,8 +119,7 @@ def test_half_precision_is_computed_in_float32(stored, asking):
 
 
 def test_autocast_changes_nothing():
-    bank = filled(1)
-    queries = asked(1, 4, 6, 5, torch.float32)
+    bank, queries = filled(), asked(1, 4, 6, 5)
     retrieved = bank.search(queries, 3)
     plain = memory_attention(queries, retrieved, scaling=0.4)
     (reference,) = torch.autograd.grad(plain.out.sum(), queries)
@@ -138,21 +133,17 @@ def test_autocast_changes_nothing():
 
 
 def test_writing_between_forward_and_backward_is_refused():
-    bank = filled(1)
-    queries = asked(1, 2, 3, 5, torch.float32)
+    bank, queries = filled(), asked(1, 2, 3, 5)
     result = memory_attention(queries, bank.search(queries, 2), scaling=0.4)
     bank.add(AttentionKV(torch.zeros(1, 2, 4, 5), torch.zeros(1, 2, 4, 5)))
-    with pytest.raises(MemoryBankError) as caught:
+    with pytest.raises(MemoryBankError, match=r"\(write 2 was read, now it is 3\); call bank.add after backward$"):
         result.out.sum().backward()
-    assert str(caught.value) == (
-        "memory was written between forward and backward (write 2 was read, now it is 3); call bank.add after backward"
-    )
 
 
 def test_copies_per_query_never_exist_as_a_whole():
     bank = MemoryBank(1, 4096, 4, 16)
     bank.add(AttentionKV(torch.randn(1, 4, 4096, 16), torch.randn(1, 4, 4096, 16)))
-    queries = asked(1, 4, 512, 16, torch.float32)
+    queries = asked(1, 4, 512, 16)
     retrieved = bank.search(queries, 16)
     copies = 4 * 512 * 64 * 16 * 4  # bytes of the keys of every query
 
