@@ -232,7 +232,7 @@ def work(ask: Any, told: Any, given: argparse.Namespace) -> None:
 
 def do(job: Job, folder: Path) -> str:
     """``done``, or what went wrong."""
-    from longmem.cli.main import main as longmem
+    from longmem.__main__ import main as longmem
 
     try:
         if job.arguments[0] == "bm25":

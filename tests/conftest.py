@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from longmem import AlibiGPTForCausalLM, LongMem
-from longmem.cli.main import main
+from longmem.__main__ import main
 
 SHARED = Path(os.environ.get("LONGMEM_SHARED_DIR") or Path(__file__).parents[1] / ".." / "shared")
 

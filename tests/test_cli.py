@@ -9,7 +9,7 @@ import click
 import pytest
 from tests.calling import Command
 
-from longmem.cli import main as frame
+from longmem import __main__ as frame
 from longmem.errors import ConfigError, LongMemError
 
 WAY_OUT = "check the path, its permissions and the space that is left"

@@ -14,7 +14,7 @@ import click
 import pytest
 from tests.calling import Command
 
-from longmem.cli.main import COMMANDS, cli
+from longmem.__main__ import COMMANDS, cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])

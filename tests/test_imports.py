@@ -88,7 +88,7 @@ def test_no_file_is_too_long_to_be_read_at_once() -> None:
 
 def test_help_of_every_command_is_given_before_anything_heavy_is_imported() -> None:
     code = (
-        "import sys\nfrom longmem.cli.main import COMMANDS, cli\n"
+        "import sys\nfrom longmem.__main__ import COMMANDS, cli\n"
         "for command in ([], *([name] for name in COMMANDS)):\n"
         "    cli.main([*command, '--help'], standalone_mode=False)\n"
         "print({'torch', 'transformers', 'numpy', 'matplotlib', 'fastapi'} & set(sys.modules))"

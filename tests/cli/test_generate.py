@@ -6,17 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.calling import Command
 from tokenizers.processors import TemplateProcessing
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from longmem import LongMem
 from longmem.cli import common
-from longmem.generation import LocalWindow
 
 PROMPT = "a key for the old map, and no answer from the seven stones"  # longer than the window of 32
 
@@ -163,17 +160,3 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt_and_another_mo
     assert generate(PROMPT, "-m", 6, "--json", *saved("beginning", "<s> $A")).json["ids"] == done["ids"]
     line = generate(PROMPT, *saved("more", "$A", "key")).error
     assert "the prompt has the token id 260, the model knows 260" in line
-
-
-def test_it_ends_when_it_is_interrupted(generate: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, calls = LocalWindow.inputs, list[int]()
-
-    def interrupted(self: LocalWindow, ids: Tensor, *more: Any) -> Any:
-        calls.append(ids.shape[1])
-        if len(calls) == 60:
-            raise KeyboardInterrupt
-        return inputs(self, ids, *more)
-
-    monkeypatch.setattr(LocalWindow, "inputs", interrupted)
-    done = generate(PROMPT, "-m", 1_000_000, "--ignore-end")
-    assert done.status == 130 and "interrupted" in done.err

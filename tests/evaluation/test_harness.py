@@ -50,10 +50,8 @@ def long_text(model: LongMem, tokens: list[int], scored: int) -> float:
 
 @pytest.fixture
 def folder(tmp_path: Path, made_text: Callable[..., str]) -> Path:
-    """Three tasks over four documents, the longest many windows long."""
-    records = [
-        {"text": made_text(words, seed=words).strip(), "label": words % 3, "answer": "no"} for words in (5, 12, 40, 90)
-    ]
+    """Two tasks over four documents, the longest many windows long."""
+    records = [{"text": made_text(words, seed=words).strip(), "label": words % 3} for words in (5, 12, 40, 90)]
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, records)))
     tasks = tmp_path / "tasks"

@@ -15,7 +15,6 @@ from tests.family_table import FAMILIES, V, make_backbone
 from transformers import PreTrainedTokenizerFast
 
 from longmem import AlibiGPTForCausalLM, TrainingFree
-from longmem.data.tokens import train_tokenizer
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.layers import (
     best_layers,
@@ -76,16 +75,6 @@ def test_from_backbone_takes_the_best_layers_and_measures_them_once(tmp_path: Pa
     assert best_layers([], None, kept=kept)(model) == (0, 1)
 
 
-def test_facts_are_measured_where_there_is_a_tokenizer() -> None:
-    model = make_backbone("llama")
-    model.resize_token_embeddings(300)
-    tokenizer = train_tokenizer(["My dog is called Comet."] * 20, 280)
-    found = measure_layers(model, (), tokenizer, quiet=True)
-    assert found["alone"]["nats"].keys() == {"facts"} and found["single"][0]["nats"] != found["alone"]["nats"]
-    with pytest.raises(ConfigError, match="nothing to measure with"):
-        measure_layers(model)
-
-
 def test_ranks_equal_counting_by_hand(tiny_backbone: AlibiGPTForCausalLM) -> None:
     tokens = random_tokens(260, 1, 24, seed=1)
     found = rank_keys(tiny_backbone, tokens, segment=24, chunk_size=4, num_chunks=2)
@@ -143,6 +132,8 @@ def test_what_cannot_be_measured_is_told_in_one_line(
 ) -> None:
     with pytest.raises(DataError, match=r"--data has 5 tokens, 128 are needed; give more text, or smaller --distances"):
         text_rows(["short"], byte_tokenizer, 2, 128)
+    with pytest.raises(ConfigError, match="nothing to measure with"):
+        measure_layers(tiny_backbone)
     with pytest.raises(ConfigError, match=r"num_retrieved \(50\) must be a multiple of chunk_size \(4\)"):
         layers_report(tiny_backbone, random_tokens(260, 1, 64), distances=(64,), num_retrieved=50)
     with pytest.raises(ConfigError, match=r"distances \(64\) must all exceed num_retrieved \(64\)"):

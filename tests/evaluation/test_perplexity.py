@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.evaluation.pairs import (
-    SETTINGS,
-    documents,
-    everything,
-    longmem,
-    memtrm,
-    nll_of,
-    systems,
-)
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.evaluation.pairs import SETTINGS, documents, everything, longmem, memtrm, nll_of, systems
 from torch import Tensor
 
 from longmem import LongMem, MemoryBank
-from longmem.evaluation.perplexity import perplexity
+from longmem.evaluation.perplexity import perplexity, windows
 from longmem.evaluation.report import plot_all
 from longmem.evaluation.systems import compared, sized, with_window
+
+
+@given(st.integers(1, 300), st.integers(2, 40), st.data())
+def test_every_position_is_scored_once_and_sees_window_minus_stride_to_window_tokens(
+    length: int, window: int, data: st.DataObject
+) -> None:
+    plan = list(windows(length, window, data.draw(st.integers(1, window), label="stride")))
+    assert [i for _, end, scored_from in plan for i in range(scored_from, end)] == list(range(length))
+    for (before, *_), (start, end, scored_from) in pairwise(plan):
+        for position in range(scored_from, end):
+            assert window - (start - before) < position - start + 1 <= window
 
 
 def test_longer_windows_are_the_backbone_measured_with_them(tmp_path: Path) -> None:
@@ -40,16 +46,16 @@ def test_longer_windows_are_the_backbone_measured_with_them(tmp_path: Path) -> N
 
 @torch.no_grad()
 def test_every_system_scores_as_its_model_alone() -> None:
-    """Also those that share one pass of the backbone, window by window."""
+    """Also those that share one pass of the backbone, window by window; memory holds exactly what has left it."""
     compared, models = everything(8, 64)
     (document,) = documents(3)
-    found, ids = perplexity(compared, [document], SETTINGS), document.ids
+    found, ids = perplexity(compared, [document], replace(SETTINGS, stride=5)), document.ids
     assert list(found["systems"]) == [
         "backbone", "memory_off", "control", "memory_8", "memory_64", "memtrm_off", "memtrm_8", "memtrm_64",
         "training_free_0.3_8", "training_free_0.3_64",
     ]  # fmt: skip
     alone = {"backbone": models["memory"].backbone.model, "memory_off": models["memory"], "control": longmem(5)}
-    for protocol, stride in (("segments", 16), ("sliding", 8)):
+    for protocol, stride in (("segments", 16), ("sliding", 5)):
         for name in found["systems"]:
             kind, size = sized(name) or ("memtrm", None)
             model: Any = alone.get(name) or models[kind]
@@ -72,10 +78,10 @@ def test_every_system_scores_as_its_model_alone() -> None:
 def test_rows_of_a_batch_score_as_alone(fusion: str) -> None:
     """Law 4, with rows that begin and end at different times and banks that overflow."""
     compared = everything(16, 64)[0] if fusion == "gate" else systems(longmem(fusion=fusion), 16, 64)
-    several = documents(5, 1, 3, 2, 4)
-    together = perplexity(compared, several, SETTINGS)
+    several, settings = documents(5, 1, 3, 2, 4), replace(SETTINGS, stride=5)
+    together = perplexity(compared, several, settings)
     for i, document in enumerate(several):
-        alone = perplexity(compared, [document], SETTINGS)
+        alone = perplexity(compared, [document], settings)
         for protocol in together["protocols"]:
             for system in together["systems"]:
                 (expected,) = nll_of(alone, system, protocol)

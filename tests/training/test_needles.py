@@ -13,7 +13,7 @@ from tests.training.conftest import Make
 
 from longmem import LongMem
 from longmem.data.stream import IGNORE
-from longmem.training.needles import NeedleStream
+from longmem.training.adapt import NeedleStream
 from longmem.training.recipe import Recipe
 from longmem.training.run import build_trainer, train
 

@@ -1,4 +1,7 @@
-"""DDP and FSDP2: several processes train what one process with all their rows trains."""
+"""DDP and FSDP2: several processes train what one process with all their rows trains.
+
+Launched by torch.distributed.run with a folder, this file runs every ``*.toml`` of it, and writes ``NAME.gradients``.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
 from tests.family_table import make_backbone
 from tests.training.conftest import Make, Records, write
-from tests.training.gradients import gradients
 from tests.training.test_checkpoints import crash_after
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from longmem.errors import ConfigError
-from longmem.training.run import train
+from longmem.training.models import undivided
+from longmem.training.recipe import Recipe
+from longmem.training.run import build_trainer, train
 from longmem.training.trainer import list_checkpoints
 
 ROWS = 4
@@ -39,6 +45,22 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp-pretrain": {"optim": {"optimiser": "muon", "muon_lr": 1e-5}},
 }
 QUICK = ("ddp", "ddp-memtrm", "fsdp-llama", "fsdp-gpt2-softmax")
+
+
+def gradients(recipe: Recipe) -> list[dict[str, Tensor]]:
+    """Of every step of a run that does not clip them."""
+    found: list[dict[str, Tensor]] = []
+    set_seed(recipe.run.seed)
+    trainer = build_trainer(recipe, PartialState(cpu=True), quiet=True)
+
+    class Seen(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            grads = [(name, weight.grad) for name, weight in trainer.trained() if weight.grad is not None]
+            found.append({name: undivided(grad).cpu().clone() for name, grad in grads})
+
+    trainer.add_callback(Seen())
+    trainer.train()
+    return found
 
 
 def launch(*command: object) -> None:
@@ -84,7 +106,7 @@ def test_two_processes_compute_the_gradients_of_one(
         expected[name] = gradients(make(f"one-{name}", **{**settings, "optim": {**optim, "rows": ROWS}}))
         optim |= {"rows": ROWS // 2, "parallel": name.split("-")[0]}
         write(make(name, **{**settings, "optim": optim}), together / f"{name}.toml")
-    launch(Path(__file__).with_name("gradients.py"), together)
+    launch(__file__, together)
     far = {name: furthest(torch.load(together / f"{name}.gradients"), expected[name]) for name in expected}
     assert {name: share for name, share in far.items() if share > (BF16 if "bf16" in name else FP32)} == {}, far
 
@@ -117,3 +139,11 @@ def test_a_launch_that_would_divide_the_model_itself_is_refused(adapt: Make, mon
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ConfigError, match=r"launched for DEEPSPEED: that cannot divide .* optim\.parallel = 'fsdp'"):
         train(adapt(), quiet=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for path in sorted(Path(sys.argv[1]).glob("*.toml")):
+        steps = gradients(Recipe.load(path))
+        if PartialState().is_main_process:
+            torch.save(steps, path.with_suffix(".gradients"))

@@ -33,15 +33,6 @@ def test_every_recipe_of_the_repository_is_valid_and_has_a_header(path: Path) ->
     assert all(word in header for word in ("# trains ", "# hardware ", "longmem train "))
 
 
-def test_defaults_are_the_papers_adaptation() -> None:
-    recipe = parsed()
-    side, optim = recipe.sidenet, recipe.optim
-    assert (side.memory_size, side.num_retrieved, side.chunk_size, side.stride) == (65536, 64, 4, 2)
-    assert (side.init, side.fusion, recipe.data.window) == ("copy", "gate", 1024)
-    assert (optim.lr, optim.betas, optim.eps, optim.weight_decay) == (2e-4, (0.9, 0.98), 1e-6, 0.01)
-    assert (optim.schedule, optim.dropout) == ("polynomial", 0.1)
-
-
 def test_three_mistakes_are_reported_together() -> None:
     found = problems(
         task="adapt",

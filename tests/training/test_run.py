@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from longmem import AlibiGPTForCausalLM, LongMem, MemTRM
 from longmem.data.tokens import train_tokenizer
 from longmem.errors import ConfigError, LongMemError
-from longmem.memory import MemoryBank
 from longmem.training.adapt import LongMemTrainer
 from longmem.training.recipe import Recipe
 from longmem.training.run import build_trainer, train
@@ -26,16 +25,15 @@ from longmem.training.run import build_trainer, train
 
 @pytest.fixture
 def trainers(monkeypatch: pytest.MonkeyPatch) -> list[LongMemTrainer]:
-    """The trainers that runs make."""
+    """The trainers that runs make, with the weights that they began with."""
     found: list[LongMemTrainer] = []
-    made = LongMemTrainer.__init__
 
-    def remember(self: LongMemTrainer, *arguments: Any, **settings: Any) -> None:
-        made(self, *arguments, **settings)
-        self.before = {name: weight.clone() for name, weight in self.longmem.state_dict().items()}
-        found.append(self)
+    def made(*given: Any, **settings: Any) -> Any:
+        found.append(build_trainer(*given, **settings))
+        found[-1].before = {name: weight.clone() for name, weight in found[-1].longmem.state_dict().items()}
+        return found[-1]
 
-    monkeypatch.setattr(LongMemTrainer, "__init__", remember)
+    monkeypatch.setattr("longmem.training.run.build_trainer", made)
     return found
 
 
@@ -79,19 +77,6 @@ def test_auto_remembers_the_layers_whose_memory_is_worth_most_on_the_text(adapt:
     assert LongMem.from_pretrained(result.model_dir).memory_layers == tuple(found["best"] or [3])
 
 
-@pytest.mark.parametrize("method", ["longmem", "memtrm"])
-def test_memory_is_written_after_backward_and_never_before(
-    method: str, adapt: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events: list[str] = []
-    add, backward = MemoryBank.add, torch.Tensor.backward
-    monkeypatch.setattr(MemoryBank, "add", lambda *a, **k: (events.append("write"), add(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: (events.append("backward"), backward(*a, **k)))
-    without = {"optim": {"steps": 2, "accumulate": 2}, "data": {"held_out": []}}  # nothing to validate on
-    train(adapt(method=method, **without), quiet=True)
-    assert events == ["backward", "write"] * 4
-
-
 @pytest.mark.parametrize("boundary", ["keep", "reset"])
 def test_a_row_that_resets_reads_nothing_of_its_last_document(boundary: str, adapt: Make) -> None:
     trainer = build_trainer(adapt(sidenet={"boundary": boundary}), PartialState(cpu=True), quiet=True)
@@ -118,29 +103,6 @@ def test_the_control_trains_as_long_without_memory(adapt: Make, records: Records
     assert not LongMem.from_pretrained(str(second.model_dir)).sidenet.memory_gate.any(), "it takes no part"
     # the first segments find nothing, so both runs begin alike
     assert first.losses[0] == pytest.approx(second.losses[0], abs=1e-3)
-
-
-def test_a_log_step_is_one_line_and_one_record_and_there_is_progress_between_them(
-    adapt: Make, records: Records, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("longmem.progress.EVERY", {True: 0.0, False: 0.0})
-    recipe = adapt(log={"every": 4})
-    train(recipe)
-    said = capsys.readouterr().err
-    lines = [line for line in said.splitlines() if line.startswith("step ") and "tok/s" in line]
-    found = records(recipe.out_dir, "train")
-    assert [record["step"] for record in found] == [4, 8]
-    assert len(lines) == 2
-    assert lines[1].startswith("step 8/8 · loss ")
-    for line in ("adapt run: 2 of 8 steps (25 %), ", "validating: 128 of 128 tokens (100 %), ",
-                 "validating the backbone: 128 of ", "validating without memory: 128 of "):  # fmt: skip
-        assert line in said
-    wanted = {"step", "tokens", "loss", "perplexity", "lr", "grad_norm", "tokens_per_second", "memory_fill", "share"}
-    assert wanted <= set(found[1])
-    assert found[1]["tokens"] == 8 * 2 * 2 * 16
-    assert found[1]["perplexity"] == pytest.approx(math.exp(found[1]["loss"]))
-    assert len(found[1]["share"]) == 4
-    assert 0 < found[0]["memory_fill"] <= found[1]["memory_fill"] <= 1
 
 
 @pytest.mark.parametrize("task", ["pretrain", "adapt"])
@@ -241,21 +203,30 @@ def test_a_run_over_a_quantised_backbone_saves_a_sidenet_that_loads(bits: str, a
 # longmem train
 
 
-def test_a_run_prints_its_model_and_tells_its_progress_on_stderr(
-    pretrain: Make, tmp_path: Path, command: Command
+def test_a_run_prints_its_model_and_each_log_step_is_one_line_and_one_record(
+    adapt: Make, records: Records, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(pretrain(), tmp_path / "recipe.toml")
-    status, out, err = command("train", path, "--set", "optim.steps=2")
+    monkeypatch.setattr("longmem.progress.EVERY", {True: 0.0, False: 0.0})
+    path = write(adapt(log={"every": 4}), tmp_path / "recipe.toml")
+    status, out, said = command("train", path)
     assert (status, out) == (0, f"{tmp_path}/run/final\n")
-    lines = err.splitlines()
-    assert any(line.startswith("pre-training ") for line in lines)
-    assert any(line.startswith("step 2/2 · loss ") for line in lines)
-    assert lines[-1].startswith("finished: 2 steps, 64 tokens")
+    lines = [line for line in said.splitlines() if line.startswith("step ") and "tok/s" in line]
+    found = records(tmp_path / "run", "train")
+    assert [record["step"] for record in found] == [4, 8] and len(lines) == 2
+    assert lines[1].startswith("step 8/8 · loss ") and said.splitlines()[-1].startswith("finished: 8 steps, 512 tokens")
+    for line in (
+        "adapting a SideNet of ", "adapt run: 2 of 8 steps (25 %), ", "validating: 128 of 128 tokens (100 %), ",
+        "validating the backbone: 128 of ", "validating without memory: 128 of ",
+    ):  # fmt: skip
+        assert line in said
+    wanted = {"step", "tokens", "loss", "perplexity", "lr", "grad_norm", "tokens_per_second", "memory_fill", "share"}
+    assert wanted <= set(found[1]) and found[1]["tokens"] == 512
+    assert found[1]["perplexity"] == pytest.approx(math.exp(found[1]["loss"])) and len(found[1]["share"]) == 4
+    assert 0 < found[0]["memory_fill"] <= found[1]["memory_fill"] <= 1
     done = command("train", path, "--set", "optim.steps=2", "--json", "--quiet", "--overwrite")
     result: dict[str, Any] = done.json
-    assert (done.status, done.err) == (0, "")
-    assert (result["step"], result["tokens"], result["model_dir"]) == (2, 64, f"{tmp_path}/run/final")
-    assert "loss" in result["evaluation"]
+    assert (done.status, done.err) == (0, "") and "loss" in result["evaluation"]
+    assert (result["step"], result["tokens"], result["model_dir"]) == (2, 128, f"{tmp_path}/run/final")
 
 
 def test_check_and_estimate_train_nothing(adapt: Make, tmp_path: Path, command: Command) -> None:

@@ -156,6 +156,20 @@ def _candidates(model: PreTrainedModel, stride: int | None) -> tuple[int, ...]:
     return tuple(known if stride is None else sorted({*side_layout(family.config, stride).sources} & {*known}))
 
 
+@torch.no_grad()
+def encode_text(model: TrainingFree, ids: Tensor, segment: int) -> AttentionKV:
+    """What a text (t,) leaves in memory, (1, n*Hkv, t, D), read in segments of so many tokens."""
+    parts = [model.encode(part[None].to(model.device)) for part in ids.split(segment)]
+    return AttentionKV(torch.cat([p.keys for p in parts], dim=2), torch.cat([p.values for p in parts], dim=2))
+
+
+def scored_loss(model: TrainingFree, ids: Tensor, scored: Tensor, memory: MemoryBank | None) -> Tensor:
+    """Mean nats of the tokens after the places ``scored`` of a text (t,)."""
+    ids, scored = ids.to(model.device), scored.to(model.device)
+    found = model(ids[None, :-1], memory=memory, logits_to_keep=scored, use_cache=False)
+    return functional.cross_entropy(found.logits[0].float(), ids[scored + 1])
+
+
 class _Case(NamedTuple):
     """Ids with scored places (the next token counts), behind what was read before."""
 
@@ -181,12 +195,9 @@ class _Work:
             self.settings |= {"fusion": "gate", "gate": 0.1}
             self.all = self._reader(candidates)
 
-    @torch.no_grad()
     def add(self, kind: str, before: Tensor, texts: Iterable[tuple[Tensor, range]]) -> None:
         """Texts with their scored places, all behind what was read before."""
-        segments = before[None].to(self.all.device).split(min(self.positions, LONGEST_SEGMENT), dim=1)
-        parts = [self.all.encode(segment) for segment in segments]
-        kv = AttentionKV(torch.cat([p.keys for p in parts], dim=2), torch.cat([p.values for p in parts], dim=2))
+        kv = encode_text(self.all, before, min(self.positions, LONGEST_SEGMENT))
         self.cases += [_Case(kind, ids, torch.tensor(list(scored)), before, kv) for ids, scored in texts]
 
     @torch.no_grad()
@@ -197,10 +208,8 @@ class _Work:
         losses: dict[str, list[float]] = {}
         for case in self.cases:
             ids = torch.cat([case.before, case.ids])[-self.positions - 1 :] if in_context else case.ids
-            ids, scored = ids.to(self.all.device), (case.scored + len(ids) - len(case.ids)).to(self.all.device)
             bank = None if reader is None else self._bank(reader, case.kv)
-            read = (reader or self.all)(ids[None, :-1], memory=bank, logits_to_keep=scored, use_cache=False)
-            loss = functional.cross_entropy(read.logits[0].float(), ids[scored + 1])
+            loss = scored_loss(reader or self.all, ids, case.scored + len(ids) - len(case.ids), bank)
             losses.setdefault(case.kind, []).append(float(loss))
         return {kind: sum(some) / len(some) for kind, some in losses.items()}
 

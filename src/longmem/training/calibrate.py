@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from longmem.data.facts import asked_ids, told_ids, told_session
 from longmem.errors import ConfigError, DataError
+from longmem.evaluation.layers import encode_text, scored_loss
 from longmem.memory import MemoryBank
 from longmem.modeling.baselines import TrainingFree
 from longmem.progress import Progress, track
@@ -231,7 +231,9 @@ class _Work:
         if not long:
             raise DataError(f"{kind}: no document has {length} tokens; take longer ones, or a smaller memory")
         found = track(long, f"encoding {kind}", len(long), "passages", quiet=self.quiet)
-        return [_Passage(ids, self._encode(ids[: self.settings.memory])) for ids in found]
+        return [
+            _Passage(ids, encode_text(self.model, ids[: self.settings.memory], self.settings.window)) for ids in found
+        ]
 
     def facts(self, tokenizer: Any, count: int, name: str) -> list[_Example]:
         """Sessions that told facts, each with a later conversation that asks for some of them."""
@@ -241,7 +243,11 @@ class _Work:
             ids = torch.tensor(told_ids(session, tokenizer))
             asked = asked_ids(draw.sample(session.facts, draw.choice((1, 2, 4))), tokenizer)
             scored = torch.tensor([at - 1 for first, end in asked.values for at in range(first, end)])
-            made.append(_Example(FACTS, torch.tensor(asked.ids), scored, self._encode(ids), len(ids)))
+            made.append(
+                _Example(
+                    FACTS, torch.tensor(asked.ids), scored, encode_text(self.model, ids, self.settings.window), len(ids)
+                )
+            )
         return made
 
     def window(self, kind: str, passage: _Passage, *, last: bool = False) -> _Example:
@@ -262,10 +268,8 @@ class _Work:
         self.bank.reset()
         for number, (kv, tokens) in enumerate(parts):
             self.bank.add(AttentionKV(kv.keys[:, :, :tokens], kv.values[:, :, :tokens]), documents=[str(number)])
-        ids, scored = example.ids.to(self.model.device), example.scored.to(self.model.device)
         # an empty bank is no bank
-        found = self.model(ids[None, :-1], memory=self.bank, logits_to_keep=scored, use_cache=False)
-        return functional.cross_entropy(found.logits[0].float(), ids[scored + 1])
+        return scored_loss(self.model, example.ids, example.scored, self.bank)
 
     @torch.no_grad()
     def validate(self, checks: Sequence[_Example], *, memory: bool = True) -> dict[str, float]:
@@ -274,9 +278,3 @@ class _Work:
         for example in checks:
             losses.setdefault(example.kind, []).append(float(self.loss(example, memory=memory)))
         return {kind: math.fsum(some) / len(some) for kind, some in losses.items()}
-
-    @torch.no_grad()
-    def _encode(self, ids: Tensor) -> AttentionKV:
-        """What a text (t,) leaves in memory, window by window."""
-        parts = [self.model.encode(part[None].to(self.model.device)) for part in ids.split(self.settings.window)]
-        return AttentionKV(torch.cat([p.keys for p in parts], dim=2), torch.cat([p.values for p in parts], dim=2))

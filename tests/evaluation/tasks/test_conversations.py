@@ -89,7 +89,7 @@ Bo said, "Look!" [shares a photo of a cat]
     assert conversation.questions[1].text == "When? Use DATE of CONVERSATION to answer with an approximate date."
 
 
-def test_msc_is_read_with_earlier_sessions_and_every_turn_as_a_reply(tmp_path: Path) -> None:
+def test_msc_is_read_with_earlier_sessions_and_every_turn_as_a_reply(tmp_path: Path, asker: Asker) -> None:
     path = tmp_path / "test.txt"
     path.write_text(json.dumps(MSC) + "\n" + json.dumps(MSC | {"metadata": {}}) + "\n")
     file = read_dialogues(path)
@@ -103,6 +103,11 @@ def test_msc_is_read_with_earlier_sessions_and_every_turn_as_a_reply(tmp_path: P
         ("session 3", "", "Speaker 1:", "How is the dog?"),
         ("session 3", "Speaker 1: How is the dog?\n", "Speaker 2:", "Fine."),
     ]
+    # a conversation whose sessions are in several files is drawn as one
+    task = DialogueTask(data=[path, path], with_bleu=False)
+    task.begin([asker])
+    own = f"{tmp_path.name}/test.txt/line:2"
+    assert [example.unit for example in task.examples()] == ["valid_3", "valid_3", own, own] * 2
     # only a line end parts conversations
     line = json.dumps(MSC | {"dialog": [{"text": "one\u2028two\x85three"}]}, ensure_ascii=False)
     path.write_text(f"{line}\r\n{line}\n", encoding="utf-8-sig", newline="")
@@ -136,8 +141,8 @@ def test_f1_of_words_worked_by_hand(said: str, answer: str, category: int, f1: f
 def test_bleu_is_worked_by_hand_and_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     # of the orders 1 to 4: 6/7, 5/6, 4/5, 3/4, whose product is 3/7; two words have no more than two orders
     assert bleu("a cat sat on the mat today", "a cat sat on the mat") == pytest.approx(100 * (3 / 7) ** 0.25)
-    assert bleu("a dog", "a dog") == pytest.approx(100) and bleu("", "a dog") == 0
-    monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
+    assert bleu("a dog", "a dog") == 100 and bleu("", "a dog") == 0
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(ConfigError, match="longmem-lm\\[eval\\]"):
         DialogueTask(data=[])
 

@@ -59,9 +59,7 @@ def test_nothing_is_shown_that_is_empty_there_twice_or_asked(tmp_path: Path) -> 
     assert (data.labels, data.test) == (("x y", "z"), (Labelled("d", "z"),))  # no example shows the class oos
 
 
-def test_what_is_missing_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"mr/train.csv: cannot be read \(No such file or directory\); fetch"):
-        read_icl(tmp_path, "mr")
+def test_a_set_that_is_not_known_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"datasets \(imdb\) must be some of sst2, mr, subj, sst5, mpqa"):
         IclTask(data=tmp_path, datasets=["mr", "imdb"], local_shots=[1], memory_shots=[0], draws=1, limit=None)
 

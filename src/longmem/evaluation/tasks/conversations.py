@@ -273,11 +273,11 @@ def bleu(prediction: str, answer: str) -> float:
         ConfigError: sacrebleu is not installed.
     """
     try:
-        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu import sentence_bleu
     except ImportError as problem:
         raise ConfigError("sacrebleu is not installed; pip install 'longmem-lm[eval]'") from problem
     # a short answer has no four words in a row: orders that cannot occur do not count
-    return min(100.0, float(BLEU(effective_order=True).sentence_score(prediction, [answer]).score))
+    return min(100.0, float(sentence_bleu(prediction, [answer], use_effective_order=True).score))
 
 
 # facts told in another conversation
