@@ -36,6 +36,7 @@ from longmem.errors import ConfigError
 from longmem.evaluation.results import as_json, header, write_json
 from longmem.evaluation.tables import plain, tables_of
 from longmem.modeling.checkpoints import checked_device, checkpoint_folder
+from longmem.modeling.loading import named_dtype
 from longmem.progress import track
 
 LONGMEM, FULL, WINDOWED = "longmem", "full", "windowed"
@@ -90,7 +91,7 @@ def load(settings: Settings) -> LongMem:
     if bool(settings.model) == (settings.shape is not None):
         raise ConfigError("name one model: --model FOLDER, or --random SHAPE for a backbone of random weights")
     device = checked_device(settings.device)
-    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    dtype = named_dtype(settings.dtype)
     if settings.model:
         said = "no LongMem checkpoint; LongMem is compared with its own backbone"
         main = LongMem.from_pretrained(checkpoint_folder(settings.model, "longmem", said))

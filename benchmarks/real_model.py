@@ -255,13 +255,11 @@ def retrieved(arguments: list[str], folder: Path) -> None:
     A window of 1,024 tokens moves by 256. Once with all of it the text just before; once with 256 tokens in
     front for passages that have left the window, found with the last 64 tokens before those that are scored.
     """
-    import torch
-
     from longmem.chat import PlainTexts, Recall
     from longmem.data.text import TextSource, read_documents
     from longmem.data.tokens import load_tokenizer, tokenize_documents
     from longmem.evaluation.results import write_json
-    from longmem.modeling.loading import load_backbone
+    from longmem.modeling.loading import load_backbone, named_dtype
 
     parser = argparse.ArgumentParser()
     for name in ("--backbone", "--device", "--dtype", "--max-tokens", "--resamples"):
@@ -269,8 +267,7 @@ def retrieved(arguments: list[str], folder: Path) -> None:
     parser.add_argument("--data", action="append")
     parser.add_argument("--batch", type=int)
     given = parser.parse_args(arguments)
-    dtype = None if given.dtype == "auto" else getattr(torch, given.dtype)
-    model = load_backbone(given.backbone, None, dtype).eval().to(given.device)
+    model = load_backbone(given.backbone, None, named_dtype(given.dtype)).eval().to(given.device)
     tokenizer = load_tokenizer(given.backbone)
     texts = list(read_documents(TextSource(tuple(given.data))))
     most = tokens_of(given.max_tokens)

@@ -41,8 +41,9 @@ def test_a_count_may_be_short(said: object, count: int) -> None:
 def test_what_is_no_count_is_named(said: str) -> None:
     with pytest.raises(click.BadParameter, match=f"'{said}' is no token count of at least 2; try 8192 or 8k"):
         token_count(2).convert(said, None, None)
-    with pytest.raises(click.BadParameter, match="'8k,x' is not a list of token counts"):
-        counts(None, None, "8k,x")  # type: ignore[arg-type]
+    for some in ("8k,x", "8k,0", "-8k"):
+        with pytest.raises(click.BadParameter, match=f"'{some}' is not a list of token counts"):
+            counts(None, None, some)  # type: ignore[arg-type]
 
 
 def test_a_result_is_lines_and_tables_or_one_json_document(capsys: pytest.CaptureFixture[str]) -> None:

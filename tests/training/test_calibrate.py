@@ -72,34 +72,19 @@ def test_refusals() -> None:
 
 # longmem calibrate
 
-SIZES = ["--window", "16", "--memory", "32", "--passages", "2", "--updates", "2", "--num-retrieved", "8"]
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("backbone")
-    backbone = make_backbone("qwen3")
+def test_a_reader_is_made_saved_and_loaded(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, model, text, out = make_backbone("qwen3"), tmp_path / "model", tmp_path / "text", tmp_path / "reader"
     backbone.resize_token_embeddings(300)
     backbone.config.max_position_embeddings = 4096
-    backbone.save_pretrained(folder)
-    train_tokenizer(["The rain in Spain falls mainly on the plain."] * 20, 280).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
+    backbone.save_pretrained(model)
+    train_tokenizer(["The rain in Spain falls mainly on the plain."] * 20, 280).save_pretrained(model)
+    text.mkdir()
     for number in range(9):
-        (folder / f"{number}.txt").write_text(f"Number {number} is a number of rain in Spain. " * 40, encoding="utf-8")
-    return folder
-
-
-def test_a_reader_is_made_saved_and_loaded(
-    command: Command, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+        (text / f"{number}.txt").write_text(f"Number {number} is a number of rain in Spain. " * 40)
     monkeypatch.setattr(calibrating, "CalibrationSettings", partial(CalibrationSettings, sessions=4))
-    out, sizes = tmp_path / "reader", (*SIZES, "--validation-windows", "5")
-    done = command("calibrate", model, "--data", f"rain={text}", "--layers", "1", "--out", out, *sizes)
+    sizes = "--window 16 --memory 32 --passages 2 --updates 2 --num-retrieved 8 --validation-windows 5"
+    done = command("calibrate", model, "--data", f"rain={text}", "--layers", "1", "--out", out, *sizes.split())
     assert done.status == 0 and "backbone alone" in done.out
     assert TrainingFree.from_pretrained(out).memory_layers == (1,)
     record = json.loads((out / "calibration.json").read_text(encoding="utf-8"))

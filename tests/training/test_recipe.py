@@ -13,15 +13,9 @@ from longmem.training.recipe import Recipe
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
 
-def parsed(**sections: Any) -> Recipe:
-    sections.setdefault("data", {"paths": ["x"]})
-    sections.setdefault("optim", {"steps": 1})
-    return Recipe.parse({"task": "pretrain", **sections})
-
-
 def problems(**sections: Any) -> list[str]:
     with pytest.raises(ConfigError) as raised:
-        parsed(**sections)
+        Recipe.parse({"task": "pretrain", "data": {"paths": ["x"]}, "optim": {"steps": 1}, **sections})
     assert all("\n" not in line for line in raised.value.problems)
     return raised.value.problems
 

@@ -101,15 +101,20 @@ MOMENT = Parsed("DATE", moment, "no date; try 2026-01-31 or 2026-01-31T18:30")
 EXPIRY = Parsed("WHEN", expiry, "no when; try 30d, 12h or 2026-01-31")
 
 
-def token_count(least: int = 1) -> Parsed:
-    """The type of an option that takes one number of tokens."""
+def at_least(least: int, read: Callable[[str], int] = tokens) -> Callable[[str], int]:
+    """``read``, with a ValueError for a smaller number too."""
 
-    def read(word: str) -> int:
-        if (count := tokens(word)) < least:
+    def checked(word: str) -> int:
+        if (count := read(word)) < least:
             raise ValueError(word)
         return count
 
-    return Parsed("tokens", read, f"no token count of at least {least}; try 8192 or 8k")
+    return checked
+
+
+def token_count(least: int = 1) -> Parsed:
+    """The type of an option that takes one number of tokens."""
+    return Parsed("tokens", at_least(least), f"no token count of at least {least}; try 8192 or 8k")
 
 
 def by_comma(kind: Callable[[str], Any], said: str) -> Callable[..., Any]:
@@ -128,7 +133,7 @@ def by_comma(kind: Callable[[str], Any], said: str) -> Callable[..., Any]:
     return read
 
 
-token_counts = by_comma(tokens, "token counts; try 1024,8k,64k")
+token_counts = by_comma(at_least(1), "token counts; try 1024,8k,64k")
 
 
 def _key_values(context: click.Context, parameter: click.Parameter, values: Iterable[str]) -> dict[str, Any] | None:

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from longmem.cli.common import by_comma, folder_option, options, print_json, together, token_count, token_counts
+from longmem.cli.common import (
+    at_least,
+    by_comma,
+    folder_option,
+    options,
+    print_json,
+    together,
+    token_count,
+    token_counts,
+)
 from longmem.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,15 +78,13 @@ def load(given: Given, remembered: int = 0) -> tuple[list[Asker], Given]:
     Raises:
         LongMemError: settings, checkpoints or their tokenizer are at fault.
     """
-    import torch
-
     from longmem.evaluation.systems import chosen, load_systems
+    from longmem.modeling.loading import named_dtype
 
     how = "backbone control memtrm training_free memory_sizes tokenizer device window windows rows full_context".split()
     named: Given = {name: given[name] for name in how if given.get(name) is not None}
-    if given["dtype"] != "auto":
-        named["dtype"] = getattr(torch, given["dtype"])
-    found = load_systems(given["model"], default_sizes=[remembered] if remembered else None, **named)
+    named |= {"dtype": named_dtype(given["dtype"]), "default_sizes": [remembered] if remembered else None}
+    found = load_systems(given["model"], **named)
     about = {name: value for name, value in given.items() if name not in ("out", "as_json", "resamples")}
     backbone = found[0]
     used = {"tokenizer": backbone.tokenizer.name_or_path, "window": backbone.window}
@@ -156,7 +163,8 @@ def _recalled(default: int) -> Option:
                   "that have them in their window (+recall); 0: no such systems.")  # fmt: skip
 
 
-_numbers = by_comma(int, "numbers; try 0,200")
+_numbers = by_comma(at_least(0, int), "numbers; try 0,200")
+_distances = by_comma(at_least(0), "token counts; try 1024,8k,64k")
 _SEED: Option = options("seed")
 
 TASKS = [
@@ -260,7 +268,7 @@ TASKS = [
         option("--told", help="Your own facts: JSON lines of said, asked, and answer with the value in {braces}."),
         option("--changed", is_flag=True, default=False, help="Facts are told again after the text, with other values: "
                "the newer ones are asked for."),
-        option("--between", default="1k,16k,128k", callback=token_counts, help="Tokens between, by comma."),
+        option("--between", default="1k,16k,128k", callback=_distances, help="Tokens between, by comma."),
         option("--sessions", default=10, least=1, help="Conversations that tell facts."),
         option("--facts", default=10, least=1, help="Told in each conversation."),
         option("--new-tokens", default=24, least=1, help="Of an answer, at most."),
@@ -392,7 +400,6 @@ def layers(model: str, data: tuple[str, ...], tokenizer: str | None, **given: An
     an earlier occurrence of the current one. Keys can be remembered to advantage only where a backbone can copy, so its
     loss on text that it has just read is shown as well.
     """
-    import torch
 
     from longmem.data.text import read_documents
     from longmem.data.tokens import load_tokenizer
@@ -400,11 +407,10 @@ def layers(model: str, data: tuple[str, ...], tokenizer: str | None, **given: An
     from longmem.evaluation.results import header
     from longmem.evaluation.tasks.hidden import standard_library
     from longmem.modeling.checkpoints import backbone_of, checked_device, checkpoint_folder
-    from longmem.modeling.loading import load_backbone
+    from longmem.modeling.loading import load_backbone, named_dtype
 
-    dtype = None if given["dtype"] == "auto" else getattr(torch, given["dtype"])
     device, (where, revision) = checked_device(given["device"]), backbone_of(checkpoint_folder(model))
-    backbone: Any = load_backbone(where, revision, dtype)
+    backbone: Any = load_backbone(where, revision, named_dtype(given["dtype"]))
     backbone.to(device).eval()
     reader = load_tokenizer(tokenizer or where, backbone)
     texts = (document.text for document in read_documents(list(data))) if data else islice(standard_library(), 4)

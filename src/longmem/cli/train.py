@@ -176,8 +176,7 @@ def convert(checkpoint: Path, out: Path, dtype: str, as_json: bool, **given: Any
     CHECKPOINT is a fairseq file of the backbone (newgpt) or of LongMem. Nothing in it is executed, and fairseq is not
     needed. A LongMem is written to OUT and its backbone to OUT/backbone.
     """
-    import torch
-
     from longmem.convert import convert as converted
+    from longmem.modeling.loading import named_dtype
 
-    show(as_json, converted(checkpoint, out, dtype=None if dtype == "auto" else getattr(torch, dtype), **given))
+    show(as_json, converted(checkpoint, out, dtype=named_dtype(dtype), **given))

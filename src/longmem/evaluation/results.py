@@ -68,11 +68,13 @@ def command_line() -> str:
 
 
 def as_json(value: Any) -> Any:
-    """What JSON can say: keys as strings; NaN and infinity, which JSON lacks, as null."""
+    """What JSON can say: keys as strings; NaN and infinity, which JSON lacks, as null; text that UTF-8 can encode."""
     if isinstance(value, dict):
         return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [as_json(item) for item in value]
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()  # a path may hold other bytes
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -69,9 +69,12 @@ def how_to_load(given: dict[str, Any], dtype: torch.dtype | str | None) -> tuple
     how = {name: value for name, value in given.items() if name not in _FROM_AUTO}
     asked = how.pop("torch_dtype", None)
     dtype = asked if dtype is None else dtype
-    if isinstance(dtype, str):
-        dtype = None if dtype == "auto" else getattr(torch, dtype)
-    return dtype, how
+    return named_dtype(dtype) if isinstance(dtype, str) else dtype, how
+
+
+def named_dtype(name: str | None) -> torch.dtype | None:
+    """``bfloat16`` -> ``torch.bfloat16``; None and ``auto`` are None, as saved."""
+    return None if name in (None, "auto") else getattr(torch, str(name))
 
 
 def given_backbone(model: nn.Module, dtype: torch.dtype | None, how: dict[str, Any]) -> PreTrainedModel:

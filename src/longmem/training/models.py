@@ -20,6 +20,7 @@ from longmem.evaluation.layers import best_layers
 from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
 from longmem.modeling.baselines import MemTRM
 from longmem.modeling.families import Family
+from longmem.modeling.loading import named_dtype
 from longmem.modeling.longmem import LongMem
 from longmem.modeling.weights import quantization, sketch_of
 from longmem.training.recipe import OptimSection, Recipe
@@ -95,11 +96,6 @@ def runs_bf16(precision: str, device: torch.device) -> bool:
 def half_or_single(recipe: Recipe, device: torch.device) -> torch.dtype:
     """What a recipe leaves open: bfloat16 where a GPU computes in it, else float32."""
     return torch.bfloat16 if device.type != "cpu" and runs_bf16(recipe.optim.precision, device) else torch.float32
-
-
-def named_dtype(name: str | None) -> torch.dtype | None:
-    """``bfloat16`` -> ``torch.bfloat16``; None and ``auto`` stay None."""
-    return None if name in (None, "auto") else getattr(torch, str(name))
 
 
 def _causal(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

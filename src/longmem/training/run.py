@@ -26,9 +26,10 @@ from longmem.data.stream import WindowSampler
 from longmem.data.text import read_documents
 from longmem.data.tokens import check_tokenizer, load_tokenizer, tokenize, train_tokenizer
 from longmem.errors import ConfigError
+from longmem.modeling.loading import named_dtype
 from longmem.progress import Progress, clock
 from longmem.training.adapt import LongMemTrainer, NeedleStream
-from longmem.training.models import build_model, build_optimiser, half_or_single, lr_share, named_dtype, runs_bf16
+from longmem.training.models import build_model, build_optimiser, half_or_single, lr_share, runs_bf16
 from longmem.training.recipe import Recipe
 from longmem.training.trainer import StreamTrainer, list_checkpoints, refuse_launch
 

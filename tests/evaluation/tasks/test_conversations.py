@@ -226,10 +226,11 @@ def test_facts_of_ones_own_are_told(made_text: Callable[..., str], tmp_path: Pat
     text, own = tmp_path / "text.txt", tmp_path / "own.jsonl"
     text.write_text(made_text(300))
     lines = [
-        {"said": f"Boat {n} is the Heron.", "asked": f"Which is boat {n}?", "answer": "It is the {Heron}."}
+        {"said": f"Boat {n} is\u2028the Heron.", "asked": f"Which is boat {n}?", "answer": "It is the {Heron}."}
         for n in range(3)
     ]
-    own.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # only a line end parts facts
+    own.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8-sig")
     task = FactsTask(text=[str(text)], told=str(own), between=[64], sessions=1, facts=2, recall=2, new_tokens=4)
     task.begin([asker])
     assert [example.item[:2] for example in task.examples()] == [

@@ -45,6 +45,7 @@ SQUAD = '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "questio
         (read_dialogues, '[{"a": 1}]', "sample 0 is not of LoCoMo's form.*KeyError: 'conversation'"),
         (read_dialogues, "words", "line 1 is not of LoCoMo's form .* or MSC's"),
         (read_dialogues, "[]", "nothing in it"),
+        (read_dialogues, "[" * 100_000, "the file is not of .*RecursionError"),
         (read_dialogues, json.dumps([TALK | {"qa": [{"question": "?", "category": 6}]}]), "sample 0 is not"),
         (read_dialogues, json.dumps([TALK | {"qa": [{"question": "?", "category": 1, "answer": None}]}]), "is null"),
         (read_dialogues, json.dumps([TALK | {"conversation": UNSAID}]), "a text is a NoneType"),

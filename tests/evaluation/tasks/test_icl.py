@@ -46,6 +46,12 @@ def test_every_form_gives_the_same_texts(name: str, tmp_path: Path) -> None:
     assert found.items == [Labelled(" ".join(text.split()) if named else text, label) for text, label in SAID]
 
 
+def test_a_file_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "all.json.gz", FORMS["all.json.gz"][:-20])
+    with pytest.raises(DataError, match=r"all.json.gz: the file is not of .*; fetch the file again"):
+        read_labelled(path)
+
+
 def test_nothing_is_shown_that_is_empty_there_twice_or_asked(tmp_path: Path) -> None:
     write(tmp_path / "mpqa" / "train.csv", '0,same\n1,same\n1,""\n0,asked\n1,other\n')
     write(tmp_path / "mpqa" / "test.csv", '0,asked\n1,""\n1,new\n1,new\n')

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import time
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -163,12 +164,18 @@ def read_source(
         items = list(parse(raw, where))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); {way_out}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, EOFError, zlib.error) as error:
         said = f"{type(error).__name__}: {error}"
         raise DataError(f"{path}: {where[-1]} is not of {form} ({said}); {way_out}") from error
     if not items:
         raise DataError(f"{path}: nothing in it; {way_out}")
     return Source(path.name, hashlib.sha256(raw).hexdigest(), items)
+
+
+def lines_of(raw: bytes) -> list[str]:
+    """The lines of a file."""
+    # only \n ends one: some texts hold other signs that str.splitlines would take for an end
+    return raw.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
 
 
 def run_task(

@@ -17,7 +17,7 @@ from longmem.errors import ConfigError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after
 from longmem.evaluation.results import Json
 from longmem.evaluation.systems import BACKBONE
-from longmem.evaluation.tasks import Example, Metric, Source, Task, digest_of, drawn, read_source
+from longmem.evaluation.tasks import Example, Metric, Source, Task, digest_of, drawn, lines_of, read_source
 from longmem.evaluation.tasks.comprehension import f1_score
 from longmem.evaluation.tasks.hidden import notes_on, read_haystack
 
@@ -98,8 +98,7 @@ def _conversations(raw: bytes, where: list[str]) -> Iterator[Conversation]:
             where.append(f"sample {number}")
             yield _locomo(number, sample)
         return
-    # only \n ends a line: some texts hold other signs that str.splitlines would take for one
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(lines_of(raw), 1):
         where.append(f"line {number}")
         if line.strip():
             yield _msc(number, json.loads(line))
@@ -295,8 +294,10 @@ def read_told(path: str | Path) -> list[ToldFact]:
     """
 
     def parse(raw: bytes, where: list[str]) -> Iterator[ToldFact]:
-        for number, line in enumerate(raw.decode("utf-8").splitlines(), 1):
+        for number, line in enumerate(lines_of(raw), 1):
             where.append(f"line {number}")
+            if not line.strip():
+                continue
             fact = json.loads(line)
             parts = re.fullmatch(r"([^{}]*)\{([^{}]+)\}([^{}]*)", fact["answer"])
             if parts is None:

@@ -26,7 +26,7 @@ from longmem.data.tokens import start_tokens
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after
 from longmem.evaluation.results import Bootstrap, Json
-from longmem.evaluation.tasks import Example, Metric, Source, Task, drawn, group_scores, read_source
+from longmem.evaluation.tasks import Example, Metric, Source, Task, drawn, group_scores, lines_of, read_source
 
 
 class Asked(NamedTuple):
@@ -267,8 +267,7 @@ def read_labelled(path: Path, labels: Sequence[str] = (), part: str = "train") -
         if path.suffix == ".gz":
             pairs: list[tuple[str, str]] = json.loads(gzip.decompress(raw))[part]
             return pairs
-        # only \n ends a line: some texts hold other signs that str.splitlines would take for one
-        lines = [line for line in raw.decode("utf-8-sig").replace("\r\n", "\n").split("\n") if line]
+        lines = [line for line in lines_of(raw) if line]
         if lines[:1] == ["sentence\tlabel"]:
             return (line.rsplit("\t", 1) for line in lines[1:])
         if path.suffix == ".csv":
