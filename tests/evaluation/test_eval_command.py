@@ -81,6 +81,8 @@ def test_a_baseline_or_a_backbone_is_measured_by_itself(
     result = command("eval", "perplexity", *given).json
     assert list(result["systems"]) == systems
     assert list(result["protocols"]) == ["sliding"]
+    dtypes = {about["dtype"] for about in result["header"]["models"].values() if "dtype" in about}
+    assert dtypes <= {"float16" if "float16" in options else "float32"}
     assert [(d["id"], d["tokens"]) for d in result["documents"]] == [("one__a.txt", 29), ("one__b.txt", 29)]
 
 

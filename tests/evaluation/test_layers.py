@@ -55,6 +55,9 @@ def test_every_family_is_measured_at_every_layer_that_can_be_remembered(name: st
 def test_the_best_set_grows_by_the_layer_that_adds_most() -> None:
     model = make_backbone("llama")
     found = measure_layers(model, texts(), **SMALL)
+    ids = torch.stack([text[-31:] for text in texts()])  # half of a text is predicted, of that the second half counts
+    scored = model(ids[:, :-1]).logits[:, 15:].log_softmax(-1).gather(2, ids[:, 16:, None])
+    assert found["alone"]["nats"]["text"] == pytest.approx(-scored.mean().item(), abs=1e-5)
     worths = [each["worth"] for each in found["sets"]]
     assert found["sets"][0] == max(found["single"], key=lambda effect: effect["worth"])
     assert worths == sorted(worths) and found["best"] == (found["sets"][-1]["layers"] if worths[-1] > 0 else None)
