@@ -127,3 +127,12 @@ def filled(model: Any, segments: Tensor, **settings: Any) -> MemoryBank:
     bank = MemoryBank.for_model(model, rows=segments.shape[0], capacity_tokens=64, **settings)
     bank.add(model.encode(segments), documents=["a"] * len(segments))
     return bank
+
+
+def disturbed(model: Any, scale: float, seed: int = 2) -> Any:
+    """The same model, every trained number moved."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.trainable_parameters():
+            weight.add_(scale * torch.randn(weight.shape, generator=generator))
+    return model

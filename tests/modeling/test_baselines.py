@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.family_table import FAMILIES, SETTINGS, filled, ids, make_backbone
+from tests.family_table import FAMILIES, SETTINGS, disturbed, filled, ids, make_backbone
 
 from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
 from longmem.errors import MemoryBankError
@@ -64,14 +64,6 @@ def test_a_trained_memtrm_has_another_fingerprint_and_keeps_where_it_started_fro
 # TrainingFree with fusion="token": gates that can be trained
 
 
-def disturbed(model: TrainingFree) -> TrainingFree:
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.trainable_parameters():
-            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 def test_only_the_token_gates_are_trained_and_every_number_of_them_learns() -> None:
     model = TrainingFree.from_backbone(make_backbone("llama"), **TWO)
     before = {name: tensor.clone() for name, tensor in model.backbone.model.state_dict().items()}
@@ -87,7 +79,7 @@ def test_only_the_token_gates_are_trained_and_every_number_of_them_learns() -> N
 @torch.no_grad()
 def test_token_gates_read_nothing_from_an_empty_bank_and_are_saved_alone(tmp_path: Path) -> None:
     make_backbone("llama").save_pretrained(tmp_path / "backbone")
-    model = disturbed(TrainingFree.from_backbone(tmp_path / "backbone", **TWO))
+    model = disturbed(TrainingFree.from_backbone(tmp_path / "backbone", **TWO), 0.5)
     bank, empty = filled(model, ids(seed=1)), MemoryBank.for_model(model, rows=2, capacity_tokens=64)
     expected = model(ids(), memory=bank).logits
     assert torch.equal(model(ids(), memory=empty).logits, model(ids()).logits)

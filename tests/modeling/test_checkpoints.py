@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
-from tests.family_table import SETTINGS, filled, ids, make_backbone
+from tests.family_table import SETTINGS, disturbed, filled, ids, make_backbone
 from transformers import AutoModelForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from longmem import LongMem, LongMemConfig, MemTRM, MemTRMConfig, TrainingFree, TrainingFreeConfig
@@ -23,13 +23,7 @@ from longmem.modeling.loading import load_backbone
 
 
 def trained(backbone: PreTrainedModel, seed: int = 1, **settings: Any) -> LongMem:
-    """Over this backbone, every trained number moved."""
-    model = LongMem.from_backbone(backbone, **{**SETTINGS, **settings}).eval()
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.trainable_parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return disturbed(LongMem.from_backbone(backbone, **{**SETTINGS, **settings}).eval(), 0.2, seed)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -10,43 +10,33 @@ from typing import Any
 
 import pytest
 import torch
-from tests.family_table import SETTINGS, ids, make_backbone
-from torch import Tensor
+from tests.family_table import SETTINGS, filled, ids, make_backbone
 
-from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
+from longmem import LongMem, MemTRM, TrainingFree
 
 MODELS = [(LongMem, "softmax"), (TrainingFree, "gate"), (MemTRM, "gate")]
 
 
-def made(kind: Any, fusion: str, family: str = "llama") -> Any:
-    model = kind.from_backbone(make_backbone(family), fusion=fusion, **SETTINGS).eval()
+def made(kind: Any, fusion: str) -> Any:
+    model = kind.from_backbone(make_backbone("llama"), fusion=fusion, **SETTINGS).eval()
     with torch.no_grad():
         model.memory_gate.fill_(2.0)
     return model
 
 
-def bank_of(model: Any, seed: int) -> MemoryBank:
-    bank = MemoryBank.for_model(model)
-    bank.add(model.encode(ids(1, 64, seed)), documents=[f"tenant {seed}"])
-    return bank
-
-
 @pytest.mark.parametrize(("kind", "fusion"), MODELS)
 def test_threads_that_share_a_model_never_read_each_others_memory_or_window(kind: Any, fusion: str) -> None:
     model, segment = made(kind, fusion), ids(1, 16, seed=99)
-    banks: dict[int | None, MemoryBank | None] = {None: None, **{seed: bank_of(model, seed) for seed in range(3)}}
+    banks: dict[Any, Any] = {None: None} | {seed: filled(model, ids(1, 64, seed)) for seed in range(3)}
+    settings: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings |= {"window": 12, "window_move": 6, "output_logits": True, "return_dict_in_generate": True}
 
-    def logits(tenant: int | None) -> Tensor:
-        with torch.no_grad():
-            out: Tensor = model(segment, memory=banks[tenant]).logits
-        return out
+    @torch.no_grad()
+    def logits(tenant: int | None) -> Any:
+        return model(segment, memory=banks[tenant]).logits
 
-    def continued(tenant: int | None) -> Tensor:
-        settings: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None,
-                                    "window": 12, "window_move": 6}  # fmt: skip
-        out: Tensor = model.generate(segment, memory=banks[tenant], output_logits=True, return_dict_in_generate=True,
-                                     **settings).logits[-1]  # fmt: skip
-        return out
+    def continued(tenant: int | None) -> Any:
+        return model.generate(segment, memory=banks[tenant], **settings).logits[-1]
 
     for ask in (logits, continued):
         alone = {tenant: ask(tenant) for tenant in banks}
@@ -63,9 +53,9 @@ def test_threads_that_share_a_model_never_read_each_others_memory_or_window(kind
 @pytest.mark.parametrize("used", [False, True])
 def test_a_copy_answers_alike_and_is_its_own(way: Callable[[Any], Any], kind: Any, fusion: str, used: bool) -> None:
     model, segment = made(kind, fusion), ids(1, 16, seed=99)
-    bank = bank_of(model, 0) if used else None  # a model that has run holds more than one that has not
+    bank = filled(model, ids(1, 64, 0)) if used else None  # a model that has run holds more than one that has not
     other = way(model)
-    bank = bank_of(model, 0) if bank is None else bank
+    bank = filled(model, ids(1, 64, 0)) if bank is None else bank
     expected = model(segment, memory=bank).logits
     assert torch.equal(other(segment, memory=bank).logits, expected)
     other.memory_gate.fill_(-3.0)
@@ -77,7 +67,7 @@ def test_a_copy_answers_alike_and_is_its_own(way: Callable[[Any], Any], kind: An
 def test_the_users_own_backbone_stays_free_of_us() -> None:
     backbone = make_backbone("llama")
     model = LongMem.from_backbone(backbone, fusion="softmax", **SETTINGS).eval()
-    model(ids(1, 16), memory=bank_of(model, 0))
+    model(ids(1, 16), memory=filled(model, ids(1, 64, 0)))
     parts = list(backbone.modules())
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
     assert copy.deepcopy(backbone).config._attn_implementation == backbone.config._attn_implementation

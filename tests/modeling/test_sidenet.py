@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests import family_table
-from tests.family_table import SETTINGS, ids, make_backbone
+from tests.family_table import SETTINGS, disturbed, ids, make_backbone
 
 from longmem import LongMem, MemoryBank, TrainingFree
 
@@ -22,13 +22,6 @@ def made(family: str, **settings: Any) -> LongMem:
 
 def filled(model: Any) -> MemoryBank:
     return family_table.filled(model, ids(2, 20, seed=1))
-
-
-def disturb(model: LongMem) -> None:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for weight in model.trainable_parameters():
-            weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
 
 
 @torch.no_grad()
@@ -59,8 +52,7 @@ def test_at_stride_1_it_starts_as_the_calibrated_reader(family: str) -> None:
 
 
 def test_attention_alone_is_trained_and_saved_and_loads_again(tmp_path: Path) -> None:
-    model = made("llama", stride=1, trained="attention")
-    disturb(model)
+    model = disturbed(made("llama", stride=1, trained="attention"), 0.02)
     names = {name for name, _ in model.sidenet.named_parameters()}
     assert names and not any("mlp" in name for name in names)
     memory = filled(model)
@@ -76,8 +68,7 @@ def test_attention_alone_is_trained_and_saved_and_loads_again(tmp_path: Path) ->
 
 @torch.no_grad()
 def test_tokens_generated_with_a_cache_are_those_without_one() -> None:
-    model = made("llama", stride=1, trained="attention").eval()
-    disturb(model)
+    model = disturbed(made("llama", stride=1, trained="attention"), 0.02).eval()
     greedy: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cached, plain = (model.generate(ids(), memory=filled(model), use_cache=use, **greedy) for use in (True, False))
     assert torch.equal(cached, plain)

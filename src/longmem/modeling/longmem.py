@@ -177,8 +177,8 @@ class SideNet(nn.Module):
 
     def _layer(self, layer: nn.Module, call: dict[str, Any], hidden: Tensor, run: BackboneRun) -> Tensor:
         def replay(hidden: Tensor) -> Tensor:
-            # `MemoryReader.search` and `fuse` find the run so, in the attention of an augmented layer (see `__init__`);
-            # backward recomputes long after forward ended
+            # in the attention of an augmented layer `MemoryReader.search` and then `MemoryReader.fuse` run (`__init__`
+            # has put them there); they find the run because it is active, also when backward recomputes the layer
             with run.active():
                 output = layer(**{**call, "hidden_states": hidden})
             return cast(Tensor, output[0] if isinstance(output, tuple) else output)

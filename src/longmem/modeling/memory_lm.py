@@ -127,14 +127,17 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
             MemoryBankError: if the memory was written by another backbone or other layers.
         """
         reading = Reading.of(self, memory, memory_rows, explain is not False)
+        # 1. the backbone runs as it is; the run has what each of its layers was given, and the keys to remember
         run = self.backbone.run(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, reading=reading, **options
         )
+        # 2. in LongMem the SideNet goes through the run once more, beside it, and reads memory: `SideNet.forward`
         hidden = self.read(run)
-        divisor = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-        out = self.backbone.head(hidden, run, labels=labels, logits_to_keep=logits_to_keep, **divisor)
+        # 3. the backbone's own head
+        last = {"labels": labels, "logits_to_keep": logits_to_keep, "num_items_in_batch": num_items_in_batch}
+        out = self.backbone.head(hidden, run, **last)
 
-        reads = None if reading is None else tuple(read for _, read in sorted(reading.reads.items()))
+        reads = None if reading is None else tuple(reading.reads.values())
         explanation = None if memory is None or not reads or explain is False else Explanation.of(memory, reads)
         if isinstance(explain, list) and explanation is not None:
             explain.append(explanation)
