@@ -7,6 +7,7 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import field
+from numbers import Integral
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
@@ -94,16 +95,17 @@ class MemoryConfig(PreTrainedConfig):
     def problems(self) -> list[str]:
         """Every broken rule, one line each."""
         names = ("chunk_size", "num_retrieved", "memory_size")
-        found = [f"{name} ({getattr(self, name)}) must be at least 1" for name in names if getattr(self, name) < 1]
+        found = [problem for name in names for problem in _no_count(name, getattr(self, name))]
         for name in names[1:] if not found else ():
             found += not_a_multiple(name, getattr(self, name), "chunk_size", self.chunk_size)
         found += _choices(self, fusion=Fusion)
-        if not 0 <= self.recency < math.inf:
-            found.append(f"recency ({self.recency}) must be a number from 0 on; 0 reads old and new alike")
+        if not (isinstance(self.recency, int | float) and 0 <= self.recency < math.inf):
+            found.append(f"recency ({self.recency!r}) must be a number from 0 on; 0 reads old and new alike")
         if self.fusion == "token" and not self.token_gates:
             found.append(f'fusion ("token") is not for {type(self).__name__}; use "gate" or "softmax"')
         layers = self.memory_layers
-        if layers is not None and (not layers or list(layers) != sorted(set(layers))):
+        numbers = all(isinstance(layer, Integral) for layer in layers or ())
+        if layers is not None and not (layers and numbers and list(layers) == sorted(set(layers))):
             found.append(f"memory_layers ({list(layers)}) must be different layers, counted from 0, in ascending order")
         return found
 
@@ -158,8 +160,7 @@ class LongMemConfig(MemoryConfig):
     side_norm_eps: float | None = None
 
     def problems(self) -> list[str]:
-        found = [f"stride ({self.stride}) must be at least 1"] if self.stride < 1 else []
-        found += super().problems()
+        found = _no_count("stride", self.stride) + super().problems()
         if self.init == "zero" and self.trained == "attention":
             found.append('init ("zero") needs a feed-forward of its own; use trained "all", or init "delta"')
         return found + _choices(self, init=Init, trained=Trained, final_state=FinalState)
@@ -301,6 +302,12 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
     types = list(get_layer_types_and_kwargs(config)[0])
     sharing = getattr(config, "kv_sharing_modes", None) or [None] * len(types)
     return ["reuse" if mode == "reuse" else kind for kind, mode in zip(types, sharing, strict=True)]
+
+
+def _no_count(name: str, value: Any) -> list[str]:
+    """The broken rule, if the value is no whole number from 1 on; a file may hold anything."""
+    right = isinstance(value, Integral) and int(value) >= 1
+    return [] if right else [f"{name} ({value!r}) must be a whole number, at least 1"]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.family_table import FAMILIES, RECURRENT
+from tests.family_table import FAMILIES, RECURRENT, filled
 from tests.generation.models import bank_of, ids, longmem
 from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
 
@@ -45,35 +45,24 @@ def test_the_memory_is_only_read(llama: LongMem) -> None:
 
 
 def test_rows_of_a_bank_a_list_of_banks_and_each_prompt_alone_agree(llama: LongMem) -> None:
-    bank = bank_of(llama, rows=3)
+    bank, texts = bank_of(llama, rows=3), ids(3, 20, seed=7).split(1)
     alone = [
-        llama.generate(ids(2, 6)[line : line + 1], memory=bank, memory_rows=torch.tensor([row]), **GREEDY)
-        for line, row in enumerate((2, 0))
+        llama.generate(prompt, memory=bank, memory_rows=torch.tensor([row]), **GREEDY)
+        for prompt, row in zip(ids(2, 6).split(1), (2, 0), strict=True)
     ]
-    assert torch.equal(
-        llama.generate(ids(2, 6), memory=bank, memory_rows=torch.tensor([2, 0]), **GREEDY), torch.cat(alone)
-    )
-
-    texts = ids(3, 20, seed=7)
-    banks = []
-    for row in (2, 0):
-        banks.append(MemoryBank.for_model(llama))
-        banks[-1].add(llama.encode(texts[row : row + 1]))
+    assert torch.equal(llama.generate(ids(2, 6), memory=bank, memory_rows=[2, 0], **GREEDY), torch.cat(alone))
+    banks = [filled(llama, texts[row]) for row in (2, 0)]
     assert torch.equal(llama.generate(ids(2, 6), memory=banks, **GREEDY), torch.cat(alone))
     for more in ({"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 2}):
-        rows = llama.generate(ids(2, 6), memory=bank, memory_rows=torch.tensor([2, 0]), **GREEDY, **more)
+        rows = llama.generate(ids(2, 6), memory=bank, memory_rows=[2, 0], **GREEDY, **more)
         assert torch.equal(llama.generate(ids(2, 6), memory=banks, **GREEDY, **more), rows)
-
     without = llama.generate(ids(2, 6)[1:], **GREEDY)
     assert torch.equal(llama.generate(ids(2, 6), memory=[banks[0], None], **GREEDY), torch.cat((alone[0], without)))
     assert not torch.equal(without, alone[1])
 
 
-def test_rows_as_a_list_prompts_read_in_parts_and_no_prompt_at_all(llama: LongMem) -> None:
+def test_prompts_read_in_parts_and_no_prompt_at_all(llama: LongMem) -> None:
     bank = bank_of(llama, rows=3)
-    both = {"memory": bank, "memory_rows": [2, 0], "num_beams": 2}
-    beams = llama.generate(ids(2, 6), **both, **GREEDY)
-    assert torch.equal(llama.generate(ids(2, 6), **{**both, "memory_rows": torch.tensor([2, 0])}, **GREEDY), beams)
     plain = llama.generate(ids(3, 9), memory=bank, **GREEDY)
     assert torch.equal(llama.generate(ids(3, 9), memory=bank, prefill_chunk_size=4, **GREEDY), plain)
     begun = llama.generate(memory=bank_of(llama), bos_token_id=1, **GREEDY)

@@ -49,7 +49,9 @@ def test_every_layer_says_what_it_read() -> None:
     found = torch.tensor([[0, -1], [1, 0]]).view(1, 2, 1, 2)
     shares = torch.tensor([[0.2, 0.0], [0.3, 0.1]]).view(1, 2, 1, 2)
     origins = {(0, chunk): ChunkOrigin("book", chunk * 2, 2, chunk, 0.0) for chunk in range(2)}
-    read = reading_at(Explanation(torch.zeros(1), found, shares, shares, origins, layers=(5, 9)), 0)
+    explanation = Explanation(torch.zeros(1), found, shares, shares, origins, layers=(5, 9))
+    read = reading_at(explanation, 0)
+    assert explanation.over([]) == []
     assert read.layers == pytest.approx({5: 0.2, 9: 0.4}) and read.share == pytest.approx(0.3)
     assert [(each.chunk, each.share, each.layers) for each in read.chunks] == [
         (0, pytest.approx(0.15), pytest.approx({5: 0.2, 9: 0.1})),

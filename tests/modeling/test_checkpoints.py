@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -112,6 +113,14 @@ def without(name: str) -> Callable[[Path], Any]:
     return lambda folder: next(folder.glob(name)).unlink()
 
 
+def setting(**changed: Any) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+
+    return change
+
+
 def other_heads(folder: Path) -> None:
     save_file({"memory_gate": torch.zeros(3)}, folder / "memory_gate.safetensors")
 
@@ -121,6 +130,11 @@ def other_heads(folder: Path) -> None:
     [
         (LongMem, without("sidenet-00002-*"), r"does not fit its config: missing \['layers.0"),
         (LongMem, cut_in_half("sidenet-00002-*"), "not a complete LongMem checkpoint"),
+        (LongMem, lambda folder: (folder / "config.json").write_text("[]"), "not a complete LongMem checkpoint"),
+        (LongMem, setting(backbone_config={}), "not a complete LongMem checkpoint"),
+        (LongMem, setting(chunk_size=None, stride="2"), r"stride \('2'\) must be a whole .*; chunk_size \(None\) must"),
+        (LongMem, setting(memory_layers=[1.5]), r"memory_layers \(\[1.5\]\) must be different layers"),
+        (LongMem, setting(recency="much"), r"recency \('much'\) must be a number from 0 on"),
         (LongMem, without("config.json"), "no config.json.*it needs config.json and sidenet.safetensors"),
         (TrainingFree, without("gates.safetensors"), r"gates.safetensors does not fit its config: missing \['0.bias'"),
         (MemTRM, without("memory_gate.safetensors"), r"missing \['memory_gate'\].*the checkpoint is incomplete"),
@@ -196,6 +210,7 @@ OUT_OF_RANGE = "is out of range, the backbone has 4 layers counted from 0; these
         (made(memory_layers="best"), '"auto"'),
         (made(num_retreived=8), "did you mean num_retrieved"),
         (made(device_map="auto"), "loaded already"),
+        (made(dtype="bf16"), "dtype (bf16) is none of torch; try bfloat16"),
         (made(TrainingFree, gate=[0.1, 0.2, 0.3]), "gate (3 shares) must be one share, or one for each of the 4 heads"),
         (made(backbone=packed), "quantised by gptq, whose layers cannot be copied"),
         (made(MemTRM, packed), "trains the backbone itself, and this one is quantised by gptq; load it unquantised"),

@@ -106,12 +106,10 @@ class Explanation:
         at = torch.arange(self.chunks.shape[2]) if positions is None else torch.tensor([*positions], dtype=torch.long)
         chunks, shares, scores = (each[row][:, at].flatten(1) for each in (self.chunks, self.shares, self.scores))
         numbers, inverse = torch.unique(chunks, return_inverse=True)
-        # (n, H, chunks); the slot of "nothing found" is dropped below
-        shape = (len(self.layers), -1, len(numbers))
-        parts = torch.zeros(chunks.shape[0], len(numbers)).scatter_add_(1, inverse, shares).view(shape) / max(
-            1, len(at)
-        )
-        found = torch.zeros(chunks.shape[0], len(numbers), dtype=torch.bool).scatter_(1, inverse, True).view(shape)
+        heads = (len(chunks), len(numbers))  # the slot of "nothing found" is dropped below
+        shape = (len(self.layers), len(chunks) // len(self.layers), len(numbers))  # n, H, chunks
+        parts = torch.zeros(heads).scatter_add_(1, inverse, shares).view(shape) / max(1, len(at))
+        found = torch.zeros(heads, dtype=torch.bool).scatter_(1, inverse, True).view(shape)
         best = torch.full((len(numbers),), -torch.inf).scatter_reduce_(0, inverse.flatten(), scores.flatten(), "amax")
         share, by_layer, finders = parts.mean((0, 1)), parts.mean(1), found.any(1)
         order = [slot for slot in share.argsort(descending=True, stable=True).tolist() if int(numbers[slot]) >= 0]

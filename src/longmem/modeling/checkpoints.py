@@ -137,7 +137,7 @@ class Checkpointed(PreTrainedModel):
                 raise FileNotFoundError(f"no config.json in {folder}")
             settings = cls.config_class.from_pretrained(folder) if config is None else copy.deepcopy(config)
             tensors = _read_weights(folder / cls.weights_file)
-        except (OSError, SafetensorError, ValueError) as problem:
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError) as problem:
             raise CheckpointError(
                 f"{folder} is not a complete {cls.__name__} checkpoint ({first_line(problem)}); it needs config.json "
                 f"and {cls.weights_file} as written by save_pretrained"

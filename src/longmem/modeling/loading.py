@@ -74,7 +74,12 @@ def how_to_load(given: dict[str, Any], dtype: torch.dtype | str | None) -> tuple
 
 def named_dtype(name: str | None) -> torch.dtype | None:
     """``bfloat16`` -> ``torch.bfloat16``; None and ``auto`` are None, as saved."""
-    return None if name in (None, "auto") else getattr(torch, str(name))
+    if name is None or name == "auto":
+        return None
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"dtype ({name}) is none of torch; try bfloat16, float16 or float32")
+    return found
 
 
 def given_backbone(model: nn.Module, dtype: torch.dtype | None, how: dict[str, Any]) -> PreTrainedModel:
