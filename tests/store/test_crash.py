@@ -11,6 +11,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -212,9 +213,12 @@ def test_a_forked_child_neither_gives_up_its_parents_lock_nor_keeps_it(tmp_path:
         with pytest.raises(StoreLocked), disk.writer_lock(tmp_path):
             pass
         child = forked(partial(os.read, reading, 1))  # lives on, with the file open
-    with disk.writer_lock(tmp_path):
+    try:
+        with disk.writer_lock(tmp_path):
+            pass
+    finally:
         os.write(told, b"x")
-    assert status(child) == 0
+        assert status(child) == 0
 
 
 # a long life with kills at random moments
@@ -253,20 +257,26 @@ def apply(model: Model, what: str, namespace: str, name: str, text: str) -> Mode
     return {space: rows for space, rows in spaces.items() if rows}
 
 
+def change(store: MemoryStore, what: str, namespace: str, name: str, text: str) -> None:
+    """The same in a store."""
+    if what in ("add", "replace"):
+        store.add_document(namespace, text, name=name, replace=True)
+    elif what == "append":
+        store.append(namespace, text, name=name)
+    elif what == "forget":
+        store.forget(namespace, name=name)
+    else:
+        store.compact()
+
+
 def live(path: Path, seed: int, start: int, told: int) -> None:
     """Do all steps from ``start`` on; says the number of each that is done."""
     store = open_small(path)
     for number, (what, namespace, name, text) in enumerate(steps(seed)):
         if number < start:
             continue
-        if what in ("add", "replace"):
-            store.add_document(namespace, text, name=name, replace=True)
-        elif what == "append":
-            store.append(namespace, text, name=name)
-        elif what == "forget":
-            store.forget(namespace, name=name)
-        else:
-            store.compact()
+        change(store, what, namespace, name, text)
+        if what == "compact":
             store.close()
             store = open_small(path)
         os.write(told, f"{number}\n".encode())
@@ -347,3 +357,38 @@ def test_readers_beside_a_writer_see_whole_states_only(seconds: float, readers: 
         with open_small(path) as store:
             assert store.verify().problems == []
     assert sum(seen) > least and max(done) > least
+
+
+# threads
+
+
+@pytest.mark.parametrize(("seconds", "least"), [(3.0, 30), pytest.param(60.0, 500, marks=pytest.mark.slow)])
+def test_eight_threads_share_a_store_and_no_answer_is_wrong(seconds: float, least: int) -> None:
+    """Each with a namespace reads, writes and forgets; every answer is compared with a model of it."""
+    rounds, wrong, ends = list[str](), list[str](), time.monotonic() + seconds
+
+    def work(store: MemoryStore, number: int) -> None:
+        space, model, bank = f"user {number}", Model(), store.bank(f"user {number}")
+        try:
+            for what, _, name, text in steps(number):
+                if wrong or time.monotonic() > ends:
+                    return
+                if what != "compact" or number == 0:
+                    change(store, what, space, name, text)
+                model = apply(model, what, space, name, text)
+                mine = model.get(space, {})
+                assert {each.name: store.text(space, each.name) for each in store.documents(space)} == mine
+                bank.refresh()
+                found = bank.search(torch.ones(1, 2, 1, 4), 1000)
+                origins = [bank.provenance(0, chunk) for chunk in found.chunks[0, 0, 0].tolist() if chunk >= 0]
+                assert sum(origin.length for origin in origins) == sum(len(text) + 1 for text in mine.values())
+                assert {(origin.namespace, origin.document) for origin in origins} == {(space, name) for name in mine}
+                rounds.append(what)
+        except Exception as error:
+            wrong.append(f"{space}: {type(error).__name__} {error}")
+
+    with quick_folder() as folder, open_small(folder / "memory") as store:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(partial(work, store), range(8)))
+        assert wrong == [] and len(rounds) > least
+        assert store.verify().clean
