@@ -39,26 +39,13 @@ def test_chunk_keys_are_averaged_before_rounding():
     torch.testing.assert_close(memory.search(asked, 1).scores[..., 0, 0], wanted)
 
 
-def test_another_document_or_the_end_of_one_closes_the_tail_as_a_short_masked_chunk():
-    memory, given = bank(2), kv(2, 3)
-    memory.add(given, documents=["a", "b"], time=1.0)
-    memory.add(kv(2, 3), documents=["a", "c"], time=2.0)
-    assert (memory.chunks.tolist(), memory.waiting.tolist()) == ([3, 3], [0, 1])
-    assert origins(memory)[1] == ChunkOrigin("a", 2, 2, 1, 2.0)
-    assert origins(memory, 1)[1:] == [ChunkOrigin("b", 2, 1, 1, 2.0), ChunkOrigin("c", 0, 2, 2, 2.0)]
-    memory.end_document()
-    assert (memory.tokens.tolist(), memory.waiting.tolist()) == ([6, 6], [0, 0])
-    found = memory.search(given.keys[:, :, 2:], 4)
-    assert found.mask[1].sum(-1).tolist() == [[6], [6]]
-
-
 def test_a_document_goes_on_where_none_is_named_and_a_jump_closes_the_tail():
     memory = bank()
-    memory.add(kv(1, 3), documents=["a"], offsets=[10])
-    memory.add(kv(1, 2))
-    memory.add(kv(1, 2), documents=["a"], offsets=[40])
-    assert [(each.document, each.start_token, each.length) for each in origins(memory)] == [
-        ("a", 10, 2), ("a", 12, 2), ("a", 14, 1), ("a", 40, 2),
+    memory.add(kv(1, 3), documents=["a"], offsets=[10], time=1.0)
+    memory.add(kv(1, 2), time=2.0)
+    memory.add(kv(1, 2), documents=["a"], offsets=[40], time=3.0)
+    assert [(each.document, each.start_token, each.length, each.time) for each in origins(memory)] == [
+        ("a", 10, 2, 1.0), ("a", 12, 2, 2.0), ("a", 14, 1, 3.0), ("a", 40, 2, 3.0),
     ]  # fmt: skip
 
 
@@ -105,17 +92,13 @@ def test_what_is_known_of_chunks_does_not_pile_up_and_every_tensor_is_counted():
 
 
 def test_chunks_are_numbered_by_age_when_old_ones_were_overwritten():
-    memory = bank(2, capacity=6)
-    for number in range(5):  # three chunks fit a row; the second row is given two
-        memory.add(kv(1, 2, number), rows=torch.tensor([0]), documents=[str(number)])
-        if number < 2:
-            memory.add(kv(1, 2, number), rows=torch.tensor([1]), documents=[str(number)])
-    found = memory.search(queries(2), 3)
-    for row in range(2):
-        for chunks, periods in zip(found.chunks[row].view(-1, 3).tolist(), found.period[row].view(-1, 3), strict=True):
-            names = [memory.provenance(row, chunk).document for chunk in chunks if chunk >= 0]
-            assert set(names) == ({"2", "3", "4"} if row == 0 else {"0", "1"})
-            assert [name for _, name in sorted(zip(periods.tolist(), names, strict=False))] == sorted(names)
+    memory = bank(capacity=6)
+    for number in range(5):  # three chunks fit a row
+        memory.add(kv(1, 2, number), documents=[str(number)])
+    found = memory.search(queries(1), 3)
+    for chunks, periods in zip(found.chunks.view(-1, 3).tolist(), found.period.view(-1, 3), strict=True):
+        names = [memory.provenance(0, chunk).document for chunk in chunks]
+        assert [name for _, name in sorted(zip(periods.tolist(), names, strict=True))] == ["2", "3", "4"]
     with pytest.raises(MemoryBankError, match=r"chunk \(0\) is not in row 0; it holds 2 to 4"):
         memory.provenance(0, 0)
 

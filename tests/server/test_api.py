@@ -59,7 +59,7 @@ def test_n_answers_stop_words_and_logprobs(live: Any) -> None:
     assert (cut.message.content, cut.finish_reason) == (text[: text.index(stop)], "stop")
 
 
-def test_completions(live: Any) -> None:
+def test_completions_and_how_long_they_are(live: Any) -> None:
     settings: dict[str, Any] = {"model": "tiny", "prompt": ["One", "Two"], "max_tokens": 5, "temperature": 0}
     found = live.client().completions.create(**settings, echo=True, logprobs=1)
     assert [choice.index for choice in found.choices] == [0, 1]
@@ -68,11 +68,8 @@ def test_completions(live: Any) -> None:
     for piece in live.client().completions.create(**settings, echo=True, stream=True):
         streamed[piece.choices[0].index] += piece.choices[0].text
     assert streamed == {choice.index: choice.text for choice in found.choices}
-
-
-def test_a_completion_has_16_tokens_and_an_answer_what_is_left_of_the_window(live: Any) -> None:
     done = live.client().completions.create(model="tiny", prompt="One", temperature=0)
-    assert done.usage.completion_tokens == 16
+    assert done.usage.completion_tokens == 16  # and an answer what is left of the window
     answer = live.chat(seed=1)
     assert answer.usage.completion_tokens == 256 or answer.choices[0].finish_reason == "stop"
 
@@ -180,6 +177,9 @@ def test_what_is_said_is_kept_and_forgotten(live: Any) -> None:
     assert http.get(document).json()["text"].startswith("user: My sister keeps three bees.\nassistant:")
     assert http.delete(document).json()["deleted"]
     assert http.post(f"{place}/search", json={"query": "bees"}).json()["data"] == []
+    metadata = {"messages": 2, "from": "Ann"}  # shown whatever it is called
+    assert http.post(f"{place}/documents", json={"name": "a", "text": "One.", "metadata": metadata}).is_success
+    assert http.get(place).json()["data"][0]["metadata"] == metadata
     assert [http.delete(place).status_code, http.get(place).status_code] == [200, 404]
 
 
@@ -213,12 +213,6 @@ def test_what_is_forgotten_while_it_is_looked_up_is_shown_whole(tmp_path: Path) 
             store.add_document("ann/talk", "My sister keeps three bees.", name="bees")
             with patch.object(Catalog, look, forgetting(getattr(Catalog, look))):
                 assert "three bees" in show()
-
-
-def test_metadata_is_shown_whatever_it_is_called(live: Any) -> None:
-    place, metadata = f"/v1/memories/{live.memory('about')}", {"messages": 2, "from": "Ann"}
-    assert live.http().post(f"{place}/documents", json={"name": "a", "text": "One.", "metadata": metadata}).is_success
-    assert live.http().get(place).json()["data"][0]["metadata"] == metadata
 
 
 def test_no_key_sees_anothers_memories(live: Any) -> None:

@@ -11,21 +11,14 @@ import torch
 from tests.family_table import V, make_backbone
 
 from longmem import LongMem, MemoryStore
-from longmem.store.disk import Layout
 from longmem.store.encode import Encoder, new_layout
-
-SEGMENT = 24
-
-
-def layout_of(model: LongMem) -> Layout:
-    return new_layout(model, "float32", 4, SEGMENT)
 
 
 @pytest.mark.parametrize("family", ["alibi_gpt", "gpt2", "llama", "qwen3", "mixtral", "gemma2", "bloom", "gpt-neox"])
 def test_a_piece_leaves_the_same_bits_in_any_company(family: str) -> None:
     torch.manual_seed(1)
     model = LongMem.from_backbone(make_backbone(family), chunk_size=4, num_retrieved=8, memory_size=64).eval()
-    encoder = Encoder(model, layout_of(model))
+    encoder = Encoder(model, new_layout(model, "float32", 4, 24))
     draw = np.random.default_rng(0)
     pieces = [draw.integers(3, V, size).astype(np.uint32) for size in (1, 5, 16, 17, 24, 25, 100, 200, 24, 48)]
     together = encoder.encode(pieces)

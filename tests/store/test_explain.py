@@ -10,9 +10,9 @@ from tests.store.banks import make_model as make
 from longmem import LongMem, MemoryBank
 
 
-def filled(model: LongMem, rows: int = 2, length: int = 15, **settings: object) -> MemoryBank:
-    bank = MemoryBank.for_model(model, rows=rows, capacity_tokens=64, **settings)
-    bank.add(model.encode(ids(rows, length, seed=3)), documents=[f"letter {row}" for row in range(rows)])
+def filled(model: LongMem) -> MemoryBank:
+    bank = MemoryBank.for_model(model, rows=2, capacity_tokens=64)
+    bank.add(model.encode(ids(2, 15, seed=3)), documents=["letter 0", "letter 1"])
     bank.end_document()
     return bank
 
@@ -43,7 +43,7 @@ def test_shares_are_gate_times_attention_mass(name: str, fusion: str) -> None:
     assert torch.equal(out.explanation.scores, found.scores)
 
 
-def test_every_chunk_found_is_led_back_to_its_document_and_offset() -> None:
+def test_every_chunk_found_is_led_back_to_its_document_and_shares_of_a_token_sum_to_its_own() -> None:
     model = make()
     bank = filled(model)
     out = model(ids(), memory=bank, explain=True)
@@ -57,22 +57,18 @@ def test_every_chunk_found_is_led_back_to_its_document_and_offset() -> None:
             where = (reading.origin.document, reading.origin.start_token, reading.origin.length)
             assert where == (f"letter {row}", 2 * reading.chunk, length)
     before = out.explanation.token(0)
+    for position in (0, -1):
+        readings = out.explanation.token(position, row=1)
+        shares = [reading.share for reading in readings]
+        assert sum(shares) == pytest.approx(float(out.explanation.share[1, :, position].mean()))
+        assert shares == sorted(shares, reverse=True)
+        for reading in readings:
+            here = out.explanation.chunks[1, :, position] == reading.chunk
+            assert reading.score == float(out.explanation.scores[1, :, position][here].max())
+            there = (out.explanation.shares[1, :, position] * here).sum(-1)
+            assert reading.share == pytest.approx(float(there.mean()))
+    assert out.explanation.token(3, row=1, top=2) == out.explanation.token(3, row=1)[:2]
     bank.reset()
     assert out.explanation.token(0) == before  # it outlives the memory
     empty = model(ids(), memory=bank, explain=True).explanation
     assert empty.token(4) == [] and (empty.shares == 0).all() and (empty.chunks == -1).all()
-
-
-def test_readings_of_a_token_sum_to_its_share() -> None:
-    model = make()
-    explanation = model(ids(), memory=filled(model), explain=True).explanation
-    for position in (0, -1):
-        readings = explanation.token(position, row=1)
-        shares = [reading.share for reading in readings]
-        assert sum(shares) == pytest.approx(float(explanation.share[1, :, position].mean()))
-        assert shares == sorted(shares, reverse=True)
-        for reading in readings:
-            here = explanation.chunks[1, :, position] == reading.chunk
-            assert reading.score == float(explanation.scores[1, :, position][here].max())
-            assert reading.share == pytest.approx(float((explanation.shares[1, :, position] * here).sum(-1).mean()))
-    assert explanation.token(3, row=1, top=2) == explanation.token(3, row=1)[:2]

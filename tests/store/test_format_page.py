@@ -63,10 +63,7 @@ def test_a_reader_written_from_the_page_finds_what_the_store_says(tmp_path: Path
         store.add_document("bob", words(3, 300), name="gone")
         store.forget("bob", name="gone")
         store.compact()
-        expected = {}
-        for namespace in ("alice", "bob"):
-            for name, chunks in chunks_of(store, namespace).items():
-                expected[namespace, name] = chunks
+        expected = {(space, name): some for space in ("alice", "bob") for name, some in chunks_of(store, space).items()}
         ids = {key: store.token_ids(*key).tolist() for key in expected}
         text = store.text("alice", "a")
     found = read(tmp_path / "memory")

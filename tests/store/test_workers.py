@@ -12,7 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from tests.family_table import tiny_gpt
-from tests.store.small import open_small, state_of
+from tests.store.small import chunks_of, open_small
 
 from longmem import LongMem, MemoryStore
 from longmem.errors import StoreError
@@ -25,15 +25,6 @@ def model() -> LongMem:
     return LongMem.from_backbone(tiny_gpt(), chunk_size=4, num_retrieved=8, memory_size=64).eval()
 
 
-class IdTokenizer:
-    """Decodes token ids to their numbers."""
-
-    is_fast, vocab_size = True, 64
-
-    def decode(self, ids: list[int]) -> str:
-        return " ".join(map(str, ids))
-
-
 def documents() -> Iterator[NewDocument]:
     """Short and long ones; every fourth has the token ids of the one before."""
     draw, ids = np.random.default_rng(0), np.zeros(0)
@@ -44,11 +35,13 @@ def documents() -> Iterator[NewDocument]:
 
 
 def added(path: Path, model: LongMem, workers: Any) -> Any:
-    with MemoryStore.open(path, model=model, tokenizer=IdTokenizer(), dtype="float32", segment_tokens=16) as store:
+    with MemoryStore.open(path, model=model, dtype="float32", segment_tokens=16) as store:
         stream = store.add_documents("alice", documents(), workers=workers)
         receipts = [(each.name, each.status) for each in stream]
         assert store.verify().clean
-        return receipts, state_of(store)
+        chunks = {name: some.crc() for name, some in chunks_of(store, "alice").items()}
+        ids = [store.token_ids("alice", name).tolist() for name, _ in receipts]
+        return receipts, store.documents("alice"), chunks, ids
 
 
 @pytest.mark.parametrize("workers", [2, pytest.param("ray:2", marks=pytest.mark.slow)])
