@@ -21,25 +21,17 @@ from longmem.evaluation.asking import Asker
 WITHOUT = importlib.util.find_spec("lm_eval") is None
 needs_harness = pytest.mark.skipif(WITHOUT, reason="lm-evaluation-harness is not installed: pip install lm-eval")
 
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-{rest}
-"""
-TASKS = {
-    "names_choice": """output_type: multiple_choice
-doc_to_text: "{{text}}"
-doc_to_choice: ["key", "map", "old stones"]
-doc_to_target: label
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]""",
-    "names_rolling": """output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{text}}"
-metric_list: [{metric: byte_perplexity}]
-metadata: {version: 2}""",
-}
+TASKS: dict[str, dict[str, Any]] = {
+    "names_choice": {
+        "output_type": "multiple_choice", "doc_to_text": "{{text}}", "doc_to_target": "label",
+        "doc_to_choice": ["key", "map", "old stones"],
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    },
+    "names_rolling": {
+        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "byte_perplexity"}], "metadata": {"version": 2},
+    },
+}  # fmt: skip
 
 
 def long_text(model: LongMem, tokens: list[int], scored: int) -> float:
@@ -49,16 +41,18 @@ def long_text(model: LongMem, tokens: list[int], scored: int) -> float:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, made_text: Callable[..., str]) -> Path:
+def folder(tmp_path: Path, made_text: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two tasks over four documents, the longest many windows long."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     records = [{"text": made_text(words, seed=words).strip(), "label": words % 3} for words in (5, 12, 40, 90)]
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(map(json.dumps, records)))
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    for name, text in TASKS.items():
-        (tasks / f"{name}.yaml").write_text(TASK.format(name=name, data=json.dumps(str(data)), rest=text))
-    return tasks
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "tasks").mkdir()
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}}}
+    for name, task in TASKS.items():  # JSON is YAML
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(
+            json.dumps({"task": name, "test_split": "test", **data, **task})
+        )
+    return tmp_path / "tasks"
 
 
 @pytest.fixture
@@ -152,9 +146,8 @@ def test_generation_reads_what_was_cut_off(memory_lm: Make, texts: list[str]) ->
 
 @needs_harness
 def test_the_command_runs_tasks_of_a_folder_on_every_system(
-    sidenet_dir: Path, folder: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    sidenet_dir: Path, folder: Path, tmp_path: Path, command: Command
 ) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     chosen = ("--model", sidenet_dir, "--tasks", ",".join(TASKS), "--include", folder, "--window", 32, "--batch", 2)
     result = command("eval", "harness", *chosen, "--json", "--out", tmp_path / "out").json
     assert result == json.loads((tmp_path / "out" / "harness.json").read_text())
@@ -172,10 +165,7 @@ def test_the_command_runs_tasks_of_a_folder_on_every_system(
 
 
 @needs_harness
-def test_what_cannot_be_run_is_one_line(
-    sidenet_dir: Path, folder: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_what_cannot_be_run_is_one_line(sidenet_dir: Path, folder: Path, tmp_path: Path, command: Command) -> None:
     (tmp_path / "data.jsonl").unlink()
     for tasks, said in (
         ("names_choice,nothing_like_it", "tasks (nothing_like_it) is not known to lm-evaluation-harness nor in"),
