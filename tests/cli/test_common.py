@@ -41,7 +41,7 @@ def test_a_count_may_be_short(said: object, count: int) -> None:
 def test_what_is_no_count_is_named(said: str) -> None:
     with pytest.raises(click.BadParameter, match=f"'{said}' is no token count of at least 2; try 8192 or 8k"):
         token_count(2).convert(said, None, None)
-    for some in ("8k,x", "8k,0", "-8k"):
+    for some in ("8k,x", "8k,0", "-8k", ","):
         with pytest.raises(click.BadParameter, match=f"'{some}' is not a list of token counts"):
             counts(None, None, some)  # type: ignore[arg-type]
 

@@ -90,11 +90,6 @@ def test_words_and_bytes_are_those_of_the_scored_tokens(most: int | None) -> Non
     assert (found.words, found.bytes) == (len(scored.split()), len(scored.encode()))
 
 
-def test_nothing_to_measure_is_one_clear_line() -> None:
-    with pytest.raises(DataError, match=r"^no text to measure: 1 documents read, none has two tokens; check --data"):
-        tokenize_documents([Document("a", "a", "")], TOKENIZER)
-
-
 def test_a_project_is_the_name_up_to_the_separator_or_the_document_itself() -> None:
     names = ["test/clowder__02-sets.tex", "test/clowder__03.tex", "a/plain.txt", "b/plain.txt"]
     found = tokenize_documents([Document(name, TEXT, "") for name in names], TOKENIZER)

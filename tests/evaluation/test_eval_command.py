@@ -86,11 +86,6 @@ def test_a_baseline_or_a_backbone_is_measured_by_itself(
     assert [(d["id"], d["tokens"]) for d in result["documents"]] == [("one__a.txt", 29), ("one__b.txt", 29)]
 
 
-def test_an_empty_list_is_refused_by_its_option_before_anything_is_read(command: Command) -> None:
-    done = command("eval", "perplexity", "--model", "nowhere", "--data", "nowhere", "--windows=")
-    assert done.status == 2 and "'--windows'" in done.err
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
     [

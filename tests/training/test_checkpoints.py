@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from tests.training.conftest import Make, Records
 from tests.training.test_needles import ASK
 
-from longmem import LongMem
 from longmem.errors import CheckpointError
 from longmem.training.recipe import Recipe
 from longmem.training.run import train
@@ -123,14 +122,6 @@ def test_a_run_with_other_data_model_or_method_is_not_resumed(pretrain: Make, ad
     train(adapt("side"), quiet=True)
     with pytest.raises(CheckpointError, match="method was 'longmem', is 'memtrm'"):
         train(adapt("side", method="memtrm"), resume=True, quiet=True)
-
-
-def test_only_the_newest_checkpoints_are_kept_and_each_is_a_model(adapt: Make) -> None:
-    recipe = adapt(optim={"steps": 9}, checkpoint={"every": 2, "keep_last": 2})
-    train(recipe, quiet=True)
-    folder = recipe.out_dir / "checkpoints"
-    assert {path.name for path in folder.iterdir()} == {"checkpoint-8", "checkpoint-9"}
-    assert LongMem.from_pretrained(folder / "checkpoint-8").memory_layers == (1,)
 
 
 def test_the_best_weights_are_kept_and_patience_ends_the_run_also_one_that_was_resumed(

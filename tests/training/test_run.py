@@ -61,8 +61,11 @@ def test_adaptation_learns_in_the_sidenet_alone_and_its_final_folder_names_the_b
     before, after = trainers[0].before, trainers[0].longmem.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == set(trainers[0].longmem.trainable_parameter_names()), "no byte of the backbone"
+    kept = {path.name for path in (recipe.out_dir / "checkpoints").iterdir()}
+    assert kept == {f"checkpoint-{step}" for step in (24, 28, 32, 36, 40)}, "the newest five"
     final = recipe.out_dir / "final"
-    assert LongMem.from_pretrained(final).memory_layers == (1,)
+    for folder in (final, recipe.out_dir / "checkpoints" / "checkpoint-24"):
+        assert LongMem.from_pretrained(folder).memory_layers == (1,)
     named = json.loads((final / "config.json").read_text())["backbone_name_or_path"]
     assert named == "../../backbone", "so that both can move"
     assert len(AutoTokenizer.from_pretrained(final)) == 260

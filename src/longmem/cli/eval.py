@@ -377,15 +377,14 @@ def harness(tasks: list[str], include: tuple[str, ...], **given: Any) -> None:
 
 @click.command(epilog="Example: longmem layers models/small/backbone --data latex/valid.tar.xz --out runs/layers")
 @click.argument("model")
-@click.option("--data", multiple=True, help="Text: file, folder, .jsonl or archive; default: Python's own sources.")
+@option("--data", multiple=True, help="Text: file, folder, .jsonl or archive; default: Python's own sources.")
 @options("tokenizer")
-@click.option(
-    "--distances", callback=token_counts, default="128,256,512,1024", help="Tokens between occurrences that keys find."
-)
-@click.option("--rows", type=click.IntRange(min=1), default=4, help="Passages of text.")
-@click.option("--stride", type=click.IntRange(min=1), help="Of the SideNet to be: take only layers that it copies.")
-@click.option("--chunk-size", type=int, default=4)
-@click.option("--num-retrieved", type=int, default=64, help="Tokens that a query may retrieve.")
+@option("--distances", callback=token_counts, default="128,256,512,1024", help="Tokens between occurrences that keys "
+        "find.")  # fmt: skip
+@option("--rows", least=1, default=4, help="Passages of text.")
+@option("--stride", least=1, help="Of the SideNet to be: take only layers that it copies.")
+@option("--chunk-size", least=1, default=4, help="Tokens per chunk.")
+@option("--num-retrieved", least=1, default=64, help="Tokens that a query may retrieve.")
 @options("seed")
 @options("device", "dtype", "json")
 @folder_option("--out", help="Folder for layers.json and the heat map layers.png.")
@@ -400,7 +399,6 @@ def layers(model: str, data: tuple[str, ...], tokenizer: str | None, **given: An
     an earlier occurrence of the current one. Keys can be remembered to advantage only where a backbone can copy, so its
     loss on text that it has just read is shown as well.
     """
-
     from longmem.data.text import read_documents
     from longmem.data.tokens import load_tokenizer
     from longmem.evaluation.layers import conclusion, layers_report, text_rows

@@ -155,6 +155,8 @@ def test_sessions_are_in_memory_and_their_newest_tokens_in_the_window(locomo: Pa
     prompt = task.prompt(example, asker)
     assert decode(prompt.memory) == whole[:-20]
     assert decode(prompt.contexts[0]) == f"{whole[-20:]}Question: What did Ada get? Short answer:"
+    found = decode(task.prompt(example, replace(asker, recall=1)).contexts[0])
+    assert found.endswith(decode(prompt.contexts[0])) and 'Ada said, "I got a dog."' in found  # a passage in front
     assert [decode(option) for option in prompt.options] == [" a dog"]
     assert prompt.new_tokens == 16  # a quarter of the window
     # an answer ends at its line
