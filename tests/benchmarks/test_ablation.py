@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.ablation import ablate, main, varied
-from tests.evaluation.pairs import HOW, TEXT, TOKENIZER, backbone, disturbed, documents, systems
+from tests.evaluation.pairs import HOW, TEXT, TOKENIZER, backbone, documents, systems
 from tests.evaluation.pairs import SETTINGS as BOTH
+from tests.family_table import disturbed
 
 from longmem import CheckpointError, ConfigError, LongMem
 from longmem.data.tokens import TokenizedDocument
@@ -23,7 +24,7 @@ SHAPE: dict[str, Any] = {"chunk_size": 4, "num_retrieved": 8, "memory_size": 64}
 
 def longmem(seed: int = 0, **settings: Any) -> LongMem:
     """The same weights under other settings."""
-    made: LongMem = disturbed(LongMem.from_backbone(backbone(seed), **SHAPE | settings))
+    made: LongMem = disturbed(LongMem.from_backbone(backbone(seed), **SHAPE | settings), 0.05).eval()
     return made
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tests.family_table import disturbed
 
 from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemoryBank, MemTRM, TrainingFree
 from longmem.data.text import Document
@@ -35,22 +36,13 @@ def backbone(seed: int = 0) -> AlibiGPTForCausalLM:
     return AlibiGPTForCausalLM(config).eval()
 
 
-def disturbed(model: Any, seed: int = 1) -> Any:
-    """Stands for a trained model."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.train().trainable_parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return model.eval()
-
-
 def longmem(seed: int = 1, **config: Any) -> LongMem:
-    made: LongMem = disturbed(LongMem.from_backbone(backbone(), **SHAPE | config), seed)
+    made: LongMem = disturbed(LongMem.from_backbone(backbone(), **SHAPE | config), 0.05, seed).eval()
     return made
 
 
 def memtrm(seed: int = 2, *, start: int = 0) -> MemTRM:
-    made: MemTRM = disturbed(MemTRM.from_backbone(backbone(start), **SHAPE), seed)
+    made: MemTRM = disturbed(MemTRM.from_backbone(backbone(start), **SHAPE), 0.05, seed).eval()
     return made
 
 

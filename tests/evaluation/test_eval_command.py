@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from tests.calling import Command
-from tests.evaluation.pairs import SHAPE, TEXT, TOKENIZER, backbone, disturbed
+from tests.evaluation.pairs import SHAPE, TEXT, TOKENIZER, backbone
+from tests.family_table import disturbed
 
 from longmem import LongMem, MemTRM, TrainingFree
 from longmem.data.tokens import train_tokenizer
@@ -22,9 +23,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         backbone(seed).save_pretrained(home / name)
         TOKENIZER.save_pretrained(home / name)
     for seed, (name, over) in enumerate((("side/final", "backbone"), ("control", "backbone"), ("foreign", "other"))):
-        disturbed(LongMem.from_backbone(home / over, **SHAPE), seed).save_pretrained(home / name)
+        disturbed(LongMem.from_backbone(home / over, **SHAPE), 0.05, seed).save_pretrained(home / name)
     for name, over in (("memtrm/final", "backbone"), ("foreign-memtrm", "other")):
-        disturbed(MemTRM.from_backbone(home / over, **SHAPE)).save_pretrained(home / name)
+        disturbed(MemTRM.from_backbone(home / over, **SHAPE), 0.05).save_pretrained(home / name)
     TrainingFree.from_backbone(home / "backbone", gate=[0.1, 0.2, 0.3, 0.4], **SHAPE).save_pretrained(home / "free")
     (home / "texts").mkdir()
     for i, name in enumerate(("one__a", "one__b", "two__a")):

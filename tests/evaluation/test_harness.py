@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from tests.calling import Command
-from tests.evaluation.pairs import by_hand, disturbed, remembered
+from tests.evaluation.pairs import by_hand, remembered
+from tests.family_table import disturbed
 from transformers import PreTrainedTokenizerFast
 
 from longmem import LongMem
@@ -61,7 +62,7 @@ def sidenet_dir(tmp_path: Path, tiny_backbone: Any, byte_tokenizer: PreTrainedTo
     tiny_backbone.save_pretrained(tmp_path / "backbone")
     byte_tokenizer.save_pretrained(str(tmp_path / "backbone"))
     model = LongMem.from_backbone(tmp_path / "backbone", memory_layer=1, num_retrieved=8, memory_size=64)
-    disturbed(model).save_pretrained(tmp_path / "sidenet")
+    disturbed(model, 0.05).save_pretrained(tmp_path / "sidenet")
     return tmp_path / "sidenet"
 
 
