@@ -136,6 +136,14 @@ class FairseqCheckpoint:
             raise CheckpointError(f"{self.path}: its settings lack {' or '.join(names)}, which the tensors cannot tell")
         return found
 
+    def number(self, *names: str, default: int | None = None, least: int = 0) -> int:
+        """The same as a whole number; a file may hold anything."""
+        found = self.setting(*names, default=default)
+        if not isinstance(found, int) or found < least:
+            which = " or ".join(names)
+            raise CheckpointError(f"{self.path}: {which} ({found!r}) must be a whole number, at least {least}")
+        return found
+
 
 def side_name(name: str) -> str | None:
     """Our name, behind ``sidenet.``, of a released SideNet tensor; None for any other."""
@@ -241,17 +249,17 @@ def backbone_from_fairseq(checkpoint: FairseqCheckpoint, dtype: torch.dtype | No
 
     Shapes come from the tensors; the settings say only what tensors cannot: heads and window.
     """
-    tensors, setting = checkpoint.backbone, checkpoint.setting
+    tensors, number = checkpoint.backbone, checkpoint.number
     if "transformer.wte.weight" not in tensors:
         raise CheckpointError(f"{checkpoint.path}: holds no backbone; name its checkpoint with --backbone")
-    if (mode := setting("newgpt_mode", default="alibi")) != "alibi":
+    if (mode := checkpoint.setting("newgpt_mode", default="alibi")) != "alibi":
         raise CheckpointError(
             f"{checkpoint.path}: newgpt_mode is {mode!r}; only 'alibi', the paper's backbone, can be converted"
         )
     embeddings, inner = tensors["transformer.wte.weight"], tensors.get("transformer.h.0.mlp.fc_in.bias")
     vocab, width = embeddings.shape
-    heads = int(setting("num_attention_heads", "decoder_attention_heads", "num_heads"))
-    if heads < 1 or width % heads:
+    heads = number("num_attention_heads", "decoder_attention_heads", "num_heads", least=1)
+    if width % heads:
         raise CheckpointError(f"{checkpoint.path}: {heads} heads do not divide the width {width}")
     layers = {int(name.split(".")[2]) for name in tensors if name.startswith("transformer.h.")}
     config = AlibiGPTConfig(
@@ -260,10 +268,10 @@ def backbone_from_fairseq(checkpoint: FairseqCheckpoint, dtype: torch.dtype | No
         num_hidden_layers=max(layers, default=-1) + 1,
         num_attention_heads=heads,
         intermediate_size=None if inner is None else inner.shape[0],
-        max_position_embeddings=int(setting("tokens_per_sample", "max_target_positions", default=1024)),
-        bos_token_id=int(setting("bos", default=0)),
-        pad_token_id=int(setting("pad", default=1)),
-        eos_token_id=int(setting("eos", default=2)),
+        max_position_embeddings=number("tokens_per_sample", "max_target_positions", default=1024),
+        bos_token_id=number("bos", default=0),
+        pad_token_id=number("pad", default=1),
+        eos_token_id=number("eos", default=2),
     )
     with torch.device("meta"):
         model = AlibiGPTForCausalLM(config)
@@ -278,24 +286,24 @@ def longmem_from_fairseq(
     checkpoint: FairseqCheckpoint, backbone: AlibiGPTForCausalLM, dtype: torch.dtype | None = None
 ) -> LongMem:
     """The LongMem in a released checkpoint, over its backbone."""
-    setting, path = checkpoint.setting, checkpoint.path
-    memory_layer, stride = int(setting("retrieval_layer_index")), int(setting("layer_reduction_factor"))
+    number, path = checkpoint.number, checkpoint.path
+    memory_layer, stride = number("retrieval_layer_index"), number("layer_reduction_factor", least=1)
     if memory_layer // stride != checkpoint.augmented_layer:
         raise CheckpointError(
             f"{path}: retrieval_layer_index {memory_layer} puts memory into SideNet layer {memory_layer // stride}, "
             f"but the gate is in layer {checkpoint.augmented_layer}"
         )
-    chunk_size = int(setting("chunk_size"))
+    chunk_size = number("chunk_size", least=1)
     config = LongMemConfig(
         backbone_config=backbone.config,
         memory_layers=(memory_layer,),
         stride=stride,
         chunk_size=chunk_size,
-        num_retrieved=int(setting("k")),
+        num_retrieved=number("k"),
         # as many whole chunks as the released code makes room for
-        memory_size=int(setting("memory_size", default=65536)) // chunk_size * chunk_size,
+        memory_size=number("memory_size", default=65536) // chunk_size * chunk_size,
         final_state="normed",
-        side_activation=str(setting("activation_fn", default="gelu")),
+        side_activation=str(checkpoint.setting("activation_fn", default="gelu")),
         side_norm_eps=SIDE_NORM_EPS,
     )
     model = LongMem(config, backbone)

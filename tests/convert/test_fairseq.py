@@ -119,6 +119,8 @@ REFUSED: list[tuple[Change, str]] = [
     (set_to("retrieval_layer_index", 1), "puts memory into SideNet layer 0, but the gate is in layer 1"),
     (set_to("decoder_attention_heads", 5), "5 heads do not divide the width 32"),
     (set_to("retrieval_layer_index", None), "its settings lack retrieval_layer_index"),
+    (set_to("chunk_size", "four"), "chunk_size ('four') must be a whole number, at least 1"),
+    (set_to("layer_reduction_factor", 0), "layer_reduction_factor (0) must be a whole number, at least 1"),
     (set_to("newgpt_mode", "rotary"), "newgpt_mode is 'rotary'; only 'alibi'"),
     (
         lambda it: it["model"].update({FC1: torch.zeros(2, 2)}),
