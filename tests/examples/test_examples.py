@@ -19,8 +19,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture
 def backbone(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A tiny Llama over bytes."""
-    make_backbone("llama", vocab_size=260).save_pretrained(tmp_path / "backbone")
+    """A tiny Llama over bytes, as wide as bitsandbytes needs it."""
+    make_backbone("llama", vocab_size=260, hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "backbone")
     byte_tokenizer.save_pretrained(str(tmp_path / "backbone"))
     return tmp_path / "backbone"
 
