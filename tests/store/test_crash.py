@@ -379,7 +379,7 @@ def test_eight_threads_share_a_store_and_no_answer_is_wrong(seconds: float, leas
                 mine = model.get(space, {})
                 assert {each.name: store.text(space, each.name) for each in store.documents(space)} == mine
                 bank.refresh()
-                found = bank.search(torch.ones(1, 2, 1, 4), 1000)
+                found = bank.search(torch.ones(1, 2, 1, 4), int(bank.chunks) + 1)
                 origins = [bank.provenance(0, chunk) for chunk in found.chunks[0, 0, 0].tolist() if chunk >= 0]
                 assert sum(origin.length for origin in origins) == sum(len(text) + 1 for text in mine.values())
                 assert {(origin.namespace, origin.document) for origin in origins} == {(space, name) for name in mine}

@@ -229,11 +229,13 @@ class Catalog:
     def close(self) -> None:
         """Close; a writer empties the write-ahead log if no reader needs it."""
         with self._changing, self._guard:
-            if self.writable:
-                with suppress(StoreError):  # the log itself is durable
-                    self.empty_log(0.0)
-            self._db.close()  # the connection of this moment need not be the first
-            self._end()
+            try:
+                if self.writable:
+                    with suppress(StoreError):  # the log itself is durable
+                        self.empty_log(0.0)
+            finally:
+                self._db.close()  # the connection of this moment need not be the first
+                self._end()
 
     # states and transactions
 
