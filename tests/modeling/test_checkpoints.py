@@ -136,6 +136,7 @@ def other_heads(folder: Path) -> None:
         (LongMem, setting(memory_layers=[1.5]), r"memory_layers \(\[1.5\]\) must be different layers"),
         (LongMem, setting(recency="much"), r"recency \('much'\) must be a number from 0 on"),
         (LongMem, without("config.json"), "no config.json.*it needs config.json and sidenet.safetensors"),
+        (TrainingFree, setting(model_type="longmem"), "not a complete TrainingFree .* that of a longmem model"),
         (TrainingFree, without("gates.safetensors"), r"gates.safetensors does not fit its config: missing \['0.bias'"),
         (MemTRM, without("memory_gate.safetensors"), r"missing \['memory_gate'\].*the checkpoint is incomplete"),
         (MemTRM, without("config.json"), "not a complete MemTRM checkpoint"),

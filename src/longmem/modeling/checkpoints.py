@@ -136,6 +136,8 @@ class Checkpointed(PreTrainedModel):
             if config is None and not (folder / "config.json").is_file():  # transformers would take the defaults
                 raise FileNotFoundError(f"no config.json in {folder}")
             settings = cls.config_class.from_pretrained(folder) if config is None else copy.deepcopy(config)
+            if config is None and (kind := model_type(str(folder))) != cls.config_class.model_type:
+                raise ValueError(f"its config.json is that of a {kind} model")
             tensors = _read_weights(folder / cls.weights_file)
         except (OSError, SafetensorError, ValueError, TypeError, KeyError) as problem:
             raise CheckpointError(
