@@ -100,7 +100,6 @@ def recall(index: FaissIndex, asked: torch.Tensor, keys: torch.Tensor, num: int 
 
 
 def test_faiss_finds_nearly_all_and_keeps_up_with_changes():
-    pytest.importorskip("faiss")
     index, exact = FaissIndex(least=512, share=0.3), FaissIndex()
     keys, asked = like_text(2, 4096)
     assert recall(exact, asked, keys) == 1.0 and not exact._rows  # for it a row of 4,096 keys is short
@@ -119,7 +118,6 @@ def test_faiss_finds_nearly_all_and_keeps_up_with_changes():
 
 
 def test_a_faiss_index_of_ones_own_serves_several_layers():
-    pytest.importorskip("faiss")
     first, second = make_indexes(FaissIndex(least=512, share=0.3), 2)
     assert (second.least, second.few, second.share) == (512, 8, 0.3)
     assert second._rows is not first._rows

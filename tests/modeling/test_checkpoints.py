@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import safetensors.torch
 import torch
@@ -297,7 +298,6 @@ def test_arguments_of_transformers_work_and_what_finds_the_backbone_is_remembere
 def test_an_adapters_folder_is_a_backbone_and_a_model_inside_of_peft_is_refused_with_the_way_out(
     tmp_path: Path,
 ) -> None:
-    peft = pytest.importorskip("peft")
     make_backbone("llama").save_pretrained(tmp_path / "bb")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "bb")
     tuned = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,6 @@ from longmem.modeling.weights import place_of, quantization
 
 SETTINGS = {**family_table.SETTINGS, "memory_layer": 1}
 CPU = torch.device("cpu")
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: pip install bitsandbytes"
-)
 
 
 def filled(model: LongMem | TrainingFree) -> MemoryBank:
@@ -127,7 +123,6 @@ def quantised(saved: Path, bits: str) -> PreTrainedModel:
     return model
 
 
-@needs_bitsandbytes
 def test_side_layers_are_copied_from_what_quantised_weights_stand_for(bits: str, saved: Path) -> None:
     backbone = quantised(saved, bits)
     model = LongMem.from_backbone(backbone, side_dtype=torch.float32, **SETTINGS)
@@ -143,7 +138,6 @@ def test_side_layers_are_copied_from_what_quantised_weights_stand_for(bits: str,
         torch.testing.assert_close(projection(hidden), coarse(hidden).float(), atol=0.03, rtol=0.03)
 
 
-@needs_bitsandbytes
 def test_a_sidenet_is_trained_over_a_quantised_backbone(bits: str, saved: Path) -> None:
     model = LongMem.from_backbone(quantised(saved, bits), side_dtype=torch.float32, **SETTINGS).train()
     model(ids())  # on a CPU, bitsandbytes packs weights anew when they first run
@@ -161,7 +155,6 @@ def test_a_sidenet_is_trained_over_a_quantised_backbone(bits: str, saved: Path) 
     assert all(torch.equal(frozen[name], parameter) for name, parameter in model.backbone.named_parameters())
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize("kind", [LongMem, TrainingFree])
 def test_a_model_is_loaded_over_the_backbone_quantised_as_it_was(
     bits: str, kind: Any, saved: Path, tmp_path: Path
@@ -176,8 +169,10 @@ def test_a_model_is_loaded_over_the_backbone_quantised_as_it_was(
     assert not torch.equal(model(ids()).logits, found)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_without_bitsandbytes_one_line_says_so(bits: str, saved: Path, tmp_path: Path) -> None:
+def test_without_bitsandbytes_one_line_says_so(
+    bits: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longmem.modeling.weights.is_bitsandbytes_available", lambda: False)
     with pytest.raises(BackboneError, match=r"by bitsandbytes, which is not installed; pip install 'longmem-lm\[quant"):
         quantization(bits, torch.float32)
     model = LongMem.from_backbone(saved, **SETTINGS)
