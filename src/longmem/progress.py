@@ -28,7 +28,8 @@ class Progress:
     def __init__(self, what: str, total: int | None = None, unit: str = "", *, quiet: bool = False) -> None:
         self.what, self.total, self.unit, self.quiet = what, total, unit, quiet
         self.started = self._shown = time.monotonic()
-        self.done = self.before = 0  # before: of work that is resumed, what was done in another run
+        self.done = 0
+        self._first: tuple[float, int] | None = None  # when something was first done, and how much
         self._terminal = sys.stderr.isatty()
         self._width = 0
 
@@ -43,10 +44,11 @@ class Progress:
         """``amount`` more is done; ``note`` says what, or how it went."""
         self.done += amount
         now = time.monotonic()
+        self._first = self._first or (now, self.done)
         if self.quiet or now - self._shown < EVERY[self._terminal]:
             return
         self._shown = now
-        line = self.line(now - self.started, note)
+        line = self.line(now, note)
         if self._terminal:
             self._write("\r" + line.ljust(self._width))
             self._width = len(line)
@@ -64,13 +66,15 @@ class Progress:
         sys.stderr.write(text)
         sys.stderr.flush()
 
-    def line(self, seconds: float, note: str = "") -> str:
-        """The report after so many seconds."""
+    def line(self, now: float, note: str = "") -> str:
+        """The report at a time of the monotonic clock."""
         unit, note = f" {self.unit}" if self.unit else "", f", {note}" if note else ""
         if not self.total:
-            return f"{self.what}: {self.done:,}{unit} in {clock(seconds)}{note}"
-        new = self.done - self.before
-        left = f", {clock(seconds / new * max(0, self.total - self.done))} left" if new else ""
+            return f"{self.what}: {self.done:,}{unit} in {clock(now - self.started)}{note}"
+        # the first time includes what is done once: reading a memory, a whole batch before its first answer
+        then, before = self._first or (now, self.done)
+        new = self.done - before
+        left = f", {clock((now - then) / new * max(0, self.total - self.done))} left" if new else ""
         return f"{self.what}: {self.done:,} of {self.total:,}{unit} ({100 * self.done // self.total} %){left}{note}"
 
 

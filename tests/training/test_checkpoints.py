@@ -108,7 +108,7 @@ def test_a_finished_run_can_be_given_a_larger_budget_or_none(
     result = train(longer, resume=True)
     assert (result.step, len(result.losses)) == (9, 2)
     said = capsys.readouterr().err
-    assert "pre-training " in said and "resumed at step 4, " in said and "pretrain run: 5 of 9 steps (55 %), " in said
+    assert "pre-training " in said and "resumed at step 4, " in said and "pretrain run: 6 of 9 steps (66 %), " in said
     names = [path.name for path in list_checkpoints(longer.out_dir / "checkpoints")]
     assert names == ["checkpoint-4", "checkpoint-6", "checkpoint-9"], "what a resumed run is told is what it does"
 

@@ -246,7 +246,7 @@ class _Run(TrainerCallback):
         if self.resume:
             self.progress.say(f"resumed at step {step:,}, {step * self.tokens_per_step:,} tokens")
         self.progress.total = None if state.max_steps >= ENDLESS else state.max_steps
-        self.progress.done = self.progress.before = step
+        self.progress.done = step
         self.since, self.clock = (step, self.trainer.seconds), time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
