@@ -7,7 +7,7 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
@@ -99,7 +99,7 @@ class MemoryConfig(PreTrainedConfig):
         for name in names[1:] if not found else ():
             found += not_a_multiple(name, getattr(self, name), "chunk_size", self.chunk_size)
         found += _choices(self, fusion=Fusion)
-        if not (isinstance(self.recency, int | float) and 0 <= self.recency < math.inf):
+        if not (isinstance(self.recency, Real) and 0 <= self.recency < math.inf):
             found.append(f"recency ({self.recency!r}) must be a number from 0 on; 0 reads old and new alike")
         if self.fusion == "token" and not self.token_gates:
             found.append(f'fusion ("token") is not for {type(self).__name__}; use "gate" or "softmax"')

@@ -139,10 +139,14 @@ class FairseqCheckpoint:
     def number(self, *names: str, default: int | None = None, least: int = 0) -> int:
         """The same as a whole number; a file may hold anything."""
         found = self.setting(*names, default=default)
-        if not isinstance(found, int) or found < least:
+        try:
+            number = int(found)
+        except (TypeError, ValueError):
+            number = least - 1
+        if number < least:
             which = " or ".join(names)
             raise CheckpointError(f"{self.path}: {which} ({found!r}) must be a whole number, at least {least}")
-        return found
+        return number
 
 
 def side_name(name: str) -> str | None:

@@ -133,6 +133,7 @@ def other_heads(folder: Path) -> None:
         (LongMem, cut_in_half("sidenet-00002-*"), "not a complete LongMem checkpoint"),
         (LongMem, lambda folder: (folder / "config.json").write_text("[]"), "not a complete LongMem checkpoint"),
         (LongMem, setting(backbone_config={}), "not a complete LongMem checkpoint"),
+        (LongMem, setting(dtype="bf16"), "not a complete LongMem checkpoint"),
         (LongMem, setting(chunk_size=None, stride="2"), r"stride \('2'\) must be a whole .*; chunk_size \(None\) must"),
         (LongMem, setting(memory_layers=[1.5]), r"memory_layers \(\[1.5\]\) must be different layers"),
         (LongMem, setting(recency="much"), r"recency \('much'\) must be a number from 0 on"),
@@ -207,6 +208,7 @@ OUT_OF_RANGE = "is out of range, the backbone has 4 layers counted from 0; these
         (made(backbone="bloom", fusion="softmax"), 'use fusion "gate"'),
         (made(init="zero", trained="attention"), 'init ("zero") needs a feed-forward of its own'),
         (made(side_activation="gelo"), "side_activation (gelo) is no activation of transformers"),
+        (made(side_activation=[3]), "side_activation ([3]) is no activation of transformers"),
         (made(stride=9), "stride (9) must not be larger than the backbone's 4 layers; try 2"),
         (made(memory_layers=(2, 3)), "one of them twice"),
         (made(memory_layers=(3, 1)), "ascending order"),
@@ -286,6 +288,8 @@ def test_arguments_of_transformers_work_and_what_finds_the_backbone_is_remembere
     make_backbone("llama").save_pretrained(tmp_path / "root" / "deep" / "bb")
     asked: dict[str, Any] = {"torch_dtype": torch.bfloat16, "attn_implementation": "eager"}
     first = kind.from_backbone(tmp_path / "root", subfolder="deep/bb", **asked)
+    old = kind.from_backbone(tmp_path / "root", backbone_kwargs={"subfolder": "deep/bb"})  # as 0.1 was called
+    assert old.fingerprint == first.fingerprint and old.config.backbone_kwargs == first.config.backbone_kwargs
     first.save_pretrained(tmp_path / "model")
     for model in (first, kind.from_pretrained(tmp_path / "model", **asked)):
         assert model.backbone.model.dtype == torch.bfloat16

@@ -70,7 +70,7 @@ def command_line() -> str:
 def as_json(value: Any) -> Any:
     """What JSON can say: keys as strings; NaN and infinity, which JSON lacks, as null; text that UTF-8 can encode."""
     if isinstance(value, dict):
-        return {str(key): as_json(item) for key, item in value.items()}
+        return {as_json(str(key)): as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [as_json(item) for item in value]
     if isinstance(value, str):

@@ -95,7 +95,7 @@ class MemoryBank:
         sizes = {"rows": rows, "heads_kv": heads_kv, "head_dim": head_dim, "chunk_size": chunk_size}
         sizes["capacity_tokens"] = capacity_tokens
         problems = [f"{name} ({value}) must be at least 1" for name, value in sizes.items() if value < 1]
-        if chunk_size >= 1:
+        if chunk_size >= 1 and capacity_tokens >= 1:
             problems += not_a_multiple("capacity_tokens", capacity_tokens, "chunk_size", chunk_size)
         if memory_layers is not None and (not memory_layers or list(memory_layers) != sorted(set(memory_layers))):
             problems.append(f"memory_layers ({list(memory_layers)}) must name each layer once, ascending")

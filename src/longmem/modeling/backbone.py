@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.output_capturing import CompileableContextVar
 
 from longmem.modeling.families import QKV, Family, arguments_of, find
-from longmem.modeling.weights import mirror_of
+from longmem.modeling.weights import fingerprint_of, mirror_of
 from longmem.types import AttentionKV
 
 _CURRENT = CompileableContextVar("longmem_run")
@@ -103,6 +103,11 @@ class Backbone(nn.Module):
     def num_layers(self) -> int:
         """L."""
         return len(self.family.layers)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of its weights as they are now."""
+        return fingerprint_of(self.model)
 
     def train(self, mode: bool = True) -> Backbone:
         """A frozen backbone stays in eval mode: its dropout would change what memory holds."""

@@ -136,10 +136,11 @@ class Checkpointed(PreTrainedModel):
             if config is None and not (folder / "config.json").is_file():  # transformers would take the defaults
                 raise FileNotFoundError(f"no config.json in {folder}")
             settings = cls.config_class.from_pretrained(folder) if config is None else copy.deepcopy(config)
-            if config is None and (kind := model_type(str(folder))) != cls.config_class.model_type:
+            kind = "" if config is not None else model_type(str(folder))
+            if kind and kind != cls.config_class.model_type:
                 raise ValueError(f"its config.json is that of a {kind} model")
             tensors = _read_weights(folder / cls.weights_file)
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError) as problem:
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as problem:
             raise CheckpointError(
                 f"{folder} is not a complete {cls.__name__} checkpoint ({first_line(problem)}); it needs config.json "
                 f"and {cls.weights_file} as written by save_pretrained"

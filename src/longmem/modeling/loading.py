@@ -67,6 +67,7 @@ def load_backbone(
 def how_to_load(given: dict[str, Any], dtype: torch.dtype | str | None) -> tuple[torch.dtype | None, dict[str, Any]]:
     """The dtype, and the arguments of ``AutoModelForCausalLM.from_pretrained``."""
     how = {name: value for name, value in given.items() if name not in _FROM_AUTO}
+    how |= how.pop("backbone_kwargs", {})  # 0.1 took them in one argument
     asked = how.pop("torch_dtype", None)
     dtype = asked if dtype is None else dtype
     return named_dtype(dtype) if isinstance(dtype, str) else dtype, how

@@ -191,7 +191,7 @@ class SideNet(nn.Module):
 
 def _override(sidenet: SideNet, activation: str | None, norm_eps: float | None) -> None:
     """Give the copied layers another activation or norm epsilon, as the released code does."""
-    if activation is not None and activation not in ACT2FN:
+    if activation is not None and not (isinstance(activation, str) and activation in ACT2FN):
         raise ConfigError(f"side_activation ({activation}) is no activation of transformers; try gelu")
     acts = [module for module in sidenet.modules() if isinstance(getattr(module, "act", None), nn.Module)]
     if activation is not None and not acts:

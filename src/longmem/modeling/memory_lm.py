@@ -22,7 +22,7 @@ from longmem.modeling.backbone import Backbone, BackboneRun
 from longmem.modeling.checkpoints import Checkpointed
 from longmem.modeling.families import Family
 from longmem.modeling.reading import LayerRead, Reading
-from longmem.modeling.weights import fingerprint_of, legacy_fingerprint, place_of
+from longmem.modeling.weights import legacy_fingerprint, place_of
 from longmem.types import AttentionKV, Memory
 
 
@@ -83,7 +83,7 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
             raise ConfigError(problems)
         super().__init__(config)
         self.backbone = Backbone(backbone, config.memory_layers, frozen=self.frozen)
-        config.backbone_fingerprint = fingerprint or fingerprint_of(backbone)
+        config.backbone_fingerprint = fingerprint or self.backbone.fingerprint
         # models with a recurrent state cannot take tokens back: generate refuses what needs that
         self._is_stateful = bool(getattr(backbone, "_is_stateful", False))
         self._also_known: set[str] | None = None
@@ -182,7 +182,7 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
         if fingerprint == self.fingerprint:
             return True
         if self._also_known is None:
-            self._also_known = {fingerprint_of(self.backbone.model), legacy_fingerprint(self.backbone.model)}
+            self._also_known = {self.backbone.fingerprint, legacy_fingerprint(self.backbone.model)}
         return fingerprint in self._also_known
 
     @property
