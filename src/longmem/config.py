@@ -99,8 +99,9 @@ class MemoryConfig(PreTrainedConfig):
         for name in names[1:] if not found else ():
             found += not_a_multiple(name, getattr(self, name), "chunk_size", self.chunk_size)
         found += _choices(self, fusion=Fusion)
-        if not (isinstance(self.recency, Real) and 0 <= self.recency < math.inf):
-            found.append(f"recency ({self.recency!r}) must be a number from 0 on; 0 reads old and new alike")
+        recency: Any = self.recency  # a file may hold anything
+        if not (isinstance(recency, Real) and 0 <= float(recency) < math.inf):
+            found.append(f"recency ({recency!r}) must be a number from 0 on; 0 reads old and new alike")
         if self.fusion == "token" and not self.token_gates:
             found.append(f'fusion ("token") is not for {type(self).__name__}; use "gate" or "softmax"')
         layers = self.memory_layers
