@@ -1,6 +1,7 @@
 """Law 11 over the whole family table and every kind of model, with empty, partial and full banks.
 
-Cached decoding = full forward; left-padded = unpadded; a row of a batch = that row alone; beams cached = uncached.
+Cached decoding = full forward; left-padded = unpadded; a row of a batch = that row alone; beams cached = uncached;
+asking twice gives the same answer twice.
 """
 
 from __future__ import annotations
@@ -42,14 +43,20 @@ def bank(model: Any) -> MemoryBank:
 
 
 @torch.no_grad()
-def test_logits_do_not_depend_on_cache_or_padding(model: Any, bank: MemoryBank) -> None:
+def test_logits_do_not_depend_on_cache_padding_neighbours_or_asking_twice(model: Any, bank: MemoryBank) -> None:
     prompt = ids(3, LENGTH)
     whole = model(prompt, memory=bank).logits
+    assert torch.equal(model(prompt, memory=bank).logits, whole)
+
     first = model(prompt[:, :5], memory=bank, use_cache=True)
     steps, cache = [first.logits], first.past_key_values
     for token in prompt[:, 5:].split(1, dim=1):
         steps.append(model(token, memory=bank, past_key_values=cache, use_cache=True).logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=0)
+
+    for row in range(3):
+        alone = model(prompt[row : row + 1], memory=bank, memory_rows=ROWS[row : row + 1]).logits
+        torch.testing.assert_close(alone[0], whole[row], atol=1e-5, rtol=0)
 
     mask = torch.cat((torch.zeros(3, 3), torch.ones(3, LENGTH)), dim=1).long()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import re
 import socket
 import sqlite3
@@ -18,7 +19,7 @@ import httpx
 import openai
 import pytest
 from tests.server.conftest import HELLO
-from tests.store.small import open_small
+from tests.store.small import TOKENIZER, open_small
 
 from longmem import TrainingFree
 from longmem.errors import DataError
@@ -213,6 +214,14 @@ def test_what_is_forgotten_while_it_is_looked_up_is_shown_whole(tmp_path: Path) 
             store.add_document("ann/talk", "My sister keeps three bees.", name="bees")
             with patch.object(Catalog, look, forgetting(getattr(Catalog, look))):
                 assert "three bees" in show()
+
+
+def test_a_document_of_token_ids_is_exported_as_what_they_spell(tmp_path: Path) -> None:
+    with open_small(tmp_path / "memory") as store:
+        store.add_document("ann/talk", ids=list(b"The boat is called Petrel."), name="boat")
+        who: Any = Mock(service=Mock(memories=Memories(store), tokenizer=TOKENIZER))
+        (line,) = export("ann/talk", who).body.splitlines()
+        assert json.loads(line) == {"id": "boat", "text": "The boat is called Petrel.", "metadata": {}}
 
 
 def test_no_key_sees_anothers_memories(live: Any) -> None:

@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
+from tests.store.banks import found_names
 from tests.store.small import open_small
 
 from longmem.chat import PlainTexts, Recall, passages
@@ -75,6 +77,31 @@ def test_what_is_forgotten_or_changed_is_noticed(notes: MemoryStore) -> None:
     assert not recall.search("Petrel") and recall.search("Heron")
     notes.forget("ann", name="monday")
     assert not recall.search("Heron")
+
+
+def test_a_reader_notices_what_a_writer_adds_and_forgets(notes: MemoryStore) -> None:
+    with open_small(notes.path, mode="read") as reader:  # a connection of its own
+        recall, bank = Recall(reader, "ann"), reader.bank("ann")
+        assert not recall.search("Heron") and found_names(bank) == {"monday", "tuesday"}
+        notes.add_document("ann", "user: The boat is called Heron now.", name="new")
+        bank.refresh()
+        assert recall.search("Heron") and found_names(bank) == {"monday", "tuesday", "new"}
+        notes.forget("ann", name="new")
+        bank.refresh()
+        assert not recall.search("Heron") and found_names(bank) == {"monday", "tuesday"}
+
+
+def test_what_is_added_while_documents_are_read_is_found_next_time(notes: MemoryStore) -> None:
+    recall, documents = Recall(notes, "ann"), notes.documents
+
+    def adding(*given: Any) -> Any:
+        found = documents(*given)
+        notes.add_document("ann", "user: The boat is called Heron now.", name="new")
+        return found
+
+    with patch.object(notes, "documents", adding):
+        assert not recall.search("Heron")
+    assert recall.search("Heron")
 
 
 def test_documents_are_read_again_only_after_a_change_or_when_one_expires(notes: MemoryStore) -> None:

@@ -175,7 +175,8 @@ class Catalog:
                 named = paths_of(folder, self.meta("generation"))
                 self.remove(path for path in folder.glob("k*-*.bin") if path not in named)
             # also what nobody closed gives lock and connection back when it is collected
-            self._end = weakref.finalize(self, ends.pop_all().close)
+            self._ends = ends.pop_all()
+            self._end = weakref.finalize(self, self._ends.close)
 
     def _connect(self, create: bool = False) -> sqlite3.Connection:
         how = "mode=rwc" if create else "mode=rw" if self.writable else "mode=ro"
@@ -234,7 +235,6 @@ class Catalog:
                     with suppress(StoreError):  # the log itself is durable
                         self.empty_log(0.0)
             finally:
-                self._db.close()  # the connection of this moment need not be the first
                 self._end()
 
     # states and transactions
@@ -294,6 +294,7 @@ class Catalog:
                 self._db.close()
                 self._watched = None
                 self._db = self._connect()
+                self._ends.callback(self._db.close)
             others = self._db.execute("PRAGMA data_version").fetchone()[0]  # commits of other connections
             return self._watched, self._db.total_changes, others
 
