@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from longmem import LongMem, MemoryBank, TrainingFree
 from longmem.errors import BackboneError
-from longmem.modeling import memory_lm
+from longmem.modeling import backbone as backbone_module
 from longmem.modeling.families import Family
 from longmem.modeling.weights import place_of, quantization
 
@@ -66,7 +66,7 @@ def test_an_offloaded_backbone_is_trained_over_and_recomputing_gives_the_same_gr
 
 
 def spread(family: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> LongMem:
-    monkeypatch.setattr(memory_lm, "fingerprint_of", lambda model, weights=None: "0" * 16)
+    monkeypatch.setattr(backbone_module, "fingerprint_of", lambda model, weights=None: "0" * 16)
     backbone = make_backbone(family)
     parts = Family.of(backbone)
     for module in (*parts.layers[2:], parts.final_norm, backbone.get_output_embeddings()):
