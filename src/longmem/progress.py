@@ -44,7 +44,8 @@ class Progress:
         """``amount`` more is done; ``note`` says what, or how it went."""
         self.done += amount
         now = time.monotonic()
-        self._first = self._first or (now, self.done)
+        if amount and self._first is None:
+            self._first = now, self.done
         if self.quiet or now - self._shown < EVERY[self._terminal]:
             return
         self._shown = now

@@ -309,7 +309,7 @@ def _answer(
         if names[number] not in ledger.records:
             new.setdefault(names[number], number)
     asked, began = list(new.values()), time.monotonic()
-    progress.advance(len(batch) - len(asked))
+    progress.done += len(batch) - len(asked)  # those took no time of this run
     for at, answer in asker.ask([batch[number] for number in asked]):
         now, number = time.monotonic(), asked[at]
         example, prompt = examples[number], batch[number]
