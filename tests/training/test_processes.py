@@ -147,3 +147,4 @@ if __name__ == "__main__":
         steps = gradients(Recipe.load(path))
         if PartialState().is_main_process:
             torch.save(steps, path.with_suffix(".gradients"))
+    PartialState().destroy_process_group()  # its threads may not outlive main: the process would abort

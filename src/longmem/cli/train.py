@@ -48,12 +48,15 @@ def train(
 
         click.echo("\n".join(estimated(settings, estimate).lines()))
         return
+    from accelerate import PartialState
+
     from longmem.training import run
 
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     if not given["quiet"]:
         logging.getLogger("longmem").setLevel(logging.INFO)
     result = run.train(settings, **given)
+    PartialState().destroy_process_group()  # its threads may not outlive main: the process would abort
     if not result.main:
         return
     if as_json:
