@@ -8,7 +8,6 @@ import pytest
 import torch
 from tests.store.banks import same
 
-from longmem.errors import MemoryBankError
 from longmem.memory import ChunkOrigin, MemoryBank
 from longmem.types import PERIOD_TOKENS, AttentionKV
 
@@ -89,18 +88,6 @@ def test_what_is_known_of_chunks_does_not_pile_up_and_every_tensor_is_counted():
         memory.add(kv(1, 2), documents=[str(number)])
     assert len(memory.state_dict()["slots"]["runs"][0]) == 2
     assert {origin.document for origin in origins(memory)} == {"498", "499"}
-
-
-def test_chunks_are_numbered_by_age_when_old_ones_were_overwritten():
-    memory = bank(capacity=6)
-    for number in range(5):  # three chunks fit a row
-        memory.add(kv(1, 2, number), documents=[str(number)])
-    found = memory.search(queries(1), 3)
-    for chunks, periods in zip(found.chunks.view(-1, 3).tolist(), found.period.view(-1, 3), strict=True):
-        names = [memory.provenance(0, chunk).document for chunk in chunks]
-        assert [name for _, name in sorted(zip(periods.tolist(), names, strict=True))] == ["2", "3", "4"]
-    with pytest.raises(MemoryBankError, match=r"chunk \(0\) is not in row 0; it holds 2 to 4"):
-        memory.provenance(0, 0)
 
 
 def test_each_layer_is_searched_by_its_own_heads():

@@ -125,6 +125,8 @@ def test_any_history_of_writes_leaves_what_python_lists_would_hold(history, slot
     assert bank.waiting.tolist() == [len(listed.tail) for listed in lists]
     assert bank.tokens.tolist() == [sum(len(tokens) for _, _, tokens in listed.there.values()) for listed in lists]
     for row, listed in enumerate(lists):
+        periods = dict(zip(found.chunks[row].flatten().tolist(), found.period[row].flatten().tolist(), strict=True))
+        assert [periods[number] for number in sorted(periods)] == sorted(periods.values()), "by age"
         for number, (document, start, tokens) in listed.there.items():
             origin = bank.provenance(row, number)
             assert (origin.document, origin.start_token, origin.length) == (document, start, len(tokens))

@@ -54,16 +54,6 @@ def _gathered(keys: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     return keys[head, slots].float()
 
 
-@pytest.mark.parametrize("count", [2049, 4000, 16384])
-def test_group_maxima_lose_nothing_on_long_memories(count):
-    draw = torch.Generator().manual_seed(count)
-    queries, keys = torch.randn(1, 2, 50, 8, generator=draw), torch.randn(1, 2, count, 8, generator=draw)
-    scores, slots = ExactIndex().search(queries, keys, [0], [count], 16)
-    ((best, where),) = everything_sorted(queries, keys, [0], [count], 16)
-    torch.testing.assert_close(scores[0], best)
-    assert (slots[0] == where).float().mean() > 0.999  # but for ties within rounding
-
-
 def test_scratch_does_not_grow_with_the_memory():
     taken: list[int] = []
     plain = torch.empty

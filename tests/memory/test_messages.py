@@ -15,8 +15,8 @@ def kv(*shape: int, mask: torch.Tensor | None = None) -> AttentionKV:
     return AttentionKV(torch.zeros(shape), torch.zeros(shape), mask)
 
 
-def bank(rows: int = 2, **settings) -> MemoryBank:
-    return MemoryBank(rows, 16, 2, 3, 4, **settings)
+def bank(rows: int = 2, size: int = 4, **settings) -> MemoryBank:
+    return MemoryBank(rows, 16, 2, 3, size, **settings)
 
 
 def spoiled(which: int, number: float, token: int = 1) -> AttentionKV:
@@ -74,19 +74,14 @@ def test_padding_may_hold_anything_and_what_a_dtype_holds_is_taken():
         bank().add(spoiled(0, 3e38))  # four of them are added up for their mean
 
 
-def of(rows: int, size: int = 4, **settings) -> MemoryBank:
-    """A bank of other sizes."""
-    return MemoryBank(rows, 8, 2, 3, size, **settings)
-
-
 @pytest.mark.parametrize(
     ("act", "message"),
     [
         (lambda: MemoryBank(1, 50, 2, 3), "capacity_tokens (50) must be a multiple of chunk_size (4); try 48 or 52"),
         (lambda: MemoryBank(1, 3, 2, 3), "capacity_tokens (3) must be a multiple of chunk_size (4); try 4"),
         (lambda: MemoryBank(0, 8, 0, 3), "rows (0) must be at least 1; heads_kv (0) must be at least 1"),
-        (lambda: of(1, memory_layers=(5, 3)), "memory_layers ([5, 3]) must name each layer once, ascending"),
-        (lambda: of(1, index="two_stage"), "index ('two_stage') must be one of exact, faiss"),
+        (lambda: bank(1, memory_layers=(5, 3)), "memory_layers ([5, 3]) must name each layer once, ascending"),
+        (lambda: bank(1, index="two_stage"), "index ('two_stage') must be one of exact, faiss"),
         (lambda: bank().search(torch.zeros(2, 2, 5, 4), 1), "queries (2, 2, 5, 4) must be (B, H, T, 3), with the head"),
         (lambda: bank().search(torch.zeros(2, 3, 5, 3), 1), "queries have 3 heads, which must be a multiple of the"),
         (lambda: bank().search(torch.zeros(1, 2, 5, 3), 1), "queries have 1 rows, the bank has 2; pass rows= to say"),
@@ -109,12 +104,12 @@ def of(rows: int, size: int = 4, **settings) -> MemoryBank:
             lambda: bank(fingerprint="llama-def").load_state_dict(bank(fingerprint="gpt2-abc").state_dict()),
             "saved bank is written by another backbone: its fingerprint is gpt2-abc, this bank's is llama-def; use the",
         ),
-        (lambda: SessionMemory(of(2), of(3)), "the memory has 2 rows, the session 3; pass base_rows="),
-        (lambda: SessionMemory(of(1), of(1, size=2)), "chunk_size differs among memories that are read together: "),
-        (lambda: SessionMemory(of(1, fingerprint="a"), of(1, fingerprint="b")), "fingerprint differs among"),
+        (lambda: SessionMemory(bank(2), bank(3)), "the memory has 2 rows, the session 3; pass base_rows="),
+        (lambda: SessionMemory(bank(1), bank(1, size=2)), "chunk_size differs among memories that are read together: "),
+        (lambda: SessionMemory(bank(1, fingerprint="a"), bank(1, fingerprint="b")), "fingerprint differs among"),
         (lambda: JoinedMemory([None]), "a list of 1 banks must hold one; pass memory=None to read nothing"),
-        (lambda: JoinedMemory([of(1, memory_layers=(1,)), of(1, memory_layers=(2,))]), "memory_layers differs"),
-        (lambda: JoinedMemory([of(1), None]).provenance(1, 0), "row 1 has no memory, so no chunk 0"),
+        (lambda: JoinedMemory([bank(1, memory_layers=(1,)), bank(1, memory_layers=(2,))]), "memory_layers differs"),
+        (lambda: JoinedMemory([bank(1), None]).provenance(1, 0), "row 1 has no memory, so no chunk 0"),
     ],
 )
 def test_what_memories_cannot_do_is_said_in_one_line(act, message):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.memory.test_bank import kv, queries
 
 from longmem.memory.bank import MemoryBank
-from longmem.memory.session import OVERLAY, JoinedMemory, SessionMemory, best_of
+from longmem.memory.session import OVERLAY, JoinedMemory, SessionMemory
 from longmem.types import RetrievedMemory
 
 
@@ -88,10 +88,3 @@ def test_every_row_of_a_list_reads_its_own_bank() -> None:
     assert found.memory_rows is not None and found.memory_rows.tolist() == [0, 1, 2, 3]
     beams = together.search(asked[[1, 1, 0]], 4, torch.tensor([1, 1, 0]))
     assert same(of_row(beams, 0), of_row(found, 1)) and same(of_row(beams, 2), of_row(found, 0))
-
-
-def test_of_equal_scores_the_first_search_wins() -> None:
-    one, two = bank(1, 8, 1), bank(1, 8, 1)
-    found = best_of((one.search(queries(1), 4), two.search(queries(1), 4)), 4)
-    assert torch.equal(found.scores[..., 0], found.scores[..., 1])
-    assert (found.chunk_ids.max() < found.storage.shape[1]) and found.storage.shape[2] == 1

@@ -107,13 +107,14 @@ def chunks_of(store: MemoryStore, namespace: str) -> dict[str, StoredChunks]:
 
 
 def state_of(store: MemoryStore) -> dict[str, Any]:
-    """Everything that can be read of a store: documents, their token ids, text, and a hash of their chunks."""
+    """Everything that can be read of a store but the documents' numbers: token ids, text, and a hash of the chunks."""
     state: dict[str, Any] = {}
     for namespace in store.namespaces():
         chunks = chunks_of(store, namespace)
         state[namespace] = [
             {
                 **vars(info),
+                "id": None,
                 "ids": store.token_ids(namespace, info.name).tolist(),
                 "text": store.text(namespace, info.name),
                 "chunks": chunks[info.name].crc(),

@@ -171,15 +171,6 @@ def test_what_cannot_be_added_is_refused_in_one_line(store: MemoryStore, given: 
     assert store.namespaces() == [] and store.stats().file_bytes == 0
 
 
-def test_appending_asks_for_the_kind_that_the_document_has(store: MemoryStore) -> None:
-    store.add_document("alice", "text", name="text")
-    store.add_document("alice", ids=[1, 2, 3], name="ids")
-    with pytest.raises(StoreError, match="was added as text; append text"):
-        store.append("alice", ids=[1], name="text")
-    with pytest.raises(StoreError, match="was added as token ids; append ids="):
-        store.append("alice", "text", name="ids")
-
-
 def test_an_append_to_a_document_that_was_forgotten_and_added_again_is_refused(store: MemoryStore) -> None:
     store.add_document("alice", "the old text", name="diary")
     commit = adding.commit

@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as some
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from tests.store.small import BEGIN, MODEL, expected_chunks, open_small, quick_folder, words
 
 from longmem.errors import StoreError
@@ -98,6 +99,13 @@ class Life(RuleBasedStateMachine):
         self.buried += () if gone is None else (gone, *gone.shorter)
 
     # what changes it
+
+    @initialize()
+    def begin(self) -> None:
+        """So that a short life has something to forget, to expire and to read anew."""
+        for seed, (namespace, name) in enumerate(product(NAMESPACES, "ab")):
+            self.add(namespace, name, seed % 4, 90, seed % 3 == 0, 5.0 if name == "b" else None, False)
+        self.hold_a_bank(beside=False, load=True)
 
     @rule(
         namespace=SPACE, name=NAME, seed=SEED, length=LENGTH, as_ids=some.booleans(), age=some.none() | AGE,

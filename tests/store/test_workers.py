@@ -60,11 +60,3 @@ def test_a_worker_that_is_killed_ends_the_call_with_one_line(tmp_path: Path) -> 
         pytest.raises(StoreError, match=r"^a worker failed or was killed \(BrokenProcessPool[^\n]*$"),
     ):
         list(store.add_documents("alice", documents(), workers=2))
-
-
-def test_wrong_workers_are_refused(tmp_path: Path) -> None:
-    with open_small(tmp_path / "memory") as store:
-        for workers in (0, -1, "2", "ray:0", "rays"):
-            with pytest.raises(StoreError, match="must be a number from 1 on, 'ray' or 'ray:N'"):
-                store.add_documents("alice", documents(), workers=workers)
-        assert store.namespaces() == []
