@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tests.family_table import disturbed
+from tests.family_table import disturbed, tiny_gpt
 
-from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemoryBank, MemTRM, TrainingFree
+from longmem import AlibiGPTForCausalLM, LongMem, MemoryBank, MemTRM, TrainingFree
 from longmem.data.text import Document
 from longmem.data.tokens import TokenizedDocument, tokenize_documents, train_tokenizer
 from longmem.evaluation.asking import Asker
@@ -24,16 +24,7 @@ SHAPE: dict[str, Any] = {"chunk_size": 2, "num_retrieved": 8, "memory_size": 64}
 
 
 def backbone(seed: int = 0) -> AlibiGPTForCausalLM:
-    torch.manual_seed(seed)
-    config = AlibiGPTConfig(
-        vocab_size=len(TOKENIZER),
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=16,
-        initializer_range=0.3,
-    )
-    return AlibiGPTForCausalLM(config).eval()
+    return tiny_gpt(seed, vocab_size=len(TOKENIZER), max_position_embeddings=16, initializer_range=0.3)
 
 
 def longmem(seed: int = 1, **config: Any) -> LongMem:

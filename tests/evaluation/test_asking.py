@@ -53,29 +53,24 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.parametrize("rows", [1, 3, 16])
-def test_with_memory_each_option_is_scored_as_if_it_were_alone(model: LongMem, rows: int) -> None:
-    for prompt, answer in zip(PROMPTS, asked(asker(model, memory=64, rows=rows), *PROMPTS), strict=True):
+@pytest.mark.parametrize(("memory", "rows"), [(64, 1), (64, 3), (64, 16), (None, 4)])
+def test_each_option_is_scored_as_if_it_were_alone(model: LongMem, memory: int | None, rows: int) -> None:
+    """Behind the window that fits, and what was before it in memory, where there is one."""
+    for prompt, answer in zip(PROMPTS, asked(asker(model, memory=memory, rows=rows), *PROMPTS), strict=True):
         room = WINDOW - max(map(len, prompt.options)) + 1
         for context, scored in zip(prompt.contexts, answer.scored, strict=True):
             cut = max(0, len(context) - room)
-            bank = remembered(model, (*prompt.memory, *context[:cut]))  # type: ignore[misc]
+            bank = remembered(model, (*prompt.memory, *context[:cut])) if memory else None  # type: ignore[misc]
             expected = [by_hand(model, bank, context[cut:], option) for option in prompt.options]
             assert scored.logprobs == pytest.approx(expected, abs=1e-4)
             assert scored.best == expected.index(max(expected))
 
 
-def test_without_memory_only_the_window_counts(model: LongMem) -> None:
-    off = asker(model, memory=None)
-    for prompt, answer in zip(PROMPTS, asked(off, *PROMPTS), strict=True):
-        room = WINDOW - max(map(len, prompt.options)) + 1
-        for context, scored in zip(prompt.contexts, answer.scored, strict=True):
-            expected = by_hand(model, None, context[-room:], prompt.options[0])
-            assert scored.logprobs[0] == pytest.approx(expected, abs=1e-4)
-    seen, far, other = (Prompt((text(n, 3)[-20:],), ((5,),)) for n in (20, 40, 21))
+def test_prompts_that_differ_only_beyond_window_and_memory_are_one(model: LongMem) -> None:
+    off, on = asker(model, memory=None), asker(model, memory=64)
+    seen, other = (Prompt((text(n, 3)[-20:],), ((5,),)) for n in (20, 21))
     far = Prompt((text(9, 7) + seen.contexts[0],), seen.options)
     assert off.seen(seen) == off.seen(far) != off.seen(other)
-    on = asker(model, memory=64)
     assert on.seen(seen)[0] != on.seen(far)[0]
     assert on.seen(seen)[1] and not on.seen(Prompt((text(3),), ((5,),)))[1]
 

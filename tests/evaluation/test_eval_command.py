@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ def test_a_baseline_or_a_backbone_is_measured_by_itself(
         ("--model side --training-free 0.1 --training-free 0.10", "training-free 0.1, 64 tokens: compared twice"),
         ("--model side --memory-sizes 64,17", "memory size (17) must be a multiple of chunk_size (2); try 16"),
         ("--model backbone --memory-sizes 64", "is a causal language model by itself"),
+        ("--model side --systems back,memory_1", "--systems (memory_1) begins no system's name; there are backbone, "),
         ("--model side --stride 40", "stride (40) must be between 1 and the window (16); try 8"),
         ("--model side --device meta", "device (meta) cannot be used ("),
         ("--model side --device cuda:99", "; try --device cpu"),
@@ -120,6 +122,14 @@ def test_what_is_wrong_is_told_in_one_line(
     monkeypatch.chdir(home)
     data = [] if "--data" in options else ["--data", "texts"]
     assert says in command("eval", "perplexity", *options.split(), *data).error
+
+
+def test_without_the_extra_for_the_harness_one_line_says_so(
+    home: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    done = command("eval", "harness", "--model", home / "side", "--tasks", "boolq")
+    assert done.error == "lm-evaluation-harness is not installed; pip install 'longmem-lm[eval]'"
 
 
 def test_systems_without_the_backbone_have_tables_and_pictures_too(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from longmem import LongMem
 from longmem.evaluation.asking import Asker
 
-WITHOUT = importlib.util.find_spec("lm_eval") is None
-needs_harness = pytest.mark.skipif(WITHOUT, reason="lm-evaluation-harness is not installed: pip install lm-eval")
+Instance = pytest.importorskip("lm_eval.api.instance", reason="lm-evaluation-harness is not installed").Instance
+HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
 
 TASKS: dict[str, dict[str, Any]] = {
     "names_choice": {
@@ -67,9 +65,7 @@ def sidenet_dir(tmp_path: Path, tiny_backbone: Any, byte_tokenizer: PreTrainedTo
 
 
 def requests(kind: str, *arguments: Any) -> list[Any]:
-    from lm_eval.api.instance import Instance
-
-    return [Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in arguments]  # type: ignore[arg-type]
+    return [Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in arguments]
 
 
 @pytest.fixture
@@ -91,11 +87,8 @@ def memory_lm(sidenet_dir: Path, byte_tokenizer: PreTrainedTokenizerFast) -> Cal
 Make = Callable[[int | None, int], Any]
 
 
-@needs_harness
 @pytest.mark.parametrize("batch", [1, 3])
 def test_without_memory_every_number_is_the_stock_classs(batch: int, memory_lm: Make, texts: list[str]) -> None:
-    from lm_eval.models.huggingface import HFLM
-
     mine = memory_lm(None, batch)
     stock = HFLM(mine.asker.model, tokenizer=mine.asker.tokenizer, max_length=32, batch_size=batch)
     asked = requests(
@@ -110,7 +103,6 @@ def test_without_memory_every_number_is_the_stock_classs(batch: int, memory_lm: 
     assert mine.generate_until(asked) == stock.generate_until(asked)
 
 
-@needs_harness
 @pytest.mark.parametrize("batch", [1, 4])
 def test_what_does_not_fit_is_read_into_a_memory_of_the_request_alone(
     batch: int, memory_lm: Make, texts: list[str]
@@ -136,7 +128,6 @@ def test_what_does_not_fit_is_read_into_a_memory_of_the_request_alone(
         assert logprob == pytest.approx(sum(long_text(lm.asker.model, w, 32) for w in windows), abs=1e-3)
 
 
-@needs_harness
 def test_generation_reads_what_was_cut_off(memory_lm: Make, texts: list[str]) -> None:
     settings = {"until": ["."], "max_gen_toks": 8, "do_sample": False}
     asked = requests("generate_until", *((text, settings) for text in texts))
@@ -145,7 +136,6 @@ def test_generation_reads_what_was_cut_off(memory_lm: Make, texts: list[str]) ->
     assert alone[0] == without[0] and alone[1:] != without[1:]
 
 
-@needs_harness
 def test_the_command_runs_tasks_of_a_folder_on_every_system(
     sidenet_dir: Path, folder: Path, tmp_path: Path, command: Command
 ) -> None:
@@ -165,7 +155,6 @@ def test_the_command_runs_tasks_of_a_folder_on_every_system(
     assert "names_rolling" in shown and "SideNet, memory off" in shown
 
 
-@needs_harness
 def test_what_cannot_be_run_is_one_line(sidenet_dir: Path, folder: Path, tmp_path: Path, command: Command) -> None:
     (tmp_path / "data.jsonl").unlink()
     for tasks, said in (
@@ -173,11 +162,3 @@ def test_what_cannot_be_run_is_one_line(sidenet_dir: Path, folder: Path, tmp_pat
         ("names_choice", "the data of names_choice cannot be read"),
     ):
         assert said in command("eval", "harness", "--model", sidenet_dir, "--tasks", tasks, "--include", folder).error
-
-
-def test_without_the_extra_one_line_says_so(
-    sidenet_dir: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    done = command("eval", "harness", "--model", sidenet_dir, "--tasks", "boolq")
-    assert done.error == "lm-evaluation-harness is not installed; pip install 'longmem-lm[eval]'"

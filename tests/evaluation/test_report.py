@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 from tests.calling import Command
 
-from longmem import ConfigError, DataError
-from longmem.evaluation.asking import Asker
+from longmem import DataError
 from longmem.evaluation.report import build_report
 from longmem.evaluation.results import write_json
-from longmem.evaluation.systems import chosen, largest
 from longmem.evaluation.tables import Table, caveat, plain
 
 ROOT = Path(__file__).parents[2]
@@ -120,13 +118,3 @@ def test_what_intervals_say_is_beside_them() -> None:
     assert "say nothing about others" in caveat(3, 1)
     assert "2 projects say little" in caveat(3, 2)
     assert caveat(300, 20) == "Intervals draw projects, then their documents."
-
-
-def test_systems_are_chosen_by_the_beginnings_of_their_names() -> None:
-    names = ["backbone", "memory_off", "memory_8", "memory_64", "memtrm_8"]
-    assert largest(names) == ["backbone", "memory_off", "memory_64", "memtrm_8"]
-    systems = [Asker(name, name, {}, None) for name in names]
-    assert chosen(systems, []) == systems
-    assert [system.name for system in chosen(systems, ["memory_6", "back"])] == ["backbone", "memory_64"]
-    with pytest.raises(ConfigError, match=r"--systems \(memory_1\) begins no system's name; there are backbone, "):
-        chosen(systems, ["backbone", "memory_1"])

@@ -66,14 +66,6 @@ def test_attention_alone_is_trained_and_saved_and_loads_again(tmp_path: Path) ->
     assert torch.equal(expected, found)
 
 
-@torch.no_grad()
-def test_tokens_generated_with_a_cache_are_those_without_one() -> None:
-    model = disturbed(made("llama", stride=1, trained="attention"), 0.02).eval()
-    greedy: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    cached, plain = (model.generate(ids(), memory=filled(model), use_cache=use, **greedy) for use in (True, False))
-    assert torch.equal(cached, plain)
-
-
 def test_a_bfloat16_backbone_with_a_float32_sidenet_runs() -> None:
     model = LongMem.from_backbone(make_backbone("llama").to(torch.bfloat16), side_dtype=torch.float32, **SETTINGS)
     out = model(ids(), labels=ids(), memory=filled(model))

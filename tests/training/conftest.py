@@ -17,7 +17,6 @@ from longmem.training.recipe import Recipe
 
 Settings = dict[str, dict[str, Any]]
 Make = Callable[..., Recipe]
-Records = Callable[..., list[dict[str, Any]]]
 
 OPTIM = {"steps": 8, "rows": 2, "lr": 1e-2, "dropout": 0.1, "precision": "fp32"}
 OFTEN = {
@@ -98,15 +97,10 @@ def merged(settings: Settings, changes: Settings) -> Settings:
     return {name: {**settings.get(name, {}), **changes.get(name, {})} for name in {*settings, *changes}}
 
 
-@pytest.fixture(scope="session")
-def records() -> Records:
-    """``records(out_dir, "train")``: what a run wrote into its metrics."""
-
-    def read(out_dir: Path, kind: str) -> list[dict[str, Any]]:
-        lines = (out_dir / "metrics.jsonl").read_text().splitlines()
-        return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-    return read
+def records(out_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """What a run wrote into its metrics."""
+    lines = (out_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 def write(recipe: Recipe, path: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.training.conftest import Make, Records
+from tests.training.conftest import Make, records
 from tests.training.test_needles import ASK
 
 from longmem.errors import CheckpointError
@@ -18,8 +18,10 @@ from longmem.training.run import train
 from longmem.training.trainer import StreamTrainer, list_checkpoints
 
 
-def history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if not k.startswith(("seconds", "tokens_per"))} for record in records]
+def history(recipe: Recipe, kind: str) -> list[dict[str, Any]]:
+    """What a run wrote into its metrics, without the times."""
+    times = ("seconds", "tokens_per")
+    return [{k: v for k, v in each.items() if not k.startswith(times)} for each in records(recipe.out_dir, kind)]
 
 
 def weights(recipe: Recipe) -> dict[str, torch.Tensor]:
@@ -46,7 +48,7 @@ def crash_after(recipe: Recipe, step: int) -> None:
     ids=["pretrain", "two layers", "memtrm", "control", "needles"],
 )
 def test_a_resumed_run_has_the_losses_and_weights_of_an_uninterrupted_one(
-    task: str, changes: dict[str, Any], request: pytest.FixtureRequest, records: Records
+    task: str, changes: dict[str, Any], request: pytest.FixtureRequest
 ) -> None:
     make: Make = request.getfixturevalue(task)
     optim = {"steps": 10, **changes.get("optim", {})}
@@ -58,7 +60,7 @@ def test_a_resumed_run_has_the_losses_and_weights_of_an_uninterrupted_one(
     result = train(cut, resume=True, quiet=True)
     assert len(result.losses) == 6
     for kind in ("train", "eval"):
-        assert history(records(cut.out_dir, kind)) == history(records(whole.out_dir, kind))
+        assert history(cut, kind) == history(whole, kind)
     expected, found = weights(whole), weights(cut)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
@@ -68,7 +70,6 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_as_if_nothing_had_been(
     number: signal.Signals,
     step: int,
     adapt: Make,
-    records: Records,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -93,7 +94,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_as_if_nothing_had_been(
     assert last.endswith("checkpoint saved, go on with --resume")
     assert train(stopped, resume=True, quiet=True).model_dir is not None
     for kind in ("train", "eval"):
-        assert history(records(stopped.out_dir, kind)) == history(records(whole.out_dir, kind))
+        assert history(stopped, kind) == history(whole, kind)
 
 
 def test_a_finished_run_can_be_given_a_larger_budget_or_none(
@@ -124,9 +125,7 @@ def test_a_run_with_other_data_model_or_method_is_not_resumed(pretrain: Make, ad
         train(adapt("side", method="memtrm"), resume=True, quiet=True)
 
 
-def test_the_best_weights_are_kept_and_patience_ends_the_run_also_one_that_was_resumed(
-    adapt: Make, records: Records
-) -> None:
+def test_the_best_weights_are_kept_and_patience_ends_the_run_also_one_that_was_resumed(adapt: Make) -> None:
     optim = {"steps": 60, "lr": 0.3, "schedule": "constant", "clip": 0.0, "accumulate": 1}
     every = {"every": 2, "keep_last": 30}
     recipe = adapt(optim=optim, eval={"every": 2, "best": True, "patience": 3}, checkpoint=every)

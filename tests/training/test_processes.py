@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from tests.family_table import make_backbone
-from tests.training.conftest import Make, Records, write
+from tests.training.conftest import Make, records, write
 from tests.training.test_checkpoints import crash_after
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -113,9 +113,7 @@ def test_two_processes_compute_the_gradients_of_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_each_process_keeps_and_resumes_its_own_memory(
-    parallel: str, adapt: Make, tmp_path: Path, records: Records
-) -> None:
+def test_each_process_keeps_and_resumes_its_own_memory(parallel: str, adapt: Make, tmp_path: Path) -> None:
     optim = {"steps": 4, "parallel": parallel}
     whole, cut = (adapt(name, optim=optim, checkpoint={"every": 2}) for name in ("whole", "cut"))
     paths = {recipe.run.name: write(recipe, tmp_path / f"{recipe.run.name}.toml") for recipe in (whole, cut)}

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from tests.calling import Command
 from tests.family_table import tiny_gpt
-from tests.training.conftest import Make, Records, write
+from tests.training.conftest import Make, records, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longmem import AlibiGPTForCausalLM, LongMem, MemTRM
@@ -94,7 +94,7 @@ def test_a_row_that_resets_reads_nothing_of_its_last_document(boundary: str, ada
     assert set(found[2:]) == {boundary == "keep"}
 
 
-def test_the_control_trains_as_long_without_memory(adapt: Make, records: Records) -> None:
+def test_the_control_trains_as_long_without_memory(adapt: Make) -> None:
     with_memory, without = (
         adapt(name, sidenet={"memory": memory}, optim={"accumulate": 1})
         for name, memory in (("with", True), ("without", False))
@@ -142,7 +142,7 @@ def test_what_a_run_cannot_do_is_said_in_one_line(
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_time_box_ends_the_run_with_the_rate_at_zero(pretrain: Make, records: Records) -> None:
+def test_a_time_box_ends_the_run_with_the_rate_at_zero(pretrain: Make) -> None:
     optim = {"steps": None, "max_minutes": 0.03, "warmup": 0.0}
     recipe = pretrain(optim=optim, eval={"every": 0}, checkpoint={"every": 0})
     result = train(recipe, quiet=True)
@@ -207,7 +207,7 @@ def test_a_run_over_a_quantised_backbone_saves_a_sidenet_that_loads(bits: str, a
 
 
 def test_a_run_prints_its_model_and_each_log_step_is_one_line_and_one_record(
-    adapt: Make, records: Records, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    adapt: Make, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("longmem.progress.EVERY", {True: 0.0, False: 0.0})
     path = write(adapt(log={"every": 4}), tmp_path / "recipe.toml")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,15 @@ from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Scored
 from longmem.evaluation.tasks.comprehension import ChapterBreakTask, SquadTask, f1_score, normalise_answer
 
-
-@pytest.fixture
-def chapters(byte_tokenizer: Any, tmp_path: Path) -> ChapterBreakTask:
-    """A file of the official form; two examples of each work."""
-    examples = [
-        {"ctx": f"{'so it ended. ' * 8}{n}\n", "pos": f"The {n}th day.", "negs": [f"Then {k} came." for k in "abcde"]}
-        for n in range(2)
-    ]
-    path = tmp_path / "chapterbreak_ctx_64.json"
-    path.write_text(json.dumps({split: {f"{split}{w}": examples for w in (0, 1)} for split in ("pg19", "ao3")}))
-    made = ChapterBreakTask(data=path, prefixes=(20, 60), suffix_tokens=10)
-    made.begin([Asker("backbone", "backbone", {}, None, tokenizer=byte_tokenizer, window=16)])
-    return made
+HOME = Path(__file__).with_name("home")
 
 
-def test_accuracy_of_scores_worked_by_hand(chapters: ChapterBreakTask) -> None:
-    prompt = Prompt(((1,),), ((1,) * 4, (1,) * 2, (1,) * 8, (1,), (1,), (1,)))
+def chapters(*prefixes: int) -> ChapterBreakTask:
+    return ChapterBreakTask(data=str(HOME / "chapters_ctx_300.json"), prefixes=prefixes, suffix_tokens=10)
+
+
+def test_accuracy_of_scores_worked_by_hand() -> None:
+    task, prompt = chapters(20), Prompt(((1,),), ((1,) * 4, (1,) * 2, (1,) * 8, (1,), (1,), (1,)))
     for logprobs, summed, each in (
         # per token: -1, -1.5, -0.375, -9, -9, -9: summed the second wins, per token the third
         ((-4.0, -3.0, -3.0, -9.0, -9.0, -9.0), 0, 0),
@@ -37,47 +28,31 @@ def test_accuracy_of_scores_worked_by_hand(chapters: ChapterBreakTask) -> None:
         # the published script calls an example right unless a negative scores more
         ((-4.0, -4.0, -8.0, -9.0, -9.0, -9.0), 100, 100),
     ):
-        answer = Answer((Scored(logprobs, (False,) * 6, 0),))
-        found = chapters.measure(chapters.examples()[0], prompt, answer)
+        found = task.measure(task.examples()[0], prompt, Answer((Scored(logprobs, (False,) * 6, 0),)))
         assert found == {"accuracy": summed, "accuracy_per_token": each, "gold_nats": 1.0}
 
 
-def test_prefixes_lose_their_left_end_and_suffixes_their_right(chapters: ChapterBreakTask) -> None:
-    decode = chapters.tokenizer.decode
-    for example in [example for example in chapters.examples() if example.unit == "ao3/ao30"]:
-        prompt, (prefix, item) = chapters.prompt(example, None), example.item  # type: ignore[arg-type]
-        assert decode(prompt.contexts[0]) == f"{'so it ended. ' * 8}{item.number}\n\n"[-prefix:]
-        decoded = [decode(option) for option in prompt.options]
-        assert decoded == [f"The {item.number}th da", *(f"Then {k} cam" for k in "abcde")]
-    with pytest.raises(ConfigError, match=r"--prefix 65 is longer than the prefixes of chapterbreak_ctx_64.json"):
-        ChapterBreakTask(data=chapters.data, prefixes=(20, 65), suffix_tokens=10)
+def test_a_prefix_that_the_file_does_not_have_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--prefix 301 is longer than the prefixes of chapters_ctx_300.json"):
+        chapters(20, 301)
 
 
 # SQuAD
 
 
-def test_demonstrations_show_no_passage_twice_and_none_that_is_asked(byte_tokenizer: Any) -> None:
-    train, dev = (Path(__file__).with_name("home") / name for name in ("train.json", "dev.json"))
-
-    def task(train: Path) -> SquadTask:
-        shots: dict[str, Any] = {"local_shots": 1, "memory_shots": (0, 4), "draws": 2}
-        made = SquadTask(train=train, data=dev, **shots, limit=None, max_answer_tokens=6)
-        made.begin([Asker("memory_200", "", {}, None, 200, tokenizer=byte_tokenizer, window=2000)])
-        return made
-
-    made = task(train)
-    passages = {question.passage for question in made.shown.items}
-    assert len(passages) == 15 and not passages & {question.passage for question in made.asked.items}
-    for seed in made.seeds:
-        local, memory = made.shots(seed, 4)
-        texts = [str(byte_tokenizer.decode(ids)) for ids in (*local, *memory)]
-        shown = {text.splitlines()[0].removeprefix("Context: ") for text in texts}
-        assert len(shown) == 5 and shown <= passages and all(text.endswith("\n\n") for text in texts)
-        assert made.shots(seed, 0)[0] == local
-    with pytest.raises(DataError, match=r"train.json: 1 demonstrations .* there are 15"):
-        made.shots(1, 200)
-    with pytest.raises(DataError, match=r"dev.json: 1 demonstrations .* there are 0"):
-        task(dev).examples()
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ("train.json", r"train.json: 1 demonstrations .* 200 in memory need 201 different ones, there are 15"),
+        ("dev.json", "there are 0"),  # a passage that is asked about is not shown
+    ],
+)
+def test_no_passage_is_shown_twice_and_none_that_is_asked(train: str, said: str, byte_tokenizer: Any) -> None:
+    shots: dict[str, Any] = {"local_shots": 1, "memory_shots": (200,), "draws": 1}
+    task = SquadTask(train=HOME / train, data=HOME / "dev.json", **shots, limit=None, max_answer_tokens=6)
+    task.begin([Asker("backbone", "", {}, None, tokenizer=byte_tokenizer, window=2000)])
+    with pytest.raises(DataError, match=said):
+        task.examples()
 
 
 @pytest.mark.parametrize(

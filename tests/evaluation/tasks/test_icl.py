@@ -16,7 +16,6 @@ from longmem.evaluation.tasks.icl import (
     IclTask,
     Labelled,
     calibrated,
-    draw,
     lay_out,
     read_icl,
     read_labelled,
@@ -98,15 +97,6 @@ ASKED = Asked(((1, 1, 1), (2, 2), (3, 3)), ((10, 10, 10), (11, 11), (12, 12)), [
 
 def asker(window: int, *, whole: bool = False) -> Asker:
     return Asker("it", "it", {}, None, tokenizer=None, window=window, whole=whole)
-
-
-def test_a_draw_has_no_demonstration_twice_and_more_contain_fewer() -> None:
-    near, far = draw("sst2", 3, 50, 20, 30)
-    assert sorted(near + far) == list(range(50))
-    assert draw("sst2", 3, 50, 4, 10) == (near[-4:], far[-10:])
-    assert draw("sst2", 4, 50, 20, 30) != (near, far) != draw("mr", 3, 50, 20, 30)
-    with pytest.raises(DataError, match=r"mr: 20 demonstrations .* 2,000 in memory need 2,020 .* there are 50"):
-        draw("mr", 1, 50, 20, 2000)
 
 
 @pytest.mark.parametrize(
