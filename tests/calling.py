@@ -1,7 +1,5 @@
 """What a call of the command line leaves to a test; the fixture ``command`` makes the calls."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """What tests share: tiny random models, a byte tokenizer, text made here, and the markers' switches."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Tiny, random models of every supported family: the table that laws 9 to 13 are tested over."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """One setting changed at a time: as models made with that setting, paired by document, resumed."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

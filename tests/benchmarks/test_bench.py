@@ -1,7 +1,5 @@
 """The benches compare like with like, run, and keep their numbers."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

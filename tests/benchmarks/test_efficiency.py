@@ -1,7 +1,5 @@
 """Time and memory against the context: what is measured, left out and compared; a process for each peak."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

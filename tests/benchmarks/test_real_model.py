@@ -1,7 +1,5 @@
 """The jobs of a real model: each has a name of its own and options that its command knows; and the final table."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What ``longmem convert`` accepts, and the line it answers with to what it does not."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Callable

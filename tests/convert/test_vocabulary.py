@@ -1,7 +1,5 @@
 """The released vocabulary: GPT-2's byte pairs under the ids of a fairseq dictionary."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

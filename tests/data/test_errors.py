@@ -1,7 +1,5 @@
 """What cannot be read, tokenised or dealt out, each in one line."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Made-up facts: hidden in a text, or told in one conversation and asked for in another."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np

@@ -1,7 +1,5 @@
 """``SegmentStream`` and ``WindowSampler``: what rows are fed."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

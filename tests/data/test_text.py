@@ -1,7 +1,5 @@
 """Readers: what counts as text, in which order, and one clear line for everything that is wrong."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import io

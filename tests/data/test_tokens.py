@@ -1,7 +1,5 @@
 """Tokenizer, token cache, and documents one by one: which tokens are scored and which text they stand for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

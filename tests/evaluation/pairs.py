@@ -1,7 +1,5 @@
 """Tiny random models over one backbone, and documents, for the tests of perplexity and of its command."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

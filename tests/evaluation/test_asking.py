@@ -1,7 +1,5 @@
 """Prompts to one system: its window, its memory, and nothing of other prompts."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

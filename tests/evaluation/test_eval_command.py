@@ -1,7 +1,5 @@
 """``longmem eval perplexity`` from files to table, JSON and pictures, and its one-line errors."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

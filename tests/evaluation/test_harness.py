@@ -1,7 +1,5 @@
 """lm-evaluation-harness: the stock numbers where all fits the window, a memory for each request where it does not."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

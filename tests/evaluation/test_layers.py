@@ -1,7 +1,5 @@
 """Which layers are worth remembering, by effect and by keys; and ``longmem layers`` from a folder to table and JSON."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """The whole measurement on tiny random models."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Tables, pictures and pages of results, and ``longmem report``; most of the results are those of this project."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

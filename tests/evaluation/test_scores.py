@@ -1,7 +1,5 @@
 """From negative log-likelihoods to reported numbers and their intervals, by hand."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A task over all systems: means, intervals, differences, what is asked once, resuming."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -3,8 +3,6 @@
 Everything is for one row, one head, one token at a time, on plain lists of vectors; no cache, no blocks, no masks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The paper's backbone, beside the laws that it shares with all families."""
 
-from __future__ import annotations
-
 import torch
 from tests.family_table import ids, make_backbone
 

@@ -3,8 +3,6 @@
 Laws that all models share are in ``test_laws``.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Making, saving and loading: what was trained alone, whole or not at all; every refusal is one line."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """A fingerprint depends on what keys and values depend on, and on nothing else."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

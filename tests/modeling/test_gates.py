@@ -1,7 +1,5 @@
 """The gate of a token: its laws."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -3,8 +3,6 @@
 ``reader`` is every kind of model: a LongMem, and the baselines whose own layer reads memory.
 """
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Backbones by name: a GGUF file becomes a model folder once, complete or absent, and so does the default model."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Attention over retrieved chunks against the same attention over copies, and its gradient against autograd's."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """The fused kernels against plain torch, on a GPU or, with TRITON_INTERPRET=1, interpreted on the CPU."""
 
-from __future__ import annotations
-
 import os
 from types import ModuleType
 

@@ -1,7 +1,5 @@
 """Law 12: the fast path equals the paper in loops on random small sizes."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """Backbones that are spread over devices, kept elsewhere until needed, or quantised."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tests import family_table
 from tests.family_table import FAMILIES, RECURRENT, V, ids, make_backbone
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from longmem import LongMem, MemoryBank, TrainingFree
 from longmem.errors import BackboneError
@@ -115,16 +113,9 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "backbone"
 
 
-def quantised(saved: Path, bits: str) -> PreTrainedModel:
-    config = quantization(bits, torch.float32)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        saved, quantization_config=config, device_map={"": "cpu"}
-    )
-    return model
-
-
 def test_side_layers_are_copied_from_what_quantised_weights_stand_for(bits: str, saved: Path) -> None:
-    backbone = quantised(saved, bits)
+    loading = {"quantization_config": quantization(bits, torch.float32), "device_map": {"": "cpu"}}
+    backbone: Any = AutoModelForCausalLM.from_pretrained(saved, **loading)
     model = LongMem.from_backbone(backbone, side_dtype=torch.float32, **SETTINGS)
     original = make_backbone("llama", **WIDE)
     for layer, source in zip(model.sidenet.layers, model.sidenet.sources, strict=True):

@@ -1,7 +1,5 @@
 """One model for several threads, and several copies of one model."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The SideNet: as ``init="delta"`` makes it, and in other dtypes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Memory of several layers: each has its own keys, its own gates and its own place, in every model and memory."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,11 +1,9 @@
 """Hands every reference, or every case of it, to the tests that ask for one."""
 
-from __future__ import annotations
-
 import pytest
 from tests.parity.reference import FOLDER, Case, Reference
 
-REFERENCES = [Reference.read(path) for path in sorted(FOLDER.glob("fixture_*.json"))]
+REFERENCES = [Reference(path) for path in sorted(FOLDER.glob("fixture_*.json"))]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

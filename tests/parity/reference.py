@@ -4,12 +4,11 @@ The tensors are made by running the released code (commit b7f3c6b) on a tiny ran
 ``LONGMEM_PARITY_DIR`` names a folder with others. Sizes and tolerances: data/README.md.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +35,10 @@ class Reference:
     """One ``fixture_*.json`` and the files that go with it."""
 
     path: Path
-    record: dict[str, Any]
 
-    @classmethod
-    def read(cls, path: Path) -> Reference:
-        return cls(path, json.loads(path.read_text(encoding="utf-8")))
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
     @property
     def config(self) -> dict[str, Any]:

@@ -6,8 +6,6 @@ rest moves up. The store's last slot is never written; its zeros answer for miss
 unless memory is empty.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,7 +1,5 @@
 """The released formats through ``longmem convert``, and the SideNet's start from its backbone."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Forward passes with the weights that the reference was made with."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

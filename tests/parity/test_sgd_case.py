@@ -1,7 +1,5 @@
 """Seven steps of plain SGD while the memory fills and evicts."""
 
-from __future__ import annotations
-
 import torch
 from tests.parity.reference import LOSS_SUM_ATOL, Case, close, trained
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """Gradients at the reference's weights, and a short run of plain SGD."""
 
-from __future__ import annotations
-
 from tests.parity.reference import ATOL, LOSS_SUM_ATOL, Case, close, trained
 from torch import Tensor
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """The mean of SideNets."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Chapters found in plain text, and the benchmark of chapter boundaries made from books."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

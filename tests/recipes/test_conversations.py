@@ -1,7 +1,5 @@
 """The small conversation set: its shape, and that its questions can be answered from it."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from itertools import pairwise

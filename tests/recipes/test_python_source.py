@@ -1,7 +1,5 @@
 """Python source as documents."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tiny runs: a folder of made text, and settings that train on it in a second."""
 
-from __future__ import annotations
-
 import json
 import tomllib
 from collections.abc import Callable, Iterator

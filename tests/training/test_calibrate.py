@@ -1,7 +1,5 @@
 """Calibration trains the gates of a reader, and nothing else; ``longmem calibrate`` makes one for any model."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Law 15: a resumed run is the run that was never interrupted; checkpoints are complete or absent."""
 
-from __future__ import annotations
-
 import shutil
 import signal
 from typing import Any

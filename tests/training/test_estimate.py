@@ -1,7 +1,5 @@
 """The arithmetic behind the recipes' headers, against the paper's figures and against models that exist."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

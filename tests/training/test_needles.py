@@ -1,7 +1,5 @@
 """Adaptation to facts that are hidden in memory."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

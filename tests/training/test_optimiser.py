@@ -1,7 +1,5 @@
 """Schedules end at zero; every trained weight has exactly one optimiser."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import pytest

@@ -3,8 +3,6 @@
 Launched by torch.distributed.run with a folder, this file runs every ``*.toml`` of it, and writes ``NAME.gradients``.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Recipes: read from TOML, overridden, and refused with every problem at once."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

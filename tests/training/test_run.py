@@ -1,7 +1,5 @@
 """Runs from their recipe to their end: what is learned, said, saved, and left alone."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``LongMemTrainer``: transformers.Trainer that reads texts in order, with their memory."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """ChapterBreak: prefixes and suffixes as they are cut, and accuracies worked by hand. SQuAD: prompts and scores."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

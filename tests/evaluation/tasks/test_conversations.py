@@ -1,7 +1,5 @@
 """Dialogue and told facts: files as they are read, scores worked by hand, and what is in memory and window."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable

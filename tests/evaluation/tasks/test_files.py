@@ -1,7 +1,5 @@
 """Files of the tasks that are of another form: one line that says what is wrong, and where."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import partial

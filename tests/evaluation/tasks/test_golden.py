@@ -4,8 +4,6 @@
 passages in the window are newer: passages stand in the order of their age now.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import zlib

@@ -1,7 +1,5 @@
 """Needles and bAbI: what is hidden where, what is in memory as if the whole text were read, and rules for answers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """In-context learning: files in all their forms, which texts are shown and asked, and scores worked by hand."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import math
