@@ -34,14 +34,10 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(**{**settings, **changes})
 
 
-def made(folder: Path, documents: Documents, backbone: Path, dropout: float = 0.0, **changes: Any) -> LongMemTrainer:
+def made(args: TrainingArguments, documents: Documents, backbone: Path, **settings: Any) -> LongMemTrainer:
     torch.manual_seed(0)
     model = LongMem.from_backbone(backbone, memory_layers=1, num_retrieved=8, memory_size=64, side_dtype=torch.float32)
-    ours = {
-        name: changes.pop(name) for name in ("memory", "boundary", "piece_tokens", "eval_dataset") if name in changes
-    }
-    args = arguments(folder, **changes)
-    return LongMemTrainer(model, args, train_dataset=documents, window=16, **{"piece_tokens": 40, **ours})
+    return LongMemTrainer(model, args, train_dataset=documents, window=16, **{"piece_tokens": 40, **settings})
 
 
 def losses(trainer: LongMemTrainer) -> list[float]:
@@ -88,32 +84,32 @@ def test_it_trains_what_reading_and_writing_by_hand_trains(
     accumulate: int, settings: dict[str, Any], documents: Documents, backbone_dir: Path, tmp_path: Path
 ) -> None:
     few = [{**document, "input_ids": document["input_ids"][:100]} for document in documents]
-    trainer = made(tmp_path / "run", few, backbone_dir, gradient_accumulation_steps=accumulate, **settings)
+    trainer = made(arguments(tmp_path / "run", gradient_accumulation_steps=accumulate, **settings), few, backbone_dir)
     trainer.train()
     steps = trainer.state.max_steps
     assert steps == (2 * round(600 / 32) if "num_train_epochs" in settings else 6)
-    other = made(tmp_path / "other", few, backbone_dir)
+    other = made(arguments(tmp_path / "other"), few, backbone_dir)
     assert losses(trainer) == pytest.approx(by_hand(other, few, accumulate, steps), abs=1e-3)
     said = trainer.state.log_history[-2]
     assert 0 < said["memory_fill"] <= 1 and all(0 < share < 1 for share in said["share"])
 
 
 def test_other_rows_or_texts_are_not_resumed(documents: Documents, backbone_dir: Path, tmp_path: Path) -> None:
-    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
-    made(tmp_path / "run", documents, backbone_dir, **settings).train()
-    changes: dict[str, Any] = {"piece_tokens": 50, "per_device_train_batch_size": 3, "boundary": "reset"}
-    other = made(tmp_path / "run", documents, backbone_dir, **{**settings, "max_steps": 4, **changes})
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    made(arguments(tmp_path / "run", max_steps=2, **saving), documents, backbone_dir).train()
+    args = arguments(tmp_path / "run", max_steps=4, per_device_train_batch_size=3, **saving)
+    other = made(args, documents, backbone_dir, piece_tokens=50, boundary="reset")
     lines = "rows was 2, is 3; piece_tokens was 40, is 50; boundary was 'keep', is 'reset'"
     with pytest.raises(CheckpointError, match=lines):
         other.train(resume_from_checkpoint=True)
     with pytest.raises(CheckpointError, match="no checkpoint; train without resuming"):
-        made(tmp_path / "none", documents, backbone_dir).train(resume_from_checkpoint=True)
+        made(arguments(tmp_path / "none"), documents, backbone_dir).train(resume_from_checkpoint=True)
 
 
 def test_evaluation_reads_documents_with_a_memory_of_its_own(
     documents: Documents, backbone_dir: Path, tmp_path: Path
 ) -> None:
-    trainer = made(tmp_path / "run", documents, backbone_dir, eval_dataset=documents[:2])
+    trainer = made(arguments(tmp_path / "run"), documents, backbone_dir, eval_dataset=documents[:2])
     trainer.train()
     before = trainer.bank.state_dict()
     found = trainer.evaluate()
