@@ -230,6 +230,7 @@ def test_bytes_of_a_name_that_are_not_utf8_are_replaced(tmp_path: Path, packed: 
         (tmp_path / odd).write_text("au lait")
     (found,) = read_documents([tmp_path])
     assert (found.id, found.text) == ("caf\ufffd.txt", "au lait") and found.source.encode()
+    assert TextSource((str(tmp_path),)).fingerprint()
 
 
 # what is missing

@@ -102,7 +102,8 @@ class TextSource:
                 continue
             for file, name in _files_of(Path(path)):
                 with file.open("rb") as stream:
-                    digest.update(name.encode() + b"\0" + hashlib.file_digest(stream, "sha256").digest())
+                    named = name.encode(errors="surrogateescape")  # a name may hold bytes that are not UTF-8
+                    digest.update(named + b"\0" + hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()
 
 
