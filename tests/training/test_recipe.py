@@ -55,6 +55,10 @@ RULES: dict[str, dict[str, Any]] = {
     "model.hidden_size (100) must be a multiple of model.heads (8)": {"model": {"hidden_size": 100}},
     "optim.steps (1) and optim.tokens (1) do not go together: keep one": {"optim": {"steps": 1, "tokens": 1}},
     "data.valid (('y',)) and data.held_out (('*',)) do": {"data": {"paths": ["x"], "valid": ["y"], "held_out": ["*"]}},
+    "optim.betas (1.5) should be less than 1": {"optim": {"steps": 1, "betas": [0.9, 1.5]}},
+    "data.window (2) is too small for a passage and its repetition (data.repeat_fraction)": {
+        "data": {"paths": ["x"], "window": 2, "repeat_fraction": 0.1}
+    },
     "optim.warmup (0.5) and optim.decay_fraction (0.6) exceed the run": {
         "optim": {"steps": 1, "schedule": "wsd", "warmup": 0.5, "decay_fraction": 0.6}
     },

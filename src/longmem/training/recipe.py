@@ -22,6 +22,7 @@ Share = typing.Annotated[float, Field(ge=0, le=1)]
 Count = typing.Annotated[int, Field(ge=1)]
 CountOrZero = typing.Annotated[int, Field(ge=0)]
 Positive = typing.Annotated[float, Field(gt=0)]
+BelowOne = typing.Annotated[float, Field(ge=0, lt=1)]
 Layers = typing.Annotated[
     tuple[CountOrZero, ...] | Literal["auto"] | None,
     BeforeValidator(lambda layers: [layers] if isinstance(layers, int) else layers),
@@ -164,7 +165,7 @@ class OptimSection(Section):
     """Learning rate of the weights that Muon trains."""
     gate_lr: Positive | None = None
     """Learning rate of the memory gates; None: ``lr``."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.98)
     """Of AdamW."""
     eps: Positive = 1e-6
     """Of AdamW."""
@@ -189,7 +190,7 @@ class OptimSection(Section):
     """Forward passes per optimiser step; adaptation: of consecutive segments, memory is written after each."""
     clip: typing.Annotated[float, Field(ge=0)] = 1.0
     """Largest gradient norm; 0 does not clip."""
-    dropout: typing.Annotated[float, Field(ge=0, lt=1)] = 0.1
+    dropout: BelowOne = 0.1
     """Of the layers that are trained."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the hardware multiplies in it, else fp32. Many CPUs emulate bf16, many times slower."""

@@ -48,6 +48,11 @@ def broken_rules(recipe: Any) -> list[str]:
     for one, other, way_out in CONFLICTS:
         if (first := _named(recipe, one)) and (second := _named(recipe, other)):
             found.append(f"{first} and {second} do not go together: {way_out}")
+    if not adapt and recipe.data.repeat_fraction and recipe.data.window < 3:
+        found.append(
+            f"data.window ({recipe.data.window}) is too small for a passage and its repetition (data.repeat_fraction); "
+            "take at least 3"
+        )
     if needles.kinds and needles.least_tokens > needles.most_tokens:
         least, most = needles.least_tokens, needles.most_tokens
         found.append(f"needles.least_tokens ({least}) must not exceed needles.most_tokens ({most})")
