@@ -51,8 +51,8 @@ def test_every_family_is_measured_at_every_layer_that_can_be_remembered(name: st
 
 
 def test_the_best_set_grows_by_the_layer_that_adds_most() -> None:
-    model = make_backbone("llama")
-    found = measure_layers(model, texts(), **SMALL)
+    model, short = make_backbone("llama"), torch.tensor([3, 4])  # with nothing to remember before what is predicted
+    found = measure_layers(model, [*texts(), short], **SMALL)
     ids = torch.stack([text[-31:] for text in texts()])  # half of a text is predicted, of that the second half counts
     scored = model(ids[:, :-1]).logits[:, 15:].log_softmax(-1).gather(2, ids[:, 16:, None])
     assert found["alone"]["nats"]["text"] == pytest.approx(-scored.mean().item(), abs=1e-5)
@@ -134,7 +134,7 @@ def test_what_cannot_be_measured_is_told_in_one_line(
     with pytest.raises(DataError, match=r"--data has 5 tokens, 128 are needed; give more text, or smaller --distances"):
         text_rows(["short"], byte_tokenizer, 2, 128)
     with pytest.raises(ConfigError, match="nothing to measure with"):
-        measure_layers(tiny_backbone)
+        measure_layers(tiny_backbone, [torch.tensor([3, 4])])
     with pytest.raises(ConfigError, match=r"num_retrieved \(50\) must be a multiple of chunk_size \(4\)"):
         layers_report(tiny_backbone, random_tokens(260, 1, 64), distances=(64,), num_retrieved=50)
     with pytest.raises(ConfigError, match=r"distances \(64\) must all exceed num_retrieved \(64\)"):

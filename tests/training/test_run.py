@@ -11,6 +11,7 @@ from accelerate import PartialState
 from tests.calling import Command
 from tests.family_table import tiny_gpt
 from tests.training.conftest import Make, records, write
+from tests.training.test_needles import ASK
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longmem import AlibiGPTForCausalLM, LongMem, MemTRM
@@ -120,6 +121,7 @@ def test_bf16_gives_nearly_the_losses_of_fp32(task: str, request: pytest.Fixture
     [
         ("pretrain", {"optim": {"lr": 1e30, "clip": 0.0, "warmup": 0.0}}, "the loss is nan at step "),
         ("pretrain", {"data": {"window": 99_999}}, "which is less than two windows of data.window (99999)"),
+        ("adapt", {"needles": ASK | {"context": 4096}}, "fewer than a fact is hidden in (needles.context (4096)"),
         ("adapt", {"backbone": {"path": "/nowhere"}}, "/nowhere: no tokenizer"),
         ("adapt", {"data": {"tokenizer": "large"}}, "large: a tokenizer of 268 tokens, the model knows 260: "),
     ],

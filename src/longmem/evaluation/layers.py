@@ -74,6 +74,7 @@ def measure_layers(
         ConfigError: there is neither text nor a tokenizer.
         BackboneError: a layer cannot be remembered.
     """
+    texts = [ids for ids in texts if len(ids) > 2]  # a shorter one has nothing to remember before what is predicted
     if not texts and tokenizer is None:
         raise ConfigError("there is nothing to measure with; give texts, or a tokenizer for facts")
     candidates = _candidates(model, stride)

@@ -24,7 +24,7 @@ from transformers import TrainingArguments
 from longmem.data.facts import draw_facts
 from longmem.data.stream import IGNORE, SegmentBatch, SegmentStream
 from longmem.data.tokens import TokenCorpus, as_corpus
-from longmem.errors import ConfigError
+from longmem.errors import ConfigError, DataError
 from longmem.memory import MemoryBank
 from longmem.memory.session import EncodedText, SessionMemory
 from longmem.modeling.baselines import MemTRM
@@ -357,6 +357,11 @@ class NeedleStream:
         for sentence in (*facts.asked, *facts.others):
             tokens = self._tokens(sentence)
             size = max(2, -(-len(tokens) // settings.context)) * settings.context
+            if size >= self.corpus.num_tokens:
+                raise DataError(
+                    f"the corpus has {self.corpus.num_tokens} tokens, fewer than a fact is hidden in "
+                    f"(needles.context ({settings.context}), {size} tokens); give more text or a smaller context"
+                )
             start = int(random.integers(self.corpus.num_tokens - size))
             text = self.corpus.ids[start : start + size].astype(np.int64)
             place = int(random.integers(size - len(tokens) + 1))
