@@ -241,8 +241,7 @@ def many_users(process: Process, clients: int, seconds: float, ends: Sequence[in
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    from tests.conftest import make_byte_tokenizer
-    from tests.server.conftest import make_pair
+    from tests.conftest import make_byte_tokenizer, make_pair
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=50)

@@ -87,6 +87,17 @@ def make_byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def make_pair(home: Path, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The folder of a random SideNet, with its backbone, which ends no text, beside it."""
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    tiny_gpt(max_position_embeddings=256, initializer_range=0.02, **ends).save_pretrained(home / "backbone")
+    byte_tokenizer.save_pretrained(home / "backbone")
+    model = LongMem.from_backbone(home / "backbone", chunk_size=4, num_retrieved=16, memory_size=4096)
+    model.config.backbone_name_or_path = "../backbone"
+    model.save_pretrained(home / "sidenet")
+    return home / "sidenet"
+
+
 @pytest.fixture(scope="session")
 def made_text() -> Callable[..., str]:
     """``made_text(words, seed=0)``: sentences over a small vocabulary whose names come back far apart."""
@@ -111,11 +122,7 @@ def demo_folder(
 ) -> Path:
     """A folder with a random pair in ``models/small``, and in ``runs/demo/text`` what ``make demo`` would leave."""
     root = tmp_path_factory.mktemp("work")
-    tiny_gpt(max_position_embeddings=256).save_pretrained(root / "models" / "small" / "backbone")
-    byte_tokenizer.save_pretrained(root / "models" / "small" / "backbone")
-    model = LongMem.from_backbone(root / "models" / "small" / "backbone", num_retrieved=16, memory_size=4096)
-    model.config.backbone_name_or_path = "../backbone"
-    model.save_pretrained(root / "models" / "small" / "sidenet")
+    make_pair(root / "models" / "small", byte_tokenizer)
     (root / "runs" / "demo" / "text").mkdir(parents=True)
     for seed, name in enumerate(("http", "email")):
         (root / "runs" / "demo" / "text" / f"{name}.txt").write_text(made_text(900, seed))

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.family_table import tiny_gpt
+from tests.conftest import make_pair
 from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("prometheus_client")
@@ -29,15 +29,6 @@ HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 @pytest.fixture(scope="session")
 def pair(byte_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pair(tmp_path_factory.mktemp("pair"), byte_tokenizer)
-
-
-def make_pair(home: Path, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
-    """The folder of a random SideNet, with its backbone, which ends no text, beside it."""
-    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    tiny_gpt(max_position_embeddings=256, initializer_range=0.02, **ends).save_pretrained(home / "backbone")
-    byte_tokenizer.save_pretrained(home / "backbone")
-    LongMem.from_backbone(home / "backbone", chunk_size=4, num_retrieved=16).save_pretrained(home / "side")
-    return home / "side"
 
 
 @pytest.fixture(scope="session")

@@ -103,7 +103,9 @@ def test_responses_go_on_from_one_another_also_streamed_and_are_shown_and_forgot
             call(first.id)
 
 
-def test_sixteen_at_once_answer_as_alone(live: Any) -> None:
+def test_sixteen_at_once_answer_as_alone_also_when_they_give_way_to_others(
+    live: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = live.memory("many", boat=BOAT)
 
     def ask(seed: int) -> str:
@@ -111,6 +113,8 @@ def test_sixteen_at_once_answer_as_alone(live: Any) -> None:
         return str(answer.choices[0].message.content)
 
     alone = [ask(seed) for seed in range(16)]
+    monkeypatch.setattr("longmem.server.engine.SLICE", 3)
+    monkeypatch.setattr(Engine, "gives_way", lambda self, *_: bool(self._jobs))
     with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(ask, range(16))) == alone
 
@@ -386,12 +390,15 @@ def test_a_request_that_takes_too_long_is_given_up(start: Any, tmp_path: Path) -
         idle(live)
 
 
-def test_a_client_that_leaves_frees_its_row(start: Any, tmp_path: Path) -> None:
+def test_nobody_waits_for_a_long_answer_and_a_client_that_leaves_frees_its_row(start: Any, tmp_path: Path) -> None:
     with start(tmp_path, rows=1) as live:
         body = {"messages": HELLO, "max_tokens": 50_000, "temperature": 0}
-        for _ in range(2):
+        for turn in range(2):
             with live.http().stream("POST", CHAT, json={**body, "stream": True}) as answer:
-                next(answer.iter_text())
+                long = answer.iter_text()
+                assert next(long) and live.chat(max_tokens=3).choices
+                live.memory(f"meanwhile-{turn}", boat=BOAT)
+                assert next(long), "it goes on"
         idle(live)
         request = live.http().build_request("POST", CHAT, json=body)
         head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())

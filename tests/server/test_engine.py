@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from longmem.server import engine as engines
 from longmem.server.engine import Engine, Job
 from longmem.server.requests import Refused
 
@@ -39,36 +38,6 @@ async def read(engine: Engine, given: Job) -> list[int]:
 
 def failing() -> Any:
     raise OSError("gone")
-
-
-def test_rows_that_give_way_to_others_answer_as_alone(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def of(engine: Engine) -> None:
-        alone = [await read(engine, job(30, seed=seed)) for seed in range(10)]
-        monkeypatch.setattr(engines, "SLICE", 7)
-        monkeypatch.setattr(Engine, "gives_way", lambda self, *_: bool(self._jobs))
-        assert alone == await asyncio.gather(*(read(engine, job(30, seed=seed)) for seed in range(10)))
-        made: dict[Job, list[int]] = {job(30, seed=seed): [] for seed in range(10)}  # the same as one request
-        async for each, token in engine.generate(list(made)):
-            made[each] += [] if token is None else [token.id]
-        assert alone == list(made.values())
-
-    run(of)
-
-
-def test_a_short_answer_and_a_call_do_not_wait_for_a_long_answer(run: Any) -> None:
-    async def of(engine: Engine) -> None:
-        long = job(50_000)
-        reading = asyncio.create_task(read(engine, long))
-        while not long.made:
-            await asyncio.sleep(0.01)
-        assert len(await asyncio.wait_for(read(engine, job(3, seed=1)), 30)) == 3
-        assert await asyncio.wait_for(engine.call(lambda: 5), 30) == 5
-        assert not long.ended
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
-        assert await asyncio.wait_for(read(engine, job(2, seed=2)), 30)
-
-    run(of)
 
 
 def test_one_that_fails_ends_alone_and_a_model_that_fails_ends_its_batch(

@@ -129,6 +129,13 @@ def expected_chunks(store: MemoryStore, model: NumberModel, ids: Sequence[int]) 
     return Encoder(model, store.layout).encode([np.array(ids, dtype=np.uint32)])[0]
 
 
+def flip(file: Path, place: int) -> None:
+    """Damage a byte."""
+    data = bytearray(file.read_bytes())
+    data[place] ^= 16
+    file.write_bytes(data)
+
+
 @contextmanager
 def quick_folder() -> Iterator[Path]:
     """A folder in memory where the system has one: what is killed there is killed as elsewhere, but sooner."""

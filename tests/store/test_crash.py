@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from tests.store.small import open_small, quick_folder, state_of, words
+from tests.store.small import flip, open_small, quick_folder, state_of, words
 
 from longmem.errors import StoreFull, StoreLocked
 from longmem.store import MemoryStore, NewDocument, disk
@@ -62,20 +62,6 @@ def fill(store: MemoryStore) -> None:
     store.forget("bob", name="gone")
 
 
-def damage(path: Path) -> None:
-    """Flip a byte of a piece."""
-    (file,) = path.glob("kv-*.bin")
-    with file.open("r+b") as stream:
-        stream.seek(40)
-        byte = stream.read(1)[0]
-        stream.seek(40)
-        stream.write(bytes([byte ^ 1]))
-
-
-def import_(store: MemoryStore) -> None:
-    store.import_(store.path.parent / "export.tar", "carol")
-
-
 OPERATIONS: dict[str, Act] = {
     "add": lambda store: store.add_document("alice", words(7, 300), name="new", time=9.0),
     "add many": lambda store: list(
@@ -87,7 +73,7 @@ OPERATIONS: dict[str, Act] = {
     "compact": lambda store: store.compact(),
     "repair": lambda store: store.verify(repair=True),
     "export": lambda store: store.export("alice", store.path.parent / "out.tar"),
-    "import": import_,
+    "import": lambda store: store.import_(store.path.parent / "export.tar", "carol"),
 }
 
 
@@ -131,7 +117,7 @@ def prepared(folder: Path, name: str) -> Path:
         other.add_document("alice", words(20, 500), name="a", time=1.0)
         other.export("alice", folder / "export.tar")
     if name == "repair":
-        damage(origin)
+        flip(*origin.glob("kv-*.bin"), 40)
     return origin
 
 

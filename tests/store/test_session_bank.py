@@ -78,15 +78,6 @@ def test_a_full_session_forgets_the_oldest_and_commits_all_also_to_a_document(
     assert session.base.tokens.tolist() == [45]
 
 
-def test_what_is_forgotten_underneath_is_gone_from_a_running_session(store: MemoryStore, model: LongMem) -> None:
-    session = store.bank("alice").session()
-    say(session, model, ids(8, seed=20))
-    session.search(queries(session.base), 4)
-    store.forget("alice", name="letter")
-    found = session.search(queries(session.base), 99)
-    assert {session.provenance(0, chunk).document_id for chunk in found.chunks[found.chunk_mask].tolist()} == {None}
-
-
 def test_padding_is_not_part_of_what_is_committed(store: MemoryStore, model: LongMem) -> None:
     session = store.bank("alice").session(rows=2)
     tokens = torch.stack([ids(8, seed=20), ids(8, seed=21)])
