@@ -154,7 +154,11 @@ def best_layers(
 def _candidates(model: PreTrainedModel, stride: int | None) -> tuple[int, ...]:
     family = Family.of(model)
     known = family.memory_layers()
-    return tuple(known if stride is None else sorted({*side_layout(family.config, stride).sources} & {*known}))
+    found = known if stride is None else sorted({*side_layout(family.config, stride).sources} & {*known})
+    if not found:
+        some = ", ".join(map(str, known))
+        raise ConfigError(f"stride ({stride}) copies no layer that can be remembered ({some}); try 1")
+    return tuple(found)
 
 
 @torch.no_grad()
