@@ -70,11 +70,6 @@ RULES: dict[str, dict[str, Any]] = {
         "needles": {"kinds": ["passkey"], "least_tokens": 9000, "most_tokens": 100},
     },
     "needles.context (50) must be a multiple of": {**ADAPT, "needles": {"kinds": ["passkey"], "context": 50}},
-    'sidenet.init ("zero") needs a feed-forward of its own; ': {
-        **ADAPT,
-        "sidenet": {"init": "zero", "trained": "attention"},
-    },
-    "sidenet.memory_layers ([3, 1]) must be different layers": {**ADAPT, "sidenet": {"memory_layers": [3, 1]}},
     'sidenet.fusion ("token") is not for MemTRMConfig; ': {**ADAPT, "method": "memtrm", "sidenet": {"fusion": "token"}},
     "facts are hidden in memory; ": {**ADAPT, "needles": {"kinds": ["pair"]}, "sidenet": {"memory": False}},
 }
