@@ -97,3 +97,28 @@ def test_what_is_equal_is_asked_once_also_under_another_name() -> None:
     # nothing of these prompts goes to memory: the answers are those of the same model without it
     assert found[0].asked == [("backbone", 1), ("backbone", 0), ("memory_off", 1), ("memory_off", 0)]
     assert result["examples"][0]["values"]["memory_8"] == result["examples"][1]["values"]["memory_off"]
+
+
+def test_memory_is_read_once_for_what_is_asked_with_passages_and_without() -> None:
+    class Recalling(OfFour):
+        recall = 2
+
+        def prompt(self, example: Example, asker: Asker) -> Prompt:
+            notes = (9,) if asker.recall else ()
+            return Prompt(((example.item, *notes),), ((5,),), memory=(7, example.item // 2))
+
+    calls = []
+
+    class Counted(Known):
+        def ask(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
+            calls.append([(prompt.memory, prompt.contexts[0]) for prompt in prompts])
+            return super().ask(prompts)
+
+    remembering = Counted("memory_8", "MEMORY", {"weights": "m"}, 8, tokenizer=None, window=8)
+    result = run_task(Recalling(), [*systems("backbone"), remembering])
+    assert list(result["systems"]) == ["backbone", "memory_8", "backbone+recall", "memory_8+recall"]
+    assert list(result["examples"][0]["values"]) == list(result["systems"])
+    assert calls == [
+        [((7, 0), (0,)), ((7, 0), (0, 9)), ((7, 0), (1,)), ((7, 0), (1, 9))],
+        [((7, 1), (2,)), ((7, 1), (2, 9)), ((7, 1), (3,)), ((7, 1), (3, 9))],
+    ]

@@ -24,6 +24,7 @@ from longmem.progress import Progress
 
 RECORDS_VERSION = 2  # part of every record's key; raised when a record's meaning changes
 TOGETHER = 64  # prompts without memory that are laid out and asked at one time
+Case = tuple[int, str]  # the number of an example, and the name of the system that is asked
 
 
 @dataclass(frozen=True)
@@ -205,13 +206,14 @@ def run_task(
     if not examples:
         raise DataError(f"{task.name} has no examples under these settings; give it more text, or wider limits")
     ledger = Ledger(records)
-    values: list[Json] = [{} for _ in examples]
+    values: list[Json] = [{asker.name: {} for asker in askers} for _ in examples]
     seconds: dict[tuple[str, str], float] = {}
-    for asker in askers:
-        with Progress(f"{task.name}, {asker.label}", len(examples), "examples") as progress:
-            for batch in _batches(task, asker, examples):
-                for number, names in _answer(task, asker, examples, batch, ledger, progress).items():
-                    values[number][asker.name] = ledger.records[names]["values"]
+    for alike in _alike(askers):
+        label = " and ".join(asker.label for asker in alike)
+        with Progress(f"{task.name}, {label}", len(examples) * len(alike), "examples") as progress:
+            for batch in _batches(task, alike, examples):
+                for (number, system), names in _answer(task, alike, examples, batch, ledger, progress).items():
+                    values[number][system] = ledger.records[names]["values"]
                     seconds[names] = ledger.records[names]["seconds"]
     groups = {"all": list(range(len(examples)))}
     for number, example in enumerate(examples):
@@ -287,36 +289,54 @@ def group_scores(
     }
 
 
-def _batches(task: Task, asker: Asker, examples: Sequence[Example]) -> Iterator[dict[int, Prompt]]:
+def _alike(askers: Sequence[Asker]) -> list[list[Asker]]:
+    """Askers that differ only in what a task puts into their window: their memories are read once for all of them."""
+    found: dict[str, list[Asker]] = {}
+    for asker in askers:
+        found.setdefault(digest_of(asker.identity, asker.memory_size, asker.window, asker.whole), []).append(asker)
+    return list(found.values())
+
+
+def _batches(task: Task, alike: Sequence[Asker], examples: Sequence[Example]) -> Iterator[dict[Case, Prompt]]:
     """Neighbours of equal memory, which is read once for all of them; without memory so many as fit."""
-    prompts = ((number, task.prompt(example, asker)) for number, example in enumerate(examples))
+    prompts = (
+        ((number, asker.name), task.prompt(example, asker))
+        for number, example in enumerate(examples)
+        for asker in alike
+    )
     for memory, some in groupby(prompts, key=lambda prompt: prompt[1].memory):
         while batch := dict(islice(some, TOGETHER if memory == () else None)):
             yield batch
 
 
 def _answer(
-    task: Task, asker: Asker, examples: Sequence[Example], batch: dict[int, Prompt], ledger: Ledger, progress: Progress
-) -> dict[int, tuple[str, str]]:
-    """Number of every example of a batch -> names of its record; what has none yet is asked, what is equal once."""
-    names, new = dict[int, tuple[str, str]](), dict[tuple[str, str], int]()
-    for number, prompt in batch.items():
+    task: Task,
+    alike: Sequence[Asker],
+    examples: Sequence[Example],
+    batch: dict[Case, Prompt],
+    ledger: Ledger,
+    progress: Progress,
+) -> dict[Case, tuple[str, str]]:
+    """What a batch asks -> names of its record; what has none yet is asked, what is equal once."""
+    asker = alike[0]
+    names, new = dict[Case, tuple[str, str]](), dict[tuple[str, str], Case]()
+    for one, prompt in batch.items():
         seen, remembers = asker.seen(prompt)
         # a system whose memory stays empty answers as the same model without memory
         system = asker.identity if remembers else asker.identity | {"memory": None}
         key = digest_of(RECORDS_VERSION, task.name, asker.window, system)
-        names[number] = key, digest_of(seen, examples[number].gold)
-        if names[number] not in ledger.records:
-            new.setdefault(names[number], number)
+        names[one] = key, digest_of(seen, examples[one[0]].gold)
+        if names[one] not in ledger.records:
+            new.setdefault(names[one], one)
     asked, began = list(new.values()), time.monotonic()
     progress.done += len(batch) - len(asked)  # those took no time of this run
-    for at, answer in asker.ask([batch[number] for number in asked]):
-        now, number = time.monotonic(), asked[at]
-        example, prompt = examples[number], batch[number]
-        about: Json = {"example": example.id, "system": asker.name, "seconds": round(now - began, 4)}
-        ledger.append(*names[number], **about, values=task.measure(example, prompt, answer))
+    for at, answer in asker.ask([batch[one] for one in asked]):
+        now, one = time.monotonic(), asked[at]
+        example, prompt = examples[one[0]], batch[one]
+        about: Json = {"example": example.id, "system": one[1], "seconds": round(now - began, 4)}
+        ledger.append(*names[one], **about, values=task.measure(example, prompt, answer))
         if prompt.new_tokens and ledger.path is not None:
-            line = {"system": asker.name, "example": example.id} | example.gold | {"said": task.said(answer)}
+            line = {"system": one[1], "example": example.id} | example.gold | {"said": task.said(answer)}
             with ledger.path.with_name("answers.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         progress.advance()
