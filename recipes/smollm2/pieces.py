@@ -22,7 +22,18 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from longmem.data.facts import KINDS, ToldFact, asked_ids, draw_facts, question_ids, told_session
+from longmem.data.facts import (
+    KINDS,
+    Message,
+    Session,
+    ToldFact,
+    asked_ids,
+    changed_session,
+    draw_facts,
+    question_ids,
+    session_of,
+    told_session,
+)
 from longmem.data.facts import chat_text as chat  # the same words that calibration uses
 from longmem.data.text import read_documents
 
@@ -48,7 +59,13 @@ class Group:
 
     parts: list[list[int]]
     asked: list[Asked]
-    replies: list[tuple[int, int]] = field(default_factory=list)  # in the first part
+    replies: list[tuple[int, int, int]] = field(default_factory=list)  # part, from, to
+    apart: bool = False  # each part in a segment of its own
+
+
+Story = tuple[list[str], str, str, list[int]]
+Piece = tuple[NDArray[np.uint16], NDArray[np.uint8], list[tuple[int, int]], list[bool]]
+"""Token ids (PIECE + 1), weights (PIECE), links, and which segments begin with nothing in memory."""
 
 
 class Maker:
@@ -57,7 +74,7 @@ class Maker:
     Args:
         tokenizer: of the backbone.
         documents: token ids by kind.
-        stories: of bAbI, by task: lists of (sentences, question, answer).
+        stories: of bAbI, for each task: (sentences, question, answer, sentences that hold it).
         words: that stand for values of facts beside their own.
         seed: decides everything.
         held_out: facts of kinds and values that training never sees.
@@ -67,14 +84,14 @@ class Maker:
         self,
         tokenizer: Any,
         documents: dict[str, list[NDArray[np.uint16]]],
-        stories: list[tuple[list[str], str, str, list[int]]],
+        stories: Sequence[Sequence[Story]],
         words: Sequence[str],
         seed: int,
         *,
         held_out: bool = False,
     ) -> None:
         self.tokenizer, self.documents, self.stories, self.words = tokenizer, documents, stories, words
-        self.short = sorted(stories, key=lambda story: len(story[0]))[: 1 + len(stories) // 4]
+        self.short = [sorted(task, key=lambda story: len(story[0]))[: 1 + len(task) // 4] for task in stories]
         self.draw, self.random, self.held_out = random.Random(seed), np.random.default_rng(seed), held_out
 
     def text(self, kind: str) -> NDArray[np.uint16]:
@@ -84,22 +101,25 @@ class Maker:
         start = self.draw.randrange(len(document) - PIECE)
         return document[start : start + PIECE + 1]
 
-    def plain(self, kind: str) -> tuple[NDArray[np.uint16], NDArray[np.uint8], list[tuple[int, int]]]:
-        """A piece of text as it is."""
-        return self.text(kind), np.full(PIECE, TEXT, np.uint8), []
+    def plain(self, kind: str) -> Piece:
+        """A piece of text as it is; a quarter of them is read without memory."""
+        fresh = self.draw.choices(([True] * SEGMENTS, _first(True), _first(False)), weights=(5, 6, 9))[0]
+        return self.text(kind), np.full(PIECE, TEXT, np.uint8), [], fresh
 
-    def asking(self, kind: str) -> tuple[NDArray[np.uint16], NDArray[np.uint8], list[tuple[int, int]]]:
+    def asking(self, kind: str) -> Piece:
         """A piece in which things are told and asked for."""
         text = self.text(kind).astype(np.int64).tolist()
-        makers = (*[self.told] * 3, self.hidden, *[self.story] * 3)
+        makers = (*[self.told] * 3, self.hidden, self.hidden)
         groups = [make() for make in self.draw.sample(makers, 4)]
         first = self.draw.randrange(1, SEGMENTS)
         asking = sorted({first, SEGMENTS - 1})
         inserts: dict[int, list[tuple[int, int]]] = {segment: [] for segment in range(SEGMENTS)}
         told_at: list[int] = []
         for number, group in enumerate(groups):
-            last = self.draw.choice(asking)
-            homes = sorted(self.draw.choices([s for s in range(last) if s not in asking] or [0], k=len(group.parts)))
+            last = asking[-1] if group.apart else self.draw.choice(asking)
+            free = [s for s in range(last) if s not in asking] or [0]
+            draw = self.draw.sample if group.apart else self.draw.choices
+            homes = sorted(draw(free, k=len(group.parts)))
             told_at.append(homes[-1])
             for part, home in enumerate(homes):
                 inserts[home].append((number, part))
@@ -123,15 +143,65 @@ class Maker:
                 places[number, part] = len(ids)
                 ids += groups[number].parts[part]
                 weights += [DULL] * len(groups[number].parts[part])
-                for first, last in groups[number].replies:  # only a conversation has some, and it is one part
-                    weights[places[number, part] + first : places[number, part] + last] = [TEXT] * (last - first)
+                for of, first, last in groups[number].replies:
+                    if of == part:
+                        weights[places[number, part] + first : places[number, part] + last] = [TEXT] * (last - first)
             missing = (segment + 1) * WINDOW - len(ids)
             ids += taken[at : at + missing]
             weights += [TEXT // 2] * missing
         ids.append(text[-1])
         # a weight belongs to the token that is predicted, which is one further on
         shifted = [*weights[1:], 0]
-        return np.array(ids, np.uint16), np.array(shifted, np.uint8), [(t - 1, s) for t, s in links]
+        fresh = _first(self.draw.random() < 0.4)
+        return np.array(ids, np.uint16), np.array(shifted, np.uint8), [(t - 1, s) for t, s in links], fresh
+
+    def story(self, kind: str) -> Piece:
+        """Stories of bAbI, each hidden in text of its own, which begins with nothing in memory, and asked about at the
+        end of it: as BABILong is made.
+
+        Before the question stand up to two short stories with their answers, behind it more questions.
+        """
+        ids: list[int] = []
+        weights: list[int] = []
+        links: list[tuple[int, int]] = []
+        fresh: list[bool] = []
+        for span in self.draw.choice(((2, 2, 2, 2), (2, 2, 2, 2), (2, 3, 3), (4, 4), (8,))):
+            text = self.text(kind).astype(np.int64).tolist()
+            begin, end = len(ids), len(ids) + span * WINDOW
+            fresh += [segment == 0 for segment in range(span)]
+            task = self.draw.randrange(len(self.stories))
+            sentences, *question = self.draw.choice(self.stories[task])
+            around = self.draw.choice(("\n{}\n", " {}", " {}", " {}"))  # a line of its own, or among those of the text
+            parts = [self._ids(around.format(sentence)) for sentence in sentences]
+            shown = [self.draw.choice(self.short[task]) for _ in range(self.draw.choice((0, 1, 2, 2)))]
+            before = "".join(f"Story: {' '.join(s[0])}\nQuestion: {s[1]}\nAnswer: {s[2]}\n\n" for s in shown)
+            more = [each for each in more_questions(sentences) if each[0] != question[0]]
+            tail: list[int] = []
+            answers: list[tuple[int, int, list[int]]] = []
+            for asked, answer, evidence in (question, *self.draw.sample(more, min(4, len(more)))):
+                tail += self._ids(f"\n\n{before}Question: {asked}\nAnswer:")
+                answers.append((len(tail), len(tail) + len(said := self._ids(f" {answer}")), evidence))
+                tail, before = tail + said, ""
+            tail += self._ids("\n\n")
+            room = end - begin - len(tail) - sum(map(len, parts))
+            cuts = sorted(self.draw.randrange(room) for _ in parts)
+            at, places = 0, []
+            for part, cut in zip(parts, cuts, strict=True):
+                ids += text[at:cut]
+                weights += [TEXT // 2] * (cut - at) + [DULL] * len(part)
+                places.append(len(ids))
+                ids, at = ids + part, cut
+            ids += text[at:room]
+            weights += [TEXT // 2] * (room - at) + [DULL] * len(tail)
+            for first, last, evidence in answers:
+                said = tail[first:last]
+                weights[len(ids) + first : len(ids) + last] = [ANSWER] * (last - first)
+                found = [(part, _find(parts[part], said)) for part in evidence]
+                links += [(len(ids) + first, places[part] + offset) for part, offset in found if offset is not None]
+            ids += tail
+        ids.append(text[-1])
+        shifted = [*weights[1:], 0]
+        return np.array(ids, np.uint16), np.array(shifted, np.uint8), [(t - 1, s) for t, s in links], fresh
 
     def _ask(
         self,
@@ -176,16 +246,33 @@ class Maker:
     # what can be told
 
     def told(self) -> Group:
-        """A conversation, and others that ask about it."""
-        session = told_session(self.draw, self.draw.randrange(3, 11), held_out=self.held_out)
-        facts = [self._other_value(fact) for fact in session.facts]
-        renamed = {old.said: new.said for old, new in zip(session.facts, facts, strict=True)}
-        messages = []
-        for message in session.messages:
-            content = message["content"]
-            for old, new in renamed.items():
-                content = content.replace(old, new)
-            messages.append({**message, "content": content})
+        """A conversation, and others that ask about it; in half of them a second one tells some of it anew."""
+        sessions = [told_session(self.draw, self.draw.randrange(3, 11), held_out=self.held_out)]
+        if self.draw.random() < 0.5:
+            some = self.draw.sample(sessions[0].facts, self.draw.randrange(1, 1 + len(sessions[0].facts)))
+            sessions.append(changed_session(session_of(some, self.draw), self.draw, held_out=self.held_out))
+        parts, replies = list[list[int]](), []
+        newest = dict[str, tuple[int, ToldFact]]()
+        for part, session in enumerate(map(self._other_values, sessions)):
+            told, spoken = self._conversation(session.messages)
+            parts.append(told)
+            replies += [(part, first, last) for first, last in spoken]
+            newest |= {fact.asked: (part, fact) for fact in session.facts[: len(spoken)]}
+        left, asked = list(newest.values()), []
+        self.draw.shuffle(left)
+        for part, fact in left:
+            conversation = asked_ids([fact], self.tokenizer)
+            one = Asked(conversation.ids, answers=conversation.values)
+            one.said = len(question_ids(fact, self.tokenizer)), len(one.ids)
+            for first, last in conversation.values:
+                at = _find(parts[part], conversation.ids[first:last])
+                if at is not None:
+                    one.links += [(first + n, part, at + n) for n in range(last - first)]
+            asked.append(one)
+        return Group(parts, asked, replies, apart=True)
+
+    def _conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Its token ids, as far as a segment has room for them, and where its replies are."""
         told: list[int] = []
         replies = []
         for number, message in enumerate(messages):
@@ -195,28 +282,19 @@ class Maker:
                 replies.append((before, len(told)))
             if len(told) > WINDOW - 128:
                 break
-        asked = []
-        left = facts[: len(replies)]
-        self.draw.shuffle(left)
-        while left:
-            fact = left.pop()
-            conversation = asked_ids([fact], self.tokenizer)
-            one = Asked(conversation.ids, answers=conversation.values)
-            one.said = len(question_ids(fact, self.tokenizer)), len(one.ids)
-            for first, last in conversation.values:
-                at = _find(told, conversation.ids[first:last])
-                if at is not None:
-                    one.links += [(first + n, 0, at + n) for n in range(last - first)]
-            asked.append(one)
-        return Group([told], asked, replies)
+        return told, replies
 
-    def _other_value(self, fact: ToldFact) -> ToldFact:
-        """The fact with another word in place of its value, half of the time: what is told need not make sense."""
-        kind = self.draw.random()
-        if self.held_out or kind < 0.4:
-            return fact
-        value = self.draw.choice(self.words) if kind < 0.85 else str(self.draw.randrange(10, 10000))
-        return ToldFact(fact.said.replace(fact.value, value), fact.asked, fact.before, value, fact.after)
+    def _other_values(self, session: Session) -> Session:
+        """Another word in place of the value of half of the facts: what is told need not make sense."""
+        facts, messages = [], list(session.messages)
+        for old in session.facts:
+            new, kind = old, self.draw.random()
+            if not self.held_out and kind >= 0.4:
+                value = self.draw.choice(self.words) if kind < 0.85 else str(self.draw.randrange(10, 10000))
+                new = old._replace(said=old.said.replace(old.value, value), value=value)
+            facts.append(new)
+            messages = [{**one, "content": one["content"].replace(old.said, new.said)} for one in messages]
+        return Session(tuple(facts), tuple(messages))
 
     def hidden(self) -> Group:
         """Codes of things."""
@@ -230,21 +308,6 @@ class Maker:
             if at is not None:
                 first = len(question) + len(answer) - len(code)
                 one.links += [(first + n, part, at + n) for n in range(len(code))]
-        return Group(parts, [one])
-
-    def story(self) -> Group:
-        """A story of bAbI, its sentences apart, and its question; before it none, one or two others with answers."""
-        sentences, question, answer, evidence = self.draw.choice(self.stories)
-        around = self.draw.choice(("\n{}\n", " {}", " {}"))  # a line of its own, or among the sentences of the text
-        parts = [self._ids(around.format(sentence)) for sentence in sentences]
-        shown = [self.draw.choice(self.short) for _ in range(self.draw.choice((0, 0, 1, 2)))]
-        before = "".join(f"Story: {' '.join(s[0])}\nQuestion: {s[1]}\nAnswer: {s[2]}\n\n" for s in shown)
-        asked, said = self._ids(f"\n\n{before}Question: {question}\nAnswer:"), self._ids(f" {answer}")
-        one = Asked(asked + said + self._ids("\n"), answers=[(len(asked), len(asked) + len(said))])
-        for part in evidence:
-            at = _find(parts[part], said)
-            if at is not None:
-                one.links.append((len(asked), part, at))
         return Group(parts, [one])
 
     def quote(self, ids: list[int], segment: int) -> Asked:
@@ -272,7 +335,47 @@ def _find(ids: list[int], wanted: list[int]) -> int | None:
     return None
 
 
-def stories(folder: Path, pattern: str, most: int) -> Iterator[tuple[list[str], str, str, list[int]]]:
+def _first(empty: bool) -> list[bool]:
+    return [empty] + [False] * (SEGMENTS - 1)
+
+
+def more_questions(sentences: Sequence[str]) -> list[tuple[str, str, list[int]]]:
+    """What else a story of bAbI tells of people and things: questions, answers and the sentences that hold them."""
+    at: dict[str, tuple[str, int]] = {}  # where everybody is, and the sentence that said so
+    held: dict[str, tuple[str, int]] = {}  # who has each thing
+    was: dict[str, list[tuple[str, list[int]]]] = {}  # where each thing has been
+    given: dict[str, tuple[str, str, int]] = {}  # who gave each thing to whom, last
+
+    def moved(thing: str, evidence: list[int]) -> None:
+        person = held[thing][0]
+        if person in at and (thing not in was or was[thing][-1][0] != at[person][0]):
+            was.setdefault(thing, []).append((at[person][0], [*evidence, at[person][1]]))
+
+    for number, sentence in enumerate(sentences):
+        if found := re.fullmatch(r"(\w+) (?:went|moved|journeyed|travelled)(?: back)? to the (\w+)\.", sentence):
+            at[found[1]] = found[2], number
+            for thing in [thing for thing, (person, _) in held.items() if person == found[1]]:
+                moved(thing, [held[thing][1]])
+        elif found := re.fullmatch(r"(\w+) (?:got|grabbed|took|picked up) the (\w+)(?: there)?\.", sentence):
+            held[found[2]] = found[1], number
+            moved(found[2], [number])
+        elif found := re.fullmatch(r"(\w+) (?:dropped|left|discarded|put down) the (\w+)(?: there)?\.", sentence):
+            held.pop(found[2], None)
+        elif found := re.fullmatch(r"(\w+) (?:gave|passed|handed) the (\w+) to (\w+)\.", sentence):
+            held[found[2]], given[found[2]] = (found[3], number), (found[1], found[3], number)
+            moved(found[2], [number])
+    asked = [(f"Where is {person}?", place, [number]) for person, (place, number) in at.items()]
+    for thing, places in was.items():
+        asked.append((f"Where is the {thing}?", *places[-1]))
+        if len(places) > 1:
+            here, there = places[-1][0], places[-2]
+            asked.append((f"Where was the {thing} before the {here}?", there[0], [*there[1], *places[-1][1]]))
+    for thing, (giver, taker, number) in given.items():
+        asked += [(f"Who gave the {thing}?", giver, [number]), (f"Who received the {thing}?", taker, [number])]
+    return asked
+
+
+def stories(folder: Path, pattern: str, most: int) -> Iterator[Story]:
     """bAbI: sentences before a question, the question, its answer, and which sentences hold it."""
     for file in sorted(folder.rglob(pattern)):
         sentences: list[str] = []
@@ -281,8 +384,8 @@ def stories(folder: Path, pattern: str, most: int) -> Iterator[tuple[list[str], 
             number, _, rest = line.partition(" ")
             if number == "1":
                 sentences, numbers = [], []
-            if "\t" in rest:
-                question, answer, support = rest.split("\t")
+            if "?" in rest:
+                question, answer, support = re.split(r"[\t|]", rest)  # as published; some copies have bars
                 if len(sentences) <= most:
                     evidence = [numbers.index(int(n)) for n in support.split()]
                     yield list(sentences), question.strip(), answer, evidence
@@ -297,6 +400,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=name != "split", default="train")
     parser.add_argument("--plain", default="books=600,latex=500,python=500")
     parser.add_argument("--asking", default="books=450,latex=225,python=225")
+    parser.add_argument("--story", default="books=500,latex=50,python=50")
     parser.add_argument("--tokens", type=int, default=12_000_000, help="of each kind of document, at most")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
@@ -317,22 +421,24 @@ def main() -> None:
             names = re.findall(r"(?<=[a-z,;] )[A-Z][a-z]{3,11}\b", " ".join(texts)[:20_000_000])
             common = re.findall(r"\b(?:a|the) ([a-z]{3,11})\b", " ".join(texts)[:4_000_000])
             words = sorted(set(names))[::2] + sorted(set(common))[::3]
-    told = list(stories(Path(given.babi), f"qa[1-5]_*_{given.split}.txt", 30))
-    print(len(words), "words", len(told), "stories", flush=True)
+    told = [list(stories(Path(given.babi), f"qa{task}_*_{given.split}.txt", 60)) for task in range(1, 6)]
+    print(len(words), "words", list(map(len, told)), "stories", flush=True)
     maker = Maker(tokenizer, documents, told, words, given.seed, held_out=given.split != "train")
-    ids, weights, links, kinds = [], [], [], []
-    for asking, counts in ((False, given.plain), (True, given.asking)):
-        for kind, count in (each.split("=") for each in counts.split(",")):
+    ids, weights, links, fresh, kinds = [], [], [], [], []
+    for make in ("plain", "asking", "story"):
+        for kind, count in (each.split("=") for each in getattr(given, make).split(",")):
             for _ in range(int(count)):
-                piece = (maker.asking if asking else maker.plain)(kind)
+                piece = getattr(maker, make)(kind)
                 links += [(len(ids), *link) for link in piece[2]]
                 ids.append(piece[0])
                 weights.append(piece[1])
-                kinds.append("asking" if asking else kind)
+                fresh.append(piece[3])
+                kinds.append(kind if make == "plain" else make)
     out = Path(given.out)
     out.mkdir(parents=True, exist_ok=True)
     np.save(out / "ids.npy", np.stack(ids))
     np.save(out / "weights.npy", np.stack(weights))
+    np.save(out / "fresh.npy", np.array(fresh))
     np.save(out / "links.npy", np.array(links, np.int32))
     (out / "kinds.json").write_text(json.dumps(kinds))
     print(len(ids), "pieces", len(links), "links", flush=True)

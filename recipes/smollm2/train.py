@@ -41,6 +41,7 @@ class Pieces:
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.ids = torch.from_numpy(np.load(folder / "ids.npy").astype(np.int32)).to(device)
         self.weights = torch.from_numpy(np.load(folder / "weights.npy")).to(device)
+        self.fresh = torch.from_numpy(np.load(folder / "fresh.npy"))  # (pieces, SEGMENTS), on the CPU
         links = torch.from_numpy(np.load(folder / "links.npy").astype(np.int64)).to(device)
         self.links = links[links[:, 0].argsort(stable=True)]
         self.first = torch.searchsorted(self.links[:, 0].contiguous(), torch.arange(len(self.ids) + 1, device=device))
@@ -94,7 +95,8 @@ class Reader:
     """
 
     def __init__(self, model: LongMem, rows: int, memory: int) -> None:
-        self.model, self.bank, self.begun = model, None, 0
+        self.model, self.bank = model, None
+        self.begun = torch.zeros(rows, dtype=torch.long, device=model.device)  # number of each piece's first chunk
         if memory:
             self.bank = MemoryBank.for_model(model, rows=rows, capacity_tokens=memory)
 
@@ -107,8 +109,13 @@ class Reader:
             the loss, nats (B, T) of the true tokens, the loss of the search, and the output whose ``kv`` is to be
             written by ``write`` after backward.
         """
-        if number == 0 and self.bank is not None:
-            self.begun = int(self.bank.numbers[0].max()) + 1
+        if self.bank is not None:
+            if number == 0:
+                self.begun = self.bank.numbers.amax(1) + 1
+            fresh = pieces.fresh[some.cpu(), number].nonzero().flatten()
+            if len(fresh):
+                self.bank.reset(fresh)
+                self.begun[fresh] = -(number * WINDOW) // self.bank.chunk_size
         part = slice(number * WINDOW, (number + 1) * WINDOW)
         ids = pieces.ids[some, number * WINDOW : (number + 1) * WINDOW + 1].long()
         weight = pieces.weights[some, part].float()
@@ -148,13 +155,16 @@ class Reader:
             return torch.zeros((), device=links.device)
         row, place, source = links[torch.randperm(len(links), device=links.device)[:most]].unbind(1)
         size, heads = self.bank.chunk_size, self.bank.heads_kv
-        chunk = (self.begun + source // size) % (self.bank.capacity_tokens // size)
-        live = int(self.bank.chunks[0])
+        chunk = (self.begun[row] + source // size) % (self.bank.capacity_tokens // size)
+        chunks = self.bank.chunks.to(links.device)
+        live = int(chunks.max())
+        empty = (torch.arange(live, device=links.device) >= chunks[row, None])[:, None, None]
         found = []
         for layer, read in enumerate(reads):
             queries = read.queries[row, :, place % WINDOW].float().unflatten(1, (heads, -1))  # (n, Hkv, G, D)
             keys = self.bank.keys[:, layer * heads : (layer + 1) * heads, :live].float()[row]
             scores = torch.einsum("nhgd,nhcd->nhgc", queries, keys) * queries.shape[-1] ** -0.5
+            scores = scores.masked_fill(empty, -torch.inf)
             right = scores.gather(-1, chunk.view(-1, 1, 1, 1).expand(*scores.shape[:3], 1)).squeeze(-1)
             found.append((right - scores.logsumexp(-1)).flatten(1))
         return -torch.cat(found, dim=1).logsumexp(1).mean()
@@ -182,9 +192,10 @@ def by_kind(pieces: Pieces, nats: Tensor) -> dict[str, float]:
     later = torch.arange(PIECE, device=nats.device) >= WINDOW
     for kind in sorted(set(pieces.kinds)):
         mine = torch.tensor([each == kind for each in pieces.kinds], device=nats.device)[:, None]
-        counted = (pieces.weights > TEXT if kind == "asking" else pieces.weights == TEXT) & mine
+        asked = kind in ("asking", "story")
+        counted = (pieces.weights > TEXT if asked else pieces.weights == TEXT) & mine
         found[kind] = round(float(nats[counted & later].mean()), 4)
-        if kind != "asking":
+        if not asked:
             found[f"{kind}, empty memory"] = round(float(nats[counted & ~later].mean()), 4)
     return found
 
@@ -217,12 +228,9 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="a SideNet to go on from")
     parser.add_argument("--layers", default="18,20,23")
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--steps", type=int, default=10**9)
+    parser.add_argument("--steps", type=int, help="the learning rate follows these, or else the minutes")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--memory", type=int, default=2 * PIECE)
-    parser.add_argument(
-        "--empty", type=float, default=0.0, help="share of batches whose pieces begin with nothing in memory"
-    )
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--teacher", type=float, default=0.5, help="weight of the divergence from the teacher")
     parser.add_argument("--search", type=float, default=0.2, help="weight of the loss on the search")
@@ -261,6 +269,7 @@ def main() -> None:
         model.sidenet.gates.requires_grad_(True)
     model.to(device)
     pieces, valid = Pieces(given.pieces, device), Pieces(given.valid, device)
+    valid.fresh &= torch.tensor([kind == "story" for kind in valid.kinds])[:, None]
     memory = 0 if given.control else given.memory
     began = time.monotonic()
     if given.teacher:
@@ -278,7 +287,7 @@ def main() -> None:
     step, looks, began = 0, 0, time.monotonic()
     seen = torch.zeros(3, device=device)
     while True:
-        part = max((time.monotonic() - began) / (60 * given.minutes), step / given.steps)
+        part = max((time.monotonic() - began) / (60 * given.minutes), step / (given.steps or math.inf))
         if part * given.looks >= looks + 1:
             looks += 1
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
@@ -291,12 +300,10 @@ def main() -> None:
         if len(order) < given.rows:
             order += torch.randperm(len(pieces), generator=draw).tolist()
         some = torch.tensor([order.pop() for _ in range(given.rows)], device=device)
-        if given.empty and torch.rand((), generator=draw) < given.empty and reader.bank is not None:
-            reader.bank.reset()
         teacher = Teacher.of(backbone, pieces.ids[some], 32) if given.teacher else None
         for number in range(SEGMENTS):
-            part = min(1.0, max((time.monotonic() - began) / (60 * given.minutes), step / given.steps))
-            factor = min(1.0, (step + 1) / 40) * (0.05 + 0.475 * (1 + math.cos(math.pi * part)))
+            part = step / given.steps if given.steps else (time.monotonic() - began) / (60 * given.minutes)
+            factor = min(1.0, (step + 1) / 40) * (0.05 + 0.475 * (1 + math.cos(math.pi * min(1.0, part))))
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["top"]
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
