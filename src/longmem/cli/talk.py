@@ -173,7 +173,7 @@ def _load(name: str, asked: dict[str, Any]) -> tuple[Any, Any]:
     if asked["store"] is not None:
         with shared.open_store(asked["store"]) as store:
             shared.check_namespace(store, asked["namespace"])
-            if keep is not None and any(each.name == keep for each in store.documents(asked["namespace"])):
+            if keep is not None and store.has(asked["namespace"], keep):
                 raise StoreError(f"namespace {asked['namespace']!r} has a document {keep!r} already; "
                                  "choose another name for --keep")  # fmt: skip
             layout = store.layout
