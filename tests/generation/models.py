@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from longmem import LongMem, MemoryBank, MemTRM, TrainingFree
 
 
-def longmem(name: str | PreTrainedModel) -> LongMem:
+def longmem(name: str | PreTrainedModel = "llama", **settings: Any) -> LongMem:
     """Over a backbone of the family table; half of its tokens would be others without memory."""
     torch.manual_seed(1)
-    model = LongMem.from_backbone(make_backbone(name) if isinstance(name, str) else name, **SETTINGS).eval()
+    backbone = make_backbone(name) if isinstance(name, str) else name
+    model = LongMem.from_backbone(backbone, **{**SETTINGS, **settings}).eval()
     attention = model.backbone.family.attention(model.sidenet.layers[model.augmented_layer])
     projection: nn.Module = model.backbone.family.output_projection(attention)
     with torch.no_grad():

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.family_table import V, make_backbone
+from tests.family_table import V
+from tests.generation.models import longmem
 
-from longmem import ConfigError, LongMem, MemoryBank, MemoryBankError
+from longmem import ConfigError, MemoryBank, MemoryBankError
 from longmem.memory.session import EncodedText
-
-
-@pytest.fixture(scope="module", params=[(2,), (0, 2)])
-def model(request: pytest.FixtureRequest) -> LongMem:
-    layers: tuple[int, ...] = request.param
-    settings = {"chunk_size": 4, "num_retrieved": 8, "memory_size": 64}
-    return LongMem.from_backbone(make_backbone("llama"), memory_layers=layers, **settings).eval()  # type: ignore[arg-type]
 
 
 def text(seed: int, segments: int = 5) -> torch.Tensor:
     return torch.randint(3, V, (segments, 8), generator=torch.Generator().manual_seed(seed))
 
 
-def test_it_holds_what_a_bank_of_the_same_segments_would_hold(model: LongMem, monkeypatch) -> None:
+@pytest.mark.parametrize("layers", [(2,), (0, 2)])
+def test_it_holds_what_a_bank_of_the_same_segments_would_hold(layers, monkeypatch):
     monkeypatch.setattr("longmem.types.PERIOD_TOKENS", 8)
+    model = longmem(chunk_size=4, memory_layers=layers)
     ids, hidden = text(0), text(1, 1)[0]
     encoded, again = EncodedText(model, ids), EncodedText(model, ids)
     queries = torch.randn(2, 4, 3, 8, generator=torch.Generator().manual_seed(2))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.family_table import V, make_backbone
+from tests.family_table import V
 from torch import Tensor
 
 from longmem import LongMem, MemoryBank
@@ -17,17 +17,6 @@ from longmem.types import AttentionKV, RetrievedMemory
 
 SEGMENT = 8
 """Tokens that the backbone sees together when it writes."""
-
-
-def make_model(name: str = "llama", **settings: Any) -> LongMem:
-    """A random model whose heads give different shares to memory."""
-    torch.manual_seed(1)
-    model = LongMem.from_backbone(
-        make_backbone(name), **{"chunk_size": 2, "num_retrieved": 8, "memory_size": 64, **settings}
-    ).eval()
-    with torch.no_grad():
-        model.sidenet.memory_gate.normal_()
-    return model
 
 
 def ids(length: int, seed: int = 0) -> Tensor:

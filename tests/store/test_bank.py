@@ -11,7 +11,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from tests.store.banks import found_names, ids, make_model, make_store, memory_bank, queries, same
+from tests.generation.models import longmem
+from tests.store.banks import found_names, ids, make_store, memory_bank, queries, same
 from torch import Tensor
 
 from longmem import LongMem
@@ -25,7 +26,7 @@ DOCUMENTS = [(f"letter {number}", ids(21 + 3 * number, seed=number)) for number 
 
 @pytest.fixture(scope="module")
 def model() -> LongMem:
-    return make_model()
+    return longmem()
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_a_store_is_searched_and_read_as_a_memory_bank_to_the_last_bit(
     tmp_path: Path, name: str, layers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("longmem.types.PERIOD_TOKENS", 8)  # so that documents are longer
-    model = make_model(name, memory_layers=layers)
+    model = longmem(name, memory_layers=layers)
     model.config.recency = 2.0
     with make_store(tmp_path / "memory", model) as store, make_store(tmp_path / "int8", model, dtype="int8") as small:
         fill(store)
@@ -237,7 +238,7 @@ def test_an_index_hears_of_every_change(store: MemoryStore, monkeypatch: pytest.
 def test_passages_are_the_text_of_a_chunk_in_its_surroundings(
     tmp_path: Path, tiny_backbone: torch.nn.Module, byte_tokenizer: object, made_text: object
 ) -> None:
-    model = LongMem.from_backbone(tiny_backbone, chunk_size=4, num_retrieved=16).eval()
+    model = longmem(tiny_backbone, chunk_size=4, num_retrieved=16)
     text = made_text(60)
     with MemoryStore.open(tmp_path / "m", model=model, tokenizer=byte_tokenizer, segment_tokens=16) as store:
         store.add_document("alice", text, name="story", metadata={"a": 1}, time=7.0)
@@ -261,8 +262,7 @@ def test_passages_are_the_text_of_a_chunk_in_its_surroundings(
 def test_a_text_is_searched_by_the_heads_of_the_model(
     tmp_path: Path, tiny_backbone: torch.nn.Module, byte_tokenizer: object, made_text: object
 ) -> None:
-    torch.manual_seed(3)
-    model, query = LongMem.from_backbone(tiny_backbone, chunk_size=4, num_retrieved=16).eval(), "Who keeps the old map?"
+    model, query = longmem(tiny_backbone, chunk_size=4, num_retrieved=16), "Who keeps the old map?"
     with MemoryStore.open(tmp_path / "m", model=model, tokenizer=byte_tokenizer, segment_tokens=16) as store:
         for number in range(3):
             store.add_document("alice", made_text(20, number), name=f"story {number}")
@@ -291,7 +291,7 @@ def test_a_text_is_searched_by_the_heads_of_the_model(
 
 def test_a_bank_is_refused_by_a_model_over_another_backbone(store: MemoryStore) -> None:
     with pytest.raises(MemoryBankError, match="written by backbone"):
-        make_model("gpt2")(ids(12)[None], memory=store.bank("alice"))
+        longmem("gpt2")(ids(12)[None], memory=store.bank("alice"))
 
 
 def test_a_closed_store_closes_its_banks(store: MemoryStore) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from tests.family_table import V, make_backbone
+from tests.family_table import V
+from tests.generation.models import longmem
 
 from longmem import LongMem, MemoryStore
 from longmem.store.encode import Encoder, new_layout
@@ -16,8 +16,7 @@ from longmem.store.encode import Encoder, new_layout
 
 @pytest.mark.parametrize("family", ["alibi_gpt", "gpt2", "llama", "qwen3", "mixtral", "gemma2", "bloom", "gpt-neox"])
 def test_a_piece_leaves_the_same_bits_in_any_company(family: str) -> None:
-    torch.manual_seed(1)
-    model = LongMem.from_backbone(make_backbone(family), chunk_size=4, num_retrieved=8, memory_size=64).eval()
+    model = longmem(family, chunk_size=4)
     encoder = Encoder(model, new_layout(model, "float32", 4, 24))
     draw = np.random.default_rng(0)
     pieces = [draw.integers(3, V, size).astype(np.uint32) for size in (1, 5, 16, 17, 24, 25, 100, 200, 24, 48)]
@@ -33,8 +32,7 @@ def test_a_real_tokenizer_and_backbone_keep_every_character(
     tmp_path: Path, tiny_backbone: Any, byte_tokenizer: Any
 ) -> None:
     """Tokens that cut characters in two, at the ends of segments and pieces, too."""
-    torch.manual_seed(1)
-    model = LongMem.from_backbone(tiny_backbone, chunk_size=4, num_retrieved=8, memory_size=64).eval()
+    model = longmem(tiny_backbone, chunk_size=4)
     text = "na\u00efve \U0001f600\u4e2d\u6587 \r\n\t end. " * 60
     with MemoryStore.open(tmp_path / "memory", model=model, tokenizer=byte_tokenizer, segment_tokens=16) as store:
         receipt = store.add_document("alice", text, name="a")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.family_table import ids
-from tests.store.banks import make_model as make
+from tests.generation.models import longmem
 
 from longmem import LongMem, MemoryBank
 
@@ -20,7 +20,7 @@ def filled(model: LongMem) -> MemoryBank:
 @pytest.mark.parametrize("fusion", ["gate", "softmax"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "alibi_gpt"])
 def test_shares_are_gate_times_attention_mass(name: str, fusion: str) -> None:
-    model = make(name, fusion=fusion)
+    model = longmem(name, fusion=fusion)
     bank = filled(model)
     with torch.no_grad():
         out = model(ids(), memory=bank, explain=True)
@@ -44,7 +44,7 @@ def test_shares_are_gate_times_attention_mass(name: str, fusion: str) -> None:
 
 
 def test_every_chunk_found_is_led_back_to_its_document_and_shares_of_a_token_sum_to_its_own() -> None:
-    model = make()
+    model = longmem()
     bank = filled(model)
     out = model(ids(), memory=bank, explain=True)
     assert torch.equal(out.logits, model(ids(), memory=bank).logits)

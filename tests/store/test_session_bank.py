@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.store.banks import found_names, ids, make_model, make_store, queries
+from tests.generation.models import longmem
+from tests.store.banks import found_names, ids, make_store, queries
 from torch import Tensor
 
 from longmem import LongMem, SessionMemory
@@ -19,7 +20,7 @@ LETTER = ids(21, seed=1)
 
 @pytest.fixture(scope="module")
 def model() -> LongMem:
-    return make_model()
+    return longmem()
 
 
 @pytest.fixture

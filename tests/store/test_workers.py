@@ -12,6 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from tests.family_table import tiny_gpt
+from tests.generation.models import longmem
 from tests.store.small import chunks_of, open_small
 
 from longmem import LongMem, MemoryStore
@@ -22,7 +23,7 @@ from longmem.store import NewDocument, adding
 @pytest.fixture(scope="module")
 def model() -> LongMem:
     """Over a backbone that has no name: workers are given its weights."""
-    return LongMem.from_backbone(tiny_gpt(), chunk_size=4, num_retrieved=8, memory_size=64).eval()
+    return longmem(tiny_gpt(), chunk_size=4)
 
 
 def documents() -> Iterator[NewDocument]:
