@@ -49,11 +49,6 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         frame.main(["demo"])
 
 
-def test_an_unknown_command_is_refused_with_status_2(command: Command) -> None:
-    done = command("remember")
-    assert done.status == 2 and "No such command 'remember'" in done.err
-
-
 @pytest.mark.parametrize(
     "name",
     ["eval perplexity", "eval chapterbreak", "eval icl", "eval squad", "eval needle", "eval dialogue", "eval harness",

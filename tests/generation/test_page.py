@@ -45,11 +45,13 @@ def test_the_gain_is_against_the_same_model_and_window_with_memory_off(llama: Lo
 
 
 def test_every_layer_says_what_it_read() -> None:
-    """Two layers of one head; the token reads chunk 0 in both and chunk 1 in the second."""
+    """Two layers of one head, over row 3 of a memory; the token reads chunk 0 in both and chunk 1 in the second."""
     found = torch.tensor([[0, -1], [1, 0]]).view(1, 2, 1, 2)
     shares = torch.tensor([[0.2, 0.0], [0.3, 0.1]]).view(1, 2, 1, 2)
-    origins = {(0, chunk): ChunkOrigin("book", chunk * 2, 2, chunk, 0.0) for chunk in range(2)}
-    explanation = Explanation(torch.zeros(1), found, shares, shares, origins, layers=(5, 9))
+    origins = {(3, chunk): ChunkOrigin("book", chunk * 2, 2, chunk, 0.0) for chunk in range(2)}
+    explanation = Explanation(torch.tensor([3]), found, 10 * shares, shares, origins, layers=(5, 9))
+    assert [(each.score, each.origin.start_token) for each in explanation.token(0)] == [(2.0, 0), (3.0, 2)]
+    assert explanation.token(-1, top=1) == explanation.token(0)[:1]
     read = reading_at(explanation, 0)
     assert explanation.over([]) == []
     assert read.layers == pytest.approx({5: 0.2, 9: 0.4}) and read.share == pytest.approx(0.3)

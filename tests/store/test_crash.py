@@ -208,7 +208,8 @@ def test_a_forked_child_neither_gives_up_its_parents_lock_nor_keeps_it(tmp_path:
 
 # a long life with kills at random moments
 
-Model = dict[str, dict[str, str]]
+Model = dict[tuple[str, str], str]
+"""Texts by namespace and name."""
 
 
 def steps(seed: int) -> Iterator[tuple[str, str, str, str]]:
@@ -231,15 +232,14 @@ def steps(seed: int) -> Iterator[tuple[str, str, str, str]]:
 
 def apply(model: Model, what: str, namespace: str, name: str, text: str) -> Model:
     """The model after a step."""
-    spaces = {space: dict(rows) for space, rows in model.items()}
-    rows = spaces.setdefault(namespace, {})
+    after = {**model}
     if what in ("add", "replace"):
-        rows[name] = text
+        after[namespace, name] = text
     elif what == "append":
-        rows[name] += text
+        after[namespace, name] += text
     elif what == "forget":
-        del rows[name]
-    return {space: rows for space, rows in spaces.items() if rows}
+        del after[namespace, name]
+    return after
 
 
 def change(store: MemoryStore, what: str, namespace: str, name: str, text: str) -> None:
@@ -267,12 +267,10 @@ def live(path: Path, seed: int, start: int, told: int) -> None:
         os.write(told, f"{number}\n".encode())
 
 
-def texts(store: MemoryStore) -> Model:
-    """What the store has, as the model says it."""
-    return {
-        space: {each.name: store.text(space, each.name) for each in store.documents(space)}
-        for space in store.namespaces()
-    }
+def texts(store: MemoryStore, *namespaces: str) -> Model:
+    """What the store has, in these namespaces or in all, as the model says it."""
+    spaces = namespaces or store.namespaces()
+    return {(space, each.name): store.text(space, each.name) for space in spaces for each in store.documents(space)}
 
 
 @pytest.mark.parametrize(("kills", "seed"), [(30, 0), pytest.param(300, 1, marks=pytest.mark.slow)])
@@ -361,13 +359,12 @@ def test_eight_threads_share_a_store_and_no_answer_is_wrong(seconds: float, leas
                 if what != "compact" or number == 0:
                     change(store, what, space, name, text)
                 model = apply(model, what, space, name, text)
-                mine = model.get(space, {})
-                assert {each.name: store.text(space, each.name) for each in store.documents(space)} == mine
+                assert texts(store, space) == model
                 bank.refresh()
                 found = bank.search(torch.ones(1, 2, 1, 4), int(bank.chunks) + 1)
                 origins = [bank.provenance(0, chunk) for chunk in found.chunks[0, 0, 0].tolist() if chunk >= 0]
-                assert sum(origin.length for origin in origins) == sum(len(text) + 1 for text in mine.values())
-                assert {(origin.namespace, origin.document) for origin in origins} == {(space, name) for name in mine}
+                assert sum(origin.length for origin in origins) == sum(len(text) + 1 for text in model.values())
+                assert {(origin.namespace, origin.document) for origin in origins} == model.keys()
                 rounds.append(what)
         except Exception as error:
             wrong.append(f"{space}: {type(error).__name__} {error}")

@@ -43,7 +43,7 @@ def test_shares_are_gate_times_attention_mass(name: str, fusion: str) -> None:
     assert torch.equal(out.explanation.scores, found.scores)
 
 
-def test_every_chunk_found_is_led_back_to_its_document_and_shares_of_a_token_sum_to_its_own() -> None:
+def test_every_chunk_found_is_led_back_to_its_document_also_when_memory_is_written_meanwhile() -> None:
     model = longmem()
     bank = filled(model)
     out = model(ids(), memory=bank, explain=True)
@@ -57,17 +57,6 @@ def test_every_chunk_found_is_led_back_to_its_document_and_shares_of_a_token_sum
             where = (reading.origin.document, reading.origin.start_token, reading.origin.length)
             assert where == (f"letter {row}", 2 * reading.chunk, length)
     before = out.explanation.token(0)
-    for position in (0, -1):
-        readings = out.explanation.token(position, row=1)
-        shares = [reading.share for reading in readings]
-        assert sum(shares) == pytest.approx(float(out.explanation.share[1, :, position].mean()))
-        assert shares == sorted(shares, reverse=True)
-        for reading in readings:
-            here = out.explanation.chunks[1, :, position] == reading.chunk
-            assert reading.score == float(out.explanation.scores[1, :, position][here].max())
-            there = (out.explanation.shares[1, :, position] * here).sum(-1)
-            assert reading.share == pytest.approx(float(there.mean()))
-    assert out.explanation.token(3, row=1, top=2) == out.explanation.token(3, row=1)[:2]
     bank.reset()
     assert out.explanation.token(0) == before  # it outlives the memory
     empty = model(ids(), memory=bank, explain=True).explanation
