@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 
 import click
@@ -31,10 +32,10 @@ def test_durations_moments_and_expiries() -> None:
             read(wrong)
 
 
-@pytest.mark.parametrize(("said", "count"), [("8192", 8192), ("8k", 8192), ("2M", 2 << 20), (" 1k ", 1024), (5, 5)])
-def test_a_count_may_be_short(said: object, count: int) -> None:
-    assert token_count().convert(said, None, None) == count
-    assert counts(None, None, f"{said},3k,3k,") == [count, 3072]  # type: ignore[arg-type]
+@pytest.mark.parametrize(("said", "number"), [("8192", 8192), ("8k", 8192), ("2M", 2 << 20), (" 1k ", 1024), (5, 5)])
+def test_a_count_may_be_short(said: object, number: int) -> None:
+    assert token_count().convert(said, None, None) == number
+    assert counts(None, None, f"{said},3k,3k,") == [number, 3072]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("said", ["8q", "k", "0", "1"])
@@ -73,10 +74,17 @@ def test_progress_is_a_line_on_stderr_for_every_step(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(longmem.progress, "EVERY", {True: 0.0, False: 0.0})
+    monkeypatch.setattr("longmem.progress.time.monotonic", count(0, 10).__next__)
     with ShownProgress() as progress:
         progress(Progress("encode", 2000, None, "tokens", "b.txt"))
         progress(Progress("check", 5, 5000, "bytes", "c"))
+        progress(Progress("check", 2, 5000, "bytes", "c"))  # once more from the beginning, as a repair checks
     out, err = capsys.readouterr()
-    first, second = err.splitlines()
-    assert (out, first) == ("", "encoding: 2,000 tokens in 0 s, b.txt")
-    assert second.startswith("checking: 5 of 5,000 bytes (0 %)")
+    assert (out, err.splitlines()) == (
+        "",
+        [
+            "encoding: 2,000 tokens in 10 s, b.txt",
+            "checking: 5 of 5,000 bytes (0 %), c",
+            "checking: 2 of 5,000 bytes (0 %), c",
+        ],
+    )

@@ -413,7 +413,7 @@ class ShownProgress(Progress):
 
     def __call__(self, progress: StoreProgress) -> None:
         words = {"encode": "encoding", "check": "checking", "rewrite": "rewriting", "copy": "copying"}
-        if self.what != words[progress.step]:
+        if self.what != words[progress.step] or progress.done < self.done:  # a repair checks once more
             self.__exit__()
             super().__init__(words[progress.step], progress.total, progress.unit)
         self.advance(progress.done - self.done, one_line(progress.name)[-40:])
