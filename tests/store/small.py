@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,6 @@ from longmem.store import MemoryStore
 from longmem.store.bank import read_held
 from longmem.store.catalog import Selection
 from longmem.store.disk import StoredChunks, until_found
-from longmem.store.encode import Encoder
 from longmem.types import AttentionKV
 
 SEGMENT = 8
@@ -122,11 +120,6 @@ def state_of(store: MemoryStore) -> dict[str, Any]:
             for info in store.documents(namespace)
         ]
     return state
-
-
-def expected_chunks(store: MemoryStore, model: NumberModel, ids: Sequence[int]) -> StoredChunks:
-    """What a document of these token ids leaves in memory, encoded anew."""
-    return Encoder(model, store.layout).encode([np.array(ids, dtype=np.uint32)])[0]
 
 
 def flip(file: Path, place: int) -> None:

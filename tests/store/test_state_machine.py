@@ -17,12 +17,13 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as some
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from tests.store.small import BEGIN, MODEL, expected_chunks, open_small, quick_folder, words
+from tests.store.small import BEGIN, MODEL, open_small, quick_folder, words
 
 from longmem.errors import StoreError
 from longmem.store import DocumentInfo, MemoryStore
 from longmem.store.bank import StoreBank
 from longmem.store.disk import StoredChunks
+from longmem.store.encode import Encoder
 
 NAMESPACES = ["alice", "bob", "carol"]
 SPACE = some.sampled_from(NAMESPACES)
@@ -276,7 +277,7 @@ ENCODED: dict[tuple[int, ...], StoredChunks] = {}
 def encoded(store: MemoryStore, document: Document) -> StoredChunks:
     """What memory holds of a document; the same in all lives."""
     if document.ids not in ENCODED:
-        ENCODED[document.ids] = expected_chunks(store, MODEL, document.ids)
+        (ENCODED[document.ids],) = Encoder(MODEL, store.layout).encode([np.array(document.ids, dtype=np.uint32)])
     return ENCODED[document.ids]
 
 
