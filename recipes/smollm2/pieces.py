@@ -1,8 +1,9 @@
 """Pieces of text that can only be predicted well with a memory: the training data of models/smollm2-135m-longmem.
 
 A piece is eight segments of one document. In some, things are told in the early segments and asked for in later ones:
-made-up facts of a conversation, hidden codes, small stories with questions, and what stands after a quoted line. Each
-asked token has a weight, and a link to the tokens that hold its answer.
+made-up facts of a conversation, hidden codes, and what stands after a quoted line; in others small stories are hidden
+in two to eight segments, each in another document, and asked about at their end. Each asked token has a weight, and a
+link to the tokens that hold its answer. A piece also says which of its segments begin with nothing in memory.
 
     python recipes/smollm2/pieces.py --tokenizer DIR --books DIR --latex DIR --python FILE --babi DIR --out DIR
 """
@@ -13,6 +14,7 @@ import argparse
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +50,7 @@ class Asked:
     """Token ids of a question and its answer; ``links`` are (place of an answer's token, place of the told token)."""
 
     ids: list[int]
+    about: str = ""  # the question, where another conversation may answer it otherwise
     links: list[tuple[int, int, int]] = field(default_factory=list)  # (place, group's part, place in that part)
     answers: list[tuple[int, int]] = field(default_factory=list)
     said: tuple[int, int] = (0, 0)  # the whole reply
@@ -111,6 +114,9 @@ class Maker:
         text = self.text(kind).astype(np.int64).tolist()
         makers = (*[self.told] * 3, self.hidden, self.hidden)
         groups = [make() for make in self.draw.sample(makers, 4)]
+        times = Counter(asked.about for group in groups for asked in group.asked)
+        for group in groups:  # which of two conversations is the newer one is left to chance
+            group.asked = [asked for asked in group.asked if not asked.about or times[asked.about] == 1]
         first = self.draw.randrange(1, SEGMENTS)
         asking = sorted({first, SEGMENTS - 1})
         inserts: dict[int, list[tuple[int, int]]] = {segment: [] for segment in range(SEGMENTS)}
@@ -262,7 +268,7 @@ class Maker:
         self.draw.shuffle(left)
         for part, fact in left:
             conversation = asked_ids([fact], self.tokenizer)
-            one = Asked(conversation.ids, answers=conversation.values)
+            one = Asked(conversation.ids, fact.asked, answers=conversation.values)
             one.said = len(question_ids(fact, self.tokenizer)), len(one.ids)
             for first, last in conversation.values:
                 at = _find(parts[part], conversation.ids[first:last])
@@ -285,7 +291,7 @@ class Maker:
         return told, replies
 
     def _other_values(self, session: Session) -> Session:
-        """Another word in place of the value of half of the facts: what is told need not make sense."""
+        """Another word or number in place of the value of most facts: what is told need not make sense."""
         facts, messages = [], list(session.messages)
         for old in session.facts:
             new, kind = old, self.draw.random()

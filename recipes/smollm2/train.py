@@ -208,6 +208,11 @@ def optimiser(model: LongMem, rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=named[0][1].is_cuda)
 
 
+def done(step: int, began: float, given: Any) -> float:
+    """The share of the training that is over."""
+    return step / given.steps if given.steps else (time.monotonic() - began) / (60 * given.minutes)
+
+
 def save(model: LongMem, backbone: Any, out: Path, gates: bool) -> None:
     """The SideNet in bfloat16; or its gates as a ``TrainingFree``."""
     if not gates:
@@ -228,7 +233,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="a SideNet to go on from")
     parser.add_argument("--layers", default="18,20,23")
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--steps", type=int, help="the learning rate follows these, or else the minutes")
+    parser.add_argument("--steps", type=int, help="in place of minutes")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--memory", type=int, default=2 * PIECE)
     parser.add_argument("--rate", type=float, default=5e-4)
@@ -287,7 +292,7 @@ def main() -> None:
     step, looks, began = 0, 0, time.monotonic()
     seen = torch.zeros(3, device=device)
     while True:
-        part = max((time.monotonic() - began) / (60 * given.minutes), step / (given.steps or math.inf))
+        part = done(step, began, given)
         if part * given.looks >= looks + 1:
             looks += 1
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
@@ -302,8 +307,8 @@ def main() -> None:
         some = torch.tensor([order.pop() for _ in range(given.rows)], device=device)
         teacher = Teacher.of(backbone, pieces.ids[some], 32) if given.teacher else None
         for number in range(SEGMENTS):
-            part = step / given.steps if given.steps else (time.monotonic() - began) / (60 * given.minutes)
-            factor = min(1.0, (step + 1) / 40) * (0.05 + 0.475 * (1 + math.cos(math.pi * min(1.0, part))))
+            part = min(1.0, done(step, began, given))
+            factor = min(1.0, (step + 1) / 40) * (0.05 + 0.475 * (1 + math.cos(math.pi * part)))
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["top"]
             with torch.autocast(device.type, torch.bfloat16, enabled=half):

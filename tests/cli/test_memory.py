@@ -33,6 +33,12 @@ def test_list_shows_documents_of_all_or_of_one(memory: Command) -> None:
         assert "--namespaces lists whole namespaces; leave out" in memory("list", "--namespaces", *condition).err
 
 
+@pytest.mark.usefixtures("filled")
+def test_show_says_what_is_known(memory: Command) -> None:
+    shown = memory("show", "one.txt", "-n", "bob").out
+    assert "kind=note, year=1843" in shown and "tokens" in shown
+
+
 def test_token_ids_are_counted_and_read_with_a_tokenizer(memory: Command, models: Path, filled: Path) -> None:
     model: Any = LongMem.from_pretrained(models / "side" / "final")
     with MemoryStore.open(filled, model=model) as store:

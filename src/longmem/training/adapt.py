@@ -359,7 +359,7 @@ class NeedleStream:
             size = max(2, -(-len(tokens) // settings.context)) * settings.context
             if size >= self.corpus.num_tokens:
                 raise DataError(
-                    f"the corpus has {self.corpus.num_tokens} tokens, fewer than a fact is hidden in "
+                    f"the corpus has {self.corpus.num_tokens} tokens, not more than a fact is hidden in "
                     f"(needles.context ({settings.context}), {size} tokens); give more text or a smaller context"
                 )
             start = int(random.integers(self.corpus.num_tokens - size))
