@@ -76,9 +76,7 @@ def measure_layers(
     """
     texts = [ids for ids in texts if len(ids) > 2]  # a shorter one has nothing to remember before what is predicted
     if not texts and tokenizer is None:
-        raise ConfigError(
-            "there is nothing to measure with; give texts of three tokens or more, or a tokenizer for facts"
-        )
+        raise ConfigError("there is nothing to measure with; give longer texts, or a tokenizer for facts")
     candidates = _candidates(model, stride)
     work = _Work(model, candidates, {"num_retrieved": num_retrieved, "chunk_size": chunk_size})
     for ids in texts:
