@@ -156,10 +156,7 @@ class Maker:
             ids += taken[at : at + missing]
             weights += [TEXT // 2] * missing
         ids.append(text[-1])
-        # a weight belongs to the token that is predicted, which is one further on
-        shifted = [*weights[1:], 0]
-        fresh = _first(self.draw.random() < 0.4)
-        return np.array(ids, np.uint16), np.array(shifted, np.uint8), [(t - 1, s) for t, s in links], fresh
+        return _piece(ids, weights, links, _first(self.draw.random() < 0.4))
 
     def story(self, kind: str) -> Piece:
         """Stories of bAbI, each hidden in text of its own, which begins with nothing in memory, and asked about at the
@@ -206,8 +203,7 @@ class Maker:
                 links += [(len(ids) + first, places[part] + offset) for part, offset in found if offset is not None]
             ids += tail
         ids.append(text[-1])
-        shifted = [*weights[1:], 0]
-        return np.array(ids, np.uint16), np.array(shifted, np.uint8), [(t - 1, s) for t, s in links], fresh
+        return _piece(ids, weights, links, fresh)
 
     def _ask(
         self,
@@ -339,6 +335,12 @@ def _find(ids: list[int], wanted: list[int]) -> int | None:
             if ids[at : at + len(tail)] == tail:
                 return max(0, at - (len(wanted) - len(tail)))
     return None
+
+
+def _piece(ids: list[int], weights: list[int], links: list[tuple[int, int]], fresh: list[bool]) -> Piece:
+    """A weight, and the place of a link, belong to the token that is predicted, which is one further on."""
+    shifted = [*weights[1:], 0]
+    return np.array(ids, np.uint16), np.array(shifted, np.uint8), [(t - 1, s) for t, s in links], fresh
 
 
 def _first(empty: bool) -> list[bool]:
