@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from jinja2 import TemplateError
 
+from longmem.data.tokens import start_tokens, token_ids
 from longmem.errors import DataError, first_line
 from longmem.generation.page import Readings
 from longmem.store import MemoryStore
@@ -99,7 +100,7 @@ class Recall:
         """
         found = []
         for passage in self.search(query, top, without=without):
-            budget -= len(tokenizer(passage.text, add_special_tokens=False)["input_ids"]) + 2
+            budget -= len(token_ids(tokenizer, passage.text)) + 2
             if budget < 0:
                 break
             found.append(passage)
@@ -208,9 +209,7 @@ def chat_prompt(
     if _templated(tokenizer):
         return Prompt(_through_template(tokenizer, said), found)
     lines = [f"{message['role'].capitalize()}: {message['content']}" for message in said]
-    ids = tokenizer("\n".join([*lines, "Assistant:"]), add_special_tokens=False)["input_ids"]
-    begin = getattr(tokenizer, "bos_token_id", None)
-    return Prompt(ids if begin is None else [begin, *ids], found)
+    return Prompt([*start_tokens(tokenizer), *token_ids(tokenizer, "\n".join([*lines, "Assistant:"]))], found)
 
 
 @torch.no_grad()

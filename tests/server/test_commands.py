@@ -15,6 +15,7 @@ from tests.calling import Command, Done
 
 from longmem import TrainingFree
 from longmem.chat import chat_prompt
+from longmem.data.tokens import start_tokens
 from longmem.errors import BackboneError, DataError
 from longmem.modeling import loading as defaults
 
@@ -98,6 +99,12 @@ def test_a_template_that_refuses_a_system_message_has_it_before_the_first_questi
         DataError, match=r"chat template refuses these messages \(roles must alternate user/assistant\)"
     ):
         chat_prompt(tokenizer, [*talk, talk[-1]])
+
+
+def test_a_prompt_without_a_template_begins_as_texts_in_training_do(byte_tokenizer: Any) -> None:
+    assert byte_tokenizer.bos_token_id is not None and start_tokens(byte_tokenizer) == ()
+    talk = [{"role": "user", "content": "hi"}]
+    assert byte_tokenizer.decode(chat_prompt(byte_tokenizer, talk).ids) == "User: hi\nAssistant:"
 
 
 @pytest.mark.parametrize(
