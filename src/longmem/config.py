@@ -305,6 +305,21 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
     return ["reuse" if mode == "reuse" else kind for kind, mode in zip(types, sharing, strict=True)]
 
 
+LONGEST_WINDOW = 1024
+"""The paper's; long-context backbones would otherwise get all they can take."""
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """The longest text that a backbone was made for; None where its architecture knows no limit."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def usual_window(config: PreTrainedConfig) -> int:
+    """Tokens that a backbone sees together unless another number is given."""
+    return min(positions(config) or LONGEST_WINDOW, LONGEST_WINDOW)
+
+
 def _no_count(name: str, value: Any) -> list[str]:
     """The broken rule, if the value is no whole number from 1 on; a file may hold anything."""
     right = isinstance(value, Integral) and int(value) >= 1

@@ -212,9 +212,9 @@ def _texts(paths: tuple[str, ...], tokenizer: Any, model: Any) -> dict[str, Tens
 
 def _ids(tokenizer: Any, model: Any, text: str, what: str, *, special: bool = True) -> list[int]:
     """The token ids of a text to be continued: what the tokenizer puts after a text (``</s>``) is left out."""
-    from longmem.data.tokens import check_ids, start_tokens
+    from longmem.data.tokens import check_ids, start_tokens, token_ids
 
-    plain: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    plain = token_ids(tokenizer, text)
     if not plain:
         raise DataError(f"{what} has no tokens")
     ids = [*start_tokens(tokenizer), *plain] if special else plain

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from longmem.data.tokens import token_ids
 from longmem.errors import ConfigError
 
 # hidden in a text
@@ -207,13 +208,13 @@ def session_of(facts: Sequence[ToldFact], draw: random.Random) -> Session:
 
 def told_ids(session: Session, tokenizer: Any) -> list[int]:
     """The conversation that told the facts, through the tokenizer's chat template where it has one."""
-    return _ids(tokenizer, chat_text(tokenizer, session.messages, answer=False))
+    return token_ids(tokenizer, chat_text(tokenizer, session.messages, answer=False))
 
 
 def question_ids(fact: ToldFact, tokenizer: Any, before: Sequence[Message] = ()) -> list[int]:
     """A conversation, after these messages, up to where the fact is to be answered."""
     messages = [*before, {"role": "user", "content": fact.asked}]
-    return _ids(tokenizer, chat_text(tokenizer, messages, answer=True))
+    return token_ids(tokenizer, chat_text(tokenizer, messages, answer=True))
 
 
 def asked_ids(facts: Sequence[ToldFact], tokenizer: Any, before: Sequence[Message] = ()) -> AskedIds:
@@ -225,13 +226,13 @@ def asked_ids(facts: Sequence[ToldFact], tokenizer: Any, before: Sequence[Messag
         lead, value = prompt[len(done) :] + fact.before, fact.value
         if lead.endswith(" ") and not value[0].isdigit():
             lead, value = lead[:-1], " " + value  # the space belongs to the word's token
-        ids += _ids(tokenizer, lead)
+        ids += token_ids(tokenizer, lead)
         first = len(ids)
-        ids += _ids(tokenizer, value)
+        ids += token_ids(tokenizer, value)
         values.append((first, len(ids)))
         messages.append({"role": "assistant", "content": fact.before + fact.value + fact.after})
         done = chat_text(tokenizer, messages, answer=False)
-        ids += _ids(tokenizer, done[len(prompt) + len(fact.before + fact.value) :])
+        ids += token_ids(tokenizer, done[len(prompt) + len(fact.before + fact.value) :])
     return AskedIds(ids, values)
 
 
@@ -241,10 +242,6 @@ def chat_text(tokenizer: Any, messages: Sequence[Message], *, answer: bool) -> s
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer))
     lines = "".join(f"{message['role'].capitalize()}: {message['content']}\n" for message in messages)
     return lines + "Assistant: " * answer
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @lru_cache

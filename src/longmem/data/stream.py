@@ -6,6 +6,7 @@ B rows of this process, W processes · T tokens of a segment or window
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -51,6 +52,7 @@ class Piece(NamedTuple):
     last: int
 
 
+@dataclass(eq=False)
 class SegmentStream:
     """Consecutive segments of W*B texts at a time; B of them belong to this process.
 
@@ -66,27 +68,25 @@ class SegmentStream:
         pad_id: fills ``ids`` behind the end of a document.
     """
 
-    def __init__(
-        self,
-        corpus: TokenCorpus,
-        window: int,
-        rows: int,
-        seed: int | None = 1,
-        *,
-        piece_tokens: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        pad_id: int = 0,
-    ) -> None:
-        self.corpus, self.window, self.rows, self.seed, self.pad_id = corpus, window, rows, seed, pad_id
-        total = rows * world
-        self._mine = slice(rank * rows, (rank + 1) * rows)
-        self.pieces = _cut(corpus, piece_tokens)
+    corpus: TokenCorpus
+    window: int
+    rows: int
+    seed: int | None = 1
+    _: KW_ONLY
+    piece_tokens: int = 0
+    rank: int = 0
+    world: int = 1
+    pad_id: int = 0
+
+    def __post_init__(self) -> None:
+        total, tokens = self.rows * self.world, self.corpus.num_tokens
+        self._mine = slice(self.rank * self.rows, (self.rank + 1) * self.rows)
+        self.pieces = _cut(self.corpus, self.piece_tokens)
         if len(self.pieces) < total:
-            self.pieces = _cut(corpus, max(window, corpus.num_tokens // (2 * total)))
+            self.pieces = _cut(self.corpus, max(self.window, tokens // (2 * total)))
         if len(self.pieces) < total:
             raise DataError(
-                f"the corpus has {corpus.num_tokens} tokens, too few for {total} rows of data.window ({window}); "
+                f"the corpus has {tokens} tokens, too few for {total} rows of data.window ({self.window}); "
                 "give more text, fewer optim.rows or a smaller window"
             )
         self.taken = 0
@@ -184,6 +184,7 @@ class WindowBatch(NamedTuple):
     practice: Tensor
 
 
+@dataclass(eq=False)
 class WindowSampler:
     """Every window once per pass over the corpus, in random order, at a random phase in each pass.
 
@@ -202,30 +203,26 @@ class WindowSampler:
         vocab_size: V, the upper end of random tokens.
     """
 
-    def __init__(
-        self,
-        corpus: TokenCorpus,
-        window: int,
-        rows: int,
-        seed: int = 1,
-        *,
-        repeat_fraction: float = 0.0,
-        repeat_random: float = 0.25,
-        rank: int = 0,
-        world: int = 1,
-        special_ids: int = 0,
-        vocab_size: int = 256,
-    ) -> None:
-        self.corpus, self.window, self.rows, self.seed = corpus, window, rows, seed
-        self.repeat_fraction, self.repeat_random = repeat_fraction, repeat_random
-        self.rank, self.world, self.special_ids, self.vocab_size = rank, world, special_ids, vocab_size
+    corpus: TokenCorpus
+    window: int
+    rows: int
+    seed: int = 1
+    _: KW_ONLY
+    repeat_fraction: float = 0.0
+    repeat_random: float = 0.25
+    rank: int = 0
+    world: int = 1
+    special_ids: int = 0
+    vocab_size: int = 256
+
+    def __post_init__(self) -> None:
         self.position = 0
         # one window less than fits, so that every phase has as many
-        self.per_pass = (corpus.num_tokens - 1) // window - 1
+        self.per_pass = (self.corpus.num_tokens - 1) // self.window - 1
         if self.per_pass < 1:
             raise DataError(
-                f"the corpus has {corpus.num_tokens} tokens, which is less than two windows of data.window ({window}); "
-                "give more text or a smaller window"
+                f"the corpus has {self.corpus.num_tokens} tokens, which is less than two windows of data.window "
+                f"({self.window}); give more text or a smaller window"
             )
 
     def next(self) -> WindowBatch:

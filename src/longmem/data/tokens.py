@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -24,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from longmem.data.text import Document, TextSource, read_documents
 from longmem.errors import ConfigError, DataError, first_line
+from longmem.files import whole_folder
 
 log = logging.getLogger(__name__)
 FORMAT = 2
@@ -83,6 +81,11 @@ def _known(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """A text's token ids without special ones, whatever its length."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 def first_text(text: str, tokenizer: Any, tokens: int) -> str:
     """A beginning of a text, cut where words end, whose first ``tokens`` tokens are those of the whole text.
 
@@ -92,7 +95,7 @@ def first_text(text: str, tokenizer: Any, tokens: int) -> str:
     while (space := re.compile(r"\s").search(text, characters)) is not None:
         # what comes after the cut can change the last word only, and its neighbours where no blank separates words
         sure = text[: max(0, space.start() - _MARGIN)]
-        if len(tokenizer(sure, add_special_tokens=False, verbose=False)["input_ids"]) >= tokens:
+        if len(token_ids(tokenizer, sure)) >= tokens:
             return text[: space.start()]
         characters *= 2
     return text
@@ -183,15 +186,10 @@ class TokenCorpus:
 
     def save(self, folder: Path) -> None:
         """Write into a folder that is complete or absent."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".tokens-", dir=folder.parent))
-        np.save(temporary / "ids.npy", self.ids)
         index = {"names": self.names, "bounds": self.bounds.tolist(), "fingerprint": self.fingerprint}
-        (temporary / "index.json").write_text(json.dumps(index))
-        try:
-            os.replace(temporary, folder)
-        except OSError:  # another process was first with the same content
-            shutil.rmtree(temporary)
+        with whole_folder(folder) as part:
+            np.save(part / "ids.npy", self.ids)
+            (part / "index.json").write_text(json.dumps(index))
 
     @classmethod
     def load(cls, folder: Path) -> TokenCorpus:
@@ -323,7 +321,7 @@ def tokenize_documents(
     first = 0 if prefix else 1
     for document in documents:
         part = document.text if max_tokens is None else first_text(document.text, tokenizer, max_tokens)
-        ids = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
+        ids = token_ids(tokenizer, part)[:max_tokens]
         if len(ids) <= first:
             log.warning("%s: skipped, %d tokens leave nothing to predict", document.id, len(ids))
             continue

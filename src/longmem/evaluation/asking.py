@@ -11,7 +11,7 @@ import copy
 import hashlib
 import inspect
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from longmem.data.tokens import token_ids
 from longmem.errors import ConfigError
 from longmem.memory import MemoryBank
 from longmem.types import AttentionKV, Memory
@@ -93,7 +94,6 @@ class Asker:
         identity: what its numbers depend on, hashed into the key of its records.
         model: any causal language model, or one that can read memory.
         memory_size: tokens of memory a row holds; None is no memory.
-        make_memory: makes its bank from model, rows and tokens.
         window: T; also the length of the segments in which text is read into memory.
         rows: B.
         whole: ``memory`` of a prompt is put in front of its context, as far as the window goes.
@@ -105,7 +105,6 @@ class Asker:
     identity: dict[str, Any]
     model: Any
     memory_size: int | None = None
-    make_memory: Callable[..., MemoryBank] = MemoryBank.for_model
     tokenizer: Any = None
     window: int = 1024
     rows: int = 8
@@ -118,7 +117,7 @@ class Asker:
             return None
         chunk = self.model.config.chunk_size
         # a bank larger than the longest text is never filled: do not reserve it
-        return self.make_memory(self.model, rows, min(self.memory_size, -(-longest // chunk) * chunk))
+        return MemoryBank.for_model(self.model, rows, min(self.memory_size, -(-longest // chunk) * chunk))
 
     @property
     def reads_memory(self) -> bool:
@@ -351,7 +350,7 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[T
 
 def encode(tokenizer: Any, text: str) -> Tokens:
     """Token ids without special ones."""
-    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return tuple(token_ids(tokenizer, text))
 
 
 def encode_after(tokenizer: Any, before: str, texts: Sequence[str]) -> list[Tokens]:

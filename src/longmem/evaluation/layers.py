@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from longmem.config import TrainingFreeConfig, side_layout
+from longmem.config import TrainingFreeConfig, positions, side_layout, usual_window
 from longmem.data.facts import asked_ids, told_ids, told_session
-from longmem.data.tokens import check_tokenizer
+from longmem.data.tokens import check_tokenizer, token_ids
 from longmem.errors import BackboneError, ConfigError, DataError
 from longmem.evaluation.results import Json, write_json
 from longmem.memory import MemoryBank
@@ -40,7 +40,6 @@ MOST_PIECES = 4  # of a row, for distances shorter than it
 MOST_LAYERS = 4  # of a set
 SESSIONS, FACTS = 4, 8  # conversations, and facts that each tells
 WINDOW = 512  # tokens of text, of which the second half is predicted
-LONGEST_SEGMENT = 1024  # tokens encoded at once
 
 
 def measure_layers(
@@ -191,7 +190,7 @@ class _Work:
     def __init__(self, model: PreTrainedModel, candidates: tuple[int, ...], settings: dict[str, Any]) -> None:
         self.model, self.candidates = model, candidates
         self.settings: dict[str, Any] = {"fusion": "softmax", "gate": 0.5, **settings}
-        self.positions = int(getattr(Family.of(model).config, "max_position_embeddings", None) or 1 << 20)
+        self.positions = positions(model.config) or 1 << 20
         self.cases: list[_Case] = []
         self.all = self._reader(candidates)
         try:
@@ -202,7 +201,7 @@ class _Work:
 
     def add(self, kind: str, before: Tensor, texts: Iterable[tuple[Tensor, range]]) -> None:
         """Texts with their scored places, all behind what was read before."""
-        kv = encode_text(self.all, before, min(self.positions, LONGEST_SEGMENT))
+        kv = encode_text(self.all, before, usual_window(self.model.config))
         self.cases += [_Case(kind, ids, torch.tensor(list(scored)), before, kv) for ids, scored in texts]
 
     @torch.no_grad()
@@ -265,8 +264,7 @@ def explain_layers(
             f"distances ({', '.join(map(str, distances))}) must all exceed num_retrieved ({num_retrieved}): a query "
             "may not retrieve everything there is"
         )
-    config = Family.of(model).config
-    segment = min(getattr(config, "max_position_embeddings", None) or LONGEST_SEGMENT, LONGEST_SEGMENT)
+    config, segment = Family.of(model).config, usual_window(model.config)
     special = [token for token in (model.config.bos_token_id, model.config.eos_token_id) if isinstance(token, int)]
     drawn = random_tokens(config.vocab_size, rows, max(distances), seed=seed, special=special)
     sources = {"text": text, "random": drawn}
@@ -439,9 +437,7 @@ def text_rows(documents: Iterable[str], tokenizer: Any, rows: int, length: int) 
     Raises:
         DataError: there is not enough text for one row.
     """
-    ids = [
-        token for text in documents for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    ]
+    ids = [token for text in documents for token in token_ids(tokenizer, text)]
     if len(ids) < length:
         raise DataError(
             f"--data has {len(ids):,} tokens, {length:,} are needed; give more text, or smaller --distances"

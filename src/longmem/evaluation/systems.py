@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longmem.config import CONFIGS
+from longmem.config import CONFIGS, positions, usual_window
 from longmem.data.tokens import load_tokenizer
-from longmem.errors import CheckpointError, ConfigError
+from longmem.errors import CheckpointError, ConfigError, not_a_multiple
 from longmem.evaluation.asking import Asker, last_logits
 from longmem.memory import MemoryBank
 from longmem.modeling.baselines import MemTRM, TrainingFree
@@ -31,7 +31,6 @@ BACKBONE, MEMORY_OFF, CONTROL = "backbone", "memory_off", "control"
 LONGMEM, MEMTRM, TRAINING_FREE, WINDOW = "memory", "memtrm", "training_free", "window"
 MEMTRM_OFF = f"{MEMTRM}_off"
 LINEAR_POSITIONS = ("alibi_gpt", "bloom", "mpt")  # ALiBi has no last position
-LONGEST_DEFAULT_WINDOW = 1024  # the paper's; long-context backbones would otherwise get all they can take
 
 Forward = Callable[[Tensor, Tensor, int], Iterable[tuple[Tensor, AttentionKV | None]]]
 """``forward(input_ids (B, T), rows (B,), keep)`` gives for each of Q systems, one after another, the logits of the last
@@ -158,11 +157,9 @@ def load_systems(
     others += [_load_training_free(gate, bare, settings) for gate in training_free]
     for each in filter(None, (main or bare, beside, *others)):
         torch.nn.Module.to(each, device=device, dtype=dtype)
-    config: Any = bare.config
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST_DEFAULT_WINDOW
     how: dict[str, Any] = {
         "tokenizer": load_tokenizer(tokenizer or tokenizer_beside(where, named), bare),
-        "window": window or min(positions, LONGEST_DEFAULT_WINDOW),
+        "window": window or usual_window(bare.config),
         "rows": rows,
     }
     sizes = memory_sizes or default_sizes
@@ -191,10 +188,8 @@ def _load_training_free(gate: str, backbone: Any, settings: Any) -> Any:
 def _sizes(sizes: Sequence[int] | None, config: Any) -> list[int]:
     """Of memory, sorted; None is the size in the config."""
     chunk = config.chunk_size
-    for size in sizes or ():
-        if size < 1 or size % chunk:
-            near = max(chunk, round(size / chunk) * chunk)
-            raise ConfigError(f"memory size ({size}) must be a multiple of chunk_size ({chunk}); try {near}")
+    if problems := [line for size in sizes or () for line in not_a_multiple("memory size", size, "chunk_size", chunk)]:
+        raise ConfigError(problems)
     return sorted(set(sizes or [config.memory_size]))
 
 
@@ -239,9 +234,7 @@ def with_window(backbone: Asker, window: int, *, whole: bool = False) -> Asker:
     """
     name, said, option = ("full", "full context", "--full-context") if whole else (WINDOW, "longer window", "--windows")
     config = backbone.model.config
-    most: int = getattr(config.get_text_config(), "max_position_embeddings", None) or 0  # 0: as many as one likes
-    if config.model_type in LINEAR_POSITIONS:
-        most = 0
+    most = 0 if config.model_type in LINEAR_POSITIONS else positions(config) or 0  # 0: as many as one likes
     if window <= backbone.window or 0 < most < window:
         within = f" and at most the backbone's positions ({most})" if most else ""
         raise ConfigError(

@@ -210,24 +210,20 @@ def task_tables(result: Json) -> Iterator[Table]:
 
 def needle_tables(result: Json) -> Iterator[Table]:
     """Right answers by length, all depths together and the worst of them, for each metric."""
-    yield from (_needle_table(result, metric) for metric in result["metrics"])
-
-
-def _needle_table(result: Json, metric: Json) -> Table:
-    found: dict[str, dict[str, list[tuple[float, int]]]] = defaultdict(lambda: defaultdict(list))
-    for group in result["groups"]:
-        what, _, depth = group["group"].partition(", depth ")
-        for score in group["scores"] if depth else ():
-            if score["metric"] == metric["name"]:
-                found[what][score["system"]].append((score["value"], group["examples"]))
 
     def cell(depths: list[tuple[float, int]]) -> str:
         right, asked = sum(value * count for value, count in depths) / 100, sum(count for _, count in depths)
         return f"{100 * right / asked:.1f} % ({right:.0f} of {asked}; worst depth {min(depths)[0]:.0f} %)"
 
-    systems = result["systems"]
-    rows = [[what, *(cell(by_system[system]) for system in systems)] for what, by_system in found.items()]
-    return Table([metric["label"], *systems.values()], rows)
+    for metric in result["metrics"]:
+        found: dict[str, dict[str, list[tuple[float, int]]]] = defaultdict(lambda: defaultdict(list))
+        for group in result["groups"]:
+            what, _, depth = group["group"].partition(", depth ")
+            for score in group["scores"] if depth else ():
+                if score["metric"] == metric["name"]:
+                    found[what][score["system"]].append((score["value"], group["examples"]))
+        rows = [[what, *(cell(by_system[name]) for name in result["systems"])] for what, by_system in found.items()]
+        yield Table([metric["label"], *result["systems"].values()], rows)
 
 
 def harness_tables(result: Json) -> Iterator[Table]:

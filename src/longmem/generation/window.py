@@ -21,13 +21,12 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, GenerationMixin, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
-from longmem.config import LongMemGenerationConfig
+from longmem.config import LongMemGenerationConfig, positions, usual_window
 from longmem.errors import ConfigError, MemoryBankError
 from longmem.memory.session import JoinedMemory, SessionMemory, rows_under
 from longmem.types import AttentionKV, Memory
 
 TOKENS_AT_ONCE = 8192  # encoded together: enough to keep a device busy, little beside what a forward pass holds
-LONGEST_SEGMENT = 1024  # the paper's window
 THIS_TEXT = "(this text)"
 """The document name of a text's own earlier part."""
 
@@ -38,7 +37,7 @@ def read(model: Any, session: SessionMemory, ids: Tensor, *, document: str, row:
     ``document`` is the name of the text in provenances.
     """
     session.end_document(torch.tensor([row]))
-    write(model, [(session, row, ids, 0)], _segment(model), document)
+    write(model, [(session, row, ids, 0)], usual_window(model.config.backbone_config), document)
     session.end_document(torch.tensor([row]))
     return len(ids)
 
@@ -51,7 +50,7 @@ def remember(model: Any, session: SessionMemory, ids: Tensor, *, row: int = 0) -
     that is in the session already.
     """
     known = already_written(session, row, ids)
-    write(model, [(session, row, ids[known:], known)], _segment(model), THIS_TEXT)
+    write(model, [(session, row, ids[known:], known)], usual_window(model.config.backbone_config), THIS_TEXT)
     session.bank.end_document(torch.tensor([row]))  # the last chunk is found then, although it is not full
     return len(ids) - known
 
@@ -83,18 +82,6 @@ def write(model: Any, texts: Sequence[tuple[SessionMemory, int, Tensor, int]], s
                 session.add(AttentionKV(*pair), rows=row, documents=[document], offsets=[place], ids=[ids])
 
 
-def positions(model: Any) -> int | None:
-    """The longest text that the backbone was made for; None where its architecture knows no limit."""
-    config = model.backbone.model.config.get_text_config(decoder=True)
-    found = getattr(config, "max_position_embeddings", None)
-    return int(found) if isinstance(found, int) and found > 0 else None
-
-
-def _segment(model: Any) -> int:
-    """Tokens of a text that are encoded together."""
-    return min(LONGEST_SEGMENT, positions(model) or LONGEST_SEGMENT)
-
-
 @dataclass(frozen=True)
 class WindowPolicy:
     """The window's part of ``LongMemGenerationConfig`` with the defaults filled in.
@@ -113,7 +100,7 @@ class WindowPolicy:
     def of(cls, settings: Any, model: Any, memory: Memory | None) -> WindowPolicy | None:
         """The policy for a model and its memory; None where nothing limits the text."""
         chunk = model.config.chunk_size if memory is None else memory.chunk_size
-        limit = positions(model)
+        limit = positions(model.config.backbone_config)
         window, move, capacity = (getattr(settings, n, None) for n in ("window", "window_move", "session_tokens"))
         window = limit if window is None else window
         if window is None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longmem.errors import ConfigError, MemoryBankError, StoreError
+from longmem.errors import ConfigError, MemoryBankError, StoreError, not_a_multiple
 from longmem.memory.bank import MemoryBank
 from longmem.memory.index import rows_of
 from longmem.types import AttentionKV, ChunkOrigin, Memory, RetrievedMemory
@@ -262,11 +262,8 @@ class EncodedText:
 
     def __init__(self, model: Any, ids: Tensor, progress: Callable[[int], Any] = lambda done: None) -> None:
         size = model.config.chunk_size
-        if ids.shape[1] % size:
-            raise ConfigError(
-                f"window ({ids.shape[1]}) must be a multiple of chunk_size ({size}), so that segments can be changed "
-                f"one by one; try {max(1, ids.shape[1] // size) * size}"
-            )
+        if problems := not_a_multiple("window", ids.shape[1], "chunk_size", size):
+            raise ConfigError(problems)
         self.model, self.ids = model, ids
         self.per_segment = ids.shape[1] // size
         self.bank = MemoryBank.for_model(model, 1, ids.numel())

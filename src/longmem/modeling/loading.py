@@ -30,7 +30,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 import longmem.modeling.alibi_gpt  # noqa: F401  the paper's own backbone, which transformers' Auto classes must know
 from longmem.errors import BackboneError, ConfigError, first_line
-from longmem.files import to_disk, whole
+from longmem.files import to_disk, whole, whole_folder
 from longmem.modeling.weights import check_bitsandbytes
 from longmem.progress import Progress
 
@@ -125,20 +125,9 @@ def gguf_folder(file: str | Path) -> Path:
     if not path.is_file():
         raise BackboneError(f"{file} is not a file; give the path of a .gguf file")
     folder = cache_folder() / "gguf" / f"{path.stem}-{_sha256_of(path)[:16]}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
-    try:
-        _convert(path, part)
-        part.chmod(0o755)
-        try:
-            part.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first; its folder is the same
-                raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    if not folder.is_dir():
+        with whole_folder(folder) as part:
+            _convert(path, part)
     return folder
 
 

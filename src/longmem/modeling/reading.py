@@ -12,7 +12,7 @@ import copy
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, cast
 
 import torch
@@ -101,6 +101,7 @@ def _named(layers: Sequence[int]) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
 
+@dataclass(eq=False)
 class MemoryReader:
     """Lets one attention module read memory, for every family alike.
 
@@ -118,26 +119,23 @@ class MemoryReader:
         probe: gives the position-free projections of a call of ``attention``, from what a forward pre-hook is given.
     """
 
-    def __init__(
-        self,
-        attention: nn.Module,
-        family: Family,
-        layer: int,
-        place: int,
-        fusion: Fusion,
-        owner: Any,
-        probe: Callable[..., QKV],
-    ) -> None:
-        self.layer, self.place, self.fusion = layer, place, fusion
-        self.owner, self.probe = owner, probe
+    attention: InitVar[nn.Module]
+    family: InitVar[Family]
+    layer: int
+    place: int
+    fusion: Fusion
+    owner: Any
+    probe: Callable[..., QKV]
+
+    def __post_init__(self, attention: nn.Module, family: Family) -> None:
         self.num_heads = int(family.config.num_attention_heads)
         attention.register_forward_pre_hook(self.search, with_kwargs=True)
         name = type(attention).__name__
         if name not in ADAPTERS:  # it uses transformers' attention interface, where its local heads and scores are
             _fuse_in_interface(attention, self)
-        elif fusion != "gate":
+        elif self.fusion != "gate":
             raise BackboneError(
-                f'fusion "{fusion}" needs the local scores, which {name} does not give; use fusion "gate"'
+                f'fusion "{self.fusion}" needs the local scores, which {name} does not give; use fusion "gate"'
             )
         else:
             family.output_projection(attention).register_forward_pre_hook(self._before_projection)

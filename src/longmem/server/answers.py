@@ -15,9 +15,9 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from longmem.chat import Message, Prompt, RecalledPassage, chat_prompt, conversation_name, stop_words, transcript
+from longmem.config import positions
 from longmem.errors import DataError
 from longmem.generation.page import Pieces, Readings, read_tokens, without_memory
-from longmem.generation.window import positions
 from longmem.server.engine import Engine, Job, Memories, Token
 from longmem.server.requests import ChatRequest, Refused
 from longmem.store import Receipt
@@ -117,7 +117,7 @@ class Service:
             first: number of the first of them.
             chat: the next speaker's name ends an answer.
         """
-        window = positions(self.model)
+        window = positions(self.model.config.backbone_config)
         longest = MOST_WINDOWS * (window or 4096)
         if len(ids) > longest:
             said = f"the prompt has {len(ids):,} tokens, {longest:,} are the most; add the text to a memory"

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from longmem import __version__
-from longmem.data.tokens import start_tokens
+from longmem.data.tokens import start_tokens, token_ids
 from longmem.errors import LongMemError
 from longmem.server import requests
 from longmem.server.answers import Answer, Chat, Completion, ModelResponse, Service
@@ -187,7 +187,7 @@ async def complete(body: requests.CompletionRequest, who: Who, x_memory_id: Memo
     most, made = body.max_tokens or COMPLETION_TOKENS, list[Answer]()
     tokenizer = who.service.tokenizer
     for prompt in body.prompt:
-        ids = [*start_tokens(tokenizer), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        ids = [*start_tokens(tokenizer), *token_ids(tokenizer, prompt)]
         made += who.service.answers(ids, body, most, memory, first=len(made), chat=False)
     messages = [{"role": "user", "content": body.prompt[0]}]
     return await answered(who.request, Completion(who.service, body, made, memory, messages))

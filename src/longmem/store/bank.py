@@ -301,9 +301,8 @@ class StoreBank:
         shared, count = min(len(had), len(self._ids)), len(self._ids)
         self.storage = torch.zeros(()).expand(1, count + 1, *stored.kv.shape[1:])
         self.lengths = torch.from_numpy(np.append(held.lengths[self._slots], 0)).to(self.device)[None]
-        same = int(
-            np.append(had[:shared] != self._ids[:shared], True).argmax()
-        )  # leading slots that are what they were
+        # leading slots that are what they were
+        same = int(np.append(had[:shared] != self._ids[:shared], True).argmax())
         if before is not None and same == len(had) == count:
             self.keys = before
             return

@@ -29,7 +29,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longmem.data.tokens import check_ids, load_tokenizer
+from longmem.config import positions, usual_window
+from longmem.data.tokens import check_ids, load_tokenizer, start_tokens
 from longmem.errors import DataError, StoreError
 from longmem.store.disk import DTYPES, Dtype, Layout, StoredChunks, pack
 
@@ -157,8 +158,7 @@ def _of_text(name: str, text: str, tokenizer: Any, begin: bool) -> Tokens:
         raise StoreError(f"document {name!r}: {what}; open it with a fast tokenizer=, or give token ids with ids=")
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
     # of what the tokenizer puts around a text, only its beginning (<s> of Llama, nothing of GPT-2): memory goes on
-    around: list[int] = tokenizer("")["input_ids"] if begin and found["input_ids"] else []
-    prefix = around[:1] if around and around[0] == tokenizer.bos_token_id else []
+    prefix = start_tokens(tokenizer) if begin and found["input_ids"] else ()
     offsets = np.array(found["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0]
     # offsets of some tokenizers step back at composed characters; text is cut at them, so they must not
     starts = np.concatenate([np.zeros(len(prefix), dtype=np.int64), np.maximum.accumulate(offsets)])
@@ -167,8 +167,6 @@ def _of_text(name: str, text: str, tokenizer: Any, begin: bool) -> Tokens:
 
 BATCH_TOKENS = {"cpu": 512, "gpu": 16384}
 """That go through together, about; another number, device or number of threads may round the last bit differently."""
-LONGEST_SEGMENT = 1024
-"""The paper's; long-context backbones would otherwise get all they can take."""
 _SHORTEST = 16
 
 
@@ -298,17 +296,15 @@ def new_layout(
     """
     if dtype not in (None, *DTYPES):
         raise StoreError(f"dtype ({dtype!r}) must be one of {', '.join(DTYPES)}")
-    window = getattr(model.config.backbone_config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.backbone_config
     size = int(model.config.chunk_size) if chunk_size is None else chunk_size
-    segment = segment_tokens
-    if segment is None:
-        segment = min(int(window or LONGEST_SEGMENT), LONGEST_SEGMENT) // max(size, 1) * size
+    segment = usual_window(config) // max(size, 1) * size if segment_tokens is None else segment_tokens
     if size < 1 or segment < size or segment % size:
         near = max(1, round(segment / max(size, 1))) * size
         raise StoreError(
             f"segment_tokens ({segment}) must be a positive multiple of chunk_size ({size}); try segment_tokens={near}"
         )
-    if window and segment > window:
+    if (window := positions(config)) is not None and segment > window:
         raise StoreError(f"segment_tokens ({segment}) must not exceed the backbone's window of {window} tokens")
     heads, dim = model.memory_heads, model.memory_head_dim
     about = (os.urandom(8).hex(), model.fingerprint, name_of(model), model.memory_layers)

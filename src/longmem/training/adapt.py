@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,7 +24,7 @@ from transformers import TrainingArguments
 
 from longmem.data.facts import draw_facts
 from longmem.data.stream import IGNORE, SegmentBatch, SegmentStream
-from longmem.data.tokens import TokenCorpus, as_corpus
+from longmem.data.tokens import TokenCorpus, as_corpus, token_ids
 from longmem.errors import ConfigError, DataError
 from longmem.memory import MemoryBank
 from longmem.memory.session import EncodedText, SessionMemory
@@ -264,6 +265,7 @@ class Questions(NamedTuple):
     memory: SessionMemory
 
 
+@dataclass(eq=False)
 class NeedleStream:
     """Batches of questions for a ``LongMemTrainer``, in place of segments of text.
 
@@ -279,25 +281,19 @@ class NeedleStream:
         rank: of this process, which asks questions of its own.
     """
 
-    epoch = 0.0
-
-    def __init__(
-        self,
-        model: Any,
-        corpus: TokenCorpus,
-        tokenizer: Any,
-        settings: NeedlesSection,
-        *,
-        window: int,
-        memory_dtype: torch.dtype,
-        seed: int = 1,
-        rank: int = 0,
-        quiet: bool = False,
-    ) -> None:
-        self.model, self.corpus, self.tokenizer, self.settings = model, corpus, tokenizer, settings
-        self.window, self.memory_dtype, self.seed, self.rank = window, memory_dtype, seed, rank
-        self.quiet, self._taken = quiet, 0
-        self._asked: dict[int, Asked] = {}
+    model: Any
+    corpus: TokenCorpus
+    tokenizer: Any
+    settings: NeedlesSection
+    _: KW_ONLY
+    window: int
+    memory_dtype: torch.dtype
+    seed: int = 1
+    rank: int = 0
+    quiet: bool = False
+    epoch: float = field(default=0.0, init=False)
+    _taken: int = field(default=0, init=False)
+    _asked: dict[int, Asked] = field(default_factory=dict, init=False)
 
     def next(self) -> Questions:
         """The next questions."""
@@ -355,7 +351,7 @@ class NeedleStream:
         facts = draw_facts(settings.kinds[int(random.integers(len(settings.kinds)))], random)
         parts = []
         for sentence in (*facts.asked, *facts.others):
-            tokens = self._tokens(sentence)
+            tokens = token_ids(self.tokenizer, sentence)
             size = max(2, -(-len(tokens) // settings.context)) * settings.context
             if size >= self.corpus.num_tokens:
                 raise DataError(
@@ -370,12 +366,8 @@ class NeedleStream:
         # one question at a time: other batch sizes round differently, and a resumed run encodes more at once
         kv = self.model.encode(torch.from_numpy(np.concatenate(parts)).to(self.model.device))
         keys, values = (part.transpose(1, 2).flatten(0, 1) for part in (kv.keys, kv.values))
-        question, answer = self._tokens(facts.question), self._tokens(facts.answer)
+        question, answer = (token_ids(self.tokenizer, text) for text in (facts.question, facts.answer))
         ids = torch.tensor(question + answer)
         targets = ids[1:].clone()
         targets[: len(question) - 1] = IGNORE
         return Asked(ids[:-1], targets, keys, values)
-
-    def _tokens(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from longmem.data.facts import asked_ids, told_ids, told_session
-from longmem.errors import ConfigError, DataError
+from longmem.data.tokens import token_ids
+from longmem.errors import ConfigError, DataError, not_a_multiple
 from longmem.evaluation.layers import encode_text, scored_loss
 from longmem.memory import MemoryBank
 from longmem.modeling.baselines import TrainingFree
@@ -64,8 +65,8 @@ class CalibrationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.memory % self.window:
-            raise ConfigError(f"memory ({self.memory}) must be a multiple of window ({self.window})")
+        if problems := not_a_multiple("memory", self.memory, "window", self.window):
+            raise ConfigError(problems)
 
     @property
     def passage(self) -> int:
@@ -136,7 +137,7 @@ def passages_of(texts: Iterable[str], tokenizer: Any, settings: CalibrationSetti
     for number, text in enumerate(draw.sample(long, len(long))):
         for _ in range(-(-(count - number) // len(long))):
             at = draw.randrange(max(1, len(text) - 8 * wanted))
-            ids = tokenizer(text[at : at + 8 * wanted], add_special_tokens=False, verbose=False)["input_ids"]
+            ids = token_ids(tokenizer, text[at : at + 8 * wanted])
             if len(ids) >= wanted:
                 made.append(torch.tensor(ids[:wanted]))
     return made[:count]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from longmem.chat import PlainTexts, Recall
 from longmem.data.facts import KINDS, OPTIONS, draw_facts
 from longmem.data.text import HELD_OUT, TextSource, package_text, packages, read_documents
-from longmem.errors import ConfigError, DataError
+from longmem.errors import ConfigError, DataError, not_a_multiple
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode, encode_after
 from longmem.evaluation.results import Json
 from longmem.evaluation.tasks import Example, Metric, Task, digest_of
@@ -153,12 +153,7 @@ class HiddenTask(Task):
 
     def begin(self, askers: Sequence[Asker]) -> Sequence[Asker]:
         found, window = super().begin(askers), self.window
-        problems = [
-            f"length ({length}) must be a multiple of the window ({window}); try {max(1, length // window) * window}"
-            for length in self.lengths
-            if length % window
-        ]
-        if problems:
+        if problems := [line for n in self.lengths for line in not_a_multiple("length", n, "the window", window)]:
             raise ConfigError(problems)
         self.haystack = read_haystack(self.text, self.tokenizer, max(self.lengths), window)
         return found
