@@ -1,7 +1,5 @@
 """The command line's frame: what every command shares."""
 
-from __future__ import annotations
-
 import errno
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``longmem demo``: a pair remembers texts that are named."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a run says of its progress."""
 
-from __future__ import annotations
-
 import pytest
 
 from longmem.progress import Progress, clock

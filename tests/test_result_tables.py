@@ -1,7 +1,5 @@
 """What README.md and the pages claim of results holds; test_docs.py compares their tables with the JSON files."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the tests of ``longmem memory`` share: models and texts on disk, and the command as a function."""
 
-from __future__ import annotations
-
 import io
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What the values of options mean, and what is printed."""
 
-from __future__ import annotations
-
 import json
 import time
 from datetime import UTC, datetime

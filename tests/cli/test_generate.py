@@ -1,7 +1,5 @@
 """``longmem generate``: what it continues, what it reads, what it shows, what it keeps, what it refuses."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import unicodedata

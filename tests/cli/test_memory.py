@@ -1,7 +1,5 @@
 """``longmem memory``: every command on a real store, as a person would call it."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sqlite3

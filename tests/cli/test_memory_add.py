@@ -1,7 +1,5 @@
 """``longmem memory add``: every kind of source, whole or not at all, and on where it stopped."""
 
-from __future__ import annotations
-
 import tarfile
 import time
 from collections.abc import Callable

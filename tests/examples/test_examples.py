@@ -1,7 +1,5 @@
 """The examples run, and fit on a page."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

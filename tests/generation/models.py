@@ -1,7 +1,5 @@
 """Tiny models whose next token depends on memory, and banks for them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Cached decoding = full forward; left-padded = unpadded; a row of a batch = that 
 asking twice gives the same answer twice.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

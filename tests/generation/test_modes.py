@@ -1,7 +1,5 @@
 """transformers' ways of decoding, with memory: each gives the tokens it gives without a cache."""
 
-from __future__ import annotations
-
 import gc
 from threading import Thread
 from typing import Any

@@ -1,7 +1,5 @@
 """What memory did to each token: the numbers, and the page that shows them."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -1,7 +1,5 @@
 """Text longer than the local window: the same tokens as the same steps without any cache, and nobody's bank written."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +136,9 @@ def test_sampling_and_several_sequences_of_one_prompt(llama: LongMem) -> None:
         llama.generate(ids(2, 8), memory=session, num_return_sequences=2, do_sample=True, max_new_tokens=20, **WINDOW)
 
 
-BEAMS = {"num_beams": 3}
-LOOKUP = {"prompt_lookup_num_tokens": 3}
-
-
 @pytest.mark.parametrize(
-    ("mode", "says"), [(BEAMS, "beam search takes back"), (LOOKUP, "assisted generation takes back")], ids=str
+    ("mode", "says"),
+    [({"num_beams": 3}, "beam search takes back"), ({"prompt_lookup_num_tokens": 3}, "assisted generation takes back")],
 )
 def test_what_takes_tokens_back_must_fit_the_window(llama: LongMem, mode: dict[str, int], says: str) -> None:
     settings = {**WINDOW, **GREEDY, **mode, "memory": bank_of(llama)}

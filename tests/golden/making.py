@@ -5,8 +5,6 @@ thread and float32; run it again only where a change of the numbers is wanted an
 ``format-1-*.tar`` are of documents as ``fill`` adds them; a store of today does not write that format.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Numbers frozen with the code of the tag ``house-before`` still come out."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

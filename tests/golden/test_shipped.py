@@ -1,7 +1,5 @@
 """The shipped models score what they scored with the code of the tag ``house-before``, on the same documents."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Laws 4 to 7 and 12 on whole histories: any sequence of writes against a bank made of Python lists."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, product

@@ -1,7 +1,5 @@
 """Exact search against sorting every score."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

@@ -1,7 +1,5 @@
 """What memories say when something does not fit: one line, the value, the rule, the way out."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

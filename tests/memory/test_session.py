@@ -1,14 +1,16 @@
-"""Several memories searched as one: the best of all, rows over different banks, a session over a bank."""
+"""Several memories searched as one: the best of all, rows over different banks, a session over a bank; and a text."""
 
-from __future__ import annotations
-
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.family_table import V
+from tests.generation.models import longmem
 from tests.memory.test_bank import kv, queries
 
+from longmem.errors import ConfigError, MemoryBankError
 from longmem.memory.bank import MemoryBank
-from longmem.memory.session import OVERLAY, JoinedMemory, SessionMemory
+from longmem.memory.session import OVERLAY, EncodedText, JoinedMemory, SessionMemory
 from longmem.types import RetrievedMemory
 
 
@@ -63,15 +65,6 @@ def test_chunks_of_a_session_are_told_apart_from_those_below_and_its_writes_are_
     assert int(session.tokens[0]) == 0 and (session.search(queries(1), 4).chunks < OVERLAY).all()
 
 
-def test_a_session_over_nothing_is_a_bank() -> None:
-    session, plain = SessionMemory(None, bank(2, 0)), bank(2, 9, 3)
-    assert not session.search(queries(2), 4).mask.any()
-    session.add(kv(2, 9, 3), documents=["seed 3"] * 2)
-    session.end_document()
-    assert same(session.search(queries(2), 4), plain.search(queries(2), 4))
-    assert session.provenance(1, 0).document == "seed 3"
-
-
 def test_every_row_of_a_list_reads_its_own_bank() -> None:
     left, right = bank(1, 10, 1), bank(1, 4, 2, dtype=torch.float16)
     together = JoinedMemory([left, right, None, left])
@@ -88,3 +81,39 @@ def test_every_row_of_a_list_reads_its_own_bank() -> None:
     assert found.memory_rows is not None and found.memory_rows.tolist() == [0, 1, 2, 3]
     beams = together.search(asked[[1, 1, 0]], 4, torch.tensor([1, 1, 0]))
     assert same(of_row(beams, 0), of_row(found, 1)) and same(of_row(beams, 2), of_row(found, 0))
+
+
+def segments_of(seed: int, segments: int = 5) -> torch.Tensor:
+    return torch.randint(3, V, (segments, 8), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("layers", [(2,), (0, 2)])
+def test_an_encoded_text_holds_what_a_bank_of_its_segments_would_also_while_some_are_others(layers, monkeypatch):
+    monkeypatch.setattr("longmem.types.PERIOD_TOKENS", 8)
+    model = longmem(chunk_size=4, memory_layers=layers)
+    ids, hidden = segments_of(0), segments_of(1, 1)[0]
+    encoded, again = EncodedText(model, ids), EncodedText(model, ids)
+    asked = torch.randn(2, 4, 3, 8, generator=torch.Generator().manual_seed(2))
+    before = encoded.bank.storage.clone()
+    with encoded.holding(1, 3, {2: hidden.tolist()}) as changed:
+        for memory, segments, capacity in (
+            (changed, [ids[1], hidden, ids[3]], 64),
+            (again.run(1, 3), [ids[1], ids[2], ids[3]], 64),
+            (again.run(0, 5, most_tokens=12), [ids[3], ids[4]], 12),  # only its end is remembered
+        ):
+            expected = MemoryBank.for_model(model, capacity_tokens=capacity)
+            for segment in segments:
+                expected.add(model.encode(segment[None]))
+            for layer in range(len(model.memory_layers)):
+                found = memory.search(asked, 2, torch.zeros(2, dtype=torch.long), layer=layer)
+                wanted = expected.search(asked, 2, torch.zeros(2, dtype=torch.long), layer=layer)
+                assert torch.equal(found.scores, wanted.scores)
+                assert torch.equal(found.keys, wanted.keys) and torch.equal(found.values, wanted.values)
+                if capacity == 64:
+                    assert torch.equal(found.period, wanted.period) and len(found.period.unique()) > 1
+    assert torch.equal(encoded.bank.storage, before)
+    assert again.run(1, 3).provenance(0, 5).start_token == 20
+    with pytest.raises(MemoryBankError, match="is not in row 0; it holds 0 to 5"):
+        again.run(1, 3).provenance(0, 6)
+    with pytest.raises(ConfigError, match=r"window \(6\) must be a multiple of chunk_size \(4\)"):
+        EncodedText(model, ids[:, :6])

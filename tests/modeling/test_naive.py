@@ -1,11 +1,13 @@
-"""Law 12: the fast path equals the paper in loops on random small sizes."""
+"""The paper's model. Law 12: the fast path equals the paper in loops on random small sizes."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.family_table import ids, make_backbone
 from tests.modeling.naive import NaiveLongMem
 
 from longmem import AlibiGPTConfig, AlibiGPTForCausalLM, LongMem, MemoryBank
+from longmem.modeling.alibi_gpt import alibi_slopes
 
 
 @settings(max_examples=12, deadline=None)
@@ -44,3 +46,16 @@ def test_fast_equals_naive(
         # the oracle closes every segment's last chunk, as the end of a document does
         bank.add(out.kv, documents=[str(number)])
         bank.end_document()
+
+
+def test_slopes_of_six_heads_are_those_of_four_and_two_in_between() -> None:
+    expected = torch.tensor([2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3])
+    torch.testing.assert_close(alibi_slopes(6), expected)
+
+
+@torch.no_grad()
+def test_eager_attention_equals_sdpa() -> None:
+    model = make_backbone("alibi_gpt")
+    fused = model(ids()).logits
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids()).logits, fused, atol=1e-5, rtol=1e-5)

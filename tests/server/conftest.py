@@ -1,7 +1,5 @@
 """A live server over a tiny random model, in a thread of this process."""
 
-from __future__ import annotations
-
 import socket
 import threading
 import time

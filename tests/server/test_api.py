@@ -1,7 +1,5 @@
 """The real OpenAI client against a live server: answers, memories, files, limits, what is refused."""
 
-from __future__ import annotations
-
 import gc
 import json
 import re

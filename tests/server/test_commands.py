@@ -1,7 +1,5 @@
 """``longmem chat`` as a script of lines, and what ``longmem serve`` refuses."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import io

@@ -1,7 +1,5 @@
 """The worker: every accepted call ends, nobody waits for another's long answer, and giving way changes no text."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 import threading

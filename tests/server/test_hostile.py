@@ -1,7 +1,5 @@
 """What strangers send: no 5xx, no hang, no leak."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import httpx

@@ -1,7 +1,5 @@
 """Server processes that are stopped and killed: what was acknowledged stays, what is of others never shows."""
 
-from __future__ import annotations
-
 import signal
 import time
 from collections.abc import Callable

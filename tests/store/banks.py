@@ -1,7 +1,5 @@
 """What the tests of the read path share: stores of random numbers, and MemoryBanks that hold the same."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the hard suites share: a model that costs nothing, small stores, and all that can be read of one, to compare."""
 
-from __future__ import annotations
-
 import os
 import random
 import tempfile

@@ -1,7 +1,5 @@
 """Adding: in parts as at once, once only, in constant memory, and nothing of other namespaces shows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

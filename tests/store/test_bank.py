@@ -1,7 +1,5 @@
 """A bank on a store: what it finds, equal to a MemoryBank to the last bit, and what it stops finding."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A store whose writer dies at any moment is as before or as after; readers beside a writer see whole states only."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

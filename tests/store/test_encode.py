@@ -1,7 +1,5 @@
 """Encoding: what a segment leaves in memory does not depend on its company, to the last bit."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a forward pass says about what it read: chunks, scores and shares, led back to documents."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tests.family_table import ids

@@ -1,7 +1,5 @@
 """A reader written from docs/memory-format.md alone, without this library, finds what the store says."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sqlite3

@@ -1,7 +1,5 @@
 """Re-reading: the passages that share words with a question."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterator
@@ -69,23 +67,18 @@ def test_words_of_a_question_are_no_operators(notes: MemoryStore) -> None:
                                                               2 if "bees" in query else 0)  # fmt: skip
 
 
-def test_what_is_forgotten_or_changed_is_noticed(notes: MemoryStore) -> None:
-    recall = Recall(notes, "ann")
-    assert recall.search("Petrel")
-    assert not recall.search("Petrel", without=["monday"])
-    notes.add_document("ann", "user: The boat is called Heron now.", name="monday", replace=True)
-    assert not recall.search("Petrel") and recall.search("Heron")
-    notes.forget("ann", name="monday")
-    assert not recall.search("Heron")
-
-
-def test_a_reader_notices_what_a_writer_adds_and_forgets(notes: MemoryStore) -> None:
-    with open_small(notes.path, mode="read") as reader:  # a connection of its own
-        recall, bank = Recall(reader, "ann"), reader.bank("ann")
+@pytest.mark.parametrize("own", [True, False], ids=["the writer's own connection", "another"])
+def test_what_is_added_changed_and_forgotten_is_noticed(notes: MemoryStore, own: bool) -> None:
+    with open_small(notes.path, mode="read") as other:
+        store = notes if own else other
+        recall, bank = Recall(store, "ann"), store.bank("ann")
+        assert recall.search("Petrel") and not recall.search("Petrel", without=["monday"])
         assert not recall.search("Heron") and found_names(bank) == {"monday", "tuesday"}
         notes.add_document("ann", "user: The boat is called Heron now.", name="new")
         bank.refresh()
         assert recall.search("Heron") and found_names(bank) == {"monday", "tuesday", "new"}
+        notes.add_document("ann", "user: The boat is sold.", name="monday", replace=True)
+        assert not recall.search("Petrel")
         notes.forget("ann", name="new")
         bank.refresh()
         assert not recall.search("Heron") and found_names(bank) == {"monday", "tuesday"}

@@ -1,7 +1,5 @@
 """A session over documents of a store: the best of both, committed or dropped."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,8 +36,8 @@ def test_what_is_said_stays_in_its_session_until_commit(store: MemoryStore, mode
     bank = store.bank("alice")
     session, other = bank.session(), bank.session()
     said = ids(13, seed=20)
-    say(session, model, said[:8])
-    say(session, model, said[8:])
+    for part in said.split(5):
+        say(session, model, part)
     assert store.documents("alice")[0].name == "letter"
     assert other.search(queries(bank), 99).chunk_mask.sum(-1).max() == 11
     receipt = session.commit("talk", source="chat", metadata={"kind": "talk"}, time=5.0)
@@ -48,21 +46,14 @@ def test_what_is_said_stays_in_its_session_until_commit(store: MemoryStore, mode
     assert (document.source, document.metadata, document.added) == ("chat", {"kind": "talk"}, 5.0)
     assert torch.equal(torch.from_numpy(store.token_ids("alice", "talk").astype("int64")), said)
     assert session.tokens.tolist() == [0]
-    # it goes on being found, now underneath, once
+    # it goes on being found, now underneath, once, as a document that was added as a whole
     assert found_names(bank) == {"letter", "talk"}
     assert session.search(queries(bank), 99).chunk_mask.sum(-1).max() == 11 + 7
-
-
-def test_a_committed_session_is_the_document_added_as_a_whole(store: MemoryStore, model: LongMem) -> None:
-    bank = store.bank("alice")
-    session = bank.session()
-    for part in LETTER.split(5):
-        say(session, model, part)
-    session.commit("again")
-    store.add_document("bob", ids=LETTER, name="again")
-    ours = store.bank("alice", documents=["again"]).search(queries(bank), 50)
-    theirs = store.bank("bob").search(queries(bank), 50)
-    assert torch.equal(ours.scores, theirs.scores)
+    store.add_document("bob", ids=said, name="talk")
+    ours, theirs = (
+        each.search(queries(bank), 50).scores for each in (store.bank("alice", documents=["talk"]), store.bank("bob"))
+    )
+    assert torch.equal(ours, theirs)
 
 
 def test_a_full_session_forgets_the_oldest_and_commits_all_also_to_a_document(

@@ -1,7 +1,5 @@
 """Opening, forgetting, compacting, verifying, moving: a store as its users and its keepers see it."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Several processes that encode leave what one leaves."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
