@@ -1,6 +1,7 @@
 """What ``longmem convert`` accepts, and the line it answers with to what it does not."""
 
 import argparse
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,15 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path: Path, zipped: bool, monkeypatc
     path = edited(tmp_path, lambda it: it.update(extra_state=Hostile()), _use_new_zipfile_serialization=zipped)
     assert "which is not loaded because it could run code" in refusal(path)
     assert not (tmp_path / "trap").exists()
+
+
+def test_a_converted_checkpoint_names_its_own_backbone_whatever_is_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "backbone").mkdir()
+    monkeypatch.chdir(tmp_path)
+    convert(LONGMEM, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["backbone_name_or_path"] == "backbone"
 
 
 def test_tensors_that_mean_nothing_are_told(tmp_path: Path, command: Command) -> None:

@@ -28,8 +28,8 @@ from longmem.modeling.backbone import Backbone
 from longmem.modeling.loading import gguf_folder, given_backbone, how_to_load, is_gguf, load_backbone
 from longmem.modeling.weights import fingerprint_of, legacy_fingerprint, same_weights, sketch_of
 
-# settings that any trained model can be read with
-_CHANGEABLE = ("recency", "num_retrieved", "chunk_size", "memory_size")
+CHANGEABLE = ("recency", "num_retrieved", "chunk_size", "memory_size")
+"""Settings that any trained model can be read with."""
 _FINDING = ("subfolder", "gguf_file", "variant")  # where a backbone is; kept in a checkpoint's config
 
 
@@ -125,10 +125,10 @@ class Checkpointed(PreTrainedModel):
             ConfigError: if a setting is given that belongs to the trained weights, or breaks a rule.
         """
         changed = cls.config_class.settings_among(kwargs)
-        if fixed := sorted(changed.keys() - set(_CHANGEABLE)):
+        if fixed := sorted(changed.keys() - set(CHANGEABLE)):
             raise ConfigError(
                 f"{fixed[0]} ({changed[fixed[0]]!r}) cannot be changed in a trained model, only "
-                f"{', '.join(_CHANGEABLE)}; leave it out, or make a new model with {cls.__name__}.from_backbone"
+                f"{', '.join(CHANGEABLE)}; leave it out, or make a new model with {cls.__name__}.from_backbone"
             )
         dtype, how = how_to_load(kwargs, dtype)
         folder = resolve_folder(str(pretrained_model_name_or_path), revision)
@@ -229,15 +229,12 @@ class Checkpointed(PreTrainedModel):
             (folder / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
 
     def saved_config(self) -> MemoryConfig:
-        """The settings as a checkpoint has them: the backbone by a name that holds from anywhere, and its sketch."""
+        """The settings as a checkpoint has them, with a sketch of the backbone."""
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
         # of weights that are divided among processes it was taken before, see `training.models.shard`
         if not any(hasattr(weight, "full_tensor") for weight in self.backbone.model.parameters()):
             config.backbone_sketch = sketch_of(self.backbone.model)
-        name = config.backbone_name_or_path
-        if name is not None and os.path.isdir(name):
-            config.backbone_name_or_path = os.path.abspath(name)
         return cast(MemoryConfig, config)
 
     @torch.no_grad()

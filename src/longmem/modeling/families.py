@@ -69,13 +69,9 @@ class Family:
         decoder = find(model, path.rpartition(".")[0])
         norm = next((m for name in _FINAL_NORM if (m := getattr(decoder, name, None)) is not None), None)
         family = cls(path, decoder, find(model, path), norm, getattr(decoder, "project_out", None), config)
-        attentions = [attention for layer in family.layers if (attention := attention_of(layer)) is not None]
-        if not attentions:
-            raise BackboneError(
-                f"{type(family.layers[0]).__name__} of {type(model).__name__} has no attention module called "
-                f"{', '.join(_ATTENTION)}; layers without attention cannot be remembered"
-            )
-        family.output_projection(attentions[0])
+        # a backbone without attention, or with one that has no output projection of a known name, is refused here
+        first = next((layer for layer in family.layers if attention_of(layer) is not None), family.layers[0])
+        family.output_projection(family.attention(first))
         return family
 
     @property
@@ -87,7 +83,10 @@ class Family:
         """The attention module of a layer that has one."""
         attention = attention_of(layer)
         if attention is None:
-            raise BackboneError(f"{type(layer).__name__} has no attention module called {', '.join(_ATTENTION)}")
+            raise BackboneError(
+                f"{type(layer).__name__} has no attention module called {', '.join(_ATTENTION)}; layers without "
+                "attention cannot be remembered"
+            )
         return attention
 
     def probe(self, layer: int, attention: nn.Module | None = None) -> PositionFreeProbe:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +18,7 @@ from longmem.errors import ConfigError
 from longmem.evaluation.layers import best_layers
 from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
 from longmem.modeling.baselines import MemTRM
+from longmem.modeling.checkpoints import CHANGEABLE
 from longmem.modeling.families import Family
 from longmem.modeling.loading import named_dtype
 from longmem.modeling.longmem import LongMem
@@ -138,10 +138,8 @@ def _longmem(recipe: Recipe, device: torch.device, settings: dict[str, Any]) -> 
     path = str(named.path)
     if side.start is not None:
         # trained before: how much it retrieves, and from how much, may be another number
-        model = LongMem.from_pretrained(side.start, backbone=path, dtype=dtype, side_dtype=torch.float32)
-        own = {"chunk_size", "num_retrieved", "memory_size", "recency"}
-        model.config.update({name: value for name, value in settings.items() if name in own})
-        model.config.backbone_name_or_path = os.path.abspath(path) if os.path.isdir(path) else path
+        own = {name: value for name, value in settings.items() if name in CHANGEABLE}
+        model = LongMem.from_pretrained(side.start, backbone=path, dtype=dtype, side_dtype=torch.float32, **own)
         model.config.backbone_revision = named.revision or model.config.backbone_revision
         return model
     loading: dict[str, Any] = {} if named.device_map is None else {"device_map": named.device_map}
