@@ -14,7 +14,7 @@ from longmem import LongMem, MemoryStore
 
 
 @pytest.mark.usefixtures("filled")
-def test_list_shows_documents_of_all_or_of_one(memory: Command) -> None:
+def test_list_and_show_say_what_is_known_of_documents_of_all_or_of_one(memory: Command) -> None:
     lines = memory("list").out.splitlines()
     assert lines[0].split() == ["namespace", "name", "tokens", "added", "expires", "metadata"]
     assert [line.split()[:2] for line in lines[1:]] == [
@@ -22,6 +22,8 @@ def test_list_shows_documents_of_all_or_of_one(memory: Command) -> None:
         ["bob", "inner/three.txt"], ["bob", "one.txt"],
     ]  # fmt: skip
     assert lines[4].endswith("kind=note, year=1843")
+    shown = memory("show", "one.txt", "-n", "bob").out
+    assert "kind=note, year=1843" in shown and "tokens" in shown
     assert names(memory("list", "-n", "ada", "--json")) == ["inner/three.txt", "one.txt", "two.md"]
     assert memory("list", "--where", "year=1843", "--where", "kind=other", "--json").json == {"documents": []}
     assert memory("list", "--older-than", "1d", "--json").json == {"documents": []}
@@ -29,12 +31,6 @@ def test_list_shows_documents_of_all_or_of_one(memory: Command) -> None:
     assert memory("list", "--namespaces").out.splitlines()[1].split()[:2] == ["ada", "3"]
     for condition in ("--where", "year=1843"), ("--older-than", "1d"), ("--before", "2999-01-01"):
         assert "--namespaces lists whole namespaces; leave out" in memory("list", "--namespaces", *condition).err
-
-
-@pytest.mark.usefixtures("filled")
-def test_show_says_what_is_known(memory: Command) -> None:
-    shown = memory("show", "one.txt", "-n", "bob").out
-    assert "kind=note, year=1843" in shown and "tokens" in shown
 
 
 def test_token_ids_are_counted_and_read_with_a_tokenizer(memory: Command, models: Path, filled: Path) -> None:

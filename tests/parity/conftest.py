@@ -7,18 +7,15 @@ REFERENCES = [Reference(path) for path in sorted(FOLDER.glob("fixture_*.json"))]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every reference, or every case of the module's ``KIND``; ``probed_case``: those with reads alone."""
+    """Every reference, or every case of a kind: ``eval_case``, ``grad_case``; ``probed_case``: with reads alone."""
     if not REFERENCES:
         raise pytest.UsageError(
             f"{FOLDER}: holds no fixture_*.json; unset LONGMEM_PARITY_DIR or name a folder that does"
         )
     if "reference" in metafunc.fixturenames:
         metafunc.parametrize("reference", REFERENCES, ids=lambda reference: reference.path.stem)
-    for wanted in {"case", "probed_case"} & set(metafunc.fixturenames):
-        cases = [
-            case
-            for reference in REFERENCES
-            for case in (Case(reference, name) for name in reference.record["cases"])
-            if case.record["kind"] == metafunc.module.KIND and (wanted == "case" or case.probes)
-        ]
-        metafunc.parametrize(wanted, cases, ids=lambda case: f"{case.reference.path.stem}-{case.name}")
+    cases = [Case(reference, name) for reference in REFERENCES for name in reference.record["cases"]]
+    for wanted in {"eval_case", "probed_case", "grad_case", "sgd_case"} & set(metafunc.fixturenames):
+        kind = "eval" if wanted == "probed_case" else wanted.removesuffix("_case")
+        some = [case for case in cases if case.record["kind"] == kind and (wanted != "probed_case" or case.probes)]
+        metafunc.parametrize(wanted, some, ids=lambda case: f"{case.reference.path.stem}-{case.name}")

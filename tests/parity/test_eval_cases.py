@@ -18,11 +18,9 @@ from tests.parity.reference import (
 from tests.parity.released import ReleasedBank
 from torch import Tensor
 
-KIND = "eval"
 
-
-def test_every_segment_and_the_memory_after_it_match_the_released_code(case: Case) -> None:
-    model, tensors = case.reference.model(), case.tensors
+def test_every_segment_and_the_memory_after_it_match_the_released_code(eval_case: Case) -> None:
+    case, model, tensors = eval_case, eval_case.reference.model(), eval_case.tensors
     bank = case.bank(model)
     for index, record in enumerate(case.added):
         input_ids = case.segment(tensors, index)
@@ -33,15 +31,14 @@ def test_every_segment_and_the_memory_after_it_match_the_released_code(case: Cas
         compare(tensors, record, "backbone_hidden", alone)
         compare(tensors, record, "backbone_logits", alone_logits)
         bank.add(seen.kv)
-        assert fill(bank) == record["dstore_idx_after"], record["prefix"]
+        assert bank.fill == record["dstore_idx_after"], record["prefix"]
         if "evicted_after" in record:
-            assert first_number(bank) == record["evicted_after"], record["prefix"]
+            assert bank.evicted == record["evicted_after"], record["prefix"]
     check_store(case, tensors, bank)
 
 
 def test_probes_read_the_memory_and_do_not_write_it(probed_case: Case) -> None:
-    case = probed_case
-    model, tensors = case.reference.model(), case.tensors
+    case, model, tensors = probed_case, probed_case.reference.model(), probed_case.tensors
     bank = case.bank(model)
     with torch.no_grad():
         for index in range(len(case.added)):
@@ -49,7 +46,7 @@ def test_probes_read_the_memory_and_do_not_write_it(probed_case: Case) -> None:
         for record in case.probes:
             seen = watch(model, bank, tensors[f"{record['prefix']}tokens"])
             check(case, tensors, record, seen, bank)
-            assert fill(bank) == record["dstore_idx_after"]
+            assert bank.fill == record["dstore_idx_after"]
         bank.reset()
         again = model(case.segment(tensors, 0), memory=bank).logits
     close(again, tensors["after_reset.logits"], "after_reset.logits")
@@ -63,22 +60,16 @@ def check(case: Case, tensors: dict[str, Tensor], record: dict[str, Any], seen: 
     compare(tensors, record, "side_final", seen.side_final)
     compare(tensors, record, "cached_k", merge_heads(seen.kv.keys))
     compare(tensors, record, "cached_v", merge_heads(seen.kv.values))
-    if f"{record['prefix']}chunk_ids" not in tensors:
-        return
-    assert seen.retrieved is not None
-    assert seen.queries is not None
-    compare(tensors, record, "query", merge_heads(seen.queries))
-    check_chunks(case, tensors, record, seen, bank)
+    if f"{record['prefix']}chunk_ids" in tensors:
+        compare(tensors, record, "query", merge_heads(seen.queries))
+        check_chunks(tensors, record, seen, bank)
 
 
-def check_chunks(
-    case: Case, tensors: dict[str, Tensor], record: dict[str, Any], seen: Seen, bank: ReleasedBank
-) -> None:
+def check_chunks(tensors: dict[str, Tensor], record: dict[str, Any], seen: Seen, bank: ReleasedBank) -> None:
     """The same chunks, scores, keys and values; a missing chunk is -1 in the reference.
 
     Chunks are compared as sets, because two of them may score alike to the last digit; scores are compared in order.
     """
-    assert seen.retrieved is not None
     prefix = record["prefix"]
     theirs = tensors[f"{prefix}chunk_ids"].transpose(1, 2).long().cpu()
     theirs, their_order = torch.where(theirs < 0, -1, theirs + record.get("evicted_before", 0)).sort(
@@ -109,30 +100,17 @@ def check_store(case: Case, tensors: dict[str, Tensor], bank: ReleasedBank) -> N
             close(ours.float(), theirs, name, HALF_STORE_ATOL["memory_keys"] if case.half_store else ATOL)
 
 
-def compare(
-    tensors: dict[str, Tensor], record: dict[str, Any], name: str, ours: Tensor | None, atol: float = ATOL
-) -> None:
+def compare(tensors: dict[str, Tensor], record: dict[str, Any], name: str, ours: Tensor, atol: float = ATOL) -> None:
     """Compare with the reference's tensor of that name, where it kept one."""
     full = f"{record['prefix']}{name}"
     if full in tensors:
-        assert ours is not None, full
         close(ours, tensors[full], full, atol)
-
-
-def fill(bank: ReleasedBank) -> int:
-    """Chunks in the one memory that all rows share."""
-    return int(bank.chunks[0])
-
-
-def first_number(bank: ReleasedBank) -> int:
-    """Number of the oldest chunk left: how many were evicted."""
-    return min(bank.provenance(0, slot).number for slot in range(fill(bank)))
 
 
 def contents(bank: ReleasedBank) -> tuple[Tensor, Tensor]:
     """Stored keys and values, (H, chunks, S, D), oldest chunk first."""
     heads, dim = bank.heads_kv, bank.head_dim
     storage = bank.search(torch.zeros(1, heads, 1, dim, device=DEVICE), 1, rows=torch.tensor([0])).storage
-    slots = sorted(range(fill(bank)), key=lambda slot: bank.provenance(0, slot).number)
+    slots = sorted(range(bank.fill), key=lambda slot: bank.provenance(0, slot).number)
     stored = storage[0, slots].transpose(0, 1)  # (H, chunks, 2, S, D)
     return stored[:, :, 0], stored[:, :, 1]
