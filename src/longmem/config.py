@@ -71,7 +71,7 @@ class MemoryConfig(PreTrainedConfig):
         self.backbone_kwargs = dict(self.backbone_kwargs or {})
         one = kwargs.pop("memory_layer", None)  # what checkpoints and recipes of one layer say
         layers: Any = one if self.memory_layers is None else self.memory_layers
-        self.memory_layers = (layers,) if isinstance(layers, int) else None if layers is None else tuple(layers)
+        self.memory_layers = None if layers is None else tuple(layers) if isinstance(layers, Iterable) else (layers,)
         if problems := self.problems():
             raise ConfigError(problems)
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
@@ -99,7 +99,10 @@ class MemoryConfig(PreTrainedConfig):
         for name in names[1:] if not found else ():
             found += not_a_multiple(name, getattr(self, name), "chunk_size", self.chunk_size)
         found += _choices(self, fusion=Fusion)
-        recency: Any = self.recency  # a file may hold anything
+        for name in ("backbone_name_or_path", "backbone_revision"):  # a file may hold anything
+            if not isinstance(value := getattr(self, name), str | None):
+                found.append(f"{name} ({value!r}) must be text, or null")
+        recency: Any = self.recency
         if not (isinstance(recency, Real) and 0 <= float(recency) < math.inf):
             found.append(f"recency ({recency!r}) must be a number from 0 on; 0 reads old and new alike")
         if self.fusion == "token" and not self.token_gates:
@@ -164,6 +167,9 @@ class LongMemConfig(MemoryConfig):
         found = _no_count("stride", self.stride) + super().problems()
         if self.init == "zero" and self.trained == "attention":
             found.append('init ("zero") needs a feed-forward of its own; use trained "all", or init "delta"')
+        eps: Any = self.side_norm_eps
+        if eps is not None and not (isinstance(eps, Real) and 0 < float(eps) < math.inf):
+            found.append(f"side_norm_eps ({eps!r}) must be a number above 0, or null")
         return found + _choices(self, init=Init, trained=Trained, final_state=FinalState)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, T5Config, T5ForC
 
 from longmem import LongMem, LongMemConfig, MemTRM, MemTRMConfig, TrainingFree, TrainingFreeConfig
 from longmem.errors import BackboneError, CheckpointError, ConfigError
+from longmem.modeling.checkpoints import backbone_of
 from longmem.modeling.loading import load_backbone
 
 
@@ -134,6 +135,9 @@ def other_heads(folder: Path) -> None:
         (LongMem, setting(dtype="bf16"), "not a complete LongMem checkpoint"),
         (LongMem, setting(chunk_size=None, stride="2"), r"stride \('2'\) must be a whole .*; chunk_size \(None\) must"),
         (LongMem, setting(memory_layers=[1.5]), r"memory_layers \(\[1.5\]\) must be different layers"),
+        (LongMem, setting(memory_layers=1.5), r"memory_layers \(\[1.5\]\) must be different layers"),
+        (LongMem, setting(backbone_name_or_path=3), r"backbone_name_or_path \(3\) must be text"),
+        (LongMem, setting(side_norm_eps="tiny"), r"side_norm_eps \('tiny'\) must be a number above 0"),
         (LongMem, setting(recency="much"), r"recency \('much'\) must be a number from 0 on"),
         (LongMem, without("config.json"), "no config.json.*it needs config.json and sidenet.safetensors"),
         (TrainingFree, setting(model_type="longmem"), "not a complete TrainingFree .* that of a longmem model"),
@@ -153,6 +157,12 @@ def test_a_damaged_checkpoint_is_refused(kind: Any, harm: Callable[[Path], Any],
     with pytest.raises((CheckpointError, BackboneError), match=says) as problem:
         kind.from_pretrained(tmp_path, **given)
     assert "\n" not in str(problem.value)
+
+
+def test_a_config_edited_wrongly_names_no_backbone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "longmem", "backbone_name_or_path": 3}')
+    with pytest.raises(CheckpointError, match=r"is damaged \(backbone_name_or_path \(3\) must be text, or null\)"):
+        backbone_of(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", [LongMem, TrainingFree])

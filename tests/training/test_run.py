@@ -122,6 +122,11 @@ def test_bf16_gives_nearly_the_losses_of_fp32(task: str, request: pytest.Fixture
         ("pretrain", {"optim": {"lr": 1e30, "clip": 0.0, "warmup": 0.0}}, "the loss is nan at step "),
         ("pretrain", {"data": {"window": 99_999}}, "which is less than two windows of data.window (99999)"),
         ("adapt", {"needles": ASK | {"context": 4096}}, "not more than a fact is hidden in (needles.context (4096)"),
+        (
+            "adapt",
+            {"backbone": {"dtype": "float16"}, "optim": {"precision": "bf16"}},
+            "'bf16' do not go together on a CPU",
+        ),
         ("adapt", {"backbone": {"path": "/nowhere"}}, "/nowhere: no tokenizer"),
         ("adapt", {"data": {"tokenizer": "large"}}, "large: a tokenizer of 268 tokens, the model knows 260: "),
     ],

@@ -30,6 +30,7 @@ from longmem.modeling.weights import fingerprint_of, legacy_fingerprint, same_we
 
 CHANGEABLE = ("recency", "num_retrieved", "chunk_size", "memory_size")
 """Settings that any trained model can be read with."""
+_DAMAGED = (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError)  # what reading one then raises
 _FINDING = ("subfolder", "gguf_file", "variant")  # where a backbone is; kept in a checkpoint's config
 
 
@@ -140,7 +141,7 @@ class Checkpointed(PreTrainedModel):
             if kind and kind != cls.config_class.model_type:
                 raise ValueError(f"its config.json is that of a {kind} model")
             tensors = _read_weights(folder / cls.weights_file)
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as problem:
+        except _DAMAGED as problem:
             raise CheckpointError(
                 f"{folder} is not a complete {cls.__name__} checkpoint ({first_line(problem)}); it needs config.json "
                 f"and {cls.weights_file} as written by save_pretrained"
@@ -411,11 +412,16 @@ def backbone_of(where: str) -> tuple[str, str | None]:
 
     Raises:
         BackboneError: the checkpoint does not say.
+        CheckpointError: its config is damaged.
     """
     kind = model_type(where)
     if kind not in CONFIGS:
         return where, None
-    config: Any = CONFIGS[kind].from_pretrained(where)
+    try:
+        config: Any = CONFIGS[kind].from_pretrained(where)
+    except _DAMAGED as problem:
+        said = f"{where}: its config.json is damaged ({first_line(problem)}); write the checkpoint again"
+        raise CheckpointError(said) from problem
     started = kind == "memtrm"  # its own backbone is the one that it trained
     name = config.start_name_or_path if started else config.backbone_name_or_path
     return named_backbone(name, resolve_folder(where, None)), None if started else config.backbone_revision

@@ -48,6 +48,12 @@ def build_model(
         else:
             model = _longmem(recipe, device, settings)
             trained = model.sidenet
+        half = model.backbone.model.dtype == torch.float16
+        if half and device.type == "cpu" and runs_bf16(recipe.optim.precision, device):
+            raise ConfigError(
+                "a backbone in float16 and optim.precision 'bf16' do not go together on a CPU: "
+                "set backbone.dtype = 'bfloat16', or optim.precision = 'fp32'"
+            )
     set_dropout(trained, recipe.optim.dropout)
     if recipe.optim.gradient_checkpointing:
         model.gradient_checkpointing_enable()

@@ -109,7 +109,8 @@ def lines(error: ValidationError, recipe: type[BaseModel]) -> list[str]:
         # what follows section and name is a place inside a list, or which one of several allowed types was tried
         name = ".".join(map(str, details["loc"][:2]))
         start, rule = f"{name} ({details['input']!r}) ", details["msg"].replace("Input should", "should")
-        rule = rule.replace(" valid integer", "n integer").replace(" valid ", " ")
+        rule = rule.replace(" valid integer", "n integer").replace(" valid ", " ").replace("tuple", "list")
+        rule = rule.replace("Input is not a path for <class 'pathlib.Path'>", "should be a path, in quotes")
         if details["type"] == "missing":
             start, rule = f"{name} is missing; ", "set task = 'pretrain' or 'adapt'"
         elif details["type"] == "extra_forbidden":
