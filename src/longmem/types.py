@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from longmem.errors import MemoryBankError
+
 
 @dataclass(frozen=True)
 class AttentionKV:
@@ -173,3 +175,12 @@ class Memory(Protocol):
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:
         """Where a chunk of a row came from; ``chunk`` is numbered as in ``RetrievedMemory.chunks``."""
         ...
+
+
+def check_memory(memory: object) -> None:
+    """Refuse, with a MemoryBankError, what is neither None nor something that can be searched."""
+    if memory is not None and not hasattr(memory, "search"):
+        raise MemoryBankError(
+            f"memory (a {type(memory).__name__}) cannot be searched; give a MemoryBank, a session, or the bank of a "
+            "store: store.bank(NAMESPACE)"
+        )

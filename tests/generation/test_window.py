@@ -87,8 +87,12 @@ def test_rows_of_unequal_length_move_when_they_would_alone(name: str) -> None:
 
 
 def test_by_default_the_window_is_what_the_backbone_was_made_for_and_a_full_session_drops_its_oldest(
-    llama: LongMem,
+    llama: LongMem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    warns = (
+        "transformers.generation.stopping_criteria.logger.warning_once"  # of a text longer than that, which is no harm
+    )
+    monkeypatch.setattr(warns, lambda said: pytest.fail(said))
     got = llama.generate(ids(1, 120), memory=bank_of(llama), max_new_tokens=20, **GREEDY)
     assert got[0].tolist() == reference(llama, ids(1, 120)[0], 20, 128, 64)
     got = llama.generate(ids(1, 20), max_new_tokens=40, session_tokens=16, **WINDOW, **GREEDY)

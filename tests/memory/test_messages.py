@@ -30,6 +30,7 @@ SEGMENT = kv(2, 2, 5, 3)
 @pytest.mark.parametrize(
     ("given", "settings", "message"),
     [
+        (torch.zeros(2, 2, 5, 3), {}, "a Tensor has no keys and values to remember; give out.kv, or model.encode(ids)"),
         (kv(2, 4, 5, 3), {}, "keys (2, 4, 5, 3) must be (B, 2, T, 3), as this bank was made for"),
         (kv(2, 2, 5, 8), {}, "keys (2, 2, 5, 8) must be (B, 2, T, 3), as this bank was made for"),
         (AttentionKV(SEGMENT.keys, SEGMENT.values[:, :, 1:]), {}, "values (2, 2, 4, 3) must have the shape of keys"),
@@ -78,6 +79,8 @@ def test_padding_may_hold_anything_and_what_a_dtype_holds_is_taken():
         (lambda: MemoryBank(1, 50, 2, 3), "capacity_tokens (50) must be a multiple of chunk_size (4); try 48 or 52"),
         (lambda: MemoryBank(1, 3, 2, 3), "capacity_tokens (3) must be a multiple of chunk_size (4); try 4"),
         (lambda: MemoryBank(0, 8, 0, 3), "rows (0) must be at least 1; heads_kv (0) must be at least 1"),
+        (lambda: bank(1, dtype=torch.int8), "dtype (torch.int8) must be torch.float16, bfloat16 or float32; "),
+        (lambda: bank(1, dtype="float16"), "dtype ('float16') must be torch.float16, "),
         (lambda: bank(1, memory_layers=(5, 3)), "memory_layers ([5, 3]) must name each layer once, ascending"),
         (lambda: bank(1, index="two_stage"), "index ('two_stage') must be one of exact, faiss"),
         (lambda: bank().search(torch.zeros(2, 2, 5, 4), 1), "queries (2, 2, 5, 4) must be (B, H, T, 3), with the head"),
@@ -105,6 +108,10 @@ def test_padding_may_hold_anything_and_what_a_dtype_holds_is_taken():
         (lambda: SessionMemory(bank(2), bank(3)), "the memory has 2 rows, the session 3; pass base_rows="),
         (lambda: SessionMemory(bank(1), bank(1, size=2)), "chunk_size differs among memories that are read together: "),
         (lambda: SessionMemory(bank(1, fingerprint="a"), bank(1, fingerprint="b")), "fingerprint differs among"),
+        (
+            lambda: JoinedMemory(["notes"]),
+            "memory (a str) cannot be searched; give a MemoryBank, a session, or the bank",
+        ),
         (lambda: JoinedMemory([None]), "a list of 1 banks must hold one; pass memory=None to read nothing"),
         (lambda: JoinedMemory([bank(1, memory_layers=(1,)), bank(1, memory_layers=(2,))]), "memory_layers differs"),
         (lambda: JoinedMemory([bank(1), None]).provenance(1, 0), "row 1 has no memory, so no chunk 0"),

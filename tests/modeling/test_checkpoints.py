@@ -232,6 +232,7 @@ OUT_OF_RANGE = "is out of range, the backbone has 4 layers counted from 0; these
             "the weights of this one are kept elsewhere",
         ),
         (made(backbone=t5), "not a decoder-only model"),
+        (made(backbone=lambda: made()("llama")), "a LongMem reads memory already, over a backbone of its own: load it"),
         (made(backbone=lambda: torch.nn.Linear(2, 2)), "no causal language model of transformers"),
         (made(backbone=lambda: "no/such/folder"), "could not be loaded"),
         (lambda _: TrainingFree(TrainingFreeConfig()), "use TrainingFree.from_backbone"),

@@ -90,6 +90,8 @@ def test_the_memory_of_another_backbone_or_of_other_layers_is_refused_by_name(ki
         model(ids(), memory=filled(other, ids()))
     one = kind.from_backbone(make_backbone("llama"), memory_layers=3, **SETTINGS).eval()
     assert one.fingerprint == model.fingerprint
+    with pytest.raises(MemoryBankError, match=r"memory \(a str\) cannot be searched; give a MemoryBank"):
+        model(ids(), memory="notes")
     with pytest.raises(MemoryBankError, match="holds keys of layer 3, this model remembers layers 1, 3"):
         model(ids(), memory=filled(one, ids()))
     with pytest.raises(MemoryBankError, match=r"chunk_size \(16\) must not exceed num_retrieved \(8\)"):

@@ -25,7 +25,8 @@ def longmem(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "note.txt").write_text("The cellar door is green.")
 
     def call(*arguments: object, lines: tuple[str, ...] = ()) -> Done:
-        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        typed = "".join(line + "\n" for line in lines).encode(errors="surrogateescape")
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
         return command(*arguments)
 
     return call
@@ -68,7 +69,7 @@ def test_chat_remembers_across_two_runs_and_forgets(longmem: Command, pair: Path
     status, out, told = longmem(*talk, "--no-keep", lines=(*forgetting, "Any bees?", "/why", "/memories", "/help"))
     assert out.count("forgot ") == 3 and "the last answer read no memory" in out and "/remember FILE" in out
     longmem("chat", pair, "-n", "bob", "-m", "2", lines=("Plums.",))
-    _, out, told = longmem(*talk, lines=("Plums?", "/why"))  # nothing was kept, and bob is another
+    _, out, told = longmem(*talk, lines=("Pl\udcffms?", "/why"))  # nothing was kept, and bob is another
     assert "namespace ann: 0 documents" in told and "the last answer read no memory" in out
 
 

@@ -14,7 +14,7 @@ from longmem import MemoryBank, TrainingFree
 from longmem.data.tokens import train_tokenizer
 from longmem.errors import ConfigError, DataError
 from longmem.training import calibrate as calibrating
-from longmem.training.calibrate import CLOSED, CalibrationSettings, calibrate
+from longmem.training.calibrate import CLOSED, CalibrationSettings, calibrate, passages_of
 
 SMALL = CalibrationSettings(window=16, memory=32, updates=6, scored=8, every=3, sessions=4, learning_rate=0.1)
 
@@ -64,6 +64,8 @@ def test_refusals() -> None:
         calibrate(_reader(fusion="softmax"), _texts(0), _texts(1))
     with pytest.raises(DataError, match=r"text: no document has 5121 tokens"):
         calibrate(_reader(), _texts(0), _texts(1), quiet=True)
+    with pytest.raises(DataError, match=r"no document has 5121 tokens"):  # before layers are measured
+        passages_of(["Too short."], None, CalibrationSettings(), 2)
     with pytest.raises(ConfigError, match=r"memory \(40\) must be a multiple of window \(16\)"):
         CalibrationSettings(window=16, memory=40)
 

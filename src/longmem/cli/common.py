@@ -211,7 +211,7 @@ _OPTIONS: dict[str, Any] = {
     "device": click.option("--device", default="auto", help="cpu, cuda, ...; auto takes a GPU if there is one."),
     "tokenizer": click.option("--tokenizer", help="Folder or hub id; default: that of the model's backbone."),
     "max_new_tokens": click.option("--max-new-tokens", "-m", type=AT_LEAST_1, default=256, help="Of an answer."),
-    "seed": click.option("--seed", type=click.IntRange(min=0), default=0, help="Of all that is drawn."),
+    "seed": click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of all that is drawn."),
     "json": click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
 }  # fmt: skip
 

@@ -349,7 +349,8 @@ class _Talk:
 
 
 def _lines() -> Iterator[str]:
-    """What is typed, with line editing, or piped."""
+    """What is typed, with line editing, or piped; bytes that are not text become a sign."""
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if not sys.stdin.isatty():
         yield from map(str.strip, sys.stdin)
         return

@@ -332,7 +332,8 @@ def _document(record: Any, name: str, path: str, line: int | None, source: TextS
         raise _Unreadable(f"{record!r:.40} is no object with a text field", "mend the line", "undecodable", "skip")
     text, given = record.get(source.field), record.get("id")
     if not isinstance(text, str):
-        fault = f"no text in the field {source.field!r} (fields: {', '.join(record) or 'none'})"
+        there = f"it holds {text!r:.40}; " if text is not None else ""
+        fault = f"no text in the field {source.field!r} ({there}fields: {', '.join(record) or 'none'})"
         raise _Unreadable(fault, "rename the field that has it", "field", "NAME")
     if isinstance(given, dict | list):
         raise _Unreadable(f"the field 'id' is no name: {given!r:.40}", "mend the line", "undecodable", "skip")

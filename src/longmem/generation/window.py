@@ -18,13 +18,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, GenerationMixin, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, GenerationMixin, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
 from longmem.config import LongMemGenerationConfig, positions, usual_window
 from longmem.errors import ConfigError, MemoryBankError
 from longmem.memory.session import JoinedMemory, SessionMemory, rows_under
-from longmem.types import AttentionKV, Memory
+from longmem.types import AttentionKV, Memory, check_memory
 
 TOKENS_AT_ONCE = 8192  # encoded together: enough to keep a device busy, little beside what a forward pass holds
 THIS_TEXT = "(this text)"
@@ -197,6 +197,9 @@ class LocalWindow:
 
     def watched(self, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
         """The same criteria, which also tell the window which rows have ended: the pads after an end are no text."""
+        for each in criteria:
+            if isinstance(each, MaxLengthCriteria):
+                each.max_position_embeddings = None  # it would warn of positions that the window never reaches
         return _Watched(criteria, self._ended)
 
     def _lengths(self, input_ids: Tensor) -> list[int]:
@@ -304,7 +307,9 @@ class MemoryGenerationMixin(GenerationMixin):
         given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         # without a prompt generate begins with one beginning-of-sequence token
         batch = next((len(each) for each in given if each is not None), 1)
-        read = JoinedMemory(memory) if isinstance(memory, Sequence) else memory
+        several = isinstance(memory, Sequence) and not isinstance(memory, str)
+        read = JoinedMemory(cast("Sequence[Memory | None]", memory)) if several else cast("Memory | None", memory)
+        check_memory(read)
         if memory_rows is None and read is not None:
             memory_rows = rows_under(read, batch, "the batch", "memory_rows")
         rows = None if memory_rows is None else torch.as_tensor(memory_rows)

@@ -99,6 +99,8 @@ class MemoryBank:
             problems += not_a_multiple("capacity_tokens", capacity_tokens, "chunk_size", chunk_size)
         if memory_layers is not None and (not memory_layers or list(memory_layers) != sorted(set(memory_layers))):
             problems.append(f"memory_layers ({list(memory_layers)}) must name each layer once, ascending")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            problems.append(f"dtype ({dtype!r}) must be torch.float16, bfloat16 or float32; a store also takes 8 bits")
         if problems:
             raise ConfigError(problems)
         self.rows = rows

@@ -364,6 +364,11 @@ def rows_of(rows: Tensor | Sequence[int] | None, batch: int | None, count: int, 
 
 def joined(kv: AttentionKV, heads: int, head_dim: int) -> Tensor:
     """Keys and values next to each other, (B, Hkv, 2, T, D), without gradient; a MemoryBankError if they do not fit."""
+    given: Any = kv
+    if not isinstance(given, AttentionKV):  # the whole output, for instance
+        raise MemoryBankError(
+            f"a {type(given).__name__} has no keys and values to remember; give out.kv, or model.encode(ids)"
+        )
     if kv.keys.dim() != 4 or (kv.keys.shape[1], kv.keys.shape[3]) != (heads, head_dim):
         shape = tuple(kv.keys.shape)
         raise MemoryBankError(f"keys {shape} must be (B, {heads}, T, {head_dim}), as this bank was made for")

@@ -23,7 +23,7 @@ from torch import Tensor
 from longmem.errors import ConfigError, MemoryBankError, StoreError, not_a_multiple
 from longmem.memory.bank import MemoryBank
 from longmem.memory.index import rows_of
-from longmem.types import AttentionKV, ChunkOrigin, Memory, RetrievedMemory
+from longmem.types import AttentionKV, ChunkOrigin, Memory, RetrievedMemory, check_memory
 
 OVERLAY = 1 << 39
 """Chunk numbers from here on are the session's own; smaller ones are the base memory's."""
@@ -203,6 +203,8 @@ class JoinedMemory:
 
     def __init__(self, banks: Sequence[Memory | None]) -> None:
         self.banks = list(banks)
+        for bank in banks:
+            check_memory(bank)
         if not any(bank is not None for bank in self.banks):
             raise MemoryBankError(f"a list of {len(self.banks)} banks must hold one; pass memory=None to read nothing")
         self.rows = len(self.banks)

@@ -61,6 +61,11 @@ class Family:
         """Find the parts of ``model``."""
         config = model.config.get_text_config(decoder=True)
         path = next((p for p in _LAYERS if isinstance(find(model, p), nn.ModuleList)), None)
+        if hasattr(model, "backbone") and path is None:
+            raise BackboneError(
+                f"a {type(model).__name__} reads memory already, over a backbone of its own: load it with "
+                f"{type(model).__name__}.from_pretrained, or give the backbone that it names"
+            )
         if config.is_encoder_decoder or path is None:
             raise BackboneError(
                 f"{type(model).__name__} is not a decoder-only model with its layers at one of {', '.join(_LAYERS)}; "

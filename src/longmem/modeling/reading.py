@@ -25,7 +25,7 @@ from longmem.errors import BackboneError, MemoryBankError
 from longmem.modeling.attention import MemoryAttentionOutput, local_lse, memory_attention
 from longmem.modeling.backbone import current_run
 from longmem.modeling.families import ADAPTERS, QKV, Family, scaling_of
-from longmem.types import Memory, RetrievedMemory
+from longmem.types import Memory, RetrievedMemory, check_memory
 
 
 @dataclass
@@ -74,6 +74,7 @@ class Reading:
     @classmethod
     def of(cls, model: Any, memory: Memory | None, rows: Tensor | None, explain: bool) -> Reading | None:
         """How a call of ``model`` reads ``memory``; None where there is none."""
+        check_memory(memory)
         if memory is None:
             return None
         theirs = getattr(memory, "fingerprint", None)

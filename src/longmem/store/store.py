@@ -375,7 +375,7 @@ def _check_new(folder: Path, model: Any, create: bool) -> None:
         way_out = f"restore {CATALOG} if it is a store's, or name an empty or new folder"
         raise StoreError(f"{folder}: no memory store, and it holds other files ({others[0]}); {way_out}")
     if not create:
-        raise StoreError(f"{folder}: no memory store here; check the path, or open it with mode='write' to make one")
+        raise StoreError(f"{folder}: no memory store here; check the path; the first text that is added makes one")
     if model is None:
         raise StoreError(f"{folder}: a new store needs the model whose memory it is to hold; open it with model=")
 

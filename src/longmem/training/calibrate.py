@@ -130,6 +130,9 @@ def passages_of(texts: Iterable[str], tokenizer: Any, settings: CalibrationSetti
         tokenizer: of the model.
         settings: say how long a passage is, and the seed.
         count: passages, one of each text as long as there are that many.
+
+    Raises:
+        DataError: no text has a passage of more than ``memory + window`` tokens.
     """
     draw, wanted = random.Random(f"passages {settings.seed}"), settings.passage
     long = [text for text in texts if len(text) >= 2 * wanted]
@@ -140,6 +143,8 @@ def passages_of(texts: Iterable[str], tokenizer: Any, settings: CalibrationSetti
             ids = token_ids(tokenizer, text[at : at + 8 * wanted])
             if len(ids) >= wanted:
                 made.append(torch.tensor(ids[:wanted]))
+    if not made:
+        raise DataError(f"no document has {wanted} tokens; take longer ones, or a smaller memory")
     return made[:count]
 
 
