@@ -173,6 +173,7 @@ def test_another_models_tokenizer_is_refused_wherever_text_is_read(
     model: Any = LongMem.from_pretrained(models / "side" / "final")
     with pytest.raises(DataError, match="the model knows 260: it is another model's; open the store with the model's"):
         MemoryStore.open(filled, model=model, tokenizer=load_tokenizer(tmp_path / "wrong"))
+    (tmp_path / "notes" / "long.txt").write_text(made_text(500))  # the others are too short to validate on
     for name, sizes in (("layers", ""), ("calibrate", " --memory 8 --window 8")):
         done = command(name, models / "backbone", *f"--data notes --tokenizer wrong --out out{sizes}".split())
         assert done.error == f"{said}name the right one with --tokenizer"

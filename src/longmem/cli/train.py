@@ -120,7 +120,8 @@ def calibrate(model: str, data: tuple[str, ...], valid: tuple[str, ...], layers:
     texts = _by_kind(data)
     if valid:
         held = _by_kind(valid)
-    else:
+    else:  # of those that are long enough: short ones alone would validate nothing
+        texts = {kind: [each for each in some if len(each) >= 2 * settings.passage] for kind, some in texts.items()}
         held = {kind: some[::HELD] for kind, some in texts.items()}
         texts = {kind: [text for n, text in enumerate(some) if n % HELD] or some for kind, some in texts.items()}
     training, check = (
