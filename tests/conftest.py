@@ -87,6 +87,14 @@ def make_byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.fixture
+def backbone_dir(tmp_path: Path, tiny_backbone: AlibiGPTForCausalLM, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The two as a folder."""
+    tiny_backbone.save_pretrained(tmp_path / "backbone")
+    byte_tokenizer.save_pretrained(tmp_path / "backbone")
+    return tmp_path / "backbone"
+
+
 def make_pair(home: Path, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
     """The folder of a random SideNet, with its backbone, which ends no text, beside it."""
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

@@ -53,11 +53,9 @@ def folder(tmp_path: Path, made_text: Callable[..., str], monkeypatch: pytest.Mo
 
 
 @pytest.fixture
-def sidenet_dir(tmp_path: Path, tiny_backbone: Any, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
+def sidenet_dir(tmp_path: Path, backbone_dir: Path) -> Path:
     """A SideNet that has moved away from its backbone, with its gates half open."""
-    tiny_backbone.save_pretrained(tmp_path / "backbone")
-    byte_tokenizer.save_pretrained(str(tmp_path / "backbone"))
-    model = LongMem.from_backbone(tmp_path / "backbone", memory_layer=1, num_retrieved=8, memory_size=64)
+    model = LongMem.from_backbone(backbone_dir, memory_layer=1, num_retrieved=8, memory_size=64)
     disturbed(model, 0.05).save_pretrained(tmp_path / "sidenet")
     return tmp_path / "sidenet"
 

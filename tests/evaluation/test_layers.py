@@ -109,12 +109,10 @@ def test_copy_loss_is_the_loss_of_each_pass(tiny_backbone: AlibiGPTForCausalLM) 
 
 
 def test_the_command_prints_tables_and_writes_json_and_heat_map(
-    tiny_backbone: AlibiGPTForCausalLM, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, command: Command
+    backbone_dir: Path, tmp_path: Path, command: Command
 ) -> None:
-    for part in (tiny_backbone, byte_tokenizer):
-        part.save_pretrained(tmp_path / "model")
     small = ("--distances", "96,128", "--rows", 2, "--stride", 2)
-    printed = command("layers", tmp_path / "model", *small, "--out", tmp_path / "out").out
+    printed = command("layers", backbone_dir, *small, "--out", tmp_path / "out").out
     assert "none, all in the window" in printed and "How well keys find what followed" in printed
     assert (tmp_path / "out" / "layers.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     written = json.loads((tmp_path / "out" / "layers.json").read_text())

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.conftest import make_pair
 from tests.family_table import V
 from tests.generation.models import longmem
 
@@ -45,13 +46,9 @@ def test_a_real_tokenizer_and_backbone_keep_every_character(
 
 
 def test_the_tokenizer_is_found_where_a_checkpoint_names_its_backbone_from_its_own_folder(
-    tmp_path: Path, tiny_backbone: Any, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny_backbone.save_pretrained(tmp_path / "pair" / "backbone")
-    byte_tokenizer.save_pretrained(tmp_path / "pair" / "backbone")
-    made = LongMem.from_backbone(str(tmp_path / "pair" / "backbone"), chunk_size=4, num_retrieved=8, memory_size=64)
-    made.config.backbone_name_or_path = "../backbone"
-    made.save_pretrained(tmp_path / "pair" / "sidenet")
+    make_pair(tmp_path / "pair", byte_tokenizer)
     monkeypatch.chdir(tmp_path)
     for named in ("pair/sidenet", str(tmp_path / "pair" / "sidenet")):
         model = LongMem.from_pretrained(named).eval()

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from longmem import AlibiGPTForCausalLM
 from longmem.training.recipe import Recipe
 
 Settings = dict[str, dict[str, Any]]
@@ -39,14 +37,6 @@ def text_dir(tmp_path_factory: pytest.TempPathFactory, made_text: Callable[..., 
         (folder / f"doc{number}.txt").write_text(made_text(90 + 40 * number, seed=number))
     (folder / "held.txt").write_text(made_text(150, seed=100))
     return folder
-
-
-@pytest.fixture
-def backbone_dir(tmp_path: Path, tiny_backbone: AlibiGPTForCausalLM, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A random backbone on disk."""
-    tiny_backbone.save_pretrained(tmp_path / "backbone")
-    byte_tokenizer.save_pretrained(str(tmp_path / "backbone"))
-    return tmp_path / "backbone"
 
 
 @pytest.fixture
