@@ -1,9 +1,11 @@
 """Pieces of text that can only be predicted well with a memory: the training data of models/smollm2-135m-longmem.
 
 A piece is eight segments of one document. In some, things are told in the early segments and asked for in later ones:
-made-up facts of a conversation, hidden codes, and what stands after a quoted line; in others small stories are hidden
-in two to eight segments, each in another document, and asked about at their end. Each asked token has a weight, and a
-link to the tokens that hold its answer. A piece also says which of its segments begin with nothing in memory.
+made-up facts and sentences of a book told in a conversation, hidden codes, and what stands after a quoted line; half of
+the questions about a conversation have passages that text search finds in their window, as chat and server put them
+there. In others small stories are hidden in two to eight segments, each in another document, and asked about at their
+end, or short texts stand with labels that only earlier ones explain. Each asked token has a weight, and most a link to
+the tokens that hold its answer. A piece also says which of its segments begin with nothing in memory.
 
     python recipes/smollm2/pieces.py --tokenizer DIR --books DIR --latex DIR --python FILE --babi DIR --out DIR
 """
@@ -15,8 +17,10 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
+from longmem.chat import PlainTexts, Recall
 from longmem.data.facts import (
     KINDS,
     Message,
@@ -43,6 +48,18 @@ WINDOW, SEGMENTS = 1024, 8
 PIECE = WINDOW * SEGMENTS
 TEXT, DULL, SAID, ANSWER = 4, 1, 8, 16
 """Weights, in quarters: of text and replies to what is told, of what surrounds an answer, its words, its value."""
+SHORT = 8  # tokens of a value that is not a whole sentence
+ABOUT = (
+    "What did I tell you about {}?",
+    "What did I say about {}?",
+    "Do you remember what I said about {}?",
+    "Remind me of what I told you about {}.",
+)
+TURNED = {
+    "i was": "you were", "i": "you", "i'm": "you're", "me": "you", "my": "your", "mine": "yours", "myself": "yourself",
+    "am": "are", "we": "you", "us": "you", "our": "your", "ours": "yours", "ourselves": "yourselves",
+}  # fmt: skip
+LABELLED = (("Text: {}\nLabel:", "\n\n"), (" Input: {} Class:", ""), (" Sentence: {} Topic:", ""), ("{} ->", "\n"))
 
 
 @dataclass
@@ -54,6 +71,7 @@ class Asked:
     links: list[tuple[int, int, int]] = field(default_factory=list)  # (place, group's part, place in that part)
     answers: list[tuple[int, int]] = field(default_factory=list)
     said: tuple[int, int] = (0, 0)  # the whole reply
+    noted: Callable[[str], Asked] | None = None  # the same question with these notes in its window
 
 
 @dataclass
@@ -78,7 +96,8 @@ class Maker:
         tokenizer: of the backbone.
         documents: token ids by kind.
         stories: of bAbI, for each task: (sentences, question, answer, sentences that hold it).
-        words: that stand for values of facts beside their own.
+        words: that stand for values of facts beside their own, and for labels.
+        sentences: that somebody says of himself, and what of them can be asked about; see ``own_words``.
         seed: decides everything.
         held_out: facts of kinds and values that training never sees.
     """
@@ -89,11 +108,13 @@ class Maker:
         documents: dict[str, list[NDArray[np.uint16]]],
         stories: Sequence[Sequence[Story]],
         words: Sequence[str],
+        sentences: Sequence[tuple[str, str]],
         seed: int,
         *,
         held_out: bool = False,
     ) -> None:
         self.tokenizer, self.documents, self.stories, self.words = tokenizer, documents, stories, words
+        self.sentences = sentences
         self.short = [sorted(task, key=lambda story: len(story[0]))[: 1 + len(task) // 4] for task in stories]
         self.draw, self.random, self.held_out = random.Random(seed), np.random.default_rng(seed), held_out
 
@@ -133,9 +154,10 @@ class Maker:
         weights: list[int] = []
         links: list[tuple[int, int]] = []
         places: dict[tuple[int, int], int] = {}
+        heard: list[int] = []  # what text search searches
         for segment in range(SEGMENTS):
             if segment in asking:
-                self._ask(segment, groups, told_at, places, text, ids, weights, links)
+                self._ask(segment, groups, told_at, places, text, ids, weights, links, heard)
                 continue
             room = WINDOW - sum(len(groups[g].parts[p]) for g, p in inserts[segment])
             cuts = sorted(self.draw.randrange(max(1, room)) for _ in inserts[segment])
@@ -155,6 +177,7 @@ class Maker:
             missing = (segment + 1) * WINDOW - len(ids)
             ids += taken[at : at + missing]
             weights += [TEXT // 2] * missing
+            heard += ids[-WINDOW:]
         ids.append(text[-1])
         return _piece(ids, weights, links, _first(self.draw.random() < 0.4))
 
@@ -205,6 +228,29 @@ class Maker:
         ids.append(text[-1])
         return _piece(ids, weights, links, fresh)
 
+    def labelled(self, kind: str) -> Piece:
+        """Short texts of some documents with labels: those of a document have one word, which says nothing of it."""
+        documents = self.draw.sample(
+            self.documents[kind], min(self.draw.choice((2, 3, 5, 10, 20, 40, 60)), len(self.documents[kind]))
+        )
+        labels = self.draw.sample(self.words, len(documents))
+        asked, after = self.draw.choice(LABELLED)
+        longest = self.draw.choice((12, 24, 48))
+        ids: list[int] = []
+        weights: list[int] = []
+        seen = set[int]()
+        while len(ids) <= PIECE:
+            number = self.draw.randrange(len(documents))
+            start = self.draw.randrange(len(documents[number]) - longest)
+            text = self.tokenizer.decode(documents[number][start : start + self.draw.randrange(5, longest)])
+            before = self._ids(asked.format(" ".join(text.split())))
+            label = self._ids(f" {labels[number]}")
+            ids += before + label + self._ids(after)
+            weights += [DULL] * len(before) + [SAID if number in seen else 0] * len(label)
+            weights += [0] * (len(ids) - len(weights))
+            seen.add(number)
+        return _piece(ids[: PIECE + 1], weights[:PIECE], [], _first(self.draw.random() < 0.5))
+
     def _ask(
         self,
         segment: int,
@@ -215,6 +261,7 @@ class Maker:
         ids: list[int],
         weights: list[int],
         links: list[tuple[int, int]],
+        heard: list[int],
     ) -> None:
         ready = [
             g
@@ -225,8 +272,15 @@ class Maker:
         quotes = [(-1, self.quote(ids, segment)) for _ in range(3)]
         self.draw.shuffle(questions)
         end = (segment + 1) * WINDOW
+        recall = Recall(PlainTexts({"": self._heard(heard)}), "")
         for group, asked in self.draw.sample(questions + quotes, len(questions) + len(quotes)):
             filler = self.draw.choice((0, 0, 8, 40))
+            if asked.noted and self.draw.random() < 0.5:
+                top, budget = self.draw.choice(((1, 100), (3, 200), (5, 200), (5, 400)))
+                query = (
+                    asked if self.draw.random() < 0.8 else self.draw.choice(questions)[1]
+                )  # notes may lack the answer
+                asked = asked.noted(recall.notes(query.about, self.tokenizer, top, budget=budget)[0])
             if len(ids) + filler + len(asked.ids) > end:
                 continue
             start = len(text) - self.draw.randrange(100, 2 * WINDOW)
@@ -248,30 +302,56 @@ class Maker:
     # what can be told
 
     def told(self) -> Group:
-        """A conversation, and others that ask about it; in half of them a second one tells some of it anew."""
-        sessions = [told_session(self.draw, self.draw.randrange(3, 11), held_out=self.held_out)]
-        if self.draw.random() < 0.5:
-            some = self.draw.sample(sessions[0].facts, self.draw.randrange(1, 1 + len(sessions[0].facts)))
-            sessions.append(changed_session(session_of(some, self.draw), self.draw, held_out=self.held_out))
+        """A conversation, and others that ask about it; in some of them a second one tells some of it anew."""
+        if self.draw.random() < 0.3:
+            sessions = [session_of([self._sentence() for _ in range(self.draw.randrange(3, 9))], self.draw)]
+        else:
+            sessions = [told_session(self.draw, self.draw.randrange(3, 11), held_out=self.held_out)]
+            if self.draw.random() < 0.5:
+                some = self.draw.sample(sessions[0].facts, self.draw.randrange(1, 1 + len(sessions[0].facts)))
+                sessions.append(changed_session(session_of(some, self.draw), self.draw, held_out=self.held_out))
+            sessions = list(map(self._other_values, sessions))
         parts, replies = list[list[int]](), []
         newest = dict[str, tuple[int, ToldFact]]()
-        for part, session in enumerate(map(self._other_values, sessions)):
+        for part, session in enumerate(sessions):
             told, spoken = self._conversation(session.messages)
             parts.append(told)
             replies += [(part, first, last) for first, last in spoken]
             newest |= {fact.asked: (part, fact) for fact in session.facts[: len(spoken)]}
-        left, asked = list(newest.values()), []
+        left, asked = list(newest.values()), list[Asked]()
         self.draw.shuffle(left)
         for part, fact in left:
-            conversation = asked_ids([fact], self.tokenizer)
-            one = Asked(conversation.ids, fact.asked, answers=conversation.values)
-            one.said = len(question_ids(fact, self.tokenizer)), len(one.ids)
-            for first, last in conversation.values:
-                at = _find(parts[part], conversation.ids[first:last])
-                if at is not None:
-                    one.links += [(first + n, part, at + n) for n in range(last - first)]
-            asked.append(one)
+            asked.append(self._asked(fact, part, parts[part], ""))
         return Group(parts, asked, replies, apart=True)
+
+    def _asked(self, fact: ToldFact, part: int, told: list[int], notes: str) -> Asked:
+        """The conversation that asks for it, with these notes in its window; ``told`` are the tokens of the part."""
+        before = [{"role": "system", "content": notes}] if notes else []
+        ids, values = asked_ids([fact], self.tokenizer, before)
+        one = Asked(ids, fact.asked, noted=partial(self._asked, fact, part, told))
+        one.said = len(question_ids(fact, self.tokenizer, before)), len(ids)
+        for first, last in values:
+            value = ids[first:last]
+            if last - first > SHORT:
+                same = SequenceMatcher(None, value, told, autojunk=False).get_matching_blocks()
+                one.links += [(first + a + n, part, b + n) for a, b, size in same if size > 1 for n in range(size)]
+            else:
+                one.answers.append((first, last))
+                if (at := _find(told, value)) is not None:
+                    one.links += [(first + n, part, at + n) for n in range(last - first)]
+        return one
+
+    def _sentence(self) -> ToldFact:
+        """A sentence of a book as a fact: asked about by one thing in it, answered by the whole of it."""
+        said, about = self.draw.choice(self.sentences)
+        return ToldFact(said, self.draw.choice(ABOUT).format(about), "", turned(said), "")
+
+    def _heard(self, ids: list[int]) -> str:
+        """What was read as a store keeps it: a line for each message, without those of the system."""
+        lines = re.sub(
+            r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", r"\1: \2", self.tokenizer.decode(ids), flags=re.DOTALL
+        )
+        return re.sub(r"^system: .*?(?=\n(?:user|assistant): )", "", lines, flags=re.DOTALL | re.MULTILINE)
 
     def _conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
         """Its token ids, as far as a segment has room for them, and where its replies are."""
@@ -383,6 +463,28 @@ def more_questions(sentences: Sequence[str]) -> list[tuple[str, str, list[int]]]
     return asked
 
 
+def turned(said: str) -> str:
+    """What somebody says of himself, as said to him."""
+    words = "|".join(TURNED)
+    found = re.sub(rf"\b(?:{words})\b(?!')", lambda word: TURNED[word[0].lower()], said, flags=re.IGNORECASE)
+    return found[0].upper() + found[1:]
+
+
+def own_words(text: str) -> list[tuple[str, str]]:
+    """Sentences of a text that somebody says of himself, and of each the rarest thing that it names."""
+    found = []
+    for sentence in re.findall(r"(?<=[.!?] )(?:I|My|We|Our) [^.!?\"“”:;_\[\]]{25,140}\.", " ".join(text.split())):
+        things = re.findall(
+            r"\b(the|my|our|a|an) ([a-z]{4,})\b(?=[,.]| (?:of|in|on|at|to|was|is|had|and|with|from|for|by|as) )",
+            sentence,
+        )
+        if things and not re.search(r"\b(?:you|your|thou|thee|thy)\b", sentence, re.IGNORECASE):
+            found.append((sentence, things))
+    times = Counter(thing for _, things in found for _, thing in things)
+    rare = ((said, min(things, key=lambda thing: times[thing[1]])) for said, things in found)
+    return [(said, f"{before if before in ('my', 'our') else 'the'} {thing}") for said, (before, thing) in rare]
+
+
 def stories(folder: Path, pattern: str, most: int) -> Iterator[Story]:
     """bAbI: sentences before a question, the question, its answer, and which sentences hold it."""
     for file in sorted(folder.rglob(pattern)):
@@ -409,6 +511,7 @@ def main() -> None:
     parser.add_argument("--plain", default="books=600,latex=500,python=500")
     parser.add_argument("--asking", default="books=450,latex=225,python=225")
     parser.add_argument("--story", default="books=500,latex=50,python=50")
+    parser.add_argument("--labelled", default="books=200,latex=100,python=100")
     parser.add_argument("--tokens", type=int, default=12_000_000, help="of each kind of document, at most")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
@@ -429,11 +532,12 @@ def main() -> None:
             names = re.findall(r"(?<=[a-z,;] )[A-Z][a-z]{3,11}\b", " ".join(texts)[:20_000_000])
             common = re.findall(r"\b(?:a|the) ([a-z]{3,11})\b", " ".join(texts)[:4_000_000])
             words = sorted(set(names))[::2] + sorted(set(common))[::3]
+            sentences = own_words(" ".join(texts)[:40_000_000])
     told = [list(stories(Path(given.babi), f"qa{task}_*_{given.split}.txt", 60)) for task in range(1, 6)]
-    print(len(words), "words", list(map(len, told)), "stories", flush=True)
-    maker = Maker(tokenizer, documents, told, words, given.seed, held_out=given.split != "train")
+    print(len(words), "words", len(sentences), "sentences", list(map(len, told)), "stories", flush=True)
+    maker = Maker(tokenizer, documents, told, words, sentences, given.seed, held_out=given.split != "train")
     ids, weights, links, fresh, kinds = [], [], [], [], []
-    for make in ("plain", "asking", "story"):
+    for make in ("plain", "asking", "story", "labelled"):
         for kind, count in (each.split("=") for each in getattr(given, make).split(",")):
             for _ in range(int(count)):
                 piece = getattr(maker, make)(kind)

@@ -192,7 +192,7 @@ def by_kind(pieces: Pieces, nats: Tensor) -> dict[str, float]:
     later = torch.arange(PIECE, device=nats.device) >= WINDOW
     for kind in sorted(set(pieces.kinds)):
         mine = torch.tensor([each == kind for each in pieces.kinds], device=nats.device)[:, None]
-        asked = kind in ("asking", "story")
+        asked = kind in ("asking", "story", "labelled")
         counted = (pieces.weights > TEXT if asked else pieces.weights == TEXT) & mine
         found[kind] = round(float(nats[counted & later].mean()), 4)
         if not asked:

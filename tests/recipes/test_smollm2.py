@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from recipes.smollm2 import train as train_recipe
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from longmem import LongMem, TrainingFree
+from longmem.chat import NOTES
 
 ROOT = Path(__file__).parents[2]
 WINDOW, SEGMENTS = 512, 8
@@ -32,7 +34,10 @@ def maker_of() -> pieces_recipe.Maker:
     tokenizer: Any = AutoTokenizer.from_pretrained(ROOT / "models/small/backbone")
     words = np.random.default_rng(0).integers(300, 4000, 3 * WINDOW * SEGMENTS).astype(np.uint16)
     story = (["Mary went to the kitchen.", "John took the milk."], "Where is Mary?", "kitchen", [0])
-    return pieces_recipe.Maker(tokenizer, {"books": [words]}, [[story]], ["Jasper", "walnut"], seed=1)
+    own = pieces_recipe.own_words(
+        "So it was. I lost my purse in the garden. We met her, and you were there too. I was tired."
+    )
+    return pieces_recipe.Maker(tokenizer, {"books": [words, words[::-1]]}, [[story]], ["Jasper", "walnut"], own, seed=1)
 
 
 @pytest.fixture
@@ -59,7 +64,8 @@ def test_every_asked_token_was_told_before(folder: Path) -> None:
     assert ((told // WINDOW < asked // WINDOW) | (piece == 4)).all()
     emptied = [fresh[n, t // WINDOW + 1 : a // WINDOW + 1].any() for n, a, t in links]
     assert fresh[4, 0] and not any(emptied)  # what is asked for is still there
-    assert (weights[piece, asked] == 16).all()
+    learned = weights[piece, asked]  # 8: words of a sentence that is told back
+    assert (learned >= 8).all() and (learned == 16).mean() > 0.5
     same = ids[piece, asked + 1] == ids[piece, told]
     assert same.mean() > 0.8  # the first token of a word may have its space in one place only
 
@@ -89,6 +95,33 @@ def test_of_a_fact_that_was_told_twice_the_newer_value_is_learned() -> None:
             assert parts <= {1} or (parts == {0} and value in older)
             changed += parts == {1} and value in newer and value not in older
     assert changed > 4
+
+
+def test_own_words_are_told_back_and_linked_to_what_was_told() -> None:
+    maker = maker_of()
+    assert maker.sentences == [("I lost my purse in the garden.", "my purse")]
+    assert pieces_recipe.turned("We knew I was late, I'm sure.") == "You knew you were late, you're sure."
+    asked = maker._asked(maker._sentence(), 0, told := maker._ids("By the way: I lost my purse in the garden."), "")
+    text = maker.tokenizer.decode(asked.ids)
+    assert "about my purse" in text and "You lost your purse in the garden." in text
+    assert len(asked.links) > 3 and all(asked.ids[place] == told[at] for place, _, at in asked.links)
+    assert not asked.answers and asked.said[1] == len(asked.ids)  # learned as words, not as a value
+
+
+def test_notes_stand_before_some_questions() -> None:
+    maker = maker_of()
+    read = "".join(maker.tokenizer.decode(maker.asking("books")[0]) for _ in range(8))
+    noted = re.findall(rf"System: {NOTES}((?:\n- .*)+)\nUser: .*\nAssistant: (.*)\n", read)
+    held = [answer.split()[-1].strip(".") in notes for notes, answer in noted]
+    assert len(held) > 5 and sum(held) > len(held) / 2  # others are to be answered from memory alone
+
+
+def test_labels_are_words_that_only_earlier_texts_explain() -> None:
+    maker = maker_of()
+    ids, weights, links, _ = maker.labelled("books")
+    assert ids.shape == (WINDOW * SEGMENTS + 1,) and weights.shape == (WINDOW * SEGMENTS,) and not links
+    labels = {maker.tokenizer.decode(ids[place + 1]).strip() for place in (weights == 8).nonzero()[0]}
+    assert (weights == 8).sum() > 50 and {"J", "w"} & {label[:1] for label in labels}
 
 
 def test_what_two_conversations_of_a_piece_tell_is_not_asked_for() -> None:
