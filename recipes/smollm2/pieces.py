@@ -97,7 +97,7 @@ class Maker:
         documents: token ids by kind.
         stories: of bAbI, for each task: (sentences, question, answer, sentences that hold it).
         words: that stand for values of facts beside their own, and for labels.
-        sentences: that somebody says of himself, and what of them can be asked about; see ``own_words``.
+        sentences: that people say of themselves, and what of them can be asked about; see ``own_words``.
         seed: decides everything.
         held_out: facts of kinds and values that training never sees.
     """
@@ -230,9 +230,8 @@ class Maker:
 
     def labelled(self, kind: str) -> Piece:
         """Short texts of some documents with labels: those of a document have one word, which says nothing of it."""
-        documents = self.draw.sample(
-            self.documents[kind], min(self.draw.choice((2, 3, 5, 10, 20, 40, 60)), len(self.documents[kind]))
-        )
+        classes = min(self.draw.choice((2, 3, 5, 10, 20, 40, 60)), len(self.documents[kind]))
+        documents = self.draw.sample(self.documents[kind], classes)
         labels = self.draw.sample(self.words, len(documents))
         asked, after = self.draw.choice(LABELLED)
         longest = self.draw.choice((12, 24, 48))
@@ -277,10 +276,9 @@ class Maker:
             filler = self.draw.choice((0, 0, 8, 40))
             if asked.noted and self.draw.random() < 0.5:
                 top, budget = self.draw.choice(((1, 100), (3, 200), (5, 200), (5, 400)))
-                query = (
-                    asked if self.draw.random() < 0.8 else self.draw.choice(questions)[1]
-                )  # notes may lack the answer
-                asked = asked.noted(recall.notes(query.about, self.tokenizer, top, budget=budget)[0])
+                # notes may lack the answer: then memory has to have it
+                about = asked.about if self.draw.random() < 0.8 else self.draw.choice(questions)[1].about
+                asked = asked.noted(recall.notes(about, self.tokenizer, top, budget=budget)[0])
             if len(ids) + filler + len(asked.ids) > end:
                 continue
             start = len(text) - self.draw.randrange(100, 2 * WINDOW)
@@ -464,14 +462,14 @@ def more_questions(sentences: Sequence[str]) -> list[tuple[str, str, list[int]]]
 
 
 def turned(said: str) -> str:
-    """What somebody says of himself, as said to him."""
+    """What people say of themselves, as said to them."""
     words = "|".join(TURNED)
     found = re.sub(rf"\b(?:{words})\b(?!')", lambda word: TURNED[word[0].lower()], said, flags=re.IGNORECASE)
     return found[0].upper() + found[1:]
 
 
 def own_words(text: str) -> list[tuple[str, str]]:
-    """Sentences of a text that somebody says of himself, and of each the rarest thing that it names."""
+    """Sentences of a text that people say of themselves, and of each the rarest thing that it names."""
     found = []
     for sentence in re.findall(r"(?<=[.!?] )(?:I|My|We|Our) [^.!?\"“”:;_\[\]]{25,140}\.", " ".join(text.split())):
         things = re.findall(
@@ -511,7 +509,7 @@ def main() -> None:
     parser.add_argument("--plain", default="books=600,latex=500,python=500")
     parser.add_argument("--asking", default="books=450,latex=225,python=225")
     parser.add_argument("--story", default="books=500,latex=50,python=50")
-    parser.add_argument("--labelled", default="books=200,latex=100,python=100")
+    parser.add_argument("--labelled", default="books=0", help="made in-context learning worse: docs/experiments.md")
     parser.add_argument("--tokens", type=int, default=12_000_000, help="of each kind of document, at most")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
