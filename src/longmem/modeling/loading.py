@@ -146,20 +146,17 @@ def _convert(path: Path, folder: Path) -> None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             progress.advance(note=f"{path.name}: tokenizer")
-            loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         except Exception as problem:  # a file cut short, or of an unknown kind, fails in many ways in there
             raise BackboneError(
                 f"{path} cannot be read as a GGUF model ({first_line(problem)}); give a causal language model of an "
                 "architecture that transformers converts from GGUF"
             ) from problem
         progress.advance(note=f"{path.name}: weights")
-        # transformers counts what it read from GGUF as quantised, and will not save it
-        fields = {name: value for name, value in loaded.config.to_dict().items() if name != "quantization_config"}
-        model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(fields), dtype=torch.float32)
-        model.load_state_dict(loaded.state_dict())
-        if loaded.generation_config is not None:
-            model.generation_config = loaded.generation_config
-        model.save_pretrained(folder)
+        # transformers counts what it read from GGUF as quantised, and would not save it
+        loaded.hf_quantizer = None
+        del loaded.config.quantization_config
+        loaded.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         progress.advance(note=f"{path.name}: written")
 
