@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from longmem.data.tokens import token_ids
 from longmem.errors import ConfigError
@@ -263,11 +264,11 @@ class Asker:
 
     def _continue(self, batch: Sequence[_Part], reads: dict[str, Any]) -> Iterator[Tokens]:
         # padded on the left, so that every continuation begins at one position
-        flipped, real = padded([part.local[::-1] for part in batch], self.model.device)
+        prompts, real = padded([part.local for part in batch], self.model.device, "left")
         end = self.tokenizer.eos_token_id
         generated = self.model.generate(
-            input_ids=flipped.flip(1),
-            attention_mask=real.flip(1).long(),
+            input_ids=prompts,
+            attention_mask=real.long(),
             max_new_tokens=max(part.new for part in batch),
             do_sample=False,
             num_beams=1,
@@ -275,7 +276,7 @@ class Asker:
             pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
             **reads,
         )
-        for part, ids in zip(batch, generated[:, flipped.shape[1] :].tolist(), strict=True):
+        for part, ids in zip(batch, generated[:, prompts.shape[1] :].tolist(), strict=True):
             yield tuple((ids[: ids.index(end) + 1] if end in ids else ids)[: part.new])
 
     @torch.no_grad()
@@ -339,13 +340,12 @@ def last_logits(model: Any, input_ids: Tensor, keep: int, **given: Any) -> tuple
 # tokens
 
 
-def padded(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Sequence[int]], device: torch.device | str, side: str = "right") -> tuple[Tensor, Tensor]:
     """Ids (B, T), padded at their ends where a causal model cannot look, and which are real (B, T) bool."""
-    lengths = torch.tensor([len(row) for row in rows])
-    real = torch.arange(int(lengths.max())) < lengths[:, None]
-    ids = torch.zeros(real.shape, dtype=torch.long)
-    ids[real] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
-    return ids.to(device), real.to(device)
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    real = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    together, which = (pad_sequence(each, batch_first=True, padding_side=side) for each in (ids, real))
+    return together.to(device), which.to(device)
 
 
 def encode(tokenizer: Any, text: str) -> Tokens:

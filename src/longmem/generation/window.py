@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, GenerationConfig, GenerationMixin, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
@@ -190,10 +191,8 @@ class LocalWindow:
         if cache is not None:
             cache.reset()
         self._cached = True
-        local = input_ids.new_zeros(len(lengths), width)
-        for line, length in enumerate(lengths):
-            local[line, width - length :] = self._text(input_ids, line)[-length:]
-        return local, mask, positions, None
+        texts = [self._text(input_ids, line)[-length:] for line, length in enumerate(lengths)]
+        return pad_sequence(texts, batch_first=True, padding_side="left"), mask, positions, None
 
     def watched(self, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
         """The same criteria, which also tell the window which rows have ended: the pads after an end are no text."""
