@@ -336,6 +336,39 @@ def test_edges_of_bodies(live: Any, path: str, body: Any, status: int) -> None:
         assert len(answer.json()["choices"][0]["logprobs"]["token_logprobs"]) == 2
 
 
+IMAGE: Any = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "says"),
+    [
+        (CHAT, b"{", "body: it must be a JSON object, sent with Content-Type: application/json"),
+        (CHAT, b"[]", "body: it must be a JSON object, sent with"),
+        (
+            CHAT,
+            {"messages": [IMAGE]},
+            "messages.0.content.0.type: Input should be 'text', 'input_text' or 'output_text'",
+        ),
+        (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages.0.content: Input should be a valid string"),
+        ("/v1/responses", {"input": [{"type": "function_call_output"}]}, "input.0.role: Field required"),
+    ],
+)
+def test_what_is_wrong_with_a_body_is_said_at_its_place(live: Any, path: str, body: Any, says: str) -> None:
+    given = {"content": body} if isinstance(body, bytes) else {"json": body}  # bytes go without a content type
+    assert live.http().post(path, **given).json()["error"]["message"].startswith(says)
+
+
+def test_null_is_what_was_left_open(live: Any) -> None:
+    names = "temperature top_p n stream stop seed logprobs stream_options memory_id remember recall explain echo store"
+    nulls = dict.fromkeys(names.split())
+    for path, body in (
+        (CHAT, {"messages": HELLO, "max_tokens": 1}),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 1}),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 1, "instructions": None}),
+    ):
+        assert live.http().post(path, json={**nulls, **body}).status_code == 200
+
+
 def test_messages_that_a_model_cannot_be_given_are_refused(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     refusing = Mock(side_effect=DataError("the model's chat template refuses these messages (roles must alternate)"))
     monkeypatch.setattr("longmem.server.answers.chat_prompt", refusing)

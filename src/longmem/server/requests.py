@@ -58,7 +58,8 @@ class Body(BaseModel):
         except ValueError:
             said = f"it holds half a character (\\ud800 to \\udfff) or NaN, or nests deeper than {MOST_DEPTH} levels"
             raise ValueError(said) from None
-        return body
+        # many clients send null for what they leave open, as the OpenAI API allows
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
 
 class GenerationRequest(Body):
@@ -260,7 +261,11 @@ FAILURES = (  # the first kind that fits
     (TimeoutError, 504, "this took too long and was given up; ask for fewer tokens"),
     (StoreFull, 507, "there is no room left to remember this; nothing of it was kept"),
     (StoreLocked, 503, "the memory is being written by another process; try again in a moment"),
-    (LongMemError, 400, "the memory cannot do this: another text has this name already, or the text is empty"),
+    (
+        LongMemError,
+        400,
+        "the memory cannot do this: the text is empty, or another has its name; replace: true takes its place",
+    ),
 )
 
 
@@ -275,9 +280,13 @@ class Refused(HTTPException):
 def error(problem: BaseException) -> JSONResponse:
     """A failure in the shape of the OpenAI API: one line that says nothing of paths, of other users or of the code."""
     if isinstance(problem, RequestValidationError):
-        wrong = problem.errors()[0]
-        where = ".".join(str(part) for part in wrong["loc"] if part != "body") or None
-        problem = Refused(400, f"{where or 'body'}: {wrong['msg']}", param=where, code="invalid_value")
+        # of types that a value may have, the one that it went furthest with; their names are no part of the place
+        wrong = max(problem.errors(), key=lambda each: len(each["loc"]))
+        parts = [str(part) for part in wrong["loc"] if not re.search(r"body|constrained|\[", str(part))]
+        where, said = ".".join(parts) or None, wrong["msg"]
+        if wrong["type"] in ("json_invalid", "model_attributes_type"):
+            where, said = None, "it must be a JSON object, sent with Content-Type: application/json"
+        problem = Refused(400, f"{where or 'body'}: {said}", param=where, code="invalid_value")
     elif not isinstance(problem, HTTPException):
         known = next((said for kind, *said in FAILURES if isinstance(problem, kind)), None)
         LOG.error("failed", exc_info=problem) if known is None else LOG.warning("refused: %s", problem)
