@@ -164,6 +164,7 @@ class Checkpointed(PreTrainedModel):
         *,
         state_dict: Mapping[str, Tensor] | None = None,
         max_shard_size: int | str = "5GB",
+        movable: bool = False,
         **kwargs: Any,
     ) -> None:
         """Write what was trained alone, and config.json, which names the backbone and its fingerprint.
@@ -177,6 +178,7 @@ class Checkpointed(PreTrainedModel):
                 processes among which they are divided.
             max_shard_size: bytes, or text such as ``"200MB"``, from which on weights are written to several files
                 (sidenet-00001-of-0000N.safetensors) with an index.
+            movable: name a backbone that is a folder relative to this one, so that both can move together.
         """
         if unknown := kwargs.keys() - {"is_main_process", "safe_serialization"}:  # what transformers passes by itself
             raise ConfigError(
@@ -190,7 +192,12 @@ class Checkpointed(PreTrainedModel):
         self._index_for_trainer(folder)
         if self.generation_config is not None:
             self.generation_config.save_pretrained(folder)
-        self.saved_config().save_pretrained(folder)
+        config = self.saved_config()
+        for name in ("backbone_name_or_path", "start_name_or_path") if movable else ():
+            named = getattr(config, name, None)
+            if named and os.path.isabs(named) and os.path.isdir(named):
+                setattr(config, name, os.path.relpath(named, folder))
+        config.save_pretrained(folder)
 
     def own_weights(self) -> dict[str, Tensor]:
         """What a checkpoint has beside its settings, by the names in its file: nothing of a frozen backbone."""

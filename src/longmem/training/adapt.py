@@ -8,13 +8,10 @@ written only after ``backward``: recomputation must find the memory that ``forwa
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -124,6 +121,8 @@ class LongMemTrainer(StreamTrainer):
         if isinstance(model, MemTRM) and (valid := self.eval_dataset):  # before it changes
             self.backbone_losses[valid.fingerprint] = self.validate(valid, memory=False)
 
+    saving: ClassVar[dict[str, Any]] = {"movable": True}
+
     @property
     def longmem(self) -> Any:
         """The ``LongMem`` or ``MemTRM`` without wrappers."""
@@ -220,22 +219,6 @@ class LongMemTrainer(StreamTrainer):
             steps * rows * window,
             self.new_bank(rows) if memory else None,
         )
-
-    # checkpoints
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        # a backbone that is a folder is named relative to the checkpoint's, so that both can move
-        folder = Path(output_dir or str(self.args.output_dir))
-        file = folder / "config.json"
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        for name in ("backbone_name_or_path", "start_name_or_path"):
-            named = settings.get(name)
-            if named and os.path.isabs(named) and os.path.isdir(named):
-                settings[name] = os.path.relpath(named, folder)
-        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # Facts that are hidden in memory and asked for: what ``longmem eval needle`` measures. Not in the paper.

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from zipfile import is_zipfile
 
 import numpy as np
@@ -102,6 +102,8 @@ class StreamTrainer(Trainer):
     lr_scheduler: Any
     seconds = 0.0
     """Wall time of a run, over all its resumed parts; whoever runs it counts them."""
+    saving: ClassVar[dict[str, Any]] = {}
+    """Arguments of the model's ``save_pretrained``."""
     bank: MemoryBank | None = None
     """What rows have read before, where there is a memory."""
 
@@ -303,7 +305,8 @@ class StreamTrainer(Trainer):
                 weights[id(weight)] = found.cpu()
         if main:
             folder.mkdir(parents=True, exist_ok=True)
-            model.save_pretrained(folder, state_dict={name: weights[id(weight)] for name, weight in named})
+            state = {name: weights[id(weight)] for name, weight in named}
+            model.save_pretrained(folder, state_dict=state, **self.saving)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(str(folder))
 
