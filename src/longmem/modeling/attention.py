@@ -76,8 +76,8 @@ def recency_bonus(retrieved: RetrievedMemory, recency: float, scaling: float, so
 
     Let s be a chunk's score by its mean key, and n the best such score among chunks of a later period. The chunk loses
     ``recency * min(1, exp(n - s))``: all of ``recency`` to a newer chunk that matches as well, next to nothing to newer
-    ones that match far less. What was lost is given back to all chunks alike, so that memory as a whole gets about the
-    share that it had (mean keys stand for the tokens of a chunk).
+    ones that match far less. Then one constant is added to all chunks of a query, such that the log-sum-exp of their
+    scores is what it was: memory as a whole gets about the share that it had (mean keys stand for the tokens).
     """
     scores = retrieved.scores * scaling
     if softcap is not None:
@@ -266,9 +266,9 @@ def local_lse(
     if mask is None and length > 1 and not (fused and square):
         mask = torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)
     if mask is not None and mask.dtype == torch.bool:
-        lowest = torch.finfo(queries.dtype).min
+        lowest = torch.finfo(queries.dtype).min  # not -inf: a row that sees nothing, as of a pad, would be nan
         mask = torch.zeros(mask.shape, dtype=queries.dtype, device=device).masked_fill_(~mask, lowest)
-    if mask is not None:
+    if mask is not None:  # as transformers' eager attention cuts it
         mask = mask[..., :total]
     if fused:
         return _fused_lse(queries, keys, mask, length > 1 and mask is None, scaling)
@@ -301,6 +301,6 @@ def _fused_lse(queries: Tensor, keys: Tensor, mask: Tensor | None, causal: bool,
         )
     if not (torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad)):
         return cast(Tensor, lse)
-    # zero, with the gradients that the log-sum-exp has
+    # its value is 0; its gradient to the queries is `out`, and through `out`, whose values are the keys, P^T q to these
     slope = (queries * out.detach()).sum(-1) + (fixed * out).sum(-1) - 2 * (fixed * out.detach()).sum(-1)
     return cast(Tensor, lse.detach() + scaling * slope.float())

@@ -40,7 +40,7 @@ class BackboneRun:
         output: what the decoder gave: ``last_hidden_state`` (B, T, C) after the final norm, the cache, and the
             hidden states and attentions that were asked for.
         reading: how memory is read in this call, see ``modeling.reading``; None without memory.
-        finished: what the decoder gives in place of running once more, see ``Backbone.head``.
+        decoded: what the decoder gives in place of running once more, see ``Backbone.head``.
         stop_after: the memory layer after whose projections the forward ends; None runs it whole.
     """
 
@@ -49,7 +49,7 @@ class BackboneRun:
     qkv: dict[int, QKV] = field(default_factory=dict)
     output: BaseModelOutputWithPast | None = None
     reading: Any = None  # a Reading; its module imports this one
-    finished: BaseModelOutputWithPast | None = None
+    decoded: BaseModelOutputWithPast | None = None
     stop_after: int | None = None
 
     def kv(self, mask: Tensor | None) -> AttentionKV:
@@ -79,7 +79,7 @@ class _Stop(Exception):
 
 
 class Backbone(nn.Module):
-    """An unmodified, frozen causal language model.
+    """An unmodified causal language model; it is frozen, except in ``MemTRM``.
 
     Args:
         model: any ``AutoModelForCausalLM``; its parameters are frozen here and it is kept in eval mode.
@@ -149,13 +149,13 @@ class Backbone(nn.Module):
         loss takes.
         """
         assert run.output is not None
-        run.finished = type(run.output)(**{**run.output, "last_hidden_state": hidden})
+        run.decoded = type(run.output)(**{**run.output, "last_hidden_state": hidden})
         unread = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         try:
             with run.active():
                 return cast(CausalLMOutputWithPast, self.mirror(input_ids=unread, **_accepted(self.mirror, options)))
         finally:
-            run.finished = None  # the run may be read and finished again, by another SideNet
+            run.decoded = None  # another SideNet may read the same run
 
     def finish(self, hidden: Tensor, norm: nn.Module | None) -> Tensor:
         """The states (B, T, C) that the head takes, from those before the final norm, whose place ``norm`` takes."""
@@ -167,7 +167,7 @@ class Backbone(nn.Module):
     def normed(self, hidden: Tensor) -> Tensor:
         """The backbone's final norm of (B, T, C)."""
         norm = self.family.final_norm
-        # `forward` and not a call: it still is accelerate's, where accelerate fetches the weights
+        # `forward` and not a call: no hook runs, while accelerate, which has replaced `forward`, fetches weights
         return hidden if norm is None else cast(Tensor, norm.forward(hidden))
 
     @functools.cached_property
@@ -175,7 +175,7 @@ class Backbone(nn.Module):
         """The modules that run, made at the first call; copies and pickles make their own."""
         mirror = mirror_of(self.model)
         decoder, layers = find(mirror, self.family.decoder_path), find(mirror, self.family.layers_path)
-        decoder.forward = functools.partial(_unless_finished, decoder.forward)
+        decoder.forward = functools.partial(_unless_decoded, decoder.forward)
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(functools.partial(_before_layer, index), with_kwargs=True)
         layers[-1].register_forward_hook(functools.partial(_after_layer, len(layers)))
@@ -193,10 +193,10 @@ class Backbone(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "mirror"}
 
 
-def _unless_finished(decode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _unless_decoded(decode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The forward of a mirror's decoder; in ``Backbone.head`` it has already run."""
     run = current_run()
-    return decode(*args, **kwargs) if run is None or run.finished is None else run.finished
+    return decode(*args, **kwargs) if run is None or run.decoded is None else run.decoded
 
 
 def _before_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

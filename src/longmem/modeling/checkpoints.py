@@ -149,7 +149,7 @@ class Checkpointed(PreTrainedModel):
         settings.update(changed)
         if problems := settings.problems():
             raise ConfigError(problems)
-        base, fingerprint = _backbone_of(settings, folder, backbone, dtype, how)
+        base, fingerprint = _load_backbone_of(settings, folder, backbone, dtype, how)
         side = {} if side_dtype is None else {"side_dtype": side_dtype}
         model = cls(settings, base, fingerprint=fingerprint, **side)
         model._take(tensors, folder / cls.weights_file)
@@ -169,8 +169,8 @@ class Checkpointed(PreTrainedModel):
     ) -> None:
         """Write what was trained alone, and config.json, which names the backbone and its fingerprint.
 
-        config.json makes the folder a checkpoint: it goes first and comes last, so a save that is cut short, also one
-        over an older checkpoint, is not taken for one.
+        config.json makes the folder a checkpoint: it is deleted first and written last, so a save that is cut short,
+        also one over an older checkpoint, is not taken for one.
 
         Args:
             save_directory: the folder.
@@ -271,7 +271,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     return {name: tensor for each in files for name, tensor in load_file(each).items()}
 
 
-def _backbone_of(
+def _load_backbone_of(
     config: MemoryConfig,
     folder: Path,
     given: str | Path | nn.Module | None,
@@ -287,7 +287,7 @@ def _backbone_of(
         return model, _recognised(model, config, folder, True)
     name = _absolute(named_backbone(config.backbone_name_or_path, folder) if given is None else str(given))
     quantised = getattr(config.backbone_config, "quantization_config", None)
-    # the fingerprint is that of the weights as they are stored; they are rounded afterwards where that can be
+    # the fingerprint is that of the stored weights, so they are cast afterwards, if quantisation or device_map let them
     early = dtype if how.get("device_map") is not None or quantised is not None else None
     revision, found_by = (config.backbone_revision, config.backbone_kwargs) if given is None else (None, {})
     model = load_backbone(name, revision, early, quantised=quantised, **{**found_by, **how})

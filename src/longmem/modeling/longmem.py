@@ -122,7 +122,7 @@ class SideNet(nn.Module):
         self.final_norm: nn.Module | None = None if norm is None else copy_module(norm)
         for index, (layer, source) in enumerate(zip(self.layers, self.sources, strict=True)):
             attention: Any = attention_of(layer)
-            if hasattr(attention, "layer_idx"):  # its keys go to their own place in the cache
+            if hasattr(attention, "layer_idx"):  # its keys go to a layer of the cache of their own
                 attention.layer_idx = backbone.num_layers + index
             if config.init == "zero":
                 family.zero_outputs(layer)
@@ -137,7 +137,7 @@ class SideNet(nn.Module):
         heads, dim = int(family.config.num_attention_heads), family.head_dim(backbone.memory_layers[0])
         logits = torch.zeros(len(places) * heads, device=place_of(places[0]))
         self.gates: nn.ModuleList | None = None
-        if config.fusion == "token":
+        if config.fusion == "token":  # then the logits only say dtype and device
             self.register_buffer("memory_gate", logits, persistent=False)
             self.gates = nn.ModuleList(TokenGate(heads, dim).to(place_of(layer)) for layer in places)
         else:
@@ -157,11 +157,10 @@ class SideNet(nn.Module):
 
         ``run`` is the backbone's forward: inputs and calls of its layers, and how memory is read.
         """
-        dtype = self.memory_gate.dtype
-        states = [run.inputs[bound] for bound in self.bounds]
+        dtype, last = self.memory_gate.dtype, run.inputs[self.bounds[-1]]
         if self.final_state == "normed":  # as in the released code
-            states[-1] = backbone.normed(states[-1])
-        hidden = states[0].to(dtype)
+            last = backbone.normed(last)
+        hidden = run.inputs[self.bounds[0]].to(dtype)
         for index, (layer, source) in enumerate(zip(self.layers, self.sources, strict=True)):
             device = next(layer.parameters()).device if self.spread else None
             # a copied layer gets the mask, positions and cache that its source got; only the hidden states differ
@@ -169,10 +168,10 @@ class SideNet(nn.Module):
             _ensure_cache(call, backbone.num_layers, self.sources)
             hidden = self._layer(layer, call, hidden.to(device), run)
             # delta: the layer stands for its source, so the backbone's part is that of the layers in between
-            first = source + 1 if self.delta else self.bounds[index]
-            if first != self.bounds[index + 1]:
-                before = run.inputs[first] if self.delta else states[index]
-                hidden = hidden + (states[index + 1].to(device, dtype) - before.to(device, dtype))
+            first, end = source + 1 if self.delta else self.bounds[index], self.bounds[index + 1]
+            if first != end:
+                after = last if end == self.bounds[-1] else run.inputs[end]
+                hidden = hidden + (after.to(device, dtype) - run.inputs[first].to(device, dtype))
         return hidden
 
     def _layer(self, layer: nn.Module, call: dict[str, Any], hidden: Tensor, run: BackboneRun) -> Tensor:
@@ -220,11 +219,11 @@ def _cast(value: Any, dtype: torch.dtype, device: torch.device | None) -> Any:
 
 
 def _ensure_cache(call: dict[str, Any], num_layers: int, sources: list[int]) -> None:
-    """Append a place for every SideNet layer to a cache that was built for the backbone alone."""
+    """Append a layer for every SideNet layer to a cache that was built for the backbone alone."""
     cache = next((value for value in call.values() if isinstance(value, Cache)), None)
     if cache is None or cache.layer_class_to_replicate is not None:  # such a cache grows by itself
         return
-    # SideNet layers that have their place from an earlier call are left out
+    # SideNet layers that have theirs from an earlier call are left out
     for source in sources[max(0, len(cache.layers) - num_layers) :]:
         like = cache.layers[source]
         window = getattr(like, "sliding_window", None)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from longmem.types import RetrievedMemory
 
-ENABLED = True  # False: plain torch is used everywhere
 # keys that one warp holds at a time, in bytes; as many values come with them
 _TILE_BYTES = 4096
 
@@ -27,8 +26,7 @@ logger = logging.getLogger(__name__)
 def serves(queries: Tensor, storage: Tensor) -> bool:
     """Whether these kernels can read this storage for these queries."""
     return (
-        ENABLED
-        and queries.device == storage.device
+        queries.device == storage.device
         and {queries.dtype, storage.dtype} <= {torch.float32, torch.float16, torch.bfloat16}
         and storage.is_contiguous()
         and all(size & (size - 1) == 0 for size in storage.shape[-2:])  # tiles are powers of two

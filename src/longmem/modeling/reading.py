@@ -35,7 +35,8 @@ class LayerRead:
     Attributes:
         layer: the memory layer whose keys were searched.
         queries: (B, H, T, D), position-free, what was searched with; a loss on the search itself starts from them.
-        memory: attention over what was found.
+        retrieved: the chunks that were found.
+        memory: attention over them.
         share: (B, H, T), the share of each head's output that memory got; None until the layer has fused.
     """
 
@@ -132,7 +133,7 @@ class MemoryReader:
         self.num_heads = int(family.config.num_attention_heads)
         attention.register_forward_pre_hook(self.search, with_kwargs=True)
         name = type(attention).__name__
-        if name not in ADAPTERS:  # it uses transformers' attention interface, where its local heads and scores are
+        if name not in ADAPTERS:  # it calls transformers' attention interface: there are its local heads and scores
             _fuse_in_interface(attention, self)
         elif self.fusion != "gate":
             raise BackboneError(

@@ -40,6 +40,7 @@ _INCIDENTAL = {
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "return_dict",
     "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "problem_type", "id2label", "label2id",
 }  # fmt: skip
+# parts of names of fields that do not change keys either
 _UNUSED = ("dropout", "pdrop", "_token_id", "initializer", "init_std", "quantization", "router_aux", "tie_word")
 
 
