@@ -21,10 +21,9 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from jinja2 import TemplateError
 
+from longmem.data.facts import Message, chat_text
 from longmem.data.tokens import start_tokens, token_ids
-from longmem.errors import DataError, first_line
 from longmem.generation.page import Readings
 from longmem.store import MemoryStore
 
@@ -160,9 +159,6 @@ def passages(text: str, words: int = PASSAGE_WORDS) -> list[tuple[int, str]]:
 
 # conversations
 
-Message = dict[str, str]
-"""``role`` (``system``, ``user`` or ``assistant``) and ``content``."""
-
 
 class Prompt(NamedTuple):
     """What a model continues."""
@@ -207,7 +203,7 @@ def chat_prompt(
     elif notes:
         said.insert(0, {"role": "system", "content": notes})
     if _templated(tokenizer):
-        return Prompt(_through_template(tokenizer, said), found)
+        return Prompt(token_ids(tokenizer, chat_text(tokenizer, said, answer=True)), found)
     lines = [f"{message['role'].capitalize()}: {message['content']}" for message in said]
     return Prompt([*start_tokens(tokenizer), *token_ids(tokenizer, "\n".join([*lines, "Assistant:"]))], found)
 
@@ -237,24 +233,6 @@ def reply(
     chunks = sorted((chunk for reading in readings for chunk in reading.chunks), key=lambda chunk: chunk.share)
     best = {(chunk.origin.document, chunk.origin.start_token): chunk for chunk in chunks}
     return Reply(said.strip(), prompt.recalled, sorted(best.values(), key=lambda chunk: -chunk.share))
-
-
-def _through_template(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Token ids of messages; a template that refuses a system message has it before the first question."""
-    ways, (first, *rest) = [messages], messages
-    if first["role"] == "system" and rest:
-        ways.append([{**rest[0], "content": f"{first['content']}\n\n{rest[0]['content']}"}, *rest[1:]])
-    for way in ways:
-        try:
-            ids: list[int] = tokenizer.apply_chat_template(way, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-            return ids
-        except TemplateError as error:
-            problem = error
-    raise DataError(
-        f"the model's chat template refuses these messages ({first_line(problem)}); let user and assistant take turns"
-    ) from problem
 
 
 def _templated(tokenizer: Any) -> bool:

@@ -14,6 +14,18 @@ TEMPLATE = (
 )
 
 
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + TEMPLATE
+"""As of models that know no system message."""
+
+
+def test_passages_before_a_question_come_to_a_template_without_system_messages_too() -> None:
+    tokenizer = train_tokenizer(["My dog is called Comet."] * 20, 300)
+    tokenizer.chat_template = STRICT
+    (fact,) = told_session(random.Random(1), 1).facts
+    asked = asked_ids([fact], tokenizer, [{"role": "system", "content": "Notes"}])
+    assert tokenizer.decode(asked.ids).startswith(f"<user>Notes\n\n{fact.asked}</><assistant>")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_question_and_true_answer_are_said_by_the_facts_and_no_wrong_answer_is(kind: str) -> None:
     for seed in range(30):

@@ -14,9 +14,10 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import TemplateError
 
 from longmem.data.tokens import token_ids
-from longmem.errors import ConfigError
+from longmem.errors import ConfigError, DataError, first_line
 
 # hidden in a text
 
@@ -142,7 +143,7 @@ _REPLIES = (
 )
 
 Message = dict[str, str]
-"""``{"role": "user" or "assistant", "content": text}``, as chat templates take them."""
+"""``role`` (``system``, ``user`` or ``assistant``) and ``content``, as chat templates take them."""
 
 
 class ToldFact(NamedTuple):
@@ -237,11 +238,27 @@ def asked_ids(facts: Sequence[ToldFact], tokenizer: Any, before: Sequence[Messag
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Message], *, answer: bool) -> str:
-    """The text of a conversation; with ``answer`` it ends where the assistant begins to speak."""
-    if getattr(tokenizer, "chat_template", None):
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer))
-    lines = "".join(f"{message['role'].capitalize()}: {message['content']}\n" for message in messages)
-    return lines + "Assistant: " * answer
+    """The text of a conversation; with ``answer`` it ends where the assistant begins to speak.
+
+    A chat template that refuses a system message has it before the first question.
+
+    Raises:
+        DataError: the chat template refuses these messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        lines = "".join(f"{message['role'].capitalize()}: {message['content']}\n" for message in messages)
+        return lines + "Assistant: " * answer
+    ways, (first, *rest) = [list(messages)], messages
+    if first["role"] == "system" and rest:
+        ways.append([{**rest[0], "content": f"{first['content']}\n\n{rest[0]['content']}"}, *rest[1:]])
+    for way in ways:
+        try:
+            return str(tokenizer.apply_chat_template(way, tokenize=False, add_generation_prompt=answer))
+        except TemplateError as error:
+            problem = error
+    raise DataError(
+        f"the model's chat template refuses these messages ({first_line(problem)}); let user and assistant take turns"
+    ) from problem
 
 
 @lru_cache

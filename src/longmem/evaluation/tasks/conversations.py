@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from longmem.chat import transcript
 from longmem.data.facts import ToldFact, asked_ids, changed_session, question_ids, session_of, told_ids, told_session
 from longmem.data.tokens import start_tokens
 from longmem.errors import ConfigError
@@ -391,8 +392,7 @@ class FactsTask(Task):
         elif asker.recall:
             text = ""
             for session, book in zip(sessions, books, strict=True):
-                text += "".join(f"{message['role']}: {message['content']}\n" for message in session.messages)
-                text += self.tokenizer.decode(book) + "\n" * self.changed
+                text += transcript(session.messages) + self.tokenizer.decode(book) + "\n" * self.changed
             notes = notes_on(fact.asked, text, self.tokenizer, asker.recall)
             before = ({"role": "system", "content": notes},) if notes else ()
         whole = asked_ids([fact], self.tokenizer, before)
