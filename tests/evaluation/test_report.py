@@ -86,6 +86,9 @@ def test_what_is_no_result_is_named_in_one_line_and_the_rest_is_shown(
     for wrong, said in ((results / "cut.json", "cut.json: not JSON"), (results / "nowhere", "no such file or folder")):
         assert said in command("report", wrong, "--out", tmp_path / "other").error
     assert not (tmp_path / "other").exists()
+    found = command("report", results, "--out", tmp_path / "out", "--json").json
+    assert {*done.out.split()} < {*found["written"]}, "pictures too"
+    assert (len(found["not_shown"]), len(found["shown"])) == (len(lines), len(SHIPPED) + 1)
     with pytest.raises(DataError, match="no result files in"):
         build_report([results / "model"])
 

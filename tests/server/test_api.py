@@ -56,6 +56,8 @@ def test_n_answers_stop_words_and_logprobs(live: Any) -> None:
     stop = text[4:6]
     cut = live.chat(max_tokens=12, seed=1, stop=[stop]).choices[0]
     assert (cut.message.content, cut.finish_reason) == (text[: text.index(stop)], "stop")
+    likeliest = (live.chat(max_tokens=8, seed=1, **how).choices for how in ({"temperature": 0}, {"top_p": 1e-6}))
+    assert len({choices[0].message.content for choices in likeliest}) == 1
 
 
 def test_completions_and_how_long_they_are(live: Any) -> None:
@@ -183,10 +185,14 @@ def test_what_is_said_is_kept_and_forgotten(live: Any) -> None:
     metadata = {"messages": 2, "from": "Ann"}  # shown whatever it is called
     assert http.post(f"{place}/documents", json={"name": "a", "text": "One.", "metadata": metadata}).is_success
     assert http.get(place).json()["data"][0]["metadata"] == metadata
+    assert http.post(f"{place}/documents", json={"name": "a", "text": " Two.", "append": True}).is_success
+    assert http.get(f"{place}/documents/a").json()["text"] == "One. Two."
     assert [http.delete(place).status_code, http.get(place).status_code] == [200, 404]
 
 
-def test_the_text_index_of_a_memory_goes_with_what_is_forgotten(tmp_path: Path) -> None:
+def test_the_text_index_of_a_memory_goes_with_what_is_forgotten_and_the_oldest_when_many_are_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with open_small(tmp_path / "memory") as store:
         memories = Memories(store)
         memories.add("ann/talk", "one", "My sister keeps three bees.")
@@ -195,6 +201,10 @@ def test_the_text_index_of_a_memory_goes_with_what_is_forgotten(tmp_path: Path) 
         memories.forget("ann/talk", "one")
         gc.collect()
         assert index() is None
+        monkeypatch.setattr("longmem.server.engine.OPEN_RECALLS", 2)
+        first, second, _ = (weakref.ref(memories.recall(name)) for name in ("ann/1", "ann/2", "ann/3"))
+        gc.collect()
+        assert first() is None and memories.recall("ann/2") is second()
 
 
 def test_what_is_forgotten_while_it_is_looked_up_is_shown_whole(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tests.calling import Command, Done
 
 from longmem import TrainingFree
-from longmem.chat import chat_prompt
+from longmem.chat import PlainTexts, Recall, chat_prompt
 from longmem.data.tokens import start_tokens
 from longmem.errors import BackboneError, DataError
 from longmem.modeling import loading as defaults
@@ -98,6 +98,9 @@ def test_a_template_that_refuses_a_system_message_has_it_before_the_first_questi
         DataError, match=r"chat template refuses these messages \(roles must alternate user/assistant\)"
     ):
         chat_prompt(tokenizer, [*talk, talk[-1]])
+    recall = Recall(PlainTexts({"note": "us: the boat"}), "")  # passages stand below what the system said
+    told = byte_tokenizer.decode(chat_prompt(byte_tokenizer, talk, recall=recall).ids)
+    assert told.startswith("System: sy\n\n") and "us: the boat\nUser: us" in told
 
 
 def test_a_prompt_without_a_template_begins_as_texts_in_training_do(byte_tokenizer: Any) -> None:

@@ -71,6 +71,8 @@ def test_equal_texts_are_encoded_once_in_a_namespace_and_across(tmp_path: Path) 
         store.add_document("bob", words(1, 500), name="c")
         assert model.tokens == encoded and store.stats().file_bytes == bytes_before
         assert bits(store, "alice", "a") == bits(store, "bob", "c")
+        again = store.add_document("bob", words(1, 500), name="c", expires=9e9)
+        assert (again.status, store.document("bob", "c").expires, model.tokens) == ("updated", 9e9, encoded)
 
 
 def test_nothing_tells_a_namespace_that_another_has_the_same_text(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.calling import Command
 
 from longmem import AlibiGPTForCausalLM, LongMem
 from longmem.errors import ConfigError, DataError
@@ -70,12 +71,13 @@ def test_the_default_text_is_the_source_of_the_standard_library(byte_tokenizer: 
     assert byte_tokenizer.decode(found.ids[0]).startswith("# file: email")
 
 
-def test_settings_that_break_rules_are_reported_together(needles: Begun) -> None:
+def test_settings_that_break_rules_are_reported_together(needles: Begun, command: Command) -> None:
     with pytest.raises(ConfigError) as error:
         needles(kinds=["riddle"], depths=[120, 0])
     assert "kind ('riddle') must be one of passkey" in str(error.value) and "depth (120)" in str(error.value)
     with pytest.raises(ConfigError, match=r"length \(100\) must be a multiple of the window \(16\); try 96"):
         needles(lengths=[100])
+    assert "depth (120)" in command("eval", "needle", "--model", "nowhere", "--depths", "120,0").error
     with pytest.raises(DataError, match="too short to hide"):
         needles(lengths=[64]).examples()
 
