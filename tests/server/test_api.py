@@ -190,7 +190,7 @@ def test_what_is_said_is_kept_and_forgotten(live: Any) -> None:
     assert [http.delete(place).status_code, http.get(place).status_code] == [200, 404]
 
 
-def test_the_text_index_of_a_memory_goes_with_what_is_forgotten_and_the_oldest_when_many_are_open(
+def test_text_index_and_bank_of_a_memory_go_with_what_is_forgotten_and_the_oldest_when_many_are_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open_small(tmp_path / "memory") as store:
@@ -198,6 +198,7 @@ def test_the_text_index_of_a_memory_goes_with_what_is_forgotten_and_the_oldest_w
         memories.add("ann/talk", "one", "My sister keeps three bees.")
         index = weakref.ref(memories.recall("ann/talk"))
         assert memories.recall("ann/talk").search("bees") and memories.recall("ann/talk") is index()
+        memories.add("ann/talk", "other", "And a dog.")
         memories.forget("ann/talk", "one")
         gc.collect()
         assert index() is None
@@ -205,6 +206,12 @@ def test_the_text_index_of_a_memory_goes_with_what_is_forgotten_and_the_oldest_w
         first, second, _ = (weakref.ref(memories.recall(name)) for name in ("ann/1", "ann/2", "ann/3"))
         gc.collect()
         assert first() is None and memories.recall("ann/2") is second()
+        monkeypatch.setattr("longmem.server.engine.OPEN_BYTES", 0)
+        bank = weakref.ref(memories.bank("ann/talk").load())
+        memories.add("ann/note", "two", "The boat is called Petrel.")
+        memories.bank("ann/note")
+        gc.collect()
+        assert bank() is None
 
 
 def test_what_is_forgotten_while_it_is_looked_up_is_shown_whole(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from tests.family_table import V
 from tests.generation.models import longmem
 
 from longmem import LongMem, MemoryStore
+from longmem.errors import StoreError
 from longmem.store.encode import Encoder, new_layout
 
 
@@ -56,3 +57,6 @@ def test_the_tokenizer_is_found_where_a_checkpoint_names_its_backbone_from_its_o
             assert store.add_document("alice", "hello there", name="a").tokens == 11
             # by a path that means the same from everywhere
             assert store.layout.backbone == str((tmp_path / "pair" / "backbone").resolve())
+    bare = MemoryStore.open(tmp_path / "bare", model=longmem())
+    with bare, pytest.raises(StoreError, match=r"the store has no tokenizer; open it with a fast tokenizer="):
+        bare.add_document("alice", "hello there", name="a")
