@@ -3,6 +3,7 @@
 import shutil
 import signal
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from tests.training.conftest import Make, records
 from tests.training.test_needles import ASK
 
-from longmem.errors import CheckpointError
+from longmem.errors import CheckpointError, ConfigError
 from longmem.training.recipe import Recipe
 from longmem.training.run import train
 from longmem.training.trainer import StreamTrainer, list_checkpoints
@@ -154,6 +155,24 @@ def test_a_checkpoint_with_a_file_cut_short_is_named_with_the_way_out(adapt: Mak
             train(recipe, resume=True, quiet=True)
         assert "\n" not in str(raised.value)
         file.write_bytes(whole)
+
+
+def test_a_disk_that_is_full_at_the_first_checkpoint_is_one_line_and_resuming_begins_anew(
+    adapt: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = adapt()
+    with monkeypatch.context() as patch:
+        full = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 6541504 vs 6541392")
+        patch.setattr(torch, "save", Mock(side_effect=full))
+        with pytest.raises(
+            CheckpointError, match=r"cannot be written \(.enforce.*; make room, then go on with --resume"
+        ):
+            train(recipe, quiet=True)
+    assert any((recipe.out_dir / "checkpoints").iterdir()) and not list_checkpoints(recipe.out_dir / "checkpoints")
+    assert train(recipe, resume=True, quiet=True).step == 8
+    shutil.rmtree(recipe.out_dir / "checkpoints")
+    with pytest.raises(ConfigError, match=r"an earlier run; no checkpoint to go on from; add --overwrite to remove it"):
+        train(recipe, resume=True, quiet=True)  # the model is not removed
 
 
 def test_a_crash_while_writing_leaves_the_checkpoint_before(adapt: Make, monkeypatch: pytest.MonkeyPatch) -> None:

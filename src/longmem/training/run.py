@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, set_seed
+from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from longmem.data.stream import WindowSampler
 from longmem.data.text import read_documents
 from longmem.data.tokens import check_tokenizer, load_tokenizer, tokenize, train_tokenizer
-from longmem.errors import ConfigError
+from longmem.errors import CheckpointError, ConfigError, first_line
 from longmem.modeling.loading import named_dtype
 from longmem.progress import Progress, clock
 from longmem.training.adapt import LongMemTrainer, NeedleStream
@@ -76,9 +77,9 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
     """
     refuse_launch()
     state = PartialState(cpu=not torch.accelerator.is_available())
-    resume = resume and bool(list_checkpoints(recipe.out_dir / "checkpoints"))
+    again, resume = resume, resume and bool(list_checkpoints(recipe.out_dir / "checkpoints"))
     if not resume and state.is_main_process:
-        _clear(recipe.out_dir, overwrite)
+        _clear(recipe.out_dir, overwrite, again)
     state.wait_for_everyone()
     set_seed(recipe.run.seed)
     trainer = build_trainer(recipe, state, quiet=quiet)
@@ -86,7 +87,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
     if recipe.eval.patience:
         trainer.add_callback(_Patience(recipe.eval.patience))
     silent = quiet or not state.is_main_process
-    with _signals() as caught, Progress(f"{recipe.task} {recipe.run.name}", unit="steps", quiet=silent) as progress:
+    progress = Progress(f"{recipe.task} {recipe.run.name}", unit="steps", quiet=silent)
+    with _signals() as caught, _room(recipe.out_dir), progress:
         progress.say(_about(trainer, recipe))
         run = _Run(recipe, trainer, progress, caught, resume=resume)
         trainer.add_callback(run)
@@ -326,6 +328,18 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(each, handler)
 
 
+@contextmanager
+def _room(out: Path) -> Iterator[None]:
+    """What torch and safetensors make of a full disk, in one line."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as problem:
+        if isinstance(problem, RuntimeError) and "inline_container" not in str(problem):
+            raise
+        line = f"{out} cannot be written ({first_line(problem)}); make room, then go on with --resume"
+        raise CheckpointError(line) from problem
+
+
 def _about(trainer: Any, recipe: Recipe) -> str:
     """What is trained, on what."""
     count = f"{sum(weight.numel() for _, weight in trainer.trained()):,} parameters"
@@ -351,12 +365,12 @@ def _tokenizer(recipe: Recipe, main: bool) -> Any:
     return load_tokenizer(folder)
 
 
-def _clear(out: Path, overwrite: bool) -> None:
-    """Make the run's folder, without an earlier run in it."""
+def _clear(out: Path, overwrite: bool, resume: bool) -> None:
+    """Make the run's folder, without an earlier run in it; with ``resume`` that is one that has saved nothing whole."""
     earlier = [path for path in (out / "checkpoints", out / "final") if path.is_dir() and any(path.iterdir())]
-    if earlier and not overwrite:
-        ways = "add --resume to go on, --overwrite to remove it, or set run.name"
-        raise ConfigError(f"{out}: holds an earlier run; {ways}")
+    if earlier and not overwrite and not (resume and not (out / "final").is_dir()):
+        way_on = "no checkpoint to go on from; add" if resume else "add --resume to go on,"
+        raise ConfigError(f"{out}: holds an earlier run; {way_on} --overwrite to remove it, or set run.name")
     for path in (*earlier, out / "tokenizer"):
         shutil.rmtree(path, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
