@@ -1,7 +1,7 @@
 """From a name to a backbone: a folder, a hub id, a ``.gguf`` file, or the default model; each failure in one line.
 
-transformers turns the quantised tensors of a GGUF file back into plain floats, half a minute for 135 million
-parameters. So the file is converted once into an ordinary model folder in the user's cache, named by its SHA-256.
+transformers turns the quantised tensors of a GGUF file back into plain floats whenever it loads one. So the file is
+converted once into an ordinary model folder in the user's cache, named by its SHA-256.
 
 The model that is used where none is named, SmolLM2-135M-Instruct, is such a file, out of a wheel of the package
 registry. What reads memory for it is in the source tree a SideNet, in an installed package gates of a few kilobytes.

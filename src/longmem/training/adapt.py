@@ -62,6 +62,8 @@ class LongMemTrainer(StreamTrainer):
         ConfigError: arguments that would tear texts out of their order; all of them are listed.
     """
 
+    saving: ClassVar[dict[str, Any]] = {"movable": True}
+
     def __init__(
         self,
         model: Any,
@@ -120,8 +122,6 @@ class LongMemTrainer(StreamTrainer):
         self.backbone_losses: dict[str, float] = {}
         if isinstance(model, MemTRM) and (valid := self.eval_dataset):  # before it changes
             self.backbone_losses[valid.fingerprint] = self.validate(valid, memory=False)
-
-    saving: ClassVar[dict[str, Any]] = {"movable": True}
 
     @property
     def longmem(self) -> Any:
