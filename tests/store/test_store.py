@@ -1,5 +1,6 @@
 """Opening, forgetting, compacting, verifying, moving: a store as its users and its keepers see it."""
 
+import hashlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from tests.store.small import MODEL, TOKENIZER, NumberModel, flip, open_small, quick_folder, state_of, words
 
 from longmem.errors import LongMemError, StoreDamaged, StoreError, StoreLocked
@@ -258,6 +260,25 @@ def test_a_damaged_catalog_is_said_in_one_line(store: MemoryStore) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("sql", "kind"),
+    [
+        ("DELETE FROM part WHERE ordinal = 1", "document"),
+        ("DELETE FROM piece", "document"),
+        ("UPDATE document SET metadata = '{'", "catalog"),
+        ("DELETE FROM meta WHERE key = 'records'", "catalog"),
+    ],
+)
+def test_a_catalog_whose_rows_do_not_fit_together_is_found(store: MemoryStore, sql: str, kind: str) -> None:
+    fill(store)
+    store.close()
+    with closing(sqlite3.connect(store.path / "catalog.sqlite")) as db, db:
+        db.execute(sql)
+    with open_small(store.path) as again:
+        report = again.verify(repair=True)
+        assert {problem.kind for problem in report.problems} == {kind} and not report.clean
+
+
 # moving
 
 
@@ -285,10 +306,25 @@ def flip_second_piece(files: dict[str, bytes], _: dict[str, Any]) -> None:
     files[name] = files[name][:-1] + bytes([files[name][-1] ^ 1])
 
 
+def summed(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[dict[str, bytes], dict[str, Any]], None]:
+    """A change of a piece's arrays, with the sum of its bytes changed as well."""
+
+    def changed(files: dict[str, bytes], manifest: dict[str, Any]) -> None:
+        name = list(files)[1]
+        change(arrays := load(files[name]))
+        files[name] = save(arrays)
+        manifest["contents"][Path(name).stem] = hashlib.sha256(files[name]).hexdigest()
+
+    return changed
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (flip_second_piece, "bytes have changed"),
+        (summed(lambda arrays: arrays["text"][:1].add_(1)), "text are not those of its digest"),
+        (summed(lambda arrays: arrays["kv"].fill_(torch.nan)), "array kv holds numbers that are not finite"),
+        (summed(lambda arrays: arrays.update(kv=arrays["kv"].half())), "array kv is not torch.float32"),
         (lambda _, manifest: manifest.clear(), "no whole export of a memory store"),
         (lambda _, manifest: manifest.update(format="longmem-export-9"), "reads longmem-export-2, longmem-export-1"),
         (lambda _, manifest: manifest.update(contents={}), "is incomplete; nothing was imported"),
