@@ -130,6 +130,7 @@ def test_random_rows_score_the_repetition_only() -> None:
 
 ERRORS: dict[str, Callable[[Path], Any]] = {
     "data.vocab_size (100) must be at least 259": lambda folder: train_tokenizer(["text"], 100),
+    "the tokenizer has no text to learn from": lambda folder: train_tokenizer([], 300),
     "no tokenizer (": load_tokenizer,
     "kind ('riddle') must be one of passkey, pair, multi, twohop": lambda folder: draw_facts(
         "riddle", np.random.default_rng(0)

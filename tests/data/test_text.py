@@ -271,6 +271,9 @@ def test_a_hub_data_set_is_read_by_name_config_and_split(monkeypatch: pytest.Mon
     assert [d.id for d in found[:2]] == ["owner/books:0", "owner/books:1"]
     with pytest.raises(DataError, match=r"^hub:x: the hub data set cannot be loaded \(no such data set\); write hub:N"):
         list(read_documents(["hub:x"]))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"reading the hub needs `datasets`; pip install"):
+        list(read_documents(["hub:owner/books"]))
 
 
 def test_a_stream_is_one_text_or_json_lines() -> None:

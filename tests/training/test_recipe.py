@@ -89,9 +89,10 @@ def test_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> None:
     assert (recipe.optim.lr, recipe.run.name, recipe.data.paths, recipe.data.window) == (1e-3, "other", ("b", "c"), 32)
     assert recipe.out_dir == Path("runs/other")
     with pytest.raises(ConfigError) as raised:
-        Recipe.load(path, ["optim.lr", "optim.lrr=1"])
+        Recipe.load(path, ["optim.lr", "optim.lrr=1", "task.x=1"])
     assert raised.value.problems == [
         "--set optim.lr is not section.name=value; write e.g. --set optim.lr=1e-3",
+        "--set task.x=1: task is a value, not a section",
         "optim.lrr is no setting; did you mean optim.lr?",
     ]
 

@@ -121,6 +121,7 @@ def test_bf16_gives_nearly_the_losses_of_fp32(task: str, request: pytest.Fixture
     [
         ("pretrain", {"optim": {"lr": 1e30, "clip": 0.0, "warmup": 0.0}}, "the loss is nan at step "),
         ("pretrain", {"data": {"window": 99_999}}, "which is less than two windows of data.window (99999)"),
+        ("pretrain", {"model": {"vocab_size": 10}}, "model.vocab_size (10) must be at least the tokenizer's (280)"),
         ("adapt", {"needles": ASK | {"context": 4096}}, "not more than a fact is hidden in (needles.context (4096)"),
         (
             "adapt",
