@@ -212,10 +212,6 @@ OUT_OF_RANGE = "is out of range, the backbone has 4 layers counted from 0; these
         (made(memory_layers=(1, 7)), f"memory_layer 7 {OUT_OF_RANGE}"),
         (made(backbone="gemma2", memory_layer=2), "sliding_attention layer, or has no keys of its own"),
         (made(MemTRM, "gemma2", memory_layer=2), "these would do: 1, 3"),
-        (
-            made(backbone="gemma4", memory_layers=(0, 1)),
-            "memory_layers [0, 1] have different key/value heads and sizes",
-        ),
         (made(backbone="opt-post-norm", init="zero"), 'use init "copy"'),
         (made(backbone="bloom", fusion="softmax"), 'use fusion "gate"'),
         (made(init="zero", trained="attention"), 'init ("zero") needs a feed-forward of its own'),
