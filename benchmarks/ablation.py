@@ -16,7 +16,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -132,6 +131,18 @@ class Int8Bank(MemoryBank):
         return torch.cat(parts, dim=2).to(states)
 
 
+class OtherFormat(Asker):
+    """Its memory holds keys and values in the number format that its identity names."""
+
+    def bank(self, rows: int, longest: int) -> MemoryBank | None:
+        usual, word = super().bank(rows, longest), self.identity["memory_dtype"]
+        if usual is None:
+            return None
+        if word == "int8":
+            return Int8Bank.for_model(self.model, rows, usual.capacity_tokens)
+        return MemoryBank.for_model(self.model, rows, usual.capacity_tokens, dtype=getattr(torch, word))
+
+
 def untrained(model: LongMem, size: int, axes: dict[str, list[Any]], **how: Any) -> tuple[list[Asker], list[Planned]]:
     """Systems that differ from the default in one setting, all on one pass of the backbone."""
     backbone, off, on = systems_of(model, [size], **how)
@@ -145,11 +156,9 @@ def untrained(model: LongMem, size: int, axes: dict[str, list[Any]], **how: Any)
             continue
         other = varied(model, **({axis: value} if axis in ("chunk_size", "num_retrieved", "gate_share") else {}))
         remembered = value if axis == "memory_size" else size
-        make: Any = MemoryBank.for_model
-        if axis == "memory_dtype":
-            make = Int8Bank.for_model if value == "int8" else partial(make, dtype=getattr(torch, value))
         identity = on.identity | {"memory": remembered, axis: value}
-        system = Asker(f"{axis}={value}", f"{AXES[axis]}: {said}", identity, other, remembered, make, **how)
+        kind = OtherFormat if axis == "memory_dtype" else Asker
+        system = kind(f"{axis}={value}", f"{AXES[axis]}: {said}", identity, other, memory_size=remembered, **how)
         planned.append(Planned(system, axis, said))
     return [backbone, off, default, *(one.system for one in planned if one.system is not default)], planned
 

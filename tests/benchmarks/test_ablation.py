@@ -40,7 +40,7 @@ def alone(model: LongMem, some: list[TokenizedDocument], size: int = 64) -> floa
 
 def test_each_value_scores_as_a_model_made_with_it(tmp_path: Path) -> None:
     some, model = documents(4, 2), longmem()
-    of = ["chunk_size=2", "num_retrieved=4", "memory_size=16", "memory_dtype=float32,int8", "gate_share=0,0.3"]
+    of = ["chunk_size=2", "num_retrieved=4", "memory_size=16", "memory_dtype=float32,bfloat16,int8", "gate_share=0,0.3"]
     result = ablate(model, some, SETTINGS, of, **HOW)
     default = alone(model, some)
     assert score(result, "chunk_size", "4") == score(result, "memory_dtype", "float32") == pytest.approx(default)
@@ -48,7 +48,8 @@ def test_each_value_scores_as_a_model_made_with_it(tmp_path: Path) -> None:
     assert score(result, "chunk_size", "2") == pytest.approx(alone(longmem(chunk_size=2), some))
     assert score(result, "num_retrieved", "4") == pytest.approx(alone(longmem(num_retrieved=4), some))
     assert score(result, "memory_size", "16") == pytest.approx(alone(model, some, 16))
-    assert 0 < abs(score(result, "memory_dtype", "int8") / default - 1) < 0.01
+    rounded = [score(result, "memory_dtype", name) for name in ("bfloat16", "int8")]
+    assert len({default, *rounded}) == 3 and all(abs(each / default - 1) < 0.01 for each in rounded)
     forced = longmem()
     with torch.no_grad():
         forced.sidenet.memory_gate.fill_(torch.logit(torch.tensor(0.3)))
