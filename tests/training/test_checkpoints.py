@@ -101,7 +101,8 @@ def test_a_finished_run_can_be_given_a_larger_budget_or_none(
 ) -> None:
     monkeypatch.setattr("longmem.progress.EVERY", {True: 0.0, False: 0.0})
     train(pretrain(optim={"steps": 4}), quiet=True)
-    assert train(pretrain(optim={"steps": 4}), resume=True, quiet=True).losses == []
+    nothing = train(pretrain(optim={"steps": 4}), resume=True, quiet=True)
+    assert (nothing.step, nothing.losses) == (4, [])
     longer = pretrain(optim={"steps": 9}, checkpoint={"every": 3, "keep_last": 9}, log={"every": 5})
     with (longer.out_dir / "metrics.jsonl").open("a") as file:
         file.write("\0\0\n")  # a disk that lost power
