@@ -47,11 +47,19 @@ def test_what_is_no_count_is_named(said: str) -> None:
 
 def test_a_result_is_lines_and_tables_or_one_json_document(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"name": "a" * 30, "tokens": 5, "x": 0}, {"name": "two\nlines \x1b[31m\x07", "tokens": 12345, "x": 1}]
-    result = {"path": Path("a/b"), "said": {"k": 1}, "expires": None, "share": 0.123456, "rows": rows}
+    result = {
+        "path": Path("a/b"),
+        "said": {"k": 1},
+        "long": {"k": "x" * 900},
+        "expires": None,
+        "share": 0.123456,
+        "rows": rows,
+    }
     show(False, result, ("name", "tokens"))
     assert capsys.readouterr().out.splitlines() == [
         "path            a/b",
         "said            k=1",
+        f"long            k={'x' * 198} ...",  # JSON has all of it
         "expires         -",
         "share           0.1235",
         "name                            tokens",

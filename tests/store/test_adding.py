@@ -157,6 +157,7 @@ def test_compacting_between_the_receipts_of_a_stream_takes_nothing_from_it(store
         ({"ids": [0.5]}, "must be integers"),
         ({"ids": [-1]}, "must lie in 0..2"),
         ({"ids": [3, 257]}, "document 'x' has the token id 257, the model knows 257"),
+        ({"text": Path("a.txt")}, "text .a PosixPath. must be a str, what it says"),
         ({"text": "a\ud800"}, "no valid Unicode .character 1."),
         ({"text": "a", "namespace": ""}, "namespace .''. must be 1 to 1000 characters"),
         ({"text": "a", "name": "a\nb"}, "none of them for control"),

@@ -78,6 +78,12 @@ def test_a_second_writer_is_refused_by_name(store: MemoryStore) -> None:
             {"model": NumberModel(seed=1)},
             r"by backbone numbers \(numbers-2-4-0, layers 1\), this model is num",
         ),
+        (
+            "memory",
+            {"model": "models/small/sidenet"},
+            r"model \(a str\) must be a loaded model that reads memory: LongMem",
+        ),
+        ("memory", {"tokenizer": "models/small"}, r"tokenizer \(a str\) must be a loaded tokenizer: AutoTokenizer"),
         ("memory", {"mode": "append"}, "mode .'append'. must be 'write' or 'read'"),
         ("none", {"mode": "read"}, "no memory store here"),
         ("none", {"model": None, "tokenizer": None}, "a new store needs the model"),

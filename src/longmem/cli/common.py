@@ -30,6 +30,7 @@ FOLDER = click.Path(path_type=Path)
 AT_LEAST_1 = click.IntRange(min=1)
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400, "y": 365 * 86_400}
 _MOMENTS = ("added", "created", "expires", "time")
+LONGEST_METADATA = 200  # characters in a line: of a server's stored responses it is a whole conversation
 _SIZES = {"k": 1 << 10, "m": 1 << 20}
 
 # values of options
@@ -392,6 +393,7 @@ def cell(value: object, key: str = "") -> str:
         return f"{value:,}"
     if isinstance(value, dict):
         value = ", ".join(f"{name}={each}" for name, each in value.items())
+        value = value if len(value) <= LONGEST_METADATA else f"{value[:LONGEST_METADATA]} ..."
     return one_line(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
 
 

@@ -191,7 +191,7 @@ def writer_lock(folder: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 who = " ".join((folder / LOCK).read_text(errors="replace").split()) or "another process writes to it"
-                raise StoreLocked(f"{folder}: {who}; wait for it, or open the store with mode='read'") from error
+                raise StoreLocked(f"{folder}: {who}; wait for it; meanwhile it can be read (mode='read')") from error
             file.truncate(0)
             file.write(f"process {pid} on {socket.gethostname()} (`{command}`) has been writing since {since}")
             file.flush()

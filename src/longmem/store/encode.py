@@ -226,6 +226,8 @@ class Encoder:
         if (new.text is None) == (new.ids is None):
             both = "neither" if new.ids is None else "both"
             raise StoreError(f"document {new.name!r}: give either a text or ids=, not {both}")
+        if not isinstance(new.text, str | None):
+            raise StoreError(f"document {new.name!r}: text (a {type(new.text).__name__}) must be a str, what it says")
         if new.text is None:
             tokens = _of_ids(new.name, new.ids)
         else:

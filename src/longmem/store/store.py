@@ -102,6 +102,12 @@ class MemoryStore:
         given: dict[str, Any] = {"dtype": dtype, "chunk_size": chunk_size, "segment_tokens": segment_tokens}
         if mode not in ("write", "read"):
             raise StoreError(f"mode ({mode!r}) must be 'write' or 'read'")
+        if model is not None and not hasattr(model, "memory_layers"):
+            loaded = "LongMem.from_pretrained(...), or TrainingFree.from_backbone(...) for any other"
+            raise StoreError(f"model (a {type(model).__name__}) must be a loaded model that reads memory: {loaded}")
+        if tokenizer is not None and not hasattr(tokenizer, "vocab_size"):
+            way_out = "AutoTokenizer.from_pretrained(...)"
+            raise StoreError(f"tokenizer (a {type(tokenizer).__name__}) must be a loaded tokenizer: {way_out}")
         if not (folder / CATALOG).exists():
             _check_new(folder, model, writable and create)
         new = new_layout(model, **given) if writable and create and model is not None else None
