@@ -132,6 +132,9 @@ class MemoryBank:
     @classmethod
     def for_model(cls, model: Any, rows: int = 1, capacity_tokens: int | None = None, **settings: Any) -> MemoryBank:
         """A bank that fits this model; ``settings`` as in the constructor."""
+        if not hasattr(model, "memory_layers"):
+            made = "LongMem.from_backbone(model) or TrainingFree.from_backbone(model)"
+            raise ConfigError(f"a {type(model).__name__} reads no memory by itself; make a bank for {made}")
         if "fingerprint" not in settings:  # that of a model in training takes all its weights to compute
             settings["fingerprint"] = model.fingerprint
         settings = {
