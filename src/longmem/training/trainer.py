@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,8 +147,8 @@ class StreamTrainer(Trainer):
         return self.stream.next()
 
     def get_train_dataloader(self) -> Any:
-        """The stream, which has no end: what ``next_batch`` returns is never None."""
-        return iter(self.next_batch, None)
+        """The stream, which has no end; as long as the run for whoever asks."""
+        return _Batches(self)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs  # ``compute_loss`` takes to the device what it needs there
@@ -377,6 +377,20 @@ def _windows(corpus: TokenCorpus, starts: NDArray[np.int64], window: int) -> Win
     """The windows (B, T) of a text that begin at these tokens."""
     tokens = torch.from_numpy(np.stack([corpus.ids[at : at + window + 1].astype(np.int64) for at in starts]))
     return WindowBatch(tokens[:, :-1], tokens[:, 1:], torch.zeros(len(starts), dtype=torch.bool))
+
+
+@dataclass
+class _Batches:
+    """The batches of a trainer for Trainer's loop; without a length it takes one more step of a finished run."""
+
+    trainer: StreamTrainer
+
+    def __len__(self) -> int:
+        return self.trainer.args.max_steps * self.trainer.args.gradient_accumulation_steps
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield self.trainer.next_batch()
 
 
 def refuse_launch() -> None:
