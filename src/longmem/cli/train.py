@@ -37,6 +37,7 @@ def train(
     longmem train gpt2-small --resume
     longmem train gpt2-small --estimate a100-80gb
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nothing here uses
     from longmem.training.recipe import Recipe
 
     settings = Recipe.load(recipe, overrides)
