@@ -11,8 +11,8 @@ import torch
 
 from longmem.data.tokens import TokenizedDocument
 from longmem.evaluation.perplexity import (
+    EDGES,
     PerplexitySettings,
-    bin_edges,
     block_bins,
     position_bins,
     record,
@@ -78,7 +78,7 @@ def test_groups_the_papers_length_buckets_and_positions_are_apart() -> None:
 def test_bins_agree_with_their_edges_and_a_short_rest_joins_the_block_before_it() -> None:
     bins = position_bins(3000)
     assert (bins[0], bins[126], bins[127], bins[255], bins[2047]) == (0, 0, 1, 2, 5)
-    assert all(low <= i + 1 < high for i, (low, high) in enumerate(map(bin_edges, bins.tolist())))
+    assert all(EDGES[which] <= before < EDGES[which + 1] for before, which in enumerate(bins.tolist(), 1))
     assert [np.bincount(block_bins(n, 4)).tolist() for n in (10, 9, 1, 3)] == [[4, 4, 2], [4, 5], [1], [3]]
 
 

@@ -30,14 +30,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from longmem.data.tokens import TokenizedDocument
 from longmem.errors import ConfigError
-from longmem.evaluation.asking import Asker
-from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, header, percent
-from longmem.evaluation.systems import Forward, compared, shared_forward
+from longmem.evaluation.asking import Asker, last_logits
+from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, header, percent, perplexity_of
+from longmem.evaluation.systems import compared
+from longmem.memory import MemoryBank
+from longmem.modeling.reading import Reading
 from longmem.progress import Progress
 from longmem.types import AttentionKV
 
 RECORDS_VERSION = 1  # part of every record's key; raised when a record's meaning changes
-FIRST_BIN = 128  # tokens before the second position bin; each further one is twice as wide
+EDGES = (0, *(128 << n for n in range(40)))  # tokens before the first one of each position bin: 0, 128, 256, 512, ...
 AT_ONE_TIME = 512  # tokens whose (tokens, V) float32 logits exist
 LENGTHS = (0, 5_000, 10_000, 100_000, 500_000, 1_000_000, math.inf)
 LENGTH_NAMES = ("<5k", "5k-10k", "10k-100k", "100k-500k", "500k-1M", ">1M")
@@ -156,9 +158,8 @@ def measure(
     with Progress(f"perplexity, {protocol}", total, "tokens, all systems") as progress:
         rows, began = max(1, min(rows, len(some))), time.monotonic()
         asked = [system for system in systems if system.name in names]
-        forward, memories = shared_forward(asked, rows, max((document.scored for document in some), default=0))
         ids = [document.ids.to(systems[0].model.device) for document in some]
-        for i, nll in stream_nll(forward, memories, ids, progress, window=window, stride=stride, rows=rows):
+        for i, nll in stream_nll(asked, ids, progress, stride=stride, rows=rows):
             now = time.monotonic()
             each, began = (now - began) / len(names), now
             for name, of_system in zip(names, nll, strict=True):
@@ -187,14 +188,7 @@ def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, i
 
 @torch.inference_mode()
 def stream_nll(
-    forward: Forward,
-    memories: Sequence[Any],
-    documents: Sequence[Tensor],
-    progress: Progress,
-    *,
-    window: int,
-    stride: int,
-    rows: int,
+    systems: Sequence[Asker], documents: Sequence[Tensor], progress: Progress, *, stride: int, rows: int
 ) -> Iterator[tuple[int, NDArray[np.float64]]]:
     """Score every token of every document but its first, which nothing precedes.
 
@@ -207,13 +201,14 @@ def stream_nll(
     it has left. With ``stride == window`` this is: score a segment, then memorize it.
 
     Args:
-        memories: the banks of the Q systems that ``forward`` runs, None for those without memory.
+        systems: Q of them, of one window.
         documents: token ids on the device, each (n,) with n >= 2: inputs are the first n - 1, targets the last n - 1.
         progress: advanced by the tokens that each forward pass scores, each counted once for every system.
 
     Yields:
         document index and its negative log-likelihoods in nats, (Q, n - 1), in the order in which documents finish.
     """
+    memories = [system.bank(rows, max(map(len, documents), default=1) - 1) for system in systems]
     banks = {number: memory for number, memory in enumerate(memories) if memory is not None}
     longest_first = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
     for first in range(0, len(documents), rows):
@@ -223,7 +218,7 @@ def stream_nll(
             memory.reset()
         found = [list[Tensor]() for _ in batch]  # of each document, (Q, t) for each window
         waiting: dict[int, Tensor] = {}  # by system, keys and values (2, B, Hkv, t, D) of what is still in the window
-        for start, end, scored_from in windows(lengths[0], window, stride):
+        for start, end, scored_from in windows(lengths[0], systems[0].window, stride):
             going_on = torch.arange(sum(length > scored_from for length in lengths))  # the longest, so the first rows
             for number, states in waiting.items():
                 states = states[:, : len(going_on)]
@@ -233,7 +228,7 @@ def stream_nll(
             inputs = pad_sequence([each[:-1][start:end] for each in ids], batch_first=True)
             targets = [each[scored_from + 1 : end + 1] for each in ids]
             nll: list[list[Tensor]] = [[] for _ in ids]
-            for number, (logits, kv) in enumerate(forward(inputs, going_on, end - scored_from)):
+            for number, (logits, kv) in enumerate(_run(systems, memories, inputs, going_on, end - scored_from)):
                 for of_row, scored, wanted in zip(nll, logits, targets, strict=True):
                     of_row.append(_nll(scored[: len(wanted)], wanted))
                 if number in banks and kv is not None:
@@ -244,6 +239,34 @@ def stream_nll(
                 progress.advance(found[row][-1].numel())
                 if lengths[row] <= end:
                     yield batch[row], torch.cat(found[row], dim=1).numpy()
+
+
+def _run(
+    systems: Sequence[Asker], memories: Sequence[MemoryBank | None], input_ids: Tensor, rows: Tensor, keep: int
+) -> Iterator[tuple[Tensor, AttentionKV | None]]:
+    """Each system over ids (B, T), with these ``rows`` (B,) of its memory: the logits of the last ``keep`` positions,
+    (B, keep, V), and the memory layers' keys and values of all T, or None where there is no memory.
+
+    The backbone and its SideNets share one pass of it.
+    """
+    # through the backbone of the last SideNet: memories are written from this pass, and a control, which comes before
+    # them, may remember other layers
+    backbone = next((each.model.backbone for each in reversed(systems) if hasattr(each.model, "sidenet")), None)
+    run: Any = None
+    for system, memory in zip(systems, memories, strict=True):
+        model, shares = system.model, hasattr(system.model, "sidenet")
+        if backbone is not None and (shares or model is backbone.model):
+            run = run or backbone.run(input_ids, use_cache=False)
+            state = run.output.last_hidden_state
+            if shares:
+                run.reading = Reading.of(model, memory, rows, explain=False)
+                state = model.read(run)
+            logits: Any = backbone.head(state, run, logits_to_keep=keep).logits
+            yield logits[:, -keep:], None if memory is None else run.kv(None)
+        else:  # one with memory reads in its own layers
+            reads = {"memory": memory, "memory_rows": rows} if hasattr(model, "memory_layers") else {}
+            logits, out = last_logits(model, input_ids, keep, use_cache=False, **reads)
+            yield logits, getattr(out, "kv", None)
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -339,8 +362,8 @@ def scores(
         "systems": [
             {
                 "system": system,
-                "perplexity": _exp(values.sum() / tokens.sum()),
-                "word_perplexity": _exp(values.sum() / words),
+                "perplexity": perplexity_of(values.sum() / tokens.sum()),
+                "word_perplexity": perplexity_of(values.sum() / words),
                 "bits_per_byte": float(values.sum() / size / math.log(2)),
                 "nll": float(values.sum()),
                 "interval": interval(values, tokens, "documents", projects, np.exp),
@@ -368,11 +391,11 @@ def _positions(documents: Sequence[TokenizedDocument], table: Records) -> list[J
     baseline = next(iter(sums.values()))
     return [
         {
-            "low": bin_edges(index)[0],
-            "high": bin_edges(index)[1],
+            "low": EDGES[index],
+            "high": EDGES[index + 1],
             "documents": sum(len(each) > index for each in tokens),
             "tokens": int(count),
-            "perplexity": {name: _exp(values[index] / count) for name, values in sums.items()},
+            "perplexity": {name: perplexity_of(values[index] / count) for name, values in sums.items()},
             "percent": {
                 name: float(percent((values[index] - baseline[index]) / count)) for name, values in sums.items()
             },
@@ -393,16 +416,5 @@ def block_bins(scored: int, block: int) -> NDArray[np.int64]:
 
 
 def position_bins(scored: int) -> NDArray[np.int64]:
-    """Bin of each scored token by the number of tokens before it: 1-127, 128-255, 256-511, ..."""
-    before = np.arange(1, scored + 1)
-    return np.floor(np.log2(np.maximum(before / FIRST_BIN, 0.5)) + 1).astype(np.int64)  # type: ignore[no-any-return]
-
-
-def bin_edges(index: int) -> tuple[int, int]:
-    """Tokens before a token of this position bin: from the first number, below the second."""
-    return (0 if index == 0 else FIRST_BIN << (index - 1)), FIRST_BIN << index
-
-
-def _exp(value: float) -> float:
-    """exp, infinite where it overflows (word perplexities of text without spaces)."""
-    return math.exp(value) if not value >= 700 else math.inf
+    """Bin of each scored token by the number of tokens before it, see ``EDGES``."""
+    return np.searchsorted(EDGES, np.arange(1, scored + 1), "right") - 1

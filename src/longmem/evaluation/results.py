@@ -110,6 +110,11 @@ class Ledger:
                 file.write(f"\n{json.dumps(record)}\n")
 
 
+def perplexity_of(nats: float) -> float:
+    """exp of nats per token, or per word; infinite where it overflows (words of text without spaces)."""
+    return math.exp(nats) if not nats >= 700 else math.inf
+
+
 def percent(difference: Any) -> Any:
     """How far a perplexity is from another, in % of the other, by the difference of nats per token."""
     return 100 * np.expm1(difference)

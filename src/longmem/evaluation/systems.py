@@ -1,13 +1,10 @@
-"""The systems that are compared: loaded, named, and on one pass of their common backbone where they can share it.
-
-B rows · T window tokens · V vocabulary · Q systems that run together
-"""
+"""The systems that are compared: loaded and named."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,24 +14,17 @@ from torch import Tensor
 from longmem.config import CONFIGS, positions, usual_window
 from longmem.data.tokens import load_tokenizer
 from longmem.errors import CheckpointError, ConfigError, not_a_multiple
-from longmem.evaluation.asking import Asker, last_logits
-from longmem.memory import MemoryBank
+from longmem.evaluation.asking import Asker
 from longmem.modeling.baselines import MemTRM, TrainingFree
 from longmem.modeling.checkpoints import backbone_of, checked_device, checkpoint_folder, model_type, tokenizer_beside
 from longmem.modeling.loading import load_backbone
 from longmem.modeling.longmem import LongMem
-from longmem.modeling.reading import Reading
 from longmem.modeling.weights import fingerprint_of, legacy_fingerprint
-from longmem.types import AttentionKV
 
 BACKBONE, MEMORY_OFF, CONTROL = "backbone", "memory_off", "control"
 LONGMEM, MEMTRM, TRAINING_FREE, WINDOW = "memory", "memtrm", "training_free", "window"
 MEMTRM_OFF = f"{MEMTRM}_off"
 LINEAR_POSITIONS = ("alibi_gpt", "bloom", "mpt")  # ALiBi has no last position
-
-Forward = Callable[[Tensor, Tensor, int], Iterable[tuple[Tensor, AttentionKV | None]]]
-"""``forward(input_ids (B, T), rows (B,), keep)`` gives for each of Q systems, one after another, the logits of the last
-``keep`` positions, (B, keep, V), and the memory layers' keys and values of all T, or None where there is no memory."""
 
 
 def sized(name: str) -> tuple[str, int] | None:
@@ -249,35 +239,6 @@ def with_window(backbone: Asker, window: int, *, whole: bool = False) -> Asker:
         rows=max(1, backbone.rows * backbone.window // window),  # as many tokens in a batch as the others have
         whole=whole,
     )
-
-
-# running
-
-
-def shared_forward(systems: Sequence[Asker], rows: int, longest: int) -> tuple[Forward, list[MemoryBank | None]]:
-    """The systems as one function, and their fresh, empty memories, for documents of at most ``longest`` tokens."""
-    memories = [system.bank(rows, longest) for system in systems]
-    # of the last of them: a memory is written from this pass, and a control may remember other layers
-    backbone = next((each.model.backbone for each in reversed(systems) if hasattr(each.model, "sidenet")), None)
-
-    def forward(input_ids: Tensor, rows: Tensor, keep: int) -> Iterator[tuple[Tensor, AttentionKV | None]]:
-        run: Any = None  # the pass of the backbone that its SideNets share
-        for system, memory in zip(systems, memories, strict=True):
-            model, shares = system.model, hasattr(system.model, "sidenet")
-            if backbone is not None and (shares or model is backbone.model):
-                run = run or backbone.run(input_ids, use_cache=False)
-                state = run.output.last_hidden_state
-                if shares:
-                    run.reading = Reading.of(model, memory, rows, explain=False)
-                    state = model.read(run)
-                logits: Any = backbone.head(state, run, logits_to_keep=keep).logits
-                yield logits[:, -keep:], None if memory is None else run.kv(None)
-            else:  # one with memory reads in its own layers
-                reads = {"memory": memory, "memory_rows": rows} if hasattr(model, "memory_layers") else {}
-                logits, out = last_logits(model, input_ids, keep, use_cache=False, **reads)
-                yield logits, getattr(out, "kv", None)
-
-    return forward, memories
 
 
 def _identity(model: Any) -> dict[str, Any]:

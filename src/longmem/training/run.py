@@ -27,6 +27,7 @@ from longmem.data.stream import WindowSampler
 from longmem.data.text import read_documents
 from longmem.data.tokens import check_tokenizer, load_tokenizer, tokenize, train_tokenizer
 from longmem.errors import CheckpointError, ConfigError, first_line
+from longmem.evaluation.results import perplexity_of
 from longmem.modeling.loading import named_dtype
 from longmem.progress import Progress, clock
 from longmem.training.adapt import LongMemTrainer, NeedleStream
@@ -280,7 +281,7 @@ class _Run(TrainerCallback):
             )
         tokens = (step - self.since[0]) * self.tokens_per_step
         speed, self.since = tokens / max(seconds - self.since[1], 1e-9), (step, seconds)
-        record = {"seconds": round(seconds, 2), "perplexity": _perplexity(loss), "tokens_per_second": round(speed, 1)}
+        record = {"seconds": round(seconds, 2), "perplexity": perplexity_of(loss), "tokens_per_second": round(speed, 1)}
         record |= {"lr" if name == "learning_rate" else name: value for name, value in logs.items()}
         self._record("train", state, record)
 
@@ -294,7 +295,7 @@ class _Run(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **_: Any) -> None:
         found = {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()}
         self._record("eval", state, found)
-        losses = (f"{name} {value:.4f} (ppl {_perplexity(value):.3f})" for name, value in found.items())
+        losses = (f"{name} {value:.4f} (ppl {perplexity_of(value):.3f})" for name, value in found.items())
         self.progress.say(" · ".join([f"step {state.global_step:,}", "valid", *losses]))
 
     def _record(self, kind: str, state: Any, record: dict[str, Any]) -> None:
@@ -302,10 +303,6 @@ class _Run(TrainerCallback):
             place = {"kind": kind, "step": state.global_step, "tokens": state.global_step * self.tokens_per_step}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(place | record) + "\n")
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, product
+from itertools import accumulate, chain, islice, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -84,13 +84,7 @@ def lay_out(asked: Asked, asker: Asker, start: Tokens) -> LaidOut:
 
 def fitting(texts: Sequence[Tokens], room: int) -> int:
     """How many of the last texts have at most ``room`` tokens together."""
-    count = 0
-    for text in reversed(texts):
-        room -= len(text)
-        if room < 0:
-            break
-        count += 1
-    return count
+    return sum(total <= room for total in accumulate(map(len, reversed(texts))))
 
 
 def draw(name: str, seed: int, size: int, local: int, memory: int) -> tuple[list[int], list[int]]:
