@@ -70,10 +70,12 @@ def test_from_backbone_takes_the_best_layers_and_measures_them_once(tmp_path: Pa
     model, kept = make_backbone("llama"), tmp_path / "layers.json"
     best = measure_layers(model, texts(), **SMALL)["best"]
     for _ in range(2):
-        made = TrainingFree.from_backbone(model, memory_layers=best_layers(texts(), None, kept=kept, **SMALL))
+        made = TrainingFree.from_backbone(
+            model, memory_layers=lambda loaded: best_layers(loaded, texts(), None, kept=kept, **SMALL)
+        )
         assert made.memory_layers == (best or (2,))
     kept.write_text('{"best": [0, 1]}')
-    assert best_layers([], None, kept=kept)(model) == (0, 1)
+    assert best_layers(model, [], None, kept=kept) == (0, 1)
 
 
 def test_ranks_equal_counting_by_hand(tiny_backbone: AlibiGPTForCausalLM) -> None:

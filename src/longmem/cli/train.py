@@ -7,6 +7,7 @@ import logging
 import sys
 from collections import defaultdict
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def calibrate(model: str, data: tuple[str, ...], valid: tuple[str, ...], layers:
     place = checked_device(device)
     if layers == "auto":
         text = [ids for some in check.values() for ids in some[:1]]
-        layers = best_layers(text, reader, device=place, seed=settings.seed, **sizes)
+        layers = partial(best_layers, texts=text, tokenizer=reader, device=place, seed=settings.seed, **sizes)
     made = TrainingFree.from_backbone(model, memory_layers=layers, dtype=dtype, fusion="token", **sizes)
     check_tokenizer(reader, made)
     torch.nn.Module.to(made, place)

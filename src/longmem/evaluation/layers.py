@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from longmem.config import TrainingFreeConfig, positions, side_layout, usual_window
-from longmem.data.facts import asked_ids, told_ids, told_session
+from longmem.data.facts import ToldFact, asked_ids, told_ids, told_session
 from longmem.data.tokens import check_tokenizer, token_ids
 from longmem.errors import BackboneError, ConfigError, DataError
 from longmem.evaluation.results import Json, write_json
@@ -38,7 +38,8 @@ from longmem.types import AttentionKV
 DISTANCES = (128, 256, 512, 1024)
 MOST_PIECES = 4  # of a row, for distances shorter than it
 MOST_LAYERS = 4  # of a set
-SESSIONS, FACTS = 4, 8  # conversations, and facts that each tells
+SESSIONS, TOLD = 4, 8  # conversations, and facts that each tells
+FACTS = "facts"  # the kind of cases that ask for facts
 WINDOW = 512  # tokens of text, of which the second half is predicted
 
 
@@ -80,13 +81,14 @@ def measure_layers(
     work = _Work(model, candidates, {"num_retrieved": num_retrieved, "chunk_size": chunk_size})
     for ids in texts:
         seen = min(WINDOW, work.positions, len(ids) // 2)
-        work.add("text", ids[: -seen - 1], [(ids[-seen - 1 :], range(seen // 2, seen))])
+        before, predicted = ids[: -seen - 1], ids[-seen - 1 :]
+        work.cases.append(Case("text", predicted, torch.arange(seen // 2, seen), before, work.encode(before)))
     draw = random.Random(seed)
     for _ in range(SESSIONS if tokenizer is not None else 0):
-        session = told_session(draw, FACTS)
-        facts = [asked_ids([fact], tokenizer) for fact in session.facts]
-        spoken = [(torch.tensor(fact.ids), range(fact.values[0][0] - 1, fact.values[0][1] - 1)) for fact in facts]
-        work.add("facts", torch.tensor(told_ids(session, tokenizer)), spoken)
+        session = told_session(draw, TOLD)
+        before = torch.tensor(told_ids(session, tokenizer))
+        kv = work.encode(before)
+        work.cases += [facts_case([fact], tokenizer, before, kv) for fact in session.facts]
     without, within = work.losses(()), work.losses((), in_context=True)
     most_worth = sum(without.values()) - sum(within.values())
 
@@ -116,38 +118,34 @@ def measure_layers(
 
 
 def best_layers(
+    model: PreTrainedModel,
     texts: Sequence[Tensor],
     tokenizer: Any,
     *,
     kept: Path | None = None,
     device: torch.device | str | None = None,
     **settings: Any,
-) -> Callable[[PreTrainedModel], tuple[int, ...] | None]:
-    """What ``from_backbone(memory_layers=)`` takes in place of layers: those whose memory is worth most on these texts.
+) -> tuple[int, ...] | None:
+    """The layers whose memory is worth most on these texts; None, for the paper's layer, where none is worth anything.
+
+    For ``from_backbone(..., memory_layers=lambda model: best_layers(model, texts, tokenizer))``.
 
     Args:
-        texts, tokenizer, settings: of ``measure_layers``.
+        model, texts, tokenizer, settings: of ``measure_layers``.
         kept: a file for what is measured; where it is there already it is read instead.
         device: where the backbone is measured, and stays; None leaves it where it is.
-
-    Returns:
-        a function of the loaded backbone, which gives None, for the paper's layer, where no layer is worth anything.
     """
-
-    def choose(model: PreTrainedModel) -> tuple[int, ...] | None:
-        if kept is not None and kept.exists():
-            found = json.loads(kept.read_text(encoding="utf-8"))
-        else:
-            if tokenizer is not None:
-                check_tokenizer(tokenizer, model)
-            if device is not None:
-                torch.nn.Module.to(model, device)
-            found = measure_layers(model, texts, tokenizer, **settings)
-            if kept is not None:
-                write_json(kept, found)
-        return None if found["best"] is None else tuple(found["best"])
-
-    return choose
+    if kept is not None and kept.exists():
+        found = json.loads(kept.read_text(encoding="utf-8"))
+    else:
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, model)
+        if device is not None:
+            torch.nn.Module.to(model, device)
+        found = measure_layers(model, texts, tokenizer, **settings)
+        if kept is not None:
+            write_json(kept, found)
+    return None if found["best"] is None else tuple(found["best"])
 
 
 def _candidates(model: PreTrainedModel, stride: int | None) -> tuple[int, ...]:
@@ -174,14 +172,21 @@ def scored_loss(model: TrainingFree, ids: Tensor, scored: Tensor, memory: Memory
     return functional.cross_entropy(found.logits[0].float(), ids[scored + 1])
 
 
-class _Case(NamedTuple):
-    """Ids with scored places (the next token counts), behind what was read before."""
+class Case(NamedTuple):
+    """Predict ``ids[p + 1]`` for every p of ``scored``, with in memory what was read before."""
 
     kind: str
     ids: Tensor
     scored: Tensor
     before: Tensor
-    kv: AttentionKV  # of every candidate layer, (1, n*Hkv, T, D)
+    kv: AttentionKV  # of ``before``, or of a longer text that begins with it, (1, n*Hkv, T, D)
+
+
+def facts_case(facts: Sequence[ToldFact], tokenizer: Any, before: Tensor, kv: AttentionKV) -> Case:
+    """A conversation that asks for facts of an earlier one, ``before``; scored are the tokens of their values."""
+    asked = asked_ids(facts, tokenizer)
+    scored = torch.tensor([at - 1 for first, end in asked.values for at in range(first, end)])
+    return Case(FACTS, torch.tensor(asked.ids), scored, before, kv)
 
 
 class _Work:
@@ -191,7 +196,7 @@ class _Work:
         self.model, self.candidates = model, candidates
         self.settings: dict[str, Any] = {"fusion": "softmax", "gate": 0.5, **settings}
         self.positions = positions(model.config) or 1 << 20
-        self.cases: list[_Case] = []
+        self.cases: list[Case] = []
         self.all = self._reader(candidates)
         try:
             self.all.encode(torch.zeros(1, 1, dtype=torch.long, device=self.all.device))
@@ -199,10 +204,9 @@ class _Work:
             self.settings |= {"fusion": "gate", "gate": 0.1}
             self.all = self._reader(candidates)
 
-    def add(self, kind: str, before: Tensor, texts: Iterable[tuple[Tensor, range]]) -> None:
-        """Texts with their scored places, all behind what was read before."""
-        kv = encode_text(self.all, before, usual_window(self.model.config))
-        self.cases += [_Case(kind, ids, torch.tensor(list(scored)), before, kv) for ids, scored in texts]
+    def encode(self, before: Tensor) -> AttentionKV:
+        """What a text leaves in memory at every candidate layer."""
+        return encode_text(self.all, before, usual_window(self.model.config))
 
     @torch.no_grad()
     def losses(self, layers: tuple[int, ...], *, in_context: bool = False) -> dict[str, float]:

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longmem.data.facts import asked_ids, told_ids, told_session
+from longmem.data.facts import told_ids, told_session
 from longmem.data.tokens import token_ids
 from longmem.errors import ConfigError, DataError, not_a_multiple
-from longmem.evaluation.layers import encode_text, scored_loss
+from longmem.evaluation.layers import FACTS, Case, encode_text, facts_case, scored_loss
 from longmem.memory import MemoryBank
 from longmem.modeling.baselines import TrainingFree
 from longmem.progress import Progress, track
@@ -30,7 +30,9 @@ from longmem.types import AttentionKV
 
 CLOSED = -30.0
 """Bias at which no token reads memory: what is left where calibration found nothing better than the backbone."""
-FACTS = "facts"
+OTHER_BESIDE_TEXT, OTHER_BESIDE_FACTS = 0.3, 0.7
+"""In how many updates another passage is in memory too, when text is predicted and when facts are asked for: what is
+there is then not always what helps."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +114,6 @@ class _Passage(NamedTuple):
     kv: AttentionKV
 
 
-class _Example(NamedTuple):
-    """Predict ``ids[p + 1]`` for every p of ``scored``; memory holds the first ``tokens`` of ``kv``."""
-
-    kind: str
-    ids: Tensor
-    scored: Tensor
-    kv: AttentionKV
-    tokens: int
-
-
 def passages_of(texts: Iterable[str], tokenizer: Any, settings: CalibrationSettings, count: int) -> list[Tensor]:
     """Random passages of random texts, tokenised: (n,) ids each, enough for the memory and its window.
 
@@ -178,7 +170,7 @@ def calibrate(
     draw, weight = work.draw, settings.facts if tokenizer is not None else 0.0
     passages = {kind: work.passages(kind, some) for kind, some in texts.items()}
     checks = [work.window(kind, each, last=True) for kind, some in valid.items() for each in work.passages(kind, some)]
-    asked: list[_Example] = []
+    asked: list[Case] = []
     if weight:
         asked = work.facts(tokenizer, settings.sessions, "training")
         checks += work.facts(tokenizer, max(4, settings.sessions // 8), "validation")
@@ -207,10 +199,10 @@ def calibrate(
                     break
             optimizer.zero_grad()
             kind = kinds[update % len(kinds)]
-            other = draw.choice(passages[draw.choice(kinds)]) if draw.random() < 0.3 else None
+            other = draw.choice(passages[draw.choice(kinds)]) if draw.random() < OTHER_BESIDE_TEXT else None
             work.loss(work.window(kind, draw.choice(passages[kind])), other).backward()
             if asked:
-                filler = draw.choice(passages[draw.choice(kinds)]) if draw.random() < 0.7 else None
+                filler = draw.choice(passages[draw.choice(kinds)]) if draw.random() < OTHER_BESIDE_FACTS else None
                 (weight * work.loss(draw.choice(asked), filler)).backward()
             optimizer.step()
             schedule.step()
@@ -241,33 +233,28 @@ class _Work:
             _Passage(ids, encode_text(self.model, ids[: self.settings.memory], self.settings.window)) for ids in found
         ]
 
-    def facts(self, tokenizer: Any, count: int, name: str) -> list[_Example]:
+    def facts(self, tokenizer: Any, count: int, name: str) -> list[Case]:
         """Sessions that told facts, each with a later conversation that asks for some of them."""
         draw, made = random.Random(f"{name} {self.settings.seed}"), []
         for _ in track(range(count), "encoding facts", count, "conversations", quiet=self.quiet):
             session = told_session(draw, draw.randrange(4, 13))
-            ids = torch.tensor(told_ids(session, tokenizer))
-            asked = asked_ids(draw.sample(session.facts, draw.choice((1, 2, 4))), tokenizer)
-            scored = torch.tensor([at - 1 for first, end in asked.values for at in range(first, end)])
-            made.append(
-                _Example(
-                    FACTS, torch.tensor(asked.ids), scored, encode_text(self.model, ids, self.settings.window), len(ids)
-                )
-            )
+            before = torch.tensor(told_ids(session, tokenizer))
+            asked = draw.sample(session.facts, draw.choice((1, 2, 4)))
+            made.append(facts_case(asked, tokenizer, before, encode_text(self.model, before, self.settings.window)))
         return made
 
-    def window(self, kind: str, passage: _Passage, *, last: bool = False) -> _Example:
+    def window(self, kind: str, passage: _Passage, *, last: bool = False) -> Case:
         """A window of a passage behind all of its text that comes before; the last one, or any."""
         window, tokens = self.settings.window, self.settings.memory
         before = tokens if last else self.draw.randrange(1, tokens // window + 1) * window
         first = window // 4
         places = sorted(self.draw.sample(range(first, window), min(self.settings.scored, window - first)))
         ids = passage.ids[before : before + window + 1]
-        return _Example(kind, ids, torch.tensor(places), passage.kv, before)
+        return Case(kind, ids, torch.tensor(places), passage.ids[:before], passage.kv)
 
-    def loss(self, example: _Example, other: _Passage | None = None, *, memory: bool = True) -> Tensor:
+    def loss(self, example: Case, other: _Passage | None = None, *, memory: bool = True) -> Tensor:
         """Mean nats per scored token; with ``other``, some of it is in memory too."""
-        parts = [(example.kv, example.tokens)] if memory else []
+        parts = [(example.kv, len(example.before))] if memory else []
         if other is not None:
             length = self.draw.randrange(1, self.settings.memory // 256 + 2) * 256
             parts.append((other.kv, min(length, self.settings.memory)))
@@ -278,7 +265,7 @@ class _Work:
         return scored_loss(self.model, example.ids, example.scored, self.bank)
 
     @torch.no_grad()
-    def validate(self, checks: Sequence[_Example], *, memory: bool = True) -> dict[str, float]:
+    def validate(self, checks: Sequence[Case], *, memory: bool = True) -> dict[str, float]:
         """Mean loss by kind."""
         losses: dict[str, list[float]] = {}
         for example in checks:

@@ -40,7 +40,7 @@ def build_model(
     else:
         settings = recipe.model_settings | {"revision": recipe.backbone.revision}
         if recipe.sidenet.memory_layers == "auto":
-            settings["memory_layers"] = _measured(recipe, tokenizer, device, texts, quiet)
+            settings["memory_layers"] = lambda loaded: _measured(loaded, recipe, tokenizer, device, texts, quiet)
         if recipe.method == "memtrm":
             dtype = named_dtype(recipe.backbone.dtype or "float32")
             model = MemTRM.from_backbone(str(recipe.backbone.path), dtype=dtype, **settings)
@@ -114,28 +114,29 @@ def _causal(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
 
 
 def _measured(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, texts: TokenCorpus, quiet: bool
-) -> Callable[[PreTrainedModel], tuple[int, ...] | None]:
+    backbone: PreTrainedModel,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    texts: TokenCorpus,
+    quiet: bool,
+) -> tuple[int, ...] | None:
     """The layers whose memory is worth most, measured on the longest documents, once: the run's folder keeps what was
     found, also for a run that goes on."""
     side, named = recipe.sidenet, recipe.backbone
     longest = np.argsort(-np.diff(texts.bounds), kind="stable")[:AUTO_DOCUMENTS]
-    choose = best_layers(
-        [torch.from_numpy(texts.document(int(number))[:AUTO_TOKENS]) for number in longest],
-        tokenizer,
-        kept=recipe.out_dir / "layers.json",
-        device=None if named.quantised or named.device_map else device,
-        stride=side.stride if recipe.method == "longmem" else None,
-        chunk_size=side.chunk_size,
-        num_retrieved=side.num_retrieved,
-        quiet=quiet,
-    )
-
-    def once(model: PreTrainedModel) -> tuple[int, ...] | None:
-        with PartialState().main_process_first():
-            return choose(model)
-
-    return once
+    with PartialState().main_process_first():
+        return best_layers(
+            backbone,
+            [torch.from_numpy(texts.document(int(number))[:AUTO_TOKENS]) for number in longest],
+            tokenizer,
+            kept=recipe.out_dir / "layers.json",
+            device=None if named.quantised or named.device_map else device,
+            stride=side.stride if recipe.method == "longmem" else None,
+            chunk_size=side.chunk_size,
+            num_retrieved=side.num_retrieved,
+            quiet=quiet,
+        )
 
 
 def _longmem(recipe: Recipe, device: torch.device, settings: dict[str, Any]) -> LongMem:
