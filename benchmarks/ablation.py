@@ -220,11 +220,11 @@ def ablate(
     return {
         "header": header(
             "ablate",
-            asdict(settings) | how | {"memory_size": size, "of": list(of), "also": list(also)} | (config or {}),
-            {system.name: system.identity for each in (together, *apart) for system in each},
-            {"documents": len(documents), "tokens": sum(document.scored for document in documents)},
-            [settings.bootstrap.seed],
-            time.monotonic() - began,
+            config=asdict(settings) | how | {"memory_size": size, "of": list(of), "also": list(also)} | (config or {}),
+            models={system.name: system.identity for each in (together, *apart) for system in each},
+            samples={"documents": len(documents), "tokens": sum(document.scored for document in documents)},
+            seeds=[settings.bootstrap.seed],
+            seconds=time.monotonic() - began,
         ),
         "default": _config(model) | {"memory_size": size, "gate_share": model.memory_share.tolist()},
         "protocols": {

@@ -319,11 +319,11 @@ def efficiency(settings: Settings) -> dict[str, Any]:
     return {
         "header": header(
             "efficiency",
-            asdict(settings),
-            {"backbone": described, "longmem": own},
-            {"contexts": len(contexts), "rounds": settings.repeats, "new_tokens": settings.new_tokens},
-            [settings.seed],
-            time.monotonic() - began,
+            config=asdict(settings),
+            models={"backbone": described, "longmem": own},
+            samples={"contexts": len(contexts), "rounds": settings.repeats, "new_tokens": settings.new_tokens},
+            seeds=[settings.seed],
+            seconds=time.monotonic() - began,
         ),
         "systems": {name: LABELS[name] for name in settings.systems},
         "window": window,

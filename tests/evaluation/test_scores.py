@@ -122,7 +122,10 @@ def test_groups_widen_an_interval_and_groups_of_one_unit_do_not_change_it() -> N
 
 
 def test_a_result_says_how_it_was_made_and_is_complete_or_as_it_was(tmp_path: Path) -> None:
-    path, about = tmp_path / "deep" / "result.json", header("perplexity", {"w": 8}, {}, {}, [0])
+    path, about = (
+        tmp_path / "deep" / "result.json",
+        header("perplexity", config={"w": 8}, models={}, samples={}, seeds=[0]),
+    )
     write_json(path, {"header": about, "a": [math.nan, 1.5], "b": math.inf, "c": "caf\udce9"})
     found = json.loads(path.read_text())
     assert (found["a"], found["b"], found["header"]["seeds"]) == ([None, 1.5], None, [0])

@@ -415,7 +415,8 @@ def layers(model: str, data: tuple[str, ...], tokenizer: str | None, **given: An
     text = text_rows(texts, reader, given["rows"], max(given["distances"]))
     settings = {n: given[n] for n in ("distances", "rows", "stride", "chunk_size", "num_retrieved", "seed")}
     models = {"backbone": model, "class": type(backbone).__name__}
-    about = header("layers", settings, models, {"text": len(text), "random": given["rows"]}, [given["seed"]])
+    samples = {"text": len(text), "random": given["rows"]}
+    about = header("layers", config=settings, models=models, samples=samples, seeds=[given["seed"]])
     result = {"header": about, **layers_report(backbone, text, reader, **settings)}
     save_and_show(result, given)
     if not given["as_json"]:

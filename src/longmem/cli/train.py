@@ -142,11 +142,11 @@ def calibrate(model: str, data: tuple[str, ...], valid: tuple[str, ...], layers:
     reader.save_pretrained(out)
     about = header(
         "calibrate",
-        {**chosen, **counts, "memory_layers": made.memory_layers, "dtype": dtype, **sizes},
-        {"backbone": model, "fingerprint": made.fingerprint},
-        {kind: len(some) for kind, some in training.items()},
-        [settings.seed],
-        done.validations[-1].seconds,
+        config={**chosen, **counts, "memory_layers": made.memory_layers, "dtype": dtype, **sizes},
+        models={"backbone": model, "fingerprint": made.fingerprint},
+        samples={kind: len(some) for kind, some in training.items()},
+        seeds=[settings.seed],
+        seconds=done.validations[-1].seconds,
     )
     write_json(out / "calibration.json", {"header": about, **asdict(done)})
     if done.best is None:

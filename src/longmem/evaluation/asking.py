@@ -286,9 +286,10 @@ class Asker:
         bank, window = self.bank(len(texts), max(map(len, texts))), self.window
         if bank is None:
             return None
-        # segments that memory would have evicted by the end are not read: they do not change what is in it
-        step = 0 if window % bank.chunk_size else window
-        kept = [text[max(0, len(text) - bank.capacity_tokens) // window * step :] for text in texts]
+        # segments that memory would have evicted by the end are not read: they do not change what is in it, unless
+        # they end within a chunk
+        over = [max(0, len(text) - bank.capacity_tokens) if window % bank.chunk_size == 0 else 0 for text in texts]
+        kept = [text[tokens // window * window :] for text, tokens in zip(texts, over, strict=True)]
         for start in range(0, max(map(len, kept)), window):
             parts = {row: text[start : start + window] for row, text in enumerate(kept) if len(text) > start}
             ids, real = padded(list(parts.values()), self.model.device)

@@ -144,11 +144,11 @@ def harness(
     return {
         "header": header(
             "harness",
-            settings | about | (config or {}),
-            {asker.name: asker.identity for asker in askers},
-            {name: int(of_task["effective"]) for name, of_task in results["n-samples"].items()},
-            [seed],
-            time.monotonic() - began,
+            config=settings | about | (config or {}),
+            models={asker.name: asker.identity for asker in askers},
+            samples={name: int(of_task["effective"]) for name, of_task in results["n-samples"].items()},
+            seeds=[seed],
+            seconds=time.monotonic() - began,
         ),
         "systems": {asker.name: asker.label for asker in askers},
         "tasks": found,

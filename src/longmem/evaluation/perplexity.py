@@ -105,11 +105,11 @@ def perplexity(
     return {
         "header": header(
             "perplexity",
-            asdict(settings) | {"window": window, "rows": systems[0].rows} | (config or {}),
-            {system.name: _described(system) for system in systems},
-            {"documents": len(documents), **_counts(documents)},
-            [settings.bootstrap.seed],
-            sum(each["seconds"] for table in tables.values() for some in table.values() for each in some),
+            config=asdict(settings) | {"window": window, "rows": systems[0].rows} | (config or {}),
+            models={system.name: _described(system) for system in systems},
+            samples={"documents": len(documents), **_counts(documents)},
+            seeds=[settings.bootstrap.seed],
+            seconds=sum(each["seconds"] for table in tables.values() for some in table.values() for each in some),
         ),
         "systems": labels,
         "protocols": {

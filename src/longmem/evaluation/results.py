@@ -27,7 +27,7 @@ BATCH = 4_000_000  # counts of units that exist at one time
 
 
 def header(
-    task: str, config: Json, models: Json, samples: dict[str, int], seeds: Sequence[int], seconds: float = 0.0
+    task: str, *, config: Json, models: Json, samples: dict[str, int], seeds: Sequence[int], seconds: float = 0.0
 ) -> Json:
     """The part of a result that makes it repeatable.
 

@@ -355,5 +355,7 @@ class Recipe(Section):
         return self._source(paths, include, self.data.exclude) if self.data.valid or include else None
 
     def _source(self, paths: tuple[str, ...], include: tuple[str, ...], exclude: tuple[str, ...]) -> TextSource:
-        data = self.data
-        return TextSource(paths, data.suffixes, include, exclude, data.field, data.undecodable, "set data.{} = {}")
+        data, way_out = self.data, "set data.{} = {}"  # the name of a setting, and its value
+        return TextSource(
+            paths, data.suffixes, include, exclude, field=data.field, undecodable=data.undecodable, option=way_out
+        )

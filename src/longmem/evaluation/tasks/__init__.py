@@ -62,13 +62,13 @@ class Task(ABC):
     what they are unless told otherwise. It reads its files when it is made, and begins when the systems are there.
 
     Attributes:
-        remembered: tokens that memory should hold where no size is given; 0 is the model's own.
         recall: passages for the systems ``+recall``; 0 leaves them out.
+        seed: of all that is drawn.
         tokenizer, window: of all systems.
     """
 
     name: ClassVar[str]
-    remembered = recall = 0
+    recall = seed = 0
     tokenizer: Any = field(init=False, repr=False)
     window: int = field(init=False)
 
@@ -78,9 +78,14 @@ class Task(ABC):
         """The first is the one whose differences are shown."""
 
     @property
+    def remembered(self) -> int:
+        """Tokens that memory should hold where no size is given; 0 is the model's own."""
+        return 0
+
+    @property
     def seeds(self) -> Sequence[int]:
-        """Of all that is drawn."""
-        return [getattr(self, "seed", 0)]
+        """For the result file."""
+        return [self.seed]
 
     def settings(self) -> Json:
         return {each.name: getattr(self, each.name) for each in fields(self) if each.init}
@@ -223,11 +228,11 @@ def run_task(
     result: Json = {
         "header": header(
             task.name,
-            task.settings() | task.source() | {"bootstrap": asdict(bootstrap)} | (config or {}),
-            {asker.name: asker.identity | {"window": asker.window} for asker in askers},
-            {"examples": len(examples), "units": len({example.unit for example in examples})},
-            task.seeds,
-            sum(seconds.values()),
+            config=task.settings() | task.source() | {"bootstrap": asdict(bootstrap)} | (config or {}),
+            models={asker.name: asker.identity | {"window": asker.window} for asker in askers},
+            samples={"examples": len(examples), "units": len({example.unit for example in examples})},
+            seeds=task.seeds,
+            seconds=sum(seconds.values()),
         ),
         "systems": {asker.name: asker.label for asker in askers},
         "metrics": [metric._asdict() for metric in task.metrics],

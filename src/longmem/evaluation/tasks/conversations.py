@@ -359,7 +359,7 @@ class FactsTask(Task):
         )
 
     @property
-    def remembered(self) -> int:  # type: ignore[override]
+    def remembered(self) -> int:
         return (max(self.between) + TELLING) * (1 + self.changed)
 
     def begin(self, askers: Sequence[Asker]) -> Sequence[Asker]:
@@ -392,7 +392,8 @@ class FactsTask(Task):
         elif asker.recall:
             text = ""
             for session, book in zip(sessions, books, strict=True):
-                text += transcript(session.messages) + self.tokenizer.decode(book) + "\n" * self.changed
+                text += transcript(session.messages) + self.tokenizer.decode(book)
+                text += "\n" if self.changed else ""  # another conversation may follow
             notes = notes_on(fact.asked, text, self.tokenizer, asker.recall)
             before = ({"role": "system", "content": notes},) if notes else ()
         whole = asked_ids([fact], self.tokenizer, before)
@@ -404,6 +405,7 @@ class FactsTask(Task):
 
     def _between(self, session: int, tokens: int, part: int) -> Tokens:
         text = self.haystack.ids.reshape(-1)
+        # the first text is the same with ``changed`` and without
         start = random.Random(f"{self.seed} {session} {tokens}{part or ''}").randrange(len(text) - tokens + 1)
         return tuple(text[start : start + tokens].tolist())
 

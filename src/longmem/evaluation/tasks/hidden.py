@@ -148,7 +148,7 @@ class HiddenTask(Task):
     seed: int = 0
 
     @property
-    def remembered(self) -> int:  # type: ignore[override]
+    def remembered(self) -> int:
         return max(self.lengths)
 
     def begin(self, askers: Sequence[Asker]) -> Sequence[Asker]:
