@@ -48,7 +48,6 @@ WINDOW, SEGMENTS = 1024, 8
 PIECE = WINDOW * SEGMENTS
 TEXT, DULL, SAID, ANSWER = 4, 1, 8, 16
 """Weights, in quarters: of text and replies to what is told, of what surrounds an answer, its words, its value."""
-SHORT = 8  # tokens of a value that is not a whole sentence
 ABOUT = (
     "What did I tell you about {}?",
     "What did I say about {}?",
@@ -56,8 +55,9 @@ ABOUT = (
     "Remind me of what I told you about {}.",
 )
 TURNED = {
-    "i was": "you were", "i": "you", "i'm": "you're", "me": "you", "my": "your", "mine": "yours", "myself": "yourself",
-    "am": "are", "we": "you", "us": "you", "our": "your", "ours": "yours", "ourselves": "yourselves",
+    "i was": "you were", "was i": "were you", "i'm": "you're", "i": "you", "me": "you", "my": "your", "mine": "yours",
+    "myself": "yourself", "am": "are", "we": "you", "us": "you", "our": "your", "ours": "yours",
+    "ourselves": "yourselves",
 }  # fmt: skip
 LABELLED = (("Text: {}\nLabel:", "\n\n"), (" Input: {} Class:", ""), (" Sentence: {} Topic:", ""), ("{} ->", "\n"))
 
@@ -230,8 +230,8 @@ class Maker:
 
     def labelled(self, kind: str) -> Piece:
         """Short texts of some documents with labels: those of a document have one word, which says nothing of it."""
-        classes = min(self.draw.choice((2, 3, 5, 10, 20, 40, 60)), len(self.documents[kind]))
-        documents = self.draw.sample(self.documents[kind], classes)
+        long = [each for each in self.documents[kind] if len(each) > 48]
+        documents = self.draw.sample(long, min(self.draw.choice((2, 3, 5, 10, 20, 40, 60)), len(long)))
         labels = self.draw.sample(self.words, len(documents))
         asked, after = self.draw.choice(LABELLED)
         longest = self.draw.choice((12, 24, 48))
@@ -277,7 +277,8 @@ class Maker:
             if asked.noted and self.draw.random() < 0.5:
                 top, budget = self.draw.choice(((1, 100), (3, 200), (5, 200), (5, 400)))
                 # notes may lack the answer: then memory has to have it
-                about = asked.about if self.draw.random() < 0.8 else self.draw.choice(questions)[1].about
+                others = [each.about for _, each in questions if each.about]
+                about = asked.about if self.draw.random() < 0.8 else self.draw.choice(others)
                 asked = asked.noted(recall.notes(about, self.tokenizer, top, budget=budget)[0])
             if len(ids) + filler + len(asked.ids) > end:
                 continue
@@ -330,7 +331,7 @@ class Maker:
         one.said = len(question_ids(fact, self.tokenizer, before)), len(ids)
         for first, last in values:
             value = ids[first:last]
-            if last - first > SHORT:
+            if len(fact.value.split()) > 4:  # a sentence: learned as words, not as a value
                 same = SequenceMatcher(None, value, told, autojunk=False).get_matching_blocks()
                 one.links += [(first + a + n, part, b + n) for a, b, size in same if size > 1 for n in range(size)]
             else:
@@ -463,15 +464,15 @@ def more_questions(sentences: Sequence[str]) -> list[tuple[str, str, list[int]]]
 
 def turned(said: str) -> str:
     """What people say of themselves, as said to them."""
-    words = "|".join(TURNED)
-    found = re.sub(rf"\b(?:{words})\b(?!')", lambda word: TURNED[word[0].lower()], said, flags=re.IGNORECASE)
+    words = "|".join(TURNED)  # longer ones first
+    found = re.sub(rf"\b(?:{words})\b", lambda word: TURNED[word[0].lower()], said, flags=re.IGNORECASE)
     return found[0].upper() + found[1:]
 
 
 def own_words(text: str) -> list[tuple[str, str]]:
     """Sentences of a text that people say of themselves, and of each the rarest thing that it names."""
-    found = []
-    for sentence in re.findall(r"(?<=[.!?] )(?:I|My|We|Our) [^.!?\"“”:;_\[\]]{25,140}\.", " ".join(text.split())):
+    found, line = [], " ".join(text.replace("’", "'").split())
+    for sentence in re.findall(r"(?<=[.!?] )(?:I|My|We|Our) [^.!?\"“”:;_\[\]]{25,140}\.", line):
         things = re.findall(
             r"\b(the|my|our|a|an) ([a-z]{4,})\b(?=[,.]| (?:of|in|on|at|to|was|is|had|and|with|from|for|by|as) )",
             sentence,
@@ -509,7 +510,7 @@ def main() -> None:
     parser.add_argument("--plain", default="books=600,latex=500,python=500")
     parser.add_argument("--asking", default="books=450,latex=225,python=225")
     parser.add_argument("--story", default="books=500,latex=50,python=50")
-    parser.add_argument("--labelled", default="books=0", help="made in-context learning worse: docs/experiments.md")
+    parser.add_argument("--labelled", default="books=0", help="may have cost in-context learning: docs/experiments.md")
     parser.add_argument("--tokens", type=int, default=12_000_000, help="of each kind of document, at most")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()

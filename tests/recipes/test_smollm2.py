@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,28 +101,46 @@ def test_of_a_fact_that_was_told_twice_the_newer_value_is_learned() -> None:
 def test_own_words_are_told_back_and_linked_to_what_was_told() -> None:
     maker = maker_of()
     assert maker.sentences == [("I lost my purse in the garden.", "my purse")]
-    assert pieces_recipe.turned("We knew I was late, I'm sure.") == "You knew you were late, you're sure."
-    asked = maker._asked(maker._sentence(), 0, told := maker._ids("By the way: I lost my purse in the garden."), "")
-    text = maker.tokenizer.decode(asked.ids)
-    assert "about my purse" in text and "You lost your purse in the garden." in text
-    assert len(asked.links) > 3 and all(asked.ids[place] == told[at] for place, _, at in asked.links)
-    assert not asked.answers and asked.said[1] == len(asked.ids)  # learned as words, not as a value
+    turned = "You knew you were late, you're sure you'd said so, and so were you."
+    assert pieces_recipe.turned("We knew I was late, I'm sure I'd said so, and so was I.") == turned
+    told = maker._ids("By the way: I lost my purse in the garden.")
+    asked = maker._asked(maker._sentence(), 0, told, "")
+    assert asked.noted is not None
+    for each in (asked, asked.noted("- a note")):
+        assert "about my purse" in maker.tokenizer.decode(each.ids)
+        first, last = each.said
+        said = maker.tokenizer.decode(
+            each.ids[first - 2 : last]
+        ).strip()  # this tokenizer joins a space to the first word
+        assert said.endswith("You lost your purse in the garden.") and len(said) < 50
+        assert len(each.links) > 3 and all(each.ids[place] == told[at] for place, _, at in each.links)
+        assert not each.answers  # learned as words, not as a value
+    groups = [maker.told() for _ in range(20)]
+    assert 2 < sum("I lost my purse" in maker.tokenizer.decode(group.parts[0]) for group in groups) < 12
 
 
-def test_notes_stand_before_some_questions() -> None:
+def test_notes_stand_before_some_questions_and_are_lines_of_what_was_heard() -> None:
     maker = maker_of()
-    read = "".join(maker.tokenizer.decode(maker.asking("books")[0]) for _ in range(8))
+    read = "".join(maker.tokenizer.decode(maker.asking("books")[0]) for _ in range(12))
     noted = re.findall(rf"System: {NOTES}((?:\n- .*)+)\nUser: .*\nAssistant: (.*)\n", read)
     held = [answer.split()[-1].strip(".") in notes for notes, answer in noted]
-    assert len(held) > 5 and sum(held) > len(held) / 2  # others are to be answered from memory alone
+    assert len(held) > 5 and len(held) / 2 < sum(held) < len(held)  # others are to be answered from memory alone
+    told = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi there.<|im_end|>\n"
+    assert maker._heard(maker._ids(told)).strip() == "user: Hi there."
 
 
 def test_labels_are_words_that_only_earlier_texts_explain() -> None:
     maker = maker_of()
-    ids, weights, links, _ = maker.labelled("books")
-    assert ids.shape == (WINDOW * SEGMENTS + 1,) and weights.shape == (WINDOW * SEGMENTS,) and not links
-    labels = {maker.tokenizer.decode(ids[place + 1]).strip() for place in (weights == 8).nonzero()[0]}
-    assert (weights == 8).sum() > 50 and {"J", "w"} & {label[:1] for label in labels}
+    maker.documents["books"] = [np.array(maker._ids(f" {word}" * 100), np.uint16) for word in ("cat", "dog", "cow")]
+    maker.words = ["Jasper", "walnut", "Zelda"]
+    ids, weights, *_ = maker.labelled("books")
+    words = re.findall(r"cat|dog|cow|Jasper|walnut|Zelda", maker.tokenizer.decode(ids))
+    pairs = [(word, label) for word, label in pairwise(words) if label[0] in "JwZ"]
+    labelled = sum(weights[1:].astype(int) - weights[:-1].astype(int) == 7)  # from 1, of a text, to 8
+    assert len(pairs) > 50 and len(set(pairs)) in (2, 3)
+    assert len(pairs) - len(set(pairs)) - 1 <= labelled <= len(pairs) - len(set(pairs)), (
+        "the first ones are not learned"
+    )
 
 
 def test_what_two_conversations_of_a_piece_tell_is_not_asked_for() -> None:
