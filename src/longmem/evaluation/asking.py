@@ -133,15 +133,15 @@ class Asker:
         Raises:
             ConfigError: an option is empty, or leaves no room in the window for a context.
         """
-        places: dict[_Part, list[tuple[int, int]]] = {}
+        places: dict[Query, list[tuple[int, int]]] = {}
         found: list[list[Any]] = []
         for number, prompt in enumerate(prompts):
-            parts = list(self._parts(prompt))
-            found.append([None] * len(parts))
-            for place, part in enumerate(parts):
-                places.setdefault(part, []).append((number, place))
-        for part, result in self._answers(list(places)):
-            for number, place in places[part]:
+            queries = list(self._queries(prompt))
+            found.append([None] * len(queries))
+            for place, query in enumerate(queries):
+                places.setdefault(query, []).append((number, place))
+        for query, result in self._answers(list(places)):
+            for number, place in places[query]:
                 found[number][place] = result
                 if None not in found[number]:
                     generated = bool(prompts[number].new_tokens)
@@ -152,16 +152,16 @@ class Asker:
         """Hash of all that the system sees, so that prompts which differ only beyond its window and memory have one;
         and whether anything goes to memory: else the answer is that of the same model without memory."""
         found, remembers = hashlib.sha256(), False
-        for before, local, options, new in self._parts(prompt):
-            remembers |= before != ()
-            found.update(array("q", before).tobytes() if isinstance(before, tuple) else before.digest.encode())
+        for memory, context, options, new in self._queries(prompt):
+            remembers |= memory != ()
+            found.update(array("q", memory).tobytes() if isinstance(memory, tuple) else memory.digest.encode())
             found.update(f"|{new}|".encode())
-            for tokens in (local, *options):
+            for tokens in (context, *options):
                 found.update(array("q", tokens).tobytes() + b"|")
         return found.hexdigest()[:16], remembers
 
-    def _parts(self, prompt: Prompt) -> Iterator[_Part]:
-        """One part for each context with options, and one for the continuation, cut where the window begins."""
+    def _queries(self, prompt: Prompt) -> Iterator[Query]:
+        """One query for each context with options, and one for the continuation, cut where the window begins."""
         if prompt.options:
             longest = max(map(len, prompt.options))
             if min(map(len, prompt.options)) == 0 or longest > self.window:
@@ -171,26 +171,26 @@ class Asker:
                 )
             for context in prompt.contexts:
                 # the last token of an option is scored and never read, so that it takes no room
-                yield self._part(prompt, context, longest - 1, prompt.options, 0)
+                yield self._query(prompt, context, longest - 1, prompt.options, 0)
         if prompt.new_tokens:
             if prompt.new_tokens >= self.window:
                 raise ConfigError(f"new tokens ({prompt.new_tokens}) must be fewer than the window ({self.window})")
-            yield self._part(prompt, prompt.contexts[0], prompt.new_tokens, (), prompt.new_tokens)
+            yield self._query(prompt, prompt.contexts[0], prompt.new_tokens, (), prompt.new_tokens)
 
-    def _part(self, prompt: Prompt, context: Tokens, room: int, options: tuple[Tokens, ...], new: int) -> _Part:
+    def _query(self, prompt: Prompt, context: Tokens, room: int, options: tuple[Tokens, ...], new: int) -> Query:
         memory = prompt.memory
         if not isinstance(memory, tuple):
-            return _Part(memory if self.reads_memory else (), context[room - self.window :], options, new)
+            return Query(memory if self.reads_memory else (), context[room - self.window :], options, new)
         text = (*memory, *context) if self.whole else context
         cut = max(0, len(text) - (self.window - room))
         before = () if not self.reads_memory else memory if not cut else (*memory, *text[:cut])
-        return _Part(before, text[cut:] if cut else text, options, new)
+        return Query(before, text[cut:] if cut else text, options, new)
 
-    def _answers(self, parts: Sequence[_Part]) -> Iterator[tuple[_Part, Any]]:
-        """Parts of equal memory together, and so many memories in one bank that a batch is full."""
-        groups: dict[Any, list[_Part]] = {}
-        for part in parts:
-            groups.setdefault(part.before, []).append(part)
+    def _answers(self, queries: Sequence[Query]) -> Iterator[tuple[Query, Any]]:
+        """Queries of equal memory together, and so many memories in one bank that a batch is full."""
+        groups: dict[Any, list[Query]] = {}
+        for query in queries:
+            groups.setdefault(query.memory, []).append(query)
         for text in [before for before in groups if not isinstance(before, tuple)]:
             with text.open(self) as memory:
                 yield from self._pack(groups.pop(text), memory, {text: 0})
@@ -201,54 +201,56 @@ class Asker:
             load = 0
             while waiting and load < self.rows:
                 chosen.append(waiting.pop(0))
-                load += sum(max(1, len(part.options)) for part in groups[chosen[-1]])
+                load += sum(max(1, len(query.options)) for query in groups[chosen[-1]])
             rows = {before: row for row, before in enumerate(chosen)}
-            together = [part for before in chosen for part in groups[before]]
+            together = [query for before in chosen for query in groups[before]]
             yield from self._pack(together, self.read(chosen), rows)
 
     @torch.no_grad()
-    def _pack(self, parts: Sequence[_Part], memory: Memory | None, row: dict[Any, int]) -> Iterator[tuple[_Part, Any]]:
-        """Parts whose memories are rows of one: score the options of each, or continue it."""
+    def _pack(
+        self, queries: Sequence[Query], memory: Memory | None, row: dict[Any, int]
+    ) -> Iterator[tuple[Query, Any]]:
+        """Queries whose memories are rows of one: score the options of each, or continue it."""
 
-        def reads(some: Iterable[_Part]) -> dict[str, Any]:
-            rows = torch.tensor([row[part.before] for part in some])
+        def reads(some: Iterable[Query]) -> dict[str, Any]:
+            rows = torch.tensor([row[query.memory] for query in some])
             return {} if memory is None else {"memory": memory, "memory_rows": rows}
 
         # what goes through the model once, and the numbers of the options that it scores: those of equal inputs
-        sequences: list[tuple[_Part, Tokens, list[int]]] = []
-        for part in parts:
-            of_part: dict[Tokens, list[int]] = {}
-            for number, tokens in enumerate(part.options):
-                of_part.setdefault(tokens[:-1], []).append(number)
-            if len(of_part) > _MANY and (many := self._score_many(part, of_part, reads)):
-                yield part, many
+        sequences: list[tuple[Query, Tokens, list[int]]] = []
+        for query in queries:
+            alike: dict[Tokens, list[int]] = {}
+            for number, tokens in enumerate(query.options):
+                alike.setdefault(tokens[:-1], []).append(number)
+            if len(alike) > _MANY and (many := self._score_many(query, alike, reads)):
+                yield query, many
                 continue
-            sequences += [(part, (*part.local, *read), numbers) for read, numbers in of_part.items()]
+            sequences += [(query, (*query.context, *read), numbers) for read, numbers in alike.items()]
         sequences.sort(key=lambda sequence: -len(sequence[1]))
-        scores: dict[int, dict[int, tuple[float, bool, int]]] = {}
+        scores: dict[int, list[Any]] = {}
         for at in range(0, len(sequences), self.rows):
             batch = sequences[at : at + self.rows]
             ids, _ = padded([inputs for _, inputs, _ in batch], self.model.device)
-            first = min(len(part.local) for part, _, _ in batch) - 1  # its logits score the first token
-            keep, of_rows = ids.shape[1] - first, reads(part for part, _, _ in batch)
+            first = min(len(query.context) for query, _, _ in batch) - 1  # its logits score the first token
+            keep, of_rows = ids.shape[1] - first, reads(query for query, _, _ in batch)
             logits, _ = last_logits(self.model, ids, keep, use_cache=False, **of_rows)
-            for (part, inputs, numbers), of_row in zip(batch, logits, strict=True):
-                mine = scores.setdefault(id(part), {})  # hashing a part reads all of its text
-                mine |= _score(of_row[len(part.local) - 1 - first : len(inputs) - first], part, numbers)
-                if len(mine) == len(part.options):
-                    yield part, _scored(mine)
-        continued = sorted((part for part in parts if part.new), key=lambda part: -len(part.local))
+            for (query, inputs, numbers), of_row in zip(batch, logits, strict=True):
+                mine = scores.setdefault(id(query), [None] * len(query.options))  # hashing one reads all of its text
+                _score(of_row[len(query.context) - 1 - first : len(inputs) - first], query, numbers, mine)
+                if None not in mine:
+                    yield query, _scored(mine)
+        continued = sorted((query for query in queries if query.new_tokens), key=lambda query: -len(query.context))
         for at in range(0, len(continued), self.rows):
             some = continued[at : at + self.rows]
             yield from zip(some, self._continue(some, reads(some)), strict=True)
 
-    def _score_many(self, part: _Part, of_part: dict[Tokens, list[int]], reads: Any) -> Scored | None:
+    def _score_many(self, query: Query, alike: dict[Tokens, list[int]], reads: Any) -> Scored | None:
         """The context goes through the model once, and its cache serves all options; None of a model without one."""
-        ids, found = torch.tensor([part.local], device=self.model.device), dict[int, tuple[float, bool, int]]()
-        first, out = last_logits(self.model, ids, 1, use_cache=True, **reads([part]))
+        ids, scores = torch.tensor([query.context], device=self.model.device), [None] * len(query.options)
+        first, out = last_logits(self.model, ids, 1, use_cache=True, **reads([query]))
         if (begun := getattr(out, "past_key_values", None)) is None:
             return None
-        tails = sorted(of_part, key=len)
+        tails = sorted(alike, key=len)
         for at in range(0, len(tails), self.rows):
             some = tails[at : at + self.rows]
             logits = first.expand(len(some), -1, -1)
@@ -256,28 +258,28 @@ class Asker:
                 cache = copy.deepcopy(begun)
                 cache.reorder_cache(torch.zeros(len(some), dtype=torch.long, device=ids.device))
                 more, _ = padded(some, ids.device)
-                after = self.model(input_ids=more, past_key_values=cache, use_cache=True, **reads([part] * len(some)))
+                after = self.model(input_ids=more, past_key_values=cache, use_cache=True, **reads([query] * len(some)))
                 logits = torch.cat((logits, after.logits), dim=1)
             for tail, of_row in zip(some, logits, strict=True):
-                found |= _score(of_row[: len(tail) + 1], part, of_part[tail])
-        return _scored(found)
+                _score(of_row[: len(tail) + 1], query, alike[tail], scores)
+        return _scored(scores)
 
-    def _continue(self, batch: Sequence[_Part], reads: dict[str, Any]) -> Iterator[Tokens]:
+    def _continue(self, batch: Sequence[Query], reads: dict[str, Any]) -> Iterator[Tokens]:
         # padded on the left, so that every continuation begins at one position
-        prompts, real = padded([part.local for part in batch], self.model.device, "left")
+        prompts, real = padded([query.context for query in batch], self.model.device, "left")
         end = self.tokenizer.eos_token_id
         generated = self.model.generate(
             input_ids=prompts,
             attention_mask=real.long(),
-            max_new_tokens=max(part.new for part in batch),
+            max_new_tokens=max(query.new_tokens for query in batch),
             do_sample=False,
             num_beams=1,
             eos_token_id=end,
             pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
             **reads,
         )
-        for part, ids in zip(batch, generated[:, prompts.shape[1] :].tolist(), strict=True):
-            yield tuple((ids[: ids.index(end) + 1] if end in ids else ids)[: part.new])
+        for query, ids in zip(batch, generated[:, prompts.shape[1] :].tolist(), strict=True):
+            yield tuple((ids[: ids.index(end) + 1] if end in ids else ids)[: query.new_tokens])
 
     @torch.no_grad()
     def read(self, texts: Sequence[Tokens]) -> MemoryBank | None:
@@ -304,29 +306,28 @@ class Asker:
         return bank
 
 
-def _score(logits: Tensor, part: _Part, numbers: Sequence[int]) -> dict[int, tuple[float, bool, int]]:
-    """For options that these logits (T, V) predict: log probability, whether it is greedy, the first choice."""
-    scored = logits.float().log_softmax(-1)
-    best, found = scored.argmax(-1), {}
+def _score(logits: Tensor, query: Query, numbers: Sequence[int], scores: list[Any]) -> None:
+    """Score the options that these logits (T, V) predict: log probability, whether it is greedy, the first choice."""
+    logprobs = logits.float().log_softmax(-1)
+    best = logprobs.argmax(-1)
     for number in numbers:
-        option = torch.tensor(part.options[number], device=scored.device)
-        logprob = scored.gather(1, option[:, None]).double().sum().item()
-        found[number] = (logprob, bool((best == option).all()), int(best[0]))
-    return found
+        option = torch.tensor(query.options[number], device=best.device)
+        logprob = logprobs.gather(1, option[:, None]).double().sum().item()
+        scores[number] = (logprob, bool((best == option).all()), int(best[0]))
 
 
-def _scored(found: dict[int, tuple[float, bool, int]]) -> Scored:
-    logprobs, greedy, choice = zip(*(found[number] for number in range(len(found))), strict=True)
-    return Scored(logprobs, greedy, choice[0])
+def _scored(scores: list[Any]) -> Scored:
+    logprobs, greedy, choices = zip(*scores, strict=True)
+    return Scored(logprobs, greedy, choices[0])
 
 
-class _Part(NamedTuple):
-    """One thing asked: ``before`` is read into memory, ``local`` is in the window; options to score, or new tokens."""
+class Query(NamedTuple):
+    """One thing asked: ``memory`` is read, ``context`` is in the window; options to score, or new tokens."""
 
-    before: Any
-    local: Tokens
+    memory: Any
+    context: Tokens
     options: tuple[Tokens, ...]
-    new: int
+    new_tokens: int
 
 
 def last_logits(model: Any, input_ids: Tensor, keep: int, **given: Any) -> tuple[Tensor, Any]:
