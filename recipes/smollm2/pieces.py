@@ -31,7 +31,6 @@ from transformers import AutoTokenizer
 from longmem.chat import PlainTexts, Recall
 from longmem.data.facts import (
     KINDS,
-    Message,
     Session,
     ToldFact,
     asked_ids,
@@ -41,8 +40,8 @@ from longmem.data.facts import (
     session_of,
     told_session,
 )
-from longmem.data.facts import chat_text as chat  # the same words that calibration uses
 from longmem.data.text import read_documents
+from longmem.data.tokens import Message, chat_text
 
 WINDOW, SEGMENTS = 1024, 8
 PIECE = WINDOW * SEGMENTS
@@ -358,8 +357,8 @@ class Maker:
         replies = []
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
-                before = len(self._ids(chat(self.tokenizer, messages[:number], answer=True)))
-                told = self._ids(chat(self.tokenizer, messages[: number + 1], answer=False))
+                before = len(self._ids(chat_text(self.tokenizer, messages[:number], answer=True)))
+                told = self._ids(chat_text(self.tokenizer, messages[: number + 1], answer=False))
                 replies.append((before, len(told)))
             if len(told) > WINDOW - 128:
                 break
@@ -396,7 +395,7 @@ class Maker:
         known, told = self.draw.randrange(8, 17), self.draw.randrange(8, 25)
         start = self.draw.randrange(segment * WINDOW - known - told)
         words = self.tokenizer.decode(ids[start : start + known])
-        prompt = chat(self.tokenizer, [{"role": "user", "content": f'What comes after "{words}"?'}], answer=True)
+        prompt = chat_text(self.tokenizer, [{"role": "user", "content": f'What comes after "{words}"?'}], answer=True)
         asked = self._ids(prompt)
         answer = ids[start + known : start + known + told]
         one = Asked(asked + answer + self._ids("<|im_end|>\n"), answers=[(len(asked), len(asked) + told)])

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from longmem.data.facts import Message, chat_text
-from longmem.data.tokens import start_tokens, token_ids
+from longmem.data.tokens import Message, chat_text, start_tokens, token_ids
 from longmem.generation.page import Readings
 from longmem.store import MemoryStore
 

@@ -15,7 +15,14 @@ import torch
 from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 from tests.family_table import SETTINGS, disturbed, filled, ids, make_backbone
-from transformers import AutoModelForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from longmem import LongMem, LongMemConfig, MemTRM, MemTRMConfig, TrainingFree, TrainingFreeConfig
 from longmem.errors import BackboneError, CheckpointError, ConfigError
@@ -232,6 +239,10 @@ OUT_OF_RANGE = "is out of range, the backbone has 4 layers counted from 0; these
             "the weights of this one are kept elsewhere",
         ),
         (made(backbone=t5), "not a decoder-only model"),
+        (
+            made(backbone=lambda: MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1))),
+            "not a decoder-only",
+        ),
         (made(backbone=lambda: made()("llama")), "a LongMem reads memory already, over a backbone of its own: load it"),
         (made(backbone=lambda: torch.nn.Linear(2, 2)), "no causal language model of transformers"),
         (made(backbone=lambda: "no/such/folder"), "could not be loaded"),

@@ -14,10 +14,9 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
 
-from longmem.data.tokens import token_ids
-from longmem.errors import ConfigError, DataError, first_line
+from longmem.data.tokens import Message, chat_text, token_ids
+from longmem.errors import ConfigError
 
 # hidden in a text
 
@@ -142,9 +141,6 @@ _REPLIES = (
     "Thanks for sharing that with me.",
 )
 
-Message = dict[str, str]
-"""``role`` (``system``, ``user`` or ``assistant``) and ``content``, as chat templates take them."""
-
 
 class ToldFact(NamedTuple):
     """What the user tells, the question in a later conversation, and its answer: before, value, after."""
@@ -235,30 +231,6 @@ def asked_ids(facts: Sequence[ToldFact], tokenizer: Any, before: Sequence[Messag
         done = chat_text(tokenizer, messages, answer=False)
         ids += token_ids(tokenizer, done[len(prompt) + len(fact.before + fact.value) :])
     return AskedIds(ids, values)
-
-
-def chat_text(tokenizer: Any, messages: Sequence[Message], *, answer: bool) -> str:
-    """The text of a conversation; with ``answer`` it ends where the assistant begins to speak.
-
-    A chat template that refuses a system message has it before the first question.
-
-    Raises:
-        DataError: the chat template refuses these messages.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        lines = "".join(f"{message['role'].capitalize()}: {message['content']}\n" for message in messages)
-        return lines + "Assistant: " * answer
-    ways, (first, *rest) = [list(messages)], messages
-    if first["role"] == "system" and rest:
-        ways.append([{**rest[0], "content": f"{first['content']}\n\n{rest[0]['content']}"}, *rest[1:]])
-    for way in ways:
-        try:
-            return str(tokenizer.apply_chat_template(way, tokenize=False, add_generation_prompt=answer))
-        except TemplateError as error:
-            problem = error
-    raise DataError(
-        f"the model's chat template refuses these messages ({first_line(problem)}); let user and assistant take turns"
-    ) from problem
 
 
 @lru_cache

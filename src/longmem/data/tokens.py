@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -84,6 +85,34 @@ def _known(model: Any) -> int:
 def token_ids(tokenizer: Any, text: str) -> list[int]:
     """A text's token ids without special ones, whatever its length."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+Message = dict[str, str]
+"""``role`` (``system``, ``user`` or ``assistant``) and ``content``, as chat templates take them."""
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Message], *, answer: bool) -> str:
+    """The text of a conversation; with ``answer`` it ends where the assistant begins to speak.
+
+    A chat template that refuses a system message has it before the first question.
+
+    Raises:
+        DataError: the chat template refuses these messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        lines = "".join(f"{message['role'].capitalize()}: {message['content']}\n" for message in messages)
+        return lines + "Assistant: " * answer
+    ways, (first, *rest) = [list(messages)], messages
+    if first["role"] == "system" and rest:
+        ways.append([{**rest[0], "content": f"{first['content']}\n\n{rest[0]['content']}"}, *rest[1:]])
+    for way in ways:
+        try:
+            return str(tokenizer.apply_chat_template(way, tokenize=False, add_generation_prompt=answer))
+        except TemplateError as error:
+            problem = error
+    raise DataError(
+        f"the model's chat template refuses these messages ({first_line(problem)}); let user and assistant take turns"
+    ) from problem
 
 
 def first_text(text: str, tokenizer: Any, tokens: int) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from longmem.config import layer_types, side_layout
+from longmem.config import CONFIGS, layer_types, side_layout
 from longmem.errors import BackboneError
 
 # where the decoder's layers and the final norm are, in the order tried
@@ -61,7 +61,7 @@ class Family:
         """Find the parts of ``model``."""
         config = model.config.get_text_config(decoder=True)
         path = next((p for p in _LAYERS if isinstance(find(model, p), nn.ModuleList)), None)
-        if hasattr(model, "backbone") and path is None:
+        if model.config.model_type in CONFIGS:
             raise BackboneError(
                 f"a {type(model).__name__} reads memory already, over a backbone of its own: load it with "
                 f"{type(model).__name__}.from_pretrained, or give the backbone that it names"

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from longmem.chat import Prompt, RecalledPassage, chat_prompt, conversation_name, stop_words, transcript
 from longmem.config import positions
-from longmem.data.facts import Message
+from longmem.data.tokens import Message
 from longmem.errors import DataError
 from longmem.generation.page import Pieces, Readings, read_tokens, without_memory
 from longmem.server.engine import Engine, Job, Memories, Token
