@@ -31,7 +31,7 @@ def test_a_learned_tokenizer_gives_every_text_back_after_saving(tmp_path: Path, 
 
 def test_a_document_is_its_tokens_and_the_end_token(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     documents = [Document("a", "ab", ""), Document("b", "é x", "")]
-    corpus = TokenCorpus.from_parts(encoded(documents, byte_tokenizer), "nothing")
+    corpus = TokenCorpus.from_parts(encoded(documents, byte_tokenizer))
     end = byte_tokenizer.eos_token_id
     assert corpus.bounds.tolist() == [0, 3, 8]
     assert corpus.document(0).tolist() == [*byte_tokenizer("ab")["input_ids"], end]

@@ -149,10 +149,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_bytes: int = 64_0
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pieces = list(_pieces(texts, max_bytes))
-    if not pieces:
-        raise DataError("the tokenizer has no text to learn from; check data.paths")
-    tokenizer.train_from_iterator(pieces, trainer)
+    tokenizer.train_from_iterator(_pieces(texts, max_bytes), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
@@ -202,12 +199,10 @@ class TokenCorpus:
 
     @classmethod
     def from_parts(
-        cls, parts: Iterable[tuple[str, NDArray[np.unsignedinteger[Any]]]], nothing: str, fingerprint: str = ""
+        cls, parts: Iterable[tuple[str, NDArray[np.unsignedinteger[Any]]]], fingerprint: str = ""
     ) -> TokenCorpus:
-        """From names and ids; ``nothing`` is said where there are none. The fingerprint may be that of the ids."""
-        names, some = zip(*found, strict=True) if (found := list(parts)) else ((), ())
-        if not sum(map(len, some)):
-            raise DataError(nothing)
+        """From names and ids, at least one of each. The fingerprint may be that of the ids."""
+        names, some = zip(*parts, strict=True)
         ids, bounds = np.concatenate(some), np.cumsum([0, *map(len, some)], dtype=np.int64)
         if not fingerprint:
             fingerprint = hashlib.sha256(ids.tobytes() + bounds.tobytes()).hexdigest()[:16]
@@ -245,8 +240,7 @@ def tokenize(source: TextSource, tokenizer: PreTrainedTokenizerBase, cache_dir: 
     folder = cache_dir / f"ids-{fingerprint[:16]}"
     if not folder.exists():
         log.info("tokenising %s", ", ".join(source.paths))
-        nothing = "no document with text; check data.paths, data.include and data.exclude"
-        TokenCorpus.from_parts(encoded(read_documents(source), tokenizer), nothing, fingerprint).save(folder)
+        TokenCorpus.from_parts(encoded(read_documents(source), tokenizer), fingerprint).save(folder)
     return TokenCorpus.load(folder)
 
 
@@ -283,7 +277,9 @@ def as_corpus(documents: TokenCorpus | Iterable[Mapping[str, Any]]) -> TokenCorp
             )
         name = str(record.get("name", record.get("id", number)))
         parts.append((name, np.asarray(record["input_ids"], dtype=np.uint32)))
-    return TokenCorpus.from_parts(parts, "no record has any token in input_ids; give documents to train on")
+    if not any(len(ids) for _, ids in parts):
+        raise DataError("no record has any token in input_ids; give documents to train on")
+    return TokenCorpus.from_parts(parts)
 
 
 def _hash(tokenizer: PreTrainedTokenizerBase) -> str:

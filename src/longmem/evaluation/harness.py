@@ -158,8 +158,6 @@ def harness(
 
 def _manager(tasks: Sequence[str], include: Sequence[str]) -> TaskManager:
     """Knows the tasks asked for; the harness's thousands are only listed where they are needed."""
-    if not tasks:
-        raise ConfigError("tasks (none) must name at least one; `lm-eval ls tasks` lists them")
     for defaults in (False, True):
         if defaults or include:
             manager = TaskManager(include_path=list(include) or None, include_defaults=defaults)

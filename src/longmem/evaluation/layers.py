@@ -71,12 +71,9 @@ def measure_layers(
         ``share``, that over the worth of ``context``.
 
     Raises:
-        ConfigError: there is neither text nor a tokenizer.
-        BackboneError: a layer cannot be remembered.
+        ConfigError: the SideNet would copy no layer that can be remembered.
     """
     texts = [ids for ids in texts if len(ids) > 2]  # a shorter one has nothing to remember before what is predicted
-    if not texts and tokenizer is None:
-        raise ConfigError("there is nothing to measure with; give longer texts, or a tokenizer for facts")
     candidates = _candidates(model, stride)
     work = _Work(model, candidates, {"num_retrieved": num_retrieved, "chunk_size": chunk_size})
     for ids in texts:
@@ -263,7 +260,7 @@ def explain_layers(
         ConfigError: a query could retrieve everything there is.
         BackboneError: a model that cannot be remembered.
     """
-    if not distances or min(distances) <= num_retrieved:
+    if min(distances) <= num_retrieved:
         raise ConfigError(
             f"distances ({', '.join(map(str, distances))}) must all exceed num_retrieved ({num_retrieved}): a query "
             "may not retrieve everything there is"
