@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from longmem import LongMem, MemoryBank
 from longmem.data.text import TextSource, read_documents
 from longmem.data.tokens import TokenizedDocument, tokenize_documents
-from longmem.errors import CheckpointError, ConfigError
+from longmem.errors import ConfigError
 from longmem.evaluation.asking import Asker
 from longmem.evaluation.perplexity import PerplexitySettings, measure, scores
 from longmem.evaluation.results import Bootstrap, Ledger, as_json, header, write_json
@@ -60,12 +60,8 @@ class Planned:
 
 
 def chosen(named: Sequence[str], model: LongMem, size: int) -> dict[str, list[Any]]:
-    """Values by axis of ``chunk_size=1,2`` and ``gate_share``; the model's own are always among them.
-
-    Raises:
-        ConfigError: lists every value that breaks a rule.
-    """
-    config, problems = model.config, list[str]()
+    """Values by axis of ``chunk_size=1,2`` and ``gate_share``; the model's own are always among them."""
+    config = model.config
     chunk, retrieved, softmax = config.chunk_size, config.num_retrieved, config.fusion == "softmax"
     usual: dict[str, list[Any]] = {
         "chunk_size": [n for n in (1, 2, 4, 8, 16) if retrieved % n == 0 and size % n == 0],
@@ -74,27 +70,13 @@ def chosen(named: Sequence[str], model: LongMem, size: int) -> dict[str, list[An
         "memory_dtype": list(DTYPES),
         "gate_share": [] if softmax else [0.0, 0.1, 0.25, 0.5, 0.75, 1.0],
     }
-    rules: dict[str, tuple[Any, str]] = {
-        "chunk_size": (lambda n: retrieved % n == 0 == size % n, f"divide K and the memory size ({size})"),
-        "num_retrieved": (lambda n: n > 0 == n % chunk, f"be a multiple of the chunks ({chunk})"),
-        "memory_size": (lambda n: n > 0 == n % chunk, f"be a multiple of the chunks ({chunk})"),
-        "memory_dtype": (lambda word: word in DTYPES, f"be one of {', '.join(DTYPES)}"),
-        "gate_share": (lambda share: 0 <= share <= 1 and not softmax, "be from 0 to 1, of a gate"),
-    }
     found: dict[str, list[Any]] = {}
     for axis, _, values in (one.partition("=") for one in named):
-        if axis not in AXES:
-            problems.append(f"--of ({axis}) must be one of {', '.join(AXES)}")
-            continue
         kind: Any = {"gate_share": float, "memory_dtype": str}.get(axis, int)
         found[axis] = [kind(value) for value in values.split(",")] if values else usual[axis]
-        fits, said = rules[axis]
-        problems += [f"--of {axis} ({value}) must {said}" for value in found[axis] if not fits(value)]
         own = {"memory_size": size}.get(axis, getattr(config, axis, None))
         if own is not None:
             found[axis] = sorted({*found[axis], own})
-    if problems:
-        raise ConfigError(problems)
     return found or usual
 
 
@@ -104,6 +86,8 @@ def varied(model: LongMem, gate_share: float | None = None, **config: int) -> Lo
     other.config = copy.deepcopy(model.config)
     for name, value in config.items():
         setattr(other.config, name, value)
+    if problems := other.config.problems():
+        raise ConfigError(problems)
     if gate_share is not None:
         backbone = model.backbone
         shared: Any = {id(one): one for one in (backbone, backbone.model, backbone.family)}
@@ -173,8 +157,6 @@ def trained(named: Sequence[str], model: LongMem, size: int, **how: Any) -> list
     for name, _, folder in (one.partition("=") for one in named):
         axis, _, label = name.rpartition(":")
         other: Any = LongMem.from_pretrained(checkpoint_folder(folder), backbone=model.backbone.model)
-        if other.fingerprint != model.fingerprint:
-            raise CheckpointError(f"{folder}: its backbone is {other.fingerprint}, the default's {model.fingerprint}")
         system = systems_of(other.to(model.device).eval(), [size], **how)[-1]
         mine, its = (_config(each) for each in (other, model))
         differs = ", ".join(f"{name} {mine[name]} (default {its[name]})" for name in TRAINED if mine[name] != its[name])

@@ -32,7 +32,6 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, Sto
 from transformers.cache_utils import DynamicLayer
 
 from longmem import LongMem
-from longmem.errors import ConfigError
 from longmem.evaluation.results import as_json, header, write_json
 from longmem.evaluation.tables import plain, tables_of
 from longmem.modeling.checkpoints import checked_device, checkpoint_folder
@@ -83,13 +82,7 @@ class Settings:
 
 
 def load(settings: Settings) -> LongMem:
-    """The model, on its device, in eval mode.
-
-    Raises:
-        ConfigError: neither or both of model and shape are named, or what is named has no memory.
-    """
-    if bool(settings.model) == (settings.shape is not None):
-        raise ConfigError("name one model: --model FOLDER, or --random SHAPE for a backbone of random weights")
+    """The model, on its device, in eval mode."""
     device = checked_device(settings.device)
     dtype = named_dtype(settings.dtype)
     if settings.model:
@@ -379,8 +372,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, keep the JSON and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     usual = Settings()
-    parser.add_argument("--model", default="", help="LongMem checkpoint or run folder")
-    parser.add_argument("--random", help=f"in place of --model, e.g. hidden=512,layers=12; of {', '.join(SHAPE)}")
+    one = parser.add_mutually_exclusive_group(required=True)
+    one.add_argument("--model", default="", help="LongMem checkpoint or run folder")
+    one.add_argument("--random", help=f"in place of --model, e.g. hidden=512,layers=12; of {', '.join(SHAPE)}")
     parser.add_argument("--contexts", default=",".join(map(str, usual.contexts)))
     parser.add_argument("--systems", default=",".join(usual.systems))
     for name in ("window", "memory_size", "new_tokens", "repeats", "budget", "device", "dtype", "seed"):

@@ -63,11 +63,6 @@ def test_python_examples_run(example: tuple[Path, str], capsys: pytest.CaptureFi
     assert capsys.readouterr().out
 
 
-def test_the_example_of_the_readme_has_about_fifteen_lines() -> None:
-    (code,) = blocks(ROOT / "README.md", "python")
-    assert len([line for line in code.splitlines() if line.strip()]) <= 15
-
-
 def parse(arguments: list[str]) -> None:
     """Let click read the arguments of a command without running it."""
     command: click.Command = cli

@@ -53,10 +53,6 @@ def test_no_file_imports_itself_by_way_of_others_not_even_late() -> None:
         pytest.fail(" <- ".join(error.args[1]))
 
 
-def test_every_part_of_the_package_has_a_place_in_the_paragraph() -> None:
-    assert {part(name) for name in FILES if name not in OUTSIDE} <= levels().keys()
-
-
 def test_imports_point_one_way() -> None:
     level = levels()
     inside = [name for name in FILES if name not in OUTSIDE]

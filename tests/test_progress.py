@@ -19,7 +19,6 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         (4, 8, (1, 1), "x: 6 of 8 steps (75 %), 20 s left"),  # the four of before took no time of this run
         (0, 8, (0, 1), "x: 1 of 8 steps (12 %)"),  # nothing done yet is no beginning
         (0, 8, (3, 0), "x: 3 of 8 steps (37 %)"),  # what was done at once at first says nothing of the rest
-        (8, 8, (), "x: 8 of 8 steps (100 %)"),
         (4, 8, (1, 5), "x: 10 of 8 steps (125 %), 0 s left"),
         (4, None, (1,), "x: 5 steps in 20 s"),
     ],

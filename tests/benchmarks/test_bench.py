@@ -7,7 +7,6 @@ import pytest
 import torch
 from benchmarks.measure import peak_bytes
 from benchmarks.released import ReleasedMemory, ReleasedStep
-from benchmarks.training import main as collect
 from tests.parity.released import ReleasedBank
 
 from benchmarks import bench, store
@@ -55,21 +54,3 @@ def test_the_bench_of_stores_measures_every_step(tmp_path: Path, capsys: pytest.
     assert {"add", "open", "load", "search_1", "gather_4096"} <= set(found["4096"])
     assert set(found["open_seconds"]) == {"65536", "70000"}
     assert "4096 tokens  " in capsys.readouterr().out
-
-
-def test_trainings_are_told_by_their_last_step_and_all_their_losses(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = [
-        {"kind": "train", "step": 10, "tokens": 100, "seconds": 30.0, "loss": 4.0},
-        {"kind": "eval", "step": 20, "tokens": 200, "loss": 3.5, "loss_memory_off": 3.75},
-        {"kind": "train", "step": 20, "tokens": 200, "seconds": 60.0, "loss": 3.0},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    run = collect([f"side={tmp_path}", "--out", str(tmp_path / "training.json")])["trainings"]["side"]
-    assert (run["steps"], run["tokens"], run["seconds"]) == (20, 200, 60.0)
-    assert run["train"] == [[10, 4.0], [20, 3.0]]
-    assert run["valid"] == [{"step": 20, "loss": 3.5, "loss_memory_off": 3.75}]
-    with pytest.raises(SystemExit):
-        collect([str(tmp_path)])
-    assert "no NAME=RUN_FOLDER" in capsys.readouterr().err

@@ -129,16 +129,13 @@ def test_the_command_prints_tables_and_writes_json_and_heat_map(
 
 
 def test_what_cannot_be_measured_is_told_in_one_line(
-    tiny_backbone: AlibiGPTForCausalLM, byte_tokenizer: PreTrainedTokenizerFast, command: Command
+    tiny_backbone: AlibiGPTForCausalLM, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     with pytest.raises(DataError, match=r"--data has 5 tokens, 128 are needed; give more text, or smaller --distances"):
         text_rows(["short"], byte_tokenizer, 2, 128)
     with pytest.raises(ConfigError, match=r"stride \(9\) copies no layer that can be remembered \(0, 1, 2, 3\); try 1"):
         measure_layers(tiny_backbone, [random_tokens(260, 1, 64)[0]], stride=9)
-    with pytest.raises(ConfigError, match=r"num_retrieved \(50\) must be a multiple of chunk_size \(4\)"):
-        layers_report(tiny_backbone, random_tokens(260, 1, 64), distances=(64,), num_retrieved=50)
     with pytest.raises(ConfigError, match=r"distances \(64\) must all exceed num_retrieved \(64\)"):
         explain_layers(tiny_backbone, random_tokens(260, 1, 64), distances=(64,))
-    assert command("layers", "x", "--chunk-size", 0).status == 2
     assert conclusion({"recommended": None, "default": 3}).startswith("no layer is worth reading")
     assert conclusion({"recommended": [1, 3], "default": 3}) == "remember 1, 3 (the paper's rule gives 3)"

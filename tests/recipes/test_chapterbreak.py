@@ -47,7 +47,6 @@ SIX = [f"CHAPTER {number}" for number in range(1, 7)]
         ["CHAPTER I", "CHAPTER II.", "CHAPTER III - IN WHICH WE DINE", "CHAPTER IV", "Chapter V: Home", "CHAPTER VI"],
         ["Chapter One", "Chapter Two", "Chapter Three", "Chapter the Fourth", "CHAPTER TWENTY-ONE", "Epilogue"],
         ["# Begin", "## The Road", "## The Inn", "## Snow", "## A Letter", "# End"],
-        ["I", "II", "III", "IV", "V", "VI"],
         ["I. THE LETTER", "II. The _Boat_", "III. Fog", "IV. Sand", "V. Wreck", "VI. Shore"],
         ["Prologue", "Stave One", "Stave Two", "Stave Three", "Letter 4", "PART THE SECOND"],
     ],
@@ -70,15 +69,6 @@ def test_what_only_looks_like_a_heading_is_none(made_text: MakeText) -> None:
     framed = f"CHAPTER 0\n\n{made_text(600)}\n\n{start}\n\n{text}\n\n{end}\n\nCHAPTER 7\n\n{made_text(600)}"
     chapters = find_chapters(framed)
     assert begins(framed, chapters) == SIX and chapters[-1].end == framed.index(end)
-
-
-def test_parts_titles_and_subtitles_belong_to_the_boundary() -> None:
-    body = "It was late when they came. " * 100
-    text = f"{body}\n\nPART II\n\nCHAPTER III\n\nTHE RETURN.\n\nIn which nothing happens\n\n{body}"
-    headings = [Heading(at := text.index(words), at + len(words)) for words in ("PART II", "CHAPTER III")]
-    (chapter,) = chapters_of(text, headings)
-    assert text[chapter.boundary :].startswith("PART II")
-    assert text[chapter.body :].startswith("It was late")
 
 
 @pytest.mark.shared
@@ -150,9 +140,6 @@ def test_headings_of_an_index_beside_an_archive_are_used(tmp_path: Path) -> None
     (tmp_path / "index.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
     _, (made,) = build_chapterbreak([tmp_path], SMALL)
     assert (made["id"], made["headings"], made["chapters"]) == ("test/one.txt", "index", 9)
-    (tmp_path / "index.jsonl").write_text('{"id": "one"}\n')
-    with pytest.raises(DataError, match=r"index\.jsonl, line 1: no headings"):
-        build_chapterbreak([tmp_path], SMALL)
 
 
 def test_the_script_writes_and_names_what_cannot_be_used(
@@ -166,8 +153,3 @@ def test_the_script_writes_and_names_what_cannot_be_used(
     splits = json.loads((tmp_path / "out" / "chapterbreak_ctx_500.json").read_text())
     assert splits == {"books": build_chapterbreak([folder], replace(SMALL, per_book=2))[0]}
     assert len(json.loads((tmp_path / "out" / "sources.json").read_text())["books"]) == 4
-    with pytest.raises(DataError, match="no chapter begins after 60,000 characters"):
-        build_chapterbreak([folder / "long.txt"], ChapterBreakSettings(prefix=10_000))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no books in this folder"):
-        build_chapterbreak([tmp_path / "empty"], SMALL)

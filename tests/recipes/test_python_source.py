@@ -9,7 +9,6 @@ from recipes.data.python import documents_of, write_source
 from recipes.data.tokenizer import main
 
 from longmem.data.text import FILE_LINE, package_text, read_documents
-from longmem.errors import DataError
 
 
 def make_library(folder: Path, names: list[str]) -> Path:
@@ -46,12 +45,6 @@ def test_held_out_packages_are_in_no_other_split(tmp_path: Path) -> None:
     assert "test_it" not in line["text"]
     again = write_source(tmp_path / "out", stdlib=stdlib, site=site)
     assert again == written
-
-
-def test_a_python_without_sources_gets_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no Python source files for train, valid, test; use a Python whose standard"):
-        write_source(tmp_path / "out", stdlib=tmp_path, site=tmp_path)
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_tokenizer_is_learned_from_equal_parts(

@@ -14,7 +14,6 @@ from longmem.evaluation.tasks.conversations import read_dialogues, read_told
 from longmem.evaluation.tasks.icl import read_labelled
 
 TALK: dict[str, Any] = {"sample_id": "conv-1", "conversation": {}, "qa": []}
-PAST = {"previous_dialogs": [], "dialog": [{"text": None}]}
 UNSAID = {"session_1": [{"speaker": "A", "text": None}]}
 read_numbered = partial(read_labelled, labels=("no", "yes"))
 SQUAD = '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "question": "q", "answers": %s}]}]}]}'
@@ -23,31 +22,22 @@ SQUAD = '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "questio
 @pytest.mark.parametrize(
     ("read", "content", "said"),
     [
-        (read_chapterbreak, "{", "the file is not of ChapterBreak's form.*JSONDecodeError"),
         (
             read_chapterbreak,
             '{"pg19": {"7": [{"pos": "b", "negs": []}]}}',
             "work 7, example 1 is not .*KeyError: 'ctx'",
         ),
-        (
-            read_chapterbreak,
-            '{"pg19": {"7": [{"ctx": "a", "pos": " ", "negs": ["c", "d", "e", "f", "g"]}]}}',
-            "none of them empty",
-        ),
         (read_chapterbreak, '{"pg19": {"7": [{"ctx": "a", "pos": "b", "negs": ["c"]}]}}', "five negs"),
         (read_numbered, "0 fine\n2 bad", r"text 2 \(\['bad', '2'\]\) is not of text with a label from 0 to 1"),
         (read_numbered, "sentence\tlabel\nfine 1", r"text 1 \(\['fine 1'\]\) is not"),
         (read_told, '{"said": "a", "asked": "b", "answer": "c"}', "line 1 is not of the form .*no value in braces"),
-        (read_told, '{"said": 5, "asked": "b", "answer": "{c}"}', "line 1 is not of .*a text is a int"),
         (read_squad, SQUAD % "[]", r"data\[0\].paragraphs\[0\].qas\[0\].*no answer; SQuAD v1.1 has one or more"),
         (read_dialogues, '[{"a": 1}]', "sample 0 is not of LoCoMo's form.*KeyError: 'conversation'"),
         (read_dialogues, "words", "line 1 is not of LoCoMo's form .* or MSC's"),
         (read_dialogues, "[]", "nothing in it"),
         (read_dialogues, "[" * 100_000, "the file is not of .*RecursionError"),
-        (read_dialogues, json.dumps([TALK | {"qa": [{"question": "?", "category": 6}]}]), "sample 0 is not"),
         (read_dialogues, json.dumps([TALK | {"qa": [{"question": "?", "category": 1, "answer": None}]}]), "is null"),
         (read_dialogues, json.dumps([TALK | {"conversation": UNSAID}]), "a text is a NoneType"),
-        (read_dialogues, json.dumps(PAST), "line 1 .*NoneType"),
     ],
 )
 def test_other_files_are_refused_by_what_is_wrong(
