@@ -101,6 +101,7 @@ def test_a_baseline_or_a_backbone_is_measured_by_itself(
         ("--model side --training-free 1.5", "gate (1.5) must be between 0 (memory unread) and 1"),
         ("--model side --training-free backbone", "no training-free settings; --training-free takes a share"),
         ("--model side --training-free 0.1 --training-free 0.10", "training-free 0.1, 64 tokens: compared twice"),
+        ("--model memtrm --memtrm memtrm/final", "MemTRM, memory off: compared twice; leave one of them away"),
         ("--model side --memory-sizes 64,17", "memory size (17) must be a multiple of chunk_size (2); try 16"),
         ("--model backbone --memory-sizes 64", "is a causal language model by itself"),
         ("--model side --systems back,memory_1", "--systems (memory_1) begins no system's name; there are backbone, "),

@@ -111,11 +111,10 @@ def load_systems(
     """
     device, where = checked_device(device), checkpoint_folder(path)
     kind = model_type(where)
-    if kind == "memtrm" and memtrm is None:
-        memtrm = where
+    memtrms = [each for each in (where if kind == "memtrm" else None, memtrm) if each]
     if kind == "training_free":
         training_free = (where, *training_free)
-    own = control or (memory_sizes and not (memtrm or training_free))
+    own = control or (memory_sizes and not (memtrms or training_free))
     if (kind != "longmem" and own) or (kind not in CONFIGS and backbone):
         itself = "baseline" if kind in CONFIGS else "causal language model"
         raise ConfigError(
@@ -133,9 +132,9 @@ def load_systems(
         named, revision = (backbone, None) if backbone else backbone_of(where)
         bare = load_backbone(named, revision, None).eval()
     others: list[Any] = []
-    if memtrm is not None:
+    for each in memtrms:
         said = "not a MemTRM checkpoint; --memtrm takes one trained with method = 'memtrm'"
-        trained = MemTRM.from_pretrained(checkpoint_folder(memtrm, "memtrm", said))
+        trained = MemTRM.from_pretrained(checkpoint_folder(each, "memtrm", said))
         start = trained.config.start_fingerprint
         if not (main.accepts(start) if main else start in (fingerprint_of(bare), legacy_fingerprint(bare))):
             raise CheckpointError(
@@ -145,8 +144,8 @@ def load_systems(
         others.append(trained)
         settings = settings or trained.config
     others += [_load_training_free(gate, bare, settings) for gate in training_free]
-    for each in filter(None, (main or bare, beside, *others)):
-        torch.nn.Module.to(each, device=device, dtype=dtype)
+    for model in filter(None, (main or bare, beside, *others)):
+        torch.nn.Module.to(model, device=device, dtype=dtype)
     how: dict[str, Any] = {
         "tokenizer": load_tokenizer(tokenizer or tokenizer_beside(where, named), bare),
         "window": window or usual_window(bare.config),
