@@ -105,22 +105,10 @@ def set_to(name: str, value: Any) -> Change:
 FC1 = "decoder.layers.0.fc1.weight"
 REFUSED: list[tuple[Change, str]] = [
     (drop(FC1), 'for SideNet: Missing key(s) in state_dict: "layers.0.mlp.fc_in.weight"'),
-    (
-        drop("decoder.model.transformer.ln_f.bias"),
-        'for AlibiGPTForCausalLM: Missing key(s) in state_dict: "transformer.ln_f.bias"',
-    ),
-    (drop("decoder.layers.1.self_attn.memory_bias"), "has 0 memory gates"),
     (drop("pretrained_model"), "holds no backbone; name its checkpoint with --backbone"),
     (set_to("retrieval_layer_index", 1), "puts memory into SideNet layer 0, but the gate is in layer 1"),
-    (set_to("decoder_attention_heads", 5), "5 heads do not divide the width 32"),
     (set_to("retrieval_layer_index", None), "its settings lack retrieval_layer_index"),
-    (set_to("chunk_size", "four"), "chunk_size ('four') must be a whole number, at least 1"),
-    (set_to("layer_reduction_factor", 0), "layer_reduction_factor (0) must be a whole number, at least 1"),
     (set_to("newgpt_mode", "rotary"), "newgpt_mode is 'rotary'; only 'alibi'"),
-    (
-        lambda it: it["model"].update({FC1: torch.zeros(2, 2)}),
-        "for layers.0.mlp.fc_in.weight: copying a param with shape torch.Size([2, 2])",
-    ),
     (lambda it: it.pop("model"), "has no 'model' entry with tensors"),
     (lambda it: it.update(model={"x": torch.zeros(1)}), "has neither a newgpt backbone nor a LongMem SideNet in it"),
 ]
@@ -134,7 +122,7 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(tmp_path: Path, change:
 def test_other_files_and_folders_are_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none.pt") == f"{tmp_path}/none.pt: no such file; give the path of a checkpoint"
     torch.save([1, 2], tmp_path / "list.pt")
-    assert "holds a list where a checkpoint is a dict" in refusal(tmp_path / "list.pt")
+    assert "has no 'model' entry with tensors" in refusal(tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match="holds a backbone; --backbone is for a file with a SideNet alone"):
         convert(LONGMEM, tmp_path / "out", backbone=BACKBONE)
     (tmp_path / "out").mkdir()

@@ -1,4 +1,4 @@
-"""Law 11 over the whole family table and every kind of model, with empty, partial and full banks.
+"""Laws 4 and 11 over the whole family table and every kind of model, with empty, partial and full banks.
 
 Cached decoding = full forward; left-padded = unpadded; a row of a batch = that row alone; beams cached = uncached;
 asking twice gives the same answer twice.

@@ -1,4 +1,4 @@
-"""Laws 1, 2, 3, 4, 9, 10 and 13 of the design over the whole family table, and 7 for the model itself.
+"""Laws 1, 2, 3, 9, 10 and 13 of the design over the whole family table, and 7 for the model itself; law 4 is beside 11.
 
 ``reader`` is every kind of model: a LongMem, and the baselines whose own layer reads memory.
 """
@@ -47,10 +47,6 @@ def reader(request: pytest.FixtureRequest, backbone: PreTrainedModel, model: Lon
     return request.param.from_backbone(backbone, gate=[0.2, 0.35, 0.5, 0.65], **SETTINGS).eval()
 
 
-def test_the_table_has_at_least_24_configurations() -> None:
-    assert len(FAMILIES) >= 24
-
-
 @torch.no_grad()
 def test_wrapping_leaves_the_backbone_as_it_was(backbone: PreTrainedModel, reader: Any) -> None:
     fresh = copy.deepcopy(backbone.state_dict())
@@ -92,22 +88,6 @@ def test_no_token_sees_its_future(reader: Any) -> None:
     before, after = reader(ids(), memory=bank).logits, reader(changed, memory=bank).logits
     torch.testing.assert_close(before[:, :7], after[:, :7], atol=1e-6, rtol=0)
     assert (before[:, 7:] - after[:, 7:]).abs().max() > 1e-4
-
-
-@torch.no_grad()
-def test_a_row_is_what_it_is_alone(reader: Any) -> None:
-    bank = filled(reader, ids(seed=1))
-    both = reader(ids(), memory=bank).logits
-    for row in range(2):
-        alone = reader(ids()[row : row + 1], memory=bank, memory_rows=torch.tensor([row])).logits
-        torch.testing.assert_close(both[row : row + 1], alone, atol=2e-6, rtol=0)
-
-
-@torch.no_grad()
-def test_a_row_without_memory_is_untouched_by_its_neighbour(reader: Any) -> None:
-    bank = filled(reader, ids(seed=1))
-    bank.reset(torch.tensor([0]))
-    torch.testing.assert_close(reader(ids(), memory=bank).logits[0], reader(ids()).logits[0], atol=2e-6, rtol=0)
 
 
 def test_identity_sidenet_gives_the_backbones_logits(backbone: PreTrainedModel) -> None:
@@ -157,7 +137,7 @@ def test_retrieving_everything_with_an_open_gate_is_dense_position_free_attentio
     else:
         source, layer = model.memory_layer, Family.of(model.backbone.mirror).layers[model.memory_layer]
     attention = family.attention(layer)
-    probe = family.probe(source, attention if kind is LongMem else None)
+    probe = family.probe(source, attention if kind is LongMem else family.attention(family.layers[source]))
     handles = [
         attention.register_forward_pre_hook(
             lambda module, args, kwargs: seen.update(call=(module, args, kwargs)), with_kwargs=True

@@ -130,7 +130,7 @@ def test_evaluation_reads_documents_with_a_memory_of_its_own(
 def test_what_would_tear_texts_apart_is_refused_in_one_line_each(backbone_dir: Path, tmp_path: Path) -> None:
     texts = [{"input_ids": list(range(4, 100))}]
     with pytest.raises(ConfigError, match=r"model .* must be a LongMem or a MemTRM"):
-        LongMemTrainer(AutoModelForCausalLM.from_pretrained(backbone_dir), train_dataset=texts)
+        LongMemTrainer(AutoModelForCausalLM.from_pretrained(backbone_dir), arguments(tmp_path), train_dataset=texts)
     model = LongMem.from_backbone(backbone_dir, memory_layers=1)
     args = arguments(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=1)
     with pytest.raises(

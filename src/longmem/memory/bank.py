@@ -73,9 +73,10 @@ class MemoryBank:
         lengths: (rows, slots + 1) long, real tokens in each chunk; 0 where a slot is not in use.
         numbers: (rows, slots + 1) long, of the chunk in each slot; -1 of none.
         periods: (rows, slots + 1) long, when it was said, see ``longmem.types.period``; -1 of none.
+        version: how often the bank was written or reset.
 
     Raises:
-        ConfigError: lists every setting that breaks a rule.
+        ConfigError: the capacity or the dtype breaks its rule.
     """
 
     def __init__(
@@ -92,17 +93,12 @@ class MemoryBank:
         fingerprint: str | None = None,
         index: str | Index = "exact",
     ) -> None:
-        sizes = {"rows": rows, "heads_kv": heads_kv, "head_dim": head_dim, "chunk_size": chunk_size}
-        sizes["capacity_tokens"] = capacity_tokens
-        problems = [f"{name} ({value}) must be at least 1" for name, value in sizes.items() if value < 1]
-        if chunk_size >= 1 and capacity_tokens >= 1:
-            problems += not_a_multiple("capacity_tokens", capacity_tokens, "chunk_size", chunk_size)
-        if memory_layers is not None and (not memory_layers or list(memory_layers) != sorted(set(memory_layers))):
-            problems.append(f"memory_layers ({list(memory_layers)}) must name each layer once, ascending")
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            problems.append(f"dtype ({dtype!r}) must be torch.float16, bfloat16 or float32; a store also takes 8 bits")
-        if problems:
+        if capacity_tokens < 1:
+            raise ConfigError(f"capacity_tokens ({capacity_tokens}) must be at least one chunk of {chunk_size} tokens")
+        if problems := not_a_multiple("capacity_tokens", capacity_tokens, "chunk_size", chunk_size):
             raise ConfigError(problems)
+        if not dtype.is_floating_point:
+            raise ConfigError(f"dtype ({dtype}) must be torch.float16, bfloat16 or float32; a store also takes 8 bits")
         self.rows = rows
         self.capacity_tokens = capacity_tokens
         self.heads_kv = heads_kv
@@ -127,7 +123,7 @@ class MemoryBank:
         # the tail is kept unrounded: the mean key of its chunk is taken before rounding
         working = torch.promote_types(dtype, torch.float32)
         self._tail = torch.zeros(rows, heads, *pair, dtype=working, device=self.device)
-        self._version = 0
+        self.version = 0
 
     @classmethod
     def for_model(cls, model: Any, rows: int = 1, capacity_tokens: int | None = None, **settings: Any) -> MemoryBank:
@@ -140,7 +136,7 @@ class MemoryBank:
         settings = {
             "chunk_size": model.config.chunk_size,
             "memory_layers": model.memory_layers,
-            "device": getattr(model, "memory_device", model.device),
+            "device": model.memory_device,
             "dtype": model.dtype,
             **settings,
         }
@@ -148,11 +144,6 @@ class MemoryBank:
         return cls(rows, capacity, model.memory_heads, model.memory_head_dim, **settings)
 
     # reading
-
-    @property
-    def version(self) -> int:
-        """How often the bank was written or reset."""
-        return self._version
 
     @property
     def chunks(self) -> Tensor:
@@ -181,16 +172,15 @@ class MemoryBank:
         """See ``Memory.search``; what it returns refers to the storage of this bank.
 
         Raises:
-            MemoryBankError: queries, rows or layer do not fit the bank.
+            MemoryBankError: queries or rows do not fit the bank.
         """
         read = rows_of(rows, queries.shape[0], self.rows, "queries")
-        live, version = [self._live(row) for row in read], lambda: self._version
+        live, version = [self._live(row) for row in read], lambda: self.version
         found = search_chunks(self._indexes, queries, num_chunks, self, read, live, layer=layer, live_version=version)
         return replace(found, sources=self.numbers, periods=self.periods)
 
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:
         """Where a chunk of a row came from; ``chunk`` is numbered as in ``RetrievedMemory.chunks``, by age."""
-        (row,) = rows_of([row], 1, self.rows, "rows")
         end = self._written[row]
         first = end - self._live(row)
         if not first <= chunk < end:
@@ -247,8 +237,6 @@ class MemoryBank:
         for name, given in (("documents", documents), ("offsets", offsets)):
             if given is not None and len(given) != len(lanes):
                 raise MemoryBankError(f"{name} ({len(given)} entries) must have one per row written ({len(lanes)})")
-        if len(set(lanes)) != len(lanes):
-            raise MemoryBankError(f"rows ({lanes}) must name each row once")
         refuse_overflow(pair, kv.mask, self.storage.dtype, self.chunk_size)
         pair = pair.to(device=self.device, dtype=self._tail.dtype)
         mask = None if kv.mask is None or bool(kv.mask.all()) else kv.mask.to(self.device, torch.bool)
@@ -263,7 +251,7 @@ class MemoryBank:
                 self._close_tail(row, now)
             self._lanes[row] = _Lane(document, True, offset, lane.waiting)
             self._append(row, pair[line] if mask is None else pair[line][:, :, mask[line]], now)
-        self._version += 1
+        self.version += 1
 
     @torch.no_grad()
     def end_document(self, rows: Tensor | None = None) -> None:
@@ -271,7 +259,7 @@ class MemoryBank:
         for row in rows_of(rows, None, self.rows, "rows"):
             self._close_tail(row, clock.time())
             self._lanes[row] = _Lane()
-        self._version += 1
+        self.version += 1
 
     def reset(self, rows: Tensor | None = None) -> None:
         """Empty these rows (default: all)."""
@@ -281,7 +269,7 @@ class MemoryBank:
             self.lengths[row], self.numbers[row], self.periods[row] = 0, -1, -1
             for index in self._indexes:
                 index.cleared(row)
-        self._version += 1
+        self.version += 1
 
     # saving
 
@@ -300,7 +288,7 @@ class MemoryBank:
             "slots": slots,
             "tail": self._tail.clone(),
             "lanes": [vars(lane).copy() for lane in self._lanes],
-            "version": self._version,
+            "version": self.version,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -313,22 +301,15 @@ class MemoryBank:
         if "memory_layer" in theirs:  # version 0.1
             layer = theirs.pop("memory_layer")
             theirs["memory_layers"] = None if layer is None else (layer,)
-        if theirs.get("eviction", "oldest") != "oldest":
-            raise MemoryBankError(f"saved bank has eviction {theirs['eviction']!r}, which is no more; fill it anew")
-        if theirs.get("shared") and theirs["rows"] > 1:
-            raise MemoryBankError("saved bank is one memory for all its rows, which is no more; fill one of a row anew")
+        if theirs.get("eviction", "oldest") != "oldest" or (theirs.get("shared") and theirs["rows"] > 1):
+            raise MemoryBankError("saved bank is of a kind of version 0.1 that is no more; fill a bank anew")
         for name, mine in self._settings().items():
             saved = tuple(theirs[name]) if isinstance(theirs[name], list) else theirs[name]
             if mine == saved or (name in ("fingerprint", "memory_layers") and None in (mine, saved)):
                 continue
-            if name == "fingerprint":
-                raise MemoryBankError(
-                    f"saved bank is written by another backbone: its fingerprint is {saved}, this bank's is {mine}; "
-                    "use the backbone that wrote it, or fill the bank anew"
-                )
             raise MemoryBankError(
-                f"saved bank is of another shape: its {name} is {saved}, this bank's is {mine}; "
-                f"make the bank with {name}={saved} to load it"
+                f"saved bank's {name} is {saved}, this bank's is {mine}; load it into one made as it was, for the "
+                "backbone that wrote it, or fill the bank anew"
             )
         self._load_slots(state["slots"])
         for index in self._indexes:
@@ -336,7 +317,7 @@ class MemoryBank:
                 index.cleared(row)
         self._tail.copy_(state["tail"])
         self._lanes = [_Lane(**lane) for lane in state["lanes"]]
-        self._version = max(self._version, state["version"]) + 1
+        self.version = max(self.version, state["version"]) + 1
 
     def _load_slots(self, state: dict[str, Any]) -> None:
         used = state["storage"].shape[1]

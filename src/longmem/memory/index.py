@@ -296,12 +296,16 @@ def search_chunks(
         live_version: see ``RetrievedMemory``.
 
     Raises:
-        MemoryBankError: the queries do not fit the keys, or there is no such layer.
+        MemoryBankError: the queries do not fit the keys.
     """
     keys, device, layers = chunks.keys, chunks.keys.device, len(indexes)
     heads_kv, dim = keys.shape[1] // layers, keys.shape[3]
-    _refuse_unfit(queries, num_chunks, layer, layers, keys)
-    batch, heads, length, _ = queries.shape
+    batch, heads, length, width = queries.shape
+    if width != dim or heads % heads_kv:  # a bank without a fingerprint may be another model's
+        raise MemoryBankError(
+            f"queries of {heads} heads and head_dim {width} do not fit this bank, which has {heads_kv} key/value heads "
+            f"and head_dim {dim}; make it for this model"
+        )
     first = layer * heads_kv
     version = live_version()
     grouped = queries.detach().reshape(batch, heads_kv, -1, dim)
@@ -322,25 +326,6 @@ def search_chunks(
         first_head=first,
         layer_heads=heads_kv if layers > 1 else None,
     )
-
-
-def _refuse_unfit(queries: Tensor, num: int, layer: int, layers: int, keys: Tensor) -> None:
-    """Refuse, with a ``MemoryBankError``, a search that does not fit the memory."""
-    heads_kv, head_dim, device = keys.shape[1] // layers, keys.shape[3], keys.device
-    if not 0 <= layer < layers:
-        raise MemoryBankError(f"layer ({layer}) must lie in 0..{layers - 1}, the remembered layers of this bank")
-    if queries.dim() != 4 or queries.shape[3] != head_dim:
-        raise MemoryBankError(
-            f"queries {tuple(queries.shape)} must be (B, H, T, {head_dim}), with the head_dim of this bank"
-        )
-    if queries.shape[1] % heads_kv:
-        raise MemoryBankError(
-            f"queries have {queries.shape[1]} heads, which must be a multiple of the bank's {heads_kv} key/value heads"
-        )
-    if num < 1:
-        raise MemoryBankError(f"num_chunks ({num}) must be at least 1")
-    if queries.device.type != device.type:
-        raise MemoryBankError(f"queries are on {queries.device}, the bank on {device}; move one of them")
 
 
 def rows_of(rows: Tensor | Sequence[int] | None, batch: int | None, count: int, what: str) -> list[int]:
@@ -369,14 +354,9 @@ def joined(kv: AttentionKV, heads: int, head_dim: int) -> Tensor:
         raise MemoryBankError(
             f"a {type(given).__name__} has no keys and values to remember; give out.kv, or model.encode(ids)"
         )
-    if kv.keys.dim() != 4 or (kv.keys.shape[1], kv.keys.shape[3]) != (heads, head_dim):
+    if (kv.keys.shape[1], kv.keys.shape[3]) != (heads, head_dim):
         shape = tuple(kv.keys.shape)
         raise MemoryBankError(f"keys {shape} must be (B, {heads}, T, {head_dim}), as this bank was made for")
-    if kv.values.shape != kv.keys.shape:
-        raise MemoryBankError(f"values {tuple(kv.values.shape)} must have the shape of keys {tuple(kv.keys.shape)}")
-    rows_tokens = (kv.keys.shape[0], kv.keys.shape[2])
-    if kv.mask is not None and kv.mask.shape != rows_tokens:
-        raise MemoryBankError(f"mask {tuple(kv.mask.shape)} must be {rows_tokens}: rows and tokens of the keys")
     return torch.stack((kv.keys.detach(), kv.values.detach()), dim=2)
 
 

@@ -241,8 +241,7 @@ class JoinedMemory:
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:
         """Where a chunk of ``banks[row]`` came from."""
         bank = self.banks[row]
-        if bank is None:
-            raise MemoryBankError(f"row {row} has no memory, so no chunk {chunk}")
+        assert bank is not None, "nothing is found in such a row"
         return bank.provenance(0, chunk)
 
 

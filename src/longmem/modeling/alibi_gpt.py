@@ -57,11 +57,6 @@ class AlibiGPTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
-                f"({self.num_attention_heads})"
-            )
         super().__post_init__(**{**kwargs, "tie_word_embeddings": False})  # type: ignore[no-untyped-call]
 
     @property

@@ -98,14 +98,10 @@ class MemTRM(AugmentedLM):
     def __init__(
         self, config: MemTRMConfig, backbone: PreTrainedModel | None = None, *, fingerprint: str | None = None
     ) -> None:
-        if backbone is not None and (method := packed_by(backbone)) is not None:
+        if backbone is not None and (packed_by(backbone) or any(weight.is_meta for weight in backbone.parameters())):
             raise BackboneError(
-                f"MemTRM trains the backbone itself, and this one is quantised by {method}; load it unquantised"
-            )
-        if backbone is not None and any(parameter.is_meta for parameter in backbone.parameters()):
-            raise BackboneError(
-                "MemTRM trains the backbone itself, and the weights of this one are kept elsewhere until they are "
-                "needed; load it onto its devices"
+                "MemTRM trains the backbone itself, and the weights of this one are quantised or kept elsewhere until "
+                "they are needed; load it unquantised, onto its devices"
             )
         super().__init__(config, backbone, fingerprint=fingerprint)
         self.memory_gate = nn.Parameter(self._gate_logits().to(self.backbone.model.dtype))

@@ -74,11 +74,6 @@ class Checkpointed(PreTrainedModel):
         memory_layers = settings.pop("memory_layer", None) if memory_layers is None else memory_layers
         own = cls.config_class.settings_among(settings)
         dtype, how = how_to_load(settings, dtype)
-        if isinstance(memory_layers, str):
-            raise ConfigError(
-                f"memory_layers ({memory_layers!r}) must be layers, or a function that chooses them; "
-                '"auto" is measured on text: longmem.evaluation.layers.best_layers, or a recipe'
-            )
         if isinstance(backbone, nn.Module):
             model = given_backbone(backbone, dtype, how)
             name = _absolute(model.config._name_or_path) or None
@@ -165,7 +160,8 @@ class Checkpointed(PreTrainedModel):
         state_dict: Mapping[str, Tensor] | None = None,
         max_shard_size: int | str = "5GB",
         movable: bool = False,
-        **kwargs: Any,
+        is_main_process: bool = True,
+        safe_serialization: bool = True,
     ) -> None:
         """Write what was trained alone, and config.json, which names the backbone and its fingerprint.
 
@@ -179,12 +175,8 @@ class Checkpointed(PreTrainedModel):
             max_shard_size: bytes, or text such as ``"200MB"``, from which on weights are written to several files
                 (sidenet-00001-of-0000N.safetensors) with an index.
             movable: name a backbone that is a folder relative to this one, so that both can move together.
+            is_main_process, safe_serialization: what transformers passes by itself; they change nothing.
         """
-        if unknown := kwargs.keys() - {"is_main_process", "safe_serialization"}:  # what transformers passes by itself
-            raise ConfigError(
-                f"save_pretrained does not take {', '.join(sorted(unknown))}; it writes safetensors into a folder, "
-                "which huggingface_hub.upload_folder publishes"
-            )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").unlink(missing_ok=True)
@@ -311,12 +303,9 @@ def _recognised(model: PreTrainedModel, config: MemoryConfig, folder: Path, give
             stacklevel=4,
         )
         return expected
-    which, way_out = "given", ""
-    if not given:
-        which, way_out = "there", ", or save it again: it is damaged or of two runs, or that folder was changed"
     raise CheckpointError(
-        f"{folder} was made over backbone {expected} ({config.backbone_name_or_path}), the backbone {which} is {own}; "
-        f"pass the backbone that it names{way_out}"
+        f"{folder} was made over backbone {expected} ({config.backbone_name_or_path}), this one is {own}; pass the "
+        "backbone that it names, or make the checkpoint again if it is damaged or of two runs"
     )
 
 

@@ -94,13 +94,13 @@ class Family:
             )
         return attention
 
-    def probe(self, layer: int, attention: nn.Module | None = None) -> PositionFreeProbe:
-        """The probe of backbone layer ``layer``, or of a copy of its attention."""
+    def probe(self, layer: int, attention: nn.Module) -> PositionFreeProbe:
+        """The probe of the attention of backbone layer ``layer``, or of a copy of it."""
         rotary = getattr(self.decoder, "rotary_emb", None)
         # families with a rotation per layer type keep a scale for each
         own = getattr(rotary, f"{layer_types(self.config)[layer]}_attention_scaling", 1.0)
         scale: Any = getattr(rotary, "attention_scaling", own)
-        return PositionFreeProbe(self.attention(self.layers[layer]) if attention is None else attention, float(scale))
+        return PositionFreeProbe(attention, float(scale))
 
     def output_projection(self, attention: nn.Module) -> nn.Module:
         """The projection that takes the heads' outputs, (B, T, H*D), back to the width of the model."""
@@ -174,7 +174,7 @@ class Family:
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
     def check_memory_layers(self, layers: tuple[int, ...]) -> None:
-        """Refuse layers that cannot be remembered, or not together, and say which can."""
+        """Refuse layers that cannot be remembered, and say which can."""
         allowed = self.memory_layers()
         for layer in set(layers) - set(allowed):
             reason = f"is out of range, the backbone has {len(self.layers)} layers counted from 0"
@@ -182,12 +182,6 @@ class Family:
                 reason = f"is a {layer_types(self.config)[layer]} layer, or has no keys of its own"
             would = ", ".join(map(str, allowed)) or "none"
             raise BackboneError(f"memory_layer {layer} {reason}; these would do: {would}")
-        shapes = [(self.kv_heads(layer), self.head_dim(layer)) for layer in layers]
-        if len(set(shapes)) > 1:
-            raise BackboneError(
-                f"memory_layers {list(layers)} have different key/value heads and sizes {shapes}; "
-                "remember layers of one shape"
-            )
 
 
 def attention_of(layer: nn.Module) -> nn.Module | None:
@@ -244,7 +238,7 @@ class PositionFreeProbe:
     ``rope_scale`` is a factor on its rotary tables (yarn). It scales the scores too, so the projections keep it.
     """
 
-    def __init__(self, attention: nn.Module, rope_scale: float = 1.0) -> None:
+    def __init__(self, attention: nn.Module, rope_scale: float) -> None:
         self._rope_scale = rope_scale
         self._adapter = ADAPTERS.get(type(attention).__name__)
         self._module = attention

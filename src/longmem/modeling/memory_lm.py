@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longmem.config import LongMemConfig, LongMemGenerationConfig, MemoryConfig
-from longmem.errors import BackboneError, ConfigError
+from longmem.errors import BackboneError
 from longmem.generation.page import Explanation
 from longmem.generation.window import MemoryGenerationMixin
 from longmem.modeling.backbone import Backbone, BackboneRun
@@ -54,7 +54,6 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
 
     Raises:
         BackboneError: if the backbone or a memory layer cannot be used.
-        ConfigError: if settings contradict each other.
     """
 
     config_class: type[MemoryConfig] = MemoryConfig
@@ -79,8 +78,6 @@ class MemoryLM(Checkpointed, MemoryGenerationMixin):
         if config.memory_layers is None:
             stride = getattr(config, "stride", LongMemConfig().stride)
             config.memory_layers = (Family.of(backbone).default_memory_layer(stride),)
-        if problems := config.problems():
-            raise ConfigError(problems)
         super().__init__(config)
         self.backbone = Backbone(backbone, config.memory_layers, frozen=self.frozen)
         config.backbone_fingerprint = fingerprint or self.backbone.fingerprint

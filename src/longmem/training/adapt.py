@@ -67,7 +67,7 @@ class LongMemTrainer(StreamTrainer):
     def __init__(
         self,
         model: Any,
-        args: TrainingArguments | None = None,
+        args: TrainingArguments,
         *,
         train_dataset: Documents,
         eval_dataset: Documents | None = None,
@@ -83,7 +83,6 @@ class LongMemTrainer(StreamTrainer):
         if not isinstance(model, LongMem | MemTRM):
             name = type(model).__name__
             raise ConfigError(f"model ({name}) must be a LongMem or a MemTRM; make one with LongMem.from_backbone(...)")
-        args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
         corpus, rows = as_corpus(train_dataset), args.per_device_train_batch_size
         if args.max_steps <= 0:
             step = rows * window * args.world_size * args.gradient_accumulation_steps

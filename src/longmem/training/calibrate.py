@@ -144,8 +144,8 @@ def calibrate(
     model: TrainingFree,
     texts: Mapping[str, Sequence[Tensor]],
     valid: Mapping[str, Sequence[Tensor]],
-    tokenizer: Any = None,
-    settings: CalibrationSettings | None = None,
+    tokenizer: Any,
+    settings: CalibrationSettings,
     *,
     quiet: bool = False,
 ) -> Calibration:
@@ -153,21 +153,16 @@ def calibrate(
 
     Args:
         model: with ``fusion="token"``.
-        texts: token ids (n,) of passages to train on, by kind (books, source code, ...); the kinds take turns.
+        texts: token ids (n,) of passages to train on, see ``passages_of``, by kind (books, source code, ...); the kinds
+            take turns.
         valid: passages to validate on, one window of each, by the same kinds.
-        tokenizer: for the facts; None calibrates on text alone.
+        tokenizer: for the facts.
         settings: see there.
         quiet: report no progress.
-
-    Raises:
-        ConfigError: the model has no gates to train.
-        DataError: a kind has no passage of more than ``memory + window`` tokens.
     """
-    settings = settings or CalibrationSettings()
-    if model.gates is None:
-        raise ConfigError('only fusion "token" has gates to calibrate; make the model with fusion="token"')
+    assert model.gates is not None
     work = _Work(model, settings, quiet)
-    draw, weight = work.draw, settings.facts if tokenizer is not None else 0.0
+    draw, weight = work.draw, settings.facts
     passages = {kind: work.passages(kind, some) for kind, some in texts.items()}
     checks = [work.window(kind, each, last=True) for kind, some in valid.items() for each in work.passages(kind, some)]
     asked: list[Case] = []
@@ -223,12 +218,8 @@ class _Work:
         self.bank = MemoryBank.for_model(model, rows=1, capacity_tokens=2 * settings.memory + 4096)
 
     def passages(self, kind: str, some: Sequence[Tensor]) -> list[_Passage]:
-        """Passages, cut to their length and encoded."""
-        length = self.settings.passage
-        long = [ids[:length] for ids in some if len(ids) >= length]
-        if not long:
-            raise DataError(f"{kind}: no document has {length} tokens; take longer ones, or a smaller memory")
-        found = track(long, f"encoding {kind}", len(long), "passages", quiet=self.quiet)
+        """Passages, encoded."""
+        found = track(some, f"encoding {kind}", len(some), "passages", quiet=self.quiet)
         return [
             _Passage(ids, encode_text(self.model, ids[: self.settings.memory], self.settings.window)) for ids in found
         ]

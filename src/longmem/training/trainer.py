@@ -403,7 +403,6 @@ def refuse_launch() -> None:
 def _refuse(args: TrainingArguments, given: Mapping[str, Any]) -> None:
     """What would tear rows out of their order, or is not done here, one line each."""
     rules = [
-        (args.max_steps <= 0, "max_steps is not set; a stream of texts has no end by itself"),
         (args.n_gpu > 1, f"one process sees {args.n_gpu} GPUs; start one for each: accelerate launch, or torchrun"),
         (args.fsdp or args.deepspeed, f"fsdp and deepspeed of args {NOT_DIVIDED}"),
         (args.auto_find_batch_size, "auto_find_batch_size would change the rows; set it to False"),
