@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -50,11 +51,10 @@ class Recall:
 
     Args:
         store: a ``MemoryStore``, or what has its ``documents`` and ``text``.
-        words: of a passage, at most.
     """
 
-    def __init__(self, store: Any, namespace: str, *, words: int = PASSAGE_WORDS) -> None:
-        self._store, self._namespace, self._words = store, namespace, words
+    def __init__(self, store: Any, namespace: str) -> None:
+        self._store, self._namespace = store, namespace
         self._lock = threading.Lock()
         self._known: dict[str, Any] = {}
         self._seen: Any = None  # version of the catalog that is known
@@ -113,13 +113,15 @@ class Recall:
         seen = None if catalog is None else catalog.version()  # before the documents: no change between is missed
         if seen is not None and seen == self._seen and time.time() < self._expires:
             return
-        now = {info.name: info for info in self._store.documents(self._namespace)}
-        with self._index:  # all of it, or nothing where a text cannot be read
+        with nullcontext() if catalog is None else catalog.read():  # of one moment: a text may be forgotten meanwhile
+            now = {info.name: info for info in self._store.documents(self._namespace)}
+            new = [name for name, info in now.items() if self._known.get(name) != info]
+            texts = [(name, self._store.text(self._namespace, name)) for name in new]
+        with self._index:
             for name in (name for name, info in self._known.items() if now.get(name) != info):
                 self._index.execute("DELETE FROM passage WHERE document = ?", (name,))
-            for name in (name for name, info in now.items() if self._known.get(name) != info):
-                text = self._store.text(self._namespace, name)
-                rows = ((passage, name, start) for start, passage in passages(text, self._words))
+            for name, text in texts:
+                rows = ((passage, name, start) for start, passage in passages(text))
                 self._index.executemany("INSERT INTO passage (text, document, start) VALUES (?, ?, ?)", rows)
         self._known, self._seen = now, seen  # the oldest document first
         moments = [getattr(info, "expires", None) for info in now.values()]
@@ -139,16 +141,16 @@ class PlainTexts:
         return self.texts[name]
 
 
-def passages(text: str, words: int = PASSAGE_WORDS) -> list[tuple[int, str]]:
+def passages(text: str) -> list[tuple[int, str]]:
     """Lines of a text as passages, each with its first character; longer lines are cut, at sentences if possible."""
     found: list[tuple[int, str]] = []
     for line in re.finditer(r"[^\n]+", text):
         start, count = line.start(), 0
         for sentence in re.finditer(r"\S.*?(?:[.!?](?=\s)|$)", line.group()):
             at = line.start() + sentence.start()
-            for piece in re.finditer(rf"(?:\S+\s*){{1,{words}}}", sentence.group()):
+            for piece in re.finditer(rf"(?:\S+\s*){{1,{PASSAGE_WORDS}}}", sentence.group()):
                 size = len(piece.group().split())
-                if count and count + size > words:
+                if count and count + size > PASSAGE_WORDS:
                     found.append((start, text[start : at + piece.start()].strip()))
                     start, count = at + piece.start(), 0
                 count += size

@@ -60,7 +60,7 @@ def find_texts(names: Sequence[str]) -> list[Document]:
     libraries = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")]
     found: list[Document] = []
     for name in names:
-        if not name or Path(name).exists() or any(sign in name for sign in "/*:"):
+        if Path(name).exists() or any(sign in name for sign in "/*:"):
             found += read_documents([name])
             continue
         places = ((top, library) for library in libraries for top in (library / name, library / f"{name}.py"))

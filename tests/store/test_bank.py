@@ -147,10 +147,7 @@ def test_opening_reads_nothing_and_a_search_keys_and_what_it_finds(store: Memory
     ("selection", "left"),
     [
         ({"documents": ["letter 1", "letter 2"]}, [1, 2]),
-        ({"where": {"even": True}}, [0, 2]),
         ({"where": {"odd": True}}, []),
-        ({"after": 102.0}, [2, 3]),
-        ({"before": 102.0}, [0, 1]),
         ({"after": 101.0, "before": 103.0, "where": {"even": True}}, [2]),
     ],
 )
@@ -280,7 +277,7 @@ def test_a_text_is_searched_by_the_heads_of_the_model(
             bank.search_text("")
     with (
         MemoryStore.open(tmp_path / "m", mode="read") as store,
-        pytest.raises(StoreError, match=r"needs the model: MemoryStore.open\(path, model=...\)"),
+        pytest.raises(StoreError, match="opened without a model"),
     ):
         store.bank("alice").search_text("old map")
 

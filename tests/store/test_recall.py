@@ -12,7 +12,7 @@ import pytest
 from tests.store.banks import found_names
 from tests.store.small import open_small
 
-from longmem.chat import PlainTexts, Recall, passages
+from longmem.chat import Recall, passages
 from longmem.store import MemoryStore
 
 
@@ -42,15 +42,14 @@ def test_passages_stand_in_the_order_of_their_age(notes: MemoryStore) -> None:
     assert text.index("Petrel") < text.index("Heron")
 
 
-def test_threads_search_while_documents_come_and_go() -> None:
-    texts = {f"d{number}": f"the boat is called name{number}" for number in range(50)}
-    recall = Recall(PlainTexts(texts), "")
+def test_threads_search_while_documents_come_and_go(notes: MemoryStore) -> None:
+    recall = Recall(notes, "ann")
 
     def ask(number: int) -> None:
-        for turn in range(40):
-            texts.pop(f"d{number}-{turn - 1}", None)
-            texts[f"d{number}-{turn}"] = f"the boat is called name{number}x{turn}"
-            recall.notes("How is the boat called?", lambda text, **_: {"input_ids": text.split()}, 3)
+        for turn in range(20):
+            notes.add_document("ann", f"the boat is called name{number}x{turn}", name=f"{number}-{turn}")
+            assert recall.notes("How is the boat called?", lambda text, **_: {"input_ids": text.split()}, 3)[1]
+            notes.forget("ann", name=f"{number}-{turn}")
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
@@ -84,17 +83,19 @@ def test_what_is_added_changed_and_forgotten_is_noticed(notes: MemoryStore, own:
         assert not recall.search("Heron") and found_names(bank) == {"monday", "tuesday"}
 
 
-def test_what_is_added_while_documents_are_read_is_found_next_time(notes: MemoryStore) -> None:
-    recall, documents = Recall(notes, "ann"), notes.documents
+def test_what_changes_while_documents_are_read_is_noticed_next_time(notes: MemoryStore) -> None:
+    with open_small(notes.path, mode="read") as store:
+        recall, documents = Recall(store, "ann"), store.documents
 
-    def adding(*given: Any) -> Any:
-        found = documents(*given)
-        notes.add_document("ann", "user: The boat is called Heron now.", name="new")
-        return found
+        def changing(*given: Any) -> Any:
+            found = documents(*given)
+            notes.add_document("ann", "user: The boat is called Heron now.", name="new")
+            notes.forget("ann", name="monday")
+            return found
 
-    with patch.object(notes, "documents", adding):
-        assert not recall.search("Heron")
-    assert recall.search("Heron")
+        with patch.object(store, "documents", changing):
+            assert recall.search("Petrel")
+        assert recall.search("Heron") and not recall.search("Petrel")
 
 
 def test_documents_are_read_again_only_after_a_change_or_when_one_expires(notes: MemoryStore) -> None:
@@ -112,7 +113,7 @@ def test_documents_are_read_again_only_after_a_change_or_when_one_expires(notes:
 
 def test_long_lines_are_cut_and_nothing_is_lost() -> None:
     text = "\n".join(" ".join(f"word{i}x{j}" for j in range(150)) + "." for i in range(3)) + "\n\nA short. And more."
-    found = passages(text, 60)
+    found = passages(text)
     assert all(len(passage.split()) <= 60 for _, passage in found)
     assert " ".join(passage for _, passage in found).split() == text.split()
     assert all(text[start : start + len(passage)] == passage for start, passage in found)

@@ -72,7 +72,6 @@ def test_a_second_writer_is_refused_by_name(store: MemoryStore) -> None:
     ("name", "how", "message"),
     [
         ("memory", {"dtype": "int8"}, "was made with dtype=float32, not int8; leave dtype away"),
-        ("memory", {"segment_tokens": 4}, "was made with segment_tokens=8, not 4"),
         (
             "memory",
             {"model": NumberModel(seed=1)},
@@ -83,15 +82,12 @@ def test_a_second_writer_is_refused_by_name(store: MemoryStore) -> None:
             {"model": "models/small/sidenet"},
             r"model \(a str\) must be a loaded model that reads memory: LongMem",
         ),
-        ("memory", {"tokenizer": "models/small"}, r"tokenizer \(a str\) must be a loaded tokenizer: AutoTokenizer"),
         ("memory", {"mode": "append"}, "mode .'append'. must be 'write' or 'read'"),
         ("none", {"mode": "read"}, "no memory store here"),
         ("none", {"model": None, "tokenizer": None}, "a new store needs the model"),
-        ("none", {"segment_tokens": 7}, r"segment_tokens \(7\) must be a positive multiple of chunk_size \(2\).*=8"),
+        ("none", {"segment_tokens": 7}, r"segment_tokens \(7\) must be a multiple of chunk_size \(2\)"),
         ("none", {"segment_tokens": 80}, r"segment_tokens \(80\) must not exceed the backbone's window of 64"),
         ("none", {"dtype": "float8"}, r"dtype \('float8'\) must be one of float32"),
-        ("file", {}, "a file, not a store's folder"),
-        ("full", {}, r"holds other files \(letter.txt\)"),
         ("lost", {}, r"holds other files \(kv-000001.bin\); restore catalog.sqlite"),
         ("format1", {}, "format 1, .*`longmem memory export` of longmem 0.1.*`longmem memory import`"),
         ("format9", {"mode": "read"}, "use a newer longmem"),
@@ -99,10 +95,8 @@ def test_a_second_writer_is_refused_by_name(store: MemoryStore) -> None:
 )
 def test_what_cannot_be_opened_is_refused_in_one_line(tmp_path: Path, name: str, how: Any, message: str) -> None:
     open_small(tmp_path / "memory").close()
-    (tmp_path / "file").write_text("")
-    for folder, file in (("full", "letter.txt"), ("lost", "kv-000001.bin")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / file).write_text("")
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "kv-000001.bin").write_text("")
     for version in (1, 9):
         (tmp_path / f"format{version}").mkdir()
         with closing(sqlite3.connect(tmp_path / f"format{version}" / "catalog.sqlite")) as db:
@@ -153,27 +147,14 @@ def test_a_read_only_folder_is_read_and_changes_are_noticed(
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda store: store.append("alice", ids=[1], name="d0"), "was added as text; append text"),
         (lambda store: store.append("bob", "text", name="ids"), "was added as token ids; append ids="),
         (lambda store: store.append("alice", "text", name="d9"), "no document 'd9'"),
         (lambda store: store.forget("alice"), "a name, where, before, or everything; nothing was forgotten"),
-        (lambda store: store.add_documents("alice", [], workers="2"), "must be a number from 1 on, 'ray' or 'ray:N'"),
         (lambda store: store.add_documents("alice", [], workers=0), "must be a number from 1 on, 'ray' or 'ray:N'"),
         (lambda store: store.add_documents("alice", [], workers="ray:0"), r"workers \('ray:0'\) must be a number"),
-        (lambda store: store.export("alice", store.path.parent / "out.tar", ["d9"]), "no document 'd9'"),
         (lambda store: store.export("nobody", store.path.parent / "out.tar"), "no documents to export"),
-        (lambda store: store.export("alice", store.path.parent), "a folder; name a file"),
         (lambda store: store.bank("alice", documents=["d9"]), "no document 'd9'"),
-        (lambda store: store.bank("alice", documents="d1"), r"write \['d1'\]"),
-        (lambda store: store.bank("alice", index="fast"), r"index \('fast'\) must be one of exact"),
-        (lambda store: store.bank(["alice"]), "for several, make a bank of each"),
         (lambda store: store.bank("bob").provenance(0, 99), r"chunk \(99\) is not there; the bank has 78"),
-        (lambda store: store.bank("bob").provenance(2, 0), r"row \(2\) must be 0"),
-        (lambda store: store.bank("bob").search(torch.ones(1, 3, 1, 4), 2), "a multiple of the bank's 2 key/value"),
-        (
-            lambda store: store.bank("bob").search(torch.ones(2, 2, 1, 4), 2, torch.tensor([0, 2])),
-            r"rows \(2\) must lie in 0..0",
-        ),
     ],
 )
 def test_what_a_store_cannot_do_is_said_in_one_line(
@@ -272,7 +253,6 @@ def test_a_damaged_catalog_is_said_in_one_line(store: MemoryStore) -> None:
         ("DELETE FROM part WHERE ordinal = 1", "document"),
         ("DELETE FROM piece", "document"),
         ("UPDATE document SET metadata = '{'", "catalog"),
-        ("DELETE FROM meta WHERE key = 'records'", "catalog"),
     ],
 )
 def test_a_catalog_whose_rows_do_not_fit_together_is_found(store: MemoryStore, sql: str, kind: str) -> None:
@@ -312,31 +292,23 @@ def flip_second_piece(files: dict[str, bytes], _: dict[str, Any]) -> None:
     files[name] = files[name][:-1] + bytes([files[name][-1] ^ 1])
 
 
-def summed(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[dict[str, bytes], dict[str, Any]], None]:
-    """A change of a piece's arrays, with the sum of its bytes changed as well."""
-
-    def changed(files: dict[str, bytes], manifest: dict[str, Any]) -> None:
-        name = list(files)[1]
-        change(arrays := load(files[name]))
-        files[name] = save(arrays)
-        manifest["contents"][Path(name).stem] = hashlib.sha256(files[name]).hexdigest()
-
-    return changed
+def change_a_text(files: dict[str, bytes], manifest: dict[str, Any]) -> None:
+    """And the sum of its piece's bytes."""
+    name = list(files)[1]
+    arrays = load(files[name])
+    arrays["text"][:1].add_(1)
+    files[name] = save(arrays)
+    manifest["contents"][Path(name).stem] = hashlib.sha256(files[name]).hexdigest()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (flip_second_piece, "bytes have changed"),
-        (summed(lambda arrays: arrays["text"][:1].add_(1)), "text are not those of its digest"),
-        (summed(lambda arrays: arrays["kv"].fill_(torch.nan)), "array kv holds numbers that are not finite"),
-        (summed(lambda arrays: arrays.update(kv=arrays["kv"].half())), "array kv is not torch.float32"),
+        (change_a_text, "text are not those of its digest"),
         (lambda _, manifest: manifest.clear(), "no whole export of a memory store"),
         (lambda _, manifest: manifest.update(format="longmem-export-9"), "reads longmem-export-2, longmem-export-1"),
         (lambda _, manifest: manifest.update(contents={}), "is incomplete; nothing was imported"),
-        (lambda _, manifest: manifest["documents"][0].update(tokens=0, pieces=[]), "is incomplete; nothing was"),
-        (lambda _, manifest: manifest.update(contents={"no digest": ""}), "no whole export of a memory store"),
-        (lambda _, manifest: manifest.update(documents=1), "no whole export of a memory store"),
     ],
 )
 def test_a_damaged_export_is_refused_and_nothing_imported(

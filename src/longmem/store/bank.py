@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longmem.errors import ConfigError, MemoryBankError, StoreError
+from longmem.errors import MemoryBankError, StoreError
 from longmem.memory.bank import MemoryBank
 from longmem.memory.index import Index, make_indexes, rows_of, search_chunks
 from longmem.memory.session import SessionMemory
@@ -93,8 +93,6 @@ class StoreBank:
         index: str | Index = "exact",
         **selection: Any,
     ) -> None:
-        if not isinstance(namespace, str):
-            raise ConfigError(f"namespace ({namespace!r}) must be a name; for several, make a bank of each")
         self.selection = Selection(**selection)
         self.store, self._catalog = store, store.catalog
         self.namespace, self.rows = composed(namespace), 1
@@ -207,8 +205,6 @@ class StoreBank:
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:
         """Where a chunk came from; chunks are numbered as in ``RetrievedMemory.chunks``."""
         with self._lock:
-            if row != 0:
-                raise MemoryBankError(f"row ({row}) must be 0, the row of this bank")
             if not 0 <= chunk < len(self._held):
                 raise MemoryBankError(f"chunk ({chunk}) is not there; the bank has {len(self._held)}, counted from 0")
             return self._held.origin(chunk)
@@ -240,9 +236,8 @@ class StoreBank:
         Raises:
             StoreError: the store was opened without a model or a tokenizer, or the text is empty.
         """
-        model, encoder = self.store.model, self.store.encoder
-        if model is None:
-            raise StoreError("searching for a text needs the model: MemoryStore.open(path, model=...)")
+        encoder = self.store.encoder
+        model = encoder.needed()
         ids = torch.from_numpy(encoder.tokens(NewDocument("the query", query)).ids.astype(np.int64)).to(model.device)
         shares, best = defaultdict[int, float](float), dict[int, Any]()
         training = model.training

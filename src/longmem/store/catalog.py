@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from longmem.errors import ConfigError, StoreDamaged, StoreError
+from longmem.errors import StoreDamaged, StoreError
 from longmem.files import to_disk
 from longmem.store.disk import (
     BUSY_SECONDS,
@@ -85,10 +85,6 @@ class Selection:
     where: Mapping[str, Any] | None = None  # metadata that they have: every key with an equal value
     after: float | None = None  # added at this time (seconds since the epoch) or later
     before: float | None = None  # added before this time
-
-    def __post_init__(self) -> None:
-        if isinstance(self.documents, str):
-            raise ConfigError(f"documents ({self.documents!r}) must be a list of names; write [{self.documents!r}]")
 
     def of(self, namespace: str, found: list[DocumentInfo]) -> list[DocumentInfo]:
         """Those of the namespace's documents that are meant; StoreError if one that was named is not there."""
@@ -361,10 +357,7 @@ class Catalog:
 
     def meta(self, key: str) -> Any:
         """``layout`` (JSON), ``generation`` of the data files, or ``records``: chunks in them."""
-        row = self.row("SELECT value FROM meta WHERE key = ?", key)
-        if row is None:
-            raise StoreDamaged(f"{self.path}: {key} is missing; restore a backup")
-        return row[0]
+        return self.row("SELECT value FROM meta WHERE key = ?", key)[0]
 
     def documents(
         self, namespace: str | None = None, selection: Selection | None = None, *, expired: bool = False

@@ -105,9 +105,6 @@ class MemoryStore:
         if model is not None and not hasattr(model, "memory_layers"):
             loaded = "LongMem.from_pretrained(...), or TrainingFree.from_backbone(...) for any other"
             raise StoreError(f"model (a {type(model).__name__}) must be a loaded model that reads memory: {loaded}")
-        if tokenizer is not None and not hasattr(tokenizer, "vocab_size"):
-            way_out = "AutoTokenizer.from_pretrained(...)"
-            raise StoreError(f"tokenizer (a {type(tokenizer).__name__}) must be a loaded tokenizer: {way_out}")
         if not (folder / CATALOG).exists():
             _check_new(folder, model, writable and create)
         new = new_layout(model, **given) if writable and create and model is not None else None
@@ -331,8 +328,6 @@ class MemoryStore:
         """
         with self.catalog.read():
             tokens = self.catalog.whole(self.document(namespace, name))
-        if tokens.text is None and self.tokenizer is None:
-            raise StoreError(f"document {name!r} was added as token ids; open the store with tokenizer= to see text")
         return tokens.spelled(self.tokenizer)
 
     def token_ids(self, namespace: str, name: str) -> NDArray[Any]:
@@ -373,10 +368,8 @@ class MemoryStore:
 
 def _check_new(folder: Path, model: Any, create: bool) -> None:
     """Raises StoreError where no store can be made in a folder without a catalog."""
-    if folder.exists() and not folder.is_dir():
-        raise StoreError(f"{folder}: a file, not a store's folder; name a folder")
-    with file_errors(folder, "listing"):
-        held = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
+    with file_errors(folder, "listing"):  # a file is no folder
+        held = sorted(each.name for each in folder.iterdir()) if folder.exists() else []
     if others := [name for name in held if name != LOCK and not name.startswith(CATALOG)]:
         way_out = f"restore {CATALOG} if it is a store's, or name an empty or new folder"
         raise StoreError(f"{folder}: no memory store, and it holds other files ({others[0]}); {way_out}")
