@@ -112,8 +112,7 @@ def test_a_prompt_without_a_template_begins_as_texts_in_training_do(byte_tokeniz
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--host", "0.0.0.0"), "there are no keys; make one with"),
-        (("--host", "::"), "can be reached by others"),
+        (("--host", "0.0.0.0"), "can be reached by others, and there are no keys; make one with"),
         (("--keys", "bad"), "bad:1: a line is a name and a hash"),
         (("--keys", "none"), "none: no key in it"),
         (("--keys", "missing"), "missing: there is no such file"),

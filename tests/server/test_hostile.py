@@ -48,22 +48,17 @@ HI = '"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1'
     ("path", "content"),
     [
         ("documents", r'{"name": "s", "text": "Hello.", "metadata": {"a": "\ud800"}}'),
-        ("documents", r'{"name": "\ud800", "text": "Hello."}'),
-        ("documents", r'{"name": "t", "text": "Hello \udfff."}'),
         ("documents", '{"name": "n", "text": "Hello.", "metadata": {"a": NaN, "b": 1e999}}'),
         ("documents", '{"name": "i", "text": "Hello.", "metadata": {"a": 1' + "0" * 400 + "}}"),
         ("documents", r'{"name": "z\u0000\n", "text": "\u0000 \u0001"}'),
         ("documents", '{"name": "d", "text": "x", "metadata": ' + '{"a":' * 900 + "1" + "}" * 901),
         ("documents", '{"name": "resp_' + "0" * 32 + '", "text": "x", "metadata": {"messages": 1}}'),
         ("/v1/responses", '{"input": "Hi", "memory_id": "fuzz", "previous_response_id": "resp_' + "0" * 32 + '"}'),
-        ("/v1/chat/completions", r'{"messages": [{"role": "user", "content": "\ud800"}], "max_tokens": 1}'),
-        ("/v1/chat/completions", f'{{{HI}, "temperature": NaN}}'),
         ("/v1/chat/completions", f'{{{HI}, "stop": "\\u0000"}}'),
         ("/v1/chat/completions", f'{{{HI}, "stop": "{"x" * 2_000_000}"}}'),
         ("/v1/chat/completions", "[" * 200_000),
         ("/v1/completions", r'{"prompt": "\u0000\ufffe\ufeff", "max_tokens": 1, "echo": true}'),
         ("search", r'{"query": "\" OR NEAR( * \u0000"}'),
-        ("search", r'{"query": "\ud800"}'),
     ],
 )
 def test_what_json_can_say_and_texts_cannot(client: httpx.Client, path: str, content: str) -> None:

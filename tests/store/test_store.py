@@ -147,7 +147,7 @@ def test_a_read_only_folder_is_read_and_changes_are_noticed(
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda store: store.append("bob", "text", name="ids"), "was added as token ids; append ids="),
+        (lambda store: store.append("bob", "text", name="ids"), "was added as token ids; append the same"),
         (lambda store: store.append("alice", "text", name="d9"), "no document 'd9'"),
         (lambda store: store.forget("alice"), "a name, where, before, or everything; nothing was forgotten"),
         (lambda store: store.add_documents("alice", [], workers=0), "must be a number from 1 on, 'ray' or 'ray:N'"),

@@ -205,7 +205,6 @@ def show_(path: Path, namespace: str, name: str, with_text: bool, tokenizer: str
     from longmem.data.tokens import load_tokenizer
 
     with shared.open_store(path, tokenizer=load_tokenizer(tokenizer) if tokenizer else None) as store:
-        check_namespace(store, namespace)
         known = asdict(store.document(namespace, name))
         text = {"text": store.text(namespace, name)} if with_text else {}
     if text and not as_json:
@@ -236,10 +235,8 @@ def search(text: str, namespace: str, documents: tuple[str, ...], as_json: bool,
     query = next(read_stream(sys.stdin.buffer, "standard input")).text if text == STDIN else text
     if not query.strip():
         raise DataError("the text to search for is empty; say something")
-    with shared.open_store(given["path"]) as store:  # before the model: wrong names show at once
+    with shared.open_store(given["path"]) as store:  # before the model: a wrong name shows at once
         check_namespace(store, namespace)
-        for document in documents:
-            store.document(namespace, document)
     settings = {each: given[each] for each in ("where", "after", "before")}
     with shared.open_with_model(given, "read") as store:
         device = cast(Any, store.model).device
@@ -343,7 +340,6 @@ def export(archive: Path, path: Path, namespace: str, names: tuple[str, ...], as
     Encoded as they are: another store imports them without the model.
     """
     with shared.open_store(path) as store, ShownProgress() as progress:
-        check_namespace(store, namespace)
         done = store.export(namespace, archive, list(names) or None, progress=progress)
     show(as_json, {"archive": archive, "documents": done}, ("name", "tokens"))
 

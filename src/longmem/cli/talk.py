@@ -214,10 +214,7 @@ def _ids(tokenizer: Any, model: Any, text: str, what: str, *, special: bool = Tr
     """The token ids of a text to be continued: what the tokenizer puts after a text (``</s>``) is left out."""
     from longmem.data.tokens import check_ids, start_tokens, token_ids
 
-    plain = token_ids(tokenizer, text)
-    if not plain:
-        raise DataError(f"{what} has no tokens")
-    ids = [*start_tokens(tokenizer), *plain] if special else plain
+    ids = [*(start_tokens(tokenizer) if special else ()), *token_ids(tokenizer, text)]
     check_ids(ids, model, what)
     return ids
 

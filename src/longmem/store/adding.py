@@ -96,8 +96,8 @@ def append(catalog: Catalog, encoder: Encoder, namespace: str, new: NewDocument,
         *kept, end = catalog.parts(document.id)
         last, whole = catalog.tokens(end.piece), end.tokens // size * size
     if (last.text is None) != (tokens.text is None):
-        was, way_out = ("token ids", "ids=") if last.text is None else ("text", "text")
-        raise StoreError(f"document {new.name!r} was added as {was}; append {way_out} to it")
+        was = "token ids" if last.text is None else "text"
+        raise StoreError(f"document {new.name!r} was added as {was}; append the same")
     if whole < end.tokens:
         tokens = joined_tokens([last.slice(whole, end.tokens), tokens])
     pieces = [(part.digest, part.tokens) for part in kept] + [(end.digest, whole)] * (whole > 0)

@@ -223,7 +223,7 @@ def until_found(read: Callable[[], Found]) -> Found:
             return read()
         except GenerationGone as gone:
             if str(gone) == missed:
-                raise StoreDamaged(missed) from gone
+                raise
             missed = str(gone)
 
 
