@@ -243,6 +243,11 @@ class TrainingFreeConfig(AugmentedConfig):
     model_type = "training_free"
     token_gates = True
 
+    @property
+    def closed(self) -> bool:
+        """Whether no head ever takes anything from memory: the model is its backbone."""
+        return self.fusion != "token" and not any(self.gates)
+
 
 _PASSED_ON = (
     "vocab_size", "hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",

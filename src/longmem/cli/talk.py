@@ -303,11 +303,12 @@ class _Talk:
         from transformers import TextStreamer
 
         from longmem.chat import keep, reply
+        from longmem.config import TrainingFreeConfig
 
         model: Any = self.store.model
         asked = {"role": "user", "content": text}
         earlier = any(info.name != self.name for info in self.store.documents(self.namespace))
-        reads = earlier and not getattr(model.config, "closed", False)
+        reads = earlier and not (isinstance(model.config, TrainingFreeConfig) and model.config.closed)
         said = reply(
             model,
             self.store.tokenizer,

@@ -15,7 +15,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from longmem.chat import Prompt, RecalledPassage, chat_prompt, conversation_name, stop_words, transcript
-from longmem.config import positions
+from longmem.config import TrainingFreeConfig, positions
 from longmem.data.tokens import Message
 from longmem.errors import DataError
 from longmem.generation.page import Pieces, Readings, read_tokens, without_memory
@@ -87,7 +87,7 @@ class Service:
     ) -> None:
         self.model, self.tokenizer, self.keys, self.name, self.seconds = model, tokenizer, keys, name, seconds
         self.memories, self.engine = Memories(store), Engine(model, **settings)
-        self.heads_read = not getattr(model.config, "closed", False)
+        self.heads_read = not (isinstance(model.config, TrainingFreeConfig) and model.config.closed)
         ends = model.generation_config.eos_token_id
         found = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
         self.stop_ids = frozenset(int(token) for token in found if token is not None)
