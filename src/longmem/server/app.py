@@ -116,9 +116,8 @@ class Limits:
         await (self.app if refused is None else error(refused))(scope, receive, answer)
 
     def _refused(self, headers: Headers) -> Refused | None:
-        length, host = headers.get("content-length", "0"), headers.get("host", "")
-        known = length.isascii() and length.isdigit() and "transfer-encoding" not in headers
-        if not known or int(length) > MOST_BYTES:
+        host = headers.get("host", "")
+        if "transfer-encoding" in headers or int(headers.get("content-length", "0")) > MOST_BYTES:
             return Refused(413, f"the body must say its length, and be of at most {MOST_BYTES:,} bytes")
         name = host[: host.index("]") + 1] if "]" in host else host.partition(":")[0].lower()
         if self.anybody and name not in LOOPBACK:
