@@ -146,7 +146,6 @@ def test_arguments_that_mean_nothing_are_named(memory: Command, piped: Callable[
     )
     assert "no document matches *.none; there are inner" in memory("add", "notes", "--include", "*.none").error
     assert "needs a --name (or --jsonl" in memory("add", "-").error
-    assert "standard input, which can be read once" in memory("add", "-", "-", "--name", "x").error
     piped(b"")
     assert memory("add", "-", "--name", "x").error.startswith("x: no text came")
     assert memory("search", " ").error == "the text to search for is empty; say something"

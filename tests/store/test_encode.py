@@ -58,5 +58,5 @@ def test_the_tokenizer_is_found_where_a_checkpoint_names_its_backbone_from_its_o
             # by a path that means the same from everywhere
             assert store.layout.backbone == str((tmp_path / "pair" / "backbone").resolve())
     bare = MemoryStore.open(tmp_path / "bare", model=longmem())
-    with bare, pytest.raises(StoreError, match=r"the store has no tokenizer; open it with a fast tokenizer="):
+    with bare, pytest.raises(StoreError, match=r"the store has no fast tokenizer; open it with tokenizer="):
         bare.add_document("alice", "hello there", name="a")

@@ -84,8 +84,6 @@ def add(paths: tuple[str, ...], namespace: str, name: str | None, as_json: bool,
     """
     documents = _new_documents(_read(paths, name, given), namespace, name, given)
     first = list(islice(documents, 1 if name is None else 2))  # before the model: wrong paths show at once
-    if not first:
-        raise DataError("no text was left to add; see --exclude and --undecodable")
     if len(first) > 1:
         raise StoreError(f"--name ({name}) is for one text, and more came; leave it out, or add them one by one")
     workers = int(given["workers"]) if given["workers"].isdigit() else given["workers"]
@@ -108,7 +106,7 @@ def add(paths: tuple[str, ...], namespace: str, name: str | None, as_json: bool,
                 result = {"namespace": namespace, "documents": receipts, "tokens": tokens, "complete": complete}
                 shared.print_json(result)
     kinds = ", ".join(f"{count:,} {status}" for status, count in Counter(each.status for each in receipts).items())
-    rate = tokens / max(1e-9, clock.monotonic() - begun)
+    rate = tokens / (clock.monotonic() - begun)
     say(f"{counted(len(receipts), 'document')} ({kinds}): {counted(tokens, 'token')}; {rate:,.0f} tokens/s")
 
 
@@ -116,8 +114,6 @@ def _read(paths: tuple[str, ...], name: str | None, given: dict[str, Any]) -> It
     """The texts that the arguments name; what is missing or not UTF-8 is a DataError in the words of the options."""
     from longmem.data.text import TextSource, read_documents, read_stream
 
-    if paths.count(STDIN) > 1:
-        raise StoreError("- stands for standard input, which can be read once; leave the others out")
     if STDIN in paths and not given["jsonl"] and name is None:
         raise StoreError("a text from standard input needs a --name (or --jsonl, if it is JSON lines)")
     settings = {each: given[each] for each in ("include", "exclude", "field", "undecodable")}

@@ -211,10 +211,7 @@ class Catalog:
     def _read_layout(self) -> Layout:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         if version == FORMAT:
-            try:
-                return Layout.from_fields(json.loads(self.meta("layout")))
-            except (ValueError, KeyError, TypeError) as error:
-                raise StoreDamaged(f"{self.path}: its layout cannot be read ({error}); restore a backup") from error
+            return Layout.from_fields(json.loads(self.meta("layout")))
         ways_out = {
             0: "this store was never finished; open it to write once, with its model, or delete the folder",
             1: f"a store of format 1, this version reads {FORMAT}; write each namespace to a file with `longmem memory "
@@ -411,10 +408,7 @@ class Catalog:
 
     def tokens(self, piece: int) -> Tokens:
         """Token ids and text of a piece."""
-        row = self.row("SELECT token_ids, text, starts FROM piece WHERE id = ?", piece)
-        if row is None:
-            raise StoreDamaged(f"{self.path}: piece {piece} is missing; run `longmem memory verify`")
-        ids, text, starts = row
+        ids, text, starts = self.row("SELECT token_ids, text, starts FROM piece WHERE id = ?", piece)
         return Tokens(np.frombuffer(ids, "<u4"), text, None if starts is None else np.frombuffer(starts, "<u4"))
 
     def whole(self, document: DocumentInfo, start: int = 0, stop: int = 1 << 62) -> Tokens:

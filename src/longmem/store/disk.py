@@ -146,8 +146,6 @@ def file_errors(path: Path, doing: str) -> Iterator[None]:
             raise StoreFull(f"{line}; {way_out}") from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise StoreFull(f"{line}; nothing was changed: allow writing there, or open with mode='read'") from error
-        if error.errno == errno.EIO:
-            raise StoreDamaged(f"{line}; the device fails: save what can be read and restore a backup") from error
         raise StoreError(f"{line}; nothing was changed") from error
 
 

@@ -149,11 +149,9 @@ def _of_text(name: str, text: str, tokenizer: Any, begin: bool) -> Tokens:
         raise StoreError(
             f"document {name!r} is no valid Unicode (character {error.start}); read it with errors='replace'"
         ) from error
-    if not getattr(tokenizer, "is_fast", False):
-        what = "the store has no tokenizer"
-        if tokenizer is not None:
-            what = f"{type(tokenizer).__name__} does not say where in the text its tokens begin"
-        raise StoreError(f"document {name!r}: {what}; open it with a fast tokenizer=, or give token ids with ids=")
+    if not getattr(tokenizer, "is_fast", False):  # slow ones do not say where in the text their tokens begin
+        way_out = "open it with tokenizer=, or give token ids with ids="
+        raise StoreError(f"document {name!r}: the store has no fast tokenizer; {way_out}")
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
     # of what the tokenizer puts around a text, only its beginning (<s> of Llama, nothing of GPT-2): memory goes on
     prefix = start_tokens(tokenizer) if begin and found["input_ids"] else ()
