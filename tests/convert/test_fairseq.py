@@ -102,9 +102,8 @@ def set_to(name: str, value: Any) -> Change:
     return lambda it: it["cfg"]["model"].update({name: value})
 
 
-FC1 = "decoder.layers.0.fc1.weight"
 REFUSED: list[tuple[Change, str]] = [
-    (drop(FC1), 'for SideNet: Missing key(s) in state_dict: "layers.0.mlp.fc_in.weight"'),
+    (drop("decoder.layers.0.fc1.weight"), 'for SideNet: Missing key(s) in state_dict: "layers.0.mlp.fc_in.weight"'),
     (drop("pretrained_model"), "holds no backbone; name its checkpoint with --backbone"),
     (set_to("retrieval_layer_index", 1), "puts memory into SideNet layer 0, but the gate is in layer 1"),
     (set_to("retrieval_layer_index", None), "its settings lack retrieval_layer_index"),

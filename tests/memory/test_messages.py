@@ -82,7 +82,6 @@ def test_padding_may_hold_anything_and_what_a_dtype_holds_is_taken():
         (lambda: bank(3).load_state_dict(bank(2).state_dict()), "saved bank's rows is 2, this bank's is 3; load it"),
         (lambda: SessionMemory(bank(2), bank(3)), "the memory has 2 rows, the session 3; pass base_rows="),
         (lambda: SessionMemory(bank(1), bank(1, size=2)), "chunk_size differs among memories that are read together: "),
-        (lambda: JoinedMemory(["notes"]), "memory (a str) cannot be searched; give a MemoryBank, a session, or the"),
         (lambda: SessionMemory(None, bank(1)).commit("talk"), "this session is over no store; make it with store"),
         (lambda: JoinedMemory([None]), "a list of 1 banks must hold one; pass memory=None to read nothing"),
         (lambda: JoinedMemory([bank(1, fingerprint="a"), bank(1, fingerprint="b")]), "fingerprint differs among"),

@@ -188,10 +188,6 @@ def packed() -> Any:
     return model
 
 
-def t5() -> Any:
-    return T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
-
-
 def made(kind: Any = LongMem, backbone: Any = "llama", **settings: Any) -> Callable[[Path], Any]:
     return lambda _: kind.from_backbone(
         make_backbone(backbone) if isinstance(backbone, str) else backbone(), **settings
@@ -227,7 +223,10 @@ def loaded(**settings: Any) -> Callable[[Path], Any]:
             made(MemTRM, lambda: cpu_offload(make_backbone("llama"), execution_device="cpu")),
             "MemTRM trains the backbone itself",
         ),
-        (made(backbone=t5), "not a decoder-only model"),
+        (
+            made(backbone=lambda: T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1))),
+            "not a decoder-only model",
+        ),
         (
             made(backbone=lambda: MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1))),
             "not a decoder-only",

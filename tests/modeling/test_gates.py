@@ -18,6 +18,17 @@ def _inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tens
     return queries, local, local_lse, memory * found[..., None], memory_lse.masked_fill(~found, -torch.inf), found
 
 
+def test_competing_is_one_softmax_over_local_and_memory_scores_together() -> None:
+    draw = torch.Generator().manual_seed(3)
+    scores, gate = (torch.randn(B, H, T, 12, generator=draw) * 3).split((7, 5), dim=-1), torch.randn(H, generator=draw)
+    values = torch.randn(B, H, 12, D, generator=draw)
+    local, memory = (some.softmax(-1) @ part for some, part in zip(scores, values.split((7, 5), dim=2), strict=True))
+    everywhere = torch.ones(B, H, T, dtype=torch.bool)
+    logits = competing(*(some.logsumexp(-1) for some in scores), everywhere, gate)
+    together = torch.cat((scores[0], scores[1] + gate.view(1, H, 1, 1)), dim=-1).softmax(-1) @ values
+    torch.testing.assert_close(fuse(local, memory, everywhere, logits)[0], together)
+
+
 def test_with_bias_zero_it_starts_at_one_softmax() -> None:
     _, _, local_lse, _, memory_lse, found = inputs = _inputs()
     expected = competing(local_lse, memory_lse, found, torch.zeros(H))

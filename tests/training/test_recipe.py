@@ -39,7 +39,6 @@ def test_three_mistakes_are_reported_together() -> None:
     ]
 
 
-ADAPT: dict[str, Any] = {"task": "adapt", "backbone": {"path": "x"}}
 RULES: dict[str, dict[str, Any]] = {
     "run.lr is no setting; did you mean optim.lr?": {"run": {"lr": 1e-3}},
     "optmi is no setting; did you mean optim?": {"optmi": {"lr": 1e-3}},
@@ -62,7 +61,8 @@ RULES: dict[str, dict[str, Any]] = {
     },
     "only a SideNet is recomputed; take fewer": {"optim": {"steps": 1, "gradient_checkpointing": True}},
     "needles.least_tokens (9000) must not exceed needles.most_tokens (100)": {
-        **ADAPT,
+        "task": "adapt",
+        "backbone": {"path": "x"},
         "needles": {"kinds": ["passkey"], "least_tokens": 9000, "most_tokens": 100},
     },
 }
