@@ -12,7 +12,7 @@ from tests.calling import Command
 from longmem import DataError
 from longmem.evaluation.report import build_report
 from longmem.evaluation.results import write_json
-from longmem.evaluation.tables import Table, caveat, plain
+from longmem.evaluation.tables import Table, plain
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ("small-books/perplexity", "chapterbreak/chapterbreak", "needle-books/needle", "layers-small-python/layers",
@@ -110,10 +110,3 @@ def test_a_table_wider_than_the_terminal_is_written_row_by_row_and_never_cut() -
     assert plain(table, 20) == (
         "system:\nbackbone alone\n  perplexity  20.000\nLongMem\n  perplexity  18.000\n  %           -10"
     )
-
-
-def test_what_intervals_say_is_beside_them() -> None:
-    assert "no two of one project" in caveat(3, 3)
-    assert "say nothing about others" in caveat(3, 1)
-    assert "2 projects say little" in caveat(3, 2)
-    assert caveat(300, 20) == "Intervals draw projects, then their documents."

@@ -149,7 +149,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_bytes: int = 64_0
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_pieces(texts, max_bytes), trainer)
+    tokenizer.train_from_iterator(list(_pieces(texts, max_bytes)), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -233,8 +232,8 @@ class Asker:
             ids, _ = padded([inputs for _, inputs, _ in batch], self.model.device)
             first = min(len(query.context) for query, _, _ in batch) - 1  # its logits score the first token
             keep, of_rows = ids.shape[1] - first, reads(query for query, _, _ in batch)
-            logits, _ = last_logits(self.model, ids, keep, use_cache=False, **of_rows)
-            for (query, inputs, numbers), of_row in zip(batch, logits, strict=True):
+            out = self.model(input_ids=ids, logits_to_keep=keep, use_cache=False, **of_rows)
+            for (query, inputs, numbers), of_row in zip(batch, out.logits, strict=True):
                 mine = scores.setdefault(id(query), [None] * len(query.options))  # hashing one reads all of its text
                 _score(of_row[len(query.context) - 1 - first : len(inputs) - first], query, numbers, mine)
                 if None not in mine:
@@ -247,13 +246,13 @@ class Asker:
     def _score_many(self, query: Query, alike: dict[Tokens, list[int]], reads: Any) -> Scored | None:
         """The context goes through the model once, and its cache serves all options; None of a model without one."""
         ids, scores = torch.tensor([query.context], device=self.model.device), [None] * len(query.options)
-        first, out = last_logits(self.model, ids, 1, use_cache=True, **reads([query]))
+        out = self.model(input_ids=ids, logits_to_keep=1, use_cache=True, **reads([query]))
         if (begun := getattr(out, "past_key_values", None)) is None:
             return None
         tails = sorted(alike, key=len)
         for at in range(0, len(tails), self.rows):
             some = tails[at : at + self.rows]
-            logits = first.expand(len(some), -1, -1)
+            logits = out.logits.expand(len(some), -1, -1)
             if some[-1]:
                 cache = copy.deepcopy(begun)
                 cache.reorder_cache(torch.zeros(len(some), dtype=torch.long, device=ids.device))
@@ -323,15 +322,6 @@ class Query(NamedTuple):
     context: Tokens
     options: tuple[Tokens, ...]
     new_tokens: int
-
-
-def last_logits(model: Any, input_ids: Tensor, keep: int, **given: Any) -> tuple[Tensor, Any]:
-    """Of the last ``keep`` positions, (B, keep, V), and all that the model returned; one that does not know
-    ``logits_to_keep`` gives all."""
-    known = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-    some = {"logits_to_keep": keep} if known else {}
-    out = model(input_ids=input_ids, **some, **given)
-    return out.logits[:, -keep:], out
 
 
 # tokens

@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from longmem.data.tokens import TokenizedDocument
 from longmem.errors import ConfigError
-from longmem.evaluation.asking import Asker, last_logits
+from longmem.evaluation.asking import Asker
 from longmem.evaluation.results import Bootstrap, Floats, Json, Ledger, header, percent, perplexity_of
 from longmem.evaluation.systems import compared
 from longmem.memory import MemoryBank
@@ -265,8 +265,8 @@ def _run(
             yield logits[:, -keep:], None if memory is None else run.kv(None)
         else:  # one with memory reads in its own layers
             reads = {"memory": memory, "memory_rows": rows} if hasattr(model, "memory_layers") else {}
-            logits, out = last_logits(model, input_ids, keep, use_cache=False, **reads)
-            yield logits, getattr(out, "kv", None)
+            out = model(input_ids=input_ids, logits_to_keep=keep, use_cache=False, **reads)
+            yield out.logits, getattr(out, "kv", None)
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:

@@ -202,14 +202,14 @@ def _origin(path: str, result: Json) -> str:
         around = result.get("surroundings", {})
         where = f"{around.get('machine', '?')}, {around.get('threads', '?')} thread(s), {around.get('date', '')}"
         return escaped(f"`{path}`, made by `{result['command']}`; seed {result.get('seed', '-')}; {where}.")
-    machine, versions = header.get("machine", {}), header.get("versions", {})
-    made = f"`{header['command']}`" if header.get("command") else "a call from Python"
-    place = machine.get("gpu") or f"{machine.get('torch_threads', '?')} CPU thread(s)"
-    cost = f"{header['seconds']:,.0f} s on {place}" if header.get("seconds") else f"on {place}"
+    machine, versions = header["machine"], header["versions"]
+    made = f"`{header['command']}`" if header["command"] else "a call from Python"
+    place = machine["gpu"] or f"{machine['torch_threads']} CPU thread(s)"
+    cost = f"{header['seconds']:,.0f} s on {place}" if header["seconds"] else f"on {place}"
     counts = ", ".join(f"{n:,} {what}" for what, n in header["samples"].items() if what not in ("words", "bytes"))
-    said = f"longmem {versions.get('longmem', '?')}, torch {versions.get('torch', '?')}"
-    seeds = ", ".join(map(str, header.get("seeds", []))) or "none"
-    date = header.get("created", "")[:10]
+    said = f"longmem {versions['longmem']}, torch {versions['torch']}"
+    seeds = ", ".join(map(str, header["seeds"])) or "none"
+    date = header["created"][:10]
     return escaped(f"`{path}`, made by {made}; {counts}; seeds {seeds}; {cost}; {said}; {date}.")
 
 

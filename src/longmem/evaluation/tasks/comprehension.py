@@ -51,10 +51,7 @@ def _items(raw: bytes, where: list[str]) -> Iterator[Item]:
         for work, examples in works.items():
             for number, one in enumerate(examples):
                 where.append(f"{split}, work {work}, example {number + 1}")
-                texts = (one["ctx"], one["pos"], *one["negs"])
-                if len(texts) != 7 or not all(text.strip() for text in texts):
-                    raise ValueError("ctx, pos and five negs must be texts, none of them empty")
-                yield Item(split, work, number, texts[0], texts[1:])
+                yield Item(split, work, number, one["ctx"], (one["pos"], *one["negs"]))
 
 
 @dataclass(eq=False, kw_only=True)
