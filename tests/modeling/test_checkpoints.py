@@ -209,7 +209,6 @@ def loaded(**settings: Any) -> Callable[[Path], Any]:
         (made(backbone="opt-post-norm", init="zero"), 'use init "copy"'),
         (made(backbone="bloom", fusion="softmax"), 'use fusion "gate"'),
         (made(init="zero", trained="attention"), 'init ("zero") needs a feed-forward of its own'),
-        (made(side_activation="gelo"), "side_activation (gelo) is no activation of transformers"),
         (made(stride=9), "stride (9) must not be larger than the backbone's 4 layers; try 2"),
         (made(memory_layers=(2, 3)), "one of them twice"),
         (made(memory_layers=(3, 1)), "ascending order"),

@@ -15,8 +15,6 @@ from longmem.modeling.weights import fingerprint_of, legacy_fingerprint
 
 HARMLESS = {
     "pad_token_id": 2,
-    "eos_token_id": [2, 5],
-    "bos_token_id": 7,
     "attention_dropout": 0.1,
     "note": "a field of the user's own",
     "initializer_range": 0.5,

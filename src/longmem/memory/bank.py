@@ -76,7 +76,7 @@ class MemoryBank:
         version: how often the bank was written or reset.
 
     Raises:
-        ConfigError: the capacity or the dtype breaks its rule.
+        ConfigError: the capacity is no multiple of the chunk size, or there is no such index.
     """
 
     def __init__(
@@ -93,12 +93,8 @@ class MemoryBank:
         fingerprint: str | None = None,
         index: str | Index = "exact",
     ) -> None:
-        if capacity_tokens < 1:
-            raise ConfigError(f"capacity_tokens ({capacity_tokens}) must be at least one chunk of {chunk_size} tokens")
         if problems := not_a_multiple("capacity_tokens", capacity_tokens, "chunk_size", chunk_size):
             raise ConfigError(problems)
-        if not dtype.is_floating_point:
-            raise ConfigError(f"dtype ({dtype}) must be torch.float16, bfloat16 or float32; a store also takes 8 bits")
         self.rows = rows
         self.capacity_tokens = capacity_tokens
         self.heads_kv = heads_kv
