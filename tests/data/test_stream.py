@@ -76,6 +76,8 @@ def test_the_position_in_other_text_is_refused() -> None:
     state = SegmentStream(corpus_of(13, 9), window=4, rows=2, seed=3).state_dict()
     with pytest.raises(CheckpointError, match="resume with the data and tokenizer that the run began with"):
         SegmentStream(corpus_of(13, 9, 5), window=4, rows=2, seed=3).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="in other text"):
+        WindowSampler(corpus_of(901), window=10, rows=2).load_state_dict(state)
 
 
 # WindowSampler

@@ -116,10 +116,7 @@ def load_systems(
         training_free = (where, *training_free)
     own = control or (memory_sizes and not (memtrms or training_free))
     if (kind != "longmem" and own) or (kind not in CONFIGS and backbone):
-        itself = "baseline" if kind in CONFIGS else "causal language model"
-        raise ConfigError(
-            f"--control, --memory-sizes and --backbone are of a LongMem checkpoint; {where} is a {itself} by itself"
-        )
+        raise ConfigError(f"--control, --memory-sizes and --backbone are of a LongMem checkpoint; {where} is none")
     # everything is loaded as it was saved, because a backbone is known by its weights; then it is converted
     main = beside = settings = None
     if kind == "longmem":
