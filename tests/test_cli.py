@@ -13,13 +13,6 @@ from longmem.errors import ConfigError, LongMemError
 WAY_OUT = "check the path, its permissions and the space that is left"
 
 
-@pytest.mark.parametrize("name", list(frame.COMMANDS))
-def test_each_command_is_in_the_list_and_has_help(name: str, command: Command) -> None:
-    every, one = command("--help"), command(name, "--help")
-    assert f"{name} " in every.out and frame.COMMANDS[name][1] in every.out
-    assert every.status == one.status == 0 and f"Usage: longmem {name}" in one.out
-
-
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [

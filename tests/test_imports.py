@@ -65,15 +65,6 @@ def test_modeling_and_memory_never_import_each_other() -> None:
     assert not between & {("modeling", "memory"), ("memory", "modeling")}
 
 
-def test_what_benchmarks_take_from_tests_is_there() -> None:
-    for path in (ROOT / "benchmarks").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("tests."):
-                source = (ROOT / str(node.module).replace(".", "/")).with_suffix(".py").read_text()
-                for alias in node.names:
-                    assert re.search(rf"(?m)^(?:def |class )?{alias.name}\b", source), f"{path}: {alias.name}"
-
-
 def test_no_file_is_too_long_to_be_read_at_once() -> None:
     long = {name: count for name, path in FILES.items() if (count := len(path.read_text().splitlines())) > MOST_LINES}
     assert not long

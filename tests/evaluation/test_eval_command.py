@@ -12,6 +12,7 @@ from tests.family_table import disturbed
 
 from longmem import LongMem, MemTRM, TrainingFree
 from longmem.data.tokens import train_tokenizer
+from longmem.evaluation.systems import load_systems
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,11 @@ def test_a_baseline_or_a_backbone_is_measured_by_itself(
     dtypes = {about["dtype"] for about in result["header"]["models"].values() if "dtype" in about}
     assert dtypes <= {"float16" if "float16" in options else "float32"}
     assert [(d["id"], d["tokens"]) for d in result["documents"]] == [("one__a.txt", 29), ("one__b.txt", 29)]
+
+
+def test_a_memory_as_large_as_a_task_needs_is_of_whole_chunks(home: Path) -> None:
+    found = load_systems(str(home / "side"), default_sizes=[8257])
+    assert found[-1].name == "memory_8258"
 
 
 @pytest.mark.parametrize(

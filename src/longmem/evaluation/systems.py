@@ -98,7 +98,7 @@ def load_systems(
         training_free: for each training-free model the share of its heads that memory gets, or the folder of its
             settings; by share, it remembers and retrieves as the LongMem (or else the MemTRM) beside it does.
         memory_sizes: tokens; None is ``default_sizes``.
-        default_sizes: None is the size in the model's config.
+        default_sizes: rounded up to whole chunks; None is the size in the model's config.
         tokenizer: folder or hub id, if not beside the model or its backbone.
         dtype: of the weights; None is as saved.
         window: None is the backbone's positions, at most 1024.
@@ -148,10 +148,10 @@ def load_systems(
         "window": window or usual_window(bare.config),
         "rows": rows,
     }
-    sizes = memory_sizes or default_sizes
-    systems = systems_of(main or bare, _sizes(sizes, settings) if main else (), control=beside, **how)
+    sizes = _sizes(memory_sizes, default_sizes, settings) if main else ()
+    systems = systems_of(main or bare, sizes, control=beside, **how)
     for other in others:
-        systems += systems_of(other, _sizes(sizes, other.config), **how)
+        systems += systems_of(other, _sizes(memory_sizes, default_sizes, other.config), **how)
     names = [system.name for system in systems]
     if twice := [system.label for system in systems if names.count(system.name) > 1]:
         raise ConfigError(f"{twice[0]}: compared twice; leave one of them away")
@@ -171,12 +171,12 @@ def _load_training_free(gate: str, backbone: Any, settings: Any) -> Any:
     return TrainingFree.from_backbone(backbone, gate=share, **alike)
 
 
-def _sizes(sizes: Sequence[int] | None, config: Any) -> list[int]:
-    """Of memory, sorted; None is the size in the config."""
+def _sizes(sizes: Sequence[int] | None, default: Sequence[int] | None, config: Any) -> list[int]:
+    """Of memory, sorted. A default is rounded up to whole chunks: nobody has typed it."""
     chunk = config.chunk_size
     if problems := [line for size in sizes or () for line in not_a_multiple("memory size", size, "chunk_size", chunk)]:
         raise ConfigError(problems)
-    return sorted(set(sizes or [config.memory_size]))
+    return sorted(set(sizes or (-(-size // chunk) * chunk for size in default or [config.memory_size])))
 
 
 def systems_of(
