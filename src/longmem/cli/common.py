@@ -127,7 +127,7 @@ def by_comma(kind: Callable[[str], Any], said: str) -> Callable[..., Any]:
         try:
             if found := [kind(word.strip()) for word in value.split(",") if word.strip()]:
                 return list(dict.fromkeys(found))
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
         raise click.BadParameter(f"{value!r} is not a list of {said}")
 
