@@ -138,9 +138,10 @@ def test_an_interrupted_add_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 def test_compacting_between_the_receipts_of_a_stream_takes_nothing_from_it(store: MemoryStore) -> None:
     documents = [NewDocument(f"{number}", words(number % 3, 400)) for number in range(6)]
-    with patch.object(adding, "BATCH_DOCUMENTS", 1):
-        for _ in store.add_documents("alice", documents):
-            store.compact()
+    store.add_document("bob", words(1, 300), name="begins as one of them")
+    for _ in store.add_documents("alice", documents):  # each with the beginning of the next document
+        store.forget("bob", everything=True)
+        store.compact()
     assert [store.text("alice", info.name) for info in store.documents("alice")] == [
         words(n % 3, 400) for n in range(6)
     ]
