@@ -178,6 +178,7 @@ LINES: dict[str, tuple[bytes, str, str | None]] = {
     "deep": (b"[" * 100_000, "not JSON (", None),
     "a list": (b'["text"]', "['text'] is no object with a text field", None),
     "no field": (b'{"body": "x"}', "no text in the field 'text' (fields: body)", None),
+    "null": (b'{"id": "b", "text": null}', "no text in the field 'text' (fields: id, text)", None),
     "a number": (b'{"text": 5}', "no text in the field 'text' (it holds 5; fields: text)", None),
 }
 

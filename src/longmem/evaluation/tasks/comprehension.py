@@ -51,7 +51,10 @@ def _items(raw: bytes, where: list[str]) -> Iterator[Item]:
         for work, examples in works.items():
             for number, one in enumerate(examples):
                 where.append(f"{split}, work {work}, example {number + 1}")
-                yield Item(split, work, number, one["ctx"], (one["pos"], *one["negs"]))
+                texts = (one["ctx"], one["pos"], *one["negs"])
+                if len(texts) != 7 or not all(text.strip() for text in texts):
+                    raise ValueError("ctx, pos and five negs must be texts, none of them empty")
+                yield Item(split, work, number, texts[0], texts[1:])
 
 
 @dataclass(eq=False, kw_only=True)

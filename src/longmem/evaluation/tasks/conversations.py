@@ -113,15 +113,23 @@ def _locomo(number: int, sample: dict[str, Any]) -> Conversation:
         for turn in spoken[f"session_{at}"]:
             # of a picture, what LoCoMo's own evaluation shows of it
             picture = f" [shares {turn['blip_caption']}]" if turn.get("blip_caption") else ""
-            lines.append(f'{turn["speaker"]} said, "{turn["text"]}"{picture}')
+            lines.append(f'{turn["speaker"]} said, "{_text(turn["text"])}"{picture}')
         if len(lines) > 2:
             sessions.append("\n".join(lines) + "\n\n")
     for at, qa in enumerate(sample["qa"]):
         category = int(qa["category"])
         named = "adversarial_answer" if category == ADVERSARIAL and "adversarial_answer" in qa else "answer"
+        if qa[named] is None:
+            raise TypeError(f"the answer of question {at} is null")
         text = qa["question"] + (WITH_DATE if category == TEMPORAL else "")
         questions.append(Question(str(at), CATEGORIES[category], "", text, str(qa[named]).strip(), category))
     return Conversation(str(sample.get("sample_id", number)), tuple(sessions), tuple(questions))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a text is a {type(value).__name__}")
+    return value
 
 
 def _msc(number: int, record: dict[str, Any]) -> Conversation:
@@ -295,7 +303,7 @@ def read_told(path: str | Path) -> list[ToldFact]:
             parts = re.fullmatch(r"([^{}]*)\{([^{}]+)\}([^{}]*)", fact["answer"])
             if parts is None:
                 raise ValueError("the answer has no value in braces")
-            yield ToldFact(fact["said"], fact["asked"], *parts.groups())
+            yield ToldFact(_text(fact["said"]), _text(fact["asked"]), *parts.groups())
 
     return read_source(path, f"the form {TOLD}", "name a file of such lines", parse).items
 

@@ -195,7 +195,7 @@ class Labelled(NamedTuple):
 
 
 class IclSet(NamedTuple):
-    """A set as it is used: names of classes in label order, texts to show and texts to ask.
+    """A set as it is used: names of classes in label order, texts to show and texts to ask, neither empty.
 
     No text of ``train`` is there twice or tested. ``source``: the files, and how many texts were left out.
     """
@@ -223,6 +223,8 @@ def read_icl(folder: str | Path, name: str) -> IclSet:
     for each in train.items:
         if each.text and each.text not in taken:
             usable.setdefault(each.text, each)
+    if not usable or not asked:
+        raise DataError(f"{place}: {len(usable)} texts to show and {len(asked)} to ask; both need some")
     source = {
         "train": train.about() | {"left_out": len(train.items) - len(usable)},  # empty, there twice, or tested
         "test": test.about() | {"left_out": len(test.items) - len(asked)},  # empty, or of a class that is not shown
