@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import load, save
 from tests.store.small import MODEL, TOKENIZER, NumberModel, flip, open_small, quick_folder, state_of, words
 
 from longmem.errors import LongMemError, StoreDamaged, StoreError, StoreLocked
-from longmem.store import MemoryStore, NewDocument, Progress
+from longmem.store import MemoryStore, NewDocument, Progress, disk
 from longmem.store import catalog as catalogs
 
 
@@ -229,6 +230,22 @@ def test_damage_that_a_compact_would_carry_on_stops_it(store: MemoryStore) -> No
         assert again.verify(repair=True).clean
         again.compact()
         assert again.verify().problems == []
+
+
+def test_compacting_removes_what_adds_and_compacts_that_failed_left_in_the_files(store: MemoryStore) -> None:
+    fill(store)
+    before, left = state_of(store), b"keys and values of a secret"
+    with next(store.path.glob("kv-*.bin")).open("ab") as file:
+        file.write(left)
+    store.compact()
+    assert left not in next(store.path.glob("kv-*.bin")).read_bytes() and state_of(store) == before
+    store.forget("alice", name="d1")
+    with patch.object(disk, "reached", lambda name: 1 // (name != "compact.copied")), pytest.raises(ZeroDivisionError):
+        store.compact()
+    for namespace in ("alice", "bob"):
+        store.forget(namespace, everything=True)
+    store.compact()
+    assert not [path for path in store.path.glob("k*.bin") if path.stat().st_size]
 
 
 def test_a_damaged_catalog_is_said_in_one_line(store: MemoryStore) -> None:

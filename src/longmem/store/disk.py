@@ -340,11 +340,10 @@ def append_chunks(folder: Path, layout: Layout, generation: int, first: int, run
     made, end = not all(path.exists() for path in paths), first
     with ExitStack() as ends:
         handles = []
-        for path, size in zip(paths, sizes, strict=True):
+        for path in paths:
             with file_errors(path, "writing"):
                 handles.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
                 ends.callback(os.close, handles[-1])
-                os.ftruncate(handles[-1], first * size)  # bytes behind the last record are of an add that failed
         try:
             for run in chain([head], coming):
                 for path, handle, size, data in zip(paths, handles, sizes, run.raw(), strict=True):
