@@ -283,19 +283,11 @@ class _Recorded(Exception):
 def _record(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    raise _Recorded(QKV(query, key, value, scaling_of(module, query, kwargs), kwargs.get("softcap")))
+    raise _Recorded(QKV(query, key, value, float(kwargs["scaling"]), kwargs.get("softcap")))
 
 
 _RECORDER = "longmem_record"
 AttentionInterface.register(_RECORDER, _record)
-
-
-def scaling_of(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> float:
-    """The factor on query-key products in a call of the attention interface."""
-    scaling = kwargs.get("scaling")
-    if scaling is None:
-        scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
-    return float(scaling)
 
 
 def _bloom(attention: Any, hidden: Tensor) -> QKV:
