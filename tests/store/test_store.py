@@ -258,10 +258,11 @@ def test_a_damaged_catalog_is_said_in_one_line(store: MemoryStore) -> None:
     with open_small(store.path) as again:
         assert {problem.kind for problem in again.verify().problems} == {"text"}
         assert not again.verify(repair=True).clean
-    path.write_bytes(data[:4096] + b"\0" * (len(data) - 4096))
-    with pytest.raises(StoreDamaged) as caught, open_small(store.path) as again:
-        state_of(again)
-    assert "\n" not in str(caught.value)
+    for damaged in (data[:4096] + b"\0" * (len(data) - 4096), data.replace(b'"store_id"', b'"store_i{"')):
+        path.write_bytes(damaged)
+        with pytest.raises(StoreDamaged) as caught, open_small(store.path) as again:
+            state_of(again)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

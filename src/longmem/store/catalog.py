@@ -211,7 +211,10 @@ class Catalog:
     def _read_layout(self) -> Layout:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         if version == FORMAT:
-            return Layout.from_fields(json.loads(self.meta("layout")))
+            try:
+                return Layout.from_fields(json.loads(self.meta("layout")))
+            except (ValueError, KeyError, TypeError) as error:
+                raise StoreDamaged(f"{self.path}: its layout cannot be read ({error}); restore a backup") from error
         ways_out = {
             0: "this store was never finished; open it to write once, with its model, or delete the folder",
             1: f"a store of format 1, this version reads {FORMAT}; write each namespace to a file with `longmem memory "
