@@ -41,6 +41,9 @@ class MemoryConfig(PreTrainedConfig):
             ``TokenGate`` (not for ``MemTRM``).
         recency: what a chunk's attention scores lose to a newer one that matches as well, see ``recency_bonus``: of two
             facts that say otherwise, the newer one is read. 0 (paper): age does not count.
+        memory_temperature: the attention scores of retrieved tokens are divided by it among themselves; the share that
+            memory gets stays. Below 1 the best matches get more, as a memory much larger than those trained with needs
+            it. 1 (paper): scores as they are.
 
     Raises:
         ConfigError: lists every setting that breaks a rule.
@@ -61,6 +64,7 @@ class MemoryConfig(PreTrainedConfig):
     memory_size: int = 65536
     fusion: Fusion = "gate"
     recency: float = 0.0
+    memory_temperature: float = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         given: Any = self.backbone_config
@@ -100,6 +104,8 @@ class MemoryConfig(PreTrainedConfig):
         found += _choices(self, fusion=Fusion)
         if not 0 <= self.recency < math.inf:
             found.append(f"recency ({self.recency}) must be a number from 0 on; 0 reads old and new alike")
+        if not 0 < self.memory_temperature < math.inf:
+            found.append(f"memory_temperature ({self.memory_temperature}) must be a number above 0; 1 changes nothing")
         if self.fusion == "token" and not self.token_gates:
             found.append(f'fusion ("token") is not for {type(self).__name__}; use "gate" or "softmax"')
         layers = self.memory_layers

@@ -275,9 +275,11 @@ def test_how_memory_is_read_may_be_changed_when_a_model_is_loaded(kind: Any, tmp
     make_backbone("llama").save_pretrained(tmp_path / "bb")
     model = kind.from_backbone(tmp_path / "bb", **SETTINGS).eval()
     model.save_pretrained(tmp_path / "model")
-    loaded = kind.from_pretrained(tmp_path / "model", recency=3.0, num_retrieved=4)
-    assert (loaded.config.recency, loaded.config.num_retrieved) == (3.0, 4)
+    changed = {"recency": 3.0, "num_retrieved": 4, "memory_temperature": 0.5}
+    loaded = kind.from_pretrained(tmp_path / "model", **changed)
     model.config.recency, model.config.num_retrieved = 3.0, 4
+    before, model.config.memory_temperature = logits(model), 0.5
+    assert not torch.equal(logits(model), before)
     assert torch.equal(logits(loaded), logits(model))
 
 

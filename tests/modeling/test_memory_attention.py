@@ -29,7 +29,12 @@ def recency_by_pairs(retrieved: RetrievedMemory, scaling: float, softcap: float 
 
 
 def over_copies(
-    queries: Tensor, retrieved: RetrievedMemory, scaling: float, softcap: float | None, recency: float = 0.0
+    queries: Tensor,
+    retrieved: RetrievedMemory,
+    scaling: float,
+    softcap: float | None,
+    recency: float = 0.0,
+    temperature: float = 1.0,
 ):
     """The plain formula over (B, H, T, K, D) copies; differentiable by autograd."""
     keys, values = (part.to(queries.dtype) for part in (retrieved.keys, retrieved.values))
@@ -38,10 +43,10 @@ def over_copies(
         scores = softcap * torch.tanh(scores / softcap)
     bonus = recency_by_pairs(retrieved, scaling, softcap, recency)
     scores = scores + bonus.repeat_interleave(retrieved.chunk_size, dim=-1)
-    found = retrieved.mask.any(-1)
-    scores = scores.masked_fill(~retrieved.mask, torch.finfo(scores.dtype).min)
-    out = torch.einsum("bhtk,bhtkd->bhtd", scores.softmax(-1), values) * found[..., None]
-    return out, scores.logsumexp(-1), found
+    found, lowest = retrieved.mask.any(-1), torch.finfo(scores.dtype).min
+    shares = (scores / temperature).masked_fill(~retrieved.mask, lowest).softmax(-1)
+    out = torch.einsum("bhtk,bhtkd->bhtd", shares, values) * found[..., None]
+    return out, scores.masked_fill(~retrieved.mask, lowest).logsumexp(-1), found
 
 
 def drawn(*shape: int, seed: int = 7) -> Tensor:
@@ -71,9 +76,10 @@ def asked(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     block=some.sampled_from([1, 500, 1 << 20]),
     softcap=some.sampled_from([None, 2.0]),
     recency=some.sampled_from([0.0, 1.5]),
+    temperature=some.sampled_from([1.0, 0.5]),
 )
 def test_outputs_and_gradient_equal_those_over_copies(
-    rows, heads_kv, groups, length, size, num, block, softcap, recency
+    rows, heads_kv, groups, length, size, num, block, softcap, recency, temperature
 ):
     bank = MemoryBank(rows, 3 * size, heads_kv, 3, size, dtype=torch.float64)
     filling = 3 * size + 1
@@ -87,8 +93,9 @@ def test_outputs_and_gradient_equal_those_over_copies(
     retrieved = bank.search(queries, num)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(attention._BLOCK_BYTES, "cpu", block)
-        ours = memory_attention(queries, retrieved, scaling=0.4, softcap=softcap, recency=recency)
-        out, lse, found = over_copies(queries, retrieved, 0.4, softcap, recency)
+        how = {"softcap": softcap, "recency": recency, "temperature": temperature}
+        ours = memory_attention(queries, retrieved, scaling=0.4, **how)
+        out, lse, found = over_copies(queries, retrieved, 0.4, **how)
         assert torch.equal(ours.found, found)
         close = {"atol": 1e-5, "rtol": 1e-5} if recency else {}  # scores by mean keys are in float32
         torch.testing.assert_close(ours.out, out, **close)

@@ -239,7 +239,10 @@ def with_window(backbone: Asker, window: int, *, whole: bool = False) -> Asker:
 
 def _identity(model: Any) -> dict[str, Any]:
     """The weights beside the frozen backbone's, and the settings that outputs depend on besides them."""
-    names = ("memory_layers", "stride", "chunk_size", "num_retrieved", "final_state", "fusion", "recency")
+    names = (
+        "memory_layers", "stride", "chunk_size", "num_retrieved", "final_state", "fusion", "recency",
+        "memory_temperature",
+    )  # fmt: skip
     found: dict[str, Any] = {"backbone": model.fingerprint, "dtype": str(model.dtype).removeprefix("torch.")}
     trained = zip(model.trainable_parameter_names(), model.trainable_parameters(), strict=True)
     if hasattr(model, "sidenet"):

@@ -49,6 +49,7 @@ def memory_attention(
     scaling: float,
     softcap: float | None = None,
     recency: float = 0.0,
+    temperature: float = 1.0,
     explain: bool = False,
 ) -> MemoryAttentionOutput:
     """Softmax attention of every query over its own retrieved tokens, without any position term.
@@ -62,11 +63,21 @@ def memory_attention(
         retrieved: what ``Memory.search`` found for them.
         scaling, softcap: of the scores, the backbone's own; see ``QKV``.
         recency: how much newer chunks are preferred, see ``recency_bonus``.
+        temperature: what scores are divided by, for ``out`` and ``parts`` alone: ``lse``, from which shares follow, is
+            that of the scores as they are.
         explain: also give ``parts``.
     """
     bonus = recency_bonus(retrieved, recency, scaling, softcap) if recency else None
+
+    def attend(temperature: float, explain: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        cap, more = (None if each is None else each / temperature for each in (softcap, bonus))
+        found = _MemoryAttention.apply(queries, retrieved, scaling / temperature, cap, more, explain)  # type: ignore[no-untyped-call]
+        return cast("tuple[Tensor, Tensor, Tensor | None]", found)
+
     with torch.autocast(queries.device.type, enabled=False):
-        out, lse, parts = _MemoryAttention.apply(queries, retrieved, scaling, softcap, bonus, explain)  # type: ignore[no-untyped-call]
+        out, lse, parts = attend(temperature, explain)
+        if temperature != 1:
+            _, lse, _ = attend(1.0, False)
     return MemoryAttentionOutput(out, lse, lse != -torch.inf, parts)
 
 

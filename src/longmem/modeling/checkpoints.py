@@ -28,7 +28,7 @@ from longmem.modeling.backbone import Backbone
 from longmem.modeling.loading import gguf_folder, given_backbone, how_to_load, is_gguf, load_backbone
 from longmem.modeling.weights import fingerprint_of, legacy_fingerprint, same_weights, sketch_of
 
-CHANGEABLE = ("recency", "num_retrieved", "chunk_size", "memory_size")
+CHANGEABLE = ("recency", "num_retrieved", "chunk_size", "memory_size", "memory_temperature")
 """Settings that any trained model can be read with."""
 _DAMAGED = (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError)  # what reading one then raises
 _FINDING = ("subfolder", "gguf_file", "variant")  # where a backbone is; kept in a checkpoint's config
@@ -112,8 +112,9 @@ class Checkpointed(PreTrainedModel):
             revision: of a hub id.
             dtype, side_dtype: as in ``from_backbone``.
             config: in place of the one in the folder.
-            **kwargs: ``recency``, ``num_retrieved``, ``chunk_size`` or ``memory_size`` in place of what the checkpoint
-                says; all others are arguments of ``AutoModelForCausalLM.from_pretrained`` for the backbone.
+            **kwargs: ``recency``, ``num_retrieved``, ``chunk_size``, ``memory_size`` or ``memory_temperature`` in place
+                of what the checkpoint says; all others are arguments of ``AutoModelForCausalLM.from_pretrained`` for
+                the backbone.
 
         Raises:
             CheckpointError: if the checkpoint is incomplete or damaged, or belongs to another backbone.

@@ -60,7 +60,7 @@ class Reading:
         memory: what is searched.
         rows: (B,) the memory's row of every batch row; None is row b for batch row b.
         num_chunks: R.
-        recency: see ``memory_attention``.
+        recency, temperature: see ``memory_attention``.
         explain: whether each layer also keeps how its attention was divided among chunks.
         reads: what each layer read, by the place of its memory layer among the memory layers.
     """
@@ -69,6 +69,7 @@ class Reading:
     rows: Tensor | None
     num_chunks: int
     recency: float = 0.0
+    temperature: float = 1.0
     explain: bool = False
     reads: dict[int, LayerRead] = field(default_factory=dict)
 
@@ -96,7 +97,8 @@ class Reading:
                 f"the memory's chunk_size ({memory.chunk_size}) must not exceed num_retrieved "
                 f"({retrieved}); make the bank with chunk_size {model.config.chunk_size}"
             )
-        return cls(memory, rows, retrieved // memory.chunk_size, model.config.recency, explain)
+        config = model.config
+        return cls(memory, rows, retrieved // memory.chunk_size, config.recency, config.memory_temperature, explain)
 
 
 def _named(layers: Sequence[int]) -> str:
@@ -156,6 +158,7 @@ class MemoryReader:
             scaling=qkv.scaling,
             softcap=qkv.softcap,
             recency=reading.recency,
+            temperature=reading.temperature,
             explain=reading.explain,
         )
         reading.reads[self.place] = LayerRead(self.layer, qkv.queries, retrieved, memory)

@@ -139,6 +139,9 @@ class SideNetSection(Section):
     recency: typing.Annotated[float, Field(ge=0)] | None = None
     """What a chunk's scores lose to a newer one that matches as well: of two such facts the newer is read.
     None: 0 (paper), or that of ``start``."""
+    memory_temperature: typing.Annotated[float, Field(gt=0)] | None = None
+    """What the scores of retrieved tokens are divided by among themselves; below 1 the best matches get more.
+    None: 1 (paper), or that of ``start``."""
     chunk_size: Count = 4
     """S, tokens per chunk."""
     num_retrieved: Count = 64
