@@ -217,6 +217,9 @@ def loaded(**settings: Any) -> Callable[[Path], Any]:
         (made(dtype="bf16"), "dtype (bf16) is none of torch; try bfloat16"),
         (made(TrainingFree, gate=[0.1, 0.2, 0.3]), "gate (3 shares) must be one share, or one for each of the 4 heads"),
         (made(backbone=packed), "quantised by gptq, whose layers cannot be copied"),
+        (made(side_activation="gelo"), "side_activation (gelo) is no activation of transformers"),
+        (made(memory_layers="best"), '"auto"'),
+        (loaded(recencey=1), "recencey is no setting of LongMemConfig; did you mean recency?"),
         (made(MemTRM, packed), "the weights of this one are quantised or kept elsewhere"),
         (
             made(MemTRM, lambda: cpu_offload(make_backbone("llama"), execution_device="cpu")),

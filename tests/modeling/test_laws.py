@@ -1,4 +1,4 @@
-"""Laws 1, 2, 3, 9, 10 and 13 of the design over the whole family table, and 7 for the model itself; law 4 is beside 11.
+"""Laws 1, 2, 3, 4, 9, 10 and 13 of the design over the whole family table, and 7 for the model itself.
 
 ``reader`` is every kind of model: a LongMem, and the baselines whose own layer reads memory.
 """
@@ -47,14 +47,23 @@ def reader(request: pytest.FixtureRequest, backbone: PreTrainedModel, model: Lon
     return request.param.from_backbone(backbone, gate=[0.2, 0.35, 0.5, 0.65], **SETTINGS).eval()
 
 
+def test_the_table_has_at_least_24_configurations() -> None:
+    assert len(FAMILIES) >= 24
+
+
 @torch.no_grad()
 def test_wrapping_leaves_the_backbone_as_it_was(backbone: PreTrainedModel, reader: Any) -> None:
     fresh = copy.deepcopy(backbone.state_dict())
     reader(ids(), memory=filled(reader, ids(seed=1)))
     assert all(torch.equal(fresh[name], tensor) for name, tensor in backbone.state_dict().items())
-    twin = AutoModelForCausalLM.from_config(copy.deepcopy(backbone.config)).eval()
-    twin.load_state_dict(fresh)
+    twin = make_backbone_like(backbone)
     assert torch.equal(backbone(ids()).logits, twin(ids()).logits)
+
+
+def make_backbone_like(model: PreTrainedModel) -> PreTrainedModel:
+    twin: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(model.config)).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
 
 
 @torch.no_grad()
@@ -83,6 +92,22 @@ def test_no_token_sees_its_future(reader: Any) -> None:
     before, after = reader(ids(), memory=bank).logits, reader(changed, memory=bank).logits
     torch.testing.assert_close(before[:, :7], after[:, :7], atol=1e-6, rtol=0)
     assert (before[:, 7:] - after[:, 7:]).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_a_row_is_what_it_is_alone(reader: Any) -> None:
+    bank = filled(reader, ids(seed=1))
+    both = reader(ids(), memory=bank).logits
+    for row in range(2):
+        alone = reader(ids()[row : row + 1], memory=bank, memory_rows=torch.tensor([row])).logits
+        torch.testing.assert_close(both[row : row + 1], alone, atol=2e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_a_row_without_memory_is_untouched_by_its_neighbour(reader: Any) -> None:
+    bank = filled(reader, ids(seed=1))
+    bank.reset(torch.tensor([0]))
+    torch.testing.assert_close(reader(ids(), memory=bank).logits[0], reader(ids()).logits[0], atol=2e-6, rtol=0)
 
 
 def test_identity_sidenet_gives_the_backbones_logits(backbone: PreTrainedModel) -> None:
@@ -132,7 +157,7 @@ def test_retrieving_everything_with_an_open_gate_is_dense_position_free_attentio
     else:
         source, layer = model.memory_layer, Family.of(model.backbone.mirror).layers[model.memory_layer]
     attention = family.attention(layer)
-    probe = family.probe(source, attention if kind is LongMem else family.attention(family.layers[source]))
+    probe = family.probe(source, attention if kind is LongMem else None)
     handles = [
         attention.register_forward_pre_hook(
             lambda module, args, kwargs: seen.update(call=(module, args, kwargs)), with_kwargs=True
@@ -205,3 +230,14 @@ def test_one_softmax_with_a_closed_gate_ignores_memory(name: str, kind: Any) -> 
     assert read.share.std() > 1e-4, "every token chooses its own share"
     model.memory_gate.fill_(-200.0)
     torch.testing.assert_close(model(ids(), memory=bank).logits, plain, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["alibi_gpt", "gpt2", "opt"])
+def test_one_softmax_is_attention_over_local_and_memory_at_once(name: str) -> None:
+    """Without rotary positions, retrieving the segment's own past equals attending to it twice."""
+    model = LongMem.from_backbone(make_backbone(name), fusion="softmax", chunk_size=1, num_retrieved=64).eval()
+    bank = MemoryBank.for_model(model, rows=2, capacity_tokens=64)
+    bank.add(model.encode(ids(seed=1)))
+    shares = model(ids(), memory=bank).share
+    assert shares is not None and (shares > 0).all() and (shares < 1).all()
+    assert shares.std() > 1e-3

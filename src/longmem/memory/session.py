@@ -222,14 +222,17 @@ class JoinedMemory:
         for line, place in enumerate(places):
             lines.setdefault(id(self.banks[place]), []).append(line)
         nowhere = lines.pop(id(None), [])
-        order, parts = [line for some in lines.values() for line in some], []
+        order = [line for some in lines.values() for line in some]
+        if not order:  # nothing, in the shape of what any bank finds
+            lines[0] = [0]
+        any_bank, parts = next(bank for bank in self.banks if bank is not None), []
         for some in lines.values():
             bank, asked = self.banks[places[some[0]]], queries if len(some) == len(places) else queries[some]
-            assert bank is not None
-            parts.append(bank.search(asked, num_chunks, torch.zeros(len(some), dtype=torch.long), layer=layer))
+            first_row = torch.zeros(len(some), dtype=torch.long)
+            parts.append((any_bank if bank is None else bank).search(asked, num_chunks, first_row, layer=layer))
         found = parts[0]
         if nowhere or len(parts) > 1:
-            together = [torch.cat(each) for each in zip(*_found(parts), strict=True)]
+            together = [torch.cat(each)[: len(order)] for each in zip(*_found(parts), strict=True)]
             padded = [torch.cat((each, each.new_zeros(len(nowhere), *each.shape[1:]))) for each in together]
             back = torch.tensor(order + nowhere).argsort().to(queries.device)
             found = _packed([each[back] for each in padded], parts)

@@ -74,6 +74,11 @@ class Checkpointed(PreTrainedModel):
         memory_layers = settings.pop("memory_layer", None) if memory_layers is None else memory_layers
         own = cls.config_class.settings_among(settings)
         dtype, how = how_to_load(settings, dtype)
+        if isinstance(memory_layers, str):
+            raise ConfigError(
+                f"memory_layers ({memory_layers!r}) must be layers, or a function that chooses them; "
+                '"auto" is measured on text: longmem.evaluation.layers.best_layers, or a recipe'
+            )
         if isinstance(backbone, nn.Module):
             model = given_backbone(backbone, dtype, how)
             name = _absolute(model.config._name_or_path) or None

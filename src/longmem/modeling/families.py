@@ -94,13 +94,13 @@ class Family:
             )
         return attention
 
-    def probe(self, layer: int, attention: nn.Module) -> PositionFreeProbe:
-        """The probe of the attention of backbone layer ``layer``, or of a copy of it."""
+    def probe(self, layer: int, attention: nn.Module | None = None) -> PositionFreeProbe:
+        """The probe of backbone layer ``layer``, or of a copy of its attention."""
         rotary = getattr(self.decoder, "rotary_emb", None)
         # families with a rotation per layer type keep a scale for each
         own = getattr(rotary, f"{layer_types(self.config)[layer]}_attention_scaling", 1.0)
         scale: Any = getattr(rotary, "attention_scaling", own)
-        return PositionFreeProbe(attention, float(scale))
+        return PositionFreeProbe(self.attention(self.layers[layer]) if attention is None else attention, float(scale))
 
     def output_projection(self, attention: nn.Module) -> nn.Module:
         """The projection that takes the heads' outputs, (B, T, H*D), back to the width of the model."""
@@ -283,11 +283,19 @@ class _Recorded(Exception):
 def _record(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    raise _Recorded(QKV(query, key, value, float(kwargs["scaling"]), kwargs.get("softcap")))
+    raise _Recorded(QKV(query, key, value, scaling_of(module, query, kwargs), kwargs.get("softcap")))
 
 
 _RECORDER = "longmem_record"
 AttentionInterface.register(_RECORDER, _record)
+
+
+def scaling_of(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> float:
+    """The factor on query-key products in a call of the attention interface."""
+    scaling = kwargs.get("scaling")
+    if scaling is None:
+        scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
+    return float(scaling)
 
 
 def _bloom(attention: Any, hidden: Tensor) -> QKV:

@@ -190,9 +190,16 @@ class SideNet(nn.Module):
 
 def _override(sidenet: SideNet, activation: str | None, norm_eps: float | None) -> None:
     """Give the copied layers another activation or norm epsilon, as the released code does."""
+    if activation is not None and not (isinstance(activation, str) and activation in ACT2FN):
+        raise ConfigError(f"side_activation ({activation}) is no activation of transformers; try gelu")
+    acts = [module for module in sidenet.modules() if isinstance(getattr(module, "act", None), nn.Module)]
+    if activation is not None and not acts:
+        raise ConfigError(
+            f"side_activation ({activation}) finds no `act` of the SideNet's own to replace; leave it out"
+        )
+    for module in acts if activation is not None else ():
+        module.act = ACT2FN[activation]
     for module in sidenet.modules():
-        if activation is not None and isinstance(getattr(module, "act", None), nn.Module):
-            module.act = ACT2FN[activation]
         if norm_eps is not None:
             for name in ("eps", "variance_epsilon"):
                 if isinstance(getattr(module, name, None), float):

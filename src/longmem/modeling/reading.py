@@ -24,7 +24,7 @@ from longmem.config import Fusion
 from longmem.errors import BackboneError, MemoryBankError
 from longmem.modeling.attention import MemoryAttentionOutput, local_lse, memory_attention
 from longmem.modeling.backbone import current_run
-from longmem.modeling.families import ADAPTERS, QKV, Family
+from longmem.modeling.families import ADAPTERS, QKV, Family, scaling_of
 from longmem.types import Memory, RetrievedMemory, check_memory
 
 
@@ -298,9 +298,8 @@ def _attend_and_fuse(
     out, weights = attend(module, query, key, value, attention_mask, **kwargs)
     if (reading := _current_reading()) is None:
         return cast(Tensor, out), weights
-    lse = functools.partial(
-        local_lse, query, key, attention_mask, scaling=float(kwargs["scaling"]), softcap=kwargs.get("softcap")
-    )
+    scaling = scaling_of(module, query, kwargs)
+    lse = functools.partial(local_lse, query, key, attention_mask, scaling=scaling, softcap=kwargs.get("softcap"))
     # the interface gives (B, T, H, D)
     return reader.fuse(reading, out.transpose(1, 2), lse).transpose(1, 2), weights
 
