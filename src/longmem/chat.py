@@ -124,7 +124,9 @@ class Recall:
                 rows = ((passage, name, start) for start, passage in passages(text))
                 self._index.executemany("INSERT INTO passage (text, document, start) VALUES (?, ?, ?)", rows)
         self._known, self._seen = now, seen  # the oldest document first
-        self._expires = min((info.expires for info in now.values() if info.expires is not None), default=math.inf)
+        self._expires = min(
+            (at for info in now.values() if (at := getattr(info, "expires", None)) is not None), default=math.inf
+        )
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class PlainTexts:
     texts: dict[str, str]
 
     def documents(self, namespace: str) -> list[SimpleNamespace]:
-        return [SimpleNamespace(name=name, expires=None) for name in self.texts]
+        return [SimpleNamespace(name=name) for name in self.texts]
 
     def text(self, namespace: str, name: str) -> str:
         return self.texts[name]

@@ -7,6 +7,7 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import field
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
@@ -98,18 +99,19 @@ class MemoryConfig(PreTrainedConfig):
     def problems(self) -> list[str]:
         """Every broken rule, one line each."""
         names = ("chunk_size", "num_retrieved", "memory_size")
-        found = [problem for name in names for problem in _below_one(name, getattr(self, name))]
+        found = [problem for name in names for problem in _no_count(name, getattr(self, name))]
         for name in names[1:] if not found else ():
             found += not_a_multiple(name, getattr(self, name), "chunk_size", self.chunk_size)
         found += _choices(self, fusion=Fusion)
-        if not 0 <= self.recency < math.inf:
-            found.append(f"recency ({self.recency}) must be a number from 0 on; 0 reads old and new alike")
-        if not 0 < self.memory_temperature < math.inf:
-            found.append(f"memory_temperature ({self.memory_temperature}) must be a number above 0; 1 changes nothing")
+        if not 0 <= _number(self.recency) < math.inf:
+            found.append(f"recency ({self.recency!r}) must be a number from 0 on; 0 reads old and new alike")
+        if not 0 < _number(temperature := self.memory_temperature) < math.inf:
+            found.append(f"memory_temperature ({temperature!r}) must be a number above 0; 1 changes nothing")
         if self.fusion == "token" and not self.token_gates:
             found.append(f'fusion ("token") is not for {type(self).__name__}; use "gate" or "softmax"')
         layers = self.memory_layers
-        if layers is not None and not (layers and list(layers) == sorted(set(layers))):
+        numbers = all(isinstance(layer, Integral) for layer in layers or ())
+        if layers is not None and not (layers and numbers and list(layers) == sorted(set(layers))):
             found.append(f"memory_layers ({list(layers)}) must be different layers, counted from 0, in ascending order")
         return found
 
@@ -164,9 +166,11 @@ class LongMemConfig(MemoryConfig):
     side_norm_eps: float | None = None
 
     def problems(self) -> list[str]:
-        found = _below_one("stride", self.stride) + super().problems()
+        found = _no_count("stride", self.stride) + super().problems()
         if self.init == "zero" and self.trained == "attention":
             found.append('init ("zero") needs a feed-forward of its own; use trained "all", or init "delta"')
+        if (eps := self.side_norm_eps) is not None and not 0 < _number(eps) < math.inf:
+            found.append(f"side_norm_eps ({eps!r}) must be a number above 0, or null")
         return found + _choices(self, init=Init, trained=Trained, final_state=FinalState)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
@@ -323,9 +327,15 @@ def usual_window(config: PreTrainedConfig) -> int:
     return min(positions(config) or LONGEST_WINDOW, LONGEST_WINDOW)
 
 
-def _below_one(name: str, value: int) -> list[str]:
-    """The broken rule, if the value is less than 1."""
-    return [f"{name} ({value}) must be a whole number, at least 1"] if value < 1 else []
+def _no_count(name: str, value: Any) -> list[str]:
+    """The broken rule, if the value is no whole number from 1 on; a file may hold anything."""
+    right = isinstance(value, Integral) and int(value) >= 1
+    return [] if right else [f"{name} ({value!r}) must be a whole number, at least 1"]
+
+
+def _number(value: Any) -> float:
+    """NaN, which is within no bounds, of what is no number."""
+    return float(value) if isinstance(value, Real) else math.nan
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -246,6 +246,8 @@ def backbone_from_fairseq(checkpoint: FairseqCheckpoint, dtype: torch.dtype | No
     embeddings, inner = tensors["transformer.wte.weight"], tensors.get("transformer.h.0.mlp.fc_in.bias")
     vocab, width = embeddings.shape
     heads = number("num_attention_heads", "decoder_attention_heads", "num_heads")
+    if heads < 1 or width % heads:
+        raise CheckpointError(f"{checkpoint.path}: {heads} heads do not divide the width {width}")
     layers = {int(name.split(".")[2]) for name in tensors if name.startswith("transformer.h.")}
     config = AlibiGPTConfig(
         vocab_size=vocab,

@@ -145,6 +145,9 @@ def test_arguments_that_mean_nothing_are_named(memory: Command, piped: Callable[
     )
     assert "no document matches *.none; there are inner" in memory("add", "notes", "--include", "*.none").error
     assert "needs a --name (or --jsonl" in memory("add", "-").error
+    Path("odd.jsonl").write_text('{"text": "said", "time": "never"}\n')
+    done = memory("add", "odd.jsonl", "--undecodable", "skip")
+    assert done.error == "no text was left to add; see --exclude and --undecodable"
     piped(b"")
     assert memory("add", "-", "--name", "x").error.startswith("x: no text came")
     assert memory("search", " ").error == "the text to search for is empty; say something"

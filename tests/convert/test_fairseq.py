@@ -106,6 +106,7 @@ REFUSED: list[tuple[Change, str]] = [
     (drop("decoder.layers.0.fc1.weight"), 'for SideNet: Missing key(s) in state_dict: "layers.0.mlp.fc_in.weight"'),
     (drop("pretrained_model"), "holds no backbone; name its checkpoint with --backbone"),
     (set_to("retrieval_layer_index", 1), "puts memory into SideNet layer 0, but the gate is in layer 1"),
+    (set_to("decoder_attention_heads", 5), "5 heads do not divide the width 32"),
     (set_to("retrieval_layer_index", None), "its settings lack retrieval_layer_index"),
     (set_to("newgpt_mode", "rotary"), "newgpt_mode is 'rotary'; only 'alibi'"),
     (lambda it: it.pop("model"), "has no 'model' entry with tensors"),

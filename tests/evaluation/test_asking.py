@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -62,6 +63,16 @@ def test_each_option_is_scored_as_if_it_were_alone(model: LongMem, memory: int |
             expected = [by_hand(model, bank, context[cut:], option) for option in prompt.options]
             assert scored.logprobs == pytest.approx(expected, abs=1e-4)
             assert scored.best == expected.index(max(expected))
+
+
+def test_a_backbone_that_gives_all_logits_scores_the_same(model: LongMem) -> None:
+    bare = model.backbone.model
+    expected, forward = asked(asker(bare, memory=None), *PROMPTS), type(bare).forward
+    with patch.object(type(bare), "forward", lambda self, logits_to_keep=0, **given: forward(self, **given)):
+        found = asked(asker(bare, memory=None), *PROMPTS)
+    for one, other in zip(expected, found, strict=True):
+        for scored, again in zip(one.scored, other.scored, strict=True):
+            assert again.logprobs == pytest.approx(scored.logprobs, abs=1e-4)
 
 
 def test_prompts_that_differ_only_beyond_window_and_memory_are_one(model: LongMem) -> None:

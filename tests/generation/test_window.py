@@ -190,8 +190,12 @@ def test_a_whole_text_is_read_into_a_session_under_its_name(llama: LongMem) -> N
     assert session.provenance(0, 76).document == "book" and session.provenance(0, 76).length == 1
     again = SessionMemory.for_model(llama, capacity_tokens=256)
     assert read(llama, again, text[None], document="book") == 153, "as a tokenizer returns it"
-    with pytest.raises(MemoryBankError, match=r"ids \(2, 7\) must be the token ids \(t,\) of one text"):
+    with pytest.raises(MemoryBankError, match=r"ids \(\(2, 7\)\) must be the token ids \(t,\) of one text"):
         remember(llama, again, ids(2, 7))
+    with pytest.raises(MemoryBankError, match=r"ids .a list. must be the token ids"):
+        read(llama, again, [1, 2], document="book")  # type: ignore[arg-type]
+    with pytest.raises(MemoryBankError, match=r"a text goes to a session, not to a MemoryBank; make Se"):
+        read(llama, expected, text, document="book")  # type: ignore[arg-type]
     with pytest.raises(
         ConfigError, match=r"a LlamaForCausalLM reads no memory by itself; make a bank for LongMem.from"
     ):

@@ -70,6 +70,7 @@ def test_padding_may_hold_anything_and_what_a_dtype_holds_is_taken():
     ("act", "message"),
     [
         (lambda: MemoryBank(1, 50, 2, 3), "capacity_tokens (50) must be a multiple of chunk_size (4); try 48 or 52"),
+        (lambda: MemoryBank(0, 0, 2, 3), "rows (0) must be at least 1; capacity_tokens (0) must be at least 1"),
         (lambda: bank(1, index="two_stage"), "index ('two_stage') must be one of exact, faiss"),
         (lambda: bank().search(torch.zeros(2, 3, 4, 3), 1), "queries of 3 heads and head_dim 3 do not fit this bank"),
         (lambda: bank().provenance(1, 0), "chunk (0) is not in row 1; it is empty"),

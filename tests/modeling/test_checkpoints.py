@@ -219,6 +219,14 @@ def loaded(**settings: Any) -> Callable[[Path], Any]:
         (made(backbone=packed), "quantised by gptq, whose layers cannot be copied"),
         (made(side_activation="gelo"), "side_activation (gelo) is no activation of transformers"),
         (made(memory_layers="best"), '"auto"'),
+        (
+            made(num_retrieved="8", stride=2.0),
+            "stride (2.0) must be a whole number, at least 1; num_retrieved ('8') must",
+        ),
+        (made(recency=None, memory_temperature=0), "recency (None) must be a number from 0 on"),
+        (made(memory_temperature=0), "memory_temperature (0) must be a number above 0"),
+        (made(side_norm_eps=-1.0), "side_norm_eps (-1.0) must be a number above 0"),
+        (made(memory_layers=[1.5]), "memory_layers ([1.5]) must be different layers"),
         (loaded(recencey=1), "recencey is no setting of LongMemConfig; did you mean recency?"),
         (made(MemTRM, packed), "the weights of this one are quantised or kept elsewhere"),
         (

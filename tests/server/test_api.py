@@ -328,6 +328,7 @@ def test_names_that_could_be_paths_are_refused(name: str, live: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "status"),
     [
+        (CHAT, {"messages": HELLO, "top_logprobs": 2}, 400),
         (CHAT, {"messages": HELLO, "max_tokens": 2, "stop": ["", "a", "b", "c", "d"]}, 200),
         ("/v1/completions", {"prompt": "a", "max_tokens": 2, "logprobs": 0}, 200),
         ("/v1/completions", {"prompt": []}, 400),

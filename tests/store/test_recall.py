@@ -12,7 +12,7 @@ import pytest
 from tests.store.banks import found_names
 from tests.store.small import open_small
 
-from longmem.chat import Recall, passages
+from longmem.chat import PlainTexts, Recall, passages
 from longmem.store import MemoryStore
 
 
@@ -32,6 +32,12 @@ def test_the_line_that_answers_comes_first_with_its_place_and_no_namespace_sees_
     assert notes.text("ann", "monday")[first.start :] == first.text
     assert others and not [each for each in others if "Gull" in each.text]
     assert Recall(notes, "nobody").search("boat") == []
+
+
+def test_a_store_of_ones_own_needs_documents_with_names_and_texts() -> None:
+    assert [each.document for each in Recall(PlainTexts({"a": "The boat is called Petrel."}), "").search("boat")] == [
+        "a"
+    ]
 
 
 def test_passages_stand_in_the_order_of_their_age(notes: MemoryStore) -> None:

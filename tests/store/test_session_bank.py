@@ -10,7 +10,7 @@ from tests.store.banks import found_names, ids, make_store, queries
 from torch import Tensor
 
 from longmem import LongMem, SessionMemory
-from longmem.errors import StoreError
+from longmem.errors import MemoryBankError, StoreError
 from longmem.store.store import MemoryStore
 
 LETTER = ids(21, seed=1)
@@ -88,6 +88,8 @@ def test_what_cannot_be_committed_is_refused_in_one_line(store: MemoryStore, mod
     session.add(model.encode(ids(8, seed=20)[None]))
     with pytest.raises(StoreError, match="tokens were added without their ids; pass ids= to add"):
         session.commit("talk")
+    with pytest.raises(MemoryBankError, match=r"ids of \[3\] tokens must be those of the keys, \[8\] real tokens"):
+        session.add(model.encode(ids(8, seed=20)[None]), ids=[ids(3)])
     assert session.tokens.tolist() == [8]
 
 

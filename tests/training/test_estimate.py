@@ -15,10 +15,19 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 PAPER = AlibiGPTConfig()
 
 
-def test_the_papers_model_is_counted_to_the_last_parameter() -> None:
+def test_the_papers_model_is_counted_to_the_last_parameter_and_its_work_to_the_last_flop() -> None:
     found = estimate(Recipe.load(RECIPES / "paper-558m.toml"), "8x-a100-80gb", PAPER)
     assert found.parameters == 407_072_768
     assert found.trained == 151_083_024
+    layer = 4 * 1024 * 1024 + (1024 * 4096 + 4096) + (4096 * 1024 + 1024) + 2 * 1024
+    attention = projections = 4 * 1024 * 1024  # 4 x 1,024 tokens x 16 heads x 64
+    assert found.flops == {
+        "backbone": 24 * (2 * layer + attention) + 2 * projections,
+        "trained layers": 3 * 12 * (2 * layer + attention),
+        "head": 4 * 51200 * 1024,
+        "search": 2 * 16384 * 16 * 64,
+        "memory attention": 3 * 4 * 64 * 16 * 64 + 6 * projections,
+    }
     # a row of memory: 65,536 tokens x 16 heads x 64 numbers x (key + value) x 2 bytes, and 16,384 float32 chunk keys
     assert found.bytes["bank"] == 8 * 320 * 2**20
     assert found.fits

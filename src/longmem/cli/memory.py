@@ -84,6 +84,8 @@ def add(paths: tuple[str, ...], namespace: str, name: str | None, as_json: bool,
     """
     documents = _new_documents(_read(paths, name, given), namespace, name, given)
     first = list(islice(documents, 1 if name is None else 2))  # before the model: wrong paths show at once
+    if not first:
+        raise DataError("no text was left to add; see --exclude and --undecodable")
     if len(first) > 1:
         raise StoreError(f"--name ({name}) is for one text, and more came; leave it out, or add them one by one")
     workers = int(given["workers"]) if given["workers"].isdigit() else given["workers"]

@@ -233,7 +233,7 @@ class Asker:
             first = min(len(query.context) for query, _, _ in batch) - 1  # its logits score the first token
             keep, of_rows = ids.shape[1] - first, reads(query for query, _, _ in batch)
             out = self.model(input_ids=ids, logits_to_keep=keep, use_cache=False, **of_rows)
-            for (query, inputs, numbers), of_row in zip(batch, out.logits, strict=True):
+            for (query, inputs, numbers), of_row in zip(batch, out.logits[:, -keep:], strict=True):
                 mine = scores.setdefault(id(query), [None] * len(query.options))  # hashing one reads all of its text
                 _score(of_row[len(query.context) - 1 - first : len(inputs) - first], query, numbers, mine)
                 if None not in mine:
@@ -252,7 +252,7 @@ class Asker:
         tails = sorted(alike, key=len)
         for at in range(0, len(tails), self.rows):
             some = tails[at : at + self.rows]
-            logits = out.logits.expand(len(some), -1, -1)
+            logits = out.logits[:, -1:].expand(len(some), -1, -1)
             if some[-1]:
                 cache = copy.deepcopy(begun)
                 cache.reorder_cache(torch.zeros(len(some), dtype=torch.long, device=ids.device))

@@ -266,7 +266,7 @@ def _run(
         else:  # one with memory reads in its own layers
             reads = {"memory": memory, "memory_rows": rows} if hasattr(model, "memory_layers") else {}
             out = model(input_ids=input_ids, logits_to_keep=keep, use_cache=False, **reads)
-            yield out.logits, getattr(out, "kv", None)
+            yield out.logits[:, -keep:], getattr(out, "kv", None)
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def read(model: Any, session: SessionMemory, ids: Tensor, *, document: str, row:
 
     ``document`` is the name of the text in provenances.
     """
-    ids = _one_text(ids)
+    ids = _one_text(session, ids)
     session.end_document(torch.tensor([row]))
     write(model, [(session, row, ids, 0)], usual_window(model.config.backbone_config), document)
     session.end_document(torch.tensor([row]))
@@ -51,17 +51,21 @@ def remember(model: Any, session: SessionMemory, ids: Tensor, *, row: int = 0) -
     with the text; its window then begins after what is written. ``ids`` (t,) are of the whole text, including the part
     that is in the session already.
     """
-    ids = _one_text(ids)
+    ids = _one_text(session, ids)
     known = already_written(session, row, ids)
     write(model, [(session, row, ids[known:], known)], usual_window(model.config.backbone_config), THIS_TEXT)
     session.bank.end_document(torch.tensor([row]))  # the last chunk is found then, although it is not full
     return len(ids) - known
 
 
-def _one_text(ids: Tensor) -> Tensor:
-    """The tokens (t,) of one text, which a tokenizer gives as (1, t)."""
-    if ids.dim() > 1 and len(ids) != 1:
-        raise MemoryBankError(f"ids {tuple(ids.shape)} must be the token ids (t,) of one text")
+def _one_text(session: Any, ids: Any) -> Tensor:
+    """The tokens (t,) of one text, or (1, t) as a tokenizer gives them; else a MemoryBankError."""
+    if not isinstance(session, SessionMemory):
+        given = type(session).__name__
+        raise MemoryBankError(f"a text goes to a session, not to a {given}; make SessionMemory.for_model(model, bank)")
+    if not isinstance(ids, Tensor) or ids.dim() not in (1, 2) or (ids.dim() == 2 and len(ids) != 1):
+        given = str(tuple(ids.shape)) if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        raise MemoryBankError(f"ids ({given}) must be the token ids (t,) of one text")
     return ids.reshape(-1)
 
 

@@ -76,7 +76,8 @@ class MemoryBank:
         version: how often the bank was written or reset.
 
     Raises:
-        ConfigError: the capacity is no multiple of the chunk size, or there is no such index.
+        ConfigError: rows or capacity are below 1, the capacity is no multiple of the chunk size, or there is no such
+                index.
     """
 
     def __init__(
@@ -93,7 +94,9 @@ class MemoryBank:
         fingerprint: str | None = None,
         index: str | Index = "exact",
     ) -> None:
-        if problems := not_a_multiple("capacity_tokens", capacity_tokens, "chunk_size", chunk_size):
+        sizes = {"rows": rows, "capacity_tokens": capacity_tokens}
+        problems = [f"{name} ({value}) must be at least 1" for name, value in sizes.items() if value < 1]
+        if problems := problems or not_a_multiple("capacity_tokens", capacity_tokens, "chunk_size", chunk_size):
             raise ConfigError(problems)
         self.rows = rows
         self.capacity_tokens = capacity_tokens

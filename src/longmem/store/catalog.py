@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from longmem.errors import StoreDamaged, StoreError
+from longmem.errors import ConfigError, StoreDamaged, StoreError
 from longmem.files import to_disk
 from longmem.store.disk import (
     BUSY_SECONDS,
@@ -85,6 +85,10 @@ class Selection:
     where: Mapping[str, Any] | None = None  # metadata that they have: every key with an equal value
     after: float | None = None  # added at this time (seconds since the epoch) or later
     before: float | None = None  # added before this time
+
+    def __post_init__(self) -> None:
+        if isinstance(self.documents, str):
+            raise ConfigError(f"documents ({self.documents!r}) must be a list of names; write [{self.documents!r}]")
 
     def of(self, namespace: str, found: list[DocumentInfo]) -> list[DocumentInfo]:
         """Those of the namespace's documents that are meant; StoreError if one that was named is not there."""

@@ -41,6 +41,8 @@ _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # and what
 
 def composed(name: str) -> str:
     """A name in composed form (Unicode NFC), as all names are kept: what looks the same is the same."""
+    if not isinstance(name, str):
+        raise StoreError(f"a name of a namespace or document ({name!r:.60}) must be a text")
     return unicodedata.normalize("NFC", name)
 
 
@@ -66,7 +68,7 @@ class NewDocument:
         for what, value in (("namespace", namespace), ("name", self.name)):
             if not 0 < len(value) <= 1000 or _UNFIT.search(value):
                 wrong.append(f"{what} ({value!r:.60}) must be 1 to 1000 characters, none of them for control")
-        if self.source is not None and _SURROGATE.search(self.source):
+        if self.source is not None and (not isinstance(self.source, str) or _SURROGATE.search(self.source)):
             wrong.append(f"source ({self.source!r:.60}) must be a text")
         for what, moment in (("time", self.time), ("expires", self.expires)):
             if moment is not None and not (isinstance(moment, int | float) and math.isfinite(moment)):
@@ -139,6 +141,8 @@ def _of_ids(name: str, ids: Any) -> Tokens:
         raise StoreError(
             f"document {name!r}: ids of shape {given.shape} and type {given.dtype} must be integers, (tokens,)"
         )
+    if flat.size and not 0 <= int(flat.min()) <= int(flat.max()) < 1 << 32:
+        raise StoreError(f"document {name!r}: token ids {int(flat.min())}..{int(flat.max())} must lie in 0..2^32-1")
     return Tokens(flat.astype(np.uint32))
 
 
@@ -221,6 +225,8 @@ class Encoder:
         """
         if (new.text is None) == (new.ids is None):
             raise StoreError(f"document {new.name!r}: give either a text or ids=")
+        if not isinstance(new.text, str | None):
+            raise StoreError(f"document {new.name!r}: text (a {type(new.text).__name__}) must be a str, what it says")
         if new.text is None:
             tokens = _of_ids(new.name, new.ids)
         else:
@@ -296,6 +302,8 @@ def new_layout(
     segment = usual_window(config) // size * size if segment_tokens is None else segment_tokens
     if problems := not_a_multiple("segment_tokens", segment, "chunk_size", size):
         raise StoreError(*problems)
+    if segment < max(size, 1):
+        raise StoreError(f"segment_tokens ({segment}) must be at least one chunk_size ({size})")
     if (window := positions(config)) is not None and segment > window:
         raise StoreError(f"segment_tokens ({segment}) must not exceed the backbone's window of {window} tokens")
     heads, dim = model.memory_heads, model.memory_head_dim

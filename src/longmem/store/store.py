@@ -105,6 +105,9 @@ class MemoryStore:
         if model is not None and not hasattr(model, "memory_layers"):
             loaded = "LongMem.from_pretrained(...), or TrainingFree.from_backbone(...) for any other"
             raise StoreError(f"model (a {type(model).__name__}) must be a loaded model that reads memory: {loaded}")
+        if tokenizer is not None and not hasattr(tokenizer, "vocab_size"):
+            way_out = "AutoTokenizer.from_pretrained(...)"
+            raise StoreError(f"tokenizer (a {type(tokenizer).__name__}) must be a loaded tokenizer: {way_out}")
         if not (folder / CATALOG).exists():
             _check_new(folder, model, writable and create)
         new = new_layout(model, **given) if writable and create and model is not None else None

@@ -231,6 +231,8 @@ def export(
     catalog: Catalog, namespace: str, path: Path, names: Sequence[str] | None, progress: Report | None
 ) -> list[DocumentInfo]:
     """See ``MemoryStore.export``."""
+    if path.is_dir():
+        raise StoreError(f"{path}: a folder; name a file to export to")
 
     def write() -> list[DocumentInfo]:
         with catalog.apart() as other, file_errors(path, "writing"), whole(path) as part:
