@@ -35,6 +35,9 @@ def test_it_says_what_generate_says(generate: Command, models: Path) -> None:
     again = generate(PROMPT, "-m", 40, "--ignore-end", "--json").json
     assert again["text"] == text and again["ids"] == whole[0, ids.shape[1] :].tolist()
     assert again["memory"]["session_tokens"] == 64  # the model's memory_size: more has left the window
+    less = generate(PROMPT, "-m", 40, "--ignore-end", "--set", "memory_size=32", "--json").json
+    assert less["memory"]["session_tokens"] == 32
+    assert "'stride=1' is no setting that may change; try recency=0" in generate(PROMPT, "--set", "stride=1").err
 
 
 def test_the_prompt_is_an_argument_a_file_or_standard_input(

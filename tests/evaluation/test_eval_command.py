@@ -40,6 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_systems_from_run_folders_to_table_json_and_pictures(home: Path, command: Command, tmp_path: Path) -> None:
     given: list[Any] = ["--model", home / "side", "--control", home / "control", "--memtrm", home / "memtrm"]
     given += ["--training-free", "0.1", "--training-free", home / "free", "--memory-sizes", "16,64"]
+    given += ["--set", "memory_temperature=0.5"]
     given += ["--data", home / "texts", "--group-by-prefix", "__", "--batch", 2, "--resamples", 20, "--out", tmp_path]
     shown = command("eval", "perplexity", *given).out
     for words in (
@@ -52,6 +53,7 @@ def test_all_systems_from_run_folders_to_table_json_and_pictures(home: Path, com
     assert {"memory_16", "control", "memtrm_off", "training_free_0.25_64"} <= set(result["systems"])
     assert result["header"]["samples"]["documents"] == 3 and result["header"]["samples"]["projects"] == 2
     heads = result["header"]["models"]
+    assert heads["memory_16"]["memory_temperature"] == 0.5 and heads["memtrm_16"]["memory_temperature"] == 1
     assert heads["training_free_0.1_16"]["backbone"] == heads["backbone"]["backbone"] != heads["memtrm_16"]["backbone"]
     assert {file.name for file in tmp_path.iterdir()} == {
         "perplexity.json",
@@ -105,7 +107,10 @@ def test_a_memory_as_large_as_a_task_needs_is_of_whole_chunks(home: Path) -> Non
         ("--model side --memtrm foreign-memtrm", "MemTRM was made from backbone"),
         ("--model side --memtrm side", "not a MemTRM checkpoint; --memtrm takes one trained with method = 'memtrm'"),
         ("--model memtrm --backbone other", "MemTRM was made from backbone"),
-        ("--model memtrm --control side", "--control, --memory-sizes and --backbone are of a LongMem checkpoint; "),
+        (
+            "--model memtrm --control side",
+            "--control, --set, --memory-sizes and --backbone are of a LongMem checkpoint; ",
+        ),
         ("--model side --training-free 1.5", "gate (1.5) must be between 0 (memory unread) and 1"),
         ("--model side --training-free backbone", "no training-free settings; --training-free takes a share"),
         ("--model side --training-free 0.1 --training-free 0.10", "training-free 0.1, 64 tokens: compared twice"),

@@ -97,6 +97,15 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
             self.fail(f"{value!r} is {self._said}", param, ctx)
 
 
+def _setting(word: str) -> tuple[str, Any]:
+    from longmem.modeling.checkpoints import CHANGEABLE
+
+    name, _, value = word.partition("=")
+    if name not in CHANGEABLE:
+        raise ValueError
+    return name, json.loads(value)
+
+
 TEXT = Parsed("TEXT", _utf8, "not UTF-8 text; convert it")
 MOMENT = Parsed("DATE", moment, "no date; try 2026-01-31 or 2026-01-31T18:30")
 EXPIRY = Parsed("WHEN", expiry, "no when; try 30d, 12h or 2026-01-31")
@@ -211,6 +220,11 @@ _OPTIONS: dict[str, Any] = {
     ),
     "device": click.option("--device", default="auto", help="cpu, cuda, ...; auto takes a GPU if there is one."),
     "tokenizer": click.option("--tokenizer", help="Folder or hub id; default: that of the model's backbone."),
+    "set": click.option(
+        "--set", "changed", multiple=True, callback=lambda ctx, param, pairs: dict(pairs),
+        type=Parsed("NAME=VALUE", _setting, "no setting that may change; try recency=0 or num_retrieved=256"),
+        help="How memory is read, in place of the model's own recency, num_retrieved, memory_temperature; repeatable.",
+    ),
     "max_new_tokens": click.option("--max-new-tokens", "-m", type=AT_LEAST_1, default=256, help="Of an answer."),
     "seed": click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of all that is drawn."),
     "json": click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
@@ -274,6 +288,7 @@ def load_model(
     backbone: str | None = None,
     revision: str | None = None,
     dtype: str = "auto",
+    changed: Mapping[str, Any] | None = None,
     talking: bool = False,
 ) -> tuple[Any, str]:
     """The model that the options name, for a store of this layout, and where its tokenizer is.
@@ -283,6 +298,7 @@ def load_model(
 
     Args:
         layout: None is a new store.
+        changed: settings in place of the model's own.
         talking: without a name, a new store or one of its backbone gets the default model, which may be fetched; and
             heads that nothing was trained for take nothing from memory.
 
@@ -300,7 +316,7 @@ def load_model(
     if name is None and layout is None:
         raise StoreError("a new store needs the model whose memory it is to hold; name it with --model")
     place, folder = checked_device(device), name or (layout.backbone if layout else "")
-    how: dict[str, Any] = {"revision": revision, "dtype": dtype}
+    how: dict[str, Any] = {"revision": revision, "dtype": dtype, **(changed or {})}
     try:
         folder = folder if name is None else checkpoint_folder(folder)
         kinds = {each.config_class.model_type: each for each in (LongMem, MemTRM, TrainingFree)}
@@ -332,7 +348,7 @@ def open_with_model(
     from longmem.data.tokens import load_tokenizer
     from longmem.store.store import MemoryStore
 
-    where = {name: given[name] for name in ("device", "backbone") if name in given}
+    where = {name: given[name] for name in ("device", "backbone", "changed") if name in given}
     layout = layout_of(given["path"], writing=mode == "write")
     model, beside = load_model(given["model"], layout, talking=talking, **where)
     if "tokenizer" in given:

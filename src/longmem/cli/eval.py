@@ -47,7 +47,7 @@ MODEL = together(
     option("--memtrm", help="MemTRM checkpoint or run folder, trained from the same backbone."),
     option("--training-free", multiple=True, metavar="GATE", help="Also memory attention on the bare backbone: "
             "the share (0 to 1) of its heads that memory gets, or the folder of a TrainingFree; may be repeated."),
-    options("tokenizer"),
+    options("tokenizer", "set"),
     option("--memory-sizes", callback=token_counts, help="Tokens a row remembers, e.g. 1k,8k,64k; default: the "
             "model's own."),
     option("--systems", callback=names, help="Ask only systems whose names begin so, by comma, e.g. "
@@ -81,11 +81,13 @@ def load(given: Given, remembered: int = 0) -> tuple[list[Asker], Given]:
     from longmem.evaluation.systems import chosen, load_systems
     from longmem.modeling.loading import named_dtype
 
-    how = "backbone control memtrm training_free memory_sizes tokenizer device window windows rows full_context".split()
-    named: Given = {name: given[name] for name in how if given.get(name) is not None}
+    how = "backbone control memtrm training_free memory_sizes tokenizer device window windows rows full_context changed"
+    named: Given = {name: given[name] for name in how.split() if given.get(name) is not None}
     named |= {"dtype": named_dtype(given["dtype"]), "default_sizes": [remembered] if remembered else None}
     found = load_systems(given["model"], **named)
-    about = {name: value for name, value in given.items() if name not in ("out", "as_json", "resamples")}
+    about = {
+        name: value for name, value in given.items() if name not in ("out", "as_json", "resamples") and value != {}
+    }
     backbone = found[0]
     used = {"tokenizer": backbone.tokenizer.name_or_path, "window": backbone.window}
     return chosen(found, given.get("systems") or ()), about | used | {"device": str(backbone.model.device)}

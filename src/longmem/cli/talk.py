@@ -56,7 +56,7 @@ HELP = """/remember FILE  read a text into memory     /memories  what is remembe
 @click.option(
     "--session-tokens", type=token_count(), help="Most tokens of this session in memory; default: the model's."
 )
-@options("backbone", "revision", "dtype", "tokenizer", "device")
+@options("backbone", "revision", "dtype", "tokenizer", "device", "set")
 @click.option("--explain", is_flag=True, help="Show as a table what memory did to each token, and what was read.")
 @click.option("--page", type=FOLDER, help="The same as an HTML page, with tokens shaded by what memory did to them.")
 @options("json")
@@ -177,7 +177,7 @@ def _load(name: str, asked: dict[str, Any]) -> tuple[Any, Any]:
                 raise StoreError(f"namespace {asked['namespace']!r} has a document {keep!r} already; "
                                  "choose another name for --keep")  # fmt: skip
             layout = store.layout
-    how = {each: asked[each] for each in ("device", "backbone", "revision", "dtype")}
+    how = {each: asked[each] for each in ("device", "backbone", "revision", "dtype", "changed")}
     model, beside = shared.load_model(name, layout, **how)
     return model, load_tokenizer(asked["tokenizer"] or beside, model)
 
@@ -250,7 +250,7 @@ def _row(token: ReadToken) -> tuple[str, ...]:
 @click.command(epilog="Example: longmem chat models/small/sidenet --memory memory -n ann")
 @click.argument("model", required=False)
 @click.option("--memory", "path", type=FOLDER, default="memory", help="The store.")
-@options("namespace", "tokenizer", "device")
+@options("namespace", "tokenizer", "device", "set")
 @click.option("--no-keep", is_flag=True, help="Do not keep what is said.")
 @click.option("--recall", type=click.IntRange(min=0), default=5, help="Passages read once more.")
 @click.option("--system", help="What the model is told first.")
@@ -362,7 +362,7 @@ def _lines() -> Iterator[str]:
 @click.command(epilog="Example: longmem serve --model models/small/sidenet --store memory")
 @click.option("--model", help="A checkpoint, a model by itself or a .gguf file. Default: the store's, or SmolLM2.")
 @click.option("--store", "path", type=FOLDER, default="memory", help="Where memories are kept.")
-@options("tokenizer", "device")
+@options("tokenizer", "device", "set")
 @click.option("--host", default="127.0.0.1", help="Address to listen at.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8321, help="Port; 0 takes a free one.")
 @click.option("--keys", type=FOLDER, help="File of API keys; without it everybody is the one owner.")
