@@ -98,6 +98,7 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
 
 
 def _setting(word: str) -> tuple[str, Any]:
+    """A setting of how memory is read and its value; ValueError for any other."""
     from longmem.modeling.checkpoints import CHANGEABLE
 
     name, _, value = word.partition("=")
@@ -222,7 +223,7 @@ _OPTIONS: dict[str, Any] = {
     "tokenizer": click.option("--tokenizer", help="Folder or hub id; default: that of the model's backbone."),
     "set": click.option(
         "--set", "changed", multiple=True, callback=lambda ctx, param, pairs: dict(pairs),
-        type=Parsed("NAME=VALUE", _setting, "no setting that may change; try recency=0 or num_retrieved=256"),
+        type=Parsed("NAME=VALUE", _setting, "not a setting that may change and a number for it; try recency=0"),
         help="How memory is read, in place of the model's own recency, num_retrieved, memory_temperature; repeatable.",
     ),
     "max_new_tokens": click.option("--max-new-tokens", "-m", type=AT_LEAST_1, default=256, help="Of an answer."),
