@@ -1,5 +1,6 @@
 """Prompts to one system: its window, its memory, and nothing of other prompts."""
 
+import random
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -7,24 +8,33 @@ from unittest.mock import patch
 import pytest
 import torch
 from tests.evaluation.pairs import by_hand, remembered
-from tests.family_table import V, make_backbone
+from tests.family_table import V, disturbed, make_backbone
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, MambaConfig, MiniMaxConfig, PreTrainedTokenizerFast
 
 from longmem import LongMem
 from longmem.data.tokens import start_tokens
 from longmem.errors import ConfigError
-from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after
+from longmem.evaluation.asking import Answer, Asker, Prompt, Query, Tokens, _beginnings, _Sequence, encode_after
 from longmem.evaluation.systems import systems_of, with_window
+from longmem.progress import EVERY
 
 WINDOW = 16
 TOKENIZER = SimpleNamespace(eos_token_id=1, pad_token_id=0)
 
 
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longmem.evaluation.asking._WORTH", 0)
+    monkeypatch.setattr("longmem.evaluation.asking._TOGETHER", 4)
+
+
 @pytest.fixture(scope="module")
 def model() -> LongMem:
     torch.manual_seed(1)
-    return LongMem.from_backbone(make_backbone("llama"), chunk_size=4, num_retrieved=8, memory_size=64).eval()
+    shape = {"chunk_size": 4, "num_retrieved": 8, "memory_size": 64, "memory_layers": (0,), "stride": 1}
+    made = LongMem.from_backbone(make_backbone("llama"), **shape)
+    return disturbed(made, 0.1, 1).eval()  # type: ignore[no-any-return]
 
 
 def text(length: int, seed: int = 0) -> Tokens:
@@ -145,17 +155,71 @@ def test_tokens_are_those_of_the_joined_text(byte_tokenizer: Any) -> None:
     assert encode_after(spaced, "a.", ["b", " a"]) == [(2,), (0, 1)]
 
 
-def test_many_options_ask_for_one_position_of_the_context_and_need_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt = Prompt((text(12, 1),), tuple((number, 3) for number in range(3, 18)))
+@pytest.mark.parametrize("memory", [None, 64])
+def test_what_begins_alike_is_read_once_and_scored_as_if_it_were_alone(
+    model: LongMem, memory: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two memories in one bank, contexts of which one begins another, options that begin alike too."""
+    options = (
+        *((number, 3) for number in range(3, 8)),
+        *((9, 9, number) for number in (4, 5, 6)),
+        *((9, 9, 8, n) for n in (4, 5)),
+    )
+    told, shots = [text(20, seed) if memory else () for seed in (5, 6)], text(11, 1)
+    prompts = [Prompt((shots, (*shots, 4)), options, memory=each) for each in told]
+    system, tokens = asker(model, memory=memory, rows=64), list[int]()
+    model.register_forward_pre_hook(lambda _, __, given: tokens.append(given["input_ids"].numel()), with_kwargs=True)
+    shared, once = asked(system, *prompts), sum(tokens)
+    monkeypatch.setattr("longmem.evaluation.asking._beginnings", lambda sequences, row: [(sequences, 0)])
+    alone = asked(system, *prompts)
+    assert once < 0.5 * (sum(tokens) - once)
+    for mine, other in zip(shared, alone, strict=True):
+        for one, same in zip(mine.scored, other.scored, strict=True):
+            assert one.logprobs == pytest.approx(same.logprobs, abs=1e-4)
+            assert one[1:] == same[1:]
+
+
+def test_sequences_share_no_more_than_they_may() -> None:
+    """What all of a group begin with, over one memory, without the last token of any context."""
+    draw, row = random.Random(0), {(): 0, (1,): 1}
+    for _ in range(300):
+        shots = [tuple(draw.choices((3, 4), k=draw.randrange(1, 20))) for _ in range(2)]
+        sequences = []
+        for number in range(draw.randrange(1, 12)):
+            context = (*draw.choice(shots), *draw.choices((3, 4), k=draw.randrange(1, 4)))
+            query = Query(draw.choice([*row]), context, (), 0)
+            sequences.append(_Sequence(query, (*context, *draw.choices((3, 4), k=draw.randrange(3))), [number]))
+        groups = _beginnings(sequences, row)
+        assert sorted(each.numbers for some, _ in groups for each in some) == [each.numbers for each in sequences]
+        for some, shared in groups:
+            if shared:
+                assert len({(each.query.memory, each.inputs[:shared]) for each in some}) == 1
+                assert shared < min(len(each.query.context) for each in some)
+                assert 2 * (len(some) - 1) * shared > sum(len(each.inputs) for each in some)
+
+
+def test_reading_into_memory_shows_progress(
+    model: LongMem, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(EVERY, False, 0.0)
+    asker(model, memory=64).read([text(3 * WINDOW), text(5)])
+    assert "reading into memory: 2 of 3 segments (66 %)" in capsys.readouterr().err
+
+
+STATES = {
+    "mamba": MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, state_size=4),
+    "minimax": MiniMaxConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, num_local_experts=2, block_size=8, layer_types=["linear_attention", "full_attention"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_model_with_states_in_its_cache_reads_every_beginning_again(kind: str) -> None:
     torch.manual_seed(0)
-    backbone, seen = make_backbone("llama").eval(), list[int]()
-    backbone.lm_head.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
-    (cached,) = asked(asker(backbone, memory=None), prompt)
-    assert max(seen) == 1
-    monkeypatch.setattr("longmem.evaluation.asking._MANY", 100)
-    (alone,) = asked(asker(backbone, memory=None), prompt)
-    assert cached.scored[0].logprobs == pytest.approx(alone.scored[0].logprobs, abs=1e-4)
-    monkeypatch.undo()
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
-    (scored,) = asked(asker(mamba, memory=None), prompt)[0].scored
-    assert len(scored.logprobs) == len(prompt.options)
+    model = AutoModelForCausalLM.from_config(STATES[kind]).eval()
+    prompt = Prompt((text(12, 1),), tuple((number, 5, 3) for number in range(3, 18)))
+    (found,) = asked(asker(model, memory=None), prompt)
+    expected = [by_hand(model, None, prompt.contexts[0], option) for option in prompt.options]
+    assert found.scored[0].logprobs == pytest.approx(expected, abs=1e-4)

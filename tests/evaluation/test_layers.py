@@ -137,5 +137,7 @@ def test_what_cannot_be_measured_is_told_in_one_line(
         measure_layers(tiny_backbone, [random_tokens(260, 1, 64)[0]], stride=9)
     with pytest.raises(ConfigError, match=r"distances \(64\) must all exceed num_retrieved \(64\)"):
         explain_layers(tiny_backbone, random_tokens(260, 1, 64), distances=(64,))
+    with pytest.raises(ConfigError, match=r"num_retrieved \(6\) must be a multiple of chunk_size \(4\); try 4 or 8"):
+        explain_layers(tiny_backbone, random_tokens(260, 1, 64), distances=(64,), num_retrieved=6)
     assert conclusion({"recommended": None, "default": 3}).startswith("no layer is worth reading")
     assert conclusion({"recommended": [1, 3], "default": 3}) == "remember 1, 3 (the paper's rule gives 3)"

@@ -112,11 +112,11 @@ MOMENT = Parsed("DATE", moment, "no date; try 2026-01-31 or 2026-01-31T18:30")
 EXPIRY = Parsed("WHEN", expiry, "no when; try 30d, 12h or 2026-01-31")
 
 
-def at_least(least: int, read: Callable[[str], int] = tokens) -> Callable[[str], int]:
-    """``read``, with a ValueError for a smaller number too."""
+def at_least(least: int, read: Callable[[str], float] = tokens) -> Callable[[str], float]:
+    """``read``, with a ValueError for a smaller number and for NaN too."""
 
-    def checked(word: str) -> int:
-        if (count := read(word)) < least:
+    def checked(word: str) -> float:
+        if not (count := read(word)) >= least:
             raise ValueError(word)
         return count
 

@@ -153,11 +153,11 @@ def _task(name: str, task: str, help: str, example: str, *own: Option) -> click.
 
 def _depths(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
     """``0,50,100``, or one number: so many, evenly spaced."""
-    depths: list[float] = by_comma(float, "numbers; try 0,50,100 or 11")(context, parameter, value)
-    if "," in value:
-        return depths
-    last = int(depths[0]) - 1
-    return [round(100 * at / last, 3) for at in range(last + 1)] if last else [50.0]
+    said, many = "numbers; try 0,50,100 or 11", "," in value
+    found: list[float] = by_comma(at_least(0, float) if many else at_least(1, int), said)(context, parameter, value)
+    count = 1 if many else int(found[0])
+    even = [round(100 * at / (count - 1), 3) for at in range(count)] if count > 1 else [50.0]
+    return found if many else even
 
 
 def _recalled(default: int) -> Option:
@@ -189,11 +189,11 @@ TASKS = [
         "icl", "icl.IclTask",
         """In-context learning: sentiment, subjectivity or intent of short texts, after labelled examples.
 
-        Every seed draws demonstrations, the same for every system: some for the window, nearest to the question, and
-        others that only memory holds. Those that do not fit the window are left out from the far end, and the result
-        says how many are left.
+        Every seed draws demonstrations, the same for every system: some for the window, and others that only memory
+        holds. With --recall those of memory that text search finds are in the window too, nearest to the question. The
+        farthest are left out where not all fit, and the result says so.
         """,
-        "--data data/icl --datasets sst2,subj --limit 20",
+        "--data data/icl --datasets sst2,subj --limit 20 --recall 16",
         option("--data", required=True, help="Folder with folders SST-2, mr, subj, sst-5, mpqa, icl_banking77, "
                "icl_clinc150; see the docs."),
         option("--datasets", default="sst2,mr,subj,sst5,mpqa", callback=names, help="Which sets, by comma; also "
@@ -202,6 +202,7 @@ TASKS = [
         option("--memory-shots", default="0,200,2000", callback=_numbers, help="Demonstrations in memory, by comma."),
         option("--seeds", "draws", default=6, least=1, help="Draws of demonstrations."),
         option("--limit", default=30, least=0, help="Test texts of each set, drawn once, not stratified; 0 takes all."),
+        _recalled(0),
     ),
     _task(
         "squad", "comprehension.SquadTask",

@@ -13,19 +13,23 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from itertools import takewhile
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 
 from longmem.data.tokens import token_ids
 from longmem.errors import ConfigError
 from longmem.memory import MemoryBank
+from longmem.progress import track
 from longmem.types import AttentionKV, Memory
 
 Tokens = tuple[int, ...]
-_MANY = 8  # options from which on reading their context once is faster than reading all of them in one batch
+_TOGETHER = 256  # queries whose inputs are laid out at one time
+_WORTH = 512  # tokens that take longer than the calls that save them
 
 
 class LongText(Protocol):
@@ -215,53 +219,58 @@ class Asker:
             rows = torch.tensor([row[query.memory] for query in some])
             return {} if memory is None else {"memory": memory, "memory_rows": rows}
 
-        # what goes through the model once, and the numbers of the options that it scores: those of equal inputs
-        sequences: list[tuple[Query, Tokens, list[int]]] = []
+        for at in range(0, len(queries), _TOGETHER):
+            yield from self._score_all(queries[at : at + _TOGETHER], row, reads)
+        continued = sorted((query for query in queries if query.new_tokens), key=lambda query: -len(query.context))
+        for at in range(0, len(continued), self.rows):
+            waiting = continued[at : at + self.rows]
+            yield from zip(waiting, self._continue(waiting, reads(waiting)), strict=True)
+
+    def _score_all(self, queries: Sequence[Query], row: dict[Any, int], reads: Any) -> Iterator[tuple[Query, Scored]]:
+        """Score the options of queries; a beginning that several inputs share goes through the model once."""
+        # what goes through the model, and the numbers of the options that it scores: those of equal inputs
+        sequences: list[_Sequence] = []
         for query in queries:
             alike: dict[Tokens, list[int]] = {}
             for number, tokens in enumerate(query.options):
                 alike.setdefault(tokens[:-1], []).append(number)
-            if len(alike) > _MANY and (many := self._score_many(query, alike, reads)):
-                yield query, many
-                continue
-            sequences += [(query, (*query.context, *read), numbers) for read, numbers in alike.items()]
-        sequences.sort(key=lambda sequence: -len(sequence[1]))
+            sequences += [_Sequence(query, (*query.context, *read), numbers) for read, numbers in alike.items()]
         scores: dict[int, list[Any]] = {}
-        for at in range(0, len(sequences), self.rows):
-            batch = sequences[at : at + self.rows]
-            ids, _ = padded([inputs for _, inputs, _ in batch], self.model.device)
-            first = min(len(query.context) for query, _, _ in batch) - 1  # its logits score the first token
-            keep, of_rows = ids.shape[1] - first, reads(query for query, _, _ in batch)
-            out = self.model(input_ids=ids, logits_to_keep=keep, use_cache=False, **of_rows)
-            for (query, inputs, numbers), of_row in zip(batch, out.logits[:, -keep:], strict=True):
-                mine = scores.setdefault(id(query), [None] * len(query.options))  # hashing one reads all of its text
-                _score(of_row[len(query.context) - 1 - first : len(inputs) - first], query, numbers, mine)
-                if None not in mine:
-                    yield query, _scored(mine)
-        continued = sorted((query for query in queries if query.new_tokens), key=lambda query: -len(query.context))
-        for at in range(0, len(continued), self.rows):
-            some = continued[at : at + self.rows]
-            yield from zip(some, self._continue(some, reads(some)), strict=True)
+        for some, shared in _beginnings(sequences, row):
+            begun = self._begin(some[0].inputs[:shared], reads([some[0].query])) if shared else None
+            shared = shared if begun is not None else 0
+            some.sort(key=lambda sequence: -len(sequence.inputs))
+            for at in range(0, len(some), self.rows):
+                batch = some[at : at + self.rows]
+                # the logits of the last token of a context score the first of an option
+                first = min(len(query.context) for query, _, _ in batch) - 1 - shared
+                tails = [inputs[shared:] for _, inputs, _ in batch]
+                logits = self._logits(tails, first, begun, reads(query for query, _, _ in batch))
+                for (query, inputs, numbers), of_row in zip(batch, logits, strict=True):
+                    # by id: hashing a query reads all of its text
+                    mine = scores.setdefault(id(query), [None] * len(query.options))
+                    start = len(query.context) - 1 - shared - first
+                    _score(of_row[start : len(inputs) - shared - first], query, numbers, mine)
+                    if None not in mine:
+                        yield query, _scored(mine)
 
-    def _score_many(self, query: Query, alike: dict[Tokens, list[int]], reads: Any) -> Scored | None:
-        """The context goes through the model once, and its cache serves all options; None of a model without one."""
-        ids, scores = torch.tensor([query.context], device=self.model.device), [None] * len(query.options)
-        out = self.model(input_ids=ids, logits_to_keep=1, use_cache=True, **reads([query]))
-        if (begun := getattr(out, "past_key_values", None)) is None:
+    def _begin(self, tokens: Tokens, reads: dict[str, Any]) -> DynamicCache | None:
+        """The cache of a beginning; None of a model that does not go on from one with several tokens at once."""
+        if getattr(self.model, "_is_stateful", False):
             return None
-        tails = sorted(alike, key=len)
-        for at in range(0, len(tails), self.rows):
-            some = tails[at : at + self.rows]
-            logits = out.logits[:, -1:].expand(len(some), -1, -1)
-            if some[-1]:
-                cache = copy.deepcopy(begun)
-                cache.reorder_cache(torch.zeros(len(some), dtype=torch.long, device=ids.device))
-                more, _ = padded(some, ids.device)
-                after = self.model(input_ids=more, past_key_values=cache, use_cache=True, **reads([query] * len(some)))
-                logits = torch.cat((logits, after.logits), dim=1)
-            for tail, of_row in zip(some, logits, strict=True):
-                _score(of_row[: len(tail) + 1], query, alike[tail], scores)
-        return _scored(scores)
+        ids = torch.tensor([tokens], device=self.model.device)
+        cache = getattr(self.model(input_ids=ids, logits_to_keep=1, use_cache=True, **reads), "past_key_values", None)
+        return cache if type(cache) is DynamicCache else None  # those of single models hold states too
+
+    def _logits(self, tails: Sequence[Tokens], first: int, begun: DynamicCache | None, reads: dict[str, Any]) -> Tensor:
+        """Logits (B, T - first, V) of the last tokens of each row, which go on from ``begun``."""
+        ids, _ = padded(tails, self.model.device)
+        keep, cache = ids.shape[1] - first, copy.deepcopy(begun)
+        if cache is not None:
+            cache.batch_repeat_interleave(len(tails))
+            reads = reads | {"past_key_values": cache}
+        out = self.model(input_ids=ids, logits_to_keep=keep, use_cache=cache is not None, **reads)
+        return cast(Tensor, out.logits[:, -keep:])
 
     def _continue(self, batch: Sequence[Query], reads: dict[str, Any]) -> Iterator[Tokens]:
         # padded on the left, so that every continuation begins at one position
@@ -291,7 +300,8 @@ class Asker:
         # they end within a chunk
         over = [max(0, len(text) - bank.capacity_tokens) if window % bank.chunk_size == 0 else 0 for text in texts]
         kept = [text[tokens // window * window :] for text, tokens in zip(texts, over, strict=True)]
-        for start in range(0, max(map(len, kept)), window):
+        starts = range(0, max(map(len, kept)), window)
+        for start in track(starts, "reading into memory", len(starts), "segments"):
             parts = {row: text[start : start + window] for row, text in enumerate(kept) if len(text) > start}
             ids, real = padded(list(parts.values()), self.model.device)
             kv = self.model.encode(ids, real.long())
@@ -322,6 +332,46 @@ class Query(NamedTuple):
     context: Tokens
     options: tuple[Tokens, ...]
     new_tokens: int
+
+
+class _Sequence(NamedTuple):
+    """A context with the beginning of an option, and the numbers of the options that it scores."""
+
+    query: Query
+    inputs: Tokens
+    numbers: list[int]
+
+
+def _beginnings(sequences: Iterable[_Sequence], row: dict[Any, int]) -> list[tuple[list[_Sequence], int]]:
+    """Groups of sequences over one row of memory that begin alike, and how many tokens they share, to be read once.
+
+    Those where that saves little, or less than half of the tokens, are one group, with 0.
+    """
+    groups: list[tuple[tuple[int, int], list[_Sequence], int]] = []
+    # short contexts and long ones may begin alike too: apart, the long ones share more
+    keyed = (((row[each.query.memory], len(each.inputs).bit_length()), each) for each in sequences)
+    for kind, one in sorted(keyed, key=lambda pair: (pair[0], pair[1].inputs)):  # neighbours begin alike
+        most = len(one.query.context) - 1  # the logits of the last token score an option
+        if groups and groups[-1][0] == kind:
+            _, some, shared = groups[-1]
+            less = min(shared, most, _alike(some[-1].inputs, one.inputs))
+            if 2 * less > len(one.inputs) and len(some) * less > (len(some) - 1) * shared:
+                groups[-1] = kind, [*some, one], less
+                continue
+        groups.append((kind, [one], most))
+    alone, found = list[_Sequence](), []
+    for _, some, shared in groups:
+        saved = (len(some) - 1) * shared
+        if saved > max(_WORTH, sum(len(each.inputs) for each in some) / 2):
+            found.append((some, shared))
+        else:
+            alone += some
+    return [*found, (alone, 0)]
+
+
+def _alike(one: Tokens, other: Tokens) -> int:
+    """How many tokens both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 # tokens

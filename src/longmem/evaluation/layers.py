@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from longmem.config import TrainingFreeConfig, positions, side_layout, usual_window
 from longmem.data.facts import ToldFact, asked_ids, told_ids, told_session
 from longmem.data.tokens import check_tokenizer, token_ids
-from longmem.errors import BackboneError, ConfigError, DataError
+from longmem.errors import BackboneError, ConfigError, DataError, not_a_multiple
 from longmem.evaluation.results import Json, write_json
 from longmem.memory import MemoryBank
 from longmem.modeling.backbone import position_free_qkv
@@ -257,7 +257,7 @@ def explain_layers(
         window.
 
     Raises:
-        ConfigError: a query could retrieve everything there is.
+        ConfigError: a query could retrieve everything there is, or a part of a chunk.
         BackboneError: a model that cannot be remembered.
     """
     if min(distances) <= num_retrieved:
@@ -265,6 +265,8 @@ def explain_layers(
             f"distances ({', '.join(map(str, distances))}) must all exceed num_retrieved ({num_retrieved}): a query "
             "may not retrieve everything there is"
         )
+    if problems := not_a_multiple("num_retrieved", num_retrieved, "chunk_size", chunk_size):
+        raise ConfigError(problems)
     config, segment = Family.of(model).config, usual_window(model.config)
     special = [token for token in (model.config.bos_token_id, model.config.eos_token_id) if isinstance(token, int)]
     drawn = random_tokens(config.vocab_size, rows, max(distances), seed=seed, special=special)

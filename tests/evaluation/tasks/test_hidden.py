@@ -78,6 +78,9 @@ def test_settings_that_break_rules_are_reported_together(needles: Begun, command
     with pytest.raises(ConfigError, match=r"length \(100\) must be a multiple of the window \(16\); try 96"):
         needles(lengths=[100])
     assert "depth (120)" in command("eval", "needle", "--model", "nowhere", "--depths", "120,0").error
+    for wrong in ("nan", "inf", "0", "50,nan"):
+        done = command("eval", "needle", "--model", "nowhere", "--depths", wrong)
+        assert f"'{wrong}' is not a list of numbers; try 0,50,100 or 11" in done.err
     with pytest.raises(DataError, match="too short to hide"):
         needles(lengths=[64]).examples()
 

@@ -3,7 +3,9 @@
 import gzip
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,3 +123,21 @@ def test_every_query_fits_behind_the_demonstrations_and_loses_its_beginning_wher
     assert lay_out(ASKED._replace(queries=[(5, 6, 7, 8)]), asker(5), (0,)) == (((0, 7, 8),), 0, 0, 2)
     with pytest.raises(ConfigError, match=r"window \(3\) has no room for a question beside 2 tokens"):
         lay_out(ASKED, asker(3), (0,))
+
+
+def test_text_search_puts_demonstrations_of_memory_next_to_the_question(byte_tokenizer: Any, tmp_path: Path) -> None:
+    shown = ["a red boat", "the red boat of an old man", "green hills", "blue seas and the end"]
+    write(tmp_path / "mr" / "train.csv", "".join(f"{n % 2},{text}\n" for n, text in enumerate(shown)))
+    write(tmp_path / "mr" / "test.csv", "0,an old red boat\n")
+    task = IclTask(
+        data=str(tmp_path), datasets=["mr"], local_shots=[1], memory_shots=[0, 3], draws=1, limit=None, recall=2
+    )
+    plain = replace(asker(400), tokenizer=byte_tokenizer)
+    _, recalled = task.begin([plain])
+    nothing, example = task.examples()
+    assert task.prompt(nothing, recalled) == task.prompt(nothing, plain)
+    local, found = (byte_tokenizer.decode(task.prompt(example, each).contexts[0]) for each in (plain, recalled))
+    asked = " Review: an old red boat Sentiment:"
+    best = " Review: a red boat Sentiment: negative. Review: the red boat of an old man Sentiment: positive."
+    assert local.endswith(asked)
+    assert found == local.removesuffix(asked) + best + asked

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from longmem.chat import PlainTexts, Recall
 from longmem.data.tokens import start_tokens
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Prompt, Tokens, encode_after
@@ -34,6 +35,7 @@ class Asked(NamedTuple):
 
     Attributes:
         local: demonstrations for the window, the last nearest to the question.
+        found: those of memory that text search finds for the question, the best last; for systems ``+recall``.
         memory: demonstrations for memory, the last newest.
         queries: the question first, then what takes its place to calibrate.
         options: to score; without any ``new_tokens`` are generated.
@@ -46,6 +48,7 @@ class Asked(NamedTuple):
     options: tuple[Tokens, ...] = ()
     new_tokens: int = 0
     right: int = 0
+    found: Sequence[Tokens] = ()
 
 
 class LaidOut(NamedTuple):
@@ -107,8 +110,9 @@ def draw(name: str, seed: int, size: int, local: int, memory: int) -> tuple[list
 
 @dataclass(eq=False, kw_only=True)
 class ShotsTask(Task):
-    """Questions (items are ``Asked``) after demonstrations, which are the same for every system, and never both in the
-    window and in memory. The last part of a group's name says how many: ``4 + 200``. Draws are numbered from 1.
+    """Questions (items are ``Asked``) after demonstrations, which are the same for every system. What is drawn for the
+    window is not in memory; systems named ``+recall`` also have some of memory's in their window. The last part of a
+    group's name says how many: ``4 + 200``. Draws are numbered from 1.
     """
 
     draws: int
@@ -118,13 +122,15 @@ class ShotsTask(Task):
         return range(1, self.draws + 1)
 
     def begin(self, askers: Sequence[Asker]) -> Sequence[Asker]:
-        self._laid: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
+        self._laid: dict[tuple[str, str], list[tuple[int, int, int, int]]] = {}
         return super().begin(askers)
 
     def prompt(self, example: Example, asker: Asker) -> Prompt:
         asked, start = example.item, start_tokens(self.tokenizer)
+        if asker.recall:
+            asked = asked._replace(local=(*asked.local, *asked.found))
         laid = lay_out(asked, asker, start)
-        self._laid.setdefault((example.group, asker.name), []).append(laid[1:])
+        self._laid.setdefault((example.group, asker.name), []).append((*laid[1:], len(asked.local)))
         memory = (*start, *chain.from_iterable(asked.memory)) if asked.memory and asker.reads_memory else ()
         return Prompt(laid.contexts, asked.options, asked.new_tokens, memory)
 
@@ -133,19 +139,18 @@ class ShotsTask(Task):
         shots: Json = {}
         result["extra"] = {"shots": shots}
         for (group, system), laid in self._laid.items():
-            numbers = np.mean(laid, axis=0).round(2).tolist()
+            numbers = np.mean(laid, axis=0).round(2).tolist()[:3]
             shots.setdefault(group, {})[system] = dict(zip(("window", "memory", "cut"), numbers, strict=True))
 
     def notes(self, result: Json) -> Iterator[str]:
         """What of demonstrations and questions did not fit, where something did not."""
-        for group, systems in result["extra"]["shots"].items():
-            local, memory = map(int, shots_of(group).split(" + "))
-            for name, seen in systems.items():
-                if seen["window"] < local or 0 < seen["memory"] < memory or seen["cut"]:
-                    yield (
-                        f"{group}, {name}: on average {seen['window']:g} demonstrations fit the window, "
-                        f"{seen['memory']:g} are in memory, and {seen['cut']:g} tokens of the question are cut"
-                    )
+        for (group, system), laid in self._laid.items():
+            window, memory, cut, wanted = np.mean(laid, axis=0).round(2)
+            if window < wanted or 0 < memory < int(shots_of(group).split(" + ")[1]) or cut:
+                yield (
+                    f"{group}, {system}: on average {window:g} demonstrations fit the window, {memory:g} are in "
+                    f"memory, and {cut:g} tokens of the question are cut"
+                )
 
 
 def shots_of(group: str) -> str:
@@ -292,6 +297,7 @@ class IclTask(ShotsTask):
     local_shots: Sequence[int]
     memory_shots: Sequence[int]
     limit: int | None
+    recall: int = 0
 
     def __post_init__(self) -> None:
         if unknown := set(self.datasets) - KINDS.keys():
@@ -321,14 +327,22 @@ class IclTask(ShotsTask):
         chosen = drawn(f"{data.name} test", len(data.test), self.limit)
         texts = (*free, *(data.test[n].text for n in chosen))
         queries = encode_after(reader, ".", [kind.asked(text) for text in texts])
-        for seed, memory, local in product(self.seeds, self.memory_shots, self.local_shots):
-            near, far = draw(data.name, seed, len(data.train), local, memory)
-            shots, said = ([known[n] for n in near], [known[n] for n in far]), f"{local} + {memory}"
-            for n, query in zip(chosen, queries[len(free) :], strict=True):
-                unit, label = f"{data.name}/{n}", data.test[n].label
-                asked = Asked(*shots, [query, *queries[: len(free)]], options, right=data.labels.index(label))
-                about = f"{data.name}, {said}", unit, asked, {"expected": label}, seed
-                yield Example(f"{unit}, {said}, seed {seed}", *about)
+        for seed, memory in product(self.seeds, self.memory_shots):
+            _, far = draw(data.name, seed, len(data.train), 0, memory)
+            search = Recall(PlainTexts({str(n): data.train[n].text for n in far}), "")
+            found = [
+                [known[n] for n in nearest(search, data.test[test].text, self.recall)] if self.recall else []
+                for test in chosen
+            ]
+            for local in self.local_shots:
+                near, far = draw(data.name, seed, len(data.train), local, memory)
+                shots, said = ([known[n] for n in near], [known[n] for n in far]), f"{local} + {memory}"
+                for n, query, best in zip(chosen, queries[len(free) :], found, strict=True):
+                    unit, label = f"{data.name}/{n}", data.test[n].label
+                    right = data.labels.index(label)
+                    asked = Asked(*shots, [query, *queries[: len(free)]], options, right=right, found=best)
+                    about = f"{data.name}, {said}", unit, asked, {"expected": label}, seed
+                    yield Example(f"{unit}, {said}, seed {seed}", *about)
 
     def measure(self, example: Example, prompt: Prompt, answer: Answer) -> dict[str, float]:
         """Each 0 or 100; of equal scores the first label is taken."""
@@ -379,6 +393,12 @@ def means(part: Callable[[Example], Hashable], examples: Sequence[Example], valu
         }
         for name, some in parts.items()
     }
+
+
+def nearest(search: Recall, text: str, count: int) -> list[int]:
+    """Numbers of the demonstrations that share most with a text, the best last; at most ``count``."""
+    passages = search.search(text, 4 * count)  # a long demonstration is several
+    return [int(name) for name in dict.fromkeys(each.document for each in passages)][:count][::-1]
 
 
 def starts_label(first: str, label: str) -> bool:
