@@ -269,6 +269,8 @@ def test_a_damaged_catalog_is_said_in_one_line(store: MemoryStore) -> None:
         with again.catalog.write() as db:
             db.execute("UPDATE piece SET token_ids = x'010203'")
         assert {problem.kind for problem in again.verify().problems} == {"text"}
+        with pytest.raises(StoreDamaged, match=r"piece \d: its token ids are cut; restore a backup"):
+            again.token_ids("alice", "d1")
     for damaged in (data[:4096] + b"\0" * (len(data) - 4096), data.replace(b'"store_id"', b'"store_i{"')):
         path.write_bytes(damaged)
         with pytest.raises(StoreDamaged) as caught, open_small(store.path) as again:

@@ -414,9 +414,12 @@ class Catalog:
             return [Piece(*row) for row in db.execute(query)]
 
     def tokens(self, piece: int) -> Tokens:
-        """Token ids and text of a piece."""
+        """Token ids and text of a piece; StoreDamaged where they are cut."""
         ids, text, starts = self.row("SELECT token_ids, text, starts FROM piece WHERE id = ?", piece)
-        return Tokens(np.frombuffer(ids, "<u4"), text, None if starts is None else np.frombuffer(starts, "<u4"))
+        try:
+            return Tokens(np.frombuffer(ids, "<u4"), text, None if starts is None else np.frombuffer(starts, "<u4"))
+        except ValueError as error:
+            raise StoreDamaged(f"{CATALOG}, piece {piece}: its token ids are cut; restore a backup") from error
 
     def whole(self, document: DocumentInfo, start: int = 0, stop: int = 1 << 62) -> Tokens:
         """The tokens of a document, or those from ``start`` to ``stop``."""

@@ -185,7 +185,7 @@ def _check(catalog: Catalog, progress: Report | None) -> tuple[VerifyReport, lis
 def _of_piece(catalog: Catalog, chunks: StoredChunks | None, piece: Piece) -> Problem | None:
     try:
         kept = catalog.tokens(piece.id).digest() == piece.digest
-    except ValueError:  # bytes that are no numbers
+    except StoreDamaged:
         kept = False
     if not kept:
         what = "its token ids or text are not what was written; restore a backup, or forget its documents"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.calling import Command
 
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Asker
@@ -125,7 +126,9 @@ def test_every_query_fits_behind_the_demonstrations_and_loses_its_beginning_wher
         lay_out(ASKED, asker(3), (0,))
 
 
-def test_text_search_puts_demonstrations_of_memory_next_to_the_question(byte_tokenizer: Any, tmp_path: Path) -> None:
+def test_text_search_puts_demonstrations_of_memory_next_to_the_question(
+    byte_tokenizer: Any, tmp_path: Path, command: Command
+) -> None:
     shown = ["a red boat", "the red boat of an old man", "green hills", "blue seas and the end"]
     write(tmp_path / "mr" / "train.csv", "".join(f"{n % 2},{text}\n" for n, text in enumerate(shown)))
     write(tmp_path / "mr" / "test.csv", "0,an old red boat\n")
@@ -141,3 +144,8 @@ def test_text_search_puts_demonstrations_of_memory_next_to_the_question(byte_tok
     best = " Review: a red boat Sentiment: negative. Review: the red boat of an old man Sentiment: positive."
     assert local.endswith(asked)
     assert found == local.removesuffix(asked) + best + asked
+    task.prompt(example, replace(recalled, window=130))
+    (note,) = task.notes({})
+    assert note.startswith("mr, 1 + 3, it+recall: on average 2 demonstrations fit the window")
+    given = ("--data", tmp_path, "--datasets", "mr", "--memory-shots", "3", "--recall", "2")
+    assert "nowhere" in command("eval", "icl", "--model", "nowhere", *given).error

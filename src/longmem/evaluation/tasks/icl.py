@@ -330,10 +330,7 @@ class IclTask(ShotsTask):
         for seed, memory in product(self.seeds, self.memory_shots):
             _, far = draw(data.name, seed, len(data.train), 0, memory)
             search = Recall(PlainTexts({str(n): data.train[n].text for n in far}), "")
-            found = [
-                [known[n] for n in nearest(search, data.test[test].text, self.recall)] if self.recall else []
-                for test in chosen
-            ]
+            found = [[known[n] for n in nearest(search, data.test[test].text, self.recall)] for test in chosen]
             for local in self.local_shots:
                 near, far = draw(data.name, seed, len(data.train), local, memory)
                 shots, said = ([known[n] for n in near], [known[n] for n in far]), f"{local} + {memory}"
