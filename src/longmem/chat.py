@@ -32,6 +32,8 @@ from longmem.store import MemoryStore
 NOTES = "Notes from earlier conversations and documents:"
 NOTES_TOKENS = 400  # of the window, that recalled passages may take
 PASSAGE_WORDS = 60  # a turn or a paragraph that is shorter stays whole, longer ones are cut at sentences
+QUERY_WORDS = 256  # of a longer query the rarest: time grows with the square of their number
+_WORDS = "tokenize='porter unicode61 remove_diacritics 2'"
 
 
 @dataclass(frozen=True)
@@ -62,24 +64,28 @@ class Recall:
         self._index = sqlite3.connect(":memory:", check_same_thread=False)
         weakref.finalize(self, self._index.close)
         self._index.execute(
-            "CREATE VIRTUAL TABLE passage USING fts5"
-            "(text, document UNINDEXED, start UNINDEXED, tokenize='porter unicode61 remove_diacritics 2')"
+            f"CREATE VIRTUAL TABLE passage USING fts5(text, document UNINDEXED, start UNINDEXED, {_WORDS})"
         )
+        # to count in how many passages the words of a long query are
+        self._index.execute(f"CREATE VIRTUAL TABLE query USING fts5(word, {_WORDS})")
+        self._index.execute("CREATE VIRTUAL TABLE asked USING fts5vocab(query, instance)")
+        self._index.execute("CREATE VIRTUAL TABLE known USING fts5vocab(passage, row)")
 
     def search(self, query: str, top: int = 5, *, without: Iterable[str] = ()) -> list[RecalledPassage]:
         """The ``top`` passages with the largest BM25 score; fewer where fewer share a word with the query.
 
         Args:
-            query: any text; its words are searched, none is an operator.
+            query: any text; its words are searched, none is an operator. Of very many, those in the fewest passages.
             top: how many at most.
             without: names of documents that are not wanted.
         """
-        words = dict.fromkeys(re.findall(r"\w+", query.lower()))
-        if not words or top < 1:
-            return []
-        unwanted = set(without)
+        words, unwanted = list(dict.fromkeys(re.findall(r"\w+", query.lower()))), set(without)
         with self._lock:
             self._refresh()
+            if len(words) > QUERY_WORDS:
+                words = self._rarest(words)
+            if not words or top < 1:
+                return []
             rows = self._index.execute(
                 "SELECT document, start, text, -bm25(passage) FROM passage WHERE passage MATCH ? ORDER BY rank LIMIT ?",
                 (" OR ".join(f'"{word}"' for word in words), top if not unwanted else -1),
@@ -106,6 +112,15 @@ class Recall:
         age = {passage.document: known.index(passage.document) for passage in found if passage.document in known}
         lines = sorted(found, key=lambda passage: (age.get(passage.document, -1), passage.start))
         return "\n".join([NOTES, *(f"- {passage.text}" for passage in lines)]) if found else "", found
+
+    def _rarest(self, words: list[str]) -> list[str]:
+        """Those that stand in the fewest passages, but in one; what is asked stands at the beginning or at the end."""
+        del words[20 * QUERY_WORDS : -20 * QUERY_WORDS]
+        self._index.executemany("INSERT INTO query (rowid, word) VALUES (?, ?)", enumerate(words))
+        fewest = "SELECT asked.doc FROM asked JOIN known USING (term) ORDER BY known.doc LIMIT ?"
+        found = [words[place] for (place,) in self._index.execute(fewest, (QUERY_WORDS,))]
+        self._index.rollback()
+        return found
 
     def _refresh(self) -> None:
         """Take up the documents that there are now; microseconds where the store is what it was."""

@@ -166,6 +166,7 @@ def test_compacting_between_the_receipts_of_a_stream_takes_nothing_from_it(store
         ({"text": "a", "metadata": {"a": "\ud800"}}, "must be a JSON object"),
         ({"text": "a", "metadata": {"a": float("nan")}}, "must be a JSON object"),
         ({"text": "a", "expires": "tomorrow"}, "must be seconds since the epoch"),
+        ({"text": "a", "expires": 1577836800.0}, "has passed, 'x' would never be found; give a later time"),
     ],
 )
 def test_what_cannot_be_added_is_refused_in_one_line(store: MemoryStore, given: dict[str, Any], message: str) -> None:

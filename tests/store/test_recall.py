@@ -72,6 +72,15 @@ def test_words_of_a_question_are_no_operators(notes: MemoryStore) -> None:
                                                               2 if "bees" in query else 0)  # fmt: skip
 
 
+def test_of_a_very_long_question_the_rarest_words_are_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longmem.chat.QUERY_WORDS", 2)  # their number is what takes time
+    texts = {f"{number}": "Some of my chatter" for number in range(9)} | {"boat": "The boat is called Petrel."}
+    question = ["some", "of", "my", *(f"unheard{number}" for number in range(1000)), "chatter", "petrels", "boats"]
+    recall = Recall(PlainTexts(texts), "")
+    assert [each.document for each in recall.search(" ".join(question), 20)] == ["boat"]
+    assert not recall.search(" ".join(question[3:-3]))
+
+
 @pytest.mark.parametrize("own", [True, False], ids=["the writer's own connection", "another"])
 def test_what_is_added_changed_and_forgotten_is_noticed(notes: MemoryStore, own: bool) -> None:
     with open_small(notes.path, mode="read") as other:

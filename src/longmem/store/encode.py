@@ -62,8 +62,12 @@ class NewDocument:
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", composed(self.name))
 
-    def check(self, namespace: str) -> None:
-        """Raises StoreError where something cannot be what it should; lists all of it."""
+    def check(self, namespace: str, *, past: bool = False) -> None:
+        """Raises StoreError where something cannot be what it should; lists all of it.
+
+        Args:
+            past: whether it may have expired already, as what was exported may have since.
+        """
         wrong = []
         for what, value in (("namespace", namespace), ("name", self.name)):
             if not 0 < len(value) <= 1000 or _UNFIT.search(value):
@@ -73,6 +77,8 @@ class NewDocument:
         for what, moment in (("time", self.time), ("expires", self.expires)):
             if moment is not None and not (isinstance(moment, int | float) and math.isfinite(moment)):
                 wrong.append(f"{what} ({moment!r}) must be seconds since the epoch")
+            elif what == "expires" and moment is not None and moment <= time.time() and not past:
+                wrong.append(f"{what} ({moment!r}) has passed, {self.name!r} would never be found; give a later time")
         try:
             metadata_text(self.metadata).encode()
         except (TypeError, ValueError, RecursionError) as error:

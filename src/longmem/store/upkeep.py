@@ -380,7 +380,7 @@ def import_archive(
         _check_layout(archive, catalog.layout, encoder)
         plans = [replace(plan, namespace=composed(namespace or plan.namespace)) for plan in archive.plans]
         for plan in plans:
-            plan.new.check(plan.namespace)
+            plan.new.check(plan.namespace, past=True)
             if catalog.find(plan.namespace, plan.new.name) is not None:  # is it the same?
                 runs = [archive.piece(digest.hex())[0].slice(0, tokens) for digest, tokens in plan.pieces]
                 plan.digest = joined_tokens(runs).digest()
