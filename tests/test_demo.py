@@ -10,7 +10,7 @@ from tests.calling import Command
 import longmem.demo
 from longmem import MemoryStore, TrainingFree
 from longmem.chat import Reply
-from longmem.demo import FACTS, MEMORY_SIZES, NAMESPACE, NEW, PROMPT, TALK, find_texts, run_demo
+from longmem.demo import FACTS, MEMORY_SIZES, NAMESPACE, NEW, PROMPT, TALK, demo_model, find_texts, run_demo
 from longmem.errors import BackboneError, DataError
 from longmem.modeling.loading import DefaultModel
 
@@ -30,31 +30,23 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_beginnings_are_kept_measured_and_continued(
     demo_folder: Path, side: Path, tmp_path: Path, command: Command
 ) -> None:
-    texts = [str(demo_folder / "runs" / "demo" / "text" / f"{name}.txt") for name in ("http", "email")]
-    said: list[str] = []
-    made = run_demo(tmp_path, texts, model=side, say=said.append)
-    assert [line.split(":")[0] for line in said[:2]] == ["http.txt", "email.txt"]
+    texts = [demo_folder / "runs" / "demo" / "text" / f"{name}.txt" for name in ("http", "email")]
+    done = command("demo", *texts, "--model", side, "--out", tmp_path, "--json")
+    assert [line.split(":")[0] for line in done.err.splitlines()[:2]] == ["http.txt", "email.txt"]
+    made = done.json
     with MemoryStore.open(made["store"], mode="read", create=False) as store:
         kept = store.text(NAMESPACE, "http.txt")
         assert store.stats().tokens == made["tokens"] == 3000
-    whole = Path(texts[0]).read_text()
+    whole = texts[0].read_text()
     assert whole == kept + whole[1500:] == (tmp_path / "text" / "http.txt").read_text()
     # the continuation is of what was not remembered
     assert whole[1500:].startswith(made["prompt"])
     assert len(made["prompt"]) == PROMPT and 0 < len(made["read"]) <= NEW
-    assert "".join(token.text for token in made["read"]) == made["with_memory"]
-    assert any(token.found and abs(token.gain) > 1e-6 for token in made["read"])
-    assert set(made["perplexity"]["systems"]) == {
-        "backbone",
-        "memory_off",
-        *(f"memory_{size}" for size in MEMORY_SIZES),
-    }
-    assert made["page"].read_text().startswith("<!doctype html>")
-
-    # a second run encodes nothing again, and prints
-    found = command("demo", texts[0], "--model", side, "--out", tmp_path / "again", "--json").json
-    assert Path(found["page"]).exists() and found["read"]
-    assert found["perplexity"]["header"]["task"] == "perplexity"
+    assert "".join(token["text"] for token in made["read"]) == made["with_memory"]
+    assert any(token["found"] and abs(token["gain"]) > 1e-6 for token in made["read"])
+    sizes = [f"memory_{size}" for size in MEMORY_SIZES]
+    assert set(made["perplexity"]["systems"]) == {"backbone", "memory_off", *sizes}
+    assert Path(made["page"]).read_text().startswith("<!doctype html>") and "asked" not in made
 
 
 @pytest.fixture
@@ -94,47 +86,41 @@ def test_facts_are_told_asked_for_and_forgotten(
     with MemoryStore.open(made["store"], mode="read", create=False) as store:
         assert first["document"] not in [each.name for each in store.documents(TALK)]
 
-    # with the model itself, on the command line
+    # on the command line, with the model itself
     monkeypatch.setattr(longmem.demo, "reply", longmem.chat.reply)
     monkeypatch.setattr(longmem.demo, "FACTS", 2)
     out = command("demo", "--out", tmp_path / "out").out
     assert "2 facts were told" in out and "of 2 with memory, 0 without" in out and "read            passages of" in out
 
 
-def test_without_the_registry_the_small_pair_takes_its_place(
-    side: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_registry_the_small_pair_takes_its_place(side: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(say: Any) -> DefaultModel:
         raise BackboneError("it cannot be fetched (no network)")
 
     monkeypatch.setattr(longmem.demo, "default_model", missing)
     monkeypatch.setattr(longmem.demo, "shipped", lambda name: side)
     said: list[str] = []
-    made = run_demo(tmp_path / "out", ["json"], say=said.append)
+    assert demo_model(said.append) == (str(side), None)
     assert said[0].startswith("it cannot be fetched (no network); going on with the pair of 5 million parameters")
-    assert made["model"] == str(side) and "asked" not in made
     monkeypatch.setattr(longmem.demo, "shipped", lambda name: None)
     with pytest.raises(DataError, match="the small pair is in models/small of the source tree"):
-        run_demo(tmp_path / "nowhere", ["json"])
-    assert not (tmp_path / "nowhere").exists()
+        demo_model(said.append)
 
 
 def test_texts_are_found_by_name_and_told_apart(tmp_path: Path) -> None:
-    (text,) = find_texts(["json"])
-    assert text.id == "json" and text.text.startswith("# file: json/__init__.py")
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x.txt").write_text(name)
-    found = find_texts([str(tmp_path / name / "x.txt") for name in "ab"])
-    assert [(each.id, each.text) for each in found] == [("x.txt", "a"), ("x.txt (2)", "b")]
+    (tmp_path / "x.txt").write_text("a")
+    found = find_texts(["json", *[str(tmp_path / "x.txt")] * 2])
+    assert [each.id for each in found] == ["json", "x.txt", "x.txt (2)"]
+    assert found[0].text.startswith("# file: json/__init__.py") and found[1].text == "a"
 
 
 def test_what_cannot_be_shown_is_one_line_and_nothing_is_written(side: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("a few words")
-    with pytest.raises(DataError, match=rf"short.txt: 11 tokens are too few .* it needs {2 * PROMPT}"):
-        run_demo(tmp_path / "out", [str(tmp_path / "short.txt")], model=side)
-    with pytest.raises(DataError, match="backbone reads no memory; name the folder of a LongMem with --model"):
-        run_demo(tmp_path / "out", ["json"], model=side.parent / "backbone")
-    with pytest.raises(DataError, match="no_such_thing: neither a file nor a package of this Python"):
-        run_demo(tmp_path / "out", ["no_such_thing"], model=side)
+    for text, model, line in (
+        (str(tmp_path / "short.txt"), side, rf"short.txt: 11 tokens are too few .* it needs {2 * PROMPT}"),
+        ("json", side.parent / "backbone", "backbone reads no memory; name the folder of a LongMem with --model"),
+        ("no_such_thing", side, "no_such_thing: neither a file nor a package of this Python"),
+    ):
+        with pytest.raises(DataError, match=line):
+            run_demo(tmp_path / "out", [text], model=model)
     assert not (tmp_path / "out").exists()

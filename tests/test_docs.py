@@ -63,16 +63,23 @@ def test_python_examples_run(example: tuple[Path, str], capsys: pytest.CaptureFi
     assert capsys.readouterr().out
 
 
+def commands(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
+    """All commands that do something, by what is typed for them."""
+    if not isinstance(command, click.Group):
+        yield name, command
+        return
+    for each, below in command.commands.items():
+        yield from commands(f"{name} {each}".strip(), below)
+
+
+HELP = dict(commands("", cli))
+
+
 def parse(arguments: list[str]) -> None:
     """Let click read the arguments of a command without running it."""
-    command: click.Command = cli
-    context = click.Context(cli, info_name="longmem")
-    while isinstance(command, click.Group):
-        name, *arguments = arguments
-        found = command.get_command(context, name)
-        assert found is not None, name
-        command = found
-    command.make_context(command.name, arguments, parent=context)
+    words = next(words for words in (1, 2) if " ".join(arguments[:words]) in HELP)
+    name = " ".join(arguments[:words])
+    HELP[name].make_context(name, arguments[words:], parent=click.Context(cli, info_name="longmem"))
 
 
 @pytest.mark.parametrize("arguments", LONGMEM, ids=" ".join)
@@ -80,29 +87,14 @@ def test_commands_of_the_documentation_are_understood(arguments: list[str]) -> N
     parse(arguments)
 
 
-def commands(group: click.Group, name: str) -> Iterator[tuple[str, click.Command]]:
-    """All commands that do something, by what is typed for them."""
-    context = click.Context(group)
-    for each in group.list_commands(context):
-        command = group.get_command(context, each)
-        assert command is not None
-        if isinstance(command, click.Group):
-            yield from commands(command, f"{name} {each}")
-        else:
-            yield f"{name} {each}", command
-
-
-HELP = dict(commands(cli, "longmem"))
-
-
 @pytest.mark.parametrize("name", HELP)
 def test_the_help_of_every_command_has_examples_that_are_understood(name: str) -> None:
     command = HELP[name]
     said = f"{command.help}\n{command.epilog or ''}"
-    examples = re.findall(rf"(?m)^ *(?:Example: (?:.*\| )?)?{name} (.+)$", said)
+    examples = re.findall(rf"(?m)^ *(?:Example: (?:.*\| )?)?longmem ({name} .+)$", said)
     assert examples, f"{name} --help has no example"
     for example in examples:
-        parse([*name.split()[1:], *shlex.split(example.partition(" > ")[0], comments=True)])
+        parse(shlex.split(example.partition(" > ")[0], comments=True))
     assert command.get_short_help_str()
 
 

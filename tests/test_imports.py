@@ -36,16 +36,6 @@ def imported(name: str) -> frozenset[str]:
     return frozenset(found & FILES.keys() - OUTSIDE - {name})
 
 
-def part(name: str) -> str:
-    return name.split(".")[1]
-
-
-def levels() -> dict[str, int]:
-    """The level of every part in the paragraph, lowest first."""
-    line = next(line for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if "<-" in line)
-    return {name: at for at, each in enumerate(line.strip("`").split("<-")) for name in re.findall(r"\w+", each)}
-
-
 def test_no_file_imports_itself_by_way_of_others_not_even_late() -> None:
     try:
         TopologicalSorter({name: imported(name) for name in FILES}).prepare()
@@ -53,16 +43,13 @@ def test_no_file_imports_itself_by_way_of_others_not_even_late() -> None:
         pytest.fail(" <- ".join(error.args[1]))
 
 
-def test_imports_point_one_way() -> None:
-    level = levels()
-    inside = [name for name in FILES if name not in OUTSIDE]
-    wrong = [f"{a} imports {b}" for a in inside for b in imported(a) if level[part(a)] < level[part(b)]]
-    assert not wrong
-
-
-def test_modeling_and_memory_never_import_each_other() -> None:
-    between = {(part(a), part(b)) for a in FILES if a not in OUTSIDE for b in imported(a)}
-    assert not between & {("modeling", "memory"), ("memory", "modeling")}
+def test_imports_point_one_way_and_modeling_and_memory_never_import_each_other() -> None:
+    line = next(line for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if "<-" in line)
+    level = {name: at for at, each in enumerate(line.strip("`").split("<-")) for name in re.findall(r"\w+", each)}
+    pairs = [(name, other) for name in FILES.keys() - OUTSIDE for other in imported(name)]
+    between = {(name.split(".")[1], other.split(".")[1]): f"{name} imports {other}" for name, other in pairs}
+    assert not [said for (part, other), said in between.items() if level[part] < level[other]]
+    assert not between.keys() & {("modeling", "memory"), ("memory", "modeling")}
 
 
 def test_no_file_is_too_long_to_be_read_at_once() -> None:

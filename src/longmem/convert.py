@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,9 +137,16 @@ class FairseqCheckpoint:
             raise CheckpointError(f"{self.path}: its settings lack {' or '.join(names)}, which the tensors cannot tell")
         return found
 
-    def number(self, *names: str, default: int | None = None) -> int:
-        """The same as a whole number."""
-        return int(self.setting(*names, default=default))
+    def number(self, *names: str, default: int | None = None, least: int = 1) -> int:
+        """The same as a whole number, from ``least`` on."""
+        found = self.setting(*names, default=default)
+        with suppress(TypeError, ValueError, OverflowError):
+            if int(found) >= least:
+                return int(found)
+        raise CheckpointError(
+            f"{self.path}: {' or '.join(names)} ({found!r}) in its settings must be a whole number from {least} on; "
+            "name a JSON with the right one with --settings"
+        )
 
 
 def side_name(name: str) -> str | None:
@@ -246,7 +254,7 @@ def backbone_from_fairseq(checkpoint: FairseqCheckpoint, dtype: torch.dtype | No
     embeddings, inner = tensors["transformer.wte.weight"], tensors.get("transformer.h.0.mlp.fc_in.bias")
     vocab, width = embeddings.shape
     heads = number("num_attention_heads", "decoder_attention_heads", "num_heads")
-    if heads < 1 or width % heads:
+    if width % heads:
         raise CheckpointError(f"{checkpoint.path}: {heads} heads do not divide the width {width}")
     layers = {int(name.split(".")[2]) for name in tensors if name.startswith("transformer.h.")}
     config = AlibiGPTConfig(
@@ -256,9 +264,9 @@ def backbone_from_fairseq(checkpoint: FairseqCheckpoint, dtype: torch.dtype | No
         num_attention_heads=heads,
         intermediate_size=None if inner is None else inner.shape[0],
         max_position_embeddings=number("tokens_per_sample", "max_target_positions", default=1024),
-        bos_token_id=number("bos", default=0),
-        pad_token_id=number("pad", default=1),
-        eos_token_id=number("eos", default=2),
+        bos_token_id=number("bos", default=0, least=0),
+        pad_token_id=number("pad", default=1, least=0),
+        eos_token_id=number("eos", default=2, least=0),
     )
     with torch.device("meta"):
         model = AlibiGPTForCausalLM(config)
@@ -274,7 +282,7 @@ def longmem_from_fairseq(
 ) -> LongMem:
     """The LongMem in a released checkpoint, over its backbone."""
     number, path = checkpoint.number, checkpoint.path
-    memory_layer, stride = number("retrieval_layer_index"), number("layer_reduction_factor")
+    memory_layer, stride = number("retrieval_layer_index", least=0), number("layer_reduction_factor")
     if memory_layer // stride != checkpoint.augmented_layer:
         raise CheckpointError(
             f"{path}: retrieval_layer_index {memory_layer} puts memory into SideNet layer {memory_layer // stride}, "

@@ -1,6 +1,7 @@
-"""What the tests of ``longmem memory`` share: models and texts on disk, and the command as a function."""
+"""What the tests of the command line share: models, texts and a store on disk, and the command as a function."""
 
 import io
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -10,15 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from tests.calling import Command
 from tests.family_table import tiny_gpt
 
 from longmem import LongMem
+from longmem.__main__ import cli
+from longmem.data.tokens import train_tokenizer
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) -> Path:
-    """Random, over bytes: ``backbone``, ``other``; over the first ``side/final``, and ``low``, of another layer."""
+def models(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any, made_text: Callable[..., str]) -> Path:
+    """Random, over bytes: ``backbone``, ``other``; over the first ``side/final``, and ``low``, of another layer.
+
+    ``wrong`` is a tokenizer of none of them, with the text that it is of.
+    """
     home = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("backbone", "other")):
         tiny_gpt(seed).save_pretrained(home / name)
@@ -27,6 +34,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) -> Pat
     sizes = {"chunk_size": 4, "num_retrieved": 8, "memory_size": 64}
     LongMem.from_backbone(home / "backbone", **sizes).save_pretrained(home / "side" / "final")
     LongMem.from_backbone(home / "backbone", memory_layer=1, **sizes).save_pretrained(home / "low")
+    train_tokenizer([made_text(500)], 300).save_pretrained(str(home / "wrong"))
+    (home / "wrong" / "long.txt").write_text(made_text(500))
     return home
 
 
@@ -50,23 +59,28 @@ def piped(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
     return lambda data: monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
 
 
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory, models: Path, made_text: Callable[..., str]) -> Path:
+    """What ``notes`` and ``filled`` are copies of."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "notes" / "inner").mkdir(parents=True)
+    (home / "notes" / "one.txt").write_text(made_text(30, 0))
+    (home / "notes" / "two.md").write_text(" ".join(f"{number * 7919 % 99991:x}" for number in range(60)))
+    (home / "notes" / "inner" / "three.txt").write_text(made_text(5, 2))
+    add = ["memory", "add", str(home / "notes"), "--store", str(home / "memory"), "--model", str(models / "side")]
+    marked = "-n bob --exclude two.md --metadata kind=note --metadata year=1843"
+    for options in ("--namespace ada", marked):
+        assert CliRunner().invoke(cli, [*add, *options.split()]).exit_code == 0
+    return home
+
+
 @pytest.fixture
-def notes(tmp_path: Path, made_text: Callable[..., str]) -> Path:
+def notes(tmp_path: Path, home: Path) -> Path:
     """Three texts of different lengths; ``two.md`` has no phrase with the others in common."""
-    folder = tmp_path / "notes"
-    (folder / "inner").mkdir(parents=True)
-    (folder / "one.txt").write_text(made_text(30, 0))
-    (folder / "two.md").write_text(" ".join(f"{number * 7919 % 99991:x}" for number in range(60)))
-    (folder / "inner" / "three.txt").write_text(made_text(5, 2))
-    return folder
+    return shutil.copytree(home / "notes", tmp_path / "notes")
 
 
 @pytest.fixture
-def filled(memory: Command, model: Path, notes: Path) -> Path:
+def filled(tmp_path: Path, home: Path, memory: Command, model: Path, notes: Path) -> Path:
     """A store ``memory/`` with these three in the namespace ``ada``, and two of them in ``bob`` with metadata."""
-    assert memory("add", notes, "--namespace", "ada").status == 0
-    done = memory(
-        "add", notes, "-n", "bob", "--exclude", "two.md", "--metadata", "kind=note", "--metadata", "year=1843"
-    )
-    assert done.status == 0, done
-    return notes.parent / "memory"
+    return shutil.copytree(home / "memory", tmp_path / "memory")
