@@ -60,6 +60,7 @@ REFUSED = {  # what is typed where there is a store, and a part of what is said;
     f"memory add notes --metadata a={ODD}": "'a=caf\\udce9' is not UTF-8 text",
     "memory add notes --metadata author": "'author' is neither KEY=VALUE nor a JSON object; try author=Ada",
     "memory add notes --expires soon": "'soon' is no when; try 30d, 12h or 2026-01-31",
+    "memory add notes --expires 2001-01-01 --model nowhere": "has passed, 'inner/three.txt' would never",
     "memory add notes --time 30d": "'30d' is no date; try 2026-01-31",
     "memory list --older-than 1": "'1' is no duration; try 30d, 12h or 1.5y",
     "memory list --namespaces --where a=1": "--namespaces lists whole namespaces; leave out --where, --older-than and",
