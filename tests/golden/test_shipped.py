@@ -81,10 +81,13 @@ def test_every_system_over_the_shipped_backbone_scores_as_before(made_text: Call
 
 @pytest.mark.slow
 @pytest.mark.shared
-@pytest.mark.parametrize("text", ["books", "latex"])
-def test_perplexity_of_the_shipped_pair(text: str, shared_dir: Path, tmp_path: Path) -> None:
-    frozen = json.loads((HERE / f"small-{text}.json").read_text(encoding="utf-8"))
-    found = nll_of(evaluate("perplexity", PERPLEXITY, shared_dir, tmp_path, text))
+@pytest.mark.parametrize("name", ["books", "latex", "needle"])
+def test_perplexity_and_answers_of_the_shipped_models(name: str, shared_dir: Path, tmp_path: Path) -> None:
+    frozen = json.loads((HERE / f"small-{name}.json").read_text(encoding="utf-8"))
+    if name == "needle":
+        assert answers_of(evaluate("needle", NEEDLE, shared_dir, tmp_path)) == frozen
+        return
+    found = nll_of(evaluate("perplexity", PERPLEXITY, shared_dir, tmp_path, name))
     assert found.keys() == frozen.keys()
     for document, expected in frozen.items():
         assert found[document]["tokens"] == expected["tokens"]
@@ -92,17 +95,8 @@ def test_perplexity_of_the_shipped_pair(text: str, shared_dir: Path, tmp_path: P
             assert found[document]["nll"][protocol] == pytest.approx(systems, rel=1e-6), (document, protocol)
 
 
-@pytest.mark.slow
-@pytest.mark.shared
-def test_answers_of_the_needle_model(shared_dir: Path, tmp_path: Path) -> None:
-    found = answers_of(evaluate("needle", NEEDLE, shared_dir, tmp_path))
-    assert found == json.loads((HERE / "small-needle.json").read_text(encoding="utf-8"))
-
-
 if __name__ == "__main__":  # python -m tests.golden.test_shipped RESULTS: folders books, latex and needle
-    results = Path(sys.argv[1])
-    for name, task, read in (
-        ("books", "perplexity", nll_of), ("latex", "perplexity", nll_of), ("needle", "needle", answers_of)
-    ):  # fmt: skip
-        short = read(json.loads((results / name / f"{task}.json").read_text(encoding="utf-8")))
+    for name, task in (("books", "perplexity"), ("latex", "perplexity"), ("needle", "needle")):
+        result = json.loads((Path(sys.argv[1]) / name / f"{task}.json").read_text(encoding="utf-8"))
+        short = answers_of(result) if name == "needle" else nll_of(result)
         (HERE / f"small-{name}.json").write_text(json.dumps(short, indent=1) + "\n", encoding="utf-8")

@@ -1,27 +1,35 @@
-"""What the bank promises beside the laws of ``test_bank_properties``, on examples small enough to follow by eye."""
+"""Laws 4 to 7 and 12 on any history of writes, against a bank made of Python lists; then what they do not show."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
 from tests.store.banks import same
 
 from longmem.errors import MemoryBankError
 from longmem.memory import ChunkOrigin, MemoryBank
 from longmem.types import PERIOD_TOKENS, AttentionKV
 
+HEADS, DIM = 2, 3
+"""Of each remembered layer."""
+
 
 def bank(rows: int = 1, capacity: int = 16, size: int = 2, **settings) -> MemoryBank:
-    return MemoryBank(rows, capacity, 2, 3, size, **settings)
+    return MemoryBank(rows, capacity, HEADS, DIM, size, **settings)
 
 
 def kv(rows: int, length: int, seed: int = 0) -> AttentionKV:
     draw = torch.Generator().manual_seed(seed)
-    return AttentionKV(*(torch.randn(rows, 2, length, 3, generator=draw) for _ in range(2)))
+    return AttentionKV(*(torch.randn(rows, HEADS, length, DIM, generator=draw) for _ in range(2)))
 
 
 def queries(rows: int, length: int = 4, heads: int = 4) -> torch.Tensor:
-    return torch.randn(rows, heads, length, 3, generator=torch.Generator().manual_seed(99))
+    return torch.randn(rows, heads, length, DIM, generator=torch.Generator().manual_seed(99))
 
 
 def origins(memory: MemoryBank, row: int = 0) -> list[ChunkOrigin]:
@@ -29,15 +37,168 @@ def origins(memory: MemoryBank, row: int = 0) -> list[ChunkOrigin]:
     return [memory.provenance(row, chunk) for chunk in there.tolist() if chunk >= 0]
 
 
-def test_chunk_keys_are_averaged_before_rounding():
-    given, memory = kv(1, 2), bank(dtype=torch.bfloat16)
-    memory.add(given)
-    asked = queries(1, 1, heads=2)
-    wanted = (asked[:, :, 0] * given.keys.mean(2)).sum(-1)
-    torch.testing.assert_close(memory.search(asked, 1).scores[..., 0, 0], wanted)
+@dataclass
+class Chunk:
+    document: str | None
+    start: int
+    tokens: list[torch.Tensor]
+    ordinal: int  # of its document among those of the row: another name, or a text that begins again
 
 
-def test_a_document_goes_on_where_none_is_named_and_a_jump_closes_the_tail():
+@dataclass
+class ListRow:
+    """One row in plain Python: all closed chunks, oldest first, and the tail that waits."""
+
+    slots: int
+    size: int
+    chunks: list[Chunk] = field(default_factory=list)
+    tail: list[torch.Tensor] = field(default_factory=list)
+    document: str | None = None
+    next: int = 0
+    open: bool = False
+
+    def add(self, tokens: Sequence[torch.Tensor], document: str | None, jump: int) -> int:
+        """Returns the offset of these tokens in their document."""
+        goes_on = self.open and document == self.document
+        if not goes_on or jump:
+            self.close()
+        self.document, self.open = document, True
+        self.next = offset = (self.next if goes_on else 0) + jump
+        for token in tokens:
+            self.tail.append(token)
+            self.next += 1
+            if len(self.tail) == self.size:
+                self.close()
+        return offset
+
+    def close(self) -> None:
+        if self.tail:
+            start, last = self.next - len(self.tail), self.chunks[-1] if self.chunks else Chunk(None, 0, [], 0)
+            again = self.document != last.document or start <= last.start
+            self.chunks.append(Chunk(self.document, start, self.tail, last.ordinal + again))
+        self.tail = []
+
+    @property
+    def there(self) -> dict[int, Chunk]:
+        """The newest chunks by their numbers: those that are not evicted."""
+        return dict(list(enumerate(self.chunks))[-self.slots :])
+
+    def best(self, query: torch.Tensor, head: int, num: int) -> list[tuple[float, list[torch.Tensor]]]:
+        """Scores, by means taken before any rounding, and tokens of the best chunks."""
+        every = [
+            (float(sum(token[head, 0] @ query for token in chunk.tokens) / len(chunk.tokens)), chunk.tokens)
+            for chunk in self.there.values()
+        ]
+        return sorted(every, key=lambda pair: pair[0], reverse=True)[:num]
+
+
+@dataclass(frozen=True)
+class Write:
+    """What is said to the rows: how many tokens each, in which documents, how far on in these, whether these end.
+
+    A second bank, which should be as the first, is given it in two parts and may be saved and loaded in between.
+    """
+
+    lengths: tuple[int, ...]
+    left: bool
+    documents: tuple[str | None, ...]
+    jump: int
+    end: bool
+    cut: int
+    reload: bool
+
+
+HISTORIES = some.lists(
+    some.builds(
+        Write,
+        lengths=some.tuples(*[some.integers(0, 7)] * 2),
+        left=some.booleans(),
+        documents=some.tuples(*[some.sampled_from(["a", "b", None])] * 2),
+        jump=some.sampled_from([0, 0, PERIOD_TOKENS]),
+        end=some.booleans(),
+        cut=some.integers(0, 8),
+        reload=some.booleans(),
+    ),
+    max_size=6,
+)
+
+
+def padded(tokens: list[torch.Tensor], left: bool) -> AttentionKV:
+    """Rows (t, n*Hkv, 2, D) of different lengths as one batch with a mask."""
+    width = max(len(row) for row in tokens) + 1
+    batch = torch.full((len(tokens), width, *tokens[0].shape[1:]), 1e3)
+    mask = torch.zeros(len(tokens), width, dtype=torch.bool)
+    for line, row in enumerate(tokens):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        batch[line, place], mask[line, place] = row, True
+    return AttentionKV(batch[:, :, :, 0].transpose(1, 2), batch[:, :, :, 1].transpose(1, 2), mask)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    history=HISTORIES,
+    slots=some.integers(1, 5),
+    size=some.integers(1, 4),
+    num=some.integers(1, 6),
+    layers=some.sampled_from([(3,), (3, 7)]),
+    dtype=some.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_any_writes_in_any_parts_saved_and_loaded_anywhere_leave_what_python_lists_hold(
+    history, slots, size, num, layers, dtype
+):
+    made = {"capacity": slots * size, "size": size, "memory_layers": layers, "dtype": dtype}
+    once, parts = bank(2, **made), bank(2, **made)
+    lists = [ListRow(slots, size) for _ in range(2)]
+    for number, write in enumerate(history):
+        draw = torch.Generator().manual_seed(number)
+        tokens = [torch.randn(length, len(layers) * HEADS, 2, DIM, generator=draw) for length in write.lengths]
+        offsets = [listed.add(*said, write.jump) for listed, *said in zip(lists, tokens, write.documents, strict=True)]
+        both = {"documents": write.documents, "time": float(number)}
+        segment = padded(tokens, write.left)
+        once.add(segment, **both, offsets=offsets if write.jump else None)
+        for place, cut in enumerate((slice(0, write.cut), slice(write.cut, None))):
+            part = AttentionKV(segment.keys[:, :, cut], segment.values[:, :, cut], segment.mask[:, cut])
+            parts.add(part, **both, offsets=offsets if write.jump and not place else None)
+            if write.reload and not place:
+                saved, parts = parts.state_dict(), bank(2, fingerprint="now it has a name", **made)
+                parts.load_state_dict(saved)
+        if write.end:
+            for each in (once, parts):
+                each.end_document()
+            for listed in lists:
+                listed.close()
+                listed.open = False
+    for memory in (once, parts):
+        assert memory.chunks.tolist() == [len(listed.there) for listed in lists]
+        assert memory.waiting.tolist() == [len(listed.tail) for listed in lists]
+        assert memory.tokens.tolist() == [sum(len(c.tokens) for c in listed.there.values()) for listed in lists]
+        for row, listed in enumerate(lists):
+            for number, chunk in listed.there.items():
+                origin = memory.provenance(row, number)
+                assert (origin.document, origin.start_token, origin.length) == (
+                    chunk.document, chunk.start, len(chunk.tokens),
+                )  # fmt: skip
+    asked = queries(2, 3)
+    for layer in range(len(layers)):
+        found = once.search(asked, num, layer=layer)
+        same(found, parts.search(asked, num, layer=layer))
+        for row, head, token in product(range(2), range(4), range(3)):
+            own = layer * HEADS + head // 2
+            best = lists[row].best(asked[row, head, token], own, num)
+            scores = torch.tensor([score for score, _ in best])
+            torch.testing.assert_close(found.scores[row, head, token, : len(best)], scores)
+            real = found.mask[row, head, token]
+            pairs = torch.stack([part[row, head, token][real] for part in (found.keys, found.values)], dim=1)
+            wanted = [each[own].to(dtype) for _, tokens in best for each in tokens]
+            assert len(pairs) == len(wanted) and all(map(torch.equal, pairs, wanted))
+    for row, listed in enumerate(lists):
+        periods = dict(zip(found.chunks[row].flatten().tolist(), found.period[row].flatten().tolist(), strict=True))
+        ages = {n: (chunk.ordinal, chunk.start // PERIOD_TOKENS) for n, chunk in listed.there.items() if n in periods}
+        for first, second in product(ages, repeat=2):
+            assert (periods[first] < periods[second]) == (ages[first] < ages[second])
+
+
+def test_a_document_goes_on_where_none_is_named_and_every_chunk_knows_when_it_was_written():
     memory = bank()
     memory.add(kv(1, 3), documents=["a"], offsets=[10], time=1.0)
     memory.add(kv(1, 2), time=2.0)
@@ -45,21 +206,6 @@ def test_a_document_goes_on_where_none_is_named_and_a_jump_closes_the_tail():
     assert [(each.document, each.start_token, each.length, each.time) for each in origins(memory)] == [
         ("a", 10, 2, 1.0), ("a", 12, 2, 2.0), ("a", 14, 1, 3.0), ("a", 40, 2, 3.0),
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize("names", [("a", "b"), ("a", "a"), (None, None)])
-def test_a_later_document_is_of_a_later_period_whatever_its_name(names):
-    memory = bank(capacity=4 * PERIOD_TOKENS)
-    for tokens, name in zip((2 * PERIOD_TOKENS + 3, 4), names, strict=True):
-        memory.add(kv(1, tokens), documents=None if name is None else [name])
-        memory.end_document()
-    loaded = bank(capacity=4 * PERIOD_TOKENS)
-    loaded.load_state_dict(memory.state_dict())
-    for each in (memory, loaded):
-        found = each.periods[0, each.numbers[0] >= 0].tolist()
-        assert found == sorted(found) and len(set(found)) == 4, "three of the first, one of the second"
-    memory.add(kv(1, 4), documents=["c"], offsets=[PERIOD_TOKENS])  # another name alone begins a document too
-    assert memory.periods[0, int(memory.chunks[0]) - 1] > found[-1] + PERIOD_TOKENS
 
 
 def test_every_write_counts_as_a_new_version_and_searching_changes_nothing():
@@ -86,26 +232,8 @@ def test_what_is_known_of_chunks_does_not_pile_up_and_every_tensor_is_counted():
     for number in range(500):
         memory.add(kv(1, 2), documents=[str(number)])
     assert len(memory.state_dict()["slots"]["runs"][0]) == 2
-    assert {origin.document for origin in origins(memory)} == {"498", "499"}
     with pytest.raises(MemoryBankError, match=r"chunk \(0\) is not in row 0; it holds 498 to 499"):
         memory.provenance(0, 0)
-
-
-def test_each_layer_is_searched_by_its_own_heads():
-    given, asked = kv(2, 14), queries(2)
-    both = AttentionKV(*(torch.cat((each, 2 - each), dim=1) for each in (given.keys, given.values)))
-    together, copy = bank(2, memory_layers=(3, 7)), bank(2, memory_layers=(3, 7))
-    together.add(both, documents=["a", "b"])
-    copy.load_state_dict(together.state_dict())
-    for layer, heads in enumerate((slice(0, 2), slice(2, 4))):
-        alone = bank(2)
-        alone.add(AttentionKV(both.keys[:, heads], both.values[:, heads]))
-        found, wanted = together.search(asked, 3, layer=layer), alone.search(asked, 3)
-        same(found, wanted)
-        same(found, copy.search(asked, 3, layer=layer))
-        assert torch.equal(found.chunk_ids, wanted.chunk_ids)
-        assert (found.first_head, found.layer_heads) == (2 * layer, 2)
-    assert together.provenance(1, 0).document == "b"  # a chunk is of all layers
 
 
 def test_a_bank_of_version_0_1_is_loaded():

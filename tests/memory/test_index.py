@@ -42,21 +42,12 @@ def _gathered(keys: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     return keys[head, slots].float()
 
 
-def test_scratch_does_not_grow_with_the_memory():
-    taken: list[int] = []
-    plain = torch.empty
-
-    def watch(*size, **kwargs):
-        made = plain(*size, **kwargs)
-        taken.append(made.numel())
-        return made
-
-    queries = torch.randn(1, 1, 256, 4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty", watch)
-        for count in (1000, 50_000):
-            ExactIndex(1 << 16).search(queries, torch.randn(1, 1, count, 4), [0], [count], 4)
-    assert taken == [1 << 16, 1 << 16]
+def test_scratch_does_not_grow_with_the_memory(monkeypatch):
+    plain, taken = torch.empty, []
+    monkeypatch.setattr(torch, "empty", lambda *size, **how: taken.append(size) or plain(*size, **how))
+    for count in (1000, 50_000):
+        ExactIndex(1 << 16).search(torch.randn(1, 1, 256, 4), torch.randn(1, 1, count, 4), [0], [count], 4)
+    assert taken == [(1 << 16,), (1 << 16,)]
 
 
 def like_text(heads: int, count: int, dim: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,9 +74,8 @@ def test_faiss_finds_nearly_all_and_keeps_up_with_changes():
     assert recall(exact, asked, keys) == 1.0 and not exact._rows  # for it a row of 4,096 keys is short
     assert recall(index, asked, keys) > 0.9
     files = index._rows[0]
-    keys[0, :, 100:200] = (
-        3 + 3 * asked[0, :, :1] + keys[0, :, 300:400] / 9
-    )  # written over: found at once, and without building anew
+    # written over: found at once, and without building anew
+    keys[0, :, 100:200] = 3 + 3 * asked[0, :, :1] + keys[0, :, 300:400] / 9
     index.written(0, torch.arange(100, 200))
     _, slots = index.search(asked[:, :, :1], keys, [0], [4096], 16)
     assert ((slots >= 100) & (slots < 200)).all() and index._rows[0] is files
@@ -93,12 +83,9 @@ def test_faiss_finds_nearly_all_and_keeps_up_with_changes():
     assert recall(index, asked, keys) > 0.9 and index._rows[0] is not files
     index.cleared(0)
     assert not index._rows
-
-
-def test_a_faiss_index_of_ones_own_serves_several_layers():
-    first, second = make_indexes(FaissIndex(least=512, share=0.3), 2)
+    first, second = make_indexes(index, 2)  # one for each layer
     assert (second.least, second.few, second.share) == (512, 8, 0.3)
-    assert second._rows is not first._rows
+    assert first is index and second._rows is not first._rows
 
 
 def test_faiss_that_is_not_installed_is_named(monkeypatch):

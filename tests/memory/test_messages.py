@@ -33,7 +33,7 @@ SEGMENT = kv(2, 2, 5, 3)
         (torch.zeros(2, 2, 5, 3), {}, "a Tensor has no keys and values to remember; give out.kv, or model.encode(ids)"),
         (kv(2, 4, 5, 3), {}, "keys (2, 4, 5, 3) must be (B, 2, T, 3), as this bank was made for"),
         (kv(3, 2, 5, 3), {}, "keys have 3 rows, the bank has 2; pass rows= to say which"),
-        (kv(1, 2, 5, 3), {"rows": torch.tensor([2])}, "rows (2) must lie in 0..1, the rows of this bank"),
+        (kv(1, 2, 5, 3), {"rows": torch.tensor([2])}, "row (2) must lie in 0..1, the rows of this bank"),
         (SEGMENT, {"rows": torch.tensor([1])}, "rows (1 entries) must have one per row of the keys (2)"),
         (SEGMENT, {"documents": ["a"]}, "documents (1 entries) must have one per row written (2)"),
         (spoiled(0, float("nan")), {}, "keys of row 1 reach nan, a bank of torch.float16 holds 6.55e+04 at most"),
@@ -55,13 +55,10 @@ def test_a_segment_that_does_not_fit_is_refused_and_nothing_is_written(given, se
 def test_padding_may_hold_anything_and_what_a_dtype_holds_is_taken():
     mask = torch.ones(2, 5, dtype=torch.bool)
     mask[1, 0] = False
-    bad = spoiled(0, float("nan"), token=0)
-    memory = bank(dtype=torch.float16)
+    memory, bad = bank(dtype=torch.float16), spoiled(0, float("nan"), token=0)
     memory.add(AttentionKV(bad.keys, bad.values, mask))
     memory.add(spoiled(1, 65504.0))
-    memory.end_document()
     assert torch.isfinite(memory.search(torch.ones(2, 2, 1, 3), 3).keys).all()
-    bank(dtype=torch.bfloat16).add(spoiled(1, 1e30))
     with pytest.raises(MemoryBankError, match=r"reach 3e\+38, a bank of torch.float32 holds 8.51e\+37"):
         bank().add(spoiled(0, 3e38))  # four of them are added up for their mean
 
@@ -73,7 +70,11 @@ def test_padding_may_hold_anything_and_what_a_dtype_holds_is_taken():
         (lambda: MemoryBank(0, 0, 2, 3), "rows (0) must be at least 1; capacity_tokens (0) must be at least 1"),
         (lambda: bank(1, index="two_stage"), "index ('two_stage') must be one of exact, faiss"),
         (lambda: bank().search(torch.zeros(2, 3, 4, 3), 1), "queries of 3 heads and head_dim 3 do not fit this bank"),
+        (lambda: bank().search(torch.zeros(2, 2, 4, 3), 1, layer=1), "layer (1) must lie in 0..0, the layers of this"),
         (lambda: bank().provenance(1, 0), "chunk (0) is not in row 1; it is empty"),
+        (lambda: bank().provenance(-1, 0), "row (-1) must lie in 0..1, the rows of this bank"),
+        (lambda: SessionMemory(bank(1), bank(2)).provenance(2, 0), "row (2) must lie in 0..1, the rows of this bank"),
+        (lambda: JoinedMemory([bank(1), None]).provenance(2, 0), "row (2) must lie in 0..1, the rows of this bank"),
         (
             lambda: bank().load_state_dict({"settings": {"memory_layer": 3, "eviction": "released"}}),
             "saved bank is of a kind of version 0.1 that is no more",
@@ -90,7 +91,3 @@ def test_what_memories_cannot_do_is_said_in_one_line(act, message):
     with pytest.raises(LongMemError) as caught:
         act()
     assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_saved_bank_is_loaded_by_one_without_a_name() -> None:
-    bank().load_state_dict(bank(fingerprint="old").state_dict())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.family_table import V
+from tests.family_table import ids
 from tests.generation.models import longmem
 from tests.memory.test_bank import kv, queries
 
@@ -22,20 +22,12 @@ def bank(rows: int, tokens: int, seed: int = 0, **settings: object) -> MemoryBan
     return made
 
 
-def same(left: RetrievedMemory, right: RetrievedMemory) -> bool:
-    """Equal masks, keys, values and order of age; scores but for rounding. Chunk ids and storage may differ."""
-    torch.testing.assert_close(left.scores, right.scores)
-    assert torch.equal(*(each.period[..., None] > each.period[..., None, :] for each in (left, right)))
-    assert torch.equal(left.mask, right.mask)
-    assert torch.equal(left.keys[left.mask], right.keys[right.mask])
-    return torch.equal(left.values[left.mask], right.values[right.mask])
-
-
-def of_row(found: RetrievedMemory, row: int) -> RetrievedMemory:
-    cut = {name: getattr(found, name)[row : row + 1] for name in ("chunk_ids", "chunk_mask", "scores", "rows")}
-    return RetrievedMemory(
-        **cut, storage=found.storage, lengths=found.lengths, version=0, live_version=lambda: 0, sources=found.sources
-    )
+def seen(found: RetrievedMemory, *rows: int) -> list[torch.Tensor]:
+    """Scores, mask, order of age, keys and values of some rows, or of all: not where they are stored."""
+    each = list(rows or range(len(found.rows)))
+    period, mask = found.period[each], found.mask[each]
+    tokens = (part[each].float() * mask[..., None] for part in (found.keys, found.values))
+    return [found.scores[each], mask, period[..., None] > period[..., None, :], *tokens]
 
 
 @settings(max_examples=40, deadline=None)
@@ -48,7 +40,8 @@ def test_a_session_over_a_bank_finds_what_one_bank_of_both_would(below: int, own
             memory.add(kv(2, own, 2), documents=["new"] * 2)
             memory.end_document()
     for rows in (None, torch.tensor([1, 0])):
-        assert same(session.search(queries(2, length), num, rows), together.search(queries(2, length), num, rows))
+        found = (memory.search(queries(2, length), num, rows) for memory in (session, together))
+        torch.testing.assert_close(*map(seen, found))
 
 
 def test_chunks_of_a_session_are_told_apart_from_those_below_and_its_writes_are_noticed() -> None:
@@ -70,50 +63,43 @@ def test_every_row_of_a_list_reads_its_own_bank() -> None:
     together = JoinedMemory([left, right, None, left])
     asked = queries(4)
     found = together.search(asked, 4)
-    for row, one in enumerate((left, right, None, left)):
+    for row, one in enumerate(together.banks):
         if one is None:
             assert not found.chunk_mask[row].any()
             continue
         alone = one.search(asked[row : row + 1], 4)
-        assert same(alone, of_row(found, row))
+        torch.testing.assert_close(seen(alone), seen(found, row))
         chunk = int(found.chunks[row, 0, 0, 0])
         assert together.provenance(row, chunk) == one.provenance(0, int(alone.chunks[0, 0, 0, 0]))
     assert found.memory_rows is not None and found.memory_rows.tolist() == [0, 1, 2, 3]
     beams = together.search(asked[[1, 1, 0]], 4, torch.tensor([1, 1, 0]))
-    assert same(of_row(beams, 0), of_row(found, 1)) and same(of_row(beams, 2), of_row(found, 0))
-
-
-def segments_of(seed: int, segments: int = 5) -> torch.Tensor:
-    return torch.randint(3, V, (segments, 8), generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(seen(beams), seen(found, 1, 1, 0))
 
 
 @pytest.mark.parametrize("layers", [(2,), (0, 2)])
 def test_an_encoded_text_holds_what_a_bank_of_its_segments_would_also_while_some_are_others(layers, monkeypatch):
     monkeypatch.setattr("longmem.types.PERIOD_TOKENS", 8)
     model = longmem(chunk_size=4, memory_layers=layers)
-    ids, hidden = segments_of(0), segments_of(1, 1)[0]
-    encoded, again = EncodedText(model, ids), EncodedText(model, ids)
-    asked = torch.randn(2, 4, 3, 8, generator=torch.Generator().manual_seed(2))
+    *segments, hidden = ids(6, 8)
+    encoded, again = (EncodedText(model, torch.stack(segments)) for _ in range(2))
+    asked, row = torch.randn(2, 4, 3, 8, generator=torch.Generator().manual_seed(2)), torch.zeros(2, dtype=torch.long)
     before = encoded.bank.storage.clone()
     with encoded.holding(1, 3, {2: hidden.tolist()}) as changed:
-        for memory, segments, capacity in (
-            (changed, [ids[1], hidden, ids[3]], 64),
-            (again.run(1, 3), [ids[1], ids[2], ids[3]], 64),
-            (again.run(0, 5, most_tokens=12), [ids[3], ids[4]], 12),  # only its end is remembered
+        for memory, text, capacity in (
+            (changed, [segments[1], hidden, segments[3]], 64),
+            (again.run(1, 3), segments[1:4], 64),
+            (again.run(0, 5, most_tokens=8), segments[4:], 8),  # only its end is remembered
         ):
             expected = MemoryBank.for_model(model, capacity_tokens=capacity)
-            for segment in segments:
+            for segment in text:
                 expected.add(model.encode(segment[None]))
-            for layer in range(len(model.memory_layers)):
-                found = memory.search(asked, 2, torch.zeros(2, dtype=torch.long), layer=layer)
-                wanted = expected.search(asked, 2, torch.zeros(2, dtype=torch.long), layer=layer)
-                assert torch.equal(found.scores, wanted.scores)
-                assert torch.equal(found.keys, wanted.keys) and torch.equal(found.values, wanted.values)
-                if capacity == 64:
-                    assert torch.equal(found.period, wanted.period) and len(found.period.unique()) > 1
+            for layer in range(len(layers)):
+                found, wanted = (each.search(asked, 2, row, layer=layer) for each in (memory, expected))
+                torch.testing.assert_close(seen(found), seen(wanted), rtol=0, atol=0)
+                assert torch.equal(found.period, wanted.period)
     assert torch.equal(encoded.bank.storage, before)
     assert again.run(1, 3).provenance(0, 5).start_token == 20
     with pytest.raises(MemoryBankError, match="is not in row 0; it holds 0 to 5"):
         again.run(1, 3).provenance(0, 6)
     with pytest.raises(ConfigError, match=r"window \(6\) must be a multiple of chunk_size \(4\)"):
-        EncodedText(model, ids[:, :6])
+        EncodedText(model, ids(5, 6))

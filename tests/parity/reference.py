@@ -112,29 +112,21 @@ class Seen:
     side_final: Tensor
 
 
-def merge_heads(value: Tensor) -> Tensor:
-    """(B, H, T, D) -> (B, T, C), as the reference stores projections."""
-    return value.transpose(1, 2).flatten(2)
-
-
 def watch(model: LongMem, bank: ReleasedBank, input_ids: Tensor) -> Seen:
     """One forward pass that reads the bank, with everything on its way written down."""
-    final: list[Tensor] = []
     states: list[Tensor] = []
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states.append((args[0] if args else kwargs["hidden_states"]).detach())
 
-    def after(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        final.append(output.detach())
-
+    norm = model.sidenet.final_norm
     with contextlib.ExitStack() as stack:
-        for layer in (*model.sidenet.layers, model.sidenet.final_norm):
+        for layer in (*model.sidenet.layers, norm):
             stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
-        stack.callback(model.sidenet.final_norm.register_forward_hook(after).remove)
+        stack.callback(norm.register_forward_hook(lambda module, args, output: states.append(output.detach())).remove)
         out = model(input_ids, memory=bank)
     (read,) = out.reads
-    return Seen(out.logits, out.kv, read.retrieved, read.queries.detach(), states, final[0])
+    return Seen(out.logits, out.kv, read.retrieved, read.queries.detach(), states[:-1], states[-1])
 
 
 def backbone_states(model: LongMem, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,15 +134,6 @@ def backbone_states(model: LongMem, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         out = model.backbone.model(input_ids, output_hidden_states=True)
     return torch.stack(out.hidden_states), out.logits
-
-
-def chunk_numbers(bank: ReleasedBank, retrieved: RetrievedMemory) -> Tensor:
-    """(B, H, T, R) absolute chunk numbers; -1 where nothing was found (the null chunk behind the store)."""
-    slots = retrieved.storage.shape[1]
-    numbers = torch.full((slots,), -1)
-    for slot in range(int(bank.chunks[0])):
-        numbers[slot] = bank.provenance(0, slot).number
-    return numbers[retrieved.chunk_ids.cpu()]
 
 
 def trained(model: LongMem, official: str) -> torch.nn.Parameter:

@@ -3,18 +3,7 @@
 from typing import Any
 
 import torch
-from tests.parity.reference import (
-    ATOL,
-    DEVICE,
-    HALF_STORE_ATOL,
-    Case,
-    Seen,
-    backbone_states,
-    chunk_numbers,
-    close,
-    merge_heads,
-    watch,
-)
+from tests.parity.reference import ATOL, HALF_STORE_ATOL, Case, Seen, backbone_states, close, watch
 from tests.parity.released import ReleasedBank
 from torch import Tensor
 
@@ -65,6 +54,11 @@ def check(case: Case, tensors: dict[str, Tensor], record: dict[str, Any], seen: 
         check_chunks(tensors, record, seen, bank)
 
 
+def merge_heads(value: Tensor) -> Tensor:
+    """(B, H, T, D) -> (B, T, C), as the reference stores projections."""
+    return value.transpose(1, 2).flatten(2)
+
+
 def check_chunks(tensors: dict[str, Tensor], record: dict[str, Any], seen: Seen, bank: ReleasedBank) -> None:
     """The same chunks, scores, keys and values; a missing chunk is -1 in the reference.
 
@@ -75,7 +69,8 @@ def check_chunks(tensors: dict[str, Tensor], record: dict[str, Any], seen: Seen,
     theirs, their_order = torch.where(theirs < 0, -1, theirs + record.get("evicted_before", 0)).sort(
         dim=-1, stable=True
     )
-    ours, our_order = chunk_numbers(bank, seen.retrieved).sort(dim=-1, stable=True)
+    ours = seen.retrieved.chunks.cpu()
+    ours, our_order = torch.where(ours < 0, -1, ours + bank.evicted).sort(dim=-1, stable=True)
     assert torch.equal(ours, theirs), f"{prefix}chunk_ids"
     compare(tensors, record, "chunk_scores", seen.retrieved.scores.transpose(1, 2))
     for name, found in (("retrieved_k", seen.retrieved.keys), ("retrieved_v", seen.retrieved.values)):
@@ -92,8 +87,8 @@ def by_chunk(tokens: Tensor, order: Tensor) -> Tensor:
 
 def check_store(case: Case, tensors: dict[str, Tensor], bank: ReleasedBank) -> None:
     """What is left in memory, oldest first, against the store's used slots."""
-    keys, values = contents(bank)
-    for name, ours in (("memory_keys", keys), ("memory_vals", values)):
+    stored = bank.storage[0, : bank.fill].transpose(0, 1)  # (H, chunks, 2, S, D)
+    for name, ours in (("memory_keys", stored[:, :, 0]), ("memory_vals", stored[:, :, 1])):
         if name in tensors:
             theirs = tensors[name][:, : ours.shape[1]].float()
             assert not tensors[name][:, ours.shape[1] :].any()
@@ -105,12 +100,3 @@ def compare(tensors: dict[str, Tensor], record: dict[str, Any], name: str, ours:
     full = f"{record['prefix']}{name}"
     if full in tensors:
         close(ours, tensors[full], full, atol)
-
-
-def contents(bank: ReleasedBank) -> tuple[Tensor, Tensor]:
-    """Stored keys and values, (H, chunks, S, D), oldest chunk first."""
-    heads, dim = bank.heads_kv, bank.head_dim
-    storage = bank.search(torch.zeros(1, heads, 1, dim, device=DEVICE), 1, rows=torch.tensor([0])).storage
-    slots = sorted(range(bank.fill), key=lambda slot: bank.provenance(0, slot).number)
-    stored = storage[0, slots].transpose(0, 1)  # (H, chunks, 2, S, D)
-    return stored[:, :, 0], stored[:, :, 1]

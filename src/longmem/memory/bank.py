@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError, MemoryBankError, not_a_multiple
-from longmem.memory.index import Index, joined, make_indexes, mean_keys, refuse_overflow, rows_of, search_chunks
+from longmem.memory.index import Index, joined, make_indexes, mean_keys, refuse_overflow, rows_of, search_chunks, within
 from longmem.types import AttentionKV, ChunkOrigin, RetrievedMemory, period
 
 
@@ -180,7 +180,7 @@ class MemoryBank:
 
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:
         """Where a chunk of a row came from; ``chunk`` is numbered as in ``RetrievedMemory.chunks``, by age."""
-        end = self._written[row]
+        end = self._written[within("row", row, self.rows)]
         first = end - self._live(row)
         if not first <= chunk < end:
             there = f"it holds {first} to {end - 1}" if end else "it is empty"

@@ -296,7 +296,7 @@ def search_chunks(
         live_version: see ``RetrievedMemory``.
 
     Raises:
-        MemoryBankError: the queries do not fit the keys.
+        MemoryBankError: the queries do not fit the keys, or there is no such layer.
     """
     keys, device, layers = chunks.keys, chunks.keys.device, len(indexes)
     heads_kv, dim = keys.shape[1] // layers, keys.shape[3]
@@ -306,7 +306,7 @@ def search_chunks(
             f"queries of {heads} heads and head_dim {width} do not fit this bank, which has {heads_kv} key/value heads "
             f"and head_dim {dim}; make it for this model"
         )
-    first = layer * heads_kv
+    first = within("layer", layer, layers) * heads_kv
     version = live_version()
     grouped = queries.detach().reshape(batch, heads_kv, -1, dim)
     with torch.autocast(queries.device.type, enabled=False):
@@ -341,10 +341,14 @@ def rows_of(rows: Tensor | Sequence[int] | None, batch: int | None, count: int, 
     chosen = [int(row) for row in (rows.tolist() if isinstance(rows, Tensor) else rows)]
     if batch is not None and len(chosen) != batch:
         raise MemoryBankError(f"rows ({len(chosen)} entries) must have one per row of the {what} ({batch})")
-    outside = [row for row in chosen if not 0 <= row < count]
-    if outside:
-        raise MemoryBankError(f"rows ({outside[0]}) must lie in 0..{count - 1}, the rows of this bank")
-    return chosen
+    return [within("row", row, count) for row in chosen]
+
+
+def within(name: str, number: int, count: int) -> int:
+    """The same number of a ``row`` or ``layer``, or a MemoryBankError where a memory has not so many."""
+    if not 0 <= number < count:
+        raise MemoryBankError(f"{name} ({number}) must lie in 0..{count - 1}, the {name}s of this bank")
+    return number
 
 
 def joined(kv: AttentionKV, heads: int, head_dim: int) -> Tensor:

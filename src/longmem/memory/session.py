@@ -22,7 +22,7 @@ from torch import Tensor
 
 from longmem.errors import ConfigError, MemoryBankError, StoreError, not_a_multiple
 from longmem.memory.bank import MemoryBank
-from longmem.memory.index import rows_of
+from longmem.memory.index import rows_of, within
 from longmem.types import AttentionKV, ChunkOrigin, Memory, RetrievedMemory, check_memory
 
 OVERLAY = 1 << 39
@@ -103,7 +103,7 @@ class SessionMemory:
             return self.bank.provenance(row, chunk)
         if chunk >= OVERLAY:
             return self.bank.provenance(row, chunk - OVERLAY)
-        return self.base.provenance(int(self.base_rows[row]), chunk)
+        return self.base.provenance(int(self.base_rows[within("row", row, self.rows)]), chunk)
 
     def add(
         self,
@@ -240,7 +240,7 @@ class JoinedMemory:
 
     def provenance(self, row: int, chunk: int) -> ChunkOrigin:
         """Where a chunk of ``banks[row]`` came from."""
-        bank = self.banks[row]
+        bank = self.banks[within("row", row, self.rows)]
         assert bank is not None, "nothing is found in such a row"
         return bank.provenance(0, chunk)
 
