@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.ablation import ablate, main, varied
-from tests.evaluation.pairs import HOW, TEXT, TOKENIZER, backbone, documents, systems
+from tests.evaluation.pairs import HOW, TEXT, TOKENIZER, backbone, documents
 from tests.evaluation.pairs import SETTINGS as BOTH
 from tests.family_table import disturbed
 
 from longmem import CheckpointError, LongMem
 from longmem.data.tokens import TokenizedDocument
 from longmem.evaluation.perplexity import perplexity
+from longmem.evaluation.systems import systems_of
 
 SETTINGS = replace(BOTH, protocols=("sliding",))
 SHAPE: dict[str, Any] = {"chunk_size": 4, "num_retrieved": 8, "memory_size": 64}
@@ -33,7 +34,7 @@ def score(result: dict[str, Any], axis: str, value: str) -> float:
 
 def alone(model: LongMem, some: list[TokenizedDocument], size: int = 64) -> float:
     """Perplexity of the model with its own settings."""
-    found = perplexity(systems(model, size), some, SETTINGS)
+    found = perplexity(systems_of(model, [size], **HOW), some, SETTINGS)
     scores = found["protocols"]["sliding"]["all"]["systems"]
     return float(next(score["perplexity"] for score in scores if score["system"] == f"memory_{size}"))
 

@@ -1,4 +1,4 @@
-"""Tiny random models over one backbone, and documents, for the tests of perplexity and of its command."""
+"""Tiny random models over one backbone, documents, and what models say by hand, for tests of what is measured."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,13 +6,11 @@ from typing import Any
 import torch
 from tests.family_table import disturbed, tiny_gpt
 
-from longmem import AlibiGPTForCausalLM, LongMem, MemoryBank, MemTRM, TrainingFree
+from longmem import AlibiGPTForCausalLM, LongMem, MemoryBank
 from longmem.data.text import Document
 from longmem.data.tokens import TokenizedDocument, tokenize_documents, train_tokenizer
-from longmem.evaluation.asking import Asker
 from longmem.evaluation.perplexity import PerplexitySettings
 from longmem.evaluation.results import Bootstrap
-from longmem.evaluation.systems import systems_of
 
 TEXT = "Words of a small text, and more words of it; then the same words again. "
 TOKENIZER = train_tokenizer([TEXT], 290)
@@ -28,24 +26,6 @@ def backbone(seed: int = 0) -> AlibiGPTForCausalLM:
 def longmem(seed: int = 1, **config: Any) -> LongMem:
     made: LongMem = disturbed(LongMem.from_backbone(backbone(), **SHAPE | config), 0.05, seed).eval()
     return made
-
-
-def memtrm(seed: int = 2, *, start: int = 0) -> MemTRM:
-    made: MemTRM = disturbed(MemTRM.from_backbone(backbone(start), **SHAPE), 0.05, seed).eval()
-    return made
-
-
-def systems(model: Any, *sizes: int, control: LongMem | None = None, **how: Any) -> list[Asker]:
-    return systems_of(model, sizes, control=control, **HOW | how)
-
-
-def everything(*sizes: int) -> tuple[list[Asker], dict[str, Any]]:
-    """All kinds of systems over one backbone, and their models by kind of memory."""
-    side, trained = longmem(), memtrm()
-    free = TrainingFree.from_backbone(side.backbone.model, gate=0.3, **SHAPE)
-    all_of_them = systems(side, *sizes, control=longmem(5)) + systems(trained, *sizes) + systems(free, *sizes)
-    models = {"memory": side, "memtrm": trained, "training_free_0.3": free}
-    return all_of_them, models
 
 
 def documents(*repeats: int) -> list[TokenizedDocument]:
@@ -70,7 +50,3 @@ def by_hand(model: Any, bank: MemoryBank | None, local: Sequence[int], option: S
     reads = {} if bank is None else {"memory": bank}
     logits = model(torch.tensor([[*local, *option[:-1]]]), **reads).logits[0, -len(option) :].log_softmax(-1)
     return float(logits.gather(1, torch.tensor(option)[:, None]).sum())
-
-
-def nll_of(found: Any, system: str, protocol: str) -> list[float]:
-    return [document["nll"][protocol][system] for document in found["documents"]]

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from tests.calling import Command
 from tests.evaluation.pairs import by_hand, remembered
-from tests.family_table import disturbed
 from transformers import PreTrainedTokenizerFast
 
 from longmem import LongMem
@@ -29,6 +28,11 @@ TASKS: dict[str, dict[str, Any]] = {
         "metric_list": [{"metric": "byte_perplexity"}], "metadata": {"version": 2},
     },
 }  # fmt: skip
+Make = Callable[[int | None, int], Any]
+
+
+def requests(kind: str, *arguments: Any) -> list[Any]:
+    return [Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in arguments]
 
 
 def long_text(model: LongMem, tokens: list[int], scored: int) -> float:
@@ -38,58 +42,25 @@ def long_text(model: LongMem, tokens: list[int], scored: int) -> float:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, made_text: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two tasks over four documents, the longest many windows long."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    records = [{"text": made_text(words, seed=words).strip(), "label": words % 3} for words in (5, 12, 40, 90)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
-    (tmp_path / "tasks").mkdir()
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}}}
-    for name, task in TASKS.items():  # JSON is YAML
-        (tmp_path / "tasks" / f"{name}.yaml").write_text(
-            json.dumps({"task": name, "test_split": "test", **data, **task})
-        )
-    return tmp_path / "tasks"
-
-
-@pytest.fixture
-def sidenet_dir(tmp_path: Path, backbone_dir: Path) -> Path:
-    """A SideNet that has moved away from its backbone, with its gates half open."""
-    model = LongMem.from_backbone(backbone_dir, memory_layer=1, num_retrieved=8, memory_size=64)
-    disturbed(model, 0.05).save_pretrained(tmp_path / "sidenet")
-    return tmp_path / "sidenet"
-
-
-def requests(kind: str, *arguments: Any) -> list[Any]:
-    return [Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in arguments]
-
-
-@pytest.fixture
 def texts(made_text: Callable[..., str]) -> list[str]:
     return [made_text(words, seed=words).strip() for words in (4, 20, 60, 33)]
 
 
 @pytest.fixture
-def memory_lm(sidenet_dir: Path, byte_tokenizer: PreTrainedTokenizerFast) -> Callable[[int | None, int], Any]:
+def memory_lm(home: Path, byte_tokenizer: PreTrainedTokenizerFast) -> Make:
     """``memory_lm(memory, batch)``: the harness's model over the same LongMem, with a window of 32 tokens."""
     from longmem.evaluation.harness import MemoryLM
 
-    model = LongMem.from_pretrained(sidenet_dir)
-    return lambda memory, batch: MemoryLM(
-        Asker("it", "it", {}, model, memory, tokenizer=byte_tokenizer, window=32, rows=batch)
-    )
-
-
-Make = Callable[[int | None, int], Any]
+    model, how = LongMem.from_pretrained("side/final"), {"tokenizer": byte_tokenizer, "window": 32}
+    return lambda memory, batch: MemoryLM(Asker("it", "it", {}, model, memory, rows=batch, **how))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_without_memory_every_number_is_the_stock_classs(batch: int, memory_lm: Make, texts: list[str]) -> None:
     mine = memory_lm(None, batch)
     stock = HFLM(mine.asker.model, tokenizer=mine.asker.tokenizer, max_length=32, batch_size=batch)
-    asked = requests(
-        "loglikelihood", *((text, said) for text in texts for said in (" the key", " old stones")), ("", "a")
-    )
+    pairs = ((text, said) for text in texts for said in (" the key", " old stones"))
+    asked = requests("loglikelihood", *pairs, ("", "a"))
     for one, other in zip(mine.loglikelihood(asked), stock.loglikelihood(asked), strict=True):
         assert one == (pytest.approx(other[0], abs=1e-4), other[1])
     asked = requests("loglikelihood_rolling", *((text,) for text in texts))
@@ -109,12 +80,6 @@ def test_what_does_not_fit_is_read_into_a_memory_of_the_request_alone(
     for (text, answer), logprob in zip(pairs, found, strict=True):
         tokens = lm.asker.tokenizer(text + answer)["input_ids"]
         assert logprob == pytest.approx(long_text(lm.asker.model, tokens, len(answer)), abs=1e-4)
-    without = memory_lm(None, batch).loglikelihood(requests("loglikelihood", *pairs))
-    long = [len(text + answer) > 33 for text, answer in pairs]
-    assert [abs(a - b) > 1e-4 for a, (b, _) in zip(found, without, strict=True)] == long
-    # a second time, in another order: nothing is left of the first
-    again = lm.loglikelihood(requests("loglikelihood", *pairs[::-1]))[::-1]
-    assert [a for a, _ in again] == pytest.approx(found, abs=1e-4)
     # each window of a rolling text has all before it in memory: three of 32 bytes, the first after the prefix token
     whole = [text[:96] for text in texts[1:]]
     found = lm.loglikelihood_rolling(requests("loglikelihood_rolling", *((text,) for text in whole)))
@@ -133,28 +98,33 @@ def test_generation_reads_what_was_cut_off(memory_lm: Make, texts: list[str]) ->
 
 
 def test_the_command_runs_tasks_of_a_folder_on_every_system(
-    sidenet_dir: Path, folder: Path, tmp_path: Path, command: Command
+    home: Path, made_text: Callable[..., str], tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = ("--model", sidenet_dir, "--tasks", ",".join(TASKS), "--include", folder, "--window", 32, "--batch", 2)
-    result = command("eval", "harness", *chosen, "--json", "--out", tmp_path / "out").json
+    """Two tasks over four documents, the longest many windows long; without the documents one line says so."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    records = [{"text": made_text(words, seed=words).strip(), "label": words % 3} for words in (5, 12, 40, 90)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}}}
+    (tmp_path / "tasks").mkdir()
+    for name, task in TASKS.items():  # JSON is YAML
+        about = {"task": name, "test_split": "test", **data, **task}
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(json.dumps(about))
+    chosen = ("--model", "side", "--include", tmp_path / "tasks", "--memory-sizes", 64, "--window", 32, "--batch", 2)
+    both = ",".join(TASKS)
+    result = command("eval", "harness", *chosen, "--tasks", both, "--json", "--out", tmp_path / "out").json
     assert result == json.loads((tmp_path / "out" / "harness.json").read_text())
     assert list(result["systems"]) == ["backbone", "memory_off", "memory_64"]
-    assert {task: list(metrics) for task, metrics in result["tasks"].items()} == {
-        "names_choice": ["acc"],
-        "names_rolling": ["byte_perplexity"],
-    }
+    found = {task: list(metrics) for task, metrics in result["tasks"].items()}
+    assert found == {"names_choice": ["acc"], "names_rolling": ["byte_perplexity"]}
     rolling = {name: score["value"] for name, score in result["tasks"]["names_rolling"]["byte_perplexity"].items()}
     assert len(set(rolling.values())) == 3 and all(math.isfinite(value) for value in rolling.values())
     assert result["versions"]["names_rolling"] == 2
     assert result["header"]["samples"] == dict.fromkeys(TASKS, 4)
-    shown = command("eval", "harness", *chosen, "--limit", 1).out
+    shown = command("eval", "harness", *chosen, "--tasks", both, "--limit", 1).out
     assert "names_rolling" in shown and "SideNet, memory off" in shown
-
-
-def test_what_cannot_be_run_is_one_line(sidenet_dir: Path, folder: Path, tmp_path: Path, command: Command) -> None:
     (tmp_path / "data.jsonl").unlink()
     for tasks, said in (
         ("names_choice,nothing_like_it", "tasks (nothing_like_it) is not known to lm-evaluation-harness nor in"),
         ("names_choice", "the data of names_choice cannot be read"),
     ):
-        assert said in command("eval", "harness", "--model", sidenet_dir, "--tasks", tasks, "--include", folder).error
+        assert said in command("eval", "harness", *chosen, "--tasks", tasks).error

@@ -10,21 +10,17 @@ import pytest
 import torch
 from tests.calling import Command
 from tests.family_table import FAMILIES, V, make_backbone
-from transformers import PreTrainedTokenizerFast
 
 from longmem import AlibiGPTForCausalLM, TrainingFree
-from longmem.errors import ConfigError, DataError
 from longmem.evaluation.layers import (
     best_layers,
     conclusion,
     copy_loss,
-    explain_layers,
     findability,
     layers_report,
     measure_layers,
     random_tokens,
     rank_keys,
-    text_rows,
 )
 from longmem.modeling.backbone import position_free_qkv
 
@@ -50,7 +46,7 @@ def test_every_family_is_measured_at_every_layer_that_can_be_remembered(name: st
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-def test_the_best_set_grows_by_the_layer_that_adds_most() -> None:
+def test_the_best_set_grows_by_the_layer_that_adds_most_and_is_measured_once(tmp_path: Path) -> None:
     model, short = make_backbone("llama"), torch.tensor([3, 4])  # with nothing to remember before what is predicted
     found = measure_layers(model, [*texts(), short], **SMALL)
     ids = torch.stack([text[-31:] for text in texts()])  # half of a text is predicted, of that the second half counts
@@ -64,21 +60,16 @@ def test_the_best_set_grows_by_the_layer_that_adds_most() -> None:
     copied = measure_layers(model, texts(), stride=2, **SMALL)
     assert [each["layers"] for each in copied["single"]] == [(1,), (3,)]
     assert copied["single"][0]["nats"] == pytest.approx(found["single"][1]["nats"], abs=1e-6), "alone as among others"
-
-
-def test_from_backbone_takes_the_best_layers_and_measures_them_once(tmp_path: Path) -> None:
-    model, kept = make_backbone("llama"), tmp_path / "layers.json"
-    best = measure_layers(model, texts(), **SMALL)["best"]
-    for _ in range(2):
-        made = TrainingFree.from_backbone(
-            model, memory_layers=lambda loaded: best_layers(loaded, texts(), None, kept=kept, **SMALL)
-        )
-        assert made.memory_layers == (best or (2,))
+    kept = tmp_path / "layers.json"
+    made = TrainingFree.from_backbone(
+        model, memory_layers=lambda loaded: best_layers(loaded, texts(), None, kept=kept, **SMALL)
+    )
+    assert made.memory_layers == (found["best"] or (2,))
     kept.write_text('{"best": [0, 1]}')
     assert best_layers(model, [], None, kept=kept) == (0, 1)
 
 
-def test_ranks_equal_counting_by_hand(tiny_backbone: AlibiGPTForCausalLM) -> None:
+def test_ranks_and_losses_equal_counting_by_hand(tiny_backbone: AlibiGPTForCausalLM) -> None:
     tokens = random_tokens(260, 1, 24, seed=1)
     found = rank_keys(tiny_backbone, tokens, segment=24, chunk_size=4, num_chunks=2)
     first = position_free_qkv(tiny_backbone, tokens)
@@ -98,16 +89,11 @@ def test_ranks_equal_counting_by_hand(tiny_backbone: AlibiGPTForCausalLM) -> Non
     # a quarter of the heads is enough
     blind, best = torch.full((8,), 128.0), torch.tensor([1.0] * 2 + [200.0] * 6)
     assert (findability(blind, 256), findability(best, 256)) == pytest.approx((0.0, 1.0), abs=1e-6)
-
-
-def test_copy_loss_is_the_loss_of_each_pass(tiny_backbone: AlibiGPTForCausalLM) -> None:
-    tokens = random_tokens(260, 2, 16)
-    first, second = copy_loss(tiny_backbone, tokens)
-    twice = torch.cat([tokens, tokens], dim=1)
-    logits = tiny_backbone.eval()(twice).logits[:, :-1]
-    losses = -logits.log_softmax(-1).gather(2, twice[:, 1:, None])[..., 0]
-    assert first == pytest.approx(losses[:, :15].mean().item(), abs=1e-5)
-    assert second == pytest.approx(losses[:, 16:].mean().item(), abs=1e-5)
+    # what is read twice, by its passes
+    twice = torch.cat([tokens[:, :16], tokens[:, :16]], dim=1)
+    losses = -tiny_backbone(twice).logits[:, :-1].log_softmax(-1).gather(2, twice[:, 1:, None])[0, :, 0]
+    expected = (losses[:15].mean().item(), losses[16:].mean().item())
+    assert copy_loss(tiny_backbone, tokens[:, :16]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_command_prints_tables_and_writes_json_and_heat_map(
@@ -126,18 +112,21 @@ def test_the_command_prints_tables_and_writes_json_and_heat_map(
     ]
     assert all(ranks["chance"] == 16 / (ranks["distance"] // 4) for ranks in written["ranks"])
     assert written["copying"] == [], "twice 96 tokens exceed the positions"
-
-
-def test_what_cannot_be_measured_is_told_in_one_line(
-    tiny_backbone: AlibiGPTForCausalLM, byte_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    with pytest.raises(DataError, match=r"--data has 5 tokens, 128 are needed; give more text, or smaller --distances"):
-        text_rows(["short"], byte_tokenizer, 2, 128)
-    with pytest.raises(ConfigError, match=r"stride \(9\) copies no layer that can be remembered \(0, 1, 2, 3\); try 1"):
-        measure_layers(tiny_backbone, [random_tokens(260, 1, 64)[0]], stride=9)
-    with pytest.raises(ConfigError, match=r"distances \(64\) must all exceed num_retrieved \(64\)"):
-        explain_layers(tiny_backbone, random_tokens(260, 1, 64), distances=(64,))
-    with pytest.raises(ConfigError, match=r"num_retrieved \(6\) must be a multiple of chunk_size \(4\); try 4 or 8"):
-        explain_layers(tiny_backbone, random_tokens(260, 1, 64), distances=(64,), num_retrieved=6)
     assert conclusion({"recommended": None, "default": 3}).startswith("no layer is worth reading")
     assert conclusion({"recommended": [1, 3], "default": 3}) == "remember 1, 3 (the paper's rule gives 3)"
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("--data short", "--data has 1 tokens, 1,024 are needed; give more text, or smaller --distances"),
+        ("--distances 96 --stride 9", "stride (9) copies no layer that can be remembered (0, 1, 2, 3); try 1"),
+        (
+            "--distances 64,96",
+            "distances (64, 96) must all exceed num_retrieved (64): a query may not retrieve everything",
+        ),
+        ("--distances 96 --num-retrieved 6", "num_retrieved (6) must be a multiple of chunk_size (4); try 4 or 8"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_in_one_line(options: str, line: str, home: Path, command: Command) -> None:
+    assert line in command("layers", "backbone", *options.split()).error

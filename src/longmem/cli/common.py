@@ -222,7 +222,7 @@ _OPTIONS: dict[str, Any] = {
     "device": click.option("--device", default="auto", help="cpu, cuda, ...; auto takes a GPU if there is one."),
     "tokenizer": click.option("--tokenizer", help="Folder or hub id; default: that of the model's backbone."),
     "set": click.option(
-        "--set", "changed", multiple=True, callback=lambda ctx, param, pairs: dict(pairs),
+        "--set", "reading", multiple=True, callback=lambda ctx, param, pairs: dict(pairs),
         type=Parsed("NAME=VALUE", _setting, "not a setting that may change and a number for it; try recency=0"),
         help="How memory is read, in place of the model's own recency, num_retrieved, memory_temperature; repeatable.",
     ),
@@ -289,7 +289,7 @@ def load_model(
     backbone: str | None = None,
     revision: str | None = None,
     dtype: str = "auto",
-    changed: Mapping[str, Any] | None = None,
+    reading: Mapping[str, Any] | None = None,
     talking: bool = False,
 ) -> tuple[Any, str]:
     """The model that the options name, for a store of this layout, and where its tokenizer is.
@@ -299,7 +299,7 @@ def load_model(
 
     Args:
         layout: None is a new store.
-        changed: settings in place of the model's own.
+        reading: settings in place of the model's own.
         talking: without a name, a new store or one of its backbone gets the default model, which may be fetched; and
             heads that nothing was trained for take nothing from memory.
 
@@ -317,7 +317,7 @@ def load_model(
     if name is None and layout is None:
         raise StoreError("a new store needs the model whose memory it is to hold; name it with --model")
     place, folder = checked_device(device), name or (layout.backbone if layout else "")
-    how: dict[str, Any] = {"revision": revision, "dtype": dtype, **(changed or {})}
+    how: dict[str, Any] = {"revision": revision, "dtype": dtype, **(reading or {})}
     try:
         folder = folder if name is None else checkpoint_folder(folder)
         kinds = {each.config_class.model_type: each for each in (LongMem, MemTRM, TrainingFree)}
@@ -349,7 +349,7 @@ def open_with_model(
     from longmem.data.tokens import load_tokenizer
     from longmem.store.store import MemoryStore
 
-    where = {name: given[name] for name in ("device", "backbone", "changed") if name in given}
+    where = {name: given[name] for name in ("device", "backbone", "reading") if name in given}
     layout = layout_of(given["path"], writing=mode == "write")
     model, beside = load_model(given["model"], layout, talking=talking, **where)
     if "tokenizer" in given:

@@ -81,7 +81,7 @@ def load(given: Given, remembered: int = 0) -> tuple[list[Asker], Given]:
     from longmem.evaluation.systems import chosen, load_systems
     from longmem.modeling.loading import named_dtype
 
-    how = "backbone control memtrm training_free memory_sizes tokenizer device window windows rows full_context changed"
+    how = "backbone control memtrm training_free memory_sizes tokenizer device window windows rows full_context reading"
     named: Given = {name: given[name] for name in how.split() if given.get(name) is not None}
     named |= {"dtype": named_dtype(given["dtype"]), "default_sizes": [remembered] if remembered else None}
     found = load_systems(given["model"], **named)

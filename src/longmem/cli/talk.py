@@ -177,7 +177,7 @@ def _load(name: str, asked: dict[str, Any]) -> tuple[Any, Any]:
                 raise StoreError(f"namespace {asked['namespace']!r} has a document {keep!r} already; "
                                  "choose another name for --keep")  # fmt: skip
             layout = store.layout
-    how = {each: asked[each] for each in ("device", "backbone", "revision", "dtype", "changed")}
+    how = {each: asked[each] for each in ("device", "backbone", "revision", "dtype", "reading")}
     model, beside = shared.load_model(name, layout, **how)
     return model, load_tokenizer(asked["tokenizer"] or beside, model)
 

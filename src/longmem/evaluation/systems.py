@@ -88,7 +88,7 @@ def load_systems(
     rows: int = 8,
     windows: Sequence[int] = (),
     full_context: int | None = None,
-    changed: Mapping[str, Any] | None = None,
+    reading: Mapping[str, Any] | None = None,
 ) -> list[Asker]:
     """Load a LongMem checkpoint, a baseline, or a causal LM by itself, and what is compared with it.
 
@@ -105,7 +105,7 @@ def load_systems(
         window: None is the backbone's positions, at most 1024.
         windows: longer ones that the backbone alone has too.
         full_context: a window of the backbone alone that has what others have in memory.
-        changed: settings in place of those of the LongMem.
+        reading: settings of the LongMem in place of its own.
 
     Raises:
         ConfigError: settings that do not go together, or a device that is not here.
@@ -116,14 +116,14 @@ def load_systems(
     memtrms = [each for each in (where if kind == "memtrm" else None, memtrm) if each]
     if kind == "training_free":
         training_free = (where, *training_free)
-    own = control or changed or (memory_sizes and not (memtrms or training_free))
+    own = control or reading or (memory_sizes and not (memtrms or training_free))
     if (kind != "longmem" and own) or (kind not in CONFIGS and backbone):
         said = "--control, --set, --memory-sizes and --backbone are of a LongMem checkpoint"
         raise ConfigError(f"{said}; {where} is none")
     # everything is loaded as it was saved, because a backbone is known by its weights; then it is converted
     main = beside = settings = None
     if kind == "longmem":
-        main = LongMem.from_pretrained(where, backbone=backbone, **(changed or {}))
+        main = LongMem.from_pretrained(where, backbone=backbone, **(reading or {}))
         bare, named, settings = main.backbone.model, main.config.backbone_name_or_path, main.config
         if control is not None:
             said = "not a LongMem checkpoint; --control takes a SideNet trained without memory"
