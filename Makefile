@@ -42,7 +42,6 @@ bench: $(READY) ## speed and memory of a training step, ratios in one run; JSON 
 
 docs: $(READY) ## write the reference pages and result tables of docs/
 	$(BIN)/python docs/make_pages.py
-	$(BIN)/python docs/make_families.py
 
 clean: ## remove caches; keeps .venv and runs/
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -1,7 +1,4 @@
-"""Write what the documentation takes from the source: docs/recipe.md, and tables on other pages.
-
-``python docs/make_pages.py`` writes; ``--check`` writes nothing and fails where a page is not what the source says.
-"""
+"""Write what the documentation takes from the source: docs/recipe.md, and tables on other pages."""
 
 from __future__ import annotations
 
@@ -10,34 +7,44 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from result_tables import FOLDER, with_results
 
+from longmem import LongMem
+from longmem.errors import LongMemError
 from longmem.evaluation.tables import Table, markdown
+from longmem.modeling.families import Family
 from longmem.store.disk import token_bytes
 
 ROOT = Path(__file__).parents[1]
 NOTE = "<!-- written by `make docs` from the source; edit that instead -->\n"
-SIZES = re.compile(r"<!-- sizes -->\n.*?<!-- /sizes -->\n", re.DOTALL)
+TABLE = re.compile(r"<!-- (sizes|families) -->\n.*?<!-- /\1 -->\n", re.DOTALL)
 
 
 def main() -> None:
-    docs, pages, pictures = ROOT / "docs", dict[Path, str](), dict[str, str]()
-    for path in (ROOT / "README.md", *docs.glob("*.md"), *(ROOT / "models").glob("*/README.md")):
-        pages[path] = with_sizes(with_results(path.read_text(encoding="utf-8"), pictures))
-    pages[docs / "recipe.md"] = recipe()
-    stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
-    if "--check" in sys.argv[1:]:
-        sys.exit("".join(f"{path.relative_to(ROOT)} is not up to date; run make docs\n" for path in stale) or 0)
-    if docs / "results.md" in stale:
+    docs, pictures = ROOT / "docs", dict[str, str]()
+    pages = stale(pictures)
+    if docs / "results.md" in pages:
         for old in (docs / FOLDER).glob("*.svg"):
             old.unlink()
         for picture, svg in pictures.items():
             (docs / picture).write_text(svg, encoding="utf-8")
-    for path in stale:
-        path.write_text(pages[path], encoding="utf-8")
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
         print(f"wrote {path.relative_to(ROOT)}")
+
+
+def stale(pictures: dict[str, str] | None = None) -> dict[Path, str]:
+    """The pages that are not what the source says, as they should be; ``pictures`` as in ``with_results``."""
+    made, tables = {ROOT / "docs" / "recipe.md": recipe()}, {"sizes": sizes, "families": families}
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "models").glob("*/README.md")):
+        page = with_results(path.read_text(encoding="utf-8"), pictures)
+        page = TABLE.sub(lambda found: f"<!-- {found[1]} -->\n{tables[found[1]]()}\n<!-- /{found[1]} -->\n", page)
+        made.setdefault(path, page)
+    return {path: text for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text}
 
 
 def recipe() -> str:
@@ -89,22 +96,22 @@ BACKBONES = {  # layers, key/value heads, head dimension, as the published confi
 TOKENS = {"65,536": 65_536, "1M": 1_000_000, "10M": 10_000_000}  # the paper's memory, a shelf of books, a library
 
 
-def with_sizes(page: str) -> str:
-    """The page with the table of memory sizes made again."""
+def sizes() -> str:
+    """The table of memory sizes."""
     heads = ["backbone", "KV heads", "fp16/token", "int8/token", "chunk keys/token", "full cache/token"]
     rows = []
     for name, (layers, heads_kv, dim) in BACKBONES.items():
         half, small = token_bytes(heads_kv, dim, "float16"), token_bytes(heads_kv, dim, "int8")
-        sizes = (half["keys_values"], small["keys_values"], half["chunk_keys"], layers * 4 * heads_kv * dim)
+        by_token = (half["keys_values"], small["keys_values"], half["chunk_keys"], layers * 4 * heads_kv * dim)
         on_disk = (f"{_in_bytes(half['disk'] * n)} / {_in_bytes(small['disk'] * n)}" for n in TOKENS.values())
-        rows.append([name, f"{heads_kv} x {dim}", *map(_in_bytes, sizes), *on_disk])
+        rows.append([name, f"{heads_kv} x {dim}", *map(_in_bytes, by_token), *on_disk])
     table = Table([*heads, *(f"{name} tokens" for name in TOKENS)], rows)
     made = (
         "Bytes per token: keys and values in 16 and in 8 bits; mean keys of the chunks (4 tokens each, float32),\n"
         "which an open bank holds; a full cache of all layers in 16 bits, to compare.\n"
         "In all: on disk, in 16 / in 8 bits, text and token ids included."
     )
-    return SIZES.sub(lambda _: f"<!-- sizes -->\n{markdown(table)}\n\n{made}\n<!-- /sizes -->\n", page)
+    return f"{markdown(table)}\n\n{made}"
 
 
 def _in_bytes(number: float) -> str:
@@ -114,6 +121,35 @@ def _in_bytes(number: float) -> str:
             return f"{number:.{0 if unit == 'B' else 1}f} {unit}"
         number /= 1024
     return f"{number:.1f} TiB"
+
+
+def families() -> str:
+    """What every configuration that the laws are tested on can do, tried out on a tiny model of it."""
+    sys.path.insert(0, str(ROOT))
+    from tests.family_table import FAMILIES, H, make_backbone
+
+    lines = [
+        "| tested as | `model_type` | heads, key/value heads | layers that can be remembered | `fusion` | `init` |"
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    for name, (model_type, _) in FAMILIES.items():
+        backbone = make_backbone(name)
+        family = Family.of(backbone)
+        allowed = family.memory_layers()
+        layers = "all" if len(allowed) == len(family.layers) else "those with full attention"
+        works = [_what_works(backbone, "fusion", ("gate", "softmax")), _what_works(backbone, "init", ("copy", "zero"))]
+        cells = (name, f"`{model_type}`", f"{H}, {family.kv_heads(allowed[-1])}", layers, *works)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _what_works(backbone: Any, setting: str, values: tuple[str, ...]) -> str:
+    works = []
+    for value in values:
+        with suppress(LongMemError):
+            LongMem.from_backbone(backbone, **{setting: value})
+            works.append(value)
+    return ", ".join(works)
 
 
 def _fields(node: ast.ClassDef) -> Iterator[tuple[ast.AnnAssign, str]]:

@@ -2,7 +2,9 @@
 
 import pytest
 
+from longmem.cli.common import ShownProgress
 from longmem.progress import Progress, clock
+from longmem.store import Progress as Step
 
 
 @pytest.fixture
@@ -34,19 +36,28 @@ def test_the_time_left_is_that_of_what_was_done_since_the_first(
     assert progress.line(20.0) == line
 
 
-def test_in_a_log_file_a_line_comes_when_its_time_has_come(
+def test_in_a_log_file_a_line_comes_when_its_time_has_come_and_each_step_of_a_store_begins_anew(
     clocked: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Progress("encoding", 40, "tokens") as progress:
-        for seconds in (9.0, 10.0, 15.0, 20.0):
+    with ShownProgress() as progress:
+        for seconds, step, done, total, unit in (
+            (10, "encode", 2000, None, "tokens"),
+            (19, "encode", 2900, None, "tokens"),
+            (20, "encode", 3000, None, "tokens"),
+            (25, "check", 5, 40, "bytes"),
+            (35, "check", 7, 40, "bytes"),
+            (36, "check", 2, 40, "bytes"),  # once more from the beginning, as a repair checks
+            (46, "check", 4, 40, "bytes"),
+        ):
             clocked[0] = seconds
-            progress.advance(1, "book.txt")
-    assert capsys.readouterr().err.splitlines() == [
-        "encoding: 2 of 40 tokens (5 %), 38 s left, book.txt",
-        "encoding: 4 of 40 tokens (10 %), 2 min 12 s left, book.txt",
+            progress(Step(step, done, total, unit, "a\tb.txt"))
+    out, err = capsys.readouterr()
+    assert not out and err.splitlines() == [
+        "encoding: 3,000 tokens in 10 s, a b.txt",
+        "checking: 7 of 40 bytes (17 %), 2 min 45 s left, a b.txt",
+        "checking: 4 of 40 bytes (10 %), 3 min 00 s left, a b.txt",
     ]
 
 
-@pytest.mark.parametrize(("seconds", "shown"), [(59.4, "59 s"), (60, "1 min 00 s"), (7265, "2 h 01 min")])
-def test_a_clock_shows_what_matters(seconds: float, shown: str) -> None:
-    assert clock(seconds) == shown
+def test_a_clock_shows_what_matters() -> None:
+    assert list(map(clock, (59.4, 60, 3600, 7265))) == ["59 s", "1 min 00 s", "1 h 00 min", "2 h 01 min"]
