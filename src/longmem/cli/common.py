@@ -66,10 +66,8 @@ def expiry(value: object) -> float:
 
 def edge(conditions: Mapping[str, Any]) -> float | None:
     """The moment before which documents are meant, of ``--older-than`` and ``--before``; None where all are."""
-    edges = [] if conditions["before"] is None else [conditions["before"]]
-    if conditions["older_than"] is not None:
-        edges.append(time.time() - conditions["older_than"])
-    return min(edges, default=None)
+    edges = (conditions["before"], conditions["older_than"])
+    return min((each for each in edges if each is not None), default=None)
 
 
 def tokens(word: str) -> int:
@@ -204,7 +202,8 @@ _OPTIONS: dict[str, Any] = {
         help="Only documents with this metadata; repeatable, all must hold. VALUE is JSON, or else text.",
     ),
     "older_than": click.option(
-        "--older-than", type=Parsed("DURATION", duration, "no duration; try 30d, 12h or 1.5y"),
+        "--older-than",
+        type=Parsed("DURATION", lambda text: time.time() - duration(text), "no duration; try 30d, 12h or 1.5y"),
         help="Only documents at least so old: 30d, 12h.",
     ),
     "before": click.option("--before", type=MOMENT, help="Only documents from before this date."),
