@@ -84,7 +84,7 @@ def test_it_reads_the_documents_of_a_store_and_texts_of_its_own_and_shows_it(
 
 
 def test_passages_of_the_store_are_read_once_more_and_prompt_and_answer_kept(
-    generate: Command, filled: Path, memory: Command
+    generate: Command, filled: Path, memory: Command, models: Path
 ) -> None:
     there = (filled.parent / "notes" / "one.txt").read_text().splitlines()[0].split(". ")[0]
     asked = (there, "-m", 4, "--memory", filled, "-n", "ada", "--json", "--ignore-end")
@@ -97,7 +97,10 @@ def test_passages_of_the_store_are_read_once_more_and_prompt_and_answer_kept(
     assert 1 <= len(found) <= 2 and first["document"] == "one.txt" and there.split()[0] in first["text"]
     assert f"recalled one.txt: {first['text'][:20]}" in done.err
     assert done.json["prompt_tokens"] > plain["prompt_tokens"] and done.json["prompt"] == there
-    kept = memory("show", "Zoë", "-n", "ada", "--json").json
+    show = ("show", "Zoë", "-n", "ada")
+    assert "open the store with tokenizer=" in memory(*show, "--text").error  # there are only its token ids
+    assert memory(*show, "--text", "--tokenizer", models / "backbone").out.startswith(there)
+    kept = memory(*show, "--json").json
     assert kept["tokens"] == plain["prompt_tokens"] + 4 and f"kept {kept['tokens']} tokens as Zoë" in done.err
     name = unicodedata.normalize("NFD", "Zoë")
     assert f"has a document {name!r} already" in generate(*asked, "--keep", name).error

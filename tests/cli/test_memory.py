@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.calling import Command, names
 
-from longmem import LongMem, MemoryStore
+from longmem import MemoryStore
 from longmem.cli import common
 
 # adding: every kind of source, whole or not at all, and on where it stopped
@@ -40,13 +40,15 @@ def test_a_folder_is_added_once_and_a_text_replaced_where_this_is_said(
 
 
 @pytest.mark.usefixtures("model")
-def test_files_json_lines_and_standard_input(memory: Command, notes: Path, piped: Callable[[bytes], None]) -> None:
+def test_files_json_lines_and_standard_input_are_remembered_until_they_expire(
+    memory: Command, notes: Path, piped: Callable[[bytes], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("chat.jsonl").write_text(
         '{"text": "said first", "id": "a", "metadata": {"who": "Ada"}, "time": "2001-02-03", "mood": "good"}\n'
         '{"text": "said later", "expires": 4102444800, "source": "the phone"}\n'
     )
     piped(b"through the pipe\r\n")
-    assert memory("add", "-", "--name", "p").status == 0
+    assert memory("add", "-", "--name", "p", "--expires", "12h").status == 0
     assert memory("add", notes / "two.md", "chat.jsonl", "--keep", "mood", "--prefix", "in/").status == 0
     found = {each["name"]: each for each in memory("list", "--json").json["documents"]}
     assert set(found) == {"p", "in/two.md", "in/a", "in/chat.jsonl:2"}
@@ -54,19 +56,13 @@ def test_files_json_lines_and_standard_input(memory: Command, notes: Path, piped
     assert found["in/a"]["added"] == time.mktime((2001, 2, 3, 0, 0, 0, 0, 0, -1))
     assert [found["in/chat.jsonl:2"][key] for key in ("expires", "source")] == [4102444800, "the phone"]
     assert memory("show", "p", "--text").out == "through the pipe\n"
+    assert found["p"]["expires"] == pytest.approx(time.time() + 12 * 3600, abs=60)
     piped(b'{"body": "one", "id": "x"}\n{"body": "two"}\n')
     assert memory("add", "-", "--jsonl", "--field", "body", "--metadata", '{"n": [1]}', "--metadata", "k=v").status == 0
     assert names(memory("list", "--where", "k=v", "--where", "n=[1]", "--json")) == ["x", "-:2"]
-
-
-@pytest.mark.usefixtures("model")
-def test_expired_documents_are_not_there(memory: Command, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = time.time()
-    memory("add", notes / "one.txt", "--expires", "12h")
-    memory("add", notes / "two.md", "--expires", "30d")
-    monkeypatch.setattr(time, "time", lambda: now + 86400)
-    (found,) = memory("list", "--json").json["documents"]
-    assert found["name"] == "two.md" and found["expires"] == pytest.approx(now + 30 * 86400, abs=60)
+    tomorrow = time.time() + 86400
+    monkeypatch.setattr(time, "time", lambda: tomorrow)
+    assert len(names(memory("list", "--json"))) == 5
     assert memory("stats", "--json").json["expired"] == memory("compact", "--json").json["documents"] == 1
 
 
@@ -119,7 +115,7 @@ def test_bad_lines_are_named_or_skipped_and_the_others_added(memory: Command, ca
 
 
 @pytest.mark.usefixtures("filled")
-def test_list_and_stats_say_what_is_known_of_documents_of_all_or_of_one(memory: Command) -> None:
+def test_list_stats_and_show_say_what_is_known_of_documents_of_all_or_of_one(memory: Command) -> None:
     lines = memory("list").out.splitlines()
     assert lines[0].split() == ["namespace", "name", "tokens", "added", "expires", "metadata"]
     assert [line.split()[:2] for line in lines[1:]] == [
@@ -134,17 +130,7 @@ def test_list_and_stats_say_what_is_known_of_documents_of_all_or_of_one(memory: 
     whole, bob = memory("stats", "--json").json, memory("stats", "-n", "bob", "--json").json
     assert (whole["documents"], bob["documents"], whole["layout"]["heads_kv"]) == (5, 2, 4)
     assert "heads_kv        4" in memory("stats").out.splitlines()
-
-
-def test_show_says_what_is_known_of_a_document_and_reads_token_ids_with_a_tokenizer(
-    memory: Command, models: Path, filled: Path
-) -> None:
     assert "metadata        kind=note, year=1843" in memory("show", "one.txt", "-n", "bob").out.splitlines()
-    model: Any = LongMem.from_pretrained(models / "side" / "final")
-    with MemoryStore.open(filled, model=model) as store:
-        store.add_document("ada", ids=[70, 71, 72], name="ids")
-    assert "open the store with tokenizer=" in memory("show", "ids", "-n", "ada", "--text").error
-    assert len(memory("show", "ids", "-n", "ada", "--text", "--tokenizer", models / "backbone").out) == 3
 
 
 @pytest.mark.usefixtures("filled")
@@ -201,7 +187,6 @@ def test_verify_finds_a_flipped_byte_and_repair_mends_it(memory: Command, filled
     path.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
     done = memory("verify")
     assert done.status == 1 and "kind" in done.out and path.name in done.out
-    assert memory("verify", "--json").json["clean"] is False
     healed = memory("verify", "--repair", "--json")
     assert healed.status == 0 and healed.json["rebuilt_tokens"] > 0
     assert memory("verify", "--json").json["problems"] == []
@@ -215,8 +200,6 @@ def test_export_and_import_move_documents(memory: Command, monkeypatch: pytest.M
     assert names(memory("import", "ada.tar", "--json")) == ["inner/three.txt", "one.txt", "two.md"]
     assert memory("import", "bob.tar", "-n", "carl").out.splitlines()[1].split()[0] == "added"
     assert memory("verify").status == 0
-    Path("cut.tar").write_bytes(Path("ada.tar").read_bytes()[:3000])
-    assert "cut.tar: no whole export" in memory("import", "cut.tar").error
 
 
 def test_a_backup_beside_a_writer_is_a_store_and_a_second_writer_is_told_who_writes(
@@ -227,8 +210,7 @@ def test_a_backup_beside_a_writer_is_a_store_and_a_second_writer_is_told_who_wri
         for arguments in (["add", "notes"], ["compact"]):
             line = memory(*arguments).error
             assert f"process {os.getpid()} on " in line and "has been writing since" in line
-        assert len(names(memory("list", "--json"))) == 5  # reading goes on beside it
-        assert memory("verify").status == 0
+        assert memory("verify").status == 0  # reading goes on beside it
         # what docs/operations.md says of backups
         store.forget("ada", name="one.txt")  # in the write-ahead log
         source, target = sqlite3.connect(filled / "catalog.sqlite"), sqlite3.connect("copy/catalog.sqlite")
@@ -240,5 +222,4 @@ def test_a_backup_beside_a_writer_is_a_store_and_a_second_writer_is_told_who_wri
             shutil.copy(path, "copy")
     assert memory("verify", "--store", "copy", "--json").json["problems"] == []
     assert names(memory("list", "--store", "copy", "-n", "ada", "--json")) == ["inner/three.txt", "two.md"]
-    assert memory("search", "the old map", "-n", "ada", "--store", "copy").status == 0
     assert memory("compact", "--store", "copy").status == 0
