@@ -12,18 +12,8 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-
-
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + TEMPLATE
 """As of models that know no system message."""
-
-
-def test_passages_before_a_question_come_to_a_template_without_system_messages_too() -> None:
-    tokenizer = train_tokenizer(["My dog is called Comet."] * 20, 300)
-    tokenizer.chat_template = STRICT
-    (fact,) = told_session(random.Random(1), 1).facts
-    asked = asked_ids([fact], tokenizer, [{"role": "system", "content": "Notes"}])
-    assert tokenizer.decode(asked.ids).startswith(f"<user>Notes\n\n{fact.asked}</><assistant>")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -39,19 +29,26 @@ def test_question_and_true_answer_are_said_by_the_facts_and_no_wrong_answer_is(k
         assert not any(option.split()[-1] in said for option in facts.options[1:])
 
 
-@pytest.mark.parametrize("template", [None, TEMPLATE])
-def test_the_ids_are_those_of_one_conversation_and_the_spans_those_of_the_values(template: str | None) -> None:
+@pytest.mark.parametrize(
+    ("template", "begins"),
+    [(None, "System: Notes\nUser: "), (TEMPLATE, "<system>Notes</><user>"), (STRICT, "<user>Notes\n\n")],
+    ids=["none", "plain", "no system message"],
+)
+def test_the_ids_are_those_of_one_conversation_and_the_spans_those_of_the_values(
+    template: str | None, begins: str
+) -> None:
     tokenizer = train_tokenizer(["My dog is called Comet.", "What is my dog called?"] * 20, 300)
     tokenizer.chat_template = template
     session = told_session(random.Random(1), 12)
-    asked = asked_ids(session.facts, tokenizer)
+    asked = asked_ids(session.facts, tokenizer, [{"role": "system", "content": "Notes"}])
     text = tokenizer.decode(asked.ids)
+    assert text.startswith(begins + session.facts[0].asked)
     for fact, (first, end) in zip(session.facts, asked.values, strict=True):
         assert tokenizer.decode(asked.ids[first:end]).strip() == fact.value
         assert fact.asked in text and fact.before + fact.value + fact.after in text
         assert fact.said in tokenizer.decode(told_ids(session, tokenizer))
     if template:
-        assert text.startswith("<user>") and text.count("<user>") == len(session.facts) == text.count("<assistant>")
+        assert text.count("<user>") == len(session.facts) == text.count("<assistant>")
 
 
 def test_what_is_held_out_is_never_trained_on() -> None:

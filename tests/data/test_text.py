@@ -24,33 +24,20 @@ from longmem.errors import DataError
 PACK: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    files = {
-        "b/two.txt": "two",
-        "a/one.txt": "one",
-        "a/deep/three.md": "three",
-        "a/.hidden.txt": "no",
-        "a/pic.png": "no",
-    }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    return tmp_path
+def put(folder: Path, files: dict[str, bytes]) -> Path:
+    """Files in a folder."""
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
 
 
 def pack(path: Path, members: dict[str, bytes]) -> Path:
     """A tar or zip archive."""
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, data in members.items():
-                archive.writestr(name, data)
-        return path
-    with tarfile.open(path, f"w:{path.suffix[1:]}" if path.suffix != ".tar" else "w") as archive:  # type: ignore[call-overload]
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+    folder, kind = put(path.with_name(".members"), members), path.suffix.removeprefix(".").removeprefix("tar")
+    with zipfile.ZipFile(path, "w") if kind == "zip" else tarfile.open(path, f"w:{kind}") as archive:
+        for name in members:
+            (archive.write if kind == "zip" else archive.add)(folder / name, name)
     return path
 
 
@@ -73,19 +60,17 @@ def failure(*paths: Path, **settings: Any) -> str:
 # what is read, and in which order
 
 
-def test_a_folder_is_read_recursively_in_the_order_of_its_paths_from_where_it_was_named(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_folder_is_read_in_the_order_of_its_paths_and_patterns_choose_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(folder.parent)
-    found = read_documents([folder.name])
+    names = ("b/two.txt", "a/one.txt", "a/deep/three.md", "a/.hidden.txt", "a/pic.png")
+    folder = put(tmp_path / "texts", {name: Path(name).stem.encode() for name in names})
+    monkeypatch.chdir(tmp_path)
+    later = read_documents([folder.name])
     monkeypatch.chdir(folder)
-    assert [(d.id, d.text, d.source) for d in found] == [
-        (name, text, f"{folder}/{name}")
-        for name, text in (("a/deep/three.md", "three"), ("a/one.txt", "one"), ("b/two.txt", "two"))
+    assert [(d.id, d.text, d.source) for d in later] == [
+        (name, Path(name).stem, f"{folder}/{name}") for name in ("a/deep/three.md", "a/one.txt", "b/two.txt")
     ]
-
-
-def test_patterns_choose_documents_and_a_star_crosses_folders(folder: Path) -> None:
     assert [d.id for d in read_documents([f"{folder}/*/*.txt"])] == ["one.txt", "two.txt"]
     assert [name for name, _ in pairs(folder, include=("a/*",))] == ["a/deep/three.md", "a/one.txt"]
     assert pairs(folder, include=("a/*",), exclude=("*.md",)) == [("a/one.txt", "one")]
@@ -96,24 +81,25 @@ def test_patterns_choose_documents_and_a_star_crosses_folders(folder: Path) -> N
 
 
 def test_json_lines_give_one_document_a_line_named_by_their_id(tmp_path: Path) -> None:
-    (tmp_path / "dos.txt").write_bytes(b"\xef\xbb\xbfa\r\nb")
-    (tmp_path / "dos.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "c"}\r\n')
+    put(tmp_path, {"dos.txt": b"\xef\xbb\xbfa\r\nb", "dos.jsonl": b'\xef\xbb\xbf{"text": "c"}\r\n'})
     assert [text for _, text in pairs(tmp_path / "dos.txt", tmp_path / "dos.jsonl")] == ["a\nb", "c"]
     path = tmp_path / "texts.jsonl"
-    path.write_text('{"id": "x", "body": "first"}\n\n{"body": "second"}\n')
+    path.write_text('{"id": "x", "body": "first", "year": 1999}\n\n{"body": "second"}\n')
     found = read(path, field="body")
     assert found == [Document("x", "first", str(path), line=1), Document("texts.jsonl:3", "second", str(path), line=3)]
+    assert [d.record for d in found] == [{"id": "x", "year": 1999}, {}]
     assert found[1].place == f"{path}:3"
+    piped = list(read_stream(io.BytesIO(path.read_bytes()), "-", lines=True, field="body"))
+    assert [(d.id, d.text, d.place) for d in piped] == [("x", "first", "-:1"), ("-:3", "second", "-:3")]
+    (piped_text,) = read_stream(io.BytesIO(b"one\r\ntext\n"), "said")
+    assert (piped_text.id, piped_text.text) == ("said", "one\ntext\n")
 
 
 def test_equal_text_has_an_equal_fingerprint_wherever_it_is(tmp_path: Path) -> None:
-    for name in ("here", "there"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a.txt").write_text("same")
-    here, there = (TextSource((str(tmp_path / name),)) for name in ("here", "there"))
+    here, there = (TextSource((str(put(tmp_path / name, {"a.txt": b"same"})),)) for name in ("here", "there"))
     assert here.fingerprint() == there.fingerprint()
     assert here.fingerprint() == replace(here, option="set data.{} = {}").fingerprint()
-    (tmp_path / "there" / "a.txt").write_text("other")
+    put(tmp_path / "there", {"a.txt": b"other"})
     assert here.fingerprint() != there.fingerprint()
 
 
@@ -125,40 +111,34 @@ def test_an_archive_is_read_without_unpacking(tmp_path: Path, name: str) -> None
     lines = b'{"text": "first"}\n{"text": "second", "id": "two"}\n'
     members = {
         "train/b.txt": b"B", "train/a.tex": b"A", "train/c.bin": b"C", "__MACOSX/._b.txt": b"\xff", "l.jsonl": lines,
-        "more.txt.gz": gzip.compress(b"D"), "inner.zip": pack(tmp_path / "inner.zip", {"e.md": b"E"}).read_bytes(),
+        "more.txt.gz": gzip.compress(b"D"), "inner.zip": pack(tmp_path / "x.zip", {"e.md": b"E"}).read_bytes(),
     }  # fmt: skip
-    path = pack(tmp_path / name, members)
     expected = [
         ("train/b.txt", "B"), ("train/a.tex", "A"), ("l.jsonl:1", "first"), ("two", "second"), ("more.txt.gz", "D"),
         ("e.md", "E"),
     ]  # fmt: skip
-    assert pairs(path) == expected
-    (tmp_path / "inner.zip").unlink()
-    assert pairs(tmp_path) == expected, "in a folder"
-    if name == "books.zip":
-        (tmp_path / "twice.zip.gz").write_bytes(gzip.compress(path.read_bytes()))
-        assert pairs(tmp_path / "twice.zip.gz") == expected
+    path = pack(tmp_path / "in" / name, members)
+    assert pairs(path) == pairs(path.parent) == expected
+    put(tmp_path, {"twice.zip.gz": gzip.compress(pack(tmp_path / "twice.zip", members).read_bytes())})
+    assert pairs(tmp_path / "twice.zip.gz") == expected
 
 
-@pytest.mark.parametrize("suffix", PACK)
-def test_compressed_files_are_read_also_inside_of_folders(tmp_path: Path, suffix: str) -> None:
-    for name, data in {"a.txt": b"one", "b.jsonl": b'{"text": "two"}\n', "c.csv": b"3", "D.TXT": b"four"}.items():
-        (tmp_path / f"{name}{suffix}").write_bytes(PACK[suffix](data))
-    expected = [(f"D.TXT{suffix}", "four"), (f"a.txt{suffix}", "one"), (f"b.jsonl{suffix}:1", "two")]
-    assert pairs(tmp_path) == expected
-    assert pairs(tmp_path / f"c.csv{suffix}") == [(f"c.csv{suffix}", "3")], "named itself"
+def test_compressed_files_are_read_also_inside_of_folders(tmp_path: Path) -> None:
+    files = {"D.TXT.bz2": b"four", "a.txt.gz": b"one", "b.jsonl.xz": b'{"text": "two"}\n', "c.csv.gz": b"3"}
+    put(tmp_path, {name: PACK[Path(name).suffix](data) for name, data in files.items()})
+    assert pairs(tmp_path) == [("D.TXT.bz2", "four"), ("a.txt.gz", "one"), ("b.jsonl.xz:1", "two")]
+    assert pairs(tmp_path / "c.csv.gz") == [("c.csv.gz", "3")], "named itself"
 
 
-@pytest.mark.parametrize("kind", ["tar.gz", "tar.xz", "tar.bz2", "zip", "txt.gz", "jsonl.xz", "txt.bz2"])
+@pytest.mark.parametrize("kind", ["tar.gz", "tar.xz", "zip", "txt.gz", "jsonl.xz", "txt.bz2"])
 def test_damage_in_the_middle_of_what_is_packed_is_noticed(tmp_path: Path, kind: str) -> None:
-    random = Random(0)
+    random, path = Random(0), tmp_path / f"texts.{kind}"
     parts = {f"{name}.txt": "".join(random.choices("abcdefgh \n", k=60_000)).encode() for name in "abc"}
-    path = tmp_path / f"texts.{kind}"
     if "tar" in kind or kind == "zip":
         pack(path, parts)
     else:
         lines = b"".join(json.dumps({"text": data.decode()}).encode() + b"\n" for data in parts.values())
-        path.write_bytes(PACK[path.suffix](lines if "jsonl" in kind else b"".join(parts.values())))
+        path.write_bytes(PACK[path.suffix](lines))
     whole = path.read_bytes()
     assert list(read_documents([path]))
     for place in (len(whole) * tenth // 10 for tenth in range(1, 10)):  # not the very end, which may be padding
@@ -180,6 +160,7 @@ LINES: dict[str, tuple[bytes, str, str | None]] = {
     "no field": (b'{"body": "x"}', "no text in the field 'text' (fields: body)", None),
     "null": (b'{"id": "b", "text": null}', "no text in the field 'text' (fields: id, text)", None),
     "a number": (b'{"text": 5}', "no text in the field 'text' (it holds 5; fields: text)", None),
+    "an object as id": (b'{"id": {"n": 1}, "text": "x"}', "the id is {'n': 1}, no text or number", None),
 }
 
 
@@ -199,54 +180,47 @@ def test_a_line_that_cannot_be_read_is_named_or_skipped_or_mended(
     if mended is None:
         assert failure(path, undecodable="replace").startswith(f"{path}:2: {fault}")
     else:
-        replaced = read(path, undecodable="replace")
-        assert (replaced[1].id, replaced[1].text) == ("cut", mended)
-        json.dumps(dict(replaced[1].record), ensure_ascii=False).encode()  # no half is left anywhere in it
-        assert len(replaced) == 3
+        _, replaced, _ = read(path, undecodable="replace")
+        assert (replaced.id, replaced.text) == ("cut", mended)
+        json.dumps(dict(replaced.record), ensure_ascii=False).encode()  # no half is left anywhere in it
 
 
-def test_a_file_that_is_not_utf8_is_named_or_skipped_or_mended(tmp_path: Path) -> None:
-    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+def test_a_file_or_a_name_that_is_not_utf8_is_named_or_skipped_or_mended(tmp_path: Path) -> None:
+    put(tmp_path, {"latin.txt": "café".encode("latin-1")})
     fault = "latin.txt: not UTF-8 text (byte 0xe9 at offset 3); convert it, exclude it"
     assert failure(tmp_path).endswith(fault)
     assert failure(tmp_path, option="pass --{} {}").endswith(f"{fault}, or pass --undecodable skip or replace")
-    assert [text for _, text in pairs(tmp_path, undecodable="replace")] == ["caf\ufffd"]
-    assert "no text is left" in failure(tmp_path / "latin.txt", undecodable="skip")
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_bytes_of_a_name_that_are_not_utf8_are_replaced(tmp_path: Path, packed: bool) -> None:
+    assert "no text is left" in failure(tmp_path, undecodable="skip")
     odd = b"caf\xe9.txt".decode(errors="surrogateescape")
-    if packed:
-        pack(tmp_path / "a.tar", {odd: b"au lait"})
-    else:
-        (tmp_path / odd).write_text("au lait")
-    (found,) = read_documents([tmp_path])
-    assert (found.id, found.text) == ("caf\ufffd.txt", "au lait") and found.source.encode()
-    assert TextSource((str(tmp_path),)).fingerprint()
+    (tmp_path / odd).write_text("au lait")
+    pack(tmp_path / "a.tar", {odd: b"au lait"})
+    found = read(tmp_path, undecodable="replace")
+    named = ("caf\ufffd.txt", "au lait")
+    assert [(d.id, d.text) for d in found] == [named, named, ("latin.txt", "caf\ufffd")]
+    assert all(d.source.encode() for d in found) and TextSource((str(tmp_path),)).fingerprint()
 
 
 # what is missing
 
 
 @pytest.mark.parametrize(
-    ("files", "path", "message"),
+    ("name", "data", "message"),
     [
-        ({}, "nowhere.txt", "nowhere.txt: no such file or folder (looked from "),
-        ({"empty.txt": b" \n"}, "empty.txt", "empty.txt: no text, the file is empty"),
-        ({"picture.png": b"\x89PNG"}, ".", ": no text in this folder; looked for .txt, .md, .rst, .tex, .py, .jsonl"),
-        ({"a.tar.gz": gzip.compress(bytes(10240))}, "a.tar.gz", "a.tar.gz: no text in this archive; looked for .txt"),
+        ("empty.txt", b" \n", "empty.txt: no text, the file is empty"),
+        ("in/picture.png", b"\x89PNG", "/in: no text in this folder; looked for .txt, .md, .rst, .tex, .py, .jsonl"),
+        ("a.tar.gz", gzip.compress(bytes(10240)), "a.tar.gz: no text in this archive; looked for .txt"),
     ],
 )
-def test_what_holds_no_text_is_named(tmp_path: Path, files: dict[str, bytes], path: str, message: str) -> None:
-    for name, data in files.items():
-        (tmp_path / name).write_bytes(data)
-    assert message in failure(tmp_path / path)
+def test_what_holds_no_text_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    assert message in failure(put(tmp_path, {name: data}) / name.split("/")[0])
     with pytest.raises(DataError, match=rf"{tmp_path}/a\.b, '', {tmp_path}/b: no such file .*; check the path$"):
         read_documents(TextSource((f"{tmp_path}/a.b", "", f"{tmp_path}/b")))
+    for as_lines in (False, True):
+        with pytest.raises(DataError, match="no text came"):
+            list(read_stream(io.BytesIO(b" \n"), "-", lines=as_lines))
 
 
-# the hub, and standard input
+# the hub
 
 
 def test_a_hub_data_set_is_read_by_name_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,14 +241,3 @@ def test_a_hub_data_set_is_read_by_name_config_and_split(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"reading the hub needs `datasets`; pip install"):
         list(read_documents(["hub:owner/books"]))
-
-
-def test_a_stream_is_one_text_or_json_lines() -> None:
-    assert [(d.id, d.text) for d in read_stream(io.BytesIO(b"one\r\ntext\n"), "said")] == [("said", "one\ntext\n")]
-    lines = b'{"text": "a", "id": "first", "year": 1999}\n\n{"text": "b"}\n'
-    found = list(read_stream(io.BytesIO(lines), "-", lines=True))
-    assert [(d.id, d.text, d.place) for d in found] == [("first", "a", "-:1"), ("-:3", "b", "-:3")]
-    assert [d.record for d in found] == [{"id": "first", "year": 1999}, {}]
-    for as_lines in (False, True):
-        with pytest.raises(DataError, match="no text came"):
-            list(read_stream(io.BytesIO(b" \n"), "-", lines=as_lines))

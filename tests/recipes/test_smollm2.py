@@ -71,17 +71,6 @@ def test_every_asked_token_was_told_before(folder: Path) -> None:
     assert same.mean() > 0.8  # the first token of a word may have its space in one place only
 
 
-def test_whole_replies_are_learned_where_they_are_asked_for() -> None:
-    maker = maker_of()
-    ids, weights, *_ = maker.asking("books")
-    text = "".join(
-        maker.tokenizer.decode(ids[place + 1]) if weight >= 8 else "|" for place, weight in enumerate(weights)
-    )
-    replies = [part for part in text.split("|") if part.endswith("\n")]
-    assert len(replies) > 3 and {4, 8, 16} <= set(weights.tolist())  # 4: what is told has replies too
-    assert all(len(reply.split()) > 1 for reply in replies)
-
-
 def test_of_a_fact_that_was_told_twice_the_newer_value_is_learned() -> None:
     maker = maker_of()
     twice = [group for group in (maker.told() for _ in range(20)) if len(group.parts) == 2]
@@ -98,35 +87,12 @@ def test_of_a_fact_that_was_told_twice_the_newer_value_is_learned() -> None:
     assert changed > 4
 
 
-def test_own_words_are_told_back_and_linked_to_what_was_told() -> None:
-    maker = maker_of()
-    assert maker.sentences == [("I lost my purse in the garden.", "my purse")]
-    turned = "You knew you were late, you're sure you'd said so, and so were you."
-    assert pieces_recipe.turned("We knew I was late, I'm sure I'd said so, and so was I.") == turned
-    told = maker._ids("By the way: I lost my purse in the garden.")
-    asked = maker._asked(maker._sentence(), 0, told, "")
-    assert asked.noted is not None
-    for each in (asked, asked.noted("- a note")):
-        assert "about my purse" in maker.tokenizer.decode(each.ids)
-        first, last = each.said
-        said = maker.tokenizer.decode(
-            each.ids[first - 2 : last]
-        ).strip()  # this tokenizer joins a space to the first word
-        assert said.endswith("You lost your purse in the garden.") and len(said) < 50
-        assert len(each.links) > 3 and all(each.ids[place] == told[at] for place, _, at in each.links)
-        assert not each.answers  # learned as words, not as a value
-    groups = [maker.told() for _ in range(20)]
-    assert 2 < sum("I lost my purse" in maker.tokenizer.decode(group.parts[0]) for group in groups) < 12
-
-
 def test_notes_stand_before_some_questions_and_are_lines_of_what_was_heard() -> None:
     maker = maker_of()
     read = "".join(maker.tokenizer.decode(maker.asking("books")[0]) for _ in range(12))
     noted = re.findall(rf"System: {NOTES}((?:\n- .*)+)\nUser: .*\nAssistant: (.*)\n", read)
     held = [answer.split()[-1].strip(".") in notes for notes, answer in noted]
     assert len(held) > 5 and len(held) / 2 < sum(held) < len(held)  # others are to be answered from memory alone
-    told = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi there.<|im_end|>\n"
-    assert maker._heard(maker._ids(told)).strip() == "user: Hi there."
 
 
 def test_labels_are_words_that_only_earlier_texts_explain() -> None:
@@ -143,19 +109,10 @@ def test_labels_are_words_that_only_earlier_texts_explain() -> None:
     )
 
 
-def test_what_two_conversations_of_a_piece_tell_is_not_asked_for() -> None:
-    maker = maker_of()
-    group = maker.told()
-    maker.told = lambda: pieces_recipe.Group(list(group.parts), list(group.asked))  # type: ignore[method-assign]
-    maker.hidden = maker.told  # type: ignore[method-assign]
-    text = "".join(maker.tokenizer.decode(maker.asking("books")[0]) for _ in range(3))
-    assert not any(maker.tokenizer.decode(asked.ids) in text for asked in group.asked)
-
-
-def test_stories_are_asked_about_with_others_before_them() -> None:
-    maker = maker_of()
-    read = "".join(maker.tokenizer.decode(maker.story("books")[0]) for _ in range(4))
-    assert "Story: Mary went to the kitchen." in read and read.count("Answer: kitchen\n") > 4
+def test_what_was_said_and_told_is_asked_for_in_other_words() -> None:
+    assert maker_of().sentences == [("I lost my purse in the garden.", "my purse")]
+    turned = "You knew you were late, you're sure you'd said so, and so were you."
+    assert pieces_recipe.turned("We knew I was late, I'm sure I'd said so, and so was I.") == turned
     told = ["Mary went to the garden.", "Mary got the milk there.", "Mary travelled to the office.",
             "Mary gave the milk to John.", "John moved to the hallway."]  # fmt: skip
     assert {question: (answer, evidence) for question, answer, evidence in pieces_recipe.more_questions(told)} == {

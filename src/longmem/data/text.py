@@ -335,6 +335,8 @@ def _document(record: Any, name: str, path: str, line: int | None, source: TextS
         there = f"it holds {text!r:.40}; " if text is not None else ""
         fault = f"no text in the field {source.field!r} ({there}fields: {', '.join(record) or 'none'})"
         raise _Unreadable(fault, "rename the field that has it", "field", "NAME")
+    if isinstance(given, dict | list):
+        raise _Unreadable(f"the id is {given!r:.40}, no text or number", "mend the line", "undecodable", "skip")
     name = name if given is None or not str(given).strip() else str(given)
     others = {key: value for key, value in record.items() if key != source.field}
     return Document(name, text, path, others, line) if source.wants(name) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,7 +21,7 @@ from longmem.modeling.alibi_gpt import AlibiGPTConfig, AlibiGPTForCausalLM
 from longmem.modeling.baselines import MemTRM
 from longmem.modeling.checkpoints import CHANGEABLE
 from longmem.modeling.families import Family
-from longmem.modeling.loading import named_dtype
+from longmem.modeling.loading import load_backbone, named_dtype
 from longmem.modeling.longmem import LongMem
 from longmem.modeling.weights import quantization, sketch_of
 from longmem.training.recipe import OptimSection, Recipe
@@ -142,16 +143,21 @@ def _measured(
 def _longmem(recipe: Recipe, device: torch.device, settings: dict[str, Any]) -> LongMem:
     side, named, half = recipe.sidenet, recipe.backbone, half_or_single(recipe, device)
     dtype = half if named.dtype is None else named_dtype(named.dtype)
+    loading: dict[str, Any] = {} if named.device_map is None else {"device_map": named.device_map}
+    if named.quantised is not None:
+        loading = {"device_map": {"": device}, **loading, "quantization_config": quantization(named.quantised, half)}
     path = str(named.path)
     if side.start is not None:
         # trained before: how much it retrieves, and from how much, may be another number
         own = {name: value for name, value in settings.items() if name in CHANGEABLE}
-        model = LongMem.from_pretrained(side.start, backbone=path, dtype=dtype, side_dtype=torch.float32, **own)
+        # as it is stored, which its fingerprint is of
+        backbone = load_backbone(path, named.revision, dtype if loading else None, **loading)
+        model = LongMem.from_pretrained(side.start, backbone=backbone, side_dtype=torch.float32, **own)
+        if not loading:
+            nn.Module.to(backbone, dtype)
+        model.config.backbone_name_or_path = os.path.abspath(path) if os.path.exists(path) else path
         model.config.backbone_revision = named.revision or model.config.backbone_revision
         return model
-    loading: dict[str, Any] = {} if named.device_map is None else {"device_map": named.device_map}
-    if named.quantised is not None:
-        loading = {"device_map": {"": device}, **loading, "quantization_config": quantization(named.quantised, half)}
     model = LongMem.from_backbone(path, dtype=dtype, side_dtype=torch.float32, **loading, **settings)
     biases = [gate.bias for gate in model.sidenet.gates] if model.sidenet.gates else [model.sidenet.memory_gate]
     for bias in biases:

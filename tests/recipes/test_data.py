@@ -1,0 +1,190 @@
+"""Makers of data: chapters and conversations of the shape of published benchmarks, Python source, a tokenizer."""
+
+import hashlib
+import json
+import re
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recipes.data import chapterbreak, conversations, tokenizer
+from recipes.data.python import documents_of, write_source
+
+from longmem.data.text import FILE_LINE, package_text, read_documents
+from longmem.errors import DataError
+from longmem.evaluation.tasks.conversations import read_dialogues
+
+MakeText = Callable[..., str]
+
+# chapterbreak.py
+
+
+SIX = [f"CHAPTER {number}" for number in range(1, 7)]
+
+
+def chaptered(headings: list[str], made_text: MakeText) -> str:
+    return "\n\n".join(f"{heading}\n\n{made_text(600, seed)}" for seed, heading in enumerate(headings))
+
+
+@pytest.mark.parametrize(
+    "headings",
+    [
+        ["CHAPTER I", "CHAPTER II.", "CHAPTER III - IN WHICH WE DINE", "CHAPTER IV", "Chapter V: Home", "CHAPTER VI"],
+        ["Chapter One", "Chapter Two", "Stave Three", "Chapter the Fourth", "CHAPTER TWENTY-ONE", "Epilogue"],
+        ["# Begin", "## The Road", "## The Inn", "## Snow", "## A Letter", "# End"],
+        ["I. THE LETTER", "II. The _Boat_", "III. Fog", "IV. Sand", "V. Wreck", "VI. Shore"],
+    ],
+)
+def test_headings_of_many_forms_are_found(headings: list[str], made_text: MakeText) -> None:
+    text = chaptered(headings, made_text)
+    found = chapterbreak.find_chapters(text)
+    assert [text[chapter.boundary :].split("\n")[0] for chapter in found] == headings
+    assert [chapter.end for chapter in found] == [*(chapter.boundary for chapter in found[1:]), len(text)]
+
+
+def test_what_only_looks_like_a_heading_is_none(made_text: MakeText) -> None:
+    text = chaptered(SIX, made_text)
+    burnt = text.replace("\n\nCHAPTER 3", "\n\nChapter two was burnt by her aunt.\n\nCHAPTER 3")
+    contents = "\n\n".join(SIX) + f"\n\n{'-' * 300}\n\n"
+    start, end = (f"\n\n*** {word} OF THE PROJECT GUTENBERG EBOOK X ***\n\n" for word in ("START", "END"))
+    framed = f"CHAPTER 0\n\n{made_text(600)}{start}{contents}{burnt}{end}CHAPTER 7\n\n{made_text(600)}"
+    chapters = chapterbreak.find_chapters(framed)
+    assert [framed[chapter.boundary :].split("\n")[0] for chapter in chapters] == SIX
+    assert framed[chapters[0].boundary :].startswith(burnt) and framed[chapters[-1].end :].startswith(end.strip())
+
+
+def words(seed: int, tag: str) -> str:
+    """Sentences that no other chapter has."""
+    return " ".join(f"{tag}{seed}w{number}{'.' if number % 7 == 6 else ''}" for number in range(400))
+
+
+def book(chapters: int, tag: str = "a", heading: str = "CHAPTER {}") -> str:
+    return "\n\n".join(f"{heading.format(n + 1)}\n\n{words(n, tag)}" for n in range(chapters)) + "\n"
+
+
+def test_an_example_is_a_prefix_the_opening_behind_it_and_five_of_other_chapters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    books, out = tmp_path / "books", tmp_path / "out"
+    books.mkdir()
+    (books / "long.txt").write_text(book(12))
+    (books / "other.md").write_text(book(10, "b", "## Title {}"))
+    (books / "short.txt").write_text(book(5, "c"))
+    (books / "twice.jsonl").write_text(json.dumps({"text": book(12)}))
+    arguments = ["--prefix", "500", "--words", "30", "--per-book", "3"]
+    chapterbreak.main([str(books), "--out", str(out), *arguments], standalone_mode=False)
+    said = capsys.readouterr()
+    assert said.out.strip().endswith("chapterbreak_ctx_500.json: 6 examples of 2 books (2 left out)")
+    assert "left out: short.txt: 5 chapters of 2,000 characters; 6 are needed" in said.err
+    assert "twice.jsonl:1: the same text as long.txt" in said.err
+    assert len(json.loads((out / "sources.json").read_text())["books"]) == 4
+    works = json.loads((out / "chapterbreak_ctx_500.json").read_text())["books"]
+    assert {name: len(examples) for name, examples in works.items()} == {"long.txt": 3, "other.md": 3}
+    text = (books / "long.txt").read_text()
+    openings = [" ".join(words(number, "a").split()[:30]) for number in range(12)]  # no suffix tells its number
+    for example in works["long.txt"]:
+        assert set(example) == {"ctx", "pos", "negs"} and 2950 < len(example["ctx"]) <= 3000
+        number = openings.index(example["pos"])
+        assert text[text.index(example["ctx"]) + len(example["ctx"]) :].startswith(f"\n\nCHAPTER {number + 1}\n")
+        assert len({openings.index(negative) for negative in example["negs"]} - {number}) == 5
+        assert not any(negative in example["ctx"] for negative in example["negs"])
+    # of equal seeds, whatever is beside
+    alone = chapterbreak.ChapterBreakSettings(prefix=500, words=30, per_book=3)
+    assert chapterbreak.build_chapterbreak([books / "long.txt"], alone)[0]["long.txt"] == works["long.txt"]
+
+
+def test_headings_of_an_index_beside_an_archive_are_used(tmp_path: Path) -> None:
+    settings = chapterbreak.ChapterBreakSettings(prefix=500)
+    text = book(9, heading="the night of {}")  # nothing that could be found
+    (tmp_path / "one").write_text(text)
+    with tarfile.open(tmp_path / "books.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "one", "test/one.txt")
+    headings = [[found.start(), 1, found.group()] for found in re.finditer(r"the night of \d", text)]
+    headings[0][2] = headings[0][2].replace(" ", "\u2028", 1)  # no line ends there
+    record = {"id": "one", "sha256": hashlib.sha256(text.encode()).hexdigest(), "headings": headings}
+    with pytest.raises(DataError, match=r"test/one\.txt: 0 chapters"):
+        chapterbreak.build_chapterbreak([tmp_path / "books.tar.xz"], settings)
+    (tmp_path / "index.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    _, (made,) = chapterbreak.build_chapterbreak([tmp_path], settings)
+    assert (made["id"], made["headings"], made["chapters"]) == ("test/one.txt", "index", 9)
+
+
+# conversations.py
+
+
+def test_every_answer_was_said_in_its_evidence_and_before_the_last_session(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, counts = tmp_path / "made" / "talk.json", Counter[int]()
+    conversations.main(["--out", str(out), "--seed", "3"], standalone_mode=False)
+    assert "10 conversations, 260 questions" in capsys.readouterr().out
+    samples = json.loads(out.read_text())
+    assert samples == conversations.make_conversations(seed=3) != conversations.make_conversations(seed=1)
+    assert [len(made.sessions) for made in read_dialogues(out).items] == [6] * 10
+    for sample in samples:
+        talk = sample["conversation"]
+        spoken = {turn["dia_id"]: turn for part in talk.values() if isinstance(part, list) for turn in part}
+        for question in sample["qa"]:
+            category, evidence = question["category"], question["evidence"]
+            counts[category] += 1
+            said = " ".join(spoken[where]["text"] for where in evidence)
+            sessions = [int(where[1:].split(":")[0]) for where in evidence]
+            assert max(sessions) < 6
+            if category in (1, 4):
+                assert all(part in said for part in question["answer"].split(", "))
+            if category == 1:  # two journeys
+                assert len(set(sessions)) == 2
+            if category == 2:  # the day of the session, or the day before
+                on = talk[f"session_{sessions[0]}_date_time"].split(" on ")[1]
+                assert (question["answer"] == on) == ("come back" in question["question"])
+            if category == 5:
+                assert question["adversarial_answer"] in said and "answer" not in question
+                assert all(spoken[where]["speaker"] not in question["question"] for where in evidence)
+    assert counts == {4: 80, 5: 80, 2: 60, 1: 20, 3: 20}
+
+
+# python.py and tokenizer.py
+
+
+def make_library(folder: Path, *names: str) -> Path:
+    for name in names:
+        for part in ("__init__", "inner/part", "tests/test_it"):
+            file = folder / name / f"{part}.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"# of {name}\n" + f"def {name}_{part[-2:]}(): pass\n" * 60)
+    return folder
+
+
+def test_packages_are_cut_between_files_and_held_out_ones_are_in_no_other_split(tmp_path: Path) -> None:
+    files = [f"{FILE_LINE}p/{n}.py\n" + "x = 1\n" * 20 + "\n" for n in range(9)]
+    parts = dict(documents_of("p", "".join(files), longest=3 * len(files[0])))
+    assert list(parts) == ["p-00", "p-01", "p-02"] and "".join(parts.values()) == "".join(files)
+    assert list(dict(documents_of("p", "".join(files)))) == ["p"]
+    few = documents_of("p", "".join(files), longest=len(files[0]), most=len("".join(files)) // 3)
+    assert list(dict(few)) == ["p-00", "p-03", "p-06"]
+
+    stdlib = make_library(tmp_path / "stdlib", "alpha", "email", "http", "asyncio")
+    site: Any = make_library(tmp_path / "site", "numpy", "click", "accelerate", "unheard_of")
+    written = write_source(tmp_path / "out", stdlib=stdlib, site=site)
+    found = {split: list(read_documents([tmp_path / "out" / f"{split}.jsonl"])) for split in written}
+    assert {split: [document.id for document in some] for split, some in found.items()} == {
+        "train": ["stdlib__alpha", "packages__numpy"],
+        "valid": ["stdlib__asyncio", "packages__accelerate"],
+        "test": ["stdlib__email", "stdlib__http", "packages__click"],
+    }
+    assert found["test"][0].text == package_text(stdlib / "email", stdlib) and "test_it" not in found["test"][0].text
+
+
+def test_the_tokenizer_is_learned_from_equal_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("aaaa bbbb " * 5000)
+    (tmp_path / "b.txt").write_text("def zzzz(): " * 5000)
+    out, texts = tmp_path / "tokenizer", [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    monkeypatch.setattr(sys, "argv", ["x", *texts, "--vocab-size", "270", "--bytes-each", "2000", "--out", str(out)])
+    tokenizer.main()
+    vocabulary = json.loads((out / "tokenizer.json").read_text())["model"]["vocab"]
+    assert len(vocabulary) == 270 and any("z" in token and len(token) > 1 for token in vocabulary)
+    assert {"zzzz", "aaaa"} & {token.strip("Ġ") for token in vocabulary}
