@@ -1,7 +1,6 @@
 """Tiny runs: a folder of made text, and settings that train on it in a second."""
 
 import json
-import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 
 from longmem.training.recipe import Recipe
 
-Settings = dict[str, dict[str, Any]]
 Make = Callable[..., Recipe]
 
 OPTIM = {"steps": 8, "rows": 2, "lr": 1e-2, "dropout": 0.1, "precision": "fp32"}
@@ -39,50 +37,40 @@ def text_dir(tmp_path_factory: pytest.TempPathFactory, made_text: Callable[..., 
     return folder
 
 
-@pytest.fixture
-def data(tmp_path: Path, text_dir: Path) -> dict[str, Any]:
-    paths = {"paths": [str(text_dir)], "held_out": ["held.txt"], "cache_dir": str(tmp_path / "cache")}
-    return {**paths, "window": 16}
-
-
-@pytest.fixture
-def pretrain(tmp_path: Path, data: dict[str, Any]) -> Make:
-    """``pretrain("name", optim={"steps": 3})``: a pre-training recipe."""
-
-    def make(name: str = "run", **changes: dict[str, Any]) -> Recipe:
-        settings: Settings = {
-            "run": {"name": name, "out_dir": str(tmp_path / name)},
-            "data": {**data, "vocab_size": 280, "repeat_fraction": 0.3},
-            "model": {"hidden_size": 16, "layers": 2, "heads": 2},
-            "optim": OPTIM,
-            **OFTEN,
-        }
-        return Recipe.parse({"task": "pretrain", **merged(settings, changes)})
-
-    return make
-
-
-@pytest.fixture
-def adapt(tmp_path: Path, data: dict[str, Any], backbone_dir: Path) -> Make:
-    """``adapt("name", sidenet={"memory": False})``: an adaptation recipe over the tiny backbone."""
+def maker(tmp_path: Path, text_dir: Path, task: str, **own: Any) -> Make:
+    """``make("name", method, optim={"steps": 3})``: a recipe of this task with its own sections and these changes."""
+    paths = {"paths": [str(text_dir)], "held_out": ["held.txt"], "cache_dir": str(tmp_path / "cache"), "window": 16}
 
     def make(name: str = "run", method: str = "longmem", **changes: dict[str, Any]) -> Recipe:
-        settings: Settings = {
-            "run": {"name": name, "out_dir": str(tmp_path / name)},
-            "data": data,
-            "backbone": {"path": str(backbone_dir)},
-            "sidenet": {"memory_layers": [1], "num_retrieved": 8, "memory_size": 64},
-            "optim": {**OPTIM, "accumulate": 2},
-            **OFTEN,
-        }
-        return Recipe.parse({"task": "adapt", "method": method, **merged(settings, changes)})
+        run = {"run": {"name": name, "out_dir": str(tmp_path / name)}}
+        settings: dict[str, Any] = {**run, "data": paths, "optim": OPTIM, **OFTEN}
+        for some in (own, changes):
+            settings |= {section: {**settings.get(section, {}), **values} for section, values in some.items()}
+        return Recipe.parse({"task": task, "method": method, **settings})
 
     return make
 
 
-def merged(settings: Settings, changes: Settings) -> Settings:
-    """The settings with some of them changed."""
-    return {name: {**settings.get(name, {}), **changes.get(name, {})} for name in {*settings, *changes}}
+@pytest.fixture
+def pretrain(tmp_path: Path, text_dir: Path) -> Make:
+    """Recipes of pre-training."""
+    model = {"hidden_size": 16, "layers": 2, "heads": 2}
+    return maker(tmp_path, text_dir, "pretrain", data={"vocab_size": 280, "repeat_fraction": 0.3}, model=model)
+
+
+@pytest.fixture
+def adapt(tmp_path: Path, text_dir: Path, backbone_dir: Path) -> Make:
+    """Recipes of adaptation, over the tiny backbone."""
+    side = {"memory_layers": [1], "num_retrieved": 8, "memory_size": 64}
+    backbone = {"path": str(backbone_dir)}
+    return maker(tmp_path, text_dir, "adapt", backbone=backbone, sidenet=side, optim={"accumulate": 2})
+
+
+@pytest.fixture(params=["pretrain", "adapt"])
+def either(request: pytest.FixtureRequest) -> Make:
+    """Recipes of both tasks."""
+    made: Make = request.getfixturevalue(request.param)
+    return made
 
 
 def records(out_dir: Path, kind: str) -> list[dict[str, Any]]:
@@ -97,5 +85,4 @@ def write(recipe: Recipe, path: Path) -> Path:
     for name, section in recipe.model_dump(mode="json", exclude={"task", "method"}, exclude_none=True).items():
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in section.items())]
     path.write_text("\n".join(lines))
-    tomllib.loads(path.read_text())
     return path

@@ -3,7 +3,6 @@
 import shutil
 import signal
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,22 +16,28 @@ from longmem.training.run import train
 from longmem.training.trainer import StreamTrainer, list_checkpoints
 
 
-def history(recipe: Recipe, kind: str) -> list[dict[str, Any]]:
+def history(recipe: Recipe) -> list[dict[str, Any]]:
     """What a run wrote into its metrics, without the times."""
     times = ("seconds", "tokens_per")
-    return [{k: v for k, v in each.items() if not k.startswith(times)} for each in records(recipe.out_dir, kind)]
+    found = [each for kind in ("train", "eval") for each in records(recipe.out_dir, kind)]
+    return [{key: value for key, value in each.items() if not key.startswith(times)} for each in found]
 
 
 def weights(recipe: Recipe) -> dict[str, torch.Tensor]:
     return load_file(next((recipe.out_dir / "final").rglob("*.safetensors")))
 
 
+def saved(recipe: Recipe) -> list[str]:
+    """The checkpoints that are complete."""
+    return [path.name for path in list_checkpoints(recipe.out_dir / "checkpoints")]
+
+
 def crash_after(recipe: Recipe, step: int) -> None:
     """What a power cut leaves of a finished run: the checkpoints up to this step."""
     shutil.rmtree(recipe.out_dir / "final")
-    for path in list_checkpoints(recipe.out_dir / "checkpoints"):
-        if int(path.name.removeprefix("checkpoint-")) > step:
-            shutil.rmtree(path)
+    for name in saved(recipe):
+        if int(name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(recipe.out_dir / "checkpoints" / name)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +63,7 @@ def test_a_resumed_run_has_the_losses_and_weights_of_an_uninterrupted_one(
     torch.manual_seed(12345)
     result = train(cut, resume=True, quiet=True)
     assert len(result.losses) == 6
-    for kind in ("train", "eval"):
-        assert history(cut, kind) == history(whole, kind)
+    assert history(cut) == history(whole)
     expected, found = weights(whole), weights(cut)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
@@ -92,17 +96,20 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_as_if_nothing_had_been(
     assert last.startswith(f"stopped by a signal: {step} steps, {64 * step} tokens")
     assert last.endswith("checkpoint saved, go on with --resume")
     assert train(stopped, resume=True, quiet=True).model_dir is not None
-    for kind in ("train", "eval"):
-        assert history(stopped, kind) == history(whole, kind)
+    assert history(stopped) == history(whole)
 
 
-def test_a_finished_run_can_be_given_a_larger_budget_or_none(
+def test_a_finished_run_can_be_given_a_larger_budget_or_none_but_no_other_data_or_model(
     pretrain: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("longmem.progress.EVERY", {True: 0.0, False: 0.0})
     train(pretrain(optim={"steps": 4}), quiet=True)
     nothing = train(pretrain(optim={"steps": 4}), resume=True, quiet=True)
     assert (nothing.step, nothing.losses) == (4, [])
+    with pytest.raises(CheckpointError) as raised:
+        train(pretrain(data={"window": 8}, model={"layers": 3}), resume=True, quiet=True)
+    line = str(raised.value)
+    assert "checkpoint-4: of another run: data.window was 16, is 8; model.layers was 2, is 3; undo that" in line
     longer = pretrain(optim={"steps": 9}, checkpoint={"every": 3, "keep_last": 9}, log={"every": 5})
     with (longer.out_dir / "metrics.jsonl").open("a") as file:
         file.write("\0\0\n")  # a disk that lost power
@@ -110,19 +117,7 @@ def test_a_finished_run_can_be_given_a_larger_budget_or_none(
     assert (result.step, len(result.losses)) == (9, 2)
     said = capsys.readouterr().err
     assert "pre-training " in said and "resumed at step 4, " in said and "pretrain run: 6 of 9 steps (66 %), " in said
-    names = [path.name for path in list_checkpoints(longer.out_dir / "checkpoints")]
-    assert names == ["checkpoint-4", "checkpoint-6", "checkpoint-9"], "what a resumed run is told is what it does"
-
-
-def test_a_run_with_other_data_model_or_method_is_not_resumed(pretrain: Make, adapt: Make) -> None:
-    train(pretrain(), quiet=True)
-    with pytest.raises(CheckpointError) as raised:
-        train(pretrain(data={"window": 8}, model={"layers": 3}), resume=True, quiet=True)
-    line = str(raised.value)
-    assert "checkpoint-8: of another run: data.window was 16, is 8; model.layers was 2, is 3; undo that" in line
-    train(adapt("side"), quiet=True)
-    with pytest.raises(CheckpointError, match="method was 'longmem', is 'memtrm'"):
-        train(adapt("side", method="memtrm"), resume=True, quiet=True)
+    assert saved(longer) == ["checkpoint-4", "checkpoint-6", "checkpoint-9"], "it does what it is told now"
 
 
 def test_the_best_weights_are_kept_and_patience_ends_the_run_also_one_that_was_resumed(adapt: Make) -> None:
@@ -141,53 +136,43 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run_also_one_that_was_r
     assert train(recipe, resume=True, quiet=True).step == result.step
 
 
-FILES = ["optimizer.pt", "scheduler.pt", "rank-0-of-1.pt", "rng_state.pth", "trainer_state.json", "sidenet.safetensors"]
-
-
-def test_a_checkpoint_with_a_file_cut_short_is_named_with_the_way_out(adapt: Make) -> None:
+def test_a_checkpoint_with_a_file_cut_short_or_of_another_method_is_refused_with_the_way_out(adapt: Make) -> None:
     recipe = adapt()
     train(recipe, quiet=True)
-    for name in FILES:
+    with pytest.raises(CheckpointError, match="method was 'longmem', is 'memtrm'"):
+        train(adapt(method="memtrm"), resume=True, quiet=True)
+    state = ("optimizer.pt", "scheduler.pt", "rank-0-of-1.pt", "rng_state.pth", "trainer_state.json")
+    said = {f"{name}: damaged; delete": name for name in state}
+    said[r"not the weights of this model \(.*\); delete it"] = "sidenet.safetensors"
+    for message, name in said.items():
         file = recipe.out_dir / "checkpoints" / "checkpoint-8" / name
         whole = file.read_bytes()
         file.write_bytes(whole[:-100])
-        said = r"not the weights of this model \(.*\); delete it" if name == FILES[-1] else f"{name}: damaged; delete"
-        with pytest.raises(CheckpointError, match=f"checkpoint-8.*{said}.* to resume from an older") as raised:
+        with pytest.raises(CheckpointError, match=f"checkpoint-8.*{message}.* to resume from an older") as raised:
             train(recipe, resume=True, quiet=True)
         assert "\n" not in str(raised.value)
         file.write_bytes(whole)
 
 
-def test_a_disk_that_is_full_at_the_first_checkpoint_is_one_line_and_resuming_begins_anew(
-    adapt: Make, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("step", "left"), [(3, []), (6, ["checkpoint-3"])])
+def test_a_disk_that_is_full_is_one_line_and_leaves_the_checkpoint_before_or_none(
+    step: int, left: list[str], adapt: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = adapt()
-    with monkeypatch.context() as patch:
-        full = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 6541504 vs 6541392")
-        patch.setattr(torch, "save", Mock(side_effect=full))
-        with pytest.raises(
-            CheckpointError, match=r"cannot be written \(.enforce.*; make room, then go on with --resume"
-        ):
-            train(recipe, quiet=True)
-    assert any((recipe.out_dir / "checkpoints").iterdir()) and not list_checkpoints(recipe.out_dir / "checkpoints")
-    assert train(recipe, resume=True, quiet=True).step == 8
-    shutil.rmtree(recipe.out_dir / "checkpoints")
-    with pytest.raises(ConfigError, match=r"an earlier run; no checkpoint to go on from; add --overwrite to remove it"):
-        train(recipe, resume=True, quiet=True)  # the model is not removed
-
-
-def test_a_crash_while_writing_leaves_the_checkpoint_before(adapt: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = adapt(checkpoint={"every": 3})
-    save = torch.save
+    recipe, save = adapt(checkpoint={"every": 3}), torch.save
 
     def full(state: Any, file: Any, *rest: Any, **more: Any) -> None:
-        if "checkpoint-6" in str(file) and "rank" in str(file):
-            raise OSError("No space left on device")
+        if f"checkpoint-{step}/rank" in str(file):
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 6541504 vs 6541392")
         save(state, file, *rest, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(
+            CheckpointError, match=r"cannot be written \(.enforce.*; make room, then go on with --resume"
+        ):
             train(recipe, quiet=True)
-    assert [path.name for path in list_checkpoints(recipe.out_dir / "checkpoints")] == ["checkpoint-3"]
+    assert (recipe.out_dir / "checkpoints" / f"checkpoint-{step}").is_dir() and saved(recipe) == left
     assert train(recipe, resume=True, quiet=True).step == 8
+    shutil.rmtree(recipe.out_dir / "checkpoints")
+    with pytest.raises(ConfigError, match=r"an earlier run; no checkpoint to go on from; add --overwrite to remove it"):
+        train(recipe, resume=True, quiet=True)  # the model is not removed

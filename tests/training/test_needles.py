@@ -1,7 +1,6 @@
 """Adaptation to facts that are hidden in memory."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +10,8 @@ from tests.training.conftest import Make
 
 from longmem import LongMem
 from longmem.data.stream import IGNORE
-from longmem.training.adapt import NeedleStream
 from longmem.training.recipe import Recipe
-from longmem.training.run import build_trainer, train
+from longmem.training.run import build_trainer
 
 ASK: dict[str, Any] = {
     "kinds": ["passkey"], "rows": 4, "repeats": 2, "context": 48, "text_tokens": 512, "least_tokens": 32,
@@ -21,12 +19,13 @@ ASK: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _trainer(recipe: Recipe) -> Any:
-    return build_trainer(recipe, PartialState(cpu=True), quiet=True)
+def _stream(recipe: Recipe) -> Any:
+    return build_trainer(recipe, PartialState(cpu=True), quiet=True).stream
 
 
 def test_memory_of_a_question_is_the_common_text_and_its_own_facts(adapt: Make) -> None:
-    trainer = _trainer(adapt(needles=ASK | {"kinds": ["passkey", "multi"]}))
+    recipe = adapt(needles=ASK | {"kinds": ["passkey", "multi"]})
+    trainer = build_trainer(recipe, PartialState(cpu=True), quiet=True)
     assert trainer.bank is None  # of which a run of questions writes nothing
     batch = trainer.next_batch()
     assert batch.memory.base.keys.shape[2] * 4 == 32, "one run of text for all rows"
@@ -38,7 +37,7 @@ def test_memory_of_a_question_is_the_common_text_and_its_own_facts(adapt: Make) 
 def test_only_the_answer_is_scored_and_it_is_hidden_in_the_rows_own_facts(
     adapt: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream: NeedleStream = _trainer(adapt(needles=ASK | {"kinds": ["passkey", "pair", "multi", "twohop"]})).stream
+    stream = _stream(adapt(needles=ASK | {"kinds": ["passkey", "pair", "multi", "twohop"]}))
     encoded: list[torch.Tensor] = []
     encode = LongMem.encode
     monkeypatch.setattr(LongMem, "encode", lambda model, ids: (encoded.append(ids), encode(model, ids))[1])
@@ -54,7 +53,7 @@ def test_only_the_answer_is_scored_and_it_is_hidden_in_the_rows_own_facts(
 
 
 def test_memory_grows_from_the_least_to_the_most(adapt: Make) -> None:
-    stream = _trainer(adapt(needles=ASK)).stream
+    stream = _stream(adapt(needles=ASK))
     sizes = []
     for number in (0, 2, 4, 9):
         found = []
@@ -63,16 +62,3 @@ def test_memory_grows_from_the_least_to_the_most(adapt: Make) -> None:
         sizes.append(max(found))
     assert sizes[0] == 32
     assert sizes[0] < sizes[1] < sizes[2] == sizes[3] == 256
-
-
-def test_a_sidenet_goes_on_from_another_one(adapt: Make, backbone_dir: Path) -> None:
-    first = adapt("first", optim={"steps": 2}, sidenet={"recency": 1.5})
-    train(first, quiet=True)
-    start = {"start": str(first.out_dir / "final"), "num_retrieved": 16}
-    second = adapt("second", sidenet=start, optim={"steps": 2, "lr": 1e-12, "weight_decay": 0.0})
-    train(second, quiet=True)
-    models = [LongMem.from_pretrained(run.out_dir / "final") for run in (first, second)]
-    assert (models[1].config.num_retrieved, models[1].config.recency) == (16, 1.5), "a recipe may change the first"
-    assert models[1].config.backbone_name_or_path == models[0].config.backbone_name_or_path
-    for one, two in zip(models[0].trainable_parameters(), models[1].trainable_parameters(), strict=True):
-        assert torch.allclose(one, two, atol=1e-6)

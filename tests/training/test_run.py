@@ -19,7 +19,9 @@ from longmem.data.tokens import train_tokenizer
 from longmem.errors import ConfigError, LongMemError
 from longmem.training.adapt import LongMemTrainer
 from longmem.training.recipe import Recipe
-from longmem.training.run import build_trainer, train
+from longmem.training.run import TrainResult, build_trainer, train
+
+LONG = {"steps": 40, "accumulate": 1, "dropout": 0.0, "rows": 4}
 
 
 @pytest.fixture
@@ -34,6 +36,16 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[LongMemTrainer]:
 
     monkeypatch.setattr("longmem.training.run.build_trainer", made)
     return found
+
+
+def alone(recipe: Recipe) -> Any:
+    """Its trainer, which has trained nothing yet."""
+    return build_trainer(recipe, PartialState(cpu=True), quiet=True)
+
+
+def assert_learned(result: TrainResult) -> None:
+    assert sum(result.losses[-5:]) / 5 < sum(result.losses[:5]) / 5 - 0.1
+    assert result.evaluation["loss"] < result.evaluation["loss_backbone"]
 
 
 def test_pre_training_learns_and_its_model_loads_like_any_other(pretrain: Make) -> None:
@@ -52,10 +64,9 @@ def test_pre_training_learns_and_its_model_loads_like_any_other(pretrain: Make) 
 def test_adaptation_learns_in_the_sidenet_alone_and_its_final_folder_names_the_backbone(
     adapt: Make, trainers: list[Any]
 ) -> None:
-    recipe = adapt(optim={"steps": 40, "accumulate": 1, "dropout": 0.0, "rows": 4})
+    recipe = adapt(optim=LONG)
     result = train(recipe, quiet=True)
-    assert sum(result.losses[-5:]) / 5 < sum(result.losses[:5]) / 5 - 0.1
-    assert result.evaluation["loss"] < result.evaluation["loss_backbone"]
+    assert_learned(result)
     assert "loss_memory_off" in result.evaluation
     before, after = trainers[0].before, trainers[0].longmem.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -70,8 +81,49 @@ def test_adaptation_learns_in_the_sidenet_alone_and_its_final_folder_names_the_b
     assert len(AutoTokenizer.from_pretrained(final)) == 260
 
 
+def test_a_memtrm_learns_with_memory_older_than_its_weights(adapt: Make, trainers: list[Any], tmp_path: Path) -> None:
+    backbone = tmp_path / "backbone"
+    files = {file.name: file.read_bytes() for file in backbone.iterdir()}
+    frozen = alone(adapt("frozen", optim=LONG)).evaluate()["eval_loss_backbone"]
+    told = {"log": {"tensorboard": True}, "sidenet": {"recency": 0.5}}
+    result = train(adapt("coupled", method="memtrm", optim=LONG, **told), quiet=True)
+    assert_learned(result)
+    assert result.evaluation["loss_backbone"] == pytest.approx(frozen, abs=1e-6), "before it was trained"
+    assert result.evaluation["loss_memory_off"] != result.evaluation["loss"]
+    assert any((result.out_dir / "tensorboard").glob("events.*"))
+    assert {file.name: file.read_bytes() for file in backbone.iterdir()} == files
+    before, after = trainers[0].before, trainers[0].longmem.state_dict()
+    assert not any(torch.equal(before[name], after[name]) for name in trainers[0].longmem.trainable_parameter_names())
+    assert trainers[0].bank.fingerprint is None
+    model = MemTRM.from_pretrained(result.out_dir / "final")
+    assert model.memory_layers == (1,) and model.config.start_fingerprint != model.fingerprint
+    assert (model.config.recency, float(model.config.gate)) == (0.5, 0.5)
+    named = json.loads((result.out_dir / "final" / "config.json").read_text())["start_name_or_path"]
+    assert named == "../../backbone", "so that both can move"
+
+
+def test_a_sidenet_goes_on_from_another_one_over_the_named_revision(
+    adapt: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = adapt("first", optim={"steps": 2}, sidenet={"recency": 1.5})
+    train(first, quiet=True)
+    load, asked = AutoModelForCausalLM.from_pretrained, []
+    spy = lambda name, revision=None, **how: (asked.append(revision), load(name, **how))[1]  # noqa: E731
+    monkeypatch.setattr("longmem.modeling.loading.AutoModelForCausalLM.from_pretrained", spy)
+    start = {"sidenet": {"start": str(first.out_dir / "final"), "num_retrieved": 16}, "backbone": {"revision": "v2"}}
+    second = adapt("second", optim={"steps": 2, "lr": 1e-12, "weight_decay": 0.0}, **start)
+    train(second, quiet=True)
+    assert asked == ["v2"]
+    models = [LongMem.from_pretrained(run.out_dir / "final") for run in (first, second)]
+    assert (models[1].config.num_retrieved, models[1].config.recency) == (16, 1.5), "a recipe may change the first"
+    assert models[1].config.backbone_name_or_path == models[0].config.backbone_name_or_path
+    assert models[1].config.backbone_revision == "v2"
+    for one, two in zip(models[0].trainable_parameters(), models[1].trainable_parameters(), strict=True):
+        assert torch.allclose(one, two, atol=1e-6)
+
+
 def test_auto_remembers_the_layers_whose_memory_is_worth_most_on_the_text(adapt: Make) -> None:
-    recipe = adapt(sidenet={"memory_layers": "auto"}, optim={"steps": 1})
+    recipe = adapt(sidenet={"memory_layers": "auto"}, backbone={"device_map": "auto"}, optim={"steps": 1})
     result = train(recipe, quiet=True)
     found = json.loads((recipe.out_dir / "layers.json").read_text())
     assert [each["layers"] for each in found["single"]] == [[1], [3]], "those that the SideNet copies"
@@ -81,8 +133,7 @@ def test_auto_remembers_the_layers_whose_memory_is_worth_most_on_the_text(adapt:
 
 @pytest.mark.parametrize("boundary", ["keep", "reset"])
 def test_a_row_that_resets_reads_nothing_of_its_last_document(boundary: str, adapt: Make) -> None:
-    trainer = build_trainer(adapt(sidenet={"boundary": boundary}), PartialState(cpu=True), quiet=True)
-    found = []
+    trainer, found = alone(adapt(sidenet={"boundary": boundary})), []
     for _ in range(40):
         batch = trainer.next_batch()
         with torch.no_grad():
@@ -94,110 +145,21 @@ def test_a_row_that_resets_reads_nothing_of_its_last_document(boundary: str, ada
 
 
 def test_the_control_trains_as_long_without_memory(adapt: Make) -> None:
-    with_memory, without = (
-        adapt(name, sidenet={"memory": memory}, optim={"accumulate": 1})
-        for name, memory in (("with", True), ("without", False))
-    )
-    first, second = (train(recipe, quiet=True) for recipe in (with_memory, without))
+    optim = {"accumulate": 1}
+    first, second = (train(adapt(f"{m}", sidenet={"memory": m}, optim=optim), quiet=True) for m in (True, False))
     assert (first.step, first.tokens) == (second.step, second.tokens)
-    assert "memory_fill" not in records(without.out_dir, "train")[-1]
+    assert "memory_fill" not in records(second.out_dir, "train")[-1]
     assert "loss_memory_off" not in second.evaluation
     assert not LongMem.from_pretrained(str(second.model_dir)).sidenet.memory_gate.any(), "it takes no part"
     # the first segments find nothing, so both runs begin alike
     assert first.losses[0] == pytest.approx(second.losses[0], abs=1e-3)
 
 
-@pytest.mark.parametrize("task", ["pretrain", "adapt"])
-def test_bf16_gives_nearly_the_losses_of_fp32(task: str, request: pytest.FixtureRequest) -> None:
-    make: Make = request.getfixturevalue(task)
+def test_bf16_gives_nearly_the_losses_of_fp32(either: Make) -> None:
     changes = {"steps": 3, "dropout": 0.0}
-    full, half = (train(make(p, optim={**changes, "precision": p}), quiet=True).losses for p in ("fp32", "bf16"))
+    full, half = (train(either(p, optim={**changes, "precision": p}), quiet=True).losses for p in ("fp32", "bf16"))
     assert full != half
     assert half == pytest.approx(full, abs=0.05)
-
-
-@pytest.mark.parametrize(
-    ("task", "changes", "message"),
-    [
-        ("pretrain", {"optim": {"lr": 1e30, "clip": 0.0, "warmup": 0.0}}, "the loss is nan at step "),
-        ("pretrain", {"data": {"window": 99_999}}, "which is less than two windows of data.window (99999)"),
-        ("pretrain", {"model": {"vocab_size": 10}}, "model.vocab_size (10) must be at least the tokenizer's (280)"),
-        ("adapt", {"needles": ASK | {"context": 4096}}, "not more than a fact is hidden in (needles.context (4096)"),
-        (
-            "adapt",
-            {"backbone": {"dtype": "float16"}, "optim": {"precision": "bf16"}},
-            "'bf16' do not go together on a CPU",
-        ),
-        ("adapt", {"backbone": {"path": "/nowhere"}}, "/nowhere: no tokenizer"),
-        ("adapt", {"data": {"tokenizer": "large"}}, "large: a tokenizer of 268 tokens, the model knows 260: "),
-    ],
-)
-def test_what_a_run_cannot_do_is_said_in_one_line(
-    task: str,
-    changes: dict[str, Any],
-    message: str,
-    request: pytest.FixtureRequest,
-    backbone_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    make: Make = request.getfixturevalue(task)
-    monkeypatch.chdir(backbone_dir.parent)
-    train_tokenizer(["some words " * 50], 270).save_pretrained("large")
-    with pytest.raises(LongMemError) as raised:
-        train(make(**changes), quiet=True)
-    assert message in str(raised.value) and "\n" not in str(raised.value)
-
-
-def test_a_time_box_ends_the_run_with_the_rate_at_zero(pretrain: Make) -> None:
-    optim = {"steps": None, "max_minutes": 0.03, "warmup": 0.0}
-    recipe = pretrain(optim=optim, eval={"every": 0}, checkpoint={"every": 0})
-    result = train(recipe, quiet=True)
-    rates = [record["lr"] for record in records(recipe.out_dir, "train")]
-    assert result.model_dir is not None
-    assert 1.8 <= result.seconds < 10
-    assert rates == sorted(rates, reverse=True)
-    assert rates[-1] < 0.2 * rates[0]
-
-
-def test_the_repositorys_tiny_recipes_run_on_other_text(tmp_path: Path, text_dir: Path) -> None:
-    recipes = Path(__file__).parents[2] / "recipes"
-    shared = [f'data.paths=["{text_dir}"]', 'data.held_out=["held.txt"]', "optim.steps=6", "optim.rows=2"]
-    train(Recipe.load(recipes / "tiny-cpu.toml", [*shared, f"run.out_dir={tmp_path}/tiny"]), quiet=True)
-    where = [f"run.out_dir={tmp_path}/side", f"backbone.path={tmp_path}/tiny/final"]
-    train(Recipe.load(recipes / "tiny-cpu-sidenet.toml", [*shared, *where]), quiet=True)
-    assert LongMem.from_pretrained(tmp_path / "side" / "final").memory_layers == (1,)
-
-
-def test_a_memtrm_learns_with_memory_older_than_its_weights(adapt: Make, trainers: list[Any], tmp_path: Path) -> None:
-    backbone = tmp_path / "backbone"
-    files = {file.name: file.read_bytes() for file in backbone.iterdir()}
-    optim = {"steps": 40, "accumulate": 1, "dropout": 0.0, "rows": 4}
-    frozen = train(adapt("frozen", optim=optim), quiet=True)
-    told = {"log": {"tensorboard": True}, "sidenet": {"recency": 0.5}}
-    result = train(adapt("coupled", method="memtrm", optim=optim, **told), quiet=True)
-    assert any((result.out_dir / "tensorboard").glob("events.*"))
-    assert sum(result.losses[-5:]) / 5 < sum(result.losses[:5]) / 5 - 0.1
-    assert {file.name: file.read_bytes() for file in backbone.iterdir()} == files
-    assert result.evaluation["loss"] < result.evaluation["loss_backbone"]
-    # that of the backbone is taken before it is trained, and is that of the frozen one beside it
-    assert result.evaluation["loss_backbone"] == pytest.approx(frozen.evaluation["loss_backbone"], abs=1e-6)
-    assert result.evaluation["loss_memory_off"] != result.evaluation["loss"]
-    before, after = trainers[-1].before, trainers[-1].longmem.state_dict()
-    assert not any(torch.equal(before[name], after[name]) for name in trainers[-1].longmem.trainable_parameter_names())
-    assert trainers[-1].bank.fingerprint is None
-    final = result.out_dir / "final"
-    model = MemTRM.from_pretrained(final)
-    assert model.memory_layers == (1,) and model.config.start_fingerprint != model.fingerprint
-    assert (model.config.recency, float(model.config.gate)) == (0.5, 0.5)
-    named = json.loads((final / "config.json").read_text())["start_name_or_path"]
-    assert (final / named).resolve() == backbone.resolve(), "so that both can move"
-
-
-def test_a_run_over_a_spread_backbone_is_the_same_run(adapt: Make) -> None:
-    plain, spread = (
-        train(adapt(name, backbone=b), quiet=True) for name, b in (("a", {}), ("b", {"device_map": "auto"}))
-    )
-    assert plain.losses == spread.losses
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
@@ -209,6 +171,53 @@ def test_a_run_over_a_quantised_backbone_saves_a_sidenet_that_loads(bits: str, a
     assert loaded.config.backbone_config.quantization_config is not None
 
 
+def test_a_time_box_ends_the_run_with_the_rate_at_zero(pretrain: Make) -> None:
+    optim = {"steps": None, "max_minutes": 0.03, "warmup": 0.0}
+    result = train(pretrain(optim=optim, eval={"every": 0}, checkpoint={"every": 0}), quiet=True)
+    rates = [record["lr"] for record in records(result.out_dir, "train")]
+    assert result.model_dir is not None and 1.8 <= result.seconds < 10
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.2 * rates[0]
+
+
+def test_the_repositorys_tiny_recipes_run_on_other_text(tmp_path: Path, text_dir: Path) -> None:
+    recipes = Path(__file__).parents[2] / "recipes"
+    shared = [f'data.paths=["{text_dir}"]', 'data.held_out=["held.txt"]', "optim.steps=6", "optim.rows=2"]
+    train(Recipe.load(recipes / "tiny-cpu.toml", [*shared, f"run.out_dir={tmp_path}/tiny"]), quiet=True)
+    where = [f"run.out_dir={tmp_path}/side", f"backbone.path={tmp_path}/tiny/final"]
+    train(Recipe.load(recipes / "tiny-cpu-sidenet.toml", [*shared, *where]), quiet=True)
+    assert LongMem.from_pretrained(tmp_path / "side" / "final").memory_layers == (1,)
+
+
+HALF = {"backbone": {"dtype": "float16"}, "optim": {"precision": "bf16"}}
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        ("pretrain", {"optim": {"lr": 1e30, "clip": 0.0, "warmup": 0.0}}, "the loss is nan at step "),
+        ("pretrain", {"data": {"window": 99_999}}, "which is less than two windows of data.window (99999)"),
+        ("pretrain", {"model": {"vocab_size": 10}}, "model.vocab_size (10) must be at least the tokenizer's (280)"),
+        ("adapt", {"needles": ASK | {"context": 4096}}, "not more than a fact is hidden in (needles.context (4096)"),
+        ("adapt", HALF, "'bf16' do not go together on a CPU"),
+        ("adapt", {"backbone": {"path": "/nowhere"}}, "/nowhere: no tokenizer"),
+        ("adapt", {"data": {"tokenizer": "large"}}, "large: a tokenizer of 268 tokens, the model knows 260: "),
+    ],
+)
+def test_what_a_run_cannot_do_is_said_in_one_line(
+    task: str,
+    changes: dict[str, Any],
+    message: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train_tokenizer(["another model's text"] * 9, 268).save_pretrained("large")
+    with pytest.raises(LongMemError) as raised:
+        train(request.getfixturevalue(task)(**changes), quiet=True)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
 # longmem train
 
 
@@ -217,6 +226,10 @@ def test_a_run_prints_its_model_and_each_log_step_is_one_line_and_one_record(
 ) -> None:
     monkeypatch.setattr("longmem.progress.EVERY", {True: 0.0, False: 0.0})
     path = write(adapt(log={"every": 4}), tmp_path / "recipe.toml")
+    assert command("train", path, "--check") == (0, f"{path}: adapt, no problems found\n", "")
+    status, out, _ = command("train", path, "--estimate", "a100-80gb")
+    assert status == 0 and not (tmp_path / "run").exists()
+    assert [line.split()[0] for line in out.splitlines()] == ["parameters", "memory", "work", "time", "speed", "cost"]
     status, out, said = command("train", path)
     assert (status, out) == (0, f"{tmp_path}/run/final\n")
     lines = [line for line in said.splitlines() if line.startswith("step ") and "tok/s" in line]
@@ -233,14 +246,6 @@ def test_a_run_prints_its_model_and_each_log_step_is_one_line_and_one_record(
     assert found[1]["perplexity"] == pytest.approx(math.exp(found[1]["loss"])) and len(found[1]["share"]) == 4
     assert 0 < found[0]["memory_fill"] <= found[1]["memory_fill"] <= 1
     done = command("train", path, "--set", "optim.steps=2", "--json", "--quiet", "--overwrite")
-    result: dict[str, Any] = done.json
-    assert (done.status, done.err) == (0, "") and "loss" in result["evaluation"]
-    assert (result["step"], result["tokens"], result["model_dir"]) == (2, 128, f"{tmp_path}/run/final")
-
-
-def test_check_and_estimate_train_nothing(adapt: Make, tmp_path: Path, command: Command) -> None:
-    path = write(adapt(), tmp_path / "recipe.toml")
-    assert command("train", path, "--check") == (0, f"{path}: adapt, no problems found\n", "")
-    status, out, _ = command("train", path, "--estimate", "a100-80gb")
-    assert status == 0 and not (tmp_path / "run").exists()
-    assert [line.split()[0] for line in out.splitlines()] == ["parameters", "memory", "work", "time", "speed", "cost"]
+    assert (done.status, done.err) == (0, "") and "loss" in done.json["evaluation"]
+    made = [done.json[name] for name in ("step", "tokens", "model_dir")]
+    assert made == [2, 128, f"{tmp_path}/run/final"]

@@ -20,9 +20,9 @@ Documents = list[dict[str, Any]]
 
 @pytest.fixture
 def documents(text_dir: Path, byte_tokenizer: PreTrainedTokenizerFast) -> Documents:
-    """Every text as one record."""
+    """The beginning of every text as one record."""
     paths = sorted(text_dir.glob("doc*.txt"))
-    return [{"name": path.stem, "input_ids": byte_tokenizer(path.read_text())["input_ids"]} for path in paths]
+    return [{"name": path.stem, "input_ids": byte_tokenizer(path.read_text())["input_ids"][:100]} for path in paths]
 
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
@@ -38,10 +38,6 @@ def made(args: TrainingArguments, documents: Documents, backbone: Path, **settin
     torch.manual_seed(0)
     model = LongMem.from_backbone(backbone, memory_layers=1, num_retrieved=8, memory_size=64, side_dtype=torch.float32)
     return LongMemTrainer(model, args, train_dataset=documents, window=16, **{"piece_tokens": 40, **settings})
-
-
-def losses(trainer: LongMemTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def read(model: Any, stream: SegmentStream, bank: MemoryBank) -> tuple[Any, int, Any]:
@@ -75,29 +71,47 @@ def by_hand(trainer: LongMemTrainer, documents: Documents, accumulate: int, step
     return found
 
 
+def evaluated_by_hand(model: Any, documents: Documents) -> float:
+    """Mean loss over consecutive segments of whole documents, with a memory of its own."""
+    corpus = as_corpus(documents)
+    stream, bank = SegmentStream(corpus, 16, 2, None), MemoryBank.for_model(model.eval(), 2)
+    total, scored = 0.0, 0
+    for _ in range(corpus.num_tokens // 32):
+        with torch.no_grad():
+            loss, count, write = read(model, stream, bank)
+        write()
+        total, scored = total + loss.item(), scored + count
+    return total / scored
+
+
 @pytest.mark.parametrize(
     ("accumulate", "settings"),
     [(1, {}), (2, {"activation_checkpointing": True}), (1, {"max_steps": -1, "num_train_epochs": 2})],
     ids=["steps", "accumulated and recomputed", "epochs, which go on where rows stood"],
 )
-def test_it_trains_what_reading_and_writing_by_hand_trains(
+def test_it_trains_and_measures_what_reading_and_writing_by_hand_does(
     accumulate: int, settings: dict[str, Any], documents: Documents, backbone_dir: Path, tmp_path: Path
 ) -> None:
-    few = [{**document, "input_ids": document["input_ids"][:100]} for document in documents]
-    trainer = made(arguments(tmp_path / "run", gradient_accumulation_steps=accumulate, **settings), few, backbone_dir)
+    args = arguments(tmp_path / "run", gradient_accumulation_steps=accumulate, **settings)
+    trainer = made(args, documents, backbone_dir, eval_dataset=documents[:2])
     trainer.train()
-    steps = trainer.state.max_steps
+    steps, history = trainer.state.max_steps, trainer.state.log_history
     assert steps == (2 * round(600 / 32) if "num_train_epochs" in settings else 6)
-    other = made(arguments(tmp_path / "other"), few, backbone_dir)
-    assert losses(trainer) == pytest.approx(by_hand(other, few, accumulate, steps), abs=1e-3)
-    said = trainer.state.log_history[-2]
-    assert 0 < said["memory_fill"] <= 1 and all(0 < share < 1 for share in said["share"])
+    expected = by_hand(made(arguments(tmp_path / "other"), documents, backbone_dir), documents, accumulate, steps)
+    assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(expected, abs=1e-3)
+    assert 0 < history[-2]["memory_fill"] <= 1 and all(0 < share < 1 for share in history[-2]["share"])
+    before = trainer.bank.state_dict()
+    found = trainer.evaluate()["eval_loss"]
+    after = trainer.bank.state_dict()
+    assert torch.equal(before["slots"]["storage"], after["slots"]["storage"]) and before["version"] == after["version"]
+    assert found == pytest.approx(evaluated_by_hand(trainer.model, documents[:2]), rel=1e-5)
+    assert trainer.evaluate(documents[2:])["eval_loss"] != found
 
 
 def test_other_rows_or_texts_are_not_resumed(documents: Documents, backbone_dir: Path, tmp_path: Path) -> None:
-    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
-    made(arguments(tmp_path / "run", max_steps=2, **saving), documents, backbone_dir).train()
-    args = arguments(tmp_path / "run", max_steps=4, per_device_train_batch_size=3, **saving)
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    made(arguments(tmp_path / "run", **saving), documents, backbone_dir).train()
+    args = arguments(tmp_path / "run", per_device_train_batch_size=3, **saving)
     other = made(args, documents, backbone_dir, piece_tokens=50, boundary="reset")
     lines = "rows was 2, is 3; piece_tokens was 40, is 50; boundary was 'keep', is 'reset'"
     with pytest.raises(CheckpointError, match=lines):
@@ -106,37 +120,15 @@ def test_other_rows_or_texts_are_not_resumed(documents: Documents, backbone_dir:
         made(arguments(tmp_path / "none"), documents, backbone_dir).train(resume_from_checkpoint=True)
 
 
-def test_evaluation_reads_documents_with_a_memory_of_its_own(
+def test_what_would_tear_texts_apart_is_refused_in_one_line_each(
     documents: Documents, backbone_dir: Path, tmp_path: Path
 ) -> None:
-    trainer = made(arguments(tmp_path / "run"), documents, backbone_dir, eval_dataset=documents[:2])
-    trainer.train()
-    before = trainer.bank.state_dict()
-    found = trainer.evaluate()
-    after = trainer.bank.state_dict()
-    assert torch.equal(before["slots"]["storage"], after["slots"]["storage"]) and before["version"] == after["version"]
-    model, corpus = trainer.model.eval(), as_corpus(documents[:2])
-    stream, bank = SegmentStream(corpus, 16, 2, None), MemoryBank.for_model(model, 2)
-    total, scored = 0.0, 0
-    for _ in range(corpus.num_tokens // 32):
-        with torch.no_grad():
-            loss, count, write = read(model, stream, bank)
-        write()
-        total, scored = total + loss.item(), scored + count
-    assert found["eval_loss"] == pytest.approx(total / scored, rel=1e-5)
-    assert trainer.evaluate(documents[2:])["eval_loss"] != found["eval_loss"]
-
-
-def test_what_would_tear_texts_apart_is_refused_in_one_line_each(backbone_dir: Path, tmp_path: Path) -> None:
-    texts = [{"input_ids": list(range(4, 100))}]
     with pytest.raises(ConfigError, match=r"model .* must be a LongMem or a MemTRM"):
-        LongMemTrainer(AutoModelForCausalLM.from_pretrained(backbone_dir), arguments(tmp_path), train_dataset=texts)
-    model = LongMem.from_backbone(backbone_dir, memory_layers=1)
+        LongMemTrainer(AutoModelForCausalLM.from_pretrained(backbone_dir), arguments(tmp_path), train_dataset=documents)
     args = arguments(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=1)
-    with pytest.raises(
-        ConfigError, match=r"auto_find_batch_size would change the rows.*; compute_metrics is not taken"
-    ):
-        LongMemTrainer(model, args, train_dataset=texts, window=16, compute_metrics=len)
+    message = r"auto_find_batch_size would change the rows.*; compute_metrics is not taken"
+    with pytest.raises(ConfigError, match=message):
+        made(args, documents, backbone_dir, compute_metrics=len)
 
 
 @pytest.mark.parametrize("kind", [LongMem, MemTRM])
@@ -144,18 +136,18 @@ def test_a_plain_trainer_resumes_and_keeps_the_best_model(kind: Any, backbone_di
     """Without our subclass: no memory, but the weights are found again."""
     torch.manual_seed(0)
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(4, 260, (16, 12))]
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    # the highest loss is called the best, because it is not the last
+    kept = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
 
-    def plain(folder: str, **changes: Any) -> Trainer:
+    def plain(folder: str) -> Trainer:
         torch.manual_seed(1)
         dtype = {"side_dtype": torch.float32} if kind is LongMem else {}
         model = kind.from_backbone(backbone_dir, memory_layers=1, num_retrieved=8, memory_size=64, **dtype)
-        steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 8}
-        args = arguments(tmp_path / folder, **{**steps, "learning_rate": 0.1, **changes})
+        args = arguments(tmp_path / folder, learning_rate=0.1, **steps, **kept)
         return Trainer(model, args, train_dataset=rows, eval_dataset=rows[:4])
 
-    # the highest loss is called the best, because it is not the last
-    kept = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
-    whole, cut = plain("whole", **kept), plain("cut", **kept)
+    whole, cut = plain("whole"), plain("cut")
     whole.train()
     evaluated = [entry["eval_loss"] for entry in whole.state.log_history if "eval_loss" in entry]
     assert max(evaluated) > evaluated[-1]
