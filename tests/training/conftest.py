@@ -17,6 +17,11 @@ OFTEN = {
     "eval": {"every": 4, "tokens": 128, "rows": 2}, "checkpoint": {"every": 4, "keep_last": 5}, "log": {"every": 1},
 }  # fmt: skip
 
+ASK = {
+    "kinds": ["passkey"], "rows": 4, "repeats": 2, "context": 48, "text_tokens": 512, "least_tokens": 32,
+    "most_tokens": 256, "grows": 4,
+}  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -64,13 +69,6 @@ def adapt(tmp_path: Path, text_dir: Path, backbone_dir: Path) -> Make:
     side = {"memory_layers": [1], "num_retrieved": 8, "memory_size": 64}
     backbone = {"path": str(backbone_dir)}
     return maker(tmp_path, text_dir, "adapt", backbone=backbone, sidenet=side, optim={"accumulate": 2})
-
-
-@pytest.fixture(params=["pretrain", "adapt"])
-def either(request: pytest.FixtureRequest) -> Make:
-    """Recipes of both tasks."""
-    made: Make = request.getfixturevalue(request.param)
-    return made
 
 
 def records(out_dir: Path, kind: str) -> list[dict[str, Any]]:

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.training.conftest import Make, records
-from tests.training.test_needles import ASK
+from tests.training.conftest import ASK, Make, records
 
 from longmem.errors import CheckpointError, ConfigError
 from longmem.training.recipe import Recipe

@@ -9,6 +9,7 @@ from longmem.errors import ConfigError
 from longmem.training.recipe import Recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+SIDE = {"task": "adapt", "backbone": {"path": "x"}}
 
 
 def problems(**sections: Any) -> list[str]:
@@ -26,19 +27,15 @@ def test_every_recipe_of_the_repository_is_valid_and_has_a_header(path: Path) ->
 
 
 def test_three_mistakes_are_reported_together() -> None:
-    found = problems(
-        task="adapt",
-        sidenet={"num_retrieved": 50, "memry_size": 1024},
-        optim={"lr": "fast", "steps": 1},
-        backbone={"path": "gpt2"},
-    )
-    assert found == [
+    sidenet, optim = {"num_retrieved": 50, "memry_size": 1024}, {"lr": "fast", "steps": 1}
+    assert problems(**SIDE, sidenet=sidenet, optim=optim) == [
         "sidenet.memry_size is no setting; did you mean sidenet.memory_size?",
         "optim.lr ('fast') should be a number, unable to parse string as a number",
         "sidenet.num_retrieved (50) must be a multiple of chunk_size (4); try 48 or 52",
     ]
 
 
+WSD = {"steps": 1, "schedule": "wsd", "warmup": 0.5, "decay_fraction": 0.6}
 RULES: dict[str, dict[str, Any]] = {
     "run.lr is no setting; did you mean optim.lr?": {"run": {"lr": 1e-3}},
     "optmi is no setting; did you mean optim?": {"optmi": {"lr": 1e-3}},
@@ -53,19 +50,13 @@ RULES: dict[str, dict[str, Any]] = {
     "model.hidden_size (100) must be a multiple of model.heads (8)": {"model": {"hidden_size": 100}},
     "optim.steps (1) and optim.tokens (1) do not go together: keep one": {"optim": {"steps": 1, "tokens": 1}},
     "optim.betas (1.5) should be less than 1": {"optim": {"steps": 1, "betas": [0.9, 1.5]}},
-    "data.window (2) is too small for a passage and its repetition (data.repeat_fraction)": {
-        "data": {"paths": ["x"], "window": 2, "repeat_fraction": 0.1}
-    },
-    "optim.warmup (0.5) and optim.decay_fraction (0.6) exceed the run": {
-        "optim": {"steps": 1, "schedule": "wsd", "warmup": 0.5, "decay_fraction": 0.6}
-    },
+    "data.window (2) is too small for a passage": {"data": {"paths": ["x"], "window": 2, "repeat_fraction": 0.1}},
+    "optim.warmup (0.5) and optim.decay_fraction (0.6) exceed the run": {"optim": WSD},
     "only a SideNet is recomputed; take fewer": {"optim": {"steps": 1, "gradient_checkpointing": True}},
     "needles.least_tokens (9000) must not exceed needles.most_tokens (100)": {
-        "task": "adapt",
-        "backbone": {"path": "x"},
-        "needles": {"kinds": ["passkey"], "least_tokens": 9000, "most_tokens": 100},
+        **SIDE, "needles": {"kinds": ["passkey"], "least_tokens": 9000, "most_tokens": 100}
     },
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -74,12 +65,17 @@ def test_what_is_wrong_is_named_with_what_would_be_right(rule: str) -> None:
     assert rule in found
 
 
-def test_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> None:
+@pytest.mark.parametrize("written", ["memory_layer", "memory_layers"])
+def test_overrides_take_toml_values_bare_words_and_both_names_of_layers(tmp_path: Path, written: str) -> None:
     path = tmp_path / "recipe.toml"
-    path.write_text('task = "pretrain"\n[data]\npaths = ["a"]\n[optim]\nsteps = 5\n')
+    path.write_text(
+        f'task = "adapt"\n[data]\npaths = ["a"]\n[backbone]\npath = "b"\n[optim]\nsteps = 5\n[sidenet]\n{written} = 3\n'
+    )
     recipe = Recipe.load(path, ["optim.lr=1e-3", "run.name=other", 'data.paths=["b", "c"]', "data.window = 32"])
     assert (recipe.optim.lr, recipe.run.name, recipe.data.paths, recipe.data.window) == (1e-3, "other", ("b", "c"), 32)
-    assert recipe.out_dir == Path("runs/other")
+    assert recipe.out_dir == Path("runs/other") and recipe.sidenet.memory_layers == (3,)
+    for override, layers in ("memory_layer=5", (5,)), ("memory_layers=[1, 3]", (1, 3)):
+        assert Recipe.load(path, [f"sidenet.{override}"]).sidenet.memory_layers == layers
     with pytest.raises(ConfigError) as raised:
         Recipe.load(path, ["optim.lr", "optim.lrr=1", "task.x=1"])
     assert raised.value.problems == [
@@ -94,20 +90,8 @@ def test_a_recipe_of_the_package_is_found_by_its_name(tmp_path: Path, monkeypatc
     recipe = Recipe.load("tiny-cpu")
     assert recipe.run.name == "tiny-cpu"
     assert all(Path(path).is_dir() for path in recipe.data.paths), "it trains on the package's own source"
-    with pytest.raises(
-        ConfigError, match=r"tiny-gpu: cannot read the recipe \(.*\); name a file, or one of .*tiny-cpu"
-    ):
-        Recipe.load("tiny-gpu")
     (tmp_path / "broken.toml").write_text("task = \n")
-    with pytest.raises(ConfigError, match=r"broken\.toml: not TOML"):
-        Recipe.load("broken.toml")
-
-
-@pytest.mark.parametrize("written", ["memory_layer", "memory_layers"])
-def test_layers_may_be_one_number_or_have_the_name_of_earlier_versions(tmp_path: Path, written: str) -> None:
-    path = tmp_path / "recipe.toml"
-    path.write_text(
-        f'task = "adapt"\n[data]\npaths = ["a"]\n[backbone]\npath = "b"\n[optim]\nsteps = 5\n[sidenet]\n{written} = 3\n'
-    )
-    for overrides, layers in ([], (3,)), (["memory_layer=5"], (5,)), (["memory_layers=[1, 3]"], (1, 3)):
-        assert Recipe.load(path, [f"sidenet.{each}" for each in overrides]).sidenet.memory_layers == layers
+    missing = r"tiny-gpu: cannot read the recipe \(.*\); name a file, or one of .*tiny-cpu"
+    for name, message in {"tiny-gpu": missing, "broken.toml": r"broken\.toml: not TOML"}.items():
+        with pytest.raises(ConfigError, match=message):
+            Recipe.load(name)

@@ -10,8 +10,7 @@ import torch
 from accelerate import PartialState
 from tests.calling import Command
 from tests.family_table import tiny_gpt
-from tests.training.conftest import Make, records, write
-from tests.training.test_needles import ASK
+from tests.training.conftest import ASK, Make, records, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longmem import AlibiGPTForCausalLM, LongMem, MemTRM
@@ -19,7 +18,7 @@ from longmem.data.tokens import train_tokenizer
 from longmem.errors import ConfigError, LongMemError
 from longmem.training.adapt import LongMemTrainer
 from longmem.training.recipe import Recipe
-from longmem.training.run import TrainResult, build_trainer, train
+from longmem.training.run import build_trainer, train
 
 LONG = {"steps": 40, "accumulate": 1, "dropout": 0.0, "rows": 4}
 
@@ -43,11 +42,6 @@ def alone(recipe: Recipe) -> Any:
     return build_trainer(recipe, PartialState(cpu=True), quiet=True)
 
 
-def assert_learned(result: TrainResult) -> None:
-    assert sum(result.losses[-5:]) / 5 < sum(result.losses[:5]) / 5 - 0.1
-    assert result.evaluation["loss"] < result.evaluation["loss_backbone"]
-
-
 def test_pre_training_learns_and_its_model_loads_like_any_other(pretrain: Make) -> None:
     recipe = pretrain(optim={"steps": 60, "rows": 8, "dropout": 0.0}, data={"repeat_fraction": 0.0})
     result = train(recipe, quiet=True)
@@ -61,24 +55,50 @@ def test_pre_training_learns_and_its_model_loads_like_any_other(pretrain: Make) 
         train(recipe, quiet=True)
 
 
-def test_adaptation_learns_in_the_sidenet_alone_and_its_final_folder_names_the_backbone(
-    adapt: Make, trainers: list[Any]
+def test_adaptation_learns_in_the_sidenet_alone_and_tells_how(
+    adapt: Make, trainers: list[Any], tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = adapt(optim=LONG)
-    result = train(recipe, quiet=True)
-    assert_learned(result)
-    assert "loss_memory_off" in result.evaluation
+    monkeypatch.setattr("longmem.progress.EVERY", {True: 0.0, False: 0.0})
+    out, path = tmp_path / "run", write(adapt(optim=LONG, log={"every": 4}), tmp_path / "recipe.toml")
+    assert command("train", path, "--check") == (0, f"{path}: adapt, no problems found\n", "")
+    estimated = command("train", path, "--estimate", "a100-80gb").out.splitlines()
+    assert [line.split()[0] for line in estimated] == ["parameters", "memory", "work", "time", "speed", "cost"]
+    assert not out.exists(), "nothing is trained"
+
+    status, shown, said = command("train", path)
+    assert (status, shown) == (0, f"{out}/final\n")
     before, after = trainers[0].before, trainers[0].longmem.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == set(trainers[0].longmem.trainable_parameter_names()), "no byte of the backbone"
-    kept = {path.name for path in (recipe.out_dir / "checkpoints").iterdir()}
+    kept = {path.name for path in (out / "checkpoints").iterdir()}
     assert kept == {f"checkpoint-{step}" for step in (24, 28, 32, 36, 40)}, "the newest five"
-    final = recipe.out_dir / "final"
-    for folder in (final, recipe.out_dir / "checkpoints" / "checkpoint-24"):
+    for folder in (out / "final", out / "checkpoints" / "checkpoint-24"):
         assert LongMem.from_pretrained(folder).memory_layers == (1,)
-    named = json.loads((final / "config.json").read_text())["backbone_name_or_path"]
+    named = json.loads((out / "final" / "config.json").read_text())["backbone_name_or_path"]
     assert named == "../../backbone", "so that both can move"
-    assert len(AutoTokenizer.from_pretrained(final)) == 260
+    assert len(AutoTokenizer.from_pretrained(out / "final")) == 260
+
+    lines = [line for line in said.splitlines() if line.startswith("step ") and "tok/s" in line]
+    found, measured = records(out, "train"), records(out, "eval")
+    assert [record["step"] for record in found] == [*range(4, 41, 4)] and len(lines) == 10
+    assert lines[1].startswith("step 8/40 · loss ")
+    assert said.splitlines()[-1].startswith("finished: 40 steps, 2,560 tokens")
+    for line in (
+        "adapting a SideNet of ", "adapt run: 2 of 40 steps (5 %), ", "validating: 128 of 128 tokens (100 %), ",
+        "validating the backbone: 128 of ", "validating without memory: 128 of ",
+    ):  # fmt: skip
+        assert line in said
+    wanted = {"step", "tokens", "loss", "perplexity", "lr", "grad_norm", "tokens_per_second", "memory_fill", "share"}
+    assert wanted <= set(found[1]) and found[1]["tokens"] == 512
+    assert found[1]["perplexity"] == pytest.approx(math.exp(found[1]["loss"])) and len(found[1]["share"]) == 4
+    assert 0 < found[0]["memory_fill"] <= found[1]["memory_fill"] <= 1
+    assert found[-1]["loss"] < found[0]["loss"] - 0.1 and measured[-1]["loss"] < measured[-1]["loss_backbone"]
+    assert "loss_memory_off" in measured[-1]
+
+    done = command("train", path, "--set", "optim.steps=2", "--json", "--quiet", "--overwrite")
+    assert (done.status, done.err) == (0, "") and "loss" in done.json["evaluation"]
+    made = [done.json[name] for name in ("step", "tokens", "model_dir")]
+    assert made == [2, 128, f"{out}/final"]
 
 
 def test_a_memtrm_learns_with_memory_older_than_its_weights(adapt: Make, trainers: list[Any], tmp_path: Path) -> None:
@@ -87,7 +107,8 @@ def test_a_memtrm_learns_with_memory_older_than_its_weights(adapt: Make, trainer
     frozen = alone(adapt("frozen", optim=LONG)).evaluate()["eval_loss_backbone"]
     told = {"log": {"tensorboard": True}, "sidenet": {"recency": 0.5}}
     result = train(adapt("coupled", method="memtrm", optim=LONG, **told), quiet=True)
-    assert_learned(result)
+    assert sum(result.losses[-5:]) / 5 < sum(result.losses[:5]) / 5 - 0.1
+    assert result.evaluation["loss"] < result.evaluation["loss_backbone"]
     assert result.evaluation["loss_backbone"] == pytest.approx(frozen, abs=1e-6), "before it was trained"
     assert result.evaluation["loss_memory_off"] != result.evaluation["loss"]
     assert any((result.out_dir / "tensorboard").glob("events.*"))
@@ -155,9 +176,9 @@ def test_the_control_trains_as_long_without_memory(adapt: Make) -> None:
     assert first.losses[0] == pytest.approx(second.losses[0], abs=1e-3)
 
 
-def test_bf16_gives_nearly_the_losses_of_fp32(either: Make) -> None:
-    changes = {"steps": 3, "dropout": 0.0}
-    full, half = (train(either(p, optim={**changes, "precision": p}), quiet=True).losses for p in ("fp32", "bf16"))
+def test_bf16_gives_nearly_the_losses_of_fp32(adapt: Make) -> None:
+    short = {"steps": 3, "dropout": 0.0}
+    full, half = (train(adapt(p, optim={**short, "precision": p}), quiet=True).losses for p in ("fp32", "bf16"))
     assert full != half
     assert half == pytest.approx(full, abs=0.05)
 
@@ -216,36 +237,3 @@ def test_what_a_run_cannot_do_is_said_in_one_line(
     with pytest.raises(LongMemError) as raised:
         train(request.getfixturevalue(task)(**changes), quiet=True)
     assert message in str(raised.value) and "\n" not in str(raised.value)
-
-
-# longmem train
-
-
-def test_a_run_prints_its_model_and_each_log_step_is_one_line_and_one_record(
-    adapt: Make, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("longmem.progress.EVERY", {True: 0.0, False: 0.0})
-    path = write(adapt(log={"every": 4}), tmp_path / "recipe.toml")
-    assert command("train", path, "--check") == (0, f"{path}: adapt, no problems found\n", "")
-    status, out, _ = command("train", path, "--estimate", "a100-80gb")
-    assert status == 0 and not (tmp_path / "run").exists()
-    assert [line.split()[0] for line in out.splitlines()] == ["parameters", "memory", "work", "time", "speed", "cost"]
-    status, out, said = command("train", path)
-    assert (status, out) == (0, f"{tmp_path}/run/final\n")
-    lines = [line for line in said.splitlines() if line.startswith("step ") and "tok/s" in line]
-    found = records(tmp_path / "run", "train")
-    assert [record["step"] for record in found] == [4, 8] and len(lines) == 2
-    assert lines[1].startswith("step 8/8 · loss ") and said.splitlines()[-1].startswith("finished: 8 steps, 512 tokens")
-    for line in (
-        "adapting a SideNet of ", "adapt run: 2 of 8 steps (25 %), ", "validating: 128 of 128 tokens (100 %), ",
-        "validating the backbone: 128 of ", "validating without memory: 128 of ",
-    ):  # fmt: skip
-        assert line in said
-    wanted = {"step", "tokens", "loss", "perplexity", "lr", "grad_norm", "tokens_per_second", "memory_fill", "share"}
-    assert wanted <= set(found[1]) and found[1]["tokens"] == 512
-    assert found[1]["perplexity"] == pytest.approx(math.exp(found[1]["loss"])) and len(found[1]["share"]) == 4
-    assert 0 < found[0]["memory_fill"] <= found[1]["memory_fill"] <= 1
-    done = command("train", path, "--set", "optim.steps=2", "--json", "--quiet", "--overwrite")
-    assert (done.status, done.err) == (0, "") and "loss" in done.json["evaluation"]
-    made = [done.json[name] for name in ("step", "tokens", "model_dir")]
-    assert made == [2, 128, f"{tmp_path}/run/final"]
