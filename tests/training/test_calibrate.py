@@ -14,9 +14,7 @@ from longmem import MemoryBank, TrainingFree
 from longmem.data.tokens import train_tokenizer
 from longmem.errors import ConfigError, DataError
 from longmem.training import calibrate as calibrating
-from longmem.training.calibrate import CLOSED, CalibrationSettings, calibrate, passages_of
-
-SMALL = CalibrationSettings(window=16, memory=32, updates=6, scored=8, every=3, facts=0.0, learning_rate=0.1)
+from longmem.training.calibrate import CLOSED, Calibration, CalibrationSettings, passages_of
 
 
 def _texts(seed: int) -> dict[str, list[Tensor]]:
@@ -25,32 +23,27 @@ def _texts(seed: int) -> dict[str, list[Tensor]]:
     return {"text": [torch.randint(3, V, (40,), generator=generator).repeat(4) for _ in range(3)]}
 
 
-def _reader(**settings: object) -> TrainingFree:
-    kept = {"memory_layers": (1, 2), "chunk_size": 2, "num_retrieved": 8, "fusion": "token", **settings}
-    return TrainingFree.from_backbone(make_backbone("llama"), **kept)
-
-
-def test_only_the_gates_change_and_text_never_ends_above_the_backbone() -> None:
-    model = _reader()
+def _calibrated() -> tuple[TrainingFree, Calibration]:
+    settings = CalibrationSettings(window=16, memory=32, updates=6, scored=8, every=3, facts=0.0, learning_rate=0.1)
+    reading = {"memory_layers": (1, 2), "chunk_size": 2, "num_retrieved": 8, "fusion": "token"}
+    model = TrainingFree.from_backbone(make_backbone("llama"), **reading)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    done = calibrate(model, _texts(0), _texts(1), None, SMALL, quiet=True)
-    assert [found.update for found in done.validations] == [0, 3, 6]
+    done = calibrating.calibrate(model, _texts(0), _texts(1), None, settings, quiet=True)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == set(model.trainable_parameter_names()) and all(name.startswith("gates.") for name in changed)
+    return model, done
+
+
+def test_only_the_gates_change_and_text_never_ends_above_the_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, done = _calibrated()
+    assert [found.update for found in done.validations] == [0, 3, 6]
     assert done.best is None or done.best.change["text"] <= 0
-    again = _reader()
-    assert [v.loss for v in calibrate(again, _texts(0), _texts(1), None, SMALL, quiet=True).validations] == [
-        v.loss for v in done.validations
-    ]
+    again, repeated = _calibrated()
+    assert [v.loss for v in repeated.validations] == [v.loss for v in done.validations]
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
-
-
-def test_where_nothing_helps_the_gates_are_closed_and_the_model_is_its_backbone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    # where nothing helps the gates are closed, and the model is its backbone
     monkeypatch.setattr(calibrating.Validation, "text_change", 0.1)
-    model = _reader()
-    done = calibrate(model, _texts(0), _texts(1), None, SMALL, quiet=True)
+    model, done = _calibrated()
     assert done.best is None and model.gates is not None and (model.gates[0].bias == CLOSED).all()
     ids = _texts(2)["text"][0][None, :16]
     bank = MemoryBank.for_model(model, rows=1, capacity_tokens=64)
@@ -59,17 +52,9 @@ def test_where_nothing_helps_the_gates_are_closed_and_the_model_is_its_backbone(
         torch.testing.assert_close(model(ids, memory=bank).logits, model(ids).logits)
 
 
-def test_texts_that_are_too_short_and_memory_that_is_no_multiple_are_refused() -> None:
-    with pytest.raises(DataError, match=r"no document has 5121 tokens"):
-        passages_of(["Too short."], None, CalibrationSettings(), 2)
-    with pytest.raises(ConfigError, match=r"memory \(40\) must be a multiple of window \(16\)"):
-        CalibrationSettings(window=16, memory=40)
-
-
-# longmem calibrate
-
-
-def test_a_reader_is_made_saved_and_loaded(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_longmem_calibrate_makes_a_reader_that_loads(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backbone, model, text, out = make_backbone("qwen3"), tmp_path / "model", tmp_path / "text", tmp_path / "reader"
     backbone.resize_token_embeddings(300)
     backbone.config.max_position_embeddings = 4096
@@ -85,8 +70,9 @@ def test_a_reader_is_made_saved_and_loaded(command: Command, tmp_path: Path, mon
     assert TrainingFree.from_pretrained(out).memory_layers == (1,)
     record = json.loads((out / "calibration.json").read_text(encoding="utf-8"))
     assert set(record["alone"]) == {"rain", "facts"} and record["header"]["config"]["memory_layers"] == [1]
-
-
-def test_layers_that_are_no_numbers_are_refused(command: Command, tmp_path: Path) -> None:
-    done = command("calibrate", "x", "--data", "x", "--layers", "top", "--out", tmp_path)
-    assert done.status == 2 and """'top' is neither "auto" nor numbers such as 18,20,23""" in done.err
+    refused = command("calibrate", "x", "--data", "x", "--layers", "top", "--out", tmp_path)
+    assert refused.status == 2 and """'top' is neither "auto" nor numbers such as 18,20,23""" in refused.err
+    with pytest.raises(DataError, match=r"no document has 5121 tokens"):
+        passages_of(["Too short."], None, CalibrationSettings(), 2)
+    with pytest.raises(ConfigError, match=r"memory \(40\) must be a multiple of window \(16\)"):
+        CalibrationSettings(window=16, memory=40)
