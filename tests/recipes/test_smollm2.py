@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,20 +92,6 @@ def test_notes_stand_before_some_questions_and_are_lines_of_what_was_heard() -> 
     noted = re.findall(rf"System: {NOTES}((?:\n- .*)+)\nUser: .*\nAssistant: (.*)\n", read)
     held = [answer.split()[-1].strip(".") in notes for notes, answer in noted]
     assert len(held) > 5 and len(held) / 2 < sum(held) < len(held)  # others are to be answered from memory alone
-
-
-def test_labels_are_words_that_only_earlier_texts_explain() -> None:
-    maker = maker_of()
-    maker.documents["books"] = [np.array(maker._ids(f" {word}" * 100), np.uint16) for word in ("cat", "dog", "cow")]
-    maker.words = ["Jasper", "walnut", "Zelda"]
-    ids, weights, *_ = maker.labelled("books")
-    words = re.findall(r"cat|dog|cow|Jasper|walnut|Zelda", maker.tokenizer.decode(ids))
-    pairs = [(word, label) for word, label in pairwise(words) if label[0] in "JwZ"]
-    labelled = sum(weights[1:].astype(int) - weights[:-1].astype(int) == 7)  # from 1, of a text, to 8
-    assert len(pairs) > 50 and len(set(pairs)) in (2, 3)
-    assert len(pairs) - len(set(pairs)) - 1 <= labelled <= len(pairs) - len(set(pairs)), (
-        "the first ones are not learned"
-    )
 
 
 def test_what_was_said_and_told_is_asked_for_in_other_words() -> None:

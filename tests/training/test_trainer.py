@@ -110,14 +110,13 @@ def test_it_trains_and_measures_what_reading_and_writing_by_hand_does(
 
 def test_other_rows_or_texts_are_not_resumed(documents: Documents, backbone_dir: Path, tmp_path: Path) -> None:
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
-    made(arguments(tmp_path / "run", **saving), documents, backbone_dir).train()
-    args = arguments(tmp_path / "run", per_device_train_batch_size=3, **saving)
+    made(arguments(tmp_path, **saving), documents, backbone_dir).train()
+    args = arguments(tmp_path, per_device_train_batch_size=3, **saving)
     other = made(args, documents, backbone_dir, piece_tokens=50, boundary="reset")
     lines = "rows was 2, is 3; piece_tokens was 40, is 50; boundary was 'keep', is 'reset'"
-    with pytest.raises(CheckpointError, match=lines):
-        other.train(resume_from_checkpoint=True)
-    with pytest.raises(CheckpointError, match="no checkpoint; train without resuming"):
-        made(arguments(tmp_path / "none"), documents, backbone_dir).train(resume_from_checkpoint=True)
+    for folder, message in {True: lines, str(backbone_dir): "no checkpoint; train without resuming"}.items():
+        with pytest.raises(CheckpointError, match=message):
+            other.train(resume_from_checkpoint=folder)
 
 
 def test_what_would_tear_texts_apart_is_refused_in_one_line_each(
