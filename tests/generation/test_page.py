@@ -9,7 +9,7 @@ from tests.generation.models import bank_of, ids, longmem
 from transformers import PreTrainedTokenizerFast
 
 from longmem import LongMem, MemoryBank, SessionMemory
-from longmem.generation.page import Explanation, generate_explained, page, read_tokens, reading_at
+from longmem.generation.page import Explanation, Readings, generate_explained, page, read_tokens
 from longmem.types import ChunkOrigin
 
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -28,25 +28,18 @@ def letters(model: LongMem) -> MemoryBank:
     return bank
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("fusion", ["gate", "softmax"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "alibi_gpt"])
-def test_shares_are_gate_times_attention_mass(name: str, fusion: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "scaling", "softcap"),
+    [("llama", 8**-0.5, None), ("gemma2", 16**-0.5, 50.0), ("gpt2", 8**-0.5, None), ("alibi_gpt", 8**-0.5, None)],
+)
+def test_shares_are_gate_times_attention_mass(name: str, scaling: float, softcap: float | None, fusion: str) -> None:
     model = longmem(name, fusion=fusion)
-    bank = letters(model)
-    with torch.no_grad():
-        out = model(ids(), memory=bank, explain=True)
-    found, family, side = out.reads[0].retrieved, model.backbone.family, model.sidenet
-    attention = family.attention(side.layers[model.augmented_layer])
-    probe, seen = family.probe(side.sources[model.augmented_layer], attention), {}
-    attention.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.update(qkv=probe(module, args, kwargs)), with_kwargs=True
-    )
-    with torch.no_grad():
-        model(ids(), memory=bank)
-    scaling, softcap = seen["qkv"].scaling, seen["qkv"].softcap
+    out = model(ids(), memory=letters(model), explain=True)
+    found = out.reads[0].retrieved
     scores = torch.einsum("bhtd,bhtkd->bhtk", out.reads[0].queries, found.keys) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     mass = scores.masked_fill(~found.mask, -torch.inf).softmax(-1).unflatten(-1, (-1, 2)).sum(-1)
     torch.testing.assert_close(out.explanation.shares, mass * out.share[..., None])
     torch.testing.assert_close(out.explanation.share, out.share)
@@ -98,17 +91,19 @@ def test_the_gain_is_against_the_same_model_and_window_with_memory_off(llama: Lo
 def test_every_layer_says_what_it_read() -> None:
     """Two layers of one head, over row 3 of a memory; the token reads chunk 0 in both and chunk 1 in the second."""
     found = torch.tensor([[0, -1], [1, 0]]).view(1, 2, 1, 2)
-    shares = torch.tensor([[0.2, 0.0], [0.3, 0.1]]).view(1, 2, 1, 2)
+    shares = torch.tensor([[0.2, 0.0], [0.4, 0.1]]).view(1, 2, 1, 2)
     origins = {(3, chunk): ChunkOrigin("book", chunk * 2, 2, chunk, 0.0) for chunk in range(2)}
     explanation = Explanation(torch.tensor([3]), found, 10 * shares, shares, origins, layers=(5, 9))
-    assert [(each.score, each.origin.start_token) for each in explanation.token(0)] == [(2.0, 0), (3.0, 2)]
+    assert [(each.score, each.origin.start_token) for each in explanation.token(0)] == [(4.0, 2), (2.0, 0)]
     assert explanation.token(-1, top=1) == explanation.token(0)[:1]
-    read = reading_at(explanation, 0)
+    readings = Readings()
+    readings.append(explanation)
+    (read,) = readings
     assert explanation.over([]) == []
-    assert read.layers == pytest.approx({5: 0.2, 9: 0.4}) and read.share == pytest.approx(0.3)
+    assert read.layers == pytest.approx({5: 0.2, 9: 0.5}) and read.share == pytest.approx(0.35)
     assert [(each.chunk, each.share, each.layers) for each in read.chunks] == [
+        (1, pytest.approx(0.2), pytest.approx({9: 0.4})),
         (0, pytest.approx(0.15), pytest.approx({5: 0.2, 9: 0.1})),
-        (1, pytest.approx(0.15), pytest.approx({9: 0.3})),
     ]
 
 

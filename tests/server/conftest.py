@@ -35,25 +35,21 @@ def tiny(pair: Path) -> LongMem:
 
 
 class Live:
-    """A running server.
-
-    Attributes:
-        url: of it.
-        keys: API keys by the names of their owners.
-    """
+    """A running server over a store that the model ``tiny`` and others read, with a key for ann and one for bob."""
 
     def __init__(self, url: str, keys: dict[str, str]) -> None:
-        self.url, self.keys, self.clients = url, keys, dict[str, httpx.Client]()
+        self.url, self.keys = url, {"nobody": "none", **keys}
+        self.clients = {
+            owner: httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+            for owner, key in self.keys.items()
+        }
 
     def client(self, owner: str = "ann") -> Any:
         """The real client of OpenAI."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys.get(owner, "none"), max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys[owner], max_retries=0, timeout=60)
 
     def http(self, owner: str = "ann") -> httpx.Client:
         """A plain client with the owner's key."""
-        if owner not in self.clients:
-            headers = {"Authorization": f"Bearer {self.keys[owner]}"}
-            self.clients[owner] = httpx.Client(base_url=self.url, headers=headers, timeout=60)
         return self.clients[owner]
 
     def chat(self, **settings: Any) -> Any:
@@ -74,18 +70,13 @@ Start = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def start(tiny: LongMem, byte_tokenizer: PreTrainedTokenizerFast) -> Start:
-    """``with start(folder) as live:`` a server over the store in a folder; leaving the block stops it gracefully."""
+    """``with start(folder) as live:`` a server over a store in a folder; leaving the block stops it gracefully."""
 
     @contextmanager
     def running(folder: Path, *, anybody: bool = False, model: Any = tiny, **settings: Any) -> Iterator[Live]:
         store = MemoryStore.open(folder / "store", model=model, tokenizer=byte_tokenizer, dtype="float32")
-        file, keys = folder / "keys", {}
-        for name in ("ann", "bob"):
-            plain = folder / f"{name}.key"
-            if not plain.exists():
-                plain.write_text(new_key(file, name))
-            keys[name] = plain.read_text()
-        allowed = None if anybody else read_keys(file)
+        keys = {name: new_key(folder / "keys", name) for name in ("ann", "bob")}
+        allowed = None if anybody else read_keys(folder / "keys")
         app = create_app(model, byte_tokenizer, store, keys=allowed, name="tiny", **settings)
         listener = socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
@@ -93,8 +84,9 @@ def start(tiny: LongMem, byte_tokenizer: PreTrainedTokenizerFast) -> Start:
         thread.start()
         while not server.started and thread.is_alive():
             time.sleep(0.01)
+        live = Live(f"http://127.0.0.1:{listener.getsockname()[1]}", keys)
         try:
-            yield (live := Live(f"http://127.0.0.1:{listener.getsockname()[1]}", keys))
+            yield live
         finally:
             for client in live.clients.values():
                 client.close()

@@ -20,7 +20,6 @@ from tests.server.conftest import HELLO
 from tests.store.small import TOKENIZER, open_small
 
 from longmem import TrainingFree
-from longmem.errors import DataError
 from longmem.generation.page import Pieces
 from longmem.server.answers import Answer
 from longmem.server.app import export, show_document
@@ -28,6 +27,7 @@ from longmem.server.engine import Engine, Memories, Token
 from longmem.store.catalog import Catalog
 
 CHAT = "/v1/chat/completions"
+FILES = "/v1/memories/there/files"
 BOAT = "The boat is called Petrel. " * 20
 WHICH_BOAT: list[Any] = [{"role": "user", "content": "What is the boat called?"}]
 GREEDY: dict[str, Any] = {"max_tokens": 4, "temperature": 0}
@@ -92,15 +92,16 @@ def test_responses_go_on_from_one_another_also_streamed_and_are_shown_and_forgot
     assert abs(after - second.usage.input_tokens - longer) < 8  # instructions are not handed on
     forgetful = responses.create(input="Hello", store=False, **settings)
     for client, response in ((responses, forgetful), (live.client("bob").responses, first)):
+        with pytest.raises(openai.NotFoundError, match=r"no response .* that named a memory is in that memory"):
+            client.retrieve(response.id)
         with pytest.raises(openai.NotFoundError):
             client.create(input="x", previous_response_id=response.id, **settings)
 
     shown = responses.retrieve(first.id)
     assert (shown.output_text, shown.model, shown.status) == (first.output_text, "tiny", first.status)
     responses.delete(first.id)
-    for call in (responses.retrieve, responses.delete):
-        with pytest.raises(openai.NotFoundError, match=r"no response .* that named a memory is in that memory"):
-            call(first.id)
+    with pytest.raises(openai.NotFoundError):
+        responses.delete(first.id)
 
 
 def test_sixteen_at_once_answer_as_alone_also_when_they_give_way_to_others(
@@ -138,7 +139,7 @@ def test_characters_of_several_tokens_and_stop_words_within_them(byte_tokenizer:
 # memories
 
 
-def test_memory_is_named_or_there_is_none(live: Any) -> None:
+def test_a_memory_that_is_named_is_read_and_what_was_read_is_told_on_request(live: Any) -> None:
     name = live.memory("notes", boat=BOAT)
     plain = live.chat(**GREEDY, logprobs=True)
     assert plain.usage.memory_tokens_read == 0
@@ -147,16 +148,11 @@ def test_memory_is_named_or_there_is_none(live: Any) -> None:
     assert by_body.usage.memory_tokens_read == by_header.usage.memory_tokens_read > 500
     assert by_body.choices[0].logprobs.content[0].logprob != plain.choices[0].logprobs.content[0].logprob
     assert by_body.choices == by_header.choices
-    with pytest.raises(openai.BadRequestError, match="remember needs memory_id"):
-        live.chat(**GREEDY, extra_body={"remember": True})
 
-
-def test_what_was_read_is_told_on_request(live: Any) -> None:
-    name = live.memory("read", boat=BOAT)
-    found = live.chat(messages=WHICH_BOAT, max_tokens=3, temperature=0, extra_body={"memory_id": name, "explain": True})
+    found = live.chat(**GREEDY, messages=WHICH_BOAT, extra_body={"memory_id": name, "explain": True})
     assert {each["document"] for each in found.memory["passages"]} == {"boat"}
     (tokens,) = found.memory["tokens"]
-    assert len(tokens) == 3 and any(abs(token["gain"]) > 1e-4 for token in tokens)
+    assert len(tokens) == 4 and any(abs(token["gain"]) > 1e-4 for token in tokens)
     stored = [chunk for token in tokens for chunk in token["chunks"] if chunk["document"] == "boat"]
     assert stored and all(chunk["before"] + chunk["text"] + chunk["after"] in BOAT for chunk in stored)
 
@@ -214,7 +210,9 @@ def test_text_index_and_bank_of_a_memory_go_with_what_is_forgotten_and_the_oldes
         assert bank() is None
 
 
-def test_what_is_forgotten_while_it_is_looked_up_is_shown_whole(tmp_path: Path) -> None:
+def test_what_is_forgotten_while_it_is_looked_up_is_shown_whole_also_where_only_its_tokens_are_kept(
+    tmp_path: Path,
+) -> None:
     def forgetting(look: Any) -> Any:
         def looked(catalog: Catalog, *given: Any, **how: Any) -> Any:
             found = look(catalog, *given, **how)
@@ -225,22 +223,14 @@ def test_what_is_forgotten_while_it_is_looked_up_is_shown_whole(tmp_path: Path) 
         return looked
 
     with open_small(tmp_path / "memory") as store:
-        who: Any = Mock(service=Mock(memories=Memories(store)))
-        for look, show in (
-            ("find", lambda: show_document("ann/talk", "bees", who)["text"]),
-            ("documents", lambda: export("ann/talk", who).body.decode()),
-        ):
-            store.add_document("ann/talk", "My sister keeps three bees.", name="bees")
-            with patch.object(Catalog, look, forgetting(getattr(Catalog, look))):
-                assert "three bees" in show()
-
-
-def test_a_document_of_token_ids_is_exported_as_what_they_spell(tmp_path: Path) -> None:
-    with open_small(tmp_path / "memory") as store:
-        store.add_document("ann/talk", ids=list(b"The boat is called Petrel."), name="boat")
         who: Any = Mock(service=Mock(memories=Memories(store), tokenizer=TOKENIZER))
-        (line,) = export("ann/talk", who).body.splitlines()
-        assert json.loads(line) == {"id": "boat", "text": "The boat is called Petrel.", "metadata": {}}
+        for look, show in (
+            ("find", lambda: show_document("ann/talk", "bees", who)),
+            ("documents", lambda: json.loads(export("ann/talk", who).body)),
+        ):
+            store.add_document("ann/talk", ids=list(b"My sister keeps three bees."), name="bees")
+            with patch.object(Catalog, look, forgetting(getattr(Catalog, look))):
+                assert show()["text"] == "My sister keeps three bees."
 
 
 def test_no_key_sees_anothers_memories(live: Any) -> None:
@@ -254,28 +244,23 @@ def test_no_key_sees_anothers_memories(live: Any) -> None:
     assert [each["text"] for each in found] == ["Bob likes plums."]
     with pytest.raises(openai.NotFoundError):
         live.client("bob").chat.completions.create(model="tiny", messages=HELLO, extra_body={"memory_id": "own"})
+    refused = live.http("nobody").get("/v1/memories")
+    assert refused.status_code == 401 and refused.headers["WWW-Authenticate"] == "Bearer"
     assert httpx.get(live.url + "/v1/memories").status_code == 401
 
 
 @pytest.mark.parametrize(
     ("filename", "content", "names"),
     [
-        ("a.txt", b"The boat is called Petrel.", ["a.txt"]),
         ("../../etc/b.md", b"The boat is called Petrel.", ["b.md"]),
-        ("c.jsonl", b'{"text": "One."}\n{"text": "Two."}\n', ["c.jsonl:1", "c.jsonl:2"]),
-        ("a.txt.gz", b"x", "kinds"),
-        ("a.txt", b"\xff\xfe\xfa", "UTF-8"),
+        ("c.jsonl", b'{"text": "The boat is called Petrel."}\n{"text": "Two."}\n', ["c.jsonl:1", "c.jsonl:2"]),
     ],
 )
-def test_files_become_documents_or_are_refused(live: Any, filename: str, content: bytes, names: Any) -> None:
-    live.http().post("/v1/memories", json={"id": "files"})
-    answer = live.http().post("/v1/memories/files/files", files={"file": (filename, content)})
-    if isinstance(names, str):
-        assert answer.status_code == 400 and names in answer.json()["error"]["message"] and "/tmp" not in answer.text
-        return
+def test_files_become_documents(live: Any, filename: str, content: bytes, names: list[str]) -> None:
+    place = f"/v1/memories/{live.memory(names[0].replace(':', '-'))}"
+    answer = live.http().post(f"{place}/files", files={"file": (filename, content)})
     assert answer.status_code == 201 and [each["name"] for each in answer.json()["data"]] == names
-    text = live.http().get(f"/v1/memories/files/documents/{names[0]}").json()["text"]
-    assert text in ("The boat is called Petrel.", "One.")
+    assert live.http().get(f"{place}/documents/{names[0]}").json()["text"] == "The boat is called Petrel."
 
 
 # limits and refusals
@@ -300,10 +285,6 @@ def test_the_page_finds_its_elements_and_puts_texts_in_as_text(live: Any) -> Non
 def test_models_health_metrics_and_methods(live: Any) -> None:
     client, http = live.client(), live.http()
     assert [model.id for model in client.models.list()] == ["tiny"] == [client.models.retrieve("tiny").id]
-    with pytest.raises(openai.NotFoundError):
-        client.models.retrieve("other")
-    with pytest.raises(openai.AuthenticationError):
-        live.client("nobody").models.list()
     assert httpx.get(live.url + "/health").json()["status"] == "ok"
     assert http.head("/health").status_code == http.head("/").status_code == 200
     wrong = http.put("/v1/models")
@@ -315,69 +296,55 @@ def test_models_health_metrics_and_methods(live: Any) -> None:
     assert 'longmem_requests_total{path="/v1/chat/completions",status="200"}' in text and "longmem_queue" in text
 
 
-@pytest.mark.parametrize("name", ["../x", "", "~responses", "a\x00b"])
-def test_names_that_could_be_paths_are_refused(name: str, live: Any) -> None:
-    answer = live.http().post("/v1/memories", json={"id": name})
-    assert answer.status_code == 400 and "/tmp" not in answer.text
-    body = {"messages": HELLO, "max_tokens": 1}
-    assert live.http().post(CHAT, json={**body, "memory_id": name}).status_code == 400
-    if "\x00" not in name:  # no header can hold it
-        assert live.http().post(CHAT, json=body, headers={"X-Memory-Id": name}).status_code == 400
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "status"),
-    [
-        (CHAT, {"messages": HELLO, "top_logprobs": 2}, 400),
-        (CHAT, {"messages": HELLO, "max_tokens": 2, "stop": ["", "a", "b", "c", "d"]}, 200),
-        ("/v1/completions", {"prompt": "a", "max_tokens": 2, "logprobs": 0}, 200),
-        ("/v1/completions", {"prompt": []}, 400),
-        (CHAT, {"messages": [{"role": "user", "content": "x" * (32 * 256)}]}, 400),  # more than 32 windows
-        (CHAT, b"x" * (9 << 20), 413),
-    ],
-)
-def test_edges_of_bodies(live: Any, path: str, body: Any, status: int) -> None:
-    given = {"content": body, "headers": {"content-type": "application/json"}}
-    answer = live.http().post(path, **(given if isinstance(body, bytes) else {"json": body}))
-    assert answer.status_code == status, answer.text
-    if status >= 400:
-        assert answer.json()["error"]["type"] == "invalid_request_error"
-    elif body.get("logprobs") == 0:
-        assert len(answer.json()["choices"][0]["logprobs"]["token_logprobs"]) == 2
-
-
 IMAGE: Any = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+LONG: Any = {"role": "user", "content": "x" * (32 * 256)}
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "says"),
+    ("path", "body", "status", "says"),
     [
-        (CHAT, b"{", "body: it must be a JSON object, sent with Content-Type: application/json"),
-        (CHAT, b"[]", "body: it must be a JSON object, sent with"),
-        (CHAT, {"messages": [IMAGE]}, "messages.0.content.0.type: Input should be 'text', 'input_text' or"),
-        ("/v1/responses", {"input": [{"type": "function_call_output"}]}, "input.0.role: Field required"),
+        (CHAT, {"content": b"{"}, 400, "body: it must be a JSON object, sent with Content-Type: application/json"),
+        (CHAT, {"content": b"[]"}, 400, "body: it must be a JSON object, sent with"),
+        (CHAT, {"json": {"messages": [IMAGE]}}, 400, "messages.0.content.0.type: Input should be 'text', 'input_"),
+        (CHAT, {"json": {"messages": HELLO, "top_logprobs": 2}}, 400, "body: Value error, top_logprobs needs logpr"),
+        (CHAT, {"json": {"messages": HELLO, "remember": True}}, 400, "remember needs memory_id: what is kept must"),
+        (CHAT, {"json": {"messages": HELLO, "memory_id": "../x"}}, 400, "memory_id: String should match pattern"),
+        (CHAT, {"json": {"messages": HELLO}, "headers": {"X-Memory-Id": "../x"}}, 400, "header.X-Memory-Id: String"),
+        (CHAT, {"json": {"messages": [LONG]}}, 400, "the prompt has 8,209 tokens, 8,192 are the most; add the text"),
+        (CHAT, {"content": b"x" * (9 << 20)}, 413, "the body must say its length, and be of at most 8,388,608"),
+        ("/v1/responses", {"json": {"input": [{"type": "x"}]}}, 400, "input.0.role: Field required"),
+        ("/v1/completions", {"json": {"prompt": []}}, 400, "body: Value error, prompt must be a text, or 1 to 64"),
+        ("/v1/memories", {"json": {"id": "~responses"}}, 400, "id: String should match pattern"),
+        ("/v1/memories", {"json": {"id": "there"}}, 409, "you have a memory 'there' already"),
+        (FILES, {"files": {"file": ("a.txt.gz", b"x")}}, 400, "files of these kinds are read: .txt, .md,"),
+        (FILES, {"files": {"file": ("a.txt", b"\xff\xfe\xfa")}}, 400, "the file holds no text in UTF-8, or"),
     ],
+    ids=lambda value: str(value)[:40],
 )
-def test_what_is_wrong_with_a_body_is_said_at_its_place(live: Any, path: str, body: Any, says: str) -> None:
-    given = {"content": body} if isinstance(body, bytes) else {"json": body}  # bytes go without a content type
-    assert live.http().post(path, **given).json()["error"]["message"].startswith(says)
+def test_refusals_say_what_is_wrong_and_where(live: Any, path: str, body: Any, status: int, says: str) -> None:
+    live.http().post("/v1/memories", json={"id": "there"})
+    answer = live.http().post(path, **body)
+    problem = answer.json()["error"]
+    assert answer.status_code == status and problem["type"] == "invalid_request_error"
+    assert problem["message"].startswith(says)
 
 
 def test_null_is_what_was_left_open(live: Any) -> None:
     names = "temperature top_p n stream stop seed logprobs stream_options memory_id remember recall explain echo store"
     nulls = dict.fromkeys(names.split())
     for path, body in (
-        (CHAT, {"messages": HELLO, "max_tokens": 1}),
-        ("/v1/completions", {"prompt": "a", "max_tokens": 1}),
+        (CHAT, {"messages": HELLO, "max_tokens": 2, "stop": ["", "a", "b", "c", "d"]}),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 1, "logprobs": 0}),
         ("/v1/responses", {"input": "a", "max_output_tokens": 1, "instructions": None}),
     ):
         assert live.http().post(path, json={**nulls, **body}).status_code == 200
 
 
-def test_messages_that_a_model_cannot_be_given_are_refused(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    refusing = Mock(side_effect=DataError("the model's chat template refuses these messages (roles must alternate)"))
-    monkeypatch.setattr("longmem.server.answers.chat_prompt", refusing)
-    with pytest.raises(openai.BadRequestError, match="refuses these messages"):
+def test_messages_that_a_model_cannot_be_given_are_refused(
+    live: Any, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(byte_tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(openai.BadRequestError, match=r"refuses these messages \(roles must alternate\)"):
         live.chat(max_tokens=1)
 
 
@@ -385,15 +352,6 @@ def test_without_keys_only_names_of_this_machine_are_answered(start: Any, tmp_pa
     with start(tmp_path, anybody=True) as live:
         assert httpx.get(live.url + "/v1/memories").status_code == 200
         assert httpx.get(live.url + "/v1/memories", headers={"Host": "evil.example:80"}).status_code == 403
-
-
-def test_a_full_queue_says_when_to_come_back(start: Any, tmp_path: Path) -> None:
-    with start(tmp_path, most_waiting=1, rows=1) as live, ThreadPoolExecutor(12) as pool:
-        http, body = live.http(), {"messages": HELLO, "max_tokens": 60}
-        answers = list(pool.map(lambda _: http.post(CHAT, json=body), range(12)))
-        busy = [answer for answer in answers if answer.status_code == 429]
-        assert busy and {answer.status_code for answer in answers} == {200, 429}
-        assert all(answer.headers["Retry-After"] for answer in busy)
 
 
 def test_a_failure_in_a_stream_is_an_event_and_ends_the_others(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:

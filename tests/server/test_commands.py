@@ -7,13 +7,13 @@ import socket
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from tests.calling import Command, Done
 
 from longmem import TrainingFree
 from longmem.chat import PlainTexts, Recall, chat_prompt
-from longmem.data.tokens import start_tokens
 from longmem.errors import BackboneError, DataError
 from longmem.modeling import loading as defaults
 
@@ -35,23 +35,16 @@ def longmem(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_without_a_model_chat_takes_the_default_one_again_and_says_where_it_cannot_be_had(
     longmem: Command, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backbone, asked = pair.parent / "backbone", []
-    TrainingFree.from_backbone(backbone, fusion="token", chunk_size=4, num_retrieved=8).save_pretrained(tmp_path / "g")
-
-    def default(say: Any, layout: Any) -> defaults.DefaultModel:
-        if len(asked) == 2:
-            raise BackboneError("the default model cannot be fetched (no network); name another one")
-        asked.append(True)
-        return defaults.DefaultModel(tmp_path / "g", backbone)
-
-    monkeypatch.setattr(defaults, "default_model", default)
-    monkeypatch.setattr(defaults, "default_checkpoint", lambda layout: tmp_path / "g")
+    backbone, gates = pair.parent / "backbone", tmp_path / "gates"
+    TrainingFree.from_backbone(backbone, fusion="token", chunk_size=4, num_retrieved=8).save_pretrained(gates)
+    problem = BackboneError("the default model cannot be fetched (no network); name another one")
+    found = Mock(side_effect=[defaults.DefaultModel(gates, backbone)] * 2 + [problem] * 2)
+    monkeypatch.setattr(defaults, "default_model", found)
+    monkeypatch.setattr(defaults, "default_checkpoint", lambda layout: gates)
     for _ in range(2):  # the second time in the store that the first one made
-        status, _, told = longmem("chat", "-m", "2", lines=("Hello.",))
-        assert status == 0, told
+        assert longmem("chat", "-m", "2", lines=("Hello.",)).status == 0
     for command in (("chat", "--memory", "new"), ("serve", "--store", "new")):
-        status, _, told = longmem(*command)
-        assert status == 1 and told == "error: the default model cannot be fetched (no network); name another one\n"
+        assert longmem(*command).error == str(problem)
     assert not (tmp_path / "new").exists()
 
 
@@ -89,24 +82,19 @@ STRICT = (
 """As of models that know no system message."""
 
 
-def test_a_template_that_refuses_a_system_message_has_it_before_the_first_question(byte_tokenizer: Any) -> None:
+def test_prompts_follow_the_chat_template_or_speak_plainly(byte_tokenizer: Any) -> None:
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.chat_template = STRICT
     talk = [{"role": role, "content": role[:2]} for role in ("system", "user", "assistant", "user")]
     assert tokenizer.decode(chat_prompt(tokenizer, talk).ids) == "<user>sy\n\nus<assistant>as<user>us"
-    with pytest.raises(
-        DataError, match=r"chat template refuses these messages \(roles must alternate user/assistant\)"
-    ):
+    refused = r"chat template refuses these messages \(roles must alternate user/assistant\)"
+    with pytest.raises(DataError, match=refused):
         chat_prompt(tokenizer, [*talk, talk[-1]])
     recall = Recall(PlainTexts({"note": "us: the boat"}), "")  # passages stand below what the system said
     told = byte_tokenizer.decode(chat_prompt(byte_tokenizer, talk, recall=recall).ids)
     assert told.startswith("System: sy\n\n") and "us: the boat\nUser: us" in told
-
-
-def test_a_prompt_without_a_template_begins_as_texts_in_training_do(byte_tokenizer: Any) -> None:
-    assert byte_tokenizer.bos_token_id is not None and start_tokens(byte_tokenizer) == ()
-    talk = [{"role": "user", "content": "hi"}]
-    assert byte_tokenizer.decode(chat_prompt(byte_tokenizer, talk).ids) == "User: hi\nAssistant:"
+    # it begins as texts in training do, which have no <s> here
+    assert byte_tokenizer.decode(chat_prompt(byte_tokenizer, talk[1:2]).ids) == "User: us\nAssistant:"
 
 
 @pytest.mark.parametrize(
@@ -128,12 +116,10 @@ def test_serve_refuses(longmem: Command, tmp_path: Path, options: tuple[str, ...
     (tmp_path / "good").write_text(f"ann {'0' * 64}\n")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        status, _, told = longmem("serve", *(port if option == "TAKEN" else option for option in options))
-    assert status == 1 and said in told and told.count("error: ") == 1 and "Traceback" not in told
+        assert said in longmem("serve", *(port if option == "TAKEN" else option for option in options)).error
 
 
 def test_serve_names_what_is_missing(longmem: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else there(name))
-    status, _, told = longmem("serve")
-    assert status == 1 and "the server needs uvicorn; pip install 'longmem-lm[server]'" in told
+    assert longmem("serve").error == "the server needs uvicorn; pip install 'longmem-lm[server]'"

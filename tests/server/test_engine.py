@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -38,17 +39,14 @@ def failing() -> Any:
     raise OSError("gone")
 
 
-def test_one_that_fails_ends_alone_and_a_model_that_fails_ends_its_batch(
-    run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_fails_ends_alone_and_a_model_that_fails_ends_its_batch(run: Any) -> None:
     async def of(engine: Engine) -> None:
         some = [read(engine, job(9, seed=seed, memory=failing if seed == 1 else None)) for seed in range(4)]
         found = await asyncio.gather(*some, return_exceptions=True)
         assert [type(each) for each in found] == [list, OSError, list, list]
         with pytest.raises(OSError, match="gone"):
             await engine.call(failing)
-        with monkeypatch.context() as broken:
-            broken.setattr(type(engine.model), "generate", lambda *_, **__: 1 / 0)
+        with patch.object(type(engine.model), "generate", lambda *_, **__: 1 / 0):
             found = await asyncio.gather(*(read(engine, job(3)) for _ in range(6)), return_exceptions=True)
             assert all(isinstance(each, ZeroDivisionError) for each in found)
         assert len(await read(engine, job(3))) == 3
@@ -90,8 +88,9 @@ def test_a_full_queue_refuses_but_not_what_ends_an_accepted_request(run: Any) ->
         await asyncio.to_thread(begun.wait, 30)
         waiting = [asyncio.create_task(read(engine, job(1))) for _ in range(2)]
         await asyncio.sleep(0.01)
-        with pytest.raises(Refused, match="busy"):
+        with pytest.raises(Refused, match="busy") as told:
             await engine.call(time.time)
+        assert told.value.headers and told.value.headers["Retry-After"]
         last = asyncio.create_task(engine.call(lambda: 1, follows=True))
         await asyncio.sleep(0.01)
         free.set()

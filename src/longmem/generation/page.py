@@ -143,19 +143,15 @@ class TokenReading(NamedTuple):
     """Those with the largest shares."""
 
 
-def reading_at(explanation: Explanation, position: int) -> TokenReading:
-    """What a position of the first row read."""
-    shares = explanation.share[0, :, position]  # (n*H,)
-    layers = shares.view(len(explanation.layers), -1).mean(1).tolist()
-    chunks = [each for each in explanation.token(position, top=MOST_CHUNKS) if each.share > 0]
-    return TokenReading(float(shares.mean()), dict(zip(explanation.layers, layers, strict=True)), chunks)
-
-
 class Readings(list[TokenReading]):
     """Given to ``generate(..., explain=)``: keeps of every call only what chose the new token."""
 
     def append(self, explanation: Any) -> None:  # an ``Explanation``
-        super().append(reading_at(explanation, -1))
+        shares = explanation.share[0, :, -1]  # (n*H,)
+        layers = shares.view(len(explanation.layers), -1).mean(1).tolist()
+        chunks = [each for each in explanation.token(-1, top=MOST_CHUNKS) if each.share > 0]
+        by_layer = dict(zip(explanation.layers, layers, strict=True))
+        super().append(TokenReading(float(shares.mean()), by_layer, chunks))
 
 
 def generate_explained(model: Any, ids: Tensor, memory: Any, **settings: Any) -> tuple[Tensor, list[float], list[Any]]:

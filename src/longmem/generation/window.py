@@ -63,10 +63,10 @@ def _one_text(session: Any, ids: Any) -> Tensor:
     if not isinstance(session, SessionMemory):
         given = type(session).__name__
         raise MemoryBankError(f"a text goes to a session, not to a {given}; make SessionMemory.for_model(model, bank)")
-    if not isinstance(ids, Tensor) or ids.dim() not in (1, 2) or (ids.dim() == 2 and len(ids) != 1):
-        given = str(tuple(ids.shape)) if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
-        raise MemoryBankError(f"ids ({given}) must be the token ids (t,) of one text")
-    return ids.reshape(-1)
+    tokens: Tensor = torch.as_tensor(ids)
+    if tokens.dim() != 1 and tokens.shape[:-1] != (1,):
+        raise MemoryBankError(f"ids ({tuple(tokens.shape)}) must be the token ids (t,) of one text")
+    return tokens.reshape(-1)
 
 
 def already_written(session: SessionMemory, row: int, ids: Tensor) -> int:
