@@ -149,6 +149,8 @@ def test_compacting_between_the_receipts_of_a_stream_takes_nothing_from_it(store
         ({"text": "a", "name": "a\nb"}, "none of them for control"),
         ({"text": "a", "namespace": 42}, "a name of a namespace or document .42. must be a text"),
         ({"text": "a", "source": "\ud800"}, "must be a text"),
+        ({"text": "a", "source": Path("a")}, "must be a text"),
+        ({"text": "a", "metadata": {"a": "\ud800"}}, "must be a JSON object"),
         ({"text": "a", "metadata": {"a": float("nan")}}, "must be a JSON object"),
         ({"text": "a", "expires": "tomorrow"}, "must be seconds since the epoch"),
         ({"text": "a", "expires": 1577836800.0}, "has passed, 'x' would never be found; give a later time"),

@@ -17,8 +17,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as some
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from tests.store.small import BEGIN, MODEL, open_small, quick_folder, words
+from tests.store.small import BEGIN, MODEL, TOKENIZER, open_small, quick_folder, words
 
+from longmem.chat import PlainTexts, Recall
 from longmem.errors import StoreError
 from longmem.store import DocumentInfo, MemoryStore
 from longmem.store.bank import StoreBank
@@ -56,7 +57,8 @@ class Document:
 
 
 class Life(RuleBasedStateMachine):
-    """A store, a reader of it and banks held open; after every change all that they say is compared with the model.
+    """A store, a reader of it, banks and text searches held open; after every change all that they say is compared
+    with the model.
 
     ``rows`` are the documents of each namespace by their names, expired ones until they are compacted; ``buried`` what
     must be in no file after the next compact.
@@ -71,12 +73,15 @@ class Life(RuleBasedStateMachine):
         self.clock.start()
         self.folder = tempfile.TemporaryDirectory(dir=self.place)
         self.path = Path(self.folder.name) / "memory"
-        self.store = open_small(self.path)
-        self.reader = open_small(self.path, mode="read")
+        self.open()
         self.rows: dict[str, dict[str, Document]] = {namespace: {} for namespace in NAMESPACES}
         self.buried: list[Document] = []
         self.added = 0
+
+    def open(self) -> None:
+        self.store, self.reader = open_small(self.path), open_small(self.path, mode="read")
         self.banks: list[StoreBank] = []
+        self.recalls = [[Recall(store, namespace) for namespace in NAMESPACES] for store in (self.store, self.reader)]
 
     def teardown(self) -> None:
         try:
@@ -203,9 +208,7 @@ class Life(RuleBasedStateMachine):
     def reopen(self) -> None:
         self.reader.close()
         self.store.close()
-        self.banks.clear()
-        self.store = open_small(self.path)
-        self.reader = open_small(self.path, mode="read")
+        self.open()
 
     @rule(beside=some.booleans(), load=some.booleans())
     def hold_a_bank(self, beside: bool, load: bool) -> None:
@@ -239,6 +242,10 @@ class Life(RuleBasedStateMachine):
             self._compare_all(self.store.bank(namespace))
         for bank in self.banks:
             self._compare_found(bank)
+        for number, namespace in enumerate(NAMESPACES):
+            texts = {name: TOKENIZER.decode(row.ids) for name, row in self.live(namespace).items()}
+            wanted = passages_of(Recall(PlainTexts(texts), ""))
+            assert [passages_of(recalls[number]) for recalls in self.recalls] == [wanted] * 2
 
     def _compare_all(self, bank: StoreBank) -> None:
         """The bank finds every chunk of its namespace, and nothing else."""
@@ -269,6 +276,11 @@ class Life(RuleBasedStateMachine):
 def about(name: str, document: Document | DocumentInfo, tokens: int) -> tuple[Any, ...]:
     """What a document and its twin in the model have in common."""
     return name, tokens, document.metadata, document.added, document.expires, document.revision
+
+
+def passages_of(recall: Recall) -> set[tuple[str, int, str]]:
+    """What text search finds of words that are in all texts."""
+    return {(each.document, each.start, each.text) for each in recall.search("0 1 2 3 4 5", 100)}
 
 
 ENCODED: dict[tuple[int, ...], StoredChunks] = {}
