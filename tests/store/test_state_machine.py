@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -33,6 +33,7 @@ SEED = some.integers(0, 5)
 LENGTH = some.sampled_from([5, 40, 90, 200, 300])
 """Within a segment, within a piece, and over two and three pieces."""
 AGE = some.sampled_from([1.0, 5.0, 60.0])
+KIND = some.sampled_from([None, "note", "letter"])
 CHUNK = 2
 GRAM = 16
 """Bytes that are not found by chance; keys and values of a token and a head."""
@@ -161,29 +162,23 @@ class Life(RuleBasedStateMachine):
         self.rows[namespace][name] = new
         assert (receipt.status, receipt.tokens, receipt.revision) == ("appended", len(ids), new.revision)
 
-    @rule(namespace=SPACE, name=NAME)
-    def forget(self, namespace: str, name: str) -> None:
-        if name not in self.rows[namespace]:
+    @rule(namespace=SPACE, name=some.none() | NAME, age=some.none() | AGE, kind=KIND)
+    def forget(self, namespace: str, name: str | None, age: float | None, kind: str | None) -> None:
+        rows, before, where = self.rows[namespace], None if age is None else self.now - age, {"kind": kind}
+        given: Any = {"name": name, "before": before, "where": None if kind is None else where}
+        if name is not None and name not in rows:
             with pytest.raises(StoreError, match="no document"):
-                self.store.forget(namespace, name=name)
-        else:
-            self._forgotten(namespace, self.store.forget(namespace, name=name), lambda each, _: each == name)
-
-    @rule(namespace=SPACE, age=some.none() | AGE, kind=some.sampled_from([None, "note", "letter"]))
-    def forget_several(self, namespace: str, age: float | None, kind: str | None) -> None:
-        before, where = None if age is None else self.now - age, None if kind is None else {"kind": kind}
-        found = self.store.forget(namespace, before=before, where=where, everything=before is None and where is None)
-
-        def gone(_: str, row: Document) -> bool:
-            return (before is None or row.added < before) and (kind is None or row.metadata.get("kind") == kind)
-
-        self._forgotten(namespace, found, gone)
-
-    def _forgotten(self, namespace: str, found: list[DocumentInfo], which: Callable[[str, Document], bool]) -> None:
-        gone = {name: len(row.ids) for name, row in self.rows[namespace].items() if which(name, row)}
+                self.store.forget(namespace, **given)
+            return
+        found = self.store.forget(namespace, **given, everything=given == dict.fromkeys(given))
+        gone = {
+            each: len(row.ids)
+            for each, row in rows.items()
+            if name in (None, each) and kind in (None, row.metadata.get("kind")) and (age is None or row.added < before)
+        }
         assert {each.name: each.tokens for each in found} == gone
-        for name in gone:
-            self.bury(namespace, name)
+        for each in gone:
+            self.bury(namespace, each)
 
     @rule(age=AGE)
     def wait(self, age: float) -> None:
