@@ -223,7 +223,7 @@ class StoreBank:
                     "what was read from it cannot be shown"
                 )
             first, last = origin.start_token, origin.start_token + origin.length
-            runs = ((max(0, first - around), first), (first, last), (last, last + around))
+            runs = ((first - around, first), (first, last), (last, last + around))
             return Passage(*(self._catalog.whole(document, *run).spelled(self.store.tokenizer) for run in runs))
 
     @torch.no_grad()
