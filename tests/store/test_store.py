@@ -73,11 +73,7 @@ def test_a_second_writer_is_refused_by_name(store: MemoryStore) -> None:
     ("name", "how", "message"),
     [
         ("memory", {"dtype": "int8"}, "was made with dtype=float32, not int8; leave dtype away"),
-        (
-            "memory",
-            {"model": NumberModel(seed=1)},
-            r"by backbone numbers \(numbers-2-4-0, layers 1\), this model is num",
-        ),
+        ("memory", {"model": NumberModel(seed=1)}, r"by backbone numbers \(numbers-2-4-0, layers 1\), this model is"),
         ("memory", {"model": "models/small"}, r"model \(a str\) must be a loaded model that reads memory: LongMem"),
         ("memory", {"tokenizer": "models/small"}, r"tokenizer \(a str\) must be a loaded tokenizer: AutoTokenizer"),
         ("memory", {"mode": "append"}, "mode .'append'. must be 'write' or 'read'"),
@@ -141,7 +137,6 @@ def test_a_read_only_folder_is_read_and_changes_are_noticed(
     ("act", "message"),
     [
         (lambda store: store.append("bob", "text", name="ids"), "was added as token ids; append the same"),
-        (lambda store: store.append("alice", "text", name="d9"), "no document 'd9'"),
         (lambda store: store.forget("alice"), "a name, where, before, or everything; nothing was forgotten"),
         (lambda store: store.add_documents("alice", [], workers=0), "must be a number from 1 on, 'ray' or 'ray:N'"),
         (lambda store: store.add_documents("alice", [], workers="ray:0"), r"workers \('ray:0'\) must be a number"),
@@ -186,21 +181,13 @@ def unlink(file: Path, _: int) -> None:
     ("file", "damage", "place", "kinds", "message"),
     [
         ("kv", flip, 0, {"piece"}, "not what was written"),
-        ("kv", flip, -1, {"piece"}, "not what was written"),
-        ("keys", flip, 0, {"piece"}, "not what was written"),
         ("keys", flip, -1, {"piece"}, "not what was written"),
         ("keys", os.truncate, 100, {"file", "piece"}, "100 bytes where"),
         ("kv", unlink, 0, {"file", "piece"}, "data file is missing"),
     ],
 )
 def test_damaged_data_is_found_stops_a_compact_and_is_encoded_again(
-    tmp_path: Path,
-    dtype: Any,
-    file: str,
-    damage: Callable[[Path, int], None],
-    place: int,
-    kinds: set[str],
-    message: str,
+    tmp_path: Path, dtype: Any, file: str, damage: Any, place: int, kinds: set[str], message: str
 ) -> None:
     path = tmp_path / "memory"
     with open_small(path, dtype=dtype) as store:
