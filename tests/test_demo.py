@@ -88,7 +88,14 @@ def test_facts_are_told_asked_for_and_forgotten(
     monkeypatch.setattr(longmem.demo, "reply", longmem.chat.reply)
     monkeypatch.setattr(longmem.demo, "FACTS", 2)
     out = command("demo", "--out", tmp_path / "out").out
-    assert "2 facts were told" in out and "of 2 with memory, 0 without" in out and "read            passages of" in out
+    for said in (
+        "\nwith memory:\n  │",
+        "2 facts were told",
+        "of 2 with memory, 0 without",
+        "read            passages of",
+    ):
+        assert said in out
+    assert out.count("\n    with memory     ") == 2
 
 
 def test_without_the_registry_the_small_pair_takes_its_place(side: Path, monkeypatch: pytest.MonkeyPatch) -> None:

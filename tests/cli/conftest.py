@@ -22,18 +22,14 @@ from longmem.data.tokens import train_tokenizer
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any, made_text: Callable[..., str]) -> Path:
-    """Random, over bytes: ``backbone``, ``other``; over the first ``side/final``, and ``low``, of another layer.
-
-    ``wrong`` is a tokenizer of none of them, with the text that it is of.
-    """
+    """Random, over bytes: ``backbone``, ``other``, and ``side/final`` over the first; ``wrong``, another tokenizer."""
     home = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("backbone", "other")):
         tiny_gpt(seed).save_pretrained(home / name)
         byte_tokenizer.save_pretrained(home / name)
     torch.manual_seed(7)
-    sizes = {"chunk_size": 4, "num_retrieved": 8, "memory_size": 64}
-    LongMem.from_backbone(home / "backbone", **sizes).save_pretrained(home / "side" / "final")
-    LongMem.from_backbone(home / "backbone", memory_layer=1, **sizes).save_pretrained(home / "low")
+    side = LongMem.from_backbone(home / "backbone", chunk_size=4, num_retrieved=8, memory_size=64)
+    side.save_pretrained(home / "side" / "final")
     train_tokenizer([made_text(500)], 300).save_pretrained(str(home / "wrong"))
     (home / "wrong" / "long.txt").write_text(made_text(500))
     return home

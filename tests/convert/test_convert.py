@@ -51,27 +51,21 @@ def test_a_checkpoint_cut_off_anywhere_is_one_line(source: Path, tmp_path: Path)
         assert refusal(cut, settings=DATA / "fixture_a.json").startswith(f"{cut}: cannot be read as")
 
 
-@pytest.mark.parametrize("kind", ["cfg", "args"])
-def test_settings_may_be_a_namespace_or_the_older_args_and_the_folder_can_be_moved(kind: str, tmp_path: Path) -> None:
-    def change(checkpoint: dict[str, Any]) -> None:
-        settings = argparse.Namespace(**checkpoint.pop("cfg")["model"])
-        checkpoint[kind] = {"model": settings} if kind == "cfg" else settings
-
-    convert(edited(tmp_path, change), tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / "elsewhere")
-    config = LongMem.from_pretrained(tmp_path / "elsewhere").config
-    assert (config.chunk_size, config.num_retrieved, config.memory_layer) == (2, 8, 2)
-    assert (config.final_state, config.side_activation, config.side_norm_eps) == ("normed", "gelu", 1e-5)
-
-
-def test_its_backbone_is_its_own_whatever_is_in_the_current_folder_and_strange_tensors_are_told(
+def test_older_settings_are_read_strange_tensors_told_and_the_folder_can_be_moved(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "backbone").mkdir()
+    def change(checkpoint: dict[str, Any]) -> None:
+        checkpoint["args"] = argparse.Namespace(**checkpoint.pop("cfg")["model"])
+        checkpoint["model"]["decoder.strange"] = torch.zeros(1)
+
+    (tmp_path / "backbone").mkdir()  # another one than that of the converted checkpoint
     monkeypatch.chdir(tmp_path)
-    path = edited(tmp_path, lambda it: it["model"].update({"decoder.strange": torch.zeros(1)}))
-    assert command("convert", path, "--out", "out", "--json").json["ignored"] == ["decoder.strange"]
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["backbone_name_or_path"] == "backbone"
+    done = command("convert", edited(tmp_path, change), "--out", "out", "--json").json
+    assert (done["kind"], done["ignored"]) == ("longmem", ["decoder.strange"])
+    (tmp_path / "out").rename("elsewhere")
+    config = LongMem.from_pretrained("elsewhere").config
+    assert (config.chunk_size, config.num_retrieved, config.memory_layer) == (2, 8, 2)
+    assert (config.final_state, config.side_activation, config.side_norm_eps) == ("normed", "gelu", 1e-5)
 
 
 class Hostile:
