@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as some
 from tests.store.banks import same
 
@@ -115,7 +115,7 @@ HISTORIES = some.lists(
         lengths=some.tuples(*[some.integers(0, 7)] * 2),
         left=some.booleans(),
         documents=some.tuples(*[some.sampled_from(["a", "b", None])] * 2),
-        jump=some.sampled_from([0, 0, PERIOD_TOKENS]),
+        jump=some.sampled_from([0, 0, 100, PERIOD_TOKENS]),
         end=some.booleans(),
         cut=some.integers(0, 8),
         reload=some.booleans(),
@@ -135,6 +135,11 @@ def padded(tokens: list[torch.Tensor], left: bool) -> AttentionKV:
     return AttentionKV(batch[:, :, :, 0].transpose(1, 2), batch[:, :, :, 1].transpose(1, 2), mask)
 
 
+# another document, further on in it than the one before had come: also a later period
+@example(
+    history=[Write((3, 2), False, ("a", "b"), 0, False, 1, True), Write((4, 5), True, ("b", "a"), 100, True, 2, False)],
+    slots=5, size=2, num=6, layers=(3, 7), dtype=torch.bfloat16,
+)  # fmt: skip
 @settings(max_examples=120, deadline=None)
 @given(
     history=HISTORIES,
