@@ -23,8 +23,8 @@ def generate(command: Command, models: Path, tmp_path: Path, monkeypatch: pytest
     return lambda *given, model=models / "side": command("generate", model, *given, "--device", "cpu")
 
 
-def test_it_says_what_generate_says_with_the_model_and_the_settings_that_are_named(
-    generate: Command, models: Path, tmp_path: Path
+def test_it_says_what_generate_says_to_a_prompt_from_anywhere_with_the_model_that_is_named(
+    generate: Command, models: Path, tmp_path: Path, piped: Callable[[bytes], None]
 ) -> None:
     asked = (PROMPT, "-m", 40, "--ignore-end")
     done = generate(*asked)
@@ -43,16 +43,10 @@ def test_it_says_what_generate_says_with_the_model_and_the_settings_that_are_nam
     assert generate(*asked, "--backbone", tmp_path / "home") == done
     assert generate(*asked, "--dtype", "bfloat16").status == 0
     assert generate(*asked, model=models / "backbone").status == 0  # a causal language model by itself
-
-
-def test_the_prompt_is_an_argument_a_file_or_standard_input(
-    generate: Command, piped: Callable[[bytes], None], tmp_path: Path
-) -> None:
-    expected = generate(PROMPT, "-m", 8)
     (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8")
-    assert generate("--file", "prompt.txt", "-m", 8) == expected
+    assert generate("--file", "prompt.txt", *asked[1:]) == done
     piped(PROMPT.encode())
-    assert generate("-", "-m", 8) == expected
+    assert generate("-", *asked[1:]) == done
     piped(b"caf\xe9")
     assert "standard input: not UTF-8 text (byte 0xe9 at offset 3); convert it" in generate().error
 
