@@ -82,36 +82,30 @@ def test_every_system_scores_every_document_as_its_model_alone(fusion: str, tmp_
     assert len(plot_all(found, tmp_path)) == 2
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    compared, several, path = systems_of(longmem(), [64], **HOW), documents(4, 2, 3), tmp_path / "records.jsonl"
-    whole = perplexity(compared, several, SETTINGS, records=path)
-    lines = [line for line in path.read_text().splitlines() if line]
-    path.write_text("\n".join(lines[:12]) + "\n")
-    found = perplexity(compared, several, SETTINGS, records=path)
+def test_what_is_recorded_is_not_measured_again_and_all_else_is(tmp_path: Path) -> None:
+    several, path = documents(2, 1, 3), tmp_path / "records.jsonl"
+    path.touch()
+
+    def measured(model: LongMem, *sizes: int, own: Any = None, window: int = 16) -> tuple[dict[str, Any], list[str]]:
+        """The result, and the systems of the records that are new."""
+        before, compared = len(path.read_text().splitlines()), systems_of(model, sizes, window=window, rows=2)
+        compared += [] if own is None else systems_of(own, [8], **HOW)
+        result = perplexity(compared, several, SETTINGS, records=path)
+        return result, [json.loads(line)["system"] for line in path.read_text().splitlines()[before:] if line]
+
+    whole, scored = measured(longmem(1), 64)
+    assert len(scored) == 18 and set(scored) == {"backbone", "memory_off", "memory_64"}
+    path.write_text("\n".join(path.read_text().splitlines()[:24]) + "\n")  # interrupted after twelve
+    found, scored = measured(longmem(1), 64)
+    assert len(scored) == 6
     for one, other in zip(found["documents"], whole["documents"], strict=True):
         assert one["nll"]["sliding"] == pytest.approx(other["nll"]["sliding"], rel=1e-5)
-    written = path.read_text()
-    assert len([line for line in written.splitlines() if line]) == len(lines), "what was there is not measured again"
-    again = perplexity(compared, several, SETTINGS, records=path)
-    assert path.read_text() == written
+    again, scored = measured(longmem(1), 64)
+    assert not scored
     assert again["header"]["seconds"] == found["header"]["seconds"] > 0, "the time of all runs together"
-
-
-def test_records_of_other_settings_or_weights_are_not_reused(tmp_path: Path) -> None:
-    several, path = documents(2, 1), tmp_path / "records.jsonl"
-
-    def scored_anew(model: LongMem, *sizes: int, own: Any = None, window: int = 16) -> set[str]:
-        before = len(path.read_text().splitlines()) if path.exists() else 0
-        compared = systems_of(model, sizes, window=window, rows=2)
-        compared += [] if own is None else systems_of(own, [8], **HOW)
-        perplexity(compared, several, SETTINGS, records=path)
-        return {json.loads(line)["system"] for line in path.read_text().splitlines()[before:] if line}
-
-    assert scored_anew(longmem(1), 64) == {"backbone", "memory_off", "memory_64"}
-    assert scored_anew(longmem(1), 64) == set()
-    assert scored_anew(longmem(1), 16, 64) == {"memory_16"}
-    assert scored_anew(longmem(2), 64) == {"memory_off", "memory_64"}
-    assert scored_anew(longmem(1), 64, window=12) == {"backbone", "memory_off", "memory_64"}
-    assert scored_anew(longmem(1), 64, own=memtrm(2)) == {"memtrm_off", "memtrm_8"}
-    assert scored_anew(longmem(1), 64, own=memtrm(9)) == {"memtrm_off", "memtrm_8"}
-    assert scored_anew(longmem(1).to(torch.bfloat16), 64) == {"backbone", "memory_off", "memory_64"}
+    assert set(measured(longmem(1), 16, 64)[1]) == {"memory_16"}
+    assert set(measured(longmem(2), 64)[1]) == {"memory_off", "memory_64"}
+    assert set(measured(longmem(1), 64, window=12)[1]) == {"backbone", "memory_off", "memory_64"}
+    assert set(measured(longmem(1), 64, own=memtrm(2))[1]) == {"memtrm_off", "memtrm_8"}
+    assert set(measured(longmem(1), 64, own=memtrm(9))[1]) == {"memtrm_off", "memtrm_8"}
+    assert set(measured(longmem(1).to(torch.bfloat16), 64)[1]) == {"backbone", "memory_off", "memory_64"}
