@@ -11,6 +11,7 @@ from tests.calling import Command
 
 from longmem.cli.eval import command as group
 from longmem.evaluation.systems import load_systems
+from longmem.progress import EVERY
 
 SYSTEMS = "--control control --memtrm memtrm --training-free 0.3 --memory-sizes 256 --window 128 --resamples 20"
 ASKED = {
@@ -27,8 +28,9 @@ ASKED = {
 TEXTS = "--data texts --window 16 --batch 2 --resamples 20 --group-by-prefix __"
 
 
-def measured(result: dict[str, Any], answers: Path) -> dict[str, Any]:
-    """Values of every example, means and differences of every group; the first lines of what was said."""
+def measured(out: Path, task: str) -> dict[str, Any]:
+    """Values of every example, means and differences of every group; how much was asked, and what was said."""
+    result = json.loads((out / f"{task}.json").read_text())
     metrics = [metric["name"] for metric in result["metrics"]]
     return {
         "systems": list(result["systems"]),
@@ -49,8 +51,9 @@ def measured(result: dict[str, Any], answers: Path) -> dict[str, Any]:
         "extra": result["extra"],
         "said": [
             next((one.strip() for one in line["said"].splitlines() if one.strip()), "")
-            for line in sorted(lines_of(answers), key=lambda line: (line["system"], line["example"]))
+            for line in sorted(lines_of(out / "answers.jsonl"), key=lambda line: (line["system"], line["example"]))
         ],
+        "records": len(lines_of(out / "records.jsonl")),  # what is equal is asked once, also under another name
     }
 
 
@@ -72,7 +75,7 @@ def test_every_number_is_that_of_the_tagged_commit(task: str, home: Path, tmp_pa
     known = json.loads(Path(__file__).with_name("golden.json").read_text())[task]
     done = command("eval", task, "--model", "side", *SYSTEMS.split(), *ASKED[task].split(), "--out", tmp_path)
     assert done.status == 0, done.err
-    found = measured(json.loads((tmp_path / f"{task}.json").read_text()), tmp_path / "answers.jsonl")
+    found = measured(tmp_path, task)
     assert found["systems"] == known["systems"] and found["examples"].keys() == known["examples"].keys()
     leaves = leaves_of(found)
     for at, leaf in leaves_of(known).items():
@@ -84,6 +87,25 @@ def leaves_of(value: Any, path: str = "") -> dict[str, Any]:
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return {at: leaf for name, inner in pairs for at, leaf in leaves_of(inner, f"{path}/{name}").items()}
     return {path: value}
+
+
+def test_an_interrupted_task_goes_on_where_it_stopped(
+    home: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EVERY, False, 0.0)
+    asked = (
+        "--model side --memory-sizes 256 --window 128 --data babi --text text.txt --tasks 1 --lengths 512 --recall 1"
+    )
+    given = [*asked.split(), "--trials", 4, "--resamples", 20, "--json", "--out", tmp_path]
+    whole, records = command("eval", "babi", *given), tmp_path / "records.jsonl"
+    assert "babi, LongMem, 256 tokens and LongMem, 256 tokens, 1 passages: 1 of 8" in whole.err, (
+        "memory is read for both"
+    )
+    lines = [line for line in records.read_text().splitlines() if line]
+    records.write_bytes("\n".join(lines[:9]).encode() + b'\n\xff\x00\n{"key": "cut sh')
+    again = leaves_of(command("eval", "babi", *given).json["examples"])
+    assert {at: pytest.approx(leaf) for at, leaf in leaves_of(whole.json["examples"]).items()} == again
+    assert len([line for line in records.read_text(errors="replace").splitlines() if line]) == len(lines) + 2
 
 
 def test_all_systems_to_table_json_and_pictures(home: Path, command: Command, tmp_path: Path) -> None:

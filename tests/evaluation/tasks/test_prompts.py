@@ -10,7 +10,6 @@ from tests.calling import Command
 from tests.evaluation.pairs import by_hand, remembered
 
 from longmem import LongMem
-from longmem.data.facts import ToldFact
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.asking import Answer, Asker, Scored
 from longmem.evaluation.systems import systems_of
@@ -81,22 +80,8 @@ def test_a_changed_fact_is_told_again_later_and_the_newer_value_is_the_answer(te
             said = tuple(asker.tokenizer(f"It is {value}.")["input_ids"])
             found = changed.measure(example, prompt, Answer((SAID, SAID), said))
             assert (found["named"], found["older"]) == wanted
-
-
-def test_facts_of_ones_own_are_told(text: str, asker: Asker) -> None:
-    """Only a line end parts them in their file."""
-    given: dict[str, Any] = {"text": [text], "told": str(SMALL / "told.jsonl"), "between": [64], "sessions": 1}
-    task = FactsTask(**given, facts=2, recall=2, new_tokens=4)
-    task.begin([asker])
-    assert [example.item[:2] for example in task.examples()] == [
-        (
-            number // 2,
-            ToldFact(f"Boat {number} is\u2028the Heron.", f"Which is boat {number}?", "It is the ", "Heron", "."),
-        )
-        for number in range(3)
-    ]
     with pytest.raises(ConfigError, match="leave one away"):
-        FactsTask(**given, facts=2, recall=2, new_tokens=4, changed=True)
+        replace(changed, told="own.jsonl")
 
 
 # demonstrations

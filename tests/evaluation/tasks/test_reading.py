@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from longmem.data.facts import ToldFact
 from longmem.errors import ConfigError, DataError
 from longmem.evaluation.tasks.comprehension import read_chapterbreak, read_squad
 from longmem.evaluation.tasks.conversations import read_dialogues, read_told
@@ -55,6 +56,12 @@ def test_a_story_of_babi_has_all_facts_before_its_question() -> None:
     assert task.labels == ["attic", "cave"]
     with pytest.raises(DataError, match=r"qa2_\*_train.txt"):
         read_babi(str(HOME / "babi"), [2])
+
+
+def test_facts_of_ones_own_are_lines_of_json() -> None:
+    """Only a line end parts them."""
+    said = ((f"Boat {number} is\u2028the Heron.", f"Which is boat {number}?") for number in range(3))
+    assert read_told(HOME / "told.jsonl") == [ToldFact(*each, "It is the ", "Heron", ".") for each in said]
 
 
 def test_the_default_text_is_the_source_of_the_standard_library(byte_tokenizer: Any) -> None:
