@@ -38,10 +38,10 @@ class Live:
     """A running server over a store that the model ``tiny`` and others read, with a key for ann and one for bob."""
 
     def __init__(self, url: str, keys: dict[str, str]) -> None:
-        self.url, self.keys = url, {"nobody": "none", **keys}
+        self.url, self.keys = url, keys
         self.clients = {
             owner: httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
-            for owner, key in self.keys.items()
+            for owner, key in keys.items()
         }
 
     def client(self, owner: str = "ann") -> Any:

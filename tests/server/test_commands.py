@@ -1,6 +1,5 @@
 """``longmem chat`` as a script of lines, and what ``longmem serve`` refuses."""
 
-import copy
 import importlib.util
 import io
 import socket
@@ -14,7 +13,7 @@ from tests.calling import Command, Done
 
 from longmem import TrainingFree
 from longmem.chat import PlainTexts, Recall, chat_prompt
-from longmem.errors import BackboneError, DataError
+from longmem.errors import BackboneError
 from longmem.modeling import loading as defaults
 
 
@@ -75,26 +74,12 @@ def test_a_model_without_trained_gates_gets_passages_alone(longmem: Command, pai
     assert "no trained gates" not in told and "heads    note.txt" in out
 
 
-STRICT = (
-    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-)
-"""As of models that know no system message."""
-
-
-def test_prompts_follow_the_chat_template_or_speak_plainly(byte_tokenizer: Any) -> None:
-    tokenizer = copy.deepcopy(byte_tokenizer)
-    tokenizer.chat_template = STRICT
+def test_a_plain_prompt_begins_as_texts_in_training_do_and_passages_stand_below_the_system(byte_tokenizer: Any) -> None:
     talk = [{"role": role, "content": role[:2]} for role in ("system", "user", "assistant", "user")]
-    assert tokenizer.decode(chat_prompt(tokenizer, talk).ids) == "<user>sy\n\nus<assistant>as<user>us"
-    refused = r"chat template refuses these messages \(roles must alternate user/assistant\)"
-    with pytest.raises(DataError, match=refused):
-        chat_prompt(tokenizer, [*talk, talk[-1]])
-    recall = Recall(PlainTexts({"note": "us: the boat"}), "")  # passages stand below what the system said
+    recall = Recall(PlainTexts({"note": "us: the boat"}), "")
     told = byte_tokenizer.decode(chat_prompt(byte_tokenizer, talk, recall=recall).ids)
     assert told.startswith("System: sy\n\n") and "us: the boat\nUser: us" in told
-    # it begins as texts in training do, which have no <s> here
-    assert byte_tokenizer.decode(chat_prompt(byte_tokenizer, talk[1:2]).ids) == "User: us\nAssistant:"
+    assert byte_tokenizer.decode(chat_prompt(byte_tokenizer, talk[1:2]).ids) == "User: us\nAssistant:"  # no <s>
 
 
 @pytest.mark.parametrize(
@@ -102,7 +87,6 @@ def test_prompts_follow_the_chat_template_or_speak_plainly(byte_tokenizer: Any) 
     [
         (("--host", "0.0.0.0"), "can be reached by others, and there are no keys; make one with"),
         (("--keys", "bad"), "bad:1: a line is a name and a hash"),
-        (("--keys", "none"), "none: no key in it"),
         (("--keys", "missing"), "missing: there is no such file"),
         (("--new-key", "ann"), "name it with --keys"),
         (("--keys", "bad2", "--new-key", "../x"), "is no name for a key"),
@@ -112,7 +96,6 @@ def test_prompts_follow_the_chat_template_or_speak_plainly(byte_tokenizer: Any) 
 )
 def test_serve_refuses(longmem: Command, tmp_path: Path, options: tuple[str, ...], said: str) -> None:
     (tmp_path / "bad").write_text("ann 1234\n")
-    (tmp_path / "none").write_text("# nobody\n")
     (tmp_path / "good").write_text(f"ann {'0' * 64}\n")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -34,17 +34,11 @@ def test_what_was_accepted_before_the_end_is_done_and_answered(
     start: Any, tmp_path: Path, made_text: Callable[..., str]
 ) -> None:
     with ThreadPoolExecutor(6) as pool, start(tmp_path) as live:
-        live.memory("kept")
-
-        def write(number: int) -> int:
-            headers = {"Authorization": f"Bearer {live.keys['ann']}"}
-            body = {"name": f"d{number}", "text": made_text(3000, number)}
-            url = f"{live.url}/v1/memories/kept/documents"
-            return httpx.post(url, json=body, headers=headers, timeout=90).status_code
-
-        answers = [pool.submit(write, number) for number in range(6)]
+        url, headers = f"{live.url}/v1/memories/{live.memory('kept')}/documents", live.http().headers
+        bodies = [{"name": f"d{number}", "text": made_text(3000, number)} for number in range(6)]
+        answers = [pool.submit(httpx.post, url, json=body, headers=headers, timeout=90) for body in bodies]
         while httpx.get(f"{live.url}/health").json()["waiting"] < 5:
             time.sleep(0.005)
-    assert [answer.result() for answer in answers] == [201] * 6
+    assert [answer.result().status_code for answer in answers] == [201] * 6
     with MemoryStore.open(tmp_path / "store", mode="read", create=False) as store:
         assert len(store.documents("ann/kept")) == 6
