@@ -240,7 +240,7 @@ def test_no_key_sees_anothers_memories(live: Any) -> None:
     assert [each["text"] for each in found] == ["Bob likes plums."]
     with pytest.raises(openai.NotFoundError):
         live.client("bob").chat.completions.create(model="tiny", messages=HELLO, extra_body={"memory_id": "own"})
-    for headers in ({}, {"Authorization": "Bearer none"}, {"Authorization": live.keys["ann"]}):
+    for headers in ({}, {"Authorization": "Bearer none"}, {"Authorization": f"Basic {live.keys['ann']}"}):
         refused = httpx.get(live.url + "/v1/memories", headers=headers)
         assert refused.status_code == 401 and refused.headers["WWW-Authenticate"] == "Bearer"
 
@@ -345,16 +345,9 @@ def test_without_keys_only_names_of_this_machine_are_answered(start: Any, tmp_pa
 
 
 def test_a_failure_in_a_stream_is_an_event_and_ends_the_others(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, count = Engine._generate, [0]
-
-    def failing(self: Any, jobs: Any, memories: Any) -> None:
-        count[0] += 1
-        if count[0] > 1:
-            raise OSError("/secret/path")
-        whole(self, jobs, memories)
-
+    begins, fails = iter([Engine._generate]), Mock(side_effect=OSError("/secret/path"))
     monkeypatch.setattr("longmem.server.engine.SLICE", 3)
-    monkeypatch.setattr(Engine, "_generate", failing)
+    monkeypatch.setattr(Engine, "_generate", lambda *given: next(begins, fails)(*given))
     with pytest.raises(openai.APIError, match="something went wrong") as told:
         list(live.chat(n=3, max_tokens=30, stream=True))
     assert "secret" not in str(told.value)
