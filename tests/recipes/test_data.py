@@ -6,7 +6,6 @@ import re
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +17,7 @@ from longmem.data.text import FILE_LINE, package_text, read_documents
 from longmem.errors import DataError
 from longmem.evaluation.tasks.conversations import read_dialogues
 
-MakeText = Callable[..., str]
-
 # chapterbreak.py
-
-
-SIX = [f"CHAPTER {number}" for number in range(1, 7)]
-
-
-def chaptered(headings: list[str], made_text: MakeText) -> str:
-    return "\n\n".join(f"{heading}\n\n{made_text(600, seed)}" for seed, heading in enumerate(headings))
-
-
-@pytest.mark.parametrize(
-    "headings",
-    [
-        ["CHAPTER I", "CHAPTER II.", "CHAPTER III - IN WHICH WE DINE", "CHAPTER IV", "Chapter V: Home", "CHAPTER VI"],
-        ["Chapter One", "Chapter Two", "Stave Three", "Chapter the Fourth", "CHAPTER TWENTY-ONE", "Epilogue"],
-        ["# Begin", "## The Road", "## The Inn", "## Snow", "## A Letter", "# End"],
-        ["I. THE LETTER", "II. The _Boat_", "III. Fog", "IV. Sand", "V. Wreck", "VI. Shore"],
-    ],
-)
-def test_headings_of_many_forms_are_found(headings: list[str], made_text: MakeText) -> None:
-    text = chaptered(headings, made_text)
-    found = chapterbreak.find_chapters(text)
-    assert [text[chapter.boundary :].split("\n")[0] for chapter in found] == headings
-    assert [chapter.end for chapter in found] == [*(chapter.boundary for chapter in found[1:]), len(text)]
-
-
-def test_what_only_looks_like_a_heading_is_none(made_text: MakeText) -> None:
-    text = chaptered(SIX, made_text)
-    burnt = text.replace("\n\nCHAPTER 3", "\n\nChapter two was burnt by her aunt.\n\nCHAPTER 3")
-    contents = "\n\n".join(SIX) + f"\n\n{'-' * 300}\n\n"
-    start, end = (f"\n\n*** {word} OF THE PROJECT GUTENBERG EBOOK X ***\n\n" for word in ("START", "END"))
-    framed = f"CHAPTER 0\n\n{made_text(600)}{start}{contents}{burnt}{end}CHAPTER 7\n\n{made_text(600)}"
-    chapters = chapterbreak.find_chapters(framed)
-    assert [framed[chapter.boundary :].split("\n")[0] for chapter in chapters] == SIX
-    assert framed[chapters[0].boundary :].startswith(burnt) and framed[chapters[-1].end :].startswith(end.strip())
 
 
 def words(seed: int, tag: str) -> str:
@@ -62,8 +25,17 @@ def words(seed: int, tag: str) -> str:
     return " ".join(f"{tag}{seed}w{number}{'.' if number % 7 == 6 else ''}" for number in range(400))
 
 
-def book(chapters: int, tag: str = "a", heading: str = "CHAPTER {}") -> str:
-    return "\n\n".join(f"{heading.format(n + 1)}\n\n{words(n, tag)}" for n in range(chapters)) + "\n"
+def book(tag: str, *headings: str) -> str:
+    return "\n\n".join(f"{heading}\n\n{words(n, tag)}" for n, heading in enumerate(headings)) + "\n"
+
+
+NAMED = ("CHAPTER I", "CHAPTER II.", "CHAPTER III - IN WHICH WE DINE", "Chapter the Fourth", "Chapter V: Home",
+         "Stave Six", "CHAPTER TWENTY-ONE", "Book 8", "Letter 9", "Epilogue")  # fmt: skip
+MARKED = ("# Begin", "## The Road", "## The Inn", "## Snow", "## A Letter", "## Rain", "# End")
+ROMAN = ("I. THE LETTER", "II. The _Boat_", "III. Fog", "IV. Sand", "V. Wreck", "VI. Shore", "VII. Home")
+# what only looks like headings: a table of contents, a sentence, and what Project Gutenberg puts around a book
+CONTENTS = "\n\n".join(NAMED) + f"\n\n{'-' * 300}\n\n"
+START, END = (f"\n\n*** {word} OF THE PROJECT GUTENBERG EBOOK X ***\n\n" for word in ("START", "END"))
 
 
 def test_an_example_is_a_prefix_the_opening_behind_it_and_five_of_other_chapters(
@@ -71,25 +43,28 @@ def test_an_example_is_a_prefix_the_opening_behind_it_and_five_of_other_chapters
 ) -> None:
     books, out = tmp_path / "books", tmp_path / "out"
     books.mkdir()
-    (books / "long.txt").write_text(book(12))
-    (books / "other.md").write_text(book(10, "b", "## Title {}"))
-    (books / "short.txt").write_text(book(5, "c"))
-    (books / "twice.jsonl").write_text(json.dumps({"text": book(12)}))
+    text = book("a", *NAMED).replace("\n\nChapter V:", "\n\nChapter two was burnt by her aunt.\n\nChapter V:")
+    text = f"{book('x', 'CHAPTER 0')}{START}{CONTENTS}{text}{END}{book('y', 'CHAPTER 7')}"
+    (books / "long.txt").write_text(text)
+    (books / "marked.md").write_text(book("b", *MARKED))
+    (books / "roman.txt").write_text(book("d", *ROMAN))
+    (books / "short.txt").write_text(book("c", *NAMED[:5]))
+    (books / "twice.jsonl").write_text(json.dumps({"text": text}))
     arguments = ["--prefix", "500", "--words", "30", "--per-book", "3"]
     chapterbreak.main([str(books), "--out", str(out), *arguments], standalone_mode=False)
     said = capsys.readouterr()
-    assert said.out.strip().endswith("chapterbreak_ctx_500.json: 6 examples of 2 books (2 left out)")
+    assert "chapterbreak_ctx_500.json: " in said.out and said.out.strip().endswith("of 3 books (2 left out)")
     assert "left out: short.txt: 5 chapters of 2,000 characters; 6 are needed" in said.err
     assert "twice.jsonl:1: the same text as long.txt" in said.err
-    assert len(json.loads((out / "sources.json").read_text())["books"]) == 4
+    told = {each["id"]: each["chapters"] for each in json.loads((out / "sources.json").read_text())["books"]}
+    assert told == {"long.txt": 10, "marked.md": 7, "roman.txt": 7, "short.txt": 5, "twice.jsonl:1": 10}
     works = json.loads((out / "chapterbreak_ctx_500.json").read_text())["books"]
-    assert {name: len(examples) for name, examples in works.items()} == {"long.txt": 3, "other.md": 3}
-    text = (books / "long.txt").read_text()
-    openings = [" ".join(words(number, "a").split()[:30]) for number in range(12)]  # no suffix tells its number
+    assert works.keys() == {"long.txt", "marked.md", "roman.txt"} and len(works["long.txt"]) == 3
+    openings = [" ".join(words(number, "a").split()[:30]) for number in range(10)]  # no suffix tells its number
     for example in works["long.txt"]:
         assert set(example) == {"ctx", "pos", "negs"} and 2950 < len(example["ctx"]) <= 3000
         number = openings.index(example["pos"])
-        assert text[text.index(example["ctx"]) + len(example["ctx"]) :].startswith(f"\n\nCHAPTER {number + 1}\n")
+        assert text[text.index(example["ctx"]) + len(example["ctx"]) :].startswith(f"\n\n{NAMED[number]}\n")
         assert len({openings.index(negative) for negative in example["negs"]} - {number}) == 5
         assert not any(negative in example["ctx"] for negative in example["negs"])
     # of equal seeds, whatever is beside
@@ -99,7 +74,7 @@ def test_an_example_is_a_prefix_the_opening_behind_it_and_five_of_other_chapters
 
 def test_headings_of_an_index_beside_an_archive_are_used(tmp_path: Path) -> None:
     settings = chapterbreak.ChapterBreakSettings(prefix=500)
-    text = book(9, heading="the night of {}")  # nothing that could be found
+    text = book("a", *(f"the night of {number}" for number in range(1, 10)))  # nothing that could be found
     (tmp_path / "one").write_text(text)
     with tarfile.open(tmp_path / "books.tar.xz", "w:xz") as archive:
         archive.add(tmp_path / "one", "test/one.txt")
