@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from longmem import LongMem, TrainingFree
 
 ROOT = Path(__file__).parents[2]
-WINDOW, SEGMENTS = 512, 8
+WINDOW, SEGMENTS = 384, 8
 
 
 @pytest.fixture(autouse=True)

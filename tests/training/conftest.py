@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,33 +43,40 @@ def text_dir(tmp_path_factory: pytest.TempPathFactory, made_text: Callable[..., 
     return folder
 
 
-def maker(tmp_path: Path, text_dir: Path, task: str, **own: Any) -> Make:
-    """``make("name", method, optim={"steps": 3})``: a recipe of this task with its own sections and these changes."""
+@pytest.fixture
+def recipes(tmp_path: Path, text_dir: Path, backbone_dir: Path) -> dict[str, Make]:
+    """``recipes[task]("name", method, optim={"steps": 3})``: a recipe with these changes; both tasks."""
     paths = {"paths": [str(text_dir)], "held_out": ["held.txt"], "cache_dir": str(tmp_path / "cache"), "window": 16}
+    both: dict[str, Any] = {"data": paths, "optim": OPTIM, **OFTEN}
+    own: dict[str, dict[str, Any]] = {
+        "pretrain": {
+            "data": {"vocab_size": 280, "repeat_fraction": 0.3},
+            "model": {"hidden_size": 16, "layers": 2, "heads": 2},
+        },
+        "adapt": {
+            "backbone": {"path": str(backbone_dir)},
+            "sidenet": {"memory_layers": [1], "num_retrieved": 8, "memory_size": 64},
+            "optim": {"accumulate": 2},
+        },
+    }
 
-    def make(name: str = "run", method: str = "longmem", **changes: dict[str, Any]) -> Recipe:
-        run = {"run": {"name": name, "out_dir": str(tmp_path / name)}}
-        settings: dict[str, Any] = {**run, "data": paths, "optim": OPTIM, **OFTEN}
-        for some in (own, changes):
+    def make(task: str, name: str = "run", method: str = "longmem", **changes: dict[str, Any]) -> Recipe:
+        settings = {"run": {"name": name, "out_dir": str(tmp_path / name)}, **both}
+        for some in (own[task], changes):
             settings |= {section: {**settings.get(section, {}), **values} for section, values in some.items()}
         return Recipe.parse({"task": task, "method": method, **settings})
 
-    return make
+    return {task: partial(make, task) for task in own}
 
 
 @pytest.fixture
-def pretrain(tmp_path: Path, text_dir: Path) -> Make:
-    """Recipes of pre-training."""
-    model = {"hidden_size": 16, "layers": 2, "heads": 2}
-    return maker(tmp_path, text_dir, "pretrain", data={"vocab_size": 280, "repeat_fraction": 0.3}, model=model)
+def pretrain(recipes: dict[str, Make]) -> Make:
+    return recipes["pretrain"]
 
 
 @pytest.fixture
-def adapt(tmp_path: Path, text_dir: Path, backbone_dir: Path) -> Make:
-    """Recipes of adaptation, over the tiny backbone."""
-    side = {"memory_layers": [1], "num_retrieved": 8, "memory_size": 64}
-    backbone = {"path": str(backbone_dir)}
-    return maker(tmp_path, text_dir, "adapt", backbone=backbone, sidenet=side, optim={"accumulate": 2})
+def adapt(recipes: dict[str, Make]) -> Make:
+    return recipes["adapt"]
 
 
 def records(out_dir: Path, kind: str) -> list[dict[str, Any]]:

@@ -51,11 +51,10 @@ def crash_after(recipe: Recipe, step: int) -> None:
     ids=["pretrain", "two layers", "memtrm", "control", "needles"],
 )
 def test_a_resumed_run_has_the_losses_and_weights_of_an_uninterrupted_one(
-    task: str, changes: dict[str, Any], request: pytest.FixtureRequest
+    task: str, changes: dict[str, Any], recipes: dict[str, Make]
 ) -> None:
-    make: Make = request.getfixturevalue(task)
     optim = {"steps": 10, **changes.get("optim", {})}
-    whole, cut = (make(name, **{**changes, "optim": optim}) for name in ("whole", "cut"))
+    whole, cut = (recipes[task](name, **{**changes, "optim": optim}) for name in ("whole", "cut"))
     train(whole, quiet=True)
     train(cut, quiet=True)
     crash_after(cut, 4)

@@ -82,8 +82,7 @@ def furthest(mine: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]]) -> 
 @pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_two_processes_compute_the_gradients_of_one(
     quick: bool,
-    adapt: Make,
-    pretrain: Make,
+    recipes: dict[str, Make],
     byte_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -97,7 +96,7 @@ def test_two_processes_compute_the_gradients_of_one(
     expected = {}
     for name in (name for name in CASES if quick == (name in QUICK)):
         changes = CASES[name]
-        make, optim = pretrain if "pretrain" in name else adapt, {**COMMON, **changes.get("optim", {})}
+        make, optim = recipes["pretrain" if "pretrain" in name else "adapt"], {**COMMON, **changes.get("optim", {})}
         # texts that end in the middle of a segment: rows have unequally many targets
         settings = {"data": {"piece_tokens": 40}, "eval": {"every": 0}, **changes}
         expected[name] = gradients(make(f"one-{name}", **{**settings, "optim": {**optim, "rows": ROWS}}))

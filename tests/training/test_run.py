@@ -225,15 +225,10 @@ HALF = {"backbone": {"dtype": "float16"}, "optim": {"precision": "bf16"}}
     ],
 )
 def test_what_a_run_cannot_do_is_said_in_one_line(
-    task: str,
-    changes: dict[str, Any],
-    message: str,
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    task: str, changes: Any, message: str, recipes: dict[str, Make], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     train_tokenizer(["another model's text"] * 9, 268).save_pretrained("large")
     with pytest.raises(LongMemError) as raised:
-        train(request.getfixturevalue(task)(**changes), quiet=True)
+        train(recipes[task](**changes), quiet=True)
     assert message in str(raised.value) and "\n" not in str(raised.value)

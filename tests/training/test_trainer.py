@@ -1,6 +1,5 @@
 """``LongMemTrainer``: transformers.Trainer that reads texts in order, with their memory."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,48 +39,27 @@ def made(args: TrainingArguments, documents: Documents, backbone: Path, **settin
     return LongMemTrainer(model, args, train_dataset=documents, window=16, **{"piece_tokens": 40, **settings})
 
 
-def read(model: Any, stream: SegmentStream, bank: MemoryBank) -> tuple[Any, int, Any]:
-    """Sum of the losses of the rows' next segments, of how many tokens, and what writes the segments."""
-    batch = stream.next()
-    if bool(batch.starts.any()):
-        bank.end_document(batch.starts.nonzero().flatten())
-    out = model(batch.ids, attention_mask=batch.mask, memory=bank, use_cache=False)
-    loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
-    write = partial(bank.add, out.kv, documents=batch.documents, offsets=batch.offsets)
-    return loss, int((batch.targets != -100).sum()), write
-
-
-def by_hand(trainer: LongMemTrainer, documents: Documents, accumulate: int, steps: int) -> list[float]:
-    """The same training in plain words; AdamW at a constant rate; clipped at 1."""
-    model = trainer.model.train()
-    stream, bank = SegmentStream(as_corpus(documents), 16, 2, 1, piece_tokens=40), MemoryBank.for_model(model, 2)
-    optimiser = torch.optim.AdamW(model.trainable_parameters(), lr=1e-2, weight_decay=0.0)
-    found = []
+def by_hand(model: Any, stream: SegmentStream, steps: int, accumulate: int = 1, optimiser: Any = None) -> Any:
+    """Sums of losses, and of how many tokens, of steps in plain words; trained with an optimiser, clipped at 1."""
+    bank, sums = MemoryBank.for_model(model.train(optimiser is not None), 2), []
     for _ in range(steps):
-        total, scored = 0.0, 0
+        sums.append([0.0, 0])
         for _ in range(accumulate):
-            loss, count, write = read(model, stream, bank)
-            (loss / count / accumulate).backward()
-            write()
-            total, scored = total + loss.item(), scored + count
-        torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        found.append(total / scored)
-    return found
-
-
-def evaluated_by_hand(model: Any, documents: Documents) -> float:
-    """Mean loss over consecutive segments of whole documents, with a memory of its own."""
-    corpus = as_corpus(documents)
-    stream, bank = SegmentStream(corpus, 16, 2, None), MemoryBank.for_model(model.eval(), 2)
-    total, scored = 0.0, 0
-    for _ in range(corpus.num_tokens // 32):
-        with torch.no_grad():
-            loss, count, write = read(model, stream, bank)
-        write()
-        total, scored = total + loss.item(), scored + count
-    return total / scored
+            batch = stream.next()
+            if bool(batch.starts.any()):
+                bank.end_document(batch.starts.nonzero().flatten())
+            out = model(batch.ids, attention_mask=batch.mask, memory=bank, use_cache=False)
+            loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
+            count = int((batch.targets != -100).sum())
+            if optimiser is not None:
+                (loss / count / accumulate).backward()
+            bank.add(out.kv, documents=batch.documents, offsets=batch.offsets)
+            sums[-1] = [sums[-1][0] + loss.item(), sums[-1][1] + count]
+        if optimiser is not None:
+            torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+    return torch.tensor(sums).T
 
 
 @pytest.mark.parametrize(
@@ -97,14 +75,20 @@ def test_it_trains_and_measures_what_reading_and_writing_by_hand_does(
     trainer.train()
     steps, history = trainer.state.max_steps, trainer.state.log_history
     assert steps == (2 * round(600 / 32) if "num_train_epochs" in settings else 6)
-    expected = by_hand(made(arguments(tmp_path / "other"), documents, backbone_dir), documents, accumulate, steps)
+    model = made(arguments(tmp_path / "other"), documents, backbone_dir).model
+    optimiser = torch.optim.AdamW(model.trainable_parameters(), lr=1e-2, weight_decay=0.0)
+    stream = SegmentStream(as_corpus(documents), 16, 2, 1, piece_tokens=40)
+    losses, counts = by_hand(model, stream, steps, accumulate, optimiser)
+    expected = (losses / counts).tolist()
     assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(expected, abs=1e-3)
     assert 0 < history[-2]["memory_fill"] <= 1 and all(0 < share < 1 for share in history[-2]["share"])
     before = trainer.bank.state_dict()
     found = trainer.evaluate()["eval_loss"]
     after = trainer.bank.state_dict()
     assert torch.equal(before["slots"]["storage"], after["slots"]["storage"]) and before["version"] == after["version"]
-    assert found == pytest.approx(evaluated_by_hand(trainer.model, documents[:2]), rel=1e-5)
+    corpus = as_corpus(documents[:2])
+    losses, counts = by_hand(trainer.model, SegmentStream(corpus, 16, 2, None), corpus.num_tokens // 32)
+    assert found == pytest.approx(float(losses.sum() / counts.sum()), rel=1e-5)
     assert trainer.evaluate(documents[2:])["eval_loss"] != found
 
 
