@@ -93,7 +93,7 @@ def test_adaptation_learns_in_the_sidenet_alone_and_tells_how(
     assert found[1]["perplexity"] == pytest.approx(math.exp(found[1]["loss"])) and len(found[1]["share"]) == 4
     assert 0 < found[0]["memory_fill"] <= found[1]["memory_fill"] <= 1
     assert found[-1]["loss"] < found[0]["loss"] - 0.1 and measured[-1]["loss"] < measured[-1]["loss_backbone"]
-    assert "loss_memory_off" in measured[-1]
+    assert "loss_memory_off" in measured[-1] and "loss_memory_off" not in measured[0]
 
     done = command("train", path, "--set", "optim.steps=2", "--json", "--quiet", "--overwrite")
     assert (done.status, done.err) == (0, "") and "loss" in done.json["evaluation"]

@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,13 +107,6 @@ class Calibration:
     best: Validation | None = None
 
 
-class _Passage(NamedTuple):
-    """Text (passage,), and what all before its last window leaves in memory, (1, n*Hkv, memory, D)."""
-
-    ids: Tensor
-    kv: AttentionKV
-
-
 def passages_of(texts: Iterable[str], tokenizer: Any, settings: CalibrationSettings, count: int) -> list[Tensor]:
     """Random passages of random texts, tokenised: (n,) ids each, enough for the memory and its window.
 
@@ -164,7 +157,7 @@ def calibrate(
     work = _Work(model, settings, quiet)
     draw, weight = work.draw, settings.facts
     passages = {kind: work.passages(kind, some) for kind, some in texts.items()}
-    checks = [work.window(kind, each, last=True) for kind, some in valid.items() for each in work.passages(kind, some)]
+    checks = [work.window(each, last=True) for kind, some in valid.items() for each in work.passages(kind, some)]
     asked: list[Case] = []
     if weight:
         asked = work.facts(tokenizer, settings.sessions, "training")
@@ -195,7 +188,7 @@ def calibrate(
             optimizer.zero_grad()
             kind = kinds[update % len(kinds)]
             other = draw.choice(passages[draw.choice(kinds)]) if draw.random() < OTHER_BESIDE_TEXT else None
-            work.loss(work.window(kind, draw.choice(passages[kind])), other).backward()
+            work.loss(work.window(draw.choice(passages[kind])), other).backward()
             if asked:
                 filler = draw.choice(passages[draw.choice(kinds)]) if draw.random() < OTHER_BESIDE_FACTS else None
                 (weight * work.loss(draw.choice(asked), filler)).backward()
@@ -217,12 +210,12 @@ class _Work:
         self.model, self.settings, self.quiet, self.draw = model, settings, quiet, random.Random(settings.seed)
         self.bank = MemoryBank.for_model(model, rows=1, capacity_tokens=2 * settings.memory + 4096)
 
-    def passages(self, kind: str, some: Sequence[Tensor]) -> list[_Passage]:
-        """Passages, encoded."""
+    def passages(self, kind: str, some: Sequence[Tensor]) -> list[Case]:
+        """Passages, encoded but for their last window."""
         found = track(some, f"encoding {kind}", len(some), "passages", quiet=self.quiet)
-        return [
-            _Passage(ids, encode_text(self.model, ids[: self.settings.memory], self.settings.window)) for ids in found
-        ]
+        memory, window = self.settings.memory, self.settings.window
+        every = torch.arange(memory, memory + window)
+        return [Case(kind, ids, every, ids[:memory], encode_text(self.model, ids[:memory], window)) for ids in found]
 
     def facts(self, tokenizer: Any, count: int, name: str) -> list[Case]:
         """Sessions that told facts, each with a later conversation that asks for some of them."""
@@ -234,16 +227,16 @@ class _Work:
             made.append(facts_case(asked, tokenizer, before, encode_text(self.model, before, self.settings.window)))
         return made
 
-    def window(self, kind: str, passage: _Passage, *, last: bool = False) -> Case:
+    def window(self, passage: Case, *, last: bool = False) -> Case:
         """A window of a passage behind all of its text that comes before; the last one, or any."""
         window, tokens = self.settings.window, self.settings.memory
         before = tokens if last else self.draw.randrange(1, tokens // window + 1) * window
         first = window // 4
         places = sorted(self.draw.sample(range(first, window), min(self.settings.scored, window - first)))
         ids = passage.ids[before : before + window + 1]
-        return Case(kind, ids, torch.tensor(places), passage.ids[:before], passage.kv)
+        return Case(passage.kind, ids, torch.tensor(places), passage.ids[:before], passage.kv)
 
-    def loss(self, example: Case, other: _Passage | None = None, *, memory: bool = True) -> Tensor:
+    def loss(self, example: Case, other: Case | None = None, *, memory: bool = True) -> Tensor:
         """Mean nats per scored token; with ``other``, some of it is in memory too."""
         parts = [(example.kv, len(example.before))] if memory else []
         if other is not None:
