@@ -186,7 +186,7 @@ def unlink(file: Path, _: int) -> None:
         ("kv", unlink, 0, {"file", "piece"}, "data file is missing"),
     ],
 )
-def test_damaged_data_is_found_stops_a_compact_and_is_encoded_again(
+def test_damaged_data_is_found_stops_what_needs_it_and_is_encoded_again(
     tmp_path: Path, dtype: Any, file: str, damage: Any, place: int, kinds: set[str], message: str
 ) -> None:
     path = tmp_path / "memory"
@@ -200,7 +200,7 @@ def test_damaged_data_is_found_stops_a_compact_and_is_encoded_again(
         assert {each.kind for each in problems} == kinds and (len(problems) == 1 or len(kinds) == 2)
         assert all(f"{file}-000001.bin" in each.where + each.what and "--repair" in each.what for each in problems)
         with pytest.raises(StoreDamaged, match=message):
-            store.compact()
+            store.compact() if kinds == {"piece"} else store.bank("alice")
         report = store.verify(repair=True)
         assert report.clean and report.rebuilt_tokens > 0
         assert store.verify().problems == [] and state_of(store) == before
