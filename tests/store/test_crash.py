@@ -152,6 +152,7 @@ def test_killed_at_every_named_point_it_is_before_or_after(name: str) -> None:
                 else:
                     assert found in (before, after), f"{point}:{count}"
                 assert not (folder / "out.tar").exists()  # whole or not at all
+                assert len([*path.glob("k*.bin")]) <= 2  # no generation but one
                 # the next one goes on
                 assert status(forked(partial(changed, path, OPERATIONS["compact"] if found == after else act))) == 0
         assert killed > 0

@@ -277,6 +277,10 @@ def test_an_export_comes_back_as_it_was(tmp_path: Path, dtype: Any) -> None:
             other.import_(tmp_path / "out.tar")
         assert [each.name for each in other.documents("alice")] == ["d1"] and other.verify().clean
         assert store.export("alice", tmp_path / "out.tar", ["d1"])[0].name == "d1"
+        store.add_document("carol", "until then", name="note", expires=time.time() + 60)
+        store.export("carol", tmp_path / "out.tar")
+        with patch("time.time", return_value=time.time() + 90):  # expired on its way
+            assert other.import_(tmp_path / "out.tar")[0].status == "added" and not other.has("carol", "note")
 
 
 def flip_second_piece(files: dict[str, bytes], _: dict[str, Any]) -> None:
