@@ -213,7 +213,7 @@ def test_what_is_forgotten_while_it_is_looked_up_is_shown_whole_also_where_only_
         def looked(catalog: Catalog, *given: Any, **how: Any) -> Any:
             found = look(catalog, *given, **how)
             with closing(sqlite3.connect(catalog.path)) as other, other:
-                other.execute("DELETE FROM document")
+                other.executescript("PRAGMA foreign_keys = ON; DELETE FROM document")
             return found
 
         return looked
