@@ -124,8 +124,8 @@ def test_list_stats_and_show_say_what_is_known_of_documents_of_all_or_of_one(mem
     ]  # fmt: skip
     assert lines[4].endswith("kind=note, year=1843")
     assert memory("list", "--where", "year=1843", "--where", "kind=other", "--json").json == {"documents": []}
-    assert memory("list", "--older-than", "1d", "--json").json == {"documents": []}
     assert len(names(memory("list", "--before", "2999-01-01", "--json"))) == 5
+    assert memory("list", "--before", "2999-01-01", "--older-than", "1d", "--json").json == {"documents": []}
     assert memory("list", "--namespaces").out.splitlines()[1].split()[:2] == ["ada", "3"]
     whole, bob = memory("stats", "--json").json, memory("stats", "-n", "bob", "--json").json
     assert (whole["documents"], bob["documents"], whole["layout"]["heads_kv"]) == (5, 2, 4)
