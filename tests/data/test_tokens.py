@@ -49,6 +49,7 @@ def test_the_cache_is_used_while_text_and_tokenizer_are_the_same(
     assert again.bounds.tolist() == [0, 3, 8]
     assert (again.names, again.fingerprint) == (("a.txt", "b.txt"), first.fingerprint)
     (file,) = cache.rglob("ids.npy")
+    assert tokenize(source, train_tokenizer(["ab"], 260), cache).fingerprint != first.fingerprint
     file.write_bytes(file.read_bytes()[:-6])
     with pytest.raises(DataError, match=r"damaged token cache \(.*\); delete the folder"):
         tokenize(source, byte_tokenizer, cache)

@@ -124,17 +124,18 @@ def test_a_memtrm_learns_with_memory_older_than_its_weights(adapt: Make, trainer
 
 
 def test_a_sidenet_goes_on_from_another_one_over_the_named_revision(
-    adapt: Make, monkeypatch: pytest.MonkeyPatch
+    adapt: Make, trainers: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = adapt("first", optim={"steps": 2}, sidenet={"recency": 1.5})
     train(first, quiet=True)
     load, asked = AutoModelForCausalLM.from_pretrained, []
     spy = lambda name, revision=None, **how: (asked.append(revision), load(name, **how))[1]  # noqa: E731
     monkeypatch.setattr("longmem.modeling.loading.AutoModelForCausalLM.from_pretrained", spy)
-    start = {"sidenet": {"start": str(first.out_dir / "final"), "num_retrieved": 16}, "backbone": {"revision": "v2"}}
-    second = adapt("second", optim={"steps": 2, "lr": 1e-12, "weight_decay": 0.0}, **start)
+    start = {"sidenet": {"start": str(first.out_dir / "final"), "num_retrieved": 16}}
+    other = {"revision": "v2", "dtype": "bfloat16"}
+    second = adapt("second", optim={"steps": 2, "lr": 1e-12, "weight_decay": 0.0}, backbone=other, **start)
     train(second, quiet=True)
-    assert asked == ["v2"]
+    assert asked == ["v2"] and trainers[1].longmem.backbone.model.dtype == torch.bfloat16
     models = [LongMem.from_pretrained(run.out_dir / "final") for run in (first, second)]
     assert (models[1].config.num_retrieved, models[1].config.recency) == (16, 1.5), "a recipe may change the first"
     assert models[1].config.backbone_name_or_path == models[0].config.backbone_name_or_path
