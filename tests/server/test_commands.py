@@ -12,7 +12,7 @@ import pytest
 from tests.calling import Command, Done
 
 from longmem import TrainingFree
-from longmem.chat import PlainTexts, Recall, chat_prompt
+from longmem.chat import NOTES, PlainTexts, Recall, chat_prompt
 from longmem.errors import BackboneError
 from longmem.modeling import loading as defaults
 
@@ -79,7 +79,8 @@ def test_a_plain_prompt_begins_as_texts_in_training_do_and_passages_stand_below_
     recall = Recall(PlainTexts({"note": "us: the boat"}), "")
     told = byte_tokenizer.decode(chat_prompt(byte_tokenizer, talk, recall=recall).ids)
     assert told.startswith("System: sy\n\n") and "us: the boat\nUser: us" in told
-    assert byte_tokenizer.decode(chat_prompt(byte_tokenizer, talk[1:2]).ids) == "User: us\nAssistant:"  # no <s>
+    told = byte_tokenizer.decode(chat_prompt(byte_tokenizer, talk[1:2], recall=recall).ids)
+    assert told == f"System: {NOTES}\n- us: the boat\nUser: us\nAssistant:"  # no <s>
 
 
 @pytest.mark.parametrize(
