@@ -116,11 +116,12 @@ class Recall:
     def _rarest(self, words: list[str]) -> list[str]:
         """Those that stand in the fewest passages, but in one; what is asked stands at the beginning or at the end."""
         del words[20 * QUERY_WORDS : -20 * QUERY_WORDS]
-        self._index.executemany("INSERT INTO query (rowid, word) VALUES (?, ?)", enumerate(words))
-        fewest = "SELECT asked.doc FROM asked JOIN known USING (term) ORDER BY known.doc LIMIT ?"
-        found = [words[place] for (place,) in self._index.execute(fewest, (QUERY_WORDS,))]
-        self._index.rollback()
-        return found
+        try:
+            self._index.executemany("INSERT INTO query (rowid, word) VALUES (?, ?)", enumerate(words))
+            fewest = "SELECT asked.doc FROM asked JOIN known USING (term) ORDER BY known.doc LIMIT ?"
+            return [words[place] for (place,) in self._index.execute(fewest, (QUERY_WORDS,))]
+        finally:  # also where it is interrupted: the next one begins with none
+            self._index.rollback()
 
     def _refresh(self) -> None:
         """Take up the documents that there are now; microseconds where the store is what it was."""

@@ -63,10 +63,13 @@ def _one_text(session: Any, ids: Any) -> Tensor:
     if not isinstance(session, SessionMemory):
         given = type(session).__name__
         raise MemoryBankError(f"a text goes to a session, not to a {given}; make SessionMemory.for_model(model, bank)")
-    tokens: Tensor = torch.as_tensor(ids)
+    try:
+        tokens: Tensor = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):  # a text, rows of unequal length
+        raise MemoryBankError(f"ids (a {type(ids).__name__}) must be the token ids (t,) of one text") from None
     if tokens.dim() != 1 and tokens.shape[:-1] != (1,):
         raise MemoryBankError(f"ids ({tuple(tokens.shape)}) must be the token ids (t,) of one text")
-    return tokens.reshape(-1)
+    return tokens.reshape(-1).long()
 
 
 def already_written(session: SessionMemory, row: int, ids: Tensor) -> int:
