@@ -32,6 +32,7 @@ def test_a_folder_is_added_once_and_a_text_replaced_where_this_is_said(
     assert again.json["complete"] is True
     assert names(memory("list", "-n", "default", "--json")) == ["inner/three.txt", "one.txt", "two.md"]
     (notes / "one.txt").write_text("something else")
+    assert "or replace it (replace=True, `--replace`)" in memory("add", notes / "one.txt").error
     assert memory("add", notes / "one.txt", "--replace", "--json").json["documents"][0]["status"] == "replaced"
     assert memory("show", "one.txt", "--text").out == "something else"
     assert memory("show", "one.txt", "--text", "--json").json["text"] == "something else"

@@ -109,3 +109,6 @@ def test_a_result_says_how_it_was_made_in_json_that_all_can_read(tmp_path: Path)
     assert (found["a"], found["b"], found["c"], found["header"]["seeds"]) == ([None, 1.5], None, "caf?", [0])
     assert {"python", "longmem", "torch", "transformers", "numpy"} <= set(found["header"]["versions"])
     assert found["header"]["machine"]["cpus"] >= 1 and found["header"]["created"]
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == found and [*tmp_path.iterdir()] == [path], "complete, or as it was"

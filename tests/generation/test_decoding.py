@@ -2,6 +2,7 @@
 neighbour, part or way of decoding, over the whole family table and every kind of model; nobody's bank is written.
 """
 
+import gc
 import re
 from itertools import product
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from tests.family_table import FAMILIES, RECURRENT, filled
 from tests.generation.models import KINDS, bank_of, ids, longmem, reader
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
 
 from longmem import ConfigError, LongMem, MemoryBank, MemoryBankError, MemoryStore
 from longmem.generation import read, remember
@@ -188,7 +189,8 @@ def test_every_window_and_cache_gives_the_tokens_of_the_reference(
     warns = "transformers.generation.stopping_criteria.logger.warning_once"  # of text longer than that: no harm
     monkeypatch.setattr(warns, lambda said: pytest.fail(said))
     settings, streamer = {"return_dict_in_generate": True, "max_new_tokens": 20, **GREEDY, **settings}, Mock()
-    out = llama.generate(ids(1, 120), streamer=streamer, **settings)
+    out = llama.generate(ids(1, 120), streamer=streamer, output_hidden_states=True, **settings)
+    assert len(out.hidden_states) == 20 and len(out.hidden_states[-1]) == 5
     bank = MemoryBank.for_model(llama, capacity_tokens=settings.get("session_tokens", 64))
     assert out.sequences[0].tolist() == reference(llama, ids(1, 120)[0].tolist(), 20, window, move, bank)
     assert [int(put.args[0][-1]) for put in streamer.put.call_args_list[1:]] == out.sequences[0, 120:].tolist()
@@ -199,6 +201,7 @@ def test_every_window_and_cache_gives_the_tokens_of_the_reference(
 def test_a_session_follows_its_text_through_several_calls_and_the_rest_can_be_remembered(llama: LongMem) -> None:
     whole = llama.generate(ids(2, 9), memory=SessionMemory.for_model(llama, rows=2), max_new_tokens=30, **FREE)
     session = SessionMemory.for_model(llama, rows=2)
+    size = session.bank.nbytes
     first = llama.generate(ids(2, 9), memory=session, max_new_tokens=11, **FREE)
     assert session.tokens.tolist() == [12, 12]
     assert torch.equal(llama.generate(first, memory=session, max_new_tokens=19, **FREE), whole)
@@ -210,9 +213,28 @@ def test_a_session_follows_its_text_through_several_calls_and_the_rest_can_be_re
     longer = torch.cat((whole[1:], ids(1, 20, seed=5)), dim=1)
     llama.generate(longer, memory=session, memory_rows=[1], max_new_tokens=1, **FREE)
     assert session.tokens.tolist() == [30, 51] and torch.equal(session.followed(1), longer[0, :51])
+    assert session.bank.nbytes == size
     origins = [session.provenance(1, chunk) for chunk in range(int(session.bank.chunks[1]))]
     assert [(each.start_token, each.length) for each in origins[18:22]] == [(36, 2), (38, 1), (39, 2), (41, 2)]
     assert remember(llama, session, ids(1, 9, seed=6)[0], row=1) == 9 and len(session.followed(1)) == 9
+
+
+def test_the_pipeline_and_a_streamer_of_transformers_read_memory(
+    tiny_backbone: torch.nn.Module, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = longmem(tiny_backbone)
+    speak, bank = pipeline("text-generation", model=model, tokenizer=byte_tokenizer), MemoryBank.for_model(model)
+    bank.add(model.encode(byte_tokenizer("remembered text", return_tensors="pt").input_ids))
+    prompts, settings = ["a short one", "and one that is a good deal longer than that"], {"max_new_tokens": 12}
+    settings |= {"do_sample": False, "return_full_text": False}
+    together = [answer[0]["generated_text"] for answer in speak(prompts, memory=bank, batch_size=2, **settings)]
+    assert together == [speak(prompt, memory=bank, **settings)[0]["generated_text"] for prompt in prompts]
+    assert speak(prompts[0], **settings)[0]["generated_text"] != together[0]
+    streamer = TextIteratorStreamer(byte_tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ids = byte_tokenizer(prompts[1], return_tensors="pt")
+    model.generate(**ids, memory=bank, streamer=streamer, max_new_tokens=12, do_sample=False)
+    assert "".join(streamer) == together[1]
+    gc.collect()  # the pipeline leaves a finished iterator behind
 
 
 def test_sampling_and_several_sequences_of_one_prompt(llama: LongMem) -> None:
@@ -260,8 +282,15 @@ def test_a_whole_text_is_read_into_a_session_under_its_name(llama: LongMem) -> N
     assert read(llama, session, text[None, :9], document="as a tokenizer returns it") == 9
     with pytest.raises(MemoryBankError, match=r"ids \(\(2, 7\)\) must be the token ids \(t,\) of one text"):
         remember(llama, session, ids(2, 7))
+    some: Any
+    for some in ([3, 4, 5], text[:3].numpy().astype("uint32")):  # as a store has them
+        assert read(llama, session, some, document="as numbers") == 3
+    with pytest.raises(MemoryBankError, match=r"ids \(a str\) must be the token ids \(t,\) of one text"):
+        read(llama, session, "words", document="book")  # type: ignore[arg-type]
     with pytest.raises(MemoryBankError, match=r"a text goes to a session, not to a MemoryBank; make Se"):
         read(llama, expected, text, document="book")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="a LlamaForCausalLM reads no memory by itself; make a bank"):
+        MemoryBank.for_model(llama.backbone.model)
 
 
 @pytest.mark.parametrize(
@@ -294,6 +323,8 @@ def test_text_that_cannot_move_must_fit_the_window(llama: LongMem) -> None:
     assert torch.equal(fits, llama.generate(ids(1, 6), max_new_tokens=6, **{**settings, "window": None}))
     with pytest.raises(ConfigError, match="beam search takes back"):
         llama.generate(ids(1, 6), max_new_tokens=8, **settings)
+    with pytest.raises(ConfigError, match="assisted generation takes back"):
+        llama.generate(ids(1, 6), max_new_tokens=8, **{**settings, "num_beams": 1, "prompt_lookup_num_tokens": 3})
     embeds = llama.get_input_embeddings()(ids(1, 5))
     fits = llama.generate(inputs_embeds=embeds, max_new_tokens=6, **WINDOW, **GREEDY)
     assert torch.equal(fits, llama.generate(ids(1, 5), max_new_tokens=6, **GREEDY)[:, 5:])

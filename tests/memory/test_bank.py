@@ -328,6 +328,10 @@ def test_padding_may_hold_anything_and_what_a_dtype_holds_is_taken():
             "saved bank is of a kind of version 0.1 that is no more",
         ),
         (lambda: bank(3).load_state_dict(bank(2).state_dict()), "saved bank's rows is 2, this bank's is 3; load it"),
+        (
+            lambda: bank(1, fingerprint="a").load_state_dict(bank(1, fingerprint="b").state_dict()),
+            "saved bank's fingerprint is b, this bank's is a; load it into one made as it was, for the backbone that",
+        ),
         (lambda: SessionMemory(bank(2), bank(3)), "the memory has 2 rows, the session 3; pass base_rows="),
         (lambda: SessionMemory(bank(1), bank(1, size=4)), "chunk_size differs among memories that are read together: "),
         (lambda: SessionMemory(None, bank(1)).commit("talk"), "this session is over no store; make it with store"),

@@ -365,7 +365,8 @@ def test_the_same_weights_in_another_precision_are_taken_with_a_warning(harm: An
     assert loaded.accepts(written.fingerprint) and not written.accepts("another")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # asked for by name, it is what was meant
-        assert LongMem.from_pretrained(tmp_path / "side", dtype=torch.float16).fingerprint == written.fingerprint
+        half = LongMem.from_pretrained(tmp_path / "side", dtype=torch.float16)
+    assert half.fingerprint == written.fingerprint and half.dtype == torch.float16
 
 
 def test_fingerprints_written_before_stay_valid() -> None:

@@ -275,6 +275,8 @@ def test_the_page_finds_its_elements_and_puts_texts_in_as_text(live: Any) -> Non
 def test_models_health_metrics_and_methods(live: Any) -> None:
     client, http = live.client(), live.http()
     assert [model.id for model in client.models.list()] == ["tiny"] == [client.models.retrieve("tiny").id]
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
     assert httpx.get(live.url + "/health").json()["status"] == "ok"
     assert http.head("/health").status_code == http.head("/").status_code == 200
     wrong = http.put("/v1/models")

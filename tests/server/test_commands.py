@@ -88,6 +88,7 @@ def test_a_plain_prompt_begins_as_texts_in_training_do_and_passages_stand_below_
     [
         (("--host", "0.0.0.0"), "can be reached by others, and there are no keys; make one with"),
         (("--keys", "bad"), "bad:1: a line is a name and a hash"),
+        (("--keys", "none"), "none: no key in it; make one with longmem serve --keys none --new-key NAME"),
         (("--keys", "missing"), "missing: there is no such file"),
         (("--new-key", "ann"), "name it with --keys"),
         (("--keys", "bad2", "--new-key", "../x"), "is no name for a key"),
@@ -97,6 +98,7 @@ def test_a_plain_prompt_begins_as_texts_in_training_do_and_passages_stand_below_
 )
 def test_serve_refuses(longmem: Command, tmp_path: Path, options: tuple[str, ...], said: str) -> None:
     (tmp_path / "bad").write_text("ann 1234\n")
+    (tmp_path / "none").write_text("# nobody\n")
     (tmp_path / "good").write_text(f"ann {'0' * 64}\n")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -23,6 +23,9 @@ from longmem.errors import LongMemError, StoreDamaged, StoreError, StoreLocked
 from longmem.store import MemoryStore, NewDocument, Progress, disk
 from longmem.store import catalog as catalogs
 
+HIGHER = NumberModel()
+HIGHER.memory_layers = (2,)
+
 
 @pytest.fixture
 def store() -> Iterator[MemoryStore]:
@@ -74,6 +77,11 @@ def test_a_second_writer_is_refused_by_name(store: MemoryStore) -> None:
     [
         ("memory", {"dtype": "int8"}, "was made with dtype=float32, not int8; leave dtype away"),
         ("memory", {"model": NumberModel(seed=1)}, r"by backbone numbers \(numbers-2-4-0, layers 1\), this model is"),
+        (
+            "memory",
+            {"model": HIGHER},
+            r"layers 1\), this model is numbers \(numbers-2-4-0, layers 2\); keys of one mean",
+        ),
         ("memory", {"model": "models/small"}, r"model \(a str\) must be a loaded model that reads memory: LongMem"),
         ("memory", {"tokenizer": "models/small"}, r"tokenizer \(a str\) must be a loaded tokenizer: AutoTokenizer"),
         ("memory", {"mode": "append"}, "mode .'append'. must be 'write' or 'read'"),

@@ -177,9 +177,10 @@ def test_the_control_trains_as_long_without_memory(adapt: Make) -> None:
     assert first.losses[0] == pytest.approx(second.losses[0], abs=1e-3)
 
 
-def test_bf16_gives_nearly_the_losses_of_fp32(adapt: Make) -> None:
-    short = {"steps": 3, "dropout": 0.0}
-    full, half = (train(adapt(p, optim={**short, "precision": p}), quiet=True).losses for p in ("fp32", "bf16"))
+@pytest.mark.parametrize("task", ["pretrain", "adapt"])
+def test_bf16_gives_nearly_the_losses_of_fp32(task: str, recipes: dict[str, Make]) -> None:
+    make, short = recipes[task], {"steps": 3, "dropout": 0.0}
+    full, half = (train(make(p, optim={**short, "precision": p}), quiet=True).losses for p in ("fp32", "bf16"))
     assert full != half
     assert half == pytest.approx(full, abs=0.05)
 
