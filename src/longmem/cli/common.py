@@ -107,10 +107,9 @@ def _setting(word: str) -> tuple[str, Any]:
 
 TEXT = Parsed("TEXT", _utf8, "not UTF-8 text; convert it")
 MOMENT = Parsed("DATE", moment, "no date; try 2026-01-31 or 2026-01-31T18:30")
-EXPIRY = Parsed("WHEN", expiry, "no when; try 30d, 12h or 2026-01-31")
 
 
-def at_least(least: int, read: Callable[[str], float] = tokens) -> Callable[[str], float]:
+def at_least(least: float, read: Callable[[str], float] = tokens) -> Callable[[str], float]:
     """``read``, with a ValueError for a smaller number and for NaN too."""
 
     def checked(word: str) -> float:
@@ -119,6 +118,9 @@ def at_least(least: int, read: Callable[[str], float] = tokens) -> Callable[[str
         return count
 
     return checked
+
+
+EXPIRY = Parsed("WHEN", at_least(time.time(), expiry), "no time to come; try 30d, 12h or 2099-12-31")
 
 
 def token_count(least: int = 1) -> Parsed:
