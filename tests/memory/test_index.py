@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from longmem.errors import ConfigError
+from longmem.memory import MemoryBank
 from longmem.memory.index import ExactIndex, FaissIndex, make_indexes
+from longmem.types import AttentionKV
 
 
 @settings(max_examples=60, deadline=None)
@@ -86,6 +88,17 @@ def test_faiss_finds_nearly_all_and_keeps_up_with_changes():
     first, second = make_indexes(index, 2)  # one for each layer
     assert (second.least, second.few, second.share) == (512, 8, 0.3)
     assert first is index and second._rows is not first._rows
+
+
+def test_every_remembered_layer_is_searched_by_an_index_of_its_own():
+    keys, asked = like_text(4, 4096)
+    found = []
+    for index in (FaissIndex(least=512, share=0.3), "exact"):
+        bank = MemoryBank(1, 4096, 2, 16, 1, memory_layers=(1, 3), index=index)
+        bank.add(AttentionKV(keys, keys))
+        found.append([bank.search(asked[:, 2 * n : 2 * n + 2], 16, layer=n).chunks for n in range(2)])
+    for near, exact in zip(*found, strict=True):
+        assert (near[..., None] == exact[..., None, :]).any(-1).float().mean() > 0.9
 
 
 def test_faiss_that_is_not_installed_is_named(monkeypatch):
