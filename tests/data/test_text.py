@@ -210,6 +210,7 @@ def test_a_file_or_a_name_that_is_not_utf8_is_named_or_skipped_or_mended(tmp_pat
         ("in/picture.png", b"\x89PNG", "/in: no text in this folder; looked for .txt, .md, .rst, .tex, .py, .jsonl"),
         ("a.tar.gz", gzip.compress(bytes(10240)), "a.tar.gz: no text in this archive; looked for .txt"),
     ],
+    ids=["empty", "folder", "archive"],
 )
 def test_what_holds_no_text_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     assert message in failure(put(tmp_path, {name: data}) / name.split("/")[0])

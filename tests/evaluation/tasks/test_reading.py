@@ -142,6 +142,8 @@ read_numbered = partial(read_labelled, labels=("no", "yes"))
         (read_dialogues, json.dumps([TALK | {"conversation": UNSAID}]), "a text is a NoneType"),
         (read_labelled, FORMS["all.json.gz"][:-20], "the file is not of .*; fetch the file again"),
     ],
+    # what is packed holds the time
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
 def test_other_files_are_refused_by_what_is_wrong(
     read: Callable[[Path], Any], content: str | bytes, said: str, tmp_path: Path
