@@ -114,8 +114,7 @@ class Recall:
         return "\n".join([NOTES, *(f"- {passage.text}" for passage in lines)]) if found else "", found
 
     def _rarest(self, words: list[str]) -> list[str]:
-        """Those that stand in the fewest passages, but in one; what is asked stands at the beginning or at the end."""
-        del words[20 * QUERY_WORDS : -20 * QUERY_WORDS]
+        """Of the words that passages have, those in the fewest."""
         try:
             self._index.executemany("INSERT INTO query (rowid, word) VALUES (?, ?)", enumerate(words))
             fewest = "SELECT asked.doc FROM asked JOIN known USING (term) ORDER BY known.doc LIMIT ?"
